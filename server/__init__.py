@@ -1,0 +1,1 @@
+"""The StellarByte service: an OpenAI-compatible HTTP process and an engine process."""

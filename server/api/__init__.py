@@ -1,0 +1,1 @@
+"""The HTTP API. Knows the engine only through its client."""

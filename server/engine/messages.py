@@ -1,0 +1,87 @@
+"""What the HTTP processes and the engine process say to each other, as msgpack. Knows only requests.
+
+An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
+each direction. Everything is plain data: nothing that is received can run code.
+"""
+
+import msgspec
+
+from server.engine.request import GenerationRequest
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Queue a request; answered by `Accepted` or `Rejected`, then by its deltas."""
+
+    request: GenerationRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Drop a request and everything it holds; unknown ids are fine (it may just have ended)."""
+
+    request_id: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag=True):
+    """An HTTP process is alive. Without one for a while the engine aborts that process's requests."""
+
+
+Command = Submit | Abort | Heartbeat
+
+
+class Accepted(msgspec.Struct, frozen=True, tag=True):
+    request_id: str
+
+
+class Rejected(msgspec.Struct, frozen=True, tag=True):
+    """The request will not run; `message` is one sentence for the user."""
+
+    request_id: str
+    message: str
+    code: str | None
+    param: str | None
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step added to one request. Several in a row may be merged by adding text and counts."""
+
+    request_id: str
+    text: str
+    num_tokens: int
+    finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
+    error: str | None = None  # one sentence, with finish_reason "error"
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine's state after a step; totals count from its start."""
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float  # share of blocks in use, 0..1
+    num_blocks_used: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    num_preemptions_total: int
+    num_steps_total: int
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag=True):
+    """Everything one step produced for one HTTP process, in one message."""
+
+    deltas: tuple[Delta, ...]
+    stats: EngineStats
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine found when it loaded; sent once, when it is ready."""
+
+    model_path: str
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    device: str
+    dtype: str
+    weights_hash: str  # SHA-256 over the weights, hexadecimal
+
+
+Event = Accepted | Rejected | StepOutput

@@ -1,0 +1,36 @@
+"""What a user asks of the engine. Knows nothing of torch, HTTP or how the work is done."""
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are chosen and when a choice ends. Values were checked by whoever made it."""
+
+    max_tokens: int
+    temperature: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int  # 64 bits; drawn at random when the user gave none
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt and how to continue it; immutable and serialisable, so it may cross processes."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+class RequestRejected(Exception):
+    """The engine will not run a request; str() is one sentence for the user.
+
+    `code` is the error code of the HTTP contract (for instance "context_length_exceeded").
+    """
+
+    def __init__(self, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param

@@ -1,0 +1,164 @@
+"""The shape of a ByteTransformer. Knows nothing of weights, devices or serving."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ROPE_TYPES = {"default": set(), "linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@strict
+class ByteModelConfig(PreTrainedConfig):
+    """Everything that decides what a ByteTransformer computes; validated when made.
+
+    The defaults give a ByteTransformer with XPos. With ``use_xpos=False`` and the rest left alone the model *is*
+    Llama; ``sliding_window`` makes it Mistral, ``attention_bias`` Qwen2, ``qk_norm`` Qwen3.
+
+    Args (in the groups of the fields below):
+        num_key_value_heads: heads of keys and values (grouped-query attention); None: as many as query heads.
+        head_dim: width of one head; None: hidden_size / num_attention_heads.
+        hidden_act: the gate of the MLP: "silu", "gelu" (exact) or "gelu_tanh".
+        max_position_embeddings: context length in tokens the model is meant for. No table has this length.
+        attention_bias / attention_output_bias / mlp_bias: biases on q,k,v / on o / on gate, up and down.
+        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+        sliding_window: a query at m sees keys n > m - sliding_window; None: all. In tokens.
+        layer_types: "full_attention" or "sliding_attention" for each layer; None: all alike.
+        sink_tokens: the first tokens of a sequence that windowed layers go on seeing (StreamingLLM).
+        rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn", "rope_theta": ..., ...}, as transformers.
+        use_xpos: multiply scores by the XPos decay (Sun et al. 2022); False: plain RoPE.
+        xpos_scale_base / xpos_gamma: the paper's b (in tokens) and γ.
+        xpos_learnable_scale: train the decay of each rotation pair, starting from the paper's values.
+        layer_scale_init: start value of a learned factor per channel on each branch (Touvron et al. 2021); None: off.
+        drop_path_rate: chance that a sample skips a branch in the last layer, growing linearly from 0 in the first.
+        deepnorm: norm after the sum, residual scaled by (2N)^1/4, initial weights by (8N)^-1/4 (Wang et al. 2022).
+        parallel_residual: attention and MLP read one norm and are added together.
+        attention_dropout / residual_dropout / embedding_dropout: in training only.
+
+    Raises:
+        ValueError: a value is impossible or two contradict each other; the message names the field.
+    """
+
+    model_type = "bytetransformer"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    sink_tokens: int = 0
+
+    rope_parameters: dict[str, Any] | None = None
+    use_xpos: bool = True
+    xpos_scale_base: int = 512
+    xpos_gamma: float = 0.4
+    xpos_learnable_scale: bool = False
+
+    layer_scale_init: float | None = None
+    drop_path_rate: float | int = 0.0
+    deepnorm: bool = False
+    parallel_residual: bool = False
+
+    attention_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        _require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _require_positive(self, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "xpos_scale_base", "xpos_gamma")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                    f"({self.num_attention_heads}); give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        self._check_attention()
+        self._check_training()
+        super().__post_init__(**kwargs)
+        self._check_rope()
+
+    def _check_attention(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: it is rotated in pairs")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window ({self.sliding_window}) must be at least 1, or null for no window")
+        if self.sink_tokens < 0:
+            raise ValueError(f"sink_tokens ({self.sink_tokens}) must not be negative")
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}")
+        if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
+            raise ValueError(f"layer_types holds {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention layers but sliding_window is null")
+
+    def _check_training(self) -> None:
+        for name in ("attention_dropout", "residual_dropout", "embedding_dropout", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and less than 1")
+        if self.xpos_learnable_scale and not self.use_xpos:
+            raise ValueError("xpos_learnable_scale needs use_xpos")
+
+    def _check_rope(self) -> None:
+        rope = self.rope_parameters
+        rope_type = rope["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("rope_parameters: partial_rotary_factor is not supported; every pair is rotated")
+        for name in sorted(ROPE_TYPES[rope_type] | {"rope_theta"}):
+            if not isinstance(rope.get(name), int | float) or rope[name] <= 0:
+                raise ValueError(f"rope_parameters: rope_type {rope_type} needs {name} greater than 0, got {rope.get(name)!r}")
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer in tokens; None where a layer sees everything."""
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """eos_token_id as a tuple, whatever its form."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+
+def _require_positive(config: ByteModelConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be greater than 0")
