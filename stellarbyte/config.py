@@ -6,7 +6,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-ROPE_TYPES = {"default": set(), "linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor"}, "yarn": {"factor"}}
+ROPE_TYPES = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -27,7 +32,8 @@ class ByteModelConfig(PreTrainedConfig):
         sliding_window: a query at m sees keys n > m - sliding_window; None: all. In tokens.
         layer_types: "full_attention" or "sliding_attention" for each layer; None: all alike.
         sink_tokens: the first tokens of a sequence that windowed layers go on seeing (StreamingLLM).
-        rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn", "rope_theta": ..., ...}, as transformers.
+        rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn", "rope_theta": ..., ...}, as in
+            transformers.
         use_xpos: multiply scores by the XPos decay (Sun et al. 2022); False: plain RoPE.
         xpos_scale_base / xpos_gamma: the paper's b (in tokens) and γ.
         xpos_learnable_scale: train the decay of each rotation pair, starting from the paper's values.
@@ -89,8 +95,12 @@ class ByteModelConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        _require_positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _require_positive(self, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "xpos_scale_base", "xpos_gamma")
+        _require_positive(
+            self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+        )
+        _require_positive(
+            self, "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "xpos_scale_base", "xpos_gamma"
+        )
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -107,6 +117,7 @@ class ByteModelConfig(PreTrainedConfig):
         self._check_rope()
 
     def _check_attention(self) -> None:
+        assert self.num_key_value_heads is not None and self.head_dim is not None and self.layer_types is not None
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
@@ -121,7 +132,9 @@ class ByteModelConfig(PreTrainedConfig):
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens ({self.sink_tokens}) must not be negative")
         if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}")
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"
+            )
         if unknown := sorted(set(self.layer_types) - set(LAYER_TYPES)):
             raise ValueError(f"layer_types holds {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
@@ -136,6 +149,7 @@ class ByteModelConfig(PreTrainedConfig):
 
     def _check_rope(self) -> None:
         rope = self.rope_parameters
+        assert rope is not None  # the base class filled it in
         rope_type = rope["rope_type"]
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
@@ -143,11 +157,14 @@ class ByteModelConfig(PreTrainedConfig):
             raise ValueError("rope_parameters: partial_rotary_factor is not supported; every pair is rotated")
         for name in sorted(ROPE_TYPES[rope_type] | {"rope_theta"}):
             if not isinstance(rope.get(name), int | float) or rope[name] <= 0:
-                raise ValueError(f"rope_parameters: rope_type {rope_type} needs {name} greater than 0, got {rope.get(name)!r}")
+                raise ValueError(
+                    f"rope_parameters: rope_type {rope_type} needs {name} greater than 0, got {rope.get(name)!r}"
+                )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer in tokens; None where a layer sees everything."""
+        assert self.layer_types is not None
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
     @property

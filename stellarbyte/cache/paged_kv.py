@@ -1,0 +1,60 @@
+"""The serving cache: blocks of keys and values, keys rotated relative to their block's base position.
+
+A block whose first token stands at P keeps k_n · e^{i(n-P)θ} · ζ^(-(n-P)/b). Offsets stay below the block size, so
+the stored numbers are exact at any position, and moving a block is changing its base (numerics: "Keys are stored
+relative to their block"). Which block belongs to whom is the scheduler's business.
+"""
+
+import torch
+
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.kernels import reference
+from stellarbyte.model.xpos import XPosRotaryEmbedding
+
+# L layers, B blocks, S block size, K key/value heads, D head dim, T tokens, H query heads
+
+
+class PagedKVCache:
+    """Keys and values of every sequence: two tensors [L, B, S, K, D]."""
+
+    def __init__(
+        self, config: ByteModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills both in
+        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        self.keys_LBSKD = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LBSKD = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    @staticmethod
+    def bytes_per_token(config: ByteModelConfig, dtype: torch.dtype) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+class PagedAttention:
+    """The `attend` of one serving step: writes the step's keys to their blocks, then reads what each query sees."""
+
+    def __init__(
+        self, config: ByteModelConfig, rotary: XPosRotaryEmbedding, cache: PagedKVCache, batch: ForwardBatch
+    ) -> None:
+        self.config = config
+        self.rotary = rotary
+        self.cache = cache
+        self.batch = batch
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys_BSKD, values_BSKD = self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer]
+        k_relative = self.rotary.rotate_keys(k, self.batch.offsets_T, self.cache.block_size)
+        reference.write_kv(keys_BSKD, values_BSKD, self.batch.slots_T, k_relative, v)
+        return reference.paged_attention(
+            q,
+            keys_BSKD,
+            values_BSKD,
+            self.batch,
+            self.rotary,
+            window=self.config.windows[layer],
+            sink_tokens=self.config.sink_tokens,
+        )

@@ -1,0 +1,28 @@
+"""One serving step as the model sees it: tokens of many sequences in a flat row. Knows no requests."""
+
+from dataclasses import dataclass
+
+import torch
+
+# T tokens of this step, N sequences, M blocks of the longest table, R rows that sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """T tokens of N sequences, one sequence after the other, positions rising within each.
+
+    A sequence's block table lists its sink blocks first, then its other live blocks in order. Positions may be any
+    size; only distances enter the arithmetic.
+    """
+
+    token_ids_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, in the token's own sequence
+    slots_T: torch.Tensor  # int64, block · block_size + offset: where the token's key and value are written
+    offsets_T: torch.Tensor  # int64, position - base of its block
+    query_starts: tuple[int, ...]  # N + 1: tokens of sequence i are query_starts[i]:query_starts[i + 1]
+    block_tables_NM: torch.Tensor  # int64, block ids
+    block_bases_NM: torch.Tensor  # int64, position of each block's first token
+    num_blocks: tuple[int, ...]  # N: how many entries of each table count
+    num_sink_blocks: tuple[int, ...]  # N: how many of them, at the front, hold sinks
+    reach: int  # no query is further than this from a base it meets, in tokens
+    logits_rows: torch.Tensor  # int64 [R], tokens whose next token is wanted

@@ -1,0 +1,1 @@
+"""Attention and other kernels; reference.py is the readable truth."""

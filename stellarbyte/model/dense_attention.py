@@ -1,0 +1,162 @@
+"""Attention over whole sequences, for training, `forward` and `generate`. Knows no paged cache.
+
+Visibility and distances are those of the numerics: a query at m sees the keys n ≤ m inside the layer's window and
+the first `sink_tokens` of the sequence, whose distance never exceeds what the window allows.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from stellarbyte.cache.relative import RelativeCache
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.xpos import XPosRotaryEmbedding
+
+# B sequences, T queries, S keys, H query heads, K key/value heads, D head dim
+
+XPOS_CHUNK = 2048  # queries that share a base: ζ^(-offset/b) of their own keys stays below 1e3 with the paper's values
+
+
+class DenseAttention:
+    """The `attend` of one forward over [B, T] tokens.
+
+    Args:
+        positions_BT: position of each token in its sequence; -1 for padding, which nothing sees.
+        has_padding: whether any position is -1.
+        max_position: largest position in the batch.
+        cache: extended by every layer; None: the T tokens are all there is.
+        implementation: "sdpa", or "eager" for the readable form.
+        dropout: of attention weights; 0 outside training.
+    """
+
+    def __init__(
+        self,
+        config: ByteModelConfig,
+        rotary: XPosRotaryEmbedding,
+        positions_BT: torch.Tensor,
+        *,
+        has_padding: bool,
+        max_position: int,
+        cache: RelativeCache | None,
+        implementation: str,
+        dropout: float,
+    ) -> None:
+        self.config = config
+        self.rotary = rotary
+        self.positions_BT = positions_BT
+        self.has_padding = has_padding
+        self.max_position = max_position
+        self.cache = cache
+        self.softmax_attention = sdpa if implementation == "sdpa" else eager
+        self.dropout = dropout
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q_BTHD, k_BSKD, v_BSKD, key_positions_BS = q, k, v, self.positions_BT
+        if self.cache is not None:
+            held = self.cache.layers[layer]
+            k_BKSD, v_BKSD = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=self.positions_BT)
+            k_BSKD, v_BSKD, key_positions_BS = k_BKSD.transpose(1, 2), v_BKSD.transpose(1, 2), held.positions
+        length = q_BTHD.shape[1]
+        # Plain rotations may share one base however long the sequence is; XPos factors may not.
+        chunk = min(length, XPOS_CHUNK) if self.config.use_xpos else length
+        outputs = []
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            num_keys = k_BSKD.shape[1] - (length - stop)  # keys after the chunk's last query are in its future
+            outputs.append(
+                self._attend_chunk(
+                    self.config.windows[layer],
+                    q_BTHD[:, start:stop],
+                    self.positions_BT[:, start:stop],
+                    k_BSKD[:, :num_keys],
+                    v_BSKD[:, :num_keys],
+                    key_positions_BS[:, :num_keys],
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _attend_chunk(
+        self,
+        window: int | None,
+        q_BTHD: torch.Tensor,
+        query_positions_BT: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        key_positions_BS: torch.Tensor,
+    ) -> torch.Tensor:
+        rotary, reach = self.rotary, self.max_position + 1
+        base_B1 = query_positions_BT[:, :1].clamp(min=0)
+        q = rotary.rotate_queries(q_BTHD, query_positions_BT - base_B1, reach)
+        k = rotary.rotate_keys(k_BSKD, key_positions_BS - base_B1, reach)
+        if window is not None and 0 < self.config.sink_tokens and self.max_position >= window:
+            q, k = self._with_sinks(window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
+        visible = self._visible(window, query_positions_BT, key_positions_BS)
+        scale = rotary.score_scale
+        return self.softmax_attention(q, k, v_BSKD, visible, scale, self.dropout)
+
+    def _with_sinks(
+        self,
+        window: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_BTHD: torch.Tensor,
+        query_positions_BT: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        key_positions_BS: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of width 2D: the second half holds the sinks' own distances, the first all other keys'."""
+        sinks = self.config.sink_tokens
+        is_sink = ((key_positions_BS >= 0) & (key_positions_BS < sinks))[:, :, None, None]
+        capped = query_positions_BT.clamp(max=window + sinks - 1)
+        reach = self.max_position + 1
+        q_sink = self.rotary.rotate_queries(q_BTHD, capped, reach)
+        k_sink = self.rotary.rotate_keys(k_BSKD, key_positions_BS.clamp(max=sinks), reach)
+        return torch.cat((q, q_sink), -1), torch.cat((k.masked_fill(is_sink, 0), k_sink.masked_fill(~is_sink, 0)), -1)
+
+    def _visible(self, window: int | None, queries_BT: torch.Tensor, keys_BS: torch.Tensor) -> torch.Tensor | None:
+        """[B, 1, T, S] true where a query sees a key; None where that is plain causal attention."""
+        length, num_keys = queries_BT.shape[1], keys_BS.shape[1]
+        if not self.has_padding and (window is None or self.max_position < window) and (length in (1, num_keys)):
+            return None
+        m, n = queries_BT[:, :, None], keys_BS[:, None, :]
+        visible = (n >= 0) & (n <= m)
+        if window is not None:
+            visible &= (n > m - window) | (n < self.config.sink_tokens)
+        if self.has_padding:  # a padding query sees all padding, so that no row of the softmax is empty
+            visible |= (m < 0) & (n < 0)
+        return visible[:, None]
+
+
+def sdpa(
+    q_BTHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """torch's fused attention; `visible` None: causal, or everything for a single query. Returns [B, T, H, D]."""
+    q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
+    causal = visible is None and q.shape[2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, visible, dropout, causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def eager(
+    q_BTHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """`sdpa` spelled out, softmax in float32."""
+    groups = q_BTHD.shape[2] // k_BSKD.shape[2]
+    k, v = k_BSKD.repeat_interleave(groups, dim=2), v_BSKD.repeat_interleave(groups, dim=2)
+    scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k).float() * scale
+    if visible is None and q_BTHD.shape[1] > 1:
+        visible = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()
+    if visible is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~visible, float("-inf"))
+    weights = F.dropout(scores_BHTS.softmax(dim=-1).to(v.dtype), dropout)
+    return torch.einsum("bhts,bshd->bthd", weights, v)

@@ -1,0 +1,238 @@
+"""ByteTransformer: the decoder and its language-model head, as a transformers model. Knows nothing of serving."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention
+from stellarbyte.model.dense_attention import DenseAttention
+from stellarbyte.model.mlp import ByteMLP
+from stellarbyte.model.norm import ByteRMSNorm
+from stellarbyte.model.residual import LayerScale, Residual, deepnorm_beta
+from stellarbyte.model.xpos import XPosRotaryEmbedding
+
+# B sequences, T tokens, V vocabulary, L layers, K key/value heads, S past tokens, D head dim
+
+
+class ByteDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP around the residual stream, one after the other or in parallel."""
+
+    def __init__(self, config: ByteModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = ByteMultiHeadSelfAttention(config, layer)
+        self.mlp = ByteMLP(config)
+        self.input_layernorm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = (
+            None if config.parallel_residual else ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        )
+        start = config.layer_scale_init
+        self.attention_scale = None if start is None else LayerScale(config.hidden_size, start)
+        self.mlp_scale = None if start is None else LayerScale(config.hidden_size, start)
+        self.residual = Residual(config, layer)
+        attention, mlp = self.self_attn, self.mlp
+        for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear.init_gain = deepnorm_beta(config)  # read by `_init_weights`
+
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""
+
+        def attention(y: torch.Tensor) -> torch.Tensor:
+            y = self.self_attn(y, attend)
+            return y if self.attention_scale is None else self.attention_scale(y)
+
+        def mlp(y: torch.Tensor) -> torch.Tensor:
+            y = self.mlp(y)
+            return y if self.mlp_scale is None else self.mlp_scale(y)
+
+        if self.post_attention_layernorm is None:
+            return self.residual(x, lambda y: attention(y) + mlp(y), self.input_layernorm)
+        x = self.residual(x, attention, self.input_layernorm)
+        return self.residual(x, mlp, self.post_attention_layernorm)
+
+
+class ByteDecoder(nn.Module):
+    """Embedding, layers and final norm. The same module trains on [B, T] and serves a flat row of tokens [T]."""
+
+    def __init__(self, config: ByteModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(ByteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = XPosRotaryEmbedding(config)
+
+    def forward(self, embeddings: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """[..., hidden] token embeddings → [..., hidden] after the final norm."""
+        x = self.dropout(embeddings)
+        for layer in self.layers:
+            x = layer(x, attend)
+        return self.norm(x)
+
+
+class ByteTransformer(PreTrainedModel, GenerationMixin):
+    """A causal language model; with parts switched off in its config it is Llama, Mistral, Qwen2 or Qwen3."""
+
+    config_class = ByteModelConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["ByteDecoderLayer"]
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _supports_sdpa = True
+
+    def __init__(self, config: ByteModelConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.model = ByteDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: RelativeCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **loss_arguments: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of whole sequences, or of their continuation after `past_key_values`.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
+            attention_mask: [B, past + T], 0 for padding on either side.
+            position_ids: [B, T]; default: counted from the attention mask.
+            labels: [B, T]; the loss is the mean over positions whose next label is not -100.
+            use_cache: return `past_key_values` for the next call; default: `config.use_cache` outside training.
+            logits_to_keep: logits of the last so many tokens only; 0: of all.
+            loss_arguments: passed to transformers' causal language-model loss (for instance num_items_in_batch).
+
+        Returns:
+            logits [B, T, V] in the model's dtype, loss or None, past_key_values or None.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache)
+        attend = self._dense_attention(embeddings, attention_mask, position_ids, cache)
+        hidden = self.model(embeddings, attend)
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    def _cache(self, given: RelativeCache | None, use_cache: bool | None) -> RelativeCache | None:
+        if self.training and self.model.layers[0].gradient_checkpointing:
+            return None  # a layer runs twice there and would extend the cache twice
+        if isinstance(given, RelativeCache):
+            return given
+        if given is not None and given.get_seq_length() > 0:
+            raise ValueError(f"past_key_values must be a RelativeCache, got {type(given).__name__}")
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        return RelativeCache(self.config) if wanted else None
+
+    def _dense_attention(
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: RelativeCache | None,
+    ) -> DenseAttention:
+        batch, length = embeddings.shape[:2]
+        seen = 0 if cache is None else cache.get_seq_length()
+        has_padding = False
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, seen + length):
+                raise ValueError(
+                    f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch, seen + length]} "
+                    "(tokens already in the cache count)"
+                )
+            has_padding = not bool(attention_mask.all())
+        if has_padding:
+            assert attention_mask is not None
+            counted = attention_mask.long().cumsum(-1) - 1 if position_ids is None else position_ids
+            positions = counted[:, -length:].masked_fill(attention_mask[:, -length:] == 0, -1)
+        elif position_ids is not None:
+            positions = position_ids.expand(batch, -1)
+        else:
+            positions = torch.arange(seen, seen + length, device=embeddings.device).expand(batch, -1)
+        max_position = seen + length - 1 if position_ids is None else int(positions.max())
+        return DenseAttention(
+            self.config,
+            self.model.rotary,
+            positions,
+            has_padding=has_padding,
+            max_position=max(max_position, 0),
+            cache=cache,
+            implementation=self.config._attn_implementation or "sdpa",
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+        """`generate` starts from our cache: transformers' default one would keep absolute rotations and drop sinks."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError("cache_implementation is not supported: a ByteTransformer brings its own cache")
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = RelativeCache(self.config)
+
+    @torch.no_grad()
+    def forward_step(
+        self, x_t: torch.Tensor, past_k: torch.Tensor | None = None, past_v: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decode one token with the keys and values held by the caller.
+
+        Args:
+            x_t: [B, 1] token ids.
+            past_k, past_v: [L, B, K, S, D] as returned by the previous step; None at the start. Keys are not rotated.
+
+        Returns:
+            (logits [B, 1, V], new_k, new_v) with S + 1 tokens, or, once every layer has a window, with the sinks and
+            the last window - 1 tokens. Scores depend on distances only and the sinks' distance is capped by the
+            window, so what is dropped changes no later result: a token's index here serves as its position.
+        """
+        if (past_k is None) != (past_v is None):
+            raise ValueError("give both past_k and past_v, or neither")
+        cache = RelativeCache(self.config, alike=True)
+        if past_k is not None and past_v is not None:
+            for layer, k, v in zip(cache.layers, past_k, past_v, strict=True):
+                layer.update(k, v)
+        logits = self(x_t, past_key_values=cache).logits
+        layers: list[RelativeCacheLayer] = cache.layers
+        index = layers[0].visible_later()
+        for layer in layers:
+            layer.keep(index)
+        keys, values = zip(*[(layer.keys, layer.values) for layer in layers], strict=True)
+        return logits, torch.stack(keys), torch.stack(values)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights of `initializer_range`; DeepNorm's gain on value, output and MLP projections."""
+        match module:
+            case nn.Linear():
+                std = self.config.initializer_range * getattr(module, "init_gain", 1.0)
+                init.normal_(module.weight, mean=0.0, std=std)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+            case nn.Embedding():
+                init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            case ByteRMSNorm():
+                init.ones_(module.weight)
+            case LayerScale():
+                init.constant_(module.weight, module.start)
+            case XPosRotaryEmbedding():
+                if module.raw_decay is not None and not getattr(module.raw_decay, "_is_hf_initialized", False):
+                    module.reset_parameters()
+
+
+AutoConfig.register(ByteModelConfig.model_type, ByteModelConfig)
+AutoModelForCausalLM.register(ByteModelConfig, ByteTransformer)

@@ -1,0 +1,41 @@
+"""Small random ByteTransformers for tests, with weights large enough that every part of the model matters."""
+
+import random
+from typing import Any
+
+import torch
+
+from stellarbyte import ByteModelConfig, ByteTransformer
+
+VOCABULARY = 97
+
+
+def make_config(**overrides: Any) -> ByteModelConfig:
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "xpos_scale_base": 32,
+    }
+    return ByteModelConfig(**(settings | overrides))
+
+
+def make_model(seed: int = 0, **overrides: Any) -> ByteTransformer:
+    """A model in evaluation mode whose norms and biases are random too."""
+    torch.manual_seed(seed)
+    model = ByteTransformer(make_config(**overrides)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name or name.endswith("_scale.weight"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def random_tokens(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(VOCABULARY), k=length)
