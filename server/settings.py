@@ -1,6 +1,102 @@
-"""The server's settings: frozen, made once from flags and environment, never changed after. Knows no torch."""
+"""The server's settings: frozen, made once from flags and environment, never changed after. Knows no torch.
 
+Every field of `EngineSettings` and `ServerSettings` but `engine` is a flag (`max_model_len` is `--max-model-len`) and a
+variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+DEMO_MODEL = "demo"
+DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
+
+_BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class SettingsError(ValueError):
+    """A flag or variable cannot be used; str() is one sentence for the user."""
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers between `minimum` and `maximum`, both included."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
+        if value is None or value < minimum or (maximum is not None and value > maximum):
+            limit = f"of at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+            raise SettingsError(f"{text!r} is not a whole number {limit}")
+        return value
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise SettingsError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def not_empty(text: str) -> str:
+    if not text.strip():
+        raise SettingsError("the value is empty")
+    return text
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise SettingsError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 86_400:
+        raise SettingsError(f"{text!r} is not a number of seconds between 0 and 86400")
+    return value
+
+
+def byte_count(text: str) -> int:
+    """Bytes, plain or with a unit: 500000000, 512MiB, 2GiB, 1.5GB."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip())
+    unit = _BYTE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise SettingsError(f"{text!r} is not a number of bytes (such as 500000000, 512MiB or 2GiB)")
+    return int(float(match[1]) * unit)
+
+
+def byte_count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else byte_count(text)
+
+
+def existing_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise SettingsError(f"there is no file {text!r}")
+    return text
+
+
+def window_size(text: str) -> int | None:
+    return None if text == "none" else whole_number(1)(text)
+
+
+def option(parse: Callable[[str], Any], metavar: str, help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field that is also a flag; `parse` raises SettingsError."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,14 +106,121 @@ class EngineSettings:
     None means "decide from the model or the machine"; what was decided is reported in `EngineInfo`, never written here.
     """
 
-    model: str  # folder of a ByteTransformer checkpoint
-    device: str = "auto"  # auto, cpu, cuda
-    dtype: str = "auto"  # auto, float32, bfloat16
-    max_model_len: int | None = None  # tokens of prompt and answer together; None: the model's own
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
-    kv_cache_memory: int | None = None  # bytes; None: by what is free
-    gpu_memory_utilization: float = 0.9
-    block_size: int = 16
-    sliding_window: int | None | str = "model"  # "model": as the checkpoint says; None: no window
-    sink_tokens: int | None = None  # None: as the checkpoint says
+    model: str = option(
+        not_empty, "PATH|demo", "folder of a converted model; demo: a small model that comes with the install"
+    )
+    device: str = option(one_of("auto", "cpu", "cuda"), "auto|cpu|cuda", "where the model runs", "auto")
+    dtype: str = option(
+        one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "number format of weights and cache", "auto"
+    )
+    max_model_len: int | None = option(
+        whole_number(1), "N", "most tokens of prompt and answer together (default: the model's own limit)", None
+    )
+    max_num_seqs: int = option(whole_number(1), "N", "most requests that run at once", 64)
+    max_num_batched_tokens: int = option(whole_number(1), "N", "most tokens computed in one step", 2048)
+    kv_cache_memory: int | None = option(
+        byte_count_or_auto, "BYTES|auto", "memory for keys and values, such as 2GiB (default: by what is free)", None
+    )
+    gpu_memory_utilization: float = option(
+        share, "SHARE", "share of the GPU's memory to use when --kv-cache-memory is auto", 0.9
+    )
+    block_size: int = option(whole_number(1, 1024), "N", "tokens in one block of the cache", 16)
+    sliding_window: int | str | None = option(
+        window_size, "N|none", "tokens each layer looks back (default: as the model says)", "model"
+    )  # "model": as the checkpoint says; None: no window
+    sink_tokens: int | None = option(
+        whole_number(0), "N", "first tokens kept in view of a sliding window (default: as the model says)", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """What the HTTP process needs, and the engine's settings."""
+
+    engine: EngineSettings
+    served_model_name: str | None = option(
+        not_empty, "NAME", "name of the model in the API (default: its folder's name)", None
+    )
+    host: str = option(not_empty, "HOST", "address to listen on", "127.0.0.1")
+    port: int = option(whole_number(1, 65535), "PORT", "port to listen on", 8000)
+    chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
+    max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
+    shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
+    unknown_fields: str = option(
+        one_of("error", "warn"),
+        "error|warn",
+        "a request field that is unknown or not supported: refuse the request, or answer and name it in a header",
+        "error",
+    )
+    log_level: str = option(
+        one_of("debug", "info", "warning", "error"), "debug|info|warning|error", "least important message shown", "info"
+    )
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        if self.engine.model == DEMO_MODEL:
+            return DEMO_MODEL_NAME
+        return Path(self.engine.model).resolve().name
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists the flags)")
+
+
+def _options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
+    return (field for field in dataclasses.fields(settings_class) if "parse" in field.metadata)
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stellarbyte-server",
+        description="Serve a model over an OpenAI-compatible HTTP API.",
+        epilog="Each flag is also an environment variable: --port is STELLARBYTE_PORT. The flag wins.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for title, settings_class in (("model and engine", EngineSettings), ("server", ServerSettings)):
+        group = parser.add_argument_group(title)
+        for field in _options(settings_class):
+            shown = DEMO_MODEL if field.name == "model" else field.default
+            text = field.metadata["help"]
+            if shown is not None and "(default:" not in text:
+                text += f" (default: {shown})"
+            group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text.replace("%", "%%"))
+    return parser
+
+
+def _parsed(field: dataclasses.Field[Any], source: str, text: str) -> Any:
+    try:
+        return field.metadata["parse"](text)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from None
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
+    """Settings from command-line `arguments` and `environment`; SettingsError when one cannot be used.
+
+    `--help` prints and ends the process, as argparse does.
+    """
+    given = vars(_make_parser().parse_args(arguments))
+
+    def values(settings_class: type) -> dict[str, Any]:
+        found = {}
+        for field in _options(settings_class):
+            variable = f"STELLARBYTE_{field.name.upper()}"
+            if field.name in given:
+                found[field.name] = _parsed(field, _flag(field), given[field.name])
+            elif variable in environment:
+                found[field.name] = _parsed(field, variable, environment[variable])
+        return found
+
+    engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
+    return ServerSettings(engine=engine, **values(ServerSettings))

@@ -25,7 +25,7 @@ log = logging.getLogger("stellarbyte.engine")
 AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
 
 
-class StartupError(Exception):
+class StartupError(ValueError):
     """The engine cannot start with these settings; str() is one sentence for the user."""
 
 

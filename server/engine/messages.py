@@ -2,11 +2,17 @@
 
 An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
 each direction. Everything is plain data: nothing that is received can run code.
+
+Before that, the process that starts the engine writes one `EngineStart` as a line of JSON to its stdin, and reads one
+`EngineReady` or `EngineFailed` from its stdout. The engine lives as long as its stdin is open.
 """
 
 import msgspec
 
 from server.engine.request import GenerationRequest
+from server.settings import EngineSettings
+
+HEARTBEAT_INTERVAL_S = 1.0  # each side lets the other hear from it at least this often
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -85,3 +91,21 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Event = Accepted | Rejected | StepOutput
+
+
+class EngineStart(msgspec.Struct, frozen=True):
+    """What an engine process is told when it starts."""
+
+    settings: EngineSettings
+    endpoint: str  # ZeroMQ address to bind
+    log_level: str
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):
+    info: EngineInfo
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag_field="state", tag="failed"):
+    """The engine could not start; `message` is one sentence for the user."""
+
+    message: str

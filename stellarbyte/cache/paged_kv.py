@@ -5,6 +5,9 @@ the stored numbers are exact at any position, and moving a block is changing its
 relative to their block"). Which block belongs to whom is the scheduler's business.
 """
 
+import math
+
+import numpy as np
 import torch
 
 from stellarbyte.config import ByteModelConfig
@@ -23,8 +26,8 @@ class PagedKVCache:
     ) -> None:
         assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills both in
         shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        self.keys_LBSKD = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LBSKD = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys_LBSKD = _zeros(shape, dtype, device)
+        self.values_LBSKD = _zeros(shape, dtype, device)
         self.block_size = block_size
 
     @staticmethod
@@ -32,6 +35,14 @@ class PagedKVCache:
         """Bytes of one token's keys and values over all layers."""
         assert config.num_key_value_heads is not None and config.head_dim is not None
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros that, on the CPU, take memory only once they are written: torch.zeros would touch every page at start."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    untouched = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(untouched).view(dtype).view(shape)
 
 
 class PagedAttention:

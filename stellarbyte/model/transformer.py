@@ -38,7 +38,7 @@ class ByteDecoderLayer(GradientCheckpointingLayer):
         self.residual = Residual(config, layer)
         attention, mlp = self.self_attn, self.mlp
         for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            linear.init_gain = deepnorm_beta(config)  # read by `_init_weights`
+            linear.init_gain = deepnorm_beta(config)  # type: ignore[assignment]  # read by `_init_weights`
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
         """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""

@@ -1,0 +1,43 @@
+"""Work that is given up when the client leaves. Knows nothing of what the work is."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+T = TypeVar("T")
+
+CLIENT_CLOSED_REQUEST = 499  # nobody receives it; it is for the log
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before it was answered."""
+
+
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves (ClientLeft). The body must have been read."""
+    working = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientLeft
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def answer_client_left(request: Request, error: Exception) -> Response:
+    """Exception handler for ClientLeft and starlette's ClientDisconnect."""
+    del request, error
+    return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -1,0 +1,108 @@
+"""Errors as the API shows them: always and only {"error": {message, type, param, code}}."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from server.engine.client import EngineDead
+from server.engine.request import RequestRejected
+
+_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is answered with an error; str() is one sentence for the user."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    def content(self) -> dict[str, Any]:
+        return error_content(self.status, str(self), self.param, self.code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.content(), self.status, self.headers)
+
+
+def error_content(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of an error response, which is also the last event of a stream that failed."""
+    fallback = "server_error" if status >= 500 else "invalid_request_error"
+    return {
+        "error": {"message": message, "type": _TYPES.get(HTTPStatus(status), fallback), "param": param, "code": code}
+    }
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_engine(error: RequestRejected | EngineDead) -> ApiError:
+    """What the engine's refusal means to the user."""
+    if isinstance(error, EngineDead):
+        return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "5"})
+    return bad_request(str(error), error.param, error.code)
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first thing wrong with a body, as one sentence that names the field."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return bad_request(f"The body is not valid JSON: {first['ctx']['error']}.")
+    param = _path(first["loc"])
+    if not param:
+        return bad_request("The body must be a JSON object.")
+    if first["type"] == "missing":
+        return bad_request(f"The field '{param}' is required.", param)
+    return bad_request(f"The field '{param}' is not valid: {_lower_first(first['msg'])}.", param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") as messages[0].role."""
+    path = ""
+    for step in location:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
+    return path
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:].rstrip(".")
+
+
+async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for ApiError."""
+    del request
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for what the framework itself refuses: unknown routes and methods."""
+    assert isinstance(error, HTTPException)
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"There is no route {request.url.path}."
+    elif error.status_code == 405:
+        message = f"The method {request.method} is not allowed for {request.url.path}."
+    return ApiError(error.status_code, message, headers=error.headers).response()

@@ -1,0 +1,44 @@
+"""GET /health, /ready, /version and /metrics: for those who run the server."""
+
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from server.api.errors import ApiError
+from server.api.service import Service, ServiceOfRequest
+from server.metrics import render_metrics
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(service: ServiceOfRequest) -> dict[str, str]:
+    """200 while the engine makes progress."""
+    _require_healthy(service)
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(service: ServiceOfRequest) -> dict[str, str]:
+    """200 when requests can be answered. Routes exist only once the model is loaded, and not while shutting down."""
+    _require_healthy(service)
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": version("stellarbyte")}
+
+
+@router.get("/metrics")
+async def metrics(service: ServiceOfRequest) -> Response:
+    content = render_metrics(service.client.stats, service.settings.model_name)
+    return Response(content, media_type=CONTENT_TYPE_LATEST)
+
+
+def _require_healthy(service: Service) -> None:
+    reason = service.client.health()
+    if reason is not None:
+        raise ApiError(503, reason, code="engine_unavailable", headers={"Retry-After": "5"})

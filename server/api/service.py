@@ -1,0 +1,70 @@
+"""What every route needs, made once when the engine is ready. Knows no routes."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from server.engine.client import EngineClient
+from server.engine.messages import EngineInfo
+from server.settings import ServerSettings
+from server.tokenizer import PromptTokenizer, load_prompt_tokenizer, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What a request that does not say gets; from the model's generation_config.json."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    @classmethod
+    def load(cls, model_path: Path) -> "SamplingDefaults":
+        """ValueError when the file is broken or a value makes no sense."""
+        file = model_path / "generation_config.json"
+        config = read_json(file)
+        defaults = cls(**{name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None})
+        for name, value in vars(defaults).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ValueError(f"{file}: {name} is {value!r}, which is no number of at least 0")
+        return defaults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """The served model and the way to its engine."""
+
+    settings: ServerSettings
+    client: EngineClient
+    info: EngineInfo
+    tokenizer: PromptTokenizer
+    defaults: SamplingDefaults
+    started_at: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same request may be answered differently: other weights, other numbers."""
+        return f"fp_{self.info.weights_hash[:12]}_{self.info.dtype}"
+
+
+def load_service(settings: ServerSettings, client: EngineClient) -> Service:
+    """Read what HTTP needs of the model's folder once the engine has started; ValueError or OSError when it cannot."""
+    model_path = Path(client.info.model_path)
+    return Service(
+        settings=settings,
+        client=client,
+        info=client.info,
+        tokenizer=load_prompt_tokenizer(model_path, settings.chat_template),
+        defaults=SamplingDefaults.load(model_path),
+    )
+
+
+def _service(request: Request) -> Any:
+    return request.app.state.service
+
+
+ServiceOfRequest = Annotated[Service, Depends(_service)]

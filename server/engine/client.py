@@ -1,0 +1,238 @@
+"""What an HTTP process sees of the engine: requests go in, streams of deltas come out. Knows no HTTP and no model.
+
+Everything here runs on one event loop. One task reads all messages and hands each stream its deltas; a stream that is
+read slowly gets several deltas merged into one, so it never holds more than one answer's text.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.engine.launch import EngineProcess
+from server.engine.messages import (
+    HEARTBEAT_INTERVAL_S,
+    Abort,
+    Accepted,
+    Command,
+    Delta,
+    EngineInfo,
+    EngineStats,
+    Event,
+    Heartbeat,
+    Rejected,
+    StepOutput,
+    Submit,
+)
+from server.engine.request import GenerationRequest, RequestRejected
+
+logger = logging.getLogger("server.client")
+
+STALL_LIMIT_S = 10.0
+_ENDED = "The engine process ended."
+_NO_STATS = EngineStats(
+    num_running=0,
+    num_waiting=0,
+    kv_cache_usage=0.0,
+    num_blocks_used=0,
+    prompt_tokens_total=0,
+    generation_tokens_total=0,
+    num_preemptions_total=0,
+    num_steps_total=0,
+)
+
+
+class EngineDead(Exception):
+    """The engine process has ended; str() is one sentence for the user."""
+
+
+class DeltaStream:
+    """The answer to one request: an async iterator of deltas, the last of which has a finish_reason.
+
+    Read by one task. `close` it in any case: that aborts a request which has not ended.
+    """
+
+    def __init__(self, client: "EngineClient", request_id: str) -> None:
+        self.request_id = request_id
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._client = client
+        self._texts: list[str] = []
+        self._num_tokens = 0
+        self._last: Delta | None = None  # the newest delta that was not read
+        self._ended = False  # the last delta has arrived
+        self._reader: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> "DeltaStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        while self._last is None:
+            if self._ended:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        last, self._last = self._last, None
+        if len(self._texts) == 1:
+            self._texts.clear()
+            self._num_tokens = 0
+            return last
+        text, num_tokens = "".join(self._texts), self._num_tokens
+        self._texts.clear()
+        self._num_tokens = 0
+        return msgspec.structs.replace(last, text=text, num_tokens=num_tokens)
+
+    def close(self) -> None:
+        """Say that no more will be read; aborts the request unless it has ended. May be called twice."""
+        if not self._ended:
+            self._ended = True
+            self._client.abort(self.request_id)
+
+    def add(self, delta: Delta) -> None:
+        """Called by the client with each delta as it arrives."""
+        self._texts.append(delta.text)
+        self._num_tokens += delta.num_tokens
+        self._last = delta
+        if delta.finish_reason is not None:
+            self._ended = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+class EngineClient:
+    """The connection to one engine process.
+
+    `info` is known once `start` has returned, `stats` are the newest the engine sent (at most about a second old while
+    it lives).
+    """
+
+    info: EngineInfo
+
+    def __init__(self, process: EngineProcess) -> None:
+        self.stats = _NO_STATS
+        self.dead = asyncio.Event()  # the engine process has ended
+        self._process = process
+        self._streams: dict[str, DeltaStream] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._progress_at_s = time.monotonic()
+
+    async def start(self) -> EngineInfo:
+        """Wait until the engine is ready and connect to it; EngineStartError when it could not start.
+
+        Once it has returned, `close` must be called: a ZeroMQ context that is not closed holds up the interpreter.
+        """
+        self.info = await self._process.ready()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(self._process.endpoint)
+        self._progress_at_s = time.monotonic()
+        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._watch)]
+        return self.info
+
+    async def close(self) -> None:
+        """Close the connection; open streams end with an error. The process itself is left alone."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.end_streams("The server is shutting down.")
+        self._context.destroy(linger=0)
+
+    async def submit(self, request: GenerationRequest) -> DeltaStream:
+        """Hand a request to the engine and wait until it is accepted.
+
+        Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the request is aborted.
+        """
+        if self.dead.is_set():
+            raise EngineDead(_ENDED)
+        stream = DeltaStream(self, request.request_id)
+        self._streams[request.request_id] = stream
+        self._send(Submit(request))
+        try:
+            await stream.accepted
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, wherever it is; unknown ids are fine."""
+        if self._streams.pop(request_id, None) is not None and not self.dead.is_set():
+            self._send(Abort(request_id))
+
+    def health(self) -> str | None:
+        """None while the engine makes progress, else one sentence on what is wrong."""
+        if self.dead.is_set():
+            return _ENDED
+        if time.monotonic() - self._progress_at_s > STALL_LIMIT_S:
+            return f"No step of the engine has ended for {STALL_LIMIT_S:.0f} s although work is waiting."
+        return None
+
+    def _send(self, command: Command) -> None:
+        self._socket.send(self._encoder.encode(command))  # sent at once: the queue has no limit
+
+    async def _read(self) -> None:
+        while True:
+            self._receive(self._decoder.decode(await self._socket.recv()))
+
+    def _receive(self, event: Event) -> None:
+        if isinstance(event, StepOutput):
+            self._note_progress(event.stats)
+            for delta in event.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is None:
+                    continue  # aborted meanwhile
+                if delta.finish_reason is not None:
+                    del self._streams[delta.request_id]
+                stream.add(delta)
+        elif isinstance(event, Accepted):
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                _resolve(stream.accepted, None)
+        elif isinstance(event, Rejected):
+            stream = self._streams.pop(event.request_id, None)
+            if stream is not None:
+                _resolve(stream.accepted, RequestRejected(event.message, event.code, event.param))
+
+    def _note_progress(self, stats: EngineStats) -> None:
+        if stats.num_steps_total != self.stats.num_steps_total or stats.num_running + stats.num_waiting == 0:
+            self._progress_at_s = time.monotonic()
+        self.stats = stats
+
+    async def _send_heartbeats(self) -> None:
+        while True:
+            self._send(Heartbeat())
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    async def _watch(self) -> None:
+        how = await self._process.ended()
+        logger.error("the engine process ended (%s)", how)
+        with contextlib.suppress(asyncio.TimeoutError):  # what it still sent says more than we can
+            async with asyncio.timeout(0.1):
+                while self._streams:
+                    await asyncio.sleep(0.01)
+        self.dead.set()
+        self.end_streams(_ENDED)
+
+    def end_streams(self, message: str) -> None:
+        """Give every open stream an error as its last delta."""
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            _resolve(stream.accepted, EngineDead(message))
+            stream.add(Delta(request_id=request_id, text="", num_tokens=0, finish_reason="error", error=message))
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    """Complete a future that may have been completed or cancelled already."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)

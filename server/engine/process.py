@@ -1,0 +1,275 @@
+"""The engine process: takes commands from HTTP processes, steps the core, sends every one its deltas. Knows no HTTP.
+
+Run as `python -m server.engine.process` by `launch.EngineProcess`. One thread steps; a second one only waits for the
+end of stdin, which means that the parent is done or gone, and ends the process: an engine never outlives its parent.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import msgspec
+import zmq
+
+from server.engine.messages import (
+    HEARTBEAT_INTERVAL_S,
+    Abort,
+    Accepted,
+    Command,
+    Delta,
+    EngineFailed,
+    EngineInfo,
+    EngineReady,
+    EngineStart,
+    EngineStats,
+    Event,
+    Rejected,
+    StepOutput,
+    Submit,
+)
+from server.engine.request import GenerationRequest, RequestRejected
+from server.logs import configure_logging
+from server.settings import EngineSettings
+
+logger = logging.getLogger("server.engine")
+
+PEER_SILENCE_LIMIT_S = 5.0
+SEND_QUEUE_MESSAGES = 10_000  # what may wait for an HTTP process that does not read
+LINGER_MS = 1000  # time for last messages to leave when the process ends
+
+
+class Core(Protocol):
+    """What the process needs of an engine core; called from one thread only."""
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request; RequestRejected when it cannot run."""
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; unknown ids are fine."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[Delta]:
+        """One forward pass; what it added to every request."""
+
+    def stats(self) -> EngineStats: ...
+
+
+BuildCore = Callable[[EngineSettings], tuple[Core, EngineInfo]]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Peer:
+    """One HTTP process."""
+
+    heard_at_s: float
+    told_at_s: float = 0.0
+    request_ids: set[str] = field(default_factory=set)
+    undelivered: list[Delta] = field(default_factory=list)  # errors it has to hear of when it reads again
+
+
+class EngineLoop:
+    """Moves messages between a ROUTER socket and a core."""
+
+    def __init__(self, core: Core, socket: zmq.Socket[bytes]) -> None:
+        self._core = core
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+        self._peers: dict[bytes, _Peer] = {}
+        self._owner: dict[str, bytes] = {}  # request id → peer
+
+    def run(self) -> None:
+        """Serve until a step fails; that exception is raised once every running request has been told."""
+        while True:
+            idle = not self._core.has_work
+            if self._socket.poll(int(HEARTBEAT_INTERVAL_S * 1000) if idle else 0):
+                self._take_commands()
+            now_s = time.monotonic()
+            self._leave_silent_peers(now_s)  # after commands were taken: heartbeats wait while a long step runs
+            self._tell_stats(now_s)
+            if self._core.has_work:
+                try:
+                    deltas = self._core.step()
+                except Exception:
+                    self._fail_everything()
+                    raise
+                self._deliver(deltas)
+
+    def _take_commands(self) -> None:
+        """Handle every command that has arrived."""
+        while True:
+            try:
+                peer_id, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                command = self._decoder.decode(payload)
+            except msgspec.DecodeError as error:
+                logger.error("dropped a message that is no command: %s", error)
+                continue
+            peer = self._peers.setdefault(peer_id, _Peer(heard_at_s=0.0))
+            peer.heard_at_s = time.monotonic()
+            self._handle(peer_id, peer, command)
+            if peer.undelivered:
+                deltas, peer.undelivered = tuple(peer.undelivered), []
+                self._send(peer_id, StepOutput(deltas, self._core.stats()))
+
+    def _handle(self, peer_id: bytes, peer: _Peer, command: Command) -> None:
+        if isinstance(command, Submit):
+            request_id = command.request.request_id
+            try:
+                if request_id in self._owner:
+                    raise RequestRejected(f"A request with the id {request_id} is already running.")
+                self._core.submit(command.request)
+            except RequestRejected as refusal:
+                self._send(peer_id, Rejected(request_id, str(refusal), refusal.code, refusal.param))
+                return
+            self._owner[request_id] = peer_id
+            peer.request_ids.add(request_id)
+            self._send(peer_id, Accepted(request_id))
+        elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
+            self._forget(command.request_id)
+            self._core.abort(command.request_id)
+            peer.told_at_s = 0.0  # let it see at once that the blocks are free
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        """One message for each peer that has news."""
+        by_peer: defaultdict[bytes, list[Delta]] = defaultdict(list)
+        for delta in deltas:
+            peer_id = self._owner.get(delta.request_id)
+            if peer_id is None:
+                continue  # aborted meanwhile
+            by_peer[peer_id].append(delta)
+            if delta.finish_reason is not None:
+                self._forget(delta.request_id)
+        if by_peer:
+            stats = self._core.stats()
+            for peer_id, news in by_peer.items():
+                self._send(peer_id, StepOutput(tuple(news), stats))
+
+    def _tell_stats(self, now_s: float) -> None:
+        """Let peers that had no message lately hear from the engine, so that they know it is alive."""
+        for peer_id, peer in list(self._peers.items()):
+            if now_s - peer.told_at_s >= HEARTBEAT_INTERVAL_S:
+                self._send(peer_id, StepOutput((), self._core.stats()))
+
+    def _leave_silent_peers(self, now_s: float) -> None:
+        for peer in self._peers.values():
+            if peer.request_ids and now_s - peer.heard_at_s > PEER_SILENCE_LIMIT_S:
+                logger.warning("an HTTP process fell silent; aborting its %d requests", len(peer.request_ids))
+                self._abort_all(peer)
+
+    def _send(self, peer_id: bytes, event: Event) -> None:
+        """Send without waiting. A peer that is gone or does not read loses its requests; it never holds up a step."""
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            return  # found gone while it was being answered
+        peer.told_at_s = time.monotonic()
+        try:
+            self._socket.send_multipart((peer_id, self._encoder.encode(event)), zmq.NOBLOCK)
+        except zmq.Again:
+            self._abort_all(peer)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._abort_all(peer)
+            del self._peers[peer_id]
+
+    def _abort_all(self, peer: _Peer) -> None:
+        for request_id in list(peer.request_ids):
+            self._forget(request_id)
+            self._core.abort(request_id)
+            peer.undelivered.append(_failure(request_id, "The request was dropped: its answer was not being read."))
+
+    def _forget(self, request_id: str) -> None:
+        self._peers[self._owner.pop(request_id)].request_ids.discard(request_id)
+
+    def _fail_everything(self) -> None:
+        message = "The engine failed while it worked on this request."
+        self._deliver([_failure(request_id, message) for request_id in self._owner])
+
+
+def _failure(request_id: str, message: str) -> Delta:
+    return Delta(request_id=request_id, text="", num_tokens=0, finish_reason="error", error=message)
+
+
+def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:
+    from server.engine.load import build_core  # imports torch: not before the parent's end is watched
+
+    return build_core(settings)
+
+
+def _end_with_parent(endpoint: str) -> None:
+    """Wait for the end of stdin, then end this process, whatever it is doing."""
+    while os.read(0, 4096):  # not through sys.stdin: its lock would be held when the interpreter ends
+        pass
+    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    os._exit(0)
+
+
+def _keep_stdout() -> BinaryIO:
+    """Put stdout aside for the one line to the parent; all else that is printed goes to stderr."""
+    kept = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return kept
+
+
+def _report(stdout: BinaryIO, state: EngineReady | EngineFailed) -> None:
+    stdout.write(msgspec.json.encode(state) + b"\n")
+    stdout.flush()
+
+
+def main(build_core: BuildCore = _build_core) -> int:
+    """The whole life of the engine process; returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets requests finish
+    stdout = _keep_stdout()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0  # the parent ended first
+    start = msgspec.json.decode(line, type=EngineStart)
+    configure_logging(start.log_level, "engine")
+    threading.Thread(target=_end_with_parent, args=(start.endpoint,), daemon=True).start()
+    try:
+        core, info = build_core(start.settings)
+    except Exception as error:
+        logger.debug("could not start", exc_info=True)
+        _report(stdout, EngineFailed(_one_line(error)))
+        return 1
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MESSAGES)
+    socket.bind(start.endpoint)
+    _report(stdout, EngineReady(info))
+    with contextlib.closing(stdout):  # open until the end: the parent sees its end as ours
+        try:
+            EngineLoop(core, socket).run()
+        except Exception:
+            logger.exception("a step failed; the engine ends")
+        context.destroy(linger=LINGER_MS)
+    return 1
+
+
+def _one_line(error: Exception) -> str:
+    """An exception as one line for the user: its own sentence if it was raised for people, else with its type."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError) and text:
+        return text
+    return f"the engine could not start: {type(error).__name__}: {text}".rstrip(": ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

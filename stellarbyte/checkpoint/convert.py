@@ -1,0 +1,126 @@
+"""Conversion of a Hugging Face folder or a GGUF file into a ByteTransformer checkpoint. Knows no command line."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.gguf_model import plan_gguf
+from stellarbyte.checkpoint.hf import plan_folder
+from stellarbyte.checkpoint.native import check_tensors, write_hashes
+from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
+from stellarbyte.checkpoint.safetensors_file import write_file
+from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
+
+Progress = Callable[[int, int], None]  # bytes of weights written so far, bytes in all
+
+MAX_SHARD_BYTES = 4 * 1024**3
+_SPARE_BYTES = 64 * 1024**2  # for the tokenizer and the other small files
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write `source` as a ByteTransformer checkpoint into the new folder `target`, which appears whole or not at all.
+
+    One tensor at a time is in memory.
+
+    Args:
+        source: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a GGUF file (llama, qwen2, qwen3).
+        dtype: of the target; None: as stored, and float32 for a GGUF file with quantised tensors.
+        progress: called after each tensor.
+
+    Returns:
+        `target`.
+
+    Raises:
+        CheckpointError: anything is missing, corrupt or not supported (decided before a byte is written), the target
+            is not empty, or the disk is full.
+    """
+    target = Path(target)
+    refuse_existing(target)
+    plan = make_plan(Path(source), dtype)
+    _require_space(target, sum(tensor.num_bytes for tensor in plan.tensors.values()))
+    with staged_folder(target) as staging:
+        plan.config.architectures = ["ByteTransformer"]
+        plan.config.save_pretrained(staging)
+        _write_json(staging / "generation_config.json", plan.generation)
+        plan.write_tokenizer(staging)
+        _write_weights(staging, plan, max_shard_bytes, progress)
+    return target
+
+
+def make_plan(source: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
+    """What converting `source` would write, checked to be exactly what its config implies; nothing is written."""
+    if source.is_dir():
+        plan = plan_folder(source, dtype)
+    elif source.is_file():
+        plan = plan_gguf(source, dtype)
+    else:
+        raise CheckpointError(f"{source} does not exist.")
+    check_tensors(source, expected_shapes(plan.config), {name: tensor.shape for name, tensor in plan.tensors.items()})
+    return plan
+
+
+def _require_space(target: Path, num_bytes: int) -> None:
+    folder = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{target} needs {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free in {folder}."
+        )
+
+
+def _write_weights(folder: Path, plan: ConversionPlan, max_shard_bytes: int, progress: Progress | None) -> None:
+    shards = _shards(plan, max_shard_bytes)
+    total = sum(tensor.num_bytes for tensor in plan.tensors.values())
+    written = 0
+
+    def read(shard: dict[str, PlannedTensor]) -> Iterator[torch.Tensor]:
+        nonlocal written
+        for tensor in shard.values():
+            yield tensor.read()
+            written += tensor.num_bytes
+            if progress is not None:
+                progress(written, total)
+
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+    hashes = {}
+    for name, shard in zip(names, shards, strict=True):
+        layout = {key: (tensor.dtype, tensor.shape) for key, tensor in shard.items()}
+        hashes[name] = write_file(folder / name, layout, read(shard))
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    write_hashes(folder, hashes)
+
+
+def _shards(plan: ConversionPlan, max_bytes: int) -> list[dict[str, PlannedTensor]]:
+    """The tensors in the model's order, cut where the next one would exceed `max_bytes`."""
+    shards: list[dict[str, PlannedTensor]] = [{}]
+    size = 0
+    for name in expected_shapes(plan.config):
+        tensor = plan.tensors[name]
+        if shards[-1] and size + tensor.num_bytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.num_bytes
+    return shards
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,5 @@
+"""The one error of this package. Knows nothing else."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, converted or written. str() is one sentence for the user, naming the file."""

@@ -1,0 +1,237 @@
+"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) as a conversion plan. Runs no code from the folder."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
+from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
+from stellarbyte.config import ByteModelConfig
+
+MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+HIDDEN_ACTS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json")  # what a fast tokenizer can be made from
+NOT_KEPT = (
+    "auto_map",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "backend",
+    "is_local",
+    "chat_template",
+)
+
+
+def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
+    """Read a folder's config and headers.
+
+    Args:
+        dtype: of the target; None: every tensor as it is stored, bit by bit.
+
+    Raises:
+        CheckpointError: anything is missing, corrupt or not supported; the message names it.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
+    raw = read_json(folder / "config.json")
+    _refuse_unsupported(folder, raw)
+    headers = _read_weight_headers(folder)
+    try:
+        source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = translate_config(source, headers, dtype)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be converted: {one_line(error)}.") from error
+    tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
+    for name, info in tensors.items():
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{info.file} holds {name} as {info.dtype}; only {', '.join(DTYPES)} are supported.")
+    return ConversionPlan(
+        source=folder,
+        config=config,
+        generation=_generation_defaults(folder, config),
+        tensors={name: _planned(name, info, dtype) for name, info in tensors.items()},
+        write_tokenizer=_tokenizer_writer(folder),
+    )
+
+
+def _planned(name: str, info: TensorInfo, dtype: torch.dtype | None) -> PlannedTensor:
+    stored = PlannedTensor(dtype=DTYPES[info.dtype], shape=info.shape, read=partial(_read_tensor, name, info))
+    return stored if dtype is None else stored.cast(dtype)
+
+
+def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    if model_type == ByteModelConfig.model_type:
+        raise CheckpointError(f"{folder} is a ByteTransformer checkpoint already; it needs no conversion.")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise CheckpointError(f"{folder} holds a model of type {model_type!r}; supported are {', '.join(MODEL_TYPES)}.")
+    architectures = raw.get("architectures")
+    if architectures and architectures != [MODEL_TYPES[model_type]]:
+        raise CheckpointError(f"{folder} holds {architectures[0]}, not {MODEL_TYPES[model_type]}.")
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(f"{folder} is quantized with {method!r}, which is not supported.")
+
+
+def _read_weight_headers(folder: Path) -> dict[str, TensorInfo]:
+    if not any(folder.glob("*.safetensors*")):
+        for pattern in PICKLES:
+            if pickles := sorted(folder.glob(pattern)):
+                raise CheckpointError(
+                    f"{pickles[0]} is a pickle, which can run code when it is read; "
+                    "only safetensors weights are supported."
+                )
+    return read_headers(folder)
+
+
+def translate_config(
+    source: PreTrainedConfig, headers: Mapping[str, TensorInfo], dtype: torch.dtype | None = None
+) -> ByteModelConfig:
+    """The ByteTransformer that computes what `source` computes with the tensors that `headers` describe.
+
+    `dtype` is what its weights are to be stored in; None: as the embedding is.
+
+    Raises:
+        ValueError: the source uses something that a ByteTransformer cannot be.
+    """
+    kind = source.model_type
+    if source.hidden_act not in HIDDEN_ACTS:
+        raise ValueError(f"hidden_act {source.hidden_act!r} is not supported")
+    window = getattr(source, "sliding_window", None)
+    layer_types = getattr(source, "layer_types", None) if kind in ("qwen2", "qwen3") else None
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        window = None
+    has_bias_option = kind in ("llama", "qwen3")  # there it also puts a bias on o
+    attention_bias = bool(has_bias_option and source.attention_bias)
+    if dtype is None and (embedding := headers.get("model.embed_tokens.weight")) is not None:
+        dtype = DTYPES.get(embedding.dtype)
+    return ByteModelConfig(
+        vocab_size=source.vocab_size,
+        hidden_size=source.hidden_size,
+        intermediate_size=source.intermediate_size,
+        num_hidden_layers=source.num_hidden_layers,
+        num_attention_heads=source.num_attention_heads,
+        num_key_value_heads=source.num_key_value_heads,
+        head_dim=getattr(source, "head_dim", None),
+        hidden_act=HIDDEN_ACTS[source.hidden_act],
+        max_position_embeddings=source.max_position_embeddings,
+        rms_norm_eps=source.rms_norm_eps,
+        initializer_range=source.initializer_range,
+        tie_word_embeddings=source.tie_word_embeddings and _is_head_tied(headers),
+        attention_bias=attention_bias or kind == "qwen2",
+        attention_output_bias=attention_bias,
+        mlp_bias=bool(kind == "llama" and source.mlp_bias),
+        qk_norm=kind == "qwen3",
+        sliding_window=window,
+        layer_types=layer_types,
+        rope_parameters=dict(source.rope_parameters),
+        use_xpos=False,
+        attention_dropout=source.attention_dropout or 0.0,
+        bos_token_id=source.bos_token_id,
+        eos_token_id=source.eos_token_id,
+        pad_token_id=source.pad_token_id,
+        dtype=dtype,
+    )
+
+
+def _is_head_tied(headers: Mapping[str, TensorInfo]) -> bool:
+    """False where a folder said to be tied stores another head after all; transformers does not tie it either."""
+    head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return True
+    return torch.equal(
+        _read_tensor("lm_head.weight", head),
+        _read_tensor("model.embed_tokens.weight", embedding),
+    )
+
+
+def _is_derived(name: str, config: ByteModelConfig) -> bool:
+    """Whether the target computes this tensor instead of storing it."""
+    return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+
+
+def _read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
+    try:
+        with safe_open(info.file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
+
+
+def _generation_defaults(folder: Path, config: ByteModelConfig) -> dict[str, Any]:
+    """generation_config.json as it is, with the config's token ids where it names none."""
+    file = folder / "generation_config.json"
+    given = read_json(file) if file.is_file() else {}
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {name: value for name, value in ids.items() if value is not None} | {
+        name: value for name, value in given.items() if value is not None and not name.startswith("_")
+    }
+
+
+def _tokenizer_writer(folder: Path) -> Callable[[Path], None]:
+    file = folder / "tokenizer.json"
+    if not file.is_file() and not any((folder / name).is_file() for name in TOKENIZER_SOURCES):
+        raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor {TOKENIZER_SOURCES[0]} is there.")
+    try:
+        if file.is_file():
+            settings = folder / "tokenizer_config.json"
+            loaded = Tokenizer.from_file(str(file)), read_json(settings) if settings.is_file() else {}
+        else:
+            slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            loaded = slow.backend_tokenizer, slow.init_kwargs
+    except CheckpointError:
+        raise
+    except Exception as error:  # the tokenizers package raises nothing narrower, slow tokenizers raise anything
+        raise CheckpointError(f"{folder} has no tokenizer that can be read: {one_line(error)}.") from error
+    return partial(_write_tokenizer, folder, *loaded)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], target: Path) -> None:
+    """The class is the one that takes tokenizer.json as it is; others rebuild it from its vocabulary."""
+    tokenizer.no_truncation()  # settings of the training run, which would cut prompts
+    tokenizer.no_padding()
+    tokenizer.save(str(target / "tokenizer.json"))
+    kept = {name: value for name, value in settings.items() if name not in NOT_KEPT}
+    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(kept, indent=2, ensure_ascii=False, default=str) + "\n"
+    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    template = _chat_template(folder, settings.get("chat_template"))
+    if template is not None:
+        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _chat_template(folder: Path, setting: object) -> str | None:
+    """The folder's own file, or tokenizer_config.json's template, or the default one of its several."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if isinstance(setting, list):
+        named = {entry.get("name"): entry.get("template") for entry in setting if isinstance(entry, dict)}
+        setting = named.get("default")
+    return setting if isinstance(setting, str) else None

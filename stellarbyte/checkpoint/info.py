@@ -1,0 +1,141 @@
+"""What a checkpoint is and what it costs in memory, from its config and headers alone. Reads no weights."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from stellarbyte.checkpoint.native import Checkpoint, stored_dtype
+from stellarbyte.config import ByteModelConfig
+
+BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """Figures of one checkpoint; sizes in bytes, lengths in tokens, dictionaries by the dtype served in."""
+
+    num_parameters: int
+    stored_dtype: str
+    disk_bytes: int
+    weight_bytes: Mapping[str, int]
+    kv_bytes_per_token: Mapping[str, int]
+    context_length: int
+    tokens_kept: int  # of a full sequence
+    kv_bytes_full_sequence: Mapping[str, int]
+    is_constant_memory: bool  # whether a sequence stops growing once its window is full
+
+
+def describe(checkpoint: Checkpoint) -> ModelInfo:
+    """The figures of an opened checkpoint.
+
+    A cache block holds the keys of every layer and is freed when no layer can see it: a window bounds the memory of a
+    sequence only if every layer has one.
+    """
+    config = checkpoint.config
+    kv_elements = 2 * config.num_hidden_layers * (config.num_key_value_heads or 0) * (config.head_dim or 0)
+    context = config.max_position_embeddings
+    is_constant = all(window is not None for window in config.windows)
+    kept = context
+    if is_constant and config.sliding_window is not None:
+        kept = min(context, config.sliding_window + config.sink_tokens)
+    return ModelInfo(
+        num_parameters=checkpoint.num_parameters,
+        stored_dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
+        disk_bytes=checkpoint.num_bytes,
+        weight_bytes={dtype: checkpoint.num_parameters * size for dtype, size in BYTES_PER_ELEMENT.items()},
+        kv_bytes_per_token={dtype: kv_elements * size for dtype, size in BYTES_PER_ELEMENT.items()},
+        context_length=context,
+        tokens_kept=kept,
+        kv_bytes_full_sequence={dtype: kept * kv_elements * size for dtype, size in BYTES_PER_ELEMENT.items()},
+        is_constant_memory=is_constant,
+    )
+
+
+def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """`describe` and the architecture as (label, text) for people."""
+    config, info = checkpoint.config, describe(checkpoint)
+    return [
+        ("path", str(checkpoint.path)),
+        ("layers", f"{config.num_hidden_layers} × (attention + MLP {config.intermediate_size}, {config.hidden_act})"),
+        ("hidden", str(config.hidden_size)),
+        ("heads", f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"),
+        ("vocabulary", f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'separate'} output head"),
+        ("position", _position(config)),
+        ("window", _windows(config)),
+        ("norms", _norms(config)),
+        ("biases", _biases(config)),
+        ("residual", _residual(config)),
+        ("parameters", f"{info.num_parameters:,}"),
+        ("on disk", f"{size(info.disk_bytes)} ({info.stored_dtype})"),
+        ("weights", _by_dtype(info.weight_bytes)),
+        ("KV per token", _by_dtype(info.kv_bytes_per_token)),
+        ("KV when full", f"{_by_dtype(info.kv_bytes_full_sequence)} for {info.tokens_kept:,} tokens"),
+        ("memory", _growth(config, info)),
+    ]
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people, in powers of 1024."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _by_dtype(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{size(num_bytes)} in {dtype}" for dtype, num_bytes in sizes.items())
+
+
+def _position(config: ByteModelConfig) -> str:
+    rope = dict(config.rope_parameters or {})
+    kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+    scaling = "" if kind == "default" else f", {kind} " + ", ".join(f"{name} {value}" for name, value in rope.items())
+    method = f"XPos (base {config.xpos_scale_base}, γ {config.xpos_gamma})" if config.use_xpos else "RoPE"
+    learned = ", learned decay" if config.xpos_learnable_scale else ""
+    return f"{method}{learned}, θ {theta:g}{scaling}, context {config.max_position_embeddings:,}"
+
+
+def _windows(config: ByteModelConfig) -> str:
+    counts = Counter(config.windows)
+    if set(counts) == {None}:
+        return "none: every layer sees the whole sequence"
+    sinks = f", {config.sink_tokens} sink tokens" if config.sink_tokens else ""
+    if None not in counts:
+        return f"{config.sliding_window:,} tokens in every layer{sinks}"
+    runs = []
+    for window, layers in groupby(range(config.num_hidden_layers), key=lambda layer: config.windows[layer]):
+        numbers = list(layers)
+        span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
+        runs.append(f"{'full' if window is None else f'{window:,}'} in {span}")
+    return f"by layer: {'; '.join(runs)}{sinks}"
+
+
+def _norms(config: ByteModelConfig) -> str:
+    where = "after the sum (DeepNorm)" if config.deepnorm else "before each branch"
+    return f"RMSNorm {where}, ε {config.rms_norm_eps:g}{', of queries and keys' if config.qk_norm else ''}"
+
+
+def _biases(config: ByteModelConfig) -> str:
+    options = {"q, k, v": config.attention_bias, "o": config.attention_output_bias, "MLP": config.mlp_bias}
+    return ", ".join(name for name, is_on in options.items() if is_on) or "none"
+
+
+def _residual(config: ByteModelConfig) -> str:
+    options = {
+        "LayerScale": config.layer_scale_init is not None,
+        "DropPath in training": config.drop_path_rate > 0,
+        "DeepNorm": config.deepnorm,
+    }
+    order = "parallel" if config.parallel_residual else "sequential"
+    return ", ".join([order, *(name for name, is_on in options.items() if is_on)])
+
+
+def _growth(config: ByteModelConfig, info: ModelInfo) -> str:
+    if info.is_constant_memory:
+        return f"constant: a sequence keeps at most {info.tokens_kept:,} tokens, however long it gets"
+    if any(window is not None for window in config.windows):
+        return "grows with the sequence: some layers have a window, but those without one keep every token"
+    return "grows with the sequence"

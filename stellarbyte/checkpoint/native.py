@@ -1,0 +1,211 @@
+"""A ByteTransformer checkpoint folder: checked before it is read, hashed, loaded. Knows no other format.
+
+config.json  generation_config.json  model.safetensors (or shards and model.safetensors.index.json)
+tokenizer.json  tokenizer_config.json  chat_template.jinja (where the model has one)
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
+
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
+from stellarbyte.checkpoint.shapes import Shape, expected_shapes
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model import ByteTransformer
+
+HASH_FILE = "weights-hash.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder whose config and safetensors headers agree with each other; no weight has been read."""
+
+    path: Path
+    config: ByteModelConfig
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(info.num_elements for info in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def load_config(path: str | os.PathLike[str]) -> ByteModelConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no folder, no config.json, not JSON, another model's, or values that contradict each other.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder." if folder.exists() else f"{folder} does not exist.")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json.")
+    content = read_json(folder / "config.json")
+    model_type = content.get("model_type")
+    if model_type != ByteModelConfig.model_type:
+        raise CheckpointError(
+            f"{folder} holds a model of type {model_type!r}, not a ByteTransformer; "
+            f"convert it first: stellarbyte convert {folder} DST."
+        )
+    try:
+        return ByteModelConfig.from_dict(content)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} is not valid: {one_line(error)}.") from error
+
+
+def one_line(error: Exception) -> str:
+    """An exception's message without its line breaks and its final stop, to be part of a sentence."""
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Check a checkpoint folder as far as possible without reading its weights; takes milliseconds.
+
+    Raises:
+        CheckpointError: as `load_config`; a missing, cut or corrupt weight file; tensors that are missing, unexpected,
+            of another shape, or not of a float type.
+    """
+    config = load_config(path)
+    tensors = read_headers(Path(path))
+    check_tensors(Path(path), expected_shapes(config), {name: info.shape for name, info in tensors.items()})
+    for name, info in tensors.items():
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{info.file} holds {name} as {info.dtype}, not one of {', '.join(DTYPES)}.")
+    return Checkpoint(path=Path(path), config=config, tensors=tensors)
+
+
+def check_tensors(source: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError where the tensors found are not exactly those that the config implies."""
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(f"{source} lacks {_listed(missing)}, which the config implies.")
+    if unexpected := [name for name in found if name not in expected]:
+        raise CheckpointError(f"{source} holds {_listed(unexpected)}, which the config does not imply.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{source} holds {name} as {list(found[name])}; the config implies {list(shape)}.")
+
+
+def _listed(names: list[str]) -> str:
+    others = len(names) - 1
+    return f"{names[0]} and {others} other tensor{'s' * (others > 1)}" if others else f"the tensor {names[0]}"
+
+
+def weights_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of the weights: for one file what `sha256sum` prints, for shards that of `sha256sum`'s listing.
+
+    The files' own hashes are kept beside them with size and modification time, and are computed again when one of
+    those changes. A folder that cannot be written is hashed each time.
+
+    Raises:
+        CheckpointError: the folder has no readable weights.
+    """
+    folder = Path(path)
+    files = sorted({info.file for info in read_headers(folder).values()})
+    try:
+        known = read_json(folder / HASH_FILE)
+    except CheckpointError:
+        known = {}
+    hashes = {file: _known_hash(file, known.get(file.name)) or _hash_file(file) for file in files}
+    if known != (current := {file.name: _hash_entry(file, digest) for file, digest in hashes.items()}):
+        _keep_hashes(folder, current)
+    if len(files) == 1:
+        return hashes[files[0]]
+    return hashlib.sha256("".join(f"{digest}  {file.name}\n" for file, digest in hashes.items()).encode()).hexdigest()
+
+
+def _known_hash(file: Path, entry: object) -> str | None:
+    """The hash that `entry` of the hash file holds, if it is of this very state of the file."""
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    return digest if isinstance(digest, str) and entry == _hash_entry(file, digest) else None
+
+
+def _hash_entry(file: Path, digest: str) -> dict[str, object]:
+    status = file.stat()
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "sha256": digest}
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Keep the hashes of files that were just written (file name → SHA-256), so that no start computes them."""
+    _keep_hashes(folder, {name: _hash_entry(folder / name, digest) for name, digest in hashes.items()})
+
+
+def _keep_hashes(folder: Path, entries: Mapping[str, object]) -> None:
+    partial = folder / f".{HASH_FILE}.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / HASH_FILE)
+    except OSError:
+        partial.unlink(missing_ok=True)  # read-only or full: the next call hashes again
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> ByteTransformer:
+    """The model in evaluation mode, its parameters taken straight from the files.
+
+    On the CPU and in the stored dtype the parameters are maps of the files: nothing is copied, pages are read when
+    first used, and the files must not be changed in place meanwhile.
+
+    Args:
+        dtype: of every parameter; None: the config's.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path)
+    wanted = dtype if dtype is not None else stored_dtype(checkpoint)
+    state: dict[str, torch.Tensor] = {}
+    for file in checkpoint.files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    state[name] = tensors.get_tensor(name).to(device=device, dtype=wanted)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {one_line(error)}.") from error
+    with torch.device("meta"):
+        model = ByteTransformer(checkpoint.config)
+    if checkpoint.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    model.config.dtype = wanted
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = _generation_config(checkpoint.path)
+    return model.requires_grad_(False).eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder / 'generation_config.json'} is not valid: {one_line(error)}.") from error
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the embedding, which is the dtype a checkpoint is said to have."""
+    return DTYPES[checkpoint.tensors["model.embed_tokens.weight"].dtype]

@@ -1,0 +1,165 @@
+"""The safetensors format: strict headers, and writing tensor by tensor. Knows no model.
+
+The safetensors package reads tensors lazily but writes a file only from tensors that are all in memory; the format
+(8 bytes of length, a JSON header, the bytes) is small enough to stream.
+"""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stellarbyte.checkpoint.errors import CheckpointError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SIZES = {  # bytes of one element, for every dtype that the format knows with whole bytes
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """One tensor as a header describes it; `dtype` is the format's own name, such as BF16."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * SIZES[self.dtype]
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, checked against the file's size; no tensor is read.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, too long, or its header makes no sense.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if not 2 <= header_bytes <= min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file} is not a safetensors file, or it is cut short: its header does not fit.")
+            raw = stream.read(header_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        spans = {name: _parse_entry(file, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a corrupt safetensors header.") from error
+    end = 0
+    for name, (info, start, stop) in sorted(spans.items(), key=lambda item: item[1][1:]):
+        if start != end or stop - start != info.num_bytes:
+            raise CheckpointError(f"{file} has a corrupt safetensors header: the bytes of {name} do not add up.")
+        end = stop
+    if 8 + header_bytes + end != size:
+        raise CheckpointError(f"{file} has {size} bytes, but its header describes {8 + header_bytes + end}.")
+    return {name: info for name, (info, _, _) in spans.items()}
+
+
+def _parse_entry(file: Path, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in SIZES or not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError(f"impossible entry {entry!r}")
+    return TensorInfo(file=file, dtype=entry["dtype"], shape=shape), start, stop
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a folder: model.safetensors, or the shards that model.safetensors.index.json names.
+
+    Raises:
+        CheckpointError: no weights, a missing shard, a shard that disagrees with the index, or as `read_header`.
+    """
+    index_file = folder / "model.safetensors.index.json"
+    if not index_file.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise CheckpointError(f"{folder} has no weights: neither model.safetensors nor {index_file.name} is there.")
+        return read_header(folder / "model.safetensors")
+    weight_map = read_json(index_file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
+        raise CheckpointError(f"{index_file} has no usable weight_map.")
+    tensors: dict[str, TensorInfo] = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; {index_file.name} names it.")
+        shard = read_header(folder / name)
+        if doubled := sorted(shard.keys() & tensors.keys()):
+            raise CheckpointError(f"{folder / name} holds {doubled[0]}, which another shard holds too.")
+        tensors |= shard
+    if absent := sorted(weight_map.keys() - tensors.keys()):
+        raise CheckpointError(f"{folder / weight_map[absent[0]]} does not hold {absent[0]}, as {index_file.name} says.")
+    return tensors
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether an index may name this file: one inside the folder, never a path that leads out of it."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) is not None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} does not hold a JSON object.")
+    return content
+
+
+def write_file(
+    file: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[torch.Tensor]
+) -> str:
+    """Stream `tensors`, in the order of `layout`, into a new file; one tensor is in memory at a time.
+
+    Returns:
+        SHA-256 of the file, hex.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)  # so that the first tensor is aligned for every dtype
+    digest = hashlib.sha256()
+    with file.open("xb") as stream:
+        for piece in (struct.pack("<Q", len(raw)), raw):
+            stream.write(piece)
+            digest.update(piece)
+        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise RuntimeError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, the header says {dtype} {shape}")
+            content = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            stream.write(content)
+            digest.update(content)
+    return digest.hexdigest()

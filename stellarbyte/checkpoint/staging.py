@@ -1,0 +1,40 @@
+"""A folder that appears whole or not at all. Knows nothing of what is in it."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stellarbyte.checkpoint.errors import CheckpointError
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; it is renamed to `target` at the end, or removed on any exception.
+
+    KeyboardInterrupt and SystemExit count, so a program that turns SIGTERM into one of them leaves nothing behind.
+
+    Raises:
+        CheckpointError: `target` is there by then and not an empty folder, or writing failed (disk full, no rights).
+    """
+    staging = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        yield staging
+        refuse_existing(target)  # another process may have been quicker; an empty folder is replaced
+        staging.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise CheckpointError unless `target` is absent or an empty folder."""
+    if target.is_dir():
+        if any(target.iterdir()):
+            raise CheckpointError(f"{target} is not empty; give a folder that does not exist yet.")
+    elif target.exists() or target.is_symlink():
+        raise CheckpointError(f"{target} exists and is not a folder.")

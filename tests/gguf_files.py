@@ -1,0 +1,129 @@
+"""Writes tiny GGUF files as llama.cpp's converter would, for tests."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoConfig
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if stem in NAMES:
+        return f"{NAMES[stem]}.{kind}"
+    _, _, layer, part = stem.split(".", 3)
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
+
+
+def permute(tensor: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of q and k: pairs side by side."""
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+
+
+def write_gguf(
+    path: Path,
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    metadata: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """The model of a tiny Hugging Face folder (one safetensors file) as a GGUF file, its matrices as `kind`.
+
+    `metadata` is added to what the converter would write; a value of None takes a field away.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fields = llama_fields(config, architecture) | tokenizer_fields(tokenizer, config) | dict(metadata or {})
+    writer = GGUFWriter(path, architecture)
+    for key, value in fields.items():
+        if value is not None:
+            add_field(writer, key, value)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        array = tensor.float().numpy()
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            array = permute(array, config.num_attention_heads if ".q_" in name else config.num_key_value_heads)
+        if array.ndim == 1:
+            writer.add_tensor(gguf_name(name), array)
+        else:
+            writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
+    for name, array in (extra_tensors or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama_fields(config: Any, architecture: str) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fields = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+    return {f"{architecture}.{name}": value for name, value in fields.items()}
+
+
+def tokenizer_fields(tokenizer: Tokenizer, config: Any) -> dict[str, Any]:
+    vocabulary = tokenizer.get_vocab()
+    tokens = [token for token, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+    added = {entry.content for entry in tokenizer.get_added_tokens_decoder().values()}
+    padding = config.vocab_size - len(tokens)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens + [f"[PAD{index}]" for index in range(padding)],
+        "tokenizer.ggml.token_type": [3 if token in added else 1 for token in tokens] + [5] * padding,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": config.bos_token_id,
+        "tokenizer.ggml.eos_token_id": config.eos_token_id,
+        "tokenizer.ggml.padding_token_id": config.pad_token_id,
+    }
+
+
+def add_field(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)

@@ -1,0 +1,29 @@
+"""Servers that the integration tests talk to, each started once for all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fake_engine import make_model_folder
+from tests.server_process import FAKE, REAL, ServerProcess, running
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def demo_server() -> Iterator[ServerProcess]:
+    """The server as users start it, with the demo model; the first start converts it."""
+    with running(REAL, limit_s=180) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def fake_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model_folder(tmp_path_factory.mktemp("models") / "fake"))
+
+
+@pytest.fixture(scope="session")
+def fake_server(fake_model: str) -> Iterator[ServerProcess]:
+    """The real HTTP process in front of the fake engine, which repeats prompts."""
+    with running(FAKE, "--model", fake_model, "--max-body-bytes", "100000") as server:
+        yield server

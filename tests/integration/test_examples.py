@@ -1,0 +1,34 @@
+"""What the repository tells users to run, run against the real server."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.server_process import ROOT, free_port
+
+
+def run(url: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"STELLARBYTE_URL": url}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("command", [(sys.executable, "clients/examples/chat.py"), ("clients/examples/chat.sh",)])
+def test_client_examples_answer(demo_server, command) -> None:
+    result = run(demo_server.url, *command, "What is the capital of France?")
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+
+
+def test_the_curl_line_printed_at_start_works_as_it_is(demo_server) -> None:
+    (line,) = [line for line in demo_server.log().splitlines() if line.startswith("curl ")]
+    result = run(demo_server.url, "bash", "-c", line)
+    assert result.stdout.startswith("data: {") and result.stdout.rstrip().endswith("data: [DONE]")
+
+
+def test_the_containers_health_check_tells_a_healthy_server_from_none(demo_server) -> None:
+    for port, status in ((demo_server.port, 0), (free_port(), 1)):
+        command = [sys.executable, "docker/healthcheck.py"]
+        environment = os.environ | {"STELLARBYTE_PORT": str(port)}
+        assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == status

@@ -1,0 +1,107 @@
+"""Tiny random Llama, Mistral, Qwen2 and Qwen3 folders as transformers saves them, with a tokenizer, for tests."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BOS, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # token ids 0, 1, 2
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+
+def tiny_llama(path: Path, **overrides: Any) -> Path:
+    """A LlamaForCausalLM folder at `path`; `overrides` as in `save_tiny`."""
+    return save_tiny(path, LlamaConfig, LlamaForCausalLM, overrides)
+
+
+def tiny_mistral(path: Path, **overrides: Any) -> Path:
+    """A Mistral folder whose every layer has a window of 8 tokens."""
+    return save_tiny(path, MistralConfig, MistralForCausalLM, {"sliding_window": 8, "head_dim": 8} | overrides)
+
+
+def tiny_qwen2(path: Path, **overrides: Any) -> Path:
+    """A Qwen2 folder with biases on q, k and v; without a window unless `use_sliding_window=True`."""
+    return save_tiny(path, Qwen2Config, Qwen2ForCausalLM, overrides)
+
+
+def tiny_qwen3(path: Path, **overrides: Any) -> Path:
+    """A Qwen3 folder: norms of queries and keys, heads wider than hidden_size / heads."""
+    return save_tiny(path, Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16} | overrides)
+
+
+def save_tiny(
+    path: Path, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], overrides: dict[str, Any]
+) -> Path:
+    """Save a random model and its tokenizer in `path`.
+
+    `overrides` are fields of the config, and three options of this function: `chat_template` (None: none),
+    `max_shard_size` (as in save_pretrained) and `dtype`.
+    """
+    settings = SHAPE | overrides
+    chat_template = settings.pop("chat_template", CHAT_TEMPLATE)
+    max_shard_size = settings.pop("max_shard_size", "1GB")
+    dtype = settings.pop("dtype", torch.float32)
+    torch.manual_seed(0)
+    model = model_class(config_class(**settings)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1: they would not be tested
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(settings["vocab_size"]),
+        bos_token=BOS,
+        eos_token=END,
+        pad_token=END,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def tiny_tokenizer(vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: three special tokens, 256 bytes and a few merges; every text has a round trip."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, 290),
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in (BOS, START, END)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "the capital of France is Paris, and the assistant answers the user in the same language"
+    tokenizer.train_from_iterator([text] * 4, trainer)
+    return tokenizer

@@ -1,0 +1,62 @@
+"""`describe` counts what a model costs, and says honestly whether a sequence is constant in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stellarbyte.checkpoint import ModelInfo, describe, open_checkpoint
+from stellarbyte.checkpoint.info import describe_lines, size
+from tests.models import make_model
+
+
+def info(folder: Path, **overrides: Any) -> ModelInfo:
+    make_model(**overrides).save_pretrained(folder)
+    return describe(open_checkpoint(folder))
+
+
+def test_counts_are_those_of_the_model(tmp_path: Path):
+    model = make_model(attention_bias=True, qk_norm=True)
+    found = info(tmp_path, attention_bias=True, qk_norm=True)
+    assert found.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.weight_bytes == {"float32": 4 * found.num_parameters, "bfloat16": 2 * found.num_parameters}
+    assert found.disk_bytes == (tmp_path / "model.safetensors").stat().st_size
+    assert found.stored_dtype == "float32"
+    assert found.kv_bytes_per_token == {"float32": 2 * 3 * 2 * 16 * 4, "bfloat16": 2 * 3 * 2 * 16 * 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens_kept", "is_constant"),
+    [
+        ({}, 256, False),
+        ({"sliding_window": 32, "sink_tokens": 4}, 36, True),
+        ({"sliding_window": 1000}, 256, True),
+        (
+            {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+            256,
+            False,
+        ),
+    ],
+)
+def test_only_a_window_in_every_layer_bounds_a_sequence(
+    overrides: dict[str, Any], tokens_kept: int, is_constant: bool, tmp_path: Path
+):
+    found = info(tmp_path, **overrides)
+    assert (found.tokens_kept, found.is_constant_memory) == (tokens_kept, is_constant)
+    assert found.kv_bytes_full_sequence["float32"] == tokens_kept * found.kv_bytes_per_token["float32"]
+
+
+def test_mixed_windows_are_told_by_layer(tmp_path: Path):
+    layer_types = ["full_attention", "sliding_attention", "sliding_attention"]
+    make_model(sliding_window=32, layer_types=layer_types).save_pretrained(tmp_path)
+    lines = dict(describe_lines(open_checkpoint(tmp_path)))
+    assert lines["window"] == "by layer: full in 0; 32 in 1–2"
+    assert lines["memory"].startswith("grows with the sequence: some layers have a window")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**30, "3.0 GiB"), (2**51, "2048.0 TiB")],
+)
+def test_sizes_for_people(num_bytes: int, text: str):
+    assert size(num_bytes) == text

@@ -1,0 +1,223 @@
+"""The client and the engine process, over the real protocol, around a scripted engine."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from server.engine import client as client_module
+from server.engine.client import EngineClient, EngineDead
+from server.engine.launch import EngineProcess, EngineStartError
+from server.engine.messages import Delta
+from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
+from server.settings import EngineSettings
+from tests.fake_engine import CRASH, HANG, LONG, REJECT, SLOW, make_model_folder
+from tests.server_process import ROOT
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """The engine process finds the tests package from here."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def settings(tmp_path) -> EngineSettings:
+    return EngineSettings(model=str(make_model_folder(tmp_path / "model")))
+
+
+def a_request(text: str, request_id: str = "r", max_tokens: int = 10) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=1)
+    return GenerationRequest(request_id=request_id, prompt_token_ids=tuple(text.encode()), sampling=sampling)
+
+
+def with_engine(settings: EngineSettings, use) -> None:
+    """Run `use(client, process)` against a fresh engine process."""
+
+    async def run() -> None:
+        process = EngineProcess(settings, "warning", "tests.fake_engine")
+        try:
+            client = EngineClient(process)
+            await client.start()
+            try:
+                await use(client, process)
+            finally:
+                await client.close()
+        finally:
+            process.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+async def read(stream) -> tuple[str, list[Delta]]:
+    deltas = [delta async for delta in stream]
+    return "".join(delta.text for delta in deltas), deltas
+
+
+async def until(condition, limit_s: float = 5.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_many_streams_at_once_get_their_own_text(settings):
+    async def use(client, _):
+        async def one(i: int) -> None:
+            text = f"request {i} "
+            stream = await client.submit(a_request(text, f"r{i}", max_tokens=3 * len(text)))
+            answer, deltas = await read(stream)
+            assert answer == text * 3
+            assert sum(delta.num_tokens for delta in deltas) == 3 * len(text)
+            assert [delta.finish_reason for delta in deltas if delta.finish_reason] == ["length"]
+
+        await asyncio.gather(*(one(i) for i in range(50)))
+        await until(lambda: client.stats.num_running == 0)
+        assert client.stats.num_blocks_used == 0
+
+    with_engine(settings, use)
+
+
+def test_a_reader_that_lags_gets_one_merged_delta(settings):
+    async def use(client, _):
+        stream = await client.submit(a_request("abc", max_tokens=30))
+        await until(lambda: client.stats.generation_tokens_total == 30)
+        answer, deltas = await read(stream)
+        assert (answer, len(deltas), deltas[0].num_tokens) == ("abc" * 10, 1, 30)
+
+    with_engine(settings, use)
+
+
+def test_a_refused_request_says_why(settings):
+    async def use(client, _):
+        with pytest.raises(RequestRejected, match="does not want this") as refusal:
+            await client.submit(a_request(REJECT))
+        assert (refusal.value.code, refusal.value.param) == ("unwanted", "prompt")
+
+    with_engine(settings, use)
+
+
+def test_closing_a_stream_frees_what_the_request_held(settings):
+    async def use(client, _):
+        stream = await client.submit(a_request(SLOW, max_tokens=100_000))
+        await anext(stream)
+        assert client.stats.num_blocks_used == 1
+        stream.close()
+        await until(lambda: client.stats.num_blocks_used == 0)
+
+    with_engine(settings, use)
+
+
+def test_a_failing_step_ends_every_stream_and_the_process(settings):
+    async def use(client, _):
+        healthy = await client.submit(a_request(SLOW, "healthy", max_tokens=100_000))
+        await anext(healthy)
+        failing = await client.submit(a_request(CRASH, "failing"))
+        for stream in (healthy, failing):
+            _, deltas = await read(stream)
+            assert deltas[-1].finish_reason == "error"
+            assert "told to crash" not in deltas[-1].error
+        await asyncio.wait_for(client.dead.wait(), 5)
+        assert client.health() == "The engine process ended."
+        with pytest.raises(EngineDead):
+            await client.submit(a_request("late"))
+
+    with_engine(settings, use)
+
+
+def test_a_killed_engine_ends_every_stream_within_a_second(settings):
+    async def use(client, process):
+        stream = await client.submit(a_request(SLOW, max_tokens=100_000))
+        await anext(stream)
+        waiting = asyncio.create_task(client.submit(a_request("never accepted", "w")))
+        os.kill(process.process_id, signal.SIGSTOP)
+        await asyncio.sleep(0.05)
+        os.kill(process.process_id, signal.SIGKILL)
+        killed_at_s = time.monotonic()
+        _, deltas = await read(stream)
+        assert deltas[-1].finish_reason == "error"
+        assert time.monotonic() - killed_at_s < 1
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    with_engine(settings, use)
+
+
+def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
+    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 2.0)
+
+    async def use(client, process):
+        await asyncio.sleep(2.5)
+        assert client.health() is None, "an idle engine is healthy"
+        stream = await client.submit(a_request(HANG))
+        await until(lambda: client.health() is not None)
+        assert "work is waiting" in client.health()
+        os.kill(process.process_id, signal.SIGKILL)
+        await read(stream)
+
+    with_engine(settings, use)
+
+
+def test_requests_of_a_client_that_falls_silent_are_dropped_and_it_hears_of_it(settings):
+    async def use(client, _):
+        stream = await client.submit(a_request(SLOW, max_tokens=100_000))
+        for task in client._tasks:
+            task.cancel()
+        await asyncio.sleep(5.5)
+        client._tasks = [asyncio.create_task(work()) for work in (client._send_heartbeats, client._read)]
+        _, deltas = await read(stream)
+        assert deltas[-1].finish_reason == "error"
+        await until(lambda: client.stats.num_running == 0)
+
+    with_engine(settings, use)
+
+
+def test_a_step_longer_than_a_client_may_be_silent_drops_nothing(settings):
+    """A cold model's first step took six seconds; heartbeats sent meanwhile were missed before they were read."""
+
+    async def use(client, _):
+        _, deltas = await read(await client.submit(a_request(LONG, max_tokens=1)))
+        assert deltas[-1].finish_reason == "length"
+
+    with_engine(settings, use)
+
+
+def test_an_engine_that_cannot_start_says_why():
+    async def use(*_):
+        raise AssertionError("it started")
+
+    with pytest.raises(EngineStartError, match="there is no model folder /no/such/folder"):
+        with_engine(EngineSettings(model="/no/such/folder"), use)
+
+
+def test_an_engine_that_dies_while_loading_is_noticed():
+    async def run() -> None:
+        process = EngineProcess(EngineSettings(model="any"), "warning", "tests.no_such_module")
+        try:
+            await EngineClient(process).start()
+        finally:
+            process.stop()
+
+    with pytest.raises(EngineStartError, match="ended while it loaded"):
+        asyncio.run(asyncio.wait_for(run(), 30))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_engine_never_outlives_its_parent(settings, signal_number):
+    code = (
+        "import sys, time; from server.engine.launch import EngineProcess; from server.settings import EngineSettings;"
+        f"p = EngineProcess(EngineSettings(model={settings.model!r}), 'warning', 'tests.fake_engine');"
+        "print(p.process_id, p._folder, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    engine_pid, folder = parent.stdout.readline().split()
+    time.sleep(1)  # it is past reading its settings
+    os.kill(int(engine_pid), 0)
+    parent.send_signal(signal_number)
+    parent.communicate()
+    deadline_s = time.monotonic() + 5
+    while os.path.exists(folder) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert not os.path.exists(folder)

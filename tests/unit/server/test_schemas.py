@@ -1,0 +1,169 @@
+"""Request bodies: every field is used, asks for nothing, or is refused by name."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api.errors import ApiError
+from server.api.schemas import ChatBody, CompletionBody, parse_body
+
+COMPLETION = {"model": "m", "prompt": "hi"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def completion(**fields):
+    return parse_body(CompletionBody, json.dumps(COMPLETION | fields).encode(), warn_unknown=False)[0]
+
+
+def chat(**fields):
+    return parse_body(ChatBody, json.dumps(CHAT | fields).encode(), warn_unknown=False)[0]
+
+
+def refusal(body_class, content: bytes) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse_body(body_class, content, warn_unknown=False)
+    error = caught.value
+    assert error.status == 400
+    assert error.content()["error"]["type"] == "invalid_request_error"
+    assert "\n" not in str(error)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "0.5"),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_k", 1.5),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("max_tokens", 0),
+        ("max_tokens", 10**400),
+        ("seed", 2**64),
+        ("seed", "one"),
+        ("stop", ["a", "b", "c", "d", "e"]),
+        ("stop", [1]),
+        ("stop", ""),
+        ("stop", ["x" * 5000]),
+        ("stream", "yes"),
+        ("stream_options", 1),
+        ("prompt", {}),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", [1, "a"]),
+        ("prompt", [True]),
+        ("prompt", ["a", "b"]),
+        ("prompt", [[1], [2]]),
+        ("model", 7),
+        ("n", 2),
+        ("best_of", 2),
+        ("logprobs", 0),
+        ("echo", True),
+        ("suffix", "end"),
+        ("logit_bias", {"1": 5}),
+        ("presence_penalty", 0.5),
+        ("no_such_field", 1),
+    ],
+)
+def test_a_wrong_or_unsupported_field_is_refused_by_name(field, value):
+    error = refusal(CompletionBody, json.dumps(COMPLETION | {field: value}).encode())
+    assert error.param == field
+    assert field in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "hi", "mood": 1}]}, "messages[0].mood"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"n": 3}, "n"),
+        ({"stream": True, "stream_options": {"no_such": 1}}, "stream_options.no_such"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ],
+)
+def test_nested_fields_are_named_by_their_path(fields, param):
+    assert refusal(ChatBody, json.dumps(CHAT | fields).encode()).param == param
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model":"m","prompt":"\\ud800"}',
+        b'{"model":"m","prompt":"hi","temperature":NaN}',
+        b'{"model":"m","prompt":"hi","temperature":Infinity}',
+        b'{"model":"m","prompt":"hi","temperature":1e999}',
+        b'{"model":"m","prompt":"hi","top_k":' + b"9" * 5000 + b"}",
+        b'{"model":"m","prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model":"m","prompt":"hi","metadata":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+    ],
+)
+def test_what_is_no_sensible_json_is_refused(content):
+    refusal(CompletionBody, content)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text() | st.integers(), st.lists, max_leaves=5))
+def test_no_value_of_any_field_is_more_than_refused(value):
+    for field in ("temperature", "max_tokens", "stop", "prompt", "model", "stream", "stream_options", "seed", "n"):
+        try:
+            parse_body(CompletionBody, json.dumps(COMPLETION | {field: value}).encode(), warn_unknown=False)
+        except ApiError as error:
+            assert error.status == 400
+
+
+def test_null_means_absent():
+    body = completion(temperature=None, stop=None, seed=None, max_tokens=None, logprobs=None, no_such_field=None)
+    assert body.model_dump(exclude_none=True) == COMPLETION
+
+
+def test_values_that_ask_for_nothing_are_fine():
+    completion(n=1, best_of=1, echo=False, suffix="", logit_bias={}, presence_penalty=0, frequency_penalty=0.0)
+    chat(tools=[], response_format={"type": "text"}, logprobs=False, n=1, tool_choice="auto")
+    chat(user="u", metadata={"k": "v"}, store=True, service_tier="auto", safety_identifier="s", prompt_cache_key="k")
+
+
+def test_an_answer_can_be_sent_back_as_a_message():
+    answer = {"role": "assistant", "content": "hello", "refusal": None, "annotations": [], "tool_calls": None}
+    chat(messages=[*CHAT["messages"], answer, *CHAT["messages"]])
+
+
+def test_text_parts_are_one_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages[0].content == "a\nb"
+
+
+@pytest.mark.parametrize("prompt", ["hi", ["hi"]])
+def test_a_list_of_one_prompt_is_that_prompt(prompt):
+    assert completion(prompt=prompt).prompt == "hi"
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
+def test_token_ids_are_a_prompt(prompt):
+    assert completion(prompt=prompt).prompt == [1, 2]
+
+
+def test_with_warn_ignored_fields_are_listed_instead():
+    content = json.dumps(CHAT | {"n": 2, "mood": 1, "top_p": 0.5}).encode()
+    body, ignored = parse_body(ChatBody, content, warn_unknown=True)
+    assert (body.top_p, sorted(ignored)) == (0.5, ["mood", "n"])

@@ -1,0 +1,75 @@
+"""Flags and variables: what they become, and that what cannot be used is refused in one sentence."""
+
+import pytest
+
+from server.settings import SettingsError, parse_settings
+
+
+def test_defaults_serve_the_demo_model_on_the_loopback_address():
+    settings = parse_settings([], {})
+    assert (settings.engine.model, settings.host, settings.port) == ("demo", "127.0.0.1", 8000)
+    assert settings.model_name == "SmolLM2-135M-Instruct"
+    assert settings.engine.sliding_window == "model"
+    assert settings.engine.kv_cache_memory is None
+
+
+def test_a_flag_wins_over_its_variable():
+    environment = {"STELLARBYTE_PORT": "9000", "STELLARBYTE_MAX_NUM_SEQS": "3"}
+    settings = parse_settings(["--port", "9001"], environment)
+    assert (settings.port, settings.engine.max_num_seqs) == (9001, 3)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("/models/tiny", "tiny"), ("/models/tiny/", "tiny"), ("/models/a/../tiny", "tiny")]
+)
+def test_the_served_name_is_the_folders_unless_given(path, name):
+    assert parse_settings(["--model", path], {}).model_name == name
+    assert parse_settings(["--model", path, "--served-model-name", "mine"], {}).model_name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1000", 1000), ("2GiB", 2 * 2**30), ("512mib", 512 * 2**20), ("1.5GB", 1_500_000_000)]
+)
+def test_bytes_may_have_a_unit(text, size):
+    assert parse_settings(["--kv-cache-memory", text], {}).engine.kv_cache_memory == size
+
+
+def test_none_and_auto_are_values_of_their_own():
+    settings = parse_settings(["--sliding-window", "none", "--kv-cache-memory", "auto"], {})
+    assert settings.engine.sliding_window is None
+    assert settings.engine.kv_cache_memory is None
+    assert parse_settings(["--sliding-window", "128"], {}).engine.sliding_window == 128
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--port", "0"],
+        ["--port", "65536"],
+        ["--port", "http"],
+        ["--port"],
+        ["--por", "8000"],
+        ["--no-such-flag"],
+        ["stray"],
+        ["--dtype", "float16"],
+        ["--max-num-seqs", "0"],
+        ["--max-model-len", "9" * 30],
+        ["--gpu-memory-utilization", "1.5"],
+        ["--gpu-memory-utilization", "nan"],
+        ["--kv-cache-memory", "2 parsecs"],
+        ["--sliding-window", "0"],
+        ["--shutdown-timeout", "-1"],
+        ["--chat-template", "/no/such/file"],
+        ["--model", ""],
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line_naming_it(arguments):
+    with pytest.raises(SettingsError) as refusal:
+        parse_settings(arguments, {})
+    assert arguments[0] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_wrong_variable_is_named_as_the_variable():
+    with pytest.raises(SettingsError, match="STELLARBYTE_PORT"):
+        parse_settings([], {"STELLARBYTE_PORT": "many"})

@@ -1,0 +1,114 @@
+"""Chat templates render as transformers renders them; prompts become the ids the tokenizer gives them."""
+
+import json
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from server.tokenizer import ChatTemplate, ChatTemplateError, load_prompt_tokenizer
+from tests.fake_engine import CHAT_TEMPLATE, make_model_folder, make_tokenizer
+
+LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
+{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\
+{% set system_message = false %}{% endif %}{% for message in loop_messages %}\
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
+{% if loop.index0 == 0 and system_message != false %}\
+{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + message['content'] %}\
+{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}\
+{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}\
+{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
+SMOL_LM = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}\
+{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+INDENTED = """
+{%- set ns = namespace(count=0) %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {%- continue %}
+    {%- endif %}
+    {%- set ns.count = ns.count + 1 %}
+    {% generation %}
+    {{ ns.count }}: {{ message | tojson }} {{ message.content | trim | upper }}
+    {% endgeneration %}
+    {% if ns.count == 2 %}
+        {% break %}
+    {% endif %}
+{%- endfor %}
+{{ tools | tojson(indent=2) }} {{ documents is none }} {{ strftime_now('%Y') }} {{ pad_token is defined }}
+"""
+CHATS = [
+    [{"role": "user", "content": "What is 3 < 4 & 'é'?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hi\n"}],
+    [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "<|im_end|>"},
+    ],
+]
+
+
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, LLAMA_2, SMOL_LM, INDENTED])
+def test_templates_render_as_in_transformers(source, messages):
+    special_tokens = {"bos_token": "<|im_start|>", "eos_token": "<|end|>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=source, **special_tokens)
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(source, special_tokens).render(messages) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "messages"),
+    [
+        (LLAMA_2, [{"role": "assistant", "content": "I go first"}]),
+        ("{{ messages[9].content.strip() }}", CHATS[0]),
+        ("{{ messages + 1 }}", CHATS[0]),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CHATS[0]),
+        ("{{ 1 / 0 }}", CHATS[0]),
+    ],
+)
+def test_a_template_that_fails_refuses_the_messages(source, messages):
+    with pytest.raises(ChatTemplateError):
+        ChatTemplate(source, {}).render(messages)
+
+
+def test_a_broken_template_is_refused_when_it_is_loaded():
+    with pytest.raises(ChatTemplateError, match="cannot be read"):
+        ChatTemplate("{% for %}", {})
+
+
+def test_a_folder_is_read_with_its_template(tmp_path):
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path), None)
+    assert tokenizer.encode("hé") == list("hé".encode())
+    end, start = make_tokenizer().token_to_id("<|im_end|>"), make_tokenizer().token_to_id("<|im_start|>")
+    expected = [start, *b"user\nhi", end, *b"\n", start, *b"assistant\n"]
+    assert tokenizer.encode_chat([{"role": "user", "content": "hi"}]) == expected
+
+
+@pytest.mark.parametrize("place", ["file of its own", "list", "flag"])
+def test_the_template_is_found_wherever_it_is(tmp_path, place):
+    folder, flag = make_model_folder(tmp_path / "model", chat_template="wrong"), None
+    if place == "file of its own":
+        (folder / "chat_template.jinja").write_text("right")
+    elif place == "list":
+        named = [{"name": "tool_use", "template": "wrong"}, {"name": "default", "template": "right"}]
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    else:
+        flag = tmp_path / "template.jinja"
+        flag.write_text("right")
+    tokenizer = load_prompt_tokenizer(folder, None if flag is None else str(flag))
+    assert tokenizer.encode_chat([]) == list(b"right")
+
+
+def test_a_model_without_a_template_says_how_to_give_one(tmp_path):
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path, chat_template=None), None)
+    with pytest.raises(ChatTemplateError, match="--chat-template FILE"):
+        tokenizer.encode_chat(CHATS[0])
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_file_is_named(tmp_path, file):
+    (make_model_folder(tmp_path) / file).write_text("{")
+    with pytest.raises(ValueError, match=file):
+        load_prompt_tokenizer(tmp_path, None)

@@ -1,0 +1,54 @@
+"""The `stellarbyte` command: what it prints, and one line with exit status 1 for everything that users get wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stellarbyte.cli import main
+from tests.tiny_models import tiny_llama
+
+
+def test_convert_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    target = str(tmp_path / "target")
+    assert main(["convert", str(tiny_llama(tmp_path / "source")), target, "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == f"Wrote {target}\n"
+    assert main(["info", target]) == 0
+    assert "4 query, 2 key/value, of 8" in capsys.readouterr().out
+    assert main(["info", target, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["stored_dtype"], found["config"]["num_hidden_layers"]) == ("bfloat16", 3)
+    texts = []
+    for options in (["--raw"], [], ["--temperature", "0.8", "--seed", "1"], ["--temperature", "0.8", "--seed", "1"]):
+        assert main(["generate", target, "the capital", "--max-tokens", "8", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[2] == texts[3]
+    assert texts[0] != texts[1]  # the chat template makes another prompt
+
+
+@pytest.mark.parametrize("command", [["info", "{}"], ["convert", "{}", "{}/target"], ["generate", "{}", "hello"]])
+def test_errors_are_one_line(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [part.format(tmp_path / "absent") for part in command]
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == f"error: {tmp_path / 'absent'} does not exist.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["convert", "x"],
+        ["info", "x", "--yaml"],
+        ["generate", "x", "hello", "--max-tokens", "0"],
+        ["generate", "x", "hello", "--temperature", "-1"],
+        ["generate", "x", "hello", "--temperature", "nan"],
+        ["generate", "x", "hello", "--top-p", "1.5"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
