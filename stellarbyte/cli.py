@@ -9,11 +9,14 @@ from types import FrameType
 from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from stellarbyte.checkpoint import CheckpointError, convert, describe, load_model, open_checkpoint, resolve_model
-from stellarbyte.checkpoint.info import describe_lines
+from stellarbyte.checkpoint.convert import convert
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.info import describe, describe_lines
+from stellarbyte.checkpoint.native import load_model, open_checkpoint
+from stellarbyte.checkpoint.progress import ProgressBar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,30 +90,15 @@ def _probability(text: str) -> float:
     return value
 
 
-class _ProgressBar:
-    """Bytes written, on stderr; appears with the first call and closes itself at the end."""
-
-    def __init__(self, title: str) -> None:
-        self._title = title
-        self._bar: tqdm | None = None
-
-    def __call__(self, written: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=self._title, unit="B", unit_scale=True, file=sys.stderr)
-        self._bar.update(written - self._bar.n)
-        if written == total:
-            self._bar.close()
-
-
 def _convert(options: argparse.Namespace) -> int:
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    target = convert(options.source, options.target, dtype=dtype, progress=_ProgressBar("Converting"))
+    target = convert(options.source, options.target, dtype=dtype, progress=ProgressBar("Converting"))
     print(f"Wrote {target}")
     return 0
 
 
 def _info(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(resolve_model(options.model, _ProgressBar("Converting the demo model")))
+    checkpoint = open_checkpoint(resolve_model(options.model, ProgressBar("Converting the demo model")))
     if options.json:
         figures = dataclasses.asdict(describe(checkpoint))
         print(json.dumps({"path": str(checkpoint.path), **figures, "config": checkpoint.config.to_dict()}, indent=2))
@@ -121,7 +109,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    path = resolve_model(options.model, _ProgressBar("Converting the demo model"))
+    path = resolve_model(options.model, ProgressBar("Converting the demo model"))
     model = load_model(path)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     if options.raw or tokenizer.chat_template is None:

@@ -17,10 +17,12 @@ from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.settings import EngineSettings
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.checkpoint import load_model, open_checkpoint, resolve_model, weights_hash
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint, weights_hash
+from stellarbyte.checkpoint.progress import ProgressBar
 from stellarbyte.config import ByteModelConfig
 
-log = logging.getLogger("stellarbyte.engine")
+logger = logging.getLogger("server.engine")
 
 AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
 
@@ -49,13 +51,13 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     """
     device = _device(settings.device)
     torch.set_num_threads(_num_threads())
-    path = resolve_model(settings.model)
+    path = resolve_model(settings.model, ProgressBar("Converting the demo model"))
     config = serving_config(open_checkpoint(path).config, settings)
     dtype = _dtype(settings.dtype, device)
-    log.info("loading %s on %s in %s", path, device.type, str(dtype).removeprefix("torch."))
-    model = load_model(path, dtype=dtype, device=device)
+    logger.info("loading %s on %s in %s", path, device.type, str(dtype).removeprefix("torch."))
+    model = load_language_model(path, dtype=dtype, device=device)
     plan = plan_cache(config, settings, dtype, _cache_budget(settings, config, device))
-    log.info(
+    logger.info(
         "cache: %d blocks of %d tokens (%.1f GiB), at least %d sequences of %d tokens",
         plan.num_blocks,
         plan.layout.block_size,

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from server.engine.scheduler import Chunk
-from stellarbyte import ByteTransformer
 from stellarbyte.cache.paged_kv import PagedAttention, PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.sampling import RowSampling, sample
 
 # T tokens, N sequences, M blocks of the longest table, R rows that sample, V vocabulary
@@ -19,7 +19,7 @@ class ModelRunner:
     `config` is the one to serve with: its window and sinks may differ from those the checkpoint was saved with.
     """
 
-    def __init__(self, model: ByteTransformer, cache: PagedKVCache, config: ByteModelConfig) -> None:
+    def __init__(self, model: ByteLanguageModel, cache: PagedKVCache, config: ByteModelConfig) -> None:
         self.model = model
         self.cache = cache
         self.config = config

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,11 +13,10 @@ from stellarbyte.checkpoint.gguf_model import plan_gguf
 from stellarbyte.checkpoint.hf import plan_folder
 from stellarbyte.checkpoint.native import check_tensors, write_hashes
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
+from stellarbyte.checkpoint.progress import Progress
 from stellarbyte.checkpoint.safetensors_file import write_file
 from stellarbyte.checkpoint.shapes import expected_shapes
 from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
-
-Progress = Callable[[int, int], None]  # bytes of weights written so far, bytes in all
 
 MAX_SHARD_BYTES = 4 * 1024**3
 _SPARE_BYTES = 64 * 1024**2  # for the tokenizer and the other small files

@@ -4,8 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
-from stellarbyte.checkpoint.convert import Progress, convert
 from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.progress import Progress
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -35,6 +35,8 @@ def ensure_demo(progress: Progress | None = None) -> Path:
     target = cache_folder() / f"{DEMO_NAME}-v{FORMAT_VERSION}"
     if _is_converted(target):
         return target
+    from stellarbyte.checkpoint.convert import convert  # not needed by any later start
+
     try:
         return convert(find_demo_gguf(), target, progress=progress)
     except CheckpointError:

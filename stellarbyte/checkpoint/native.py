@@ -10,17 +10,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import GenerationConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
 from stellarbyte.checkpoint.shapes import Shape, expected_shapes
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.model import ByteTransformer
+from stellarbyte.model.decoder import ByteLanguageModel
+
+if TYPE_CHECKING:
+    from stellarbyte.model.transformer import ByteTransformer
 
 HASH_FILE = "weights-hash.json"
 
@@ -163,19 +168,49 @@ def _keep_hashes(folder: Path, entries: Mapping[str, object]) -> None:
 
 def load_model(
     path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> ByteTransformer:
-    """The model in evaluation mode, its parameters taken straight from the files.
+) -> "ByteTransformer":
+    """The transformers model in evaluation mode, with the folder's generation config.
+
+    Parameters, arguments and errors as in `load_language_model`.
+    """
+    from stellarbyte.model.transformer import ByteTransformer  # seconds that a server's start does not pay
+
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = ByteTransformer(checkpoint.config)
+    _read_weights(checkpoint, model, dtype, device)
+    model.tie_weights()
+    model.config.dtype = model.dtype
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = _generation_config(checkpoint.path)
+    return model
+
+
+def load_language_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> ByteLanguageModel:
+    """The bare model in evaluation mode, its parameters taken straight from the files.
 
     On the CPU and in the stored dtype the parameters are maps of the files: nothing is copied, pages are read when
     first used, and the files must not be changed in place meanwhile.
 
     Args:
-        dtype: of every parameter; None: the config's.
+        dtype: of every parameter; None: as stored.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
     checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = ByteLanguageModel(checkpoint.config)
+    _read_weights(checkpoint, model, dtype, device)
+    return model
+
+
+def _read_weights(
+    checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Give a model built on the meta device its parameters, without gradients, and put it in evaluation mode."""
     wanted = dtype if dtype is not None else stored_dtype(checkpoint)
     state: dict[str, torch.Tensor] = {}
     for file in checkpoint.files:
@@ -185,16 +220,10 @@ def load_model(
                     state[name] = tensors.get_tensor(name).to(device=device, dtype=wanted)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {one_line(error)}.") from error
-    with torch.device("meta"):
-        model = ByteTransformer(checkpoint.config)
     if checkpoint.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
-    model.config.dtype = wanted
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = _generation_config(checkpoint.path)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
 
 
 def _generation_config(folder: Path) -> GenerationConfig:

@@ -1,5 +1,1 @@
-"""The ByteTransformer model."""
-
-from stellarbyte.model.transformer import ByteDecoder, ByteDecoderLayer, ByteTransformer
-
-__all__ = ["ByteDecoder", "ByteDecoderLayer", "ByteTransformer"]
+"""The ByteTransformer model: decoder.py for inference, transformer.py as a transformers model."""

@@ -1,79 +1,23 @@
-"""ByteTransformer: the decoder and its language-model head, as a transformers model. Knows nothing of serving."""
+"""ByteTransformer: the decoder and its head as a transformers model, to train and generate. Serving does without."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from stellarbyte.auto import register_model_if_wanted
 from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention
+from stellarbyte.model.decoder import ByteDecoder
 from stellarbyte.model.dense_attention import DenseAttention
-from stellarbyte.model.mlp import ByteMLP
 from stellarbyte.model.norm import ByteRMSNorm
-from stellarbyte.model.residual import LayerScale, Residual, deepnorm_beta
+from stellarbyte.model.residual import LayerScale
 from stellarbyte.model.xpos import XPosRotaryEmbedding
 
 # B sequences, T tokens, V vocabulary, L layers, K key/value heads, S past tokens, D head dim
-
-
-class ByteDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP around the residual stream, one after the other or in parallel."""
-
-    def __init__(self, config: ByteModelConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = ByteMultiHeadSelfAttention(config, layer)
-        self.mlp = ByteMLP(config)
-        self.input_layernorm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = (
-            None if config.parallel_residual else ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
-        )
-        start = config.layer_scale_init
-        self.attention_scale = None if start is None else LayerScale(config.hidden_size, start)
-        self.mlp_scale = None if start is None else LayerScale(config.hidden_size, start)
-        self.residual = Residual(config, layer)
-        attention, mlp = self.self_attn, self.mlp
-        for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            linear.init_gain = deepnorm_beta(config)  # type: ignore[assignment]  # read by `_init_weights`
-
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""
-
-        def attention(y: torch.Tensor) -> torch.Tensor:
-            y = self.self_attn(y, attend)
-            return y if self.attention_scale is None else self.attention_scale(y)
-
-        def mlp(y: torch.Tensor) -> torch.Tensor:
-            y = self.mlp(y)
-            return y if self.mlp_scale is None else self.mlp_scale(y)
-
-        if self.post_attention_layernorm is None:
-            return self.residual(x, lambda y: attention(y) + mlp(y), self.input_layernorm)
-        x = self.residual(x, attention, self.input_layernorm)
-        return self.residual(x, mlp, self.post_attention_layernorm)
-
-
-class ByteDecoder(nn.Module):
-    """Embedding, layers and final norm. The same module trains on [B, T] and serves a flat row of tokens [T]."""
-
-    def __init__(self, config: ByteModelConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.embedding_dropout)
-        self.layers = nn.ModuleList(ByteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = XPosRotaryEmbedding(config)
-
-    def forward(self, embeddings: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """[..., hidden] token embeddings → [..., hidden] after the final norm."""
-        x = self.dropout(embeddings)
-        for layer in self.layers:
-            x = layer(x, attend)
-        return self.norm(x)
 
 
 class ByteTransformer(PreTrainedModel, GenerationMixin):
@@ -234,5 +178,4 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
                     module.reset_parameters()
 
 
-AutoConfig.register(ByteModelConfig.model_type, ByteModelConfig)
-AutoModelForCausalLM.register(ByteModelConfig, ByteTransformer)
+register_model_if_wanted()

@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stellarbyte.checkpoint import convert, load_model, open_checkpoint
+from stellarbyte.checkpoint.convert import convert
+from stellarbyte.checkpoint.native import load_model, open_checkpoint
 from tests.gguf_files import write_gguf
 from tests.tiny_models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 

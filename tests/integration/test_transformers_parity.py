@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stellarbyte.checkpoint import load_config, resolve_model
-from stellarbyte.checkpoint.native import load_model
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.native import load_config, load_model
 from tests.integration.conftest import MODEL_NAME
 
 NUM_TOKENS = 64

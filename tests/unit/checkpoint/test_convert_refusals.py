@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stellarbyte.checkpoint import CheckpointError, convert, load_model, open_checkpoint
+from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import find_demo_gguf
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.native import load_model, open_checkpoint
 from tests.tiny_models import tiny_llama
 
 

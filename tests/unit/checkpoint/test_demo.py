@@ -7,7 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from stellarbyte.checkpoint import CheckpointError, demo, load_model, open_checkpoint, resolve_model
+from stellarbyte.checkpoint import demo
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.native import load_model, open_checkpoint
 from tests.gguf_files import write_gguf
 from tests.tiny_models import tiny_llama
 

@@ -9,8 +9,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from stellarbyte.checkpoint import CheckpointError, convert
-from stellarbyte.checkpoint.convert import make_plan
+from stellarbyte.checkpoint.convert import convert, make_plan
+from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.gguf_file import open_gguf
 from tests.gguf_files import write_gguf
 from tests.tiny_models import tiny_llama

@@ -11,8 +11,9 @@ from gguf import GGMLQuantizationType
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from stellarbyte.checkpoint import CheckpointError, convert, load_config, open_checkpoint
-from stellarbyte.checkpoint.convert import make_plan
+from stellarbyte.checkpoint.convert import convert, make_plan
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.native import load_config, open_checkpoint
 from tests.gguf_files import write_gguf
 from tests.tiny_models import tiny_llama, tiny_qwen2
 

@@ -9,8 +9,8 @@ import sentencepiece
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from stellarbyte.checkpoint import CheckpointError
 from stellarbyte.checkpoint.demo import find_demo_gguf
+from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.gguf_file import open_gguf
 from stellarbyte.checkpoint.gguf_tokenizer import STYLES, TokenType, plan_tokenizer
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from stellarbyte.checkpoint import ModelInfo, describe, open_checkpoint
-from stellarbyte.checkpoint.info import describe_lines, size
+from stellarbyte.checkpoint.info import ModelInfo, describe, describe_lines, size
+from stellarbyte.checkpoint.native import open_checkpoint
 from tests.models import make_model
 
 

@@ -11,15 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stellarbyte.checkpoint import (
-    CheckpointError,
-    convert,
-    expected_shapes,
-    load_config,
-    load_model,
-    open_checkpoint,
-    weights_hash,
-)
+from stellarbyte.checkpoint.convert import convert
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.native import load_config, load_model, open_checkpoint, weights_hash
+from stellarbyte.checkpoint.shapes import expected_shapes
 from tests.models import make_config, make_model
 from tests.tiny_models import tiny_qwen2
 

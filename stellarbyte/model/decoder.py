@@ -1,0 +1,84 @@
+"""The decoder and its language-model head as plain modules. Knows neither transformers' model classes nor caches.
+
+Serving runs these directly: importing transformers' model classes costs seconds of a start.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention
+from stellarbyte.model.mlp import ByteMLP
+from stellarbyte.model.norm import ByteRMSNorm
+from stellarbyte.model.residual import LayerScale, Residual, deepnorm_beta
+from stellarbyte.model.xpos import XPosRotaryEmbedding
+
+
+class ByteDecoderLayer(nn.Module):
+    """Attention and MLP around the residual stream, one after the other or in parallel."""
+
+    gradient_checkpointing = False  # transformers' `gradient_checkpointing_enable` sets it on every module that has it
+
+    def __init__(self, config: ByteModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = ByteMultiHeadSelfAttention(config, layer)
+        self.mlp = ByteMLP(config)
+        self.input_layernorm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = (
+            None if config.parallel_residual else ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        )
+        start = config.layer_scale_init
+        self.attention_scale = None if start is None else LayerScale(config.hidden_size, start)
+        self.mlp_scale = None if start is None else LayerScale(config.hidden_size, start)
+        self.residual = Residual(config, layer)
+        attention, mlp = self.self_attn, self.mlp
+        for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            linear.init_gain = deepnorm_beta(config)  # type: ignore[assignment]  # read by `_init_weights`
+
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""
+
+        def attention(y: torch.Tensor) -> torch.Tensor:
+            y = self.self_attn(y, attend)
+            return y if self.attention_scale is None else self.attention_scale(y)
+
+        def mlp(y: torch.Tensor) -> torch.Tensor:
+            y = self.mlp(y)
+            return y if self.mlp_scale is None else self.mlp_scale(y)
+
+        if self.post_attention_layernorm is None:
+            return self.residual(x, lambda y: attention(y) + mlp(y), self.input_layernorm)
+        x = self.residual(x, attention, self.input_layernorm)
+        return self.residual(x, mlp, self.post_attention_layernorm)
+
+
+class ByteDecoder(nn.Module):
+    """Embedding, layers and final norm. The same module trains on [B, T] and serves a flat row of tokens [T]."""
+
+    def __init__(self, config: ByteModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(ByteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = XPosRotaryEmbedding(config)
+
+    def forward(self, embeddings: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """[..., hidden] token embeddings → [..., hidden] after the final norm."""
+        x = self.dropout(embeddings)
+        for layer in self.layers:
+            if self.training and layer.gradient_checkpointing:
+                x = checkpoint(layer, x, attend, use_reentrant=False)
+            else:
+                x = layer(x, attend)
+        return self.norm(x)
+
+
+class ByteLanguageModel(nn.Module):
+    """Decoder and head for inference, its parameters named as `ByteTransformer`'s."""
+
+    def __init__(self, config: ByteModelConfig) -> None:
+        super().__init__()
+        self.model = ByteDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
