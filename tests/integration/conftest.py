@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from stellarbyte.checkpoint.demo import resolve_model
 from tests.fake_engine import make_model_folder
+from tests.integration.references import Reference, transformers_answers
 from tests.server_process import FAKE, REAL, ServerProcess, running
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -27,3 +30,14 @@ def fake_server(fake_model: str) -> Iterator[ServerProcess]:
     """The real HTTP process in front of the fake engine, which repeats prompts."""
     with running(FAKE, "--model", fake_model, "--max-body-bytes", "100000") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(resolve_model("demo"))
+
+
+@pytest.fixture(scope="session")
+def references(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
+    """transformers' own answers to `references.PROMPTS`."""
+    return transformers_answers(tokenizer)

@@ -7,14 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from tests.integration.conftest import MODEL_NAME
+from tests.integration.references import PROMPTS
 from tests.integration.test_disconnect import wait_until_idle
 
-WORDS = "apple river stone cloud tiger piano lemon bread chair house horse music paper snow train water".split()
+NUM_CLIENTS = 16
+MAX_TOKENS = 24
 
 
-def read_some(url: str, word: str, chance: random.Random) -> tuple[str, bool]:
-    """Stream a completion that repeats `word`, leave after a random number of events: (text, read to the end)."""
-    body = {"model": MODEL_NAME, "prompt": f" {word}" * 12, "max_tokens": 24, "temperature": 0, "stream": True}
+def read_some(url: str, prompt: str, chance: random.Random) -> tuple[str, bool]:
+    """Stream a greedy completion, leave after a random number of events: (text, read to the end)."""
+    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "stream": True}
     events_wanted = chance.choice([1, 3, 8, 1000])
     text = ""
     with httpx.stream("POST", f"{url}/v1/completions", json=body | {"ignore_eos": True}, timeout=120) as response:
@@ -27,17 +29,17 @@ def read_some(url: str, word: str, chance: random.Random) -> tuple[str, bool]:
     return text, False
 
 
-def test_sixteen_clients_that_come_and_go_never_get_each_others_text(demo_server) -> None:
-    def client(number: int) -> list[tuple[str, str, bool]]:
+def test_sixteen_clients_that_come_and_go_never_get_each_others_text(demo_server, tokenizer, references) -> None:
+    def client(number: int) -> list[tuple[int, str, bool]]:
         chance = random.Random(number)
-        return [(WORDS[number], *read_some(demo_server.url, WORDS[number], chance)) for _ in range(6)]
+        return [(number, *read_some(demo_server.url, PROMPTS[number], chance)) for _ in range(5)]
 
-    with ThreadPoolExecutor(16) as clients:
-        answers = [answer for answers in clients.map(client, range(16)) for answer in answers]
-    expected = {word: f" {word}" * 24 for word in WORDS}
-    for word, text, complete in answers:
-        assert expected[word].startswith(text), f"{word} got {text!r}"
-        assert not complete or text == expected[word]
+    with ThreadPoolExecutor(NUM_CLIENTS) as clients:
+        answers = [answer for answers in clients.map(client, range(NUM_CLIENTS)) for answer in answers]
+    expected = [tokenizer.decode(reference.token_ids[:MAX_TOKENS]) for reference in references]
+    for number, text, complete in answers:
+        assert expected[number].startswith(text), f"{PROMPTS[number]!r} got {text!r}"
+        assert not complete or text == expected[number]
     assert sum(complete for _, _, complete in answers) > 10
     assert sum(not complete and text != "" for _, text, complete in answers) > 10
     wait_until_idle(demo_server)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from stellarbyte.checkpoint import convert as convert_module
 from stellarbyte.checkpoint import demo
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.errors import CheckpointError
@@ -30,7 +31,7 @@ def test_demo_is_converted_once(tiny_demo: Path, monkeypatch: pytest.MonkeyPatch
     assert path.parent == tiny_demo
     assert calls[-1][0] == calls[-1][1]
     open_checkpoint(path)
-    monkeypatch.setattr(demo, "convert", lambda *_, **__: pytest.fail("converted again"))
+    monkeypatch.setattr(convert_module, "convert", lambda *_, **__: pytest.fail("converted again"))
     assert resolve_model("demo") == path
     monkeypatch.setattr(demo, "FORMAT_VERSION", demo.FORMAT_VERSION + 1)
     with pytest.raises(pytest.fail.Exception, match="converted again"):
