@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +37,12 @@ class EngineProcess:
         self.endpoint = f"ipc://{self._folder}/engine"
         # A process group of its own: Ctrl-C in the terminal must reach only the parent.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, process_group=0
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            process_group=0,
+            env=engine_environment(os.environ),
         )
         self._stdout: asyncio.StreamReader | None = None
         line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level)) + b"\n"
@@ -82,6 +88,17 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def engine_environment(ours: Mapping[str, str]) -> dict[str, str]:
+    """The engine's environment: OpenMP's threads wait only briefly for each other, unless the user decided.
+
+    By default they spin, and where another program has one of few cores each spins until the other is scheduled: with
+    one of two cores taken the demo model then gave 3.5 tokens a second, and 10.1 with this (12.2 with both cores free).
+    """
+    if "GOMP_SPINCOUNT" in ours or "OMP_WAIT_POLICY" in ours:
+        return dict(ours)
+    return {**ours, "GOMP_SPINCOUNT": "1000"}
 
 
 def _private_folder() -> Path:

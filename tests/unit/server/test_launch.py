@@ -1,0 +1,24 @@
+"""What the engine process is started with."""
+
+import os
+
+from server.engine.launch import EngineProcess, engine_environment
+from server.settings import EngineSettings
+
+
+def test_threads_wait_briefly_unless_the_user_decided() -> None:
+    assert engine_environment({"A": "1"}) == {"A": "1", "GOMP_SPINCOUNT": "1000"}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        assert engine_environment({name: "x"}) == {name: "x"}
+
+
+def test_the_engine_process_has_that_environment(monkeypatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    engine = EngineProcess(EngineSettings(model="unused"), "info", "tests.fake_engine")
+    try:
+        with open(f"/proc/{engine._process.pid}/environ", "rb") as environment:
+            assert b"GOMP_SPINCOUNT=1000" in environment.read().split(b"\0")
+    finally:
+        engine.stop()
+    assert "GOMP_SPINCOUNT" not in os.environ
