@@ -48,7 +48,7 @@ class ByteModelConfig(PreTrainedConfig):
     """
 
     model_type = "bytetransformer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
 
     vocab_size: int = 32000
     hidden_size: int = 768

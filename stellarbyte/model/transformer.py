@@ -1,5 +1,6 @@
 """ByteTransformer: the decoder and its head as a transformers model, to train and generate. Serving does without."""
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,11 @@ from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale
 from stellarbyte.model.xpos import XPosRotaryEmbedding
 
+# The name transformers gives the cache in outputs and in `generate`: it was "past_key_values" before 5.24.
+CACHE = (
+    "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
+)
+
 # B sequences, T tokens, V vocabulary, L layers, K key/value heads, S past tokens, D head dim
 
 
@@ -29,6 +35,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
     _no_split_modules: ClassVar = ["ByteDecoderLayer"]
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
+    accepts_loss_kwargs = True  # tells transformers' Trainer that forward takes num_items_in_batch
 
     def __init__(self, config: ByteModelConfig) -> None:
         super().__init__(config)
@@ -47,33 +54,47 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **loss_arguments: Any,
+        cache: RelativeCache | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Logits of whole sequences, or of their continuation after `past_key_values`.
+        """Logits of whole sequences, or of their continuation after a cache.
+
+        There is no catch-all for other arguments: one that is not known is an error, never ignored.
 
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
             attention_mask: [B, past + T], 0 for padding on either side.
             position_ids: [B, T]; default: counted from the attention mask.
             labels: [B, T]; the loss is the mean over positions whose next label is not -100.
-            use_cache: return `past_key_values` for the next call; default: `config.use_cache` outside training.
+            past_key_values, cache: what the previous call returned; two names of one argument (transformers' newer
+                releases say cache).
+            use_cache: return a cache for the next call; default: `config.use_cache` outside training.
             logits_to_keep: logits of the last so many tokens only; 0: of all.
-            loss_arguments: passed to transformers' causal language-model loss (for instance num_items_in_batch).
+            num_items_in_batch: what the summed loss is divided by (gradient accumulation); default: its own labels.
+            return_dict: only True is supported.
 
         Returns:
-            logits [B, T, V] in the model's dtype, loss or None, past_key_values or None.
+            logits [B, T, V] in the model's dtype, loss or None, the cache or None (as `past_key_values`, and as `cache`
+            where transformers knows that name).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None and cache is not None:
+            raise ValueError("give only one of past_key_values and cache: they are the same argument")
+        if not return_dict:
+            raise ValueError("return_dict=False is not supported; the output is always a CausalLMOutputWithPast")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         attend = self._dense_attention(embeddings, attention_mask, position_ids, cache)
         hidden = self.model(embeddings, attend)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _cache(self, given: RelativeCache | None, use_cache: bool | None) -> RelativeCache | None:
         if self.training and self.model.layers[0].gradient_checkpointing:
@@ -81,7 +102,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         if isinstance(given, RelativeCache):
             return given
         if given is not None and given.get_seq_length() > 0:
-            raise ValueError(f"past_key_values must be a RelativeCache, got {type(given).__name__}")
+            raise ValueError(f"the cache must be a RelativeCache, got {type(given).__name__}")
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return RelativeCache(self.config) if wanted else None
 
@@ -126,8 +147,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         """`generate` starts from our cache: transformers' default one would keep absolute rotations and drop sinks."""
         if generation_config.cache_implementation is not None:
             raise ValueError("cache_implementation is not supported: a ByteTransformer brings its own cache")
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = RelativeCache(self.config)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = RelativeCache(self.config)
 
     @torch.no_grad()
     def forward_step(

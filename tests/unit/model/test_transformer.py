@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stellarbyte import ByteConfig, ByteModelConfig, ByteTransformer
+from stellarbyte.cache.relative import RelativeCache
 from tests import oracle
 from tests.models import VOCABULARY, make_config, make_model, random_tokens
 
@@ -120,6 +121,24 @@ def test_generate_from_left_padded_prompts_equals_each_prompt_alone(variant: str
         assert together[i].tolist() == text[len(prompt) :]
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_used_under_both_of_its_names(name: str) -> None:
+    """transformers 5.24 renamed the argument; passed under a name forward did not know, the cache was ignored and
+    `generate` went on from the last token alone."""
+    model = make_model()
+    tokens = random_tokens(20)
+    first = model(torch.tensor([tokens[:15]]), use_cache=True)
+    rest = model(torch.tensor([tokens[15:]]), **{name: first.past_key_values}).logits[0]
+    assert_matches_oracle(model, tokens, torch.cat((first.logits[0], rest)))
+
+
+def test_num_items_in_batch_divides_the_loss() -> None:
+    model = make_model()
+    tokens = torch.tensor([random_tokens(21)])
+    mean = model(tokens, labels=tokens).loss
+    assert torch.isclose(model(tokens, labels=tokens, num_items_in_batch=80).loss, mean * 20 / 80)
+
+
 def test_beam_search_reorders_the_cache() -> None:
     """Cached beams must equal beams recomputed from scratch."""
     model = make_model(sliding_window=W, sink_tokens=2)
@@ -231,6 +250,12 @@ def test_wrong_use_is_told_in_a_sentence() -> None:
         model(tokens, attention_mask=torch.ones(1, 2))
     with pytest.raises(ValueError, match="both past_k and past_v"):
         model.forward_step(tokens[:, :1], torch.zeros(3, 1, 2, 1, 16), None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'past_keys'"):
+        model(tokens, past_keys=None)
+    with pytest.raises(ValueError, match="return_dict=False is not supported"):
+        model(tokens, return_dict=False)
+    with pytest.raises(ValueError, match="only one of past_key_values and cache"):
+        model(tokens, past_key_values=RelativeCache(model.config), cache=RelativeCache(model.config))
     with pytest.raises(ValueError, match="cache_implementation"):
         model.generate(tokens, cache_implementation="static", max_new_tokens=2)
 

@@ -4,6 +4,7 @@ import os
 
 from server.engine.launch import EngineProcess, engine_environment
 from server.settings import EngineSettings
+from tests.fake_engine import make_model_folder
 
 
 def test_threads_wait_briefly_unless_the_user_decided() -> None:
@@ -12,10 +13,10 @@ def test_threads_wait_briefly_unless_the_user_decided() -> None:
         assert engine_environment({name: "x"}) == {name: "x"}
 
 
-def test_the_engine_process_has_that_environment(monkeypatch) -> None:
+def test_the_engine_process_has_that_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    engine = EngineProcess(EngineSettings(model="unused"), "info", "tests.fake_engine")
+    engine = EngineProcess(EngineSettings(model=str(make_model_folder(tmp_path))), "info", "tests.fake_engine")
     try:
         with open(f"/proc/{engine._process.pid}/environ", "rb") as environment:
             assert b"GOMP_SPINCOUNT=1000" in environment.read().split(b"\0")
