@@ -153,6 +153,7 @@ async def _announce(server: "uvicorn.Server", settings: ServerSettings) -> None:
         {
             "model": settings.model_name,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,  # a small model asked to be creative may ramble to the end of its context
             "stream": True,
         }
     )
