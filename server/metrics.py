@@ -24,6 +24,14 @@ class _StatsCollector(Collector):
         counters = (
             ("vllm:prompt_tokens", "Prompt tokens of requests that were started.", stats.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+            ("vllm:num_preemptions", "Requests stopped for want of memory and run again.", stats.num_preemptions_total),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
+            (
+                "stellarbyte:evicted_tokens",
+                "Tokens of ended requests that had gone out of sight.",
+                stats.evicted_tokens_total,
+            ),
         )
         for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -90,6 +90,13 @@ def existing_file(text: str) -> str:
     return text
 
 
+def switch(text: str) -> bool:
+    """Such a field has the flags --name and --no-name and takes no value; its variable is true or false."""
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise SettingsError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1")
+
+
 def window_size(text: str) -> int | None:
     return None if text == "none" else whole_number(1)(text)
 
@@ -129,7 +136,20 @@ class EngineSettings:
         window_size, "N|none", "tokens each layer looks back (default: as the model says)", "model"
     )  # "model": as the checkpoint says; None: no window
     sink_tokens: int | None = option(
-        whole_number(0), "N", "first tokens kept in view of a sliding window (default: as the model says)", None
+        whole_number(0),
+        "N",
+        "first tokens that stay in view when the context slides (default: as the model says, or 4 if no layer has a"
+        " window)",
+        None,
+    )
+    enable_prefix_caching: bool = option(
+        switch, "", "keep computed tokens for later requests that begin with the same ones", True
+    )
+    max_queued_requests: int = option(
+        whole_number(0), "N", "most requests beyond --max-num-seqs; more are answered with 429", 1024
+    )
+    queue_timeout: float | None = option(
+        seconds, "SECONDS", "most time a request waits before it is answered with 503 (default: no limit)", None
     )
 
 
@@ -143,6 +163,13 @@ class ServerSettings:
     )
     host: str = option(not_empty, "HOST", "address to listen on", "127.0.0.1")
     port: int = option(whole_number(1, 65535), "PORT", "port to listen on", 8000)
+    http_workers: int = option(whole_number(1, 64), "N", "HTTP processes that share the port and the engine", 1)
+    context_overflow: Literal["error", "slide"] = option(
+        one_of("error", "slide"),
+        "error|slide",
+        "requests longer than --max-model-len: refuse them, or let their oldest tokens go out of sight",
+        "error",
+    )
     chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
     max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
     shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
@@ -194,7 +221,13 @@ def _make_parser() -> argparse.ArgumentParser:
             text = field.metadata["help"]
             if shown is not None and "(default:" not in text:
                 text += f" (default: {shown})"
-            group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text.replace("%", "%%"))
+            text = text.replace("%", "%%")
+            if field.metadata["parse"] is not switch:
+                group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text)
+                continue
+            off = _flag(field).replace("--", "--no-", 1)
+            group.add_argument(_flag(field), dest=field.name, action="store_const", const="true", help=text)
+            group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
     return parser
 
 

@@ -31,6 +31,8 @@ class ByteModelConfig(PreTrainedConfig):
         qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
         sliding_window: a query at m sees keys n > m - sliding_window; None: all. In tokens.
         layer_types: "full_attention" or "sliding_attention" for each layer; None: all alike.
+        full_attention_window: the same limit for full_attention layers; None: none. Serving sets it to its context
+            length, so that a stream can outgrow that.
         sink_tokens: the first tokens of a sequence that windowed layers go on seeing (StreamingLLM).
         rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn", "rope_theta": ..., ...}, as in
             transformers.
@@ -71,6 +73,7 @@ class ByteModelConfig(PreTrainedConfig):
 
     sliding_window: int | None = None
     layer_types: list[str] | None = None
+    full_attention_window: int | None = None
     sink_tokens: int = 0
 
     rope_parameters: dict[str, Any] | None = None
@@ -129,6 +132,8 @@ class ByteModelConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window ({self.sliding_window}) must be at least 1, or null for no window")
+        if self.full_attention_window is not None and self.full_attention_window < 1:
+            raise ValueError(f"full_attention_window ({self.full_attention_window}) must be at least 1, or null")
         if self.sink_tokens < 0:
             raise ValueError(f"sink_tokens ({self.sink_tokens}) must not be negative")
         if len(self.layer_types) != self.num_hidden_layers:
@@ -165,7 +170,8 @@ class ByteModelConfig(PreTrainedConfig):
     def windows(self) -> tuple[int | None, ...]:
         """The window of each layer in tokens; None where a layer sees everything."""
         assert self.layer_types is not None
-        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+        window_of = {"sliding_attention": self.sliding_window, "full_attention": self.full_attention_window}
+        return tuple(window_of[kind] for kind in self.layer_types)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -7,16 +7,21 @@ import torch
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Chunk, Scheduler, SchedulerLimits, Sequence
-from stellarbyte import ByteTransformer
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Chunk, Sequence
+from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
+
+OF_REQUEST = ("priority", "context_overflow", "cache_salt")
 
 
 def make_request(
-    prompt: list[int], max_tokens: int = 16, request_id: str = "r", seed: int = 0, **sampling: Any
+    prompt: list[int], max_tokens: int = 16, request_id: str = "r", seed: int = 0, **fields: Any
 ) -> GenerationRequest:
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, **({"temperature": 0.0} | sampling))
-    return GenerationRequest(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params)
+    """Greedy unless a temperature is given; `fields` are those of the request and of its sampling."""
+    own = {name: fields.pop(name) for name in OF_REQUEST if name in fields}
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, **({"temperature": 0.0} | fields))
+    return GenerationRequest(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params, **own)
 
 
 def make_scheduler(
@@ -28,22 +33,32 @@ def make_scheduler(
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 64,
     max_model_len: int = 10_000,
+    max_queued_requests: int = 1000,
+    queue_timeout_s: float | None = None,
+    **options: Any,
 ) -> Scheduler:
     limits = SchedulerLimits(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, max_model_len=max_model_len
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        max_queued_requests=max_queued_requests,
+        queue_timeout_s=queue_timeout_s,
     )
     layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens)
-    return Scheduler(limits, layout, BlockPool(num_blocks))
+    return Scheduler(limits, layout, BlockPool(num_blocks), **options)
 
 
 class ModelEngine:
-    """Scheduler and model, stepping until every request has its tokens."""
+    """Scheduler and model, stepping until every request has its tokens.
 
-    def __init__(self, model: ByteTransformer, **options: Any) -> None:
-        config = model.config
+    `config` is what to serve the model with, if not its own.
+    """
+
+    def __init__(self, model: ByteTransformer, config: ByteModelConfig | None = None, **options: Any) -> None:
+        config = model.config if config is None else config
         windows = config.windows
         self.scheduler = make_scheduler(
-            window=config.sliding_window if all(windows) else None,
+            window=max(windows) if all(windows) else None,
             sink_tokens=config.sink_tokens if any(windows) else 0,
             **options,
         )
@@ -53,9 +68,12 @@ class ModelEngine:
         cache.values_LBSKD.zero_()
         self.runner = ModelRunner(model, cache, config)
 
-    def teacher_forced(self, tokens: list[int], first: int) -> torch.Tensor:
-        """log p(next token) after tokens first-1, first, ..., each computed by the step that would sample there."""
-        sequence = self.scheduler.add(make_request(tokens[:first], max_tokens=len(tokens) - first + 1))
+    def teacher_forced(self, tokens: list[int], first: int, **fields: Any) -> torch.Tensor:
+        """log p(next token) after tokens first-1, first, ..., each computed by the step that would sample there.
+
+        `fields` are those of the request; what the step before it left in the cache is used.
+        """
+        sequence = self.scheduler.add(make_request(tokens[:first], max_tokens=len(tokens) - first + 1, **fields))
         rows = []
         while len(sequence.tokens) <= len(tokens):
             chunks = self.scheduler.schedule()
@@ -72,7 +90,7 @@ class ModelEngine:
         sequences = [self.scheduler.add(request) for request in requests]
         while self.scheduler.has_work:
             self.step()
-        return [sequence.tokens[len(sequence.request.prompt_token_ids) :] for sequence in sequences]
+        return [generated(sequence) for sequence in sequences]
 
     def step(self) -> list[Chunk]:
         chunks = self.scheduler.schedule()
@@ -80,6 +98,10 @@ class ModelEngine:
             if is_complete(sequence):
                 self.scheduler.remove(sequence)
         return chunks
+
+
+def generated(sequence: Sequence) -> list[int]:
+    return sequence.tokens[sequence.num_prompt :].tolist()
 
 
 def is_complete(sequence: Sequence) -> bool:

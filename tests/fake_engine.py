@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from server.engine.messages import Delta, EngineInfo, EngineStats
+from server.engine.messages import Accepted, Delta, EngineInfo, EngineStats, News
 from server.engine.process import PEER_SILENCE_LIMIT_S, main
 from server.engine.request import GenerationRequest, RequestRejected
 from server.engine.text import TextStream
@@ -73,6 +73,7 @@ class FakeCore:
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    accepted: list[Accepted] = field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
@@ -84,12 +85,13 @@ class FakeCore:
             raise RequestRejected("The fake engine does not want this.", code="unwanted", param="prompt")
         text = TextStream(self.tokenizer, request.sampling.stop)
         self.sequences[request.request_id] = _Sequence(request, text, script)
+        self.accepted.append(Accepted(request.request_id))
         self.num_prompt_tokens += len(request.prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
         self.sequences.pop(request_id, None)
 
-    def step(self) -> list[Delta]:
+    def step(self) -> list[News]:
         self.num_steps += 1
         scripts = [sequence.script for sequence in self.sequences.values()]
         if any(CRASH.encode() in script for script in scripts):
@@ -100,7 +102,8 @@ class FakeCore:
             time.sleep(PEER_SILENCE_LIMIT_S + 0.5)
         if any(SLOW.encode() in script for script in scripts):
             time.sleep(0.02)
-        return [self._advance(sequence) for sequence in list(self.sequences.values())]
+        accepted, self.accepted = self.accepted, []
+        return [*accepted, *(self._advance(sequence) for sequence in list(self.sequences.values()))]
 
     def _advance(self, sequence: _Sequence) -> Delta:
         text, stopped = sequence.text.push(sequence.script[sequence.num_tokens % len(sequence.script)])

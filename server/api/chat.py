@@ -7,13 +7,23 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.errors import bad_request
-from server.api.generation import AnswerForm, answer, check_prompt, make_request, read_body, tokenize
+from server.api.generation import (
+    AnswerForm,
+    answer,
+    check_prompt,
+    context_limit,
+    make_request,
+    overflow_of,
+    read_body,
+    tokenize,
+)
 from server.api.schemas import ChatBody, Message
 from server.api.service import ServiceOfRequest
 from server.tokenizer import ChatTemplateError
 
 router = APIRouter()
 
+DEFAULT_SLIDING_MAX_TOKENS = 4096
 _FORM = AnswerForm(
     id_prefix="chatcmpl-",
     object="chat.completion",
@@ -34,9 +44,11 @@ async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Re
         token_ids = await tokenize(encode, num_characters)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None
-    room = check_prompt(token_ids, service, "messages")
+    room = check_prompt(token_ids, context_limit(body, service), "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    max_tokens = room if wanted is None else min(wanted, room)
+    if wanted is None:  # to the end of the context, if it has one
+        wanted = DEFAULT_SLIDING_MAX_TOKENS if overflow_of(body, service) == "slide" else room
+    max_tokens = min(wanted, room)
     return await answer(http, service, body, make_request(body, service, token_ids, max_tokens), _FORM, headers)
 
 

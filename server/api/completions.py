@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.errors import bad_request
-from server.api.generation import AnswerForm, answer, check_prompt, make_request, read_body, tokenize
+from server.api.generation import AnswerForm, answer, check_prompt, context_limit, make_request, read_body, tokenize
 from server.api.schemas import CompletionBody
 from server.api.service import ServiceOfRequest
 
@@ -34,11 +34,12 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
                 raise bad_request(
                     f"The token id {token_id} is not in the vocabulary of {service.info.vocab_size}.", "prompt"
                 )
-    room = check_prompt(token_ids, service, "prompt")
+    limit = context_limit(body, service)
+    room = check_prompt(token_ids, limit, "prompt")
     if body.max_tokens is not None and body.max_tokens > room:
         raise bad_request(
             f"The prompt's {len(token_ids)} tokens and max_tokens of {body.max_tokens} are more than the model's"
-            f" context of {service.info.max_model_len} tokens.",
+            f" context of {limit} tokens.",
             "max_tokens",
             "context_length_exceeded",
         )

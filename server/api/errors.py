@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from server.engine.client import EngineDead
-from server.engine.request import RequestRejected
+from server.engine.request import QUEUE_FULL, QUEUE_TIMEOUT, RequestRejected
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -19,6 +19,9 @@ _TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
+
+# What the engine may refuse for the moment: status, and seconds after which to try again.
+_NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5")}
 
 
 class ApiError(Exception):
@@ -62,6 +65,9 @@ def from_engine(error: RequestRejected | EngineDead) -> ApiError:
     """What the engine's refusal means to the user."""
     if isinstance(error, EngineDead):
         return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "5"})
+    if error.code in _NOT_NOW:
+        status, retry_after_s = _NOT_NOW[error.code]
+        return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
     return bad_request(str(error), error.param, error.code)
 
 

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from fastapi import Request
@@ -18,7 +18,8 @@ from server.api.schemas import BodyT, GenerationBody, parse_body
 from server.api.service import Service
 from server.api.sse import DONE, ChunkWriter, DeltaStreamResponse, encode_json, event
 from server.engine.client import DeltaStream, EngineDead
-from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
+from server.engine.messages import Delta
+from server.engine.request import MAX_SLIDING_TOKENS, GenerationRequest, RequestRejected, SamplingParams
 
 logger = logging.getLogger("server.api")
 
@@ -59,11 +60,20 @@ async def tokenize(encode: Callable[[], list[int]], num_characters: int) -> list
     return await asyncio.to_thread(encode)
 
 
-def check_prompt(token_ids: list[int], service: Service, param: str) -> int:
-    """Tokens that are left for the answer, at least 1; ApiError when the prompt cannot be run."""
+def overflow_of(body: GenerationBody, service: Service) -> Literal["error", "slide"]:
+    """What happens at the end of the context: as the request says, else as the server was started."""
+    return service.settings.context_overflow if body.context_overflow is None else body.context_overflow
+
+
+def context_limit(body: GenerationBody, service: Service) -> int:
+    """Most tokens of prompt and answer together."""
+    return MAX_SLIDING_TOKENS if overflow_of(body, service) == "slide" else service.info.max_model_len
+
+
+def check_prompt(token_ids: list[int], limit: int, param: str) -> int:
+    """Tokens that `limit` leaves for the answer, at least 1; ApiError when the prompt cannot be run."""
     if not token_ids:
         raise bad_request("The prompt is empty.", param)
-    limit = service.info.max_model_len
     room = limit - len(token_ids)
     if room < 1:
         raise bad_request(
@@ -90,7 +100,14 @@ def make_request(body: GenerationBody, service: Service, token_ids: list[int], m
         stop=() if body.stop is None else body.stop,
         ignore_eos=bool(body.ignore_eos),
     )
-    return GenerationRequest(request_id=secrets.token_hex(12), prompt_token_ids=tuple(token_ids), sampling=sampling)
+    return GenerationRequest(
+        request_id=secrets.token_hex(12),
+        prompt_token_ids=tuple(token_ids),
+        sampling=sampling,
+        priority=0 if body.priority is None else body.priority,
+        context_overflow=overflow_of(body, service),
+        cache_salt="" if body.cache_salt is None else body.cache_salt,
+    )
 
 
 async def answer(
@@ -101,7 +118,7 @@ async def answer(
     form: AnswerForm,
     headers: dict[str, str],
 ) -> Response:
-    """Run a request and answer it, streamed or whole. Headers are sent once the engine has accepted it."""
+    """Run a request and answer it, streamed or whole. Headers are sent once the engine has begun to run it."""
     base = {
         "id": form.id_prefix + request.request_id,
         "object": form.chunk_object if body.stream else form.object,
@@ -131,14 +148,21 @@ class TokenCount:
 
     prompt: int
     completion: int = 0
+    cached: int = 0  # of the prompt; known at the end
+    evicted: int = 0  # out of sight at the end, when the context slid
+
+    def add(self, delta: Delta) -> None:
+        self.completion += delta.num_tokens
+        self.cached, self.evicted = delta.cached_tokens, delta.evicted_tokens
 
     def usage(self) -> dict[str, Any]:
-        return {
+        usage = {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
 
 
 async def _whole(service: Service, request: GenerationRequest, tokens: TokenCount) -> tuple[str, str]:
@@ -150,7 +174,7 @@ async def _whole(service: Service, request: GenerationRequest, tokens: TokenCoun
             if delta.finish_reason == "error":
                 raise ApiError(500, _failure(delta.error))
             texts.append(delta.text)
-            tokens.completion += delta.num_tokens
+            tokens.add(delta)
             reason = delta.finish_reason
     finally:
         stream.close()
@@ -168,7 +192,7 @@ async def _events(
         if delta.finish_reason == "error":
             yield event(error_content(500, _failure(delta.error)))
             return
-        tokens.completion += delta.num_tokens
+        tokens.add(delta)
         chunk = writer.text(delta.text) if delta.text else b""
         if delta.finish_reason is not None:
             chunk += writer.finish(delta.finish_reason)

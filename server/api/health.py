@@ -34,7 +34,7 @@ async def get_version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(service: ServiceOfRequest) -> Response:
-    content = render_metrics(service.client.stats, service.settings.model_name)
+    content = render_metrics(await service.client.fresh_stats(), service.settings.model_name)
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 

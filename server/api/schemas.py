@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from server.api.errors import bad_request, from_validation
+from server.engine.request import MAX_PRIORITY
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 1000
@@ -91,6 +92,9 @@ class GenerationBody(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[tuple[str, ...] | None, BeforeValidator(_stop_strings)] = None
     ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    context_overflow: Literal["error", "slide"] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Accepted and unused, whatever they hold.
@@ -147,11 +151,8 @@ _NOT_SUPPORTED: dict[str, Callable[[object], bool]] = {
     "stop_token_ids": _equals([]),
     "include_stop_str_in_output": _equals(False),
     "skip_special_tokens": _equals(True),
-    "priority": _equals(0),
-    "cache_salt": _equals(),
     "return_token_ids": _equals(False),
     "adapter_scale": _equals(1),
-    "context_overflow": _equals("error"),
 }
 _NOT_SUPPORTED_COMPLETION = _NOT_SUPPORTED | {
     "best_of": _equals(1),

@@ -1,7 +1,6 @@
 """What every route needs, made once when the engine is ready. Knows no routes."""
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,7 @@ class Service:
     info: EngineInfo
     tokenizer: PromptTokenizer
     defaults: SamplingDefaults
-    started_at: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+    started_at: int  # Unix seconds, the same in all HTTP processes
 
     @property
     def fingerprint(self) -> str:
@@ -51,7 +50,7 @@ class Service:
         return f"fp_{self.info.weights_hash[:12]}_{self.info.dtype}"
 
 
-def load_service(settings: ServerSettings, client: EngineClient) -> Service:
+def load_service(settings: ServerSettings, client: EngineClient, started_at: int) -> Service:
     """Read what HTTP needs of the model's folder once the engine has started; ValueError or OSError when it cannot."""
     model_path = Path(client.info.model_path)
     return Service(
@@ -60,6 +59,7 @@ def load_service(settings: ServerSettings, client: EngineClient) -> Service:
         info=client.info,
         tokenizer=load_prompt_tokenizer(model_path, settings.chat_template),
         defaults=SamplingDefaults.load(model_path),
+        started_at=started_at,
     )
 
 

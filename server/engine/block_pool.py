@@ -1,26 +1,41 @@
-"""Which cache blocks are free and which belong to a sequence. Plain Python; knows no tensors.
+"""Which cache blocks are free, who holds the others, and what full ones contain. Plain Python; knows no tensors.
 
 A sequence's sinks (its first `sink_tokens`) have blocks of their own, the last one padded, so that every block has a
-single base position and the others can be freed in order. Block j of the others starts at sink_tokens + j · block_size.
+single base position and the others can be freed in order. Blocks are numbered over the sequence, sinks first.
 """
 
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLayout:
     """How positions map to blocks.
 
-    `window`: tokens that stay visible, None when some layer sees everything (then no block is freed early).
+    `window`: tokens that stay visible in the widest layer, None when some layer sees everything (then no block is
+    freed early).
     """
 
     block_size: int
     window: int | None
     sink_tokens: int
 
-    @property
+    @cached_property
     def num_sink_blocks(self) -> int:
         return -(-self.sink_tokens // self.block_size)
+
+    def block_end(self, number: int) -> int:
+        """The position after the last one of block `number`; a sink block ends with the sinks."""
+        sinks = self.num_sink_blocks
+        if number < sinks:
+            return min((number + 1) * self.block_size, self.sink_tokens)
+        return self.sink_tokens + (number + 1 - sinks) * self.block_size
+
+    def capacity(self, num_blocks: int) -> int:
+        """How many of a sequence's first positions have a slot in its first `num_blocks` blocks."""
+        return self.block_end(num_blocks - 1) if num_blocks else 0
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold the first `num_tokens` positions, none freed."""
@@ -28,38 +43,121 @@ class CacheLayout:
         return sinks + -(-max(0, num_tokens - self.sink_tokens) // self.block_size)
 
     def peak_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Most blocks a sequence of `num_tokens` ever holds when at most `chunk` tokens are computed in a step."""
+        """Most blocks a sequence of `num_tokens` ever holds when at most `chunk` tokens are computed in a step.
+
+        Blocks are freed when another one is full (see `Scheduler`): the window is kept from there.
+        """
         everything = self.blocks_for(num_tokens)
         if self.window is None:
             return everything
-        # The chunk's own tokens, the window - 1 before them, and a partly filled block at each end.
-        live = -(-(self.window - 1 + chunk) // self.block_size) + 1
-        return min(everything, self.num_sink_blocks + live)
+        before_full = -(-(self.window - 1) // self.block_size)
+        after_full = -(-(self.block_size - 1 + chunk) // self.block_size)
+        return min(everything, self.num_sink_blocks + before_full + after_full)
+
+    @property
+    def visible_tokens(self) -> int:
+        """Most tokens a query sees; the window must not be None."""
+        assert self.window is not None
+        return self.sink_tokens + self.window
+
+    @property
+    def steady_blocks(self) -> int:
+        """Most blocks a sequence of any length holds while it grows by a token a step; the window must not be None."""
+        assert self.window is not None
+        return self.num_sink_blocks + -(-(self.window - 1) // self.block_size) + 1
+
+    def num_unseen_blocks(self, position: int) -> int:
+        """How many blocks after the sinks neither the query at `position` nor any later one can see."""
+        if self.window is None:
+            return 0
+        return max(0, (position - self.window + 1 - self.sink_tokens) // self.block_size)
+
+    def evicted_tokens(self, num_tokens: int) -> int:
+        """How many of a sequence's first `num_tokens` its newest one does not see in any layer."""
+        return 0 if self.window is None else max(0, num_tokens - self.sink_tokens - self.window)
 
 
 class BlockPool:
-    """The free blocks; every block is either here or in exactly one block table."""
+    """All blocks. One is held by the sequences that have it in their tables, or it is free.
+
+    A full block may have a key (see `prefix_cache`), which stands for its content. A free block keeps content and key
+    until it is taken: blocks without a key go first, those freed last before others (so what runs alone stays within
+    memory already in use), then the one that has been free the longest.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._holders = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))  # free, without a key
+        self._idle: OrderedDict[int, None] = OrderedDict()  # free, with a key; longest free first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._blank) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
 
     def take(self, count: int) -> list[int] | None:
-        """`count` block ids, or None (and nothing taken) when there are not so many."""
-        if count > len(self._free):
+        """`count` blocks for one holder, or None (and nothing taken) when there are not so many."""
+        if count > self.num_free:
             return None
-        return [self._free.pop() for _ in range(count)]
+        blocks = []
+        for _ in range(count):
+            block = self._blank.pop() if self._blank else self._take_longest_idle()
+            self._holders[block] = 1
+            blocks.append(block)
+        return blocks
 
-    def give_back(self, blocks: list[int]) -> None:
-        self._free.extend(blocks)
+    def find(self, key: bytes) -> int | None:
+        """The block with this key, held or free."""
+        return self._block_of.get(key)
+
+    def num_held(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks someone holds."""
+        return sum(self._holders[block] > 0 for block in blocks)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Add a holder to blocks that were found by their keys."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._idle[block]
+            self._holders[block] += 1
+
+    def name(self, block: int, key: bytes) -> None:
+        """Give a full block its key. Where another block has the key already, that one keeps it."""
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._keys[block] = key
+
+    def give_back(self, blocks: Iterable[int], *, keep_content: bool = True) -> None:
+        """Remove a holder of each block; the first of them is forgotten first.
+
+        Without `keep_content` a block that is free by this loses its key.
+        """
+        for block in blocks:
+            self._holders[block] -= 1
+            if self._holders[block]:
+                continue
+            if not keep_content:
+                self._forget(block)
+            if self._keys[block] is None:
+                self._blank.append(block)
+            else:
+                self._idle[block] = None
+
+    def _take_longest_idle(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        self._forget(block)
+        return block
+
+    def _forget(self, block: int) -> None:
+        key, self._keys[block] = self._keys[block], None
+        if key is not None:
+            del self._block_of[key]
 
 
 class BlockTable:
@@ -70,16 +168,35 @@ class BlockTable:
         self.sink_blocks: list[int] = []
         self.blocks: list[int] = []  # live ones after the sinks
         self.num_freed = 0  # blocks after the sinks that were freed; blocks[0] is number num_freed of them
+        self.capacity = 0  # positions below it have, or had, a slot
+
+    @property
+    def _num_blocks(self) -> int:
+        return len(self.sink_blocks) + self.num_freed + len(self.blocks)
 
     def missing(self, num_tokens: int) -> int:
         """How many blocks must be added before positions below `num_tokens` have a slot."""
-        held = len(self.sink_blocks) + self.num_freed + len(self.blocks)
-        return max(0, self.layout.blocks_for(num_tokens) - held)
+        return max(0, self.layout.blocks_for(num_tokens) - self._num_blocks)
+
+    def capacity_with(self, num_blocks: int) -> int:
+        """The capacity after `num_blocks` more."""
+        return self.layout.capacity(self._num_blocks + num_blocks)
 
     def add(self, blocks: list[int]) -> None:
         sinks = self.layout.num_sink_blocks - len(self.sink_blocks)
         self.sink_blocks += blocks[:sinks]
         self.blocks += blocks[sinks:]
+        self.capacity = self.capacity_with(0)
+
+    def start_after(self, sink_blocks: Iterable[int], num_freed: int, blocks: Iterable[int]) -> None:
+        """Make a new table that of a sequence whose first blocks were found in the cache, some of them out of sight."""
+        self.sink_blocks, self.num_freed, self.blocks = list(sink_blocks), num_freed, list(blocks)
+        self.capacity = self.capacity_with(0)
+
+    def block(self, number: int) -> int:
+        """The id of live block `number` of the sequence."""
+        sinks = self.layout.num_sink_blocks
+        return self.sink_blocks[number] if number < sinks else self.blocks[number - sinks - self.num_freed]
 
     def locate(self, position: int) -> tuple[int, int]:
         """(block id, offset in the block) of a position whose block is live."""
@@ -98,18 +215,16 @@ class BlockTable:
 
     def pop_unseen(self, next_position: int) -> list[int]:
         """Remove and return the blocks that neither the query at `next_position` nor any later one can see."""
-        layout = self.layout
-        if layout.window is None:
+        dead = min(self.layout.num_unseen_blocks(next_position) - self.num_freed, len(self.blocks))
+        if dead <= 0:
             return []
-        first_seen = next_position - layout.window + 1
-        dead = (first_seen - layout.sink_tokens) // layout.block_size - self.num_freed
-        dead = max(0, min(dead, len(self.blocks)))
-        freed, self.blocks = self.blocks[:dead], self.blocks[dead:]
+        freed = self.blocks[:dead]
+        del self.blocks[:dead]
         self.num_freed += dead
         return freed
 
     def pop_all(self) -> list[int]:
-        """Remove and return every block; the table is as new."""
-        blocks = self.sink_blocks + self.blocks
-        self.sink_blocks, self.blocks, self.num_freed = [], [], 0
+        """Remove and return every block, last positions first and sinks last; the table is as new."""
+        blocks = self.blocks[::-1] + self.sink_blocks[::-1]
+        self.sink_blocks, self.blocks, self.num_freed, self.capacity = [], [], 0, 0
         return blocks

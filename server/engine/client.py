@@ -6,6 +6,7 @@ read slowly gets several deltas merged into one, so it never holds more than one
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 
@@ -13,7 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from server.engine.launch import EngineProcess
+from server.engine.launch import Engine
 from server.engine.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
@@ -33,6 +34,8 @@ from server.engine.request import GenerationRequest, RequestRejected
 logger = logging.getLogger("server.client")
 
 STALL_LIMIT_S = 10.0
+_STATS_LIMIT_S = 1.0
+_MESSAGES_A_TURN = 100
 _ENDED = "The engine process ended."
 _NO_STATS = EngineStats(
     num_running=0,
@@ -98,6 +101,7 @@ class DeltaStream:
         self._last = delta
         if delta.finish_reason is not None:
             self._ended = True
+            _resolve(self.accepted, None)  # an error may come before the request ever ran
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -105,17 +109,18 @@ class DeltaStream:
 class EngineClient:
     """The connection to one engine process.
 
-    `info` is known once `start` has returned, `stats` are the newest the engine sent (at most about a second old while
-    it lives).
+    `info` is known once `start` has returned. `stats` are the newest the engine sent, at most about a second old while
+    it lives.
     """
 
     info: EngineInfo
 
-    def __init__(self, process: EngineProcess) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.stats = _NO_STATS
         self.dead = asyncio.Event()  # the engine process has ended
-        self._process = process
+        self._engine = engine
         self._streams: dict[str, DeltaStream] = {}
+        self._waiting_for_stats: list[asyncio.Future[None]] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._tasks: list[asyncio.Task[None]] = []
@@ -126,12 +131,12 @@ class EngineClient:
 
         Once it has returned, `close` must be called: a ZeroMQ context that is not closed holds up the interpreter.
         """
-        self.info = await self._process.ready()
+        self.info = await self._engine.ready()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(self._process.endpoint)
+        self._socket.connect(self._engine.endpoint)
         self._progress_at_s = time.monotonic()
         self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._watch)]
         return self.info
@@ -174,12 +179,23 @@ class EngineClient:
             return f"No step of the engine has ended for {STALL_LIMIT_S:.0f} s although work is waiting."
         return None
 
+    async def fresh_stats(self) -> EngineStats:
+        """The engine's state as it is now, whichever HTTP process asks; the newest known if it does not answer soon."""
+        if not self.dead.is_set():
+            heard = asyncio.get_running_loop().create_future()
+            self._waiting_for_stats.append(heard)
+            self._send(Heartbeat())
+            await asyncio.wait([heard], timeout=_STATS_LIMIT_S)
+        return self.stats
+
     def _send(self, command: Command) -> None:
         self._socket.send(self._encoder.encode(command))  # sent at once: the queue has no limit
 
     async def _read(self) -> None:
-        while True:
+        for count in itertools.count(1):
             self._receive(self._decoder.decode(await self._socket.recv()))
+            if count % _MESSAGES_A_TURN == 0:
+                await asyncio.sleep(0)  # recv does not wait while there are messages, and streams need their turn
 
     def _receive(self, event: Event) -> None:
         if isinstance(event, StepOutput):
@@ -204,6 +220,8 @@ class EngineClient:
         if stats.num_steps_total != self.stats.num_steps_total or stats.num_running + stats.num_waiting == 0:
             self._progress_at_s = time.monotonic()
         self.stats = stats
+        while self._waiting_for_stats:
+            _resolve(self._waiting_for_stats.pop(), None)
 
     async def _send_heartbeats(self) -> None:
         while True:
@@ -211,7 +229,7 @@ class EngineClient:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     async def _watch(self) -> None:
-        how = await self._process.ended()
+        how = await self._engine.ended()
         logger.error("the engine process ended (%s)", how)
         with contextlib.suppress(asyncio.TimeoutError):  # what it still sent says more than we can
             async with asyncio.timeout(0.1):

@@ -4,9 +4,10 @@ from typing import Protocol
 
 import tokenizers
 
-from server.engine.messages import Delta, EngineStats
-from server.engine.request import GenerationRequest
-from server.engine.scheduler import Chunk, Scheduler, Sequence
+from server.engine.messages import Accepted, Delta, EngineStats, News, Rejected
+from server.engine.request import QUEUE_TIMEOUT, GenerationRequest
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Chunk, Sequence
 from server.engine.text import TextStream
 
 
@@ -39,7 +40,7 @@ class EngineCore:
         """Queue a request.
 
         Raises:
-            RequestRejected: it could never run to its end.
+            RequestRejected: it could never run to its end, or the queue is full.
         """
         sequence = self.scheduler.add(request)
         self._live[request.request_id] = sequence, TextStream(self.tokenizer, request.sampling.stop)
@@ -50,20 +51,25 @@ class EngineCore:
         if live is not None:
             self.scheduler.remove(live[0])
 
-    def step(self) -> list[Delta]:
-        """Advance every scheduled sequence by one forward pass."""
+    def step(self) -> list[News]:
+        """Advance every scheduled sequence by one forward pass.
+
+        Says first which requests began to run and which of the others have waited too long, then what each one got.
+        """
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
+        news: list[News] = [self._accept(sequence) for sequence in self.scheduler.admitted]
+        news += [self._expire(sequence) for sequence in self.scheduler.expire()]
         sampled = self.runner.run(chunks)
         grown = self.scheduler.apply(chunks, sampled)
         self._num_steps += 1
         self._num_generated_tokens += len(grown)
-        self._num_prompt_tokens += sum(len(s.request.prompt_token_ids) for s, _ in grown if s.num_generated == 1)
-        return [self._deliver(sequence, token) for sequence, token in grown]
+        news += [self._deliver(sequence, token) for sequence, token in grown]
+        return news
 
     def stats(self) -> EngineStats:
-        pool = self.scheduler.pool
+        pool, totals = self.scheduler.pool, self.scheduler.totals
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
@@ -71,8 +77,11 @@ class EngineCore:
             num_blocks_used=pool.num_used,
             prompt_tokens_total=self._num_prompt_tokens,
             generation_tokens_total=self._num_generated_tokens,
-            num_preemptions_total=self.scheduler.num_preemptions,
+            num_preemptions_total=totals.num_preemptions,
             num_steps_total=self._num_steps,
+            prefix_cache_queries_total=totals.prefix_queries,
+            prefix_cache_hits_total=totals.prefix_hits,
+            evicted_tokens_total=totals.evicted_tokens,
         )
 
     def _deliver(self, sequence: Sequence, token: int) -> Delta:
@@ -88,6 +97,25 @@ class EngineCore:
                 finish_reason = "stop"
             elif sequence.num_generated >= request.sampling.max_tokens:
                 text, finish_reason = text + text_stream.flush(), "length"
-        if finish_reason is not None:
-            self.abort(request.request_id)
-        return Delta(request_id=request.request_id, text=text, num_tokens=1, finish_reason=finish_reason)
+        if finish_reason is None:
+            return Delta(request_id=request.request_id, text=text, num_tokens=1)
+        evicted_tokens = self.scheduler.evicted_tokens(sequence)
+        self.abort(request.request_id)
+        return Delta(
+            request_id=request.request_id,
+            text=text,
+            num_tokens=1,
+            finish_reason=finish_reason,
+            cached_tokens=sequence.num_cached,
+            evicted_tokens=evicted_tokens,
+        )
+
+    def _accept(self, sequence: Sequence) -> Accepted:
+        self._num_prompt_tokens += sequence.num_prompt
+        return Accepted(sequence.request.request_id)
+
+    def _expire(self, sequence: Sequence) -> Rejected:
+        request_id = sequence.request.request_id
+        del self._live[request_id]
+        message = f"The request waited for more than {self.scheduler.limits.queue_timeout_s:g} s; try again later."
+        return Rejected(request_id, message, QUEUE_TIMEOUT)

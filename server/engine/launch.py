@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import msgspec
 
@@ -23,6 +23,20 @@ _IPC_PATH_BYTES = 107  # the longest name of a Unix socket
 
 class EngineStartError(Exception):
     """The engine did not start; str() is one sentence for the user."""
+
+
+class Engine(Protocol):
+    """An engine process, as seen by those who send it requests."""
+
+    @property
+    def endpoint(self) -> str:
+        """The ZeroMQ address it binds."""
+
+    async def ready(self) -> EngineInfo:
+        """Wait until it takes requests."""
+
+    async def ended(self) -> str:
+        """Wait until it has ended, after `ready`; says how."""
 
 
 class EngineProcess:
@@ -58,15 +72,23 @@ class EngineProcess:
     def process_id(self) -> int:
         return self._process.pid
 
+    @property
+    def end_fd(self) -> int:
+        """The end of a pipe that this process may pass on: once `ready` has returned, its end of file is the engine's.
+
+        Nothing is written to it any more, so any number of processes can wait for that.
+        """
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
     async def ready(self) -> EngineInfo:
         """Wait until the engine has loaded its model; EngineStartError when it could not."""
-        self._stdout = asyncio.StreamReader()
-        protocol = asyncio.StreamReaderProtocol(self._stdout)
-        await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, self._process.stdout)
+        assert self._process.stdout is not None
+        self._stdout = await _open_pipe(self._process.stdout)
         line = await self._stdout.readline()
         if not line:
             status = await asyncio.to_thread(self._process.wait)
-            raise EngineStartError(f"the engine process ended while it loaded the model ({_describe(status)})")
+            raise EngineStartError(f"the engine process ended while it loaded the model ({describe_status(status)})")
         state = msgspec.json.decode(line, type=EngineReady | EngineFailed)
         if isinstance(state, EngineFailed):
             raise EngineStartError(state.message)
@@ -76,7 +98,7 @@ class EngineProcess:
         """Wait for the process to end after `ready`, which its stdout shows; says how it ended."""
         assert self._stdout is not None
         await self._stdout.read()
-        return _describe(await asyncio.to_thread(self._process.wait))
+        return describe_status(await asyncio.to_thread(self._process.wait))
 
     def stop(self) -> None:
         """End the process and wait for it; requests it still runs are lost. May be called twice."""
@@ -88,6 +110,30 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class AttachedEngine:
+    """A running engine that another process started: what an HTTP worker has in place of `EngineProcess`."""
+
+    def __init__(self, info: EngineInfo, endpoint: str, end_fd: int) -> None:
+        """`end_fd` is that process's `EngineProcess.end_fd`, inherited."""
+        self.endpoint = endpoint
+        self._info = info
+        self._end_fd = end_fd
+
+    async def ready(self) -> EngineInfo:
+        return self._info
+
+    async def ended(self) -> str:
+        pipe = await _open_pipe(os.fdopen(self._end_fd, "rb", buffering=0))
+        await pipe.read()
+        return "its parent knows how"
+
+
+async def _open_pipe(pipe: IO[bytes]) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+    return reader
 
 
 def engine_environment(ours: Mapping[str, str]) -> dict[str, str]:
@@ -111,5 +157,6 @@ def _private_folder() -> Path:
     raise EngineStartError("no temporary folder with a short enough name; set TMPDIR to a short path")
 
 
-def _describe(status: int) -> str:
+def describe_status(status: int) -> str:
+    """An exit status as subprocess gives it, in words."""
     return f"killed by signal {-status}" if status < 0 else f"exit status {status}"

@@ -25,6 +25,7 @@ from stellarbyte.config import ByteModelConfig
 logger = logging.getLogger("server.engine")
 
 AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
+DEFAULT_SINK_TOKENS = 4  # StreamingLLM's: what a model trained without a window needs to go on beyond its context
 
 
 class StartupError(ValueError):
@@ -38,8 +39,16 @@ class CachePlan:
     layout: CacheLayout
     num_blocks: int
     bytes_per_block: int
-    max_model_len: int
-    full_sequences: int  # of max_model_len tokens, at the same time
+    blocks_per_sequence: int  # most that one sequence of any length needs
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.layout.block_size
+
+    @property
+    def full_sequences(self) -> int:
+        """Sequences of any length that have room at the same time."""
+        return self.num_blocks // self.blocks_per_sequence
 
 
 def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
@@ -52,34 +61,38 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     device = _device(settings.device)
     torch.set_num_threads(_num_threads())
     path = resolve_model(settings.model, ProgressBar("Converting the demo model"))
-    config = serving_config(open_checkpoint(path).config, settings)
+    config, max_model_len = serving_config(open_checkpoint(path).config, settings)
     dtype = _dtype(settings.dtype, device)
     logger.info("loading %s on %s in %s", path, device.type, str(dtype).removeprefix("torch."))
     model = load_language_model(path, dtype=dtype, device=device)
     plan = plan_cache(config, settings, dtype, _cache_budget(settings, config, device))
     logger.info(
-        "cache: %d blocks of %d tokens (%.1f GiB), at least %d sequences of %d tokens",
+        "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB); at full length, with %d tokens in view, %d sequences"
+        " fit at once",
         plan.num_blocks,
         plan.layout.block_size,
+        plan.num_tokens,
         plan.num_blocks * plan.bytes_per_block / 2**30,
+        min(max_model_len, plan.layout.visible_tokens),
         plan.full_sequences,
-        plan.max_model_len,
     )
     cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, dtype, device)
     limits = SchedulerLimits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_model_len=plan.max_model_len,
+        max_model_len=max_model_len,
+        max_queued_requests=settings.max_queued_requests,
+        queue_timeout_s=settings.queue_timeout,
     )
     core = EngineCore(
-        Scheduler(limits, plan.layout, BlockPool(plan.num_blocks)),
+        Scheduler(limits, plan.layout, BlockPool(plan.num_blocks), prefix_caching=settings.enable_prefix_caching),
         ModelRunner(model, cache, config),
         tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
         _eos_token_ids(path, config),
     )
     info = EngineInfo(
         model_path=str(path),
-        max_model_len=plan.max_model_len,
+        max_model_len=max_model_len,
         vocab_size=config.vocab_size,
         num_blocks=plan.num_blocks,
         block_size=plan.layout.block_size,
@@ -90,55 +103,61 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     return core, info
 
 
-def serving_config(config: ByteModelConfig, settings: EngineSettings) -> ByteModelConfig:
-    """The checkpoint's config with the window and sinks of the settings in place of its own, where they are given."""
+def serving_config(config: ByteModelConfig, settings: EngineSettings) -> tuple[ByteModelConfig, int]:
+    """The config to serve with, and the most tokens of a request that does not slide.
+
+    Window and sinks are those of the settings, where given. Then no layer looks back further than the context less the
+    sinks: within the context that changes nothing, for sinks and window together are all of it, and beyond it a
+    request can slide.
+
+    Raises:
+        StartupError: --max-model-len is beyond the model, or --sink-tokens fill the context.
+    """
     changes: dict[str, object] = {}
     if settings.sliding_window != "model":
         changes |= {"sliding_window": settings.sliding_window, "layer_types": None}
-    if settings.sink_tokens is not None:
-        changes["sink_tokens"] = settings.sink_tokens
-    served = ByteModelConfig.from_dict(config.to_dict() | changes) if changes else config
-    if served.sink_tokens and not any(served.windows):
-        raise StartupError("--sink-tokens needs a window: the model has none, so give --sliding-window too.")
-    return served
+    asked = ByteModelConfig.from_dict(config.to_dict() | changes)
+    max_model_len = asked.max_position_embeddings if settings.max_model_len is None else settings.max_model_len
+    if max_model_len > asked.max_position_embeddings and None in asked.windows:
+        raise StartupError(
+            f"--max-model-len {max_model_len} exceeds the model's context of {asked.max_position_embeddings} tokens."
+        )
+    sink_tokens = settings.sink_tokens
+    if sink_tokens is None:
+        sink_tokens = asked.sink_tokens if any(asked.windows) else min(DEFAULT_SINK_TOKENS, max_model_len - 1)
+    if sink_tokens >= max_model_len:
+        raise StartupError(f"--sink-tokens {sink_tokens} leaves no room in a context of {max_model_len} tokens.")
+    widest = max_model_len - sink_tokens
+    changes |= {"sink_tokens": sink_tokens, "full_attention_window": widest}
+    if asked.sliding_window is not None:
+        changes["sliding_window"] = min(asked.sliding_window, widest)
+    return ByteModelConfig.from_dict(config.to_dict() | changes), max_model_len
 
 
 def plan_cache(config: ByteModelConfig, settings: EngineSettings, dtype: torch.dtype, budget: int) -> CachePlan:
-    """Divide `budget` bytes into blocks.
+    """Divide `budget` bytes into blocks, for a config made by `serving_config`.
 
     Raises:
-        StartupError: --max-model-len is beyond the model, or one sequence of that length does not fit.
+        StartupError: one sequence does not fit.
     """
-    has_window = any(config.windows)
-    every_layer_has = all(window is not None for window in config.windows)
-    max_model_len = settings.max_model_len
-    if max_model_len is None:
-        max_model_len = config.max_position_embeddings
-    elif max_model_len > config.max_position_embeddings and not every_layer_has:
-        raise StartupError(
-            f"--max-model-len {max_model_len} exceeds the model's context of {config.max_position_embeddings} tokens."
-        )
-    layout = CacheLayout(
-        block_size=settings.block_size,
-        window=config.sliding_window if every_layer_has else None,
-        sink_tokens=config.sink_tokens if has_window else 0,
-    )
+    window = max(window for window in config.windows if window is not None)
+    layout = CacheLayout(block_size=settings.block_size, window=window, sink_tokens=config.sink_tokens)
     bytes_per_block = PagedKVCache.bytes_per_token(config, dtype) * settings.block_size
-    per_sequence = layout.peak_blocks(max_model_len, settings.max_num_batched_tokens)
-    num_blocks = min(budget // bytes_per_block, settings.max_num_seqs * per_sequence)
+    per_sequence = layout.steady_blocks
+    most = settings.max_num_seqs * per_sequence + layout.blocks_for(settings.max_num_batched_tokens)
+    if settings.enable_prefix_caching:
+        most *= 2  # as much again for what no running sequence holds
+    num_blocks = min(budget // bytes_per_block, most)
     if num_blocks < per_sequence:
-        fitting = (num_blocks - layout.num_sink_blocks) * settings.block_size + layout.sink_tokens
-        advice = f" or --max-model-len {fitting}" if layout.window is None and fitting > 0 else ""
+        fitting = (num_blocks - layout.num_sink_blocks - 1) * settings.block_size + layout.sink_tokens
+        advice = f" or --max-model-len {fitting}" if fitting > layout.sink_tokens else ""
+        needed = per_sequence * bytes_per_block
         raise StartupError(
-            f"The cache may take {budget} bytes but one sequence of {max_model_len} tokens needs "
-            f"{per_sequence * bytes_per_block}; give --kv-cache-memory {per_sequence * bytes_per_block}{advice}."
+            f"The KV cache may take {budget} bytes, but one sequence at full length needs {needed}; "
+            f"give --kv-cache-memory {needed}{advice}."
         )
     return CachePlan(
-        layout=layout,
-        num_blocks=num_blocks,
-        bytes_per_block=bytes_per_block,
-        max_model_len=max_model_len,
-        full_sequences=num_blocks // per_sequence,
+        layout=layout, num_blocks=num_blocks, bytes_per_block=bytes_per_block, blocks_per_sequence=per_sequence
     )
 
 

@@ -16,7 +16,7 @@ HEARTBEAT_INTERVAL_S = 1.0  # each side lets the other hear from it at least thi
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Queue a request; answered by `Accepted` or `Rejected`, then by its deltas."""
+    """Queue a request; answered by `Rejected`, or by `Accepted` when it runs and then by its deltas."""
 
     request: GenerationRequest
 
@@ -35,16 +35,18 @@ Command = Submit | Abort | Heartbeat
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
+    """The request has begun to run: an answer can be started."""
+
     request_id: str
 
 
 class Rejected(msgspec.Struct, frozen=True, tag=True):
-    """The request will not run; `message` is one sentence for the user."""
+    """The request will not run; `message` is one sentence for the user. Sent at once or while it waits to run."""
 
     request_id: str
     message: str
     code: str | None
-    param: str | None
+    param: str | None = None
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +57,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
     error: str | None = None  # one sentence, with finish_reason "error"
+    cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
+    evicted_tokens: int = 0  # in the last delta: tokens that went out of sight
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +72,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens_total: int
     num_preemptions_total: int
     num_steps_total: int
+    prefix_cache_queries_total: int = 0  # prompt tokens looked up
+    prefix_cache_hits_total: int = 0  # and found
+    evicted_tokens_total: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -91,6 +98,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Event = Accepted | Rejected | StepOutput
+News = Accepted | Rejected | Delta  # what a step has to say about one request
 
 
 class EngineStart(msgspec.Struct, frozen=True):

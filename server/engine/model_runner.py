@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from server.engine.scheduler import Chunk
+from server.engine.sequence import Chunk
 from stellarbyte.cache.paged_kv import PagedAttention, PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch

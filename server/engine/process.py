@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -24,7 +24,6 @@ import zmq
 from server.engine.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
-    Accepted,
     Command,
     Delta,
     EngineFailed,
@@ -33,6 +32,8 @@ from server.engine.messages import (
     EngineStart,
     EngineStats,
     Event,
+    Heartbeat,
+    News,
     Rejected,
     StepOutput,
     Submit,
@@ -60,8 +61,11 @@ class Core(Protocol):
     @property
     def has_work(self) -> bool: ...
 
-    def step(self) -> list[Delta]:
-        """One forward pass; what it added to every request."""
+    def step(self) -> list[News]:
+        """One forward pass; which requests began to run or never will, and what it added to the others.
+
+        A request is accepted, or rejected, before its first delta.
+        """
 
     def stats(self) -> EngineStats: ...
 
@@ -101,11 +105,11 @@ class EngineLoop:
             self._tell_stats(now_s)
             if self._core.has_work:
                 try:
-                    deltas = self._core.step()
+                    news = self._core.step()
                 except Exception:
                     self._fail_everything()
                     raise
-                self._deliver(deltas)
+                self._deliver(news)
 
     def _take_commands(self) -> None:
         """Handle every command that has arrived."""
@@ -138,26 +142,32 @@ class EngineLoop:
                 return
             self._owner[request_id] = peer_id
             peer.request_ids.add(request_id)
-            self._send(peer_id, Accepted(request_id))
         elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
             self._forget(command.request_id)
             self._core.abort(command.request_id)
             peer.told_at_s = 0.0  # let it see at once that the blocks are free
+        elif isinstance(command, Heartbeat):
+            peer.told_at_s = 0.0  # answered with the state of now
 
-    def _deliver(self, deltas: list[Delta]) -> None:
-        """One message for each peer that has news."""
+    def _deliver(self, news: Iterable[News]) -> None:
+        """Verdicts one by one, then one message for each peer that has deltas."""
         by_peer: defaultdict[bytes, list[Delta]] = defaultdict(list)
-        for delta in deltas:
-            peer_id = self._owner.get(delta.request_id)
+        for item in news:
+            peer_id = self._owner.get(item.request_id)
             if peer_id is None:
                 continue  # aborted meanwhile
-            by_peer[peer_id].append(delta)
-            if delta.finish_reason is not None:
-                self._forget(delta.request_id)
+            if isinstance(item, Delta):
+                by_peer[peer_id].append(item)
+                if item.finish_reason is not None:
+                    self._forget(item.request_id)
+                continue
+            if isinstance(item, Rejected):
+                self._forget(item.request_id)
+            self._send(peer_id, item)
         if by_peer:
             stats = self._core.stats()
-            for peer_id, news in by_peer.items():
-                self._send(peer_id, StepOutput(tuple(news), stats))
+            for peer_id, deltas in by_peer.items():
+                self._send(peer_id, StepOutput(tuple(deltas), stats))
 
     def _tell_stats(self, now_s: float) -> None:
         """Let peers that had no message lately hear from the engine, so that they know it is alive."""

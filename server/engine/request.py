@@ -1,6 +1,16 @@
 """What a user asks of the engine. Knows nothing of torch, HTTP or how the work is done."""
 
+from typing import Literal
+
 import msgspec
+
+# Most tokens of prompt and answer together when the context slides: positions fit 32 bits.
+MAX_SLIDING_TOKENS = 2**31 - 1
+MAX_PRIORITY = 100  # either way: what keeps any request from waiting for ever
+
+# Codes of `RequestRejected` that mean "not now" and not "not like this".
+QUEUE_FULL = "queue_full"
+QUEUE_TIMEOUT = "queue_timeout"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +32,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0  # lower runs first; -MAX_PRIORITY..MAX_PRIORITY
+    context_overflow: Literal["error", "slide"] = "error"  # at the context's end: refuse, or let the oldest tokens go
+    cache_salt: str = ""  # content is shared only between requests with the same one
 
 
 class RequestRejected(Exception):

@@ -1,11 +1,11 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0), converted once into the user's cache. Downloads nothing."""
 
 import importlib.util
-import os
 from pathlib import Path
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.progress import Progress
+from stellarbyte.user_cache import cache_folder
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -20,14 +20,6 @@ def resolve_model(name_or_path: str, progress: Progress | None = None) -> Path:
         CheckpointError: the demo model cannot be found or converted. A path is not looked at.
     """
     return ensure_demo(progress) if name_or_path == DEMO else Path(name_or_path)
-
-
-def cache_folder() -> Path:
-    """$STELLARBYTE_CACHE, or stellarbyte in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    if own := os.environ.get("STELLARBYTE_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "stellarbyte"
 
 
 def ensure_demo(progress: Progress | None = None) -> Path:

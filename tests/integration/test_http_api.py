@@ -86,6 +86,13 @@ def test_a_chat_may_be_shorter_and_is_clamped_when_longer(fake_server, name):
     assert chat(fake_server, **{name: 10**9}).json()["usage"]["total_tokens"] == MAX_MODEL_LEN
 
 
+def test_a_chat_that_slides_has_no_end_of_context_but_a_default_length(fake_server):
+    assert chat(fake_server, context_overflow="slide").json()["usage"]["completion_tokens"] == 4096
+    longer = MAX_MODEL_LEN + 100
+    answer = chat(fake_server, context_overflow="slide", max_tokens=longer).json()
+    assert answer["usage"]["completion_tokens"] == longer
+
+
 @pytest.mark.parametrize("send", [complete, chat])
 def test_a_stream_carries_the_same_text_in_the_form_of_the_contract(fake_server, send):
     whole = send(fake_server, max_tokens=40).json()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from stellarbyte import user_cache
 from stellarbyte.checkpoint import convert as convert_module
 from stellarbyte.checkpoint import demo
 from stellarbyte.checkpoint.demo import resolve_model
@@ -71,12 +72,12 @@ def test_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("STELLARBYTE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert demo.cache_folder() == Path("/xdg/stellarbyte")
+    assert user_cache.cache_folder() == Path("/xdg/stellarbyte")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert demo.cache_folder() == Path("/home/someone/.cache/stellarbyte")
+    assert user_cache.cache_folder() == Path("/home/someone/.cache/stellarbyte")
     monkeypatch.setenv("STELLARBYTE_CACHE", "/own")
-    assert demo.cache_folder() == Path("/own")
+    assert user_cache.cache_folder() == Path("/own")
 
 
 def test_demo_model_knows_the_capital_of_france():

@@ -1,133 +1,223 @@
-"""Scheduling decisions, without a model: no block lost or shared, every request ends once, budgets kept."""
+"""Scheduling decisions, without a model: nobody waits for ever, no block is lost or wrongly shared."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.block_pool import BlockTable, CacheLayout
+from server.engine.block_pool import CacheLayout
 from server.engine.request import RequestRejected
-from server.engine.scheduler import Chunk, Scheduler
-from tests.engine import is_complete, make_request, make_scheduler
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Chunk, Sequence
+from server.engine.waiting import AGEING_S
+from tests.engine import generated, is_complete, make_request, make_scheduler
+from tests.symbolic_cache import SymbolicRunner, continuation
 
 
-def run_step(scheduler: Scheduler) -> list[Chunk]:
-    """One step whose sampled tokens are all 1."""
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def run_step(scheduler: Scheduler, runner: SymbolicRunner | None = None) -> tuple[list[Chunk], list[Sequence]]:
+    """One step; its chunks and the sequences that ended. Without a runner the sampled tokens are all 1."""
     chunks = scheduler.schedule()
-    for sequence, _ in scheduler.apply(chunks, [1] * sum(chunk.samples for chunk in chunks)):
-        if is_complete(sequence):
-            scheduler.remove(sequence)
-    return chunks
+    sampled = [1] * sum(chunk.samples for chunk in chunks) if runner is None else runner.run(chunks)
+    ended = [sequence for sequence, _ in scheduler.apply(chunks, sampled) if is_complete(sequence)]
+    for sequence in ended:
+        scheduler.remove(sequence)
+    return chunks, ended
 
 
-def check_invariants(scheduler: Scheduler) -> None:
-    held = [block for s in scheduler.running for block, _ in s.table.entries()]
-    assert len(held) == len(set(held)) == scheduler.pool.num_used
+def check_blocks(scheduler: Scheduler) -> None:
+    """The pool's count of blocks in use is exactly what the tables of running sequences hold."""
+    held = {block for s in scheduler.running for block, _ in s.table.entries()}
+    assert len(held) == scheduler.pool.num_used
     assert not any(s.table.entries() for s in scheduler.waiting)
-    assert len(scheduler.running) <= scheduler.limits.max_num_seqs
 
 
-@settings(max_examples=200, deadline=None)
+@st.composite
+def traffic(draw):
+    """Requests in order of arrival, as (step, request, step of its abort or None). Prompts often begin alike."""
+    requests = []
+    for number in range(draw(st.integers(0, 12))):
+        prompt = [draw(st.integers(0, 1))] * draw(st.integers(1, 60))
+        prompt[-1] = draw(st.integers(0, 2))
+        request = make_request(
+            prompt,
+            max_tokens=draw(st.integers(1, 30)),
+            request_id=str(number),
+            priority=draw(st.integers(-2, 2)),
+            cache_salt=draw(st.sampled_from(["", "a"])),
+        )
+        step = draw(st.integers(0, 20))
+        requests.append((step, request, draw(st.none() | st.integers(step, 60))))
+    return sorted(requests, key=lambda item: item[0])
+
+
+@settings(max_examples=300, deadline=None)
 @given(
-    requests=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30), st.integers(0, 20)), max_size=12),
-    aborts=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 60)), max_size=4),
+    requests=traffic(),
     window=st.none() | st.integers(1, 20),
     sink_tokens=st.integers(0, 6),
     block_size=st.integers(1, 9),
     budget=st.integers(1, 40),
     max_num_seqs=st.integers(1, 6),
     spare_blocks=st.integers(0, 10),
+    timeout_s=st.none() | st.integers(0, 40),
+    prefix_caching=st.booleans(),
 )
-def test_random_traffic(requests, aborts, window, sink_tokens, block_size, budget, max_num_seqs, spare_blocks) -> None:
+def test_random_traffic(
+    requests, window, sink_tokens, block_size, budget, max_num_seqs, spare_blocks, timeout_s, prefix_caching
+) -> None:
+    """Every request ends once: with the tokens it must get, or aborted, or expired before it ever ran."""
     layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens if window else 0)
+    clock, runner = Clock(), SymbolicRunner(layout)
     scheduler = make_scheduler(
-        num_blocks=layout.peak_blocks(90, budget) + spare_blocks,
+        num_blocks=layout.peak_blocks(90, 1) + spare_blocks,
         block_size=block_size,
         window=window,
         sink_tokens=layout.sink_tokens,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=90,
+        queue_timeout_s=timeout_s,
+        prefix_caching=prefix_caching,
+        clock=clock,
     )
-    arrivals = sorted(enumerate(requests), key=lambda item: item[1][2])
-    live, first_scheduled = {}, []
+    arriving, live, admitted = list(requests), {}, []
     for step in range(5000):
-        while arrivals and arrivals[0][1][2] <= step:
-            number, (prompt, answer, _) = arrivals.pop(0)
-            live[number] = scheduler.add(make_request([0] * prompt, max_tokens=answer, request_id=str(number)))
-        for number, when in aborts:
-            if when == step and number in live and (live[number] in scheduler.running + list(scheduler.waiting)):
-                scheduler.remove(live.pop(number))
-        chunks = run_step(scheduler)
+        clock.now_s = step * 1.0
+        while arriving and arriving[0][0] == step:
+            _, request, abort_step = arriving.pop(0)
+            live[scheduler.add(request)] = abort_step
+        for sequence in [sequence for sequence, abort_step in live.items() if abort_step == step]:
+            scheduler.remove(sequence)
+            del live[sequence]
+        chunks, ended = run_step(scheduler, runner)
+        assert bool(chunks) == bool(live)
+        for sequence in scheduler.expire():
+            assert clock.now_s - sequence.arrived_s > timeout_s and not sequence.was_admitted
+            del live[sequence]
         assert sum(chunk.length for chunk in chunks) <= budget
+        assert all(chunk.length > 0 for chunk in chunks)
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
-        first_scheduled += [c.sequence for c in chunks if c.start == 0 and c.sequence not in first_scheduled]
-        check_invariants(scheduler)
-        if not arrivals and not scheduler.has_work:
+        assert len(scheduler.running) <= max_num_seqs
+        admitted += scheduler.admitted
+        for sequence in ended:
+            del live[sequence]
+            assert generated(sequence) == continuation(sequence.request)
+        check_blocks(scheduler)
+        if not arriving and not scheduler.has_work:
             break
+    assert not live and not arriving
     assert scheduler.pool.num_used == 0
-    assert all(is_complete(sequence) and sequence.num_pending == 1 for sequence in live.values())
-    order = [int(sequence.request.request_id) for sequence in first_scheduled]
-    expected = [number for number, _ in sorted(enumerate(requests), key=lambda item: item[1][2]) if number in order]
-    assert order == expected  # first come, first served
+    for priority in range(-2, 3):  # first come, first served
+        numbers = [s.rank[1] for s in admitted if s.request.priority == priority]
+        assert numbers == sorted(numbers)
 
 
-def test_decodes_go_before_prefill() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=8)
-    scheduler.add(make_request([0] * 40, max_tokens=5, request_id="long"))
+def test_decodes_go_before_prefill_and_prompts_come_in_chunks() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8, prefix_caching=False)
+    scheduler.add(make_request([0] * 4, max_tokens=5, request_id="first"))
     run_step(scheduler)
-    scheduler.running[0].num_computed = 40  # pretend the long prompt is done
-    scheduler.running[0].tokens.append(1)
-    scheduler.add(make_request([0] * 40, max_tokens=5, request_id="second"))
-    scheduler.pool.give_back(scheduler.running[0].table.pop_all())
-    scheduler.running[0].table.add(scheduler.pool.take(10) or [])
-    chunks = scheduler.schedule()
-    assert [(c.sequence.request.request_id, c.length) for c in chunks] == [("long", 1), ("second", 7)]
+    scheduler.add(make_request([0] * 20, max_tokens=5, request_id="long", priority=-1))
+    scheduler.add(make_request([0] * 20, max_tokens=5, request_id="later"))
+    steps = [[(c.sequence.request.request_id, c.length) for c in run_step(scheduler)[0]] for _ in range(3)]
+    assert steps == [
+        [("first", 1), ("long", 7)],
+        [("first", 1), ("long", 7)],
+        [("first", 1), ("long", 6), ("later", 1)],
+    ]
 
 
 def test_the_youngest_is_preempted_and_the_oldest_runs_on() -> None:
-    scheduler = make_scheduler(num_blocks=6, block_size=4, max_num_batched_tokens=64)
-    old = scheduler.add(make_request([0] * 8, max_tokens=10, request_id="old"))
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    old = scheduler.add(make_request([0] * 8, max_tokens=10, request_id="old", cache_salt="a"))
     young = scheduler.add(make_request([0] * 8, max_tokens=10, request_id="young"))
-    while not scheduler.num_preemptions:
+    while not scheduler.totals.num_preemptions:
         run_step(scheduler)
     assert scheduler.running == [old] and list(scheduler.waiting) == [young]
-    assert young.num_computed == 0 and young.num_generated > 0  # what it generated is kept and computed again
+    assert young.num_computed == 0 and young.num_generated > 0  # what it generated is kept
 
 
-def test_a_request_that_can_never_fit_is_rejected() -> None:
-    scheduler = make_scheduler(max_model_len=50)
+def test_what_is_less_important_is_preempted_first_however_old() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    old = scheduler.add(make_request([0] * 8, max_tokens=10, request_id="old", cache_salt="a", priority=1))
+    young = scheduler.add(make_request([0] * 8, max_tokens=10, request_id="young"))
+    while not scheduler.totals.num_preemptions:
+        run_step(scheduler)
+    assert scheduler.running == [young] and list(scheduler.waiting) == [old]
+
+
+def test_a_preempted_sequence_comes_back_from_what_the_cache_still_holds() -> None:
+    scheduler = make_scheduler(num_blocks=6, block_size=4)
+    scheduler.add(make_request([0] * 8, max_tokens=6, request_id="old", cache_salt="a"))
+    young = scheduler.add(make_request([0] * 9, max_tokens=6, request_id="young"))
+    while not scheduler.totals.num_preemptions:
+        run_step(scheduler)
+    again: list[Chunk] = []
+    while not again:
+        again = [chunk for chunk in run_step(scheduler)[0] if chunk.sequence is young]
+    assert again[0].start >= 4, "its blocks were free, and not all were taken meanwhile"
+
+
+def test_lower_priorities_run_first() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for priority in (1, 0, 2, -1):
+        scheduler.add(make_request([0], max_tokens=1, request_id=str(priority), priority=priority))
+    order = []
+    while scheduler.has_work:
+        order += [chunk.sequence.request.priority for chunk in run_step(scheduler)[0]]
+    assert order == [-1, 0, 1, 2]
+
+
+def test_a_steady_flow_of_important_requests_starves_nobody() -> None:
+    clock = Clock()
+    scheduler = make_scheduler(max_num_seqs=1, clock=clock)
+    patient = scheduler.add(make_request([0], max_tokens=1, request_id="patient", priority=3))
+    for second in range(1000):
+        clock.now_s = float(second)
+        scheduler.add(make_request([0], max_tokens=1, request_id=str(second)))
+        if patient in run_step(scheduler)[1]:
+            break
+    assert clock.now_s == pytest.approx(3 * AGEING_S, abs=1)
+
+
+def test_a_request_longer_than_the_context_is_refused_unless_it_slides() -> None:
+    scheduler = make_scheduler(max_model_len=50, window=46, sink_tokens=4)
     with pytest.raises(RequestRejected, match=r"40 tokens and max_tokens is 11.*50 tokens") as caught:
         scheduler.add(make_request([0] * 40, max_tokens=11))
     assert caught.value.code == "context_length_exceeded"
     assert not scheduler.has_work
+    scheduler.add(make_request([0] * 40, max_tokens=11, context_overflow="slide"))
 
 
-@given(
-    block_size=st.integers(1, 9),
-    window=st.none() | st.integers(1, 30),
-    sink_tokens=st.integers(0, 12),
-    steps=st.lists(st.integers(1, 15), min_size=1, max_size=30),
-)
-def test_block_table_keeps_exactly_what_later_queries_see(block_size, window, sink_tokens, steps) -> None:
-    layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens if window else 0)
-    table = BlockTable(layout)
-    fresh = iter(range(10_000))
-    owner: dict[int, tuple[int, int]] = {}  # position -> slot it was written to
-    computed = 0
-    for length in steps:
-        table.add([next(fresh) for _ in range(table.missing(computed + length))])
-        for position in range(computed, computed + length):
-            owner[position] = table.locate(position)
-        computed += length
-        assert len(table.entries()) <= layout.peak_blocks(computed, max(steps))
-        live = dict(table.entries())
-        for position in range(computed):
-            seen = window is None or position > computed - 1 - window or position < layout.sink_tokens
-            if seen:  # by the step's last query
-                block, offset = owner[position]
-                assert live[block] + offset == position
-        freed = table.pop_unseen(computed)
-        for block in freed:
-            written = [position for position, slot in owner.items() if slot[0] == block]
-            assert window is not None and max(written) <= computed - window
-    assert len(set(owner.values())) == len(owner)
+def test_a_full_queue_refuses_until_a_request_ends() -> None:
+    scheduler = make_scheduler(max_num_seqs=2, max_queued_requests=3)
+    first, *_ = [scheduler.add(make_request([0], max_tokens=9, request_id=str(i))) for i in range(5)]
+    with pytest.raises(RequestRejected, match="try again later") as caught:
+        scheduler.add(make_request([0]))
+    assert caught.value.code == "queue_full"
+    run_step(scheduler)
+    scheduler.remove(first)
+    scheduler.add(make_request([0]))
+
+
+def test_the_time_out_is_for_the_first_step_only() -> None:
+    """A request that was preempted has begun its answer: it may wait as long as it must."""
+    clock = Clock()
+    scheduler = make_scheduler(num_blocks=6, block_size=4, max_num_seqs=2, queue_timeout_s=5, clock=clock)
+    for name in ("old", "young"):
+        scheduler.add(make_request([0] * 8, max_tokens=16, request_id=name, cache_salt=name))
+    late = scheduler.add(make_request([0] * 8, request_id="late"))
+    while not scheduler.totals.num_preemptions:
+        run_step(scheduler)
+    clock.now_s = 5.0
+    assert scheduler.expire() == []
+    clock.now_s = 5.1
+    assert scheduler.expire() == [late]
+    while scheduler.has_work:
+        run_step(scheduler)

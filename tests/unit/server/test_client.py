@@ -11,7 +11,7 @@ import pytest
 
 from server.engine import client as client_module
 from server.engine.client import EngineClient, EngineDead
-from server.engine.launch import EngineProcess, EngineStartError
+from server.engine.launch import AttachedEngine, EngineProcess, EngineStartError
 from server.engine.messages import Delta
 from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
 from server.settings import EngineSettings
@@ -151,11 +151,12 @@ def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
     async def use(client, process):
         await asyncio.sleep(2.5)
         assert client.health() is None, "an idle engine is healthy"
-        stream = await client.submit(a_request(HANG))
+        submitting = asyncio.create_task(client.submit(a_request(HANG)))
         await until(lambda: client.health() is not None)
         assert "work is waiting" in client.health()
         os.kill(process.process_id, signal.SIGKILL)
-        await read(stream)
+        with pytest.raises(EngineDead):
+            await submitting
 
     with_engine(settings, use)
 
@@ -180,6 +181,26 @@ def test_a_step_longer_than_a_client_may_be_silent_drops_nothing(settings):
     async def use(client, _):
         _, deltas = await read(await client.submit(a_request(LONG, max_tokens=1)))
         assert deltas[-1].finish_reason == "length"
+
+    with_engine(settings, use)
+
+
+def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_engine_end(settings):
+    async def use(client, process):
+        second = EngineClient(AttachedEngine(client.info, process.endpoint, os.dup(process.end_fd)))
+        await second.start()
+        try:
+            await second.fresh_stats()
+            own, others = await asyncio.gather(
+                client.submit(a_request("one", "1", max_tokens=300)), second.submit(a_request("two", "2"))
+            )
+            assert [(await read(stream))[0] for stream in (own, others)] == ["one" * 100, "twotwotwot"]
+            assert await second.fresh_stats() == await client.fresh_stats()
+            assert second.stats.generation_tokens_total == 310
+            os.kill(process.process_id, signal.SIGKILL)
+            await asyncio.wait_for(asyncio.gather(client.dead.wait(), second.dead.wait()), 2)
+        finally:
+            await second.close()
 
     with_engine(settings, use)
 

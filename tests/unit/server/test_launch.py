@@ -1,5 +1,6 @@
 """What the engine process is started with."""
 
+import asyncio
 import os
 
 from server.engine.launch import EngineProcess, engine_environment
@@ -18,6 +19,7 @@ def test_the_engine_process_has_that_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     engine = EngineProcess(EngineSettings(model=str(make_model_folder(tmp_path))), "info", "tests.fake_engine")
     try:
+        asyncio.run(engine.ready())
         with open(f"/proc/{engine._process.pid}/environ", "rb") as environment:
             assert b"GOMP_SPINCOUNT=1000" in environment.read().split(b"\0")
     finally:

@@ -41,6 +41,19 @@ def test_none_and_auto_are_values_of_their_own():
     assert parse_settings(["--sliding-window", "128"], {}).engine.sliding_window == 128
 
 
+def test_a_switch_has_two_flags_and_a_variable():
+    def is_on(arguments, environment):
+        return parse_settings(arguments, environment).engine.enable_prefix_caching
+
+    variable = "STELLARBYTE_ENABLE_PREFIX_CACHING"
+    assert is_on([], {})
+    assert not is_on(["--no-enable-prefix-caching"], {})
+    assert not is_on([], {variable: "false"})
+    assert is_on(["--enable-prefix-caching"], {variable: "0"})
+    with pytest.raises(SettingsError, match=variable):
+        is_on([], {variable: "maybe"})
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -59,6 +72,10 @@ def test_none_and_auto_are_values_of_their_own():
         ["--kv-cache-memory", "2 parsecs"],
         ["--sliding-window", "0"],
         ["--shutdown-timeout", "-1"],
+        ["--queue-timeout", "soon"],
+        ["--max-queued-requests", "-1"],
+        ["--context-overflow", "wrap"],
+        ["--no-port"],
         ["--chat-template", "/no/such/file"],
         ["--model", ""],
     ],

@@ -1,0 +1,54 @@
+"""One request on its way through the engine, and the part of it that a step computes. Plain Python; decides nothing."""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from server.engine.block_pool import BlockTable
+from server.engine.prefix_cache import BlockKeys
+from server.engine.request import GenerationRequest
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """A request, its tokens and its blocks.
+
+    `rank` orders sequences by importance, least first; no two are equal. `arrived_s` is the scheduler's clock.
+    """
+
+    request: GenerationRequest
+    table: BlockTable
+    keys: BlockKeys
+    rank: tuple[float, int]
+    arrived_s: float
+    tokens: "array[int]" = field(init=False)  # prompt, then what was sampled
+    num_computed: int = 0  # tokens whose keys are in the cache, or were and are out of sight
+    num_full: int = 0  # blocks from the sequence's start that are full, and settled by the scheduler
+    next_full_at: int = 0  # num_computed with which there is another
+    is_running: bool = False
+    was_admitted: bool = False  # has run at least once
+    num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
+
+    def __post_init__(self) -> None:
+        self.tokens = array("I", self.request.prompt_token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+
+class Chunk(NamedTuple):
+    """Tokens start..start+length of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool  # it ends at the sequence's last token, so the step yields the next one

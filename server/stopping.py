@@ -1,0 +1,18 @@
+"""How the server's processes are told to stop and how long that may take. Imports nothing that is slow to import."""
+
+import signal
+from collections.abc import Callable
+
+DEAD_ENGINE_GRACE_S = 5.0  # how long /health says why, before an HTTP process ends
+LAST_WORDS_S = 1.0  # time for streams to send their error when they are cut off
+SHUTTING_DOWN = "The server shut down before the answer was complete."
+
+
+def on_stop_signals(handler: "Callable[..., None] | signal.Handlers") -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def exit_quietly(*_: object) -> None:
+    """Ends a start that takes too long for the user. (KeyboardInterrupt would change the exit status in places.)"""
+    raise SystemExit(0)

@@ -1,0 +1,12 @@
+"""Where things that can be made again are kept between runs."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """$STELLARBYTE_CACHE, or stellarbyte in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    if own := os.environ.get("STELLARBYTE_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "stellarbyte"

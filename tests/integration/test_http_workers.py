@@ -1,0 +1,211 @@
+"""--http-workers: several HTTP processes on one port and one engine behave as one server."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.fake_engine import SLOW, make_model_folder
+from tests.server_process import FAKE, ServerProcess, running
+
+NUM_CONNECTIONS = 24  # the kernel spreads connections: all on one of two workers once in 8 million runs
+
+
+def two_workers(model: str, *flags: str):
+    return running(FAKE, "--model", model, "--http-workers", "2", *flags)
+
+
+def child_pids(server: ServerProcess, module: str) -> list[int]:
+    """The server's children that run `module`."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+
+
+def worker_pids(server: ServerProcess) -> list[int]:
+    return child_pids(server, "server.http_worker")
+
+
+def engine_pid(server: ServerProcess) -> int:
+    (pid,) = child_pids(server, "tests.fake_engine")
+    return pid
+
+
+def get_often(server: ServerProcess, path: str) -> list[httpx.Response]:
+    """Answers to one request on many connections."""
+    return [httpx.get(server.url + path, timeout=10) for _ in range(NUM_CONNECTIONS)]
+
+
+class OpenStream:
+    """An answer that is being streamed, its first event read. It ends when this object goes."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._lines = response.iter_lines()
+        self.lines = [next(self._lines)]
+
+    def read(self) -> str:
+        """Read to the end; the last event, or what broke the connection."""
+        try:
+            self.lines += [line for line in self._lines if line]
+        except httpx.TransportError as error:
+            return repr(error)
+        return self.lines[-1]
+
+    @property
+    def text(self) -> str:
+        events = [line.removeprefix("data: ") for line in self.lines if line.startswith("data: {")]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def open_stream(stack: contextlib.ExitStack, server: ServerProcess, prompt: str, max_tokens: int) -> OpenStream:
+    """A streaming completion on a connection of its own."""
+    body = {"model": "fake", "prompt": prompt, "max_tokens": max_tokens, "stream": True}
+    request = httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30)
+    return OpenStream(stack.enter_context(request))
+
+
+def open_streams(stack: contextlib.ExitStack, server: ServerProcess, max_tokens: int) -> list[OpenStream]:
+    return [open_stream(stack, server, f"{SLOW} {i:02} ", max_tokens) for i in range(NUM_CONNECTIONS)]
+
+
+def test_streams_on_both_workers_get_their_own_text_and_every_route_answers_the_same(fake_model):
+    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
+        streams = open_streams(stack, server, max_tokens=60)
+        for path in ("/v1/models", "/health", "/ready", "/version"):
+            assert len({(answer.status_code, answer.text) for answer in get_often(server, path)}) == 1, path
+        for i, stream in enumerate(streams):
+            assert stream.read() == "data: [DONE]"
+            assert stream.text == (f"{SLOW} {i:02} " * 10)[:60]
+        streamed_by = re.findall(r"INFO (http-\d) server.access: POST", server.log())
+        assert len(streamed_by) == NUM_CONNECTIONS
+        assert set(streamed_by) == {"http-1", "http-2"}
+
+
+def test_counters_never_run_backwards_whichever_worker_is_asked(fake_model):
+    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
+        stream = open_stream(stack, server, SLOW, max_tokens=2000)
+        totals = []
+        for _ in range(NUM_CONNECTIONS):
+            totals.append(server.metric("vllm:generation_tokens_total"))
+            time.sleep(0.03)
+        assert totals == sorted(totals)
+        assert len(set(totals)) > NUM_CONNECTIONS / 2, "old figures were served"
+        assert stream.lines, "it was open all the time"
+        assert len(set(re.findall(r"INFO (http-\d) server.access: GET /metrics", server.log()))) == 2
+
+
+def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):
+    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
+        streams = open_streams(stack, server, max_tokens=300)
+        killed, survivor = worker_pids(server)
+        os.kill(killed, signal.SIGKILL)
+        time.sleep(0.5)
+        running_now = server.metric("vllm:num_requests_running")
+        ends = [stream.read() for stream in streams]
+        complete = ends.count("data: [DONE]")
+        assert 0 < complete < NUM_CONNECTIONS
+        assert running_now == complete, "the engine works for streams that nobody reads"
+        deadline_s = time.monotonic() + 10
+        while len(worker_pids(server)) < 2 or "starting another" not in server.log():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        assert survivor in worker_pids(server)
+        assert {answer.status_code for answer in get_often(server, "/health")} == {200}
+        assert server.process.poll() is None
+
+
+def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
+    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
+        streams = open_streams(stack, server, max_tokens=2000)
+        stopped, _ = worker_pids(server)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            deadline_s = time.monotonic() + 10
+            while "fell silent" not in server.log():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.1)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert 0 < server.metric("vllm:num_requests_running") < len(streams)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_running_requests_finish_and_ends_with_zero(fake_model, signal_number):
+    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
+        pids = [*worker_pids(server), engine_pid(server)]
+        streams = open_streams(stack, server, max_tokens=80)
+        server.process.send_signal(signal_number)
+        assert {stream.read() for stream in streams} == {"data: [DONE]"}
+        assert server.wait() == 0
+        assert_gone(pids)
+        assert "Traceback" not in server.log()
+        assert "starting another" not in server.log()
+
+
+@pytest.mark.parametrize("how", ["time-out", "second Ctrl-C"])
+def test_requests_that_take_too_long_end_with_an_error(fake_model, how):
+    with (
+        two_workers(fake_model, "--shutdown-timeout", "1" if how == "time-out" else "60") as server,
+        contextlib.ExitStack() as stack,
+    ):
+        streams = open_streams(stack, server, max_tokens=2000)
+        server.process.send_signal(signal.SIGINT)
+        if how == "second Ctrl-C":
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGINT)
+        for stream in streams:
+            assert "shut down" in json.loads(stream.read().removeprefix("data: "))["error"]["message"]
+        assert server.wait(5) == 0
+
+
+def test_a_dead_engine_ends_all_streams_and_then_the_server(fake_model):
+    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
+        streams = open_streams(stack, server, max_tokens=2000)
+        pids = worker_pids(server)
+        os.kill(engine_pid(server), signal.SIGKILL)
+        died_at_s = time.monotonic()
+        for stream in streams:
+            assert json.loads(stream.read().removeprefix("data: "))["error"]["type"] == "server_error"
+        assert time.monotonic() - died_at_s < 2
+        assert {answer.status_code for answer in get_often(server, "/health")} == {503}
+        assert server.wait() == 1
+        assert_gone(pids)
+
+
+def test_workers_never_outlive_their_parent(fake_model):
+    with two_workers(fake_model) as server:
+        pids = [*worker_pids(server), engine_pid(server)]
+        server.process.kill()
+        server.wait()
+        assert_gone(pids)
+
+
+def assert_gone(pids: list[int], limit_s: float = 3) -> None:
+    deadline_s = time.monotonic() + limit_s
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(pid, 0)
+                assert time.monotonic() < deadline_s, f"process {pid} is still there"
+                time.sleep(0.02)
+
+
+def test_a_start_that_fails_in_the_workers_says_why_once(tmp_path):
+    (make_model_folder(tmp_path / "model") / "tokenizer.json").write_text("{")
+    server = ServerProcess(FAKE, "--model", str(tmp_path / "model"), "--http-workers", "3")
+    assert server.wait(60) == 1
+    errors = [line for line in server.log().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "tokenizer.json" in errors[0]
+    assert "Traceback" not in server.log()
+
+
+def test_a_port_that_another_server_shares_among_its_workers_is_busy(fake_model):
+    with two_workers(fake_model) as server:
+        second = ServerProcess(FAKE, "--model", fake_model, "--http-workers", "2", port=server.port)
+        assert second.wait(30) == 1
+        assert str(server.port) in second.log()

@@ -1,0 +1,63 @@
+"""What the engine says of every request, step by step, with tokens from a script instead of a model."""
+
+from server.engine.core import EngineCore
+from server.engine.messages import Accepted, Delta, Rejected
+from server.engine.sequence import Chunk
+from tests.engine import make_request, make_scheduler
+from tests.fake_engine import make_tokenizer
+
+
+class ScriptedRunner:
+    """Every sampled token is an "a"."""
+
+    def run(self, chunks: list[Chunk]) -> list[int]:
+        return [ord("a")] * sum(chunk.samples for chunk in chunks)
+
+
+def make_core(**options) -> EngineCore:
+    return EngineCore(make_scheduler(**options), ScriptedRunner(), make_tokenizer(), frozenset())
+
+
+def news_of(core: EngineCore) -> dict[str, list]:
+    """Everything said until no work is left, by request."""
+    news: dict[str, list] = {}
+    while core.has_work:
+        for item in core.step():
+            news.setdefault(item.request_id, []).append(item)
+    return news
+
+
+def test_a_request_is_accepted_before_its_first_token_and_ends_once() -> None:
+    core = make_core(max_num_seqs=2, max_num_batched_tokens=7)
+    for i in range(5):
+        core.submit(make_request([i] * 10, max_tokens=3, request_id=str(i)))
+    news = news_of(core)
+    assert news.keys() == set("01234")
+    for accepted, *deltas in news.values():
+        assert isinstance(accepted, Accepted)
+        assert [delta.finish_reason for delta in deltas] == [None, None, "length"]
+        assert "".join(delta.text for delta in deltas) == "aaa"
+
+
+def test_a_request_that_may_not_wait_runs_at_once_or_is_rejected() -> None:
+    core = make_core(max_num_seqs=1, queue_timeout_s=0)
+    for name in ("first", "second"):
+        core.submit(make_request([1], max_tokens=2, request_id=name))
+    news = news_of(core)
+    assert [type(item) for item in news["first"]] == [Accepted, Delta, Delta]
+    (rejected,) = news["second"]
+    assert isinstance(rejected, Rejected) and rejected.code == "queue_timeout"
+
+
+def test_the_last_delta_tells_what_was_cached_and_what_was_evicted() -> None:
+    core = make_core(window=8, sink_tokens=4, max_model_len=12)
+    prompt = [1] * 21
+    told = []
+    for name in ("cold", "warm"):
+        core.submit(make_request(prompt, max_tokens=3, request_id=name, context_overflow="slide"))
+        last = news_of(core)[name][-1]
+        told.append((last.cached_tokens, last.evicted_tokens))
+    assert told == [(0, 24 - 12), (20, 24 - 12)]
+    stats = core.stats()
+    assert (stats.prefix_cache_queries_total, stats.prefix_cache_hits_total) == (42, 20)
+    assert (stats.evicted_tokens_total, stats.prompt_tokens_total, stats.generation_tokens_total) == (24, 42, 6)
