@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from server.engine.detokenizer import Detokenizer, WindowDetokenizer, make_detokenizer
 from server.engine.text import TextStream
 
 PIECES = ["he", "llo", " wor", "ld", "é", "漢", "字", "👋", "ab", "abc", "\n", "�", "."]
@@ -26,6 +27,7 @@ def byte_level_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|start|>", special=True)])
+    tokenizer.add_tokens([AddedToken("two words"), AddedToken("écrit\u3000")])  # not in the byte alphabet
     return tokenizer
 
 
@@ -47,6 +49,10 @@ def byte_fallback_tokenizer() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return tokenizer
+
+
+def joined(detokenizer: Detokenizer, token_ids: list[int]) -> str:
+    return "".join([detokenizer.push(token_id) for token_id in token_ids]) + detokenizer.flush()
 
 
 def stream(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], bool]:
@@ -86,6 +92,19 @@ def test_joined_text_is_the_whole_decoded_and_cut_at_the_stop_completed_first(to
     whole = tokenizer.decode(token_ids, skip_special_tokens=True)
     pieces, _ = stream(tokenizer, token_ids, stop)
     assert "".join(pieces) == cut_at_first_completed_stop(whole, stop)
+
+
+@settings(max_examples=400, deadline=None)
+@given(token_lists | byte_heavy_lists, st.booleans())
+@example([0xF0, 0x9F, 0x91], True)
+@example([0x80] * 100, True)
+@example([0xE2, 0x82] * 60, True)
+def test_windows_give_the_same_text_as_bytes(token_ids, skip_special_tokens):
+    """The way for tokenizers of any kind, on one that has a faster way."""
+    tokenizer = byte_level_tokenizer()
+    whole = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+    assert joined(WindowDetokenizer(tokenizer, skip_special_tokens), token_ids) == whole
+    assert joined(make_detokenizer(tokenizer, skip_special_tokens), token_ids) == whole
 
 
 @settings(max_examples=200, deadline=None)
@@ -148,5 +167,5 @@ def test_ids_beyond_the_tokenizer_add_nothing():
 
 @pytest.mark.parametrize("token_ids", [[0xE2], [0x80, 0xE2]])
 def test_a_long_run_of_bytes_that_are_no_text_is_not_held_back_for_ever(token_ids):
-    pieces, _ = stream(byte_level_tokenizer(), token_ids * 100)
-    assert sum(map(len, pieces[:-1])) > 50
+    detokenizer = WindowDetokenizer(byte_level_tokenizer(), skip_special_tokens=True)
+    assert sum(len(detokenizer.push(token_id)) for token_id in token_ids * 100) > 50
