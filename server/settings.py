@@ -120,6 +120,9 @@ class EngineSettings:
     dtype: str = option(
         one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "number format of weights and cache", "auto"
     )
+    quantization: str = option(
+        one_of("none", "int8", "int4"), "none|int8|int4", "number format of the weights on the CPU", "none"
+    )
     max_model_len: int | None = option(
         whole_number(1), "N", "most tokens of prompt and answer together (default: the model's own limit)", None
     )

@@ -28,6 +28,9 @@ class RowSampling:
     position: int
 
 
+GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, choice=0, position=0)
+
+
 def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
     """One token id for each row, int64 [R] on the logits' device.
 
@@ -96,7 +99,7 @@ def keep_top_p(logits_RV: torch.Tensor, top_p_R1: torch.Tensor) -> None:
 
 def gumbel_noise(rows: Sequence[RowSampling], vocabulary: int, device: torch.device) -> torch.Tensor:
     """Standard Gumbel numbers [R, V] float32, a pure function of (seed, choice, position, token id)."""
-    keys = torch.tensor([_row_key(row) for row in rows], dtype=torch.int64, device=device)
+    keys = torch.tensor([row_key(row) for row in rows], dtype=torch.int64, device=device)
     ids = torch.arange(vocabulary, dtype=torch.int64, device=device)
     bits = _mix32(_mix32(ids ^ keys[:, :1]) ^ keys[:, 1:])
     # -log(-log u) with u = 1 - v: log1p keeps the winners' small exponentials exact in float32.
@@ -104,7 +107,7 @@ def gumbel_noise(rows: Sequence[RowSampling], vocabulary: int, device: torch.dev
     return -torch.log(-torch.log1p(-uniform))
 
 
-def _row_key(row: RowSampling) -> tuple[int, int]:
+def row_key(row: RowSampling) -> tuple[int, int]:
     """Two 32-bit keys from a row's counters, by splitmix64 (Steele et al. 2014)."""
     state = _splitmix64(row.seed & UINT64)
     for counter in (row.choice, row.position):

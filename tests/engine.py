@@ -1,5 +1,6 @@
 """An engine for tests: real scheduler, pool and, where wanted, model; no sockets, no tokenizer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.kernels.served_model import ServedModel, TorchModel
 
 OF_REQUEST = ("priority", "context_overflow", "cache_salt")
 
@@ -54,7 +56,13 @@ class ModelEngine:
     `config` is what to serve the model with, if not its own.
     """
 
-    def __init__(self, model: ByteTransformer, config: ByteModelConfig | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: ByteTransformer,
+        config: ByteModelConfig | None = None,
+        backend: Callable[..., ServedModel] = TorchModel,
+        **options: Any,
+    ) -> None:
         config = model.config if config is None else config
         windows = config.windows
         self.scheduler = make_scheduler(
@@ -66,7 +74,7 @@ class ModelEngine:
         cache = PagedKVCache(config, pool.num_blocks, layout.block_size, torch.float32, torch.device("cpu"))
         cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
         cache.values_LBSKD.zero_()
-        self.runner = ModelRunner(model, cache, config)
+        self.runner = ModelRunner(backend(model, config), cache)
 
     def teacher_forced(self, tokens: list[int], first: int, **fields: Any) -> torch.Tensor:
         """log p(next token) after tokens first-1, first, ..., each computed by the step that would sample there.

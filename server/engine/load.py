@@ -21,6 +21,8 @@ from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint, weights_hash
 from stellarbyte.checkpoint.progress import ProgressBar
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.kernels.served_model import ServedModel, TorchModel
+from stellarbyte.model.decoder import ByteLanguageModel
 
 logger = logging.getLogger("server.engine")
 
@@ -64,7 +66,9 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     config, max_model_len = serving_config(open_checkpoint(path).config, settings)
     dtype = _dtype(settings.dtype, device)
     logger.info("loading %s on %s in %s", path, device.type, str(dtype).removeprefix("torch."))
-    model = load_language_model(path, dtype=dtype, device=device)
+    model = _served_model(
+        load_language_model(path, dtype=dtype, device=device), config, settings.quantization, dtype, device
+    )
     plan = plan_cache(config, settings, dtype, _cache_budget(settings, config, device))
     logger.info(
         "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB); at full length, with %d tokens in view, %d sequences"
@@ -86,7 +90,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     )
     core = EngineCore(
         Scheduler(limits, plan.layout, BlockPool(plan.num_blocks), prefix_caching=settings.enable_prefix_caching),
-        ModelRunner(model, cache, config),
+        ModelRunner(model, cache),
         tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
         _eos_token_ids(path, config),
     )
@@ -101,6 +105,25 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         weights_hash=weights_hash(path),
     )
     return core, info
+
+
+def _served_model(
+    model: ByteLanguageModel, config: ByteModelConfig, quantization: str, dtype: torch.dtype, device: torch.device
+) -> ServedModel:
+    """The fastest form of the model for the device."""
+    if device.type == "cpu" and dtype == torch.float32:
+        from stellarbyte.kernels.cpu.model import CpuModel, fits  # numba is not needed on a GPU
+
+        if fits(config):
+            packed = CpuModel(model, config, quantization, torch.get_num_threads())
+            logger.info("preparing the CPU kernels (the first start compiles them, which takes about half a minute)")
+            packed.warm_up()
+            return packed
+    if quantization != "none":
+        raise StartupError(
+            f"--quantization {quantization} needs the CPU, float32 and heads of a multiple of 16 channels."
+        )
+    return TorchModel(model, config)
 
 
 def serving_config(config: ByteModelConfig, settings: EngineSettings) -> tuple[ByteModelConfig, int]:

@@ -4,25 +4,20 @@ import numpy as np
 import torch
 
 from server.engine.sequence import Chunk
-from stellarbyte.cache.paged_kv import PagedAttention, PagedKVCache
-from stellarbyte.config import ByteModelConfig
+from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.model.decoder import ByteLanguageModel
-from stellarbyte.sampling import RowSampling, sample
+from stellarbyte.kernels.served_model import ServedModel
+from stellarbyte.sampling import RowSampling
 
 # T tokens, N sequences, M blocks of the longest table, R rows that sample, V vocabulary
 
 
 class ModelRunner:
-    """Owns the model's weights and the cache's tensors. Engine thread only.
+    """Turns scheduled chunks into batches and logits into tokens. Engine thread only."""
 
-    `config` is the one to serve with: its window and sinks may differ from those the checkpoint was saved with.
-    """
-
-    def __init__(self, model: ByteLanguageModel, cache: PagedKVCache, config: ByteModelConfig) -> None:
+    def __init__(self, model: ServedModel, cache: PagedKVCache) -> None:
         self.model = model
         self.cache = cache
-        self.config = config
         self.device = cache.keys_LBSKD.device
 
     @torch.inference_mode()
@@ -30,16 +25,12 @@ class ModelRunner:
         """Compute the chunks; returns the next token of each chunk that samples, in order."""
         rows = [sampling_row(chunk) for chunk in chunks if chunk.samples]
         logits_RV = self.logits(chunks)
-        return sample(logits_RV, rows).tolist() if rows else []
+        return self.model.sample(logits_RV, rows) if rows else []
 
     @torch.inference_mode()
     def logits(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute the chunks; [R, V] logits after the last token of each chunk that samples."""
-        batch = make_batch(chunks, self.device)
-        decoder = self.model.model
-        attend = PagedAttention(self.config, decoder.rotary, self.cache, batch)
-        hidden_TC = decoder(decoder.embed_tokens(batch.token_ids_T), attend)
-        return self.model.lm_head(hidden_TC[batch.logits_rows])
+        return self.model.logits(make_batch(chunks, self.device), self.cache)
 
 
 def sampling_row(chunk: Chunk) -> RowSampling:

@@ -1,0 +1,132 @@
+"""Choosing the next tokens, compiled. The mathematics, and the order of its steps, is that of `sampling.py`."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import njit, prange
+
+from stellarbyte.kernels.cpu.instructions import exp
+from stellarbyte.sampling import RowSampling, keep_top_k, row_key
+
+# R rows, V vocabulary
+
+_BLOCK = 256  # tokens whose noise is bounded together
+_ROUNDING = {"nnan", "nsz", "reassoc", "contract"}  # of fast arithmetic, all but what would forbid infinities
+
+
+def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling], num_threads: int) -> list[int]:
+    """One token id for each row of float32 logits."""
+    if any(row.top_k for row in rows):
+        logits_RV = logits_RV.clone()
+        keep_top_k(logits_RV, [row.top_k if row.temperature > 0 else 0 for row in rows])
+    parameters_R3 = np.array([(row.temperature, row.top_p, row.min_p) for row in rows], np.float32)
+    keys_R2 = np.array([row_key(row) if row.temperature > 0 else (0, 0) for row in rows], np.uint32)
+    tokens_R = np.empty(len(rows), np.int64)
+    _sample_rows(logits_RV.numpy(), parameters_R3, keys_R2, tokens_R, num_threads)
+    return tokens_R.tolist()
+
+
+@njit(parallel=True, fastmath=_ROUNDING, nogil=True, cache=True)
+def _sample_rows(logits_RV, parameters_R3, keys_R2, tokens_R, num_threads):
+    for thread in prange(num_threads):
+        scaled_V = np.empty(logits_RV.shape[1], np.float32)
+        for r in range(thread, len(logits_RV), num_threads):
+            temperature, top_p, min_p = parameters_R3[r]
+            likeliest = _first_argmax(logits_RV[r])
+            if temperature > 0:
+                largest = logits_RV[r, likeliest]
+                for v in range(len(scaled_V)):
+                    scaled_V[v] = (logits_RV[r, v] - largest) / temperature
+                if top_p < 1:
+                    _keep_top_p(scaled_V, top_p, likeliest)
+                if min_p > 0:
+                    for v in range(len(scaled_V)):
+                        if exp(scaled_V[v]) < min_p:
+                            scaled_V[v] = -np.inf
+                likeliest = _draw(scaled_V, likeliest, keys_R2[r, 0], keys_R2[r, 1])
+            tokens_R[r] = likeliest
+
+
+@njit(inline="always")
+def _first_argmax(logits_V):
+    largest = logits_V[0]
+    for v in range(len(logits_V)):
+        largest = max(largest, logits_V[v])
+    for v in range(len(logits_V)):
+        if logits_V[v] == largest:
+            return v
+    return 0
+
+
+@njit(inline="always")
+def _keep_top_p(scaled_V, top_p, likeliest):
+    """Set all but the likeliest tokens whose probabilities first add up to top_p to -inf; the largest number is 0.
+
+    Those with a probability of up to (1 - top_p) / V add up to no more than 1 - top_p together, so none of them stays:
+    only the others, few as a rule, are put in order.
+    """
+    total = np.float32(0)
+    for v in range(len(scaled_V)):
+        total += exp(scaled_V[v])
+    least = total * (1 - top_p) / len(scaled_V)
+    candidates = np.empty(len(scaled_V), np.int64)
+    count = 0
+    for v in range(len(scaled_V)):
+        if exp(scaled_V[v]) > least:
+            candidates[count] = v
+            count += 1
+    candidates = candidates[:count]
+    descending = candidates[np.argsort(-scaled_V[candidates], kind="mergesort")]
+    kept = scaled_V[descending]
+    scaled_V[:] = -np.inf
+    scaled_V[likeliest] = 0
+    before = np.float32(0)
+    for i in range(count):
+        if before >= top_p * total:
+            break
+        scaled_V[descending[i]] = kept[i]
+        before += exp(kept[i])
+
+
+@njit(inline="always")
+def _draw(scaled_V, likeliest, key, second_key):
+    """argmax of scaled_V + Gumbel noise. Logarithms are taken only where the noise could make a token the winner."""
+    winner, best = likeliest, scaled_V[likeliest] + _gumbel(_noise_bits(likeliest, key, second_key))
+    bits = np.empty(_BLOCK, np.uint32)
+    for start in range(0, len(scaled_V), _BLOCK):
+        length = min(_BLOCK, len(scaled_V) - start)
+        least_bits = np.uint32(0xFFFFFFFF)  # the fewer, the more noise
+        largest = np.float32(-np.inf)
+        for i in range(length):
+            bits[i] = _noise_bits(start + i, key, second_key)
+            least_bits = min(least_bits, bits[i])
+            largest = max(largest, scaled_V[start + i])
+        most_noise = _gumbel(least_bits)
+        if largest + most_noise < best:
+            continue
+        for i in range(length):
+            if scaled_V[start + i] + most_noise >= best:
+                score = scaled_V[start + i] + _gumbel(bits[i])
+                if score > best or (score == best and start + i < winner):
+                    winner, best = start + i, score
+    return winner
+
+
+@njit(inline="always")
+def _noise_bits(token, key, second_key):
+    return _mix32(_mix32(np.uint32(token) ^ key) ^ second_key)
+
+
+@njit(inline="always")
+def _gumbel(bits):
+    uniform = min((np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-32), np.float32(1 - 2.0**-24))
+    return -np.float32(math.log(-np.float32(math.log1p(-uniform))))
+
+
+@njit(inline="always")
+def _mix32(x):
+    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
+    x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    return np.uint32(x ^ (x >> np.uint32(16)))

@@ -1,0 +1,85 @@
+"""The CPU kernels against the float64 oracle and against plain products."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from stellarbyte.kernels.cpu.linear import NO_ACTIVATION, SILU, linear
+from stellarbyte.kernels.cpu.model import CpuModel, fits
+from stellarbyte.kernels.cpu.packing import interleave_gated, pack
+from tests import oracle
+from tests.engine import ModelEngine, make_request
+from tests.models import make_config, make_model, random_tokens
+from tests.unit.model.test_transformer import VARIANTS, W
+
+float32 = partial(CpuModel, quantization="none", num_threads=2)
+TOLERANCE = {"none": 1e-6, "int8": 0.01, "int4": 0.15}  # of the largest output, for random weights
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("block_size", "chunk"), [(1, 7), (5, 64), (16, 1)])
+def test_every_kind_of_model_matches_the_oracle(variant: str, block_size: int, chunk: int) -> None:
+    model = make_model(**VARIANTS[variant])
+    tokens = random_tokens(4 * W + 3)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=float32, block_size=block_size, max_num_batched_tokens=chunk)
+    assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
+
+
+def test_a_batch_gets_its_single_run_tokens() -> None:
+    model = make_model(**VARIANTS["xpos window sinks"])
+    requests = [
+        make_request(random_tokens(3 + 5 * i, seed=i), 20 + i, str(i), seed=i, temperature=float(i % 2))
+        for i in range(9)
+    ]
+    alone = [ModelEngine(model, backend=float32).generate([request])[0] for request in requests]
+    assert ModelEngine(model, backend=float32, max_num_batched_tokens=16).generate(requests) == alone
+
+
+@pytest.mark.parametrize("quantization", TOLERANCE)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (70, 128), (5, 192)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 40])
+def test_products_of_every_size(tokens: int, rows: int, columns: int, quantization: str) -> None:
+    numbers = np.random.default_rng(tokens)
+    x, w, bias = (
+        numbers.standard_normal(shape, dtype=np.float32) for shape in ((tokens, columns), (rows, columns), rows)
+    )
+    out = np.full((tokens, rows), np.nan, np.float32)
+    padded_bias = np.pad(bias, (0, -rows % 16))
+    linear(x, tuple(pack(w, quantization)), padded_bias, out, NO_ACTIVATION, 2)
+    expected = x.astype(np.float64) @ w.T + bias
+    assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
+
+
+def test_a_gated_product() -> None:
+    numbers = np.random.default_rng(0)
+    x, gate, up = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((9, 32), (20, 32), (20, 32)))
+    out = np.full((9, 20), np.nan, np.float32)
+    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), out, SILU, 2)
+    g = torch.from_numpy(x @ gate.T)
+    np.testing.assert_allclose(
+        out, (torch.nn.functional.silu(g) * torch.from_numpy(x @ up.T)).numpy(), rtol=2e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_quantized_model_is_close_to_its_original(quantization: str) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    model = make_model(initializer_range=0.08, **shape)
+    tokens = random_tokens(40)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=partial(CpuModel, quantization=quantization, num_threads=2))
+    actual = engine.teacher_forced(tokens, 20).double()
+    divergence = (expected[19:].exp() * (expected[19:] - actual)).sum(dim=-1).mean().item()
+    assert 0 < divergence < {"int8": 1e-4, "int4": 2e-2}[quantization]
+
+
+def test_quantization_that_does_not_fit_says_so() -> None:
+    with pytest.raises(ValueError, match="int8 needs matrices whose width is a multiple of 64; one has 48 columns"):
+        CpuModel(make_model(), make_config(), "int8", 2)
+
+
+def test_models_with_other_head_sizes_are_left_to_torch() -> None:
+    assert fits(make_config()) and not fits(make_config(head_dim=8))
