@@ -1,0 +1,161 @@
+"""What the engine's own work costs a step: everything but the model, for a batch of sequences that all decode.
+
+    python -m benchmarks.engine                        256 sequences, the demo model's tokenizer
+
+The real loop, scheduler, text and encoding run; the runner returns made-up tokens at once and the socket throws away
+what it is given. The target is 1 ms for a step of 256 sequences.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+import tokenizers
+import zmq
+
+from benchmarks.record import write_result
+from server.engine.block_pool import BlockPool, CacheLayout
+from server.engine.core import EngineCore
+from server.engine.messages import Submit
+from server.engine.process import EngineLoop
+from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import Chunk
+from stellarbyte.checkpoint.demo import resolve_model
+
+Result = TypeVar("Result")
+
+BLOCK_SIZE = 16
+WARM_UP_STEPS = 50
+
+
+class _Runner:
+    """Random tokens at no cost."""
+
+    def __init__(self, vocab_size: int) -> None:
+        chance = random.Random(0)
+        self._tokens = itertools.cycle([chance.randrange(vocab_size) for _ in range(10_007)])
+
+    def run(self, chunks: list[Chunk]) -> list[int]:
+        return list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks)))
+
+
+class _Finished(Exception):
+    """Enough steps were measured."""
+
+
+class _Socket:
+    """The loop's ROUTER socket: delivers all requests at once, notes when the loop comes round, drops what it sends."""
+
+    def __init__(self, requests: list[GenerationRequest], on_turn: Callable[[], None]) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        self._commands = [encoder.encode(Submit(request)) for request in requests]
+        self._on_turn = on_turn
+
+    def poll(self, _: int) -> bool:
+        self._on_turn()
+        return bool(self._commands)
+
+    def recv_multipart(self, _: int) -> tuple[bytes, bytes]:
+        if not self._commands:
+            raise zmq.Again
+        return b"peer", self._commands.pop()
+
+    def send_multipart(self, *_: object) -> None:
+        pass
+
+
+class _Stopwatch:
+    """Seconds spent in wrapped functions, by name and step."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+
+    def wrap(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
+        def timed(*arguments: Any) -> Result:
+            started_s = time.perf_counter()
+            result = function(*arguments)
+            self.seconds[name].append(time.perf_counter() - started_s)
+            return result
+
+        return timed
+
+
+def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int | None) -> dict[str, float]:
+    """Milliseconds a step: the median of each part and of the whole."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(resolve_model("demo") / "tokenizer.json"))
+    length = prompt_tokens + num_steps + WARM_UP_STEPS + 100
+    limits = SchedulerLimits(
+        max_num_seqs=num_sequences,
+        max_num_batched_tokens=num_sequences * prompt_tokens,
+        max_model_len=length,
+        max_queued_requests=0,
+    )
+    layout = CacheLayout(block_size=BLOCK_SIZE, window=window, sink_tokens=0 if window is None else 4)
+    scheduler = Scheduler(limits, layout, BlockPool(num_sequences * (length // BLOCK_SIZE + 2)))
+    core = EngineCore(scheduler, _Runner(tokenizer.get_vocab_size()), tokenizer, frozenset())
+    chance = random.Random(1)
+    requests = [
+        GenerationRequest(
+            request_id=f"{i:024x}",
+            prompt_token_ids=tuple(chance.randrange(1000) for _ in range(prompt_tokens)),
+            sampling=SamplingParams(max_tokens=length - prompt_tokens, seed=i, ignore_eos=True),
+        )
+        for i in range(num_sequences)
+    ]
+    stopwatch = _Stopwatch()
+    turns_s: list[float] = []
+
+    def on_turn() -> None:
+        turns_s.append(time.perf_counter())
+        if len(turns_s) > WARM_UP_STEPS + num_steps:
+            raise _Finished
+
+    scheduler.schedule = stopwatch.wrap("schedule", scheduler.schedule)
+    core.runner.run = stopwatch.wrap("runner", core.runner.run)
+    scheduler.apply = stopwatch.wrap("apply", scheduler.apply)
+    core.step = stopwatch.wrap("step", core.step)
+    try:
+        EngineLoop(core, _Socket(requests, on_turn)).run()
+    except _Finished:
+        pass
+    assert scheduler.totals.num_preemptions == 0 and len(scheduler.running) == num_sequences
+
+    whole = [(after - before) * 1000 for before, after in itertools.pairwise(turns_s)][WARM_UP_STEPS:]
+    parts = {name: [s * 1000 for s in seconds][-len(whole) :] for name, seconds in stopwatch.seconds.items()}
+    inner = zip(parts["step"], parts["schedule"], parts["runner"], parts["apply"], strict=True)
+    parts["text"] = [step - schedule - runner - apply for step, schedule, runner, apply in inner]
+    parts["encode"] = [turn - step for turn, step in zip(whole, parts.pop("step"), strict=True)]
+    ms = {name: round(statistics.median(values), 3) for name, values in parts.items()}
+    ms["all_but_runner"] = round(statistics.median(map(float.__sub__, whole, parts["runner"])), 3)
+    ms["all_but_runner_p99"] = round(sorted(map(float.__sub__, whole, parts["runner"]))[int(0.99 * len(whole))], 3)
+    return ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--window", type=int, default=None, help="tokens each layer looks back (default: no window)")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    options = parser.parse_args()
+    rows = []
+    for number in options.sequences:
+        ms = measure(number, options.prompt_tokens, options.steps, options.window)
+        print(json.dumps({"sequences": number, "ms_per_step": ms}), flush=True)
+        rows.append({"sequences": number, "ms_per_step": ms})
+    if not options.no_record:
+        figures = {"prompt_tokens": options.prompt_tokens, "steps": options.steps, "window": options.window}
+        write_result("engine", figures | {"runs": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""An engine process whose steps cost nothing, so that what is measured is the way from it to the socket.
+
+`python -m benchmarks.instant_engine` takes the place of `python -m server.engine.process`; `python -m
+benchmarks.instant_engine serve FLAGS` is the real server in front of it. Every step gives every request one token,
+whose text is " " and the step's time (CLOCK_MONOTONIC in µs, the same for all processes): so a client knows how old
+each token is. The first token of the newest prompt is the pace, in steps per second.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from server.engine.messages import Accepted, Delta, EngineInfo, EngineStats, News
+from server.engine.process import main
+from server.engine.request import GenerationRequest
+from server.settings import EngineSettings
+
+VOCAB_SIZE = 10_000
+
+
+def make_model_folder(folder: Path) -> Path:
+    """What the HTTP process reads of a model: a tokenizer of made-up words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({}))
+    return folder
+
+
+class InstantCore:
+    """Every request gets a token a step, from the first step on, until max_tokens."""
+
+    def __init__(self) -> None:
+        self._interval_s = 1.0
+        self._next_step_s = 0.0
+        self._left: dict[str, int] = {}  # request id → tokens to come
+        self._accepted: list[News] = []  # since the last step
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._interval_s = 1 / request.prompt_token_ids[0]
+        self._left[request.request_id] = request.sampling.max_tokens
+        self._accepted.append(Accepted(request.request_id))
+
+    def abort(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
+
+    def step(self) -> list[News]:
+        now_s = time.monotonic()
+        self._next_step_s = max(self._next_step_s + self._interval_s, now_s)  # no catching up
+        time.sleep(self._next_step_s - now_s)
+        text = f" {time.monotonic_ns() // 1000}"
+        self._num_steps += 1
+        self._num_tokens += len(self._left)
+        news, self._accepted = self._accepted, []
+        news += [
+            Delta(request_id=request_id, text=text, num_tokens=1, finish_reason="length" if left == 1 else None)
+            for request_id, left in self._left.items()
+        ]
+        self._left = {request_id: left - 1 for request_id, left in self._left.items() if left > 1}
+        return news
+
+    def stats(self) -> EngineStats:
+        values = dict.fromkeys(EngineStats.__struct_fields__, 0)
+        values |= {"num_running": len(self._left), "num_steps_total": self._num_steps}
+        return EngineStats(**values | {"generation_tokens_total": self._num_tokens})
+
+
+def build_instant_core(settings: EngineSettings) -> tuple[InstantCore, EngineInfo]:
+    info = EngineInfo(
+        model_path=settings.model,
+        max_model_len=1_000_000,
+        vocab_size=VOCAB_SIZE,
+        num_blocks=1,
+        block_size=settings.block_size,
+        device="none",
+        dtype="none",
+        weights_hash="0" * 64,
+    )
+    return InstantCore(), info
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        from server.__main__ import main as serve
+
+        sys.exit(serve(sys.argv[2:], engine_module="benchmarks.instant_engine"))
+    sys.exit(main(build_instant_core))

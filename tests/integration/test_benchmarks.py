@@ -1,0 +1,48 @@
+"""The programs that measure: what they count is what was sent, and what they check can fail."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.endless import broken_bounds
+from tests.server_process import ROOT
+
+
+def run_loadgen(url: str, *flags: str) -> dict:
+    command = [sys.executable, "benchmarks/loadgen.py", "--url", url, "--model", "fake", "--vocab", "120", *flags]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize("flags", [[], ["--chat"], ["--text"], ["-p", "2"], ["--lenient"]])
+def test_loadgen_counts_every_token_of_every_stream(fake_server, flags):
+    figures = run_loadgen(fake_server.url, "-n", "6", "-c", "3", "--output-tokens", "20", *flags)
+    assert (figures["errors"], figures["out_tokens"]) == (0, 120), figures["why"]
+    assert 0 < figures["ttft_ms"][0] <= figures["ttft_ms"][1]
+    assert 0 < figures["tok_s"]
+
+
+def test_loadgen_counts_a_refused_request_as_an_error_and_says_why(fake_server):
+    figures = run_loadgen(fake_server.url, "-n", "2", "-c", "2", "--prompt-tokens", "5000")
+    assert (figures["errors"], figures["out_tokens"], figures["tok_s"]) == (2, 0, 0)
+    assert "The prompt has 5000 tokens" in figures["why"]
+
+
+def test_the_way_to_the_socket_loses_no_token():
+    command = ["benchmarks.http_path", "--no-record", "--streams", "8", "--tokens-per-s", "800", "--seconds", "1"]
+    output = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    run = json.loads(output.stdout)
+    assert run["tokens_per_s"] == pytest.approx(800, rel=0.2)
+    assert 0 < run["age_ms_p50"] <= run["age_ms_p99"] <= run["age_ms_max"]
+
+
+def rows_of_a_stream(resident_mib: list[float], ms: list[float]) -> list[dict]:
+    pairs = zip(resident_mib, ms, strict=True)
+    return [{"resident_mib": memory, "ms_per_token_median": time_ms} for memory, time_ms in pairs]
+
+
+def test_an_endless_stream_may_neither_grow_nor_slow_down():
+    assert broken_bounds(rows_of_a_stream([300, 400, 410, 419], [9, 1, 2, 2.2])) == []
+    assert "25.0 MiB" in broken_bounds(rows_of_a_stream([300, 400, 425, 401], [2, 2, 2, 2]))[0]
+    assert "2.4 ms at last" in broken_bounds(rows_of_a_stream([400] * 5, [2, 2, 2, 2, 2.4]))[0]
