@@ -3,8 +3,9 @@
     python -m benchmarks.endless --tokens 20000                     the demo model, window 512, 4 sinks
     python -m benchmarks.endless --tokens 100000 --model tiny       a small random model
 
-Fails when resident memory grows by more than 20 MiB after the first 2,000 tokens, or when the last 1,000 tokens take
-over 15% more or less than tokens 2,000 to 3,000 (median time per token).
+Fails when resident memory grows by more than 20 MiB after the first 2,000 tokens, when the last 1,000 tokens take over
+15% more or less than tokens 2,000 to 3,000 (median time per token), or when the log-probabilities after sampled
+positions differ from those of the float64 oracle in tests/ by more than 1e-4.
 """
 
 import argparse
@@ -23,15 +24,22 @@ import torch
 from tokenizers import models
 
 from benchmarks.record import write_result
-from server.engine.load import build_core
+from server.engine.core import EngineCore
+from server.engine.load import build_core, serving_config
 from server.engine.messages import Delta
 from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.sequence import Chunk
 from server.settings import EngineSettings
 from stellarbyte import ByteModelConfig, ByteTransformer
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from tests import oracle
 
 INTERVAL = 1000  # tokens
 MAX_GROWTH_MIB = 20.0
 MAX_TIME_CHANGE = 0.15
+MAX_LOGPROB_ERROR = 1e-4
+NUM_SAMPLES = 20
 _PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -63,9 +71,33 @@ def _resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_MIB
 
 
-def measure(settings: EngineSettings, num_tokens: int) -> list[dict[str, Any]]:
-    """One row for every 1,000 tokens of a stream."""
-    core, _ = build_core(settings)
+def keep_samples(core: EngineCore, every: int) -> dict[int, torch.Tensor]:
+    """A dictionary that fills with the log-probabilities [V] after every so many positions, as they are computed."""
+    samples: dict[int, torch.Tensor] = {}
+    compute = core.runner.logits
+
+    def logits(chunks: list[Chunk]) -> torch.Tensor:
+        logits_RV = compute(chunks)
+        position = chunks[-1].start + chunks[-1].length - 1
+        if position % every == every - 1:
+            samples[position] = logits_RV[-1].log_softmax(dim=-1)
+        return logits_RV
+
+    core.runner.logits = logits
+    return samples
+
+
+def largest_error(settings: EngineSettings, token_ids: list[int], samples: dict[int, torch.Tensor]) -> float:
+    """Largest difference between sampled log-probabilities and the oracle's."""
+    path = resolve_model(settings.model)
+    config, _ = serving_config(open_checkpoint(path).config, settings)
+    weights = load_language_model(path, dtype=torch.float32, device=torch.device("cpu")).state_dict()
+    expected = oracle.banded_logprobs(weights, config, token_ids, list(samples))
+    return (torch.stack(list(samples.values())) - expected).abs().max().item()
+
+
+def measure(core: EngineCore, num_tokens: int) -> tuple[list[dict[str, Any]], list[int]]:
+    """One row for every 1,000 tokens of a stream, and all of its tokens."""
     core.submit(
         GenerationRequest(
             request_id="endless",
@@ -76,6 +108,7 @@ def measure(settings: EngineSettings, num_tokens: int) -> list[dict[str, Any]]:
     )
     rows: list[dict[str, Any]] = []
     seconds: list[float] = []
+    sequence = core.scheduler.waiting.first
     while core.has_work:
         started_s = time.perf_counter()
         news = core.step()
@@ -94,10 +127,10 @@ def measure(settings: EngineSettings, num_tokens: int) -> list[dict[str, Any]]:
             )
             print("  ".join(f"{name} {value:>9}" for name, value in rows[-1].items()), flush=True)
             seconds.clear()
-    return rows
+    return rows, sequence.tokens.tolist()
 
 
-def broken_bounds(rows: list[dict[str, Any]]) -> list[str]:
+def broken_bounds(rows: list[dict[str, Any]], logprob_error: float) -> list[str]:
     """What a run of at least 4,000 tokens did not keep to, as sentences."""
     broken = []
     growth_mib = max(row["resident_mib"] for row in rows[2:]) - rows[1]["resident_mib"]
@@ -106,6 +139,8 @@ def broken_bounds(rows: list[dict[str, Any]]) -> list[str]:
     early, late = rows[2]["ms_per_token_median"], rows[-1]["ms_per_token_median"]
     if abs(late / early - 1) > MAX_TIME_CHANGE:
         broken.append(f"a token took {early} ms at first and {late} ms at last")
+    if logprob_error > MAX_LOGPROB_ERROR:
+        broken.append(f"log-probabilities differ from the oracle's by up to {logprob_error:.1e}")
     return broken
 
 
@@ -123,12 +158,18 @@ def main() -> int:
         settings = EngineSettings(
             model=model, max_num_seqs=1, sliding_window=options.window, sink_tokens=options.sink_tokens
         )
-        rows = measure(settings, options.tokens)
-    broken = broken_bounds(rows)
+        core, _ = build_core(settings)
+        samples = keep_samples(core, options.tokens // NUM_SAMPLES)
+        rows, token_ids = measure(core, options.tokens)
+        print("comparing with the oracle")
+        error = largest_error(settings, token_ids[:-1], samples)
+    print(f"log-probabilities after {sorted(samples)} differ by up to {error:.1e}")
+    broken = broken_bounds(rows, error)
     print("\n".join(f"FAILED: {sentence}" for sentence in broken) or "all bounds were kept")
     if not options.no_record:
         run = {"model": options.model, "window": options.window, "sink_tokens": options.sink_tokens}
-        write_result("endless", run | {"bounds_broken": broken, "rows": rows})
+        checked = {"sampled_positions": sorted(samples), "largest_logprob_error": error}
+        write_result("endless", run | checked | {"bounds_broken": broken, "rows": rows})
     return 1 if broken else 0
 
 

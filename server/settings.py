@@ -127,7 +127,15 @@ class EngineSettings:
         whole_number(1), "N", "most tokens of prompt and answer together (default: the model's own limit)", None
     )
     max_num_seqs: int = option(whole_number(1), "N", "most requests that run at once", 64)
-    max_num_batched_tokens: int = option(whole_number(1), "N", "most tokens computed in one step", 2048)
+    max_num_batched_tokens: int | None = option(
+        whole_number(1), "N", "most tokens computed in one step (default: 2048, on a CPU 512)", None
+    )
+    max_prefill_tokens: int | None = option(
+        whole_number(1),
+        "N",
+        "most of them that prompts take while other requests generate (default: no limit, on a CPU 32)",
+        None,
+    )
     kv_cache_memory: int | None = option(
         byte_count_or_auto, "BYTES|auto", "memory for keys and values, such as 2GiB (default: by what is free)", None
     )

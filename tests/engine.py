@@ -14,6 +14,7 @@ from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.kernels.served_model import ServedModel, TorchModel
 
+Backend = Callable[..., ServedModel]
 OF_REQUEST = ("priority", "context_overflow", "cache_salt")
 
 
@@ -34,6 +35,7 @@ def make_scheduler(
     sink_tokens: int = 0,
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 64,
+    max_prefill_tokens: int | None = None,
     max_model_len: int = 10_000,
     max_queued_requests: int = 1000,
     queue_timeout_s: float | None = None,
@@ -42,6 +44,7 @@ def make_scheduler(
     limits = SchedulerLimits(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_prefill_tokens=max_prefill_tokens,
         max_model_len=max_model_len,
         max_queued_requests=max_queued_requests,
         queue_timeout_s=queue_timeout_s,
@@ -60,7 +63,7 @@ class ModelEngine:
         self,
         model: ByteTransformer,
         config: ByteModelConfig | None = None,
-        backend: Callable[..., ServedModel] = TorchModel,
+        backend: Backend = TorchModel,
         **options: Any,
     ) -> None:
         config = model.config if config is None else config

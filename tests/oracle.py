@@ -1,11 +1,11 @@
-"""What a ByteTransformer must compute, in float64, from the formulas alone.
+"""What a ByteTransformer must compute, in float64, from the formulas alone: no cache, no blocks, none of our code.
 
-The whole sequence at once, every pair of positions spelled out: no cache, no blocks, no rotation of single keys, and
-no code of the library. Written for the sizes of tests: memory grows with the square of the length.
+`logprobs` spells out every pair of positions at once, for the sizes of tests: memory grows with the square of the
+length. `banded_logprobs` is for long streams: it takes the rows in turn and only the keys that they see.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -14,23 +14,41 @@ from stellarbyte.config import ByteModelConfig
 Weights = Mapping[str, torch.Tensor]
 
 
+# (config, window, queries, keys, values), the last three [T, H, D] → [T, H, D]
+Attend = Callable[[ByteModelConfig, int | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 def logprobs(weights: Weights, config: ByteModelConfig, token_ids: list[int]) -> torch.Tensor:
     """log p(next token) after every position, [T, V] float64."""
+    return _logprobs(weights, config, token_ids, list(range(len(token_ids))), _attend)
+
+
+def banded_logprobs(
+    weights: Weights, config: ByteModelConfig, token_ids: list[int], positions: list[int]
+) -> torch.Tensor:
+    """log p(next token) after the given positions of a long sequence, [len(positions), V] float64."""
+    return _logprobs(weights, config, token_ids, positions, _attend_in_bands)
+
+
+def _logprobs(
+    weights: Weights, config: ByteModelConfig, token_ids: list[int], positions: list[int], attend: Attend
+) -> torch.Tensor:
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = w["model.embed_tokens.weight"][torch.tensor(token_ids)]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
-        x = _layer({name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}, config, layer, x)
-    x = _rms_norm(x, w["model.norm.weight"], config.rms_norm_eps)
+        of_layer = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
+        x = _layer(of_layer, config, layer, x, attend)
+    x = _rms_norm(x[positions], w["model.norm.weight"], config.rms_norm_eps)
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return (x @ head.T).log_softmax(dim=-1)
 
 
-def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor) -> torch.Tensor:
+def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, attend: Attend) -> torch.Tensor:
     eps = config.rms_norm_eps
 
     def attention(y: torch.Tensor) -> torch.Tensor:
-        return _attention(w, config, layer, y) * w.get("attention_scale.weight", torch.tensor(1.0))
+        return _attention(w, config, layer, y, attend) * w.get("attention_scale.weight", torch.tensor(1.0))
 
     def mlp(y: torch.Tensor) -> torch.Tensor:
         gate = _gate(config.hidden_act, _linear(w, "mlp.gate_proj", y))
@@ -53,7 +71,7 @@ def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor) -> 
     return x
 
 
-def _attention(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor) -> torch.Tensor:
+def _attention(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, attend: Attend) -> torch.Tensor:
     length, dim = len(x), config.head_dim
     q = _linear(w, "self_attn.q_proj", x).view(length, config.num_attention_heads, dim)
     k = _linear(w, "self_attn.k_proj", x).view(length, config.num_key_value_heads, dim)
@@ -63,24 +81,73 @@ def _attention(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor)
         k = _rms_norm(k, w["self_attn.k_norm.weight"], config.rms_norm_eps)
     groups = config.num_attention_heads // config.num_key_value_heads
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return _linear(w, "self_attn.o_proj", attend(config, config.windows[layer], q, k, v).flatten(1))
 
-    window, sinks = config.windows[layer], config.sink_tokens
+
+def _attend(
+    config: ByteModelConfig, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Every pair (m, n): Re[q_m · conj(k_n) · e^{i·distance·θ}] · ζ^(distance/b)."""
+    length, dim, sinks = len(q), config.head_dim, config.sink_tokens
     m, n = torch.arange(length)[:, None], torch.arange(length)[None, :]
     distance, visible = m - n, n <= m
     if window is not None:
         visible = visible & ((n > m - window) | (n < sinks))
         distance = torch.where(n < sinks, m.clamp(max=window + sinks - 1) - n, distance)
-
-    j = torch.arange(dim // 2, dtype=torch.float64)
-    theta = config.rope_parameters["rope_theta"] ** (-2 * j / dim)
+    theta, zeta = _frequencies(config)
     turned = torch.polar(torch.ones_like(distance[..., None] * theta), distance[..., None] * theta)
-    if config.use_xpos:
-        zeta = (2 * j / dim + config.xpos_gamma) / (1 + config.xpos_gamma)
-        turned = turned * zeta ** (distance.clamp(min=0)[..., None] / config.xpos_scale_base)
+    turned = turned * zeta ** (distance.clamp(min=0)[..., None] / config.xpos_scale_base)
     as_complex = [torch.complex(t[..., : dim // 2], t[..., dim // 2 :]) for t in (q, k)]
     scores = torch.einsum("mhj,nhj,mnj->hmn", as_complex[0], as_complex[1].conj(), turned).real / math.sqrt(dim)
     probabilities = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
-    return _linear(w, "self_attn.o_proj", torch.einsum("hmn,nhd->mhd", probabilities, v).flatten(1))
+    return torch.einsum("hmn,nhd->mhd", probabilities, v)
+
+
+def _attend_in_bands(
+    config: ByteModelConfig, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int = 256
+) -> torch.Tensor:
+    """`rows` queries in turn, over the sinks and the keys that they see; those are turned relative to the first one."""
+    sinks = 0 if window is None else config.sink_tokens
+    out = torch.empty_like(q)
+    for start in range(0, len(q), rows):
+        m = torch.arange(start, min(start + rows, len(q)))
+        first = 0 if window is None else max(0, start - window + 1)
+        n = torch.arange(first, int(m[-1]) + 1)
+        visible = n <= m[:, None]
+        if window is not None:
+            visible &= (n > m[:, None] - window) & (n >= sinks)
+        near = _scores(config, q[m], m - first, k[n], n - first).masked_fill(~visible, -math.inf)
+        s = torch.arange(min(sinks, int(m[-1]) + 1))
+        met_at = m if window is None else m.clamp(max=window + sinks - 1)
+        far = _scores(config, q[m], met_at, k[s], s).masked_fill(s > m[:, None], -math.inf)
+        probabilities = torch.cat([far, near], dim=-1).softmax(dim=-1)
+        out[m] = torch.einsum("hmn,nhd->mhd", probabilities, torch.cat([v[s], v[n]]))
+    return out
+
+
+def _scores(
+    config: ByteModelConfig, q: torch.Tensor, m: torch.Tensor, k: torch.Tensor, n: torch.Tensor
+) -> torch.Tensor:
+    """[H, M, N] scores of queries at m and keys at n, both small: float64 holds ζ to the power of either."""
+    turned = [_turn(config, t, positions, sign).transpose(0, 1) for t, positions, sign in ((q, m, 1), (k, n, -1))]
+    return turned[0] @ turned[1].transpose(1, 2) / math.sqrt(config.head_dim)
+
+
+def _turn(config: ByteModelConfig, t: torch.Tensor, positions: torch.Tensor, sign: int) -> torch.Tensor:
+    """The textbook's absolute form: t · e^{i·position·θ} · ζ^(±position/b), as pairs of reals."""
+    half = config.head_dim // 2
+    theta, zeta = _frequencies(config)
+    turns = torch.polar(zeta ** (sign * positions[:, None] / config.xpos_scale_base), positions[:, None] * theta)
+    turned = torch.complex(t[..., :half], t[..., half:]) * turns[:, None]
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
+def _frequencies(config: ByteModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """θ_j and ζ_j (1 without XPos)."""
+    j = torch.arange(config.head_dim // 2, dtype=torch.float64)
+    theta = config.rope_parameters["rope_theta"] ** (-2 * j / config.head_dim)
+    zeta = (2 * j / config.head_dim + config.xpos_gamma) / (1 + config.xpos_gamma)
+    return theta, zeta if config.use_xpos else torch.ones_like(zeta)
 
 
 def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

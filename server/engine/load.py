@@ -69,7 +69,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     model = _served_model(
         load_language_model(path, dtype=dtype, device=device), config, settings.quantization, dtype, device
     )
-    plan = plan_cache(config, settings, dtype, _cache_budget(settings, config, device))
+    step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
+    plan = plan_cache(config, settings, dtype, step_tokens, _cache_budget(settings, config, step_tokens, device))
     logger.info(
         "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB); at full length, with %d tokens in view, %d sequences"
         " fit at once",
@@ -83,7 +84,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, dtype, device)
     limits = SchedulerLimits(
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_batched_tokens=step_tokens,
+        max_prefill_tokens=prefill_tokens,
         max_model_len=max_model_len,
         max_queued_requests=settings.max_queued_requests,
         queue_timeout_s=settings.queue_timeout,
@@ -157,7 +159,20 @@ def serving_config(config: ByteModelConfig, settings: EngineSettings) -> tuple[B
     return ByteModelConfig.from_dict(config.to_dict() | changes), max_model_len
 
 
-def plan_cache(config: ByteModelConfig, settings: EngineSettings, dtype: torch.dtype, budget: int) -> CachePlan:
+def tokens_a_step(settings: EngineSettings, device_type: str) -> tuple[int, int | None]:
+    """Most tokens computed in one step, and most of them that prompts take while other requests generate.
+
+    A GPU takes hundreds of tokens in the time of one. On a CPU the time of a step grows with its tokens from about 16
+    on, so few of a prompt's tokens may go with those of running streams, or the streams would stutter.
+    """
+    default, prefill_default = (512, 32) if device_type == "cpu" else (2048, None)
+    step_tokens = default if settings.max_num_batched_tokens is None else settings.max_num_batched_tokens
+    return step_tokens, prefill_default if settings.max_prefill_tokens is None else settings.max_prefill_tokens
+
+
+def plan_cache(
+    config: ByteModelConfig, settings: EngineSettings, dtype: torch.dtype, step_tokens: int, budget: int
+) -> CachePlan:
     """Divide `budget` bytes into blocks, for a config made by `serving_config`.
 
     Raises:
@@ -167,7 +182,7 @@ def plan_cache(config: ByteModelConfig, settings: EngineSettings, dtype: torch.d
     layout = CacheLayout(block_size=settings.block_size, window=window, sink_tokens=config.sink_tokens)
     bytes_per_block = PagedKVCache.bytes_per_token(config, dtype) * settings.block_size
     per_sequence = layout.steady_blocks
-    most = settings.max_num_seqs * per_sequence + layout.blocks_for(settings.max_num_batched_tokens)
+    most = settings.max_num_seqs * per_sequence + layout.blocks_for(step_tokens)
     if settings.enable_prefix_caching:
         most *= 2  # as much again for what no running sequence holds
     num_blocks = min(budget // bytes_per_block, most)
@@ -184,14 +199,14 @@ def plan_cache(config: ByteModelConfig, settings: EngineSettings, dtype: torch.d
     )
 
 
-def _cache_budget(settings: EngineSettings, config: ByteModelConfig, device: torch.device) -> int:
+def _cache_budget(settings: EngineSettings, config: ByteModelConfig, step_tokens: int, device: torch.device) -> int:
     """Bytes the cache may take. On a GPU: what --gpu-memory-utilization leaves beside weights and activations."""
     if settings.kv_cache_memory is not None:
         return settings.kv_cache_memory
     if device.type == "cpu":
         return int(_available_memory() * AUTO_CPU_SHARE)
     free, total = torch.cuda.mem_get_info(device)
-    activations = 4 * settings.max_num_batched_tokens * (8 * config.hidden_size + 3 * config.intermediate_size)
+    activations = 4 * step_tokens * (8 * config.hidden_size + 3 * config.intermediate_size)
     activations += 4 * 4 * settings.max_num_seqs * config.vocab_size
     return max(0, int(total * settings.gpu_memory_utilization) - (total - free) - activations)
 

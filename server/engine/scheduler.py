@@ -27,6 +27,7 @@ _rank = attrgetter("rank")
 class SchedulerLimits:
     max_num_seqs: int  # running at once
     max_num_batched_tokens: int  # computed in one step
+    max_prefill_tokens: int | None = None  # most of them that prompts take while other sequences decode; None: all
     max_model_len: int  # tokens of prompt and answer together, for requests that do not slide
     max_queued_requests: int  # beyond max_num_seqs
     queue_timeout_s: float | None = None  # most time before the first step; None: no limit
@@ -133,6 +134,8 @@ class Scheduler:
             elif budget and (computed < sequence.table.capacity or self._reserve(sequence, 1)):
                 chunks.append(Chunk(sequence, computed, 1, True))
                 budget -= 1
+        if chunks and self.limits.max_prefill_tokens is not None:
+            budget = min(budget, self.limits.max_prefill_tokens)
         for sequence in prefills:
             if budget and sequence.is_running:
                 budget -= self._add_prefill(sequence, budget, chunks)

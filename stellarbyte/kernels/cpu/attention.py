@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
-from stellarbyte.kernels.cpu.instructions import add_scaled, dot, exp
+from stellarbyte.kernels.cpu.instructions import add_weighted_rows, exp, four_dots, prefetch
 
 # T tokens, N sequences, M blocks of the longest table, B blocks of the cache, S block size
 # H query heads, K key/value heads, G = H/K, D head dim, O offsets
@@ -97,22 +97,27 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
     """
     num_heads, num_kv_heads, dim = shape
     group = num_heads // num_kv_heads
-    # Heads that share keys are worked on together, unless that would leave a thread without work.
-    together = group if len(qkv) * num_kv_heads >= 4 * num_threads else 1
+    # A thread takes all heads of a token, block by block as they lie in memory; of a few tokens it takes fewer heads.
+    together = num_heads
+    if len(qkv) < 2 * num_threads:
+        together = group if len(qkv) * num_kv_heads >= 4 * num_threads else 1
     parts = num_heads // together
     block_size = keys.shape[1]
+    stride = num_kv_heads * dim  # from a position's key to the next one's
+    # While one head works on a block, a part of the next block is fetched; with a few heads memory is not the limit.
+    share = block_size * stride // num_heads if together == num_heads else 0
     for thread in prange(num_threads):
-        scores = np.empty((together, batch.block_tables_NM.shape[1] * block_size), np.float32)
-        rotated = np.empty((together, dim), np.float32)
+        scores = np.empty((together, batch.block_tables_NM.shape[1] * block_size + 3), np.float32)
+        rotated = np.empty(dim, np.float32)
+        weight_sums = np.empty(together, np.float32)
         totals = np.empty((together, dim), np.float32)
         for item in range(thread, len(qkv) * parts, num_threads):  # strided: later tokens of a prompt see more keys
-            t, head = item // parts, item % parts * together
-            kv_head = head // group
+            t, first_head = item // parts, item % parts * together
             position = batch.positions_T[t]
             n = batch.sequences_T[t]
             num_sinks = batch.num_sink_blocks_N[n]
             first_seen = position - window + 1 if window else 0
-            best = np.full(together, -np.inf, np.float32)
+            count = 0  # keys the query sees; their scores stand side by side
             for b in range(batch.num_blocks_N[n]):
                 base = batch.block_bases_NM[n, b]
                 start, stop = _visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
@@ -121,18 +126,35 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
                 meeting = position
                 if b < num_sinks and window:
                     meeting = min(position, window + sinks - 1)
-                _rotate_heads(qkv[t], head, together, dim, meeting - base, rotations, rotated)
-                block_start = batch.block_tables_NM[n, b] * block_size
-                for place in range(start, stop):
-                    key_start = ((block_start + place) * num_kv_heads + kv_head) * dim
-                    for g in range(together):
-                        score = dot(rotated, g * dim, keys, key_start, dim) * scale
-                        scores[g, b * block_size + place] = score
-                        best[g] = max(best[g], score)
-            _weigh_values(scores, best, batch, n, position, first_seen, sinks, values, kv_head, totals)
+                first_key = (batch.block_tables_NM[n, b] * block_size + start) * stride
+                after = batch.block_tables_NM[n, min(b + 1, batch.num_blocks_N[n] - 1)] * block_size * stride
+                for g in range(together):
+                    prefetch(keys, after + g * share, share)
+                    head = first_head + g
+                    _rotate(qkv[t, head * dim : (head + 1) * dim], meeting - base, 1, rotations, rotated)
+                    key = first_key + head // group * dim
+                    _scores(rotated, dim, keys, key, stride, scores, g * scores.shape[1] + count, stop - start)
+                count += stop - start
+            for g in range(together):
+                weight_sums[g] = _exponentials(scores[g, :count], scale)
+            totals[:] = 0
+            seen = 0
+            for b in range(batch.num_blocks_N[n]):
+                base = batch.block_bases_NM[n, b]
+                start, stop = _visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
+                if start >= stop:
+                    continue
+                first_value = (batch.block_tables_NM[n, b] * block_size + start) * stride
+                after = batch.block_tables_NM[n, min(b + 1, batch.num_blocks_N[n] - 1)] * block_size * stride
+                for g in range(together):
+                    prefetch(values, after + g * share, share)
+                    value = first_value + (first_head + g) // group * dim
+                    weights = g * scores.shape[1] + seen
+                    add_weighted_rows(totals, g * dim, scores, weights, values, value, stride, stop - start, dim)
+                seen += stop - start
             for g in range(together):
                 for d in range(dim):
-                    out[t, (head + g) * dim + d] = totals[g, d]
+                    out[t, (first_head + g) * dim + d] = totals[g, d] / weight_sums[g]
 
 
 @njit(inline="always")
@@ -145,34 +167,24 @@ def _visible_part(base, is_sink, position, first_seen, sinks, block_size):
 
 
 @njit(inline="always")
-def _rotate_heads(row, head, together, dim, offset, rotations, rotated):
-    """Rotate the query heads head..head+together to meet a block; a query before its base (XPos) does not occur."""
-    for g in range(together):
-        at = (head + g) * dim
-        _rotate(row[at : at + dim], offset, 1, rotations, rotated[g])
+def _scores(rotated, dim, keys, key, stride, scores, at, count):
+    """scores[at + i] = rotated · key i of `count` neighbours; up to three numbers after them are overwritten."""
+    whole = count // 4 * 4
+    for i in range(0, whole, 4):
+        four_dots(scores, at + i, rotated, 0, keys, key + i * stride, stride, dim)
+    for i in range(whole, count):  # a stride of 0 takes the same key four times
+        four_dots(scores, at + i, rotated, 0, keys, key + i * stride, 0, dim)
 
 
 @njit(inline="always")
-def _weigh_values(scores, best, batch, n, position, first_seen, sinks, values, kv_head, totals):
-    """totals[g] = Σ softmax(scores[g]) · values"""
-    _, block_size, num_kv_heads, dim = values.shape
-    together = len(best)
-    weight_sums = np.zeros(together, np.float32)
-    totals[:] = 0
-    for b in range(batch.num_blocks_N[n]):
-        base = batch.block_bases_NM[n, b]
-        is_sink = b < batch.num_sink_blocks_N[n]
-        start, stop = _visible_part(base, is_sink, position, first_seen, sinks, block_size)
-        block_start = batch.block_tables_NM[n, b] * block_size
-        for g in range(together):
-            for place in range(start, stop):
-                weight = exp(scores[g, b * block_size + place] - best[g])
-                scores[g, b * block_size + place] = weight
-                weight_sums[g] += weight
-        for place in range(start, stop):
-            value_start = ((block_start + place) * num_kv_heads + kv_head) * dim
-            for g in range(together):
-                add_scaled(totals, g * dim, scores[g, b * block_size + place], values, value_start, dim)
-    for g in range(together):
-        for d in range(dim):
-            totals[g, d] /= weight_sums[g]
+def _exponentials(scores, scale):
+    """scores = e^(scale · (score - the largest)); returns their sum."""
+    best = scores[0]
+    for i in range(len(scores)):
+        best = max(best, scores[i])
+    total = np.float32(0.0)
+    for i in range(len(scores)):
+        weight = exp((scores[i] - best) * scale)
+        scores[i] = weight
+        total += weight
+    return total

@@ -52,53 +52,113 @@ class Emitter:
         )
         return self.builder.shuffle_vector(vector, vector, ir.Constant(INTS, [0] * LANES))
 
-    def total(self, vector: ir.Value) -> ir.Value:
-        """The sum of a vector's lanes."""
-        width = LANES
-        while width > 1:
-            width //= 2
-            low, high = (
-                self.builder.shuffle_vector(
-                    vector, vector, ir.Constant(ir.VectorType(INT32, width), list(range(first, first + width)))
-                )
-                for first in (0, width)
+    def lanes(self, first: ir.Value, second: ir.Value, numbers: list[int]) -> ir.Value:
+        """A vector of chosen lanes of two others, which are counted through."""
+        return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(numbers)), numbers))
+
+    def four_totals(self, vectors: list[ir.Value]) -> ir.Value:
+        """The sums of the lanes of four vectors, as a vector of four."""
+        half = LANES // 2
+        low, high = list(range(half)), list(range(half, LANES))
+        a, b, c, d = (self.builder.fadd(self.lanes(v, v, low), self.lanes(v, v, high)) for v in vectors)
+        # Halves of two vectors side by side are added at once, down to one number for each of the four.
+        ab, cd = (
+            self.builder.fadd(
+                self.lanes(x, y, [0, 1, 2, 3, 8, 9, 10, 11]), self.lanes(x, y, [4, 5, 6, 7, 12, 13, 14, 15])
             )
-            vector = self.builder.fadd(low, high)
-        return self.builder.extract_element(vector, ir.Constant(INT32, 0))
+            for x, y in ((a, b), (c, d))
+        )
+        quarters = self.builder.fadd(
+            self.lanes(ab, cd, [0, 1, 4, 5, 8, 9, 12, 13]), self.lanes(ab, cd, [2, 3, 6, 7, 10, 11, 14, 15])
+        )
+        return self.builder.fadd(
+            self.lanes(quarters, quarters, [0, 2, 4, 6]), self.lanes(quarters, quarters, [1, 3, 5, 7])
+        )
 
 
 @intrinsic
-def dot(typing_context, a, a_start, b, b_start, length):  # noqa: ARG001
-    """Σ a[a_start + i] · b[b_start + i] for i < length, a multiple of LANES; a and b are contiguous float32."""
+def four_dots(typing_context, out, out_start, a, a_start, b, b_start, stride, length):  # noqa: ARG001
+    """out[out_start + r] = Σ a[a_start + i] · b[b_start + r · stride + i] for r < 4 and i < length.
+
+    `length` is a multiple of LANES; all arrays are contiguous float32.
+    """
 
     def generate(context, builder, signature, arguments):
         emitter = Emitter(builder)
-        first, second = (_pointer(context, builder, signature, arguments, i) for i in (0, 2))
-        total = emitter.zeros()
-        with cgutils.for_range(builder, builder.udiv(arguments[4], ir.Constant(INT64, LANES))) as loop:
+        target, first, second = (_pointer(context, builder, signature, arguments, i) for i in (0, 2, 4))
+        rows = [emitter.offset(second, emitter.times(arguments[6], r)) for r in range(4)]
+        sums = [emitter.zeros() for _ in rows]
+        for total in sums:  # they are made once, and this is inside loops
+            builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
+        with cgutils.for_range(builder, builder.udiv(arguments[7], ir.Constant(INT64, LANES))) as loop:
             at = emitter.times(loop.index, LANES)
-            x, y = (emitter.load(emitter.offset(pointer, at), FLOATS, 4) for pointer in (first, second))
-            builder.store(emitter.multiply_add(x, y, builder.load(total)), total)
-        return emitter.total(builder.load(total))
-
-    return types.float32(a, types.intp, b, types.intp, types.intp), generate
-
-
-@intrinsic
-def add_scaled(typing_context, out, out_start, factor, b, b_start, length):  # noqa: ARG001
-    """out[out_start + i] += factor · b[b_start + i] for i < length, a multiple of LANES."""
-
-    def generate(context, builder, signature, arguments):
-        emitter = Emitter(builder)
-        target, source = (_pointer(context, builder, signature, arguments, i) for i in (0, 3))
-        factor = emitter.splat(arguments[2])
-        with cgutils.for_range(builder, builder.udiv(arguments[5], ir.Constant(INT64, LANES))) as loop:
-            at = emitter.times(loop.index, LANES)
-            x, y = (emitter.load(emitter.offset(pointer, at), FLOATS, 4) for pointer in (source, target))
-            emitter.store(emitter.multiply_add(factor, x, y), emitter.offset(target, at))
+            x = emitter.load(emitter.offset(first, at), FLOATS, 4)
+            for total, row in zip(sums, rows, strict=True):
+                y = emitter.load(emitter.offset(row, at), FLOATS, 4)
+                builder.store(emitter.multiply_add(x, y, builder.load(total)), total)
+        totals = emitter.four_totals([builder.load(total) for total in sums])
+        builder.store(totals, builder.bitcast(target, totals.type.as_pointer())).align = 4
         return context.get_dummy_value()
 
-    return types.void(out, types.intp, types.float32, b, types.intp, types.intp), generate
+    integer = types.intp
+    return types.void(out, integer, a, integer, b, integer, integer, integer), generate
+
+
+@intrinsic
+def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, stride, count, length):  # noqa: ARG001
+    """out[out_start + i] += Σ_r w[w_start + r] · b[b_start + r · stride + i] for r < count and i < length.
+
+    `length` is a multiple of LANES; all arrays are contiguous float32.
+    """
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        target, weights, source = (_pointer(context, builder, signature, arguments, i) for i in (0, 2, 4))
+        stride, count, num_vectors = arguments[6], arguments[7], builder.udiv(arguments[8], ir.Constant(INT64, LANES))
+
+        def add_vectors(number: int, at: ir.Value) -> None:
+            """`number` neighbouring vectors of `out`, in registers over all rows."""
+            starts = [builder.add(at, ir.Constant(INT64, i * LANES)) for i in range(number)]
+            sums = [emitter.zeros() for _ in starts]
+            for start, total in zip(starts, sums, strict=True):
+                builder.store(emitter.load(emitter.offset(target, start), FLOATS, 4), total)
+            with cgutils.for_range(builder, count) as loop:
+                weight = emitter.splat(builder.load(emitter.offset(weights, loop.index)))
+                row = emitter.offset(source, builder.mul(loop.index, stride))
+                for start, total in zip(starts, sums, strict=True):
+                    values = emitter.load(emitter.offset(row, start), FLOATS, 4)
+                    builder.store(emitter.multiply_add(weight, values, builder.load(total)), total)
+            for start, total in zip(starts, sums, strict=True):
+                emitter.store(builder.load(total), emitter.offset(target, start))
+
+        four = ir.Constant(INT64, 4)
+        fours, ones = builder.udiv(num_vectors, four), builder.urem(num_vectors, four)
+        with cgutils.for_range(builder, fours) as loop:
+            add_vectors(4, emitter.times(loop.index, 4 * LANES))
+        with cgutils.for_range(builder, ones) as loop:
+            add_vectors(1, emitter.times(builder.add(emitter.times(fours, 4), loop.index), LANES))
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(out, integer, w, integer, b, integer, integer, integer, integer), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, start, length):  # noqa: ARG001
+    """Ask for array[start : start + length], contiguous float32, to be brought near while other work goes on."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        first, address = _pointer(context, builder, signature, arguments, 0), BYTE.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [address, INT32, INT32, INT32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        to_read, near, is_data = (ir.Constant(INT32, n) for n in (0, 2, 1))
+        with cgutils.for_range(builder, builder.udiv(arguments[2], ir.Constant(INT64, LANES))) as loop:
+            line = emitter.offset(first, emitter.times(loop.index, LANES))
+            builder.call(function, [builder.bitcast(line, address), to_read, near, is_data])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp), generate
 
 
 def _pointer(context, builder, signature, arguments, i):

@@ -11,7 +11,7 @@ for every 32); activations are float32.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from llvmlite import ir
@@ -31,6 +31,10 @@ INT4_GROUP = 32
 NO_ACTIVATION, SILU, GELU, GELU_TANH = range(4)
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
+_FEW_TOKENS = 2
+_COLUMNS_AT_ONCE = 4
+
+Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
 Visit = Callable[[ir.Value, ir.Value], None]
 
 
@@ -41,47 +45,92 @@ class _PanelEmitter(Emitter):
         super().__init__(builder)
         self.sums = [self.zeros() for _ in range(num_tokens)]
 
-    def add_column(self, weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
+    def add_column(self, sums: list[ir.Value], weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
         """sums[t] += weights · x[t, column]"""
-        for total, row in zip(self.sums, x_rows, strict=True):
-            value = self.splat(self.builder.load(self.offset(row, column)))
-            self.builder.store(self.multiply_add(weights, value, self.builder.load(total)), total)
+        for total, row in zip(sums, x_rows, strict=True):
+            self._add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
+
+    def add_panel(
+        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
+    ) -> None:
+        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the rows of x added up over int4's groups."""
+        if panel.kind == types.float32 or len(x_rows) > _FEW_TOKENS:
+            self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
+        else:
+            self._add_groups(panel, num_columns, x_rows, sum_rows)
 
     def for_each_column(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
         """Emit a loop that calls visit(weights of a column as float32, its number)."""
         if panel.kind == types.float32:
             with cgutils.for_range(self.builder, num_columns) as loop:
                 visit(self.load(self.offset(panel.weights, self.times(loop.index, PANEL_ROWS)), FLOATS, 4), loop.index)
-        elif panel.kind == types.int8:
-            self._int8_columns(panel, num_columns, visit)
-        else:
-            self._int4_columns(panel, num_columns, visit)
+            return
+        for group, columns in self._groups(panel, num_columns):
+            scale = self._of_group(panel.scales, group)
+            minimum = None if panel.kind == types.int8 else self._of_group(panel.minima, group)
+            for integers, column in columns:
+                if minimum is None:
+                    visit(self.builder.fmul(integers, scale), column)
+                else:
+                    visit(self.multiply_add(integers, scale, minimum), column)
 
-    def _int8_columns(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
-        builder, per_group = self.builder, ir.Constant(INT64, INT8_GROUP)
-        with cgutils.for_range(builder, builder.udiv(num_columns, per_group)) as group:
-            scale = self.load(self.offset(panel.scales, self.times(group.index, PANEL_ROWS)), FLOATS, 4)
-            first = builder.mul(group.index, per_group)
-            with cgutils.for_range(builder, per_group) as loop:
-                column = builder.add(first, loop.index)
+    def _add_groups(
+        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
+    ) -> None:
+        """Σ (integer · scale + minimum) · x as scale · Σ integer · x + minimum · Σ x, group by group.
+
+        With so few tokens the next column would wait for the sum of the last one, so neighbours have sums of their own.
+        """
+        partial = [[self.zeros() for _ in x_rows] for _ in range(_COLUMNS_AT_ONCE)]
+        for group, columns in self._groups(panel, num_columns):
+            for total in (total for sums in partial for total in sums):
+                self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
+            for i, (integers, column) in enumerate(columns):
+                self.add_column(partial[i], integers, x_rows, column)
+            scale = self._of_group(panel.scales, group)
+            for t, total in enumerate(self.sums):
+                value = self.builder.load(partial[0][t])
+                for sums in partial[1:]:
+                    value = self.builder.fadd(value, self.builder.load(sums[t]))
+                self._add_product(total, scale, value)
+                if panel.kind != types.int8:
+                    x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
+                    self._add_product(total, self._of_group(panel.minima, group), x_sum)
+
+    def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
+        """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
+        size = INT8_GROUP if panel.kind == types.int8 else INT4_GROUP
+        columns_of = self._int8_columns if panel.kind == types.int8 else self._int4_columns
+        with cgutils.for_range(self.builder, self.builder.udiv(num_columns, ir.Constant(INT64, size))) as loop:
+            yield loop.index, columns_of(panel, self.times(loop.index, size))
+
+    def _int8_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            for place in range(_COLUMNS_AT_ONCE):
+                inside = self.builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, place))
+                column = self.builder.add(first, inside)
                 integers = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
-                visit(builder.fmul(builder.sitofp(builder.sext(integers, INTS), FLOATS), scale), column)
+                yield self.builder.sitofp(self.builder.sext(integers, INTS), FLOATS), column
 
-    def _int4_columns(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
-        builder, pairs = self.builder, ir.Constant(INT64, INT4_GROUP // 2)
+    def _int4_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        builder, two = self.builder, ir.Constant(INT64, 2)
         four, fifteen = (ir.Constant(BYTES, [n] * PANEL_ROWS) for n in (4, 15))
-        with cgutils.for_range(builder, builder.udiv(num_columns, ir.Constant(INT64, INT4_GROUP))) as group:
-            at = self.times(group.index, PANEL_ROWS)
-            scale = self.load(self.offset(panel.scales, at), FLOATS, 4)
-            minimum = self.load(self.offset(panel.minima, at), FLOATS, 4)
-            first_pair = builder.mul(group.index, pairs)
-            with cgutils.for_range(builder, pairs) as loop:
-                pair = builder.add(first_pair, loop.index)
-                both = self.load(self.offset(panel.weights, self.times(pair, PANEL_ROWS)), BYTES, 1)
+        with cgutils.for_range(builder, ir.Constant(INT64, INT4_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            for pair in range(_COLUMNS_AT_ONCE // 2):
+                inside = builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, 2 * pair))
+                column = builder.add(first, inside)
+                both = self.load(
+                    self.offset(panel.weights, self.times(builder.udiv(column, two), PANEL_ROWS)), BYTES, 1
+                )
                 for place, nibbles in enumerate((builder.and_(both, fifteen), builder.lshr(both, four))):
                     values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
-                    column = builder.add(self.times(pair, 2), ir.Constant(INT64, place))
-                    visit(self.multiply_add(values, scale, minimum), column)
+                    yield values, builder.add(column, ir.Constant(INT64, place))
+
+    def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
+        return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
+
+    def _add_product(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        self.builder.store(self.multiply_add(a, b, self.builder.load(total)), total)
 
 
 class _Panel:
@@ -105,17 +154,21 @@ def _panel_product(num_tokens: int):  # numba's own typing takes its place
     """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
 
     @intrinsic
-    def product(typing_context, weights, scales, minima, panel, x, first, sums):  # noqa: ARG001
-        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums)
+    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):  # noqa: ARG001
+        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums, x_sums)
 
         def generate(context, builder, signature, arguments):
-            x_array = context.make_array(signature.args[4])(context, builder, arguments[4])
-            num_columns = cgutils.unpack_tuple(builder, x_array.shape)[1]
-            emitter = _PanelEmitter(builder, num_tokens)
             tokens = [builder.add(arguments[5], ir.Constant(INT64, t)) for t in range(num_tokens)]
-            x_rows = [builder.gep(x_array.data, [builder.mul(token, num_columns)]) for token in tokens]
+
+            def rows_of(argument: int) -> tuple[list[ir.Value], ir.Value]:
+                array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+                width = cgutils.unpack_tuple(builder, array.shape)[1]
+                return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
+
+            (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
+            emitter = _PanelEmitter(builder, num_tokens)
             panel = _Panel(context, builder, signature, arguments)
-            emitter.for_each_column(panel, num_columns, lambda w, column: emitter.add_column(w, x_rows, column))
+            emitter.add_panel(panel, num_columns, x_rows, sum_rows)
             sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
             for t, total in enumerate(emitter.sums):
                 emitter.store(builder.load(total), builder.gep(sums, [ir.Constant(INT64, t * PANEL_ROWS)]))
@@ -160,19 +213,19 @@ def _activate(x, activation):
 
 
 @njit(inline="always")
-def _product(weights, scales, minima, panel, x, first, num_tokens, sums):
+def _product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
     if num_tokens == 6:
-        _product_6(weights, scales, minima, panel, x, first, sums)
+        _product_6(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 1:
-        _product_1(weights, scales, minima, panel, x, first, sums)
+        _product_1(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 2:
-        _product_2(weights, scales, minima, panel, x, first, sums)
+        _product_2(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 3:
-        _product_3(weights, scales, minima, panel, x, first, sums)
+        _product_3(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 4:
-        _product_4(weights, scales, minima, panel, x, first, sums)
+        _product_4(weights, scales, minima, panel, x, first, sums, x_sums)
     else:
-        _product_5(weights, scales, minima, panel, x, first, sums)
+        _product_5(weights, scales, minima, panel, x, first, sums, x_sums)
 
 
 @njit(inline="always")
@@ -197,6 +250,17 @@ def _write_tile(sums, num_tokens, first, panel, bias, out, activation):
                 out[first + t, panel * half + r] = _activate(gate, activation) * up
 
 
+@njit(fastmath=True, nogil=True)
+def _group_sums(x, num_groups):
+    """[T, num_groups] sums over int4's groups of columns; other formats have no groups with a minimum."""
+    sums = np.zeros((len(x), num_groups), np.float32)
+    for t in range(len(x)):
+        for group in range(num_groups):
+            for column in range(group * INT4_GROUP, (group + 1) * INT4_GROUP):
+                sums[t, group] += x[t, column]
+    return sums
+
+
 @njit(parallel=True, fastmath=True, nogil=True, cache=True)
 def linear(x, weight, bias, out, activation, num_threads):
     """out = x · Wᵀ + bias, or out = activation(gate) · up for a weight packed by `pack_gated`.
@@ -213,6 +277,7 @@ def linear(x, weight, bias, out, activation, num_threads):
     num_panels, num_tokens = weights.shape[0], x.shape[0]
     # Unpacking costs about as much as a tile, so a few tokens take their weights straight from the packed form.
     unpack_first = weights.itemsize == 1 and num_tokens > 2 * TOKENS_PER_TILE
+    x_sums = _group_sums(x, minima.shape[1])
     per_thread = (num_panels + num_threads - 1) // num_threads
     for thread in prange(num_threads):
         sums = np.empty(TOKENS_PER_TILE * PANEL_ROWS, np.float32)
@@ -223,7 +288,7 @@ def linear(x, weight, bias, out, activation, num_threads):
             for first in range(0, num_tokens, TOKENS_PER_TILE):
                 tile = min(TOKENS_PER_TILE, num_tokens - first)
                 if unpack_first:
-                    _product(unpacked, scales, minima, 0, x, first, tile, sums)
+                    _product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums)
                 else:
-                    _product(weights, scales, minima, panel, x, first, tile, sums)
+                    _product(weights, scales, minima, panel, x, first, tile, sums, x_sums)
                 _write_tile(sums, tile, first, panel, bias, out, activation)

@@ -66,8 +66,8 @@ class CpuModel:
         logits_RV = self._run(
             self.embedding_VC[batch.token_ids_T.numpy()],
             batch.logits_rows.numpy(),
-            _batch_arrays(batch),
-            self._rotations_up_to(batch.reach + cache.block_size),
+            batch_arrays(batch),
+            self.rotations_up_to(batch.reach + cache.block_size),
             cache.keys_LBSKD.numpy(),
             cache.values_LBSKD.numpy(),
         )
@@ -95,10 +95,10 @@ class CpuModel:
         zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
         arrays = BatchArrays(zero, zero, zero, zero, zero[None], zero[None], one, zero)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, self._rotations_up_to(1), keys, values)
+        logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, self.rotations_up_to(1), keys, values)
         self.sample(torch.from_numpy(logits_RV), [GREEDY])
 
-    def _rotations_up_to(self, offset: int) -> Rotations:
+    def rotations_up_to(self, offset: int) -> Rotations:
         if self._rotations is None or len(self._rotations.cos_OD) <= offset:
             cos, sin = self._rotary.cache.tables(offset + 1, torch.device("cpu"))
             log_decay = self._rotary.log_decay(torch.device("cpu"))
@@ -116,7 +116,7 @@ def _numpy(tensor: torch.Tensor) -> Floats:
     return tensor.detach().float().contiguous().numpy()
 
 
-def _batch_arrays(batch: ForwardBatch) -> BatchArrays:
+def batch_arrays(batch: ForwardBatch) -> BatchArrays:
     starts = np.array(batch.query_starts, dtype=np.int64)
     return BatchArrays(
         positions_T=batch.positions_T.numpy(),

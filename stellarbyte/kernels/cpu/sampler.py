@@ -96,19 +96,19 @@ def _draw(scaled_V, likeliest, key, second_key):
     winner, best = likeliest, scaled_V[likeliest] + _gumbel(_noise_bits(likeliest, key, second_key))
     bits = np.empty(_BLOCK, np.uint32)
     for start in range(0, len(scaled_V), _BLOCK):
-        length = min(_BLOCK, len(scaled_V) - start)
+        block = scaled_V[start : start + _BLOCK]
         least_bits = np.uint32(0xFFFFFFFF)  # the fewer, the more noise
         largest = np.float32(-np.inf)
-        for i in range(length):
+        for i in range(len(block)):
             bits[i] = _noise_bits(start + i, key, second_key)
             least_bits = min(least_bits, bits[i])
-            largest = max(largest, scaled_V[start + i])
+            largest = max(largest, block[i])
         most_noise = _gumbel(least_bits)
         if largest + most_noise < best:
             continue
-        for i in range(length):
-            if scaled_V[start + i] + most_noise >= best:
-                score = scaled_V[start + i] + _gumbel(bits[i])
+        for i in range(len(block)):
+            if block[i] + most_noise >= best:
+                score = block[i] + _gumbel(bits[i])
                 if score > best or (score == best and start + i < winner):
                     winner, best = start + i, score
     return winner

@@ -64,13 +64,23 @@ def traffic(draw):
     sink_tokens=st.integers(0, 6),
     block_size=st.integers(1, 9),
     budget=st.integers(1, 40),
+    prefill_budget=st.none() | st.integers(1, 20),
     max_num_seqs=st.integers(1, 6),
     spare_blocks=st.integers(0, 10),
     timeout_s=st.none() | st.integers(0, 40),
     prefix_caching=st.booleans(),
 )
 def test_random_traffic(
-    requests, window, sink_tokens, block_size, budget, max_num_seqs, spare_blocks, timeout_s, prefix_caching
+    requests,
+    window,
+    sink_tokens,
+    block_size,
+    budget,
+    prefill_budget,
+    max_num_seqs,
+    spare_blocks,
+    timeout_s,
+    prefix_caching,
 ) -> None:
     """Every request ends once: with the tokens it must get, or aborted, or expired before it ever ran."""
     layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens if window else 0)
@@ -82,6 +92,7 @@ def test_random_traffic(
         sink_tokens=layout.sink_tokens,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_prefill_tokens=prefill_budget,
         max_model_len=90,
         queue_timeout_s=timeout_s,
         prefix_caching=prefix_caching,
@@ -117,6 +128,16 @@ def test_random_traffic(
     for priority in range(-2, 3):  # first come, first served
         numbers = [s.rank[1] for s in admitted if s.request.priority == priority]
         assert numbers == sorted(numbers)
+
+
+def test_prompts_take_few_tokens_while_others_generate() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=40, max_prefill_tokens=8, prefix_caching=False)
+    scheduler.add(make_request([0] * 30, max_tokens=3, request_id="first"))
+    assert [chunk.length for chunk in run_step(scheduler)[0]] == [30]  # nobody waits for a token
+    scheduler.add(make_request([0] * 30, request_id="long"))
+    scheduler.add(make_request([0] * 5, request_id="short"))
+    steps = [[(c.sequence.request.request_id, c.length) for c in run_step(scheduler)[0]] for _ in range(3)]
+    assert steps == [[("first", 1), ("long", 8)], [("first", 1), ("long", 8)], [("long", 14), ("short", 5)]]
 
 
 def test_decodes_go_before_prefill_and_prompts_come_in_chunks() -> None:

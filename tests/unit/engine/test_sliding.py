@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from server.engine.load import StartupError, plan_cache, serving_config
+from server.engine.load import StartupError, plan_cache, serving_config, tokens_a_step
 from server.settings import EngineSettings
 from stellarbyte.config import ByteModelConfig
 from tests import oracle
@@ -102,15 +102,15 @@ def test_too_little_memory_is_refused_with_what_would_do(flags) -> None:
     """Both figures of the refusal are enough, and the cache they give runs a sequence of any length."""
     config = served(make_config(), **flags)
     with pytest.raises(StartupError) as caught:
-        plan_cache(config, settings(**flags), torch.float32, budget=9000)
+        plan_cache(config, settings(**flags), torch.float32, 64, budget=9000)
     (needed,) = re.findall(r"--kv-cache-memory (\d+)", str(caught.value))
-    plan = plan_cache(config, settings(**flags), torch.float32, int(needed))
+    plan = plan_cache(config, settings(**flags), torch.float32, 64, int(needed))
     assert plan.full_sequences == 1
     with pytest.raises(StartupError):
-        plan_cache(config, settings(**flags), torch.float32, int(needed) - 1)
+        plan_cache(config, settings(**flags), torch.float32, 64, int(needed) - 1)
     for context in re.findall(r"--max-model-len (\d+)", str(caught.value)):
         shorter = flags | {"max_model_len": int(context)}
-        assert plan_cache(served(make_config(), **shorter), settings(**shorter), torch.float32, 9000)
+        assert plan_cache(served(make_config(), **shorter), settings(**shorter), torch.float32, 64, 9000)
 
     engine = ModelEngine(make_model(), config, num_blocks=plan.num_blocks, block_size=plan.layout.block_size)
     tokens = random_tokens(2 * CONTEXT)
@@ -120,5 +120,11 @@ def test_too_little_memory_is_refused_with_what_would_do(flags) -> None:
 
 def test_ample_memory_is_not_all_taken() -> None:
     config = served(make_config())
-    plan = plan_cache(config, settings(max_num_seqs=3), torch.float32, budget=2**40)
+    plan = plan_cache(config, settings(max_num_seqs=3), torch.float32, 64, budget=2**40)
     assert 3 <= plan.full_sequences < 1000
+
+
+def test_steps_are_shorter_on_a_cpu_unless_told_otherwise() -> None:
+    assert tokens_a_step(settings(), "cpu") == (512, 32)
+    assert tokens_a_step(settings(), "cuda") == (2048, None)
+    assert tokens_a_step(settings(max_num_batched_tokens=7, max_prefill_tokens=3), "cpu") == (7, 3)

@@ -1,0 +1,89 @@
+"""What --quantization costs in quality: perplexity of the demo model on the repository's own documents.
+
+    python -m benchmarks.quality
+
+The documents are cut into contexts of 512 tokens; the perplexity is that of every token but the first of each.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import tokenizers
+import torch
+
+from benchmarks.record import write_result
+from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.kernels.cpu.model import CpuModel
+from stellarbyte.kernels.served_model import ServedModel, TorchModel
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "LICENSE", "docs/how-it-works.md", "docs/benchmarks.md"]
+CONTEXT = 512
+BLOCK_SIZE = 16
+REFERENCE = "torch float32"
+
+
+def documents_text() -> str:
+    root = Path(__file__).parent.parent
+    return "\n\n".join((root / name).read_text() for name in DOCUMENTS)
+
+
+def whole_context(token_ids: list[int]) -> ForwardBatch:
+    """One sequence in the cache's first blocks, logits after every token."""
+    positions_T = torch.arange(len(token_ids))
+    num_blocks = -(-len(token_ids) // BLOCK_SIZE)
+    blocks_M = torch.arange(num_blocks)
+    return ForwardBatch(
+        token_ids_T=torch.tensor(token_ids),
+        positions_T=positions_T,
+        slots_T=positions_T,
+        offsets_T=positions_T % BLOCK_SIZE,
+        query_starts=(0, len(token_ids)),
+        block_tables_NM=blocks_M[None],
+        block_bases_NM=blocks_M[None] * BLOCK_SIZE,
+        num_blocks=(num_blocks,),
+        num_sink_blocks=(0,),
+        reach=len(token_ids) - 1,
+        logits_rows=positions_T,
+    )
+
+
+@torch.inference_mode()
+def perplexity(model: ServedModel, cache: PagedKVCache, contexts: list[list[int]]) -> float:
+    """exp of the mean of -log p over all tokens but the first of each context."""
+    total, count = 0.0, 0
+    for context in contexts:
+        logits_TV = model.logits(whole_context(context), cache)
+        total += torch.nn.functional.cross_entropy(logits_TV[:-1], torch.tensor(context[1:]), reduction="sum").item()
+        count += len(context) - 1
+    return math.exp(total / count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo", help="folder or demo")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    options = parser.parse_args()
+    path = resolve_model(options.model)
+    config = open_checkpoint(path).config
+    model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
+    cache = PagedKVCache(config, CONTEXT // BLOCK_SIZE, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    token_ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(documents_text()).ids
+    contexts = [token_ids[i : i + CONTEXT] for i in range(0, len(token_ids) - CONTEXT // 2, CONTEXT)]
+    rows = []
+    for name in (REFERENCE, "none", "int8", "int4"):
+        served = TorchModel(model, config) if name == REFERENCE else CpuModel(model, config, name, num_threads=2)
+        value = perplexity(served, cache, contexts)
+        change = value / (rows[0]["perplexity"] if rows else value) - 1
+        rows.append({"weights": name, "perplexity": round(value, 4), "change": round(change, 5)})
+        print(f"{name:>13}  perplexity {value:.4f}  {change:+.2%}", flush=True)
+    if not options.no_record:
+        tokens = sum(len(context) - 1 for context in contexts)
+        write_result("quality", {"model": options.model, "context": CONTEXT, "tokens": tokens, "runs": rows})
+
+
+if __name__ == "__main__":
+    main()
