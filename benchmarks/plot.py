@@ -105,6 +105,7 @@ def _save(name: str, result: Result, axes: Axes) -> None:
 def main() -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "stellarbyte"
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small files, and readable ones
     draw: dict[str, Callable[[Result], None]] = {
         "engine": draw_engine,
         "http_path": draw_http_path,

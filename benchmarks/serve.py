@@ -48,7 +48,7 @@ class Workload:
 
 
 @contextlib.contextmanager
-def _running_ours(command: str) -> Iterator[str]:
+def running_ours(command: str) -> Iterator[str]:
     """Start our server on a free port; its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -154,7 +154,7 @@ def main() -> None:
     ]
     with contextlib.ExitStack() as stack:
         if options.ours:
-            urls = {"ours": stack.enter_context(_running_ours(options.ours)), **urls}
+            urls = {"ours": stack.enter_context(running_ours(options.ours)), **urls}
         servers = [
             Server(
                 name,

@@ -1,8 +1,10 @@
 """An engine for tests: real scheduler, pool and, where wanted, model; no sockets, no tokenizer."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 from server.engine.block_pool import BlockPool, CacheLayout
@@ -12,9 +14,14 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.kernels.cpu.model import CpuModel
 from stellarbyte.kernels.served_model import ServedModel, TorchModel
 
 Backend = Callable[..., ServedModel]
+BACKENDS = [
+    pytest.param(TorchModel, id="torch"),
+    pytest.param(partial(CpuModel, quantization="none", num_threads=2), id="cpu"),
+]
 OF_REQUEST = ("priority", "context_overflow", "cache_salt")
 
 

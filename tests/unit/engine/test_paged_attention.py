@@ -1,13 +1,9 @@
 """The server's cache against the float64 oracle: block-relative keys, windows, sinks, chunks, batches, preemption."""
 
-from functools import partial
-
 import pytest
 
-from stellarbyte.kernels.cpu.model import CpuModel
-from stellarbyte.kernels.served_model import TorchModel
 from tests import oracle
-from tests.engine import Backend, ModelEngine, make_request
+from tests.engine import BACKENDS, Backend, ModelEngine, make_request
 from tests.models import make_model, random_tokens
 from tests.unit.model.test_transformer import VARIANTS
 
@@ -40,7 +36,7 @@ def test_every_kind_of_model_matches_oracle(variant: str, block_size: int) -> No
     assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("backend", [TorchModel, partial(CpuModel, quantization="none", num_threads=2)])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sinks", [0, 5])
 def test_positions_may_be_any_size(sinks: int, backend: Backend) -> None:
     """A stream of 3,000 tokens on a window of 12: XPos factors of absolute positions would have overflowed long

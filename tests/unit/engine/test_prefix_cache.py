@@ -6,7 +6,7 @@ import pytest
 
 from server.engine.sequence import Sequence
 from tests import oracle
-from tests.engine import ModelEngine, generated, is_complete, make_request, make_scheduler
+from tests.engine import BACKENDS, Backend, ModelEngine, generated, is_complete, make_request, make_scheduler
 from tests.models import make_model, random_tokens
 from tests.symbolic_cache import SymbolicRunner, continuation
 
@@ -72,7 +72,8 @@ def test_a_seeded_request_gets_its_tokens_alone_in_a_batch_after_preemption_and_
     assert tight.scheduler.totals.num_preemptions > 0
 
 
-def test_sixty_four_requests_with_cancellations_and_preemptions_get_their_single_run_tokens() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sixty_four_requests_with_cancellations_and_preemptions_get_their_single_run_tokens(backend: Backend) -> None:
     chance = random.Random(0)
     model = make_model(sliding_window=24, sink_tokens=4)
     heads = [random_tokens(30, seed=seed) for seed in range(3)]
@@ -88,7 +89,7 @@ def test_sixty_four_requests_with_cancellations_and_preemptions_get_their_single
         for i in range(64)
     ]
     cancelled = {i: chance.randint(0, 30) for i in range(0, 64, 4)}
-    engine = ModelEngine(model, num_blocks=60, max_num_seqs=24, max_num_batched_tokens=48)
+    engine = ModelEngine(model, backend=backend, num_blocks=60, max_num_seqs=24, max_num_batched_tokens=48)
     scheduler = engine.scheduler
     sequences = [scheduler.add(request) for request in requests]
     for step in range(2000):
@@ -101,7 +102,7 @@ def test_sixty_four_requests_with_cancellations_and_preemptions_get_their_single
     assert scheduler.totals.num_preemptions > 0 and scheduler.totals.prefix_hits > 0
     assert scheduler.pool.num_used == 0
     for request, sequence in zip(requests, sequences, strict=True):
-        alone = ModelEngine(model).generate([request])[0]
+        alone = ModelEngine(model, backend=backend).generate([request])[0]
         tokens = generated(sequence)
         assert tokens == alone[: len(tokens)]
         assert len(tokens) == len(alone) or int(request.request_id) in cancelled
