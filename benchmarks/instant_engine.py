@@ -84,6 +84,7 @@ def build_instant_core(settings: EngineSettings) -> tuple[InstantCore, EngineInf
         block_size=settings.block_size,
         device="none",
         dtype="none",
+        quantization="none",
         weights_hash="0" * 64,
     )
     return InstantCore(), info

@@ -29,7 +29,7 @@ class _StatsCollector(Collector):
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
             (
                 "stellarbyte:evicted_tokens",
-                "Tokens of ended requests that had gone out of sight.",
+                "Tokens that have gone out of sight.",
                 stats.evicted_tokens_total,
             ),
         )

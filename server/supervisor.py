@@ -126,8 +126,10 @@ class _Supervisor:
             logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))
             try:
                 await self._launch(number)
+                if self._is_stopping:  # it was not there yet when the others were told
+                    self._workers[number].terminate()
                 await self._start(number, info)
-            except (WorkerStartError, OSError) as error:
+            except (ValueError, OSError) as error:  # ValueError: WorkerStartError, or what it said is not understood
                 if not self._is_stopping:
                     logger.error("%s; the server ends", error)
                     self._stop(signal.SIGTERM)

@@ -142,6 +142,7 @@ def build_fake_core(settings: EngineSettings) -> tuple[FakeCore, EngineInfo]:
         block_size=settings.block_size,
         device="cpu",
         dtype="float32",
+        quantization="none",
         weights_hash="0123456789abcdef" * 4,
     )
     return FakeCore(), info

@@ -46,8 +46,9 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the same request may be answered differently: other weights, other numbers."""
-        return f"fp_{self.info.weights_hash[:12]}_{self.info.dtype}"
+        """Names the weights and the numbers they are computed in, on which the answer to a seeded request depends."""
+        numbers = self.info.dtype if self.info.quantization == "none" else f"{self.info.dtype}_{self.info.quantization}"
+        return f"fp_{self.info.weights_hash[:12]}_{numbers}"
 
 
 def load_service(settings: ServerSettings, client: EngineClient, started_at: int) -> Service:

@@ -104,6 +104,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         block_size=plan.layout.block_size,
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=settings.quantization,
         weights_hash=weights_hash(path),
     )
     return core, info
@@ -117,7 +118,10 @@ def _served_model(
         from stellarbyte.kernels.cpu.model import CpuModel, fits  # numba is not needed on a GPU
 
         if fits(config):
-            packed = CpuModel(model, config, quantization, torch.get_num_threads())
+            try:
+                packed = CpuModel(model, config, quantization, torch.get_num_threads())
+            except ValueError as error:
+                raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
             logger.info("preparing the CPU kernels (the first start compiles them, which takes about half a minute)")
             packed.warm_up()
             return packed
@@ -149,7 +153,8 @@ def serving_config(config: ByteModelConfig, settings: EngineSettings) -> tuple[B
         )
     sink_tokens = settings.sink_tokens
     if sink_tokens is None:
-        sink_tokens = asked.sink_tokens if any(asked.windows) else min(DEFAULT_SINK_TOKENS, max_model_len - 1)
+        trained_with_window = any(config.windows) and any(asked.windows)
+        sink_tokens = config.sink_tokens if trained_with_window else min(DEFAULT_SINK_TOKENS, max_model_len - 1)
     if sink_tokens >= max_model_len:
         raise StartupError(f"--sink-tokens {sink_tokens} leaves no room in a context of {max_model_len} tokens.")
     widest = max_model_len - sink_tokens

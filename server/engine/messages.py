@@ -94,6 +94,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     device: str
     dtype: str
+    quantization: str  # of the weights, or "none"
     weights_hash: str  # SHA-256 over the weights, hexadecimal
 
 

@@ -97,4 +97,4 @@ def _reach(last: int, entries: list[tuple[int, int]], window: int | None, sink_t
     if window is None:
         return last
     oldest = min((base for _, base in entries if base >= sink_tokens), default=0)
-    return max(last - oldest, window + sink_tokens)
+    return max(last - oldest, min(last, window + sink_tokens))

@@ -40,7 +40,9 @@ class SchedulerTotals:
     num_preemptions: int = 0
     prefix_queries: int = 0  # prompt tokens of requests when they first ran
     prefix_hits: int = 0  # those of them that were in the cache
-    evicted_tokens: int = 0  # of ended requests: tokens that had gone out of sight
+    evicted_tokens: int = (
+        0  # computed tokens that have gone out of sight, of running requests as far as blocks are full
+    )
 
 
 class Scheduler:
@@ -89,9 +91,8 @@ class Scheduler:
                 param="max_tokens",
             )
         if len(self.waiting) + len(self.running) >= self.limits.max_num_seqs + self.limits.max_queued_requests:
-            raise RequestRejected(
-                f"{len(self.waiting)} requests are waiting already; try again later.", code=QUEUE_FULL
-            )
+            busy = f"{len(self.running)} requests are running and {len(self.waiting)} are waiting"
+            raise RequestRejected(f"{busy} already; try again later.", code=QUEUE_FULL)
         self._num_added += 1
         arrived_s = self._clock()
         sequence = Sequence(
@@ -110,7 +111,7 @@ class Scheduler:
             self._stop_running(sequence)
         else:
             self.waiting.remove(sequence)
-        self.totals.evicted_tokens += self.evicted_tokens(sequence)
+        self._count_evicted(sequence)
 
     def expire(self) -> list[Sequence]:
         """Remove and return the sequences that have waited for their first step for too long."""
@@ -235,6 +236,7 @@ class Scheduler:
         Prompts are kept: others may begin like them.
         """
         layout, table = self.layout, sequence.table
+        self._count_evicted(sequence)
         if self._prefix_caching:
             sequence.keys.extend(sequence.tokens, sequence.num_computed)
         while sequence.next_full_at <= sequence.num_computed:
@@ -246,6 +248,12 @@ class Scheduler:
         first = layout.num_sink_blocks + table.num_freed
         for number, block in enumerate(table.pop_unseen(last_end), first):
             self.pool.give_back((block,), keep_content=layout.block_end(number) <= sequence.num_prompt)
+
+    def _count_evicted(self, sequence: Sequence) -> None:
+        """Add what has gone out of sight since the last time; what a preempted sequence computes again counts once."""
+        evicted = max(sequence.num_evicted, self.layout.evicted_tokens(sequence.num_computed + 1))
+        self.totals.evicted_tokens += evicted - sequence.num_evicted
+        sequence.num_evicted = evicted
 
     def _preempt(self, sequence: Sequence) -> None:
         """Stop a sequence; it runs again later, from what the cache still holds of it then."""

@@ -27,6 +27,7 @@ class Sequence:
     next_full_at: int = 0  # num_computed with which there is another
     is_running: bool = False
     was_admitted: bool = False  # has run at least once
+    num_evicted: int = 0  # tokens out of sight, as far as they were counted
     num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
 
     def __post_init__(self) -> None:

@@ -1,23 +1,52 @@
 """The CPU backend: compiled kernels over packed weights. `model.CpuModel` is the way in.
 
-Compiled code is kept in the user's cache, in a folder named by the sources it came from: numba's own check looks only
-at the file a function stands in, not at those of the functions it calls.
+Compiled code is kept in the user's cache, in a folder named by what it came from: numba's own check looks only at the
+file a function stands in, not at those of the functions it calls.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import llvmlite.binding
 import numba
 
 from stellarbyte.user_cache import cache_folder
 
+logger = logging.getLogger(__name__)
 
-def _folder_of_compiled_code() -> Path:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    digest = hashlib.sha256(numba.__version__.encode())
-    for source in sources:
+
+def _make_folder() -> Path | None:
+    """The folder of these sources' code for this kind of processor; None if nothing can be kept."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    return cache_folder() / "compiled" / digest.hexdigest()[:16]
+    try:
+        base = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else cache_folder() / "compiled"
+        folder = base / digest.hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        logger.warning("compiled CPU kernels cannot be kept, so every start compiles them: %s", error)
+        return None
+    numba.config.CACHE_DIR = str(folder)
+    return folder
 
 
-numba.config.CACHE_DIR = str(_folder_of_compiled_code())
+_folder = _make_folder()
+KEEP_COMPILED = _folder is not None
+
+
+@contextlib.contextmanager
+def one_compiles() -> Iterator[None]:
+    """Compile in one process at a time: others then find the code, and numba's index of it is not written twice."""
+    if _folder is None:
+        yield
+        return
+    with (_folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield

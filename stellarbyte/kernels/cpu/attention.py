@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
+from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.instructions import add_weighted_rows, exp, four_dots, prefetch
 
 # T tokens, N sequences, M blocks of the longest table, B blocks of the cache, S block size
@@ -60,7 +61,7 @@ def _norm_head(head, weight, eps):
         head[d] *= factor * weight[d]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)
+@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, num_threads):
     """Store a step's keys, rotated by their offset in their block, and values; normalise q and k where asked.
 
@@ -87,7 +88,7 @@ def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, nu
                 values[block, place, h] = heads[num_heads + num_kv_heads + h]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)
+@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, out, num_threads):
     """out [T, H · D] = attention of every token over the live blocks of its sequence.
 

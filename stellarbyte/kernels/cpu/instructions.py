@@ -25,7 +25,7 @@ class Emitter:
         )
 
     def zeros(self) -> ir.Value:
-        """A vector variable (LLVM keeps it in registers), 0 at first."""
+        """A vector variable (LLVM keeps it in registers), set to 0 at this point of the code."""
         return cgutils.alloca_once_value(self.builder, ir.Constant(FLOATS, [0.0] * LANES))
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -88,8 +88,6 @@ def four_dots(typing_context, out, out_start, a, a_start, b, b_start, stride, le
         target, first, second = (_pointer(context, builder, signature, arguments, i) for i in (0, 2, 4))
         rows = [emitter.offset(second, emitter.times(arguments[6], r)) for r in range(4)]
         sums = [emitter.zeros() for _ in rows]
-        for total in sums:  # they are made once, and this is inside loops
-            builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
         with cgutils.for_range(builder, builder.udiv(arguments[7], ir.Constant(INT64, LANES))) as loop:
             at = emitter.times(loop.index, LANES)
             x = emitter.load(emitter.offset(first, at), FLOATS, 4)

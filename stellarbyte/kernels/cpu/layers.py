@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
+from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.attention import paged_attention, write_kv
 from stellarbyte.kernels.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.kernels.cpu.packing import PackedWeight
@@ -48,7 +49,7 @@ class LayerOptions(NamedTuple):
     alpha: float  # DeepNorm's factor of the residual stream; 0: norms come before the branches
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def forward_layers(x, weights, options, batch, rotations, keys, values, num_threads):
     """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D]."""
     shape = (options.num_heads, options.num_kv_heads, options.head_dim)
@@ -109,14 +110,14 @@ def _norm_row(row, weight, eps, out):
         out[c] = row[c] * factor * weight[c]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)
+@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def _rms_norm_parallel(x, weight, eps, out, num_threads):
     for thread in prange(num_threads):
         for t in range(thread, len(x), num_threads):
             _norm_row(x[t], weight, eps, out[t])
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def rms_norm(x, weight, eps, out, num_threads):
     """out = RMSNorm of each row; for a few rows, waking the other threads would cost more than it saves."""
     if len(x) > 16:
@@ -126,7 +127,7 @@ def rms_norm(x, weight, eps, out, num_threads):
             _norm_row(x[t], weight, eps, out[t])
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def add_branch(x, branch, norm, eps, alpha, num_threads):
     """x += branch, or with DeepNorm x = norm(alpha · x + branch)."""
     if alpha == 0:
@@ -137,7 +138,7 @@ def add_branch(x, branch, norm, eps, alpha, num_threads):
         rms_norm(x, norm, eps, x, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=True)
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def scale_channels(x, scale):
     if len(scale):
         x *= scale

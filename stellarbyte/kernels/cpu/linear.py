@@ -19,6 +19,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, exp
 
 # T tokens, N rows, K columns, P panels of R rows
@@ -261,9 +262,9 @@ def _group_sums(x, num_groups):
     return sums
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)
+@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def linear(x, weight, bias, out, activation, num_threads):
-    """out = x · Wᵀ + bias, or out = activation(gate) · up for a weight packed by `pack_gated`.
+    """out = x · Wᵀ + bias, or out = activation(gate) · up for a weight packed from `interleave_gated`.
 
     Args:
         x: [T, K] float32, contiguous.

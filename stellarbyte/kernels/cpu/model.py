@@ -9,6 +9,7 @@ import torch
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.kernels.cpu import one_compiles
 from stellarbyte.kernels.cpu.attention import BatchArrays, Floats, Integers, Rotations
 from stellarbyte.kernels.cpu.instructions import LANES
 from stellarbyte.kernels.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
@@ -45,7 +46,8 @@ class CpuModel:
         self.vocab_size = config.vocab_size
         self.embedding_VC = _numpy(decoder.embed_tokens.weight)
         self.final_norm_C = _numpy(decoder.norm.weight)
-        self.head = pack(_numpy(model.lm_head.weight), quantization)
+        # The head's errors reach every token's logit directly: in four bits it would cost more quality than it saves.
+        self.head = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
         self.layers = _stack_layers(decoder, config, quantization)
         self.options = LayerOptions(
             num_heads=config.num_attention_heads,
@@ -95,8 +97,9 @@ class CpuModel:
         zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
         arrays = BatchArrays(zero, zero, zero, zero, zero[None], zero[None], one, zero)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, self.rotations_up_to(1), keys, values)
-        self.sample(torch.from_numpy(logits_RV), [GREEDY])
+        with one_compiles():
+            logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, self.rotations_up_to(1), keys, values)
+            self.sample(torch.from_numpy(logits_RV), [GREEDY])
 
     def rotations_up_to(self, offset: int) -> Rotations:
         if self._rotations is None or len(self._rotations.cos_OD) <= offset:

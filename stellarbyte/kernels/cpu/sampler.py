@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
+from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.instructions import exp
 from stellarbyte.sampling import RowSampling, keep_top_k, row_key
 
@@ -28,7 +29,7 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling], num_threads: in
     return tokens_R.tolist()
 
 
-@njit(parallel=True, fastmath=_ROUNDING, nogil=True, cache=True)
+@njit(parallel=True, fastmath=_ROUNDING, nogil=True, cache=KEEP_COMPILED)
 def _sample_rows(logits_RV, parameters_R3, keys_R2, tokens_R, num_threads):
     for thread in prange(num_threads):
         scaled_V = np.empty(logits_RV.shape[1], np.float32)

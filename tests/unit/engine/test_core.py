@@ -61,3 +61,11 @@ def test_the_last_delta_tells_what_was_cached_and_what_was_evicted() -> None:
     stats = core.stats()
     assert (stats.prefix_cache_queries_total, stats.prefix_cache_hits_total) == (42, 20)
     assert (stats.evicted_tokens_total, stats.prompt_tokens_total, stats.generation_tokens_total) == (24, 42, 6)
+
+
+def test_evicted_tokens_of_a_running_stream_are_counted_block_by_block() -> None:
+    core = make_core(window=8, sink_tokens=4, max_model_len=12, block_size=4)
+    core.submit(make_request([1] * 10, max_tokens=100, context_overflow="slide"))
+    for _ in range(60):
+        core.step()
+    assert 60 + 10 - 12 - 4 <= core.stats().evicted_tokens_total <= 60 + 10 - 12

@@ -72,7 +72,7 @@ def test_layers_with_a_window_of_their_own_keep_it_and_the_others_slide_over_the
         ({}, {"sink_tokens": 2}, {22}, 2),
         ({}, {"max_model_len": 3}, {1}, 2),
         ({}, {"max_model_len": None}, {252}, 4),
-        ({}, {"sliding_window": 8}, {8}, 0),
+        ({}, {"sliding_window": 8}, {8}, 4),
         ({"sliding_window": 8, "sink_tokens": 3}, {}, {8}, 3),
         ({"sliding_window": 100}, {}, {24}, 0),
         ({"sliding_window": 8}, {"sliding_window": None}, {20}, 4),

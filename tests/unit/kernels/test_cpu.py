@@ -1,6 +1,11 @@
 """The CPU kernels against the float64 oracle and against plain products."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +30,23 @@ def test_every_kind_of_model_matches_the_oracle(variant: str, block_size: int, c
     tokens = random_tokens(4 * W + 3)
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)
     engine = ModelEngine(model, backend=float32, block_size=block_size, max_num_batched_tokens=chunk)
+    assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
+
+
+SHAPES = [
+    {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 80, "intermediate_size": 77, "vocab_size": 101},
+    {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": False},
+    {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": W},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_heads_and_matrices_of_any_size_match_the_oracle(shape: dict[str, Any], chunk: int) -> None:
+    model = make_model(initializer_range=0.1, **shape)
+    tokens = random_tokens(4 * W + 3)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=float32, block_size=4, max_num_batched_tokens=chunk)
     assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
 
 
@@ -83,3 +105,19 @@ def test_quantization_that_does_not_fit_says_so() -> None:
 
 def test_models_with_other_head_sizes_are_left_to_torch() -> None:
     assert fits(make_config()) and not fits(make_config(head_dim=8))
+
+
+def test_where_nothing_can_be_kept_the_kernels_are_compiled_for_this_process_only(tmp_path: Path) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    program = """
+import torch
+from stellarbyte.kernels.cpu import KEEP_COMPILED, sampler
+from stellarbyte.sampling import GREEDY
+print(KEEP_COMPILED, sampler.sample(torch.tensor([[0.0, 1.0]]), [GREEDY], 1))
+"""
+    environment = os.environ | {"STELLARBYTE_CACHE": str(no_folder)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False [1]\n"
+    assert "every start compiles them" in done.stderr

@@ -1,0 +1,27 @@
+"""--quantization as a user meets it: the demo model with small weights, and models that do not fit."""
+
+import httpx
+import pytest
+
+from stellarbyte.checkpoint.convert import convert
+from tests.integration.test_startup_errors import the_error_line
+from tests.server_process import REAL, ServerProcess, running
+from tests.tiny_models import tiny_llama
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_the_demo_model_still_knows_the_capital_of_france(quantization: str) -> None:
+    with running(REAL, "--quantization", quantization, limit_s=180) as server:
+        question = {"role": "user", "content": "What is the capital of France?"}
+        body = {"model": "SmolLM2-135M-Instruct", "messages": [question], "temperature": 0, "max_tokens": 20}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert "Paris" in answer["choices"][0]["message"]["content"]
+    assert answer["system_fingerprint"].endswith(f"_float32_{quantization}")
+
+
+def test_a_quantization_that_does_not_fit_is_refused(tmp_path) -> None:
+    narrow = str(convert(tiny_llama(tmp_path / "llama", head_dim=16), tmp_path / "narrow"))
+    line = the_error_line(ServerProcess(REAL, "--model", narrow, "--quantization", "int8"))
+    assert "--quantization int8" in line and "multiple of 64" in line
+    line = the_error_line(ServerProcess(REAL, "--dtype", "bfloat16", "--quantization", "int4"))
+    assert "--quantization int4 needs the CPU, float32" in line
