@@ -109,7 +109,7 @@ async def send_one(options: argparse.Namespace, host: str, port: int, index: int
         writer.write(head.encode() + payload)
         status = await reader.readline()
         if b" 200 " not in status:
-            outcome.why = (status + await reader.read(400)).decode(errors="replace")
+            outcome.why = (status + await reader.read()).decode(errors="replace")  # to the end: Connection: close
             return outcome
         is_done = False
         while not is_done and (line := await reader.readline()):
@@ -201,7 +201,7 @@ def main() -> None:
         "itl_ms": percentiles_ms([gap for outcome in good for gap in outcome.gaps_s]),
         "tpot_ms": percentiles_ms([sum(o.gaps_s) / (o.tokens - 1) for o in spoke if o.tokens > 1]),
         "errors": len(outcomes) - len(good),
-        "why": next((outcome.why[:300] for outcome in outcomes if not outcome.ok), ""),
+        "why": next((outcome.why[:1000] for outcome in outcomes if not outcome.ok), ""),
     }
     print(json.dumps(figures))
 
