@@ -122,7 +122,7 @@ def _served_model(
                 packed = CpuModel(model, config, quantization, torch.get_num_threads())
             except ValueError as error:
                 raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
-            logger.info("preparing the CPU kernels (the first start compiles them, which takes about half a minute)")
+            logger.info("preparing the CPU kernels (the first start compiles them, which takes up to a minute)")
             packed.warm_up()
             return packed
     if quantization != "none":
