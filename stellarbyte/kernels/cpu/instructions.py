@@ -77,7 +77,7 @@ class Emitter:
 
 
 @intrinsic
-def four_dots(typing_context, out, out_start, a, a_start, b, b_start, stride, length):  # noqa: ARG001
+def four_dots(typing_context, out, out_start, a, a_start, b, b_start, stride, length):
     """out[out_start + r] = Σ a[a_start + i] · b[b_start + r · stride + i] for r < 4 and i < length.
 
     `length` is a multiple of LANES; all arrays are contiguous float32.
@@ -103,7 +103,7 @@ def four_dots(typing_context, out, out_start, a, a_start, b, b_start, stride, le
 
 
 @intrinsic
-def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, stride, count, length):  # noqa: ARG001
+def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, stride, count, length):
     """out[out_start + i] += Σ_r w[w_start + r] · b[b_start + r · stride + i] for r < count and i < length.
 
     `length` is a multiple of LANES; all arrays are contiguous float32.
@@ -142,7 +142,7 @@ def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, st
 
 
 @intrinsic
-def prefetch(typing_context, array, start, length):  # noqa: ARG001
+def prefetch(typing_context, array, start, length):
     """Ask for array[start : start + length], contiguous float32, to be brought near while other work goes on."""
 
     def generate(context, builder, signature, arguments):
@@ -166,7 +166,7 @@ def _pointer(context, builder, signature, arguments, i):
 
 
 @intrinsic
-def _float_from_bits(typing_context, bits):  # noqa: ARG001
+def _float_from_bits(typing_context, bits):
     def generate(_context, builder, _signature, arguments):
         return builder.bitcast(arguments[0], FLOAT)
 

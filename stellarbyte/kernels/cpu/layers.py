@@ -3,18 +3,14 @@
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit, prange
 
 from stellarbyte.kernels.cpu import KEEP_COMPILED
-from stellarbyte.kernels.cpu.attention import paged_attention, write_kv
+from stellarbyte.kernels.cpu.attention import Floats, Integers, paged_attention, write_kv
 from stellarbyte.kernels.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.kernels.cpu.packing import PackedWeight
 
 # L layers, T tokens, C hidden size, D head dim
-
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int64]
 
 
 class LayerWeights(NamedTuple):

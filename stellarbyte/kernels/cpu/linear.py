@@ -155,7 +155,7 @@ def _panel_product(num_tokens: int):  # numba's own typing takes its place
     """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
 
     @intrinsic
-    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):  # noqa: ARG001
+    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):
         signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums, x_sums)
 
         def generate(context, builder, signature, arguments):
@@ -185,7 +185,7 @@ _product_4, _product_5, _product_6 = _panel_product(4), _panel_product(5), _pane
 
 
 @intrinsic
-def _unpack(typing_context, weights, scales, minima, panel, num_columns, out):  # noqa: ARG001
+def _unpack(typing_context, weights, scales, minima, panel, num_columns, out):
     """Write a panel to `out` [1, K, R] as float32."""
     signature = types.void(weights, scales, minima, types.intp, types.intp, out)
 

@@ -58,16 +58,19 @@ def test_a_warm_cache_gives_the_tokens_of_a_cold_one(window: int | None, tempera
     assert ModelEngine(model, num_blocks=200, prefix_caching=False).generate(requests) == cold
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("window", [None, W])
-def test_a_seeded_request_gets_its_tokens_alone_in_a_batch_after_preemption_and_from_the_cache(window) -> None:
+def test_a_seeded_request_gets_its_tokens_alone_in_a_batch_after_preemption_and_from_the_cache(
+    window: int | None, backend: Backend
+) -> None:
     model = make_model(sliding_window=window, sink_tokens=4 if window else 0)
     mine = make_request(random_tokens(21), 30, "mine", seed=7, temperature=0.9, top_p=0.95)
-    alone = ModelEngine(model).generate([mine])[0]
+    alone = ModelEngine(model, backend=backend).generate([mine])[0]
     others = [make_request(random_tokens(9 + i, seed=i), 25, str(i), seed=i, temperature=1.0) for i in range(31)]
-    big = ModelEngine(model, num_blocks=1000, max_num_seqs=32)
+    big = ModelEngine(model, backend=backend, num_blocks=1000, max_num_seqs=32)
     assert big.generate([*others, mine])[-1] == alone
     assert big.generate([mine])[0] == alone, "warm"
-    tight = ModelEngine(model, num_blocks=16, max_num_seqs=32)
+    tight = ModelEngine(model, backend=backend, num_blocks=16, max_num_seqs=32)
     assert tight.generate([*others[:3], mine, *others[3:]])[3] == alone
     assert tight.scheduler.totals.num_preemptions > 0
 
