@@ -58,7 +58,7 @@ def _multiply_add(num_rounds, num_threads):
 
 @njit
 def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, activation, num_threads):
-    nothing = np.zeros(0, np.float32)
+    nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     for layer in range(len(layers.windows_L)):
         for weight, source, out, act in (
             (layers.qkv, x, qkv, NO_ACTIVATION),
@@ -67,8 +67,8 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
             (layers.down, inner, branch, NO_ACTIVATION),
         ):
             packed = (weight.weights[layer], weight.scales[layer], weight.minima[layer])
-            linear(source, packed, nothing, out, act, num_threads)
-    linear(x, head, nothing, logits, NO_ACTIVATION, num_threads)
+            linear(source, packed, nothing, no_addend, out, act, num_threads)
+    linear(x, head, nothing, no_addend, logits, NO_ACTIVATION, num_threads)
 
 
 @njit
@@ -196,7 +196,7 @@ def main() -> None:
     print(limits, flush=True)
     runs = []
     for quantization in options.quantization:
-        packed = CpuModel(model, config, quantization, threads)
+        packed = CpuModel(model, config, quantization=quantization, num_threads=threads)
         for batch in BATCHES:
             ms = measure_batch(packed, cache, batch, options.context, options.repeat)
             runs.append({"weights": quantization, "sequences": batch, "ms": ms})

@@ -21,6 +21,7 @@ import tokenizers
 import zmq
 
 from benchmarks.record import write_result
+from server.engine.adapters import no_adapters
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.core import EngineCore
 from server.engine.messages import Submit
@@ -100,7 +101,7 @@ def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int 
     )
     layout = CacheLayout(block_size=BLOCK_SIZE, window=window, sink_tokens=0 if window is None else 4)
     scheduler = Scheduler(limits, layout, BlockPool(num_sequences * (length // BLOCK_SIZE + 2)))
-    core = EngineCore(scheduler, _Runner(tokenizer.get_vocab_size()), tokenizer, frozenset())
+    core = EngineCore(scheduler, _Runner(tokenizer.get_vocab_size()), tokenizer, frozenset(), no_adapters())
     chance = random.Random(1)
     requests = [
         GenerationRequest(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from server.engine.messages import Accepted, Delta, EngineInfo, EngineStats, News
+from server.engine.messages import Accepted, Call, CallFailed, Delta, EngineInfo, EngineStats, News, Reply
 from server.engine.process import main
 from server.engine.request import GenerationRequest
 from server.settings import EngineSettings
@@ -39,12 +39,23 @@ class InstantCore:
         self._next_step_s = 0.0
         self._left: dict[str, int] = {}  # request id → tokens to come
         self._accepted: list[News] = []  # since the last step
+        self._replies: list[Reply] = []
         self._num_steps = 0
         self._num_tokens = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self._left)
+
+    is_blocked = False
+    wake_fd = None
+
+    def call(self, call: Call) -> None:
+        self._replies.append(CallFailed(call.call_id, "This engine has no adapters."))
+
+    def take_replies(self) -> list[Reply]:
+        replies, self._replies = self._replies, []
+        return replies
 
     def submit(self, request: GenerationRequest) -> None:
         self._interval_s = 1 / request.prompt_token_ids[0]

@@ -75,7 +75,11 @@ def main() -> None:
     contexts = [token_ids[i : i + CONTEXT] for i in range(0, len(token_ids) - CONTEXT // 2, CONTEXT)]
     rows = []
     for name in (REFERENCE, "none", "int8", "int4"):
-        served = TorchModel(model, config) if name == REFERENCE else CpuModel(model, config, name, num_threads=2)
+        served = (
+            TorchModel(model, config)
+            if name == REFERENCE
+            else CpuModel(model, config, quantization=name, num_threads=2)
+        )
         value = perplexity(served, cache, contexts)
         change = value / (rows[0]["perplexity"] if rows else value) - 1
         rows.append({"weights": name, "perplexity": round(value, 4), "change": round(change, 5)})

@@ -4,7 +4,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.api import chat, completions, health, models
+from server.api import adapters, chat, completions, health, models
 from server.api.disconnect import ClientLeft, answer_client_left
 from server.api.errors import ApiError, answer_api_error, answer_http_exception
 from server.api.middleware import BodyLimit, RequestLog
@@ -15,7 +15,7 @@ def create_app(service: Service) -> FastAPI:
     """An application for a service whose engine is ready."""
     app = FastAPI(title="StellarByte", openapi_url=None, redirect_slashes=False)
     app.state.service = service
-    for module in (completions, chat, models, health):
+    for module in (completions, chat, models, adapters, health):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_exception)

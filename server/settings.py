@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 DEMO_MODEL = "demo"
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
 
+ADAPTER_NAME_RULE = "a name of 1 to 128 letters, digits and . _ : / -, beginning with a letter or digit"
 _BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -101,9 +102,39 @@ def window_size(text: str) -> int | None:
     return None if text == "none" else whole_number(1)(text)
 
 
-def option(parse: Callable[[str], Any], metavar: str, help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field that is also a flag; `parse` raises SettingsError."""
-    return dataclasses.field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help})
+def existing_folder(text: str) -> str:
+    if not Path(text).is_dir():
+        raise SettingsError(f"there is no folder {text!r}")
+    return text
+
+
+def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """NAME=PATH …, every name once."""
+    pairs = []
+    for text in texts:
+        name, _, path = text.partition("=")
+        if not path or not is_adapter_name(name):
+            raise SettingsError(f"{text!r} is not NAME=PATH, {ADAPTER_NAME_RULE}")
+        pairs.append((name, path))
+    if len(dict(pairs)) < len(pairs):
+        raise SettingsError("a name is given twice")
+    return tuple(pairs)
+
+
+def is_adapter_name(text: str) -> bool:
+    """Whether an adapter may be called so: in URLs, logs and metrics. @ stands before a version."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", text) is not None
+
+
+def option(
+    parse: Callable[[Any], Any], metavar: str, help: str, default: Any = dataclasses.MISSING, *, many: bool = False
+) -> Any:
+    """A dataclass field that is also a flag; `parse` raises SettingsError.
+
+    With `many` the flag takes several values, and its variable several words; `parse` gets them as a list.
+    """
+    metadata = {"parse": parse, "metavar": metavar, "help": help, "many": many}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +187,28 @@ class EngineSettings:
     enable_prefix_caching: bool = option(
         switch, "", "keep computed tokens for later requests that begin with the same ones", True
     )
+    adapter_dir: str | None = option(
+        existing_folder, "DIR", "folder whose adapter folders are offered by their names, read on first use", None
+    )
+    lora_modules: tuple[tuple[str, str], ...] = option(
+        named_paths, "NAME=PATH", "adapters to load at the start, wherever they lie", (), many=True
+    )
+    max_loras: int = option(whole_number(1, 1000), "N", "most adapters that one step can use", 8)
+    max_lora_rank: int = option(whole_number(1, 1024), "N", "largest rank of an adapter", 64)
+    max_cpu_loras: int | None = option(
+        whole_number(1), "N", "most adapters kept in CPU memory (default: 4 times --max-loras)", None
+    )
     max_queued_requests: int = option(
         whole_number(0), "N", "most requests beyond --max-num-seqs; more are answered with 429", 1024
     )
     queue_timeout: float | None = option(
         seconds, "SECONDS", "most time a request waits before it is answered with 503 (default: no limit)", None
     )
+
+    @property
+    def serves_adapters(self) -> bool:
+        """Whether there is a place to read adapters from."""
+        return self.adapter_dir is not None or bool(self.lora_modules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +229,13 @@ class ServerSettings:
         "error",
     )
     chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
+    admin_api_key: str | None = option(
+        not_empty,
+        "KEY",
+        "what loading and unloading adapters needs as a bearer token; without it they work only while --host is this"
+        " machine's loopback (better given as the variable, which other users cannot see)",
+        None,
+    )
     max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
     shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
     unknown_fields: str = option(
@@ -230,9 +284,13 @@ def _make_parser() -> argparse.ArgumentParser:
         for field in _options(settings_class):
             shown = DEMO_MODEL if field.name == "model" else field.default
             text = field.metadata["help"]
-            if shown is not None and "(default:" not in text:
+            if shown not in (None, ()) and "(default:" not in text:
                 text += f" (default: {shown})"
             text = text.replace("%", "%%")
+            if field.metadata["many"]:
+                shape = {"nargs": "+", "action": "extend", "metavar": field.metadata["metavar"]}
+                group.add_argument(_flag(field), help=text, **shape)
+                continue
             if field.metadata["parse"] is not switch:
                 group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text)
                 continue
@@ -242,9 +300,9 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parsed(field: dataclasses.Field[Any], source: str, text: str) -> Any:
+def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
     try:
-        return field.metadata["parse"](text)
+        return field.metadata["parse"](given)
     except SettingsError as error:
         raise SettingsError(f"{source}: {error}") from None
 
@@ -263,8 +321,12 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             if field.name in given:
                 found[field.name] = _parsed(field, _flag(field), given[field.name])
             elif variable in environment:
-                found[field.name] = _parsed(field, variable, environment[variable])
+                text = environment[variable]
+                found[field.name] = _parsed(field, variable, text.split() if field.metadata["many"] else text)
         return found
 
     engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
-    return ServerSettings(engine=engine, **values(ServerSettings))
+    settings = ServerSettings(engine=engine, **values(ServerSettings))
+    if settings.model_name in dict(engine.lora_modules):
+        raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
+    return settings

@@ -26,3 +26,5 @@ class ForwardBatch:
     num_sink_blocks: tuple[int, ...]  # N: how many of them, at the front, hold sinks
     reach: int  # no query is further than this from a base it meets, in tokens
     logits_rows: torch.Tensor  # int64 [R], tokens whose next token is wanted
+    adapter_slots: tuple[int, ...] = ()  # N: slots of the bank, 0: no adapter; (): none has one
+    adapter_scales: tuple[float, ...] = ()  # N: how strongly, beside the adapter's own alpha / r

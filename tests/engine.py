@@ -1,12 +1,14 @@
 """An engine for tests: real scheduler, pool and, where wanted, model; no sockets, no tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 
+from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
@@ -16,13 +18,15 @@ from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.kernels.cpu.model import CpuModel
 from stellarbyte.kernels.served_model import ServedModel, TorchModel
+from stellarbyte.lora.bank import LoraBank, pack_adapter
+from tests.adapters import NO_FILES, RandomAdapter
 
 Backend = Callable[..., ServedModel]
 BACKENDS = [
     pytest.param(TorchModel, id="torch"),
     pytest.param(partial(CpuModel, quantization="none", num_threads=2), id="cpu"),
 ]
-OF_REQUEST = ("priority", "context_overflow", "cache_salt")
+OF_REQUEST = ("priority", "context_overflow", "cache_salt", "adapter", "adapter_scale")
 
 
 def make_request(
@@ -63,7 +67,8 @@ def make_scheduler(
 class ModelEngine:
     """Scheduler and model, stepping until every request has its tokens.
 
-    `config` is what to serve the model with, if not its own.
+    `config` is what to serve the model with, if not its own. `adapters` lie in slots 1, 2 ... under their names, which
+    requests may give.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class ModelEngine:
         model: ByteTransformer,
         config: ByteModelConfig | None = None,
         backend: Backend = TorchModel,
+        adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -84,14 +90,23 @@ class ModelEngine:
         cache = PagedKVCache(config, pool.num_blocks, layout.block_size, torch.float32, torch.device("cpu"))
         cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
         cache.values_LBSKD.zero_()
-        self.runner = ModelRunner(backend(model, config), cache)
+        bank = LoraBank(config, len(adapters), 16)
+        self.versions = {}
+        for slot, (name, adapter) in enumerate(adapters.items(), 1):
+            bank.fill(slot, pack_adapter(adapter.weights, adapter.scales, config, torch.float32))
+            version = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
+            self.versions[name] = version
+        self.runner = ModelRunner(backend(model, config, bank), cache)
+
+    def add(self, request: GenerationRequest) -> Sequence:
+        return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter])
 
     def teacher_forced(self, tokens: list[int], first: int, **fields: Any) -> torch.Tensor:
         """log p(next token) after tokens first-1, first, ..., each computed by the step that would sample there.
 
         `fields` are those of the request; what the step before it left in the cache is used.
         """
-        sequence = self.scheduler.add(make_request(tokens[:first], max_tokens=len(tokens) - first + 1, **fields))
+        sequence = self.add(make_request(tokens[:first], max_tokens=len(tokens) - first + 1, **fields))
         rows = []
         while len(sequence.tokens) <= len(tokens):
             chunks = self.scheduler.schedule()
@@ -105,7 +120,7 @@ class ModelEngine:
 
     def generate(self, requests: list[GenerationRequest]) -> list[list[int]]:
         """The generated tokens of every request, all queued at once."""
-        sequences = [self.scheduler.add(request) for request in requests]
+        sequences = [self.add(request) for request in requests]
         while self.scheduler.has_work:
             self.step()
         return [generated(sequence) for sequence in sequences]

@@ -12,9 +12,21 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from server.engine.messages import Accepted, Delta, EngineInfo, EngineStats, News
+from server.engine.messages import (
+    Accepted,
+    AdapterList,
+    Call,
+    CallFailed,
+    Delta,
+    EngineInfo,
+    EngineStats,
+    ListAdapters,
+    LoadSeconds,
+    News,
+    Reply,
+)
 from server.engine.process import PEER_SILENCE_LIMIT_S, main
-from server.engine.request import GenerationRequest, RequestRejected
+from server.engine.request import MODEL_NOT_FOUND, GenerationRequest, RequestRejected
 from server.engine.text import TextStream
 from server.settings import EngineSettings
 
@@ -74,12 +86,29 @@ class FakeCore:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     accepted: list[Accepted] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
         return bool(self.sequences)
 
+    is_blocked = False
+    wake_fd = None
+
+    def call(self, call: Call) -> None:
+        if isinstance(call, ListAdapters):
+            nothing = LoadSeconds(bounds=(), counts=(0,))
+            self.replies.append(AdapterList(call.call_id, (), nothing, 0))
+        else:
+            self.replies.append(CallFailed(call.call_id, "The fake engine has no adapters."))
+
+    def take_replies(self) -> list[Reply]:
+        replies, self.replies = self.replies, []
+        return replies
+
     def submit(self, request: GenerationRequest) -> None:
+        if request.adapter is not None:
+            raise RequestRejected(f"The model {request.adapter!r} does not exist.", MODEL_NOT_FOUND, "model")
         script = bytes(token_id for token_id in request.prompt_token_ids if token_id < 256)
         if script.startswith(REJECT.encode()):
             raise RequestRejected("The fake engine does not want this.", code="unwanted", param="prompt")

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from server.engine.client import EngineDead
-from server.engine.request import QUEUE_FULL, QUEUE_TIMEOUT, RequestRejected
+from server.engine.request import ADAPTER_NOT_FOUND, MODEL_NOT_FOUND, QUEUE_FULL, QUEUE_TIMEOUT, RequestRejected
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -22,6 +22,7 @@ _TYPES = {
 
 # What the engine may refuse for the moment: status, and seconds after which to try again.
 _NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5")}
+_NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 
 class ApiError(Exception):
@@ -68,7 +69,8 @@ def from_engine(error: RequestRejected | EngineDead) -> ApiError:
     if error.code in _NOT_NOW:
         status, retry_after_s = _NOT_NOW[error.code]
         return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
-    return bad_request(str(error), error.param, error.code)
+    status = 404 if error.code in _NOT_FOUND else 400
+    return ApiError(status, str(error), param=error.param, code=error.code)
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -79,6 +81,8 @@ def from_validation(error: ValidationError) -> ApiError:
     param = _path(first["loc"])
     if not param:
         return bad_request("The body must be a JSON object.")
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"The field '{param}' is unknown.", param)
     if first["type"] == "missing":
         return bad_request(f"The field '{param}' is required.", param)
     return bad_request(f"The field '{param}' is not valid: {_lower_first(first['msg'])}.", param)

@@ -42,15 +42,9 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
     """The checked body, for the served model, and the headers that tell which fields were ignored."""
     content = await request.body()
     body, ignored = parse_body(body_class, content, warn_unknown=service.settings.unknown_fields == "warn")
-    if body.model != service.settings.model_name:
-        raise model_not_found(body.model)
     if not ignored:
         return body, {}
     return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
-
-
-def model_not_found(name: str) -> ApiError:
-    return ApiError(404, f"The model {name!r} does not exist.", param="model", code="model_not_found")
 
 
 async def tokenize(encode: Callable[[], list[int]], num_characters: int) -> list[int]:
@@ -106,6 +100,8 @@ def make_request(body: GenerationBody, service: Service, token_ids: list[int], m
         sampling=sampling,
         priority=0 if body.priority is None else body.priority,
         context_overflow=overflow_of(body, service),
+        adapter=None if body.model == service.settings.model_name else body.model,
+        adapter_scale=1.0 if body.adapter_scale is None else float(body.adapter_scale),
         cache_salt="" if body.cache_salt is None else body.cache_salt,
     )
 
@@ -119,22 +115,33 @@ async def answer(
     headers: dict[str, str],
 ) -> Response:
     """Run a request and answer it, streamed or whole. Headers are sent once the engine has begun to run it."""
-    base = {
-        "id": form.id_prefix + request.request_id,
-        "object": form.chunk_object if body.stream else form.object,
-        "created": int(time.time()),
-        "model": service.settings.model_name,
-        "system_fingerprint": service.fingerprint,
-    }
     tokens = TokenCount(len(request.prompt_token_ids))
     http.state.tokens = tokens
+
+    async def submit() -> tuple[DeltaStream, dict[str, Any]]:
+        """The accepted request, and the fields that all of its answer's objects share."""
+        stream = await service.client.submit(request)
+        if request.adapter is not None:
+            http.state.adapter = f"{request.adapter.partition('@')[0]}@{stream.adapter_hash[:12]}"
+        return stream, {
+            "id": form.id_prefix + request.request_id,
+            "object": form.chunk_object if body.stream else form.object,
+            "created": int(time.time()),
+            "model": body.model,
+            "system_fingerprint": service.fingerprint(stream.adapter_hash),
+        }
+
+    async def whole() -> tuple[str, str, dict[str, Any]]:
+        stream, base = await submit()
+        return *await _whole(stream, tokens), base
+
     try:
         if body.stream:
-            stream = await unless_client_leaves(http.receive, service.client.submit(request))
+            stream, base = await unless_client_leaves(http.receive, submit())
             writer = ChunkWriter(base, is_chat=form.is_chat, include_usage=body.include_usage)
             events = _events(stream, writer, tokens, with_role=form.is_chat, with_usage=body.include_usage)
             return DeltaStreamResponse(stream, events, headers)
-        text, reason = await unless_client_leaves(http.receive, _whole(service, request, tokens))
+        text, reason, base = await unless_client_leaves(http.receive, whole())
     except (RequestRejected, EngineDead) as error:
         raise from_engine(error) from None
     choice = {"index": 0, **form.choice(text), "logprobs": None, "finish_reason": reason}
@@ -165,9 +172,8 @@ class TokenCount:
         return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
 
 
-async def _whole(service: Service, request: GenerationRequest, tokens: TokenCount) -> tuple[str, str]:
+async def _whole(stream: DeltaStream, tokens: TokenCount) -> tuple[str, str]:
     """Text and finish reason of the whole answer; ApiError when the engine failed on the way."""
-    stream = await service.client.submit(request)
     texts, reason = [], None
     try:
         async for delta in stream:

@@ -1,5 +1,7 @@
 """GET /health, /ready, /version and /metrics: for those who run the server."""
 
+import asyncio
+import contextlib
 from importlib.metadata import version
 
 from fastapi import APIRouter
@@ -8,6 +10,7 @@ from starlette.responses import Response
 
 from server.api.errors import ApiError
 from server.api.service import Service, ServiceOfRequest
+from server.engine.client import STATS_LIMIT_S, EngineDead
 from server.metrics import render_metrics
 
 router = APIRouter()
@@ -34,7 +37,12 @@ async def get_version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(service: ServiceOfRequest) -> Response:
-    content = render_metrics(await service.client.fresh_stats(), service.settings.model_name)
+    stats = await service.client.fresh_stats()
+    adapters = None
+    with contextlib.suppress(EngineDead, TimeoutError):
+        async with asyncio.timeout(STATS_LIMIT_S):
+            adapters = await service.client.list_adapters()
+    content = render_metrics(stats, service.settings.model_name, adapters, service.info.device)
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -47,11 +47,12 @@ class RequestLog:
         finally:
             tokens = state.get("tokens")
             logger.info(
-                "%s %s %s id=%s%s %.0f ms",
+                "%s %s %s id=%s%s%s %.0f ms",
                 scope["method"],
                 scope["path"].encode("unicode_escape").decode(),
                 "-" if status is None else status,
                 request_id,
+                f" adapter={state['adapter']}" if "adapter" in state else "",
                 "" if tokens is None else f" tokens={tokens.prompt}+{tokens.completion}",
                 (time.perf_counter() - started_s) * 1000,
             )

@@ -1,28 +1,39 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models and /v1/models/{id}: the model, and a card for each adapter that can be asked for."""
 
 from typing import Any
 
 from fastapi import APIRouter
 
-from server.api.generation import model_not_found
+from server.api.adapters import adapters_of, model_not_found
 from server.api.service import Service, ServiceOfRequest
+from server.engine.messages import AdapterCard
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(service: ServiceOfRequest) -> dict[str, Any]:
-    return {"object": "list", "data": [_card(service)]}
+    return {"object": "list", "data": await _cards(service)}
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, service: ServiceOfRequest) -> dict[str, Any]:
-    if name != service.settings.model_name:
-        raise model_not_found(name)
-    return _card(service)
+    for card in await _cards(service):
+        if name in (card["id"], f"{card['id']}@{card['content_hash']}"):
+            return card
+    raise model_not_found(name)
 
 
-def _card(service: Service) -> dict[str, Any]:
+async def _cards(service: Service) -> list[dict[str, Any]]:
+    adapters = await adapters_of(service)
+    return [_model_card(service), *(_adapter_card(service, card) for card in adapters.cards if _can_be_asked(card))]
+
+
+def _can_be_asked(card: AdapterCard) -> bool:
+    return card.state in ("ready", "loading")
+
+
+def _model_card(service: Service) -> dict[str, Any]:
     return {
         "id": service.settings.model_name,
         "object": "model",
@@ -32,4 +43,13 @@ def _card(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.info.max_model_len,
         "content_hash": service.info.weights_hash,
+    }
+
+
+def _adapter_card(service: Service, card: AdapterCard) -> dict[str, Any]:
+    return _model_card(service) | {
+        "id": card.name,
+        "root": card.root,
+        "parent": service.settings.model_name,
+        "content_hash": card.content_hash or None,
     }

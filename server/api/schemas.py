@@ -95,6 +95,7 @@ class GenerationBody(_Body):
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     context_overflow: Literal["error", "slide"] | None = None
+    adapter_scale: Annotated[float, Field(ge=0, le=8)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Accepted and unused, whatever they hold.
@@ -152,7 +153,6 @@ _NOT_SUPPORTED: dict[str, Callable[[object], bool]] = {
     "include_stop_str_in_output": _equals(False),
     "skip_special_tokens": _equals(True),
     "return_token_ids": _equals(False),
-    "adapter_scale": _equals(1),
 }
 _NOT_SUPPORTED_COMPLETION = _NOT_SUPPORTED | {
     "best_of": _equals(1),
@@ -201,6 +201,7 @@ _NOT_SUPPORTED_STREAM_OPTIONS = {
 }
 
 BodyT = TypeVar("BodyT", bound=GenerationBody)
+PlainBodyT = TypeVar("PlainBodyT", bound=BaseModel)
 
 
 def parse_body(body_class: type[BodyT], body: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
@@ -217,6 +218,14 @@ def parse_body(body_class: type[BodyT], body: bytes, *, warn_unknown: bool) -> t
     if parsed.stream_options is not None and not parsed.stream:
         raise bad_request("The field 'stream_options' is only allowed when 'stream' is true.", "stream_options")
     return parsed, [path for path, _ in refused]
+
+
+def parse_plain_body(body_class: type[PlainBodyT], body: bytes) -> PlainBodyT:
+    """A checked body of a class that forbids other fields; ApiError when it is refused."""
+    try:
+        return body_class.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 def _refused_fields(body: GenerationBody) -> Iterator[tuple[str, bool]]:

@@ -44,11 +44,15 @@ class Service:
     defaults: SamplingDefaults
     started_at: int  # Unix seconds, the same in all HTTP processes
 
-    @property
-    def fingerprint(self) -> str:
-        """Names the weights and the numbers they are computed in, on which the answer to a seeded request depends."""
-        numbers = self.info.dtype if self.info.quantization == "none" else f"{self.info.dtype}_{self.info.quantization}"
-        return f"fp_{self.info.weights_hash[:12]}_{numbers}"
+    def fingerprint(self, adapter_hash: str) -> str:
+        """Names weights, adapter and the numbers they are computed in: what the answer to a seeded request depends on.
+
+        `adapter_hash` is "" without an adapter.
+        """
+        parts = ["fp", self.info.weights_hash[:12], adapter_hash[:12], self.info.dtype]
+        if self.info.quantization != "none":
+            parts.append(self.info.quantization)
+        return "_".join(part for part in parts if part)
 
 
 def load_service(settings: ServerSettings, client: EngineClient, started_at: int) -> Service:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 import time
 
 import msgspec
@@ -19,22 +20,31 @@ from server.engine.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
     Accepted,
+    AdapterList,
+    AdapterLoaded,
+    AdapterUnloaded,
+    Call,
+    CallFailed,
     Command,
     Delta,
     EngineInfo,
     EngineStats,
     Event,
     Heartbeat,
+    ListAdapters,
+    LoadAdapter,
     Rejected,
+    Reply,
     StepOutput,
     Submit,
+    UnloadAdapter,
 )
 from server.engine.request import GenerationRequest, RequestRejected
 
 logger = logging.getLogger("server.client")
 
 STALL_LIMIT_S = 10.0
-_STATS_LIMIT_S = 1.0
+STATS_LIMIT_S = 1.0
 _MESSAGES_A_TURN = 100
 _ENDED = "The engine process ended."
 _NO_STATS = EngineStats(
@@ -62,6 +72,7 @@ class DeltaStream:
     def __init__(self, client: "EngineClient", request_id: str) -> None:
         self.request_id = request_id
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.adapter_hash = ""  # of the adapter it runs with; known once it is accepted
         self._client = client
         self._texts: list[str] = []
         self._num_tokens = 0
@@ -120,6 +131,7 @@ class EngineClient:
         self.dead = asyncio.Event()  # the engine process has ended
         self._engine = engine
         self._streams: dict[str, DeltaStream] = {}
+        self._calls: dict[str, asyncio.Future[Reply]] = {}
         self._waiting_for_stats: list[asyncio.Future[None]] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
@@ -171,6 +183,38 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and not self.dead.is_set():
             self._send(Abort(request_id))
 
+    async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+        """Load an adapter; RequestRejected or EngineDead."""
+        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place))
+        assert isinstance(reply, AdapterLoaded)
+        return reply
+
+    async def unload_adapter(self, name: str) -> AdapterUnloaded:
+        """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""
+        reply = await self._call(UnloadAdapter(secrets.token_hex(8), name))
+        assert isinstance(reply, AdapterUnloaded)
+        return reply
+
+    async def list_adapters(self) -> AdapterList:
+        """All adapters as they are now; EngineDead."""
+        reply = await self._call(ListAdapters(secrets.token_hex(8)))
+        assert isinstance(reply, AdapterList)
+        return reply
+
+    async def _call(self, call: Call) -> Reply:
+        if self.dead.is_set():
+            raise EngineDead(_ENDED)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._calls[call.call_id] = answer
+        self._send(call)
+        try:
+            reply = await answer
+        finally:
+            self._calls.pop(call.call_id, None)
+        if isinstance(reply, CallFailed):
+            raise RequestRejected(reply.message, reply.code, reply.param)
+        return reply
+
     def health(self) -> str | None:
         """None while the engine makes progress, else one sentence on what is wrong."""
         if self.dead.is_set():
@@ -185,7 +229,7 @@ class EngineClient:
             heard = asyncio.get_running_loop().create_future()
             self._waiting_for_stats.append(heard)
             self._send(Heartbeat())
-            await asyncio.wait([heard], timeout=_STATS_LIMIT_S)
+            await asyncio.wait([heard], timeout=STATS_LIMIT_S)
         return self.stats
 
     def _send(self, command: Command) -> None:
@@ -210,14 +254,20 @@ class EngineClient:
         elif isinstance(event, Accepted):
             stream = self._streams.get(event.request_id)
             if stream is not None:
+                stream.adapter_hash = event.adapter_hash
                 _resolve(stream.accepted, None)
         elif isinstance(event, Rejected):
             stream = self._streams.pop(event.request_id, None)
             if stream is not None:
                 _resolve(stream.accepted, RequestRejected(event.message, event.code, event.param))
+        else:
+            answer = self._calls.get(event.call_id)
+            if answer is not None and not answer.done():
+                answer.set_result(event)
 
     def _note_progress(self, stats: EngineStats) -> None:
-        if stats.num_steps_total != self.stats.num_steps_total or stats.num_running + stats.num_waiting == 0:
+        num_to_do = stats.num_running + stats.num_waiting - stats.num_blocked
+        if stats.num_steps_total != self.stats.num_steps_total or num_to_do == 0:
             self._progress_at_s = time.monotonic()
         self.stats = stats
         while self._waiting_for_stats:
@@ -240,6 +290,9 @@ class EngineClient:
 
     def end_streams(self, message: str) -> None:
         """Give every open stream an error as its last delta."""
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineDead(message))
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
             _resolve(stream.accepted, EngineDead(message))

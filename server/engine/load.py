@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import select
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import tokenizers
 import torch
 from transformers import GenerationConfig
 
+from server.engine.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
+from server.engine.adapter_store import AdapterStore
+from server.engine.adapters import Adapters, no_adapters
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.core import EngineCore
-from server.engine.messages import EngineInfo
+from server.engine.messages import CallFailed, EngineInfo
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.settings import EngineSettings
@@ -22,6 +26,7 @@ from stellarbyte.checkpoint.native import load_language_model, open_checkpoint, 
 from stellarbyte.checkpoint.progress import ProgressBar
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.kernels.served_model import ServedModel, TorchModel
+from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 
 logger = logging.getLogger("server.engine")
@@ -66,9 +71,12 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     config, max_model_len = serving_config(open_checkpoint(path).config, settings)
     dtype = _dtype(settings.dtype, device)
     logger.info("loading %s on %s in %s", path, device.type, str(dtype).removeprefix("torch."))
+    num_slots = settings.max_loras if settings.serves_adapters else 0
+    bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
     model = _served_model(
-        load_language_model(path, dtype=dtype, device=device), config, settings.quantization, dtype, device
+        load_language_model(path, dtype=dtype, device=device), config, bank, settings.quantization, dtype, device
     )
+    adapters = _load_adapters(settings, bank)
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     plan = plan_cache(config, settings, dtype, step_tokens, _cache_budget(settings, config, step_tokens, device))
     logger.info(
@@ -91,10 +99,17 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         queue_timeout_s=settings.queue_timeout,
     )
     core = EngineCore(
-        Scheduler(limits, plan.layout, BlockPool(plan.num_blocks), prefix_caching=settings.enable_prefix_caching),
+        Scheduler(
+            limits,
+            plan.layout,
+            BlockPool(plan.num_blocks),
+            prefix_caching=settings.enable_prefix_caching,
+            adapters=adapters,
+        ),
         ModelRunner(model, cache),
         tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
         _eos_token_ids(path, config),
+        adapters,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -111,7 +126,12 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
 
 
 def _served_model(
-    model: ByteLanguageModel, config: ByteModelConfig, quantization: str, dtype: torch.dtype, device: torch.device
+    model: ByteLanguageModel,
+    config: ByteModelConfig,
+    bank: LoraBank,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> ServedModel:
     """The fastest form of the model for the device."""
     if device.type == "cpu" and dtype == torch.float32:
@@ -119,7 +139,7 @@ def _served_model(
 
         if fits(config):
             try:
-                packed = CpuModel(model, config, quantization, torch.get_num_threads())
+                packed = CpuModel(model, config, bank, quantization=quantization, num_threads=torch.get_num_threads())
             except ValueError as error:
                 raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
             logger.info("preparing the CPU kernels (the first start compiles them, which takes up to a minute)")
@@ -129,7 +149,34 @@ def _served_model(
         raise StartupError(
             f"--quantization {quantization} needs the CPU, float32 and heads of a multiple of 16 channels."
         )
-    return TorchModel(model, config)
+    return TorchModel(model, config, bank)
+
+
+def _load_adapters(settings: EngineSettings, bank: LoraBank) -> Adapters:
+    """The registry, with the adapters of --lora-modules read and checked.
+
+    Raises:
+        StartupError: one of them is not there or cannot be used.
+    """
+    if not settings.serves_adapters:
+        return no_adapters()
+    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules))
+    max_in_memory = 4 * settings.max_loras if settings.max_cpu_loras is None else settings.max_cpu_loras
+    store = AdapterStore(bank)
+    adapters = Adapters(folder, store, num_slots=bank.num_slots, max_in_memory=max_in_memory)
+    for name, path in settings.lora_modules:
+        files = folder.module(name)
+        if files is None:
+            raise StartupError(f"--lora-modules {name}: {path} holds no {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        adapters.start_load(name, name, files)
+    num_loading = len(settings.lora_modules)
+    while num_loading:
+        select.select([store.wake_fd], [], [])
+        for reply in adapters.collect():
+            if isinstance(reply, CallFailed):
+                raise StartupError(f"--lora-modules: {reply.message}")
+            num_loading -= 1
+    return adapters
 
 
 def serving_config(config: ByteModelConfig, settings: EngineSettings) -> tuple[ByteModelConfig, int]:

@@ -7,6 +7,8 @@ Before that, the process that starts the engine writes one `EngineStart` as a li
 `EngineReady` or `EngineFailed` from its stdout. The engine lives as long as its stdin is open.
 """
 
+from bisect import bisect_left
+
 import msgspec
 
 from server.engine.request import GenerationRequest
@@ -31,13 +33,37 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """An HTTP process is alive. Without one for a while the engine aborts that process's requests."""
 
 
-Command = Submit | Abort | Heartbeat
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Read an adapter and let it have a name; answered by `AdapterLoaded` or `CallFailed`."""
+
+    call_id: str
+    name: str
+    path: str
+    in_place: bool  # it may replace another
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Take a name away; answered by `AdapterUnloaded`, once its running requests have ended, or by `CallFailed`."""
+
+    call_id: str
+    name: str
+
+
+class ListAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `AdapterList`."""
+
+    call_id: str
+
+
+Call = LoadAdapter | UnloadAdapter | ListAdapters
+Command = Submit | Abort | Heartbeat | LoadAdapter | UnloadAdapter | ListAdapters
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
     """The request has begun to run: an answer can be started."""
 
     request_id: str
+    adapter_hash: str = ""  # of the version it runs on; "": none
 
 
 class Rejected(msgspec.Struct, frozen=True, tag=True):
@@ -72,9 +98,68 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens_total: int
     num_preemptions_total: int
     num_steps_total: int
+    num_blocked: int = 0  # of the waiting ones: their adapters are not there yet
     prefix_cache_queries_total: int = 0  # prompt tokens looked up
     prefix_cache_hits_total: int = 0  # and found
     evicted_tokens_total: int = 0
+
+
+class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of an adapter, as of now."""
+
+    name: str
+    state: str  # loading, ready, draining or failed
+    tier: str  # slot, cpu or disk: the fastest memory it lies in
+    content_hash: str  # "": not read yet
+    root: str  # where it is read from, inside its allowed folder
+    rank: int
+    num_bytes: int
+    num_running: int
+    num_waiting: int
+    num_requests: int  # all there were
+    num_tokens: int  # that they generated
+    error: str  # one sentence, when failed
+
+
+class LoadSeconds(msgspec.Struct, frozen=True, kw_only=True):
+    """A histogram of times; `counts` has one entry more than `bounds`, for what is above all of them."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float = 0.0
+
+    def plus(self, seconds: float) -> "LoadSeconds":
+        place = bisect_left(self.bounds, seconds)
+        counts = tuple(count + (i == place) for i, count in enumerate(self.counts))
+        return msgspec.structs.replace(self, counts=counts, total=self.total + seconds)
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
+    card: AdapterCard
+    matched: tuple[str, ...]  # modules it changes
+    unmatched: tuple[str, ...]  # targets its config names that it has no weights for
+
+
+class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
+    num_bytes: int  # given back
+
+
+class AdapterList(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
+    cards: tuple[AdapterCard, ...]
+    load_seconds: LoadSeconds
+    num_slots: int
+
+
+class CallFailed(msgspec.Struct, frozen=True, tag=True):
+    """A call did nothing; `message` is one sentence for the user."""
+
+    call_id: str
+    message: str
+    code: str | None = None
+    param: str | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -98,8 +183,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_hash: str  # SHA-256 over the weights, hexadecimal
 
 
-Event = Accepted | Rejected | StepOutput
+Reply = AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed
+Event = Accepted | Rejected | StepOutput | AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed
 News = Accepted | Rejected | Delta  # what a step has to say about one request
+
+
+def failure(request_id: str, message: str) -> Delta:
+    """The end of a request that failed; `message` is one sentence for the user."""
+    return Delta(request_id=request_id, text="", num_tokens=0, finish_reason="error", error=message)
 
 
 class EngineStart(msgspec.Struct, frozen=True):

@@ -89,6 +89,8 @@ def make_batch(chunks: list[Chunk], device: torch.device) -> ForwardBatch:
         num_sink_blocks=tuple(len(chunk.sequence.table.sink_blocks) for chunk in chunks),
         reach=reach,
         logits_rows=tensor(logits_rows),
+        adapter_slots=tuple(chunk.sequence.adapter_slot for chunk in chunks),
+        adapter_scales=tuple(chunk.sequence.request.adapter_scale for chunk in chunks),
     )
 
 

@@ -24,6 +24,7 @@ import zmq
 from server.engine.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
+    Call,
     Command,
     Delta,
     EngineFailed,
@@ -35,8 +36,10 @@ from server.engine.messages import (
     Heartbeat,
     News,
     Rejected,
+    Reply,
     StepOutput,
     Submit,
+    failure,
 )
 from server.engine.request import GenerationRequest, RequestRejected
 from server.logs import configure_logging
@@ -60,6 +63,20 @@ class Core(Protocol):
 
     @property
     def has_work(self) -> bool: ...
+
+    @property
+    def is_blocked(self) -> bool:
+        """All there is to do waits for what `wake_fd` will announce."""
+
+    @property
+    def wake_fd(self) -> int | None:
+        """Becomes readable when there is something to do that no command brought."""
+
+    def call(self, call: Call) -> None:
+        """Do what the operator asks, which `take_replies` will answer."""
+
+    def take_replies(self) -> list[Reply]:
+        """The answers to calls since the last time."""
 
     def step(self) -> list[News]:
         """One forward pass; which requests began to run or never will, and what it added to the others.
@@ -93,13 +110,19 @@ class EngineLoop:
         self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
         self._peers: dict[bytes, _Peer] = {}
         self._owner: dict[str, bytes] = {}  # request id → peer
+        self._callers: dict[str, bytes] = {}  # call id → peer
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        if core.wake_fd is not None:
+            self._poller.register(core.wake_fd, zmq.POLLIN)
 
     def run(self) -> None:
         """Serve until a step fails; that exception is raised once every running request has been told."""
         while True:
-            idle = not self._core.has_work
-            if self._socket.poll(int(HEARTBEAT_INTERVAL_S * 1000) if idle else 0):
+            idle = not self._core.has_work or self._core.is_blocked
+            if self._poller.poll(int(HEARTBEAT_INTERVAL_S * 1000) if idle else 0):
                 self._take_commands()
+                self._answer_calls()
             now_s = time.monotonic()
             self._leave_silent_peers(now_s)  # after commands were taken: heartbeats wait while a long step runs
             self._tell_stats(now_s)
@@ -110,6 +133,12 @@ class EngineLoop:
                     self._fail_everything()
                     raise
                 self._deliver(news)
+                self._answer_calls()
+
+    def _answer_calls(self) -> None:
+        for reply in self._core.take_replies():
+            if (peer_id := self._callers.pop(reply.call_id, None)) is not None:
+                self._send(peer_id, reply)
 
     def _take_commands(self) -> None:
         """Handle every command that has arrived."""
@@ -148,6 +177,9 @@ class EngineLoop:
             peer.told_at_s = 0.0  # let it see at once that the blocks are free
         elif isinstance(command, Heartbeat):
             peer.told_at_s = 0.0  # answered with the state of now
+        elif isinstance(command, Call):
+            self._callers[command.call_id] = peer_id
+            self._core.call(command)
 
     def _deliver(self, news: Iterable[News]) -> None:
         """Verdicts one by one, then one message for each peer that has deltas."""
@@ -201,18 +233,14 @@ class EngineLoop:
         for request_id in list(peer.request_ids):
             self._forget(request_id)
             self._core.abort(request_id)
-            peer.undelivered.append(_failure(request_id, "The request was dropped: its answer was not being read."))
+            peer.undelivered.append(failure(request_id, "The request was dropped: its answer was not being read."))
 
     def _forget(self, request_id: str) -> None:
         self._peers[self._owner.pop(request_id)].request_ids.discard(request_id)
 
     def _fail_everything(self) -> None:
         message = "The engine failed while it worked on this request."
-        self._deliver([_failure(request_id, message) for request_id in self._owner])
-
-
-def _failure(request_id: str, message: str) -> Delta:
-    return Delta(request_id=request_id, text="", num_tokens=0, finish_reason="error", error=message)
+        self._deliver([failure(request_id, message) for request_id in self._owner])
 
 
 def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:

@@ -11,6 +11,10 @@ MAX_PRIORITY = 100  # either way: what keeps any request from waiting for ever
 # Codes of `RequestRejected` that mean "not now" and not "not like this".
 QUEUE_FULL = "queue_full"
 QUEUE_TIMEOUT = "queue_timeout"
+# Those that are about the adapter.
+MODEL_NOT_FOUND = "model_not_found"
+ADAPTER_NOT_FOUND = "adapter_not_found"
+ADAPTER_FAILED = "adapter_failed"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +38,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     priority: int = 0  # lower runs first; -MAX_PRIORITY..MAX_PRIORITY
     context_overflow: Literal["error", "slide"] = "error"  # at the context's end: refuse, or let the oldest tokens go
+    adapter: str | None = None  # NAME, or NAME@HASH for one version of it
+    adapter_scale: float = 1.0  # how strongly it acts, beside its own alpha / r
     cache_salt: str = ""  # content is shared only between requests with the same one
 
 

@@ -10,10 +10,13 @@ or has been filled.
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Protocol
 
+from server.engine.adapter_slots import Move
+from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockPool, BlockTable, CacheLayout
 from server.engine.prefix_cache import NOTHING_CACHED, BlockKeys, CachedPrefix, find_prefix
 from server.engine.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, RequestRejected
@@ -21,6 +24,16 @@ from server.engine.sequence import Chunk, Sequence
 from server.engine.waiting import WaitingQueue, rank
 
 _rank = attrgetter("rank")
+
+
+class AdapterGate(Protocol):
+    """What the scheduler asks of the registry of adapters."""
+
+    def place(self, waiting: Iterable[Sequence]) -> Move | None: ...
+    def finish_move(self, move: Move) -> None: ...
+    def may_enter(self, sequence: Sequence) -> bool: ...
+    def enter(self, version: AdapterVersion) -> None: ...
+    def leave(self, version: AdapterVersion) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +71,7 @@ class Scheduler:
         pool: BlockPool,
         *,
         prefix_caching: bool = True,
+        adapters: AdapterGate | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
@@ -68,6 +82,7 @@ class Scheduler:
         self.admitted: list[Sequence] = []  # those the last `schedule` let run for the first time
         self.totals = SchedulerTotals()
         self._prefix_caching = prefix_caching
+        self._adapters = adapters
         self._clock = clock
         self._num_added = 0
 
@@ -75,8 +90,8 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, request: GenerationRequest) -> Sequence:
-        """Queue a request.
+    def add(self, request: GenerationRequest, adapter: AdapterVersion | None = None) -> Sequence:
+        """Queue a request, to run with `adapter`.
 
         Raises:
             RequestRejected: it could never run to its end, or the queue is full.
@@ -98,9 +113,9 @@ class Scheduler:
         sequence = Sequence(
             request=request,
             table=BlockTable(self.layout),
-            keys=BlockKeys(self.layout, request.cache_salt.encode()),
             rank=rank(request.priority, arrived_s, self._num_added),
             arrived_s=arrived_s,
+            adapter=adapter,
         )
         self.waiting.add(sequence)
         return sequence
@@ -124,8 +139,10 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """Choose the next step's chunks and reserve their blocks; [] when there is nothing to do."""
         budget = self.limits.max_num_batched_tokens
-        preemptions = self.totals.num_preemptions
         self.admitted = []
+        if self.waiting and self._adapters is not None:
+            self._place_adapters(self._adapters)
+        preemptions = self.totals.num_preemptions
         chunks: list[Chunk] = []
         prefills: list[Sequence] = []
         for sequence in self.running:  # the last ones may be preempted meanwhile, which only shortens the list
@@ -142,12 +159,30 @@ class Scheduler:
                 budget -= self._add_prefill(sequence, budget, chunks)
         if self.totals.num_preemptions > preemptions:
             return [chunk for chunk in chunks if chunk.sequence.is_running]  # no room for newcomers either
-        while budget and self.waiting and len(self.running) < self.limits.max_num_seqs:
-            newest = self._admit_first()
-            if newest is None:
+        for sequence in list(self.waiting) if budget and len(self.running) < self.limits.max_num_seqs else ():
+            if self._adapters is not None and not self._adapters.may_enter(sequence):
+                continue  # it holds up nobody
+            if not self._admit(sequence):
                 break
-            budget -= self._add_prefill(newest, budget, chunks)
+            budget -= self._add_prefill(sequence, budget, chunks)
+            if not budget or len(self.running) >= self.limits.max_num_seqs:
+                break
         return chunks
+
+    @property
+    def num_blocked(self) -> int:
+        """Waiting sequences whose adapter is not there yet."""
+        if self._adapters is None:
+            return 0
+        return sum(not self._adapters.may_enter(sequence) for sequence in self.waiting if sequence.adapter is not None)
+
+    def _place_adapters(self, adapters: AdapterGate) -> None:
+        """Let waiting sequences get slots for their adapters, if need be from running ones that had theirs for long."""
+        move = adapters.place(self.waiting)
+        if move is not None:
+            for sequence in [s for s in self.running if s.adapter is not None and s.adapter.slot == move.slot]:
+                self._preempt(sequence)
+            adapters.finish_move(move)
 
     def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int]]:
         """Record a finished step; `sampled` has one token for each chunk that samples, in order.
@@ -192,18 +227,19 @@ class Scheduler:
                 return 0
             length = 1
 
-    def _admit_first(self) -> Sequence | None:
-        """Let the most important waiting sequence run if there are blocks for its tokens, as far as they stay visible.
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence run if there are blocks for its tokens, as far as they stay visible.
 
-        It starts after what the cache holds of it. None: there are too few blocks.
+        It starts after what the cache holds of it. False: there are too few blocks.
         """
-        sequence = self.waiting.first
         cached = self._find_prefix(sequence)
         shared = cached.sink_blocks + cached.blocks
         needed = self.layout.peak_blocks(len(sequence.tokens), 1) - self.pool.num_held(shared)
         if needed > self.pool.num_free:
-            return None
+            return False
         self.waiting.remove(sequence)
+        if sequence.adapter is not None and self._adapters is not None:
+            self._adapters.enter(sequence.adapter)
         self.pool.hold(shared)
         sequence.table.start_after(cached.sink_blocks, cached.num_unseen, cached.blocks)
         sequence.num_computed = cached.num_tokens
@@ -218,14 +254,20 @@ class Scheduler:
             if self._prefix_caching:
                 self.totals.prefix_queries += sequence.num_prompt
                 self.totals.prefix_hits += sequence.num_cached
-        return sequence
+        return True
 
     def _find_prefix(self, sequence: Sequence) -> CachedPrefix:
         """What the cache holds of a sequence; never its last token, whose computation yields the next one."""
         if not self._prefix_caching:
             return NOTHING_CACHED
-        sequence.keys.extend(sequence.tokens, len(sequence.tokens) - 1)
-        return find_prefix(sequence.keys.keys, self.layout, self.pool)
+        return find_prefix(self._keys(sequence, len(sequence.tokens) - 1), self.layout, self.pool)
+
+    def _keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
+        """The keys of the blocks that a sequence's first tokens fill."""
+        if sequence.keys is None:
+            sequence.keys = BlockKeys(self.layout, _salt(sequence))
+        sequence.keys.extend(sequence.tokens, num_tokens)
+        return sequence.keys.keys
 
     def _settle_blocks(self, sequence: Sequence) -> None:
         """Name the blocks that have become full; free those that are out of sight from the end of the last full one.
@@ -237,11 +279,10 @@ class Scheduler:
         """
         layout, table = self.layout, sequence.table
         self._count_evicted(sequence)
-        if self._prefix_caching:
-            sequence.keys.extend(sequence.tokens, sequence.num_computed)
+        keys = self._keys(sequence, sequence.num_computed) if self._prefix_caching else []
         while sequence.next_full_at <= sequence.num_computed:
             if self._prefix_caching:
-                self.pool.name(table.block(sequence.num_full), sequence.keys.keys[sequence.num_full])
+                self.pool.name(table.block(sequence.num_full), keys[sequence.num_full])
             last_end = sequence.next_full_at
             sequence.num_full += 1
             sequence.next_full_at = layout.block_end(sequence.num_full)
@@ -259,10 +300,19 @@ class Scheduler:
         """Stop a sequence; it runs again later, from what the cache still holds of it then."""
         self._stop_running(sequence)
         sequence.num_computed = 0
+        sequence.queued_s = self._clock()
         self.waiting.add(sequence)
         self.totals.num_preemptions += 1
 
     def _stop_running(self, sequence: Sequence) -> None:
         del self.running[bisect_left(self.running, sequence.rank, key=_rank)]
         sequence.is_running = False
+        if sequence.adapter is not None and self._adapters is not None:
+            self._adapters.leave(sequence.adapter)
         self.pool.give_back(sequence.table.pop_all())
+
+
+def _salt(sequence: Sequence) -> bytes:
+    """What two sequences must have in common, beside their tokens, to share content of the cache."""
+    adapter = None if sequence.adapter is None else (sequence.adapter.content_hash, sequence.request.adapter_scale)
+    return repr((adapter, sequence.request.cache_salt)).encode()

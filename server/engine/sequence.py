@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockTable
 from server.engine.prefix_cache import BlockKeys
 from server.engine.request import GenerationRequest
@@ -18,9 +19,11 @@ class Sequence:
 
     request: GenerationRequest
     table: BlockTable
-    keys: BlockKeys
     rank: tuple[float, int]
     arrived_s: float
+    adapter: AdapterVersion | None = None
+    keys: BlockKeys | None = None  # made when first needed: they begin with the adapter's content, then known
+    queued_s: float = field(init=False)  # since when it has not run
     tokens: "array[int]" = field(init=False)  # prompt, then what was sampled
     num_computed: int = 0  # tokens whose keys are in the cache, or were and are out of sight
     num_full: int = 0  # blocks from the sequence's start that are full, and settled by the scheduler
@@ -32,10 +35,15 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)
+        self.queued_s = self.arrived_s
 
     @property
     def num_prompt(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def adapter_slot(self) -> int:
+        return 0 if self.adapter is None else self.adapter.slot
 
     @property
     def num_pending(self) -> int:

@@ -7,12 +7,13 @@ The safetensors package reads tensors lazily but writes a file only from tensors
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,6 +26,7 @@ SIZES = {  # bytes of one element, for every dtype that the format knows with wh
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,36 +53,66 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is missing, cut short, too long, or its header makes no sense.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
-            prefix = stream.read(8)
-            header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= header_bytes <= min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file} is not a safetensors file, or it is cut short: its header does not fit.")
-            raw = stream.read(header_bytes)
+            return {name: info for name, (info, _) in parse_header(stream, file).tensors.items()}
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A header and where its tensors are: each with the offset of its first byte after the header."""
+
+    raw: bytes  # the file up to the first tensor
+    tensors: dict[str, tuple[TensorInfo, int]]
+    payload_bytes: int  # all tensors; the rest of the file
+
+
+def parse_header(stream: BinaryIO, file: Path, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """Read the header of an open file, which is then at its first tensor. Errors call the file `file`.
+
+    Raises:
+        CheckpointError: as `read_header`, or the header is larger than `max_bytes`.
+        OSError: reading failed.
+    """
+    size = os.fstat(stream.fileno()).st_size
+    prefix = stream.read(8)
+    header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+    if not 2 <= header_bytes <= min(size - 8, max_bytes):
+        raise CheckpointError(f"{file} is not a safetensors file, or it is cut short: its header does not fit.")
+    raw = stream.read(header_bytes)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         spans = {name: _parse_entry(file, entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} has a corrupt safetensors header.") from error
     end = 0
     for name, (info, start, stop) in sorted(spans.items(), key=lambda item: item[1][1:]):
         if start != end or stop - start != info.num_bytes:
-            raise CheckpointError(f"{file} has a corrupt safetensors header: the bytes of {name} do not add up.")
+            raise CheckpointError(f"{file} has a corrupt safetensors header: the bytes of {name!r:.200} do not add up.")
         end = stop
     if 8 + header_bytes + end != size:
         raise CheckpointError(f"{file} has {size} bytes, but its header describes {8 + header_bytes + end}.")
-    return {name: info for name, (info, _, _) in spans.items()}
+    tensors = {name: (info, start) for name, (info, start, _) in spans.items()}
+    return Header(raw=prefix + raw, tensors=tensors, payload_bytes=end)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused where a name is in it twice: readers would not agree on which counts."""
+    if len(content := dict(pairs)) != len(pairs):
+        raise ValueError("a name is there twice")
+    return content
 
 
 def _parse_entry(file: Path, entry: dict[str, Any]) -> tuple[TensorInfo, int, int]:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if entry["dtype"] not in SIZES or not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+    numbers = (start, stop, *shape)
+    if entry["dtype"] not in SIZES or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError(f"impossible entry {entry!r}")
+    if len(shape) > MAX_DIMENSIONS:  # the product of millions of numbers would take days
+        raise ValueError(f"{len(shape)} dimensions")
     return TensorInfo(file=file, dtype=entry["dtype"], shape=shape), start, stop
 
 

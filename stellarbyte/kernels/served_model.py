@@ -1,12 +1,16 @@
 """What the engine asks of a model, and the plain torch form of it. Knows no requests."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from stellarbyte.cache.paged_kv import PagedAttention, PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.lora.bank import PROJECTIONS, LoraBank, module_name
+from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.sampling import RowSampling, sample
 
@@ -29,17 +33,49 @@ class TorchModel:
     """The reference: the model's own modules over `kernels/reference.py`, on any device.
 
     `config` is the one to serve with: its window and sinks may differ from those the checkpoint was saved with.
+    `bank` holds the adapters; None: there are none.
     """
 
-    def __init__(self, model: ByteLanguageModel, config: ByteModelConfig) -> None:
+    def __init__(self, model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank | None = None) -> None:
         self.model = model
         self.config = config
+        self.bank = LoraBank(config) if bank is None else bank
+        self._places = {
+            model.get_submodule(module_name(layer, projection)): (layer, projection)
+            for layer in range(config.num_hidden_layers)
+            for projection in range(len(PROJECTIONS))
+        }
 
     def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
         decoder = self.model.model
         attend = PagedAttention(self.config, decoder.rotary, cache, batch)
-        hidden_TC = decoder(decoder.embed_tokens(batch.token_ids_T), attend)
+        project = _AdaptedProjection(self.bank, self._places, batch) if any(batch.adapter_slots) else plain_projection
+        hidden_TC = decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
         return self.model.lm_head(hidden_TC[batch.logits_rows])
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()
+
+
+class _AdaptedProjection:
+    """The `project` of one step: y = W x + scale · Bᵀ(A x), each row with its own sequence's adapter and scale."""
+
+    def __init__(self, bank: LoraBank, places: Mapping[nn.Module, tuple[int, int]], batch: ForwardBatch) -> None:
+        self.bank = bank
+        self.places = places
+        self.rows = [
+            (slice(batch.query_starts[i], batch.query_starts[i + 1]), slot, batch.adapter_scales[i])
+            for i, slot in enumerate(batch.adapter_slots)
+            if slot
+        ]
+
+    def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+        outputs = plain_projection(x, *linears)
+        layer, first = self.places[linears[0]]
+        projections = slice(first, first + len(linears))
+        for rows, slot, scale in self.rows:
+            shrunk = scale * (x[rows] @ self.bank.a(slot, layer, projections).T)
+            ranks = self.bank.ranks_SLP[slot, layer, projections].tolist()
+            for i, hidden in enumerate(shrunk.split(ranks, dim=-1)):
+                outputs[i][rows] += hidden @ self.bank.b(slot, layer, first + i)
+        return outputs

@@ -1,6 +1,30 @@
-"""Low-rank adapters."""
+"""Low-rank adapters: in a model to train them, and in PEFT's files."""
 
 from stellarbyte.lora.config import LoRAConfig
-from stellarbyte.lora.layers import LoRALinear, apply_lora_to_model
+from stellarbyte.lora.layers import (
+    LoRALinear,
+    activate_lora,
+    apply_lora_to_model,
+    deactivate_lora,
+    merge_lora,
+    remove_lora,
+    unmerge_lora,
+)
+from stellarbyte.lora.peft_config import AdapterError
+from stellarbyte.lora.peft_format import Adapter, load_adapter, read_adapter, save_adapter
 
-__all__ = ["LoRAConfig", "LoRALinear", "apply_lora_to_model"]
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "LoRAConfig",
+    "LoRALinear",
+    "activate_lora",
+    "apply_lora_to_model",
+    "deactivate_lora",
+    "load_adapter",
+    "merge_lora",
+    "read_adapter",
+    "remove_lora",
+    "save_adapter",
+    "unmerge_lora",
+]

@@ -1,11 +1,29 @@
-"""What a LoRA adapter changes and how strongly (Hu et al. 2021). Knows no weights."""
+"""What a LoRA adapter changes and how strongly (Hu et al. 2021). Knows no weights and no files."""
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+ALL_LINEAR = "all-linear"
+
+Value = TypeVar("Value", int, float)
+Endings = list[tuple[re.Pattern[str], Value]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """y = W x + lora_alpha / r · B A dropout(x) on every linear module whose name ends in one of `target_modules`.
+    """y = W x + scale · B A dropout(x) on every targeted linear module; scale = lora_alpha / r.
+
+    Fields mean what they mean in PEFT:
+        target_modules: a list of names, each of which matches a module of that name or one whose dotted name ends in
+            ".name"; or one regular expression for the whole dotted name; or "all-linear".
+        use_rslora: scale = lora_alpha / sqrt(r) (Kalajdzievski 2023).
+        fan_in_fan_out: the adapted layers store their weights [in, out], as transformers' Conv1D does.
+        bias: only "none": biases are not trained.
+        rank_pattern, alpha_pattern: r and lora_alpha of some modules. A key is a regular expression for the end of the
+            dotted name, after a dot or from the start; the first key that matches counts.
 
     Raises:
         ValueError: a value is impossible; the message names the field.
@@ -14,17 +32,85 @@ class LoRAConfig:
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: tuple[str, ...] | list[str] = ("q_proj", "v_proj")
+    target_modules: tuple[str, ...] | list[str] | str = ("q_proj", "v_proj")
+    use_rslora: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    _rank_pattern: Endings[int] = field(init=False, repr=False, compare=False)  # the keys compiled
+    _alpha_pattern: Endings[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r ({self.r}) must be at least 1")
+        _check_rank("r", self.r)
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout ({self.lora_dropout}) must be at least 0 and less than 1")
-        if isinstance(self.target_modules, str) or not self.target_modules:
-            raise ValueError("target_modules must be a list of module names such as ['q_proj', 'v_proj']")
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("use_rslora", "fan_in_fan_out"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} ({getattr(self, name)!r:.100}) must be True or False")
+        if self.bias != "none":
+            raise ValueError(f"bias ({self.bias!r:.100}) must be 'none': biases are not trained")
+        object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        for name in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+                raise ValueError(f"{name} ({pattern!r:.100}) must map module names to numbers")
+            for key, value in pattern.items():
+                (_check_rank if name == "rank_pattern" else _check_number)(f"{name}[{key!r:.100}]", value)
+            object.__setattr__(self, name, dict(pattern))
+            endings = [(_compile(name, rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
+            object.__setattr__(self, f"_{name}", endings)
+
+    def targets(self, module_name: str) -> bool:
+        """Whether a linear module of this dotted name is adapted. "all-linear" leaves the output head to the caller."""
+        if isinstance(self.target_modules, str):
+            return self.targets_all_linear or re.fullmatch(self.target_modules, module_name) is not None
+        return any(module_name == name or module_name.endswith(f".{name}") for name in self.target_modules)
 
     @property
-    def scale(self) -> float:
-        return self.lora_alpha / self.r
+    def targets_all_linear(self) -> bool:
+        """Whether every linear module but the output head is adapted."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def rank_of(self, module_name: str) -> int:
+        return next((rank for ending, rank in self._rank_pattern if ending.match(module_name)), self.r)
+
+    def scale_of(self, module_name: str) -> float:
+        """What B A x of this module is multiplied by."""
+        rank = self.rank_of(module_name)
+        alphas = (alpha for ending, alpha in self._alpha_pattern if ending.match(module_name))
+        return next(alphas, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _checked_targets(targets: object) -> tuple[str, ...] | str:
+    if isinstance(targets, str) and targets:
+        _compile("target_modules", targets)
+        return targets
+    if isinstance(targets, list | tuple) and targets and all(isinstance(name, str) and name for name in targets):
+        return tuple(targets)
+    raise ValueError(
+        f"target_modules ({targets!r:.100}) must be a list of module names such as ['q_proj', 'v_proj'], "
+        f"one regular expression, or '{ALL_LINEAR}'"
+    )
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} ({value!r:.100}) must be a whole number")
+    if value < 1:
+        raise ValueError(f"{name} ({value!r:.100}) must be at least 1")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e300:  # false for NaN
+        raise ValueError(f"{name} ({value!r:.100}) must be a finite number")
+
+
+def _compile(name: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} ({pattern!r:.100}) is not a valid regular expression") from error

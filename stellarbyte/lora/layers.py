@@ -1,6 +1,13 @@
-"""Adds LoRA adapters to a model for training. Knows nothing of serving or of files."""
+"""Linear layers with low-rank adapters, and the functions that put them into a model. Knows nothing of files.
+
+Adapters have names. They live in `LoRALinear` modules that stand where the linear layers stood; while LoRA is
+deactivated the original layers stand there again and the wrappers wait in the model's plain attribute `_lora_aside`, a
+dict by dotted module name: no submodule, so neither `state_dict` nor `parameters` show them. All functions want the
+model that `apply_lora_to_model` was called with.
+"""
 
 import math
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -9,48 +16,304 @@ from torch import nn
 from stellarbyte.lora.config import LoRAConfig
 
 Model = TypeVar("Model", bound=nn.Module)
+Weights = tuple[torch.Tensor, torch.Tensor]  # A [r, in], B [out, r]
+
+ASIDE = "_lora_aside"
 
 
 class LoRALinear(nn.Module):
-    """A linear layer, frozen, plus a low-rank update. A starts random and B at zero: at first nothing changes."""
+    """A linear layer plus, for every active adapter, scale · B A dropout(x).
 
-    def __init__(self, base: nn.Linear, config: LoRAConfig) -> None:
+    `base_layer` is an nn.Linear, or a Conv1D of transformers (weights [in, out]). `active` names the adapters that take
+    part, in the order in which they are added up. While merged, the forward is the base layer's alone, and whoever
+    changes adapters unmerges first.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
-        self.scale = config.scale
-        self.dropout = nn.Dropout(config.lora_dropout)
-        factory = {"device": base.weight.device, "dtype": base.weight.dtype}
-        self.lora_A = nn.Linear(base.in_features, config.r, bias=False, **factory)
-        self.lora_B = nn.Linear(config.r, base.out_features, bias=False, **factory)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        self.in_features, self.out_features = features(base)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.scales: dict[str, float] = {}
+        self.configs: dict[str, LoRAConfig] = {}
+        self.trainable: set[str] = set()  # adapters that are trained while they are active
+        self.active: tuple[str, ...] = ()
+        self._unmerged: list[nn.Parameter] = []  # while merged the base's own weight; in a list it is no parameter
+        self.train(base.training)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._unmerged)
+
+    def add_adapter(self, name: str, module_name: str, config: LoRAConfig, given: Weights | None = None) -> None:
+        """Add an adapter, not active yet. Without `given` A starts random and B at zero: it changes nothing.
+
+        New weights take the base's dtype. Given ones are copied, keep their dtype where it is the wider, and are not
+        trained.
+        """
+        base = self._base_weight()
+        dtype = base.dtype
+        for weight in given or ():
+            dtype = torch.promote_types(dtype, weight.dtype)
+        rank = config.rank_of(module_name) if given is None else len(given[0])
+        a = nn.Linear(self.in_features, rank, bias=False, device=base.device, dtype=dtype)
+        b = nn.Linear(rank, self.out_features, bias=False, device=base.device, dtype=dtype)
+        with torch.no_grad():
+            if given is None:
+                nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+                nn.init.zeros_(b.weight)
+                self.trainable.add(name)
+            else:
+                a.weight.copy_(given[0])
+                b.weight.copy_(given[1])
+        self.lora_A[name], self.lora_B[name] = a, b
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.scales[name] = config.scale_of(module_name)
+        self.configs[name] = config
+        self.train(self.training)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter that this layer has."""
+        for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scales, self.configs):
+            del by_name[name]
+        self.trainable.discard(name)
+        self.active = tuple(other for other in self.active if other != name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x) + self.scale * self.lora_B(self.lora_A(self.dropout(x)))
+        y = self.base_layer(x)
+        if self.merged:
+            return y
+        for name in self.active:
+            dtype = self.matrices(name)[0].dtype
+            update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x.to(dtype))))
+            y = y + (self.scales[name] * update).to(y.dtype)
+        return y
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Give the base layer a new weight that has the active adapters in it; a tied weight elsewhere is not touched.
+
+        The sum is taken in float32 at least, whatever the weight's dtype.
+        """
+        if self.merged or not self.active:
+            return
+        weight = self._base_weight()
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for name in self.active:
+            a, b = self.matrices(name)
+            update = self.scales[name] * (b.to(total.dtype) @ a.to(total.dtype))
+            total = total + (update.T if is_conv1d(self.base_layer) else update)
+        self._unmerged.append(weight)
+        self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
+
+    def unmerge(self) -> None:
+        """Give the base layer its own weight back, the same object with the same bits."""
+        if self.merged:
+            now, weight = self._base_weight(), self._unmerged.pop()
+            weight.data = weight.data.to(device=now.device, dtype=now.dtype)  # where the model went while merged
+            self.base_layer.weight = weight
+
+    def follow_base(self) -> None:
+        """Move the adapters to the base's device and into its training mode."""
+        self.to(self._base_weight().device)
+        self.train(self.base_layer.training)
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Let those of `names` that this layer has take part, and be trained unless their weights were given."""
+        self.active = tuple(name for name in dict.fromkeys(names) if name in self.configs)
+        for name in self.configs:
+            for weight in self.matrices(name):
+                weight.requires_grad_(name in self.active and name in self.trainable)
+
+    def matrices(self, name: str) -> Weights:
+        """A [r, in] and B [out, r] of one adapter."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)
+        return a.weight, b.weight
+
+    def _base_weight(self) -> nn.Parameter:
+        weight = self.base_layer.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
 
-def apply_lora_to_model(model: Model, config: LoRAConfig) -> Model:
-    """Wrap every targeted linear module of `model` in place and freeze all but the LoRA parameters; returns `model`.
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, told without importing transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
-    Modules that already carry an adapter are left as they are.
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear layer, wrapped or not."""
+    if isinstance(module, LoRALinear):
+        return module.in_features, module.out_features
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    width, out = weight.shape if is_conv1d(module) else reversed(weight.shape)
+    return width, out
+
+
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by its dotted name as it was before LoRA: a wrapper counts as the layer, its parts are left out."""
+    wrappers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    parts = {part for wrapper in wrappers for part in wrapper.modules() if part is not wrapper}
+    return {name: module for name, module in model.named_modules() if name and module not in parts}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by its dotted name, wrapped or not."""
+    return {
+        name: module
+        for name, module in outer_modules(model).items()
+        if isinstance(module, LoRALinear | nn.Linear) or is_conv1d(module)
+    }
+
+
+def targeted_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The linear layers that `config` adapts, by their dotted names."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name: layer
+        for name, layer in linear_layers(model).items()
+        if config.targets(name) and not (config.targets_all_linear and layer is head)
+    }
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every wrapper by the dotted name of the layer it wraps; while LoRA is deactivated, those kept aside."""
+    standing = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer, LoRALinear)}
+    aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
+    return standing | aside
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The adapters that the model has, active or not."""
+    return sorted({name for layer in lora_layers(model).values() for name in layer.configs})
+
+
+def refuse_unknown(model: nn.Module, *names: str) -> None:
+    """Raise ValueError for the first of `names` that no adapter of the model has."""
+    known = adapter_names(model)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(map(repr, known)) or 'none'}")
+
+
+def apply_lora_to_model(model: Model, config: LoRAConfig, name: str = "default") -> Model:
+    """Add a new adapter to every targeted linear layer of `model`, in place, and make it the active one.
+
+    Only its parameters stay trainable. Layers that already carry an adapter of that name keep it as it is. Merged
+    adapters are unmerged first, and LoRA that was deactivated is activated. Returns `model`.
 
     Raises:
-        ValueError: no linear module's name ends in one of `config.target_modules`.
+        ValueError: no linear layer is targeted, `config.fan_in_fan_out` is not how a layer stores its weight, or
+            torch has no place for an adapter of that name; the model is then as it was.
     """
-    adapted = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    targets = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in config.target_modules
-        and not any(name.startswith(f"{parent}.") for parent in adapted)
-    ]
-    if not targets and not adapted:
-        raise ValueError(f"target_modules {list(config.target_modules)} match no linear module of the model")
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in parameter_name)
-    for name in targets:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        model.set_submodule(name, LoRALinear(linear, config))
+    targets = targeted_layers(model, config)
+    if not targets:
+        given = config.target_modules
+        shown = repr(given) if isinstance(given, str) else list(given)
+        raise ValueError(f"target_modules {shown} match no linear module of the model")
+    for module_name, layer in targets.items():
+        base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+        if config.fan_in_fan_out != is_conv1d(base):
+            raise ValueError(
+                f"fan_in_fan_out must be {is_conv1d(base)}: {module_name} is a {type(base).__name__}, "
+                f"which stores its weight {'[in, out]' if is_conv1d(base) else '[out, in]'}"
+            )
+    add_adapter(model, name, config, dict.fromkeys(targets))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    activate_lora(model, name)
     return model
+
+
+def add_adapter(model: nn.Module, name: str, config: LoRAConfig, weights: Mapping[str, Weights | None]) -> None:
+    """Add an adapter to the linear layers that `weights` names, where they have none of that name; not active yet.
+
+    Raises:
+        ValueError: torch has no place for an adapter of that name; the model is then as it was.
+    """
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"an adapter cannot be called {name!r}: the name is empty, has a dot or is one of torch's own")
+    unmerge_lora(model)
+    _put_back(model)
+    for module_name, given in weights.items():
+        standing = model.get_submodule(module_name)
+        wrapper = standing if isinstance(standing, LoRALinear) else LoRALinear(standing)
+        if name not in wrapper.configs:
+            wrapper.add_adapter(name, module_name, config, given)
+        model.set_submodule(module_name, wrapper)
+
+
+def activate_lora(model: nn.Module, *names: str) -> None:
+    """Let exactly these adapters take part, added up; puts the wrappers back if LoRA was deactivated.
+
+    Of the LoRA parameters only theirs are trainable then, except where they were loaded from files. Merged adapters are
+    unmerged first.
+
+    Raises:
+        ValueError: no name is given, or the model has no adapter of a name.
+    """
+    if not names:
+        raise ValueError("activate_lora needs the name of at least one adapter")
+    refuse_unknown(model, *names)
+    unmerge_lora(model)
+    _put_back(model)
+    for layer in lora_layers(model).values():
+        layer.activate(names)
+
+
+def deactivate_lora(model: nn.Module) -> None:
+    """Put the original layers, the same objects, back into the model; `activate_lora` brings the adapters back.
+
+    Merged adapters are unmerged first. Parameters that were frozen stay so. Does nothing where LoRA is not active.
+    """
+    unmerge_lora(model)
+    wrapped = lora_layers(model)
+    for module_name, layer in wrapped.items():
+        model.set_submodule(module_name, layer.base_layer)
+    setattr(model, ASIDE, wrapped)
+
+
+def remove_lora(model: nn.Module, name: str) -> None:
+    """Forget one adapter; a layer that has no other is the original layer again. Merged adapters are unmerged first.
+
+    Raises:
+        ValueError: the model has no adapter of that name.
+    """
+    refuse_unknown(model, name)
+    unmerge_lora(model)
+    aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
+    for module_name, layer in lora_layers(model).items():
+        if name in layer.configs:
+            layer.remove_adapter(name)
+        if not layer.configs and aside.pop(module_name, None) is None:
+            model.set_submodule(module_name, layer.base_layer)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the active adapters to the weights themselves: the forward costs no more than without LoRA.
+
+    A layer that has active adapters gets a new weight, so one that is tied to it (an embedding) does not change. Does
+    nothing where adapters are merged already, and where LoRA is deactivated.
+    """
+    if not getattr(model, ASIDE, {}):
+        for layer in lora_layers(model).values():
+            layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo `merge_lora`: the weights are the very same tensors again, bit for bit. Without a merge it does nothing."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def _put_back(model: nn.Module) -> None:
+    """End `deactivate_lora`: the wrappers stand in the model again, where it went and in its training mode."""
+    aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
+    for module_name, layer in aside.items():
+        layer.follow_base()
+        model.set_submodule(module_name, layer)
+    aside.clear()

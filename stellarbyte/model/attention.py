@@ -19,6 +19,18 @@ class Attend(Protocol):
         ...
 
 
+class Project(Protocol):
+    """How linear layers are applied: as they are, or with adapters that differ by row."""
+
+    def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+        """The output of each of `linears`, which share the input x [..., in]."""
+        ...
+
+
+def plain_projection(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+    return tuple(linear(x) for linear in linears)
+
+
 class ByteMultiHeadSelfAttention(nn.Module):
     """Grouped-query self-attention with optional biases and per-head norms of queries and keys."""
 
@@ -37,9 +49,10 @@ class ByteMultiHeadSelfAttention(nn.Module):
         self.q_norm = ByteRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = ByteRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(-2))
+        (out,) = project(attend(self.layer, q, k, v).flatten(-2), self.o_proj)
+        return out

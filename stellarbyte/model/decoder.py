@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention
+from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention, Project, plain_projection
 from stellarbyte.model.mlp import ByteMLP
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale, Residual, deepnorm_beta
@@ -36,15 +36,15 @@ class ByteDecoderLayer(nn.Module):
         for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
             linear.init_gain = deepnorm_beta(config)  # type: ignore[assignment]  # read by `_init_weights`
 
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
         """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""
 
         def attention(y: torch.Tensor) -> torch.Tensor:
-            y = self.self_attn(y, attend)
+            y = self.self_attn(y, attend, project)
             return y if self.attention_scale is None else self.attention_scale(y)
 
         def mlp(y: torch.Tensor) -> torch.Tensor:
-            y = self.mlp(y)
+            y = self.mlp(y, project)
             return y if self.mlp_scale is None else self.mlp_scale(y)
 
         if self.post_attention_layernorm is None:
@@ -64,14 +64,14 @@ class ByteDecoder(nn.Module):
         self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = XPosRotaryEmbedding(config)
 
-    def forward(self, embeddings: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(self, embeddings: torch.Tensor, attend: Attend, project: Project = plain_projection) -> torch.Tensor:
         """[..., hidden] token embeddings → [..., hidden] after the final norm."""
         x = self.dropout(embeddings)
         for layer in self.layers:
             if self.training and layer.gradient_checkpointing:
-                x = checkpoint(layer, x, attend, use_reentrant=False)
+                x = checkpoint(layer, x, attend, project, use_reentrant=False)
             else:
-                x = layer(x, attend)
+                x = layer(x, attend, project)
         return self.norm(x)
 
 

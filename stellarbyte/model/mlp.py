@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.attention import Project
 
 GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -27,5 +28,7 @@ class ByteMLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.activation = GATES[config.hidden_act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: torch.Tensor, project: Project) -> torch.Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        (out,) = project(self.activation(gate) * up, self.down_proj)
+        return out

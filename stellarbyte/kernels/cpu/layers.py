@@ -8,9 +8,13 @@ from numba import njit, prange
 from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.attention import Floats, Integers, paged_attention, write_kv
 from stellarbyte.kernels.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.kernels.cpu.lora import write_addends
 from stellarbyte.kernels.cpu.packing import PackedWeight
+from stellarbyte.lora.bank import SHARED_INPUTS
 
 # L layers, T tokens, C hidden size, D head dim
+
+_QKV, _OUTPUT, _GATE_UP, _DOWN = (projections.start for projections in SHARED_INPUTS)
 
 
 class LayerWeights(NamedTuple):
@@ -46,7 +50,7 @@ class LayerOptions(NamedTuple):
 
 
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def forward_layers(x, weights, options, batch, rotations, keys, values, num_threads):
+def forward_layers(x, weights, options, batch, adapters, rotations, keys, values, num_threads):
     """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D]."""
     shape = (options.num_heads, options.num_kv_heads, options.head_dim)
     eps, post_norm = np.float32(options.norm_eps), options.alpha != 0
@@ -57,12 +61,21 @@ def forward_layers(x, weights, options, batch, rotations, keys, values, num_thre
     attended = np.empty((num_tokens, query_size), np.float32)
     inner = np.empty((num_tokens, options.intermediate_size), np.float32)
     normed, branch, other = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+    is_adapted = len(adapters.tokens_J) > 0
+    key_size = options.num_kv_heads * options.head_dim
+    qkv_widths, hidden_widths = np.array([query_size, key_size, key_size]), np.array([x.shape[1]])
+    gate_up_widths = np.array([options.intermediate_size, options.intermediate_size])
+    qkv_addend = _addend(weights.qkv, num_tokens, is_adapted)
+    gate_up_addend = _addend(weights.gate_up, num_tokens, is_adapted)
+    hidden_addend = _addend(weights.output, num_tokens, is_adapted)
     for layer in range(len(weights.windows_L)):
         source = x
         if not post_norm:
             rms_norm(x, weights.input_norm_LC[layer], eps, normed, num_threads)
             source = normed
-        linear(source, _layer(weights.qkv, layer), weights.qkv_bias[layer], qkv, NO_ACTIVATION, num_threads)
+        if is_adapted:
+            write_addends(source, adapters, layer, _QKV, qkv_widths, False, qkv_addend, num_threads)
+        linear(source, _layer(weights.qkv, layer), weights.qkv_bias[layer], qkv_addend, qkv, NO_ACTIVATION, num_threads)
         write_kv(
             qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], eps, batch, rotations,
             keys[layer], values[layer], num_threads,
@@ -71,7 +84,12 @@ def forward_layers(x, weights, options, batch, rotations, keys, values, num_thre
             qkv, shape, batch, rotations, keys[layer], values[layer], weights.windows_L[layer],
             options.sink_tokens, np.float32(options.score_scale), attended, num_threads,
         )  # fmt: skip
-        linear(attended, _layer(weights.output, layer), weights.output_bias[layer], branch, NO_ACTIVATION, num_threads)
+        if is_adapted:
+            write_addends(attended, adapters, layer, _OUTPUT, hidden_widths, False, hidden_addend, num_threads)
+        linear(
+            attended, _layer(weights.output, layer), weights.output_bias[layer], hidden_addend, branch,
+            NO_ACTIVATION, num_threads,
+        )  # fmt: skip
         scale_channels(branch, weights.attention_scale_LC[layer])
         if not is_parallel:
             add_branch(x, branch, weights.input_norm_LC[layer], eps, np.float32(options.alpha), num_threads)
@@ -79,16 +97,32 @@ def forward_layers(x, weights, options, batch, rotations, keys, values, num_thre
             if not post_norm:
                 rms_norm(x, weights.mlp_norm_LC[layer], eps, normed, num_threads)
                 source = normed
+        if is_adapted:
+            write_addends(source, adapters, layer, _GATE_UP, gate_up_widths, True, gate_up_addend, num_threads)
         linear(
-            source, _layer(weights.gate_up, layer), weights.gate_up_bias[layer], inner, options.activation, num_threads
-        )
-        linear(inner, _layer(weights.down, layer), weights.down_bias[layer], other, NO_ACTIVATION, num_threads)
+            source, _layer(weights.gate_up, layer), weights.gate_up_bias[layer], gate_up_addend, inner,
+            options.activation, num_threads,
+        )  # fmt: skip
+        if is_adapted:
+            write_addends(inner, adapters, layer, _DOWN, hidden_widths, False, hidden_addend, num_threads)
+        linear(
+            inner, _layer(weights.down, layer), weights.down_bias[layer], hidden_addend, other,
+            NO_ACTIVATION, num_threads,
+        )  # fmt: skip
         scale_channels(other, weights.mlp_scale_LC[layer])
         norm = weights.mlp_norm_LC[layer]
         if is_parallel:
             norm = weights.input_norm_LC[layer]
             other += branch
         add_branch(x, other, norm, eps, np.float32(options.alpha), num_threads)
+
+
+@njit(inline="always")
+def _addend(stacked, num_tokens, is_adapted):
+    """Zeros that `linear` adds to a product of this weight, for tokens without an adapter; nothing if all are."""
+    if is_adapted:
+        return np.zeros((num_tokens, stacked.weights.shape[1] * stacked.weights.shape[3]), np.float32)
+    return np.zeros((0, 0), np.float32)
 
 
 @njit(inline="always")

@@ -230,7 +230,7 @@ def _product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
 
 
 @njit(inline="always")
-def _write_tile(sums, num_tokens, first, panel, bias, out, activation):
+def _write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
     """Put a tile of sums where it belongs. With an activation, rows 0..7 of a panel are gates of rows 8..15."""
     half = PANEL_ROWS // 2
     row = panel * PANEL_ROWS
@@ -238,6 +238,10 @@ def _write_tile(sums, num_tokens, first, panel, bias, out, activation):
         for t in range(num_tokens):
             for r in range(PANEL_ROWS):
                 sums[t * PANEL_ROWS + r] += bias[row + r]
+    if len(addend):
+        for t in range(num_tokens):
+            for r in range(PANEL_ROWS):
+                sums[t * PANEL_ROWS + r] += addend[first + t, row + r]
     if activation == NO_ACTIVATION:
         width = min(PANEL_ROWS, out.shape[1] - row)
         for t in range(num_tokens):
@@ -263,13 +267,14 @@ def _group_sums(x, num_groups):
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def linear(x, weight, bias, out, activation, num_threads):
-    """out = x · Wᵀ + bias, or out = activation(gate) · up for a weight packed from `interleave_gated`.
+def linear(x, weight, bias, addend, out, activation, num_threads):
+    """out = x · Wᵀ + bias + addend, or out = activation(gate) · up of that for a weight from `interleave_gated`.
 
     Args:
         x: [T, K] float32, contiguous.
         weight: (weights, scales, minima) of a `PackedWeight`.
         bias: [P · R] float32 in the weight's row order, or empty.
+        addend: [T, P · R] float32 in the weight's row order, or [0, 0].
         out: [T, N] float32, N rows or pairs of rows; overwritten.
         activation: NO_ACTIVATION, SILU, GELU or GELU_TANH.
         num_threads: numba threads to use.
@@ -292,4 +297,4 @@ def linear(x, weight, bias, out, activation, num_threads):
                     _product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums)
                 else:
                     _product(weights, scales, minima, panel, x, first, tile, sums, x_sums)
-                _write_tile(sums, tile, first, panel, bias, out, activation)
+                _write_tile(sums, tile, first, panel, bias, addend, out, activation)

@@ -14,8 +14,10 @@ from stellarbyte.kernels.cpu.attention import BatchArrays, Floats, Integers, Rot
 from stellarbyte.kernels.cpu.instructions import LANES
 from stellarbyte.kernels.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
 from stellarbyte.kernels.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
+from stellarbyte.kernels.cpu.lora import Adapters, adapters_of, no_adapters
 from stellarbyte.kernels.cpu.packing import PackedWeight, interleave_gated, pack
 from stellarbyte.kernels.cpu.sampler import sample
+from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteDecoder, ByteDecoderLayer, ByteLanguageModel
 from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.sampling import GREEDY, RowSampling
@@ -33,6 +35,7 @@ class CpuModel:
 
     Args:
         config: the one to serve with; its windows and sinks may differ from the model's own.
+        bank: the adapters, float32; None: there are none.
         quantization: "none", "int8" or "int4": of all matrices but the embedding.
         num_threads: numba threads to use.
 
@@ -40,8 +43,17 @@ class CpuModel:
         ValueError: the quantization does not fit the model's shape.
     """
 
-    def __init__(self, model: ByteLanguageModel, config: ByteModelConfig, quantization: str, num_threads: int) -> None:
+    def __init__(
+        self,
+        model: ByteLanguageModel,
+        config: ByteModelConfig,
+        bank: LoraBank | None = None,
+        *,
+        quantization: str,
+        num_threads: int,
+    ) -> None:
         decoder = model.model
+        self.bank = LoraBank(config) if bank is None else bank
         self.num_threads = num_threads
         self.vocab_size = config.vocab_size
         self.embedding_VC = _numpy(decoder.embed_tokens.weight)
@@ -69,6 +81,7 @@ class CpuModel:
             self.embedding_VC[batch.token_ids_T.numpy()],
             batch.logits_rows.numpy(),
             batch_arrays(batch),
+            adapters_of(batch, self.bank),
             self.rotations_up_to(batch.reach + cache.block_size),
             cache.keys_LBSKD.numpy(),
             cache.values_LBSKD.numpy(),
@@ -79,15 +92,22 @@ class CpuModel:
         return sample(logits_RV, rows, self.num_threads)
 
     def _run(
-        self, x_TC: Floats, rows: Integers, batch: BatchArrays, rotations: Rotations, keys: Floats, values: Floats
+        self,
+        x_TC: Floats,
+        rows: Integers,
+        batch: BatchArrays,
+        adapters: Adapters,
+        rotations: Rotations,
+        keys: Floats,
+        values: Floats,
     ) -> Floats:
-        forward_layers(x_TC, self.layers, self.options, batch, rotations, keys, values, self.num_threads)
+        forward_layers(x_TC, self.layers, self.options, batch, adapters, rotations, keys, values, self.num_threads)
         x_RC = x_TC[rows]
         normed_RC = np.empty_like(x_RC)
         rms_norm(x_RC, self.final_norm_C, np.float32(self.options.norm_eps), normed_RC, self.num_threads)
         logits_RV = np.empty((len(rows), self.vocab_size), np.float32)
         if len(rows):
-            linear(normed_RC, tuple(self.head), _NO_BIAS, logits_RV, NO_ACTIVATION, self.num_threads)
+            linear(normed_RC, tuple(self.head), _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
         return logits_RV
 
     def warm_up(self) -> None:
@@ -96,9 +116,11 @@ class CpuModel:
         shape = (len(self.layers.windows_L), 1, 1, options.num_kv_heads, options.head_dim)
         zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
         arrays = BatchArrays(zero, zero, zero, zero, zero[None], zero[None], one, zero)
+        adapters = no_adapters(self.bank)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        rotations = self.rotations_up_to(1)
         with one_compiles():
-            logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, self.rotations_up_to(1), keys, values)
+            logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, adapters, rotations, keys, values)
             self.sample(torch.from_numpy(logits_RV), [GREEDY])
 
     def rotations_up_to(self, offset: int) -> Rotations:
@@ -113,6 +135,7 @@ class CpuModel:
 
 
 _NO_BIAS = np.zeros(0, np.float32)
+_NO_ADDEND = np.zeros((0, 0), np.float32)
 
 
 def _numpy(tensor: torch.Tensor) -> Floats:

@@ -1,5 +1,6 @@
 """What the engine says of every request, step by step, with tokens from a script instead of a model."""
 
+from server.engine.adapters import no_adapters
 from server.engine.core import EngineCore
 from server.engine.messages import Accepted, Delta, Rejected
 from server.engine.sequence import Chunk
@@ -15,7 +16,7 @@ class ScriptedRunner:
 
 
 def make_core(**options) -> EngineCore:
-    return EngineCore(make_scheduler(**options), ScriptedRunner(), make_tokenizer(), frozenset())
+    return EngineCore(make_scheduler(**options), ScriptedRunner(), make_tokenizer(), frozenset(), no_adapters())
 
 
 def news_of(core: EngineCore) -> dict[str, list]:

@@ -19,6 +19,7 @@ from tests.engine import ModelEngine, make_request
 from tests.models import make_config, make_model, random_tokens
 from tests.unit.model.test_transformer import VARIANTS, W
 
+NO_ADDEND = np.zeros((0, 0), np.float32)
 float32 = partial(CpuModel, quantization="none", num_threads=2)
 TOLERANCE = {"none": 1e-6, "int8": 0.01, "int4": 0.15}  # of the largest output, for random weights
 
@@ -70,7 +71,7 @@ def test_products_of_every_size(tokens: int, rows: int, columns: int, quantizati
     )
     out = np.full((tokens, rows), np.nan, np.float32)
     padded_bias = np.pad(bias, (0, -rows % 16))
-    linear(x, tuple(pack(w, quantization)), padded_bias, out, NO_ACTIVATION, 2)
+    linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, 2)
     expected = x.astype(np.float64) @ w.T + bias
     assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
 
@@ -79,7 +80,7 @@ def test_a_gated_product() -> None:
     numbers = np.random.default_rng(0)
     x, gate, up = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((9, 32), (20, 32), (20, 32)))
     out = np.full((9, 20), np.nan, np.float32)
-    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), out, SILU, 2)
+    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), NO_ADDEND, out, SILU, 2)
     g = torch.from_numpy(x @ gate.T)
     np.testing.assert_allclose(
         out, (torch.nn.functional.silu(g) * torch.from_numpy(x @ up.T)).numpy(), rtol=2e-5, atol=1e-5
@@ -100,7 +101,7 @@ def test_a_quantized_model_is_close_to_its_original(quantization: str) -> None:
 
 def test_quantization_that_does_not_fit_says_so() -> None:
     with pytest.raises(ValueError, match="int8 needs matrices whose width is a multiple of 64; one has 48 columns"):
-        CpuModel(make_model(), make_config(), "int8", 2)
+        CpuModel(make_model(), make_config(), quantization="int8", num_threads=2)
 
 
 def test_models_with_other_head_sizes_are_left_to_torch() -> None:

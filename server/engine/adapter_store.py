@@ -1,0 +1,106 @@
+"""Moves adapters between disk, CPU memory and slots on threads of its own. Knows no requests and decides nothing.
+
+The threads are as unimportant as the system lets them be, so that running streams keep their pace.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from server.engine.adapter_version import AdapterVersion
+from server.engine.adapters import FillDone, ReadDone
+from stellarbyte.lora import AdapterError, read_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
+
+logger = logging.getLogger("server.engine")
+
+NICENESS = 10
+
+
+class AdapterStore:
+    """See `adapters.AdapterStore`. Called from the engine's thread only.
+
+    `wake_fd` becomes readable when `finished` has something to tell.
+    """
+
+    def __init__(self, bank: LoraBank) -> None:
+        self._bank = bank
+        self._shapes = adaptable_modules(bank.config)
+        self._packed: dict[AdapterVersion, PackedAdapter] = {}
+        self._done: deque[ReadDone | FillDone] = deque()
+        self._reader = ThreadPoolExecutor(1, "adapter-reader", _give_way)
+        self._filler = ThreadPoolExecutor(1, "adapter-filler", _give_way)
+        self.wake_fd, self._wake = os.pipe()
+        os.set_blocking(self.wake_fd, False)
+        os.set_blocking(self._wake, False)
+
+    def read(self, version: AdapterVersion) -> None:
+        self._start(self._reader, lambda: self._read(version))
+
+    def fill(self, version: AdapterVersion, slot: int) -> None:
+        packed = self._packed[version]
+
+        def work() -> FillDone:
+            self._bank.clear(slot)
+            self._bank.fill(slot, packed)
+            return FillDone(version=version, slot=slot)
+
+        self._start(self._filler, work)
+
+    def clear(self, slot: int) -> None:
+        self._bank.clear(slot)
+
+    def forget(self, version: AdapterVersion) -> None:
+        self._packed.pop(version, None)
+
+    def finished(self) -> list[ReadDone | FillDone]:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+        return [self._done.popleft() for _ in range(len(self._done))]
+
+    def _start(self, thread: ThreadPoolExecutor, work: Callable[[], Any]) -> None:
+        def run() -> None:
+            self._done.append(work())
+            with contextlib.suppress(BlockingIOError):  # full: it will be looked at
+                os.write(self._wake, b"\0")
+
+        thread.submit(run)
+
+    def _read(self, version: AdapterVersion) -> ReadDone:
+        started_s = time.perf_counter()
+        files = version.files
+        try:
+            adapter = read_adapter(files.config, files.weights, self._shapes, max_rank=self._bank.max_rank)
+            scales = {name: adapter.scale_of(name) for name in adapter.weights}
+            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
+        except AdapterError as error:
+            return self._failed(version, started_s, str(error))
+        except Exception:  # whatever it is, it must not take the engine along
+            logger.exception("reading the adapter %s failed", version.name)
+            return self._failed(version, started_s, "The adapter could not be read; the server's log says why.")
+        self._packed[version] = packed
+        return ReadDone(
+            version=version,
+            seconds=time.perf_counter() - started_s,
+            content_hash=adapter.content_hash,
+            num_bytes=packed.num_bytes,
+            rank=int(packed.ranks_LP.max()),
+            matched=tuple(adapter.weights),
+            unmatched=adapter.unmatched_targets,
+        )
+
+    def _failed(self, version: AdapterVersion, started_s: float, error: str) -> ReadDone:
+        message = f"The adapter {version.name!r} cannot be loaded: {error}"
+        return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message)
+
+
+def _give_way() -> None:
+    """On Linux niceness belongs to the thread that sets it, elsewhere to the process: there it is left alone."""
+    if os.uname().sysname == "Linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

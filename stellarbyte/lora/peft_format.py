@@ -1,0 +1,282 @@
+"""Adapters in PEFT's files, read for serving, and read and written for a model at hand. Knows no server.
+
+Reading trusts nothing: nothing is unpickled, a header is checked before a tensor is read, and no message has a folder
+in it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.safetensors_file import DTYPES, Header, TensorInfo, parse_header, write_file
+from stellarbyte.lora.config import LoRAConfig
+from stellarbyte.lora.layers import (
+    Model,
+    Weights,
+    activate_lora,
+    adapter_names,
+    add_adapter,
+    features,
+    linear_layers,
+    lora_layers,
+    outer_modules,
+    refuse_unknown,
+)
+from stellarbyte.lora.peft_config import AdapterError, config_json, parse_config
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1_000_000
+MAX_HEADER_BYTES = 10_000_000
+MAX_OWN_RANK = 1 << 16  # of `load_adapter`, whose caller chose the files
+CHUNK_BYTES = 1 << 24
+PREFIX = "base_model.model."
+TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """An adapter as its files have it.
+
+    Attributes:
+        weights: module name, as in the model → A [r, in] and B [out, r] in the stored dtype, all finite.
+        content_hash: SHA-256 (hex) of what the outputs depend on: the weights' file and the fields behind the scales.
+        unmatched_targets: entries of a target_modules list for which the file has no tensor.
+    """
+
+    config: LoRAConfig
+    weights: Mapping[str, Weights]
+    content_hash: str
+    unmatched_targets: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
+
+    def scale_of(self, module: str) -> float:
+        """What B A x of this module is multiplied by."""
+        return self.config.scale_of(module)
+
+
+def read_adapter(
+    config_file: Path, weights_file: Path, shapes: Mapping[str, tuple[int, int]], *, max_rank: int
+) -> Adapter:
+    """Read and check an adapter. The files may come from anyone.
+
+    Needs little more memory than the weights have bytes, and holds the GIL for short pieces of work only.
+
+    Args:
+        shapes: (out, in) of every module that may be adapted, by its dotted name in the model.
+        max_rank: the largest r that is accepted, in the config and by the tensors' shapes.
+
+    Raises:
+        AdapterError: a file cannot be read, is no adapter, does not fit the model, or asks for more than plain LoRA.
+    """
+    with _opened(config_file) as stream:
+        raw = stream.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            raise AdapterError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+        config = parse_config(raw, max_rank=max_rank, max_keys=max(256, len(shapes)))
+    with _opened(weights_file) as stream:
+        header = parse_header(stream, Path(weights_file.name), max_bytes=MAX_HEADER_BYTES)
+        modules = _pair_tensors(header)
+        _check_modules(header, modules, config, shapes, max_rank)
+        digest = hashlib.sha256(_scale_fields(config) + header.raw)
+        payload = _read_payload(stream, header.payload_bytes, digest)
+        tensors = {name: _tensor(payload, info, start) for name, (info, start) in header.tensors.items()}
+        for name, tensor in tensors.items():
+            _check_finite(name, tensor)
+    endings = {ending for module in modules for ending in _endings(module)}
+    listed = () if isinstance(config.target_modules, str) else config.target_modules
+    return Adapter(
+        config=config,
+        weights={module: (tensors[names["A"]], tensors[names["B"]]) for module, names in modules.items()},
+        content_hash=digest.hexdigest(),
+        unmatched_targets=tuple(name for name in listed if name not in endings),
+    )
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[BufferedReader]:
+    """A regular file, open; errors about it become an AdapterError that begins with its name."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise AdapterError("it is not a regular file")
+            yield stream
+    except OSError as error:
+        raise AdapterError(f"{file.name} cannot be read: {error.strerror}.") from error
+    except CheckpointError as error:  # a whole sentence, with the name
+        raise AdapterError(str(error)) from error
+    except AdapterError as error:
+        raise AdapterError(f"{file.name} cannot be used: {error}.") from error.__cause__
+
+
+def _pair_tensors(header: Header) -> dict[str, dict[str, str]]:
+    """The names of every module's tensors: {"A": …, "B": …}, always both."""
+    modules: dict[str, dict[str, str]] = {}
+    for name in header.tensors:
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise AdapterError(
+                f"its tensor {name!r:.200} is none of the kind {PREFIX}<module>.lora_A.weight or .lora_B.weight, "
+                "the only ones supported"
+            )
+        modules.setdefault(match[1], {})[match[2]] = name
+    if not modules:
+        raise AdapterError("it holds no tensors")
+    for module, names in modules.items():
+        if len(names) == 1:
+            (there,), (absent,) = names, {"A", "B"} - names.keys()
+            raise AdapterError(f"it holds lora_{there} of {module!r:.200}, but no lora_{absent}")
+    return modules
+
+
+def _check_modules(
+    header: Header,
+    modules: Mapping[str, Mapping[str, str]],
+    config: LoRAConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    max_rank: int,
+) -> None:
+    """Refuse modules and shapes that do not fit the model, ranks that the config does not say, and other dtypes."""
+    if strange := [module for module in modules if module not in shapes]:
+        some = ", ".join(f"{module!r:.200}" for module in strange[:3])
+        others = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        raise AdapterError(f"the model has no module {some}{others} that can be adapted")
+    for module, names in modules.items():
+        out, width = shapes[module]
+        (a, _), (b, _) = header.tensors[names["A"]], header.tensors[names["B"]]
+        for letter, info in (("A", a), ("B", b)):
+            if info.dtype not in DTYPES:
+                raise AdapterError(f"lora_{letter} of {module} is of type {info.dtype}, not one of {', '.join(DTYPES)}")
+        rank = a.shape[0] if len(a.shape) == 2 else 0
+        if rank < 1 or a.shape != (rank, width) or b.shape != (out, rank):
+            raise AdapterError(
+                f"lora_A and lora_B of {module} have the shapes {list(a.shape)} and {list(b.shape)}, "
+                f"but the model wants [r, {width}] and [{out}, r]"
+            )
+        if rank > max_rank:
+            raise AdapterError(f"lora_A of {module} has rank {rank}, but at most {max_rank} is supported")
+        if rank != config.rank_of(module):
+            raise AdapterError(f"lora_A of {module} has rank {rank}, but the config says {config.rank_of(module)}")
+
+
+def _scale_fields(config: LoRAConfig) -> bytes:
+    """What the scales come from, in one form only: the order of a pattern's entries counts."""
+    patterns = [[[key, float(value)] for key, value in p.items()] for p in (config.rank_pattern, config.alpha_pattern)]
+    return json.dumps([config.r, float(config.lora_alpha), config.use_rslora, *patterns]).encode()
+
+
+def _read_payload(stream: BufferedReader, num_bytes: int, digest: "hashlib._Hash") -> torch.Tensor:
+    """The rest of a file [num_bytes], read once and not mapped: a file that is cut meanwhile is an error, no SIGBUS."""
+    payload = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    view = payload.numpy().data
+    done = 0
+    while done < num_bytes:
+        count = stream.readinto(view[done : done + CHUNK_BYTES])
+        if not count:
+            raise AdapterError("it became shorter while it was read")
+        digest.update(view[done : done + count])
+        done += count
+    return payload
+
+
+def _tensor(payload: torch.Tensor, info: TensorInfo, start: int) -> torch.Tensor:
+    dtype = DTYPES[info.dtype]
+    piece = payload[start : start + info.num_bytes]
+    if start % dtype.itemsize:
+        piece = piece.clone()  # aligned
+    return piece.view(dtype).view(info.shape)
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinity. The sum takes no copy; a sum that overflowed says nothing yet."""
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not total.isfinite() and not tensor.isfinite().all():
+        raise AdapterError(f"{name} holds values that are not finite (NaN or infinity)")
+
+
+def _endings(module: str) -> Iterator[str]:
+    """The names by which a target_modules list may mean this module."""
+    parts = module.split(".")
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+def load_adapter(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
+    """Add the adapter in `folder`, in PEFT's layout, and make it the active one; returns `model`.
+
+    Its weights are not trainable, the base model's stay as they are, and the model is put into evaluation mode. Merged
+    adapters are unmerged first, and LoRA that was deactivated is activated.
+
+    Raises:
+        AdapterError: as `read_adapter`.
+        ValueError: the model has an adapter of that name, or torch has no place for one.
+    """
+    if name in adapter_names(model):
+        raise ValueError(f"the model has an adapter {name!r} already; remove it first or give another name")
+    shapes = {module: features(layer)[::-1] for module, layer in linear_layers(model).items()}
+    adapter = read_adapter(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, shapes, max_rank=MAX_OWN_RANK)
+    config = adapter.config
+    if isinstance(config.target_modules, str):  # a stranger's regular expression: never run
+        config = dataclasses.replace(config, target_modules=tuple(adapter.weights))
+    add_adapter(model, name, config, adapter.weights)
+    activate_lora(model, name)
+    model.eval()
+    return model
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
+    """Write one adapter of `model` into `folder` as PEFT does; PEFT and `load_adapter` read it.
+
+    Files that are there are replaced, each at once.
+
+    Raises:
+        ValueError: the model has no adapter of that name, or its layers got it from configs that do not agree.
+        OSError: the folder cannot be written.
+    """
+    refuse_unknown(model, name)
+    layers = {module: layer for module, layer in sorted(lora_layers(model).items()) if name in layer.configs}
+    tensors = {
+        f"{PREFIX}{module}.lora_{letter}.weight": weight.detach().cpu()
+        for module, layer in layers.items()
+        for letter, weight in zip("AB", layer.matrices(name), strict=True)
+    }
+    text = config_json(_config_of(model, {module: layer.configs[name] for module, layer in layers.items()}))
+    folder, suffix = Path(folder), f".partial-{secrets.token_hex(4)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        write_file(folder / (WEIGHTS_FILE + suffix), layout, tensors.values())
+        (folder / (CONFIG_FILE + suffix)).write_text(text, encoding="utf-8")
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(folder / (file + suffix), folder / file)
+    finally:
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            (folder / (file + suffix)).unlink(missing_ok=True)
+
+
+def _config_of(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> LoRAConfig:
+    """The one config for an adapter's layers; target_modules is a list of them unless the given one means just them."""
+    modules = tuple(configs)
+    first = configs[modules[0]]
+    listed = dataclasses.replace(first, target_modules=modules)
+    if any(dataclasses.replace(other, target_modules=modules) != listed for other in configs.values()):
+        raise ValueError("the adapter's layers got it from configs that do not agree; give each config its own name")
+    if first.targets_all_linear:
+        return listed  # as PEFT writes it
+    meant = {module for module in outer_modules(model) if first.targets(module)}
+    return first if meant == set(modules) else listed

@@ -1,0 +1,358 @@
+"""The registry of adapters and its slots under the real scheduler, with a store whose work ends when told to."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from server.engine.adapter_folder import AdapterFolder
+from server.engine.adapter_slots import PATIENCE_S
+from server.engine.adapters import RETRY_FAILED_S, Adapters
+from server.engine.messages import AdapterLoaded, AdapterUnloaded, CallFailed
+from server.engine.request import RequestRejected
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import Sequence
+from tests.adapters import FakeStore
+from tests.engine import make_request, make_scheduler
+
+
+class Engine:
+    """Scheduler and registry without a model: every scheduled token is 7."""
+
+    def __init__(self, folder: Path, num_slots: int = 2, max_in_memory: int = 4, **options: object) -> None:
+        self.now_s = 0.0
+        self.store = FakeStore()
+        self.adapters = Adapters(
+            AdapterFolder(str(folder), {}),
+            self.store,
+            num_slots=num_slots,
+            max_in_memory=max_in_memory,
+            clock=lambda: self.now_s,
+        )
+        self.scheduler: Scheduler = make_scheduler(
+            num_blocks=5000, adapters=self.adapters, clock=lambda: self.now_s, **options
+        )
+        self.replies: list[object] = []
+
+    def submit(self, adapter: str | None, max_tokens: int = 4, **fields: object) -> Sequence:
+        version = None if adapter is None else self.adapters.bind(adapter)
+        return self.scheduler.add(make_request([1, 2, 3], max_tokens, adapter=adapter, **fields), version)
+
+    def step(self) -> list[Sequence]:
+        """One step; the sequences that were in it."""
+        self.replies += self.adapters.collect()
+        chunks = self.scheduler.schedule()
+        for chunk in chunks:
+            if chunk.sequence.adapter is not None:
+                assert self.store.in_slots[chunk.sequence.adapter_slot] is chunk.sequence.adapter
+        for sequence, _ in self.scheduler.apply(chunks, [7] * sum(chunk.samples for chunk in chunks)):
+            if sequence.num_generated >= sequence.request.sampling.max_tokens:
+                self.end(sequence)
+        return [chunk.sequence for chunk in chunks]
+
+    def end(self, sequence: Sequence) -> None:
+        self.scheduler.remove(sequence)
+        if sequence.adapter is not None:
+            self.replies += self.adapters.release(sequence.adapter)
+
+    def run(self) -> None:
+        for _ in range(1000):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("there is still work")
+
+    def load(self, name: str, path: str, in_place: bool = False) -> object:
+        refusal = self.adapters.load(f"load {name}", name, path, in_place)
+        if refusal is not None:
+            return refusal
+        self.replies += self.adapters.collect()
+        return self.replies.pop()
+
+    def card(self, name: str, state: str = "ready"):
+        (found,) = [c for c in self.adapters.list_all("").cards if c.name == name and c.state == state]
+        return found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in "abcdefgh":
+        add_adapter(tmp_path / name)
+    return tmp_path
+
+
+def add_adapter(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}")
+    (path / "adapter_model.safetensors").write_bytes(b"")
+    return path
+
+
+def test_a_folder_is_offered_read_on_first_use_and_stays_in_its_slot(folder: Path) -> None:
+    engine = Engine(folder)
+    assert engine.card("a").tier == "disk" and engine.card("a").content_hash == ""
+    engine.submit("a")
+    assert engine.step() == []  # it is being read
+    assert engine.card("a", "loading").num_waiting == 1
+    engine.run()
+    card = engine.card("a")
+    assert (card.tier, card.content_hash, card.num_running, card.num_waiting) == ("slot", "hash of a", 0, 0)
+    assert engine.submit("a") and engine.step() != []  # at once
+
+
+def test_what_was_used_least_recently_goes_down_a_tier(folder: Path) -> None:
+    engine = Engine(folder, num_slots=2, max_in_memory=3)
+    for name in "abcd":
+        engine.submit(name)
+        engine.run()
+    assert [engine.card(name).tier for name in "abcd"] == ["disk", "cpu", "slot", "slot"]
+    engine.submit("a")
+    engine.run()
+    assert [engine.card(name).tier for name in "abcd"] == ["slot", "disk", "cpu", "slot"]
+    assert len(engine.store.in_memory) <= 3
+
+
+def test_a_request_that_waits_for_a_slot_holds_up_nobody(folder: Path) -> None:
+    engine = Engine(folder, num_slots=1)
+    endless = engine.submit("a", 5_000)
+    while not endless.is_running:
+        engine.step()
+    waiting = engine.submit("b")
+    base = engine.submit(None)
+    for _ in range(10):
+        engine.step()
+    assert base.num_generated == 4 and not waiting.is_running
+
+
+def test_newcomers_do_not_keep_a_claimed_slot_busy(folder: Path) -> None:
+    """Without claims, a stream of requests for one adapter would starve those for another for ever."""
+    engine = Engine(folder, num_slots=1)
+    for _ in range(3):
+        engine.submit("a", 20)
+    engine.step()
+    engine.step()
+    waiting = engine.submit("b", 2)
+    num_steps = 0
+    while waiting.num_generated < 2:
+        engine.submit("a", 20)
+        engine.step()
+        num_steps += 1
+        assert num_steps < 40  # the three that ran ended, and nobody else came in between
+
+
+def test_after_its_patience_a_request_gets_the_slot_of_endless_ones(folder: Path) -> None:
+    engine = Engine(folder, num_slots=1)
+    endless = engine.submit("a", 5000)
+    for _ in range(5):
+        engine.step()
+    before = list(endless.tokens)
+    waiting = engine.submit("b", 3)
+    for _ in range(20):
+        engine.now_s += PATIENCE_S / 10
+        engine.step()
+    assert waiting.num_generated == 3 and engine.scheduler.totals.num_preemptions == 1
+    for _ in range(20):
+        engine.step()
+    assert endless.is_running and len(endless.tokens) > len(before)  # it got its slot back
+
+
+def test_two_endless_requests_share_one_slot_in_turns(folder: Path) -> None:
+    engine = Engine(folder, num_slots=1)
+    first, second = engine.submit("a", 8000), engine.submit("b", 8000)
+    for _ in range(400):
+        engine.now_s += PATIENCE_S / 20
+        engine.step()
+    assert min(first.num_generated, second.num_generated) > 100
+
+
+def test_a_replacement_takes_effect_between_two_steps_and_running_requests_end_on_the_old_version(folder: Path) -> None:
+    engine = Engine(folder, num_slots=3)
+    assert isinstance(engine.load("x", "a"), AdapterLoaded)
+    old = engine.submit("x", 30)
+    queued = engine.submit("x", 3)
+    for _ in range(3):
+        engine.step()
+    loaded = engine.load("x", "b", in_place=True)
+    assert isinstance(loaded, AdapterLoaded) and loaded.card.content_hash == "hash of b"
+    new = engine.submit("x", 3)
+    assert (old.adapter.content_hash, queued.adapter.content_hash, new.adapter.content_hash) == (
+        "hash of a", "hash of a", "hash of b",
+    )  # fmt: skip
+    assert engine.card("x", "draining").num_running >= 1
+    engine.run()
+    assert [c.content_hash for c in engine.adapters.list_all("").cards if c.name == "x"] == ["hash of b"]
+    assert len(engine.store.in_memory) == 1 and len(engine.store.in_slots) == 1
+
+
+def test_the_same_content_again_changes_nothing(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.load("x", "a")
+    version = engine.submit("x").adapter
+    engine.load("x", "a", in_place=True)
+    assert engine.submit("x").adapter is version
+    engine.run()
+    assert len(engine.store.in_memory) == 1
+
+
+def test_unloading_waits_for_requests_and_says_what_it_gave_back(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.load("x", "a")
+    running = engine.submit("x", 10)
+    engine.step()
+    assert engine.adapters.unload("u", "x") == []
+    with pytest.raises(RequestRejected, match="'x' does not exist"):
+        engine.submit("x")
+    engine.run()
+    assert running.num_generated == 10
+    assert engine.replies == [AdapterUnloaded("u", 200)]  # from memory and from its slot
+    assert not engine.store.in_memory and not engine.store.in_slots
+
+
+def test_an_unloaded_folder_is_offered_again_once_it_was_loaded(folder: Path) -> None:
+    engine = Engine(folder)
+    assert engine.adapters.unload("u", "a") == [AdapterUnloaded("u", 0)]
+    with pytest.raises(RequestRejected):
+        engine.submit("a")
+    assert "a" not in [card.name for card in engine.adapters.list_all("").cards]
+    assert isinstance(engine.adapters.unload("u", "a")[0], CallFailed)
+    engine.load("a", "a")
+    engine.submit("a")
+    engine.run()
+
+
+def test_a_version_can_be_pinned(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.load("x", "a")
+    engine.submit("x@hash of a")
+    with pytest.raises(RequestRejected, match="'x@hash of b' does not exist"):
+        engine.submit("x@hash of b")
+    unread = engine.submit("b@another hash")
+    engine.step()
+    engine.step()
+    assert engine.adapters.refusal(unread) is not None
+
+
+def test_an_adapter_that_cannot_be_read_is_refused_and_tried_again_later(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.store.errors["a"] = "The adapter 'a' cannot be loaded: it is broken."
+    sequence = engine.submit("a")
+    engine.step()
+    engine.step()
+    refusal = engine.adapters.refusal(sequence)
+    assert refusal is not None and "it is broken" in str(refusal)
+    engine.end(sequence)
+    assert engine.card("a", "failed").error == str(refusal)
+    with pytest.raises(RequestRejected, match="it is broken"):
+        engine.submit("a")
+    del engine.store.errors["a"]
+    engine.now_s += RETRY_FAILED_S + 1
+    engine.submit("a")
+    engine.run()
+
+
+def test_a_failed_replacement_leaves_the_old_version(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.load("x", "a")
+    engine.store.errors["x"] = "broken"
+    assert isinstance(engine.load("x", "b", in_place=True), CallFailed)
+    assert engine.submit("x").adapter.content_hash == "hash of a"
+    engine.run()
+    assert len(engine.store.in_memory) == 1
+
+
+def test_content_that_changed_on_disk_is_not_served_to_those_who_were_promised_the_old(folder: Path) -> None:
+    engine = Engine(folder, num_slots=1, max_in_memory=1)
+    for name in "ab":  # b pushes a out of memory
+        engine.submit(name)
+        engine.run()
+    engine.store.content = lambda _: "new content"
+    sequence = engine.submit("a")
+    engine.step()
+    engine.step()
+    refusal = engine.adapters.refusal(sequence)
+    assert refusal is not None and "changed on disk" in str(refusal)
+
+
+def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
+    engine = Engine(folder)
+    assert engine.adapters.load("1", "x", "a", False) is None
+    assert "being loaded already" in engine.adapters.load("2", "x", "b", True).message
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> None:
+    """Requests, aborts, loads, replacements and unloads at random: always the right version, in the end all counts 0."""
+    chance = random.Random(seed)
+    engine = Engine(folder, num_slots=chance.choice([1, 2, 3]), max_in_memory=chance.choice([1, 3, 6]), max_num_seqs=6)
+    live: list[Sequence] = []
+    for _ in range(300):
+        engine.now_s += chance.random()
+        name = chance.choice("abcdefgh")
+        action = chance.random()
+        try:
+            if action < 0.4:
+                live.append(engine.submit(chance.choice([name, name, None]), chance.randint(1, 30)))
+            elif action < 0.5 and live:
+                sequence = live.pop(chance.randrange(len(live)))
+                if sequence.is_running or sequence in list(engine.scheduler.waiting):
+                    engine.end(sequence)
+            elif action < 0.6:
+                engine.adapters.load("l", name, chance.choice("abcdefgh"), chance.random() < 0.7)
+            elif action < 0.65:
+                engine.adapters.unload("u", name)
+        except RequestRejected:
+            pass
+        engine.step()
+    for _ in range(2000):
+        if not engine.scheduler.has_work:
+            break
+        engine.now_s += 0.1
+        engine.step()
+    assert not engine.scheduler.has_work
+    engine.replies += engine.adapters.collect()
+    engine.replies += engine.adapters.collect()
+    cards = engine.adapters.list_all("").cards
+    assert all((card.num_running, card.num_waiting) == (0, 0) and card.state == "ready" for card in cards)
+    assert len(engine.store.in_memory) <= 6
+    for name in [card.name for card in cards]:
+        engine.replies += engine.adapters.unload("u", name)
+    assert not engine.store.in_memory and not engine.store.in_slots
+
+
+# Where files may lie
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../outside", "a/../../outside", "/etc", "a\0b", "x" * 5000, "http://example.com/a", "file:///etc", "link", "loop",
+     "linked file", "pipe", ".", "", "a/adapter_config.json", "a/../b"],
+)  # fmt: skip
+def test_nothing_outside_the_allowed_folders_is_found(tmp_path: Path, path: str) -> None:
+    inside = tmp_path / "inside"
+    add_adapter(inside / "a")
+    add_adapter(inside / "b")
+    outside = add_adapter(tmp_path / "outside")
+    (inside / "link").symlink_to(outside)
+    (inside / "loop").symlink_to(inside / "loop")
+    (inside / "linked file").mkdir()
+    for file in outside.iterdir():
+        (inside / "linked file" / file.name).symlink_to(file)
+    (inside / "pipe").mkdir()
+    os.mkfifo(inside / "pipe" / "adapter_config.json")
+    os.mkfifo(inside / "pipe" / "adapter_model.safetensors")
+    assert AdapterFolder(str(inside), {}).at(path) is None
+    assert AdapterFolder(str(inside), {}).at(str(outside)) is None
+
+
+def test_links_within_and_modules_given_at_the_start_are_found(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "inside", add_adapter(tmp_path / "outside")
+    add_adapter(inside / "deep" / "a")
+    (inside / "link").symlink_to(inside / "deep" / "a")
+    folder = AdapterFolder(str(inside), {"mine": str(outside)})
+    assert folder.at("deep/a").shown == "deep/a"
+    assert folder.at("link").config == inside / "deep" / "a" / "adapter_config.json"
+    assert folder.at(str(outside)).shown == "outside"
+    assert folder.module("mine").weights.parent == outside
+    assert folder.names() == ["link"]
+    assert folder.offered("deep") is None and folder.offered("link") is not None
