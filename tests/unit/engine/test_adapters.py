@@ -282,7 +282,7 @@ def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> None:
-    """Requests, aborts, loads, replacements and unloads at random: always the right version, in the end all counts 0."""
+    """Requests, aborts, loads, replacements and unloads at random: always the right version, in the end all is 0."""
     chance = random.Random(seed)
     engine = Engine(folder, num_slots=chance.choice([1, 2, 3]), max_in_memory=chance.choice([1, 3, 6]), max_num_seqs=6)
     live: list[Sequence] = []
