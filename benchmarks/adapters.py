@@ -56,7 +56,7 @@ def call(url: str, route: str, **body: Any) -> dict[str, Any]:
 def measure_throughput(url: str, streams: list[int], rounds: int) -> list[dict[str, Any]]:
     adapters = ",".join(f"a{i}" for i in range(NUM_ADAPTERS))
     server = Server("ours", url, MODEL, [])
-    kinds = {"base": [], "one": ["--adapters", "a0"], "eight": ["--adapters", adapters]}
+    kinds: dict[str, list[str]] = {"base": [], "one": ["--adapters", "a0"], "eight": ["--adapters", adapters]}
     load(server, Workload(8, 8, 16, 4, kinds["eight"]), seed=99)
     runs = []
     for number in range(rounds):
@@ -75,7 +75,10 @@ def print_throughput(runs: list[dict[str, Any]]) -> None:
             base = [run for run in runs if (run["streams"], run["kind"]) == (count, "base")]
             ratio = statistics.median(m["tok_s"] / b["tok_s"] for m, b in zip(mine, base, strict=True))
             decoding = statistics.median(b["tpot_ms"][0] / m["tpot_ms"][0] for m, b in zip(mine, base, strict=True))
-            tok_s, tpot = (statistics.median(values) for values in zip(*((r["tok_s"], r["tpot_ms"][0]) for r in mine)))
+            tok_s, tpot = (
+                statistics.median(r["tok_s"] for r in mine),
+                statistics.median(r["tpot_ms"][0] for r in mine),
+            )
             print(f"{count:>8} {kind:<9} {tok_s:>8.1f} {tpot:>9.2f} {ratio:>8.2f} {decoding:>18.2f}")
 
 

@@ -20,7 +20,7 @@ from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pa
 
 logger = logging.getLogger("server.engine")
 
-NICENESS = 5
+NICENESS = 3
 
 
 class AdapterStore:
