@@ -12,7 +12,7 @@ from server.api.service import ServiceOfRequest
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
-async def _require_admin(request: Request, service: ServiceOfRequest) -> None:
+async def require_admin(request: Request, service: ServiceOfRequest) -> None:
     """ApiError unless the request carries --admin-api-key, or there is none and the server listens on loopback only.
 
     A web page that a user of this machine looks at can send requests here, too. It cannot send JSON without asking
@@ -41,4 +41,4 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-RequireAdmin = Annotated[None, Depends(_require_admin)]
+RequireAdmin = Annotated[None, Depends(require_admin)]

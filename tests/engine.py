@@ -77,6 +77,7 @@ class ModelEngine:
         config: ByteModelConfig | None = None,
         backend: Backend = TorchModel,
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
+        device: str = "cpu",
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -87,10 +88,10 @@ class ModelEngine:
             **options,
         )
         pool, layout = self.scheduler.pool, self.scheduler.layout
-        cache = PagedKVCache(config, pool.num_blocks, layout.block_size, torch.float32, torch.device("cpu"))
+        cache = PagedKVCache(config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
         cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
         cache.values_LBSKD.zero_()
-        bank = LoraBank(config, len(adapters), 16)
+        bank = LoraBank(config, len(adapters), 16, device=device)
         self.versions = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
             bank.fill(slot, pack_adapter(adapter.weights, adapter.scales, config, torch.float32))

@@ -95,4 +95,4 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
 
 
 def model_not_found(name: str) -> ApiError:
-    return ApiError(404, f"The model {name!r} does not exist.", param="model", code="model_not_found")
+    return ApiError(404, f"The model {name!r:.200} does not exist.", param="model", code="model_not_found")

@@ -80,6 +80,10 @@ def check_prompt(token_ids: list[int], limit: int, param: str) -> int:
 
 
 def make_request(body: GenerationBody, service: Service, token_ids: list[int], max_tokens: int) -> GenerationRequest:
+    is_adapted = body.model != service.settings.model_name
+    if not is_adapted and body.adapter_scale not in (None, 1):
+        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
+
     def chosen(name: str) -> Any:
         value = getattr(body, name)
         return getattr(service.defaults, name) if value is None else value
@@ -100,7 +104,7 @@ def make_request(body: GenerationBody, service: Service, token_ids: list[int], m
         sampling=sampling,
         priority=0 if body.priority is None else body.priority,
         context_overflow=overflow_of(body, service),
-        adapter=None if body.model == service.settings.model_name else body.model,
+        adapter=body.model if is_adapted else None,
         adapter_scale=1.0 if body.adapter_scale is None else float(body.adapter_scale),
         cache_salt="" if body.cache_salt is None else body.cache_salt,
     )

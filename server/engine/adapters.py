@@ -31,6 +31,7 @@ from server.settings import ADAPTER_NAME_RULE, is_adapter_name
 logger = logging.getLogger("server.engine")
 
 RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
+MIN_PIN_DIGITS = 8  # of a hash that pins a version
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -158,14 +159,12 @@ class Adapters:
         Raises:
             RequestRejected: there is no such adapter, or it could not be read.
         """
-        name, _, pin = reference.partition("@")
-        version = self._find(name)
+        version = self._find(reference.partition("@")[0])
         if version is None:
             raise not_found(reference)
-        if version.state == "failed":
-            raise RequestRejected(version.error, ADAPTER_FAILED, "model")
-        if version.content_hash and not version.content_hash.startswith(pin):
-            raise not_found(reference)
+        refusal = _refusal(version, reference)
+        if refusal is not None:
+            raise refusal
         version.num_bound += 1
         version.num_requests += 1
         self._touch(version)
@@ -180,14 +179,7 @@ class Adapters:
     def refusal(self, sequence: Sequence) -> RequestRejected | None:
         """Why a bound request cannot run after all, now that more is known of its adapter."""
         version, reference = sequence.adapter, sequence.request.adapter
-        if version is None or reference is None:
-            return None
-        if version.state == "failed":
-            return RequestRejected(version.error, ADAPTER_FAILED, "model")
-        pin = reference.partition("@")[2]
-        if version.content_hash and not version.content_hash.startswith(pin):
-            return not_found(reference)
-        return None
+        return None if version is None or reference is None else _refusal(version, reference)
 
     def place(self, waiting: Iterable[Sequence]) -> Move | None:
         """Bring adapters of waiting requests towards the slots.
@@ -438,5 +430,15 @@ class Adapters:
         )
 
 
+def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:
+    """Why a version does not serve requests for NAME or NAME@HASH, as far as is known before it was read."""
+    if version.state == "failed":
+        return RequestRejected(version.error, ADAPTER_FAILED, "model")
+    _, at, pin = reference.partition("@")
+    if at and (len(pin) < MIN_PIN_DIGITS or (version.content_hash and not version.content_hash.startswith(pin))):
+        return not_found(reference)
+    return None
+
+
 def not_found(reference: str) -> RequestRejected:
-    return RequestRejected(f"The model {reference!r} does not exist.", MODEL_NOT_FOUND, "model")
+    return RequestRejected(f"The model {reference!r:.200} does not exist.", MODEL_NOT_FOUND, "model")

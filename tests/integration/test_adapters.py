@@ -84,8 +84,9 @@ def test_a_version_is_pinned_by_its_hash(adapted: Adapted) -> None:
     adapted.answer("a3")
     content_hash = adapted.card("a3")["content_hash"]
     assert adapted.answer(f"a3@{content_hash}") == adapted.answers["a3"][-1]
-    response = adapted.http.post("/v1/completions", json=completion(f"a3@{'0' * 64}"))
-    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    for wrong in ("0" * 64, "", content_hash[:3], content_hash + "0"):
+        response = adapted.http.post("/v1/completions", json=completion(f"a3@{wrong}"))
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_loading_replacing_and_unloading(adapted: Adapted) -> None:
@@ -170,9 +171,11 @@ def test_what_cannot_be_loaded_is_refused_by_field(
     assert (response.status_code, response.json()["error"]["param"]) == (status, param)
 
 
-@pytest.mark.parametrize("scale", [-0.1, 8.5, "1", True, [1]])
-def test_impossible_scales_are_refused(adapted: Adapted, scale: object) -> None:
-    response = adapted.http.post("/v1/completions", json=completion("a0", adapter_scale=scale))
+@pytest.mark.parametrize(
+    ("model", "scale"), [("a0", -0.1), ("a0", 8.5), ("a0", "1"), ("a0", True), ("a0", [1]), ("tiny", 2)]
+)
+def test_impossible_scales_are_refused(adapted: Adapted, model: str, scale: object) -> None:
+    response = adapted.http.post("/v1/completions", json=completion(model, adapter_scale=scale))
     assert (response.status_code, response.json()["error"]["param"]) == (400, "adapter_scale")
 
 

@@ -78,6 +78,16 @@ def test_a_switch_has_two_flags_and_a_variable():
         ["--no-port"],
         ["--chat-template", "/no/such/file"],
         ["--model", ""],
+        ["--adapter-dir", "/no/such/folder"],
+        ["--lora-modules", "pirate"],
+        ["--lora-modules", "=path"],
+        ["--lora-modules", "two words=path"],
+        ["--lora-modules", "a@b=path"],
+        ["--lora-modules", "a=x", "a=y"],
+        ["--lora-modules", "SmolLM2-135M-Instruct=x"],
+        ["--max-loras", "0"],
+        ["--max-lora-rank", "2000"],
+        ["--admin-api-key", " "],
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line_naming_it(arguments):
@@ -85,6 +95,15 @@ def test_what_cannot_be_used_is_refused_in_one_line_naming_it(arguments):
         parse_settings(arguments, {})
     assert arguments[0] in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_adapters_are_given_as_several_values_several_flags_or_several_words():
+    expected = (("a", "x"), ("b", "y=z"))
+    for arguments in (["--lora-modules", "a=x", "b=y=z"], ["--lora-modules", "a=x", "--lora-modules", "b=y=z"]):
+        assert parse_settings(arguments, {}).engine.lora_modules == expected
+    settings = parse_settings([], {"STELLARBYTE_LORA_MODULES": "a=x b=y=z"})
+    assert settings.engine.lora_modules == expected and settings.engine.serves_adapters
+    assert not parse_settings([], {}).engine.serves_adapters
 
 
 def test_a_wrong_variable_is_named_as_the_variable():
