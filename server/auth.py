@@ -1,6 +1,7 @@
 """Who may do what an operator does: load and unload adapters."""
 
 import ipaddress
+import re
 import secrets
 from typing import Annotated
 
@@ -9,7 +10,8 @@ from fastapi import Depends, Request
 from server.api.errors import ApiError, bad_request
 from server.api.service import ServiceOfRequest
 
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_LOOPBACK_HOST = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 
 
 async def require_admin(request: Request, service: ServiceOfRequest) -> None:
@@ -26,7 +28,9 @@ async def require_admin(request: Request, service: ServiceOfRequest) -> None:
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
     elif not _is_loopback(service.settings.host):
         raise ApiError(403, "This is off because the server was started without --admin-api-key.")
-    elif request.headers.get("host", "").rpartition(":")[0] not in _LOOPBACK_NAMES:
+    elif any(name in request.headers for name in _PROXY_HEADERS):
+        raise ApiError(403, "Without --admin-api-key this does not work through a proxy.")
+    elif re.fullmatch(_LOOPBACK_HOST, request.headers.get("host", "")) is None:
         raise ApiError(403, "Without --admin-api-key this works only under the host name localhost or 127.0.0.1.")
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise bad_request("The header 'Content-Type' must be application/json.")

@@ -71,7 +71,7 @@ class _AdapterCollector(Collector):
             "stellarbyte:adapter_tokens", "Tokens generated with each adapter.", labels=["model_name", "adapter"]
         )
         for card in cards:
-            if card.state != "draining":  # its name may be another version's by now
+            if card.is_current:  # of a name's versions one
                 resident.add_metric([self._model_name, card.name, tier_name(card.tier, self._device)], 1)
                 tokens.add_metric([self._model_name, card.name], card.num_tokens)
         yield resident

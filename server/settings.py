@@ -114,7 +114,7 @@ def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     for text in texts:
         name, _, path = text.partition("=")
         if not path or not is_adapter_name(name):
-            raise SettingsError(f"{text!r} is not NAME=PATH, {ADAPTER_NAME_RULE}")
+            raise SettingsError(f"{text!r} is not NAME=PATH with {ADAPTER_NAME_RULE}")
         pairs.append((name, path))
     if len(dict(pairs)) < len(pairs):
         raise SettingsError("a name is given twice")
@@ -191,12 +191,16 @@ class EngineSettings:
         existing_folder, "DIR", "folder whose adapter folders are offered by their names, read on first use", None
     )
     lora_modules: tuple[tuple[str, str], ...] = option(
-        named_paths, "NAME=PATH", "adapters to load at the start, wherever they lie", (), many=True
+        named_paths,
+        "NAME=PATH",
+        "adapters to load at the start, wherever they lie; its variable takes paths without spaces",
+        (),
+        many=True,
     )
     max_loras: int = option(whole_number(1, 1000), "N", "most adapters that one step can use", 8)
     max_lora_rank: int = option(whole_number(1, 1024), "N", "largest rank of an adapter", 64)
     max_cpu_loras: int | None = option(
-        whole_number(1), "N", "most adapters kept in CPU memory (default: 4 times --max-loras)", None
+        whole_number(2), "N", "most adapters kept in CPU memory, over --max-loras (default: 4 times that)", None
     )
     max_queued_requests: int = option(
         whole_number(0), "N", "most requests beyond --max-num-seqs; more are answered with 429", 1024
@@ -233,7 +237,7 @@ class ServerSettings:
         not_empty,
         "KEY",
         "what loading and unloading adapters needs as a bearer token; without it they work only while --host is this"
-        " machine's loopback (better given as the variable, which other users cannot see)",
+        " machine's loopback; behind a proxy always give one (better as the variable, which other users cannot see)",
         None,
     )
     max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
@@ -327,6 +331,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
     engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
     settings = ServerSettings(engine=engine, **values(ServerSettings))
+    if engine.max_cpu_loras is not None and engine.max_cpu_loras <= engine.max_loras:
+        raise SettingsError(
+            f"--max-cpu-loras: {engine.max_cpu_loras} is not more than --max-loras ({engine.max_loras})"
+        )
     if settings.model_name in dict(engine.lora_modules):
         raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
     return settings

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_version import AdapterFiles, AdapterVersion
-from server.engine.adapters import FillDone, ReadDone
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
 from stellarbyte.lora.bank import adaptable_modules

@@ -1,5 +1,6 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, GET /v1/adapters."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from server.metrics import tier_name
 router = APIRouter()
 
 MAX_TEXT = 4096
+LIST_LIMIT_S = 10.0
 
 
 class LoadBody(BaseModel):
@@ -69,11 +71,14 @@ async def list_adapters(service: ServiceOfRequest) -> dict[str, Any]:
 
 
 async def adapters_of(service: Service) -> AdapterList:
-    """All adapters as they are now; ApiError when the engine is gone."""
+    """All adapters as they are now; ApiError when the engine is gone or does not answer."""
     try:
-        return await service.client.list_adapters()
+        async with asyncio.timeout(LIST_LIMIT_S):
+            return await service.client.list_adapters()
     except EngineDead as error:
         raise from_engine(error) from None
+    except TimeoutError:
+        raise from_engine(EngineDead("The engine does not answer.")) from None
 
 
 def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:

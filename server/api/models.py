@@ -26,11 +26,9 @@ async def get_model(name: str, service: ServiceOfRequest) -> dict[str, Any]:
 
 async def _cards(service: Service) -> list[dict[str, Any]]:
     adapters = await adapters_of(service)
-    return [_model_card(service), *(_adapter_card(service, card) for card in adapters.cards if _can_be_asked(card))]
-
-
-def _can_be_asked(card: AdapterCard) -> bool:
-    return card.state in ("ready", "loading")
+    name = service.settings.model_name
+    shown = [card for card in adapters.cards if card.is_current and card.state != "failed" and card.name != name]
+    return [_model_card(service), *(_adapter_card(service, card) for card in shown)]
 
 
 def _model_card(service: Service) -> dict[str, Any]:

@@ -38,38 +38,40 @@ class AdapterFolder:
         """The files of the folder in --adapter-dir that has this name."""
         if self._folder is None or not is_adapter_name(name) or "/" in name:
             return None
-        return self.at(name)
+        return self._inside(name)
 
-    def names(self) -> list[str]:
-        """Names of the adapters in --adapter-dir."""
+    def all_offered(self) -> list[tuple[str, AdapterFiles]]:
+        """Name and files of every adapter in --adapter-dir."""
         if self._folder is None:
             return []
         try:
-            with os.scandir(self._folder) as entries:
-                found = sorted(entry.name for entry in entries)
+            names = sorted(os.listdir(self._folder))
         except OSError as error:
             logger.warning("--adapter-dir cannot be listed: %s", error.strerror)
             return []
-        return [name for name in found if self.offered(name) is not None]
+        return [(name, files) for name in names if (files := self.offered(name)) is not None]
 
     def at(self, path: str) -> AdapterFiles | None:
-        """The files at `path`, relative to --adapter-dir or absolute; None unless they are there and allowed."""
-        if ".." in Path(path).parts:
-            return None
-        for root in [self._folder, *self._modules.values()]:
-            if root is None:
-                continue
-            try:
-                folder = (root / path).resolve()
-                if folder.is_relative_to(root) and (files := _files(folder, root, _shown(folder, root))) is not None:
-                    return files
-            except (OSError, ValueError, RuntimeError):  # too long, a NUL, links in a circle
-                continue
+        """The files at a path inside --adapter-dir, or at the very path of a module; None if they are not there."""
+        if (files := self._inside(path)) is not None:
+            return files
+        for root in self._modules.values():
+            if path == str(root):
+                return _files(root, root, root.name)
         return None
 
-
-def _shown(folder: Path, root: Path) -> str:
-    return folder.name if folder == root else str(folder.relative_to(root))
+    def _inside(self, path: str) -> AdapterFiles | None:
+        """The files at `path`, relative to --adapter-dir or absolute, if they lie in it."""
+        root = self._folder
+        if root is None or ".." in Path(path).parts:
+            return None
+        try:
+            folder = (root / path).resolve()
+            if folder == root or not folder.is_relative_to(root):
+                return None
+            return _files(folder, root, str(folder.relative_to(root)))
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, links in a circle
+            return None
 
 
 def _files(folder: Path, root: Path, shown: str) -> AdapterFiles | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_version import AdapterVersion
-from server.engine.adapters import FillDone, ReadDone
 from stellarbyte.lora import AdapterError, read_adapter
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
 
@@ -24,7 +24,7 @@ NICENESS = 3
 
 
 class AdapterStore:
-    """See `adapters.AdapterStore`. Called from the engine's thread only.
+    """See `adapter_memory.AdapterStore`. Called from the engine's thread only.
 
     `wake_fd` becomes readable when `finished` has something to tell.
     """
@@ -33,7 +33,7 @@ class AdapterStore:
         self._bank = bank
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
-        self._done: deque[ReadDone | FillDone] = deque()
+        self._done: deque[ReadDone | FillDone | Exception] = deque()
         self._reader = ThreadPoolExecutor(1, "adapter-reader", _give_way)
         self._filler = ThreadPoolExecutor(1, "adapter-filler", _give_way)
         self.wake_fd, self._wake = os.pipe()
@@ -62,11 +62,20 @@ class AdapterStore:
     def finished(self) -> list[ReadDone | FillDone]:
         with contextlib.suppress(BlockingIOError):
             os.read(self.wake_fd, 4096)
-        return [self._done.popleft() for _ in range(len(self._done))]
+        done = []
+        while self._done:
+            result = self._done.popleft()
+            if isinstance(result, Exception):
+                raise result  # a device that takes no copy will not compute either
+            done.append(result)
+        return done
 
     def _start(self, thread: ThreadPoolExecutor, work: Callable[[], Any]) -> None:
         def run() -> None:
-            self._done.append(work())
+            try:
+                self._done.append(work())
+            except Exception as error:
+                self._done.append(error)
             with contextlib.suppress(BlockingIOError):  # full: it will be looked at
                 os.write(self._wake, b"\0")
 
@@ -79,6 +88,8 @@ class AdapterStore:
             adapter = read_adapter(files.config, files.weights, self._shapes, max_rank=self._bank.max_rank)
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
             packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
+            if not packed.is_finite():
+                raise AdapterError("its weights times alpha / r leave the number format that it is served in.")
         except AdapterError as error:
             return self._failed(version, started_s, str(error))
         except Exception:  # whatever it is, it must not take the engine along
@@ -103,4 +114,6 @@ class AdapterStore:
 def _give_way() -> None:
     """On Linux niceness belongs to the thread that sets it, elsewhere to the process: there it is left alone."""
     if os.uname().sysname == "Linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):  # it is nicer already, or may not be
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -1,6 +1,6 @@
 """One content of an adapter under one name, from its first use to when it is forgotten. Plain data; decides nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,14 @@ class AdapterFiles:
     config: Path
     weights: Path
     shown: str  # how the API names the place
+
+
+@dataclass(slots=True)
+class AdapterTotals:
+    """Counts of all versions that a name had, one after the other."""
+
+    num_requests: int = 0
+    num_tokens: int = 0  # generated
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -35,5 +43,4 @@ class AdapterVersion:
     slot: int = 0  # of the bank; 0: none
     num_bound: int = 0  # requests that have not ended, running or not
     used_at: int = 0  # order of use
-    num_requests: int = 0
-    num_tokens: int = 0  # generated
+    totals: AdapterTotals = field(default_factory=AdapterTotals)

@@ -9,10 +9,9 @@ recently moves down, and nothing that a running request uses moves.
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Protocol
 
 from server.engine.adapter_folder import AdapterFolder
+from server.engine.adapter_memory import AdapterMemory, AdapterStore, FillDone, NoStore, ReadDone
 from server.engine.adapter_slots import AdapterSlots, Move
 from server.engine.adapter_version import AdapterFiles, AdapterVersion
 from server.engine.messages import (
@@ -30,74 +29,10 @@ from server.settings import ADAPTER_NAME_RULE, is_adapter_name
 
 logger = logging.getLogger("server.engine")
 
+LISTING_LASTS_S = 5.0
 RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
 MIN_PIN_DIGITS = 8  # of a hash that pins a version
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadDone:
-    """A version was read, checked and put into CPU memory; or `error` says in one sentence why not."""
-
-    version: AdapterVersion
-    seconds: float  # it took
-    error: str = ""
-    content_hash: str = ""
-    num_bytes: int = 0
-    rank: int = 0
-    matched: tuple[str, ...] = ()
-    unmatched: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class FillDone:
-    """A version was copied to a slot."""
-
-    version: AdapterVersion
-    slot: int
-
-
-class AdapterStore(Protocol):
-    """Moves adapters between the tiers. `read` and `fill` return at once and are answered by `finished`."""
-
-    def read(self, version: AdapterVersion) -> None:
-        """Disk to CPU memory."""
-
-    def fill(self, version: AdapterVersion, slot: int) -> None:
-        """CPU memory to a slot, which is overwritten."""
-
-    def clear(self, slot: int) -> None:
-        """Give the memory of a slot back."""
-
-    def forget(self, version: AdapterVersion) -> None:
-        """Give the CPU memory of a version back."""
-
-    def finished(self) -> list[ReadDone | FillDone]: ...
-
-    @property
-    def wake_fd(self) -> int | None:
-        """Becomes readable when `finished` has something to tell."""
-
-
-class NoStore:
-    """The store of an engine that has no place to read adapters from."""
-
-    wake_fd = None
-
-    def read(self, *_: object) -> None:
-        raise AssertionError("there is no adapter to read")
-
-    def fill(self, *_: object) -> None:
-        raise AssertionError("there is no slot to fill")
-
-    def clear(self, *_: object) -> None:
-        raise AssertionError("there is no slot to clear")
-
-    def forget(self, *_: object) -> None:
-        raise AssertionError("there is no adapter to forget")
-
-    def finished(self) -> list[ReadDone | FillDone]:
-        return []
 
 
 def no_adapters() -> "Adapters":
@@ -105,27 +40,11 @@ def no_adapters() -> "Adapters":
     return Adapters(AdapterFolder(None, {}), NoStore(), num_slots=0, max_in_memory=1)
 
 
-@dataclass(kw_only=True)
-class _Load:
-    """A call that waits for a version to be read."""
-
-    call_id: str
-    version: AdapterVersion
-
-
-@dataclass(kw_only=True)
-class _Unload:
-    """A call that waits for a version to drain."""
-
-    call_id: str
-    version: AdapterVersion
-
-
 class Adapters:
     """Engine thread only.
 
     Args:
-        max_in_memory: versions in CPU memory at most; those that drain come on top.
+        max_in_memory: versions in CPU memory, more than `num_slots`; those that drain come on top.
     """
 
     def __init__(
@@ -141,15 +60,18 @@ class Adapters:
         self._num_slots = num_slots
         self._folder = folder
         self._store = store
-        self._max_in_memory = max_in_memory
+        self._memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
         self._current: dict[str, AdapterVersion] = {}
         self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
         self._withdrawn: set[str] = set()  # folders of --adapter-dir that were unloaded: offered again once loaded
-        self._loads: list[_Load] = []
-        self._unloads: list[_Unload] = []
+        self._loads: dict[AdapterVersion, str] = {}  # being read for a call → its id
+        self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
         self._load_seconds = LoadSeconds(bounds=LOAD_SECONDS_BOUNDS, counts=(0,) * (len(LOAD_SECONDS_BOUNDS) + 1))
+        self._listed: list[tuple[str, AdapterFiles]] = []
+        self._listed_at_s = -LISTING_LASTS_S
         self._num_uses = 0
+        self.num_reads = 0  # that have ended, well or not: then `refusal` may say something new
 
     # Requests
 
@@ -166,7 +88,6 @@ class Adapters:
         if refusal is not None:
             raise refusal
         version.num_bound += 1
-        version.num_requests += 1
         self._touch(version)
         return version
 
@@ -193,7 +114,10 @@ class Adapters:
         for version, slot in plan.fill:
             self._fill(version, slot)
         for version in plan.read:
-            self._read(version, plan.keep)
+            if not version.is_reading and version.state != "failed" and self._memory.make_room(1, plan.keep):
+                if version.state == "ready" and not version.content_hash:
+                    version.state = "loading"
+                self._memory.start_read(version)
         return plan.move
 
     def may_enter(self, sequence: Sequence) -> bool:
@@ -220,7 +144,7 @@ class Adapters:
         if not is_adapter_name(name):
             message = f"{name!r:.200} cannot be an adapter's name; it needs {ADAPTER_NAME_RULE}."
             return CallFailed(call_id, message, param="lora_name")
-        if any(load.version.name == name for load in self._loads):
+        if self._is_loading(name):
             return CallFailed(call_id, f"The adapter {name!r} is being loaded already.", param="lora_name")
         current = self._current.get(name)
         if current is not None and current.state != "failed" and not in_place:
@@ -234,15 +158,16 @@ class Adapters:
         return None
 
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
+        """Read an adapter whose files were found; answered by `collect`."""
         version = AdapterVersion(name=name, files=files, state="loading")
-        self._make_room(set())
         self._others.add(version)
-        self._loads.append(_Load(call_id=call_id, version=version))
-        self._start_read(version)
+        self._loads[version] = call_id
+        self._memory.make_room(1, set())
+        self._memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Take a name away; answered once the last request on it has ended, which may be at once."""
-        if any(load.version.name == name for load in self._loads):
+        if self._is_loading(name):
             return [CallFailed(call_id, f"The adapter {name!r} is being loaded; try again later.", param="lora_name")]
         version = self._current.pop(name, None)
         if version is None and (name in self._withdrawn or self._folder.offered(name) is None):
@@ -253,17 +178,29 @@ class Adapters:
         if version is None:
             return [AdapterUnloaded(call_id, 0)]
         logger.info("unloading adapter %s", name)
-        self._unloads.append(_Unload(call_id=call_id, version=version))
+        self._unloads[version] = call_id
         return self._drain(version)
 
     def list_all(self, call_id: str) -> AdapterList:
         """Every adapter that can be asked for, and those that drain."""
-        for name in self._folder.names():
-            self._find(name)
-        versions = sorted([*self._current.values(), *self._others], key=lambda version: version.name)
-        return AdapterList(
-            call_id, tuple(self._card(version) for version in versions), self._load_seconds, self._num_slots
-        )
+        offered = [
+            AdapterVersion(name=name, files=files)
+            for name, files in self._offered(self._clock())
+            if name not in self._current and name not in self._withdrawn
+        ]
+        cards = [self._card(version, is_current=True) for version in [*self._current.values(), *offered]]
+        cards += [self._card(version, is_current=False) for version in self._others]
+        cards.sort(key=lambda card: (card.name, not card.is_current))
+        return AdapterList(call_id, tuple(cards), self._load_seconds, self._num_slots)
+
+    def _offered(self, now_s: float) -> list[tuple[str, AdapterFiles]]:
+        """What lies in --adapter-dir, looked at every few seconds at most: anybody may ask for the list."""
+        if now_s - self._listed_at_s >= LISTING_LASTS_S:
+            self._listed_at_s, self._listed = now_s, self._folder.all_offered()
+        return self._listed
+
+    def _is_loading(self, name: str) -> bool:
+        return any(version.name == name for version in self._loads)
 
     # What the other threads have done
 
@@ -280,18 +217,17 @@ class Adapters:
                 self.slots.filled(done.slot)
                 replies += self._drop_if_drained(done.version)
             elif done.error:
-                replies += self._note_failed_read(done)
+                replies += self._note_failed_read(done.version, done.error)
             else:
                 replies += self._note_read(done)
         return replies
 
     def _note_read(self, done: ReadDone) -> list[Reply]:
         version = done.version
-        version.is_reading, version.is_in_memory = False, True
         if version.content_hash and version.content_hash != done.content_hash:
-            return self._note_failed_read(
-                replace(done, error=f"The adapter {version.name!r} has changed on disk; send the request again.")
-            )
+            return self._note_changed_files(version)
+        self.num_reads += 1
+        self._memory.note_read(version)
         self._load_seconds = self._load_seconds.plus(done.seconds)
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
@@ -299,12 +235,11 @@ class Adapters:
             version.state = "ready"
         logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
         replies: list[Reply] = []
-        load = self._take_load(version)
-        if load is not None:
+        call_id = self._loads.pop(version, None)
+        if call_id is not None:
             replies += self._install(version)
-            replies.append(
-                AdapterLoaded(load.call_id, self._card(self._current[version.name]), version.matched, version.unmatched)
-            )
+            card = self._card(self._current[version.name], is_current=True)
+            replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
         return replies + self._drop_if_drained(version)
 
     def _install(self, version: AdapterVersion) -> list[Reply]:
@@ -314,78 +249,50 @@ class Adapters:
         old = self._current.get(version.name)
         if old is not None and old.content_hash == version.content_hash and old.state == "ready":
             old.files = version.files
-            self._forget(version)
+            self._memory.forget(version)
             return []
         self._current[version.name] = version
         if slot := self.slots.take_free(version):
             self._fill(version, slot)
         if old is None:
             return []
-        version.num_requests, version.num_tokens = old.num_requests, old.num_tokens
+        version.totals = old.totals
         return self._drain(old)
 
-    def _note_failed_read(self, done: ReadDone) -> list[Reply]:
-        version = done.version
-        version.is_reading = False
-        self._forget(version)
-        version.state, version.error, version.failed_at_s = "failed", done.error, self._clock()
-        logger.warning("adapter %s could not be loaded: %s", version.name, done.error)
-        load = self._take_load(version)
-        failed = [] if load is None else [CallFailed(load.call_id, done.error, code=ADAPTER_FAILED, param="lora_path")]
+    def _note_failed_read(self, version: AdapterVersion, error: str) -> list[Reply]:
+        self.num_reads += 1
+        self._memory.forget(version)
+        version.state, version.error, version.failed_at_s = "failed", error, self._clock()
+        logger.warning("adapter %s could not be read: %s", version.name, error)
+        call_id = self._loads.pop(version, None)
+        failed = [] if call_id is None else [CallFailed(call_id, error, code=ADAPTER_FAILED, param="lora_path")]
         return [*failed, *self._drop_if_drained(version)]
 
-    def _take_load(self, version: AdapterVersion) -> _Load | None:
-        """The call that waited for a read, which has ended."""
-        load = next((load for load in self._loads if load.version is version), None)
-        if load is not None:
-            self._loads.remove(load)
-        return load
+    def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
+        """A version was to be read again, but its files hold another one now: that is what new requests get."""
+        if self._current.get(version.name) is version:
+            self._current[version.name] = _unread(version)
+            self._others.add(version)
+        return self._note_failed_read(
+            version, f"The files of the adapter {version.name!r} have changed meanwhile; send the request again."
+        )
 
-    # Tiers
+    # Names and memory
 
     def _find(self, name: str) -> AdapterVersion | None:
         """The current version of a name; a folder in --adapter-dir becomes one when it is first asked for."""
         version = self._current.get(name)
-        if version is not None and version.state == "failed" and self._clock() - version.failed_at_s > RETRY_FAILED_S:
-            version = None
-        if version is None and name not in self._withdrawn:
-            files = self._folder.offered(name)
-            if files is not None:
-                version = self._current[name] = AdapterVersion(name=name, files=files)
-            else:
-                self._current.pop(name, None)
+        if version is None and name not in self._withdrawn and (files := self._folder.offered(name)) is not None:
+            version = self._current[name] = AdapterVersion(name=name, files=files)
+        elif version is not None and version.state == "failed" and self._clock() - version.failed_at_s > RETRY_FAILED_S:
+            if version.num_bound:  # its last requests are about to be refused
+                self._others.add(version)
+            version = self._current[name] = _unread(version)
         return version
-
-    def _read(self, version: AdapterVersion, keep: set[AdapterVersion]) -> None:
-        """Start to read a version that waiting requests need, if there is room in CPU memory beside those to keep."""
-        if not version.is_reading and version.state != "failed" and self._make_room(keep):
-            if not version.content_hash:
-                version.state = "loading"
-            self._start_read(version)
-
-    def _start_read(self, version: AdapterVersion) -> None:
-        version.is_reading = True
-        self._store.read(version)
 
     def _fill(self, version: AdapterVersion, slot: int) -> None:
         self._touch(version)
         self._store.fill(version, slot)
-
-    def _make_room(self, keep: set[AdapterVersion]) -> bool:
-        """Whether another version may come into CPU memory; what was used least recently goes."""
-        held = [v for v in self._current.values() if v.is_in_memory or v.is_reading]
-        if len(held) < self._max_in_memory:
-            return True
-        idle = [v for v in held if v.is_in_memory and v not in keep and not self.slots.is_filling(v)]
-        oldest = min(idle, key=lambda v: (v.num_bound > 0, v.used_at), default=None)
-        if oldest is None:
-            return False
-        self._forget(oldest)
-        return True
-
-    def _forget(self, version: AdapterVersion) -> None:
-        version.is_in_memory = False
-        self._store.forget(version)
 
     def _drain(self, version: AdapterVersion) -> list[Reply]:
         version.state = "draining"
@@ -401,21 +308,20 @@ class Adapters:
             slot = version.slot
             self.slots.clear(version)
             self._store.clear(slot)
-        self._forget(version)
+        self._memory.forget(version)
         self._others.discard(version)
-        waiting = [unload for unload in self._unloads if unload.version is version]
-        for unload in waiting:
-            self._unloads.remove(unload)
-        return [AdapterUnloaded(unload.call_id, freed) for unload in waiting]
+        call_id = self._unloads.pop(version, None)
+        return [] if call_id is None else [AdapterUnloaded(call_id, freed)]
 
     def _touch(self, version: AdapterVersion) -> None:
         self._num_uses += 1
         version.used_at = self._num_uses
 
-    def _card(self, version: AdapterVersion) -> AdapterCard:
+    def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
         tier = "slot" if version.slot else "cpu" if version.is_in_memory else "disk"
         return AdapterCard(
             name=version.name,
+            is_current=is_current,
             state=version.state,
             tier=tier,
             content_hash=version.content_hash,
@@ -424,10 +330,15 @@ class Adapters:
             num_bytes=version.num_bytes,
             num_running=self.slots.num_running(version),
             num_waiting=version.num_bound - self.slots.num_running(version),
-            num_requests=version.num_requests,
-            num_tokens=version.num_tokens,
+            num_requests=version.totals.num_requests,
+            num_tokens=version.totals.num_tokens,
             error=version.error,
         )
+
+
+def _unread(version: AdapterVersion) -> AdapterVersion:
+    """A version from the same files, of which nothing is known yet."""
+    return AdapterVersion(name=version.name, files=version.files, totals=version.totals)
 
 
 def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:

@@ -50,6 +50,8 @@ class EngineCore:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._replies: list[Reply] = []
+        self._had_nothing_to_run = False  # in the last step
+        self._num_reads = 0  # of adapters, when requests were last looked at
 
     @property
     def has_work(self) -> bool:
@@ -58,7 +60,7 @@ class EngineCore:
     @property
     def is_blocked(self) -> bool:
         """All there is to do waits for an adapter."""
-        return not self.scheduler.running and self.scheduler.num_blocked == len(self.scheduler.waiting)
+        return self._had_nothing_to_run
 
     @property
     def wake_fd(self) -> int | None:
@@ -78,6 +80,8 @@ class EngineCore:
             if adapter is not None:
                 self._replies += self.adapters.release(adapter)
             raise
+        if adapter is not None:
+            adapter.totals.num_requests += 1
         self._live[request.request_id] = sequence, TextStream(self.tokenizer, request.sampling.stop)
 
     def abort(self, request_id: str) -> None:
@@ -111,6 +115,7 @@ class EngineCore:
         self._replies += self.adapters.collect()
         news: list[News] = self._refuse_unserviceable()
         chunks = self.scheduler.schedule()
+        self._had_nothing_to_run = not chunks
         news += [self._accept(sequence) for sequence in self.scheduler.admitted]
         news += [self._expire(sequence) for sequence in self.scheduler.expire()]
         if not chunks:
@@ -143,7 +148,7 @@ class EngineCore:
         """Turn a sampled token into text and end the request if this was its last."""
         request = sequence.request
         if sequence.adapter is not None:
-            sequence.adapter.num_tokens += 1
+            sequence.adapter.totals.num_tokens += 1
         text_stream = self._live[request.request_id][1]
         finish_reason = None
         if token in self.eos_token_ids and not request.sampling.ignore_eos:
@@ -175,6 +180,9 @@ class EngineCore:
     def _refuse_unserviceable(self) -> list[News]:
         """End the waiting requests whose adapter turned out to be unusable, or not the version they want."""
         news: list[News] = []
+        if self._num_reads == self.adapters.num_reads:
+            return news
+        self._num_reads = self.adapters.num_reads
         for sequence in [s for s in self.scheduler.waiting if s.adapter is not None]:
             refusal = self.adapters.refusal(sequence)
             if refusal is None:

@@ -108,6 +108,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     """One version of an adapter, as of now."""
 
     name: str
+    is_current: bool  # new requests for the name get this version
     state: str  # loading, ready, draining or failed
     tier: str  # slot, cpu or disk: the fastest memory it lies in
     content_hash: str  # "": not read yet

@@ -80,6 +80,7 @@ class Scheduler:
         self.waiting = WaitingQueue(limits.queue_timeout_s)
         self.running: list[Sequence] = []  # most important first
         self.admitted: list[Sequence] = []  # those the last `schedule` let run for the first time
+        self.num_blocked = 0  # those the last `schedule` passed over, since their adapters are not there yet
         self.totals = SchedulerTotals()
         self._prefix_caching = prefix_caching
         self._adapters = adapters
@@ -159,8 +160,10 @@ class Scheduler:
                 budget -= self._add_prefill(sequence, budget, chunks)
         if self.totals.num_preemptions > preemptions:
             return [chunk for chunk in chunks if chunk.sequence.is_running]  # no room for newcomers either
+        self.num_blocked = 0
         for sequence in list(self.waiting) if budget and len(self.running) < self.limits.max_num_seqs else ():
             if self._adapters is not None and not self._adapters.may_enter(sequence):
+                self.num_blocked += 1
                 continue  # it holds up nobody
             if not self._admit(sequence):
                 break
@@ -168,13 +171,6 @@ class Scheduler:
             if not budget or len(self.running) >= self.limits.max_num_seqs:
                 break
         return chunks
-
-    @property
-    def num_blocked(self) -> int:
-        """Waiting sequences whose adapter is not there yet."""
-        if self._adapters is None:
-            return 0
-        return sum(not self._adapters.may_enter(sequence) for sequence in self.waiting if sequence.adapter is not None)
 
     def _place_adapters(self, adapters: AdapterGate) -> None:
         """Let waiting sequences get slots for their adapters, if need be from running ones that had theirs for long."""

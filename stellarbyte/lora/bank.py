@@ -2,7 +2,7 @@
 
 A slot holds an adapter compactly, by layers; within a layer first every A [r, in], then every scale · Bᵀ [r, out], both
 in the order of `PROJECTIONS`. So projections that share an input have their A's next to each other, and one product
-shrinks for all of them. `alpha / r` is in B already; what is left to a request is its own scale.
+can shrink for all of them. `alpha / r` is in B already; what is left to a request is its own scale.
 """
 
 import mmap
@@ -67,6 +67,9 @@ class PackedAdapter:
     @property
     def num_bytes(self) -> int:
         return self.numbers.nbytes
+
+    def is_finite(self) -> bool:
+        return bool(self.numbers.sum().isfinite()) or bool(self.numbers.isfinite().all())
 
 
 def pack_adapter(

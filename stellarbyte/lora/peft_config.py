@@ -12,7 +12,7 @@ from typing import Any
 
 from stellarbyte.lora.config import LoRAConfig
 
-MAX_REGEX_CHARACTERS = 10_000
+MAX_REGEX_CHARACTERS = 500
 MAX_KEY_CHARACTERS = 200
 
 OUR_FIELDS = tuple(field.name for field in dataclasses.fields(LoRAConfig) if field.init)

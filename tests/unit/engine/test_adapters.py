@@ -8,7 +8,7 @@ import pytest
 
 from server.engine.adapter_folder import AdapterFolder
 from server.engine.adapter_slots import PATIENCE_S
-from server.engine.adapters import RETRY_FAILED_S, Adapters
+from server.engine.adapters import LISTING_LASTS_S, RETRY_FAILED_S, Adapters
 from server.engine.messages import AdapterLoaded, AdapterUnloaded, CallFailed
 from server.engine.request import RequestRejected
 from server.engine.scheduler import Scheduler
@@ -71,6 +71,7 @@ class Engine:
         return self.replies.pop()
 
     def card(self, name: str, state: str = "ready"):
+        self.now_s += LISTING_LASTS_S
         (found,) = [c for c in self.adapters.list_all("").cards if c.name == name and c.state == state]
         return found
 
@@ -262,8 +263,8 @@ def test_a_failed_replacement_leaves_the_old_version(folder: Path) -> None:
 
 
 def test_content_that_changed_on_disk_is_not_served_to_those_who_were_promised_the_old(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1, max_in_memory=1)
-    for name in "ab":  # b pushes a out of memory
+    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    for name in "abc":  # c pushes a out of memory
         engine.submit(name)
         engine.run()
     engine.store.content = lambda _: "new content"
@@ -271,7 +272,86 @@ def test_content_that_changed_on_disk_is_not_served_to_those_who_were_promised_t
     engine.step()
     engine.step()
     refusal = engine.adapters.refusal(sequence)
-    assert refusal is not None and "changed on disk" in str(refusal)
+    assert refusal is not None and "have changed" in str(refusal)
+    engine.end(sequence)
+    assert engine.submit("a").adapter.content_hash == ""  # whatever the files hold now
+    engine.run()
+    assert engine.card("a").content_hash == "new content"
+
+
+def test_a_name_that_could_not_be_read_again_is_read_from_the_same_place_later(folder: Path) -> None:
+    """It was then read from the folder of its own name, or gone if there was none."""
+    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    engine.load("a", "b", in_place=True)
+    engine.load("other", "c")
+    for name in "def":
+        engine.submit(name)
+        engine.run()
+    for name, content in (("a", "hash of b"), ("other", "hash of c")):
+        assert engine.card(name).tier == "disk"
+        engine.store.errors[name] = "the disk is away"
+        failed = engine.submit(name)
+        engine.step()
+        engine.step()
+        engine.end(failed)
+        del engine.store.errors[name]
+        engine.now_s += RETRY_FAILED_S + 1
+        engine.submit(name)
+        engine.run()
+        assert engine.card(name).content_hash == content
+
+
+def test_no_more_than_the_limit_stay_in_memory_however_many_are_loaded_at_once(folder: Path) -> None:
+    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    for name in "abcdefgh":
+        engine.adapters.load(name, f"x{name}", name, False)
+    engine.replies += engine.adapters.collect()
+    assert len(engine.store.in_memory) == 2 and len(engine.replies) == 8
+
+
+def test_a_running_requests_copy_stays_in_memory_so_that_it_can_go_on_after_a_move(folder: Path) -> None:
+    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    endless = engine.submit("a", 5000)
+    for _ in range(5):
+        engine.step()
+    engine.adapters.load("l", "a", "b", True)  # its files are another's now
+    for name in "cd":
+        engine.submit(name, 2)
+    for _ in range(60):
+        engine.now_s += PATIENCE_S / 10
+        engine.step()
+    assert engine.scheduler.totals.num_preemptions > 0
+    assert endless.adapter.content_hash == "hash of a" and endless.adapter.state == "draining"
+    before = endless.num_generated
+    for _ in range(40):
+        engine.now_s += PATIENCE_S / 10
+        engine.step()
+    assert endless.num_generated > before
+
+
+def test_listing_loads_nothing_and_changes_no_answer(folder: Path) -> None:
+    engine = Engine(folder)
+    assert engine.card("a").tier == "disk"
+    assert isinstance(engine.load("a", "a"), AdapterLoaded)
+
+
+def test_a_version_that_was_replaced_before_it_was_read_drains(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.submit("a")
+    engine.load("a", "b", in_place=True)
+    states = [card.state for card in engine.adapters.list_all("").cards if card.name == "a" and card.is_current]
+    assert states == ["ready"]
+    engine.run()
+    assert [card.content_hash for card in engine.adapters.list_all("").cards if card.name == "a"] == ["hash of b"]
+
+
+def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.load("x", "a")
+    old = engine.submit("x").adapter
+    engine.load("x", "b", in_place=True)
+    old.totals.num_tokens += 5
+    assert engine.card("x").num_tokens == 5
 
 
 def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
@@ -284,7 +364,9 @@ def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
 def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> None:
     """Requests, aborts, loads, replacements and unloads at random: always the right version, in the end all is 0."""
     chance = random.Random(seed)
-    engine = Engine(folder, num_slots=chance.choice([1, 2, 3]), max_in_memory=chance.choice([1, 3, 6]), max_num_seqs=6)
+    num_slots = chance.choice([1, 2, 3])
+    max_in_memory = num_slots + chance.choice([1, 2, 5])
+    engine = Engine(folder, num_slots=num_slots, max_in_memory=max_in_memory, max_num_seqs=6)
     live: list[Sequence] = []
     for _ in range(300):
         engine.now_s += chance.random()
@@ -304,6 +386,8 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
         except RequestRejected:
             pass
         engine.step()
+        draining = [c for c in engine.adapters.list_all("").cards if c.state == "draining"]
+        assert len(engine.store.in_memory) <= max_in_memory + len(draining) + 1  # one that was loaded just now
     for _ in range(2000):
         if not engine.scheduler.has_work:
             break
@@ -314,7 +398,7 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
     engine.replies += engine.adapters.collect()
     cards = engine.adapters.list_all("").cards
     assert all((card.num_running, card.num_waiting) == (0, 0) and card.state == "ready" for card in cards)
-    assert len(engine.store.in_memory) <= 6
+    assert len(engine.store.in_memory) <= max_in_memory
     for name in [card.name for card in cards]:
         engine.replies += engine.adapters.unload("u", name)
     assert not engine.store.in_memory and not engine.store.in_slots
@@ -354,5 +438,14 @@ def test_links_within_and_modules_given_at_the_start_are_found(tmp_path: Path) -
     assert folder.at("link").config == inside / "deep" / "a" / "adapter_config.json"
     assert folder.at(str(outside)).shown == "outside"
     assert folder.module("mine").weights.parent == outside
-    assert folder.names() == ["link"]
+    assert [name for name, _ in folder.all_offered()] == ["link"]
     assert folder.offered("deep") is None and folder.offered("link") is not None
+
+
+def test_what_lies_in_a_module_given_at_the_start_is_not_offered(tmp_path: Path) -> None:
+    outside = add_adapter(tmp_path / "outside")
+    add_adapter(outside / "checkpoint-500")
+    folder = AdapterFolder(str(tmp_path / "inside"), {"mine": str(outside)})
+    assert folder.offered("checkpoint-500") is None
+    for path in ("checkpoint-500", str(outside / "checkpoint-500"), ".", "outside"):
+        assert folder.at(path) is None

@@ -1,9 +1,13 @@
 """What the engine says of every request, step by step, with tokens from a script instead of a model."""
 
-from server.engine.adapters import no_adapters
+from pathlib import Path
+
+from server.engine.adapter_folder import AdapterFolder
+from server.engine.adapters import Adapters, no_adapters
 from server.engine.core import EngineCore
 from server.engine.messages import Accepted, Delta, Rejected
 from server.engine.sequence import Chunk
+from tests.adapters import FakeStore
 from tests.engine import make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
 
@@ -70,3 +74,39 @@ def test_evicted_tokens_of_a_running_stream_are_counted_block_by_block() -> None
     for _ in range(60):
         core.step()
     assert 60 + 10 - 12 - 4 <= core.stats().evicted_tokens_total <= 60 + 10 - 12
+
+
+def test_the_engine_rests_only_while_all_there_is_waits_for_an_adapter(tmp_path: Path) -> None:
+    """After the last token of a slot's only request it rested for a second, though the next could have the slot."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (tmp_path / name / file).touch()
+    adapters = Adapters(AdapterFolder(str(tmp_path), {}), FakeStore(), num_slots=1, max_in_memory=3)
+    scheduler = make_scheduler(adapters=adapters)
+    core = EngineCore(scheduler, ScriptedRunner(), make_tokenizer(), frozenset(), adapters)
+    core.submit(make_request([1] * 5, 3, "first", adapter="a"))
+    core.submit(make_request([1] * 5, 3, "second", adapter="b"))
+    assert core.step() == [] and core.is_blocked  # both are being read
+    rested = []
+    finished: list[str] = []
+    for _ in range(20):
+        news = core.step()
+        finished += [item.request_id for item in news if isinstance(item, Delta) and item.finish_reason]
+        if finished == ["first"]:
+            rested.append(core.is_blocked)
+    assert finished == ["first", "second"]
+    assert rested[0] is False
+
+
+def test_requests_that_wait_for_an_adapter_that_cannot_be_read_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "a" / file).touch()
+    store = FakeStore(errors={"a": "The adapter 'a' cannot be loaded: it is broken."})
+    adapters = Adapters(AdapterFolder(str(tmp_path), {}), store, num_slots=1, max_in_memory=3)
+    core = EngineCore(make_scheduler(adapters=adapters), ScriptedRunner(), make_tokenizer(), frozenset(), adapters)
+    core.submit(make_request([1] * 5, 3, "r", adapter="a"))
+    core.step()
+    assert core.step() == [Rejected("r", store.errors["a"], "adapter_failed", "model")]
+    assert not core.has_work and adapters.list_all("").cards[0].num_waiting == 0

@@ -27,7 +27,10 @@ def test_without_a_key_the_loopback_may(host: str) -> None:
     assert status(host, None, JSON) == 200
     assert status(host, None, JSON | {"host": "localhost:1"}) == 200
     assert status(host, None, JSON | {"host": "[::1]:8000"}) == 200
-    assert status(host, None, JSON | {"host": "evil.test:8000"}) == 403
+    assert status(host, None, JSON | {"host": "localhost"}) == 200
+    for name in ("evil.test:8000", "localhost.evil.test", "127.0.0.1.evil.test:80", "", "evil.test:127.0.0.1"):
+        assert status(host, None, JSON | {"host": name}) == 403
+    assert status(host, None, JSON | {"x-forwarded-for": "10.0.0.1"}) == 403
     assert status(host, None, JSON | {"content-type": "text/plain"}) == 400
 
 

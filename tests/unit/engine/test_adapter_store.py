@@ -1,0 +1,116 @@
+"""The threads that read and copy adapters, with real files and a real bank."""
+
+import os
+import select
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.engine.adapter_folder import AdapterFolder
+from server.engine.adapter_memory import FillDone, ReadDone
+from server.engine.adapter_store import AdapterStore
+from server.engine.adapter_version import AdapterVersion
+from stellarbyte.lora.bank import LoraBank
+from tests.adapters import write_adapter
+from tests.models import make_model
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> AdapterVersion:
+    write_adapter(tmp_path / "a", make_model(), seed=1)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    return AdapterVersion(name="a", files=files)
+
+
+def wait(store: AdapterStore) -> ReadDone | FillDone:
+    assert select.select([store.wake_fd], [], [], 10)[0]
+    (done,) = store.finished()
+    assert not select.select([store.wake_fd], [], [], 0)[0]
+    return done
+
+
+def test_an_adapter_goes_from_disk_to_a_slot_and_leaves_nothing(version: AdapterVersion) -> None:
+    bank = LoraBank(make_model().config, 2, 8)
+    store = AdapterStore(bank)
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and not done.error and len(done.content_hash) == 64
+    assert done.rank == 4 and done.num_bytes > 0 and done.matched and done.unmatched == ()
+    store.fill(version, 2)
+    assert wait(store) == FillDone(version=version, slot=2)
+    assert bank.ranks_SLP[2].max() == 4 and bank.numbers_SF[2].any()
+    store.clear(2)
+    store.forget(version)
+    assert not bank.ranks_SLP.any() and not bank.numbers_SF.any()
+
+
+def test_numbers_that_overflow_once_they_are_scaled_are_refused(version: AdapterVersion) -> None:
+    config = version.files.config
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 1e300'))
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and "alpha / r" in done.error
+
+
+def test_a_copy_that_fails_is_heard_of(version: AdapterVersion, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its requests would wait for ever."""
+    bank = LoraBank(make_model().config, 1, 8)
+    store = AdapterStore(bank)
+    store.read(version)
+    wait(store)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(bank, "fill", fail)
+    store.fill(version, 1)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        wait(store)
+
+
+@pytest.mark.parametrize("priority", [0, 10])
+def test_threads_that_may_not_change_their_priority_work_on(
+    version: AdapterVersion, monkeypatch: pytest.MonkeyPatch, priority: int
+) -> None:
+    """A server that was started with `nice` hung: a thread must not become more important than its process."""
+    asked: list[int] = []
+
+    def refuse(*arguments: int) -> None:
+        asked.append(arguments[-1])
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "getpriority", lambda *_: priority)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    assert isinstance(wait(store), ReadDone)
+    assert min(asked) >= priority
+
+
+def test_slots_that_are_not_used_take_no_memory() -> None:
+    """Eight slots of rank 64 for a large model would otherwise take gigabytes."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    bank = LoraBank(make_model().config, 1000, 1024)
+    assert bank.numbers_SF.nbytes > 4 * 2**30
+    assert resident() - before < 64 * 2**20
+    bank.numbers_SF[7].fill_(1)
+    filled = resident()
+    bank.clear(7)
+    assert filled - resident() > 0.9 * bank.numbers_SF[7].nbytes
+
+
+def test_a_bank_may_hold_bfloat16(version: AdapterVersion) -> None:
+    bank = LoraBank(make_model().config, 1, 8, dtype=torch.bfloat16)
+    store = AdapterStore(bank)
+    store.read(version)
+    wait(store)
+    store.fill(version, 1)
+    wait(store)
+    assert bank.a(1, 0, slice(0, 3)).dtype == torch.bfloat16 and bank.a(1, 0, slice(0, 3)).shape[0] == 12
