@@ -46,7 +46,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
 
 
 def read_examples(file: Path, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
-    """ValueError or OSError, of one sentence, when there is no file or a line is not a question and its answer."""
+    """ValueError, of one sentence, when there is no file or a line is not a question and its answer."""
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; name a file of questions and answers with --data.")
     examples = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:

@@ -24,6 +24,10 @@ def version(tmp_path: Path) -> AdapterVersion:
     return AdapterVersion(name="a", files=files)
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def wait(store: AdapterStore) -> ReadDone | FillDone:
     assert select.select([store.wake_fd], [], [], 10)[0]
     (done,) = store.finished()
@@ -44,6 +48,24 @@ def test_an_adapter_goes_from_disk_to_a_slot_and_leaves_nothing(version: Adapter
     store.clear(2)
     store.forget(version)
     assert not bank.ranks_SLP.any() and not bank.numbers_SF.any()
+
+
+def test_unloading_gives_back_the_bytes_that_the_registry_counts(tmp_path: Path) -> None:
+    model = make_model(hidden_size=512, intermediate_size=2048)
+    write_adapter(tmp_path / "a", model, seed=1, rank=64)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    version = AdapterVersion(name="a", files=files)
+    store = AdapterStore(LoraBank(model.config, 2, 64))
+    store.read(version)
+    done = wait(store)
+    store.fill(version, 1)
+    wait(store)
+    assert isinstance(done, ReadDone) and done.num_bytes > 7_000_000
+    before = resident_bytes()
+    store.clear(1)
+    store.forget(version)
+    assert before - resident_bytes() > 0.95 * 2 * done.num_bytes
 
 
 def test_numbers_that_overflow_once_they_are_scaled_are_refused(version: AdapterVersion) -> None:
@@ -92,18 +114,14 @@ def test_threads_that_may_not_change_their_priority_work_on(
 
 def test_slots_that_are_not_used_take_no_memory() -> None:
     """Eight slots of rank 64 for a large model would otherwise take gigabytes."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-    before = resident()
+    before = resident_bytes()
     bank = LoraBank(make_model().config, 1000, 1024)
     assert bank.numbers_SF.nbytes > 4 * 2**30
-    assert resident() - before < 64 * 2**20
+    assert resident_bytes() - before < 64 * 2**20
     bank.numbers_SF[7].fill_(1)
-    filled = resident()
+    filled = resident_bytes()
     bank.clear(7)
-    assert filled - resident() > 0.9 * bank.numbers_SF[7].nbytes
+    assert filled - resident_bytes() > 0.9 * bank.numbers_SF[7].nbytes
 
 
 def test_a_bank_may_hold_bfloat16(version: AdapterVersion) -> None:
