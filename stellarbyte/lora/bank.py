@@ -90,7 +90,8 @@ def pack_adapter(
         if (name := module_name(layer, projection)) in weights:
             ranks_LP[layer, projection] = len(weights[name][0])
     a_LP, b_LP, total = _offsets(ranks_LP, shapes)
-    numbers = torch.empty(total, dtype=dtype)
+    # Not from the heap: what is freed there may stay with the process.
+    numbers = torch.frombuffer(_untouched_memory(total * dtype.itemsize), dtype=dtype, count=total)
     for layer, projection in np.argwhere(ranks_LP).tolist():
         name, (out, width) = module_name(layer, projection), shapes[projection]
         a, b = weights[name]
