@@ -92,6 +92,7 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
         "root": card.root,
         "rank": card.rank or None,
         "bytes": card.num_bytes,
+        "refcount": card.num_running + card.num_waiting,
         "running": card.num_running,
         "waiting": card.num_waiting,
         "requests": card.num_requests,
