@@ -146,12 +146,16 @@ def test_signals_leave_nothing_behind(tmp_path: Path):
     while len(stopped) < len(runs) and time.monotonic() < deadline:
         for number, (folder, process) in runs.items():
             if number not in stopped and any(folder.glob(".target*/model.safetensors")):
+                process.send_signal(signal.SIGSTOP)  # so that it cannot be done before the signal arrives
+                os.waitpid(process.pid, os.WUNTRACED)
+                assert any(folder.glob(".target*/model.safetensors")), "it was written within a hundredth of a second"
                 process.send_signal(number)
+                process.send_signal(signal.SIGCONT)
                 stopped.add(number)
         time.sleep(0.01)
     for number, (folder, process) in runs.items():
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
+        assert process.returncode == 128 + number, errors
         assert "Traceback" not in errors
         assert list(folder.iterdir()) == []
 
