@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from server.engine.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte import ByteModelConfig, ByteTransformer
@@ -63,6 +64,14 @@ def write_adapter(folder: Path, model: ByteTransformer, seed: int, rank: int = 4
                 spread = size * (parameter.shape[1] ** -0.5)
                 parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)
     save_adapter(copy, folder)
+    return folder
+
+
+def touch_adapter(folder: Path) -> Path:
+    """Files with the names of an adapter's, for tests that read none."""
+    folder.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (folder / name).touch()
     return folder
 
 

@@ -26,7 +26,7 @@ from server.engine.messages import (
     Reply,
 )
 from server.engine.process import PEER_SILENCE_LIMIT_S, main
-from server.engine.request import MODEL_NOT_FOUND, GenerationRequest, RequestRejected
+from server.engine.request import GenerationRequest, RequestRejected, model_not_found
 from server.engine.text import TextStream
 from server.settings import EngineSettings
 
@@ -108,7 +108,7 @@ class FakeCore:
 
     def submit(self, request: GenerationRequest) -> None:
         if request.adapter is not None:
-            raise RequestRejected(f"The model {request.adapter!r} does not exist.", MODEL_NOT_FOUND, "model")
+            raise model_not_found(request.adapter)
         script = bytes(token_id for token_id in request.prompt_token_ids if token_id < 256)
         if script.startswith(REJECT.encode()):
             raise RequestRejected("The fake engine does not want this.", code="unwanted", param="prompt")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.errors import ApiError, bad_request, from_engine
+from server.api.errors import bad_request, from_engine
 from server.api.schemas import parse_plain_body
 from server.api.service import Service, ServiceOfRequest
 from server.auth import RequireAdmin
@@ -98,7 +98,3 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
         "requests": card.num_requests,
         "tokens": card.num_tokens,
     }
-
-
-def model_not_found(name: str) -> ApiError:
-    return ApiError(404, f"The model {name!r:.200} does not exist.", param="model", code="model_not_found")

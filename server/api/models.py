@@ -4,9 +4,11 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from server.api.adapters import adapters_of, model_not_found
+from server.api.adapters import adapters_of
+from server.api.errors import from_engine
 from server.api.service import Service, ServiceOfRequest
 from server.engine.messages import AdapterCard
+from server.engine.request import model_not_found
 
 router = APIRouter()
 
@@ -21,7 +23,7 @@ async def get_model(name: str, service: ServiceOfRequest) -> dict[str, Any]:
     for card in await _cards(service):
         if name in (card["id"], f"{card['id']}@{card['content_hash']}"):
             return card
-    raise model_not_found(name)
+    raise from_engine(model_not_found(name))
 
 
 async def _cards(service: Service) -> list[dict[str, Any]]:

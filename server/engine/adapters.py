@@ -23,7 +23,7 @@ from server.engine.messages import (
     LoadSeconds,
     Reply,
 )
-from server.engine.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, MODEL_NOT_FOUND, RequestRejected
+from server.engine.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, RequestRejected, model_not_found
 from server.engine.sequence import Sequence
 from server.settings import ADAPTER_NAME_RULE, is_adapter_name
 
@@ -83,7 +83,7 @@ class Adapters:
         """
         version = self._find(reference.partition("@")[0])
         if version is None:
-            raise not_found(reference)
+            raise model_not_found(reference)
         refusal = _refusal(version, reference)
         if refusal is not None:
             raise refusal
@@ -347,9 +347,5 @@ def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:
         return RequestRejected(version.error, ADAPTER_FAILED, "model")
     _, at, pin = reference.partition("@")
     if at and (len(pin) < MIN_PIN_DIGITS or (version.content_hash and not version.content_hash.startswith(pin))):
-        return not_found(reference)
+        return model_not_found(reference)
     return None
-
-
-def not_found(reference: str) -> RequestRejected:
-    return RequestRejected(f"The model {reference!r:.200} does not exist.", MODEL_NOT_FOUND, "model")

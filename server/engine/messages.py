@@ -56,7 +56,7 @@ class ListAdapters(msgspec.Struct, frozen=True, tag=True):
 
 
 Call = LoadAdapter | UnloadAdapter | ListAdapters
-Command = Submit | Abort | Heartbeat | LoadAdapter | UnloadAdapter | ListAdapters
+Command = Submit | Abort | Heartbeat | Call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -185,7 +185,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Reply = AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed
-Event = Accepted | Rejected | StepOutput | AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed
+Event = Accepted | Rejected | StepOutput | Reply
 News = Accepted | Rejected | Delta  # what a step has to say about one request
 
 

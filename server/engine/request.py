@@ -53,3 +53,7 @@ class RequestRejected(Exception):
         super().__init__(message)
         self.code = code
         self.param = param
+
+
+def model_not_found(name: str) -> RequestRejected:
+    return RequestRejected(f"The model {name!r:.200} does not exist.", MODEL_NOT_FOUND, "model")

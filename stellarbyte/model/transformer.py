@@ -56,7 +56,9 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         cache: RelativeCache | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits of whole sequences, or of their continuation after a cache.
 
@@ -72,7 +74,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             use_cache: return a cache for the next call; default: `config.use_cache` outside training.
             logits_to_keep: logits of the last so many tokens only; 0: of all.
             num_items_in_batch: what the summed loss is divided by (gradient accumulation); default: its own labels.
-            return_dict: only True is supported.
+            return_dict, output_attentions, output_hidden_states: passed by PEFT; only their defaults are supported.
 
         Returns:
             logits [B, T, V] in the model's dtype, loss or None, the cache or None (as `past_key_values`, and as `cache`
@@ -82,7 +84,9 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None and cache is not None:
             raise ValueError("give only one of past_key_values and cache: they are the same argument")
-        if not return_dict:
+        if output_attentions or output_hidden_states:
+            raise ValueError("output_attentions and output_hidden_states are not supported")
+        if return_dict is False:
             raise ValueError("return_dict=False is not supported; the output is always a CausalLMOutputWithPast")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)

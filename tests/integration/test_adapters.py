@@ -188,6 +188,18 @@ def test_the_operators_routes_want_json_and_this_machines_name(adapted: Adapted)
     assert (rebound.status_code, rebound.json()["error"]["type"]) == (403, "permission_error")
 
 
+def test_every_http_process_knows_what_another_loaded(adapted: Adapted) -> None:
+    model, body = str(adapted.folder.parent / "tiny"), completion("x")
+    flags = ["--adapter-dir", str(adapted.folder), "--http-workers", "2"]
+    with running(REAL, "--model", model, *flags, limit_s=120) as server:
+        loaded = httpx.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "a1"})
+        assert loaded.status_code == 200
+        for _ in range(16):  # a connection each, which Linux spreads over both
+            answer = httpx.post(f"{server.url}/v1/completions", json=body)
+            assert answer.json()["choices"][0]["text"] == adapted.answers["a1"][-1]
+        assert {word for word in server.log().split() if word.startswith("http-")} == {"http-1", "http-2"}
+
+
 def test_with_an_admin_key_nothing_else_opens_the_operators_routes(fake_model: str) -> None:
     with running(FAKE, "--model", fake_model, "--admin-api-key", "sesame") as server:
         url, body = f"{server.url}/v1/unload_lora_adapter", {"lora_name": "x"}

@@ -7,7 +7,7 @@ from server.engine.adapters import Adapters, no_adapters
 from server.engine.core import EngineCore
 from server.engine.messages import Accepted, Delta, Rejected
 from server.engine.sequence import Chunk
-from tests.adapters import FakeStore
+from tests.adapters import FakeStore, touch_adapter
 from tests.engine import make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
 
@@ -79,9 +79,7 @@ def test_evicted_tokens_of_a_running_stream_are_counted_block_by_block() -> None
 def test_the_engine_rests_only_while_all_there_is_waits_for_an_adapter(tmp_path: Path) -> None:
     """After the last token of a slot's only request it rested for a second, though the next could have the slot."""
     for name in "ab":
-        (tmp_path / name).mkdir()
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            (tmp_path / name / file).touch()
+        touch_adapter(tmp_path / name)
     adapters = Adapters(AdapterFolder(str(tmp_path), {}), FakeStore(), num_slots=1, max_in_memory=3)
     scheduler = make_scheduler(adapters=adapters)
     core = EngineCore(scheduler, ScriptedRunner(), make_tokenizer(), frozenset(), adapters)
@@ -100,9 +98,7 @@ def test_the_engine_rests_only_while_all_there_is_waits_for_an_adapter(tmp_path:
 
 
 def test_requests_that_wait_for_an_adapter_that_cannot_be_read_are_rejected(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / "a" / file).touch()
+    touch_adapter(tmp_path / "a")
     store = FakeStore(errors={"a": "The adapter 'a' cannot be loaded: it is broken."})
     adapters = Adapters(AdapterFolder(str(tmp_path), {}), store, num_slots=1, max_in_memory=3)
     core = EngineCore(make_scheduler(adapters=adapters), ScriptedRunner(), make_tokenizer(), frozenset(), adapters)

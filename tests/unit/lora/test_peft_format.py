@@ -94,6 +94,8 @@ def test_what_peft_writes_we_read_and_write_back(bases: tuple[Path, Path], tmp_p
     assert load_adapter(model, tmp_path / "peft") is model
     assert (logits(model) - without).abs().max() > 0.01
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    around_ours = PeftModel.from_pretrained(ByteTransformer.from_pretrained(ours), tmp_path / "peft")
+    torch.testing.assert_close(logits(around_ours), expected, rtol=0, atol=1e-5)
     save_adapter(model, tmp_path / "ours")
     again = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(llama), tmp_path / "ours")
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-6)

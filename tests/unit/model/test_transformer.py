@@ -254,6 +254,9 @@ def test_wrong_use_is_told_in_a_sentence() -> None:
         model(tokens, past_keys=None)
     with pytest.raises(ValueError, match="return_dict=False is not supported"):
         model(tokens, return_dict=False)
+    for name in ("output_attentions", "output_hidden_states"):
+        with pytest.raises(ValueError, match="are not supported"):
+            model(tokens, **{name: True})
     with pytest.raises(ValueError, match="only one of past_key_values and cache"):
         model(tokens, past_key_values=RelativeCache(model.config), cache=RelativeCache(model.config))
     with pytest.raises(ValueError, match="cache_implementation"):
