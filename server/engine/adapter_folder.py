@@ -67,10 +67,8 @@ class AdapterFolder:
             return None
         try:
             folder = (root / path).resolve()
-            if folder == root or not folder.is_relative_to(root):
-                return None
             return _files(folder, root, str(folder.relative_to(root)))
-        except (OSError, ValueError, RuntimeError):  # too long, a NUL, links in a circle
+        except (OSError, ValueError, RuntimeError):  # too long, links in a circle; a NUL, not inside root
             return None
 
 
