@@ -75,12 +75,24 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
-class Delta(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step added to one request. Several in a row may be merged by adding text and counts."""
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithm of a token's probability before temperature, penalties and truncation, and the likeliest."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # token id, logarithm; the likeliest first
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one step added to one request. Several in a row may be merged: see `merged`."""
 
     request_id: str
     text: str
     num_tokens: int
+    token_ids: tuple[int, ...] = ()  # if the request wants them
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if the request wants them
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, all in the first delta
+    embedding: bytes | None = None  # float32, of a request that is pooled
     finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
     error: str | None = None  # one sentence, with finish_reason "error"
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache

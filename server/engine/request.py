@@ -20,18 +20,34 @@ ADAPTER_FAILED = "adapter_failed"
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How tokens are chosen and when a choice ends. Values were checked by whoever made it."""
 
-    max_tokens: int
+    max_tokens: int  # 0: only the prompt is computed
     temperature: float = 1.0  # 0: the likeliest token
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
     seed: int  # 64 bits; drawn at random when the user gave none
+    choice: int = 0  # which of the answers to one prompt this is; each has random numbers of its own
+    repetition_penalty: float = 1.0  # divides the logits of tokens in prompt and answer
+    presence_penalty: float = 0.0  # taken from the logits of tokens in the answer
+    frequency_penalty: float = 0.0  # the same, for every time they are there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added
+    min_tokens: int = 0  # before these neither end-of-sequence nor stop tokens are sampled
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # the stop string, or stop token's text, stays in the answer
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    grammar: str | None = None  # what the answer must be, as llguidance writes it (Lark)
+    logprobs: int | None = None  # of the tokens of the answer; how many alternatives beside each
+    prompt_logprobs: int | None = None  # of the tokens of the prompt
+    return_token_ids: bool = False
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One prompt and how to continue it; immutable and serialisable, so it may cross processes."""
+    """One prompt and how to continue it; immutable and serialisable, so it may cross processes.
+
+    With `pooling` there is no answer: what comes back is one vector, made of the final hidden states of its tokens.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -41,6 +57,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str | None = None  # NAME, or NAME@HASH for one version of it
     adapter_scale: float = 1.0  # how strongly it acts, beside its own alpha / r
     cache_salt: str = ""  # content is shared only between requests with the same one
+    pooling: Literal["last", "mean"] | None = None
 
 
 class RequestRejected(Exception):
