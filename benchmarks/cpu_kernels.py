@@ -134,7 +134,7 @@ def measure_batch(
     works = {
         "step": lambda: model.logits(batch, cache),
         "products": lambda: _all_products(
-            model.layers, tuple(model.head), *arrays.values(), options.activation, threads
+            model.layers, tuple(model.head_weight), *arrays.values(), options.activation, threads
         ),
         "attention": lambda: _all_attention(
             arrays["qkv"],

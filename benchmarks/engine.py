@@ -24,11 +24,12 @@ from benchmarks.record import write_result
 from server.engine.adapters import no_adapters
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.core import EngineCore
+from server.engine.grammar import GrammarCompiler
 from server.engine.messages import Submit
 from server.engine.process import EngineLoop
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Chunk
+from server.engine.sequence import Chunk, StepResult
 from stellarbyte.checkpoint.demo import resolve_model
 
 Result = TypeVar("Result")
@@ -44,8 +45,8 @@ class _Runner:
         chance = random.Random(0)
         self._tokens = itertools.cycle([chance.randrange(vocab_size) for _ in range(10_007)])
 
-    def run(self, chunks: list[Chunk]) -> list[int]:
-        return list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks)))
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        return StepResult(tokens=list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks))))
 
 
 class _Finished(Exception):
@@ -57,7 +58,7 @@ class _Socket:
 
     def __init__(self, requests: list[GenerationRequest], on_turn: Callable[[], None]) -> None:
         encoder = msgspec.msgpack.Encoder()
-        self._commands = [encoder.encode(Submit(request)) for request in requests]
+        self._commands = [encoder.encode(Submit((request,))) for request in requests]
         self._on_turn = on_turn
 
     def poll(self, _: int) -> bool:
@@ -101,7 +102,9 @@ def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int 
     )
     layout = CacheLayout(block_size=BLOCK_SIZE, window=window, sink_tokens=0 if window is None else 4)
     scheduler = Scheduler(limits, layout, BlockPool(num_sequences * (length // BLOCK_SIZE + 2)))
-    core = EngineCore(scheduler, _Runner(tokenizer.get_vocab_size()), tokenizer, frozenset(), no_adapters())
+    vocab_size, no_ends = tokenizer.get_vocab_size(), frozenset[int]()
+    grammars = GrammarCompiler(tokenizer, no_ends, vocab_size)
+    core = EngineCore(scheduler, _Runner(vocab_size), tokenizer, no_ends, no_adapters(), grammars)
     chance = random.Random(1)
     requests = [
         GenerationRequest(

@@ -48,7 +48,7 @@ class InstantCore:
         return bool(self._left)
 
     is_blocked = False
-    wake_fd = None
+    wake_fds = ()
 
     def call(self, call: Call) -> None:
         self._replies.append(CallFailed(call.call_id, "This engine has no adapters."))
@@ -91,6 +91,7 @@ def build_instant_core(settings: EngineSettings) -> tuple[InstantCore, EngineInf
         model_path=settings.model,
         max_model_len=1_000_000,
         vocab_size=VOCAB_SIZE,
+        hidden_size=1,
         num_blocks=1,
         block_size=settings.block_size,
         device="none",

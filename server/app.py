@@ -4,19 +4,23 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.api import adapters, chat, completions, health, models
+from server.api import adapters, chat, completions, embeddings, health, models, responses, tokenize
 from server.api.disconnect import ClientLeft, answer_client_left
+from server.api.docs import add_docs
 from server.api.errors import ApiError, answer_api_error, answer_http_exception
 from server.api.middleware import BodyLimit, RequestLog
+from server.api.openapi import describe
 from server.api.service import Service
 
 
 def create_app(service: Service) -> FastAPI:
     """An application for a service whose engine is ready."""
-    app = FastAPI(title="StellarByte", openapi_url=None, redirect_slashes=False)
+    app = FastAPI(title="StellarByte", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for module in (completions, chat, models, adapters, health):
+    for module in (completions, chat, responses, embeddings, tokenize, models, adapters, health):
         app.include_router(module.router)
+    describe(app, service.settings.model_name, allows_unknown_fields=service.settings.unknown_fields == "warn")
+    add_docs(app)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(ClientLeft, answer_client_left)

@@ -5,6 +5,7 @@ transformers is not used here, because importing its tokenizers takes seconds an
 """
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from server.token_bytes import TokenBytes
+
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -25,23 +28,55 @@ class ChatTemplateError(ValueError):
 
 
 class PromptTokenizer:
-    """Turns text and chats into token ids. Any thread may call it."""
+    """Turns text and chats into token ids and back. Any thread may call it."""
 
     def __init__(self, tokenizer: Tokenizer, chat_template: "ChatTemplate | None") -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self.token_bytes = TokenBytes(tokenizer)
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)  # at least its characters
 
-    def encode(self, text: str) -> list[int]:
-        """A prompt as the tokenizer makes it, with the first token it adds, if it adds one."""
-        return self._tokenizer.encode(text).ids
+    @property
+    def chat_template_source(self) -> str | None:
+        return None if self._chat_template is None else self._chat_template.source
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """A chat up to where the assistant answers; ChatTemplateError. The template writes all special tokens."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """A prompt as the tokenizer makes it, with the first token it adds, if it adds one and may."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """A chat as `ChatTemplate.render` writes it, by default up to where the assistant answers; ChatTemplateError.
+
+        The template writes all special tokens; with `add_special_tokens` the tokenizer adds its own as well.
+        """
         if self._chat_template is None:
             raise ChatTemplateError(
                 "This model has no chat template; start the server with --chat-template FILE or use /v1/completions."
             )
-        return self._tokenizer.encode(self._chat_template.render(messages), add_special_tokens=False).ids
+        text = self._chat_template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return self.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token as the vocabulary spells it ("Ġthe" for " the"); "" for an id without a token."""
+        text = self._tokenizer.id_to_token(token_id)
+        return "" if text is None else text
 
 
 class ChatTemplate:
@@ -59,14 +94,47 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The chat template cannot be read: {error}.") from error
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The chat as text, ready for the assistant's answer; ChatTemplateError when the template refuses it."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The chat as text, by default ready for the assistant's answer; ChatTemplateError when it is refused.
+
+        With `continue_final_message` the last message is the start of the answer: the text ends with its content.
+        That excludes `add_generation_prompt`.
+        """
+        if not continue_final_message:
+            return self._render(messages, tools, add_generation_prompt)
+        if add_generation_prompt:
+            raise ChatTemplateError("Either the final message is continued or a new one is begun, not both.")
+        if not messages or not isinstance(messages[-1].get("content"), str):
+            raise ChatTemplateError("There is no final message with a text to continue.")
+        content = messages[-1]["content"]
+        mark = secrets.token_hex(16)  # in no message; the space after it shows whether the template trims contents
+        marked = {**messages[-1], "content": f"{content}{mark} "}
+        text = self._render([*messages[:-1], marked], tools, add_generation_prompt=False)
+        end = text.rfind(mark)
+        if end < 0 or content.strip() not in text[:end]:
+            raise ChatTemplateError("The chat template does not keep the final message, so it cannot be continued.")
+        return text[:end] if text.startswith(mark + " ", end) else text[:end].rstrip()
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
         try:
             return self._template.render(
-                **{**self._special_tokens, "messages": messages, "tools": None, "documents": None},
-                add_generation_prompt=True,
+                **{**self._special_tokens, "messages": messages, "tools": tools, "documents": None},
+                add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             # A template is a program that a user's messages run through, so its own mistakes count as refusals too.

@@ -26,7 +26,7 @@ BACKENDS = [
     pytest.param(TorchModel, id="torch"),
     pytest.param(partial(CpuModel, quantization="none", num_threads=2), id="cpu"),
 ]
-OF_REQUEST = ("priority", "context_overflow", "cache_salt", "adapter", "adapter_scale")
+OF_REQUEST = ("priority", "context_overflow", "cache_salt", "adapter", "adapter_scale", "follows", "pooling")
 
 
 def make_request(
@@ -128,7 +128,7 @@ class ModelEngine:
 
     def step(self) -> list[Chunk]:
         chunks = self.scheduler.schedule()
-        for sequence, _ in self.scheduler.apply(chunks, self.runner.run(chunks)):
+        for sequence, _ in self.scheduler.apply(chunks, self.runner.run(chunks).tokens):
             if is_complete(sequence):
                 self.scheduler.remove(sequence)
         return chunks

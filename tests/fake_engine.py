@@ -7,6 +7,7 @@ the prompt starts with decides what else happens (see `FakeCore`). `make_model_f
 import json
 import sys
 import time
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -93,7 +94,7 @@ class FakeCore:
         return bool(self.sequences)
 
     is_blocked = False
-    wake_fd = None
+    wake_fds = ()
 
     def call(self, call: Call) -> None:
         if isinstance(call, ListAdapters):
@@ -112,7 +113,13 @@ class FakeCore:
         script = bytes(token_id for token_id in request.prompt_token_ids if token_id < 256)
         if script.startswith(REJECT.encode()):
             raise RequestRejected("The fake engine does not want this.", code="unwanted", param="prompt")
-        text = TextStream(self.tokenizer, request.sampling.stop)
+        sampling = request.sampling
+        text = TextStream(
+            self.tokenizer,
+            sampling.stop,
+            skip_special_tokens=sampling.skip_special_tokens,
+            include_stop=sampling.include_stop,
+        )
         self.sequences[request.request_id] = _Sequence(request, text, script)
         self.accepted.append(Accepted(request.request_id))
         self.num_prompt_tokens += len(request.prompt_token_ids)
@@ -135,6 +142,11 @@ class FakeCore:
         return [*accepted, *(self._advance(sequence) for sequence in list(self.sequences.values()))]
 
     def _advance(self, sequence: _Sequence) -> Delta:
+        request = sequence.request
+        if request.sampling.max_tokens == 0:
+            del self.sequences[request.request_id]
+            vector = None if request.pooling is None else array("f", [0.5, 0.5, 0.5, -0.5]).tobytes()
+            return Delta(request_id=request.request_id, text="", num_tokens=0, finish_reason="length", embedding=vector)
         text, stopped = sequence.text.push(sequence.script[sequence.num_tokens % len(sequence.script)])
         sequence.num_tokens += 1
         self.num_generated_tokens += 1
@@ -167,6 +179,7 @@ def build_fake_core(settings: EngineSettings) -> tuple[FakeCore, EngineInfo]:
         model_path=settings.model,
         max_model_len=MAX_MODEL_LEN if settings.max_model_len is None else settings.max_model_len,
         vocab_size=259,
+        hidden_size=4,
         num_blocks=100,
         block_size=settings.block_size,
         device="cpu",

@@ -6,54 +6,127 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.api.answer import AnswerPlan, answer
+from server.api.choices import ChoiceForm, ChoiceReader
 from server.api.errors import bad_request
 from server.api.generation import (
-    AnswerForm,
-    answer,
+    Prompt,
+    check_body,
+    check_characters,
     check_prompt,
     context_limit,
-    make_request,
+    make_requests,
     overflow_of,
     read_body,
     tokenize,
 )
-from server.api.schemas import ChatBody, Message
-from server.api.service import ServiceOfRequest
+from server.api.schemas import ChatBody, ResponseFormat
+from server.api.service import Service, ServiceOfRequest
+from server.api.structured import any_object_grammar, checked, json_grammar, json_rule
+from server.api.tool_parser import ToolCallParser
+from server.api.tools import Toolbox, messages_for_template
 from server.tokenizer import ChatTemplateError
 
 router = APIRouter()
 
 DEFAULT_SLIDING_MAX_TOKENS = 4096
-_FORM = AnswerForm(
-    id_prefix="chatcmpl-",
-    object="chat.completion",
-    chunk_object="chat.completion.chunk",
-    choice=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
-    is_chat=True,
-)
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ChatBody)
-    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise bad_request("'max_tokens' and 'max_completion_tokens' differ; give one of them.", "max_tokens")
-    num_characters = sum(len(message.content) for message in body.messages if message.content is not None)
-    encode = partial(service.tokenizer.encode_chat, [_for_template(message) for message in body.messages])
-    try:
-        token_ids = await tokenize(encode, num_characters)
-    except ChatTemplateError as error:
-        raise bad_request(str(error), "messages") from None
+    plan = await plan_chat(body, service)
+    return await answer(http, service, plan, headers)
+
+
+async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
+    """What to run for a chat and how to answer it; ApiError."""
+    _check(body)
+    toolbox = Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, service.tokenizer.chat_template_source)
+    grammar = await _grammar(body, toolbox)
+    token_ids = await _encode(body, service, toolbox)
     room = check_prompt(token_ids, context_limit(body, service), "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted is None:  # to the end of the context, if it has one
         wanted = DEFAULT_SLIDING_MAX_TOKENS if overflow_of(body, service) == "slide" else room
-    max_tokens = min(wanted, room)
-    return await answer(http, service, body, make_request(body, service, token_ids, max_tokens), _FORM, headers)
+    prompt = Prompt(token_ids=token_ids, max_tokens=min(wanted, room))
+    logprobs = None
+    if body.logprobs:
+        logprobs = 0 if body.top_logprobs is None else body.top_logprobs
+    form = ChoiceForm(
+        kind="chat",
+        logprobs=logprobs,
+        prompt_token_ids=token_ids if body.return_token_ids else None,
+        skip_special_tokens=body.skip_special_tokens is not False,
+        with_tools=toolbox is not None,
+    )
+
+    def reader(_: int) -> ChoiceReader:
+        parser = None if toolbox is None else ToolCallParser(toolbox.format, toolbox.names)
+        return ChoiceReader(form, service.tokenizer.token_bytes, parser)
+
+    return AnswerPlan(
+        kind="chat",
+        model=body.model,
+        requests=make_requests(body, service, [prompt], logprobs=logprobs, grammar=grammar),
+        candidates=body.num_candidates,
+        choices=body.num_choices,
+        reader=reader,
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
+    )
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates know it; they call the developer's role system."""
-    content = "" if message.content is None else message.content
-    known = {"role": "system" if message.role == "developer" else message.role, "content": content}
-    return known if message.name is None else known | {"name": message.name}
+def _check(body: ChatBody) -> None:
+    check_body(body, 1)
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise bad_request("'max_tokens' and 'max_completion_tokens' differ; give one of them.", "max_tokens")
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("The field 'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    if body.continue_final_message and body.add_generation_prompt:
+        raise bad_request(
+            "'continue_final_message' and 'add_generation_prompt' cannot both be true.", "continue_final_message"
+        )
+    if body.continue_final_message and body.messages[-1].role != "assistant":
+        raise bad_request("'continue_final_message' needs a last message of the assistant.", "continue_final_message")
+
+
+async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> str | None:
+    """What the answer has to be; None: any text. ApiError when it cannot be enforced."""
+    wanted = body.response_format
+    if wanted is not None and wanted.type == "text":
+        wanted = None
+    if toolbox is not None:
+        content_rule = None if wanted is None else json_rule("content", _schema(wanted))
+        grammar = toolbox.grammar(content_rule)
+        return None if grammar is None else await checked(grammar, "tools" if wanted is None else "response_format")
+    if wanted is None:
+        return None
+    grammar = any_object_grammar() if wanted.json_schema is None else json_grammar(_schema(wanted))
+    return await checked(grammar, "response_format")
+
+
+def _schema(wanted: ResponseFormat) -> dict[str, Any]:
+    if wanted.json_schema is None:
+        return {"type": "object"}
+    return {} if wanted.json_schema.schema_ is None else wanted.json_schema.schema_
+
+
+async def _encode(body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
+    """The chat as token ids; ApiError when the template refuses it."""
+    num_characters = sum(len(message.content) for message in body.messages if message.content is not None)
+    check_characters(num_characters, context_limit(body, service), service, "messages")
+    messages = messages_for_template(body.messages, toolbox)
+    continues = bool(body.continue_final_message)
+    encode = partial(
+        service.tokenizer.encode_chat,
+        messages,
+        tools=None if toolbox is None else toolbox.for_template,
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
+        add_special_tokens=bool(body.add_special_tokens),
+    )
+    try:
+        return await tokenize(encode, num_characters)
+    except ChatTemplateError as error:
+        raise bad_request(str(error), "messages") from None

@@ -20,6 +20,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @classmethod
     def load(cls, model_path: Path) -> "SamplingDefaults":
@@ -30,6 +31,8 @@ class SamplingDefaults:
         for name, value in vars(defaults).items():
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise ValueError(f"{file}: {name} is {value!r}, which is no number of at least 0")
+        if defaults.repetition_penalty == 0:
+            raise ValueError(f"{file}: repetition_penalty is 0, by which nothing can be divided")
         return defaults
 
 

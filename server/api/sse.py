@@ -1,16 +1,17 @@
 """Streamed answers: chunks as ready bytes, and the response that sends them. Knows no requests.
 
-A chunk's JSON is made once per answer; for every delta only its text is escaped and set in, which is what lets one
-process carry hundreds of fast streams.
+A chunk's JSON is made once per choice; for every delta that only has text, that text is escaped and set in, which is
+what lets one process carry hundreds of fast streams.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
+from server.api.choices import Fragment, Kind
 from server.engine.client import DeltaStream
 
 PING_INTERVAL_S = 15
@@ -29,28 +30,55 @@ class ChunkWriter:
     With `include_usage` every chunk has a usage field, null in all but the last.
     """
 
-    def __init__(self, base: dict[str, Any], *, is_chat: bool, include_usage: bool) -> None:
+    def __init__(self, base: dict[str, Any], kind: Kind, num_choices: int, *, include_usage: bool) -> None:
         self._base = base
-        self._head = b"data: " + encode_json(base)[:-1] + b',"choices":[{"index":0,'
+        self._kind = kind
+        head = b"data: " + encode_json(base)[:-1] + b',"choices":[{"index":'
+        self._heads = [head + str(index).encode() + b"," for index in range(num_choices)]
         self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        before, after = (b'"delta":{"content":', b"}") if is_chat else (b'"text":', b"")
-        self._before_text = self._head + before
+        before, after = (b'"delta":{"content":', b"}") if kind == "chat" else (b'"text":', b"")
+        self._before_text = [head + before for head in self._heads]
         self._after_text = after + b',"logprobs":null,"finish_reason":null' + self._tail
-        self._last_choice = b'"delta":{}' if is_chat else b'"text":""'
+        self._last_choice = b'"delta":{}' if kind == "chat" else b'"text":""'
 
-    def text(self, text: str) -> bytes:
-        return self._before_text + encode_json(text) + self._after_text
-
-    def role(self) -> bytes:
-        """The first chunk of a chat."""
+    def role(self, index: int) -> bytes:
+        """The first chunk of a choice of a chat."""
         choice = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return self._head + choice + self._tail
+        return self._heads[index] + choice + self._tail
 
-    def finish(self, reason: str) -> bytes:
-        return self._head + self._last_choice + b',"logprobs":null,"finish_reason":' + encode_json(reason) + self._tail
+    def fragment(self, index: int, fragment: Fragment) -> bytes:
+        """b"" when the fragment has nothing to say yet. A finish reason gets a chunk of its own, the choice's last."""
+        chunk = b""
+        if fragment.text and fragment.is_text:
+            chunk = self._before_text[index] + encode_json(fragment.text) + self._after_text
+        elif not fragment.is_empty:
+            head = self._heads[index]
+            if self._kind == "chat" and fragment.prompt_token_ids is not None:
+                head = head.replace(
+                    b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(fragment.prompt_token_ids), 1
+                )
+            chunk = head + encode_json(self._choice(fragment))[1:-1] + self._tail
+        if fragment.finish_reason is not None:
+            reason = b',"logprobs":null,"finish_reason":' + encode_json(fragment.finish_reason)
+            chunk += self._heads[index] + self._last_choice + reason + self._tail
+        return chunk
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         return event(self._base | {"choices": [], "usage": usage})
+
+    def _choice(self, fragment: Fragment) -> dict[str, Any]:
+        choice: dict[str, Any] = {}
+        if self._kind == "chat":
+            delta: dict[str, Any] = {"content": fragment.text} if fragment.text else {}
+            choice["delta"] = delta | {"tool_calls": fragment.calls} if fragment.calls else delta
+        else:
+            choice["text"] = fragment.text
+        choice |= {"logprobs": fragment.logprobs, "finish_reason": None}
+        if fragment.token_ids is not None:
+            choice["token_ids"] = fragment.token_ids
+        if fragment.prompt_token_ids is not None and self._kind == "completion":
+            choice["prompt_token_ids"] = fragment.prompt_token_ids
+        return choice
 
 
 def _ping() -> ServerSentEvent:
@@ -58,14 +86,15 @@ def _ping() -> ServerSentEvent:
 
 
 class DeltaStreamResponse(EventSourceResponse):
-    """Sends `events`, made from `stream`; the request is aborted when the client leaves, from the first byte on."""
+    """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on."""
 
-    def __init__(self, stream: DeltaStream, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, streams: Sequence[DeltaStream], events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, headers=headers, ping=PING_INTERVAL_S, sep="\n", ping_message_factory=_ping)
-        self._stream = stream
+        self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._stream.close()
+            for stream in self._streams:
+                stream.close()

@@ -1,7 +1,7 @@
 """What an HTTP process sees of the engine: requests go in, streams of deltas come out. Knows no HTTP and no model.
 
 Everything here runs on one event loop. One task reads all messages and hands each stream its deltas; a stream that is
-read slowly gets several deltas merged into one, so it never holds more than one answer's text.
+read slowly gets several deltas merged into one.
 """
 
 import asyncio
@@ -38,6 +38,8 @@ from server.engine.messages import (
     StepOutput,
     Submit,
     UnloadAdapter,
+    failure,
+    merged,
 )
 from server.engine.request import GenerationRequest, RequestRejected
 
@@ -72,11 +74,10 @@ class DeltaStream:
     def __init__(self, client: "EngineClient", request_id: str) -> None:
         self.request_id = request_id
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.accepted.add_done_callback(_retrieve)  # the verdict on one of several requests may interest nobody
         self.adapter_hash = ""  # of the adapter it runs with; known once it is accepted
         self._client = client
-        self._texts: list[str] = []
-        self._num_tokens = 0
-        self._last: Delta | None = None  # the newest delta that was not read
+        self._unread: list[Delta] = []
         self._ended = False  # the last delta has arrived
         self._reader: asyncio.Future[None] | None = None
 
@@ -84,20 +85,13 @@ class DeltaStream:
         return self
 
     async def __anext__(self) -> Delta:
-        while self._last is None:
+        while not self._unread:
             if self._ended:
                 raise StopAsyncIteration
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
-        last, self._last = self._last, None
-        if len(self._texts) == 1:
-            self._texts.clear()
-            self._num_tokens = 0
-            return last
-        text, num_tokens = "".join(self._texts), self._num_tokens
-        self._texts.clear()
-        self._num_tokens = 0
-        return msgspec.structs.replace(last, text=text, num_tokens=num_tokens)
+        deltas, self._unread = self._unread, []
+        return merged(deltas)
 
     def close(self) -> None:
         """Say that no more will be read; aborts the request unless it has ended. May be called twice."""
@@ -107,9 +101,7 @@ class DeltaStream:
 
     def add(self, delta: Delta) -> None:
         """Called by the client with each delta as it arrives."""
-        self._texts.append(delta.text)
-        self._num_tokens += delta.num_tokens
-        self._last = delta
+        self._unread.append(delta)
         if delta.finish_reason is not None:
             self._ended = True
             _resolve(self.accepted, None)  # an error may come before the request ever ran
@@ -161,22 +153,27 @@ class EngineClient:
         self.end_streams("The server is shutting down.")
         self._context.destroy(linger=0)
 
-    async def submit(self, request: GenerationRequest) -> DeltaStream:
-        """Hand a request to the engine and wait until it is accepted.
+    async def submit(self, *requests: GenerationRequest) -> list[DeltaStream]:
+        """Hand requests to the engine, which queues all or none, and wait until the first of them is accepted.
 
-        Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the request is aborted.
+        Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
+        is rejected after the first was accepted ends with an error as its last delta.
         """
         if self.dead.is_set():
             raise EngineDead(_ENDED)
-        stream = DeltaStream(self, request.request_id)
-        self._streams[request.request_id] = stream
-        self._send(Submit(request))
+        streams = [DeltaStream(self, request.request_id) for request in requests]
+        self._streams |= {stream.request_id: stream for stream in streams}
+        self._send(Submit(requests))
         try:
-            await stream.accepted
+            await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
+            for stream in streams:
+                if stream.accepted.done():
+                    stream.accepted.result()
         except BaseException:
-            stream.close()
+            for stream in streams:
+                stream.close()
             raise
-        return stream
+        return streams
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is; unknown ids are fine."""
@@ -260,6 +257,7 @@ class EngineClient:
             stream = self._streams.pop(event.request_id, None)
             if stream is not None:
                 _resolve(stream.accepted, RequestRejected(event.message, event.code, event.param))
+                stream.add(failure(event.request_id, event.message))
         else:
             answer = self._calls.get(event.call_id)
             if answer is not None and not answer.done():
@@ -296,7 +294,13 @@ class EngineClient:
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
             _resolve(stream.accepted, EngineDead(message))
-            stream.add(Delta(request_id=request_id, text="", num_tokens=0, finish_reason="error", error=message))
+            stream.add(failure(request_id, message))
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """Keep asyncio from reporting an exception that nobody asked for."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:

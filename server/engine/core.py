@@ -2,9 +2,12 @@
 
 from typing import Protocol
 
+import msgspec
 import tokenizers
 
 from server.engine.adapters import Adapters
+from server.engine.answer import Answer
+from server.engine.grammar import GrammarCompiler, GrammarRefused, TokenGrammar
 from server.engine.messages import (
     Accepted,
     Call,
@@ -14,18 +17,18 @@ from server.engine.messages import (
     News,
     Rejected,
     Reply,
+    TokenLogprob,
     UnloadAdapter,
     failure,
 )
-from server.engine.request import QUEUE_TIMEOUT, GenerationRequest, RequestRejected
+from server.engine.request import QUEUE_FULL, QUEUE_TIMEOUT, GenerationRequest, RequestRejected
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import Chunk, Sequence
-from server.engine.text import TextStream
+from server.engine.sequence import Chunk, Sequence, StepResult
 
 
 class Runner(Protocol):
-    def run(self, chunks: list[Chunk]) -> list[int]:
-        """Compute the chunks; returns the next token of each chunk that samples, in order."""
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        """Compute the chunks and sample the next token of each chunk that samples."""
         ...
 
 
@@ -39,13 +42,17 @@ class EngineCore:
         tokenizer: tokenizers.Tokenizer,
         eos_token_ids: frozenset[int],
         adapters: Adapters,
+        grammars: GrammarCompiler,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
+        self.grammars = grammars
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self._live: dict[str, tuple[Sequence, TextStream]] = {}
+        self._live: dict[str, Answer] = {}
+        self._compiling: dict[str, GenerationRequest] = {}  # those whose grammars are not ready
+        self._rejected: list[Rejected] = []  # since the last step
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
@@ -55,7 +62,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._rejected)
 
     @property
     def is_blocked(self) -> bool:
@@ -63,9 +70,10 @@ class EngineCore:
         return self._had_nothing_to_run
 
     @property
-    def wake_fd(self) -> int | None:
-        """Becomes readable when an adapter was read or copied."""
-        return self.adapters.wake_fd
+    def wake_fds(self) -> tuple[int, ...]:
+        """One becomes readable when an adapter was read or copied, or a grammar compiled."""
+        of_adapters = () if self.adapters.wake_fd is None else (self.adapters.wake_fd,)
+        return (*of_adapters, self.grammars.wake_fd)
 
     def submit(self, request: GenerationRequest) -> None:
         """Queue a request.
@@ -73,23 +81,38 @@ class EngineCore:
         Raises:
             RequestRejected: it could never run to its end, or the queue is full.
         """
+        if request.sampling.grammar is None:
+            self._queue(request)
+            return
+        if len(self._compiling) >= self.scheduler.limits.max_num_seqs + self.scheduler.limits.max_queued_requests:
+            raise RequestRejected(f"{len(self._compiling)} grammars are being prepared; try again later.", QUEUE_FULL)
+        self._compiling[request.request_id] = request
+        self.grammars.submit(request.request_id, request.sampling.grammar)
+
+    def _queue(self, request: GenerationRequest, grammar: TokenGrammar | None = None) -> None:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter)
+        leader = self._live.get(request.follows) if request.follows is not None else None
         try:
-            sequence = self.scheduler.add(request, adapter)
+            sequence = self.scheduler.add(request, adapter, None if leader is None else leader.sequence)
         except RequestRejected:
             if adapter is not None:
                 self._replies += self.adapters.release(adapter)
             raise
         if adapter is not None:
             adapter.totals.num_requests += 1
-        self._live[request.request_id] = sequence, TextStream(self.tokenizer, request.sampling.stop)
+        ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
+        sequence.end_token_ids = ends | frozenset(request.sampling.stop_token_ids)
+        sequence.grammar = grammar
+        self._live[request.request_id] = Answer(sequence, self.tokenizer, grammar)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; unknown ids are fine (it may just have ended)."""
-        live = self._live.get(request_id)
-        if live is not None:
-            self.scheduler.remove(live[0])
-            self._forget(live[0])
+        answer = self._live.get(request_id)
+        if answer is not None:
+            self.scheduler.remove(answer.sequence)
+            self._forget(answer.sequence)
+        elif self._compiling.pop(request_id, None) is not None:
+            self.grammars.cancel(request_id)
 
     def call(self, call: Call) -> None:
         """Do what the operator asks; the answer is among `take_replies`, now or after a later step."""
@@ -102,8 +125,9 @@ class EngineCore:
             self._replies.append(self.adapters.list_all(call.call_id))
 
     def take_replies(self) -> list[Reply]:
-        """The answers to calls since the last time; also takes note of what was read and copied meanwhile."""
+        """The answers to calls since the last time; also takes note of what other threads have finished."""
         self._replies += self.adapters.collect()
+        self._queue_compiled()
         replies, self._replies = self._replies, []
         return replies
 
@@ -113,64 +137,77 @@ class EngineCore:
         Says first which requests began to run and which of the others never will, then what each one got.
         """
         self._replies += self.adapters.collect()
-        news: list[News] = self._refuse_unserviceable()
+        self._queue_compiled()
+        news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
+        self._rejected = []
         chunks = self.scheduler.schedule()
         self._had_nothing_to_run = not chunks
         news += [self._accept(sequence) for sequence in self.scheduler.admitted]
         news += [self._expire(sequence) for sequence in self.scheduler.expire()]
         if not chunks:
             return news
-        sampled = self.runner.run(chunks)
-        grown = self.scheduler.apply(chunks, sampled)
+        result = self.runner.run(chunks)
+        if result.prompt_logprobs or result.pooled:
+            self._note_prompts(chunks, result)
+        grown = self.scheduler.apply(chunks, result.tokens)
         self._num_steps += 1
-        self._num_generated_tokens += len(grown)
-        news += [self._deliver(sequence, token) for sequence, token in grown]
+        self._num_generated_tokens += len(result.tokens)
+        news += [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
         return news
 
     def stats(self) -> EngineStats:
         pool, totals = self.scheduler.pool, self.scheduler.totals
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self._compiling),
             kv_cache_usage=pool.num_used / pool.num_blocks,
             num_blocks_used=pool.num_used,
             prompt_tokens_total=self._num_prompt_tokens,
             generation_tokens_total=self._num_generated_tokens,
             num_preemptions_total=totals.num_preemptions,
             num_steps_total=self._num_steps,
-            num_blocked=self.scheduler.num_blocked,
+            num_blocked=self.scheduler.num_blocked + len(self._compiling),
             prefix_cache_queries_total=totals.prefix_queries,
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=totals.evicted_tokens,
         )
 
-    def _deliver(self, sequence: Sequence, token: int) -> Delta:
-        """Turn a sampled token into text and end the request if this was its last."""
-        request = sequence.request
-        if sequence.adapter is not None:
-            sequence.adapter.totals.num_tokens += 1
-        text_stream = self._live[request.request_id][1]
-        finish_reason = None
-        if token in self.eos_token_ids and not request.sampling.ignore_eos:
-            text, finish_reason = text_stream.flush(), "stop"
+    def _queue_compiled(self) -> None:
+        """Queue the requests whose grammars are ready."""
+        for request_id, grammar in self.grammars.collect():
+            request = self._compiling.pop(request_id, None)
+            if request is None:
+                continue  # aborted meanwhile
+            if isinstance(grammar, GrammarRefused):
+                self._rejected.append(Rejected(request_id, str(grammar), None))
+                continue
+            try:
+                self._queue(request, grammar)
+            except RequestRejected as refusal:
+                self._rejected.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
+
+    def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
+        for sequence, start, _, _ in chunks:
+            answer = self._live[sequence.request.request_id]
+            if (logprobs := result.prompt_logprobs.get(sequence)) is not None:
+                answer.add_prompt_logprobs(start, logprobs)
+            if (hidden_C := result.pooled.get(sequence)) is not None:
+                answer.add_pooled(start, hidden_C)
+
+    def _deliver(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Delta:
+        """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
+        answer = self._live[sequence.request.request_id]
+        if token is None:
+            delta = answer.end_of_prompt()
         else:
-            text, stopped = text_stream.push(token)
-            if stopped:
-                finish_reason = "stop"
-            elif sequence.num_generated >= request.sampling.max_tokens:
-                text, finish_reason = text + text_stream.flush(), "length"
-        if finish_reason is None:
-            return Delta(request_id=request.request_id, text=text, num_tokens=1)
+            delta = answer.push(token, logprob)
+            if sequence.adapter is not None:
+                sequence.adapter.totals.num_tokens += 1
+        if delta.finish_reason is None:
+            return delta
         evicted_tokens = self.scheduler.evicted_tokens(sequence)
-        self.abort(request.request_id)
-        return Delta(
-            request_id=request.request_id,
-            text=text,
-            num_tokens=1,
-            finish_reason=finish_reason,
-            cached_tokens=sequence.num_cached,
-            evicted_tokens=evicted_tokens,
-        )
+        self.abort(sequence.request.request_id)
+        return msgspec.structs.replace(delta, cached_tokens=sequence.num_cached, evicted_tokens=evicted_tokens)
 
     def _accept(self, sequence: Sequence) -> Accepted:
         self._num_prompt_tokens += sequence.num_prompt

@@ -6,9 +6,12 @@ not UTF-8), has no way to get at an unfinished last character, and slows down as
 
 import codecs
 import functools
+from collections.abc import Mapping
 from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
+
+from server.token_bytes import TokenBytes
 
 _REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
 _MAX_WINDOW = 16  # tokens decoded again with each new one before the window is moved on
@@ -92,7 +95,7 @@ class WindowDetokenizer:
         """False for special tokens that are skipped and for ids the tokenizer does not know: neither is decoded."""
         if self._tokenizer.id_to_token(token_id) is None:
             return False
-        return not self._skip_special_tokens or token_id not in _special_token_ids(self._tokenizer)
+        return not self._skip_special_tokens or token_id not in _token_bytes(self._tokenizer).special_ids
 
     def _reached_boundary(self, text: str) -> None:
         """All of the window's text was returned and ends with a whole character; keep the window short."""
@@ -121,29 +124,12 @@ class WindowDetokenizer:
 
 
 @functools.lru_cache(maxsize=8)
-def _special_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    added = tokenizer.get_added_tokens_decoder()
-    return frozenset(token_id for token_id, token in added.items() if token.special)
+def _token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    return TokenBytes(tokenizer)
 
 
 @functools.lru_cache(maxsize=8)
-def _bytes_of_tokens(tokenizer: Tokenizer, skip_special_tokens: bool) -> dict[int, bytes]:
+def _bytes_of_tokens(tokenizer: Tokenizer, skip_special_tokens: bool) -> Mapping[int, bytes]:
     """The bytes of every token of a byte-level tokenizer, without special tokens if they are skipped."""
-    byte_of = _byte_level_alphabet()
-    skipped = _special_token_ids(tokenizer) if skip_special_tokens else frozenset()
-    bytes_of: dict[int, bytes] = {}
-    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-        if token_id in skipped:
-            continue
-        if all(character in byte_of for character in token):
-            bytes_of[token_id] = bytes(byte_of[character] for character in token)
-        else:  # an added token that was not written in the alphabet
-            bytes_of[token_id] = token.encode()
-    return bytes_of
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where it is printable, else one from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)) - set(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    token_bytes = _token_bytes(tokenizer)
+    return token_bytes.without_special() if skip_special_tokens else token_bytes.with_special()

@@ -16,6 +16,7 @@ from server.engine.adapter_store import AdapterStore
 from server.engine.adapters import Adapters, no_adapters
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.core import EngineCore
+from server.engine.grammar import GrammarCompiler
 from server.engine.messages import CallFailed, EngineInfo
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -98,6 +99,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         max_queued_requests=settings.max_queued_requests,
         queue_timeout_s=settings.queue_timeout,
     )
+    tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    eos_token_ids = _eos_token_ids(path, config)
     core = EngineCore(
         Scheduler(
             limits,
@@ -107,14 +110,16 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
             adapters=adapters,
         ),
         ModelRunner(model, cache),
-        tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")),
-        _eos_token_ids(path, config),
+        tokenizer,
+        eos_token_ids,
         adapters,
+        GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size),
     )
     info = EngineInfo(
         model_path=str(path),
         max_model_len=max_model_len,
         vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
         num_blocks=plan.num_blocks,
         block_size=plan.layout.block_size,
         device=device.type,

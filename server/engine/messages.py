@@ -18,9 +18,9 @@ HEARTBEAT_INTERVAL_S = 1.0  # each side lets the other hear from it at least thi
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Queue a request; answered by `Rejected`, or by `Accepted` when it runs and then by its deltas."""
+    """Queue requests, all or none; each is answered by `Rejected`, or by `Accepted` when it runs and its deltas."""
 
-    request: GenerationRequest
+    requests: tuple[GenerationRequest, ...]
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -97,6 +97,20 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str | None = None  # one sentence, with finish_reason "error"
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
     evicted_tokens: int = 0  # in the last delta: tokens that went out of sight
+
+
+def merged(deltas: list[Delta]) -> Delta:
+    """Several deltas of one request, one after the other, as one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    return msgspec.structs.replace(
+        deltas[-1],
+        text="".join([delta.text for delta in deltas]),
+        num_tokens=sum([delta.num_tokens for delta in deltas]),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        prompt_logprobs=deltas[0].prompt_logprobs,
+    )
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +202,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     model_path: str
     max_model_len: int
     vocab_size: int
+    hidden_size: int
     num_blocks: int
     block_size: int
     device: str

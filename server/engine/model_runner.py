@@ -3,13 +3,16 @@
 import numpy as np
 import torch
 
-from server.engine.sequence import Chunk
+from server.engine.messages import TokenLogprob
+from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.served_model import ServedModel
+from stellarbyte.logit_adjustment import LogitAdjustment, adjust_logits
+from stellarbyte.logprobs import token_logprobs
 from stellarbyte.sampling import RowSampling
 
-# T tokens, N sequences, M blocks of the longest table, R rows that sample, V vocabulary
+# T tokens, C hidden size, N sequences, M blocks of the longest table, R rows that sample, V vocabulary
 
 
 class ModelRunner:
@@ -21,27 +24,89 @@ class ModelRunner:
         self.device = cache.keys_LBSKD.device
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[int]:
-        """Compute the chunks; returns the next token of each chunk that samples, in order."""
-        rows = [sampling_row(chunk) for chunk in chunks if chunk.samples]
-        logits_RV = self.logits(chunks)
-        return self.model.sample(logits_RV, rows) if rows else []
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        """Compute the chunks and sample the next token of each chunk that samples."""
+        batch = make_batch(chunks, self.device)
+        hidden_TC = self.model.hidden(batch, self.cache)
+        result = StepResult()
+        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
+        if sampling:
+            logits_RV = self.model.head(hidden_TC[batch.logits_rows])
+            adjusted_RV = adjust_logits(logits_RV, [adjustment(sequence, logits_RV.shape[-1]) for sequence in sampling])
+            result.tokens = self.model.sample(adjusted_RV, [sampling_row(sequence) for sequence in sampling])
+            result.logprobs = _sampled_logprobs(sampling, logits_RV, result.tokens)
+        for chunk, start in zip(chunks, batch.query_starts, strict=False):
+            sequence = chunk.sequence
+            chunk_TC = hidden_TC[start : start + chunk.length]
+            if sequence.request.sampling.prompt_logprobs is not None:
+                result.prompt_logprobs[sequence] = self._prompt_logprobs(chunk, chunk_TC)
+            if sequence.request.pooling is not None:
+                pooled_C = chunk_TC[-1] if sequence.request.pooling == "last" else chunk_TC.sum(dim=0)
+                result.pooled[sequence] = pooled_C.float().numpy(force=True)
+        return result
 
     @torch.inference_mode()
     def logits(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute the chunks; [R, V] logits after the last token of each chunk that samples."""
         return self.model.logits(make_batch(chunks, self.device), self.cache)
 
+    def _prompt_logprobs(self, chunk: Chunk, chunk_TC: torch.Tensor) -> list[TokenLogprob]:
+        """What a chunk says about the prompt's tokens from its second one on, up to the first after the chunk."""
+        sequence = chunk.sequence
+        following = sequence.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+        num_top = sequence.request.sampling.prompt_logprobs or 0
+        if not following:
+            return []
+        found = token_logprobs(self.model.head(chunk_TC[: len(following)]), following, [num_top] * len(following))
+        return [TokenLogprob(token_id, *entry) for token_id, entry in zip(following, found, strict=True)]
 
-def sampling_row(chunk: Chunk) -> RowSampling:
-    sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+
+def _sampled_logprobs(
+    sequences: list[Sequence], logits_RV: torch.Tensor, tokens: list[int]
+) -> dict[Sequence, TokenLogprob]:
+    """Log-probabilities of the new tokens of the sequences that want them."""
+    wanted = {
+        i: number for i, sequence in enumerate(sequences) if (number := sequence.request.sampling.logprobs) is not None
+    }
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    found = token_logprobs(logits_RV[rows], [tokens[i] for i in rows], list(wanted.values()))
+    return {sequences[i]: TokenLogprob(tokens[i], *entry) for i, entry in zip(rows, found, strict=True)}
+
+
+def adjustment(sequence: Sequence, vocab_size: int) -> LogitAdjustment | None:
+    """What a sequence's request and grammar ask to be done to its logits; None: nothing."""
+    sampling = sequence.request.sampling
+    banned = sequence.end_token_ids if sequence.num_generated < sampling.min_tokens else ()
+    is_penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
+    if sequence.grammar is None and not banned and not sampling.logit_bias and not is_penalised:
+        return None
+    allowed = None
+    if sequence.grammar is not None:
+        allowed = np.zeros(-(-vocab_size // 32), np.uint32)
+        sequence.grammar.mask(allowed)
+    return LogitAdjustment(
+        allowed=allowed,
+        banned=tuple(token_id for token_id in banned if token_id < vocab_size),
+        bias=sampling.logit_bias,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        tokens=np.array(sequence.tokens),
+        num_prompt=sequence.num_prompt,
+    )
+
+
+def sampling_row(sequence: Sequence) -> RowSampling:
+    sampling = sequence.request.sampling
     return RowSampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
         seed=sampling.seed,
-        choice=0,
+        choice=sampling.choice,
         position=len(sequence.tokens),
     )
 

@@ -66,11 +66,11 @@ class Core(Protocol):
 
     @property
     def is_blocked(self) -> bool:
-        """All there is to do waits for what `wake_fd` will announce."""
+        """All there is to do waits for what `wake_fds` will announce."""
 
     @property
-    def wake_fd(self) -> int | None:
-        """Becomes readable when there is something to do that no command brought."""
+    def wake_fds(self) -> tuple[int, ...]:
+        """One becomes readable when there is something to do that no command brought."""
 
     def call(self, call: Call) -> None:
         """Do what the operator asks, which `take_replies` will answer."""
@@ -113,8 +113,8 @@ class EngineLoop:
         self._callers: dict[str, bytes] = {}  # call id → peer
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
-        if core.wake_fd is not None:
-            self._poller.register(core.wake_fd, zmq.POLLIN)
+        for wake_fd in core.wake_fds:
+            self._poller.register(wake_fd, zmq.POLLIN)
 
     def run(self) -> None:
         """Serve until a step fails; that exception is raised once every running request has been told."""
@@ -161,16 +161,11 @@ class EngineLoop:
 
     def _handle(self, peer_id: bytes, peer: _Peer, command: Command) -> None:
         if isinstance(command, Submit):
-            request_id = command.request.request_id
             try:
-                if request_id in self._owner:
-                    raise RequestRejected(f"A request with the id {request_id} is already running.")
-                self._core.submit(command.request)
+                self._submit(peer_id, peer, command.requests)
             except RequestRejected as refusal:
-                self._send(peer_id, Rejected(request_id, str(refusal), refusal.code, refusal.param))
-                return
-            self._owner[request_id] = peer_id
-            peer.request_ids.add(request_id)
+                for request in command.requests:
+                    self._send(peer_id, Rejected(request.request_id, str(refusal), refusal.code, refusal.param))
         elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
             self._forget(command.request_id)
             self._core.abort(command.request_id)
@@ -180,6 +175,23 @@ class EngineLoop:
         elif isinstance(command, Call):
             self._callers[command.call_id] = peer_id
             self._core.call(command)
+
+    def _submit(self, peer_id: bytes, peer: _Peer, requests: tuple[GenerationRequest, ...]) -> None:
+        """Queue all or none; RequestRejected."""
+        queued: list[str] = []
+        try:
+            for request in requests:
+                if request.request_id in self._owner:
+                    raise RequestRejected(f"A request with the id {request.request_id} is already running.")
+                self._core.submit(request)
+                self._owner[request.request_id] = peer_id
+                peer.request_ids.add(request.request_id)
+                queued.append(request.request_id)
+        except RequestRejected:
+            for request_id in queued:
+                self._forget(request_id)
+                self._core.abort(request_id)
+            raise
 
     def _deliver(self, news: Iterable[News]) -> None:
         """Verdicts one by one, then one message for each peer that has deltas."""

@@ -57,6 +57,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str | None = None  # NAME, or NAME@HASH for one version of it
     adapter_scale: float = 1.0  # how strongly it acts, beside its own alpha / r
     cache_salt: str = ""  # content is shared only between requests with the same one
+    follows: str | None = None  # id of an earlier request with the same prompt, which computes it for both
     pooling: Literal["last", "mean"] | None = None
 
 

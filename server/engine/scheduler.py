@@ -25,6 +25,8 @@ from server.engine.waiting import WaitingQueue, rank
 
 _rank = attrgetter("rank")
 
+MAX_SCORED_TOKENS = 256  # of a prompt in one step, where each needs a row of logits
+
 
 class AdapterGate(Protocol):
     """What the scheduler asks of the registry of adapters."""
@@ -91,8 +93,10 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, request: GenerationRequest, adapter: AdapterVersion | None = None) -> Sequence:
-        """Queue a request, to run with `adapter`.
+    def add(
+        self, request: GenerationRequest, adapter: AdapterVersion | None = None, leader: Sequence | None = None
+    ) -> Sequence:
+        """Queue a request, to run with `adapter`, and not before `leader` has computed the prompt they share.
 
         Raises:
             RequestRejected: it could never run to its end, or the queue is full.
@@ -117,12 +121,14 @@ class Scheduler:
             rank=rank(request.priority, arrived_s, self._num_added),
             arrived_s=arrived_s,
             adapter=adapter,
+            leader=leader,
         )
         self.waiting.add(sequence)
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and free its blocks. Between two steps only."""
+        sequence.is_over = True
         if sequence.is_running:
             self._stop_running(sequence)
         else:
@@ -131,7 +137,10 @@ class Scheduler:
 
     def expire(self) -> list[Sequence]:
         """Remove and return the sequences that have waited for their first step for too long."""
-        return self.waiting.pop_expired(self._clock())
+        expired = self.waiting.pop_expired(self._clock())
+        for sequence in expired:
+            sequence.is_over = True
+        return expired
 
     def evicted_tokens(self, sequence: Sequence) -> int:
         """How many tokens of a sequence have gone out of sight; 0 if it never ran."""
@@ -151,7 +160,7 @@ class Scheduler:
             if len(sequence.tokens) - computed > 1:
                 prefills.append(sequence)
             elif budget and (computed < sequence.table.capacity or self._reserve(sequence, 1)):
-                chunks.append(Chunk(sequence, computed, 1, True))
+                chunks.append(Chunk(sequence, computed, 1, sequence.samples))
                 budget -= 1
         if chunks and self.limits.max_prefill_tokens is not None:
             budget = min(budget, self.limits.max_prefill_tokens)
@@ -165,6 +174,8 @@ class Scheduler:
             if self._adapters is not None and not self._adapters.may_enter(sequence):
                 self.num_blocked += 1
                 continue  # it holds up nobody
+            if self._prefix_caching and sequence.waits_for_leader:
+                continue
             if not self._admit(sequence):
                 break
             budget -= self._add_prefill(sequence, budget, chunks)
@@ -180,13 +191,14 @@ class Scheduler:
                 self._preempt(sequence)
             adapters.finish_move(move)
 
-    def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int]]:
+    def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int | None]]:
         """Record a finished step; `sampled` has one token for each chunk that samples, in order.
 
-        Returns the sequences that got a token, with the token. Ending them is the caller's decision (`remove`).
+        Returns the sequences that got a token, with the token, and with None those that are only a prompt when it has
+        been computed. Ending them is the caller's decision (`remove`).
         """
         tokens = iter(sampled)
-        grown = []
+        grown: list[tuple[Sequence, int | None]] = []
         for sequence, start, length, samples in chunks:
             sequence.num_computed = computed = start + length
             if computed >= sequence.next_full_at:
@@ -195,14 +207,17 @@ class Scheduler:
                 token = next(tokens)
                 sequence.tokens.append(token)
                 grown.append((sequence, token))
+            elif computed == len(sequence.tokens):
+                grown.append((sequence, None))
         return grown
 
     def _add_prefill(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Give a sequence up to `budget` tokens of the step; how many it got."""
         pending = sequence.num_pending
-        length = self._reserve(sequence, min(pending, budget))
+        most = budget if sequence.request.sampling.prompt_logprobs is None else min(budget, MAX_SCORED_TOKENS)
+        length = self._reserve(sequence, min(pending, most))
         if length:
-            chunks.append(Chunk(sequence, sequence.num_computed, length, length == pending))
+            chunks.append(Chunk(sequence, sequence.num_computed, length, length == pending and sequence.samples))
         return length
 
     def _reserve(self, sequence: Sequence, length: int) -> int:
@@ -254,7 +269,7 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> CachedPrefix:
         """What the cache holds of a sequence; never its last token, whose computation yields the next one."""
-        if not self._prefix_caching:
+        if not self._prefix_caching or not sequence.reads_cache:
             return NOTHING_CACHED
         return find_prefix(self._keys(sequence, len(sequence.tokens) - 1), self.layout, self.pool)
 

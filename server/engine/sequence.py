@@ -2,12 +2,22 @@
 
 from array import array
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockTable
+from server.engine.messages import TokenLogprob
 from server.engine.prefix_cache import BlockKeys
 from server.engine.request import GenerationRequest
+
+
+class TokenMask(Protocol):
+    """What may follow: the part of a grammar's state that sampling asks for."""
+
+    def mask(self, out: np.ndarray) -> None:
+        """Set bit v % 32 of the uint32 word v // 32 for every token v that may follow, and clear all others."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -22,6 +32,9 @@ class Sequence:
     rank: tuple[float, int]
     arrived_s: float
     adapter: AdapterVersion | None = None
+    leader: "Sequence | None" = None  # has the same prompt and computes it first
+    grammar: TokenMask | None = None
+    end_token_ids: frozenset[int] = frozenset()  # those that end the answer
     keys: BlockKeys | None = None  # made when first needed: they begin with the adapter's content, then known
     queued_s: float = field(init=False)  # since when it has not run
     tokens: "array[int]" = field(init=False)  # prompt, then what was sampled
@@ -32,10 +45,15 @@ class Sequence:
     was_admitted: bool = False  # has run at least once
     num_evicted: int = 0  # tokens out of sight, as far as they were counted
     num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
+    samples: bool = field(init=False)  # it has an answer, and is not only a prompt
+    reads_cache: bool = field(init=False)  # it does not need to see every token of its prompt
+    is_over: bool = False  # it was taken out of the scheduler
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)
         self.queued_s = self.arrived_s
+        self.samples = self.request.sampling.max_tokens > 0
+        self.reads_cache = self.request.sampling.prompt_logprobs is None and self.request.pooling != "mean"
 
     @property
     def num_prompt(self) -> int:
@@ -52,6 +70,22 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    @property
+    def waits_for_leader(self) -> bool:
+        """Another sequence is computing the same prompt, which will then be in the cache."""
+        leader = self.leader
+        return leader is not None and not leader.is_over and leader.num_computed < leader.num_prompt
+
+
+@dataclass(kw_only=True)
+class StepResult:
+    """What a step computed. Only sequences whose request asks for them are in the dictionaries."""
+
+    tokens: list[int] = field(default_factory=list)  # the next token of each chunk that samples, in order
+    logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)  # of those tokens
+    prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # as far as the chunk goes
+    pooled: dict[Sequence, np.ndarray] = field(default_factory=dict)  # sum of its hidden states, or the last
 
 
 class Chunk(NamedTuple):

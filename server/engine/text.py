@@ -34,17 +34,27 @@ class TextStream:
     completed first (of several completed by one character, the longest).
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
         self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens)
         self._stops = [_StopString(text) for text in stop]
+        self._include_stop = include_stop
         self._held = ""  # may still become a stop string
 
-    def push(self, token_id: int) -> tuple[str, bool]:
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Take the next token; return text that is ready to send, and whether a stop string was met.
 
-        Text before the stop string is in what was returned; nothing may be pushed after it.
+        Text before the stop string, or up to its end if it is to be included, is in what was returned; nothing may be
+        pushed after it. No stop string is looked for in the text of a token that may not stop.
         """
-        return self._cut(self._detokenizer.push(token_id))
+        text = self._detokenizer.push(token_id)
+        return self._cut(text) if may_stop else (text, False)
 
     def flush(self) -> str:
         """Everything held back, at the end by length or end-of-sequence token. An unfinished character is U+FFFD."""
@@ -63,7 +73,7 @@ class TextStream:
             met = [stop.text for stop in self._stops if stop.read(text[position])]
             if met:
                 self._held = ""
-                return text[: position + 1 - max(map(len, met))], True
+                return text[: position + 1 - (0 if self._include_stop else max(map(len, met)))], True
         keep = max(stop.matched for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

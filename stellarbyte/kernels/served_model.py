@@ -1,7 +1,7 @@
 """What the engine asks of a model, and the plain torch form of it. Knows no requests."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,22 +14,30 @@ from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.sampling import RowSampling, sample
 
-# R rows that sample, V vocabulary
+# T tokens of the step, C hidden size, R rows of some of them, V vocabulary
 
 
-class ServedModel(Protocol):
+class ServedModel(ABC):
     """A model that runs serving steps. Engine thread only."""
 
-    def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
-        """Compute a step, writing its keys and values to the cache; [R, V] logits of the rows that sample."""
-        ...
+    @abstractmethod
+    def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        """Compute a step, writing its keys and values to the cache; [T, C] hidden states after the final norm."""
 
+    @abstractmethod
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        """[R, V] logits of what follows."""
+
+    @abstractmethod
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
-        """The next token of each row of `logits`; see `stellarbyte.sampling`."""
-        ...
+        """The next token of each row of logits; see `stellarbyte.sampling`."""
+
+    def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        """Compute a step; [R, V] logits of the rows that sample."""
+        return self.head(self.hidden(batch, cache)[batch.logits_rows])
 
 
-class TorchModel:
+class TorchModel(ServedModel):
     """The reference: the model's own modules over `kernels/reference.py`, on any device.
 
     `config` is the one to serve with: its window and sinks may differ from those the checkpoint was saved with.
@@ -46,12 +54,14 @@ class TorchModel:
             for projection in range(len(PROJECTIONS))
         }
 
-    def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+    def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
         decoder = self.model.model
         attend = PagedAttention(self.config, decoder.rotary, cache, batch)
         project = _AdaptedProjection(self.bank, self._places, batch) if any(batch.adapter_slots) else plain_projection
-        hidden_TC = decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
-        return self.model.lm_head(hidden_TC[batch.logits_rows])
+        return decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
+
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(hidden_RC)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()

@@ -39,8 +39,8 @@ class Reference:
     gaps: list[float]  # between the two best logits, at each token
 
 
-def transformers_answers(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
-    """What transformers generates, the prompts in one left-padded batch."""
+def transformers_model() -> LlamaForCausalLM:
+    """transformers' own class with the demo model's weights."""
     path = resolve_model("demo")
     ours = load_config(path)
     fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -48,6 +48,12 @@ def transformers_answers(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
     fields += ("tie_word_embeddings", "hidden_act")
     llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(ours, name) for name in fields})).eval()
     llama.load_state_dict(load_model(path).state_dict())
+    return llama
+
+
+def transformers_answers(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
+    """What transformers generates, the prompts in one left-padded batch."""
+    llama = transformers_model()
     rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])

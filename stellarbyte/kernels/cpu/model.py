@@ -10,13 +10,14 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.cpu import one_compiles
-from stellarbyte.kernels.cpu.attention import BatchArrays, Floats, Integers, Rotations
+from stellarbyte.kernels.cpu.attention import BatchArrays, Floats, Rotations
 from stellarbyte.kernels.cpu.instructions import LANES
 from stellarbyte.kernels.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
 from stellarbyte.kernels.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
 from stellarbyte.kernels.cpu.lora import Adapters, adapters_of, no_adapters
 from stellarbyte.kernels.cpu.packing import PackedWeight, interleave_gated, pack
 from stellarbyte.kernels.cpu.sampler import sample
+from stellarbyte.kernels.served_model import ServedModel
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteDecoder, ByteDecoderLayer, ByteLanguageModel
 from stellarbyte.model.residual import deepnorm_alpha
@@ -30,7 +31,7 @@ def fits(config: ByteModelConfig) -> bool:
     return config.head_dim is not None and config.head_dim % LANES == 0
 
 
-class CpuModel:
+class CpuModel(ServedModel):
     """The weights of a `ByteLanguageModel`, packed. Engine thread only.
 
     Args:
@@ -59,7 +60,7 @@ class CpuModel:
         self.embedding_VC = _numpy(decoder.embed_tokens.weight)
         self.final_norm_C = _numpy(decoder.norm.weight)
         # The head's errors reach every token's logit directly: in four bits it would cost more quality than it saves.
-        self.head = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
+        self.head_weight = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
         self.layers = _stack_layers(decoder, config, quantization)
         self.options = LayerOptions(
             num_heads=config.num_attention_heads,
@@ -75,17 +76,22 @@ class CpuModel:
         self._rotary = decoder.rotary
         self._rotations: Rotations | None = None
 
-    def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
-        """Compute a step; [R, V] float32 logits of the rows that sample."""
-        logits_RV = self._run(
+    def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        hidden_TC = self._run(
             self.embedding_VC[batch.token_ids_T.numpy()],
-            batch.logits_rows.numpy(),
             batch_arrays(batch),
             adapters_of(batch, self.bank),
             self.rotations_up_to(batch.reach + cache.block_size),
             cache.keys_LBSKD.numpy(),
             cache.values_LBSKD.numpy(),
         )
+        return torch.from_numpy(hidden_TC)
+
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        logits_RV = np.empty((len(hidden_RC), self.vocab_size), np.float32)
+        if len(logits_RV):
+            head = tuple(self.head_weight)
+            linear(hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
         return torch.from_numpy(logits_RV)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
@@ -94,7 +100,6 @@ class CpuModel:
     def _run(
         self,
         x_TC: Floats,
-        rows: Integers,
         batch: BatchArrays,
         adapters: Adapters,
         rotations: Rotations,
@@ -102,13 +107,9 @@ class CpuModel:
         values: Floats,
     ) -> Floats:
         forward_layers(x_TC, self.layers, self.options, batch, adapters, rotations, keys, values, self.num_threads)
-        x_RC = x_TC[rows]
-        normed_RC = np.empty_like(x_RC)
-        rms_norm(x_RC, self.final_norm_C, np.float32(self.options.norm_eps), normed_RC, self.num_threads)
-        logits_RV = np.empty((len(rows), self.vocab_size), np.float32)
-        if len(rows):
-            linear(normed_RC, tuple(self.head), _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
-        return logits_RV
+        hidden_TC = np.empty_like(x_TC)
+        rms_norm(x_TC, self.final_norm_C, np.float32(self.options.norm_eps), hidden_TC, self.num_threads)
+        return hidden_TC
 
     def warm_up(self) -> None:
         """Compile the kernels, or load them from the user's cache, by running a token against a cache of its own."""
@@ -120,8 +121,8 @@ class CpuModel:
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         rotations = self.rotations_up_to(1)
         with one_compiles():
-            logits_RV = self._run(self.embedding_VC[:1].copy(), zero, arrays, adapters, rotations, keys, values)
-            self.sample(torch.from_numpy(logits_RV), [GREEDY])
+            hidden_TC = self._run(self.embedding_VC[:1].copy(), arrays, adapters, rotations, keys, values)
+            self.sample(self.head(torch.from_numpy(hidden_TC)), [GREEDY])
 
     def rotations_up_to(self, offset: int) -> Rotations:
         if self._rotations is None or len(self._rotations.cos_OD) <= offset:

@@ -5,8 +5,9 @@ from pathlib import Path
 from server.engine.adapter_folder import AdapterFolder
 from server.engine.adapters import Adapters, no_adapters
 from server.engine.core import EngineCore
+from server.engine.grammar import GrammarCompiler
 from server.engine.messages import Accepted, Delta, Rejected
-from server.engine.sequence import Chunk
+from server.engine.sequence import Chunk, StepResult
 from tests.adapters import FakeStore, touch_adapter
 from tests.engine import make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
@@ -15,12 +16,16 @@ from tests.fake_engine import make_tokenizer
 class ScriptedRunner:
     """Every sampled token is an "a"."""
 
-    def run(self, chunks: list[Chunk]) -> list[int]:
-        return [ord("a")] * sum(chunk.samples for chunk in chunks)
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        return StepResult(tokens=[ord("a")] * sum(chunk.samples for chunk in chunks))
 
 
-def make_core(**options) -> EngineCore:
-    return EngineCore(make_scheduler(**options), ScriptedRunner(), make_tokenizer(), frozenset(), no_adapters())
+def make_core(adapters: Adapters | None = None, **options) -> EngineCore:
+    adapters = no_adapters() if adapters is None else adapters
+    tokenizer, end = make_tokenizer(), frozenset[int]()
+    grammars = GrammarCompiler(tokenizer, end, tokenizer.get_vocab_size())
+    scheduler = make_scheduler(adapters=adapters, **options)
+    return EngineCore(scheduler, ScriptedRunner(), tokenizer, end, adapters, grammars)
 
 
 def news_of(core: EngineCore) -> dict[str, list]:
@@ -81,8 +86,7 @@ def test_the_engine_rests_only_while_all_there_is_waits_for_an_adapter(tmp_path:
     for name in "ab":
         touch_adapter(tmp_path / name)
     adapters = Adapters(AdapterFolder(str(tmp_path), {}), FakeStore(), num_slots=1, max_in_memory=3)
-    scheduler = make_scheduler(adapters=adapters)
-    core = EngineCore(scheduler, ScriptedRunner(), make_tokenizer(), frozenset(), adapters)
+    core = make_core(adapters)
     core.submit(make_request([1] * 5, 3, "first", adapter="a"))
     core.submit(make_request([1] * 5, 3, "second", adapter="b"))
     assert core.step() == [] and core.is_blocked  # both are being read
@@ -101,7 +105,7 @@ def test_requests_that_wait_for_an_adapter_that_cannot_be_read_are_rejected(tmp_
     touch_adapter(tmp_path / "a")
     store = FakeStore(errors={"a": "The adapter 'a' cannot be loaded: it is broken."})
     adapters = Adapters(AdapterFolder(str(tmp_path), {}), store, num_slots=1, max_in_memory=3)
-    core = EngineCore(make_scheduler(adapters=adapters), ScriptedRunner(), make_tokenizer(), frozenset(), adapters)
+    core = make_core(adapters)
     core.submit(make_request([1] * 5, 3, "r", adapter="a"))
     core.step()
     assert core.step() == [Rejected("r", store.errors["a"], "adapter_failed", "model")]

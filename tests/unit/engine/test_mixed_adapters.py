@@ -91,7 +91,11 @@ def generate_with_logprobs(
         logits_RV = engine.runner.logits(chunks)
         for chunk, logits_V in zip(sampling, logits_RV, strict=True):
             rows[chunk.sequence].append(logits_V.log_softmax(dim=-1))
-        sampled = engine.runner.model.sample(logits_RV, [sampling_row(chunk) for chunk in sampling]) if sampling else []
+        sampled = (
+            engine.runner.model.sample(logits_RV, [sampling_row(chunk.sequence) for chunk in sampling])
+            if sampling
+            else []
+        )
         for sequence, _ in engine.scheduler.apply(chunks, sampled):
             if is_complete(sequence):
                 engine.scheduler.remove(sequence)

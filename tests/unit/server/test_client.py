@@ -68,7 +68,7 @@ def test_many_streams_at_once_get_their_own_text(settings):
     async def use(client, _):
         async def one(i: int) -> None:
             text = f"request {i} "
-            stream = await client.submit(a_request(text, f"r{i}", max_tokens=3 * len(text)))
+            (stream,) = await client.submit(a_request(text, f"r{i}", max_tokens=3 * len(text)))
             answer, deltas = await read(stream)
             assert answer == text * 3
             assert sum(delta.num_tokens for delta in deltas) == 3 * len(text)
@@ -83,7 +83,7 @@ def test_many_streams_at_once_get_their_own_text(settings):
 
 def test_a_reader_that_lags_gets_one_merged_delta(settings):
     async def use(client, _):
-        stream = await client.submit(a_request("abc", max_tokens=30))
+        (stream,) = await client.submit(a_request("abc", max_tokens=30))
         await until(lambda: client.stats.generation_tokens_total == 30)
         answer, deltas = await read(stream)
         assert (answer, len(deltas), deltas[0].num_tokens) == ("abc" * 10, 1, 30)
@@ -102,7 +102,7 @@ def test_a_refused_request_says_why(settings):
 
 def test_closing_a_stream_frees_what_the_request_held(settings):
     async def use(client, _):
-        stream = await client.submit(a_request(SLOW, max_tokens=100_000))
+        (stream,) = await client.submit(a_request(SLOW, max_tokens=100_000))
         await anext(stream)
         assert client.stats.num_blocks_used == 1
         stream.close()
@@ -113,9 +113,9 @@ def test_closing_a_stream_frees_what_the_request_held(settings):
 
 def test_a_failing_step_ends_every_stream_and_the_process(settings):
     async def use(client, _):
-        healthy = await client.submit(a_request(SLOW, "healthy", max_tokens=100_000))
+        (healthy,) = await client.submit(a_request(SLOW, "healthy", max_tokens=100_000))
         await anext(healthy)
-        failing = await client.submit(a_request(CRASH, "failing"))
+        (failing,) = await client.submit(a_request(CRASH, "failing"))
         for stream in (healthy, failing):
             _, deltas = await read(stream)
             assert deltas[-1].finish_reason == "error"
@@ -130,7 +130,7 @@ def test_a_failing_step_ends_every_stream_and_the_process(settings):
 
 def test_a_killed_engine_ends_every_stream_within_a_second(settings):
     async def use(client, process):
-        stream = await client.submit(a_request(SLOW, max_tokens=100_000))
+        (stream,) = await client.submit(a_request(SLOW, max_tokens=100_000))
         await anext(stream)
         waiting = asyncio.create_task(client.submit(a_request("never accepted", "w")))
         os.kill(process.process_id, signal.SIGSTOP)
@@ -163,7 +163,7 @@ def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
 
 def test_requests_of_a_client_that_falls_silent_are_dropped_and_it_hears_of_it(settings):
     async def use(client, _):
-        stream = await client.submit(a_request(SLOW, max_tokens=100_000))
+        (stream,) = await client.submit(a_request(SLOW, max_tokens=100_000))
         for task in client._tasks:
             task.cancel()
         await asyncio.sleep(5.5)
@@ -179,7 +179,7 @@ def test_a_step_longer_than_a_client_may_be_silent_drops_nothing(settings):
     """A cold model's first step took six seconds; heartbeats sent meanwhile were missed before they were read."""
 
     async def use(client, _):
-        _, deltas = await read(await client.submit(a_request(LONG, max_tokens=1)))
+        _, deltas = await read((await client.submit(a_request(LONG, max_tokens=1)))[0])
         assert deltas[-1].finish_reason == "length"
 
     with_engine(settings, use)
@@ -194,7 +194,7 @@ def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_e
             own, others = await asyncio.gather(
                 client.submit(a_request("one", "1", max_tokens=300)), second.submit(a_request("two", "2"))
             )
-            assert [(await read(stream))[0] for stream in (own, others)] == ["one" * 100, "twotwotwot"]
+            assert [(await read(stream))[0] for (stream,) in (own, others)] == ["one" * 100, "twotwotwot"]
             assert await second.fresh_stats() == await client.fresh_stats()
             assert second.stats.generation_tokens_total == 310
             os.kill(process.process_id, signal.SIGKILL)

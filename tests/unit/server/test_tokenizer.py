@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from server.tokenizer import ChatTemplate, ChatTemplateError, load_prompt_tokenizer
@@ -22,6 +23,7 @@ SMOL_LM = """{% for message in messages %}{% if loop.first and messages[0]['role
 {{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}\
 {{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+TRIMMING = SMOL_LM.replace("message['content'] +", "(message['content'] | trim) +")
 INDENTED = """
 {%- set ns = namespace(count=0) %}
 {%- for message in messages %}
@@ -58,6 +60,47 @@ def test_templates_render_as_in_transformers(source, messages):
     assert ChatTemplate(source, special_tokens).render(messages) == expected
 
 
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("source", [SMOL_LM, INDENTED])
+def test_tools_and_the_start_of_an_answer_render_as_in_transformers(source, add_generation_prompt, tools):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=source)
+    options = {"add_generation_prompt": add_generation_prompt, "tools": tools}
+    expected = theirs.apply_chat_template(CHATS[2], tokenize=False, **options)
+    assert ChatTemplate(source, {}).render(CHATS[2], **options) == expected
+
+
+@pytest.mark.parametrize("content", ["The answer is ", "The answer is", " ", "", "line\n", "as the user said: hi"])
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, LLAMA_2, SMOL_LM, TRIMMING])
+def test_an_answer_is_continued_as_in_transformers(source, content):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content}]
+    special_tokens = {"bos_token": "<|im_start|>", "eos_token": "<|end|>"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), chat_template=source, **special_tokens)
+    expected = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    ours = ChatTemplate(source, special_tokens)
+    assert ours.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "messages", "add_generation_prompt"),
+    [
+        (SMOL_LM, CHATS[2], True),
+        (CHAT_TEMPLATE, [], False),
+        (CHAT_TEMPLATE, [{"role": "user", "content": None}], False),
+        ("{{ messages[0].content }}", CHATS[2], False),
+        ("{{ messages[-1].content | last }}", CHATS[0], False),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source, messages, add_generation_prompt):
+    with pytest.raises(ChatTemplateError):
+        ChatTemplate(source, {}).render(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=True
+        )
+
+
 @pytest.mark.parametrize(
     ("source", "messages"),
     [
@@ -84,6 +127,29 @@ def test_a_folder_is_read_with_its_template(tmp_path):
     end, start = make_tokenizer().token_to_id("<|im_end|>"), make_tokenizer().token_to_id("<|im_start|>")
     expected = [start, *b"user\nhi", end, *b"\n", start, *b"assistant\n"]
     assert tokenizer.encode_chat([{"role": "user", "content": "hi"}]) == expected
+
+
+def test_tokens_become_their_text_again(tmp_path):
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path), None)
+    text = "hé <|im_end|>!"
+    token_ids = tokenizer.encode(text)
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(token_ids, skip_special_tokens=True) == "hé !"
+    assert [tokenizer.token_text(token_id) for token_id in (*b"h ", 258, 10**6)] == ["h", "Ġ", "<|im_end|>", ""]
+
+
+def test_a_tokenizer_adds_its_own_tokens_to_prompts_and_to_chats_only_when_asked(tmp_path):
+    folder = make_model_folder(tmp_path)
+    adding = make_tokenizer()
+    start = adding.token_to_id("<|im_start|>")
+    adding.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
+    adding.save(str(folder / "tokenizer.json"))
+    tokenizer = load_prompt_tokenizer(folder, None)
+    assert tokenizer.encode("hi") == [start, *b"hi"]
+    assert tokenizer.encode("hi", add_special_tokens=False) == list(b"hi")
+    chat = tokenizer.encode_chat(CHATS[0])
+    assert chat[:2] == [start, *b"u"]
+    assert tokenizer.encode_chat(CHATS[0], add_special_tokens=True) == [start, *chat]
 
 
 @pytest.mark.parametrize("place", ["file of its own", "list", "flag"])

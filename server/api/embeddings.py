@@ -1,0 +1,136 @@
+"""POST /v1/embeddings: the final hidden states of texts as vectors of length 1."""
+
+import asyncio
+import base64
+import secrets
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Request
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from starlette.responses import Response
+
+from server.api.answer import count_tokens, note_adapter, raise_failure
+from server.api.disconnect import unless_client_leaves
+from server.api.errors import bad_request, from_engine
+from server.api.generation import check_characters, check_prompt, check_token_ids, read_body, tokenize
+from server.api.schemas import PROMPTS_SCHEMA, Body, Prompt, prompts, wrong
+from server.api.service import Service, ServiceOfRequest
+from server.engine.client import EngineDead
+from server.engine.request import MAX_PRIORITY, GenerationRequest, RequestRejected, SamplingParams
+
+router = APIRouter()
+
+MAX_INPUTS = 2048
+_AT_ONCE = 32  # inputs that one request has in the engine at the same time, so that it leaves others room
+_NOTHING = SamplingParams(max_tokens=0, seed=0)
+
+
+def _not_too_many(inputs: list[Prompt]) -> list[Prompt]:
+    if len(inputs) > MAX_INPUTS:
+        raise wrong(f"there may be at most {MAX_INPUTS} inputs")
+    return inputs
+
+
+class EmbeddingsBody(Body):
+    model: str
+    input: Annotated[
+        list[Prompt], BeforeValidator(prompts), AfterValidator(_not_too_many), WithJsonSchema(PROMPTS_SCHEMA)
+    ]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    pooling: Literal["last", "mean"] | None = None
+    add_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    adapter_scale: Annotated[float, Field(ge=0, le=8)] | None = None
+    user: Any = None  # accepted and unused
+
+
+@router.post("/v1/embeddings")
+async def create_embeddings(http: Request, service: ServiceOfRequest) -> Response:
+    body, headers = await read_body(http, service, EmbeddingsBody)
+    size = service.info.hidden_size
+    if body.dimensions not in (None, size):
+        raise bad_request(f"The field 'dimensions' must be {size}, which is what this model has.", "dimensions")
+    requests = [_request(body, service, await _token_ids(body, service, given)) for given in body.input]
+    tokens = count_tokens(http, requests)
+
+    async def embed() -> list[bytes]:
+        vectors: list[bytes] = []
+        for start in range(0, len(requests), _AT_ONCE):
+            wave = requests[start : start + _AT_ONCE]
+            streams = await service.client.submit(*wave)
+            try:
+                note_adapter(http, wave[0], streams)
+                for stream in streams:
+                    async for delta in stream:
+                        raise_failure(delta)
+                        tokens.add(delta, first_of_prompt=True)
+                        if delta.embedding is not None:
+                            vectors.append(delta.embedding)
+            finally:
+                for stream in streams:
+                    stream.close()
+        return vectors
+
+    try:
+        vectors = await unless_client_leaves(http.receive, embed())
+    except (RequestRejected, EngineDead) as error:
+        raise from_engine(error) from None
+    shown = _as_base64 if body.encoding_format == "base64" else _as_floats
+    content = await asyncio.to_thread(
+        lambda: msgspec.json.encode(
+            {
+                "object": "list",
+                "data": [
+                    {"object": "embedding", "index": index, "embedding": shown(vector)}
+                    for index, vector in enumerate(vectors)
+                ],
+                "model": body.model,
+                "usage": {"prompt_tokens": tokens.prompt, "total_tokens": tokens.prompt},
+            }
+        )
+    )
+    return Response(content, media_type="application/json", headers=headers)
+
+
+async def _token_ids(body: EmbeddingsBody, service: Service, given: Prompt) -> list[int]:
+    limit = service.info.max_model_len
+    if isinstance(given, str):
+        check_characters(len(given), limit, service, "input")
+        add_special_tokens = body.add_special_tokens is not False
+        encode = partial(service.tokenizer.encode, given, add_special_tokens=add_special_tokens)
+        token_ids = await tokenize(encode, len(given))
+    else:
+        token_ids = given
+        check_token_ids(token_ids, service, "input")
+    check_prompt(token_ids, limit, "input", least=0)
+    return token_ids
+
+
+def _request(body: EmbeddingsBody, service: Service, token_ids: list[int]) -> GenerationRequest:
+    is_adapted = body.model != service.settings.model_name
+    if not is_adapted and body.adapter_scale not in (None, 1):
+        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
+    return GenerationRequest(
+        request_id=secrets.token_hex(12),
+        prompt_token_ids=tuple(token_ids),
+        sampling=_NOTHING,
+        priority=0 if body.priority is None else body.priority,
+        adapter=body.model if is_adapted else None,
+        adapter_scale=1.0 if body.adapter_scale is None else float(body.adapter_scale),
+        cache_salt="" if body.cache_salt is None else body.cache_salt,
+        pooling="last" if body.pooling is None else body.pooling,
+    )
+
+
+def _as_base64(vector: bytes) -> str:
+    """float32, little-endian: what OpenAI's clients ask for by default."""
+    return base64.b64encode(vector).decode()
+
+
+def _as_floats(vector: bytes) -> list[float]:
+    return np.frombuffer(vector, "<f4").tolist()

@@ -1,0 +1,297 @@
+"""Every object the API answers with, as models: for the document at /openapi.json and for tests.
+
+Answers are never made of them, because making bytes directly is much faster. `Left` marks a field that is left out
+when there is nothing to say; any other field is always there. The objects of /v1/responses are in response_objects.py.
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+T = TypeVar("T")
+Left = Annotated[T | SkipJsonSchema[None], Field(default=None)]
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+Count = Annotated[int, Field(ge=0)]
+
+
+class AnswerObject(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+# Errors
+
+
+class ErrorDetail(AnswerObject):
+    message: Annotated[str, Field(description="One sentence for the user.")]
+    type: Literal[
+        "invalid_request_error",
+        "authentication_error",
+        "permission_error",
+        "not_found_error",
+        "request_too_large",
+        "rate_limit_error",
+        "server_error",
+    ]
+    param: Annotated[str | None, Field(description="The field that is wrong, such as messages[0].role.")]
+    code: str | None
+
+
+class ErrorBody(AnswerObject):
+    """Every error, and the last event of a stream that failed."""
+
+    error: ErrorDetail
+
+
+# What generated answers share
+
+
+class PromptTokensDetails(AnswerObject):
+    cached_tokens: Annotated[Count, Field(description="Prompt tokens that were in the prefix cache.")]
+
+
+class Usage(AnswerObject):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
+    evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens that went out of sight: the context slid.")]]
+
+
+class _Answer(AnswerObject):
+    id: str
+    created: Annotated[int, Field(description="Unix seconds.")]
+    model: str
+    system_fingerprint: Annotated[str, Field(description="Names the weights, the adapter and the numeric mode.")]
+
+
+# /v1/completions
+
+
+class CompletionLogprobs(AnswerObject):
+    """Lists of one length: an entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(AnswerObject):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+    token_ids: Left[TokenIds]
+    prompt_token_ids: Left[TokenIds]
+
+
+class Completion(_Answer):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunkChoice(AnswerObject):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: Left[TokenIds]
+    prompt_token_ids: Left[TokenIds]
+
+
+class CompletionChunk(_Answer):
+    """With stream_options.include_usage, `usage` is null in all chunks but the last, which has no choices."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+    usage: Usage | None = None
+
+
+# /v1/chat/completions
+
+
+class TopLogprob(AnswerObject):
+    token: str
+    logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(AnswerObject):
+    content: list[TokenLogprob] | None
+    refusal: None
+
+
+class AnswerFunctionCall(AnswerObject):
+    name: str
+    arguments: Annotated[str, Field(description="JSON as the model wrote it.")]
+
+
+class AnswerToolCall(AnswerObject):
+    id: str
+    type: Literal["function"]
+    function: AnswerFunctionCall
+
+
+class AnswerMessage(AnswerObject):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: Left[list[AnswerToolCall]]
+
+
+class ChatChoice(AnswerObject):
+    index: Count
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    token_ids: Left[TokenIds]
+
+
+class ChatCompletion(_Answer):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: Left[TokenIds]
+
+
+class FunctionCallDelta(AnswerObject):
+    name: Left[str]
+    arguments: Left[str]
+
+
+class ToolCallDelta(AnswerObject):
+    index: Count
+    id: Left[str]
+    type: Left[Literal["function"]]
+    function: Left[FunctionCallDelta]
+
+
+class ChatDelta(AnswerObject):
+    role: Left[Literal["assistant"]]
+    content: str | None = None
+    refusal: None = None
+    tool_calls: Left[list[ToolCallDelta]]
+
+
+class ChatChunkChoice(AnswerObject):
+    index: Count
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: Left[TokenIds]
+
+
+class ChatCompletionChunk(_Answer):
+    """With stream_options.include_usage, `usage` is null in all chunks but the last, which has no choices."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: Left[TokenIds]
+
+
+# /v1/embeddings
+
+
+class Embedding(AnswerObject):
+    object: Literal["embedding"]
+    index: Count
+    embedding: Annotated[list[float] | str, Field(description="Numbers, or float32 as base64 if asked for.")]
+
+
+class EmbeddingUsage(AnswerObject):
+    prompt_tokens: Count
+    total_tokens: Count
+
+
+class EmbeddingList(AnswerObject):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+# Models, adapters, tokens, state
+
+
+class ModelCard(AnswerObject):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: Literal["stellarbyte"]
+    root: str
+    parent: Annotated[str | None, Field(description="The model that an adapter belongs to.")]
+    max_model_len: int
+    content_hash: Annotated[str | None, Field(description="Of the weights; null while an adapter is unread.")]
+
+
+class ModelList(AnswerObject):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class LoadedAdapter(AnswerObject):
+    lora_name: str
+    content_hash: str
+    rank: int
+    bytes: int
+    matched: Annotated[list[str], Field(description="Modules it changes.")]
+    unmatched: Annotated[list[str], Field(description="Targets its configuration names that it has no weights for.")]
+
+
+class UnloadedAdapter(AnswerObject):
+    lora_name: str
+    freed_bytes: int
+
+
+class AdapterEntry(AnswerObject):
+    id: str
+    object: Literal["adapter"]
+    state: Literal["loading", "ready", "draining", "failed"]
+    error: str | None
+    tier: Annotated[Literal["gpu", "slot", "cpu", "disk"], Field(description="slot: where it is computed, on a CPU.")]
+    content_hash: str | None
+    root: str
+    rank: int | None
+    bytes: Count
+    refcount: Count
+    running: Count
+    waiting: Count
+    requests: Count
+    tokens: Count
+
+
+class AdapterEntries(AnswerObject):
+    object: Literal["list"]
+    data: list[AdapterEntry]
+
+
+class Tokenized(AnswerObject):
+    count: Count
+    max_model_len: int
+    tokens: TokenIds
+    token_strs: list[str] | None
+
+
+class Detokenized(AnswerObject):
+    prompt: str
+
+
+class Health(AnswerObject):
+    status: Literal["ok"]
+
+
+class Ready(AnswerObject):
+    status: Literal["ready"]
+
+
+class Version(AnswerObject):
+    version: str

@@ -1,0 +1,399 @@
+"""JSON schemas as grammars in llguidance's language, or a 400 that says what they ask too much. Knows no model.
+
+llguidance implements most of JSON Schema and bounds most of its own work. What it would ignore, answer wrongly or take
+minutes for is refused or said differently here, so that every answer is valid and no grammar holds up a server:
+
+- Regular expressions that must hold at once multiply: four harmless-looking ones take a second for one mask, six take
+  minutes to compile. So do multiples of large numbers. Properties of which some must be there cost their number cubed.
+- Long constants cost time at each token: 60 kB of them 70 ms. A thousand branches end an answer in the middle.
+- Its grammar allows the same key twice, which parsers count once; and `\\u0061` for a key `a` that has its own schema.
+- Its numbers are 64-bit floats: beyond 2**53 it would allow others than the schema does.
+- It cannot tell oneOf's branches apart through $ref, as tagged unions have them.
+- Its years have a 29 February and its minutes a 61st second, which common parsers refuse.
+- Its regular expressions are Rust's, where some signs mean something else than in a schema.
+"""
+
+import asyncio
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import Any
+from urllib.parse import unquote
+
+from server.api.errors import ApiError, bad_request
+from server.engine.grammar import GrammarRefused, check_grammar
+
+MAX_SCHEMA_BYTES = 65_536
+MAX_DEPTH = 32
+MAX_REFERENCES = 100
+MAX_TEXT_LENGTH = 4_096
+MAX_PROPERTIES = 1_000
+MAX_COUNTED_PROPERTIES = 100  # where minProperties or maxProperties is used
+MAX_PATTERN_PROPERTIES = 32
+MAX_BRANCHES = 500
+MAX_PATTERNS_AT_ONCE = 3
+MAX_MULTIPLE = 10_000
+MAX_COUNT = 2**31 - 1
+MAX_NUMBER = 2**53
+CHECK_LIMIT_S = 5.0
+NUM_REMEMBERED_VERDICTS = 256
+
+# One space after a comma and a colon as json.dumps writes them, and none elsewhere: a sampled answer could otherwise go
+# on in spaces for ever.
+_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+_DRAFTS = ("draft-07/schema", "draft/2019-09/schema", "draft/2020-12/schema")
+_ANNOTATIONS = frozenset(
+    "$comment title description default examples example deprecated readOnly writeOnly contentMediaType"
+    " contentEncoding discriminator externalDocs xml".split()
+)
+_ONE = frozenset(("items", "additionalItems", "additionalProperties"))
+_MANY = frozenset(("allOf", "anyOf", "oneOf", "prefixItems"))
+_NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_COUNTS = frozenset(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"))
+_NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
+_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())
+
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = "(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)|02-(?:0[1-9]|1[0-9]|2[0-8])"
+_DATE = f"(?:{_YEAR}-(?:{_DAY})|{_LEAP_YEAR}-02-29)"
+_HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+-]{_HOUR})"
+_EXACT_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+
+
+def json_grammar(schema: dict[str, Any] | bool, param: str = "response_format") -> str:
+    """The grammar of the JSON texts that a schema allows; ApiError 400 naming `param`. `checked` comes next."""
+    return json_rule("start", schema, param)
+
+
+def any_object_grammar() -> str:
+    """The grammar of all JSON objects."""
+    return json_grammar({"type": "object"})
+
+
+def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_format") -> str:
+    """The same as a rule of a larger grammar, one line. `name` is lower-case letters and underscores."""
+    root = _Schema(schema, param).root
+    return f"{name}: %json {json.dumps({**root, 'x-guidance': _OPTIONS}, ensure_ascii=False)}\n"
+
+
+class _Schema:
+    """A copy of a schema in which everything is known, small enough, and said so that llguidance gets it right."""
+
+    def __init__(self, schema: dict[str, Any] | bool, param: str) -> None:
+        self._param = param
+        self._nodes: dict[int, dict[str, Any]] = {}  # every schema inside the schema, by identity
+        self._num_properties = 0
+        self._num_pattern_properties = 0
+        self._counts_properties = False
+        self._multiples: set[int] = set()
+        self.root: dict[str, Any] = self._copy(schema)
+        self._take_document_keywords()
+        self._visit(self.root, "#")
+        for node in list(self._nodes.values()):
+            self._check_reference(node)
+        for node in list(self._nodes.values()):
+            self._say_differently(node)
+        self._check_size()
+
+    def _refuse(self, why: str, path: str = "#") -> ApiError:
+        return bad_request(f"The schema{_at(path)} {why}.", self._param)
+
+    def _copy(self, schema: dict[str, Any] | bool) -> dict[str, Any]:
+        if schema is True:
+            return {}
+        if schema is False:
+            raise self._refuse("is false, which allows no value")
+        budget, level = MAX_SCHEMA_BYTES, [schema]
+        for _ in range(MAX_DEPTH):
+            level = [inner for value in level for inner in _inner(value)]
+            budget -= len(level)
+            if budget < 0:
+                raise self._refuse(f"is larger than {MAX_SCHEMA_BYTES} bytes")
+            level = [value for value in level if isinstance(value, dict | list)]
+            if not level:
+                break
+        else:
+            raise self._refuse(f"is nested deeper than {MAX_DEPTH} levels")
+        try:
+            text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+            num_bytes = len(text.encode())
+        except (ValueError, TypeError) as error:
+            raise self._refuse("has a character or a number that JSON does not know") from error
+        if num_bytes > MAX_SCHEMA_BYTES:
+            raise self._refuse(f"is larger than {MAX_SCHEMA_BYTES} bytes")
+        copied: dict[str, Any] = json.loads(text)
+        return copied
+
+    def _take_document_keywords(self) -> None:
+        """$schema and $id speak of the document; what they would change is refused elsewhere."""
+        draft = self.root.pop("$schema", None)
+        if draft is not None and not (isinstance(draft, str) and draft.rstrip("#").endswith(_DRAFTS)):
+            raise self._refuse("names a $schema other than draft-07, 2019-09 and 2020-12")
+        self.root.pop("$id", None)
+
+    def _visit(self, node: Any, path: str) -> None:
+        if isinstance(node, bool):
+            return
+        if not isinstance(node, dict):
+            raise self._refuse("must be an object or a boolean", path)
+        self._nodes[id(node)] = node
+        for keyword, value in node.items():
+            if keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance"):
+                continue
+            place = f"{path}/{keyword}"
+            if keyword in _MANY or (keyword == "items" and isinstance(value, list)):
+                if not isinstance(value, list):
+                    raise self._refuse("must be a list", place)
+                if len(value) > MAX_BRANCHES:
+                    raise self._refuse(f"has more than {MAX_BRANCHES} entries", place)
+                for index, inner in enumerate(value):
+                    self._visit(inner, f"{place}/{index}")
+            elif keyword in _ONE:
+                self._visit(value, place)
+            elif keyword in _NAMED:
+                self._visit_named(keyword, value, place)
+            else:
+                self._check_keyword(keyword, value, path)
+
+    def _visit_named(self, keyword: str, value: Any, place: str) -> None:
+        if not isinstance(value, dict):
+            raise self._refuse("must be an object", place)
+        for name, inner in value.items():
+            if keyword == "patternProperties":
+                self._check_pattern(name, place)
+            elif len(name) > MAX_TEXT_LENGTH:
+                raise self._refuse(f"has a name of more than {MAX_TEXT_LENGTH} characters", place)
+            self._visit(inner, f"{place}/{name}")
+        self._num_properties += len(value) if keyword == "properties" else 0
+        self._num_pattern_properties += len(value) if keyword == "patternProperties" else 0
+
+    def _check_keyword(self, keyword: str, value: Any, path: str) -> None:
+        place = f"{path}/{keyword}"
+        if keyword in _COUNTS:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+                raise self._refuse(f"must be a whole number from 0 to {MAX_COUNT}", place)
+            if keyword == "minProperties" and value > 1:
+                raise self._refuse("must be 0 or 1; more is not supported", place)
+            self._counts_properties |= keyword == "maxProperties" or (keyword == "minProperties" and value > 0)
+        elif keyword in _NUMBERS:
+            self._check_literal(value, place)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise self._refuse("must be a number", place)
+            if keyword == "multipleOf":
+                self._multiples.add(self._digits(value, place))
+        elif keyword in ("const", "enum"):
+            if keyword == "enum" and sum(isinstance(entry, dict | list) for entry in _inner(value)) > MAX_BRANCHES:
+                raise self._refuse(f"has more than {MAX_BRANCHES} objects and lists", place)
+            self._check_literal(value, place)
+        elif keyword == "pattern":
+            self._check_pattern(value, place)
+        elif keyword == "format":
+            if value not in _FORMATS:
+                raise bad_request(f"The schema's format {json.dumps(value)[:80]} is not supported.", self._param)
+        elif keyword not in ("type", "required", "$ref") and not (keyword == "uniqueItems" and value is False):
+            raise bad_request(f"The schema's keyword '{keyword[:80]}'{_at(path)} is not supported.", self._param)
+
+    def _digits(self, multiple: float, place: str) -> int:
+        """The digits of a multipleOf as a whole number: 25 for 2.5."""
+        if multiple <= 0:
+            raise self._refuse("must be greater than 0", place)
+        sign_digits_exponent = Decimal(repr(multiple)).normalize()
+        exponent = int(sign_digits_exponent.as_tuple().exponent)
+        if exponent < -9:
+            raise self._refuse("has more than 9 decimal places", place)
+        return int(sign_digits_exponent.scaleb(-exponent)) * 10 ** max(exponent, 0)
+
+    def _check_literal(self, value: Any, place: str) -> None:
+        if isinstance(value, dict | list):
+            for inner in _inner(value):
+                self._check_literal(inner, place)
+        elif isinstance(value, str):
+            if len(value) > MAX_TEXT_LENGTH or re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", value):
+                raise self._refuse(f"has a text with control characters or of more than {MAX_TEXT_LENGTH}", place)
+        elif isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+            raise self._refuse("has a number beyond 2**53, which is not supported", place)
+
+    def _check_pattern(self, pattern: Any, place: str) -> None:
+        if not isinstance(pattern, str) or len(pattern) > MAX_TEXT_LENGTH:
+            raise self._refuse(f"must be a regular expression of at most {MAX_TEXT_LENGTH} characters", place)
+        sign = _foreign_sign(pattern)
+        if sign is not None:
+            raise self._refuse(f"has {json.dumps(sign)} in a pattern, which is not supported", place)
+
+    def _check_reference(self, node: dict[str, Any]) -> None:
+        if "$ref" in node:
+            target = self._target(node["$ref"])
+            if not isinstance(target, bool) and id(target) not in self._nodes:
+                shown = json.dumps(node["$ref"])[:120]
+                raise bad_request(f"The schema's $ref {shown} leads to no schema inside the schema.", self._param)
+
+    def _target(self, reference: Any) -> Any:
+        """What "#/a/b" points to, or None."""
+        if not isinstance(reference, str) or not re.match(r"#(/|$)", reference):
+            return None
+        target: Any = self.root
+        for step in unquote(reference[1:]).split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(target, dict):
+                target = target.get(name)
+            elif isinstance(target, list) and name.isdecimal() and int(name) < len(target):
+                target = target[int(name)]
+            else:
+                return None
+        return target
+
+    def _say_differently(self, node: dict[str, Any]) -> None:
+        node.pop("uniqueItems", None)  # it is false
+        exact = _EXACT_FORMATS.get(node.get("format", ""))
+        if exact is not None:
+            del node["format"]
+            node.setdefault("allOf", []).append({"pattern": exact})
+        if self._are_tagged(node.get("oneOf", [])):
+            node.setdefault("allOf", []).append({"anyOf": node.pop("oneOf")})
+
+    def _are_tagged(self, branches: list[Any]) -> bool:
+        """Whether one required property of all of them tells which one a value belongs to."""
+        tags_of_branches = []
+        for branch in branches:
+            if isinstance(branch, dict) and set(branch) - _ANNOTATIONS == {"$ref"}:
+                branch = self._target(branch["$ref"])
+            tags_of_branches.append(dict(_tags(branch)))
+        names = set(tags_of_branches[0]).intersection(*tags_of_branches) if branches else set()
+        for name in names:
+            values = [value for tags in tags_of_branches for value in tags[name]]
+            if len(values) == len(set(values)):
+                return True
+        return False
+
+    def _check_size(self) -> None:
+        most = MAX_COUNTED_PROPERTIES if self._counts_properties else MAX_PROPERTIES
+        if self._num_properties > most:
+            counted = " while it uses minProperties or maxProperties" if self._counts_properties else ""
+            raise self._refuse(f"has more than {most} properties{counted}")
+        if self._num_pattern_properties > MAX_PATTERN_PROPERTIES:
+            raise self._refuse(f"has more than {MAX_PATTERN_PROPERTIES} patternProperties")
+        product = 1
+        for multiple in self._multiples:
+            product *= multiple
+        if product > MAX_MULTIPLE:
+            raise self._refuse(f"has values of multipleOf whose product is more than {MAX_MULTIPLE}")
+        if self._patterns_at_once(self.root, {}, 0) > MAX_PATTERNS_AT_ONCE:
+            raise self._refuse(
+                f"lets more than {MAX_PATTERNS_AT_ONCE} patterns, formats and lengths apply to the same text"
+            )
+
+    def _patterns_at_once(self, node: Any, known: dict[int, int], depth: int) -> int:
+        """How many patterns, formats and lengths one text in it may have to match at once: an upper bound."""
+        if not isinstance(node, dict):
+            return 0
+        if id(node) in known:
+            return known[id(node)]
+        if depth > MAX_REFERENCES:
+            raise self._refuse(f"goes through more than {MAX_REFERENCES} references in a row")
+        known[id(node)] = 0  # llguidance refuses what would add itself to itself
+
+        def most(values: Any) -> int:
+            inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else []
+            return max((self._patterns_at_once(value, known, depth + 1) for value in inner), default=0)
+
+        inside = max(
+            most(node.get("properties")) + most(node.get("patternProperties")),
+            most([node.get("additionalProperties"), node.get("items"), node.get("additionalItems")]),
+            most(node.get("items")) if isinstance(node.get("items"), list) else 0,
+            most(node.get("prefixItems")),
+        )
+        has_length = "minLength" in node or "maxLength" in node
+        own = max(("pattern" in node) + ("format" in node) + has_length, inside)
+        together = sum(self._patterns_at_once(value, known, depth + 1) for value in node.get("allOf", []))
+        target = self._patterns_at_once(self._target(node["$ref"]), known, depth + 1) if "$ref" in node else 0
+        known[id(node)] = own + together + target + most(node.get("anyOf")) + most(node.get("oneOf"))
+        return known[id(node)]
+
+
+def _at(path: str) -> str:
+    shown = "".join(character if character.isprintable() else "?" for character in path[:120])
+    return "" if shown == "#" else f" at {shown}"
+
+
+def _inner(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else []
+
+
+def _tags(branch: Any) -> Iterator[tuple[str, list[str]]]:
+    """The required properties of a schema that are one of a few texts."""
+    if not isinstance(branch, dict) or branch.get("type") != "object":
+        return
+    required = branch.get("required")
+    for name, schema in branch.get("properties", {}).items():
+        if isinstance(schema, dict) and isinstance(required, list) and name in required:
+            values = [schema["const"]] if "const" in schema else schema.get("enum")
+            if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+                yield name, list(dict.fromkeys(values))
+
+
+def _foreign_sign(pattern: str) -> str | None:
+    """The first thing in a pattern that a schema's regular expressions and Rust's read differently."""
+    signs = re.compile(r"\\.|\(\?[a-zA-Z-]*|\[\^?\]?|\]|&&|--|~~", re.DOTALL)
+    in_class = False
+    for match in signs.finditer(pattern):
+        sign = match[0]
+        if sign.startswith("\\"):
+            if sign[1] in "aAzZQEGhHRX<>":
+                return sign
+        elif sign.startswith("(?"):
+            if not in_class and set(sign[2:]) - set("imsP-"):
+                return sign
+        elif sign.startswith("["):
+            if in_class or sign.endswith("]"):
+                return sign
+            in_class = True
+        elif sign == "]":
+            in_class = False
+        elif in_class:
+            return sign
+    return None
+
+
+_checks = ThreadPoolExecutor(2, "grammar-check")
+_verdicts: OrderedDict[bytes, str | None] = OrderedDict()
+
+
+async def checked(grammar: str, param: str) -> str:
+    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, or 503 while too many are checked."""
+    digest = hashlib.sha256(grammar.encode()).digest()
+    if digest not in _verdicts:
+        _verdicts[digest] = await _verdict(grammar)
+        if len(_verdicts) > NUM_REMEMBERED_VERDICTS:
+            _verdicts.popitem(last=False)
+    refusal = _verdicts[digest]
+    _verdicts.move_to_end(digest)
+    if refusal is not None:
+        raise bad_request(refusal, param)
+    return grammar
+
+
+async def _verdict(grammar: str) -> str | None:
+    """Why a grammar is refused, or None."""
+    check = _checks.submit(check_grammar, grammar)
+    try:
+        await asyncio.wait_for(asyncio.wrap_future(check), CHECK_LIMIT_S)
+    except GrammarRefused as error:
+        return str(error)
+    except TimeoutError:
+        if check.cancelled():  # it never began
+            raise ApiError(503, "The server is busy with other grammars.", headers={"Retry-After": "5"}) from None
+        return "The grammar is too complex."
+    return None

@@ -1,0 +1,305 @@
+"""Grammars as masks over the vocabulary: compiled on a thread of their own, followed token by token.
+
+Knows no requests, no HTTP and no JSON schema: what a grammar describes is said in llguidance's own language.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer
+
+logger = logging.getLogger("server.engine")
+
+COMPILE_LIMIT_S = 5.0
+MAX_ABANDONED = 2
+NICENESS = 3
+
+# An ordinary schema compiles in 2 to 20 ms and takes 0.1 to 1 ms for a mask, with 10 ms at worst. Fuel is what regular
+# expressions cost: 50,000 in a mask are about 5 ms. A lexer state is some 300 bytes and every request has its own; a
+# string with maxLength takes about five for each character, so a hostile grammar can hold 30 MB while it runs.
+# Fuel does not see everything: server/api/structured.py says what is refused before it comes here, and why.
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_items_in_row=2_000,
+    max_lexer_states=100_000,
+    max_grammar_size=50_000,
+    precompute_large_lexemes=False,  # it walks the whole vocabulary, which only pays when a grammar is used for long
+    verbose_errors=False,
+)
+
+_TOO_COMPLEX = "The grammar is too complex."
+_BUSY = "The server is busy with other grammars; try again later."
+_NO_TOKENIZER = "This model's tokenizer cannot be used with a grammar."
+_LIMIT_WORDS = (
+    "fuel",
+    "too big",
+    "too large",
+    "too many",
+    "too complex",
+    "items; max",
+    "level exceeded",
+    "unable to determine",
+)
+
+
+class GrammarRefused(ValueError):
+    """A grammar cannot be used; str() is one sentence for the user."""
+
+
+def check_grammar(grammar: str) -> None:
+    """Whether a grammar can be used at all, for any vocabulary. Any thread or process; lets other threads run.
+
+    Raises:
+        GrammarRefused: it is none, asks for what is not implemented, or is too large.
+    """
+    error = LLMatcher.validate_grammar(grammar, None, limits=LIMITS)
+    if error and not error.startswith("WARNING"):
+        raise GrammarRefused(_sentence(error))
+
+
+class TokenGrammar:
+    """Where one request stands in its grammar. One thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int, num_matcher_words: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._num_words = (vocab_size + 31) // 32
+        # A tokenizer may know more tokens than the model computes logits for.
+        self._wide = np.zeros(num_matcher_words, np.uint32) if num_matcher_words > self._num_words else None
+
+    def mask(self, out: NDArray[np.uint32]) -> None:
+        """Write which tokens may come next: bit i % 32 of word i // 32 is token i; everything past the vocabulary is 0.
+
+        `out` has ceil(vocab_size / 32) contiguous words. Look at `error` afterwards: with one, the mask means nothing.
+        """
+        assert out.dtype == np.uint32 and out.shape == (self._num_words,) and out.flags.c_contiguous
+        target = out if self._wide is None else self._wide
+        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
+        if self._wide is not None:
+            out[:] = self._wide[: self._num_words]
+        if self._vocab_size % 32:
+            out[-1] &= np.uint32((1 << self._vocab_size % 32) - 1)
+
+    def accept(self, token_id: int) -> None:
+        """The token that was chosen; `error` is set if the mask did not allow it."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing but end-of-sequence can follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Why no mask can be made any more: one sentence. It never goes away."""
+        if not self._matcher.is_error():
+            return None
+        return f"The grammar cannot be followed any further: {_first_line(self._matcher.get_error())}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    key: str
+    serial: int
+    grammar: str
+
+
+class GrammarCompiler:
+    """Turns grammars into `TokenGrammar`s. Called from the engine's thread only; it waits for nothing.
+
+    `wake_fd` becomes readable when `collect` has something to tell.
+
+    Grammars are compiled one after the other, and anew for each request: copies of a compiled one share its lexer and
+    with it the limit on states, so that requests would end one another's answers. One that takes longer than
+    `compile_limit_s` is refused and its thread left alone, since nothing can stop it; while `MAX_ABANDONED` of those
+    still run, all are refused.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        *,
+        compile_limit_s: float = COMPILE_LIMIT_S,
+    ) -> None:
+        """`vocab_size` is the model's: how many logits it computes."""
+        self._vocabulary = _Vocabulary(tokenizer, eos_token_ids, vocab_size)
+        self._compile_limit_s = compile_limit_s
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._wanted: dict[str, int] = {}
+        self._serial = 0
+        self._finished: deque[tuple[_Job, TokenGrammar | GrammarRefused]] = deque()
+        self._abandoned: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
+        self.wake_fd, self._wake = os.pipe()
+        os.set_blocking(self.wake_fd, False)
+        os.set_blocking(self._wake, False)
+
+    def prepare(self) -> None:
+        """Read the tokenizer now. That takes a second in which no other thread runs, so a start is the time for it;
+        otherwise the first grammar does it."""
+        with contextlib.suppress(BaseException):  # it is said when a grammar comes
+            self._vocabulary.tokenizer()
+
+    def submit(self, key: str, grammar: str) -> None:
+        """Ask for a grammar; `collect` answers with `key`, which must not be waiting already."""
+        self._serial += 1
+        self._wanted[key] = self._serial
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="grammar-compiler", daemon=True)
+            self._thread.start()
+        self._jobs.put(_Job(key=key, serial=self._serial, grammar=grammar))
+
+    def cancel(self, key: str) -> None:
+        """Nobody waits for it any more; an unknown key is fine."""
+        self._wanted.pop(key, None)
+
+    def collect(self) -> list[tuple[str, TokenGrammar | GrammarRefused]]:
+        """What has been finished since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+        done = []
+        while self._finished:
+            job, result = self._finished.popleft()
+            if self._wanted.get(job.key) == job.serial:
+                del self._wanted[job.key]
+                done.append((job.key, result))
+        return done
+
+    def close(self) -> None:
+        """Stop; nothing is answered any more. Leaves a compilation that is under way to itself."""
+        self._wanted.clear()
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        _give_way()
+        while (job := self._jobs.get()) is not None:
+            if self._wanted.get(job.key) != job.serial:
+                continue
+            self._finished.append((job, self._compile_in_time(job.grammar)))
+            with contextlib.suppress(BlockingIOError):  # full: it will be looked at
+                os.write(self._wake, b"\0")
+
+    def _compile_in_time(self, grammar: str) -> TokenGrammar | GrammarRefused:
+        self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
+        if len(self._abandoned) >= MAX_ABANDONED:
+            return GrammarRefused(_BUSY)
+        try:
+            tokenizer = self._vocabulary.tokenizer()  # outside the time limit: the first one waits for it
+        except BaseException:  # even a panic: whatever it cannot read, the model still serves plain text
+            logger.exception("the tokenizer cannot be used with grammars")
+            return GrammarRefused(_NO_TOKENIZER)
+        results: list[LLMatcher | GrammarRefused] = []
+        thread = threading.Thread(
+            target=lambda: results.append(_compile(tokenizer, grammar)), name="grammar-compilation", daemon=True
+        )
+        started_s = time.perf_counter()
+        thread.start()
+        thread.join(self._compile_limit_s)
+        if thread.is_alive():
+            self._abandoned.append(thread)
+            logger.warning("a grammar of %d characters is not compiled in time and is refused", len(grammar))
+        result = results[0] if results else GrammarRefused(_TOO_COMPLEX)
+        logger.debug("compiled a grammar in %.3f s", time.perf_counter() - started_s)
+        if isinstance(result, LLMatcher):
+            return TokenGrammar(result, self._vocabulary.vocab_size, self._vocabulary.num_words)
+        return result
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance sees it, made when it is first needed because that takes a second."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < num_tokens)
+        self._has_eos = bool(self._eos_token_ids)
+        if not self._has_eos:  # llguidance needs one, so it gets one that no mask shows
+            self._eos_token_ids = [num_tokens]
+            num_tokens += 1
+        self._num_tokens = max(vocab_size, num_tokens)
+        self.num_words = (self._num_tokens + 31) // 32
+        self._source = tokenizer
+        self._made: LLTokenizer | None = None
+        self._making = threading.Lock()
+
+    def tokenizer(self) -> LLTokenizer:
+        """Any thread. Raises whatever llguidance raises for a tokenizer that it cannot read."""
+        with self._making:
+            if self._made is None:
+                plain = Tokenizer.from_str(self._source.to_str())
+                plain.no_padding()
+                plain.no_truncation()
+                if not self._has_eos:
+                    plain.add_special_tokens([AddedToken("<|end of the grammar|>", special=True)])
+                self._made = LLTokenizer(plain.to_str(), n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
+            return self._made
+
+
+def _compile(tokenizer: LLTokenizer, grammar: str) -> LLMatcher | GrammarRefused:
+    try:
+        _give_way()
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            return GrammarRefused(_sentence(matcher.get_error()))
+        first = matcher.deep_copy()
+        first.compute_bitmask()  # a grammar that nothing satisfies shows only here
+        if first.is_error():
+            return GrammarRefused(_sentence(first.get_error()))
+        return matcher
+    except BaseException:  # even a panic: nothing of llguidance's may take the engine along
+        logger.exception("compiling a grammar failed")
+        return GrammarRefused("The grammar could not be compiled; the server's log says why.")
+
+
+def _sentence(error: str) -> str:
+    """llguidance's message, of several lines and with a piece of the grammar, as one sentence about the schema."""
+    if match := re.search(r'Unimplemented keys: \["([^"]*)"', error):
+        return f"The schema's keyword '{match[1]}' is not supported."
+    if match := re.search(r"Unknown format: (.*)", error):
+        return f"The schema's format '{match[1]}' is not supported."
+    if "oneOf constraints are not supported" in error:
+        return "The schema's keyword 'oneOf' is supported only where at most one branch can match; use 'anyOf'."
+    if "regex parse error" in error or "in regex" in error:
+        why = re.search(r"^error: (.*)", error, re.MULTILINE) or re.search(r"(lookarounds[^;]*)", error)
+        return f"The schema's pattern is not supported{f': {why[1]}' if why else ''}."
+    if match := re.search(r"Unsatisfiable schema: (Regex is empty)?(.*)", error):
+        return f"No value can satisfy the schema{'' if match[1] else f': {match[2]}'}."
+    if match := re.search(r"(Pointer|Anchor) '([^']*)' does not exist", error):
+        return f"The schema's $ref '#{match[2]}' leads nowhere."
+    if "NoExtension" in error:
+        return "No text can satisfy the grammar."
+    if any(words in error.lower() for words in _LIMIT_WORDS):
+        return _TOO_COMPLEX
+    return f"The grammar cannot be used: {_first_line(error)}."
+
+
+def _first_line(error: str) -> str:
+    """Without the place in the grammar, which the user did not write."""
+    first = next(iter(_lines(error)), "an internal error")
+    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", first)[:200].rstrip(". ")
+
+
+def _lines(error: str) -> list[str]:
+    return [line.strip() for line in error.splitlines() if line.strip() and line.strip() != "<non-verbose/>"]
+
+
+def _give_way() -> None:
+    """On Linux niceness belongs to the thread that sets it, elsewhere to the process: there it is left alone."""
+    if os.uname().sysname == "Linux":
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):  # it is nicer already, or may not be
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

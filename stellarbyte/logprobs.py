@@ -1,0 +1,27 @@
+"""Log-probabilities of tokens as the API means them: of the model's own distribution. Knows no requests."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+# R rows, V vocabulary
+
+
+class TokenLogprobs(NamedTuple):
+    """A token's natural log-probability, and those of the likeliest tokens, the likeliest first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # token id, log-probability
+
+
+def token_logprobs(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    """For each row of raw logits the log-probability of its token, and of its `num_top` likeliest tokens."""
+    logprobs_RV = logits_RV.float().log_softmax(dim=-1)
+    chosen = logprobs_RV.gather(-1, torch.tensor(token_ids, device=logits_RV.device)[:, None])[:, 0].tolist()
+    most = min(max(num_top), logits_RV.shape[-1])
+    if not most:
+        return [TokenLogprobs(logprob, ()) for logprob in chosen]
+    values, ids = logprobs_RV.topk(most, dim=-1)
+    top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(logprob, row[:count]) for logprob, row, count in zip(chosen, top, num_top, strict=True)]

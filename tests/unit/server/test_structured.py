@@ -1,0 +1,464 @@
+"""Schemas as grammars: what is refused, and that whatever a model samples under them is valid."""
+
+import asyncio
+import datetime
+import json
+import math
+import random
+import time
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from server.api import structured
+from server.api.errors import ApiError
+from server.api.structured import any_object_grammar, checked, json_grammar, json_rule
+from server.engine.grammar import LIMITS, GrammarCompiler, TokenGrammar, check_grammar
+from stellarbyte.checkpoint.demo import resolve_model
+from tests.fake_engine import make_tokenizer
+
+FAKE = LLTokenizer(make_tokenizer().to_str(), eos_token=256)
+
+
+def accepts(schema: dict[str, Any] | bool, text: str) -> bool:
+    matcher = LLMatcher(FAKE, json_grammar(schema), log_level=0, limits=LIMITS)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = list(text.encode())
+    return matcher.validate_tokens([*tokens, 256]) == len(tokens) + 1
+
+
+def refusal(schema: Any) -> str:
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(checked(json_grammar(schema), "response_format"))
+    assert caught.value.status == 400 and caught.value.param == "response_format"
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 400
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "keyword, value",
+    [
+        ("not", {}), ("if", {}), ("uniqueItems", True), ("contains", {}), ("propertyNames", {}), ("nullable", True),
+        ("dependentRequired", {}), ("unevaluatedProperties", False), ("$dynamicRef", "#"), ("$anchor", "a"),
+        ("x-guidance", {"whitespace_flexible": True}), ("maxLenght", 3), ("$schema", "x"), ("$id", "x"),
+    ],
+)  # fmt: skip
+def test_a_keyword_that_would_be_ignored_is_refused_by_its_name_and_place(keyword: str, value: Any) -> None:
+    inner = {"type": "object", "properties": {"tags": {keyword: value}}}
+    assert refusal(inner) == f"The schema's keyword '{keyword}' at #/properties/tags is not supported."
+    assert refusal({"anyOf": [True], "$defs": {"unused": inner}}).startswith(f"The schema's keyword '{keyword}' at ")
+
+
+@pytest.mark.parametrize(
+    "schema, why",
+    [
+        (False, "allows no value"),
+        ({"type": "string", "format": "int32"}, 'format "int32" is not supported'),
+        ({"pattern": "(?=a)b"}, "look-around"),
+        ({"pattern": "(a)\\1"}, "backreferences"),
+        ({"pattern": "(a$|b)c"}, "lookarounds"),
+        ({"pattern": "[a&&b]"}, '"&&"'),
+        ({"pattern": "[[:alpha:]]"}, '"["'),
+        ({"pattern": "a\\Z"}, '"\\\\Z"'),
+        ({"patternProperties": {"(?x) a": {}}}, '"(?x"'),
+        ({"$ref": "https://example.com/schema"}, "leads to no schema"),
+        ({"$ref": "#/$defs/a"}, "leads to no schema"),
+        ({"$ref": "#/title", "title": "a"}, "leads to no schema"),
+        ({"$ref": 5}, "leads to no schema"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#"}, "$schema"),
+        ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
+        ({"type": "strnig"}, "strnig"),
+        ({"properties": []}, "must be an object"),
+        ({"anyOf": {}}, "must be a list"),
+        ({"items": 5}, "must be an object or a boolean"),
+        ({"minLength": -1}, "whole number"),
+        ({"maxItems": 2.5}, "whole number"),
+        ({"minProperties": 2}, "must be 0 or 1"),
+        ({"minimum": "5", "type": "integer"}, "must be a number"),
+        ({"minimum": 2**53 + 1}, "2**53"),
+        ({"enum": [[10**30]]}, "2**53"),
+        ({"multipleOf": 0}, "greater than 0"),
+        ({"const": "\x07"}, "control characters"),
+        ({"title": "\ud800"}, "JSON does not know"),
+        ({"default": math.nan}, "JSON does not know"),
+        ({"default": 10**5000}, "JSON does not know"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "No value can satisfy the schema"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "string", "allOf": [{"$ref": "#"}]}}}, "circular"),
+    ],
+)  # fmt: skip
+def test_what_a_schema_asks_too_much_is_said_in_one_sentence(schema: Any, why: str) -> None:
+    assert why in refusal(schema)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def regex(seed: int) -> str:
+    return f"^(.*{chr(97 + seed)}.{{1,30}}|\\p{{L}}{{3,9}}{chr(98 + seed)})*$"
+
+
+def doubling(keyword: str, levels: int) -> dict[str, Any]:
+    definitions: dict[str, Any] = {
+        f"a{level}": {keyword: [{"properties": {"x": {"$ref": f"#/$defs/a{level + 1}"}}}] * 2}
+        for level in range(levels)
+    }
+    return {"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{levels}": {"type": "string"}}}
+
+
+HOSTILE = {
+    "nested": nested(100_000),
+    "wide": {"properties": {str(number): {} for number in range(100_000)}},
+    "long": {"title": "x" * 10_000_000},
+    "long constant": {"const": "x" * 60_000},
+    "properties": {"properties": {f"p{number}": {} for number in range(2_000)}},
+    "counted": {"properties": {f"p{number}": {} for number in range(500)}, "minProperties": 1},
+    "branches": {"anyOf": [{"properties": {"a": {"const": number}}} for number in range(600)]},
+    "patterns": {"allOf": [{"pattern": regex(number)} for number in range(6)]},
+    "patterns by reference": {
+        "$ref": "#/$defs/0",
+        "$defs": {str(number): {"pattern": regex(number), "$ref": f"#/$defs/{number + 1}"} for number in range(6)}
+        | {"6": {}},
+    },
+    "merged properties": {"allOf": [{"properties": {"a": {"pattern": regex(number)}}} for number in range(6)]},
+    "multiples": {"allOf": [{"type": "integer", "multipleOf": number} for number in (1009, 1013, 10007)]},
+    "pattern properties": {"patternProperties": {f"^p{number}x.*": {} for number in range(200)}},
+    "references": {
+        "$ref": "#/$defs/0",
+        "$defs": {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(2_000)} | {"2000": {}},
+    },
+    "doubling all": doubling("allOf", 14),
+}
+COSTLY = {
+    "repeats": {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"},
+    "looking back": {"type": "string", "pattern": "^(.*a.{500}b.*c.{300})$"},
+    "lengths": {"type": "string", "minLength": 10**6, "maxLength": 10**9},
+    "items": {"type": "array", "minItems": 10**6, "maxItems": 10**9, "items": {"type": "array", "minItems": 10**6}},
+    "properties": {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(1_000)}},
+    "enum": {"enum": [f"value {number * 7919 % 10007}" for number in range(3_500)]},
+    "patterns": {"type": "string", "allOf": [{"pattern": regex(number)} for number in range(3)]},
+    "multiple": {"type": "integer", "multipleOf": 9973, "minimum": 10**9},
+    "either": {"anyOf": [{"type": "string", "pattern": regex(number), "maxLength": 90} for number in range(20)]},
+    "any of any": {"anyOf": [{"type": "array", "items": {}, "minItems": number} for number in range(500)]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_schema_that_would_take_long_is_refused_at_once(name: str) -> None:
+    started_s = time.perf_counter()
+    refusal(HOSTILE[name])
+    assert time.perf_counter() - started_s < 3
+
+
+def test_whatever_passes_makes_its_masks_quickly(demo_tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(demo_tokenizer, frozenset({2}), demo_tokenizer.get_vocab_size())
+    compiler.prepare()
+    words = np.zeros((demo_tokenizer.get_vocab_size() + 31) // 32, np.uint32)
+    rng = np.random.default_rng(0)
+    for name, schema in COSTLY.items():
+        check_grammar(json_grammar(schema))
+        compiler.submit(name, json_grammar(schema))
+        started_s = time.perf_counter()
+        while not (done := compiler.collect()):
+            assert time.perf_counter() - started_s < 4, name
+            time.sleep(0.005)
+        grammar = done[0][1]
+        assert isinstance(grammar, TokenGrammar), (name, grammar)
+        slowest_s = 0.0
+        for _ in range(50):
+            started_s = time.perf_counter()
+            grammar.mask(words)
+            slowest_s = max(slowest_s, time.perf_counter() - started_s)
+            if grammar.error is not None or grammar.is_complete:
+                break
+            grammar.accept(int(rng.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")))))
+        assert slowest_s < 0.3, (name, slowest_s)
+    compiler.close()
+
+
+def test_an_answer_has_no_room_for_endless_space() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array"}, "b": {}}, "required": ["a", "b"]}
+    assert accepts(schema, '{"a": [1, 2, {"c": 3}], "b": null}')
+    for text in (
+        '{"a":[], "b": 1}',
+        '{"a": [],"b": 1}',
+        '{ "a": [], "b": 1}',
+        '{"a": [], "b": 1} ',
+        '{"a": [1,2], "b": 1}',
+    ):
+        assert not accepts(schema, text)
+
+
+def test_json_mode_allows_objects_only() -> None:
+    matcher = LLMatcher(FAKE, any_object_grammar(), log_level=0)
+    assert matcher.validate_tokens(list(b'{"a": [1.5e3, {}]}')) == 18
+    assert matcher.validate_tokens(list(b"[]")) == 0
+
+
+def test_a_rule_can_be_part_of_a_larger_grammar() -> None:
+    description = 'a "quoted" // comment\n%ignore /x/ \u2028 é 😀'
+    grammar = 'start: "<call>" arguments "</call>"\n' + json_rule("arguments", {"type": "null", "title": description})
+    check_grammar(grammar)
+    matcher = LLMatcher(FAKE, grammar, log_level=0)
+    assert matcher.validate_tokens([*b"<call>null</call>", 256]) == 18
+
+
+@pytest.mark.parametrize(
+    "schema, valid, invalid",
+    [
+        # the same key in other letters would replace the value that its schema is for
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}},
+            ['{"a": null, "b": 1}'],
+            ['{"\\u0061": 1}', '{"a": 1}', '{"b": 1, "a": null}'],
+        ),
+        ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2023-02-29"', '"1900-02-29"', '"0000-01-01"']),
+        ({"format": "date", "pattern": "^2", "type": "string"}, ['"2024-01-31"'], ['"1024-01-31"', '"2024-02-30"']),
+        (
+            {"type": "string", "format": "date-time"},
+            ['"2000-02-29T23:59:59.5+01:00"'],
+            ['"2001-02-29T00:00:00Z"', '"2000-01-01T00:00:60Z"', '"2000-01-01T00:00:00"'],
+        ),
+        ({"type": "string", "maxLength": 1}, ['"é"', '"\\n"', '"😀"'], ['"ab"', '"\\ud800"']),
+        ({"$ref": "#/$defs/a%20b~1c", "$defs": {"a b/c": {"type": "null"}}}, ["null"], ["1"]),
+        ({"type": "array", "uniqueItems": False, "maxItems": 1}, ["[1]"], ["[1, 1]"]),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://a/b", "items": [{"type": "null"}],
+             "type": "array", "additionalItems": False},
+            ["[null]"], ["[1]", "[null, null]"],
+        ),
+        (True, ["1", '{"a": {}}'], ["nul", ""]),
+    ],
+)  # fmt: skip
+def test_an_answer_means_what_the_schema_says(schema: Any, valid: list[str], invalid: list[str]) -> None:
+    for text in valid:
+        assert accepts(schema, text), text
+    for text in invalid:
+        assert not accepts(schema, text), text
+
+
+def test_tagged_unions_work_as_libraries_write_them() -> None:
+    pets = {
+        name: {
+            "type": "object",
+            "properties": {"kind": {"const": name}, "legs": {"type": "integer"}},
+            "required": ["kind"],
+        }
+        for name in ("cat", "dog")
+    }
+    union = {"discriminator": {"propertyName": "kind"}, "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}]}
+    schema = {"$defs": pets, "type": "array", "items": union}
+    assert accepts(schema, '[{"kind": "dog", "legs": 4}, {"kind": "cat"}]')
+    assert not accepts(schema, '[{"kind": "cow"}]')
+    del pets["cat"]["required"]
+    assert "oneOf" in refusal(schema)
+
+
+def test_a_users_schema_is_left_as_it_is() -> None:
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"a": {"format": "date"}}}
+    before = json.dumps(schema)
+    json_grammar(schema)
+    assert json.dumps(schema) == before
+
+
+def test_a_verdict_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(structured, "check_grammar", lambda grammar: calls.append(grammar))
+    for _ in range(3):
+        assert asyncio.run(checked("start: /asked once/", "tools")) == "start: /asked once/"
+    assert len(calls) == 1
+    for number in range(1_000):
+        asyncio.run(checked(f"start: /{number}/", "tools"))
+    assert len(structured._verdicts) <= structured.NUM_REMEMBERED_VERDICTS
+
+
+def test_a_check_that_does_not_end_is_answered_and_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "check_grammar", lambda _grammar: time.sleep(0.5))
+    monkeypatch.setattr(structured, "CHECK_LIMIT_S", 0.1)
+
+    async def three() -> list[Any]:
+        return await asyncio.gather(*(checked(f"slow {number}", "a") for number in range(3)), return_exceptions=True)
+
+    errors = asyncio.run(three())
+    assert [error.status for error in errors] == [400, 400, 503]
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(resolve_model("demo") / "tokenizer.json"))
+
+
+class RandomSchemas:
+    """Schemas from a seed, of all the kinds that are supported, most of them satisfiable in few tokens."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def document(self) -> dict[str, Any]:
+        self._names = [f"T{number}" for number in range(self._random.randint(0, 2))]
+        schema = self.object(3) if self._random.random() < 0.7 else self.any(3)
+        if self._names:
+            schema = {**schema, "$defs": {name: self.object(1, refer=False) for name in self._names}}
+        return schema
+
+    def any(self, depth: int, refer: bool = True) -> dict[str, Any]:
+        kinds = [self.string, self.string, self.integer, self.number, self.enum, self.constant, self.simple]
+        if depth > 0:
+            kinds += [self.union, self.merged]
+            schema = self._random.choice([*kinds, None, None, None])
+            if schema is None:
+                return self._random.choice([self.object, self.array])(depth - 1, refer)
+            return schema(depth - 1, refer)
+        return self._random.choice(kinds)(0, refer)
+
+    def object(self, depth: int, refer: bool = True) -> dict[str, Any]:
+        names = self._random.sample(
+            ["a", "name", "é", "with space", 'quote"', "/", "list", "x"], self._random.randint(0, 4)
+        )
+        schema: dict[str, Any] = {
+            "type": "object",
+            "properties": {name: self.inner(depth, refer) for name in names},
+            "required": [name for name in names if self._random.random() < 0.5],
+            "additionalProperties": self._random.choice([False, False, False, {"type": "integer"}]),
+        }
+        if not names and self._random.random() < 0.3:
+            schema |= {"minProperties": 1, "maxProperties": 3, "additionalProperties": {"type": "boolean"}}
+        if self._random.random() < 0.1:
+            schema["patternProperties"] = {"^p_[a-z]+$": {"type": "null"}}
+        return schema
+
+    def inner(self, depth: int, refer: bool) -> dict[str, Any]:
+        if refer and self._names and self._random.random() < 0.3:
+            return {"$ref": f"#/$defs/{self._random.choice(self._names)}"}
+        return self.any(depth, refer)
+
+    def array(self, depth: int, refer: bool) -> dict[str, Any]:
+        fewest = self._random.randint(0, 2)
+        schema = {"type": "array", "items": self.inner(depth, refer), "minItems": fewest}
+        if self._random.random() < 0.7:
+            schema["maxItems"] = fewest + self._random.randint(0, 2)
+        if self._random.random() < 0.2:
+            schema["prefixItems"] = [self.any(0), self.any(0)]
+        return schema
+
+    def union(self, depth: int, refer: bool) -> dict[str, Any]:
+        return {"anyOf": [self.inner(depth, refer) for _ in range(self._random.randint(1, 3))]}
+
+    def merged(self, depth: int, refer: bool) -> dict[str, Any]:
+        two = [self.object(depth, refer), self.object(depth, refer)]
+        two[0]["properties"] = {f"{name}_0": value for name, value in two[0]["properties"].items()}
+        two[0]["required"] = [f"{name}_0" for name in two[0]["required"]]
+        for one in two:
+            one.pop("additionalProperties")
+            one.pop("minProperties", None)
+            one.pop("maxProperties", None)
+            one.pop("patternProperties", None)
+        return {"allOf": two}
+
+    def string(self, _depth: int, _refer: bool) -> dict[str, Any]:
+        return {"type": "string"} | self._random.choice([
+            {"maxLength": 12}, {"minLength": 2, "maxLength": 6}, {"pattern": "^[a-z]{1,8}$"}, {"pattern": "^x|y$", "maxLength": 9},
+            {"pattern": "^[A-Z][\\w é]{0,9}\\d?$"}, {"pattern": "\\d{3}", "maxLength": 8}, {"format": "date"},
+            {"format": "uuid"}, {"format": "date-time"}, {"format": "ipv4"}, {"format": "ipv6"}, {"format": "email", "maxLength": 20},
+            {"format": "date", "pattern": "^[12]"}, {"pattern": "^[^\"\\\\]*$", "maxLength": 5}, {},
+        ])  # fmt: skip
+
+    def integer(self, _depth: int, _refer: bool) -> dict[str, Any]:
+        lowest = self._random.choice([0, -3, 1, -(10**6), 7, -(2**53)])
+        return {"type": "integer"} | self._random.choice([
+            {"minimum": lowest}, {"minimum": lowest, "maximum": max(lowest, 0) + 1000}, {"exclusiveMaximum": lowest, "multipleOf": 3},
+            {"exclusiveMinimum": 0.5, "maximum": 12.5}, {"multipleOf": 7},
+        ])  # fmt: skip
+
+    def number(self, _depth: int, _refer: bool) -> dict[str, Any]:
+        return {"type": "number"} | self._random.choice(
+            [
+                {},
+                {"minimum": 0, "maximum": 1},
+                {"exclusiveMinimum": -0.25, "exclusiveMaximum": 3.125},
+                {"maximum": -1e-3},
+            ]
+        )
+
+    def enum(self, _depth: int, _refer: bool) -> dict[str, Any]:
+        values = ["a", "b c", 'é"\\\n', 1, 1.5, -2, 0.1, None, True, {"k": [1, "x"]}, [], [1, 2], 1e-7, 2**53]
+        return {"enum": self._random.sample(values, self._random.randint(1, 5))}
+
+    def constant(self, _depth: int, _refer: bool) -> dict[str, Any]:
+        return {"const": self._random.choice(["c", 3, False, None, {"a": {"b": 1}}, [None], "😀/"])}
+
+    def simple(self, _depth: int, _refer: bool) -> dict[str, Any]:
+        return {"type": self._random.choice(["boolean", "null", ["boolean", "null"], ["string", "integer"]])}
+
+
+def sampled(
+    grammar: TokenGrammar, noise: NDArray[np.float32], rng: np.random.Generator, eos: int, closing: NDArray[np.bool_]
+) -> list[int] | None:  # noqa: E501
+    """A text from random logits at temperature 1.5, which more and more like to close; None if cut at 400 tokens."""
+    words = np.zeros((len(closing) + 31) // 32, np.uint32)
+    tokens: list[int] = []
+    for step in range(400):
+        grammar.mask(words)
+        assert grammar.error is None, grammar.error
+        ids = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+        assert ids.size and ids[-1] < len(closing)
+        start = int(rng.integers(len(noise) - len(closing)))
+        logits = noise[start : start + len(closing)][ids] + closing[ids] * (4 + step / 20)
+        token_id = int(ids[np.argmax(logits / 1.5 + rng.gumbel(size=ids.size))])
+        grammar.accept(token_id)
+        if token_id == eos:
+            return tokens
+        tokens.append(token_id)
+    return None
+
+
+def test_a_thousand_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: Tokenizer) -> None:
+    size, eos = demo_tokenizer.get_vocab_size(), 2
+    compiler = GrammarCompiler(demo_tokenizer, frozenset({eos}), size)
+    rng = np.random.default_rng(0)
+    noise = (rng.standard_normal(4 * size) * 2).astype(np.float32)
+    closers = [demo_tokenizer.decode([token_id]) for token_id in range(size)]
+    closing = np.array([set(text) <= set('"]}') and bool(text) for text in closers])
+    closing[eos] = True
+    num_ended = 0
+    for seed in range(500):
+        schema = RandomSchemas(seed).document()
+        grammar_text = json_grammar(schema)
+        check_grammar(grammar_text)
+        for key in ("first", "second"):
+            compiler.submit(key, grammar_text)
+        grammars: list[Any] = []
+        while len(grammars) < 2:
+            grammars += [grammar for _, grammar in compiler.collect()]
+            time.sleep(0.0005)
+        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        for grammar in grammars:
+            assert isinstance(grammar, TokenGrammar), (schema, grammar)
+            tokens = sampled(grammar, noise, rng, eos, closing)
+            if tokens is None:
+                continue
+            num_ended += 1
+            text = demo_tokenizer.decode(tokens)
+            answer = json.loads(text)
+            validator.validate(answer)
+            check_dates(schema, answer)
+    compiler.close()
+    assert num_ended >= 800
+
+
+def check_dates(schema: dict[str, Any], answer: Any) -> None:
+    """jsonschema looks at no date-time without further packages."""
+    if isinstance(answer, str) and schema.get("format") == "date-time":
+        datetime.datetime.fromisoformat(answer)
+    for name, inner in schema.get("properties", {}).items():
+        if isinstance(answer, dict) and name in answer:
+            check_dates(inner, answer[name])
