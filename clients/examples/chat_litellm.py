@@ -7,9 +7,7 @@ import httpx
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else importing litellm fetches a price list
 
-import litellm  # noqa: E402
-
-litellm.telemetry = False
+import litellm
 
 
 def main() -> None:
@@ -17,8 +15,9 @@ def main() -> None:
     url = os.environ.get("STELLARBYTE_URL", "http://127.0.0.1:8000") + "/v1"
     model = httpx.get(f"{url}/models").json()["data"][0]["id"]
     stream = litellm.completion(
-        model=f"hosted_vllm/{model}",
+        model=f"openai/{model}",
         api_base=url,
+        api_key="unused",
         messages=[{"role": "user", "content": question}],
         temperature=0,
         stream=True,

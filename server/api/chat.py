@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+import asyncio
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,10 @@ from server.api.generation import (
 )
 from server.api.schemas import ChatBody, ResponseFormat
 from server.api.service import Service, ServiceOfRequest
-from server.api.structured import any_object_grammar, checked, json_grammar, json_rule
+from server.api.structured import checked, json_grammar, json_rule
+from server.api.tool_messages import messages_for_template
 from server.api.tool_parser import ToolCallParser
-from server.api.tools import Toolbox, messages_for_template
+from server.api.tools import Toolbox
 from server.tokenizer import ChatTemplateError
 
 router = APIRouter()
@@ -98,11 +100,11 @@ async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> str | None:
         wanted = None
     if toolbox is not None:
         content_rule = None if wanted is None else json_rule("content", _schema(wanted))
-        grammar = toolbox.grammar(content_rule)
+        grammar = await asyncio.to_thread(toolbox.grammar, content_rule)
         return None if grammar is None else await checked(grammar, "tools" if wanted is None else "response_format")
     if wanted is None:
         return None
-    grammar = any_object_grammar() if wanted.json_schema is None else json_grammar(_schema(wanted))
+    grammar = await asyncio.to_thread(json_grammar, _schema(wanted))
     return await checked(grammar, "response_format")
 
 
@@ -114,9 +116,9 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
 
 async def _encode(body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
     """The chat as token ids; ApiError when the template refuses it."""
-    num_characters = sum(len(message.content) for message in body.messages if message.content is not None)
+    messages = messages_for_template(body.messages, toolbox, service.tokenizer.chat_template_source)
+    num_characters = sum(len(message["content"]) for message in messages)
     check_characters(num_characters, context_limit(body, service), service, "messages")
-    messages = messages_for_template(body.messages, toolbox)
     continues = bool(body.continue_final_message)
     encode = partial(
         service.tokenizer.encode_chat,

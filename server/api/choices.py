@@ -113,17 +113,23 @@ class ChoiceReader:
         if fragment.finish_reason is not None:
             pieces += parser.flush()
         fragment.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
-        fragment.calls = [_call_delta(piece) for piece in pieces if not isinstance(piece, Content)]
+        fragment.calls = _call_deltas([piece for piece in pieces if not isinstance(piece, Content)])
         self._called = self._called or bool(fragment.calls)
         if self._called and fragment.finish_reason == "stop":
             fragment.finish_reason = "tool_calls"
 
 
-def _call_delta(piece: CallStart | CallArguments) -> dict[str, Any]:
-    if isinstance(piece, CallStart):
-        function = {"name": piece.name, "arguments": ""}
-        return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
-    return {"index": piece.index, "function": {"arguments": piece.text}}
+def _call_deltas(pieces: Sequence[CallStart | CallArguments]) -> list[dict[str, Any]]:
+    """One delta for each call: clients expect no call twice in a chunk."""
+    deltas: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        if isinstance(piece, CallStart):
+            function = {"name": piece.name, "arguments": ""}
+            deltas[piece.index] = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+        else:
+            delta = deltas.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
+            delta["function"]["arguments"] += piece.text
+    return list(deltas.values())
 
 
 def whole_choice(kind: Kind, index: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
@@ -155,9 +161,7 @@ def _joined_calls(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         index = delta["index"]
         if "id" in delta:
             calls[index] = {"id": delta["id"], "type": "function", "function": delta["function"]}
-            arguments[index] = []
-        else:
-            arguments[index].append(delta["function"]["arguments"])
+        arguments.setdefault(index, []).append(delta["function"]["arguments"])
     return [
         call | {"function": {"name": call["function"]["name"], "arguments": "".join(arguments[index])}}
         for index, call in calls.items()

@@ -90,7 +90,7 @@ _STOP_SCHEMA = {
 StopStrings = Annotated[tuple[str, ...] | None, BeforeValidator(_stop_strings), WithJsonSchema(_STOP_SCHEMA)]
 _TEXT_PART_SCHEMA = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"enum": ["text", None]}, "text": {"type": "string"}},
     "required": ["text"],
     "additionalProperties": False,
 }

@@ -18,8 +18,9 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
@@ -85,6 +86,29 @@ def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_f
     """The same as a rule of a larger grammar, one line. `name` is lower-case letters and underscores."""
     root = _Schema(schema, param).root
     return f"{name}: %json {json.dumps({**root, 'x-guidance': _OPTIONS}, ensure_ascii=False)}\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AtOnce:
+    """How many patterns, formats and lengths apply to one text: here, in properties by name, and in all else inside."""
+
+    here: int = 0
+    named: dict[str, int] = field(default_factory=dict)
+    others: int = 0
+
+    @property
+    def most(self) -> int:
+        return max(self.here, self.others, *self.named.values())
+
+    def joined(self, other: "_AtOnce", join: Callable[[int, int], int]) -> "_AtOnce":
+        names = {**self.named, **other.named}
+        return _AtOnce(
+            here=join(self.here, other.here),
+            named={
+                name: join(self.named.get(name, self.others), other.named.get(name, other.others)) for name in names
+            },
+            others=join(self.others, other.others),
+        )
 
 
 class _Schema:
@@ -288,37 +312,44 @@ class _Schema:
             product *= multiple
         if product > MAX_MULTIPLE:
             raise self._refuse(f"has values of multipleOf whose product is more than {MAX_MULTIPLE}")
-        if self._patterns_at_once(self.root, {}, 0) > MAX_PATTERNS_AT_ONCE:
+        if self._at_once(self.root, {}).most > MAX_PATTERNS_AT_ONCE:
             raise self._refuse(
                 f"lets more than {MAX_PATTERNS_AT_ONCE} patterns, formats and lengths apply to the same text"
             )
 
-    def _patterns_at_once(self, node: Any, known: dict[int, int], depth: int) -> int:
-        """How many patterns, formats and lengths one text in it may have to match at once: an upper bound."""
+    def _at_once(self, node: Any, known: dict[int, _AtOnce], depth: int = 0) -> _AtOnce:
+        """An upper bound for what one text in `node` has to match at once, with every branch taken that may apply."""
         if not isinstance(node, dict):
-            return 0
+            return _AtOnce()
         if id(node) in known:
             return known[id(node)]
         if depth > MAX_REFERENCES:
             raise self._refuse(f"goes through more than {MAX_REFERENCES} references in a row")
-        known[id(node)] = 0  # llguidance refuses what would add itself to itself
+        known[id(node)] = _AtOnce()  # llguidance refuses what would add itself to itself
+
+        def look(value: Any) -> _AtOnce:
+            return self._at_once(value, known, depth + 1)
 
         def most(values: Any) -> int:
-            inner = values.values() if isinstance(values, dict) else values if isinstance(values, list) else []
-            return max((self._patterns_at_once(value, known, depth + 1) for value in inner), default=0)
+            return max((look(value).most for value in values), default=0)
 
-        inside = max(
-            most(node.get("properties")) + most(node.get("patternProperties")),
-            most([node.get("additionalProperties"), node.get("items"), node.get("additionalItems")]),
-            most(node.get("items")) if isinstance(node.get("items"), list) else 0,
-            most(node.get("prefixItems")),
+        any_name = most(node.get("patternProperties", {}).values())
+        items = [node["items"]] if isinstance(node.get("items"), dict) else node.get("items") or []
+        elements = [*(items if isinstance(items, list) else []), *node.get("prefixItems", [])]
+        result = _AtOnce(
+            here=("pattern" in node) + ("format" in node) + ("minLength" in node or "maxLength" in node),
+            named={name: look(value).most + any_name for name, value in node.get("properties", {}).items()},
+            others=max(any_name, most([node.get("additionalProperties"), node.get("additionalItems"), *elements])),
         )
-        has_length = "minLength" in node or "maxLength" in node
-        own = max(("pattern" in node) + ("format" in node) + has_length, inside)
-        together = sum(self._patterns_at_once(value, known, depth + 1) for value in node.get("allOf", []))
-        target = self._patterns_at_once(self._target(node["$ref"]), known, depth + 1) if "$ref" in node else 0
-        known[id(node)] = own + together + target + most(node.get("anyOf")) + most(node.get("oneOf"))
-        return known[id(node)]
+        for value in [*node.get("allOf", []), *([self._target(node["$ref"])] if "$ref" in node else [])]:
+            result = result.joined(look(value), lambda one, other: one + other)
+        for keyword in ("anyOf", "oneOf"):
+            branches = _AtOnce()
+            for value in node.get(keyword, []):
+                branches = branches.joined(look(value), max)
+            result = result.joined(branches, lambda one, other: one + other)
+        known[id(node)] = result
+        return result
 
 
 def _at(path: str) -> str:

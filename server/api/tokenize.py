@@ -15,7 +15,8 @@ from server.api.generation import check_token_ids, read_body
 from server.api.schemas import Body, Message, TokenId, parse_plain_body
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import encode_json
-from server.api.tools import MAX_TOOLS, FunctionTool, Toolbox, messages_for_template
+from server.api.tool_messages import messages_for_template
+from server.api.tools import MAX_TOOLS, FunctionTool, Toolbox
 from server.engine.request import model_not_found
 from server.tokenizer import ChatTemplateError
 

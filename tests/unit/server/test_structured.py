@@ -366,16 +366,19 @@ class RandomSchemas:
 
     def string(self, _depth: int, _refer: bool) -> dict[str, Any]:
         return {"type": "string"} | self._random.choice([
-            {"maxLength": 12}, {"minLength": 2, "maxLength": 6}, {"pattern": "^[a-z]{1,8}$"}, {"pattern": "^x|y$", "maxLength": 9},
+            {"maxLength": 12}, {"minLength": 2, "maxLength": 6}, {"pattern": "^[a-z]{1,8}$"},
+            {"pattern": "^x|y$", "maxLength": 9},
             {"pattern": "^[A-Z][\\w é]{0,9}\\d?$"}, {"pattern": "\\d{3}", "maxLength": 8}, {"format": "date"},
-            {"format": "uuid"}, {"format": "date-time"}, {"format": "ipv4"}, {"format": "ipv6"}, {"format": "email", "maxLength": 20},
+            {"format": "uuid"}, {"format": "date-time"}, {"format": "ipv4"}, {"format": "ipv6"},
+            {"format": "email", "maxLength": 20},
             {"format": "date", "pattern": "^[12]"}, {"pattern": "^[^\"\\\\]*$", "maxLength": 5}, {},
         ])  # fmt: skip
 
     def integer(self, _depth: int, _refer: bool) -> dict[str, Any]:
         lowest = self._random.choice([0, -3, 1, -(10**6), 7, -(2**53)])
         return {"type": "integer"} | self._random.choice([
-            {"minimum": lowest}, {"minimum": lowest, "maximum": max(lowest, 0) + 1000}, {"exclusiveMaximum": lowest, "multipleOf": 3},
+            {"minimum": lowest}, {"minimum": lowest, "maximum": max(lowest, 0) + 1000},
+            {"exclusiveMaximum": lowest, "multipleOf": 3},
             {"exclusiveMinimum": 0.5, "maximum": 12.5}, {"multipleOf": 7},
         ])  # fmt: skip
 
@@ -402,7 +405,7 @@ class RandomSchemas:
 
 def sampled(
     grammar: TokenGrammar, noise: NDArray[np.float32], rng: np.random.Generator, eos: int, closing: NDArray[np.bool_]
-) -> list[int] | None:  # noqa: E501
+) -> list[int] | None:
     """A text from random logits at temperature 1.5, which more and more like to close; None if cut at 400 tokens."""
     words = np.zeros((len(closing) + 31) // 32, np.uint32)
     tokens: list[int] = []

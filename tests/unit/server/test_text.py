@@ -82,7 +82,7 @@ stop_strings = st.lists(
 ).map(tuple)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=5000, deadline=None)
 @given(token_lists | byte_heavy_lists, stop_strings)
 @example([0xF0, 0x9F, 0x91], ())
 @example([0x80] * 100, ("\ufffd",))

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.api.errors import ApiError
 from server.api.structured import json_rule
+from server.api.tool_messages import messages_for_template, with_parsed_arguments, with_tool_prompt
 from server.api.tool_parser import CallArguments, CallStart, Content, ToolCallParser
 from server.api.tools import (
     HERMES,
@@ -21,12 +22,9 @@ from server.api.tools import (
     ToolCall,
     ToolChoice,
     check_tools,
-    messages_for_template,
     template_takes_tools,
     tool_format,
     tools_grammar,
-    with_parsed_arguments,
-    with_tool_prompt,
 )
 from server.tokenizer import ChatTemplate
 from tests.fake_engine import CHAT_TEMPLATE, make_tokenizer

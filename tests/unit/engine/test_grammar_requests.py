@@ -1,0 +1,124 @@
+"""Requests whose answers follow a grammar, beside others, over the real scheduler, model and grammar library."""
+
+import json
+import time
+from typing import Any
+
+import jsonschema
+import pytest
+
+from server.api.structured import json_grammar
+from server.engine.core import EngineCore
+from server.engine.messages import Delta, Rejected
+from server.engine.request import GenerationRequest
+from tests.engine import BACKENDS, Backend, make_request
+from tests.models import make_model, random_tokens
+from tests.unit.engine.test_answers import Script, make_core, model_core
+
+VOCABULARY = 259
+SCHEMAS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+    {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 1, "maxItems": 3},
+    {"type": "string", "pattern": "^[a-c]{2,5}$"},
+]
+
+
+def drain(core: EngineCore, *requests: GenerationRequest, limit_s: float = 20) -> dict[str, list[Any]]:
+    """All that is said of the requests, until each has ended."""
+    for request in requests:
+        core.submit(request)
+    said: dict[str, list[Any]] = {request.request_id: [] for request in requests}
+    deadline_s = time.monotonic() + limit_s
+    while any(not items or not ended(items[-1]) for items in said.values()):
+        assert time.monotonic() < deadline_s
+        core.take_replies()
+        if not core.has_work:
+            time.sleep(0.001)  # a grammar is being compiled
+            continue
+        for item in core.step():
+            said[item.request_id].append(item)
+    return said
+
+
+def ended(item: Any) -> bool:
+    return isinstance(item, Rejected) or (isinstance(item, Delta) and item.finish_reason is not None)
+
+
+def text_of(items: list[Any]) -> str:
+    return "".join(item.text for item in items if isinstance(item, Delta))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_blocks", [400, 30])
+def test_in_a_mixed_batch_each_answer_follows_its_own_grammar_and_the_others_notice_nothing(
+    backend: Backend, num_blocks: int
+) -> None:
+    """12 requests at once at temperature 1.5, every fourth without a grammar; with 30 blocks some are preempted."""
+    model = make_model(vocab_size=VOCABULARY)
+    core = model_core(model, backend, num_blocks=num_blocks)
+    requests, plain = [], []
+    for i in range(12):
+        schema = None if i % 4 == 3 else SCHEMAS[i % 4]
+        fields: dict[str, Any] = {"temperature": 1.5, "seed": i, "request_id": str(i), "max_tokens": 60}
+        prompt = random_tokens(6 + i, seed=i)
+        if schema is None:
+            plain.append(make_request(prompt, ignore_eos=True, return_token_ids=True, **fields))
+        requests.append(plain[-1] if schema is None else make_request(prompt, grammar=json_grammar(schema), **fields))
+    said = drain(core, *requests)
+    assert (core.stats().num_preemptions_total > 0) == (num_blocks == 30)
+    for i, schema in enumerate(SCHEMAS * 3):
+        number = i // 3 * 4 + i % 3
+        items = said[str(number)]
+        assert items[-1].finish_reason == "stop"
+        jsonschema.validate(json.loads(text_of(items)), schema)
+    alone = drain(model_core(model, backend, num_blocks=400), *plain)
+    for request in plain:
+        ids = [[d.token_ids for d in found[request.request_id] if isinstance(d, Delta)] for found in (said, alone)]
+        assert ids[0] == ids[1]
+    assert core.scheduler.pool.num_used == 0
+
+
+def test_a_complete_answer_ends_at_once_also_without_an_end_token() -> None:
+    core = make_core(Script('{"n": 7}xxxx'))
+    _, *deltas = drain(core, make_request([1], 50, grammar=json_grammar(SCHEMAS[0])))["r"]
+    assert (text_of(deltas), deltas[-1].finish_reason, len(deltas)) == ('{"n": 7}', "stop", 8)
+
+
+def test_the_end_token_ends_an_answer_that_could_go_on() -> None:
+    grammar = json_grammar({"type": "integer"})
+    deltas = drain(make_core(Script("12$")), make_request([1], 50, grammar=grammar, ignore_eos=False))["r"]
+    assert (text_of(deltas), deltas[-1].finish_reason) == ("12", "stop")
+
+
+def test_a_token_that_the_grammar_forbids_ends_the_request_with_an_error_and_no_other() -> None:
+    """It cannot be sampled; should it ever be, only its own request fails."""
+    core = make_core(Script("nope"))
+    requests = [make_request([1], 4, "bad", grammar=json_grammar(SCHEMAS[0])), make_request([1], 4, "good")]
+    said = drain(core, *requests)
+    assert said["bad"][-1].finish_reason == "error" and said["bad"][-1].error
+    assert text_of(said["good"]) == "nope"
+
+
+def test_a_grammar_that_cannot_be_compiled_is_rejected_while_others_run() -> None:
+    core = make_core(Script("ab"))
+    requests = [make_request([1], 4, "bad", grammar="start: %%"), make_request([1], 4, "good")]
+    said = drain(core, *requests)
+    (rejected,) = said["bad"]
+    assert isinstance(rejected, Rejected) and "\n" not in rejected.message
+    assert text_of(said["good"]) == "abab"
+    assert core.stats().num_waiting == 0 and not core.has_work
+
+
+def test_a_request_that_is_aborted_while_its_grammar_compiles_is_gone() -> None:
+    core = make_core(Script("ab"))
+    core.submit(make_request([1], 4, "r", grammar=json_grammar(SCHEMAS[0])))
+    assert core.stats().num_waiting == 1
+    core.abort("r")
+    said = drain(core, make_request([1], 4, "later", grammar=json_grammar({"const": "ababab"})))
+    assert said.keys() == {"later"}
+    assert core.stats().num_waiting == 0 and not core.has_work
