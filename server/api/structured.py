@@ -8,7 +8,6 @@ minutes for is refused or said differently here, so that every answer is valid a
 - Long constants cost time at each token: 60 kB of them 70 ms. A thousand branches end an answer in the middle.
 - Its grammar allows the same key twice, which parsers count once; and `\\u0061` for a key `a` that has its own schema.
 - Its numbers are 64-bit floats: beyond 2**53 it would allow others than the schema does.
-- It cannot tell oneOf's branches apart through $ref, as tagged unions have them.
 - Its years have a 29 February and its minutes a 61st second, which common parsers refuse.
 - Its regular expressions are Rust's, where some signs mean something else than in a schema.
 """
@@ -18,7 +17,7 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -173,7 +172,7 @@ class _Schema:
             raise self._refuse("must be an object or a boolean", path)
         self._nodes[id(node)] = node
         for keyword, value in node.items():
-            if keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance"):
+            if _says_nothing(keyword):
                 continue
             place = f"{path}/{keyword}"
             if keyword in _MANY or (keyword == "items" and isinstance(value, list)):
@@ -278,27 +277,17 @@ class _Schema:
         return target
 
     def _say_differently(self, node: dict[str, Any]) -> None:
+        for keyword in [keyword for keyword in node if _says_nothing(keyword)]:
+            del node[keyword]  # beside some of them llguidance does not follow a $ref into a circle
         node.pop("uniqueItems", None)  # it is false
         exact = _EXACT_FORMATS.get(node.get("format", ""))
         if exact is not None:
             del node["format"]
             node.setdefault("allOf", []).append({"pattern": exact})
-        if self._are_tagged(node.get("oneOf", [])):
-            node.setdefault("allOf", []).append({"anyOf": node.pop("oneOf")})
-
-    def _are_tagged(self, branches: list[Any]) -> bool:
-        """Whether one required property of all of them tells which one a value belongs to."""
-        tags_of_branches = []
-        for branch in branches:
-            if isinstance(branch, dict) and set(branch) - _ANNOTATIONS == {"$ref"}:
-                branch = self._target(branch["$ref"])
-            tags_of_branches.append(dict(_tags(branch)))
-        names = set(tags_of_branches[0]).intersection(*tags_of_branches) if branches else set()
-        for name in names:
-            values = [value for tags in tags_of_branches for value in tags[name]]
-            if len(values) == len(set(values)):
-                return True
-        return False
+        if "oneOf" in node:
+            node["x-any"] = (
+                True  # with any other key beside it, oneOf's branches are looked up before they are compared
+            )
 
     def _check_size(self) -> None:
         most = MAX_COUNTED_PROPERTIES if self._counts_properties else MAX_PROPERTIES
@@ -357,22 +346,15 @@ def _at(path: str) -> str:
     return "" if shown == "#" else f" at {shown}"
 
 
+def _says_nothing(keyword: str) -> bool:
+    """Whether it only describes. x-guidance does not: it would change what is written above."""
+    return keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance")
+
+
 def _inner(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list) else []
-
-
-def _tags(branch: Any) -> Iterator[tuple[str, list[str]]]:
-    """The required properties of a schema that are one of a few texts."""
-    if not isinstance(branch, dict) or branch.get("type") != "object":
-        return
-    required = branch.get("required")
-    for name, schema in branch.get("properties", {}).items():
-        if isinstance(schema, dict) and isinstance(required, list) and name in required:
-            values = [schema["const"]] if "const" in schema else schema.get("enum")
-            if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-                yield name, list(dict.fromkeys(values))
 
 
 def _foreign_sign(pattern: str) -> str | None:
