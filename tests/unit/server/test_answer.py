@@ -1,4 +1,4 @@
-"""Answers made of the engine's deltas: several choices at once, tools, log-probabilities, failures; and what it costs."""
+"""Answers made of the engine's deltas: several choices at once, tools, log-probabilities, failures, and their cost."""
 
 import asyncio
 import json

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import random
+import select
 import time
 from typing import Any
 
@@ -12,7 +13,6 @@ import jsonschema
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from server.api import structured
@@ -107,9 +107,9 @@ def regex(seed: int) -> str:
     return f"^(.*{chr(97 + seed)}.{{1,30}}|\\p{{L}}{{3,9}}{chr(98 + seed)})*$"
 
 
-def doubling(keyword: str, levels: int) -> dict[str, Any]:
+def doubling(levels: int) -> dict[str, Any]:
     definitions: dict[str, Any] = {
-        f"a{level}": {keyword: [{"properties": {"x": {"$ref": f"#/$defs/a{level + 1}"}}}] * 2}
+        f"a{level}": {"allOf": [{"properties": {name: {"$ref": f"#/$defs/a{level + 1}"} for name in "xy"}}] * 2}
         for level in range(levels)
     }
     return {"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{levels}": {"type": "string"}}}
@@ -136,7 +136,7 @@ HOSTILE = {
         "$ref": "#/$defs/0",
         "$defs": {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(2_000)} | {"2000": {}},
     },
-    "doubling all": doubling("allOf", 14),
+    "doubling": doubling(40),
 }
 COSTLY = {
     "repeats": {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"},
@@ -146,7 +146,7 @@ COSTLY = {
     "properties": {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(1_000)}},
     "enum": {"enum": [f"value {number * 7919 % 10007}" for number in range(3_500)]},
     "patterns": {"type": "string", "allOf": [{"pattern": regex(number)} for number in range(3)]},
-    "multiple": {"type": "integer", "multipleOf": 9973, "minimum": 10**9},
+    "multiple": {"type": "integer", "multipleOf": 9973},
     "either": {"anyOf": [{"type": "string", "pattern": regex(number), "maxLength": 90} for number in range(20)]},
     "any of any": {"anyOf": [{"type": "array", "items": {}, "minItems": number} for number in range(500)]},
 }
@@ -259,7 +259,8 @@ def test_tagged_unions_work_as_libraries_write_them() -> None:
     schema = {"$defs": pets, "type": "array", "items": union}
     assert accepts(schema, '[{"kind": "dog", "legs": 4}, {"kind": "cat"}]')
     assert not accepts(schema, '[{"kind": "cow"}]')
-    del pets["cat"]["required"]
+    assert accepts({"$defs": pets, "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}]}, '{"kind": "cat"}')
+    del pets["cat"]["required"], pets["dog"]["required"]
     assert "oneOf" in refusal(schema)
 
 
@@ -403,35 +404,45 @@ class RandomSchemas:
         return {"type": self._random.choice(["boolean", "null", ["boolean", "null"], ["string", "integer"]])}
 
 
-def sampled(
-    grammar: TokenGrammar, noise: NDArray[np.float32], rng: np.random.Generator, eos: int, closing: NDArray[np.bool_]
-) -> list[int] | None:
-    """A text from random logits at temperature 1.5, which more and more like to close; None if cut at 400 tokens."""
-    words = np.zeros((len(closing) + 31) // 32, np.uint32)
-    tokens: list[int] = []
-    for step in range(400):
-        grammar.mask(words)
-        assert grammar.error is None, grammar.error
-        ids = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        assert ids.size and ids[-1] < len(closing)
-        start = int(rng.integers(len(noise) - len(closing)))
-        logits = noise[start : start + len(closing)][ids] + closing[ids] * (4 + step / 20)
-        token_id = int(ids[np.argmax(logits / 1.5 + rng.gumbel(size=ids.size))])
-        grammar.accept(token_id)
-        if token_id == eos:
-            return tokens
-        tokens.append(token_id)
-    return None
+class WildModel:
+    """Random logits at temperature 1.5 for every token, with a bias to end that grows with the text."""
+
+    def __init__(self, tokenizer: Tokenizer, eos: int) -> None:
+        self._size = tokenizer.get_vocab_size()
+        self._eos = eos
+        self._rng = np.random.default_rng(0)
+        logits = self._rng.standard_normal(5 * self._size) * 2
+        self._scores = (logits / 1.5 + self._rng.gumbel(size=logits.size)).astype(
+            np.float32
+        )  # sampling is their argmax
+        texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in range(self._size)]
+        self._closes = np.array(
+            [set(text) <= set('"]}') or index == eos for index, text in enumerate(texts)], np.float32
+        )
+
+    def answer(self, grammar: TokenGrammar, max_tokens: int = 400) -> list[int] | None:
+        """None if it is cut."""
+        words = np.zeros((self._size + 31) // 32, np.uint32)
+        tokens: list[int] = []
+        while len(tokens) < max_tokens:
+            grammar.mask(words)
+            assert grammar.error is None, grammar.error
+            ids = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+            assert ids.size and ids[-1] < self._size
+            start = int(self._rng.integers(4 * self._size))
+            scores = self._scores[start : start + self._size][ids] + self._closes[ids] * (3 + len(tokens) / 30)
+            token_id = int(ids[np.argmax(scores)])
+            grammar.accept(token_id)
+            if token_id == self._eos:
+                return tokens
+            tokens.append(token_id)
+        return None
 
 
 def test_a_thousand_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: Tokenizer) -> None:
-    size, eos = demo_tokenizer.get_vocab_size(), 2
-    compiler = GrammarCompiler(demo_tokenizer, frozenset({eos}), size)
-    rng = np.random.default_rng(0)
-    noise = (rng.standard_normal(4 * size) * 2).astype(np.float32)
-    closers = [demo_tokenizer.decode([token_id]) for token_id in range(size)]
-    closing = np.array([set(text) <= set('"]}') and bool(text) for text in closers])
-    closing[eos] = True
+    eos = 2
+    model = WildModel(demo_tokenizer, eos)
+    compiler = GrammarCompiler(demo_tokenizer, frozenset({eos}), demo_tokenizer.get_vocab_size())
     num_ended = 0
     for seed in range(500):
         schema = RandomSchemas(seed).document()
@@ -441,17 +452,16 @@ def test_a_thousand_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: T
             compiler.submit(key, grammar_text)
         grammars: list[Any] = []
         while len(grammars) < 2:
+            select.select([compiler.wake_fd], [], [], 1)
             grammars += [grammar for _, grammar in compiler.collect()]
-            time.sleep(0.0005)
         validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
         for grammar in grammars:
             assert isinstance(grammar, TokenGrammar), (schema, grammar)
-            tokens = sampled(grammar, noise, rng, eos, closing)
+            tokens = model.answer(grammar)
             if tokens is None:
                 continue
             num_ended += 1
-            text = demo_tokenizer.decode(tokens)
-            answer = json.loads(text)
+            answer = json.loads(demo_tokenizer.decode(tokens))
             validator.validate(answer)
             check_dates(schema, answer)
     compiler.close()
