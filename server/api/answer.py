@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from server.api.choices import ChoiceReader, Fragment, Kind, whole_choice
 from server.api.disconnect import unless_client_leaves
-from server.api.errors import ApiError, error_content, from_engine
+from server.api.errors import ApiError, from_engine
 from server.api.service import Service
 from server.api.sse import DONE, ChunkWriter, DeltaStreamResponse, encode_json, event
 from server.engine.client import DeltaStream, EngineDead
 from server.engine.messages import Delta
-from server.engine.request import GenerationRequest, RequestRejected
+from server.engine.request import GRAMMAR_REFUSED, GenerationRequest, RequestRejected
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 _OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
@@ -37,6 +37,7 @@ class AnswerPlan:
     choices: int
     reader: Callable[[int], ChoiceReader]  # for the request of that number
     stream: bool
+    grammar_param: str | None = None  # the field that the requests' grammar is made of
     include_usage: bool = False
 
 
@@ -56,7 +57,7 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
 
         streams, fragments, scores = await unless_client_leaves(http.receive, whole())
     except (RequestRejected, EngineDead) as error:
-        raise from_engine(error) from None
+        raise from_engine(error, plan.grammar_param) from None
     shown = _best(scores, plan)
     choices = [whole_choice(plan.kind, index, fragments[number]) for index, number in enumerate(shown)]
     content = _base(http, service, plan, streams, _OBJECT) | {"choices": choices, "usage": tokens.usage()}
@@ -142,7 +143,8 @@ async def _read_all(
             reader = plan.reader(number)
             logprobs: list[float] = []
             async for delta in stream:
-                raise_failure(delta)
+                if delta.finish_reason == "error":
+                    raise failure_of(delta, plan.grammar_param)
                 tokens.add(delta, first_of_prompt=number % plan.candidates == 0)
                 fragments[number].append(reader.read(delta))
                 logprobs += [entry.logprob for entry in delta.logprobs]
@@ -162,7 +164,7 @@ async def _events(
         yield b"".join([writer.role(number) for number in range(len(streams))])
     async for number, delta in interleaved(streams):
         if delta.finish_reason == "error":
-            yield event(error_content(500, failure_message(delta)))
+            yield event(failure_of(delta, plan.grammar_param).content())
             return
         tokens.add(delta, first_of_prompt=number % plan.candidates == 0)
         chunk = writer.fragment(number, readers[number].read(delta))
@@ -197,12 +199,9 @@ async def _next(stream: DeltaStream) -> Delta | None:
     return await anext(stream, None)
 
 
-def raise_failure(delta: Delta) -> None:
-    """ApiError when the engine failed on the way."""
-    if delta.finish_reason == "error":
-        raise ApiError(500, failure_message(delta))
-
-
-def failure_message(delta: Delta) -> str:
-    """What went wrong, in one sentence."""
-    return "The engine failed." if delta.error is None else delta.error
+def failure_of(delta: Delta, grammar_param: str | None = None) -> ApiError:
+    """What the last delta of a request that failed means to the user."""
+    message = "The engine failed." if delta.error is None else delta.error
+    if delta.code == GRAMMAR_REFUSED:
+        return ApiError(400, message, param=grammar_param, code=delta.code)
+    return ApiError(500, message)

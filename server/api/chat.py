@@ -43,9 +43,9 @@ async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Re
 
 async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
     """What to run for a chat and how to answer it; ApiError."""
-    _check(body)
+    _check(body, service)
     toolbox = Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, service.tokenizer.chat_template_source)
-    grammar = await _grammar(body, toolbox)
+    grammar, grammar_param = await _grammar(body, toolbox)
     token_ids = await _encode(body, service, toolbox)
     room = check_prompt(token_ids, context_limit(body, service), "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -71,6 +71,7 @@ async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
         kind="chat",
         model=body.model,
         requests=make_requests(body, service, [prompt], logprobs=logprobs, grammar=grammar),
+        grammar_param=grammar_param,
         candidates=body.num_candidates,
         choices=body.num_choices,
         reader=reader,
@@ -79,8 +80,8 @@ async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
     )
 
 
-def _check(body: ChatBody) -> None:
-    check_body(body, 1)
+def _check(body: ChatBody, service: Service) -> None:
+    check_body(body, 1, service)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("'max_tokens' and 'max_completion_tokens' differ; give one of them.", "max_tokens")
     if body.top_logprobs and not body.logprobs:
@@ -93,19 +94,23 @@ def _check(body: ChatBody) -> None:
         raise bad_request("'continue_final_message' needs a last message of the assistant.", "continue_final_message")
 
 
-async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> str | None:
-    """What the answer has to be; None: any text. ApiError when it cannot be enforced."""
+async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> tuple[str | None, str | None]:
+    """What the answer has to be (None: any text), and the field that says so; ApiError when it cannot be enforced."""
     wanted = body.response_format
     if wanted is not None and wanted.type == "text":
         wanted = None
-    if toolbox is not None:
-        content_rule = None if wanted is None else json_rule("content", _schema(wanted))
-        grammar = await asyncio.to_thread(toolbox.grammar, content_rule)
-        return None if grammar is None else await checked(grammar, "tools" if wanted is None else "response_format")
-    if wanted is None:
-        return None
-    grammar = await asyncio.to_thread(json_grammar, _schema(wanted))
-    return await checked(grammar, "response_format")
+    offered = toolbox if toolbox is not None and toolbox.names else None
+    if wanted is None and offered is None:
+        return None, None
+
+    def grammar() -> str | None:
+        if offered is not None:
+            return offered.grammar(None if wanted is None else json_rule("content", _schema(wanted)))
+        return None if wanted is None else json_grammar(_schema(wanted))
+
+    param = "tools" if wanted is None else "response_format"
+    text = await asyncio.to_thread(grammar)  # schemas may be large
+    return (None, None) if text is None else (await checked(text, param), param)
 
 
 def _schema(wanted: ResponseFormat) -> dict[str, Any]:

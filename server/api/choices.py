@@ -4,7 +4,7 @@ A streamed choice sends its fragments, one that is not streamed their sum; so bo
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from server.api.logprobs import TokenAligner, chat_logprobs, joined_logprobs, legacy_logprobs
@@ -44,7 +44,7 @@ class Fragment:
     """A part of a choice; the last one has a finish reason."""
 
     text: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)  # deltas of tool calls
+    calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None

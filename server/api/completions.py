@@ -32,7 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 @router.post("/v1/completions")
 async def create_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, CompletionBody)
-    check_body(body, len(body.prompt))
+    check_body(body, len(body.prompt), service)
     if body.num_candidates < body.num_choices:
         raise bad_request("The field 'best_of' is less than 'n'.", "best_of")
     if body.num_candidates > body.num_choices and body.stream:

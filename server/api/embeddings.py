@@ -12,10 +12,10 @@ from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
-from server.api.answer import count_tokens, note_adapter, raise_failure
+from server.api.answer import count_tokens, failure_of, note_adapter
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import bad_request, from_engine
-from server.api.generation import check_characters, check_prompt, check_token_ids, read_body, tokenize
+from server.api.generation import check_characters, check_prompt, check_token_ids, most_at_once, read_body, tokenize
 from server.api.schemas import PROMPTS_SCHEMA, Body, Prompt, prompts, wrong
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
@@ -60,14 +60,16 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
 
     async def embed() -> list[bytes]:
         vectors: list[bytes] = []
-        for start in range(0, len(requests), _AT_ONCE):
-            wave = requests[start : start + _AT_ONCE]
+        at_once = min(_AT_ONCE, most_at_once(service))
+        for start in range(0, len(requests), at_once):
+            wave = requests[start : start + at_once]
             streams = await service.client.submit(*wave)
             try:
                 note_adapter(http, wave[0], streams)
                 for stream in streams:
                     async for delta in stream:
-                        raise_failure(delta)
+                        if delta.finish_reason == "error":
+                            raise failure_of(delta)
                         tokens.add(delta, first_of_prompt=True)
                         if delta.embedding is not None:
                             vectors.append(delta.embedding)

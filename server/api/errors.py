@@ -10,7 +10,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from server.engine.client import EngineDead
-from server.engine.request import ADAPTER_NOT_FOUND, MODEL_NOT_FOUND, QUEUE_FULL, QUEUE_TIMEOUT, RequestRejected
+from server.engine.request import (
+    ADAPTER_NOT_FOUND,
+    GRAMMAR_REFUSED,
+    MODEL_NOT_FOUND,
+    QUEUE_FULL,
+    QUEUE_TIMEOUT,
+    RequestRejected,
+)
 
 _TYPES = {
     HTTPStatus.UNAUTHORIZED: "authentication_error",
@@ -62,15 +69,16 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def from_engine(error: RequestRejected | EngineDead) -> ApiError:
-    """What the engine's refusal means to the user."""
+def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None = None) -> ApiError:
+    """What the engine's refusal means to the user; `grammar_param` is the field that asked for a grammar."""
     if isinstance(error, EngineDead):
         return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "5"})
     if error.code in _NOT_NOW:
         status, retry_after_s = _NOT_NOW[error.code]
         return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
     status = 404 if error.code in _NOT_FOUND else 400
-    return ApiError(status, str(error), param=error.param, code=error.code)
+    param = grammar_param if error.code == GRAMMAR_REFUSED else error.param
+    return ApiError(status, str(error), param=param, code=error.code)
 
 
 def from_validation(error: ValidationError) -> ApiError:

@@ -87,14 +87,20 @@ def check_prompt(token_ids: list[int], limit: int, param: str, *, least: int = 1
     return room
 
 
-def check_body(body: GenerationBody, num_prompts: int) -> None:
+def most_at_once(service: Service) -> int:
+    """Requests of one client that the engine's queue can hold, if there are no others."""
+    engine = service.settings.engine
+    return min(MAX_CHOICES, engine.max_num_seqs + engine.max_queued_requests)
+
+
+def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None:
     """ApiError when fields do not fit each other."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("The field 'stream_options' is only allowed when 'stream' is true.", "stream_options")
-    if num_prompts * body.num_candidates > MAX_CHOICES:
+    wanted, most = num_prompts * body.num_candidates, most_at_once(service)
+    if wanted > most:
         raise bad_request(
-            f"The request asks for {num_prompts * body.num_candidates} answers; there may be {MAX_CHOICES}.",
-            "prompt" if num_prompts > 1 else "n",
+            f"The request asks for {wanted} answers; there may be at most {most}.", "prompt" if num_prompts > 1 else "n"
         )
 
 

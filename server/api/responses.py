@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answer import AnswerPlan, TokenCount, count_tokens, failure_message, note_adapter, raise_failure
+from server.api.answer import AnswerPlan, TokenCount, count_tokens, failure_of, note_adapter
 from server.api.chat import plan_chat
 from server.api.choices import Fragment
 from server.api.disconnect import unless_client_leaves
@@ -42,6 +43,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     except ApiError as error:
         error.param = _PARAMS.get(error.param or "", error.param)
         raise
+    plan = replace(plan, grammar_param=_PARAMS.get(plan.grammar_param or ""))
     tokens = count_tokens(http, plan.requests)
     writing = _Writing(body, plan, tokens)
     try:
@@ -51,7 +53,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
             return DeltaStreamResponse(streams, _events(streams[0], plan, writing), headers)
         await unless_client_leaves(http.receive, _read(http, service, plan, writing))
     except (RequestRejected, EngineDead) as error:
-        raise from_engine(error) from None
+        raise from_engine(error, plan.grammar_param) from None
     return Response(encode_json(writing.response()), media_type="application/json", headers=headers)
 
 
@@ -61,7 +63,8 @@ async def _read(http: Request, service: Service, plan: AnswerPlan, writing: "_Wr
     try:
         note_adapter(http, plan.requests[0], [stream])
         async for delta in stream:
-            raise_failure(delta)
+            if delta.finish_reason == "error":
+                raise failure_of(delta, plan.grammar_param)
             writing.tokens.add(delta, first_of_prompt=True)
             writing.add(reader.read(delta))
     finally:
@@ -73,7 +76,9 @@ async def _events(stream: DeltaStream, plan: AnswerPlan, writing: "_Writing") ->
     yield writing.begin()
     async for delta in stream:
         if delta.finish_reason == "error":
-            yield writing.event("error", code="server_error", message=failure_message(delta), param=None)
+            error = failure_of(delta, plan.grammar_param)
+            code = "server_error" if error.code is None else error.code
+            yield writing.event("error", code=code, message=str(error), param=error.param)
             return
         writing.tokens.add(delta, first_of_prompt=True)
         fragment = reader.read(delta)

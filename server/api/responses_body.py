@@ -2,12 +2,28 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, JsonValue, model_validator
+from pydantic_core import CoreSchema
 
 from server.api.schemas import Body, ChatBody, JsonSchema, Message, ResponseFormat, StopStrings, wrong
 from server.engine.request import MAX_PRIORITY
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` may ask for
+
+
+class _OrText:
+    """Says in the document that a list may also be a text. A union would name its branches in errors."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
+
+
+def _as_part(value: object) -> object:
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_message(value: object) -> object:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 class InputPart(Body):
@@ -22,16 +38,9 @@ class InputItem(Body):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputPart], Field(min_length=1)]
+    content: Annotated[list[InputPart], Field(min_length=1), BeforeValidator(_as_part), _OrText()]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-def _input(value: object) -> object:
-    """Refuses here what is neither, because the error of a union would name no field."""
-    if isinstance(value, str) or (isinstance(value, list) and value):
-        return value
-    raise wrong("it must be a string or a list of messages")
 
 
 class TextFormat(JsonSchema):
@@ -53,7 +62,7 @@ class TextSettings(Body):
 
 class ResponsesBody(Body):
     model: str
-    input: Annotated[str | list[InputItem], BeforeValidator(_input)]
+    input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_as_message), _OrText()]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -87,10 +96,9 @@ class ResponsesBody(Body):
     def as_chat(self) -> ChatBody:
         """The chat that answers it."""
         messages = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
-        if isinstance(self.input, str):
-            messages.append(Message(role="user", content=self.input))
-        else:
-            messages += [Message(role=item.role, content=_text(item)) for item in self.input]
+        messages += [
+            Message(role=item.role, content="\n".join(part.text for part in item.content)) for item in self.input
+        ]
         return ChatBody(
             model=self.model,
             messages=messages,
@@ -119,7 +127,3 @@ class ResponsesBody(Body):
         return ResponseFormat(
             type="json_schema", json_schema=JsonSchema.model_validate({"name": wanted.name, "schema": schema})
         )
-
-
-def _text(item: InputItem) -> str:
-    return item.content if isinstance(item.content, str) else "\n".join(part.text for part in item.content)

@@ -9,7 +9,8 @@ minutes for is refused or said differently here, so that every answer is valid a
 - Its grammar allows the same key twice, which parsers count once; and `\\u0061` for a key `a` that has its own schema.
 - Its numbers are 64-bit floats: beyond 2**53 it would allow others than the schema does.
 - Its years have a 29 February and its minutes a 61st second, which common parsers refuse.
-- Its regular expressions are Rust's, where some signs mean something else than in a schema.
+- Its regular expressions are Rust's, where some signs mean something else than in a schema. Sets that have all control
+  characters it lets have the quote and the backslash too, whatever they say: `[^"]` is read as any character.
 """
 
 import asyncio
@@ -61,6 +62,14 @@ _NAMED = frozenset(("properties", "patternProperties", "$defs", "definitions"))
 _COUNTS = frozenset(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"))
 _NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"))
 _FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())
+
+_SIGNS = re.compile(
+    r"\\[pP](?:\{[^}]*\}|.)|\\[xu]\{[^}]*\}|\\x..|\\u....|\\.|\(\?[a-zA-Z-]*|\[\^?\]?|\]|&&|--|~~|\0", re.DOTALL
+)
+_PROPERTY = re.compile(  # those without control characters
+    r"\\p(?:[LMNPSZ]|\{(?:[LMNPSZ][a-z]?|(?:(?:Script|sc)=)?"
+    r"(?:Latin|Greek|Cyrillic|Han|Hiragana|Katakana|Hangul|Arabic|Hebrew|Thai|Devanagari))\})"
+)
 
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
 _LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -195,8 +204,8 @@ class _Schema:
         for name, inner in value.items():
             if keyword == "patternProperties":
                 self._check_pattern(name, place)
-            elif len(name) > MAX_TEXT_LENGTH:
-                raise self._refuse(f"has a name of more than {MAX_TEXT_LENGTH} characters", place)
+            else:
+                self._check_literal(name, place)
             self._visit(inner, f"{place}/{name}")
         self._num_properties += len(value) if keyword == "properties" else 0
         self._num_pattern_properties += len(value) if keyword == "patternProperties" else 0
@@ -243,16 +252,19 @@ class _Schema:
                 self._check_literal(inner, place)
         elif isinstance(value, str):
             if len(value) > MAX_TEXT_LENGTH or re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", value):
-                raise self._refuse(f"has a text with control characters or of more than {MAX_TEXT_LENGTH}", place)
+                raise self._refuse(
+                    f"has a text with control characters or of more than {MAX_TEXT_LENGTH} characters", place
+                )
         elif isinstance(value, int | float) and abs(value) > MAX_NUMBER:
             raise self._refuse("has a number beyond 2**53, which is not supported", place)
 
     def _check_pattern(self, pattern: Any, place: str) -> None:
         if not isinstance(pattern, str) or len(pattern) > MAX_TEXT_LENGTH:
             raise self._refuse(f"must be a regular expression of at most {MAX_TEXT_LENGTH} characters", place)
-        sign = _foreign_sign(pattern)
-        if sign is not None:
-            raise self._refuse(f"has {json.dumps(sign)} in a pattern, which is not supported", place)
+        try:
+            _rust_pattern(pattern)
+        except ValueError as error:
+            raise self._refuse(f"has {json.dumps(str(error))} in a pattern, which is not supported", place) from error
 
     def _check_reference(self, node: dict[str, Any]) -> None:
         if "$ref" in node:
@@ -280,6 +292,11 @@ class _Schema:
         for keyword in [keyword for keyword in node if _says_nothing(keyword)]:
             del node[keyword]  # beside some of them llguidance does not follow a $ref into a circle
         node.pop("uniqueItems", None)  # it is false
+        if "pattern" in node:
+            node["pattern"] = _rust_pattern(node["pattern"])
+        if "patternProperties" in node:
+            named = node["patternProperties"].items()
+            node["patternProperties"] = {_rust_pattern(pattern): inner for pattern, inner in named}
         exact = _EXACT_FORMATS.get(node.get("format", ""))
         if exact is not None:
             del node["format"]
@@ -357,27 +374,39 @@ def _inner(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _foreign_sign(pattern: str) -> str | None:
-    """The first thing in a pattern that a schema's regular expressions and Rust's read differently."""
-    signs = re.compile(r"\\.|\(\?[a-zA-Z-]*|\[\^?\]?|\]|&&|--|~~", re.DOTALL)
-    in_class = False
-    for match in signs.finditer(pattern):
+def _rust_pattern(pattern: str) -> str:
+    """The same for llguidance; ValueError with the first sign that it would read differently.
+
+    No answer has a NUL, which could only be written as \\u0000: negated sets leave it out, and others may not have it.
+    """
+    in_class = in_negated = False
+
+    def say(match: re.Match[str]) -> str:
+        nonlocal in_class, in_negated
         sign = match[0]
-        if sign.startswith("\\"):
-            if sign[1] in "aAzZQEGhHRX<>":
-                return sign
+        foreign = False
+        if sign == "\0" or sign.startswith(("\\x", "\\u")):
+            digits = sign[2:].strip("{}")
+            foreign = not in_negated and set(digits) <= {"0"}
+        elif sign.startswith(("\\p", "\\P")):
+            foreign = not _PROPERTY.fullmatch(sign)
+        elif sign.startswith("\\"):
+            foreign = sign[1] in "aAzZQEGhHRX<>"
         elif sign.startswith("(?"):
-            if not in_class and set(sign[2:]) - set("imsP-"):
-                return sign
+            foreign = not in_class and bool(set(sign[2:]) - set("imsP-"))
         elif sign.startswith("["):
-            if in_class or sign.endswith("]"):
-                return sign
-            in_class = True
+            foreign = in_class or sign.endswith("]")
+            in_class, in_negated = True, sign == "[^"
+            sign = "[^\\x00" if in_negated else sign
         elif sign == "]":
-            in_class = False
-        elif in_class:
-            return sign
-    return None
+            in_class = in_negated = False
+        else:
+            foreign = in_class
+        if foreign:
+            raise ValueError(match[0])
+        return sign
+
+    return _SIGNS.sub(say, pattern)
 
 
 _checks = ThreadPoolExecutor(2, "grammar-check")

@@ -6,6 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from server.engine.messages import Delta, TokenLogprob
+from server.engine.request import GRAMMAR_REFUSED
 from server.engine.sequence import Sequence, TokenMask
 from server.engine.text import TextStream
 
@@ -73,6 +74,7 @@ class Answer:
             prompt_logprobs=self._take_prompt_logprobs() if self._prompt_logprobs else (),
             finish_reason=finish_reason,
             error=self._grammar.error if finish_reason == "error" and self._grammar is not None else None,
+            code=GRAMMAR_REFUSED if finish_reason == "error" else None,
         )
 
     def _read(self, token: int) -> tuple[str, str | None]:

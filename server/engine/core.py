@@ -21,7 +21,7 @@ from server.engine.messages import (
     UnloadAdapter,
     failure,
 )
-from server.engine.request import QUEUE_FULL, QUEUE_TIMEOUT, GenerationRequest, RequestRejected
+from server.engine.request import GRAMMAR_REFUSED, QUEUE_FULL, QUEUE_TIMEOUT, GenerationRequest, RequestRejected
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
 
@@ -179,7 +179,7 @@ class EngineCore:
             if request is None:
                 continue  # aborted meanwhile
             if isinstance(grammar, GrammarRefused):
-                self._rejected.append(Rejected(request_id, str(grammar), None))
+                self._rejected.append(Rejected(request_id, str(grammar), GRAMMAR_REFUSED))
                 continue
             try:
                 self._queue(request, grammar)

@@ -95,6 +95,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     embedding: bytes | None = None  # float32, of a request that is pooled
     finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
     error: str | None = None  # one sentence, with finish_reason "error"
+    code: str | None = None  # with it, if the request itself is to blame: as `RequestRejected` has
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
     evicted_tokens: int = 0  # in the last delta: tokens that went out of sight
 

@@ -15,6 +15,8 @@ QUEUE_TIMEOUT = "queue_timeout"
 MODEL_NOT_FOUND = "model_not_found"
 ADAPTER_NOT_FOUND = "adapter_not_found"
 ADAPTER_FAILED = "adapter_failed"
+# That the grammar cannot be used, or not any further.
+GRAMMAR_REFUSED = "grammar_refused"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,6 +34,9 @@ def test_a_chats_prompt_is_what_tokenize_says(client) -> None:
     answer = chat(client, max_tokens=1, extra_body={"return_token_ids": True})
     assert post(client, "/tokenize", messages=QUESTION)["tokens"] == answer.prompt_token_ids
     assert len(answer.prompt_token_ids) == answer.usage.prompt_tokens
+    chunks = list(chat(client, max_tokens=1, stream=True, extra_body={"return_token_ids": True}))
+    shown = [chunk.prompt_token_ids for chunk in chunks if hasattr(chunk, "prompt_token_ids")]
+    assert shown == [answer.prompt_token_ids]
 
 
 def test_a_chats_logprobs_are_its_bytes_token_by_token(client) -> None:

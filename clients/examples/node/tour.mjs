@@ -12,7 +12,9 @@ const messages = [{ role: "user", content: question }];
 const model = (await client.models.list()).data[0].id;
 console.log(`models: ${model}`);
 
-const completion = await client.completions.create({ model, prompt: "The capital of France is", temperature: 0, max_tokens: 3 });
+const completion = await client.completions.create({
+  model, prompt: "The capital of France is", temperature: 0, max_tokens: 3,
+});
 assert.ok(completion.choices[0].text.length > 0);
 console.log(`completion: ${completion.choices[0].text.trim()}`);
 
@@ -50,12 +52,18 @@ const weather = {
   function: {
     name: "get_weather",
     description: "The weather in a city.",
-    parameters: { type: "object", properties: { city: { enum: ["Paris", "London"] } }, required: ["city"], additionalProperties: false },
+    parameters: {
+      type: "object",
+      properties: { city: { enum: ["Paris", "London"] } },
+      required: ["city"],
+      additionalProperties: false,
+    },
   },
 };
 const asked = [{ role: "user", content: "What is the weather in Paris?" }];
 const called = await client.chat.completions.create({
-  model, messages: asked, temperature: 0, max_tokens: 60, tools: [weather], tool_choice: "required", parallel_tool_calls: false,
+  model, messages: asked, temperature: 0, max_tokens: 60,
+  tools: [weather], tool_choice: "required", parallel_tool_calls: false,
 });
 assert.equal(called.choices[0].finish_reason, "tool_calls");
 const [call] = called.choices[0].message.tool_calls;
@@ -76,7 +84,10 @@ console.log(`embeddings: ${embedded.data.length} of ${embedded.data[1].embedding
 
 let written = "";
 let response;
-for await (const event of await client.responses.create({ model, input: question, temperature: 0, max_output_tokens: 24, stream: true })) {
+const events = await client.responses.create({
+  model, input: question, temperature: 0, max_output_tokens: 24, stream: true,
+});
+for await (const event of events) {
   if (event.type === "response.output_text.delta") written += event.delta;
   if (event.type === "response.completed" || event.type === "response.incomplete") response = event.response;
 }

@@ -19,6 +19,7 @@ from server.api.sse import ChunkWriter
 from server.api.tool_parser import ToolCallParser
 from server.api.tools import HERMES
 from server.engine.messages import Delta, TokenLogprob
+from server.engine.request import GRAMMAR_REFUSED
 from server.token_bytes import TokenBytes
 from tests.fake_engine import make_tokenizer
 
@@ -126,6 +127,16 @@ def test_a_failure_is_the_last_event_and_there_is_no_done() -> None:
     events = streamed([Stream("aaaa"), Stream("b", fails=True)], plan("completion", 2, form, include_usage=True))
     assert events[-1]["error"]["message"] == "It broke."
     assert "[DONE]" not in events
+
+
+def test_a_grammar_that_cannot_be_followed_is_the_requests_own_fault() -> None:
+    stream = Stream("")
+    stream._deltas = [
+        Delta(request_id="r", text="", num_tokens=1, finish_reason="error", error="Too hard.", code=GRAMMAR_REFUSED)
+    ]
+    (*_, event) = streamed([stream], plan("chat", 1, ChoiceForm(kind="chat"), grammar_param="response_format"))
+    error = {"message": "Too hard.", "type": "invalid_request_error", "param": "response_format"}
+    assert event["error"] == error | {"code": "grammar_refused"}
 
 
 def test_when_one_of_several_fails_all_are_given_up() -> None:

@@ -65,6 +65,9 @@ def test_a_keyword_that_would_be_ignored_is_refused_by_its_name_and_place(keywor
         ({"pattern": "(a$|b)c"}, "lookarounds"),
         ({"pattern": "[a&&b]"}, '"&&"'),
         ({"pattern": "[[:alpha:]]"}, '"["'),
+        ({"pattern": "[\\x00-!]"}, "x00"),
+        ({"pattern": "\\P{P}"}, "{P}"),
+        ({"pattern": "[\\p{Cc}]"}, "{Cc}"),
         ({"pattern": "a\\Z"}, '"\\\\Z"'),
         ({"patternProperties": {"(?x) a": {}}}, '"(?x"'),
         ({"$ref": "https://example.com/schema"}, "leads to no schema"),
@@ -228,6 +231,12 @@ def test_a_rule_can_be_part_of_a_larger_grammar() -> None:
             ['"2000-02-29T23:59:59.5+01:00"'],
             ['"2001-02-29T00:00:00Z"', '"2000-01-01T00:00:60Z"', '"2000-01-01T00:00:00"'],
         ),
+        # sets without the quote and the backslash
+        ({"type": "string", "pattern": '^[^"]$'}, ['"a"', '"\\\\"', '"\\n"'], ['"\\""']),
+        ({"type": "string", "pattern": "^(a|[^\\\\])$"}, ['"a"', '"\\""', '"é"'], ['"\\\\"']),
+        ({"type": "string", "pattern": '^[^\\x00-\\x1f"\\\\]$'}, ['"a"'], ['"\\""', '"\\\\"', '"\\n"']),
+        ({"type": "object", "patternProperties": {'^[^"]$': {}}, "additionalProperties": False}, ['{"a": 1}'],
+         ['{"\\"": 1}']),
         ({"type": "string", "maxLength": 1}, ['"é"', '"\\n"', '"😀"'], ['"ab"', '"\\ud800"']),
         ({"$ref": "#/$defs/a%20b~1c", "$defs": {"a b/c": {"type": "null"}}}, ["null"], ["1"]),
         ({"type": "array", "uniqueItems": False, "maxItems": 1}, ["[1]"], ["[1, 1]"]),
@@ -372,7 +381,8 @@ class RandomSchemas:
             {"pattern": "^[A-Z][\\w é]{0,9}\\d?$"}, {"pattern": "\\d{3}", "maxLength": 8}, {"format": "date"},
             {"format": "uuid"}, {"format": "date-time"}, {"format": "ipv4"}, {"format": "ipv6"},
             {"format": "email", "maxLength": 20},
-            {"format": "date", "pattern": "^[12]"}, {"pattern": "^[^\"\\\\]*$", "maxLength": 5}, {},
+            {"format": "date", "pattern": "^[12]"}, {"pattern": "^[^\"\\\\]*$", "maxLength": 5},
+            {"pattern": '^[^"a]{1,4}$'}, {"pattern": "^(x|[^\\\\]){0,4}$"}, {"pattern": "^\\S.[^b-z]?$"}, {},
         ])  # fmt: skip
 
     def integer(self, _depth: int, _refer: bool) -> dict[str, Any]:
