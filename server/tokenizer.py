@@ -18,6 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer
 
+from server.engine.detokenizer import make_detokenizer
 from server.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -68,6 +69,31 @@ class PromptTokenizer:
             continue_final_message=continue_final_message,
         )
         return self.encode(text, add_special_tokens)
+
+    def encode_for_echo(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """As `encode`, and the characters of the text before each token; those the tokenizer added have no length."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        added = {i for i, is_added in enumerate(encoding.special_tokens_mask) if is_added}
+        return encoding.ids, self._pieces(encoding.ids, added)[1]
+
+    def decode_with_offsets(self, token_ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
+        """The text of tokens, and its characters before each of them."""
+        special = self.token_bytes.special_ids if skip_special_tokens else frozenset[int]()
+        hidden = {i for i, token_id in enumerate(token_ids) if token_id in special}
+        return self._pieces(token_ids, hidden)
+
+    def _pieces(self, token_ids: Sequence[int], hidden: set[int]) -> tuple[str, list[int]]:
+        """Text and offsets of tokens, without the tokens in the places `hidden`."""
+        detokenizer = make_detokenizer(self._tokenizer, skip_special_tokens=False)
+        pieces: list[str] = []
+        offsets: list[int] = []
+        length = 0
+        for i, token_id in enumerate(token_ids):
+            offsets.append(length)
+            if i not in hidden:
+                pieces.append(detokenizer.push(token_id))
+                length += len(pieces[-1])
+        return "".join(pieces) + detokenizer.flush(), offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""

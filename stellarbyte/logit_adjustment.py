@@ -23,7 +23,7 @@ class LogitAdjustment:
         repetition_penalty: divides positive logits, and multiplies negative ones, of all `tokens`.
         presence_penalty: taken from the logits of the tokens after the first `num_prompt`.
         frequency_penalty: the same, for every time a token occurs there.
-        tokens: the sequence so far, prompt first, integers.
+        tokens: the sequence so far, prompt first, integers; only penalties need it.
     """
 
     allowed: np.ndarray | None = None
@@ -32,8 +32,8 @@ class LogitAdjustment:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    tokens: np.ndarray
-    num_prompt: int
+    tokens: np.ndarray | None = None
+    num_prompt: int = 0
 
 
 def adjust_logits(logits_RV: torch.Tensor, rows: Sequence[LogitAdjustment | None]) -> torch.Tensor:
@@ -60,6 +60,8 @@ def _adjust(logits_V: torch.Tensor, row: LogitAdjustment) -> None:
     if row.bias:
         ids, bias = zip(*row.bias, strict=True)
         logits_V[torch.tensor(ids, device=device)] += torch.tensor(bias, device=device)
+    if row.tokens is None:
+        return
     # Every time a token occurs it is read before and written with the same value, so repeats do no harm.
     tokens = torch.from_numpy(row.tokens.astype(np.int64)).to(device)
     if row.repetition_penalty != 1:

@@ -9,17 +9,18 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from server.api.choices import ChoiceReader, Fragment, Kind, whole_choice
+from server.api.choices import ChoiceReader, Fragment, Kind
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import ApiError, from_engine
 from server.api.service import Service
 from server.api.sse import DONE, ChunkWriter, DeltaStreamResponse, encode_json, event
 from server.engine.client import DeltaStream, EngineDead
 from server.engine.messages import Delta
-from server.engine.request import GRAMMAR_REFUSED, GenerationRequest, RequestRejected
+from server.engine.request import GenerationRequest, RequestRejected
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 _OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
+_INLINE_TOKENS = 5000  # longer answers are written in a thread, so that they hold up no stream
 _CHUNK_OBJECT = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 
 
@@ -51,19 +52,26 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
             writer = ChunkWriter(base, plan.kind, len(streams), include_usage=plan.include_usage)
             return DeltaStreamResponse(streams, _events(streams, plan, writer, tokens), headers)
 
-        async def whole() -> tuple[list[DeltaStream], list[list[Fragment]], list[float]]:
+        async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
             streams = await service.client.submit(*plan.requests)
-            return streams, *await _read_all(streams, plan, tokens)
+            return streams, await _read_all(streams, plan, tokens)
 
-        streams, fragments, scores = await unless_client_leaves(http.receive, whole())
+        streams, read = await unless_client_leaves(http.receive, whole())
     except (RequestRejected, EngineDead) as error:
         raise from_engine(error, plan.grammar_param) from None
-    shown = _best(scores, plan)
-    choices = [whole_choice(plan.kind, index, fragments[number]) for index, number in enumerate(shown)]
-    content = _base(http, service, plan, streams, _OBJECT) | {"choices": choices, "usage": tokens.usage()}
-    if plan.kind == "chat" and fragments[0][0].prompt_token_ids is not None:
-        content["prompt_token_ids"] = fragments[0][0].prompt_token_ids
-    return Response(encode_json(content), media_type="application/json", headers=headers)
+    base = _base(http, service, plan, streams, _OBJECT)
+
+    def write() -> bytes:
+        choices = [choice.reader.whole(index, choice.fragments) for index, choice in enumerate(_best(read, plan))]
+        content = base | {"choices": choices, "usage": tokens.usage()}
+        prompt_token_ids = read[0].fragments[0].prompt_token_ids
+        if plan.kind == "chat" and prompt_token_ids is not None:
+            content["prompt_token_ids"] = prompt_token_ids
+        return encode_json(content)
+
+    is_long = tokens.prompt + tokens.completion > _INLINE_TOKENS
+    content = await asyncio.to_thread(write) if is_long else write()
+    return Response(content, media_type="application/json", headers=headers)
 
 
 def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidates: int = 1) -> "TokenCount":
@@ -96,14 +104,27 @@ def _base(
     }
 
 
-def _best(scores: Sequence[float], plan: AnswerPlan) -> list[int]:
-    """Numbers of the requests that are shown: of each prompt's those with the best scores, the best first."""
+@dataclass(kw_only=True)
+class ReadChoice:
+    """An answer that was read to its end."""
+
+    reader: ChoiceReader
+    fragments: list[Fragment]
+    logprobs: list[float]
+
+    @property
+    def score(self) -> float:
+        """The mean log-probability of its tokens."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
+
+def _best(read: Sequence[ReadChoice], plan: AnswerPlan) -> list[ReadChoice]:
+    """What is shown: of each prompt's answers those with the highest scores, the best first."""
     if plan.candidates == plan.choices:
-        return list(range(len(scores)))
-    best = []
-    for start in range(0, len(scores), plan.candidates):
-        numbers = range(start, start + plan.candidates)
-        best += sorted(numbers, key=lambda number: -scores[number])[: plan.choices]
+        return list(read)
+    best: list[ReadChoice] = []
+    for start in range(0, len(read), plan.candidates):
+        best += sorted(read[start : start + plan.candidates], key=lambda choice: -choice.score)[: plan.choices]
     return best
 
 
@@ -132,27 +153,17 @@ class TokenCount:
         return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
 
 
-async def _read_all(
-    streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount
-) -> tuple[list[list[Fragment]], list[float]]:
-    """The fragments of every request, and the mean log-probability of its tokens; ApiError when one failed."""
-    fragments: list[list[Fragment]] = [[] for _ in streams]
-    scores = []
+async def _read_all(streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount) -> list[ReadChoice]:
+    """Every answer, read to its end; ApiError as soon as one fails."""
+    read = [ReadChoice(reader=plan.reader(number), fragments=[], logprobs=[]) for number in range(len(streams))]
     try:
-        for number, stream in enumerate(streams):
-            reader = plan.reader(number)
-            logprobs: list[float] = []
-            async for delta in stream:
-                if delta.finish_reason == "error":
-                    raise failure_of(delta, plan.grammar_param)
-                tokens.add(delta, first_of_prompt=number % plan.candidates == 0)
-                fragments[number].append(reader.read(delta))
-                logprobs += [entry.logprob for entry in delta.logprobs]
-            scores.append(sum(logprobs) / max(1, len(logprobs)))
+        async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
+            read[number].fragments.append(read[number].reader.read(delta))
+            read[number].logprobs += [entry.logprob for entry in delta.logprobs]
     finally:
         for stream in streams:
             stream.close()
-    return fragments, scores
+    return read
 
 
 async def _events(
@@ -162,17 +173,28 @@ async def _events(
     readers = [plan.reader(number) for number in range(len(streams))]
     if plan.kind == "chat":
         yield b"".join([writer.role(number) for number in range(len(streams))])
-    async for number, delta in interleaved(streams):
-        if delta.finish_reason == "error":
-            yield event(failure_of(delta, plan.grammar_param).content())
-            return
-        tokens.add(delta, first_of_prompt=number % plan.candidates == 0)
-        chunk = writer.fragment(number, readers[number].read(delta))
-        if chunk:
-            yield chunk
+    try:
+        async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
+            chunk = writer.fragment(number, readers[number].read(delta))
+            if chunk:
+                yield chunk
+    except ApiError as error:
+        yield event(error.content())
+        return
     if plan.include_usage:
         yield writer.usage(tokens.usage())
     yield DONE
+
+
+async def read_deltas(
+    streams: Sequence[DeltaStream], tokens: TokenCount, candidates: int = 1, grammar_param: str | None = None
+) -> AsyncIterator[tuple[int, Delta]]:
+    """The deltas of several streams as they come, each with its stream's number, counted; ApiError when one fails."""
+    async for number, delta in interleaved(streams):
+        if delta.finish_reason == "error":
+            raise _failure(delta, grammar_param)
+        tokens.add(delta, first_of_prompt=number % candidates == 0)
+        yield number, delta
 
 
 async def interleaved(streams: Sequence[DeltaStream]) -> AsyncIterator[tuple[int, Delta]]:
@@ -199,9 +221,9 @@ async def _next(stream: DeltaStream) -> Delta | None:
     return await anext(stream, None)
 
 
-def failure_of(delta: Delta, grammar_param: str | None = None) -> ApiError:
+def _failure(delta: Delta, grammar_param: str | None) -> ApiError:
     """What the last delta of a request that failed means to the user."""
     message = "The engine failed." if delta.error is None else delta.error
-    if delta.code == GRAMMAR_REFUSED:
-        return ApiError(400, message, param=grammar_param, code=delta.code)
+    if delta.code is not None:
+        return from_engine(RequestRejected(message, delta.code, delta.param), grammar_param)
     return ApiError(500, message)

@@ -1,30 +1,30 @@
 """POST /v1/chat/completions."""
 
 import asyncio
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answer import AnswerPlan, answer
+from server.api.chat_prompt import chat_encoder, check_continuation, content_characters, count_characters
 from server.api.choices import ChoiceForm, ChoiceReader
 from server.api.errors import bad_request
 from server.api.generation import (
+    MAX_TOKENS_AT_ONCE,
     Prompt,
     check_body,
     check_characters,
     check_prompt,
     context_limit,
     make_requests,
+    off_loop_if_long,
     overflow_of,
     read_body,
-    tokenize,
 )
 from server.api.schemas import ChatBody, ResponseFormat
 from server.api.service import Service, ServiceOfRequest
 from server.api.structured import checked, json_grammar, json_rule
-from server.api.tool_messages import messages_for_template
 from server.api.tool_parser import ToolCallParser
 from server.api.tools import Toolbox
 from server.tokenizer import ChatTemplateError
@@ -51,6 +51,7 @@ async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted is None:  # to the end of the context, if it has one
         wanted = DEFAULT_SLIDING_MAX_TOKENS if overflow_of(body, service) == "slide" else room
+        wanted = min(wanted, MAX_TOKENS_AT_ONCE // (body.num_candidates * (1 + (body.top_logprobs or 0))))
     prompt = Prompt(token_ids=token_ids, max_tokens=min(wanted, room))
     logprobs = None
     if body.logprobs:
@@ -59,7 +60,6 @@ async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
         kind="chat",
         logprobs=logprobs,
         prompt_token_ids=token_ids if body.return_token_ids else None,
-        skip_special_tokens=body.skip_special_tokens is not False,
         with_tools=toolbox is not None,
     )
 
@@ -86,12 +86,13 @@ def _check(body: ChatBody, service: Service) -> None:
         raise bad_request("'max_tokens' and 'max_completion_tokens' differ; give one of them.", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("The field 'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-    if body.continue_final_message and body.add_generation_prompt:
+    check_continuation(body)
+    wanted = body.response_format
+    if body.continue_final_message and wanted is not None and wanted.type != "text":
         raise bad_request(
-            "'continue_final_message' and 'add_generation_prompt' cannot both be true.", "continue_final_message"
+            "'continue_final_message' cannot be combined with 'response_format': a begun answer is not looked at.",
+            "continue_final_message",
         )
-    if body.continue_final_message and body.messages[-1].role != "assistant":
-        raise bad_request("'continue_final_message' needs a last message of the assistant.", "continue_final_message")
 
 
 async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> tuple[str | None, str | None]:
@@ -109,6 +110,9 @@ async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> tuple[str | None,
         return None if wanted is None else json_grammar(_schema(wanted))
 
     param = "tools" if wanted is None else "response_format"
+    if wanted is not None and offered is not None:  # an error should name the one that it is in
+        await checked(await asyncio.to_thread(json_grammar, _schema(wanted)), "response_format")
+        param = "tools"
     text = await asyncio.to_thread(grammar)  # schemas may be large
     return (None, None) if text is None else (await checked(text, param), param)
 
@@ -121,19 +125,8 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
 
 async def _encode(body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
     """The chat as token ids; ApiError when the template refuses it."""
-    messages = messages_for_template(body.messages, toolbox, service.tokenizer.chat_template_source)
-    num_characters = sum(len(message["content"]) for message in messages)
-    check_characters(num_characters, context_limit(body, service), service, "messages")
-    continues = bool(body.continue_final_message)
-    encode = partial(
-        service.tokenizer.encode_chat,
-        messages,
-        tools=None if toolbox is None else toolbox.for_template,
-        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=continues,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
+    check_characters(content_characters(body), context_limit(body, service), service, "messages")
     try:
-        return await tokenize(encode, num_characters)
+        return await off_loop_if_long(chat_encoder(body, service, toolbox), count_characters(body))
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None

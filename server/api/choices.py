@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from server.api.logprobs import TokenAligner, chat_logprobs, joined_logprobs, legacy_logprobs
+from server.api.logprobs import ShownToken, TokenAligner, chat_logprobs, joined_logprobs, legacy_logprobs
 from server.api.tool_parser import CallArguments, CallStart, Content, ToolCallParser
 from server.engine.messages import Delta, TokenLogprob
 from server.token_bytes import TokenBytes
@@ -20,6 +20,7 @@ class PromptEcho(NamedTuple):
 
     text: str
     token_ids: Sequence[int]
+    offsets: Sequence[int] = ()  # characters of the text before each token, where log-probabilities are wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,6 @@ class ChoiceForm:
     logprobs: int | None = None  # alternatives beside each token; None: no log-probabilities
     echo: PromptEcho | None = None
     prompt_token_ids: Sequence[int] | None = None  # to be shown, with those of the answer
-    skip_special_tokens: bool = True
     with_tools: bool = False
 
     @property
@@ -69,12 +69,12 @@ class ChoiceReader:
         self._parser = parser
         self._called = False
         self._started = False
-        self._aligner = None if form.logprobs is None else TokenAligner(token_bytes, form.skip_special_tokens)
+        self._aligner = None if form.logprobs is None else TokenAligner()
 
     def read(self, delta: Delta) -> Fragment:
-        if self._form.is_plain:
-            return Fragment(text=delta.text, finish_reason=delta.finish_reason)
         fragment = Fragment(text=delta.text, finish_reason=delta.finish_reason)
+        if self._form.is_plain:
+            return fragment
         if not self._started:
             self._started = True
             self._begin(fragment, delta)
@@ -86,6 +86,29 @@ class ChoiceReader:
             self._parse(self._parser, fragment)
         return fragment
 
+    def whole(self, index: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
+        """All fragments of the choice as the API shows it when it is not streamed."""
+        text = "".join([fragment.text for fragment in fragments])
+        choice: dict[str, Any] = {"index": index}
+        if self._form.kind == "chat":
+            calls = _joined_calls([call for fragment in fragments for call in fragment.calls])
+            content = text if text or not calls else None
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+            if calls:
+                choice["message"]["tool_calls"] = calls
+        else:
+            choice["text"] = text
+        choice["logprobs"] = None
+        if self._form.logprobs is not None:
+            parts = [fragment.logprobs for fragment in fragments if fragment.logprobs is not None]
+            choice["logprobs"] = joined_logprobs(parts if parts else [self._shaped([])])
+        choice["finish_reason"] = fragments[-1].finish_reason
+        if fragments[-1].token_ids is not None:
+            choice["token_ids"] = [token_id for fragment in fragments for token_id in fragment.token_ids or ()]
+            if self._form.kind == "completion":  # chats have one prompt, and show it beside their choices
+                choice["prompt_token_ids"] = fragments[0].prompt_token_ids
+        return choice
+
     def _begin(self, fragment: Fragment, delta: Delta) -> None:
         """Put what the prompt adds in front of the first fragment."""
         echo = self._form.echo
@@ -93,19 +116,25 @@ class ChoiceReader:
             fragment.text = echo.text + fragment.text
             if self._aligner is not None:
                 logprobs: list[TokenLogprob | None] = [None, *delta.prompt_logprobs]
-                self._aligner.add(zip(echo.token_ids, logprobs, strict=True))
+                self._aligner.add(map(ShownToken, echo.token_ids, logprobs, echo.offsets))
         if self._form.prompt_token_ids is not None:
             fragment.prompt_token_ids = list(self._form.prompt_token_ids)
 
     def _add_logprobs(self, aligner: TokenAligner, fragment: Fragment, delta: Delta) -> None:
-        aligner.add((logprob.token_id, logprob) for logprob in delta.logprobs)
+        start = 0 if self._form.echo is None else len(self._form.echo.text)
+        aligner.add(
+            ShownToken(logprob.token_id, logprob, start + offset)
+            for logprob, offset in zip(delta.logprobs, delta.offsets, strict=True)
+        )
         shown = aligner.show(fragment.text, delta.finish_reason)
         if not shown:
             return
+        fragment.logprobs = self._shaped(shown)
+
+    def _shaped(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
         if self._form.kind == "chat":
-            fragment.logprobs = chat_logprobs(shown, self._token_bytes)
-        else:
-            fragment.logprobs = legacy_logprobs(shown, self._token_bytes, self._form.logprobs or 0)
+            return chat_logprobs(tokens, self._token_bytes)
+        return legacy_logprobs(tokens, self._token_bytes, self._form.logprobs or 0)
 
     def _parse(self, parser: ToolCallParser, fragment: Fragment) -> None:
         """Take the calls out of the text."""
@@ -130,28 +159,6 @@ def _call_deltas(pieces: Sequence[CallStart | CallArguments]) -> list[dict[str, 
             delta = deltas.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
             delta["function"]["arguments"] += piece.text
     return list(deltas.values())
-
-
-def whole_choice(kind: Kind, index: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
-    """All fragments of a choice as the API shows it when it is not streamed."""
-    text = "".join([fragment.text for fragment in fragments])
-    logprobs = [fragment.logprobs for fragment in fragments if fragment.logprobs is not None]
-    choice: dict[str, Any] = {"index": index}
-    if kind == "chat":
-        calls = _joined_calls([call for fragment in fragments for call in fragment.calls])
-        content = text if text or not calls else None
-        choice["message"] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            choice["message"]["tool_calls"] = calls
-    else:
-        choice["text"] = text
-    choice["logprobs"] = joined_logprobs(logprobs) if logprobs else None
-    choice["finish_reason"] = fragments[-1].finish_reason
-    if fragments[-1].token_ids is not None:
-        choice["token_ids"] = [token_id for fragment in fragments for token_id in fragment.token_ids or ()]
-        if kind == "completion":  # chats have one prompt, and show it beside their choices
-            choice["prompt_token_ids"] = fragments[0].prompt_token_ids
-    return choice
 
 
 def _joined_calls(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """POST /v1/completions."""
 
-import asyncio
 from functools import partial
 
 from fastapi import APIRouter, Request
@@ -17,12 +16,12 @@ from server.api.generation import (
     check_token_ids,
     context_limit,
     make_requests,
+    off_loop_if_long,
     read_body,
-    tokenize,
 )
-from server.api.schemas import CompletionBody
-from server.api.schemas import Prompt as PromptInput
+from server.api.schemas import CompletionBody, PromptInput
 from server.api.service import Service, ServiceOfRequest
+from server.tokenizer import PromptTokenizer
 
 router = APIRouter()
 
@@ -39,7 +38,8 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         raise bad_request("The field 'best_of' cannot be more than 'n' when 'stream' is true.", "best_of")
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("The field 'max_tokens' is 0, which needs 'echo'.", "max_tokens")
-    prompts = await asyncio.gather(*(_prompt(body, service, prompt) for prompt in body.prompt))
+    num_characters = sum(map(len, body.prompt))
+    prompts = [await _prompt(body, service, given, num_characters) for given in body.prompt]
     is_ranked = body.num_candidates > body.num_choices
     requests = make_requests(
         body,
@@ -63,16 +63,14 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
     return await answer(http, service, plan, headers)
 
 
-async def _prompt(body: CompletionBody, service: Service, given: PromptInput) -> Prompt:
+async def _prompt(body: CompletionBody, service: Service, given: PromptInput, num_characters: int) -> Prompt:
     """A prompt as token ids, and the room it leaves; ApiError."""
     limit = context_limit(body, service)
     if isinstance(given, str):
         check_characters(len(given), limit, service, "prompt")
-        encode = partial(service.tokenizer.encode, given, add_special_tokens=body.add_special_tokens is not False)
-        token_ids = await tokenize(encode, len(given))
     else:
-        token_ids = given
-        check_token_ids(token_ids, service, "prompt")
+        check_token_ids(given, service, "prompt")
+    token_ids, echo = await off_loop_if_long(partial(_encode, body, service.tokenizer, given), num_characters)
     room = check_prompt(token_ids, limit, "prompt", least=0 if body.max_tokens == 0 else 1)
     if body.max_tokens is not None and body.max_tokens > room:
         raise bad_request(
@@ -81,16 +79,24 @@ async def _prompt(body: CompletionBody, service: Service, given: PromptInput) ->
             "max_tokens",
             "context_length_exceeded",
         )
-    echo = None
-    if body.echo:
-        text = given if isinstance(given, str) else _decode(body, service, token_ids)
-        echo = PromptEcho(text, token_ids)
     max_tokens = min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens
     return Prompt(token_ids=token_ids, max_tokens=max_tokens, echo=echo)
 
 
-def _decode(body: CompletionBody, service: Service, token_ids: list[int]) -> str:
-    return service.tokenizer.decode(token_ids, skip_special_tokens=body.skip_special_tokens is not False)
+def _encode(
+    body: CompletionBody, tokenizer: PromptTokenizer, given: PromptInput
+) -> tuple[list[int], PromptEcho | None]:
+    """A prompt's token ids, and what is repeated of it."""
+    if isinstance(given, str):
+        add_special_tokens = body.add_special_tokens is not False
+        if not body.echo:
+            return tokenizer.encode(given, add_special_tokens), None
+        token_ids, offsets = tokenizer.encode_for_echo(given, add_special_tokens)
+        return token_ids, PromptEcho(given, token_ids, offsets)
+    if not body.echo:
+        return given, None
+    text, offsets = tokenizer.decode_with_offsets(given, body.skip_special_tokens is not False)
+    return given, PromptEcho(text, given, offsets)
 
 
 def _form(body: CompletionBody, prompt: Prompt) -> ChoiceForm:
@@ -99,5 +105,4 @@ def _form(body: CompletionBody, prompt: Prompt) -> ChoiceForm:
         logprobs=body.logprobs,
         echo=prompt.echo,
         prompt_token_ids=prompt.token_ids if body.return_token_ids else None,
-        skip_special_tokens=body.skip_special_tokens is not False,
     )

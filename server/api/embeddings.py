@@ -12,11 +12,19 @@ from fastapi import APIRouter, Request
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
-from server.api.answer import count_tokens, failure_of, note_adapter
+from server.api.answer import count_tokens, note_adapter, read_deltas
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import bad_request, from_engine
-from server.api.generation import check_characters, check_prompt, check_token_ids, most_at_once, read_body, tokenize
-from server.api.schemas import PROMPTS_SCHEMA, Body, Prompt, prompts, wrong
+from server.api.generation import (
+    adapter_of,
+    check_characters,
+    check_prompt,
+    check_token_ids,
+    most_at_once,
+    off_loop_if_long,
+    read_body,
+)
+from server.api.schemas import PROMPTS_SCHEMA, Body, PromptInput, prompts, wrong
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
 from server.engine.request import MAX_PRIORITY, GenerationRequest, RequestRejected, SamplingParams
@@ -28,7 +36,7 @@ _AT_ONCE = 32  # inputs that one request has in the engine at the same time, so 
 _NOTHING = SamplingParams(max_tokens=0, seed=0)
 
 
-def _not_too_many(inputs: list[Prompt]) -> list[Prompt]:
+def _not_too_many(inputs: list[PromptInput]) -> list[PromptInput]:
     if len(inputs) > MAX_INPUTS:
         raise wrong(f"there may be at most {MAX_INPUTS} inputs")
     return inputs
@@ -37,7 +45,7 @@ def _not_too_many(inputs: list[Prompt]) -> list[Prompt]:
 class EmbeddingsBody(Body):
     model: str
     input: Annotated[
-        list[Prompt], BeforeValidator(prompts), AfterValidator(_not_too_many), WithJsonSchema(PROMPTS_SCHEMA)
+        list[PromptInput], BeforeValidator(prompts), AfterValidator(_not_too_many), WithJsonSchema(PROMPTS_SCHEMA)
     ]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -55,24 +63,22 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
     size = service.info.hidden_size
     if body.dimensions not in (None, size):
         raise bad_request(f"The field 'dimensions' must be {size}, which is what this model has.", "dimensions")
-    requests = [_request(body, service, await _token_ids(body, service, given)) for given in body.input]
+    num_characters = sum(map(len, body.input))
+    token_ids = [await _token_ids(body, service, given, num_characters) for given in body.input]
+    requests = [_request(body, service, ids) for ids in token_ids]
     tokens = count_tokens(http, requests)
 
     async def embed() -> list[bytes]:
-        vectors: list[bytes] = []
+        vectors = [b""] * len(requests)
         at_once = min(_AT_ONCE, most_at_once(service))
         for start in range(0, len(requests), at_once):
             wave = requests[start : start + at_once]
             streams = await service.client.submit(*wave)
             try:
                 note_adapter(http, wave[0], streams)
-                for stream in streams:
-                    async for delta in stream:
-                        if delta.finish_reason == "error":
-                            raise failure_of(delta)
-                        tokens.add(delta, first_of_prompt=True)
-                        if delta.embedding is not None:
-                            vectors.append(delta.embedding)
+                async for number, delta in read_deltas(streams, tokens):
+                    assert delta.embedding is not None, "the only delta of a pooled request"
+                    vectors[start + number] = delta.embedding
             finally:
                 for stream in streams:
                     stream.close()
@@ -99,13 +105,13 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
     return Response(content, media_type="application/json", headers=headers)
 
 
-async def _token_ids(body: EmbeddingsBody, service: Service, given: Prompt) -> list[int]:
+async def _token_ids(body: EmbeddingsBody, service: Service, given: PromptInput, num_characters: int) -> list[int]:
     limit = service.info.max_model_len
     if isinstance(given, str):
         check_characters(len(given), limit, service, "input")
         add_special_tokens = body.add_special_tokens is not False
         encode = partial(service.tokenizer.encode, given, add_special_tokens=add_special_tokens)
-        token_ids = await tokenize(encode, len(given))
+        token_ids = await off_loop_if_long(encode, num_characters)
     else:
         token_ids = given
         check_token_ids(token_ids, service, "input")
@@ -114,16 +120,14 @@ async def _token_ids(body: EmbeddingsBody, service: Service, given: Prompt) -> l
 
 
 def _request(body: EmbeddingsBody, service: Service, token_ids: list[int]) -> GenerationRequest:
-    is_adapted = body.model != service.settings.model_name
-    if not is_adapted and body.adapter_scale not in (None, 1):
-        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
+    adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
     return GenerationRequest(
         request_id=secrets.token_hex(12),
         prompt_token_ids=tuple(token_ids),
         sampling=_NOTHING,
         priority=0 if body.priority is None else body.priority,
-        adapter=body.model if is_adapted else None,
-        adapter_scale=1.0 if body.adapter_scale is None else float(body.adapter_scale),
+        adapter=adapter,
+        adapter_scale=adapter_scale,
         cache_salt="" if body.cache_salt is None else body.cache_salt,
         pooling="last" if body.pooling is None else body.pooling,
     )

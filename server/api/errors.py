@@ -13,6 +13,7 @@ from server.engine.client import EngineDead
 from server.engine.request import (
     ADAPTER_NOT_FOUND,
     GRAMMAR_REFUSED,
+    GRAMMARS_BUSY,
     MODEL_NOT_FOUND,
     QUEUE_FULL,
     QUEUE_TIMEOUT,
@@ -28,7 +29,7 @@ _TYPES = {
 }
 
 # What the engine may refuse for the moment: status, and seconds after which to try again.
-_NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5")}
+_NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5")}
 _NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import Request
@@ -17,7 +17,8 @@ from server.engine.request import MAX_SLIDING_TOKENS, GenerationRequest, Samplin
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they hold up no stream
 _MAX_IGNORED_HEADER = 1000
-MAX_ANSWER_TOKENS = 2**20  # of all choices of one request together, if there are several
+T = TypeVar("T")
+MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,17 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
     return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
 
 
-async def tokenize(encode: Callable[[], list[int]], num_characters: int) -> list[int]:
-    """Run `encode`; off the event loop when the input is long. The tokenizer lets other threads run."""
-    if num_characters <= _INLINE_CHARACTERS:
-        return encode()
-    return await asyncio.to_thread(encode)
+async def off_loop_if_long(work: Callable[[], T], num_characters: int) -> T:
+    """Do work on a text; in a thread when all that is worked on is long. The tokenizer lets other threads run."""
+    return work() if num_characters <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+
+
+def adapter_of(model: str, scale: float | None, service: Service) -> tuple[str | None, float]:
+    """The adapter that a request's `model` means, and how strongly it acts; ApiError for a scale without one."""
+    adapter = None if model == service.settings.model_name else model
+    if adapter is None and scale not in (None, 1):
+        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
+    return adapter, 1.0 if scale is None else float(scale)
 
 
 def check_characters(num_characters: int, limit: int, service: Service, param: str) -> None:
@@ -114,36 +121,56 @@ def make_requests(
     grammar: str | None = None,
 ) -> tuple[GenerationRequest, ...]:
     """For every prompt one request for each answer that is to be generated, in order; ApiError."""
-    num_candidates = body.num_candidates
-    num_tokens = num_candidates * sum(prompt.max_tokens for prompt in prompts)
-    if num_candidates * len(prompts) > 1 and num_tokens > MAX_ANSWER_TOKENS:
-        raise bad_request(
-            f"All answers together may have {num_tokens} tokens; at most {MAX_ANSWER_TOKENS} are allowed.", "max_tokens"
-        )
-    is_adapted = body.model != service.settings.model_name
-    if not is_adapted and body.adapter_scale not in (None, 1):
-        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
-    seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+    _check_amounts(body, prompts, logprobs)
+    adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
     requests: list[GenerationRequest] = []
     for prompt in prompts:
+        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
         sampling = _sampling(body, service, prompt.max_tokens, seed, logprobs, prompt_logprobs, grammar)
+        prompt_token_ids = tuple(prompt.token_ids)
         first_id = secrets.token_hex(12)
-        for choice in range(num_candidates):
+        for choice in range(body.num_candidates):
             is_follower = choice > 0 and prompt_logprobs is None
             requests.append(
                 GenerationRequest(
                     request_id=secrets.token_hex(12) if choice else first_id,
-                    prompt_token_ids=tuple(prompt.token_ids),
+                    prompt_token_ids=prompt_token_ids,
                     sampling=sampling(choice),
                     priority=0 if body.priority is None else body.priority,
                     context_overflow=overflow_of(body, service),
-                    adapter=body.model if is_adapted else None,
-                    adapter_scale=1.0 if body.adapter_scale is None else float(body.adapter_scale),
+                    adapter=adapter,
+                    adapter_scale=adapter_scale,
                     cache_salt="" if body.cache_salt is None else body.cache_salt,
                     follows=first_id if is_follower else None,
                 )
             )
     return tuple(requests)
+
+
+def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | None) -> None:
+    """ApiError when a request asks for more than one process should hold, where there are several answers."""
+    num_candidates = body.num_candidates
+    num_answer_tokens = num_candidates * sum(prompt.max_tokens for prompt in prompts)
+    if logprobs is not None and not body.stream and num_answer_tokens * (1 + logprobs) > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"The answer may have {num_answer_tokens * (1 + logprobs)} log-probabilities; at most {MAX_TOKENS_AT_ONCE}"
+            " are allowed when 'stream' is not true.",
+            "max_tokens",
+        )
+    if num_candidates * len(prompts) == 1:
+        return
+    if num_answer_tokens > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"All answers together may have {num_answer_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are allowed.",
+            "max_tokens",
+        )
+    num_prompt_tokens = num_candidates * sum(len(prompt.token_ids) for prompt in prompts)
+    if num_prompt_tokens > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"The prompts of all answers together have {num_prompt_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are"
+            " allowed.",
+            "n" if num_candidates > 1 else "prompt",
+        )
 
 
 def _sampling(

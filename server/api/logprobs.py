@@ -3,7 +3,6 @@
 A token is shown once its text is. Tokens whose text a stop string has cut away are never shown.
 """
 
-import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,22 +19,15 @@ class ShownToken(NamedTuple):
 
 
 class TokenAligner:
-    """Gives the tokens of one text their places in it."""
+    """Shows the tokens of one text beside it."""
 
-    def __init__(self, token_bytes: TokenBytes, skip_special_tokens: bool) -> None:
-        self._bytes = token_bytes
-        self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset[int]()
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._num_decoded = 0  # characters of all tokens so far
+    def __init__(self) -> None:
         self._num_shown = 0  # characters of the text that was shown
         self._waiting: list[ShownToken] = []
 
-    def add(self, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> None:
+    def add(self, tokens: Iterable[ShownToken]) -> None:
         """The next tokens, whether or not their text is shown yet."""
-        for token_id, logprob in tokens:
-            self._waiting.append(ShownToken(token_id, logprob, self._num_decoded))
-            if token_id not in self._skipped:
-                self._num_decoded += len(self._decoder.decode(self._bytes[token_id]))
+        self._waiting += tokens
 
     def show(self, text: str, finish_reason: str | None) -> list[ShownToken]:
         """The tokens that belong to text as far as it is shown now; at the end by length all there are."""

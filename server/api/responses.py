@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answer import AnswerPlan, TokenCount, count_tokens, failure_of, note_adapter
+from server.api.answer import AnswerPlan, TokenCount, count_tokens, note_adapter, read_deltas
 from server.api.chat import plan_chat
 from server.api.choices import Fragment
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import ApiError, bad_request, from_engine
 from server.api.generation import read_body
-from server.api.responses_body import ResponsesBody
+from server.api.responses_body import LOGPROBS, ResponsesBody
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import DeltaStreamResponse, encode_json
 from server.engine.client import DeltaStream, EngineDead
@@ -38,6 +38,8 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
             "No response is stored, so none can be gone on from; give the whole conversation as 'input'.",
             "previous_response_id",
         )
+    if body.top_logprobs is not None and not body.with_logprobs:
+        raise bad_request(f"The field 'top_logprobs' needs '{LOGPROBS}' in 'include'.", "top_logprobs")
     try:
         plan = await plan_chat(body.as_chat(), service)
     except ApiError as error:
@@ -62,10 +64,7 @@ async def _read(http: Request, service: Service, plan: AnswerPlan, writing: "_Wr
     reader = plan.reader(0)
     try:
         note_adapter(http, plan.requests[0], [stream])
-        async for delta in stream:
-            if delta.finish_reason == "error":
-                raise failure_of(delta, plan.grammar_param)
-            writing.tokens.add(delta, first_of_prompt=True)
+        async for _, delta in read_deltas([stream], writing.tokens, grammar_param=plan.grammar_param):
             writing.add(reader.read(delta))
     finally:
         stream.close()
@@ -74,17 +73,16 @@ async def _read(http: Request, service: Service, plan: AnswerPlan, writing: "_Wr
 async def _events(stream: DeltaStream, plan: AnswerPlan, writing: "_Writing") -> AsyncIterator[bytes]:
     reader = plan.reader(0)
     yield writing.begin()
-    async for delta in stream:
-        if delta.finish_reason == "error":
-            error = failure_of(delta, plan.grammar_param)
-            code = "server_error" if error.code is None else error.code
-            yield writing.event("error", code=code, message=str(error), param=error.param)
-            return
-        writing.tokens.add(delta, first_of_prompt=True)
-        fragment = reader.read(delta)
-        writing.add(fragment)
-        if not fragment.is_empty:
-            yield writing.delta(fragment)
+    try:
+        async for _, delta in read_deltas([stream], writing.tokens, grammar_param=plan.grammar_param):
+            fragment = reader.read(delta)
+            writing.add(fragment)
+            if not fragment.is_empty:
+                yield writing.delta(fragment)
+    except ApiError as error:
+        code = "server_error" if error.code is None else error.code
+        yield writing.event("error", code=code, message=str(error), param=error.param)
+        return
     yield writing.end()
 
 

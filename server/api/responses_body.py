@@ -1,10 +1,11 @@
 """The body of POST /v1/responses, and the chat it asks for. Knows no engine."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, JsonValue, model_validator
 from pydantic_core import CoreSchema
 
+from server.api import unsupported
 from server.api.schemas import Body, ChatBody, JsonSchema, Message, ResponseFormat, StopStrings, wrong
 from server.engine.request import MAX_PRIORITY
 
@@ -57,10 +58,14 @@ class TextFormat(JsonSchema):
 
 
 class TextSettings(Body):
+    not_supported: ClassVar = unsupported.OF_TEXT_SETTINGS
+
     format: TextFormat | None = None
 
 
 class ResponsesBody(Body):
+    not_supported: ClassVar = unsupported.OF_RESPONSES
+
     model: str
     input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_as_message), _OrText()]
     instructions: str | None = None

@@ -4,7 +4,7 @@ No field is ignored: one that is known but not supported, and one that is unknow
 for nothing (see `unsupported`). null means absent everywhere.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -19,19 +19,20 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from server.api import unsupported
 from server.api.errors import bad_request, from_validation
 from server.api.tools import MAX_TOOLS, FunctionTool, ToolCall, ToolChoice
-from server.api.unsupported import refused_fields
 from server.engine.request import MAX_PRIORITY
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKENS = 128
 MAX_BIASED_TOKENS = 1024
+MAX_MESSAGES = 10_000
 MAX_CHOICES = 128  # of one request: prompts, times answers to each
 MAX_TOKEN_ID = 2**31 - 1
 
-Prompt = str | list[int]
+PromptInput = str | list[int]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
 
@@ -57,7 +58,7 @@ def _is_token_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and {type(item) for item in value} == {int}
 
 
-def prompts(value: object) -> list[Prompt]:
+def prompts(value: object) -> list[PromptInput]:
     """One or several prompts, each of them text or token ids."""
     if isinstance(value, str) or _is_token_ids(value):
         return [value]  # type: ignore[list-item]  # checked by _is_token_ids
@@ -138,6 +139,8 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    not_supported: ClassVar = unsupported.OF_STREAM_OPTIONS
+
     include_usage: bool | None = None
 
 
@@ -194,8 +197,10 @@ class GenerationBody(Body):
 
 
 class CompletionBody(GenerationBody):
+    not_supported: ClassVar = unsupported.OF_COMPLETIONS
+
     max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    prompt: Annotated[list[Prompt], BeforeValidator(prompts), WithJsonSchema(PROMPTS_SCHEMA)]
+    prompt: Annotated[list[PromptInput], BeforeValidator(prompts), WithJsonSchema(PROMPTS_SCHEMA)]
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_false_is_none)] = None
@@ -206,6 +211,8 @@ class CompletionBody(GenerationBody):
 
 
 class Message(Body):
+    not_supported: ClassVar = unsupported.OF_MESSAGES
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = None
     name: Annotated[str, Field(max_length=256)] | None = None
@@ -241,14 +248,13 @@ class ResponseFormat(Body):
         return self
 
 
-def _has_messages(messages: list[Message]) -> list[Message]:
-    if not messages:
-        raise wrong("there must be at least one message")
-    return messages
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[list[Message], AfterValidator(_has_messages), Field(json_schema_extra={"minItems": 1})]
+    not_supported: ClassVar = unsupported.OF_CHATS
+
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -267,7 +273,7 @@ PlainBodyT = TypeVar("PlainBodyT", bound=BaseModel)
 def parse_body(body_class: type[BodyT], body: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
     """A checked body, and the fields that were ignored (none unless `warn_unknown`); ApiError when it is refused."""
     parsed = parse_plain_body(body_class, body)
-    refused = list(refused_fields(parsed))
+    refused = list(unsupported.refused_fields(parsed))
     if refused and not warn_unknown:
         path, known = refused[0]
         reason = "is not supported" if known else "is unknown"

@@ -27,6 +27,7 @@ from urllib.parse import unquote
 
 from server.api.errors import ApiError, bad_request
 from server.engine.grammar import GrammarRefused, check_grammar
+from server.engine.request import GRAMMARS_BUSY
 
 MAX_SCHEMA_BYTES = 65_536
 MAX_DEPTH = 32
@@ -414,7 +415,7 @@ _verdicts: OrderedDict[bytes, str | None] = OrderedDict()
 
 
 async def checked(grammar: str, param: str) -> str:
-    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, or 503 while too many are checked."""
+    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, 503 if it is not known in time."""
     digest = hashlib.sha256(grammar.encode()).digest()
     if digest not in _verdicts:
         _verdicts[digest] = await _verdict(grammar)
@@ -434,8 +435,7 @@ async def _verdict(grammar: str) -> str | None:
         await asyncio.wait_for(asyncio.wrap_future(check), CHECK_LIMIT_S)
     except GrammarRefused as error:
         return str(error)
-    except TimeoutError:
-        if check.cancelled():  # it never began
-            raise ApiError(503, "The server is busy with other grammars.", headers={"Retry-After": "5"}) from None
-        return "The grammar is too complex."
+    except TimeoutError:  # through its own fault or that of others: nothing to remember
+        message = "The grammar could not be checked in time; it is too complex, or the server is busy."
+        raise ApiError(503, message, code=GRAMMARS_BUSY, headers={"Retry-After": "5"}) from None
     return None

@@ -1,6 +1,5 @@
 """POST /tokenize and /detokenize, as vLLM has them: what a prompt or a chat is in tokens, and back. Runs no model."""
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -10,12 +9,12 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from server.api.adapters import adapters_of
+from server.api.chat_prompt import chat_encoder, check_continuation, count_characters
 from server.api.errors import bad_request, from_engine
-from server.api.generation import check_token_ids, read_body
-from server.api.schemas import Body, Message, TokenId, parse_plain_body
+from server.api.generation import check_token_ids, off_loop_if_long, read_body
+from server.api.schemas import Body, Messages, TokenId, parse_plain_body
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import encode_json
-from server.api.tool_messages import messages_for_template
 from server.api.tools import MAX_TOOLS, FunctionTool, Toolbox
 from server.engine.request import model_not_found
 from server.tokenizer import ChatTemplateError
@@ -24,8 +23,6 @@ router = APIRouter()
 
 MAX_TOKENS = 2**20
 MAX_CHARACTERS = 2**22
-_INLINE_CHARACTERS = 2000  # longer texts, and longer lists, are worked on in a thread, so that they hold up no stream
-_INLINE_TOKENS = 1000
 
 
 class _Kind(BaseModel):
@@ -46,7 +43,7 @@ class TokenizePromptBody(Body):
 class TokenizeChatBody(Body):
     model: str | None = None
     prompt: None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None  # true, unless the final message is continued
     continue_final_message: bool | None = None
@@ -80,7 +77,7 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
     def work() -> bytes:
         return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    return _json(await _off_loop_if(len(body.tokens) > _INLINE_TOKENS, work), headers)
+    return _json(await off_loop_if_long(work, 2 * len(body.tokens)), headers)
 
 
 async def _answer(
@@ -105,7 +102,7 @@ async def _answer(
         )
 
     try:
-        return _json(await _off_loop_if(num_characters > _INLINE_CHARACTERS, work), headers)
+        return _json(await off_loop_if_long(work, num_characters), headers)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None
 
@@ -116,26 +113,9 @@ def _prompt_encoder(body: TokenizePromptBody, service: Service) -> tuple[Callabl
 
 
 def _chat_encoder(body: TokenizeChatBody, service: Service) -> tuple[Callable[[], list[int]], int]:
-    continues = bool(body.continue_final_message)
-    if continues and body.add_generation_prompt:
-        raise bad_request(
-            "'continue_final_message' and 'add_generation_prompt' cannot both be true.", "continue_final_message"
-        )
-    template = service.tokenizer.chat_template_source
-    toolbox = Toolbox.of(body.tools, None, None, template)
-    encode = partial(
-        service.tokenizer.encode_chat,
-        messages_for_template(body.messages, toolbox, template),
-        tools=None if toolbox is None else toolbox.for_template,
-        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=continues,
-        add_special_tokens=bool(body.add_special_tokens),
-    )
-    return encode, sum(len(message.content) for message in body.messages if message.content is not None)
-
-
-async def _off_loop_if(is_long: bool, work: Callable[[], bytes]) -> bytes:
-    return await asyncio.to_thread(work) if is_long else work()
+    check_continuation(body)
+    toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
+    return chat_encoder(body, service, toolbox), count_characters(body)
 
 
 def _json(content: bytes, headers: dict[str, str]) -> Response:

@@ -235,7 +235,7 @@ def tools_grammar(
         rules += [f"start: TEXT | text_and_trigger body{more}", "TEXT: /(?s:.*)/"]
         rules.append(f"text_and_trigger[lazy]: TEXT {_quoted(format.trigger)}")
     else:
-        rules += [f"start: TEXT | call{more}", r'TEXT: /(?s:.*)/ & ~/\{"name":(?s:.*)/']
+        rules += [f"start: TEXT | call{more}", r'TEXT: /(?s:.*)/ & ~/\s*\{\s*"name"\s*:(?s:.*)/']
     # The lexer takes the longest lexeme. So beside TEXT a call begins with one that is longer than TEXT can be. Beside
     # JSON its lexemes are those of JSON, or no other key could stand there, up to the one that tells it is a call.
     is_beside_json = choice == "auto" and content_rule is not None

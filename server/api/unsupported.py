@@ -3,76 +3,60 @@
 A body keeps what its class does not declare; here it is decided what of that is refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
-_IsNeutral = Callable[[object], bool]
+Neutral = Mapping[str, tuple[object, ...]]  # field, values beside null that are fine
 
-
-def _equals(*neutral: object) -> _IsNeutral:
-    return lambda value: any(
-        value == option and isinstance(value, bool) == isinstance(option, bool) for option in neutral
-    )
-
-
-# By the name of the class of the body, or of the part of one.
-_NOT_SUPPORTED: Mapping[str, Mapping[str, _IsNeutral]] = {
-    "CompletionBody": {
-        "suffix": _equals(""),
-    },
-    "ChatBody": {
-        "functions": _equals([]),
-        "function_call": _equals("none", "auto"),
-        "modalities": _equals(["text"]),
-        "audio": _equals(),
-        "prediction": _equals(),
-        "reasoning_effort": _equals("none"),
-        "verbosity": _equals("medium"),
-        "web_search_options": _equals(),
-        "prompt_cache_retention": _equals(),
-        "chat_template": _equals(),
-        "chat_template_kwargs": _equals({}),
-        "documents": _equals([]),
-    },
-    "ResponsesBody": {
-        "conversation": _equals(),
-        "tools": _equals([]),
-        "tool_choice": _equals("none", "auto"),
-        "parallel_tool_calls": _equals(True, False),
-        "max_tool_calls": _equals(),
-        "reasoning": _equals(),
-        "background": _equals(False),
-        "prompt": _equals(),
-        "stream_options": _equals({}),
-    },
-    "TextSettings": {
-        "verbosity": _equals("medium"),
-    },
-    # What an answer of ours, or of others, carries when it is sent back as a message of the assistant.
-    "Message": {
-        "refusal": _equals(""),
-        "annotations": _equals([]),
-        "audio": _equals(),
-        "function_call": _equals(),
-        "reasoning_content": _equals(""),
-        "reasoning": _equals(""),
-    },
-    "StreamOptions": {
-        "include_obfuscation": _equals(False),
-        "continuous_usage_stats": _equals(False),
-    },
+OF_COMPLETIONS: Neutral = {"suffix": ("",)}
+OF_CHATS: Neutral = {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "prompt_cache_retention": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
 }
+OF_RESPONSES: Neutral = {
+    "conversation": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "max_tool_calls": (),
+    "reasoning": (),
+    "background": (False,),
+    "prompt": (),
+    "stream_options": ({},),
+}
+OF_TEXT_SETTINGS: Neutral = {"verbosity": ("medium",)}
+# What an answer of ours, or of others, carries when it is sent back as a message of the assistant.
+OF_MESSAGES: Neutral = {
+    "refusal": ("",),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning_content": ("",),
+    "reasoning": ("",),
+}
+OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
 
 def refused_fields(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Path of every field that asks for something we do not do, at any depth, and whether it is a known one."""
-    known = _NOT_SUPPORTED.get(type(part).__name__, {})
+    """Path of every field that asks for something we do not do, at any depth, and whether it is a known one.
+
+    What a class knows and does not support is its `not_supported`.
+    """
+    known: Neutral = getattr(part, "not_supported", {})
     for name, value in (part.model_extra or {}).items():
-        is_neutral = known.get(name)
-        if value is None or (is_neutral is not None and is_neutral(value)):
-            continue
-        yield prefix + name, is_neutral is not None
+        if value is not None and not any(_equal(value, neutral) for neutral in known.get(name, ())):
+            yield prefix + name, name in known
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         path = prefix + (field.alias or name)
@@ -82,3 +66,8 @@ def refused_fields(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, boo
             for i, item in enumerate(value):
                 if isinstance(item, BaseModel):
                     yield from refused_fields(item, f"{path}[{i}].")
+
+
+def _equal(value: object, neutral: object) -> bool:
+    """Python's own equality takes true for 1."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

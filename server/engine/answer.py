@@ -64,6 +64,7 @@ class Answer:
 
     def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
         """What the newest token, which the sequence already has, adds to the answer."""
+        offset = self._text.num_decoded
         text, finish_reason = self._read(token)
         return Delta(
             request_id=self.sequence.request.request_id,
@@ -71,6 +72,7 @@ class Answer:
             num_tokens=1,
             token_ids=(token,) if self._sampling.return_token_ids else (),
             logprobs=() if logprob is None else (logprob,),
+            offsets=() if logprob is None else (offset,),
             prompt_logprobs=self._take_prompt_logprobs() if self._prompt_logprobs else (),
             finish_reason=finish_reason,
             error=self._grammar.error if finish_reason == "error" and self._grammar is not None else None,
@@ -80,6 +82,8 @@ class Answer:
     def _read(self, token: int) -> tuple[str, str | None]:
         """The text that is ready, and the finish reason if the token is the last one."""
         sampling, num_generated = self._sampling, self.sequence.num_generated
+        if self._grammar is not None and self._grammar.error is not None:
+            return "", "error"  # its mask meant nothing, so the token means nothing
         if token in self.sequence.end_token_ids:
             shown = ""
             if sampling.include_stop and token in sampling.stop_token_ids:

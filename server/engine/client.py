@@ -163,8 +163,8 @@ class EngineClient:
             raise EngineDead(_ENDED)
         streams = [DeltaStream(self, request.request_id) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
-        self._send(Submit(requests))
         try:
+            self._send(Submit(requests))
             await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
             for stream in streams:
                 if stream.accepted.done():
@@ -257,7 +257,7 @@ class EngineClient:
             stream = self._streams.pop(event.request_id, None)
             if stream is not None:
                 _resolve(stream.accepted, RequestRejected(event.message, event.code, event.param))
-                stream.add(failure(event.request_id, event.message))
+                stream.add(failure(event.request_id, event.message, event.code, event.param))
         else:
             answer = self._calls.get(event.call_id)
             if answer is not None and not answer.done():

@@ -21,7 +21,7 @@ from server.engine.messages import (
     UnloadAdapter,
     failure,
 )
-from server.engine.request import GRAMMAR_REFUSED, QUEUE_FULL, QUEUE_TIMEOUT, GenerationRequest, RequestRejected
+from server.engine.request import QUEUE_TIMEOUT, GenerationRequest, RequestRejected
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
 
@@ -84,8 +84,7 @@ class EngineCore:
         if request.sampling.grammar is None:
             self._queue(request)
             return
-        if len(self._compiling) >= self.scheduler.limits.max_num_seqs + self.scheduler.limits.max_queued_requests:
-            raise RequestRejected(f"{len(self._compiling)} grammars are being prepared; try again later.", QUEUE_FULL)
+        self.scheduler.reserve()
         self._compiling[request.request_id] = request
         self.grammars.submit(request.request_id, request.sampling.grammar)
 
@@ -113,6 +112,7 @@ class EngineCore:
             self._forget(answer.sequence)
         elif self._compiling.pop(request_id, None) is not None:
             self.grammars.cancel(request_id)
+            self.scheduler.give_up_place()
 
     def call(self, call: Call) -> None:
         """Do what the operator asks; the answer is among `take_replies`, now or after a later step."""
@@ -178,8 +178,9 @@ class EngineCore:
             request = self._compiling.pop(request_id, None)
             if request is None:
                 continue  # aborted meanwhile
+            self.scheduler.give_up_place()  # the request takes it at once, if it can be queued at all
             if isinstance(grammar, GrammarRefused):
-                self._rejected.append(Rejected(request_id, str(grammar), GRAMMAR_REFUSED))
+                self._rejected.append(Rejected(request_id, str(grammar), grammar.code))
                 continue
             try:
                 self._queue(request, grammar)

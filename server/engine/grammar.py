@@ -4,6 +4,7 @@ Knows no requests, no HTTP and no JSON schema: what a grammar describes is said 
 """
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -16,7 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders
+
+from server.engine.request import GRAMMAR_REFUSED, GRAMMARS_BUSY
+from server.token_bytes import byte_level_alphabet
 
 logger = logging.getLogger("server.engine")
 
@@ -55,7 +59,11 @@ _LIMIT_WORDS = (
 
 
 class GrammarRefused(ValueError):
-    """A grammar cannot be used; str() is one sentence for the user."""
+    """A grammar cannot be used; str() is one sentence for the user, `code` as `RequestRejected` has it."""
+
+    def __init__(self, message: str, code: str = GRAMMAR_REFUSED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def check_grammar(grammar: str) -> None:
@@ -196,7 +204,7 @@ class GrammarCompiler:
     def _compile_in_time(self, grammar: str) -> TokenGrammar | GrammarRefused:
         self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         if len(self._abandoned) >= MAX_ABANDONED:
-            return GrammarRefused(_BUSY)
+            return GrammarRefused(_BUSY, GRAMMARS_BUSY)
         try:
             tokenizer = self._vocabulary.tokenizer()  # outside the time limit: the first one waits for it
         except BaseException:  # even a panic: whatever it cannot read, the model still serves plain text
@@ -245,8 +253,29 @@ class _Vocabulary:
                 plain.no_truncation()
                 if not self._has_eos:
                     plain.add_special_tokens([AddedToken("<|end of the grammar|>", special=True)])
-                self._made = LLTokenizer(plain.to_str(), n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
+                self._made = LLTokenizer(
+                    _with_plain_added_tokens(plain), n_vocab=self._num_tokens, eos_token=self._eos_token_ids
+                )
             return self._made
+
+
+def _with_plain_added_tokens(tokenizer: Tokenizer) -> str:
+    """The tokenizer's JSON with added tokens that are no special ones, as <tool_call> of Qwen, among all others.
+
+    llguidance takes every added token that is written <so> for a special one, which no grammar of texts allows.
+    """
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        character_of = {value: character for character, value in byte_level_alphabet().items()}
+        is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        for token in content["added_tokens"]:
+            text = token["content"]
+            if is_byte_level and not token["special"]:
+                text = "".join(character_of[value] for value in text.encode())
+            vocabulary.setdefault(text, token["id"])  # special ones, too, or they would get other ids
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _compile(tokenizer: LLTokenizer, grammar: str) -> LLMatcher | GrammarRefused:

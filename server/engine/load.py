@@ -101,6 +101,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     )
     tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     eos_token_ids = _eos_token_ids(path, config)
+    grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
+    grammars.prepare()
     core = EngineCore(
         Scheduler(
             limits,
@@ -113,7 +115,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         tokenizer,
         eos_token_ids,
         adapters,
-        GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size),
+        grammars,
     )
     info = EngineInfo(
         model_path=str(path),

@@ -91,11 +91,13 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_tokens: int
     token_ids: tuple[int, ...] = ()  # if the request wants them
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if the request wants them
+    offsets: tuple[int, ...] = ()  # with them: characters of the answer before each of the tokens
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, all in the first delta
     embedding: bytes | None = None  # float32, of a request that is pooled
     finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
     error: str | None = None  # one sentence, with finish_reason "error"
-    code: str | None = None  # with it, if the request itself is to blame: as `RequestRejected` has
+    code: str | None = None  # with it: as `RequestRejected` has
+    param: str | None = None
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
     evicted_tokens: int = 0  # in the last delta: tokens that went out of sight
 
@@ -110,6 +112,7 @@ def merged(deltas: list[Delta]) -> Delta:
         num_tokens=sum([delta.num_tokens for delta in deltas]),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        offsets=tuple(offset for delta in deltas for offset in delta.offsets),
         prompt_logprobs=deltas[0].prompt_logprobs,
     )
 
@@ -217,9 +220,17 @@ Event = Accepted | Rejected | StepOutput | Reply
 News = Accepted | Rejected | Delta  # what a step has to say about one request
 
 
-def failure(request_id: str, message: str) -> Delta:
+def failure(request_id: str, message: str, code: str | None = None, param: str | None = None) -> Delta:
     """The end of a request that failed; `message` is one sentence for the user."""
-    return Delta(request_id=request_id, text="", num_tokens=0, finish_reason="error", error=message)
+    return Delta(
+        request_id=request_id,
+        text="",
+        num_tokens=0,
+        finish_reason="error",
+        error=message,
+        code=code,
+        param=param,
+    )
 
 
 class EngineStart(msgspec.Struct, frozen=True):

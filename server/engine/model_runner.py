@@ -93,7 +93,7 @@ def adjustment(sequence: Sequence, vocab_size: int) -> LogitAdjustment | None:
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        tokens=np.array(sequence.tokens),
+        tokens=np.array(sequence.tokens) if is_penalised else None,
         num_prompt=sequence.num_prompt,
     )
 

@@ -11,6 +11,7 @@ MAX_PRIORITY = 100  # either way: what keeps any request from waiting for ever
 # Codes of `RequestRejected` that mean "not now" and not "not like this".
 QUEUE_FULL = "queue_full"
 QUEUE_TIMEOUT = "queue_timeout"
+GRAMMARS_BUSY = "grammars_busy"
 # Those that are about the adapter.
 MODEL_NOT_FOUND = "model_not_found"
 ADAPTER_NOT_FOUND = "adapter_not_found"

@@ -88,10 +88,29 @@ class Scheduler:
         self._adapters = adapters
         self._clock = clock
         self._num_added = 0
+        self._num_reserved = 0  # places in the queue of requests that are not ready to be added
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def reserve(self) -> None:
+        """Keep a place in the queue for a request that will be added, or given up, later.
+
+        Raises:
+            RequestRejected: the queue is full.
+        """
+        self._require_place()
+        self._num_reserved += 1
+
+    def give_up_place(self) -> None:
+        self._num_reserved -= 1
+
+    def _require_place(self) -> None:
+        num_waiting = len(self.waiting) + self._num_reserved
+        if num_waiting + len(self.running) >= self.limits.max_num_seqs + self.limits.max_queued_requests:
+            busy = f"{len(self.running)} requests are running and {num_waiting} are waiting"
+            raise RequestRejected(f"{busy} already; try again later.", code=QUEUE_FULL)
 
     def add(
         self, request: GenerationRequest, adapter: AdapterVersion | None = None, leader: Sequence | None = None
@@ -110,9 +129,7 @@ class Scheduler:
                 code="context_length_exceeded",
                 param="max_tokens",
             )
-        if len(self.waiting) + len(self.running) >= self.limits.max_num_seqs + self.limits.max_queued_requests:
-            busy = f"{len(self.running)} requests are running and {len(self.waiting)} are waiting"
-            raise RequestRejected(f"{busy} already; try again later.", code=QUEUE_FULL)
+        self._require_place()
         self._num_added += 1
         arrived_s = self._clock()
         sequence = Sequence(

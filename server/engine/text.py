@@ -46,6 +46,7 @@ class TextStream:
         self._stops = [_StopString(text) for text in stop]
         self._include_stop = include_stop
         self._held = ""  # may still become a stop string
+        self.num_decoded = 0  # characters of all tokens so far, held back or not
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Take the next token; return text that is ready to send, and whether a stop string was met.
@@ -54,7 +55,11 @@ class TextStream:
         pushed after it. No stop string is looked for in the text of a token that may not stop.
         """
         text = self._detokenizer.push(token_id)
-        return self._cut(text) if may_stop else (text, False)
+        self.num_decoded += len(text)
+        if may_stop:
+            return self._cut(text)
+        held, self._held = self._held, ""
+        return held + text, False
 
     def flush(self) -> str:
         """Everything held back, at the end by length or end-of-sequence token. An unfinished character is U+FFFD."""

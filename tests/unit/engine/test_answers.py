@@ -94,6 +94,7 @@ def answer(core: EngineCore, **fields: Any) -> tuple[str, str | None, int]:
         ({"stop": ("ba",), "ignore_eos": True, "include_stop": True}, ("aba", "stop", 4)),
         ({"stop": ("b",), "min_tokens": 2}, ("ab", "stop", 3)),
         ({"stop": ("b",), "min_tokens": 2, "ignore_eos": True}, ("aba", "stop", 5)),
+        ({"stop_token_ids": (ord("b"),), "stop": ("ax",), "include_stop": True}, ("ab", "stop", 2)),
         ({"skip_special_tokens": False, "ignore_eos": True}, ("ab<|end|>ab<|end|>", "length", 6)),
     ],
 )

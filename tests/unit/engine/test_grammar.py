@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from server.engine.grammar import GrammarCompiler, GrammarRefused, TokenGrammar, check_grammar
 from tests.fake_engine import make_tokenizer
@@ -178,6 +179,7 @@ def test_a_grammar_that_no_text_satisfies_is_refused(compiler: GrammarCompiler) 
 
 def test_what_is_cancelled_is_not_answered(compiler: GrammarCompiler) -> None:
     compiler.submit("a", 'start: "a"')
+    assert select.select([compiler.wake_fd], [], [], 10)[0]
     compiler.cancel("a")
     compiler.submit("a", 'start: "b"')
     compiler.submit("z", 'start: "z"')
@@ -210,4 +212,21 @@ def test_grammars_that_cannot_be_stopped_do_not_pile_up() -> None:
     answers = [str(answer) for answer in collect(compiler, 6).values()]
     assert answers[-1] == "The server is busy with other grammars; try again later."
     assert threading.active_count() <= before + 3
+    compiler.close()
+
+
+def test_added_tokens_that_are_no_special_ones_are_text() -> None:
+    """Qwen's <tool_call> is such a token: banned, the model would have to spell out what it has a token for."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("two words", special=False)])
+    size = tokenizer.get_vocab_size()
+    compiler = GrammarCompiler(tokenizer, frozenset({256}), size)
+    grammar = compiled(compiler, 'start: /(?s:.*)/ "!"')
+    call, words = tokenizer.token_to_id("<tool_call>"), tokenizer.token_to_id("two words")
+    assert {call, words} <= allowed(grammar, size) and 257 not in allowed(grammar, size)
+    grammar = compiled(compiler, 'start: "a<tool_call>two words"')
+    for token_id in (ord("a"), call, words):
+        assert token_id in allowed(grammar, size)
+        grammar.accept(token_id)
+    assert grammar.is_complete
     compiler.close()

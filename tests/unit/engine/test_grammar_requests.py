@@ -9,8 +9,9 @@ import pytest
 
 from server.api.structured import json_grammar
 from server.engine.core import EngineCore
+from server.engine.grammar import TokenGrammar
 from server.engine.messages import Delta, Rejected
-from server.engine.request import GenerationRequest
+from server.engine.request import GenerationRequest, RequestRejected
 from tests.engine import BACKENDS, Backend, make_request
 from tests.models import make_model, random_tokens
 from tests.unit.engine.test_answers import Script, make_core, model_core
@@ -34,14 +35,14 @@ def drain(core: EngineCore, *requests: GenerationRequest, limit_s: float = 20) -
         core.submit(request)
     said: dict[str, list[Any]] = {request.request_id: [] for request in requests}
     deadline_s = time.monotonic() + limit_s
-    while any(not items or not ended(items[-1]) for items in said.values()):
+    while any(not said[r.request_id] or not ended(said[r.request_id][-1]) for r in requests):
         assert time.monotonic() < deadline_s
         core.take_replies()
         if not core.has_work:
             time.sleep(0.001)  # a grammar is being compiled
             continue
         for item in core.step():
-            said[item.request_id].append(item)
+            said.setdefault(item.request_id, []).append(item)
     return said
 
 
@@ -122,3 +123,34 @@ def test_a_request_that_is_aborted_while_its_grammar_compiles_is_gone() -> None:
     said = drain(core, make_request([1], 4, "later", grammar=json_grammar({"const": "ababab"})))
     assert said.keys() == {"later"}
     assert core.stats().num_waiting == 0 and not core.has_work
+
+
+def test_a_grammar_that_reaches_its_limits_ends_in_an_error_and_not_as_if_it_were_complete() -> None:
+    """The library then allows nothing but the end, which was taken for a complete answer."""
+    core = make_core(Script('{"a": "$'))
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    core.submit(make_request([1], 50, grammar=json_grammar(schema)))
+    while not core.has_work:
+        core.take_replies()
+    for _ in range(7):
+        core.step()
+    grammar = core.scheduler.running[0].grammar
+    assert isinstance(grammar, TokenGrammar)
+    grammar._matcher.consume_token(ord("\n"))  # no text goes on so
+    (last,) = core.step()
+    assert isinstance(last, Delta) and (last.finish_reason, last.code) == ("error", "grammar_refused")
+
+
+def test_requests_whose_grammars_compile_take_places_in_the_queue() -> None:
+    core = make_core(Script("12$"), max_num_seqs=1, max_queued_requests=2)
+    grammar = json_grammar({"type": "integer"})
+    core.submit(make_request([1], 4, "plain"))
+    for name in "ab":
+        core.submit(make_request([1], 4, name, grammar=grammar))
+    for late in (make_request([1], 4, "c", grammar=grammar), make_request([1], 4, "d")):
+        with pytest.raises(RequestRejected) as refusal:
+            core.submit(late)
+        assert refusal.value.code == "queue_full"
+    core.abort("a")
+    said = drain(core, make_request([1], 4, "e", grammar=grammar))
+    assert text_of(said["e"]) == "12"

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.api.answer import AnswerPlan, TokenCount, _events, _read_all, interleaved
-from server.api.choices import ChoiceForm, ChoiceReader, PromptEcho, whole_choice
+from server.api.choices import ChoiceForm, ChoiceReader, PromptEcho
 from server.api.errors import ApiError
-from server.api.logprobs import TokenAligner
+from server.api.logprobs import ShownToken, TokenAligner
 from server.api.sse import ChunkWriter
 from server.api.tool_parser import ToolCallParser
 from server.api.tools import HERMES
@@ -39,6 +39,7 @@ class Stream:
                 text=chr(value),
                 num_tokens=1,
                 logprobs=(TokenLogprob(value, -1.0, ((value, -1.0), (65, -2.0))),) if logprobs else (),
+                offsets=(i,) if logprobs else (),
                 token_ids=(value,),
                 finish_reason="stop" if i == len(data) - 1 else None,
             )
@@ -96,11 +97,9 @@ def test_streamed_choices_join_to_what_is_answered_whole(kind: str) -> None:
     form = ChoiceForm(kind=kind, logprobs=2, prompt_token_ids=[7], with_tools=kind == "chat")
     *chunks, done = streamed([Stream(text, logprobs=True) for text in texts], plan(kind, 3, form))
     assert done == "[DONE]"
-    fragments, _ = asyncio.run(
-        _read_all([Stream(text, logprobs=True) for text in texts], plan(kind, 3, form), TokenCount(3))
-    )
+    read = asyncio.run(_read_all([Stream(text, logprobs=True) for text in texts], plan(kind, 3, form), TokenCount(3)))
     for index in range(3):
-        whole = whole_choice(kind, index, fragments[index])
+        whole = read[index].reader.whole(index, read[index].fragments)
         parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [whole["finish_reason"]]
         assert parts[-1]["finish_reason"] == whole["finish_reason"]
@@ -154,29 +153,41 @@ def test_streams_take_turns() -> None:
     assert Counter(numbers) == {0: 3, 1: 5, 2: 1} and set(numbers[:3]) == {0, 1, 2}
 
 
-@given(st.text(), st.integers(0, 40))
-def test_every_token_is_shown_with_its_text_and_none_that_was_cut_away(text: str, length: int) -> None:
-    """One token a byte; the text is cut after some characters, as by a stop string."""
-    data, kept = text.encode(errors="replace"), text.encode(errors="replace").decode()[:length]
-    aligner = TokenAligner(TOKEN_BYTES, skip_special_tokens=True)
-    aligner.add((value, None) for value in data)
-    shown = aligner.show(kept, "stop")
-    ids = bytes(token.token_id for token in shown)
-    assert ids == kept.encode() if "\ufffd" not in kept else ids.decode(errors="replace").startswith(kept)
-    aligner = TokenAligner(TOKEN_BYTES, skip_special_tokens=True)
-    aligner.add((value, None) for value in data)
-    assert len(aligner.show(text, "length")) == len(data)
+@given(st.text(max_size=30), st.lists(st.integers(0, 5), max_size=20), st.integers(0, 40))
+def test_tokens_are_shown_once_their_text_is_and_never_when_it_was_cut_away(
+    text: str, lengths: list[int], cut: int
+) -> None:
+    """Tokens of any number of characters, shown piece by piece; the text is cut after some, as by a stop string."""
+    offsets = [sum(lengths[:i]) for i in range(len(lengths))]
+    tokens = [ShownToken(i, None, offset) for i, offset in enumerate(offsets)]
+    text = (text * 40)[: min(cut, sum(lengths))].ljust(min(cut, sum(lengths)), "x")
+    aligner = TokenAligner()
+    aligner.add(tokens)
+    shown: list[ShownToken] = []
+    for i, character in enumerate(text):
+        shown += aligner.show(character, None)
+        assert shown == [token for token in tokens if token.offset <= i]
+    assert shown + aligner.show("", "stop") == [token for token in tokens if token.offset < len(text)]
+    aligner = TokenAligner()
+    aligner.add(tokens)
+    assert aligner.show(text, "length") == tokens
+
+
+def test_log_probabilities_of_an_answer_without_text_are_an_empty_list() -> None:
+    reader = ChoiceReader(ChoiceForm(kind="chat", logprobs=0), TOKEN_BYTES)
+    end = Delta(request_id="r", text="", num_tokens=1, finish_reason="stop")
+    assert reader.whole(0, [reader.read(end)])["logprobs"] == {"content": [], "refusal": None}
 
 
 def test_an_echo_comes_before_the_answer_with_its_tokens() -> None:
-    form = ChoiceForm(kind="completion", logprobs=0, echo=PromptEcho("hé", list("hé".encode())))
+    form = ChoiceForm(kind="completion", logprobs=0, echo=PromptEcho("hé", list("hé".encode()), [0, 1, 1]))
     reader = ChoiceReader(form, TOKEN_BYTES)
     prompt_logprobs = tuple(TokenLogprob(value, -0.5) for value in "hé".encode()[1:])
     answer = Delta(
         request_id="r", text="!", num_tokens=1, finish_reason="length", prompt_logprobs=prompt_logprobs,
-        logprobs=(TokenLogprob(33, -0.25),),
+        logprobs=(TokenLogprob(33, -0.25),), offsets=(0,),
     )  # fmt: skip
-    choice = whole_choice("completion", 0, [reader.read(answer)])
+    choice = reader.whole(0, [reader.read(answer)])
     assert choice["text"] == "hé!"
     assert choice["logprobs"] == {
         "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "!"],
