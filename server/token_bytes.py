@@ -16,7 +16,7 @@ class TokenBytes:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._bytes_of: dict[int, bytes] = {}
-        byte_of = byte_level_alphabet()
+        byte_of = _byte_level_alphabet()
         for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
             # Byte-level decoders read added tokens, too, as written in their alphabet where they can be.
             if is_byte_level:
@@ -55,7 +55,7 @@ def _sentencepiece(token: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte is not None else token.replace("▁", " ").encode()
 
 
-def byte_level_alphabet() -> dict[str, int]:
+def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte: itself where it is printable, else one from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))

@@ -15,12 +15,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer
 
 from server.engine.request import GRAMMAR_REFUSED, GRAMMARS_BUSY
-from server.token_bytes import byte_level_alphabet
+from server.token_bytes import TokenBytes
 
 logger = logging.getLogger("server.engine")
 
@@ -253,29 +253,42 @@ class _Vocabulary:
                 plain.no_truncation()
                 if not self._has_eos:
                     plain.add_special_tokens([AddedToken("<|end of the grammar|>", special=True)])
-                self._made = LLTokenizer(
-                    _with_plain_added_tokens(plain), n_vocab=self._num_tokens, eos_token=self._eos_token_ids
-                )
+                tokens = TokenizerWrapper(_Tokens(plain, self._eos_token_ids[0], self._num_tokens))
+                self._made = LLTokenizer(tokens, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
             return self._made
 
 
-def _with_plain_added_tokens(tokenizer: Tokenizer) -> str:
-    """The tokenizer's JSON with added tokens that are no special ones, as <tool_call> of Qwen, among all others.
+class _Tokens:
+    """The tokens as llguidance wants them, in place of the tokenizer's JSON.
 
-    llguidance takes every added token that is written <so> for a special one, which no grammar of texts allows.
+    From that it would take every added token that is written <so>, as <tool_call> of Qwen, for a special one, which no
+    grammar of texts allows.
     """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_id: int, num_tokens: int) -> None:
+        known = TokenBytes(tokenizer)
+        self.eos_token_id = eos_token_id
+        self.tokens = [known[token_id] for token_id in range(num_tokens)]
+        self.special_token_ids = sorted(known.special_ids)
+        self._encoder = _without_special_tokens(tokenizer)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """How the model would write a text that the grammar forces."""
+        text = text if isinstance(text, str) else text.decode()
+        return self._encoder.encode(text, add_special_tokens=False).ids
+
+
+def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """One that reads the names of special tokens in a text as text."""
     content = json.loads(tokenizer.to_str())
     vocabulary = content["model"].get("vocab")
     if isinstance(vocabulary, dict):
-        character_of = {value: character for character, value in byte_level_alphabet().items()}
-        is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         for token in content["added_tokens"]:
-            text = token["content"]
-            if is_byte_level and not token["special"]:
-                text = "".join(character_of[value] for value in text.encode())
-            vocabulary.setdefault(text, token["id"])  # special ones, too, or they would get other ids
-        content["added_tokens"] = [token for token in content["added_tokens"] if token["special"]]
-    return json.dumps(content, ensure_ascii=False)
+            vocabulary.setdefault(token["content"], token["id"])  # or the others would get new ids
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
 
 
 def _compile(tokenizer: LLTokenizer, grammar: str) -> LLMatcher | GrammarRefused:
