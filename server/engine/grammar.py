@@ -4,7 +4,6 @@ Knows no requests, no HTTP and no JSON schema: what a grammar describes is said 
 """
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -15,12 +14,12 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
+from server.engine.grammar_vocabulary import GrammarVocabulary
 from server.engine.request import GRAMMAR_REFUSED, GRAMMARS_BUSY
-from server.token_bytes import TokenBytes
 
 logger = logging.getLogger("server.engine")
 
@@ -144,7 +143,7 @@ class GrammarCompiler:
         compile_limit_s: float = COMPILE_LIMIT_S,
     ) -> None:
         """`vocab_size` is the model's: how many logits it computes."""
-        self._vocabulary = _Vocabulary(tokenizer, eos_token_ids, vocab_size)
+        self._vocabulary = GrammarVocabulary(tokenizer, eos_token_ids, vocab_size)
         self._compile_limit_s = compile_limit_s
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._wanted: dict[str, int] = {}
@@ -225,70 +224,6 @@ class GrammarCompiler:
         if isinstance(result, LLMatcher):
             return TokenGrammar(result, self._vocabulary.vocab_size, self._vocabulary.num_words)
         return result
-
-
-class _Vocabulary:
-    """The tokenizer as llguidance sees it, made when it is first needed because that takes a second."""
-
-    def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < num_tokens)
-        self._has_eos = bool(self._eos_token_ids)
-        if not self._has_eos:  # llguidance needs one, so it gets one that no mask shows
-            self._eos_token_ids = [num_tokens]
-            num_tokens += 1
-        self._num_tokens = max(vocab_size, num_tokens)
-        self.num_words = (self._num_tokens + 31) // 32
-        self._source = tokenizer
-        self._made: LLTokenizer | None = None
-        self._making = threading.Lock()
-
-    def tokenizer(self) -> LLTokenizer:
-        """Any thread. Raises whatever llguidance raises for a tokenizer that it cannot read."""
-        with self._making:
-            if self._made is None:
-                plain = Tokenizer.from_str(self._source.to_str())
-                plain.no_padding()
-                plain.no_truncation()
-                if not self._has_eos:
-                    plain.add_special_tokens([AddedToken("<|end of the grammar|>", special=True)])
-                tokens = TokenizerWrapper(_Tokens(plain, self._eos_token_ids[0], self._num_tokens))
-                self._made = LLTokenizer(tokens, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
-            return self._made
-
-
-class _Tokens:
-    """The tokens as llguidance wants them, in place of the tokenizer's JSON.
-
-    From that it would take every added token that is written <so>, as <tool_call> of Qwen, for a special one, which no
-    grammar of texts allows.
-    """
-
-    bos_token_id = None
-
-    def __init__(self, tokenizer: Tokenizer, eos_token_id: int, num_tokens: int) -> None:
-        known = TokenBytes(tokenizer)
-        self.eos_token_id = eos_token_id
-        self.tokens = [known[token_id] for token_id in range(num_tokens)]
-        self.special_token_ids = sorted(known.special_ids)
-        self._encoder = _without_special_tokens(tokenizer)
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that the grammar forces."""
-        text = text if isinstance(text, str) else text.decode()
-        return self._encoder.encode(text, add_special_tokens=False).ids
-
-
-def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """One that reads the names of special tokens in a text as text."""
-    content = json.loads(tokenizer.to_str())
-    vocabulary = content["model"].get("vocab")
-    if isinstance(vocabulary, dict):
-        for token in content["added_tokens"]:
-            vocabulary.setdefault(token["content"], token["id"])  # or the others would get new ids
-        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
-    return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
 
 
 def _compile(tokenizer: LLTokenizer, grammar: str) -> LLMatcher | GrammarRefused:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from server.api import structured
 from server.api.errors import ApiError
-from server.api.structured import any_object_grammar, checked, json_grammar, json_rule
+from server.api.structured import checked, json_grammar, json_rule
 from server.engine.grammar import LIMITS, GrammarCompiler, TokenGrammar, check_grammar
 from stellarbyte.checkpoint.demo import resolve_model
 from tests.fake_engine import make_tokenizer
@@ -202,7 +202,7 @@ def test_an_answer_has_no_room_for_endless_space() -> None:
 
 
 def test_json_mode_allows_objects_only() -> None:
-    matcher = LLMatcher(FAKE, any_object_grammar(), log_level=0)
+    matcher = LLMatcher(FAKE, json_grammar({"type": "object"}), log_level=0)
     assert matcher.validate_tokens(list(b'{"a": [1.5e3, {}]}')) == 18
     assert matcher.validate_tokens(list(b"[]")) == 0
 
