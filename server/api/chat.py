@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answer import AnswerPlan, answer
-from server.api.chat_prompt import chat_encoder, check_continuation, content_characters, count_characters
+from server.api.chat_prompt import chat_encoder, check_continuation, content_characters
 from server.api.choices import ChoiceForm, ChoiceReader
 from server.api.errors import bad_request
 from server.api.generation import (
@@ -18,7 +18,6 @@ from server.api.generation import (
     check_prompt,
     context_limit,
     make_requests,
-    off_loop_if_long,
     overflow_of,
     read_body,
 )
@@ -127,6 +126,6 @@ async def _encode(body: ChatBody, service: Service, toolbox: Toolbox | None) -> 
     """The chat as token ids; ApiError when the template refuses it."""
     check_characters(content_characters(body), context_limit(body, service), service, "messages")
     try:
-        return await off_loop_if_long(chat_encoder(body, service, toolbox), count_characters(body))
+        return await asyncio.to_thread(chat_encoder(body, service, toolbox))
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None

@@ -9,8 +9,6 @@ from server.api.service import Service
 from server.api.tool_messages import messages_for_template
 from server.api.tools import FunctionTool, Toolbox
 
-_CHARACTERS_A_MESSAGE = 32  # about what a template writes around one
-
 
 class ChatInput(Protocol):
     """What is read of a body."""
@@ -42,20 +40,8 @@ def content_characters(body: ChatInput) -> int:
     return sum(len(message.content) for message in body.messages if message.content is not None)
 
 
-def count_characters(body: ChatInput) -> int:
-    """About the characters that the template writes; what to decide by whether the work is long."""
-    calls = [call for message in body.messages for call in message.tool_calls or ()]
-    tools = () if body.tools is None else body.tools
-    return (
-        content_characters(body)
-        + _CHARACTERS_A_MESSAGE * len(body.messages)
-        + sum(len(call.function.arguments) for call in calls)
-        + sum(len(tool.model_dump_json()) for tool in tools)
-    )
-
-
 def chat_encoder(body: ChatInput, service: Service, toolbox: Toolbox | None) -> Callable[[], list[int]]:
-    """Makes the tokens; raises ApiError or ChatTemplateError. May run in any thread."""
+    """Makes the tokens, in a thread: a template is a program. Raises ApiError or ChatTemplateError."""
     tokenizer, continues = service.tokenizer, bool(body.continue_final_message)
 
     def encode() -> list[int]:

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize, as vLLM has them: what a prompt or a chat is in tokens, and back. Runs no model."""
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -9,9 +10,9 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from server.api.adapters import adapters_of
-from server.api.chat_prompt import chat_encoder, check_continuation, count_characters
+from server.api.chat_prompt import chat_encoder, check_continuation
 from server.api.errors import bad_request, from_engine
-from server.api.generation import check_token_ids, off_loop_if_long, read_body
+from server.api.generation import check_token_ids, read_body
 from server.api.schemas import Body, Messages, TokenId, parse_plain_body
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import encode_json
@@ -63,9 +64,9 @@ async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
         raise bad_request("Give 'prompt' or 'messages', not both.", "messages")
     if kind.messages is None:
         prompt, headers = await read_body(http, service, TokenizePromptBody)
-        return await _answer(prompt, service, headers, *_prompt_encoder(prompt, service))
+        return await _answer(prompt, service, headers, _prompt_encoder(prompt, service))
     chat, headers = await read_body(http, service, TokenizeChatBody)
-    return await _answer(chat, service, headers, *_chat_encoder(chat, service))
+    return await _answer(chat, service, headers, _chat_encoder(chat, service))
 
 
 @router.post("/detokenize")
@@ -77,7 +78,7 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
     def work() -> bytes:
         return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    return _json(await off_loop_if_long(work, 2 * len(body.tokens)), headers)
+    return _json(await asyncio.to_thread(work), headers)
 
 
 async def _answer(
@@ -85,7 +86,6 @@ async def _answer(
     service: Service,
     headers: dict[str, str],
     encode: Callable[[], list[int]],
-    num_characters: int,
 ) -> Response:
     await _require_model(body.model, service)
 
@@ -102,20 +102,19 @@ async def _answer(
         )
 
     try:
-        return _json(await off_loop_if_long(work, num_characters), headers)
+        return _json(await asyncio.to_thread(work), headers)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None
 
 
-def _prompt_encoder(body: TokenizePromptBody, service: Service) -> tuple[Callable[[], list[int]], int]:
-    """What makes the tokens, and how many characters it works on."""
-    return partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False), len(body.prompt)
+def _prompt_encoder(body: TokenizePromptBody, service: Service) -> Callable[[], list[int]]:
+    return partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False)
 
 
-def _chat_encoder(body: TokenizeChatBody, service: Service) -> tuple[Callable[[], list[int]], int]:
+def _chat_encoder(body: TokenizeChatBody, service: Service) -> Callable[[], list[int]]:
     check_continuation(body)
     toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
-    return chat_encoder(body, service, toolbox), count_characters(body)
+    return chat_encoder(body, service, toolbox)
 
 
 def _json(content: bytes, headers: dict[str, str]) -> Response:

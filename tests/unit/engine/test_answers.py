@@ -44,10 +44,10 @@ def make_core(runner: Any, vocab_size: int = 259, **options: Any) -> EngineCore:
     return EngineCore(make_scheduler(**options), runner, tokenizer, ends, no_adapters(), grammars)
 
 
-def model_core(model: ByteTransformer, backend: Backend, **options: Any) -> EngineCore:
+def model_core(model: ByteTransformer, backend: Backend, device: str = "cpu", **options: Any) -> EngineCore:
     scheduler = make_scheduler(**options)
     pool, layout = scheduler.pool, scheduler.layout
-    cache = PagedKVCache(model.config, pool.num_blocks, layout.block_size, torch.float32, torch.device("cpu"))
+    cache = PagedKVCache(model.config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
     cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
     cache.values_LBSKD.zero_()
     core = make_core(ModelRunner(backend(model, model.config, None), cache), model.config.vocab_size)
