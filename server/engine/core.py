@@ -86,7 +86,8 @@ class EngineCore:
             return
         self.scheduler.reserve()
         self._compiling[request.request_id] = request
-        self.grammars.submit(request.request_id, request.sampling.grammar)
+        # Further answers to one prompt let the grammars of other requests go first.
+        self.grammars.submit(request.request_id, request.sampling.grammar, can_wait=request.follows is not None)
 
     def _queue(self, request: GenerationRequest, grammar: TokenGrammar | None = None) -> None:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter)

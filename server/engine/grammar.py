@@ -145,7 +145,7 @@ class GrammarCompiler:
         """`vocab_size` is the model's: how many logits it computes."""
         self._vocabulary = GrammarVocabulary(tokenizer, eos_token_ids, vocab_size)
         self._compile_limit_s = compile_limit_s
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.PriorityQueue[tuple[bool, int, _Job | None]] = queue.PriorityQueue()
         self._wanted: dict[str, int] = {}
         self._serial = 0
         self._finished: deque[tuple[_Job, TokenGrammar | GrammarRefused]] = deque()
@@ -161,14 +161,17 @@ class GrammarCompiler:
         with contextlib.suppress(BaseException):  # it is said when a grammar comes
             self._vocabulary.tokenizer()
 
-    def submit(self, key: str, grammar: str) -> None:
-        """Ask for a grammar; `collect` answers with `key`, which must not be waiting already."""
+    def submit(self, key: str, grammar: str, *, can_wait: bool = False) -> None:
+        """Ask for a grammar; `collect` answers with `key`, which must not be waiting already.
+
+        Those that can wait come after all others.
+        """
         self._serial += 1
         self._wanted[key] = self._serial
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="grammar-compiler", daemon=True)
             self._thread.start()
-        self._jobs.put(_Job(key=key, serial=self._serial, grammar=grammar))
+        self._jobs.put((can_wait, self._serial, _Job(key=key, serial=self._serial, grammar=grammar)))
 
     def cancel(self, key: str) -> None:
         """Nobody waits for it any more; an unknown key is fine."""
@@ -189,11 +192,11 @@ class GrammarCompiler:
     def close(self) -> None:
         """Stop; nothing is answered any more. Leaves a compilation that is under way to itself."""
         self._wanted.clear()
-        self._jobs.put(None)
+        self._jobs.put((False, 0, None))
 
     def _work(self) -> None:
         _give_way()
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()[2]) is not None:
             if self._wanted.get(job.key) != job.serial:
                 continue
             self._finished.append((job, self._compile_in_time(job.grammar)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
+from server.engine import grammar as grammar_module
 from server.engine.grammar import GrammarCompiler, GrammarRefused, TokenGrammar, check_grammar
 from tests.fake_engine import make_tokenizer
 
@@ -230,3 +231,13 @@ def test_added_tokens_that_are_no_special_ones_are_text() -> None:
         grammar.accept(token_id)
     assert grammar.is_complete
     compiler.close()
+
+
+def test_grammars_that_can_wait_let_others_go_first(monkeypatch: pytest.MonkeyPatch, compiler: GrammarCompiler) -> None:
+    may_go_on, compile_now = threading.Event(), grammar_module._compile
+    monkeypatch.setattr(grammar_module, "_compile", lambda *of: (may_go_on.wait(5), compile_now(*of))[1])
+    for i in range(5):
+        compiler.submit(f"waits {i}", f'start: "{i}"', can_wait=True)
+    compiler.submit("next", 'start: "a"')
+    may_go_on.set()
+    assert list(collect(compiler, 6)).index("next") <= 1  # one may have been begun
