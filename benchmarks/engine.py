@@ -126,8 +126,11 @@ def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int 
     core.runner.run = stopwatch.wrap("runner", core.runner.run)
     scheduler.apply = stopwatch.wrap("apply", scheduler.apply)
     core.step = stopwatch.wrap("step", core.step)
+    socket = _Socket(requests, on_turn)
+    loop = EngineLoop(core, socket)
+    loop._poller = socket
     try:
-        EngineLoop(core, _Socket(requests, on_turn)).run()
+        loop.run()
     except _Finished:
         pass
     assert scheduler.totals.num_preemptions == 0 and len(scheduler.running) == num_sequences

@@ -37,6 +37,13 @@ def test_the_way_to_the_socket_loses_no_token():
     assert 0 < run["age_ms_p50"] <= run["age_ms_p99"] <= run["age_ms_max"]
 
 
+def test_the_engines_own_work_is_measured_in_its_parts():
+    command = ["benchmarks.engine", "--no-record", "--sequences", "3", "--steps", "5", "--prompt-tokens", "4"]
+    output = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    parts = json.loads(output.stdout.splitlines()[-1])["ms_per_step"]
+    assert parts["all_but_runner"] >= parts["text"] > 0
+
+
 def rows_of_a_stream(resident_mib: list[float], ms: list[float]) -> list[dict]:
     pairs = zip(resident_mib, ms, strict=True)
     return [{"resident_mib": memory, "ms_per_token_median": time_ms} for memory, time_ms in pairs]
