@@ -113,7 +113,9 @@ class TokenGrammar:
         """Why no mask can be made any more: one sentence. It never goes away."""
         if not self._matcher.is_error():
             return None
-        return f"The grammar cannot be followed any further: {_first_line(self._matcher.get_error())}."
+        error = self._matcher.get_error()
+        why = "it is too complex" if _is_limit(error) else _first_line(error)
+        return f"The grammar cannot be followed any further: {why}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +264,13 @@ def _sentence(error: str) -> str:
         return f"The schema's $ref '#{match[2]}' leads nowhere."
     if "NoExtension" in error:
         return "No text can satisfy the grammar."
-    if any(words in error.lower() for words in _LIMIT_WORDS):
+    if _is_limit(error):
         return _TOO_COMPLEX
     return f"The grammar cannot be used: {_first_line(error)}."
+
+
+def _is_limit(error: str) -> bool:
+    return any(words in error.lower() for words in _LIMIT_WORDS)
 
 
 def _first_line(error: str) -> str:
