@@ -24,10 +24,10 @@ from server.api.generation import (
     off_loop_if_long,
     read_body,
 )
-from server.api.schemas import PROMPTS_SCHEMA, Body, PromptInput, prompts, wrong
+from server.api.schemas import PROMPTS_SCHEMA, AdapterScale, Body, CacheSalt, Priority, PromptInput, prompts, wrong
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
-from server.engine.request import MAX_PRIORITY, GenerationRequest, RequestRejected, SamplingParams
+from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
 
 router = APIRouter()
 
@@ -51,9 +51,9 @@ class EmbeddingsBody(Body):
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     pooling: Literal["last", "mean"] | None = None
     add_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    adapter_scale: Annotated[float, Field(ge=0, le=8)] | None = None
+    priority: Priority | None = None
+    cache_salt: CacheSalt | None = None
+    adapter_scale: AdapterScale | None = None
     user: Any = None  # accepted and unused
 
 

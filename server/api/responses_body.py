@@ -6,8 +6,24 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, JsonValue, mo
 from pydantic_core import CoreSchema
 
 from server.api import unsupported
-from server.api.schemas import Body, ChatBody, JsonSchema, Message, ResponseFormat, StopStrings, wrong
-from server.engine.request import MAX_PRIORITY
+from server.api.schemas import (
+    AdapterScale,
+    Body,
+    CacheSalt,
+    ChatBody,
+    JsonSchema,
+    Message,
+    MinP,
+    Priority,
+    ResponseFormat,
+    SchemaName,
+    Seed,
+    StopStrings,
+    Temperature,
+    TopK,
+    TopP,
+    wrong,
+)
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` may ask for
 
@@ -44,11 +60,14 @@ class InputItem(Body):
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class TextFormat(JsonSchema):
+class TextFormat(Body):
     """As `response_format` of a chat, with the schema's fields beside the type."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")] | None = None  # type: ignore[assignment]
+    name: SchemaName | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    strict: bool | None = None
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> "TextFormat":
@@ -70,8 +89,8 @@ class ResponsesBody(Body):
     input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_as_message), _OrText()]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     text: TextSettings | None = None
     include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -80,13 +99,13 @@ class ResponsesBody(Body):
     stream: bool | None = None
     previous_response_id: str | None = None  # always refused: nothing is stored
     # Extra fields, as for chats.
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: Seed | None = None
     stop: StopStrings = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    adapter_scale: Annotated[float, Field(ge=0, le=8)] | None = None
+    priority: Priority | None = None
+    cache_salt: CacheSalt | None = None
+    adapter_scale: AdapterScale | None = None
     # Accepted and unused, whatever they hold. Nothing is stored.
     user: Any = None
     store: Any = None

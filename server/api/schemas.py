@@ -4,7 +4,7 @@ No field is ignored: one that is known but not supported, and one that is unknow
 for nothing (see `unsupported`). null means absent everywhere.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -33,7 +33,16 @@ MAX_CHOICES = 128  # of one request: prompts, times answers to each
 MAX_TOKEN_ID = 2**31 - 1
 
 PromptInput = str | list[int]
+SchemaName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 and 0: all
+MinP = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
+AdapterScale = Annotated[float, Field(ge=0, le=8)]
 
 
 def wrong(message: str) -> PydanticCustomError:
@@ -54,14 +63,14 @@ def _stop_strings(value: object) -> tuple[str, ...] | None:
     return tuple(texts)
 
 
-def _is_token_ids(value: object) -> bool:
+def _is_token_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and bool(value) and {type(item) for item in value} == {int}
 
 
 def prompts(value: object) -> list[PromptInput]:
     """One or several prompts, each of them text or token ids."""
     if isinstance(value, str) or _is_token_ids(value):
-        return [value]  # type: ignore[list-item]  # checked by _is_token_ids
+        return [value]
     if value == [] or (isinstance(value, list) and [] in value):
         raise wrong("a prompt is empty")
     if isinstance(value, list) and (
@@ -149,15 +158,15 @@ class GenerationBody(Body):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # -1 and 0: all
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[str, float] | None, AfterValidator(_biases)] = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopStrings = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
@@ -167,10 +176,10 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Priority | None = None
+    cache_salt: CacheSalt | None = None
     context_overflow: Literal["error", "slide"] | None = None
-    adapter_scale: Annotated[float, Field(ge=0, le=8)] | None = None
+    adapter_scale: AdapterScale | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Accepted and unused, whatever they hold.
@@ -231,7 +240,7 @@ class Message(Body):
 
 
 class JsonSchema(Body):
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    name: SchemaName
     description: str | None = None
     schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
     strict: bool | None = None  # an answer always follows its schema

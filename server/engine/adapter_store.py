@@ -6,7 +6,6 @@ The threads are as unimportant as the system lets them be, so that running strea
 import contextlib
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,12 +14,11 @@ from typing import Any
 
 from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_version import AdapterVersion
+from server.engine.give_way import give_way
 from stellarbyte.lora import AdapterError, read_adapter
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
 
 logger = logging.getLogger("server.engine")
-
-NICENESS = 3
 
 
 class AdapterStore:
@@ -34,8 +32,8 @@ class AdapterStore:
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Exception] = deque()
-        self._reader = ThreadPoolExecutor(1, "adapter-reader", _give_way)
-        self._filler = ThreadPoolExecutor(1, "adapter-filler", _give_way)
+        self._reader = ThreadPoolExecutor(1, "adapter-reader", give_way)
+        self._filler = ThreadPoolExecutor(1, "adapter-filler", give_way)
         self.wake_fd, self._wake = os.pipe()
         os.set_blocking(self.wake_fd, False)
         os.set_blocking(self._wake, False)
@@ -109,11 +107,3 @@ class AdapterStore:
     def _failed(self, version: AdapterVersion, started_s: float, error: str) -> ReadDone:
         message = f"The adapter {version.name!r} cannot be loaded: {error}"
         return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message)
-
-
-def _give_way() -> None:
-    """On Linux niceness belongs to the thread that sets it, elsewhere to the process: there it is left alone."""
-    if os.uname().sysname == "Linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):  # it is nicer already, or may not be
-            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -18,6 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from server.engine.give_way import give_way
 from server.engine.grammar_vocabulary import GrammarVocabulary
 from server.engine.request import GRAMMAR_REFUSED, GRAMMARS_BUSY
 
@@ -25,7 +26,6 @@ logger = logging.getLogger("server.engine")
 
 COMPILE_LIMIT_S = 5.0
 MAX_ABANDONED = 2
-NICENESS = 3
 
 # An ordinary schema compiles in 2 to 20 ms and takes 0.1 to 1 ms for a mask, with 10 ms at worst. Fuel is what regular
 # expressions cost: 50,000 in a mask are about 5 ms. A lexer state is some 300 bytes and every request has its own; a
@@ -197,7 +197,7 @@ class GrammarCompiler:
         self._jobs.put((False, 0, None))
 
     def _work(self) -> None:
-        _give_way()
+        give_way()
         while (job := self._jobs.get()[2]) is not None:
             if self._wanted.get(job.key) != job.serial:
                 continue
@@ -233,7 +233,7 @@ class GrammarCompiler:
 
 def _compile(tokenizer: LLTokenizer, grammar: str) -> LLMatcher | GrammarRefused:
     try:
-        _give_way()
+        give_way()
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             return GrammarRefused(_sentence(matcher.get_error()))
@@ -281,11 +281,3 @@ def _first_line(error: str) -> str:
 
 def _lines(error: str) -> list[str]:
     return [line.strip() for line in error.splitlines() if line.strip() and line.strip() != "<non-verbose/>"]
-
-
-def _give_way() -> None:
-    """On Linux niceness belongs to the thread that sets it, elsewhere to the process: there it is left alone."""
-    if os.uname().sysname == "Linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):  # it is nicer already, or may not be
-            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -144,6 +144,31 @@ def test_a_completion_that_cannot_run_is_refused(fake_server, fields, param, cod
     assert_error(complete(fake_server, **fields), 400, param, code)
 
 
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        ("completions", {"n": 2, "max_tokens": 2**19 + 1}, "max_tokens"),
+        ("completions", {"prompt": ["a"] * 129}, "prompt"),
+        ("completions", {"logprobs": 1, "max_tokens": 2**19 + 1}, "max_tokens"),
+        ("completions", {"prompt": [97] * 8193, "n": 128, "max_tokens": 1}, "n"),
+        ("completions", {"best_of": 2, "n": 3}, "best_of"),
+        ("completions", {"best_of": 3, "n": 2, "stream": True}, "best_of"),
+        ("completions", {"max_tokens": 0}, "max_tokens"),
+        ("completions", {"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ("completions", {"logit_bias": {"300": 1}}, "logit_bias"),
+        ("completions", {"stop_token_ids": [300]}, "stop_token_ids"),
+        ("embeddings", {"input": ["a"] * 2049}, "input"),
+        ("embeddings", {"input": "a", "dimensions": 3}, "dimensions"),
+        ("responses", {"input": "a", "top_logprobs": 5}, "top_logprobs"),
+        ("responses", {"input": "a", "previous_response_id": "r"}, "previous_response_id"),
+    ],
+)
+def test_what_asks_for_too_much_or_contradicts_itself_is_refused_by_name(fake_server, route, fields, param):
+    slides = {"prompt": "a", "context_overflow": "slide"} if route == "completions" else {}
+    response = httpx.post(f"{fake_server.url}/v1/{route}", json={"model": MODEL} | slides | fields)
+    assert_error(response, 400, param)
+
+
 def test_a_chat_that_cannot_run_is_refused(fake_server):
     long = [{"role": "user", "content": "x" * MAX_MODEL_LEN}]
     assert_error(chat(fake_server, messages=long), 400, "messages", "context_length_exceeded")

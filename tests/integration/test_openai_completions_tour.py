@@ -35,6 +35,12 @@ def test_choices_differ_and_a_seed_repeats_them(client) -> None:
     assert {choice.text for choice in complete(client, **ask).choices} != set(first)
 
 
+def test_the_same_prompt_several_times_without_a_seed_gets_several_answers(client) -> None:
+    """All prompts of a request had one seed, so that equal ones got equal answers."""
+    answer = complete(client, prompt=[PROMPT] * 4, temperature=1.5, max_tokens=12)
+    assert len({choice.text for choice in answer.choices}) > 1
+
+
 def test_best_of_shows_the_likeliest_of_its_candidates(client) -> None:
     ask = {"temperature": 1, "seed": 3, "logprobs": 0}
 
