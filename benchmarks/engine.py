@@ -41,12 +41,24 @@ WARM_UP_STEPS = 50
 class _Runner:
     """Random tokens at no cost."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, num_steps_ahead: int) -> None:
         chance = random.Random(0)
+        self.num_steps_ahead = num_steps_ahead
         self._tokens = itertools.cycle([chance.randrange(vocab_size) for _ in range(10_007)])
 
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        return StepResult(tokens=list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks))))
+    def start(self, chunks: list[Chunk]) -> "_Step":
+        return _Step(list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks))))
+
+
+class _Step:
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = tokens
+
+    def finish(self) -> None:
+        pass
+
+    def result(self) -> StepResult:
+        return StepResult(tokens=self._tokens)
 
 
 class _Finished(Exception):
@@ -90,7 +102,9 @@ class _Stopwatch:
         return timed
 
 
-def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int | None) -> dict[str, float]:
+def measure(
+    num_sequences: int, prompt_tokens: int, num_steps: int, window: int | None, num_steps_ahead: int
+) -> dict[str, float]:
     """Milliseconds a step: the median of each part and of the whole."""
     tokenizer = tokenizers.Tokenizer.from_file(str(resolve_model("demo") / "tokenizer.json"))
     length = prompt_tokens + num_steps + WARM_UP_STEPS + 100
@@ -100,11 +114,13 @@ def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int 
         max_model_len=length,
         max_queued_requests=0,
     )
-    layout = CacheLayout(block_size=BLOCK_SIZE, window=window, sink_tokens=0 if window is None else 4)
+    sink_tokens = 0 if window is None else 4
+    layout = CacheLayout(block_size=BLOCK_SIZE, window=window, sink_tokens=sink_tokens, num_steps_ahead=num_steps_ahead)
     scheduler = Scheduler(limits, layout, BlockPool(num_sequences * (length // BLOCK_SIZE + 2)))
     vocab_size, no_ends = tokenizer.get_vocab_size(), frozenset[int]()
     grammars = GrammarCompiler(tokenizer, no_ends, vocab_size)
-    core = EngineCore(scheduler, _Runner(vocab_size), tokenizer, no_ends, no_adapters(), grammars)
+    runner = _Runner(vocab_size, num_steps_ahead)
+    core = EngineCore(scheduler, runner, tokenizer, no_ends, no_adapters(), grammars)
     chance = random.Random(1)
     requests = [
         GenerationRequest(
@@ -123,7 +139,7 @@ def measure(num_sequences: int, prompt_tokens: int, num_steps: int, window: int 
             raise _Finished
 
     scheduler.schedule = stopwatch.wrap("schedule", scheduler.schedule)
-    core.runner.run = stopwatch.wrap("runner", core.runner.run)
+    core.runner.start = stopwatch.wrap("runner", core.runner.start)
     scheduler.apply = stopwatch.wrap("apply", scheduler.apply)
     core.step = stopwatch.wrap("step", core.step)
     socket = _Socket(requests, on_turn)
@@ -152,15 +168,21 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--window", type=int, default=None, help="tokens each layer looks back (default: no window)")
+    parser.add_argument("--steps-ahead", type=int, choices=(0, 1), default=0, help="1: as on a GPU (default: 0)")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     rows = []
     for number in options.sequences:
-        ms = measure(number, options.prompt_tokens, options.steps, options.window)
+        ms = measure(number, options.prompt_tokens, options.steps, options.window, options.steps_ahead)
         print(json.dumps({"sequences": number, "ms_per_step": ms}), flush=True)
         rows.append({"sequences": number, "ms_per_step": ms})
     if not options.no_record:
-        figures = {"prompt_tokens": options.prompt_tokens, "steps": options.steps, "window": options.window}
+        figures = {
+            "prompt_tokens": options.prompt_tokens,
+            "steps": options.steps,
+            "window": options.window,
+            "steps_ahead": options.steps_ahead,
+        }
         write_result("engine", figures | {"runs": rows})
 
 

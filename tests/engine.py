@@ -1,6 +1,7 @@
 """An engine for tests: real scheduler, pool and, where wanted, model; no sockets, no tokenizer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -10,10 +11,11 @@ import torch
 
 from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockPool, CacheLayout
+from server.engine.core import Runner, RunningStep
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Chunk, Sequence
+from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.kernels.cpu.model import CpuModel
@@ -50,6 +52,7 @@ def make_scheduler(
     max_model_len: int = 10_000,
     max_queued_requests: int = 1000,
     queue_timeout_s: float | None = None,
+    num_steps_ahead: int = 0,
     **options: Any,
 ) -> Scheduler:
     limits = SchedulerLimits(
@@ -60,8 +63,60 @@ def make_scheduler(
         max_queued_requests=max_queued_requests,
         queue_timeout_s=queue_timeout_s,
     )
-    layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens)
+    layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens, num_steps_ahead=num_steps_ahead)
     return Scheduler(limits, layout, BlockPool(num_blocks), **options)
+
+
+@dataclass
+class ComputedStep:
+    """A step that was over when it was started."""
+
+    computed: StepResult
+
+    def finish(self) -> None:
+        pass
+
+    def result(self) -> StepResult:
+        return self.computed
+
+
+class Ahead:
+    """Runs a runner that must know every token one step ahead, as a device does that keeps what it sampled last.
+
+    The wrapped runner's `start` sees a sequence with the token that is still to be read; nobody else does.
+    """
+
+    num_steps_ahead = 1
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._sampled: dict[Sequence, int] = {}  # in the newest step
+
+    def start(self, chunks: list[Chunk]) -> RunningStep:
+        unread = [s for s, start, length, _ in chunks if start + length > len(s.tokens)]
+        for sequence in unread:
+            sequence.tokens.append(self._sampled[sequence])
+        step = self._runner.start(chunks)
+        for sequence in unread:
+            sequence.tokens.pop()
+        return _StepAhead(step, [chunk.sequence for chunk in chunks if chunk.samples], self._note)
+
+    def _note(self, sampled: dict[Sequence, int]) -> None:
+        self._sampled = sampled
+
+
+@dataclass
+class _StepAhead:
+    step: RunningStep
+    sampling: list[Sequence]
+    note: Callable[[dict[Sequence, int]], None]
+
+    def finish(self) -> None:
+        self.step.finish()
+        self.note(dict(zip(self.sampling, self.result().tokens, strict=True)))
+
+    def result(self) -> StepResult:
+        return self.step.result()
 
 
 class ModelEngine:
@@ -128,7 +183,9 @@ class ModelEngine:
 
     def step(self) -> list[Chunk]:
         chunks = self.scheduler.schedule()
-        for sequence, _ in self.scheduler.apply(chunks, self.runner.run(chunks).tokens):
+        step = self.runner.start(chunks)
+        step.finish()
+        for sequence, _ in self.scheduler.apply(chunks, step.result().tokens):
             if is_complete(sequence):
                 self.scheduler.remove(sequence)
         return chunks

@@ -15,12 +15,14 @@ class CacheLayout:
     """How positions map to blocks.
 
     `window`: tokens that stay visible in the widest layer, None when some layer sees everything (then no block is
-    freed early).
+    freed early). `num_steps_ahead`: steps that are scheduled before the blocks that an earlier one put out of sight are
+    freed.
     """
 
     block_size: int
     window: int | None
     sink_tokens: int
+    num_steps_ahead: int = 0
 
     @cached_property
     def num_sink_blocks(self) -> int:
@@ -50,9 +52,13 @@ class CacheLayout:
         everything = self.blocks_for(num_tokens)
         if self.window is None:
             return everything
+        return min(everything, self._windowed_blocks(chunk))
+
+    def _windowed_blocks(self, chunk: int) -> int:
+        assert self.window is not None
         before_full = -(-(self.window - 1) // self.block_size)
-        after_full = -(-(self.block_size - 1 + chunk) // self.block_size)
-        return min(everything, self.num_sink_blocks + before_full + after_full)
+        after_full = -(-(self.block_size - 1 + chunk * (1 + self.num_steps_ahead)) // self.block_size)
+        return self.num_sink_blocks + before_full + after_full
 
     @property
     def visible_tokens(self) -> int:
@@ -63,8 +69,7 @@ class CacheLayout:
     @property
     def steady_blocks(self) -> int:
         """Most blocks a sequence of any length holds while it grows by a token a step; the window must not be None."""
-        assert self.window is not None
-        return self.num_sink_blocks + -(-(self.window - 1) // self.block_size) + 1
+        return self._windowed_blocks(1)
 
     def num_unseen_blocks(self, position: int) -> int:
         """How many blocks after the sinks neither the query at `position` nor any later one can see."""
@@ -169,6 +174,7 @@ class BlockTable:
         self.blocks: list[int] = []  # live ones after the sinks
         self.num_freed = 0  # blocks after the sinks that were freed; blocks[0] is number num_freed of them
         self.capacity = 0  # positions below it have, or had, a slot
+        self.generation = 0  # how often it was emptied
 
     @property
     def _num_blocks(self) -> int:
@@ -227,4 +233,5 @@ class BlockTable:
         """Remove and return every block, last positions first and sinks last; the table is as new."""
         blocks = self.blocks[::-1] + self.sink_blocks[::-1]
         self.sink_blocks, self.blocks, self.num_freed, self.capacity = [], [], 0, 0
+        self.generation += 1
         return blocks

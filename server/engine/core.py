@@ -1,5 +1,6 @@
 """The engine: one step after another over scheduler, model and text. Knows no sockets and no HTTP."""
 
+import logging
 from typing import Protocol
 
 import msgspec
@@ -25,11 +26,47 @@ from server.engine.request import QUEUE_TIMEOUT, GenerationRequest, RequestRejec
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
 
+logger = logging.getLogger("server.engine")
+
+
+class OutOfDeviceMemory(Exception):
+    """A step needs more memory than there is; nothing that it was to compute counts."""
+
+
+class RunningStep(Protocol):
+    """A step that was started and not read yet."""
+
+    def finish(self) -> None:
+        """Sample what needs the host. Called once, when the results of all earlier steps have been applied: every
+        token that was known to come is then in its sequence. Some sequences may be over, whose tokens are dropped.
+
+        Raises:
+            OutOfDeviceMemory
+        """
+
+    def result(self) -> StepResult:
+        """Wait for the step. Called after `finish`; one token for each chunk that samples, whatever became of it."""
+        ...
+
 
 class Runner(Protocol):
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        """Compute the chunks and sample the next token of each chunk that samples."""
+    num_steps_ahead: int
+    """0: a step's tokens must be known before the next is scheduled. 1: one step may be in flight meanwhile."""
+
+    def start(self, chunks: list[Chunk]) -> RunningStep:
+        """Begin to compute the chunks, whose block tables are those of now. The last token of a sequence may be one
+        that only the runner knows: the one that the step before samples for it.
+
+        Raises:
+            OutOfDeviceMemory
+        """
         ...
+
+
+def _size(chunk: Chunk) -> int:
+    """How much of the device's memory a chunk asks for, roughly: scored prompts need logits of every token."""
+    scores = chunk.sequence.request.sampling.prompt_logprobs is not None
+    return chunk.length * (1000 if scores else 1)
 
 
 class EngineCore:
@@ -56,17 +93,19 @@ class EngineCore:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._failed: list[Delta] = []  # ends of requests that a step had no memory for
+        self._in_flight: tuple[list[Chunk], RunningStep] | None = None  # between two calls of `step`
         self._replies: list[Reply] = []
         self._had_nothing_to_run = False  # in the last step
         self._num_reads = 0  # of adapters, when requests were last looked at
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._rejected)
+        return self.scheduler.has_work or bool(self._rejected) or self._in_flight is not None
 
     @property
     def is_blocked(self) -> bool:
-        """All there is to do waits for an adapter."""
+        """All there is to do waits for an adapter; no step is in flight."""
         return self._had_nothing_to_run
 
     @property
@@ -135,26 +174,63 @@ class EngineCore:
     def step(self) -> list[News]:
         """Advance every scheduled sequence by one forward pass.
 
-        Says first which requests began to run and which of the others never will, then what each one got.
+        Says first which requests began to run and which of the others never will, then what each one got: by the step
+        that was started now, or where the runner works ahead by the one before, which ran until now.
         """
         self._replies += self.adapters.collect()
         self._queue_compiled()
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
         chunks = self.scheduler.schedule()
-        self._had_nothing_to_run = not chunks
+        step = self._start(chunks)
+        before, self._in_flight = self._in_flight, None
+        self._had_nothing_to_run = not chunks and before is None
         news += [self._accept(sequence) for sequence in self.scheduler.admitted]
         news += [self._expire(sequence) for sequence in self.scheduler.expire()]
-        if not chunks:
-            return news
-        result = self.runner.run(chunks)
+        if before is not None:
+            news += self._receive(*before)
+        if step is not None and self._finish(chunks, step):
+            if self.runner.num_steps_ahead:
+                self._in_flight = (chunks, step)
+            else:
+                news += self._receive(chunks, step)
+        news += self._failed
+        self._failed = []
+        return news
+
+    def _start(self, chunks: list[Chunk]) -> RunningStep | None:
+        try:
+            return self.runner.start(chunks) if chunks else None
+        except OutOfDeviceMemory:
+            self._give_up_largest(chunks)
+            return None
+
+    def _finish(self, chunks: list[Chunk], step: RunningStep) -> bool:
+        try:
+            step.finish()
+        except OutOfDeviceMemory:
+            self._give_up_largest(chunks)
+            return False
+        return True
+
+    def _give_up_largest(self, chunks: list[Chunk]) -> None:
+        """End the request that asks most of a step for which there is no memory; the others compute theirs again."""
+        self.scheduler.take_back(chunks)
+        chunk = max((chunk for chunk in chunks if not chunk.sequence.is_over), key=_size, default=None)
+        if chunk is not None:
+            request_id = chunk.sequence.request.request_id
+            logger.error("out of GPU memory in a step of %d requests; ending the largest", len(chunks))
+            self.abort(request_id)
+            self._failed.append(failure(request_id, "The GPU has too little memory left for this request."))
+
+    def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
+        """Wait for a step and turn what it computed into deltas."""
+        result = step.result()
         if result.prompt_logprobs or result.pooled:
             self._note_prompts(chunks, result)
         grown = self.scheduler.apply(chunks, result.tokens)
         self._num_steps += 1
-        self._num_generated_tokens += len(result.tokens)
-        news += [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
-        return news
+        return [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
 
     def stats(self) -> EngineStats:
         pool, totals = self.scheduler.pool, self.scheduler.totals
@@ -190,6 +266,8 @@ class EngineCore:
 
     def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
         for sequence, start, _, _ in chunks:
+            if sequence.is_over:
+                continue
             answer = self._live[sequence.request.request_id]
             if (logprobs := result.prompt_logprobs.get(sequence)) is not None:
                 answer.add_prompt_logprobs(start, logprobs)
@@ -203,6 +281,7 @@ class EngineCore:
             delta = answer.end_of_prompt()
         else:
             delta = answer.push(token, logprob)
+            self._num_generated_tokens += 1
             if sequence.adapter is not None:
                 sequence.adapter.totals.num_tokens += 1
         if delta.finish_reason is None:

@@ -1,5 +1,7 @@
 """Runs the model on a scheduled step. The only part of the engine that touches tensors; knows no text, no sockets."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -16,7 +18,9 @@ from stellarbyte.sampling import RowSampling
 
 
 class ModelRunner:
-    """Turns scheduled chunks into batches and logits into tokens. Engine thread only."""
+    """Turns scheduled chunks into batches and logits into tokens, each step to its end. Engine thread only."""
+
+    num_steps_ahead = 0
 
     def __init__(self, model: ServedModel, cache: PagedKVCache) -> None:
         self.model = model
@@ -24,44 +28,66 @@ class ModelRunner:
         self.device = cache.keys_LBSKD.device
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        """Compute the chunks and sample the next token of each chunk that samples."""
+    def start(self, chunks: list[Chunk]) -> "ModelStep":
+        """The forward pass, with the tokens that the sequences have."""
         batch = make_batch(chunks, self.device)
-        hidden_TC = self.model.hidden(batch, self.cache)
-        result = StepResult()
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        if sampling:
-            logits_RV = self.model.head(hidden_TC[batch.logits_rows])
-            adjusted_RV = adjust_logits(logits_RV, [adjustment(sequence, logits_RV.shape[-1]) for sequence in sampling])
-            result.tokens = self.model.sample(adjusted_RV, [sampling_row(sequence) for sequence in sampling])
-            result.logprobs = _sampled_logprobs(sampling, logits_RV, result.tokens)
-        for chunk, start in zip(chunks, batch.query_starts, strict=False):
-            sequence = chunk.sequence
-            chunk_TC = hidden_TC[start : start + chunk.length]
-            if sequence.request.sampling.prompt_logprobs is not None:
-                result.prompt_logprobs[sequence] = self._prompt_logprobs(chunk, chunk_TC)
-            if sequence.request.pooling is not None:
-                pooled_C = chunk_TC[-1] if sequence.request.pooling == "last" else chunk_TC.sum(dim=0)
-                result.pooled[sequence] = pooled_C.float().numpy(force=True)
-        return result
+        return ModelStep(self.model, chunks, batch, self.model.hidden(batch, self.cache))
 
     @torch.inference_mode()
     def logits(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute the chunks; [R, V] logits after the last token of each chunk that samples."""
         return self.model.logits(make_batch(chunks, self.device), self.cache)
 
-    def _prompt_logprobs(self, chunk: Chunk, chunk_TC: torch.Tensor) -> list[TokenLogprob]:
-        """What a chunk says about the prompt's tokens from its second one on, up to the first after the chunk."""
-        sequence = chunk.sequence
-        following = sequence.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
-        num_top = sequence.request.sampling.prompt_logprobs or 0
-        if not following:
-            return []
-        found = token_logprobs(self.model.head(chunk_TC[: len(following)]), following, [num_top] * len(following))
-        return [TokenLogprob(token_id, *entry) for token_id, entry in zip(following, found, strict=True)]
+
+class ModelStep:
+    """Final hidden states, and what is made of them."""
+
+    def __init__(self, model: ServedModel, chunks: list[Chunk], batch: ForwardBatch, hidden_TC: torch.Tensor) -> None:
+        self._model = model
+        self._chunks = chunks
+        self._batch = batch
+        self._hidden_TC = hidden_TC
+        self._result = StepResult()
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Sample the next token of each chunk that samples."""
+        result, hidden_TC = self._result, self._hidden_TC
+        sampling = [chunk.sequence for chunk in self._chunks if chunk.samples]
+        if sampling:
+            logits_RV = self._model.head(hidden_TC[self._batch.logits_rows])
+            adjusted_RV = adjust_logits(logits_RV, [adjustment(sequence, logits_RV.shape[-1]) for sequence in sampling])
+            result.tokens = self._model.sample(adjusted_RV, [sampling_row(sequence) for sequence in sampling])
+            result.logprobs = sampled_logprobs(sampling, logits_RV, result.tokens)
+        for chunk, start in zip(self._chunks, self._batch.query_starts, strict=False):
+            request, chunk_TC = chunk.sequence.request, hidden_TC[start : start + chunk.length]
+            if request.sampling.prompt_logprobs is not None:
+                result.prompt_logprobs[chunk.sequence] = prompt_logprobs(self._model, chunk, chunk_TC)
+            if request.pooling is not None:
+                result.pooled[chunk.sequence] = pooled_hidden(request.pooling, chunk_TC)
+
+    def result(self) -> StepResult:
+        return self._result
 
 
-def _sampled_logprobs(
+def prompt_logprobs(model: ServedModel, chunk: Chunk, chunk_TC: torch.Tensor) -> list[TokenLogprob]:
+    """What a chunk says about the prompt's tokens from its second one on, up to the first after the chunk."""
+    sequence = chunk.sequence
+    following = sequence.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.length + 1]
+    num_top = sequence.request.sampling.prompt_logprobs or 0
+    if not following:
+        return []
+    found = token_logprobs(model.head(chunk_TC[: len(following)]), following, [num_top] * len(following))
+    return [TokenLogprob(token_id, *entry) for token_id, entry in zip(following, found, strict=True)]
+
+
+def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> np.ndarray:
+    """What a chunk adds to its prompt's vector, float32 [C]; see `Answer.add_pooled`."""
+    pooled_C = chunk_TC[-1] if pooling == "last" else chunk_TC.sum(dim=0)
+    return pooled_C.float().numpy(force=True)
+
+
+def sampled_logprobs(
     sequences: list[Sequence], logits_RV: torch.Tensor, tokens: list[int]
 ) -> dict[Sequence, TokenLogprob]:
     """Log-probabilities of the new tokens of the sequences that want them."""

@@ -4,6 +4,9 @@ There is no prefill or decode phase: a sequence has tokens and a count of comput
 the token budget, sequences that only need their newest token first. A token is sampled when a sequence's last token
 is computed.
 
+Steps may be scheduled ahead: `schedule` goes by what steps were given (`num_launched`) and by tokens whose values are
+not known yet (`num_tokens`), so one step may be in flight: it is recorded (`apply`) before the next `schedule`.
+
 A step of a sequence that decodes touches a few fields of that sequence; blocks are looked at only when one is needed
 or has been filled.
 """
@@ -144,7 +147,7 @@ class Scheduler:
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or aborted, and free its blocks. Between two steps only."""
+        """Forget a sequence, finished or aborted, and free its blocks; what a step in flight says of it is dropped."""
         sequence.is_over = True
         if sequence.is_running:
             self._stop_running(sequence)
@@ -173,11 +176,16 @@ class Scheduler:
         chunks: list[Chunk] = []
         prefills: list[Sequence] = []
         for sequence in self.running:  # the last ones may be preempted meanwhile, which only shortens the list
-            computed = sequence.num_computed
-            if len(sequence.tokens) - computed > 1:
+            launched = sequence.num_launched
+            if sequence.num_tokens - launched > 1:
                 prefills.append(sequence)
-            elif budget and (computed < sequence.table.capacity or self._reserve(sequence, 1)):
-                chunks.append(Chunk(sequence, computed, 1, sequence.samples))
+            elif launched == sequence.max_launched:
+                pass  # it ends when its last step is read
+            elif budget and (launched < sequence.table.capacity or self._reserve(sequence, 1)):
+                samples = sequence.samples
+                sequence.num_launched = launched + 1
+                sequence.num_tokens += samples
+                chunks.append(Chunk(sequence, launched, 1, samples))
                 budget -= 1
         if chunks and self.limits.max_prefill_tokens is not None:
             budget = min(budget, self.limits.max_prefill_tokens)
@@ -185,7 +193,7 @@ class Scheduler:
             if budget and sequence.is_running:
                 budget -= self._add_prefill(sequence, budget, chunks)
         if self.totals.num_preemptions > preemptions:
-            return [chunk for chunk in chunks if chunk.sequence.is_running]  # no room for newcomers either
+            return self._without_preempted(chunks)  # no room for newcomers either
         self.num_blocked = 0
         for sequence in list(self.waiting) if budget and len(self.running) < self.limits.max_num_seqs else ():
             if self._adapters is not None and not self._adapters.may_enter(sequence):
@@ -200,6 +208,24 @@ class Scheduler:
                 break
         return chunks
 
+    def take_back(self, chunks: list[Chunk]) -> None:
+        """Undo the last `schedule`, whose step was not computed: its sequences start again later."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_tokens -= chunk.samples
+            if sequence.is_running:
+                self._preempt(sequence)
+
+    def _without_preempted(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks without those of sequences that were preempted after they got them."""
+        kept = []
+        for chunk in chunks:
+            if chunk.sequence.is_running:
+                kept.append(chunk)
+            else:
+                chunk.sequence.num_tokens -= chunk.samples
+        return kept
+
     def _place_adapters(self, adapters: AdapterGate) -> None:
         """Let waiting sequences get slots for their adapters, if need be from running ones that had theirs for long."""
         move = adapters.place(self.waiting)
@@ -211,15 +237,25 @@ class Scheduler:
     def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int | None]]:
         """Record a finished step; `sampled` has one token for each chunk that samples, in order.
 
+        Steps are recorded in the order in which they were scheduled. Blocks are named and freed here and not before,
+        since only now their tokens are known; what was sampled for a sequence that is over is dropped.
+
         Returns the sequences that got a token, with the token, and with None those that are only a prompt when it has
         been computed. Ending them is the caller's decision (`remove`).
         """
         tokens = iter(sampled)
         grown: list[tuple[Sequence, int | None]] = []
         for sequence, start, length, samples in chunks:
-            sequence.num_computed = computed = start + length
-            if computed >= sequence.next_full_at:
-                self._settle_blocks(sequence)
+            computed = start + length
+            if sequence.is_running:
+                sequence.num_computed = computed
+                if computed >= sequence.next_full_at:
+                    self._settle_blocks(sequence)
+            elif sequence.is_over:
+                if samples:
+                    next(tokens)
+                continue
+            # One that was preempted while the step ran has lost its blocks, but gets the step's token.
             if samples:
                 token = next(tokens)
                 sequence.tokens.append(token)
@@ -234,22 +270,28 @@ class Scheduler:
         most = budget if sequence.request.sampling.prompt_logprobs is None else min(budget, MAX_SCORED_TOKENS)
         length = self._reserve(sequence, min(pending, most))
         if length:
-            chunks.append(Chunk(sequence, sequence.num_computed, length, length == pending and sequence.samples))
+            samples = length == pending and sequence.samples
+            chunks.append(Chunk(sequence, sequence.num_launched, length, samples))
+            sequence.num_launched += length
+            sequence.num_tokens += samples
         return length
 
     def _reserve(self, sequence: Sequence, length: int) -> int:
         """Take blocks for a running sequence's next `length` tokens, or for as many as there are blocks.
 
-        Where there are none at all the least important sequences are preempted; it may itself be one: then 0.
+        Where there are none at all the least important sequences are preempted; it may itself be one: then 0. It is not
+        while a step with it is in flight, which may put blocks of its own out of sight: then it waits for that, with 0.
         """
-        table, computed = sequence.table, sequence.num_computed
+        table, launched = sequence.table, sequence.num_launched
         while True:
-            length = min(length, table.capacity_with(self.pool.num_free) - computed)
+            length = min(length, table.capacity_with(self.pool.num_free) - launched)
             if length > 0:
-                blocks = self.pool.take(table.missing(computed + length))
+                blocks = self.pool.take(table.missing(launched + length))
                 assert blocks is not None, "blocks were counted before they were taken"
                 table.add(blocks)
                 return length
+            if self.running[-1] is sequence and sequence.num_computed < launched:
+                return 0
             self._preempt(self.running[-1])
             if not sequence.is_running:
                 return 0
@@ -265,12 +307,14 @@ class Scheduler:
         needed = self.layout.peak_blocks(len(sequence.tokens), 1) - self.pool.num_held(shared)
         if needed > self.pool.num_free:
             return False
+        # A `schedule` does not let in again whom it preempts, and before the next one the step in flight is recorded.
+        assert not sequence.num_unread, "all tokens of a waiting sequence are known"
         self.waiting.remove(sequence)
         if sequence.adapter is not None and self._adapters is not None:
             self._adapters.enter(sequence.adapter)
         self.pool.hold(shared)
         sequence.table.start_after(cached.sink_blocks, cached.num_unseen, cached.blocks)
-        sequence.num_computed = cached.num_tokens
+        sequence.num_computed = sequence.num_launched = cached.num_tokens
         sequence.num_full = cached.num_blocks
         sequence.next_full_at = self.layout.block_end(cached.num_blocks)
         sequence.is_running = True
@@ -327,7 +371,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Stop a sequence; it runs again later, from what the cache still holds of it then."""
         self._stop_running(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_launched = 0
         sequence.queued_s = self._clock()
         self.waiting.add(sequence)
         self.totals.num_preemptions += 1
@@ -337,6 +381,8 @@ class Scheduler:
         sequence.is_running = False
         if sequence.adapter is not None and self._adapters is not None:
             self._adapters.leave(sequence.adapter)
+        # A step in flight may still read and write these blocks. The next step may have them all the same: the device
+        # runs steps in order, and what the one in flight writes is in blocks that have no keys yet.
         self.pool.give_back(sequence.table.pop_all())
 
 

@@ -38,7 +38,10 @@ class Sequence:
     keys: BlockKeys | None = None  # made when first needed: they begin with the adapter's content, then known
     queued_s: float = field(init=False)  # since when it has not run
     tokens: "array[int]" = field(init=False)  # prompt, then what was sampled
-    num_computed: int = 0  # tokens whose keys are in the cache, or were and are out of sight
+    num_computed: int = 0  # tokens whose keys are in the cache, or were and are out of sight; of steps that were read
+    num_launched: int = 0  # tokens given to steps, read or in flight
+    num_tokens: int = field(init=False)  # `tokens`, and those that steps in flight sample for it
+    max_launched: int = field(init=False)  # tokens that are ever computed: an answer's last one never is
     num_full: int = 0  # blocks from the sequence's start that are full, and settled by the scheduler
     next_full_at: int = 0  # num_computed with which there is another
     is_running: bool = False
@@ -51,8 +54,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)
+        self.num_tokens = len(self.tokens)
         self.queued_s = self.arrived_s
-        self.samples = self.request.sampling.max_tokens > 0
+        max_tokens = self.request.sampling.max_tokens
+        self.samples = max_tokens > 0
+        self.max_launched = self.num_prompt + max(0, max_tokens - 1)
         self.reads_cache = self.request.sampling.prompt_logprobs is None and self.request.pooling != "mean"
 
     @property
@@ -64,11 +70,18 @@ class Sequence:
         return 0 if self.adapter is None else self.adapter.slot
 
     @property
+    def num_unread(self) -> int:
+        """Tokens whose values are not known yet, since the steps that sample them have not been read."""
+        return self.num_tokens - len(self.tokens)
+
+    @property
     def num_pending(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """Tokens, unread ones included, that no step was given yet."""
+        return self.num_tokens - self.num_launched
 
     @property
     def num_generated(self) -> int:
+        """Tokens of the answer that are known."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
     @property

@@ -16,7 +16,7 @@ from server.engine.sequence import Chunk, StepResult
 from stellarbyte import ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from tests import oracle
-from tests.engine import BACKENDS, Backend, make_request, make_scheduler
+from tests.engine import BACKENDS, Backend, ComputedStep, make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
 from tests.models import make_model, random_tokens
 
@@ -26,12 +26,14 @@ END = 256
 class Script:
     """Samples the bytes of a text, round and round; the end-of-sequence token for "$"."""
 
+    num_steps_ahead = 0
+
     def __init__(self, text: str) -> None:
         self._text = text
 
-    def run(self, chunks: list[Chunk]) -> StepResult:
+    def start(self, chunks: list[Chunk]) -> ComputedStep:
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        return StepResult(tokens=[self._next(sequence.num_generated) for sequence in sequences])
+        return ComputedStep(StepResult(tokens=[self._next(sequence.num_generated) for sequence in sequences]))
 
     def _next(self, number: int) -> int:
         character = self._text[number % len(self._text)]

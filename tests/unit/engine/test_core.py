@@ -9,15 +9,17 @@ from server.engine.grammar import GrammarCompiler
 from server.engine.messages import Accepted, Delta, Rejected
 from server.engine.sequence import Chunk, StepResult
 from tests.adapters import FakeStore, touch_adapter
-from tests.engine import make_request, make_scheduler
+from tests.engine import ComputedStep, make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
 
 
 class ScriptedRunner:
     """Every sampled token is an "a"."""
 
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        return StepResult(tokens=[ord("a")] * sum(chunk.samples for chunk in chunks))
+    num_steps_ahead = 0
+
+    def start(self, chunks: list[Chunk]) -> ComputedStep:
+        return ComputedStep(StepResult(tokens=[ord("a")] * sum(chunk.samples for chunk in chunks)))
 
 
 def make_core(adapters: Adapters | None = None, **options) -> EngineCore:

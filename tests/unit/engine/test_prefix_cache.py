@@ -161,6 +161,7 @@ def test_requests_that_run_together_share_their_full_blocks() -> None:
     chunks = scheduler.schedule()
     assert [chunk.sequence for chunk in chunks] == [first, second], "two do not fit without sharing"
     assert second.num_cached == 40 and scheduler.pool.num_used == 12
+    scheduler.apply(chunks, runner.run(chunks))
     run(scheduler, runner)
     assert scheduler.totals.num_preemptions == 0
 
