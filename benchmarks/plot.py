@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.gpu_workloads import Row
 from benchmarks.record import ROOT, read_results
 
 PICTURES = ROOT / "docs" / "pictures"
@@ -90,10 +91,32 @@ def draw_endless(result: Result) -> None:
     _save(f"endless-{result['figures']['model']}", result, axes)
 
 
-def _save(name: str, result: Result, axes: Axes) -> None:
+def draw_gpu(result: Result) -> None:
+    """How many times as good as the peer every figure is, and which targets are met."""
+    results = result["figures"]["results"]
+    rows = [Row(**fields) for fields in result["figures"]["rows"]]
+    shown = [
+        (row, measured, ratio)
+        for row in rows
+        if (measured := results.get(row.work, {}).get(row.key)) and (ratio := row.ratio(measured)) is not None
+    ]
+    _, axes = plt.subplots(figsize=(7, 0.3 * len(shown) + 0.8))
+    colors = ["C0" if row.target is None or row.is_met(measured) else "C1" for row, measured, _ in shown]
+    labels = [f"{row.work}, {row.unit}" for row, _, _ in shown]
+    bars = axes.barh(range(len(shown)), [ratio for *_, ratio in shown], color=colors)
+    axes.bar_label(bars, [f"{measured:,.4g}" for _, measured, _ in shown], fontsize=7, padding=2)
+    axes.set_yticks(range(len(shown)), labels, fontsize=7)
+    axes.axvline(1, color="black", linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"times as good as {result['figures']['peer']} (orange: our own target is not met)", fontsize=8)
+    _save("gpu", result, axes, result["device"]["gpu"])
+
+
+def _save(name: str, result: Result, axes: Axes, machine: str | None = None) -> None:
     """Write the picture, with what it shows and where that was taken."""
     device = result["device"]
-    axes.set_title(f"{result['taken_at'][:10]}, {device['cores']} cores of {device['cpu']}", fontsize=9, loc="left")
+    machine = f"{device['cores']} cores of {device['cpu']}" if machine is None else machine
+    axes.set_title(f"{result['taken_at'][:10]}, {machine}", fontsize=9, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     PICTURES.mkdir(exist_ok=True)
     file = PICTURES / f"{name}.svg"
@@ -110,6 +133,7 @@ def main() -> None:
         "engine": draw_engine,
         "http_path": draw_http_path,
         "serve": draw_serve,
+        "gpu": draw_gpu,
     }
     for benchmark, draw_newest in draw.items():
         for result in read_results(benchmark)[-1:]:

@@ -16,14 +16,18 @@ from benchmarks.record import write_result
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.cpu.model import CpuModel
 from stellarbyte.kernels.served_model import ServedModel, TorchModel
+from stellarbyte.kernels.triton.weights import Weight, dequantized, quantize
+from stellarbyte.model.decoder import ByteLanguageModel
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "LICENSE", "docs/how-it-works.md", "docs/benchmarks.md"]
 CONTEXT = 512
 BLOCK_SIZE = 16
 REFERENCE = "torch float32"
+ON_GPU = " on a GPU"  # its formats are taken apart again, and computed here
 
 
 def documents_text() -> str:
@@ -62,6 +66,24 @@ def perplexity(model: ServedModel, cache: PagedKVCache, contexts: list[list[int]
     return math.exp(total / count)
 
 
+def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
+    """The model with all matrices but the embedding as a GPU would read them."""
+    model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = quantize(Weight(matrix_NK=module.weight), quantization)
+            module.weight = torch.nn.Parameter(dequantized(weight, torch.float32), requires_grad=False)
+    return model
+
+
+def served_model(name: str, model: ByteLanguageModel, config: ByteModelConfig, path: Path) -> ServedModel:
+    if name == REFERENCE:
+        return TorchModel(model, config)
+    if name.endswith(ON_GPU):
+        return TorchModel(with_gpu_weights(path, name.removesuffix(ON_GPU)), config)
+    return CpuModel(model, config, quantization=name, num_threads=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="folder or demo")
@@ -74,16 +96,11 @@ def main() -> None:
     token_ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(documents_text()).ids
     contexts = [token_ids[i : i + CONTEXT] for i in range(0, len(token_ids) - CONTEXT // 2, CONTEXT)]
     rows = []
-    for name in (REFERENCE, "none", "int8", "int4"):
-        served = (
-            TorchModel(model, config)
-            if name == REFERENCE
-            else CpuModel(model, config, quantization=name, num_threads=2)
-        )
-        value = perplexity(served, cache, contexts)
+    for name in (REFERENCE, "none", "int8", "int4", "int8" + ON_GPU, "fp8" + ON_GPU):
+        value = perplexity(served_model(name, model, config, path), cache, contexts)
         change = value / (rows[0]["perplexity"] if rows else value) - 1
         rows.append({"weights": name, "perplexity": round(value, 4), "change": round(change, 5)})
-        print(f"{name:>13}  perplexity {value:.4f}  {change:+.2%}", flush=True)
+        print(f"{name:>14}  perplexity {value:.4f}  {change:+.2%}", flush=True)
     if not options.no_record:
         tokens = sum(len(context) - 1 for context in contexts)
         write_result("quality", {"model": options.model, "context": CONTEXT, "tokens": tokens, "runs": rows})

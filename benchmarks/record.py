@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "transformers", "uvicorn", "numba", "httptools", "pyzmq")
+PACKAGES = ("torch", "numpy", "transformers", "uvicorn", "numba", "httptools", "pyzmq", "triton", "vllm")
 
 
 def write_result(benchmark: str, figures: dict[str, Any]) -> Path:

@@ -7,10 +7,11 @@ from starlette.requests import ClientDisconnect
 from server.api import adapters, chat, completions, embeddings, health, models, responses, tokenize
 from server.api.disconnect import ClientLeft, answer_client_left
 from server.api.docs import add_docs
-from server.api.errors import ApiError, answer_api_error, answer_http_exception
+from server.api.errors import ApiError, answer_api_error, answer_http_exception, answer_no_tokenizer
 from server.api.middleware import BodyLimit, RequestLog
 from server.api.openapi import describe
 from server.api.service import Service
+from server.tokenizer import NoTokenizerError
 
 
 def create_app(service: Service) -> FastAPI:
@@ -22,6 +23,7 @@ def create_app(service: Service) -> FastAPI:
     describe(app, service.settings.model_name, allows_unknown_fields=service.settings.unknown_fields == "warn")
     add_docs(app)
     app.add_exception_handler(ApiError, answer_api_error)
+    app.add_exception_handler(NoTokenizerError, answer_no_tokenizer)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(ClientLeft, answer_client_left)
     app.add_exception_handler(ClientDisconnect, answer_client_left)

@@ -152,14 +152,25 @@ class EngineSettings:
         one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "number format of weights and cache", "auto"
     )
     quantization: str = option(
-        one_of("none", "int8", "int4"), "none|int8|int4", "number format of the weights on the CPU", "none"
+        one_of("none", "int8", "int4", "fp8"),
+        "none|int8|int4|fp8",
+        "number format of the weights: int8 anywhere, int4 on a CPU, fp8 on a GPU",
+        "none",
+    )
+    load_format: str = option(
+        one_of("auto", "dummy"),
+        "auto|dummy",
+        "dummy: random weights for a folder with at least a config.json, for benchmarks",
+        "auto",
     )
     max_model_len: int | None = option(
         whole_number(1), "N", "most tokens of prompt and answer together (default: the model's own limit)", None
     )
-    max_num_seqs: int = option(whole_number(1), "N", "most requests that run at once", 64)
+    max_num_seqs: int | None = option(
+        whole_number(1), "N", "most requests that run at once (default: 256, on a CPU 64)", None
+    )
     max_num_batched_tokens: int | None = option(
-        whole_number(1), "N", "most tokens computed in one step (default: 2048, on a CPU 512)", None
+        whole_number(1), "N", "most tokens computed in one step (default: 8192, on a CPU 512)", None
     )
     max_prefill_tokens: int | None = option(
         whole_number(1),
@@ -173,7 +184,9 @@ class EngineSettings:
     gpu_memory_utilization: float = option(
         share, "SHARE", "share of the GPU's memory to use when --kv-cache-memory is auto", 0.9
     )
-    block_size: int = option(whole_number(1, 1024), "N", "tokens in one block of the cache", 16)
+    block_size: int | None = option(
+        whole_number(1, 1024), "N", "tokens in one block of the cache (default: 64, on a CPU 16)", None
+    )
     sliding_window: int | str | None = option(
         window_size, "N|none", "tokens each layer looks back (default: as the model says)", "model"
     )  # "model": as the checkpoint says; None: no window

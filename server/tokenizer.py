@@ -6,6 +6,7 @@ transformers is not used here, because importing its tokenizers takes seconds an
 
 import json
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +17,10 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from server.engine.detokenizer import make_detokenizer
+from server.stand_in_tokenizer import make_stand_in_tokenizer
 from server.token_bytes import TokenBytes
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -28,14 +30,29 @@ class ChatTemplateError(ValueError):
     """A chat template is missing, is no template, or refuses the messages; str() is one sentence for the user."""
 
 
-class PromptTokenizer:
-    """Turns text and chats into token ids and back. Any thread may call it."""
+class NoTokenizerError(ValueError):
+    """A text cannot become token ids, because the model has no tokenizer; str() is one sentence for the user."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: "ChatTemplate | None") -> None:
+    def __init__(self) -> None:
+        super().__init__("This server runs a model without a tokenizer; give the prompt as token ids.")
+
+
+class PromptTokenizer:
+    """Turns text and chats into token ids and back. Any thread may call it.
+
+    With `is_stand_in` it is for a model without a tokenizer: ids have texts, and whatever needs ids of a text raises
+    NoTokenizerError.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, chat_template: "ChatTemplate | None", *, is_stand_in: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._is_stand_in = is_stand_in
         self._chat_template = chat_template
         self.token_bytes = TokenBytes(tokenizer)
-        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)  # at least its characters
+        # At least its characters. Of a stand-in no text is too long: none can be used at all.
+        self.longest_token = sys.maxsize if is_stand_in else max(map(len, tokenizer.get_vocab()), default=1)
 
     @property
     def chat_template_source(self) -> str | None:
@@ -43,7 +60,7 @@ class PromptTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """A prompt as the tokenizer makes it, with the first token it adds, if it adds one and may."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._encoding(text, add_special_tokens).ids
 
     def encode_chat(
         self,
@@ -58,6 +75,8 @@ class PromptTokenizer:
 
         The template writes all special tokens; with `add_special_tokens` the tokenizer adds its own as well.
         """
+        if self._is_stand_in:
+            raise NoTokenizerError
         if self._chat_template is None:
             raise ChatTemplateError(
                 "This model has no chat template; start the server with --chat-template FILE or use /v1/completions."
@@ -72,9 +91,14 @@ class PromptTokenizer:
 
     def encode_for_echo(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """As `encode`, and the characters of the text before each token; those the tokenizer added have no length."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encoding(text, add_special_tokens)
         added = {i for i, is_added in enumerate(encoding.special_tokens_mask) if is_added}
         return encoding.ids, self._pieces(encoding.ids, added)[1]
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+        if self._is_stand_in:
+            raise NoTokenizerError
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode_with_offsets(self, token_ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
         """The text of tokens, and its characters before each of them."""
@@ -196,13 +220,19 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
-def load_prompt_tokenizer(model_path: Path, chat_template: str | None) -> PromptTokenizer:
+def load_prompt_tokenizer(
+    model_path: Path, chat_template: str | None, stand_in_size: int | None = None
+) -> PromptTokenizer:
     """The tokenizer of a model folder, with the template in the file `chat_template` or the folder's own.
+
+    Where there is none, one of `stand_in_size` ids that reads no texts, if that is given.
 
     ValueError or OSError with one sentence when a file is missing or broken.
     """
     tokenizer_file = model_path / "tokenizer.json"
     if not tokenizer_file.is_file():
+        if stand_in_size is not None:
+            return PromptTokenizer(make_stand_in_tokenizer(stand_in_size), None, is_stand_in=True)
         raise ValueError(f"{tokenizer_file} is missing; the model needs a tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))

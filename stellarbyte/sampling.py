@@ -87,14 +87,17 @@ def keep_top_k(logits_RV: torch.Tensor, top_k: list[int]) -> None:
 def keep_top_p(logits_RV: torch.Tensor, top_p_R1: torch.Tensor) -> None:
     """Set to -inf, in place, all but the likeliest tokens whose probabilities first add up to top_p.
 
-    A token stays if those strictly likelier than it add up to less than top_p; the likeliest always stays.
+    A token stays if those strictly likelier than it add up to less than top_p, so ties with the last one stay; the
+    likeliest always stays.
     """
-    ordered, order = logits_RV.sort(dim=-1, descending=True, stable=True)
+    ordered = logits_RV.sort(dim=-1, descending=True).values
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     drop = (before >= top_p_R1) & (top_p_R1 < 1)
     drop[:, 0] = False
-    logits_RV.masked_fill_(torch.zeros_like(drop).scatter_(-1, order, drop), float("-inf"))
+    # Of equal tokens the first in order has only likelier ones before it: where it stays, all of them do.
+    least = ordered.masked_fill(drop, float("inf")).amin(dim=-1, keepdim=True)
+    logits_RV.masked_fill_(logits_RV < least, float("-inf"))
 
 
 def gumbel_noise(rows: Sequence[RowSampling], vocabulary: int, device: torch.device) -> torch.Tensor:
@@ -109,10 +112,13 @@ def gumbel_noise(rows: Sequence[RowSampling], vocabulary: int, device: torch.dev
 
 def row_key(row: RowSampling) -> tuple[int, int]:
     """Two 32-bit keys from a row's counters, by splitmix64 (Steele et al. 2014)."""
-    state = _splitmix64(row.seed & UINT64)
-    for counter in (row.choice, row.position):
-        state = _splitmix64((state ^ counter) & UINT64)
+    state = _splitmix64((choice_state(row.seed, row.choice) ^ row.position) & UINT64)
     return state & UINT32, state >> 32
+
+
+def choice_state(seed: int, choice: int) -> int:
+    """The 64 bits that all positions of one choice share; kernels go on from here with the position."""
+    return _splitmix64((_splitmix64(seed & UINT64) ^ choice) & UINT64)
 
 
 def _splitmix64(x: int) -> int:

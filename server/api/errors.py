@@ -116,6 +116,12 @@ async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     return error.response()
 
 
+async def answer_no_tokenizer(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for NoTokenizerError, which every route that takes texts may raise."""
+    del request
+    return bad_request(str(error)).response()
+
+
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for what the framework itself refuses: unknown routes and methods."""
     assert isinstance(error, HTTPException)

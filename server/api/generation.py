@@ -96,8 +96,7 @@ def check_prompt(token_ids: list[int], limit: int, param: str, *, least: int = 1
 
 def most_at_once(service: Service) -> int:
     """Requests of one client that the engine's queue can hold, if there are no others."""
-    engine = service.settings.engine
-    return min(MAX_CHOICES, engine.max_num_seqs + engine.max_queued_requests)
+    return min(MAX_CHOICES, service.info.max_num_seqs + service.settings.engine.max_queued_requests)
 
 
 def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None:

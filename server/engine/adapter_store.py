@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
+
 from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_version import AdapterVersion
 from server.engine.give_way import give_way
@@ -19,6 +21,8 @@ from stellarbyte.lora import AdapterError, read_adapter
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
 
 logger = logging.getLogger("server.engine")
+
+NUM_READERS = 4  # a core reads, checks and packs some 400 MB a second
 
 
 class AdapterStore:
@@ -32,7 +36,7 @@ class AdapterStore:
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Exception] = deque()
-        self._reader = ThreadPoolExecutor(1, "adapter-reader", give_way)
+        self._reader = _readers()
         self._filler = ThreadPoolExecutor(1, "adapter-filler", give_way)
         self.wake_fd, self._wake = os.pipe()
         os.set_blocking(self.wake_fd, False)
@@ -42,11 +46,10 @@ class AdapterStore:
         self._start(self._reader, lambda: self._read(version))
 
     def fill(self, version: AdapterVersion, slot: int) -> None:
-        packed = self._packed[version]
+        packed, fence = self._packed[version], self._bank.fence()
 
         def work() -> FillDone:
-            self._bank.clear(slot)
-            self._bank.fill(slot, packed)
+            self._bank.fill(slot, packed, fence)
             return FillDone(version=version, slot=slot)
 
         self._start(self._filler, work)
@@ -107,3 +110,16 @@ class AdapterStore:
     def _failed(self, version: AdapterVersion, started_s: float, error: str) -> ReadDone:
         message = f"The adapter {version.name!r} cannot be loaded: {error}"
         return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message)
+
+
+def _readers() -> ThreadPoolExecutor:
+    """Several threads of one core each where there are many cores, else one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores <= NUM_READERS:
+        return ThreadPoolExecutor(1, "adapter-reader", give_way)
+
+    def begin() -> None:
+        give_way()
+        torch.set_num_threads(1)  # of this thread and later ones: each would have a team as large as the machine
+
+    return ThreadPoolExecutor(NUM_READERS, "adapter-reader", begin)

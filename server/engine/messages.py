@@ -209,10 +209,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
     num_blocks: int
     block_size: int
+    max_num_seqs: int  # requests that run at once
     device: str
     dtype: str
     quantization: str  # of the weights, or "none"
-    weights_hash: str  # SHA-256 over the weights, hexadecimal
+    weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 
 Reply = AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed

@@ -54,18 +54,9 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     Raises:
         CheckpointError: anything is missing, corrupt or not supported; the message names it.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
-    raw = read_json(folder / "config.json")
-    _refuse_unsupported(folder, raw)
+    refuse_unsupported(folder)
     headers = _read_weight_headers(folder)
-    try:
-        source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        config = translate_config(source, headers, dtype)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be converted: {one_line(error)}.") from error
+    config = read_config(folder, headers, dtype)
     tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
     for name, info in tensors.items():
         if info.dtype not in DTYPES:
@@ -84,7 +75,26 @@ def _planned(name: str, info: TensorInfo, dtype: torch.dtype | None) -> PlannedT
     return stored if dtype is None else stored.cast(dtype)
 
 
-def _refuse_unsupported(folder: Path, raw: dict[str, Any]) -> None:
+def read_config(folder: Path, headers: Mapping[str, TensorInfo], dtype: torch.dtype | None = None) -> ByteModelConfig:
+    """The folder's config.json, translated; `headers` and `dtype` as in `translate_config`.
+
+    Raises:
+        CheckpointError: it is not valid, or describes what a ByteTransformer cannot be.
+    """
+    try:
+        source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return translate_config(source, headers, dtype)
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be converted: {one_line(error)}.") from error
+
+
+def refuse_unsupported(folder: Path) -> None:
+    """Raise CheckpointError unless the folder's config.json is of a kind that can be translated."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json.")
+    raw = read_json(folder / "config.json")
     model_type = raw.get("model_type")
     if model_type == ByteModelConfig.model_type:
         raise CheckpointError(f"{folder} is a ByteTransformer checkpoint already; it needs no conversion.")

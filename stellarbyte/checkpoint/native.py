@@ -220,7 +220,12 @@ def _read_weights(
                     state[name] = tensors.get_tensor(name).to(device=device, dtype=wanted)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {one_line(error)}.") from error
-    if checkpoint.config.tie_word_embeddings:
+    adopt_weights(checkpoint.config, model, state)
+
+
+def adopt_weights(config: ByteModelConfig, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """As `_read_weights`, with the tensors themselves: those that `expected_shapes` names."""
+    if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False).eval()

@@ -8,12 +8,14 @@ can shrink for all of them. `alpha / r` is in B already; what is left to a reque
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.lora.pinned_copies import PinnedCopies
 
 # S slots, L layers, P projections, F numbers of a slot, r rank
 
@@ -91,14 +93,24 @@ def pack_adapter(
             ranks_LP[layer, projection] = len(weights[name][0])
     a_LP, b_LP, total = _offsets(ranks_LP, shapes)
     # Not from the heap: what is freed there may stay with the process.
-    numbers = torch.frombuffer(_untouched_memory(total * dtype.itemsize), dtype=dtype, count=total)
+    memory = _untouched_memory(total * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)  # else page faults are half the time of packing a large adapter
+    numbers = torch.frombuffer(memory, dtype=dtype, count=total)
     for layer, projection in np.argwhere(ranks_LP).tolist():
         name, (out, width) = module_name(layer, projection), shapes[projection]
         a, b = weights[name]
         rank = len(a)
         _part(numbers, a_LP[layer, projection], rank, width).copy_(a)
-        _part(numbers, b_LP[layer, projection], rank, out).copy_(b.T.float() * scales[name])
+        # A product of the bank's own type is rounded once from float32, too.
+        scaled = b * scales[name] if b.dtype == dtype else (b.float() * scales[name]).to(dtype)
+        _bits(_part(numbers, b_LP[layer, projection], rank, out))[:] = _bits(scaled).T
     return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP)
+
+
+def _bits(matrix: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A view without a number format: numpy transposes it twice as fast as torch does, but has no bfloat16."""
+    return matrix.view({2: torch.int16, 4: torch.int32}[matrix.element_size()]).numpy()
 
 
 def _part(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Tensor:
@@ -113,10 +125,23 @@ def _offsets(ranks_LP: Integers, shapes: tuple[Shape, ...]) -> tuple[Integers, I
     return starts[:, 0].copy(), starts[:, 1].copy(), int(ends[-1, -1, -1])
 
 
+class BankTables(NamedTuple):
+    """Where kernels find an adapter's parts: int64 tensors on the bank's device, at fixed addresses.
+
+    Offsets count numbers from the start of the slot's row; where the rank is 0 they say nothing.
+    """
+
+    ranks_SLP: torch.Tensor
+    a_offsets_SLP: torch.Tensor
+    b_offsets_SLP: torch.Tensor
+
+
 class LoraBank:
     """The adapters that a step can use. Slot 0 is the null adapter: it has rank 0 everywhere.
 
-    A slot may be filled or cleared by any thread while steps run, as long as no running step uses it.
+    A slot may be filled or cleared by any thread while steps run, as long as no running step uses it; one is filled at
+    a time. On a CUDA device the thread that launches steps does so ahead: it takes a `fence` when the last step that
+    uses a slot is launched, and `fill` waits for that; and it calls `clear` itself, on the steps' stream.
 
     Args:
         num_slots: beside slot 0.
@@ -136,33 +161,52 @@ class LoraBank:
         self.max_rank = max_rank
         self.dtype = dtype
         self.shapes = projection_shapes(config)
-        tables = (num_slots + 1, config.num_hidden_layers, len(PROJECTIONS))
-        self.ranks_SLP = np.zeros(tables, dtype=np.int64)
-        self.a_offsets_SLP = np.zeros(tables, dtype=np.int64)
-        self.b_offsets_SLP = np.zeros(tables, dtype=np.int64)
+        shape = (num_slots + 1, config.num_hidden_layers, len(PROJECTIONS))
+        self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+        host_tables = map(torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP))
+        self.tables = self._host_tables = BankTables(*host_tables)
         full = 1 + config.num_hidden_layers * max_rank * sum(out + width for out, width in self.shapes)
         bytes_per_slot = -(-full * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         count = (num_slots + 1) * bytes_per_slot // dtype.itemsize
         self._memory: mmap.mmap | None = None
+        self._copies: PinnedCopies | None = None
         if torch.device(device).type == "cpu":
             self._memory = _untouched_memory((num_slots + 1) * bytes_per_slot)
             numbers = torch.frombuffer(self._memory, dtype=dtype, count=count)
         else:
             numbers = torch.zeros(count, dtype=dtype, device=device)
+            self.tables = BankTables(*(table.to(device) for table in self._host_tables))
+            self._copies = PinnedCopies(numbers.device) if num_slots else None
         self._bytes_per_slot = bytes_per_slot
         self.numbers_SF = numbers.view(num_slots + 1, -1)
 
-    def fill(self, slot: int, adapter: PackedAdapter) -> None:
-        """Put an adapter into a slot that is clear."""
+    def fence(self) -> torch.cuda.Event | None:
+        """What `fill` is to wait for on the device: everything that the calling thread's current stream has by now."""
+        return None if self._copies is None else torch.cuda.current_stream(self.numbers_SF.device).record_event()
+
+    def fill(self, slot: int, adapter: PackedAdapter, fence: torch.cuda.Event | None = None) -> None:
+        """Put an adapter into a slot, which is overwritten; when this returns, it is there.
+
+        Args:
+            fence: a CUDA device touches the slot after this only; None: after what this thread's stream has by now.
+        """
         assert 1 <= slot <= self.num_slots
-        self.numbers_SF[slot, : len(adapter.numbers)].copy_(adapter.numbers)
+        if self._copies is None:
+            self.clear(slot)
+            self.numbers_SF[slot, : len(adapter.numbers)].copy_(adapter.numbers)
         self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], _ = _offsets(adapter.ranks_LP, self.shapes)
         self.ranks_SLP[slot] = adapter.ranks_LP
+        if self._copies is not None:
+            numbers = (adapter.numbers, self.numbers_SF[slot, : len(adapter.numbers)])
+            tables = [(host[slot], there[slot]) for host, there in zip(self._host_tables, self.tables, strict=True)]
+            self._copies.run([numbers, *tables], after=self.fence() if fence is None else fence)
 
     def clear(self, slot: int) -> None:
         """Make a slot's adapter the null adapter; on a CPU its memory goes back to the system."""
         assert 1 <= slot <= self.num_slots
         self.ranks_SLP[slot] = 0
+        if self._copies is not None:
+            self.tables.ranks_SLP[slot].zero_()
         if self._memory is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, slot * self._bytes_per_slot, self._bytes_per_slot)
 

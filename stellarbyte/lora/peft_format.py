@@ -7,6 +7,7 @@ in it.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -206,7 +207,7 @@ def _tensor(payload: torch.Tensor, info: TensorInfo, start: int) -> torch.Tensor
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
     """Refuse NaN and infinity. The sum takes no copy; a sum that overflowed says nothing yet."""
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not total.isfinite() and not tensor.isfinite().all():
+    if not math.isfinite(total.item()) and not tensor.isfinite().all():
         raise AdapterError(f"{name} holds values that are not finite (NaN or infinity)")
 
 

@@ -24,4 +24,4 @@ def test_a_quantization_that_does_not_fit_is_refused(tmp_path) -> None:
     line = the_error_line(ServerProcess(REAL, "--model", narrow, "--quantization", "int8"))
     assert "--quantization int8" in line and "multiple of 64" in line
     line = the_error_line(ServerProcess(REAL, "--dtype", "bfloat16", "--quantization", "int4"))
-    assert "--quantization int4 needs the CPU, float32" in line
+    assert "--quantization int4 on a CPU needs float32" in line

@@ -110,3 +110,13 @@ def test_edges_of_truncation() -> None:
         y = x.clone()
         keep_top_p(y, torch.tensor([[top_p]]))
         assert y.isfinite().sum() == kept
+
+
+def test_ties_with_the_last_token_that_stays_stay() -> None:
+    x = torch.tensor([[1.0, 2.0, 1.0, 1.0, -3.0]])  # 0.17, 0.47, 0.17, 0.17
+    for top_p, kept in [(0.4, [1]), (0.55, [0, 1, 2, 3]), (0.99, [0, 1, 2, 3])]:
+        y = x.clone()
+        keep_top_p(y, torch.tensor([[top_p]]))
+        assert y[0].isfinite().nonzero().flatten().tolist() == kept
+    keep_top_k(x, [2])
+    assert x[0].isfinite().nonzero().flatten().tolist() == [0, 1, 2, 3]

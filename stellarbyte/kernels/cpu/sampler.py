@@ -65,8 +65,8 @@ def _first_argmax(logits_V):
 def _keep_top_p(scaled_V, top_p, likeliest):
     """Set all but the likeliest tokens whose probabilities first add up to top_p to -inf; the largest number is 0.
 
-    Those with a probability of up to (1 - top_p) / V add up to no more than 1 - top_p together, so none of them stays:
-    only the others, few as a rule, are put in order.
+    Ties with the last one stay. Those with a probability below (1 - top_p) / V add up to less than 1 - top_p together,
+    so none of them stays: only the others, few as a rule, are put in order.
     """
     total = np.float32(0)
     for v in range(len(scaled_V)):
@@ -75,7 +75,7 @@ def _keep_top_p(scaled_V, top_p, likeliest):
     candidates = np.empty(len(scaled_V), np.int64)
     count = 0
     for v in range(len(scaled_V)):
-        if exp(scaled_V[v]) > least:
+        if exp(scaled_V[v]) >= least:
             candidates[count] = v
             count += 1
     candidates = candidates[:count]
@@ -83,10 +83,11 @@ def _keep_top_p(scaled_V, top_p, likeliest):
     kept = scaled_V[descending]
     scaled_V[:] = -np.inf
     scaled_V[likeliest] = 0
-    before = np.float32(0)
+    before, edge = np.float32(0), np.float32(0)
     for i in range(count):
-        if before >= top_p * total:
+        if before >= top_p * total and kept[i] < edge:
             break
+        edge = kept[i]
         scaled_V[descending[i]] = kept[i]
         before += exp(kept[i])
 

@@ -2,12 +2,15 @@
 
 import os
 import select
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from server.engine import adapter_store
 from server.engine.adapter_folder import AdapterFolder
 from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_store import AdapterStore
@@ -70,6 +73,46 @@ def test_unloading_gives_back_the_bytes_that_the_registry_counts(tmp_path: Path)
     while before - resident_bytes() < 0.95 * 2 * done.num_bytes and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert before - resident_bytes() > 0.95 * 2 * done.num_bytes
+
+
+def test_a_large_machine_reads_several_adapters_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on one core; the engine's own thread keeps all of its cores."""
+    model, num_threads = make_model(), torch.get_num_threads()
+    bank = LoraBank(model.config, 8, 8)
+    folder = AdapterFolder(str(tmp_path), {})
+    versions = []
+    for i in range(8):
+        write_adapter(tmp_path / f"a{i}", model, seed=i)
+        files = folder.offered(f"a{i}")
+        assert files is not None
+        versions.append(AdapterVersion(name=f"a{i}", files=files))
+    together, read_adapter = threading.Barrier(4, timeout=20), adapter_store.read_adapter
+    threads_in_readers: set[int] = set()
+
+    def wait_and_read(*arguments: Any, **options: Any) -> Any:
+        together.wait()
+        threads_in_readers.add(torch.get_num_threads())
+        return read_adapter(*arguments, **options)
+
+    monkeypatch.setattr(adapter_store, "read_adapter", wait_and_read)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    store = AdapterStore(bank)
+    try:
+        for version in versions:
+            store.read(version)
+        done: list[ReadDone | FillDone] = []
+        while len(done) < len(versions):
+            assert select.select([store.wake_fd], [], [], 20)[0]
+            done += store.finished()
+        assert {each.version for each in done} == set(versions)
+        assert all(isinstance(each, ReadDone) and not each.error for each in done)
+        for slot, version in enumerate(versions, 1):
+            store.fill(version, slot)
+            wait(store)
+        assert len({bank.a(slot, 0, slice(0, 3)).sum().item() for slot in range(1, 9)}) == len(versions)
+        assert threads_in_readers == {1} and torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(num_threads)  # for threads of other tests
 
 
 def test_numbers_that_overflow_once_they_are_scaled_are_refused(version: AdapterVersion) -> None:

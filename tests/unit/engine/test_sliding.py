@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from server.engine.load import StartupError, plan_cache, serving_config, tokens_a_step
+from server.engine.plan import StartupError, plan_cache, serving_config, tokens_a_step
 from server.settings import EngineSettings
 from stellarbyte.config import ByteModelConfig
 from tests import oracle
@@ -126,5 +126,5 @@ def test_ample_memory_is_not_all_taken() -> None:
 
 def test_steps_are_shorter_on_a_cpu_unless_told_otherwise() -> None:
     assert tokens_a_step(settings(), "cpu") == (512, 32)
-    assert tokens_a_step(settings(), "cuda") == (2048, None)
+    assert tokens_a_step(settings(), "cuda") == (8192, None)
     assert tokens_a_step(settings(max_num_batched_tokens=7, max_prefill_tokens=3), "cpu") == (7, 3)

@@ -51,8 +51,10 @@ def test_rows_of_all_kinds_in_one_batch() -> None:
 def test_ties_and_forbidden_tokens() -> None:
     logits_RV = torch.full((64, 600), float("-inf"))
     logits_RV[:, [300, 400, 599]] = 1.0
-    greedy, random = make_rows(64, temperature=0.0), make_rows(64, top_p=0.9)
+    greedy = make_rows(64, temperature=0.0)
     assert sampler.sample(logits_RV, greedy, num_threads=2) == [300] * 64
-    drawn = sampler.sample(logits_RV, random, num_threads=2)
-    assert drawn == sample(logits_RV, random).tolist()
-    assert set(drawn) == {300, 400, 599}
+    for top_p in (0.1, 0.9):
+        random = make_rows(64, top_p=top_p)
+        drawn = sampler.sample(logits_RV, random, num_threads=2)
+        assert drawn == sample(logits_RV, random).tolist()
+        assert set(drawn) == {300, 400, 599}

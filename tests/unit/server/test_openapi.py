@@ -38,6 +38,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
         hidden_size=16,
         num_blocks=1,
         block_size=16,
+        max_num_seqs=64,
         device="cpu",
         dtype="float32",
         quantization="none",

@@ -1,0 +1,260 @@
+"""Workloads on our engine without HTTP, in one process: started by benchmarks.gpu for each loaded model. Knows no peer.
+
+    python -m benchmarks.gpu_engine --engine 0.6b --device cuda --folder TMP 0.6b/1 0.6b/64
+
+The core is stepped as the engine process steps it. Each work runs twice with other prompts: the first run compiles and
+captures what it needs and is reported as `cold_s`. After a work that failed the process ends: its core is not clean.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import logging
+import select
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_profile import print_profile
+from benchmarks.gpu_workloads import (
+    ENGINES,
+    MAX_MODEL_LEN,
+    MAX_STEP_TOKENS,
+    RANK,
+    WORKS,
+    Engine,
+    Shape,
+    Work,
+    random_prompt,
+    report,
+    reporting_failure,
+    shape_of,
+    work_of,
+    write_adapters,
+    write_config,
+)
+from server.engine.core import EngineCore
+from server.engine.load import build_core
+from server.engine.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected
+from server.engine.request import GenerationRequest, SamplingParams
+from server.settings import EngineSettings
+
+PROFILED_STEPS = 20
+SETTLING_STEPS = 10  # that all decode, before the profile
+LOAD_AFTER_STEPS = 32  # of the streams that run while adapters are loaded
+
+
+@dataclass
+class Run:
+    """What the requests of one run got; times are time.perf_counter() seconds."""
+
+    started_s: float
+    arrivals: defaultdict[str, list[tuple[float, int]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # (s, tokens)
+    ended_s: float = 0.0
+
+    def note(self, news: list[Any]) -> None:
+        self.ended_s = time.perf_counter()
+        for item in news:
+            if isinstance(item, Rejected):
+                raise RuntimeError(item.message)
+            if isinstance(item, Delta):
+                if item.error is not None:
+                    raise RuntimeError(item.error)
+                self.arrivals[item.request_id].append((self.ended_s, item.num_tokens))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(tokens for arrivals in self.arrivals.values() for _, tokens in arrivals)
+
+    def second_half_tok_s(self) -> float:
+        """Tokens a second of the first request after half of its tokens."""
+        (arrivals, *_) = self.arrivals.values()
+        half, seen, begun_s = sum(tokens for _, tokens in arrivals) // 2, 0, self.started_s
+        for arrived_s, tokens in arrivals:
+            if seen < half <= seen + tokens:
+                begun_s, half = arrived_s, seen + tokens
+            seen += tokens
+        return (seen - half) / (arrivals[-1][0] - begun_s)
+
+    def longest_gap_s(self, from_s: float, to_s: float) -> float:
+        """Between two deltas of one request, of gaps that overlap this time."""
+        return max(
+            (
+                after - before
+                for arrivals in self.arrivals.values()
+                for (before, _), (after, _) in itertools.pairwise(arrivals)
+                if after > from_s and before < to_s
+            ),
+            default=0.0,
+        )
+
+
+def make_requests(work: Work, vocab_size: int, seed: int) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            request_id=f"{seed}-{number}",
+            prompt_token_ids=tuple(random_prompt(prompt, vocab_size, seed * 100_003 + number)),
+            sampling=SamplingParams(max_tokens=output, temperature=0.6, seed=number, ignore_eos=True),
+            adapter=f"a{number % work.adapters:02}" if work.adapters else None,
+            context_overflow="slide" if work.loads_adapters else "error",
+        )
+        for number, (prompt, output) in enumerate(work.lengths(seed=0))
+    ]
+
+
+def step(core: EngineCore, run: Run) -> None:
+    """One step as the engine process makes it; waits where only other threads can go on."""
+    if core.is_blocked:
+        select.select(core.wake_fds, [], [], 1)
+    run.note(core.step())
+
+
+def drive(core: EngineCore, requests: list[GenerationRequest]) -> Run:
+    """All requests from submission to their ends."""
+    run = Run(started_s=time.perf_counter())
+    for request in requests:
+        core.submit(request)
+    while core.has_work:
+        step(core, run)
+    return run
+
+
+def drop(core: EngineCore, requests: list[GenerationRequest]) -> None:
+    """End requests that have shown what they were for."""
+    for request in requests:
+        core.abort(request.request_id)
+    while core.has_work:
+        core.step()
+
+
+def measure(core: EngineCore, work: Work, vocab_size: int) -> dict[str, Any]:
+    """The figures of a workload: a cold run, then the one that counts."""
+    cold = drive(core, make_requests(work, vocab_size, seed=1))
+    before = core.stats()
+    run = drive(core, make_requests(work, vocab_size, seed=2))
+    after, seconds = core.stats(), run.ended_s - run.started_s
+    steps = after.num_steps_total - before.num_steps_total
+    return {
+        "tok_s": run.num_tokens / seconds,
+        "tokens": run.num_tokens,
+        "seconds": seconds,
+        "cold_s": cold.ended_s - cold.started_s,
+        "second_half_tok_s": run.second_half_tok_s(),
+        "steps": steps,
+        "ms_a_step": 1000 * seconds / steps,
+        "preemptions": after.num_preemptions_total - before.num_preemptions_total,
+    }
+
+
+def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: int) -> dict[str, Any]:
+    """Every adapter loaded under a new name and asked for one token, while streams run; from the first call on."""
+    with_adapters = dataclasses.replace(work, adapters=num_adapters, output=(8, 8), requests=2 * work.requests)
+    drive(core, make_requests(with_adapters, vocab_size, seed=1))  # compiles and captures what is to come
+    run = Run(started_s=time.perf_counter())
+    streams = make_requests(work, vocab_size, seed=2)
+    for request in streams:
+        core.submit(request)
+    for _ in range(LOAD_AFTER_STEPS):
+        step(core, run)
+    begun_s = time.perf_counter()
+    for number in range(num_adapters):
+        core.call(LoadAdapter(call_id=str(number), name=f"new{number:02}", path=f"a{number:02}", in_place=False))
+    loaded_s, waiting = begun_s, num_adapters
+    probes: list[str] = []
+    while waiting or not all(probe in run.arrivals for probe in probes):
+        for reply in core.take_replies():
+            if isinstance(reply, CallFailed):
+                raise RuntimeError(reply.message)
+            assert isinstance(reply, AdapterLoaded)
+            waiting -= 1
+            loaded_s = time.perf_counter()
+            probes.append(reply.card.name)
+            core.submit(
+                GenerationRequest(
+                    request_id=reply.card.name,
+                    prompt_token_ids=tuple(range(10, 26)),
+                    sampling=SamplingParams(max_tokens=1, seed=0, ignore_eos=True),
+                    adapter=reply.card.name,
+                )
+            )
+        step(core, run)
+    served_s = time.perf_counter()
+    drop(core, streams)
+    return {
+        "loaded_s": loaded_s - begun_s,
+        "served_s": served_s - begun_s,
+        "longest_gap_ms": 1000 * run.longest_gap_s(begun_s, served_s),
+        "longest_gap_before_ms": 1000 * run.longest_gap_s(run.started_s, begun_s),
+    }
+
+
+def profile(core: EngineCore, work: Work, vocab_size: int, device: str) -> None:
+    """Print where the time of a decoding step goes, once all requests decode."""
+    drive(core, make_requests(dataclasses.replace(work, output=(8, 8)), vocab_size, seed=1))
+    requests = make_requests(dataclasses.replace(work, output=(1000, 1000)), vocab_size, seed=2)
+    run = Run(started_s=time.perf_counter())
+    for request in requests:
+        core.submit(request)
+    while len(run.arrivals) < len(requests):
+        step(core, run)
+    for _ in range(SETTLING_STEPS):
+        step(core, run)
+    print_profile(lambda: step(core, run), PROFILED_STEPS, device)
+    drop(core, requests)
+
+
+def settings_of(engine: Engine, folder: Path, device: str, *, is_tiny: bool) -> tuple[EngineSettings, Shape]:
+    """Settings for an engine whose model and adapters are written into `folder`."""
+    shape = shape_of(engine, is_tiny=is_tiny)
+    adapters: dict[str, Any] = {}
+    if engine.adapters:
+        write_adapters(shape, folder / "adapters", engine.adapters)
+        adapters = {"adapter_dir": str(folder / "adapters"), "max_loras": engine.adapters, "max_lora_rank": RANK}
+    settings = EngineSettings(
+        model=str(write_config(shape, folder / "model")),
+        load_format="dummy",
+        device=device,
+        dtype="bfloat16",
+        quantization=engine.quantization,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=MAX_STEP_TOKENS,
+        **adapters,
+    )
+    return settings, shape
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("works", nargs="+", choices=list(WORKS))
+    parser.add_argument("--engine", required=True, choices=list(ENGINES))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--folder", required=True, type=Path, help="an empty one, for config.json and adapters")
+    parser.add_argument("--profile", action="store_true", help="print kernels' times in place of measuring")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    engine = ENGINES[options.engine]
+    settings, shape = settings_of(engine, options.folder, options.device, is_tiny=options.tiny)
+    started_s = time.perf_counter()
+    with reporting_failure(options.works):
+        core, _ = build_core(settings)
+    build_s = time.perf_counter() - started_s
+    for name in options.works:
+        work = work_of(name, is_tiny=options.tiny)
+        if options.profile:
+            profile(core, work, shape.vocab_size, options.device)
+            continue
+        with reporting_failure([name]):
+            if work.loads_adapters:
+                report(name, measure_loads(core, work, shape.vocab_size, engine.adapters))
+            else:
+                report(name, {"build_s": build_s, **measure(core, work, shape.vocab_size)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Our server over HTTP with random weights: its start, then streams from loadgen. Started by benchmarks.gpu.
+
+python -m benchmarks.gpu_http --device cuda --folder TMP 0.6b/start 0.6b/http-64
+"""
+
+import argparse
+import contextlib
+import json
+import shlex
+import time
+import urllib.request
+from pathlib import Path
+
+from benchmarks.gpu_workloads import (
+    ENGINES,
+    MAX_MODEL_LEN,
+    MAX_STEP_TOKENS,
+    report,
+    reporting_failure,
+    shape_of,
+    write_config,
+)
+from benchmarks.serve import Server, Workload, load, running_ours
+
+START = "0.6b/start"
+NAME = "model"  # what the folder, and so the served model, is called
+WORKLOADS = {
+    "0.6b/http-1": Workload(streams=1, requests=4, prompt_tokens=128, output_tokens=512),
+    "0.6b/http-64": Workload(streams=64, requests=128, prompt_tokens=512, output_tokens=256, flags=["-p", "4"]),
+    "0.6b/http-256": Workload(streams=256, requests=512, prompt_tokens=512, output_tokens=256, flags=["-p", "4"]),
+}
+TINY_WORKLOAD = Workload(streams=2, requests=4, prompt_tokens=8, output_tokens=4, flags=["--vocab", "400"])
+
+
+def first_answer(url: str) -> None:
+    body = json.dumps({"model": NAME, "prompt": [10, 11, 12], "max_tokens": 1, "ignore_eos": True}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        answer.read()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("works", nargs="+", choices=[START, *WORKLOADS])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--folder", required=True, type=Path)
+    options = parser.parse_args()
+    engine = ENGINES["0.6b"]
+    folder = write_config(shape_of(engine, is_tiny=options.tiny), options.folder / NAME)
+    command = (
+        f"python -m server --port {{port}} --log-level warning --model {shlex.quote(str(folder))} --load-format dummy"
+        f" --device {options.device} --dtype bfloat16 --max-model-len {MAX_MODEL_LEN}"
+        f" --max-num-seqs {engine.max_num_seqs} --max-num-batched-tokens {MAX_STEP_TOKENS}"
+    )
+    started_s = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        with reporting_failure(options.works):
+            url = stack.enter_context(running_ours(command))
+            first_answer(url)
+        if START in options.works:
+            report(START, {"start_s": time.perf_counter() - started_s})
+        server = Server("ours", url, NAME, [])
+        for name, workload in WORKLOADS.items():
+            if name not in options.works:
+                continue
+            workload = TINY_WORKLOAD if options.tiny else workload
+            with reporting_failure([name]):
+                load(server, workload, seed=1)  # compiles and captures what is to come
+                figures = load(server, workload, seed=2)
+                if figures["errors"]:
+                    raise RuntimeError(f"{figures['errors']} requests failed: {figures['why']}")
+            for key in ("ttft_ms", "tpot_ms"):
+                figures[key], figures[f"{key}_p99"] = figures[key]
+            report(name, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What the engine reads of a model's folder: config, weights, tokenizer, ends. Knows no settings and no serving."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig
+
+from server.stand_in_tokenizer import make_stand_in_tokenizer
+from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint, weights_hash
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.decoder import ByteLanguageModel
+
+logger = logging.getLogger("server.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A checkpoint or, with `is_dummy`, a config.json: then weights are random, and a tokenizer is made up if absent.
+
+    Its methods raise CheckpointError where a checkpoint cannot be read.
+    """
+
+    path: Path
+    config: ByteModelConfig
+    is_dummy: bool
+
+    def language_model(self, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
+        if self.is_dummy:
+            logger.warning("the weights are random (--load-format dummy): answers mean nothing")
+            return dummy_language_model(self.config, dtype=dtype, device=device)
+        return load_language_model(self.path, dtype=dtype, device=device)
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the weights, hexadecimal; "dummy-…" for random ones."""
+        return dummy_hash(self.path) if self.is_dummy else weights_hash(self.path)
+
+    def tokenizer(self) -> Tokenizer:
+        file = self.path / "tokenizer.json"
+        if self.is_dummy and not file.is_file():
+            return make_stand_in_tokenizer(self.config.vocab_size)
+        return Tokenizer.from_file(str(file))
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: generation_config.json's, else the model config's."""
+        if (self.path / "generation_config.json").is_file():
+            ids = GenerationConfig.from_pretrained(self.path).eos_token_id
+            if ids is not None:
+                return frozenset([ids] if isinstance(ids, int) else ids)
+        return frozenset(self.config.eos_token_ids)
+
+
+def open_model_folder(path: Path, *, is_dummy: bool) -> ModelFolder:
+    """Check a folder as far as possible without reading weights.
+
+    Raises:
+        stellarbyte.checkpoint.errors.CheckpointError: it is absent, damaged or unsupported.
+    """
+    config = dummy_config(path) if is_dummy else open_checkpoint(path).config
+    return ModelFolder(path=path, config=config, is_dummy=is_dummy)

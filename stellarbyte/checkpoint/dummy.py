@@ -1,0 +1,56 @@
+"""Random weights of the shape that a config.json describes, for benchmarks. Knows no weight files."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from stellarbyte.checkpoint.native import adopt_weights, load_config
+from stellarbyte.checkpoint.safetensors_file import read_json
+from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.decoder import ByteLanguageModel
+
+SEED = 0
+
+
+def dummy_config(folder: Path) -> ByteModelConfig:
+    """The config of a folder that needs no other file: a ByteTransformer's, or one that could be converted.
+
+    Raises:
+        CheckpointError: no config.json, not valid, or of a model that is not supported.
+    """
+    file = folder / "config.json"
+    if not file.is_file() or read_json(file).get("model_type") == ByteModelConfig.model_type:
+        return load_config(folder)
+    from stellarbyte.checkpoint import hf  # transformers' own configs take seconds to import
+
+    hf.refuse_unsupported(folder)
+    return hf.read_config(folder, headers={})
+
+
+def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
+    """The bare model in evaluation mode, its weights drawn on the device itself; the same ones every time.
+
+    Matrices and biases are normal with `initializer_range`, norms 1, scales of layers and decays at their start.
+    """
+    with torch.device("meta"):
+        model = ByteLanguageModel(config)
+    numbers = torch.Generator(device).manual_seed(SEED)
+    state: dict[str, torch.Tensor] = {}
+    for name, shape in expected_shapes(config).items():
+        weight = state[name] = torch.empty(shape, dtype=dtype, device=device)
+        if name.endswith("norm.weight"):
+            weight.fill_(1.0)
+        elif name.endswith("_scale.weight"):
+            weight.fill_(1.0 if config.layer_scale_init is None else config.layer_scale_init)
+        else:
+            weight.normal_(0.0, config.initializer_range, generator=numbers)
+    adopt_weights(config, model, state)
+    model.model.rotary.reset_parameters()
+    return model
+
+
+def dummy_hash(folder: Path) -> str:
+    """What stands in the place of the weights' hash: "dummy-" and the SHA-256 (hex) of config.json."""
+    return "dummy-" + hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()

@@ -1,0 +1,129 @@
+"""Tokens of prompts on their way to the GPU: what a step computes of them, as one array. Knows no model."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stellarbyte.kernels.triton.attention import TILE_ROWS
+from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, LoraRows, segments
+from stellarbyte.kernels.triton.slots import Integers
+
+# T tokens, X tiles, R rows that sample, S segments
+
+_TOKEN_COUNTS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_SAMPLE_COUNTS = (0, 1, 8)
+_SPARE_PARTS = (1, 8, 64)  # tiles or segments beyond those of full length: sequences end between
+MAX_PADDED_TOKENS = _TOKEN_COUNTS[-1]
+MAX_PADDED_SAMPLES = _SAMPLE_COUNTS[-1]
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """Tokens of prompts, sequence after sequence, on the host. `slots` are those of `slots.SlotMemory`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    tile_starts: list[int] = field(default_factory=list)
+    tile_counts: list[int] = field(default_factory=list)
+    sample_rows: list[int] = field(default_factory=list)  # tokens whose next token is wanted
+    sample_slots: list[int] = field(default_factory=list)
+    bank_slots: list[int] = field(default_factory=list)  # of every token; 0: no adapter
+    scales: list[float] = field(default_factory=list)
+
+    def add(
+        self, token_ids: list[int], first_position: int, slot: int, *, samples: bool, bank_slot: int, scale: float
+    ) -> None:
+        """Tokens of one sequence, from a position on; `samples`: the last one's next token is wanted."""
+        start, count = len(self.token_ids), len(token_ids)
+        self.token_ids += token_ids
+        self.positions += range(first_position, first_position + count)
+        self.slots += [slot] * count
+        self.bank_slots += [bank_slot] * count
+        self.scales += [scale] * count
+        for first in range(0, count, TILE_ROWS):
+            self.tile_starts.append(start + first)
+            self.tile_counts.append(min(TILE_ROWS, count - first))
+        if samples:
+            self.sample_rows.append(start + count - 1)
+            self.sample_slots.append(slot)
+
+
+class PromptTensors(NamedTuple):
+    """The same on the device. Rows beyond the prompts are those of slot 0, which is nobody's."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    tile_starts_X: torch.Tensor
+    tile_counts_X: torch.Tensor
+    sample_rows_R: torch.Tensor
+    sample_slots_R: torch.Tensor
+    adapters: LoraRows | None
+
+
+class PromptShape(NamedTuple):
+    """How long the arrays are, and so where each begins in the one that carries them all."""
+
+    tokens: int
+    tiles: int
+    samples: int
+    segments: int  # 0: no token has an adapter
+
+    def pack(self, prompts: Prompts) -> Integers:
+        """One array of all of the prompts' numbers, each part filled up with zeros."""
+        parts: list[tuple[list[int] | Integers, int]] = [
+            (prompts.token_ids, self.tokens),
+            (prompts.positions, self.tokens),
+            (prompts.slots, self.tokens),
+            (prompts.tile_starts, self.tiles),
+            (prompts.tile_counts, self.tiles),
+            (prompts.sample_rows, self.samples),
+            (prompts.sample_slots, self.samples),
+        ]
+        if self.segments:
+            parts += [(part, self.segments) for part in segments(prompts.bank_slots)]
+            parts.append((np.array(prompts.scales, np.float32).view(np.int32), self.tokens))
+        packed = np.zeros(sum(size for _, size in parts), np.int32)
+        start = 0
+        for values, size in parts:
+            packed[start : start + len(values)] = values
+            start += size
+        return packed
+
+    def unpack(self, packed: torch.Tensor) -> PromptTensors:
+        """Views of the array's parts."""
+        sizes = [self.tokens] * 3 + [self.tiles] * 2 + [self.samples] * 2
+        if self.segments:
+            sizes += [self.segments] * 3 + [self.tokens]
+        tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, *lora = packed[
+            : sum(sizes)
+        ].split(sizes)
+        adapters = None
+        if self.segments:
+            starts, counts, bank_slots, scales = lora
+            adapters = LoraRows(starts, counts, bank_slots, scales.view(torch.float32))
+        return PromptTensors(tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, adapters)
+
+
+def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
+    """The exact shape, or the next of the few that steps of up to `MAX_PADDED_TOKENS` have."""
+    has_adapters = any(prompts.bank_slots)
+    num_segments = len(segments(prompts.bank_slots)[0]) if has_adapters else 0
+    num_tokens, num_tiles, num_samples = len(prompts.token_ids), len(prompts.tile_starts), len(prompts.sample_rows)
+    if not padded:
+        return PromptShape(num_tokens, num_tiles, num_samples, num_segments)
+    tokens = _next(_TOKEN_COUNTS, num_tokens)
+    full_tiles, full_segments = -(-tokens // TILE_ROWS), -(-tokens // SEGMENT_ROWS)
+    return PromptShape(
+        tokens,
+        full_tiles + _next(_SPARE_PARTS, max(1, num_tiles - full_tiles)),
+        _next(_SAMPLE_COUNTS, num_samples),
+        full_segments + _next(_SPARE_PARTS, max(1, num_segments - full_segments)) if has_adapters else 0,
+    )
+
+
+def _next(sizes: tuple[int, ...], at_least: int) -> int:
+    return next((size for size in sizes if size >= at_least), at_least)
