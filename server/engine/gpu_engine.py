@@ -1,6 +1,7 @@
 """From a model on a GPU to a runner: measures what steps take of its memory, and gives the rest to the cache."""
 
 import logging
+import threading
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,7 @@ def make_gpu_runner(
     plan = plan_for(kv_cache_memory)
     cache = _cache(model, plan.num_blocks, plan.layout.block_size)
     steps = _steps(model, cache, plan.layout, max_num_seqs, step_tokens)
+    threading.Thread(target=steps.prepare_truncation, name="compiler", daemon=True).start()
     return GpuRunner(steps, plan.layout, max_num_seqs), plan
 
 

@@ -154,8 +154,20 @@ class Steps:
         """Run the largest steps once, on nobody's slot: what memory they take can be measured then."""
         prompts = Prompts()
         prompts.add([0] * self._max_tokens, 0, 0, samples=True, bank_slot=0, scale=1.0)
-        self.prefill(prompts, truncates=True, wants_hidden=True)
-        self.decode(self.row_counts[-1], num_segments=0, truncates=True)
+        self.prefill(prompts, truncates=False, wants_hidden=True)
+        self.decode(self.row_counts[-1], num_segments=0, truncates=False)
+
+    def prepare_truncation(self) -> None:
+        """Compile the kernels for top_k, top_p and min_p, which takes seconds once on a machine. On any thread."""
+        device, vocab_size = self.model.device, self._logits_BV.shape[1]
+        stream = torch.cuda.Stream()
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            logits_1V = torch.zeros(1, vocab_size, dtype=self._logits_BV.dtype, device=device)
+            fields_1F = torch.zeros(1, NUM_FIELDS, dtype=torch.int32, device=device)
+            token_1 = torch.zeros(1, dtype=torch.int32, device=device)
+            scratch = SamplerScratch.make(1, vocab_size, device)
+            sample(logits_1V, sampling_rows(fields_1F), token_1, scratch, truncates=True)
+        stream.synchronize()
 
     def _adapters(self, rows: LoraRows | None) -> Adapters | None:
         if rows is None:
