@@ -91,10 +91,14 @@ def draw_endless(result: Result) -> None:
     _save(f"endless-{result['figures']['model']}", result, axes)
 
 
-def draw_gpu(result: Result) -> None:
-    """How many times as good as the peer every figure is, and which targets are met."""
-    results = result["figures"]["results"]
-    rows = [Row(**fields) for fields in result["figures"]["rows"]]
+def draw_gpu(runs: list[Result]) -> None:
+    """How many times as good as the peer the newest figure of every work is, and which targets are met."""
+    result, results = runs[-1], {}
+    for run in runs:
+        results |= {work: figures for work, figures in run["figures"]["results"].items() if "error" not in figures}
+    rows = list(
+        {(fields["work"], fields["key"]): Row(**fields) for run in runs for fields in run["figures"]["rows"]}.values()
+    )
     shown = [
         (row, measured, ratio)
         for row in rows
@@ -104,7 +108,12 @@ def draw_gpu(result: Result) -> None:
     colors = ["C0" if row.target is None or row.is_met(measured) else "C1" for row, measured, _ in shown]
     labels = [f"{row.work}, {row.unit}" for row, _, _ in shown]
     bars = axes.barh(range(len(shown)), [ratio for *_, ratio in shown], color=colors)
-    axes.bar_label(bars, [f"{measured:,.4g}" for _, measured, _ in shown], fontsize=7, padding=2)
+    axes.bar_label(
+        bars,
+        [f"{measured:,.0f}" if measured >= 1000 else f"{measured:.3g}" for _, measured, _ in shown],
+        fontsize=7,
+        padding=2,
+    )
     axes.set_yticks(range(len(shown)), labels, fontsize=7)
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     axes.invert_yaxis()
@@ -133,11 +142,12 @@ def main() -> None:
         "engine": draw_engine,
         "http_path": draw_http_path,
         "serve": draw_serve,
-        "gpu": draw_gpu,
     }
     for benchmark, draw_newest in draw.items():
         for result in read_results(benchmark)[-1:]:
             draw_newest(result)
+    if runs := read_results("gpu"):
+        draw_gpu(runs)
     for result in {result["figures"]["model"]: result for result in read_results("endless")}.values():
         draw_endless(result)
 

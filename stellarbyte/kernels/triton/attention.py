@@ -118,7 +118,7 @@ def decode_attention(
     )
     tables_NE = rows.tables_NE
     group = heads.num_heads // heads.num_kv_heads
-    decode_kernel[(heads.num_kv_heads, len(qkv_TN), num_splits)](  # rows in order: the first ones begin first
+    decode_kernel[(len(qkv_TN), heads.num_kv_heads, num_splits)](
         qkv_TN, out_TA, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
         ring_length(rows, keys_BSKD.shape[1], sink_tokens), *scratch, *rotations, q_norm_D, k_norm_D, norm_eps,
         score_scale * _LOG2_E, window or UNLIMITED, SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),

@@ -159,7 +159,7 @@ def decode_kernel(
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The heads of one kv head of one row, over one share of the tiles of keys that it sees."""
-    kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(OVERLAPS)
     position = tl.load(positions + row)
     first_tile = _tile_of(tl.maximum(position - window + 1 - SINKS, 0), BLOCK_SIZE, KEYS)
