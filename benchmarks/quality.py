@@ -71,7 +71,7 @@ def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
     model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            weight = quantize(Weight(matrix_NK=module.weight), quantization)
+            weight = quantize(Weight(matrix_NK=module.weight), "int8" if module is model.lm_head else quantization)
             module.weight = torch.nn.Parameter(dequantized(weight, torch.float32), requires_grad=False)
     return model
 

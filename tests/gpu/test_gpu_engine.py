@@ -55,8 +55,12 @@ DEEPNORM = {"deepnorm": True, "parallel_residual": True, "layer_scale_init": 0.5
 
 @pytest.fixture(autouse=True)
 def stream():
+    """A stream for each test, and one thread for what the CPU computes: more take longer over so small matrices."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with own_stream(DEVICE):
         yield
+    torch.set_num_threads(num_threads)
 
 
 def gpu_engine(model: ByteTransformer, **options: Any) -> GpuEngine:
@@ -68,7 +72,7 @@ def gpu_engine(model: ByteTransformer, **options: Any) -> GpuEngine:
     )
 
 
-def some_requests(count: int, max_tokens: int = 24, **fields: Any) -> list[GenerationRequest]:
+def some_requests(count: int, max_tokens: int = 24, longest: int = 80) -> list[GenerationRequest]:
     """Greedy and random ones in turn, some truncated, of prompts and answers of different lengths."""
     kinds: list[dict[str, Any]] = [
         {},
@@ -79,7 +83,7 @@ def some_requests(count: int, max_tokens: int = 24, **fields: Any) -> list[Gener
         {"temperature": 1.1, "min_p": 0.05},
     ]
     return [
-        make_request(random_tokens(5 + 4 * i, seed=i), max_tokens + i % 7, str(i), seed=i, **kinds[i % 6], **fields)
+        make_request(random_tokens(5 + 4 * i % longest, seed=i), max_tokens + i % 7, str(i), seed=i, **kinds[i % 6])
         for i in range(count)
     ]
 
@@ -158,7 +162,7 @@ def test_logprobs_equal_the_oracles(shape: dict[str, Any]) -> None:
     assert (any_shape.teacher_forced(tokens, 20).cpu() - expected).abs().max() <= 1e-4
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def test_bfloat16_is_as_near_the_oracle_as_torch_is() -> None:
     """The oracle has the unrounded weights, so rounding them counts, too; plain torch operators say what is usual."""
     model, tokens = make_model(), random_tokens(51)
@@ -281,7 +285,7 @@ class NewestLogits:
 
 def test_aborts_at_any_time_leave_nothing_behind_and_change_nobody_elses_tokens() -> None:
     """Up to 32 sequences, half of them dropped: waiting, among their prompts or answering, with a step in flight."""
-    model, requests = make_model(**WINDOW), some_requests(48)
+    model, requests = make_model(**WINDOW), some_requests(48, longest=20)
     numbers = random.Random(5)
     engine = gpu_engine(model, max_num_seqs=32)
     waiting = list(requests)
@@ -313,13 +317,17 @@ def test_a_pool_that_is_too_small_changes_no_tokens() -> None:
     engine.check_nothing_is_left()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_graphs_of_every_size_serve_batches_that_change_at_every_step(temperature: float) -> None:
+def test_graphs_of_every_size_serve_batches_that_change_at_every_step() -> None:
     """1, 2 ... 40 rows and back, one more or less with each step. Rows that only fill up a graph must harm nobody."""
     model = make_model()
     requests = [
         make_request(
-            random_tokens(3 + i, seed=i), 81 - 2 * i, str(i), seed=i, temperature=temperature, top_k=7 * (i % 2)
+            random_tokens(3 + i % 5, seed=i),
+            81 - 2 * i,
+            str(i),
+            seed=i,
+            temperature=0.9 * (i % 2),
+            top_k=i % 4 // 3 * 7,
         )
         for i in range(40)
     ]
@@ -329,7 +337,7 @@ def test_graphs_of_every_size_serve_batches_that_change_at_every_step(temperatur
         if len(sequences) < 40:
             sequences.append(engine.add(requests[len(sequences)]))
         num_rows.add(sum(decodes(chunk) for chunk in engine.step()))
-    assert num_rows >= set(range(1, 39))
+    assert num_rows >= set(range(1, 41))
     assert_equal_tokens(model, requests, [generated(sequence) for sequence in sequences])
     engine.check_nothing_is_left()
 

@@ -54,7 +54,8 @@ class TritonModel(ServedModel):
     Args:
         config: the one to serve with; its windows and sinks may differ from the model's own.
         bank: the adapters, in the model's dtype; None: there are none.
-        quantization: "none", or "int8" or "fp8": of all matrices but the embedding, a scale for each output.
+        quantization: "none", or "int8" or "fp8": of all matrices but the embedding, a scale for each output; the head
+            is int8 then.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class TritonModel(ServedModel):
         self.device = self.embedding_VC.device
         self.final_norm_C = decoder.norm.weight
         head_weight = Weight(matrix_NK=model.lm_head.weight)
-        self.head_weight = head_weight if quantization == "none" else quantize(head_weight, quantization)
+        # The head's errors reach every token's logit directly, and fp8 has the larger ones.
+        self.head_weight = head_weight if quantization == "none" else quantize(head_weight, "int8")
         self.layers = [
             _pack(cast(ByteDecoderLayer, layer), config, i, quantization) for i, layer in enumerate(decoder.layers)
         ]
