@@ -91,7 +91,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
 
 async def churn(server: ServerProcess, by_place: dict[str, list[str]], num_requests: int) -> tuple[Churn, list[int]]:
     """Load every content once to learn its hash, then let clients and operators loose; the engine's size meanwhile."""
-    limits = httpx.Limits(max_connections=100)
+    # Fewer seconds than the server keeps an idle connection, which it might close just when it is used again.
+    limits = httpx.Limits(max_connections=100, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
         state = Churn(http, {}, defaultdict(set))
         for place, texts in by_place.items():
