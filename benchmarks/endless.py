@@ -24,9 +24,10 @@ import torch
 from tokenizers import models
 
 from benchmarks.record import write_result
-from server.engine.core import EngineCore
-from server.engine.load import build_core, serving_config
+from server.engine.core import EngineCore, RunningStep
+from server.engine.load import build_core
 from server.engine.messages import Delta
+from server.engine.plan import serving_config
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.sequence import Chunk
 from server.settings import EngineSettings
@@ -74,16 +75,21 @@ def _resident_mib() -> float:
 def keep_samples(core: EngineCore, every: int) -> dict[int, torch.Tensor]:
     """A dictionary that fills with the log-probabilities [V] after every so many positions, as they are computed."""
     samples: dict[int, torch.Tensor] = {}
-    compute = core.runner.logits
+    start, head = core.runner.start, core.runner.model.head
+    position = 0
 
-    def logits(chunks: list[Chunk]) -> torch.Tensor:
-        logits_RV = compute(chunks)
+    def note_position(chunks: list[Chunk]) -> RunningStep:
+        nonlocal position
         position = chunks[-1].start + chunks[-1].length - 1
+        return start(chunks)
+
+    def keep_logits(hidden_RC: torch.Tensor) -> torch.Tensor:
+        logits_RV = head(hidden_RC)
         if position % every == every - 1:
             samples[position] = logits_RV[-1].log_softmax(dim=-1)
         return logits_RV
 
-    core.runner.logits = logits
+    core.runner.start, core.runner.model.head = note_position, keep_logits
     return samples
 
 

@@ -22,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from transformers import AutoModelForCausalLM
 
+from server.api.structured import json_grammar
 from server.engine.gpu_runner import GpuStep
 from server.engine.messages import Delta, merged
 from server.engine.request import GenerationRequest
@@ -35,13 +36,12 @@ from stellarbyte.sampling import RowSampling, sample
 from tests import oracle
 from tests.adapters import RandomAdapter, random_adapter
 from tests.engine import ModelEngine, generated, make_request
-from tests.gpu.test_answers import REQUESTS
 from tests.gpu_engine import GpuEngine, own_stream
 from tests.models import make_model, random_tokens
 from tests.tiny_models import tiny_llama, tiny_mistral, tiny_qwen3
 from tests.unit.engine.test_answers import model_core
+from tests.unit.engine.test_grammar_requests import SCHEMAS, drain
 from tests.unit.engine.test_grammar_requests import VOCABULARY as BYTES
-from tests.unit.engine.test_grammar_requests import drain
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +51,17 @@ NO_ADAPTERS: Mapping[str, RandomAdapter] = MappingProxyType({})
 WINDOW = {"sliding_window": 12, "sink_tokens": 2}
 QWEN3 = {"qk_norm": True, "attention_bias": True, "use_xpos": False}
 DEEPNORM = {"deepnorm": True, "parallel_residual": True, "layer_scale_init": 0.5}
+
+WISHES: list[dict[str, Any]] = [
+    {"logprobs": 3, "prompt_logprobs": 2},
+    {"logprobs": 0, "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    {"logit_bias": ((5, 3.0), (6, -100.0)), "min_tokens": 4, "stop_token_ids": (7,)},
+    {"grammar": json_grammar(SCHEMAS[0])},
+    {"grammar": json_grammar(SCHEMAS[2]), "repetition_penalty": 1.2, "logprobs": 1},
+    {"max_tokens": 0, "pooling": "mean"},
+    {"max_tokens": 0, "pooling": "last"},
+    {"max_tokens": 0, "prompt_logprobs": 0},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +234,7 @@ def test_each_row_has_its_own_adapter_and_scale() -> None:
 
 def test_what_the_host_has_a_say_in_is_as_on_the_cpu_and_the_rows_beside_it_too() -> None:
     model = make_model(vocab_size=BYTES)
-    wishes: list[dict[str, Any]] = [*REQUESTS, {}, {"temperature": 0.9, "top_p": 0.9}]
+    wishes: list[dict[str, Any]] = [*WISHES, {}, {"temperature": 0.9, "top_p": 0.9}]
     requests = [
         make_request(random_tokens(9 + i, seed=i), request_id=str(i), seed=i, return_token_ids=True, **wish)
         for i, wish in enumerate(wishes)

@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
+from benchmarks import endless
 from benchmarks.endless import broken_bounds
+from server.engine.load import build_core
+from server.settings import EngineSettings
 from tests.server_process import ROOT
 
 
@@ -47,6 +50,19 @@ def test_the_engines_own_work_is_measured_in_its_parts():
 def rows_of_a_stream(resident_mib: list[float], ms: list[float]) -> list[dict]:
     pairs = zip(resident_mib, ms, strict=True)
     return [{"resident_mib": memory, "ms_per_token_median": time_ms} for memory, time_ms in pairs]
+
+
+def test_an_endless_streams_samples_are_compared_with_the_oracle():
+    """The samples once hung on a call that the engine did not make any more: there were none."""
+    with endless._model("tiny") as model:
+        settings = EngineSettings(model=model, max_num_seqs=1, sliding_window=32, sink_tokens=4)
+        core, _ = build_core(settings)
+        samples = endless.keep_samples(core, 50)
+        _, token_ids = endless.measure(core, 200)
+        assert list(samples) == [99, 149, 199, 249]
+        assert endless.largest_error(settings, token_ids[:-1], samples) < 1e-4
+        samples[149] = samples[149] + 1e-3
+        assert endless.largest_error(settings, token_ids[:-1], samples) > 5e-4
 
 
 def test_an_endless_stream_may_neither_grow_nor_slow_down_nor_drift():

@@ -89,13 +89,24 @@ def _tile(rows: int, num_inputs: int) -> tuple[int, int, int]:
 
 @triton.jit
 def _finish(
-    total, addend, out, bias, branch_scale, offsets, n, inside,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr,
+    total, ups, addend, out, scales, bias, branch_scale, offsets, n, num_outputs, inside, HAS_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Store addend + branch_scale · (total + bias); `offsets` into out, `n` the outputs they are."""
+    """Store addend + branch_scale · (total + bias), or with a gate that of total by ups.
+
+    All are of one shape: `offsets` into out, and `n` the outputs that they are.
+    """
     element = out.dtype.element_ty
+    if HAS_SCALES:
+        total *= tl.load(scales + n, mask=inside, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    if GATE:
+        if HAS_SCALES:
+            ups *= tl.load(scales + num_outputs + n, mask=inside, other=0.0)
+        if HAS_BIAS:
+            ups += tl.load(bias + num_outputs + n, mask=inside, other=0.0).to(tl.float32)
+        total = activate(total, GATE) * ups
     total = total.to(element).to(tl.float32)  # as separate operators round
     if HAS_BRANCH_SCALE:
         total *= tl.load(branch_scale + n, mask=inside, other=0.0).to(tl.float32)
@@ -152,18 +163,10 @@ def _vector_kernel(
         factor = tl.rsqrt(tl.sum(squares, axis=0) / num_inputs + eps)
         total *= factor
         ups *= factor
-    if HAS_SCALES:
-        total *= tl.load(scales + n, mask=inside, other=0.0)
-    if GATE:
-        if HAS_SCALES:
-            ups *= tl.load(scales + num_outputs + n, mask=inside, other=0.0)
-        if HAS_BIAS:
-            total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-            ups += tl.load(bias + num_outputs + n, mask=inside, other=0.0).to(tl.float32)
-        total = activate(total, GATE) * ups
-        _finish(total, addend, out, bias, branch_scale, n, n, inside, False, HAS_RESIDUAL, HAS_BRANCH_SCALE)
-    else:
-        _finish(total, addend, out, bias, branch_scale, n, n, inside, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE)
+    _finish(
+        total, ups, addend, out, scales, bias, branch_scale, n, n, num_outputs, inside,
+        HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -217,17 +220,7 @@ def _rows_kernel(
     addend = total
     if HAS_RESIDUAL:
         addend = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
-    if HAS_SCALES:
-        total *= tl.load(scales + n, mask=inside_n, other=0.0)[:, None]
-    if GATE:
-        if HAS_SCALES:
-            ups *= tl.load(scales + num_outputs + n, mask=inside_n, other=0.0)[:, None]
-        if HAS_BIAS:
-            total += tl.load(bias + n, mask=inside_n, other=0.0).to(tl.float32)[:, None]
-            ups += tl.load(bias + num_outputs + n, mask=inside_n, other=0.0).to(tl.float32)[:, None]
-        total = activate(total, GATE) * ups
-        _finish(total, addend, out, bias, branch_scale, offsets, many_n, inside, False, HAS_RESIDUAL, HAS_BRANCH_SCALE)
-    else:
-        _finish(
-            total, addend, out, bias, branch_scale, offsets, many_n, inside, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE
-        )
+    _finish(
+        total, ups, addend, out, scales, bias, branch_scale, offsets, many_n, num_outputs, inside,
+        HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
+    )  # fmt: skip

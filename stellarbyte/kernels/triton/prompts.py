@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from stellarbyte.kernels.triton.attention import TILE_ROWS
-from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, LoraRows, segments
+from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, LoraRows
 from stellarbyte.kernels.triton.slots import Integers
 
 # T tokens, X tiles, R rows that sample, S segments
@@ -30,22 +30,32 @@ class Prompts:
     tile_counts: list[int] = field(default_factory=list)
     sample_rows: list[int] = field(default_factory=list)  # tokens whose next token is wanted
     sample_slots: list[int] = field(default_factory=list)
-    bank_slots: list[int] = field(default_factory=list)  # of every token; 0: no adapter
-    scales: list[float] = field(default_factory=list)
+    segment_starts: list[int] = field(default_factory=list)
+    segment_counts: list[int] = field(default_factory=list)
+    segment_slots: list[int] = field(default_factory=list)  # in the bank
+    scales: list[float] = field(default_factory=list)  # of every token
 
     def add(
         self, token_ids: list[int], first_position: int, slot: int, *, samples: bool, bank_slot: int, scale: float
     ) -> None:
-        """Tokens of one sequence, from a position on; `samples`: the last one's next token is wanted."""
+        """Tokens of one sequence, from a position on.
+
+        Args:
+            samples: the last one's next token is wanted.
+            bank_slot: of the sequence's adapter; 0: it has none.
+        """
         start, count = len(self.token_ids), len(token_ids)
         self.token_ids += token_ids
         self.positions += range(first_position, first_position + count)
         self.slots += [slot] * count
-        self.bank_slots += [bank_slot] * count
         self.scales += [scale] * count
         for first in range(0, count, TILE_ROWS):
             self.tile_starts.append(start + first)
             self.tile_counts.append(min(TILE_ROWS, count - first))
+        for first in range(0, count if bank_slot else 0, SEGMENT_ROWS):
+            self.segment_starts.append(start + first)
+            self.segment_counts.append(min(SEGMENT_ROWS, count - first))
+            self.segment_slots.append(bank_slot)
         if samples:
             self.sample_rows.append(start + count - 1)
             self.sample_slots.append(slot)
@@ -84,7 +94,11 @@ class PromptShape(NamedTuple):
             (prompts.sample_slots, self.samples),
         ]
         if self.segments:
-            parts += [(part, self.segments) for part in segments(prompts.bank_slots)]
+            parts += [
+                (prompts.segment_starts, self.segments),
+                (prompts.segment_counts, self.segments),
+                (prompts.segment_slots, self.segments),
+            ]
             parts.append((np.array(prompts.scales, np.float32).view(np.int32), self.tokens))
         packed = np.zeros(sum(size for _, size in parts), np.int32)
         start = 0
@@ -110,9 +124,8 @@ class PromptShape(NamedTuple):
 
 def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
     """The exact shape, or the next of the few that steps of up to `MAX_PADDED_TOKENS` have."""
-    has_adapters = any(prompts.bank_slots)
-    num_segments = len(segments(prompts.bank_slots)[0]) if has_adapters else 0
-    num_tokens, num_tiles, num_samples = len(prompts.token_ids), len(prompts.tile_starts), len(prompts.sample_rows)
+    num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
+    num_tiles, num_segments = len(prompts.tile_starts), len(prompts.segment_starts)
     if not padded:
         return PromptShape(num_tokens, num_tiles, num_samples, num_segments)
     tokens = _next(_TOKEN_COUNTS, num_tokens)
@@ -121,7 +134,7 @@ def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
         tokens,
         full_tiles + _next(_SPARE_PARTS, max(1, num_tiles - full_tiles)),
         _next(_SAMPLE_COUNTS, num_samples),
-        full_segments + _next(_SPARE_PARTS, max(1, num_segments - full_segments)) if has_adapters else 0,
+        full_segments + _next(_SPARE_PARTS, max(1, num_segments - full_segments)) if num_segments else 0,
     )
 
 

@@ -101,8 +101,7 @@ class Steps:
             truncates: some row has top_k, top_p or min_p.
         """
         count = next(count for count in self.row_counts if count >= num_rows)
-        segments = next((2**i for i in range(32) if 2**i >= num_segments), 0) if num_segments else 0
-        segments = min(segments, count)
+        segments = min(1 << (num_segments - 1).bit_length(), count) if num_segments else 0
         self._graphs.run(("decode", count, segments, truncates), lambda: self._decode(count, segments, truncates))
         return Computed(
             logits_RV=self._logits_BV[:num_rows],
