@@ -50,6 +50,9 @@ class InstantCore:
     is_blocked = False
     wake_fds = ()
 
+    def prepare(self) -> bool:
+        return False
+
     def call(self, call: Call) -> None:
         self._replies.append(CallFailed(call.call_id, "This engine has no adapters."))
 

@@ -1,9 +1,16 @@
 """Options of the test suite: what takes minutes runs only when asked for. Where GPU kernels run is decided here."""
 
+import functools
 import os
 
+import httpx._transports.default as httpx_transport
 import pytest
 import torch
+
+# Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
+torch.set_num_threads(1)
+# httpx reads all root certificates for every client, 40 ms each, also for `httpx.get` of plain http on 127.0.0.1.
+httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
 
 if not torch.cuda.is_available():
     # By Triton's interpreter; read when Triton is first imported, which other libraries do as well.

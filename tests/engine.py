@@ -92,6 +92,9 @@ class Ahead:
         self._runner = runner
         self._sampled: dict[Sequence, int] = {}  # in the newest step
 
+    def prepare(self) -> bool:
+        return False
+
     def start(self, chunks: list[Chunk]) -> RunningStep:
         unread = [s for s, start, length, _ in chunks if start + length > len(s.tokens)]
         for sequence in unread:

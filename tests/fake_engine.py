@@ -96,6 +96,9 @@ class FakeCore:
     is_blocked = False
     wake_fds = ()
 
+    def prepare(self) -> bool:
+        return False
+
     def call(self, call: Call) -> None:
         if isinstance(call, ListAdapters):
             nothing = LoadSeconds(bounds=(), counts=(0,))

@@ -144,6 +144,20 @@ class GpuEngine:
         assert sequence.tokens[:-1].tolist() == tokens
         return torch.stack(rows_V)
 
+    def rehearsal(self) -> Steps:
+        """Other steps of the same model and sizes, over a cache of nobody's."""
+        steps = self.steps
+        cache = PagedKVCache(
+            steps.model.config, 1, steps.cache.block_size, steps.cache.keys_LBSKD.dtype, steps.model.device
+        )
+        return Steps(
+            steps.model,
+            cache,
+            max_rows=steps.row_counts[-1],
+            max_tokens=steps.max_tokens,
+            table_entries=steps.memory.tables_SE.shape[1],
+        )
+
     def core(self) -> EngineCore:
         """An `EngineCore` over the runner and the scheduler, for requests whose answers are more than tokens."""
         core = make_core(self.runner, self.steps.model.config.vocab_size)

@@ -62,6 +62,11 @@ class Runner(Protocol):
         """
         ...
 
+    def prepare(self) -> bool:
+        """Do a little of what later steps would have to do first; whether there is more, now or in a moment. Called
+        when no step is in flight."""
+        ...
+
 
 def _size(chunk: Chunk) -> int:
     """How much of the device's memory a chunk asks for, roughly: scored prompts need logits of every token."""
@@ -153,6 +158,10 @@ class EngineCore:
         elif self._compiling.pop(request_id, None) is not None:
             self.grammars.cancel(request_id)
             self.scheduler.give_up_place()
+
+    def prepare(self) -> bool:
+        """Use a moment without work; whether another one would be of use."""
+        return self.runner.prepare()
 
     def call(self, call: Call) -> None:
         """Do what the operator asks; the answer is among `take_replies`, now or after a later step."""

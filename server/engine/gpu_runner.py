@@ -16,6 +16,7 @@ from server.engine.model_runner import adjustment, pooled_hidden, prompt_logprob
 from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.kernels.triton import slots
 from stellarbyte.kernels.triton.lora import segments
+from stellarbyte.kernels.triton.preparation import Preparation
 from stellarbyte.kernels.triton.prompts import Prompts
 from stellarbyte.kernels.triton.slots import float_bits
 from stellarbyte.kernels.triton.steps import Computed, Steps
@@ -46,8 +47,11 @@ class GpuRunner:
 
     num_steps_ahead = 1
 
-    def __init__(self, steps: Steps, layout: CacheLayout, max_rows: int) -> None:
+    def __init__(
+        self, steps: Steps, layout: CacheLayout, max_rows: int, preparation: Preparation | None = None
+    ) -> None:
         self._steps = steps
+        self._preparation = preparation
         self._num_sink_blocks = layout.num_sink_blocks
         self._ring = steps.memory.tables_SE.shape[1] - layout.num_sink_blocks
         self._slots: dict[Sequence, _Slot] = {}
@@ -71,6 +75,18 @@ class GpuRunner:
         except OutOfDeviceMemory:
             self._rows, self._indices, self._values = [], [], []  # nobody knows how far they got
             raise
+
+    def prepare(self) -> bool:
+        """Capture a graph that later steps will run."""
+        if self._preparation is None:
+            return False
+        try:
+            goes_on = self._preparation.capture_next()
+        except torch.OutOfMemoryError:  # the rest is captured when there is a use for it
+            goes_on = False
+        if not goes_on:
+            self._preparation = None
+        return goes_on
 
     def _start(self, chunks: list[Chunk]) -> "GpuStep":
         decoding: list[Sequence] = []

@@ -33,6 +33,9 @@ class ModelRunner:
         batch = make_batch(chunks, self.device)
         return ModelStep(self.model, chunks, batch, self.model.hidden(batch, self.cache))
 
+    def prepare(self) -> bool:
+        return False
+
     @torch.inference_mode()
     def logits(self, chunks: list[Chunk]) -> torch.Tensor:
         """Compute the chunks; [R, V] logits after the last token of each chunk that samples."""

@@ -49,6 +49,7 @@ logger = logging.getLogger("server.engine")
 
 PEER_SILENCE_LIMIT_S = 5.0
 SEND_QUEUE_MESSAGES = 10_000  # what may wait for an HTTP process that does not read
+PREPARATION_INTERVAL_MS = 5  # between two pieces of it, while there is nothing else to do
 LINGER_MS = 1000  # time for last messages to leave when the process ends
 
 
@@ -71,6 +72,9 @@ class Core(Protocol):
     @property
     def wake_fds(self) -> tuple[int, ...]:
         """One becomes readable when there is something to do that no command brought."""
+
+    def prepare(self) -> bool:
+        """Do a little of what later steps would have to do first; whether there is more, now or in a moment."""
 
     def call(self, call: Call) -> None:
         """Do what the operator asks, which `take_replies` will answer."""
@@ -119,8 +123,7 @@ class EngineLoop:
     def run(self) -> None:
         """Serve until a step fails; that exception is raised once every running request has been told."""
         while True:
-            idle = not self._core.has_work or self._core.is_blocked
-            if self._poller.poll(int(HEARTBEAT_INTERVAL_S * 1000) if idle else 0):
+            if self._poller.poll(self._patience_ms()):
                 self._take_commands()
                 self._answer_calls()
             now_s = time.monotonic()
@@ -134,6 +137,12 @@ class EngineLoop:
                     raise
                 self._deliver(news)
                 self._answer_calls()
+
+    def _patience_ms(self) -> int:
+        """How long the loop may wait for something to happen."""
+        if self._core.has_work and not self._core.is_blocked:
+            return 0
+        return PREPARATION_INTERVAL_MS if self._core.prepare() else int(HEARTBEAT_INTERVAL_S * 1000)
 
     def _answer_calls(self) -> None:
         for reply in self._core.take_replies():

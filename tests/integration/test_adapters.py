@@ -218,10 +218,12 @@ def test_a_broken_module_stops_the_start_with_one_line(tmp_path: Path, adapted: 
     (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}')
     (broken / "adapter_model.safetensors").write_bytes(b"")
     model = str(adapted.folder.parent / "tiny")
-    for path, said in ((broken, "'use_dora' is True"), (tmp_path / "absent", "holds no adapter_config.json")):
-        server = ServerProcess(REAL, "--model", model, "--lora-modules", f"x={path}")
-        try:
+    flags = ["--model", model, "--lora-modules"]
+    servers = [ServerProcess(REAL, *flags, f"x={path}") for path in (broken, tmp_path / "absent")]  # both start at once
+    try:
+        for server, said in zip(servers, ("'use_dora' is True", "holds no adapter_config.json"), strict=True):
             assert server.wait(60) == 1
             assert said in server.log() and "Traceback" not in server.log()
-        finally:
+    finally:
+        for server in servers:
             server.stop()

@@ -21,7 +21,12 @@ def test_the_demo_model_still_knows_the_capital_of_france(quantization: str) -> 
 
 def test_a_quantization_that_does_not_fit_is_refused(tmp_path) -> None:
     narrow = str(convert(tiny_llama(tmp_path / "llama", head_dim=16), tmp_path / "narrow"))
-    line = the_error_line(ServerProcess(REAL, "--model", narrow, "--quantization", "int8"))
-    assert "--quantization int8" in line and "multiple of 64" in line
-    line = the_error_line(ServerProcess(REAL, "--dtype", "bfloat16", "--quantization", "int4"))
-    assert "--quantization int4 on a CPU needs float32" in line
+    too_narrow = ServerProcess(REAL, "--model", narrow, "--quantization", "int8")
+    too_coarse = ServerProcess(REAL, "--dtype", "bfloat16", "--quantization", "int4")  # starts beside the other
+    try:
+        line = the_error_line(too_narrow)
+        assert "--quantization int8" in line and "multiple of 64" in line
+        assert "--quantization int4 on a CPU needs float32" in the_error_line(too_coarse)
+    finally:
+        too_narrow.stop()
+        too_coarse.stop()

@@ -161,7 +161,13 @@ def test_too_little_cache_memory_is_refused_with_what_would_do(tiny_model) -> No
     advice = server.log().splitlines()[-1]
     assert "give --kv-cache-memory " in advice
     memory, context = (advice.split(flag)[1].split()[0].rstrip(".") for flag in ("give --kv-cache-memory ", "-len "))
-    with running(REAL, "--model", tiny_model, "--kv-cache-memory", memory) as server:
-        assert complete(server, max_tokens=3 * CONTEXT, context_overflow="slide").status_code == 200
-    with running(REAL, "--model", tiny_model, "--kv-cache-memory", "30000", "--max-model-len", context) as server:
-        assert complete(server, prompt="x", max_tokens=3 * CONTEXT, context_overflow="slide").status_code == 200
+    more_memory = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", memory)
+    less_context = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", "30000", "--max-model-len", context)
+    try:  # both start at once
+        for server, fields in ((more_memory, {}), (less_context, {"prompt": "x"})):
+            server.wait_ready(60)
+            fields |= {"max_tokens": 3 * CONTEXT, "context_overflow": "slide"}
+            assert complete(server, **fields).status_code == 200
+    finally:
+        more_memory.stop()
+        less_context.stop()

@@ -80,12 +80,17 @@ def prefill_attention(
         window: tokens a query looks back, its own among them; 0 or None: all.
     """
     tables_NE, constants = rows.tables_NE, _constants(keys_BSKD, heads, sink_tokens)
-    # Long rows of queries and sums need the registers of eight warps.
-    num_warps = _NUM_WARPS if heads.head_dim * keys_BSKD.element_size() <= 256 else 2 * _NUM_WARPS
-    prefill_kernel[(len(tile_starts_X), heads.num_heads)](
+    # Eight warps hold two heads that share keys, or the long rows of queries and sums of one.
+    heads_together, num_warps = 1, _NUM_WARPS
+    if heads.head_dim * keys_BSKD.element_size() > 256:
+        num_warps = 2 * _NUM_WARPS
+    elif heads.num_heads // heads.num_kv_heads % 2 == 0:
+        heads_together, num_warps = 2, 2 * _NUM_WARPS
+    prefill_kernel[(len(tile_starts_X), heads.num_heads // heads_together)](
         qkv_TN, out_TA, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
         ring_length(rows, keys_BSKD.shape[1], sink_tokens), tile_starts_X, tile_counts_X, *rotations, q_norm_D,
-        norm_eps, score_scale * _LOG2_E, window or UNLIMITED, ROWS=TILE_ROWS, **constants, num_warps=num_warps,
+        norm_eps, score_scale * _LOG2_E, window or UNLIMITED, ROWS=TILE_ROWS,
+        HEADS=heads_together, **constants, num_warps=num_warps,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Keys lie in the cache rotated relative to their block's base P, so queries at m are rotated by m - P for each block that
 they meet (numerics: "Keys are stored relative to their block"). Rotations, scores and sums are float32; products are of
-numbers in the cache's dtype. A block of many keys is read in parts: a tile is a block or a part of one.
+numbers in the dtype of q, k and v, which fp8 keys and values become as they are loaded. A block of many keys is read in
+parts: a tile is a block or a part of one.
 """
 
 import triton
@@ -12,10 +13,12 @@ from stellarbyte.kernels.triton.overlap import wait_for_inputs
 from stellarbyte.kernels.triton.paged import table_entry
 from stellarbyte.kernels.triton.rotate_write import load_heads, norm_heads, rotate, rotation, store_newest
 
-# M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), W head dim padded, R splits
+# M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), J both halves of it, W head dim padded
+# R splits
 # scale: of scores, log2(e) in it, as all exponentials are powers of 2
 
 _NOTHING_SEEN = tl.constexpr(-1e30)  # the largest score before any; finite, so that no difference is inf - inf
+_OUT_OF_SIGHT = tl.constexpr(0x7FFFFFFF)  # the position of a slot that has no token; after every query
 
 
 @triton.jit
@@ -50,8 +53,8 @@ def _place_of(tile, is_sink, SINKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS
 @triton.jit
 def _meet(
     first_MP, second_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, scale,
-    sum_MW, weight_M, peak_M, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+    sum_MW, weight_M, peak_M, dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Queries, rotated for a block, meet a tile of its keys: the next sums, weights and peaks of the online softmax.
 
@@ -63,19 +66,25 @@ def _meet(
     readable = readable_N[:, None] & (pair_1P < HEAD_DIM // 2)
     first_NP = tl.load(keys + start + place_N1 + pair_1P, mask=readable, other=0.0)
     second_NP = tl.load(keys + start + place_N1 + HEAD_DIM // 2 + pair_1P, mask=readable, other=0.0)
-    dtype = keys.dtype.element_ty
-    score_MN = tl.dot(first_MP.to(dtype), tl.trans(first_NP), input_precision="ieee")
-    score_MN = tl.dot(second_MP.to(dtype), tl.trans(second_NP), score_MN, input_precision="ieee")
+    score_MN = tl.dot(first_MP.to(dtype), tl.trans(first_NP.to(dtype)), input_precision="ieee")
+    score_MN = tl.dot(second_MP.to(dtype), tl.trans(second_NP.to(dtype)), score_MN, input_precision="ieee")
     score_MN = tl.where(visible_MN & readable_N[None, :], score_MN * scale, float("-inf"))
 
+    return _weigh(score_MN, values + start, place_N1, readable_N, sum_MW, weight_M, peak_M, dtype, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def _weigh(
+    score_MN, values, place_N1, readable_N, sum_MW, weight_M, peak_M, dtype: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A step of the online softmax, given the scores of a tile's keys and where its values lie."""
     new_peak_M = tl.maximum(peak_M, tl.max(score_MN, axis=1))
     shrink_M = tl.exp2(peak_M - new_peak_M)
     weight_MN = tl.exp2(score_MN - new_peak_M[:, None])
     column_1W = tl.arange(0, WIDTH)[None, :]
-    value_NW = tl.load(
-        values + start + place_N1 + column_1W, mask=readable_N[:, None] & (column_1W < HEAD_DIM), other=0.0
-    )
-    sum_MW = tl.dot(weight_MN.to(dtype), value_NW, sum_MW * shrink_M[:, None], input_precision="ieee")
+    value_NW = tl.load(values + place_N1 + column_1W, mask=readable_N[:, None] & (column_1W < HEAD_DIM), other=0.0)
+    sum_MW = tl.dot(weight_MN.to(dtype), value_NW.to(dtype), sum_MW * shrink_M[:, None], input_precision="ieee")
     return sum_MW, weight_M * shrink_M + tl.sum(weight_MN, axis=1), new_peak_M
 
 
@@ -84,29 +93,34 @@ def prefill_kernel(
     qkv, out, keys, values, positions, sequences, tables, table_stride, ring, tile_starts, tile_counts,
     cos, sin, log_decay, q_norm, norm_eps, scale, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SINKS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+    SINKS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One head of one tile of queries."""
+    """HEADS heads, of one kv head, of one tile of queries: a tile of keys is loaded once for all of them."""
     count = tl.load(tile_counts + tl.program_id(0))
     if count == 0:
         return
+    dtype: tl.constexpr = qkv.dtype.element_ty
     start = tl.load(tile_starts + tl.program_id(0)).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * HEADS
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
-    row_M = tl.arange(0, ROWS)
+    query_M = tl.arange(0, HEADS * ROWS)
+    row_M = query_M % ROWS
+    head_M1 = (head + query_M // ROWS)[:, None]
     inside_M = row_M < count
     first = tl.load(positions + start)
     last = first + count - 1
     position_M = first + tl.minimum(row_M, count - 1)  # rows beyond the tile see what its last one sees
     table = tables + tl.load(sequences + start).to(tl.int64) * table_stride
 
-    packed_M1 = qkv + (start + row_M)[:, None] * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head * HEAD_DIM
+    packed_M1 = qkv + (start + row_M)[:, None] * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head_M1 * HEAD_DIM
     first_MP, second_MP = load_heads(packed_M1, inside_M, HEAD_DIM, PAIRS)
     if q_norm is not None:
         first_MP, second_MP = norm_heads(first_MP, second_MP, q_norm, norm_eps, HEAD_DIM, PAIRS)
-    sum_MW = tl.zeros([ROWS, WIDTH], tl.float32)
-    weight_M = tl.zeros([ROWS], tl.float32)
-    peak_M = tl.full([ROWS], _NOTHING_SEEN, tl.float32)
+    first_MP, second_MP = first_MP * scale, second_MP * scale
+    sum_MW = tl.zeros([HEADS * ROWS, WIDTH], tl.float32)
+    weight_M = tl.zeros([HEADS * ROWS], tl.float32)
+    peak_M = tl.full([HEADS * ROWS], _NOTHING_SEEN, tl.float32)
 
     # Each row has its own distance to a sink, since the window caps it.
     capped_M = tl.minimum(position_M, window + SINKS - 1)
@@ -116,38 +130,96 @@ def prefill_kernel(
         distance_M = capped_M - base
         cos_MP, sin_MP = rotation(distance_M, inside_M & (distance_M >= 0), cos, sin, log_decay, 1, HEAD_DIM, PAIRS)
         first_turned_MP, second_turned_MP = rotate(first_MP, second_MP, cos_MP, sin_MP)
-        key_N = base + offset_N
-        readable_N = (offset_N < BLOCK_SIZE) & (key_N < SINKS) & (key_N <= last)
+        key_N = tl.where((offset_N < BLOCK_SIZE) & (base + offset_N < SINKS), base + offset_N, _OUT_OF_SIGHT)
+        readable_N = key_N <= last
         visible_MN = key_N[None, :] <= position_M[:, None]
-        sum_MW, weight_M, peak_M = _meet(
-            first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, scale,
-            sum_MW, weight_M, peak_M, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
+        sum_MW, weight_M, peak_M = _meet_many(
+            first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN,
+            sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
 
     # To the other blocks it is the distance of the tile's first row and, turned once, the row's distance from that.
     cos_MP, sin_MP = rotation(row_M, inside_M, cos, sin, log_decay, 1, HEAD_DIM, PAIRS)
     first_MP, second_MP = rotate(first_MP, second_MP, cos_MP, sin_MP)
+    # Tiles of which every query sees every key need no mask. They come first, then those before and after them.
     first_tile = _tile_of(tl.maximum(first - window + 1 - SINKS, 0), BLOCK_SIZE, KEYS)
-    next_block = _block_of(first_tile, False, table, ring, SINKS, BLOCK_SIZE, KEYS)
-    for tile in range(first_tile, _tiles_before(tl.maximum(last + 1 - SINKS, 0), BLOCK_SIZE, KEYS)):
-        block = next_block  # looked up an iteration early: the loads of keys need not wait for it
-        next_block = _block_of(tile + 1, False, table, ring, SINKS, BLOCK_SIZE, KEYS)
+    end_tile = _tiles_before(tl.maximum(last + 1 - SINKS, 0), BLOCK_SIZE, KEYS)
+    first_whole, num_whole = first_tile, 0
+    if BLOCK_SIZE % KEYS == 0:
+        first_whole = tl.cdiv(tl.maximum(last - window + 1 - SINKS, 0), KEYS)
+        num_whole = tl.maximum(tl.maximum(first + 1 - SINKS, 0) // KEYS - first_whole, 0)
+        sum_MW, weight_M, peak_M = _meet_tiles(
+            first_whole, first_whole + num_whole, first_whole, 0, first_MP, second_MP, position_M, first, last, window,
+            keys, values, kv_head, table, ring, cos, sin, log_decay, sum_MW, weight_M, peak_M, False,
+            dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, ROWS, KEYS, PAIRS, WIDTH,
+        )  # fmt: skip
+    sum_MW, weight_M, peak_M = _meet_tiles(
+        first_tile, end_tile - num_whole, first_whole, num_whole, first_MP, second_MP, position_M, first, last, window,
+        keys, values, kv_head, table, ring, cos, sin, log_decay, sum_MW, weight_M, peak_M, True,
+        dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, ROWS, KEYS, PAIRS, WIDTH,
+    )  # fmt: skip
+
+    column_1W = tl.arange(0, WIDTH)[None, :]
+    target_MW = out + (start + row_M)[:, None] * (NUM_HEADS * HEAD_DIM) + head_M1 * HEAD_DIM + column_1W
+    average_MW = (sum_MW / weight_M[:, None]).to(out.dtype.element_ty)
+    tl.store(target_MW, average_MW, mask=inside_M[:, None] & (column_1W < HEAD_DIM))
+
+
+@triton.jit
+def _meet_tiles(
+    begin, end, gap, gap_length, first_MP, second_MP, position_M, first, last, window, keys, values, kv_head, table,
+    ring, cos, sin, log_decay, sum_MW, weight_M, peak_M, MASKED: tl.constexpr, dtype: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Queries meet the tiles begin..end - 1, of which those from `gap` on are numbered `gap_length` higher."""
+    next_tile = begin + tl.where(begin < gap, 0, gap_length)
+    next_block = _block_of(next_tile, False, table, ring, SINKS, BLOCK_SIZE, KEYS)
+    for i in range(begin, end):
+        tile, block = next_tile, next_block  # looked up an iteration early: the loads of keys need not wait for it
+        next_tile = i + 1 + tl.where(i + 1 < gap, 0, gap_length)
+        next_block = _block_of(next_tile, False, table, ring, SINKS, BLOCK_SIZE, KEYS)
         base, offset_N = _place_of(tile, False, SINKS, BLOCK_SIZE, KEYS)
         distance_1 = first - base + tl.arange(0, 1)
         cos_1P, sin_1P = rotation(distance_1, distance_1 > -ROWS, cos, sin, log_decay, 1, HEAD_DIM, PAIRS)
         first_turned_MP, second_turned_MP = rotate(first_MP, second_MP, cos_1P, sin_1P)
-        key_N = base + offset_N
-        readable_N = (offset_N < BLOCK_SIZE) & (key_N <= last)
-        visible_MN = (key_N[None, :] <= position_M[:, None]) & (key_N[None, :] > position_M[:, None] - window)
-        sum_MW, weight_M, peak_M = _meet(
-            first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, scale,
-            sum_MW, weight_M, peak_M, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
+        readable_N, visible_MN = offset_N >= 0, None
+        if MASKED:
+            key_N = tl.where(offset_N < BLOCK_SIZE, base + offset_N, _OUT_OF_SIGHT)
+            readable_N = key_N <= last
+            visible_MN = (key_N[None, :] <= position_M[:, None]) & (key_N[None, :] > position_M[:, None] - window)
+        sum_MW, weight_M, peak_M = _meet_many(
+            first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN,
+            sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
+    return sum_MW, weight_M, peak_M
 
-    column_1W = tl.arange(0, WIDTH)[None, :]
-    target_MW = out + (start + row_M)[:, None] * (NUM_HEADS * HEAD_DIM) + head * HEAD_DIM + column_1W
-    average_MW = (sum_MW / weight_M[:, None]).to(out.dtype.element_ty)
-    tl.store(target_MW, average_MW, mask=inside_M[:, None] & (column_1W < HEAD_DIM))
+
+@triton.jit
+def _meet_many(
+    first_MP, second_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, sum_MW, weight_M, peak_M,
+    dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PAIRS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`_meet` for so many queries, already scaled, that it pays to join their halves into one product.
+
+    No `visible_MN`: every query sees every key.
+    """
+    start = (block * BLOCK_SIZE * NUM_KV_HEADS + kv_head) * HEAD_DIM
+    place_N1 = offset_N[:, None] * (NUM_KV_HEADS * HEAD_DIM)
+    column_1J = tl.arange(0, 2 * PAIRS)[None, :]
+    pair_1J = column_1J % PAIRS
+    key_NJ = tl.load(
+        keys + start + place_N1 + column_1J // PAIRS * (HEAD_DIM // 2) + pair_1J,
+        mask=readable_N[:, None] & (pair_1J < HEAD_DIM // 2),
+        other=0.0,
+    )
+    halves_M2P = tl.permute(tl.join(first_MP.to(dtype), second_MP.to(dtype)), (0, 2, 1))
+    query_MJ = tl.reshape(halves_M2P, [first_MP.shape[0], 2 * PAIRS])
+    score_MN = tl.dot(query_MJ, tl.trans(key_NJ.to(dtype)), input_precision="ieee")
+    if visible_MN is not None:
+        score_MN = tl.where(visible_MN, score_MN, float("-inf"))
+    return _weigh(score_MN, values + start, place_N1, readable_N, sum_MW, weight_M, peak_M, dtype, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -159,6 +231,7 @@ def decode_kernel(
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The heads of one kv head of one row, over one share of the tiles of keys that it sees."""
+    dtype: tl.constexpr = qkv.dtype.element_ty
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(OVERLAPS)
     position = tl.load(positions + row)
@@ -207,7 +280,7 @@ def decode_kernel(
         readable_N = (offset_N < BLOCK_SIZE) & (key_N <= position) & seen_N
         sum_MW, weight_M, peak_M = _meet(
             first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, readable_N[None, :],
-            scale, sum_MW, weight_M, peak_M, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
+            scale, sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
 
     column_1W = tl.arange(0, WIDTH)[None, :]

@@ -12,7 +12,7 @@ class Graphs:
     """Runs a program eagerly the first time, which compiles kernels and sets libraries up; from then on as a graph.
 
     Graphs share memory, so none of their results but those returned may be read after another one has run. Engine
-    thread only; on a device other than CUDA every run is eager.
+    thread only, but for `note_compiled`; on a device other than CUDA every run is eager.
 
     The current stream must not be the default one, which cannot be captured.
     """
@@ -20,7 +20,7 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._captures = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
-        self._seen: set[Hashable] = set()
+        self._compiled: set[Hashable] = set()  # programs whose kernels are there
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
 
     def __len__(self) -> int:
@@ -32,21 +32,27 @@ class Graphs:
         It is captured right after its first run, or with `will_recur` False before its second: capturing takes as long
         as launching it several times.
         """
-        captured = self._graphs.get(key)
-        if captured is None:
-            is_first = key not in self._seen
-            self._seen.add(key)
-            if not self._captures:
-                return program()
-            if is_first:
-                result = program()
-                if will_recur:
-                    self._graphs[key] = self._capture(program)
-                return result
-            captured = self._graphs[key] = self._capture(program)
-        graph, captured_result = captured
+        if not self._captures:
+            return program()
+        if key not in self._compiled:
+            self._compiled.add(key)
+            result = program()
+            if will_recur:
+                self.capture(key, program)
+            return result
+        self.capture(key, program)
+        graph, captured_result = self._graphs[key]
         graph.replay()
         return captured_result  # type: ignore[return-value]
+
+    def note_compiled(self, key: Hashable) -> None:
+        """The same kernels have run elsewhere: the program need not be run before it is captured. On any thread."""
+        self._compiled.add(key)
+
+    def capture(self, key: Hashable, program: Callable[[], object]) -> None:
+        """Capture a program that was run or noted, unless it is."""
+        if self._captures and key not in self._graphs:
+            self._graphs[key] = self._capture(program)
 
     def _capture(self, program: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         graph = torch.cuda.CUDAGraph()

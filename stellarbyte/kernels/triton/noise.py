@@ -1,7 +1,14 @@
-"""Gumbel noise from counters, inside kernels: bit for bit the generator of `sampling.py`. Knows no logits."""
+"""Gumbel noise from counters, inside kernels: the numbers of `sampling.py`, up to rounding. Knows no logits."""
+
+import math
 
 import triton
 import triton.language as tl
+
+# The interpreter has no PTX; its logarithms are exact to rounding.
+_HAS_HARDWARE_LOG = tl.constexpr(not triton.knobs.runtime.interpret)
+_LN_2 = tl.constexpr(math.log(2))
+_LOG_LOG2_E = tl.constexpr(-math.log(math.log(2)))  # log of log2(e)
 
 
 @triton.jit
@@ -18,17 +25,32 @@ def row_keys(state_low, state_high, position):
 
 @triton.jit
 def gumbel_noise(token_ids, key, second_key):
-    """Standard Gumbel numbers, float32, of the shape of the int32 ids.
+    """Standard Gumbel numbers, float32, of the shape of the int32 ids. The random bits are those of `sampling.py`."""
+    return gumbel_of_bits(_mix32(_mix32(token_ids.to(tl.uint32, bitcast=True) ^ key) ^ second_key))
 
-    log1p(-u) is log(w) · u / (1 - w) with w = 1 - u rounded, which undoes the rounding (Kahan); so it takes a logarithm
-    that is right near 1, as tl.log is, and no log1p, which Triton's interpreter lacks.
+
+@triton.jit
+def gumbel_of_bits(bits):
+    """-log(-log1p(-u)) of the uniform number u of 32 random bits, within 1e-5.
+
+    The error of a hardware logarithm is up to 2^-22, or 2^-22 of the result where that is larger. So it does for the
+    outer logarithm, and for the inner one where u is not small; there a polynomial (minimax of -log2(1 - u) / u on
+    [0, 1/8], off by 5e-7 of it) keeps the digits of the small exponentials, which are those that win.
     """
-    bits = _mix32(_mix32(token_ids.to(tl.uint32, bitcast=True) ^ key) ^ second_key)
-    uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
-    rest = 1.0 - uniform
-    exact = rest == 1.0
-    exponential = tl.where(exact, uniform, -tl.log(rest) * (uniform / tl.where(exact, 1.0, 1.0 - rest)))
-    return -tl.log(exponential)
+    uniform = bits.to(tl.float32) * 2.0**-32 + 2.0**-33
+    rest = tl.maximum(1.0 - uniform, 2.0**-24)  # rounding must not make u 1
+    small = (((0.44489260 * uniform + 0.47398698) * uniform + 0.72152446) * uniform + 1.44269434) * uniform
+    exponential = tl.where(uniform < 0.125, small, -_log2(rest))  # in units of ln 2
+    return _log2(exponential) * -_LN_2 + _LOG_LOG2_E
+
+
+@triton.jit
+def _log2(x):
+    """Of positive normal numbers; on a card one instruction where `tl.log2` takes some twenty."""
+    if _HAS_HARDWARE_LOG:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
 
 
 @triton.jit

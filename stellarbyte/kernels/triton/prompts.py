@@ -1,5 +1,6 @@
 """Tokens of prompts on their way to the GPU: what a step computes of them, as one array. Knows no model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ _SAMPLE_COUNTS = (0, 1, 8)
 _SPARE_PARTS = (1, 8, 64)  # tiles or segments beyond those of full length: sequences end between
 MAX_PADDED_TOKENS = _TOKEN_COUNTS[-1]
 MAX_PADDED_SAMPLES = _SAMPLE_COUNTS[-1]
+ODD_TOKENS = 2065  # of prompts that are not padded: a number for which kernels are compiled differently
 
 
 @dataclass(kw_only=True)
@@ -136,6 +138,23 @@ def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
         _next(_SAMPLE_COUNTS, num_samples),
         full_segments + _next(_SPARE_PARTS, max(1, num_segments - full_segments)) if num_segments else 0,
     )
+
+
+def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShape]:
+    """Padded shapes of steps of up to `max_tokens`: of a part of a prompt, a whole one, several short ones; and a
+    longer one that stands for all that are not padded."""
+    first_tokens = [0, *_TOKEN_COUNTS]
+
+    def shape(tokens: int, spare: int, samples: int) -> PromptShape:
+        segments = -(-tokens // SEGMENT_ROWS) + spare if with_adapters else 0
+        return PromptShape(tokens, -(-tokens // TILE_ROWS) + spare, samples, segments)
+
+    for spare, samples in ((1, 1), (1, 0), (_SPARE_PARTS[1], MAX_PADDED_SAMPLES)):
+        for before, tokens in zip(first_tokens, _TOKEN_COUNTS, strict=False):
+            if before < max_tokens:
+                yield shape(tokens, spare, samples)
+    if max_tokens >= ODD_TOKENS:
+        yield shape(ODD_TOKENS, 0, 1)
 
 
 def _next(sizes: tuple[int, ...], at_least: int) -> int:

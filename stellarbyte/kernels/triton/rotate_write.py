@@ -94,6 +94,14 @@ def rotate(first_XP, second_XP, cos_XP, sin_XP):
 
 
 @triton.jit
+def _narrow(x, cache):
+    """float32 numbers as the cache keeps them. fp8 has no infinity: what is beyond its range becomes its largest."""
+    if cache.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(cache.dtype.element_ty)
+
+
+@triton.jit
 def store_newest(
     qkv, row, kv_head_X, inside_X, position, keys, values, table, ring, cos, sin, log_decay, k_norm, norm_eps,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -111,13 +119,12 @@ def store_newest(
 
     pair_P = tl.arange(0, PAIRS)[None, :]
     inside = inside_X[:, None] & (pair_P < HEAD_DIM // 2)
-    dtype = keys.dtype.element_ty
     place = (block * BLOCK_SIZE + offset) * (NUM_KV_HEADS * HEAD_DIM) + kv_head_X[:, None] * HEAD_DIM + pair_P
-    tl.store(keys + place, first_XP.to(dtype), mask=inside)
-    tl.store(keys + place + HEAD_DIM // 2, second_XP.to(dtype), mask=inside)
+    tl.store(keys + place, _narrow(first_XP, keys), mask=inside)
+    tl.store(keys + place + HEAD_DIM // 2, _narrow(second_XP, keys), mask=inside)
     first_XP, second_XP = load_heads(packed + NUM_KV_HEADS * HEAD_DIM, inside_X, HEAD_DIM, PAIRS)
-    tl.store(values + place, first_XP.to(dtype), mask=inside)
-    tl.store(values + place + HEAD_DIM // 2, second_XP.to(dtype), mask=inside)
+    tl.store(values + place, _narrow(first_XP, keys), mask=inside)
+    tl.store(values + place + HEAD_DIM // 2, _narrow(second_XP, keys), mask=inside)
 
 
 @triton.jit

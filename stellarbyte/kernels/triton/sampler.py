@@ -38,6 +38,7 @@ from stellarbyte.kernels.triton.truncation import (
 
 CAPACITY = 4096  # of a row's list
 _PART = 2048
+_LARGEST_INVERSE = tl.constexpr(2.0**127)  # of a temperature; inf times 0 is no number
 _BLOCK = 8192  # tokens of a row that one program looks at together
 
 
@@ -143,7 +144,7 @@ def _parts_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=-float("inf")).to(tl.float32)
-    largest, first = tl.max(x, axis=0, return_indices=True)
+    largest = tl.max(x, axis=0)
     tl.store(maxima + row * num_parts + part, largest)
     temperature = tl.load(temperatures + row * temperature_stride)
     draws = temperature > 0
@@ -154,15 +155,19 @@ def _parts_kernel(
         if part == 0:
             tl.store(counts + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
             tl.store(lengths + row, 0)
+    score, top = x, largest
     if draws:
         state = states + row * state_stride
         position = tl.load(positions + row * position_stride)
         key, second_key = row_keys(tl.load(state), tl.load(state + 1), position)
         # Where the whole part is forbidden, -inf less itself would be no number.
-        scaled = -distance_below(x, tl.where(largest == -float("inf"), 0.0, largest), temperature)
-        score, first = tl.max(scaled + gumbel_noise(token, key, second_key), axis=0, return_indices=True)
-        tl.store(scores + row * num_parts + part, score)
-    tl.store(winners + row * num_parts + part, part * PART + first)
+        finite = tl.where(largest == -float("inf"), 0.0, largest)
+        # To rounding the distance below the largest, without a division for each token.
+        score = (x - finite) * tl.minimum(1 / temperature, _LARGEST_INVERSE) + gumbel_noise(token, key, second_key)
+        top = tl.max(score, axis=0)
+        tl.store(scores + row * num_parts + part, top)
+    # Finding the number first and then its place takes half the instructions of carrying places along.
+    tl.store(winners + row * num_parts + part, tl.min(tl.where(score == top, token, 0x7FFFFFFF), axis=0))
 
 
 @triton.jit

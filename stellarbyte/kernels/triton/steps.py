@@ -1,6 +1,8 @@
 """Steps of a model over GPU-resident slots: decoding as graphs, prompts beside it. Knows slots, but no requests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from stellarbyte.kernels.triton.prompts import (
     MAX_PADDED_SAMPLES,
     MAX_PADDED_TOKENS,
     Prompts,
+    PromptShape,
     PromptTensors,
     shape_of,
 )
@@ -33,6 +36,21 @@ from stellarbyte.kernels.triton.slots import (
 # B rows of a decoding batch, T tokens of prompts, X tiles, R rows that sample, F fields, V vocabulary, C hidden size
 
 _ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+class Decoding(NamedTuple):
+    """Which program decodes a batch."""
+
+    rows: int  # one of `Steps.row_counts`
+    segments: int  # of rows with adapters, a power of two or all rows; 0: no row has one
+    truncates: bool  # some row has top_k, top_p or min_p
+
+
+class Prefill(NamedTuple):
+    """Which program computes prompts."""
+
+    shape: PromptShape
+    truncates: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +78,7 @@ class Steps:
     ) -> None:
         self.model = model
         self.cache = cache
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         device, dtype = model.device, model.embedding_VC.dtype
         config = model.config
         furthest = max(window or config.max_position_embeddings for window in config.windows)
@@ -102,7 +120,8 @@ class Steps:
         """
         count = next(count for count in self.row_counts if count >= num_rows)
         segments = min(1 << (num_segments - 1).bit_length(), count) if num_segments else 0
-        self._graphs.run(("decode", count, segments, truncates), lambda: self._decode(count, segments, truncates))
+        key = Decoding(count, segments, truncates)
+        self._graphs.run(key, lambda: self._decode(*key))
         return Computed(
             logits_RV=self._logits_BV[:num_rows],
             tokens_R=self._tokens_B[:num_rows],
@@ -149,25 +168,6 @@ class Steps:
         computed.tokens_R[index_R] = tokens_R.int()
         store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
 
-    def rehearse(self) -> None:
-        """Run the largest steps once, on nobody's slot: what memory they take can be measured then."""
-        prompts = Prompts()
-        prompts.add([0] * self._max_tokens, 0, 0, samples=True, bank_slot=0, scale=1.0)
-        self.prefill(prompts, truncates=False, wants_hidden=True)
-        self.decode(self.row_counts[-1], num_segments=0, truncates=False)
-
-    def prepare_truncation(self) -> None:
-        """Compile the kernels for top_k, top_p and min_p, which takes seconds once on a machine. On any thread."""
-        device, vocab_size = self.model.device, self._logits_BV.shape[1]
-        stream = torch.cuda.Stream()
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            logits_1V = torch.zeros(1, vocab_size, dtype=self._logits_BV.dtype, device=device)
-            fields_1F = torch.zeros(1, NUM_FIELDS, dtype=torch.int32, device=device)
-            token_1 = torch.zeros(1, dtype=torch.int32, device=device)
-            scratch = SamplerScratch.make(1, vocab_size, device)
-            sample(logits_1V, sampling_rows(fields_1F), token_1, scratch, truncates=True)
-        stream.synchronize()
-
     def _adapters(self, rows: LoraRows | None) -> Adapters | None:
         if rows is None:
             return None
@@ -185,15 +185,13 @@ class Steps:
         """
         num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
         captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
-        shape = shape_of(prompts, padded=captured)
-        inputs = shape.unpack(self._upload.copy(shape.pack(prompts), self._prompt_numbers))
+        key = Prefill(shape_of(prompts, padded=captured), truncates)
+        inputs = key.shape.unpack(self._upload.copy(key.shape.pack(prompts), self._prompt_numbers))
 
         def program() -> tuple[torch.Tensor, torch.Tensor]:
             return self._prefill(inputs, truncates)
 
-        hidden_TC, logits_RV = (
-            program() if not captured else self._graphs.run(("prefill", shape, truncates), program, will_recur=False)
-        )
+        hidden_TC, logits_RV = program() if not captured else self._graphs.run(key, program, will_recur=False)
         return Computed(
             logits_RV=logits_RV[:num_samples],
             tokens_R=self._prompt_tokens_R[:num_samples],
@@ -215,3 +213,30 @@ class Steps:
             sample(logits_RV, sampling_rows(fields_RF), tokens_R, self._sampler_scratch, truncates=truncates)
             store_tokens(memory, inputs.sample_slots_R, tokens_R)
         return hidden_TC, logits_RV
+
+    # Before there is anything to compute
+
+    def rehearse(self) -> None:
+        """Run the largest steps once, on nobody's slot: what memory they take can be measured then."""
+        prompts = Prompts()
+        prompts.add([0] * self.max_tokens, 0, 0, samples=True, bank_slot=0, scale=1.0)
+        self.prefill(prompts, truncates=False, wants_hidden=True)
+        self.decode(self.row_counts[-1], num_segments=0, truncates=False)
+
+    def run_program(self, key: Decoding | Prefill) -> None:
+        """Run a program for whatever the memory holds: what compiles its kernels."""
+        self._program(key)()
+
+    def note_compiled(self, key: Decoding | Prefill) -> None:
+        """Other steps of the same model and sizes have run this program. On any thread."""
+        self._graphs.note_compiled(key)
+
+    def capture(self, key: Decoding | Prefill) -> None:
+        """Capture a program that was noted as compiled, which computes nothing."""
+        self._graphs.capture(key, self._program(key))
+
+    def _program(self, key: Decoding | Prefill) -> Callable[[], object]:
+        if isinstance(key, Decoding):
+            return lambda: self._decode(*key)
+        inputs = key.shape.unpack(self._prompt_numbers)
+        return lambda: self._prefill(inputs, key.truncates)

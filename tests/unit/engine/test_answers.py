@@ -31,6 +31,9 @@ class Script:
     def __init__(self, text: str) -> None:
         self._text = text
 
+    def prepare(self) -> bool:
+        return False
+
     def start(self, chunks: list[Chunk]) -> ComputedStep:
         sequences = [chunk.sequence for chunk in chunks if chunk.samples]
         return ComputedStep(StepResult(tokens=[self._next(sequence.num_generated) for sequence in sequences]))

@@ -18,6 +18,9 @@ class ScriptedRunner:
 
     num_steps_ahead = 0
 
+    def prepare(self) -> bool:
+        return False
+
     def start(self, chunks: list[Chunk]) -> ComputedStep:
         return ComputedStep(StepResult(tokens=[ord("a")] * sum(chunk.samples for chunk in chunks)))
 

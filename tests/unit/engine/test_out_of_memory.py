@@ -22,6 +22,9 @@ class SmallDevice:
         self.num_failures = 0
         self._runner, self._most, self._late = runner, most, late
 
+    def prepare(self) -> bool:
+        return False
+
     def start(self, chunks: list[Chunk]) -> RunningStep:
         if sum(chunk.length for chunk in chunks) <= self._most:
             return self._runner.start(chunks)

@@ -56,6 +56,9 @@ class CheckedRunner:
         self.most_blocks = 0  # of a sequence that decodes
         self.num_sampled = 0
 
+    def prepare(self) -> bool:
+        return False
+
     def start(self, chunks: list[Chunk]) -> CheckedStep:
         for sequence, start, length, samples in chunks:
             self.seen.add(sequence)
@@ -314,6 +317,9 @@ def test_one_step_is_in_flight_and_the_engine_does_not_rest_meanwhile() -> None:
     class Runner:
         num_steps_ahead = 1
         num_started = 0
+
+        def prepare(self) -> bool:
+            return False
 
         def start(self, chunks: list[Chunk]) -> Step:
             step = Step(StepResult(tokens=[97] * len(chunks)))

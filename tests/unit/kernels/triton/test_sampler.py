@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from stellarbyte.kernels.triton.noise import gumbel_noise, row_keys
+from stellarbyte.kernels.triton.noise import gumbel_noise, gumbel_of_bits, row_keys
 from stellarbyte.kernels.triton.sampler import CAPACITY, SamplerScratch, SamplingRows, sample
 from stellarbyte.sampling import RowSampling, choice_state
 from stellarbyte.sampling import gumbel_noise as reference_noise
@@ -101,6 +101,30 @@ def test_noise_is_the_references(seed: int, position: int, device: torch.device)
     _noise_kernel[(count // block,)](fields.state_R2, fields.positions_R, noise_V, BLOCK=block)
     expected_V = reference_noise([r], count, torch.device("cpu"))[0]
     torch.testing.assert_close(noise_V.cpu(), expected_V, rtol=1e-5, atol=1e-6)  # around 0 there are no relative 1e-5
+
+
+@triton.jit
+def _bits_kernel(bits, out, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, gumbel_of_bits(tl.load(bits + i).to(tl.uint32, bitcast=True)))
+
+
+def test_noise_of_any_bits_is_exact_to_1e_5(device: torch.device) -> None:
+    """Against float64, from the uniform number that float32 makes of the bits, as `sampling.gumbel_noise` does."""
+    block = 1 << 16
+    around = [0, 2**16, 2**24, 2**25, 2**29, 2**31, 2**32 - 2**29, 2**32 - 2**9, 2**32]  # 2^29 is where u = 1/8
+    edges = [x for middle in around for x in range(middle - 3000, middle + 3000) if 0 <= x < 2**32]
+    powers = [2**i + j for i in range(32) for j in (-1, 0, 1) if 0 <= 2**i + j]
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(2**32, (2**20,), generator=generator)
+    rare = torch.randint(2**32, (2**16,), generator=generator) >> torch.arange(2**16) % 32  # of every magnitude
+    bits = torch.cat([torch.tensor(edges + powers), random, rare, 2**32 - 1 - rare])
+    bits = torch.cat([bits, torch.zeros(-len(bits) % block, dtype=torch.int64)])
+    noise = torch.empty(len(bits), device=device)
+    words = torch.where(bits < 2**31, bits, bits - 2**32).int().to(device)  # the same 32 bits
+    _bits_kernel[(len(bits) // block,)](words, noise, BLOCK=block)
+    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24).double()
+    torch.testing.assert_close(noise.cpu().double(), -torch.log(-torch.log1p(-uniform)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
