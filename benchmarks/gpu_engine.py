@@ -113,6 +113,12 @@ def step(core: EngineCore, run: Run) -> None:
     run.note(core.step())
 
 
+def prepare(core: EngineCore) -> None:
+    """Wait until all is compiled and captured that a server has ready some seconds after its start."""
+    while core.prepare():
+        time.sleep(0.005)
+
+
 def drive(core: EngineCore, requests: list[GenerationRequest]) -> Run:
     """All requests from submission to their ends."""
     run = Run(started_s=time.perf_counter())
@@ -134,6 +140,7 @@ def drop(core: EngineCore, requests: list[GenerationRequest]) -> None:
 def measure(core: EngineCore, work: Work, vocab_size: int) -> dict[str, Any]:
     """The figures of a workload: a cold run, then the one that counts."""
     cold = drive(core, make_requests(work, vocab_size, seed=1))
+    prepare(core)
     before = core.stats()
     run = drive(core, make_requests(work, vocab_size, seed=2))
     after, seconds = core.stats(), run.ended_s - run.started_s
@@ -154,6 +161,7 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
     """Every adapter loaded under a new name and asked for one token, while streams run; from the first call on."""
     with_adapters = dataclasses.replace(work, adapters=num_adapters, output=(8, 8), requests=2 * work.requests)
     drive(core, make_requests(with_adapters, vocab_size, seed=1))  # compiles and captures what is to come
+    prepare(core)
     run = Run(started_s=time.perf_counter())
     streams = make_requests(work, vocab_size, seed=2)
     for request in streams:
@@ -195,6 +203,7 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
 def profile(core: EngineCore, work: Work, vocab_size: int, device: str) -> None:
     """Print where the time of a decoding step goes, once all requests decode."""
     drive(core, make_requests(dataclasses.replace(work, output=(8, 8)), vocab_size, seed=1))
+    prepare(core)
     requests = make_requests(dataclasses.replace(work, output=(1000, 1000)), vocab_size, seed=2)
     run = Run(started_s=time.perf_counter())
     for request in requests:

@@ -5,6 +5,7 @@ still. So the programs of usual steps are run once on a thread, over other slots
 captures them as graphs when it has nothing else to do, or when a step first needs one.
 """
 
+import atexit
 import logging
 import sys
 import threading
@@ -51,12 +52,20 @@ class Preparation:
         self._rehearsal: Steps | None = rehearsal
         self._compiled: deque[Decoding | Prefill] = deque()
         self._thread = threading.Thread(target=self._compile, name="compiler", daemon=True)
+        self._stopping = threading.Event()
 
     def start(self) -> None:
         """Begin to compile, on a thread."""
         # It would keep the engine's thread from Python for the usual 5 ms at a time.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._thread.start()
+        atexit.register(self.stop)  # a compiler that runs while the process is taken down aborts it
+
+    def stop(self) -> None:
+        """Compile nothing more; returns when the program at hand is done."""
+        self._stopping.set()
+        self._thread.join()
+        atexit.unregister(self.stop)
 
     @property
     def is_done(self) -> bool:
@@ -85,6 +94,8 @@ class Preparation:
         stream = torch.cuda.Stream() if rehearsal.model.device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(stream):
             for key in usual_programs(rehearsal):
+                if self._stopping.is_set():
+                    break
                 rehearsal.run_program(key)
                 if isinstance(key, Decoding) or key.shape.tokens <= MAX_PADDED_TOKENS:
                     self._steps.note_compiled(key)
