@@ -101,6 +101,7 @@ def build_instant_core(settings: EngineSettings) -> tuple[InstantCore, EngineInf
         device="none",
         dtype="none",
         quantization="none",
+        kv_cache_dtype="float32",
         weights_hash="0" * 64,
     )
     return InstantCore(), info

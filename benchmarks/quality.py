@@ -1,4 +1,4 @@
-"""What --quantization costs in quality: perplexity of the demo model on the repository's own documents.
+"""What --quantization and --kv-cache-dtype cost in quality: the demo model's perplexity on the repository's documents.
 
     python -m benchmarks.quality
 
@@ -28,6 +28,8 @@ CONTEXT = 512
 BLOCK_SIZE = 16
 REFERENCE = "torch float32"
 ON_GPU = " on a GPU"  # its formats are taken apart again, and computed here
+MANY_ROWS = ", many rows"  # which become fp8, too
+FP8_CACHE = "cache in fp8"
 
 
 def documents_text() -> str:
@@ -76,11 +78,22 @@ def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
     return model
 
 
+def narrow_inputs(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """Rows of a product as `kernels.triton.fp8` makes them."""
+    scales = inputs[0].abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / torch.finfo(torch.float8_e4m3fn).max
+    return (inputs[0] / scales).to(torch.float8_e4m3fn).float() * scales
+
+
 def served_model(name: str, model: ByteLanguageModel, config: ByteModelConfig, path: Path) -> ServedModel:
-    if name == REFERENCE:
+    if name in (REFERENCE, FP8_CACHE):
         return TorchModel(model, config)
-    if name.endswith(ON_GPU):
-        return TorchModel(with_gpu_weights(path, name.removesuffix(ON_GPU)), config)
+    if ON_GPU in name:
+        stored = with_gpu_weights(path, name.partition(ON_GPU)[0])
+        if name.endswith(MANY_ROWS):
+            for module in stored.model.modules():  # the head's rows stay as they are
+                if isinstance(module, torch.nn.Linear):
+                    module.register_forward_pre_hook(narrow_inputs)
+        return TorchModel(stored, config)
     return CpuModel(model, config, quantization=name, num_threads=2)
 
 
@@ -92,15 +105,20 @@ def main() -> None:
     path = resolve_model(options.model)
     config = open_checkpoint(path).config
     model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
-    cache = PagedKVCache(config, CONTEXT // BLOCK_SIZE, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    cache, fp8_cache = (
+        PagedKVCache(config, CONTEXT // BLOCK_SIZE, BLOCK_SIZE, dtype, torch.device("cpu"))
+        for dtype in (torch.float32, torch.float8_e4m3fn)
+    )
     token_ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(documents_text()).ids
     contexts = [token_ids[i : i + CONTEXT] for i in range(0, len(token_ids) - CONTEXT // 2, CONTEXT)]
     rows = []
-    for name in (REFERENCE, "none", "int8", "int4", "int8" + ON_GPU, "fp8" + ON_GPU):
-        value = perplexity(served_model(name, model, config, path), cache, contexts)
+    on_gpu = ("int8" + ON_GPU, "fp8" + ON_GPU, "fp8" + ON_GPU + MANY_ROWS)
+    for name in (REFERENCE, "none", "int8", "int4", *on_gpu, FP8_CACHE):
+        served = served_model(name, model, config, path)
+        value = perplexity(served, fp8_cache if name == FP8_CACHE else cache, contexts)
         change = value / (rows[0]["perplexity"] if rows else value) - 1
         rows.append({"weights": name, "perplexity": round(value, 4), "change": round(change, 5)})
-        print(f"{name:>14}  perplexity {value:.4f}  {change:+.2%}", flush=True)
+        print(f"{name:>24}  perplexity {value:.4f}  {change:+.2%}", flush=True)
     if not options.no_record:
         tokens = sum(len(context) - 1 for context in contexts)
         write_result("quality", {"model": options.model, "context": CONTEXT, "tokens": tokens, "runs": rows})

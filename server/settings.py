@@ -157,6 +157,12 @@ class EngineSettings:
         "number format of the weights: int8 anywhere, int4 on a CPU, fp8 on a GPU",
         "none",
     )
+    kv_cache_dtype: str = option(
+        one_of("auto", "fp8"),
+        "auto|fp8",
+        "number format of the cache: auto: as --dtype; fp8, on a GPU: half the memory and less to read",
+        "auto",
+    )
     load_format: str = option(
         one_of("auto", "dummy"),
         "auto|dummy",

@@ -189,6 +189,7 @@ def build_fake_core(settings: EngineSettings) -> tuple[FakeCore, EngineInfo]:
         device="cpu",
         dtype="float32",
         quantization="none",
+        kv_cache_dtype="float32",
         weights_hash="0123456789abcdef" * 4,
     )
     return FakeCore(), info

@@ -55,6 +55,8 @@ class Service:
         parts = ["fp", self.info.weights_hash[:12], adapter_hash[:12], self.info.dtype]
         if self.info.quantization != "none":
             parts.append(self.info.quantization)
+        if self.info.kv_cache_dtype != self.info.dtype:
+            parts.append(f"kv-{self.info.kv_cache_dtype}")
         return "_".join(part for part in parts if part)
 
 

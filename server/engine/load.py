@@ -48,13 +48,14 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     folder = open_model_folder(path, is_dummy=settings.load_format == "dummy")
     config, max_model_len = serving_config(folder.config, settings)
     dtype = _dtype(settings.dtype, device)
-    logger.info("loading %s on %s in %s", path, device.type, str(dtype).removeprefix("torch."))
+    logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     num_slots = settings.max_loras if settings.serves_adapters else 0
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
     model = folder.language_model(dtype, device)
     adapters = _load_adapters(settings, bank)
     make_runner = _make_cpu_runner if device.type == "cpu" else _make_gpu_runner
-    runner, plan = make_runner(settings, model, config, bank, dtype)
+    cache_dtype = _cache_dtype(settings, dtype, device)
+    runner, plan = make_runner(settings, model, config, bank, cache_dtype)
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
     logger.info(
@@ -101,28 +102,37 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         block_size=plan.layout.block_size,
         max_num_seqs=max_num_seqs,
         device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         quantization=settings.quantization,
+        kv_cache_dtype=dtype_name(cache_dtype),
         weights_hash=folder.weights_hash(),
     )
     return core, info
 
 
 def _make_cpu_runner(
-    settings: EngineSettings, model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, dtype: torch.dtype
+    settings: EngineSettings,
+    model: ByteLanguageModel,
+    config: ByteModelConfig,
+    bank: LoraBank,
+    cache_dtype: torch.dtype,
 ) -> tuple[Runner, CachePlan]:
-    served = _cpu_model(model, config, bank, settings.quantization, dtype)
+    served = _cpu_model(model, config, bank, settings.quantization)
     step_tokens, _ = tokens_a_step(settings, "cpu")
     budget = settings.kv_cache_memory
-    plan = plan_cache(
-        config, settings, dtype, step_tokens, int(_available_memory() * AUTO_CPU_SHARE) if budget is None else budget
-    )
-    cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, dtype, torch.device("cpu"))
+    if budget is None:
+        budget = int(_available_memory() * AUTO_CPU_SHARE)
+    plan = plan_cache(config, settings, cache_dtype, step_tokens, budget)
+    cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, cache_dtype, torch.device("cpu"))
     return ModelRunner(served, cache), plan
 
 
 def _make_gpu_runner(
-    settings: EngineSettings, model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, dtype: torch.dtype
+    settings: EngineSettings,
+    model: ByteLanguageModel,
+    config: ByteModelConfig,
+    bank: LoraBank,
+    cache_dtype: torch.dtype,
 ) -> tuple[Runner, CachePlan]:
     _require_triton()
     from server.engine.gpu_engine import make_gpu_runner  # Triton is not needed on a CPU
@@ -135,11 +145,12 @@ def _make_gpu_runner(
     ahead = GpuRunner.num_steps_ahead
 
     def plan_for(budget: int) -> CachePlan:
-        return plan_cache(config, settings, dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead)
+        return plan_cache(config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead)
 
     return make_gpu_runner(
         TritonModel(model, config, bank, quantization=settings.quantization),
         plan_for,
+        cache_dtype=cache_dtype,
         max_num_seqs=concurrency_of(settings, "cuda"),
         step_tokens=step_tokens,
         gpu_memory_utilization=settings.gpu_memory_utilization,
@@ -159,13 +170,11 @@ def _require_triton() -> None:
         )
 
 
-def _cpu_model(
-    model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, quantization: str, dtype: torch.dtype
-) -> ServedModel:
+def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, quantization: str) -> ServedModel:
     """The fastest form of the model for a CPU."""
     if quantization == "fp8":
         raise StartupError("--quantization fp8 needs --device cuda; a CPU takes int8 and int4.")
-    if dtype == torch.float32:
+    if bank.dtype == torch.float32:
         from stellarbyte.kernels.cpu.model import CpuModel, fits  # numba is not needed on a GPU
 
         if fits(config):
@@ -227,6 +236,19 @@ def _num_threads() -> int:
     """Cores for torch: all this process may use, less one for HTTP where there are many."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores if cores <= 2 else math.ceil(cores * 0.9) - 1 or 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it: float32, bfloat16, fp8."""
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+
+
+def _cache_dtype(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if settings.kv_cache_dtype == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise StartupError("--kv-cache-dtype fp8 needs --device cuda; a CPU's cache is as --dtype.")
+    return torch.float8_e4m3fn
 
 
 def _device(name: str) -> torch.device:

@@ -213,6 +213,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     dtype: str
     quantization: str  # of the weights, or "none"
+    kv_cache_dtype: str
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 

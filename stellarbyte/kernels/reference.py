@@ -13,8 +13,23 @@ def write_kv(
     keys_BSKD: torch.Tensor, values_BSKD: torch.Tensor, slots_T: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor
 ) -> None:
     """Store the step's keys (already relative to their blocks) and values at their slots."""
-    keys_BSKD.flatten(0, 1).index_copy_(0, slots_T, k_TKD.to(keys_BSKD.dtype))
-    values_BSKD.flatten(0, 1).index_copy_(0, slots_T, v_TKD.to(values_BSKD.dtype))
+    for cache_BSKD, new_TKD in ((keys_BSKD, k_TKD), (values_BSKD, v_TKD)):
+        _storage(cache_BSKD).flatten(0, 1).index_copy_(0, slots_T, _storage(_narrowed(new_TKD, cache_BSKD.dtype)))
+
+
+def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp8 has no infinity: what is beyond its range becomes its largest."""
+    largest = torch.finfo(dtype).max
+    return (x.clamp(-largest, largest) if dtype == torch.float8_e4m3fn else x).to(dtype)
+
+
+def _storage(x: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes, since torch does not index it."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+def _gather(cache_BSKD: torch.Tensor, blocks_M: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _storage(cache_BSKD)[blocks_M].view(cache_BSKD.dtype).to(dtype)
 
 
 def paged_attention(
@@ -40,8 +55,8 @@ def paged_attention(
         out_THD[rows] = _attend_sequence(
             q_THD[rows],
             batch.positions_T[rows],
-            keys_BSKD[blocks_M],
-            values_BSKD[blocks_M],
+            _gather(keys_BSKD, blocks_M, q_THD.dtype),
+            _gather(values_BSKD, blocks_M, q_THD.dtype),
             bases_M,
             batch.num_sink_blocks[i],
             batch.reach,
@@ -79,7 +94,7 @@ def _attend_sequence(
 
     visible_QN = _visible(positions_Q, key_positions_MS, sinks, window, sink_tokens)
     weights_KGQN = scores_KGQN.masked_fill(~visible_QN, float("-inf")).softmax(dim=-1).to(q_QHD.dtype)
-    values_NKD = values_MSKD.flatten(0, 1).to(q_QHD.dtype)
+    values_NKD = values_MSKD.flatten(0, 1)
     out_QKGD = torch.einsum("kgqn,nkd->qkgd", weights_KGQN, values_NKD)
     return out_QKGD.flatten(1, 2)
 

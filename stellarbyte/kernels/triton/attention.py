@@ -73,7 +73,8 @@ def prefill_attention(
     """out = attention of the rows of all tiles, whose keys `write_kv` has written. Other rows of out are left alone.
 
     Args:
-        qkv_TN, out_TA: contiguous, in the cache's dtype, float32 or bfloat16; queries neither normed nor rotated.
+        qkv_TN, out_TA: contiguous, float32 or bfloat16; queries neither normed nor rotated.
+        keys_BSKD, values_BSKD: in that dtype or in fp8 (e4m3).
         tile_starts_X, tile_counts_X: int32; a tile is up to `TILE_ROWS` rows of one sequence with consecutive
             positions, given by its first row and their number. A tile of 0 rows is none.
         rotations: for every distance to a visible block's base, and for 0..TILE_ROWS-1.
@@ -127,8 +128,8 @@ def decode_attention(
         qkv_TN, out_TA, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
         ring_length(rows, keys_BSKD.shape[1], sink_tokens), *scratch, *rotations, q_norm_D, k_norm_D, norm_eps,
         score_scale * _LOG2_E, window or UNLIMITED, SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
-        **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 2}, num_warps=_NUM_WARPS,
-        maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),
+        **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 3 if keys_BSKD.element_size() == 1 else 2},
+        num_warps=_NUM_WARPS, maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),
     )  # fmt: skip
 
 

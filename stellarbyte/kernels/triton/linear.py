@@ -9,11 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+from stellarbyte.kernels.triton.fp8 import takes_fp8
 from stellarbyte.kernels.triton.gates import NO_GATE, activate
 from stellarbyte.kernels.triton.overlap import let_next_begin, overlapping, wait_for_inputs
 from stellarbyte.kernels.triton.weights import Weight
 
 # T rows, N outputs, K inputs
+
+_HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret)
 
 MAX_ROWS = 64
 MAX_NORMED_ROWS = 16  # of products with a norm before them
@@ -43,7 +46,7 @@ def linear(
     if not num_rows:
         return out_TN
     rows = 1 if num_rows == 1 else max(8, triton.next_power_of_2(num_rows))
-    block_n, block_k, num_warps = _tile(rows, num_inputs)
+    block_n, block_k, num_warps = _tile(rows, num_outputs, num_inputs, weight.matrix_NK.element_size())
     kernel = _vector_kernel if rows == 1 else _rows_kernel
     kernel[(triton.cdiv(num_outputs, block_n),)](
         x_TK,
@@ -75,16 +78,24 @@ def linear(
     return out_TN
 
 
-def is_for_few(num_rows: int, weight: Weight) -> bool:
+def is_for_few(x_TK: torch.Tensor, weight: Weight) -> bool:
     """Whether `linear` is the fastest way. For several rows of weights that need no conversion that is cuBLAS."""
-    return num_rows <= (1 if weight.scales_N is None else MAX_ROWS)
+    if weight.scales_N is None:
+        return len(x_TK) <= 1
+    return len(x_TK) <= (MAX_NORMED_ROWS if takes_fp8(x_TK, weight) else MAX_ROWS)
 
 
-def _tile(rows: int, num_inputs: int) -> tuple[int, int, int]:
+def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tuple[int, int, int]:
     """Outputs and inputs of a program's tile, and its warps: enough programs to fill the card, long reads."""
     if rows > 1:  # rows are read again by each program: the more of them, the fewer programs
-        return max(16, rows), min(256 if rows <= 16 else 128, max(16, triton.next_power_of_2(num_inputs))), 4
-    return (2, triton.next_power_of_2(num_inputs), 4) if num_inputs < 4096 else (4, 2048, 4)
+        block_n = max(rows, 16 if weight_bytes > 1 or num_outputs < 4096 else 32 if num_outputs < 8192 else 64)
+        block_k = 256 if rows <= 16 and block_n <= 32 else 128
+        return block_n, min(block_k, max(16, triton.next_power_of_2(num_inputs))), 4
+    if num_inputs < 4096:
+        return 2, triton.next_power_of_2(num_inputs), 4
+    if weight_bytes == 1:  # half the bytes a number, so more numbers on their way
+        return (4, 4096, 4) if num_inputs <= 8192 else (8, 2048, 4)
+    return 4, 2048, 4
 
 
 @triton.jit
@@ -115,7 +126,7 @@ def _finish(
     tl.store(out + offsets, total.to(element), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _vector_kernel(
     x, weight, scales, bias, norm, residual, branch_scale, out, num_rows, num_outputs, num_inputs, eps,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_TILES: tl.constexpr, EVEN_K: tl.constexpr,
@@ -156,9 +167,9 @@ def _vector_kernel(
             w = _weights(tile, inside, k < num_inputs, EVEN_K)
             if GATE:
                 w_up = _weights(tile + to_ups, inside, k < num_inputs, EVEN_K)
-        total += tl.sum(this.to(tl.float32) * v[None, :], axis=1)
+        total += tl.sum(_float32(this) * v[None, :], axis=1)
         if GATE:
-            ups += tl.sum(this_up.to(tl.float32) * v[None, :], axis=1)
+            ups += tl.sum(_float32(this_up) * v[None, :], axis=1)
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / num_inputs + eps)
         total *= factor
@@ -170,6 +181,31 @@ def _vector_kernel(
 
 
 @triton.jit
+def _float32(w):
+    """Weights as float32. Four int8 become the last bytes of 2^23 + 128 + w, in half the time of conversions."""
+    if _HAS_PTX and w.dtype == tl.int8:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 bytes;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7650;
+            prmt.b32 $1, bytes, 0x4B000000, 0x7651;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7652;
+            prmt.b32 $3, bytes, 0x4B000000, 0x7653;
+            sub.f32 $0, $0, 0f4B000080;
+            sub.f32 $1, $1, 0f4B000080;
+            sub.f32 $2, $2, 0f4B000080;
+            sub.f32 $3, $3, 0f4B000080;
+            }
+            """,
+            "=r,=r,=r,=r,r", [w], tl.float32, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return w.to(tl.float32)
+
+
+@triton.jit
 def _weights(tile, inside_n, inside_k, EVEN_K: tl.constexpr):
     """A tile of weights, each read once in a step."""
     if EVEN_K:
@@ -177,7 +213,7 @@ def _weights(tile, inside_n, inside_k, EVEN_K: tl.constexpr):
     return tl.load(tile, mask=inside_n[:, None] & inside_k[None, :], other=0.0, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(
     x, weight, scales, bias, norm, residual, branch_scale, out, num_rows, num_outputs, num_inputs, eps,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_TILES: tl.constexpr, EVEN_K: tl.constexpr,

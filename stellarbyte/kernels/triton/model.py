@@ -14,6 +14,7 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.served_model import ServedModel
 from stellarbyte.kernels.triton.adapters import Adapters
 from stellarbyte.kernels.triton.attention import TILE_ROWS, prefill_attention, write_kv
+from stellarbyte.kernels.triton.fp8 import product, takes_fp8
 from stellarbyte.kernels.triton.gates import GATES, apply_gate
 from stellarbyte.kernels.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
 from stellarbyte.kernels.triton.norm import add_branch, add_norm
@@ -142,7 +143,7 @@ class TritonModel(ServedModel):
     def forward(self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
         """Token embeddings → hidden states after the final norm; x_TC may be written to."""
         is_plain = adapters is None and self.alpha is None and not self.config.parallel_residual
-        if is_plain and len(x_TC) <= MAX_NORMED_ROWS and is_for_few(len(x_TC), self.layers[0].qkv):
+        if is_plain and len(x_TC) <= MAX_NORMED_ROWS and is_for_few(x_TC, self.layers[0].qkv):
             return self._forward_few(x_TC, attend)
         return self._forward_many(x_TC, attend, adapters)
 
@@ -234,8 +235,11 @@ def tiles(query_starts: tuple[int, ...]) -> tuple[list[int], list[int]]:
 
 
 def _apply(x_TK: torch.Tensor, weight: Weight, out_TN: torch.Tensor | None = None) -> torch.Tensor:
-    if is_for_few(len(x_TK), weight):
+    if is_for_few(x_TK, weight):
         return linear(x_TK, weight, out_TN=out_TN)
+    if takes_fp8(x_TK, weight):
+        product_TN = product(x_TK, weight)
+        return product_TN if out_TN is None else out_TN.copy_(product_TN)
     matrix_NK = dequantized(weight, x_TK.dtype)
     if out_TN is not None and weight.bias_N is None:
         return torch.mm(x_TK, matrix_NK.T, out=out_TN)

@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 _SWITCH_INTERVAL_S = 0.0005
 
 
+def first_programs(max_rows: int, max_tokens: int) -> list[Decoding | Prefill]:
+    """What the first answer needs and, compiled for other sizes, the largest steps."""
+    shapes = list(usual_shapes(max_tokens, with_adapters=False))
+    decoding = [Decoding(rows, 0, truncates=False) for rows in {1, max_rows}]
+    return [*decoding, *(Prefill(shape, truncates=False) for shape in {shapes[0], shapes[-1]})]
+
+
 def usual_programs(steps: Steps) -> Iterator[Decoding | Prefill]:
     """What steps run, the likeliest first; what is not among it is compiled and captured when it is needed."""
     for has_adapters in (False, True) if steps.model.bank.num_slots else (False,):

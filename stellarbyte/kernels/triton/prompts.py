@@ -19,6 +19,8 @@ _SPARE_PARTS = (1, 8, 64)  # tiles or segments beyond those of full length: sequ
 MAX_PADDED_TOKENS = _TOKEN_COUNTS[-1]
 MAX_PADDED_SAMPLES = _SAMPLE_COUNTS[-1]
 ODD_TOKENS = 2065  # of prompts that are not padded: a number for which kernels are compiled differently
+_FEWER_ODD_TOKENS = 1041  # with adapters: so few that programs share a segment (`lora.shrink`)
+_ALIGNMENT = 4  # numbers: a kernel is compiled once more for pointers that 16 bytes do not divide
 
 
 @dataclass(kw_only=True)
@@ -102,11 +104,11 @@ class PromptShape(NamedTuple):
                 (prompts.segment_slots, self.segments),
             ]
             parts.append((np.array(prompts.scales, np.float32).view(np.int32), self.tokens))
-        packed = np.zeros(sum(size for _, size in parts), np.int32)
+        packed = np.zeros(sum(_aligned(size) for _, size in parts), np.int32)
         start = 0
         for values, size in parts:
             packed[start : start + len(values)] = values
-            start += size
+            start += _aligned(size)
         return packed
 
     def unpack(self, packed: torch.Tensor) -> PromptTensors:
@@ -114,9 +116,9 @@ class PromptShape(NamedTuple):
         sizes = [self.tokens] * 3 + [self.tiles] * 2 + [self.samples] * 2
         if self.segments:
             sizes += [self.segments] * 3 + [self.tokens]
-        tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, *lora = packed[
-            : sum(sizes)
-        ].split(sizes)
+        aligned = [_aligned(size) for size in sizes]
+        parts = [part[:size] for part, size in zip(packed[: sum(aligned)].split(aligned), sizes, strict=True)]
+        tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, *lora = parts
         adapters = None
         if self.segments:
             starts, counts, bank_slots, scales = lora
@@ -153,8 +155,13 @@ def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShap
         for before, tokens in zip(first_tokens, _TOKEN_COUNTS, strict=False):
             if before < max_tokens:
                 yield shape(tokens, spare, samples)
-    if max_tokens >= ODD_TOKENS:
-        yield shape(ODD_TOKENS, 0, 1)
+    for tokens in (_FEWER_ODD_TOKENS, ODD_TOKENS) if with_adapters else (ODD_TOKENS,):
+        if max_tokens >= tokens:
+            yield shape(tokens, 0, 1)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _next(sizes: tuple[int, ...], at_least: int) -> int:

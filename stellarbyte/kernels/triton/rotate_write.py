@@ -28,8 +28,8 @@ def write_kv(
     """Store the keys of a step, normed and rotated by their offset in their block, and its values.
 
     Args:
-        qkv_TN: packed rows q | k | v, contiguous, float32 or bfloat16, as the cache and the norm's weight.
-        keys_BSKD, values_BSKD: of one layer, contiguous.
+        qkv_TN: packed rows q | k | v, contiguous, float32 or bfloat16, as the norm's weight.
+        keys_BSKD, values_BSKD: of one layer, contiguous, in that dtype or in fp8 (e4m3).
         k_norm_D: weight of the RMSNorm of each key head, with `norm_eps`; None: there is none.
     """
     tables_NE, block_size = rows.tables_NE, keys_BSKD.shape[1]

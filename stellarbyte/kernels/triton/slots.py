@@ -148,7 +148,7 @@ def store_tokens(memory: SlotMemory, slots_R: torch.Tensor, tokens_R: torch.Tens
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _update_kernel(numbers, pairs, count, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
@@ -181,7 +181,7 @@ def _begin_kernel(
     tl.store(fields + b * FIELDS + field, values)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _store_kernel(rows, slots, slot_size, tokens, count, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     wait_for_inputs(OVERLAPS)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -98,7 +98,7 @@ class Steps:
         self._prompt_fields_RF = torch.zeros(max_samples, NUM_FIELDS, dtype=torch.int32, device=device)
         self._prompt_tokens_R = torch.zeros(max_samples, dtype=torch.int32, device=device)
         most_parts = max_tokens // SEGMENT_ROWS + max_tokens + 128  # tiles or segments of sequences of any lengths
-        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 2 * max_samples + 5 * most_parts
+        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 2 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)

@@ -42,6 +42,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
         device="cpu",
         dtype="float32",
         quantization="none",
+        kv_cache_dtype="float32",
         weights_hash="0" * 64,
     )
     service = Service(

@@ -79,7 +79,7 @@ class Step:
         if self.norms is not None:
             q_THD, k_TKD = self.norms[0](q_THD), self.norms[1](k_TKD)
         k_TKD = self.rotary.rotate_keys(k_TKD, self.batch.offsets_T, case.block_size)
-        keys, values = self.keys_BSKD.nan_to_num(), self.values_BSKD.nan_to_num()
+        keys, values = (x.float().nan_to_num().to(x.dtype) for x in (self.keys_BSKD, self.values_BSKD))
         reference.write_kv(keys, values, self.batch.slots_T, k_TKD, v_TKD)
         out_THD = reference.paged_attention(
             q_THD.contiguous(), keys, values, self.batch, self.rotary, window=case.window, sink_tokens=case.sinks
@@ -128,7 +128,9 @@ class Step:
 
 
 @torch.no_grad()
-def make_step(case: Case, device: torch.device, dtype: torch.dtype = torch.float32) -> Step:
+def make_step(
+    case: Case, device: torch.device, dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None
+) -> Step:
     torch.manual_seed(0)
     config = make_config(
         num_attention_heads=case.num_heads, num_key_value_heads=case.num_kv_heads, head_dim=case.head_dim,
@@ -143,8 +145,10 @@ def make_step(case: Case, device: torch.device, dtype: torch.dtype = torch.float
     num_blocks = sum(len(table) for table in tables) + 1
     ids = iter(torch.randperm(num_blocks - 1).tolist())
     tables_of_ids = [[(next(ids), base, is_sink) for base, is_sink in table] for table in tables]
-    cache = PagedKVCache(config, num_blocks, case.block_size, dtype, device)
-    keys_BSKD, values_BSKD = cache.keys_LBSKD[0].fill_(torch.nan), cache.values_LBSKD[0].fill_(torch.nan)
+    cache = PagedKVCache(config, num_blocks, case.block_size, dtype if cache_dtype is None else cache_dtype, device)
+    keys_BSKD, values_BSKD = cache.keys_LBSKD[0], cache.values_LBSKD[0]
+    for numbers_BSKD in (keys_BSKD, values_BSKD):
+        numbers_BSKD.copy_(torch.full(numbers_BSKD.shape, torch.nan))
     slot_of = [
         {
             base + offset: block * case.block_size + offset
@@ -343,6 +347,28 @@ def test_bfloat16_is_as_good_as_its_rounding(case: Case, device: torch.device) -
     for out_TA in (rounded.decode(1), rounded.decode(4), rounded.prefill()):
         assert out_TA.dtype == torch.bfloat16
         torch.testing.assert_close(out_TA.float(), expected_TA, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "case", [PROMPTS[4], PROMPTS[7], newest([0, 9, 31, 500], window=20, sinks=4, qk_norm=True)], ids=str
+)
+def test_keys_and_values_in_fp8(case: Case, device: torch.device) -> None:
+    """Against the torch backend, which computes in float32 on a cache in fp8."""
+    if device.type == "cpu":
+        pytest.skip("Triton's interpreter has no arithmetic for fp8 numbers")
+    fp8 = torch.float8_e4m3fn
+    exact, rounded = make_step(case, device, cache_dtype=fp8), make_step(case, device, torch.bfloat16, fp8)
+    rounded.qkv_TN[0] *= 10_000  # beyond fp8's range
+    exact.qkv_TN.copy_(rounded.qkv_TN)
+    if exact.norms is not None and rounded.norms is not None:
+        for norm, its_rounded in zip(exact.norms, rounded.norms, strict=True):
+            norm.weight.data.copy_(its_rounded.weight)
+    expected_TA, *expected_cache = exact.expected()
+    is_newest = all(count == 1 for _, count in case.spans)
+    for out_TA in (rounded.decode(1), rounded.decode(4), rounded.prefill()) if is_newest else (rounded.prefill(),):
+        torch.testing.assert_close(out_TA.float(), expected_TA, rtol=0.05, atol=0.05)
+    for found, expected in zip((rounded.keys_BSKD, rounded.values_BSKD), expected_cache, strict=True):
+        torch.testing.assert_close(found.float().nan_to_num(), expected.float(), rtol=2**-3, atol=2**-8)
 
 
 def test_shares_fill_the_card_but_no_more() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from stellarbyte.kernels.triton.fp8 import product, quantize_rows, takes_fp8
 from stellarbyte.kernels.triton.gates import GATES, apply_gate
 from stellarbyte.kernels.triton.linear import MAX_NORMED_ROWS, MAX_ROWS, linear
 from stellarbyte.kernels.triton.norm import add_branch, add_norm
@@ -101,6 +102,23 @@ def test_a_product_with_quantized_weights(quantization: str, num_rows: int, devi
     weight = quantize(Weight(matrix_NK=matrix, bias_N=random(40, device=device, seed=2)), quantization)
     expected = F.linear(x, dequantized(weight, torch.float32), weight.bias_N)
     torch.testing.assert_close(linear(x, weight), expected, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 17, 300])
+def test_a_product_of_rows_and_weights_in_fp8(num_rows: int, device: torch.device) -> None:
+    """Near the product of the same rounded numbers in float32; and near that of the numbers that were rounded."""
+    x = random(num_rows, 96, device=device).bfloat16() * torch.logspace(-3, 3, num_rows, device=device)[:, None]
+    x[num_rows // 2] = 0
+    matrix = random(48, 96, device=device, seed=1).bfloat16()
+    weight = quantize(Weight(matrix_NK=matrix, bias_N=random(48, device=device, seed=2).bfloat16()), "fp8")
+    if not takes_fp8(x.bfloat16(), weight):
+        pytest.skip("needs a GPU with fp8 matrix units")
+    x = x.bfloat16()
+    rows, scales = quantize_rows(x)
+    rounded = rows.float() * scales
+    assert ((rounded - x.float()).abs() <= x.float().abs() * 2**-4 + x.float().abs().amax(1, keepdim=True) * 2e-5).all()
+    expected = F.linear(rounded, dequantized(weight, torch.float32), weight.bias_N.float())
+    torch.testing.assert_close(product(x, weight).float(), expected, atol=1e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize(("quantization", "largest_error"), [("int8", 0.5 / 127), ("fp8", 2**-4)])
