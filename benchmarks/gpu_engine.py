@@ -229,6 +229,7 @@ def settings_of(engine: Engine, folder: Path, device: str, *, is_tiny: bool) -> 
         device=device,
         dtype="bfloat16",
         quantization=engine.quantization,
+        kv_cache_dtype=engine.kv_cache_dtype,
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=MAX_STEP_TOKENS,

@@ -22,7 +22,7 @@ from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pa
 
 logger = logging.getLogger("server.engine")
 
-NUM_READERS = 4  # a core reads, checks and packs some 400 MB a second
+MAX_READERS = 6  # a core reads, checks and packs some 400 MB a second
 
 
 class AdapterStore:
@@ -115,11 +115,12 @@ class AdapterStore:
 def _readers() -> ThreadPoolExecutor:
     """Several threads of one core each where there are many cores, else one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores <= NUM_READERS:
+    num_readers = min(MAX_READERS, cores // 2)
+    if num_readers <= 1:
         return ThreadPoolExecutor(1, "adapter-reader", give_way)
 
     def begin() -> None:
         give_way()
         torch.set_num_threads(1)  # of this thread and later ones: each would have a team as large as the machine
 
-    return ThreadPoolExecutor(NUM_READERS, "adapter-reader", begin)
+    return ThreadPoolExecutor(num_readers, "adapter-reader", begin)

@@ -204,7 +204,7 @@ class GpuRunner:
             self._fill(memory.starts_at, starts, count)
             self._fill(memory.counts_at, counts, count)
             self._fill(memory.bank_slots_at, ids, count)
-            scales = [float_bits(decoding[i].request.adapter_scale) for i in self._order]
+            scales = [float_bits(decoding[i].request.adapter_scale if bank_slots[i] else 0.0) for i in self._order]
             self._fill(memory.scales_at, scales, count)
 
     def _fill(self, start: int, values: list[int], count: int) -> None:

@@ -7,6 +7,7 @@ import torch
 import triton
 
 from stellarbyte.kernels.triton.attention_kernels import decode_kernel, prefill_kernel
+from stellarbyte.kernels.triton.lora import Addend
 from stellarbyte.kernels.triton.overlap import overlapping
 from stellarbyte.kernels.triton.paged import UNLIMITED, HeadShape, PagedRows, Rotations, ring_length
 from stellarbyte.kernels.triton.rotate_write import write_kv as write_kv
@@ -112,11 +113,13 @@ def decode_attention(
     k_norm_D: torch.Tensor | None,
     norm_eps: float,
     num_splits: int,
+    addend: Addend | None = None,
 ) -> None:
     """Write the keys and values of rows that are each the newest token of a sequence; out = their attention.
 
-    Up to `num_splits` programs, a power of two, share the keys of a row. Otherwise as `write_kv` and
-    `prefill_attention`. Rows may share a sequence only if nobody reads what they give (rows that fill up a batch).
+    `addend` belongs to the packed rows. Up to `num_splits` programs, a power of two, share the keys of a row. Otherwise
+    as `write_kv` and `prefill_attention`. Rows may share a sequence only if nobody reads what they give (rows that fill
+    up a batch).
     """
     num_programs = len(qkv_TN) * heads.num_kv_heads * num_splits
     assert num_splits == 1 or (num_programs <= len(scratch.sums_CGD) and len(qkv_TN) <= len(scratch.counters_TK)), (
@@ -125,9 +128,10 @@ def decode_attention(
     tables_NE = rows.tables_NE
     group = heads.num_heads // heads.num_kv_heads
     decode_kernel[(len(qkv_TN), heads.num_kv_heads, num_splits)](
-        qkv_TN, out_TA, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
-        ring_length(rows, keys_BSKD.shape[1], sink_tokens), *scratch, *rotations, q_norm_D, k_norm_D, norm_eps,
-        score_scale * _LOG2_E, window or UNLIMITED, SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
+        qkv_TN, *((None, None) if addend is None else addend), out_TA, keys_BSKD, values_BSKD, rows.positions_T,
+        rows.sequences_T, tables_NE, tables_NE.stride(0), ring_length(rows, keys_BSKD.shape[1], sink_tokens),
+        *scratch, *rotations, q_norm_D, k_norm_D, norm_eps, score_scale * _LOG2_E, window or UNLIMITED,
+        SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
         **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 3 if keys_BSKD.element_size() == 1 else 2},
         num_warps=_NUM_WARPS, maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from stellarbyte.kernels.triton.overlap import wait_for_inputs
 from stellarbyte.kernels.triton.paged import table_entry
-from stellarbyte.kernels.triton.rotate_write import load_heads, norm_heads, rotate, rotation, store_newest
+from stellarbyte.kernels.triton.rotate_write import add_heads, load_heads, norm_heads, rotate, rotation, store_newest
 
 # M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), J both halves of it, W head dim padded
 # R splits
@@ -224,8 +224,8 @@ def _meet_many(
 
 @triton.jit
 def decode_kernel(
-    qkv, out, keys, values, positions, sequences, tables, table_stride, ring, sums, weights, peaks, counters,
-    cos, sin, log_decay, q_norm, k_norm, norm_eps, scale, window,
+    qkv, delta, delta_scales, out, keys, values, positions, sequences, tables, table_stride, ring,
+    sums, weights, peaks, counters, cos, sin, log_decay, q_norm, k_norm, norm_eps, scale, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -251,13 +251,17 @@ def decode_kernel(
     head_M = tl.arange(0, GROUP)
     inside_M = head_M < NUM_HEADS // NUM_KV_HEADS
     head_M += kv_head * (NUM_HEADS // NUM_KV_HEADS)
-    packed = qkv + row * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-    first_MP, second_MP = load_heads(packed + head_M[:, None] * HEAD_DIM, inside_M, HEAD_DIM, PAIRS)
+    query_M1 = row * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head_M[:, None] * HEAD_DIM
+    first_MP, second_MP = load_heads(qkv + query_M1, inside_M, HEAD_DIM, PAIRS)
+    if delta is not None:
+        first_MP, second_MP = add_heads(
+            first_MP, second_MP, delta, delta_scales, row, query_M1, inside_M, HEAD_DIM, PAIRS
+        )
     if split == shares - 1:  # the newest token is in this share
         kv_head_1 = kv_head + tl.arange(0, 1)
         store_newest(
-            qkv, row, kv_head_1, kv_head_1 >= 0, position, keys, values, table, ring, cos, sin, log_decay,
-            k_norm, norm_eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, PAIRS,
+            qkv, delta, delta_scales, row, kv_head_1, kv_head_1 >= 0, position, keys, values, table, ring,
+            cos, sin, log_decay, k_norm, norm_eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, PAIRS,
         )  # fmt: skip
         tl.debug_barrier()  # other threads of this program read it
     if q_norm is not None:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stellarbyte.kernels.triton.overlap import overlapping, wait_for_inputs
 from stellarbyte.lora.bank import LoraBank
 
 # T rows of the step, X segments, K inputs, N outputs of projections beside each other, R ranks of projections together
@@ -36,7 +37,14 @@ class LoraRows(NamedTuple):
     segment_starts_X: torch.Tensor
     segment_counts_X: torch.Tensor
     segment_slots_X: torch.Tensor
-    scales_T: torch.Tensor  # of each row's request; read in segments only
+    scales_T: torch.Tensor  # of each row's request; 0 for rows in no segment
+
+
+class Addend(NamedTuple):
+    """What is to be added to a product, in the rows whose scale is not 0; others hold anything."""
+
+    delta_TN: torch.Tensor
+    scales_T: torch.Tensor
 
 
 def segments(slots_in_row_order: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
@@ -125,12 +133,20 @@ def shrink(
 
 
 def expand(
-    scratch: LoraScratch, out_TN: torch.Tensor, lora: LoraRows, bank: LoraBank, layer: int, projections: slice
+    scratch: LoraScratch,
+    out_TN: torch.Tensor,
+    lora: LoraRows,
+    bank: LoraBank,
+    layer: int,
+    projections: slice,
+    *,
+    adds: bool = True,
 ) -> None:
     """out += scale · B (A x) for each row in a segment, after `shrink` of the same rows, layer and projections.
 
     Args:
         out_TN: contiguous, in the bank's dtype; the projections' outputs beside each other.
+        adds: if False, these rows of out are only what would be added.
     """
     num_rows, num_outputs = out_TN.shape
     num_segments = len(lora.segment_starts_X)
@@ -162,8 +178,10 @@ def expand(
         ROWS=SEGMENT_ROWS,
         BLOCK_R=_BLOCK_R,
         BLOCK_N=_BLOCK_N,
+        ADDS=adds,
         num_warps=4,
         num_stages=1,  # mostly there is one round
+        **overlapping(out_TN.device),
     )
 
 
@@ -226,8 +244,9 @@ def _shrink_kernel(
 def _expand_kernel(
     hidden, out, starts, counts, slots, scales, numbers, slot_stride, ranks, b_offsets, table_stride, place,
     width_0, width_1, width_2, num_outputs, WIDTH: tl.constexpr, SPLITS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(OVERLAPS)
     tile, segment = tl.program_id(0), tl.program_id(1)
     count = tl.load(counts + segment)
     if count == 0:
@@ -242,7 +261,7 @@ def _expand_kernel(
     first_tile = tl.where(projection == 0, 0, tl.where(projection == 1, second, third))
     table = slot * table_stride + place
     rank = tl.load(ranks + table + projection).to(tl.int32)
-    if rank == 0:
+    if ADDS and rank == 0:
         return
     p = tl.arange(0, 4)
     ranks_before = tl.sum(tl.load(ranks + table + p, mask=p < projection, other=0)).to(tl.int32)
@@ -273,5 +292,7 @@ def _expand_kernel(
     scale = tl.load(scales + row, mask=inside_t, other=0.0)
     place_out = out + row[:, None] * num_outputs + (first_column + n)[None, :]
     inside = inside_t[:, None] & inside_n[None, :]
-    added = tl.load(place_out, mask=inside, other=0.0).to(tl.float32) + scale[:, None] * total
+    added = scale[:, None] * total
+    if ADDS:
+        added += tl.load(place_out, mask=inside, other=0.0).to(tl.float32)
     tl.store(place_out, added.to(out.dtype.element_ty), mask=inside)

@@ -17,6 +17,7 @@ from stellarbyte.kernels.triton.attention import TILE_ROWS, prefill_attention, w
 from stellarbyte.kernels.triton.fp8 import product, takes_fp8
 from stellarbyte.kernels.triton.gates import GATES, apply_gate
 from stellarbyte.kernels.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
+from stellarbyte.kernels.triton.lora import Addend
 from stellarbyte.kernels.triton.norm import add_branch, add_norm
 from stellarbyte.kernels.triton.paged import HeadShape, PagedRows, Rotations
 from stellarbyte.kernels.triton.weights import Weight, dequantized, quantize
@@ -27,7 +28,7 @@ from stellarbyte.sampling import RowSampling, sample
 
 # T tokens, C hidden size, R rows that sample, V vocabulary, A = heads · head dim, N = A + keys and values
 
-Attend = Callable[[int, torch.Tensor], torch.Tensor]  # layer, packed q|k|v [T, N] → [T, A]
+Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, packed q|k|v [T, N] → [T, A]
 
 _QKV, _OUTPUT, _GATE_UP, _DOWN = SHARED_INPUTS
 
@@ -121,7 +122,8 @@ class TritonModel(ServedModel):
     ) -> Attend:
         """Attention of many tokens of each sequence."""
 
-        def attend(layer: int, qkv_TN: torch.Tensor) -> torch.Tensor:
+        def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
+            assert addend is None, "adapters of prompts add in place"
             weights, keys, values = self.layers[layer], cache.keys_LBSKD[layer], cache.values_LBSKD[layer]
             eps, sink_tokens = self.config.rms_norm_eps, self.config.sink_tokens
             write_kv(
@@ -152,7 +154,7 @@ class TritonModel(ServedModel):
         eps = self.config.rms_norm_eps
         for i, layer in enumerate(self.layers):
             assert layer.mlp_norm_C is not None
-            attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps))
+            attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps), None)
             x_TC = linear(attended_TA, layer.output, residual_TN=x_TC, branch_scale_N=layer.attention_scale_C)
             inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
             x_TC = linear(inner_TI, layer.down, residual_TN=x_TC, branch_scale_N=layer.mlp_scale_C)
@@ -162,39 +164,43 @@ class TritonModel(ServedModel):
         eps, alpha = self.config.rms_norm_eps, self.alpha
         normed_TC = x_TC if alpha is not None else add_norm(x_TC, None, self.layers[0].input_norm_C, eps)
         for i, layer in enumerate(self.layers):
-            qkv_TN = self._project(normed_TC, layer.qkv, i, _QKV, adapters)
-            attention_TC = self._project(attend(i, qkv_TN), layer.output, i, _OUTPUT, adapters)
+            attended_TA = attend(i, *self._project(normed_TC, layer.qkv, i, _QKV, adapters))
+            attention_TC, addend = self._project(attended_TA, layer.output, i, _OUTPUT, adapters)
             if layer.mlp_norm_C is None:  # in parallel: both read the same norm
                 source_TC = normed_TC.clone() if alpha is not None else normed_TC
-                add_branch(x_TC, attention_TC, layer.attention_scale_C, alpha)
+                add_branch(x_TC, attention_TC, layer.attention_scale_C, alpha, addend)
             elif alpha is not None:
                 source_TC = add_norm(
-                    x_TC, attention_TC, layer.input_norm_C, eps, branch_scale_C=layer.attention_scale_C, alpha=alpha
-                )
+                    x_TC, attention_TC, layer.input_norm_C, eps, branch_scale_C=layer.attention_scale_C, alpha=alpha,
+                    addend=addend,
+                )  # fmt: skip
             else:
-                source_TC = add_norm(x_TC, attention_TC, layer.mlp_norm_C, eps, branch_scale_C=layer.attention_scale_C)
-            gate_up_TI = self._project(source_TC, layer.gate_up, i, _GATE_UP, adapters)
-            mlp_TC = self._project(apply_gate(gate_up_TI, self.gate), layer.down, i, _DOWN, adapters)
+                source_TC = add_norm(
+                    x_TC, attention_TC, layer.mlp_norm_C, eps, branch_scale_C=layer.attention_scale_C, addend=addend
+                )
+            gate_up_TI, addend = self._project(source_TC, layer.gate_up, i, _GATE_UP, adapters)
+            inner_TI = apply_gate(gate_up_TI, self.gate, addend)
+            mlp_TC, addend = self._project(inner_TI, layer.down, i, _DOWN, adapters)
             if alpha is not None:
                 norm_C = layer.input_norm_C if layer.mlp_norm_C is None else layer.mlp_norm_C
                 normed_TC = add_norm(
                     x_TC, mlp_TC, norm_C, eps, branch_scale_C=layer.mlp_scale_C,
-                    alpha=1.0 if layer.mlp_norm_C is None else alpha,
+                    alpha=1.0 if layer.mlp_norm_C is None else alpha, addend=addend,
                 )  # fmt: skip
             else:
                 norm_C = self.layers[i + 1].input_norm_C if i + 1 < len(self.layers) else self.final_norm_C
-                normed_TC = add_norm(x_TC, mlp_TC, norm_C, eps, branch_scale_C=layer.mlp_scale_C)
+                normed_TC = add_norm(x_TC, mlp_TC, norm_C, eps, branch_scale_C=layer.mlp_scale_C, addend=addend)
         return normed_TC if alpha is None else add_norm(x_TC, None, self.final_norm_C, eps)
 
     def _project(
         self, x_TK: torch.Tensor, weight: Weight, layer: int, projections: slice, adapters: Adapters | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Addend | None]:
+        """The product, and what its reader has to add to it."""
         if adapters is None:
-            return _apply(x_TK, weight)
-        adapters.shrink(x_TK, layer, projections)
+            return _apply(x_TK, weight), None
+        adapters.begin(x_TK, layer, projections)
         out_TN = _apply(x_TK, weight)
-        adapters.expand(out_TN, layer, projections)
-        return out_TN
+        return out_TN, adapters.end(out_TN, layer, projections)
 
     # What a batch becomes
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stellarbyte.kernels.triton.lora import Addend
 from stellarbyte.kernels.triton.overlap import overlapping, wait_for_inputs
 
 # T tokens, C hidden size
@@ -17,22 +18,27 @@ def add_norm(
     *,
     branch_scale_C: torch.Tensor | None = None,
     alpha: float | None = None,
+    addend: Addend | None = None,
 ) -> torch.Tensor:
     """x += scale · branch, in place; returns RMSNorm(x), statistics in float32.
 
     With `alpha` (DeepNorm) it is x = RMSNorm(alpha · x + scale · branch), in place, and x is returned. Without a branch
-    x stays as it is.
+    x stays as it is. `addend` belongs to the branch.
     """
     normed_TC = x_TC if alpha is not None else torch.empty_like(x_TC)
-    _launch(x_TC, branch_TC, norm_C, normed_TC, eps, branch_scale_C, alpha)
+    _launch(x_TC, branch_TC, norm_C, normed_TC, eps, branch_scale_C, alpha, addend)
     return normed_TC
 
 
 def add_branch(
-    x_TC: torch.Tensor, branch_TC: torch.Tensor, branch_scale_C: torch.Tensor | None, alpha: float | None = None
+    x_TC: torch.Tensor,
+    branch_TC: torch.Tensor,
+    branch_scale_C: torch.Tensor | None,
+    alpha: float | None = None,
+    addend: Addend | None = None,
 ) -> None:
     """x = alpha · x + scale · branch, in place; alpha None: 1."""
-    _launch(x_TC, branch_TC, None, x_TC, 0.0, branch_scale_C, alpha)
+    _launch(x_TC, branch_TC, None, x_TC, 0.0, branch_scale_C, alpha, addend)
 
 
 def _launch(
@@ -43,6 +49,7 @@ def _launch(
     eps: float,
     branch_scale_C: torch.Tensor | None,
     alpha: float | None,
+    addend: Addend | None,
 ) -> None:
     width = x_TC.shape[1]
     _add_norm_kernel[(len(x_TC),)](
@@ -54,6 +61,7 @@ def _launch(
         width,
         eps,
         1.0 if alpha is None else alpha,
+        *((None, None) if addend is None else addend),
         HAS_BRANCH=branch_TC is not None,
         HAS_SCALE=branch_scale_C is not None,
         HAS_NORM=norm_C is not None,
@@ -66,7 +74,7 @@ def _launch(
 
 @triton.jit
 def _add_norm_kernel(
-    x, branch, scale, norm, out, width, eps, alpha,
+    x, branch, scale, norm, out, width, eps, alpha, delta, delta_scales,
     HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -78,6 +86,9 @@ def _add_norm_kernel(
     total = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         addend = tl.load(branch + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if delta is not None:
+            if tl.load(delta_scales + row) != 0:
+                addend += tl.load(delta + row * width + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_SCALE:
             addend *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
         total = alpha * total + addend

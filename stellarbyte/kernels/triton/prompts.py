@@ -52,7 +52,7 @@ class Prompts:
         self.token_ids += token_ids
         self.positions += range(first_position, first_position + count)
         self.slots += [slot] * count
-        self.scales += [scale] * count
+        self.scales += [scale if bank_slot else 0.0] * count
         for first in range(0, count, TILE_ROWS):
             self.tile_starts.append(start + first)
             self.tile_counts.append(min(TILE_ROWS, count - first))

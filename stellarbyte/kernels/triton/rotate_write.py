@@ -53,6 +53,17 @@ def load_heads(source, inside_X, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def add_heads(first_XP, second_XP, delta, delta_scales, row, first_number_X1, inside_X, HEAD_DIM: tl.constexpr,
+              PAIRS: tl.constexpr):  # fmt: skip
+    """The heads with what is to be added to the packed row they are of, in which they begin at `first_number`."""
+    if tl.load(delta_scales + row) != 0:
+        first_delta_XP, second_delta_XP = load_heads(delta + first_number_X1, inside_X, HEAD_DIM, PAIRS)
+        first_XP += first_delta_XP
+        second_XP += second_delta_XP
+    return first_XP, second_XP
+
+
+@triton.jit
 def norm_heads(first_XP, second_XP, norm, eps, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
     """RMSNorm of each head over its HEAD_DIM numbers; rounded to the dtype of `norm` where `ByteRMSNorm` rounds."""
     pair_P = tl.arange(0, PAIRS)
@@ -103,14 +114,21 @@ def _narrow(x, cache):
 
 @triton.jit
 def store_newest(
-    qkv, row, kv_head_X, inside_X, position, keys, values, table, ring, cos, sin, log_decay, k_norm, norm_eps,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SINKS: tl.constexpr, PAIRS: tl.constexpr,
+    qkv, delta, delta_scales, row, kv_head_X, inside_X, position, keys, values, table, ring, cos, sin, log_decay,
+    k_norm, norm_eps, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SINKS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Write the keys and values of some kv heads of the packed row `row` (int64) to the cache."""
+    """Write the keys and values of some kv heads of the packed row `row` (int64) to the cache.
+
+    `delta` None: nothing is to be added to the row.
+    """
     block, offset = locate(position, table, ring, SINKS, BLOCK_SIZE)
-    packed = qkv + row * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + (NUM_HEADS + kv_head_X)[:, None] * HEAD_DIM
-    first_XP, second_XP = load_heads(packed, inside_X, HEAD_DIM, PAIRS)
+    key_X1 = row * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + (NUM_HEADS + kv_head_X)[:, None] * HEAD_DIM
+    first_XP, second_XP = load_heads(qkv + key_X1, inside_X, HEAD_DIM, PAIRS)
+    if delta is not None:
+        first_XP, second_XP = add_heads(
+            first_XP, second_XP, delta, delta_scales, row, key_X1, inside_X, HEAD_DIM, PAIRS
+        )
     if k_norm is not None:
         first_XP, second_XP = norm_heads(first_XP, second_XP, k_norm, norm_eps, HEAD_DIM, PAIRS)
     distance_1 = offset + tl.arange(0, 1)
@@ -122,7 +140,12 @@ def store_newest(
     place = (block * BLOCK_SIZE + offset) * (NUM_KV_HEADS * HEAD_DIM) + kv_head_X[:, None] * HEAD_DIM + pair_P
     tl.store(keys + place, _narrow(first_XP, keys), mask=inside)
     tl.store(keys + place + HEAD_DIM // 2, _narrow(second_XP, keys), mask=inside)
-    first_XP, second_XP = load_heads(packed + NUM_KV_HEADS * HEAD_DIM, inside_X, HEAD_DIM, PAIRS)
+    value_X1 = key_X1 + NUM_KV_HEADS * HEAD_DIM
+    first_XP, second_XP = load_heads(qkv + value_X1, inside_X, HEAD_DIM, PAIRS)
+    if delta is not None:
+        first_XP, second_XP = add_heads(
+            first_XP, second_XP, delta, delta_scales, row, value_X1, inside_X, HEAD_DIM, PAIRS
+        )
     tl.store(values + place, _narrow(first_XP, keys), mask=inside)
     tl.store(values + place + HEAD_DIM // 2, _narrow(second_XP, keys), mask=inside)
 
@@ -138,6 +161,6 @@ def _write_kernel(
     table = tables + tl.load(sequences + row).to(tl.int64) * table_stride
     kv_head_X = tl.arange(0, KV_HEADS)
     store_newest(
-        qkv, row, kv_head_X, kv_head_X < NUM_KV_HEADS, tl.load(positions + row), keys, values, table, ring,
+        qkv, None, None, row, kv_head_X, kv_head_X < NUM_KV_HEADS, tl.load(positions + row), keys, values, table, ring,
         cos, sin, log_decay, k_norm, norm_eps, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, PAIRS,
     )  # fmt: skip

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.kernels.triton.adapters import Adapters
+from stellarbyte.kernels.triton.adapters import Adapters, BesideProducts
 from stellarbyte.kernels.triton.attention import DecodeScratch, decode_attention, num_splits_for
 from stellarbyte.kernels.triton.graphs import Graphs
-from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, LoraRows, LoraScratch
+from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, Addend, LoraRows, LoraScratch
 from stellarbyte.kernels.triton.model import TritonModel
 from stellarbyte.kernels.triton.paged import PagedRows
 from stellarbyte.kernels.triton.prompts import (
@@ -102,12 +102,12 @@ class Steps:
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
-        self._side_stream = torch.cuda.Stream() if device.type == "cuda" else None
-        self._lora_scratch = None
+        self._lora_scratch = self._beside = None
         if model.bank.num_slots:
             self._lora_scratch = LoraScratch.make(
                 max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank, device
             )
+            self._beside = BesideProducts(model.bank, max_rows)
 
     # Sequences that decode
 
@@ -134,23 +134,27 @@ class Steps:
         fields_BF, logits_BV, tokens_B = self._fields_BF[:count], self._logits_BV[:count], self._tokens_B[:count]
         begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC)
         rows = PagedRows(positions_B, memory.rows_B[:count], memory.tables_SE)
-        lora = self._adapters(
-            LoraRows(
+        lora = None
+        if segments:
+            lora = LoraRows(
                 memory.segment_starts_B[:segments],
                 memory.segment_counts_B[:segments],
                 memory.segment_slots_B[:segments],
                 memory.scales_B[:count],
             )
-            if segments
-            else None
-        )
         num_splits = num_splits_for(count, model.heads.num_kv_heads)
-        hidden_BC = model.forward(x_BC, lambda layer, qkv: self._attend(layer, qkv, rows, num_splits), lora)
+        hidden_BC = model.forward(
+            x_BC,
+            lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
+            self._adapters(lora, self._beside),
+        )
         model.head(hidden_BC, out=logits_BV)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
         store_tokens(memory, memory.rows_B[:count], tokens_B)
 
-    def _attend(self, layer: int, qkv_BN: torch.Tensor, rows: PagedRows, num_splits: int) -> torch.Tensor:
+    def _attend(
+        self, layer: int, qkv_BN: torch.Tensor, addend: Addend | None, rows: PagedRows, num_splits: int
+    ) -> torch.Tensor:
         model, config = self.model, self.model.config
         weights = model.layers[layer]
         out_BA = qkv_BN.new_empty(len(qkv_BN), model.heads.num_heads * model.heads.head_dim)
@@ -159,6 +163,7 @@ class Steps:
             self._attention_scratch, self._rotations, model.heads, window=weights.window,
             sink_tokens=config.sink_tokens, score_scale=model.score_scale, q_norm_D=weights.q_norm_D,
             k_norm_D=weights.k_norm_D, norm_eps=config.rms_norm_eps, num_splits=num_splits,
+            addend=addend,
         )  # fmt: skip
         return out_BA
 
@@ -168,11 +173,11 @@ class Steps:
         computed.tokens_R[index_R] = tokens_R.int()
         store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
 
-    def _adapters(self, rows: LoraRows | None) -> Adapters | None:
+    def _adapters(self, rows: LoraRows | None, beside: BesideProducts | None) -> Adapters | None:
         if rows is None:
             return None
         assert self._lora_scratch is not None
-        return Adapters(self.model.bank, rows, self._lora_scratch, self._side_stream)
+        return Adapters(self.model.bank, rows, self._lora_scratch, beside)
 
     # Prompts
 
@@ -204,7 +209,7 @@ class Steps:
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
         attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
         x_TC = F.embedding(inputs.token_ids_T, model.embedding_VC)
-        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters))
+        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None))
         num_samples = len(inputs.sample_rows_R)
         logits_RV = model.head(hidden_TC[inputs.sample_rows_R])
         if num_samples:

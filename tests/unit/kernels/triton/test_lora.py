@@ -36,6 +36,7 @@ def lora_rows(slots: Sequence[int], device: torch.device, num_segments: int = 0)
     """With segments that are none up to `num_segments`."""
     parts = [part + [0] * (num_segments - len(part)) for part in segments(slots)]
     scales = [0.25 + 0.5 * (row % 5) for row in range(len(slots))]
+    scales = [scale if slot else 0.0 for scale, slot in zip(scales, slots, strict=True)]
     return LoraRows(
         *(torch.tensor(part, dtype=torch.int32, device=device) for part in parts), torch.tensor(scales).to(device)
     )
