@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu                                all of it, within ten minutes
     python -m benchmarks.gpu --only limits 0.6b/1 8b/64     these (--list says what there is)
-    python -m benchmarks.gpu --profile 0.6b/64              where the time of a decoding step goes
+    python -m benchmarks.gpu --profile                      and the kernels of a decoding step of each work
 
 Models have random weights, so nothing is downloaded. Every loaded model has a process of its own, which gives its
 memory back. What fails is shown in the table, and the rest goes on. Where vLLM can be imported it runs the same work.
@@ -27,7 +27,6 @@ from benchmarks.record import ROOT, write_result
 LIMIT_S = 570  # of the whole, so that ten minutes are enough
 PROGRAM_LIMIT_S = 240
 PEER_LIMIT_S = 900  # vLLM alone takes minutes to start
-ENDED_WELL = "ended with status 0"
 OURS, THEIRS = "benchmarks.gpu_engine", "benchmarks.peers.vllm_engine"
 
 Results = dict[str, dict[str, Any]]  # work → figures, or {"error": why there are none}
@@ -87,14 +86,15 @@ def by_engine(works: list[str]) -> dict[str, list[str]]:
     return {engine: mine for engine, mine in engines.items() if mine}
 
 
-def measure(works: list[str], flags: list[str], deadline_s: float) -> Results:
+def measure(works: list[str], flags: list[str], deadline_s: float, *, profiles: bool) -> Results:
     """Ours."""
     results: Results = {}
     if "limits" in works:
         reported, how = run_program("benchmarks.gpu_limits", flags, PROGRAM_LIMIT_S)
         results |= reported if reported else {"limits": {"error": how}}
     for engine, mine in by_engine(works).items():
-        results |= run_all(OURS, mine, [*flags, "--engine", engine], deadline_s, PROGRAM_LIMIT_S)
+        arguments = [*flags, "--engine", engine, *(["--profile"] if profiles else [])]
+        results |= run_all(OURS, mine, arguments, deadline_s, PROGRAM_LIMIT_S)
     if over_http := [work for work in works if work != "limits" and work not in WORKS]:
         results |= run_all("benchmarks.gpu_http", over_http, flags, deadline_s, PROGRAM_LIMIT_S)
     add_ratios(results)
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, metavar="NAME", help="these works")
     parser.add_argument("--list", action="store_true", help="say what there is, and end")
-    parser.add_argument("--profile", choices=list(WORKS), metavar="NAME", help="a work of the engine")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of decoding steps, without HTTP")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short prompts, to try the program itself")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="most time for ours")
@@ -181,12 +181,7 @@ def main() -> None:
         print_list()
         return
     flags = ["--device", options.device, *(["--tiny"] if options.tiny else [])]
-    if options.profile is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = [*flags, "--engine", WORKS[options.profile].engine, "--folder", folder, "--profile"]
-            _, how = run_program(OURS, [*arguments, options.profile], options.limit_s)
-        raise SystemExit(0 if how == ENDED_WELL else how)
-    results = measure(options.only, flags, time.monotonic() + options.limit_s)
+    results = measure(options.only, flags, time.monotonic() + options.limit_s, profiles=options.profile)
     has_vllm = importlib.util.find_spec("vllm") is not None and not options.no_vllm
     theirs = measure_peer(options.only, flags) if has_vllm else {}
     print_table(results, theirs)

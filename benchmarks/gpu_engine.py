@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_profile import print_profile
+from benchmarks.gpu_profile import print_profile, profile_steps
 from benchmarks.gpu_workloads import (
     ENGINES,
     MAX_MODEL_LEN,
@@ -200,10 +200,8 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
     }
 
 
-def profile(core: EngineCore, work: Work, vocab_size: int, device: str) -> None:
-    """Print where the time of a decoding step goes, once all requests decode."""
-    drive(core, make_requests(dataclasses.replace(work, output=(8, 8)), vocab_size, seed=1))
-    prepare(core)
+def profile(core: EngineCore, work: Work, vocab_size: int, device: str) -> dict[str, Any]:
+    """Where the time of a decoding step goes, once all requests decode."""
     requests = make_requests(dataclasses.replace(work, output=(1000, 1000)), vocab_size, seed=2)
     run = Run(started_s=time.perf_counter())
     for request in requests:
@@ -212,8 +210,9 @@ def profile(core: EngineCore, work: Work, vocab_size: int, device: str) -> None:
         step(core, run)
     for _ in range(SETTLING_STEPS):
         step(core, run)
-    print_profile(lambda: step(core, run), PROFILED_STEPS, device)
+    profiled = profile_steps(lambda: step(core, run), PROFILED_STEPS, device)
     drop(core, requests)
+    return profiled
 
 
 def settings_of(engine: Engine, folder: Path, device: str, *, is_tiny: bool) -> tuple[EngineSettings, Shape]:
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", required=True, type=Path, help="an empty one, for config.json and adapters")
-    parser.add_argument("--profile", action="store_true", help="print kernels' times in place of measuring")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of a decoding step")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     engine = ENGINES[options.engine]
@@ -256,14 +255,15 @@ def main() -> None:
     build_s = time.perf_counter() - started_s
     for name in options.works:
         work = work_of(name, is_tiny=options.tiny)
-        if options.profile:
-            profile(core, work, shape.vocab_size, options.device)
-            continue
         with reporting_failure([name]):
             if work.loads_adapters:
                 report(name, measure_loads(core, work, shape.vocab_size, engine.adapters))
-            else:
-                report(name, {"build_s": build_s, **measure(core, work, shape.vocab_size)})
+                continue
+            figures = {"build_s": build_s, **measure(core, work, shape.vocab_size)}
+            if options.profile:
+                figures["profile"] = profile(core, work, shape.vocab_size, options.device)
+                print_profile(figures["profile"])
+            report(name, figures)
 
 
 if __name__ == "__main__":

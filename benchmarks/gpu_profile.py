@@ -2,13 +2,14 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-SHOWN_KERNELS = 40
-NAME_WIDTH = 90
+SHOWN_KERNELS = 25
+NAME_WIDTH = 80
 
 
 def busy_us(spans: Iterable[tuple[float, float]]) -> float:
@@ -20,10 +21,10 @@ def busy_us(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def print_profile(step: Callable[[], None], num_steps: int, device: str) -> None:
-    """Run `step` under the profiler; print time and launches of each kernel a step, and the share of idle time.
+def profile_steps(step: Callable[[], None], num_steps: int, device: str) -> dict[str, Any]:
+    """Run `step` under the profiler: microseconds and launches a step of each kernel, and the share of idle time.
 
-    On a CPU its operators stand for kernels.
+    On a CPU its operators stand for kernels. Kernels that begin while the one before still runs count their wait, too.
     """
     is_gpu = device == "cuda"
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
@@ -43,13 +44,21 @@ def print_profile(step: Callable[[], None], num_steps: int, device: str) -> None
     for event in events:
         time_us[event.name] += event.time_range.end - event.time_range.start
     whole_us = max(end for _, end in spans) - min(start for start, _ in spans)
+    return {
+        "us_a_step": whole_us / num_steps,
+        "idle": 1 - busy_us(spans) / whole_us,
+        "kernels": [
+            {"name": name[:NAME_WIDTH], "us_a_step": us / num_steps, "launches": launches[name] / num_steps}
+            for name, us in sorted(time_us.items(), key=lambda item: -item[1])[:SHOWN_KERNELS]
+        ],
+    }
+
+
+def print_profile(profile: dict[str, Any]) -> None:
     print(f"{'us a step':>10} {'share':>6} {'launches':>9}  kernel")
-    for name in sorted(time_us, key=time_us.__getitem__, reverse=True)[:SHOWN_KERNELS]:
-        share = time_us[name] / whole_us
-        print(
-            f"{time_us[name] / num_steps:>10.1f} {share:>6.1%} {launches[name] / num_steps:>9.1f}  {name[:NAME_WIDTH]}"
-        )
-    if len(time_us) > SHOWN_KERNELS:
-        print(f"and {len(time_us) - SHOWN_KERNELS} others")
-    idle = 1 - busy_us(spans) / whole_us
-    print(f"{whole_us / num_steps:.1f} us a step with the profiler on; {idle:.1%} of it the device had nothing to do")
+    for kernel in profile["kernels"]:
+        share = kernel["us_a_step"] / profile["us_a_step"]
+        print(f"{kernel['us_a_step']:>10.1f} {share:>6.1%} {kernel['launches']:>9.1f}  {kernel['name']}")
+    print(
+        f"{profile['us_a_step']:.1f} us a step with the profiler on; {profile['idle']:.1%} of it the device had nothing to do"
+    )

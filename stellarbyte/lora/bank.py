@@ -16,6 +16,7 @@ import torch
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.pinned_copies import PinnedCopies
+from stellarbyte.lora.untouched_memory import large_array, untouched_memory
 
 # S slots, L layers, P projections, F numbers of a slot, r rank
 
@@ -92,11 +93,7 @@ def pack_adapter(
         if (name := module_name(layer, projection)) in weights:
             ranks_LP[layer, projection] = len(weights[name][0])
     a_LP, b_LP, total = _offsets(ranks_LP, shapes)
-    # Not from the heap: what is freed there may stay with the process.
-    memory = _untouched_memory(total * dtype.itemsize)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)  # else page faults are half the time of packing a large adapter
-    numbers = torch.frombuffer(memory, dtype=dtype, count=total)
+    numbers = large_array(total, dtype)
     for layer, projection in np.argwhere(ranks_LP).tolist():
         name, (out, width) = module_name(layer, projection), shapes[projection]
         a, b = weights[name]
@@ -171,7 +168,7 @@ class LoraBank:
         self._memory: mmap.mmap | None = None
         self._copies: PinnedCopies | None = None
         if torch.device(device).type == "cpu":
-            self._memory = _untouched_memory((num_slots + 1) * bytes_per_slot)
+            self._memory = untouched_memory((num_slots + 1) * bytes_per_slot)
             numbers = torch.frombuffer(self._memory, dtype=dtype, count=count)
         else:
             numbers = torch.zeros(count, dtype=dtype, device=device)
@@ -221,9 +218,3 @@ class LoraBank:
         rank = int(self.ranks_SLP[slot, layer, projection])
         start = int(self.b_offsets_SLP[slot, layer, projection])
         return _part(self.numbers_SF[slot], start, rank, self.shapes[projection][0])
-
-
-def _untouched_memory(num_bytes: int) -> mmap.mmap:
-    """Zeros that take memory only where they are written."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return mmap.mmap(-1, max(num_bytes, mmap.PAGESIZE), flags=flags)

@@ -37,6 +37,7 @@ from stellarbyte.lora.layers import (
     refuse_unknown,
 )
 from stellarbyte.lora.peft_config import AdapterError, config_json, parse_config
+from stellarbyte.lora.untouched_memory import large_array
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
@@ -184,7 +185,7 @@ def _scale_fields(config: LoRAConfig) -> bytes:
 
 def _read_payload(stream: BufferedReader, num_bytes: int, digest: "hashlib._Hash") -> torch.Tensor:
     """The rest of a file [num_bytes], read once and not mapped: a file that is cut meanwhile is an error, no SIGBUS."""
-    payload = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+    payload = large_array(num_bytes, torch.uint8)
     view = payload.numpy().data
     done = 0
     while done < num_bytes:

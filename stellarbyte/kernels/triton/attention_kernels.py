@@ -2,8 +2,8 @@
 
 Keys lie in the cache rotated relative to their block's base P, so queries at m are rotated by m - P for each block that
 they meet (numerics: "Keys are stored relative to their block"). Rotations, scores and sums are float32; products are of
-numbers in the dtype of q, k and v, which fp8 keys and values become as they are loaded. A block of many keys is read in
-parts: a tile is a block or a part of one.
+numbers in the cache's dtype; fp8 keys and values become float16 as they are loaded, in one instruction for two. A block
+of many keys is read in parts: a tile is a block or a part of one.
 """
 
 import triton
@@ -100,7 +100,7 @@ def prefill_kernel(
     count = tl.load(tile_counts + tl.program_id(0))
     if count == 0:
         return
-    dtype: tl.constexpr = qkv.dtype.element_ty
+    dtype: tl.constexpr = tl.float16 if keys.dtype.element_ty == tl.float8e4nv else keys.dtype.element_ty
     start = tl.load(tile_starts + tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1) * HEADS
     kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
@@ -231,7 +231,7 @@ def decode_kernel(
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The heads of one kv head of one row, over one share of the tiles of keys that it sees."""
-    dtype: tl.constexpr = qkv.dtype.element_ty
+    dtype: tl.constexpr = tl.float16 if keys.dtype.element_ty == tl.float8e4nv else keys.dtype.element_ty
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(OVERLAPS)
     position = tl.load(positions + row)

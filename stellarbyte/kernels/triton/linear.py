@@ -94,7 +94,7 @@ def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tu
     if num_inputs < 4096:
         return 2, triton.next_power_of_2(num_inputs), 4
     if weight_bytes == 1:  # half the bytes a number, so more numbers on their way
-        return (4, 4096, 4) if num_inputs <= 8192 else (8, 2048, 4)
+        return (4, 4096, 4) if num_inputs <= 8192 else (4, 8192, 8)
     return 4, 2048, 4
 
 

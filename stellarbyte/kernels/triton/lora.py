@@ -21,6 +21,7 @@ from stellarbyte.lora.bank import LoraBank
 # T rows of the step, X segments, K inputs, N outputs of projections beside each other, R ranks of projections together
 
 SEGMENT_ROWS = 16  # what the matrix units take at least
+PROMPT_SEGMENT_ROWS = 64  # an adapter's numbers are read once for so many tokens of a prompt
 _BLOCK_K = 128
 _BLOCK_N = 256
 _BLOCK_R = 16
@@ -31,13 +32,14 @@ _MAX_HIDDEN_ROWS = 2048 * SEGMENT_ROWS  # that `_num_splits` makes of fewer rows
 class LoraRows(NamedTuple):
     """Which of a step's rows use which slot, on the device: int32, the scales float32.
 
-    A segment is up to `SEGMENT_ROWS` rows from its start on; one with a count of 0 is none. No row is in two of them.
+    A segment is up to `segment_rows` rows from its start on; one with a count of 0 is none. No row is in two of them.
     """
 
     segment_starts_X: torch.Tensor
     segment_counts_X: torch.Tensor
     segment_slots_X: torch.Tensor
     scales_T: torch.Tensor  # of each row's request; 0 for rows in no segment
+    segment_rows: int = SEGMENT_ROWS
 
 
 class Addend(NamedTuple):
@@ -124,7 +126,7 @@ def shrink(
         WIDTH=scratch.width,
         NUM_PROJECTIONS=num_projections,
         ALIGNMENT=_alignment(bank),
-        ROWS=SEGMENT_ROWS,
+        ROWS=lora.segment_rows,
         BLOCK_R=block_r,
         BLOCK_K=_BLOCK_K,
         num_warps=2 if block_r == 16 else 4,  # more would read the same shared memory twice
@@ -156,7 +158,8 @@ def expand(
     tables = bank.tables
     if not num_segments:
         return
-    _expand_kernel[(sum(triton.cdiv(width, _BLOCK_N) for width in widths), num_segments)](
+    block_n = _BLOCK_N if lora.segment_rows == SEGMENT_ROWS else _BLOCK_N // 2
+    _expand_kernel[(sum(triton.cdiv(width, block_n) for width in widths), num_segments)](
         scratch.hidden,
         out_TN,
         lora.segment_starts_X,
@@ -175,9 +178,9 @@ def expand(
         WIDTH=scratch.width,
         SPLITS=_num_splits(num_segments, num_rows, shapes[0][1]),
         ALIGNMENT=_alignment(bank),
-        ROWS=SEGMENT_ROWS,
+        ROWS=lora.segment_rows,
         BLOCK_R=_BLOCK_R,
-        BLOCK_N=_BLOCK_N,
+        BLOCK_N=block_n,
         ADDS=adds,
         num_warps=4,
         num_stages=1,  # mostly there is one round

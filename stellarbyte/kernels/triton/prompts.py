@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from stellarbyte.kernels.triton.attention import TILE_ROWS
-from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, LoraRows
+from stellarbyte.kernels.triton.lora import PROMPT_SEGMENT_ROWS, LoraRows
 from stellarbyte.kernels.triton.slots import Integers
 
 # T tokens, X tiles, R rows that sample, S segments
@@ -56,9 +56,9 @@ class Prompts:
         for first in range(0, count, TILE_ROWS):
             self.tile_starts.append(start + first)
             self.tile_counts.append(min(TILE_ROWS, count - first))
-        for first in range(0, count if bank_slot else 0, SEGMENT_ROWS):
+        for first in range(0, count if bank_slot else 0, PROMPT_SEGMENT_ROWS):
             self.segment_starts.append(start + first)
-            self.segment_counts.append(min(SEGMENT_ROWS, count - first))
+            self.segment_counts.append(min(PROMPT_SEGMENT_ROWS, count - first))
             self.segment_slots.append(bank_slot)
         if samples:
             self.sample_rows.append(start + count - 1)
@@ -122,7 +122,7 @@ class PromptShape(NamedTuple):
         adapters = None
         if self.segments:
             starts, counts, bank_slots, scales = lora
-            adapters = LoraRows(starts, counts, bank_slots, scales.view(torch.float32))
+            adapters = LoraRows(starts, counts, bank_slots, scales.view(torch.float32), PROMPT_SEGMENT_ROWS)
         return PromptTensors(tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, adapters)
 
 
@@ -133,7 +133,7 @@ def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
     if not padded:
         return PromptShape(num_tokens, num_tiles, num_samples, num_segments)
     tokens = _next(_TOKEN_COUNTS, num_tokens)
-    full_tiles, full_segments = -(-tokens // TILE_ROWS), -(-tokens // SEGMENT_ROWS)
+    full_tiles, full_segments = -(-tokens // TILE_ROWS), -(-tokens // PROMPT_SEGMENT_ROWS)
     return PromptShape(
         tokens,
         full_tiles + _next(_SPARE_PARTS, max(1, num_tiles - full_tiles)),
@@ -148,7 +148,7 @@ def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShap
     first_tokens = [0, *_TOKEN_COUNTS]
 
     def shape(tokens: int, spare: int, samples: int) -> PromptShape:
-        segments = -(-tokens // SEGMENT_ROWS) + spare if with_adapters else 0
+        segments = -(-tokens // PROMPT_SEGMENT_ROWS) + spare if with_adapters else 0
         return PromptShape(tokens, -(-tokens // TILE_ROWS) + spare, samples, segments)
 
     for spare, samples in ((1, 1), (1, 0), (_SPARE_PARTS[1], MAX_PADDED_SAMPLES)):

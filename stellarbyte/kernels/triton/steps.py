@@ -11,7 +11,7 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.kernels.triton.adapters import Adapters, BesideProducts
 from stellarbyte.kernels.triton.attention import DecodeScratch, decode_attention, num_splits_for
 from stellarbyte.kernels.triton.graphs import Graphs
-from stellarbyte.kernels.triton.lora import SEGMENT_ROWS, Addend, LoraRows, LoraScratch
+from stellarbyte.kernels.triton.lora import PROMPT_SEGMENT_ROWS, Addend, LoraRows, LoraScratch
 from stellarbyte.kernels.triton.model import TritonModel
 from stellarbyte.kernels.triton.paged import PagedRows
 from stellarbyte.kernels.triton.prompts import (
@@ -97,7 +97,9 @@ class Steps:
         max_samples = max(max_rows, MAX_PADDED_SAMPLES)  # of prompts
         self._prompt_fields_RF = torch.zeros(max_samples, NUM_FIELDS, dtype=torch.int32, device=device)
         self._prompt_tokens_R = torch.zeros(max_samples, dtype=torch.int32, device=device)
-        most_parts = max_tokens // SEGMENT_ROWS + max_tokens + 128  # tiles or segments of sequences of any lengths
+        most_parts = (
+            max_tokens // PROMPT_SEGMENT_ROWS + max_tokens + 128
+        )  # tiles or segments of sequences of any lengths
         most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 2 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, device)
