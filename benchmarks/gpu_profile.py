@@ -59,6 +59,5 @@ def print_profile(profile: dict[str, Any]) -> None:
     for kernel in profile["kernels"]:
         share = kernel["us_a_step"] / profile["us_a_step"]
         print(f"{kernel['us_a_step']:>10.1f} {share:>6.1%} {kernel['launches']:>9.1f}  {kernel['name']}")
-    print(
-        f"{profile['us_a_step']:.1f} us a step with the profiler on; {profile['idle']:.1%} of it the device had nothing to do"
-    )
+    print(f"{profile['us_a_step']:.1f} us a step with the profiler on")
+    print(f"{profile['idle']:.1%} of it the device had nothing to do")
