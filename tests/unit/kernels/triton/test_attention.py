@@ -21,6 +21,7 @@ from stellarbyte.kernels.triton.attention import (
     prefill_attention,
     write_kv,
 )
+from stellarbyte.kernels.triton.lora import Addend
 from stellarbyte.kernels.triton.paged import HeadShape, PagedRows, Rotations
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.xpos import XPosRotaryEmbedding
@@ -108,7 +109,9 @@ class Step:
         )  # fmt: skip
         return out_TA
 
-    def decode(self, num_splits: int, scratch: DecodeScratch | None = None) -> torch.Tensor:
+    def decode(
+        self, num_splits: int, scratch: DecodeScratch | None = None, addend: Addend | None = None
+    ) -> torch.Tensor:
         if scratch is None:
             scratch = DecodeScratch.make(len(self.qkv_TN), self.heads, self.qkv_TN.device)
         q_norm_D, k_norm_D = self._norm_weights()
@@ -117,6 +120,7 @@ class Step:
             self.qkv_TN, out_TA, self.keys_BSKD, self.values_BSKD, self.rows, scratch, self.rotations, self.heads,
             window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotary.score_scale,
             q_norm_D=q_norm_D, k_norm_D=k_norm_D, norm_eps=self.config.rms_norm_eps, num_splits=num_splits,
+            addend=addend,
         )  # fmt: skip
         return out_TA
 
@@ -314,6 +318,18 @@ def test_shares_of_any_number_make_one_answer_and_leave_the_scratch_as_it_was(de
     for num_splits in (2, MAX_SPLITS, 2):  # one after the other through the same scratch
         close(step.decode(num_splits, scratch), expected_TA)
         assert not scratch.counters_TK.any()
+
+
+@pytest.mark.parametrize("case", [DECODES[2], DECODES[4]], ids=str)
+def test_what_adapters_add_to_q_k_and_v_is_added_in_their_rows_only(case: Case, device: torch.device) -> None:
+    plain, adapted = make_step(case, device), make_step(case, device)
+    scales_T = torch.tensor([0.0, 2.0] * len(plain.qkv_TN), device=device)[: len(plain.qkv_TN)]
+    delta_TN = torch.randn(plain.qkv_TN.shape).to(device)
+    plain.qkv_TN += delta_TN * (scales_T != 0)[:, None]
+    delta_TN = delta_TN.where(scales_T[:, None] != 0, torch.nan)
+    close(adapted.decode(2, addend=Addend(delta_TN, scales_T)), plain.decode(2))
+    close(adapted.keys_BSKD.nan_to_num(), plain.keys_BSKD.nan_to_num())
+    close(adapted.values_BSKD.nan_to_num(), plain.values_BSKD.nan_to_num())
 
 
 @pytest.mark.parametrize("case", [DECODES[2], DECODES[4]], ids=str)

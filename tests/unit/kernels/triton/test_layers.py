@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from stellarbyte.kernels.triton.fp8 import product, quantize_rows, takes_fp8
 from stellarbyte.kernels.triton.gates import GATES, apply_gate
 from stellarbyte.kernels.triton.linear import MAX_NORMED_ROWS, MAX_ROWS, linear
+from stellarbyte.kernels.triton.lora import Addend
 from stellarbyte.kernels.triton.norm import add_branch, add_norm
 from stellarbyte.kernels.triton.weights import Weight, dequantized, quantize
 from stellarbyte.model.mlp import GATES as GATE_FUNCTIONS
@@ -81,6 +82,33 @@ def test_adding_a_branch_and_the_norm_of_the_sum(options: dict[str, Any], device
     found = add_norm(x, branch, norm[0], EPS, branch_scale_C=scale, alpha=alpha)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x, expected if alpha is not None else total, atol=1e-5, rtol=1e-5)
+
+
+def addend(num_rows: int, width: int, device: torch.device) -> tuple[Addend, torch.Tensor]:
+    """One for every other row, NaN in the rest; and the same with zeros there."""
+    scales = torch.tensor([0.0, 0.5] * num_rows, device=device)[:num_rows]
+    delta = random(num_rows, width, device=device, seed=9)
+    return Addend(delta.where(scales[:, None] != 0, torch.nan), scales), delta * (scales[:, None] != 0)
+
+
+@pytest.mark.parametrize("alpha", [None, 1.7])
+def test_what_adapters_add_to_a_branch_is_added_in_their_rows_only(alpha: float | None, device: torch.device) -> None:
+    x, branch, norm = (random(5, 48, device=device, seed=i) for i in range(3))
+    added, delta = addend(5, 48, device)
+    expected = (alpha or 1.0) * x + branch + delta
+    sum_only = x.clone()
+    add_branch(sum_only, branch, None, alpha, added)
+    torch.testing.assert_close(sum_only, expected, atol=1e-5, rtol=1e-5)
+    found = add_norm(x, branch, norm[0], EPS, alpha=alpha, addend=added)
+    torch.testing.assert_close(found, rms_norm(expected, norm[0]), atol=1e-5, rtol=1e-5)
+
+
+def test_what_adapters_add_goes_into_a_gate(device: torch.device) -> None:
+    gate_up = random(5, 2 * 1100, device=device)
+    added, delta = addend(5, 2 * 1100, device)
+    gates, ups = (gate_up + delta).chunk(2, dim=-1)
+    found = apply_gate(gate_up, GATES["silu"], added)
+    torch.testing.assert_close(found, F.silu(gates) * ups, atol=1e-5, rtol=1e-5)
 
 
 def test_a_norm_alone_and_a_branch_alone(device: torch.device) -> None:
