@@ -2,9 +2,8 @@
 
 import os
 import subprocess
-import sys
 
-from tests.server_process import ROOT, free_port
+from tests.server_process import ROOT
 
 
 def run(url: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -25,10 +24,3 @@ def test_the_readmes_curl_command_answers(demo_server) -> None:
         command = text[text.index("curl -N") : text.index("}'", text.index("curl -N")) + 2]
         result = run(demo_server.url, "bash", "-c", command.replace("http://127.0.0.1:8000", demo_server.url))
         assert "Paris" in result.stdout and result.stdout.rstrip().endswith("data: [DONE]")
-
-
-def test_the_containers_health_check_tells_a_healthy_server_from_none(demo_server) -> None:
-    for port, status in ((demo_server.port, 0), (free_port(), 1)):
-        command = [sys.executable, "docker/healthcheck.py"]
-        environment = os.environ | {"STELLARBYTE_PORT": str(port)}
-        assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode == status

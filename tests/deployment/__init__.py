@@ -1,0 +1,1 @@
+"""What is shipped for running the server elsewhere: the image, compose, Prometheus, Grafana, Kubernetes."""

@@ -1,0 +1,64 @@
+"""The names of the server's metrics, which alerts, dashboards and autoscalers rely on, by their type."""
+
+import re
+
+GAUGES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:lora_requests_info",
+    "stellarbyte:adapter_resident",
+}
+COUNTERS = {
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:num_preemptions_total",
+    "vllm:request_success_total",
+    "stellarbyte:adapter_tokens_total",
+    "stellarbyte:evicted_tokens_total",
+    "stellarbyte:aborted_requests_total",
+    "stellarbyte:rejected_requests_total",
+}
+HISTOGRAMS = {
+    "vllm:time_to_first_token_seconds",
+    "vllm:inter_token_latency_seconds",
+    "vllm:e2e_request_latency_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:iteration_tokens_total",
+    "stellarbyte:adapter_load_seconds",
+    "stellarbyte:engine_step_seconds",
+    "stellarbyte:http_stream_lag_seconds",
+}
+SERIES = GAUGES | COUNTERS | {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
+LABELS = {
+    "vllm:request_success_total": {"finished_reason"},
+    "stellarbyte:adapter_resident": {"adapter", "tier"},
+    "stellarbyte:adapter_tokens_total": {"adapter"},
+    "stellarbyte:aborted_requests_total": {"reason"},
+    "stellarbyte:rejected_requests_total": {"reason"},
+}
+EVERYWHERE = {"model_name", "instance", "job"}  # the last two are Prometheus' own
+
+
+def series_in(expression: str) -> list[str]:
+    """The names of the server's series in a PromQL expression."""
+    return re.findall(r"\b(?:vllm|stellarbyte):\w+", expression)
+
+
+def wrong_with(expression: str) -> list[str]:
+    """What the server's metrics do not bear out: unknown names, rates of gauges and the like, labels nobody sets."""
+    found = series_in(expression)
+    wrong = [f"{name} is no metric" for name in found if name not in SERIES]
+    in_rates = set(series_in(" ".join(re.findall(r"\brate\(([^)]*)\)", expression))))
+    wrong += [f"{name} is a gauge" for name in in_rates & GAUGES]
+    wrong += [f"{name} is a total, not a rate" for name in set(found) - in_rates - GAUGES]
+    labels = EVERYWHERE.union(*(LABELS.get(name, set()) for name in found))
+    if any(name.endswith("_bucket") for name in found):
+        labels = labels | {"le"}
+    used = {label.strip() for group in re.findall(r"\bby \(([^)]*)\)", expression) for label in group.split(",")}
+    used |= set(re.findall(r"[{,]\s*(\w+)\s*[=!]", expression))
+    return wrong + [f"no metric of it has the label {label}" for label in used - labels]
