@@ -143,7 +143,7 @@ def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
 
 
 def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShape]:
-    """Padded shapes of steps of up to `max_tokens`: of a part of a prompt, a whole one, several short ones; and a
+    """Padded shapes of steps of up to `max_tokens`: of a whole prompt, a part of one, two and several short ones; and a
     longer one that stands for all that are not padded."""
     first_tokens = [0, *_TOKEN_COUNTS]
 
@@ -151,7 +151,7 @@ def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShap
         segments = -(-tokens // PROMPT_SEGMENT_ROWS) + spare if with_adapters else 0
         return PromptShape(tokens, -(-tokens // TILE_ROWS) + spare, samples, segments)
 
-    for spare, samples in ((1, 1), (1, 0), (_SPARE_PARTS[1], MAX_PADDED_SAMPLES)):
+    for spare, samples in ((1, 1), (1, 0), (1, MAX_PADDED_SAMPLES), (_SPARE_PARTS[1], MAX_PADDED_SAMPLES)):
         for before, tokens in zip(first_tokens, _TOKEN_COUNTS, strict=False):
             if before < max_tokens:
                 yield shape(tokens, spare, samples)
