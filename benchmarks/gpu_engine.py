@@ -169,11 +169,12 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
     for _ in range(LOAD_AFTER_STEPS):
         step(core, run)
     begun_s = time.perf_counter()
-    for number in range(num_adapters):
-        core.call(LoadAdapter(call_id=str(number), name=f"new{number:02}", path=f"a{number:02}", in_place=False))
     loaded_s, waiting = begun_s, num_adapters
+    calls = iter(range(num_adapters))
     probes: list[str] = []
     while waiting or not all(probe in run.arrivals for probe in probes):
+        if (number := next(calls, None)) is not None:  # one a step, as they come over HTTP
+            core.call(LoadAdapter(call_id=str(number), name=f"new{number:02}", path=f"a{number:02}", in_place=False))
         for reply in core.take_replies():
             if isinstance(reply, CallFailed):
                 raise RuntimeError(reply.message)

@@ -25,6 +25,7 @@ from stellarbyte.kernels.triton.prompts import (
 from stellarbyte.kernels.triton.sampler import SamplerScratch, sample
 from stellarbyte.kernels.triton.slots import (
     NUM_FIELDS,
+    POSITION,
     SlotMemory,
     Upload,
     begin_decode,
@@ -231,7 +232,8 @@ class Steps:
         self.decode(self.row_counts[-1], num_segments=0, truncates=False)
 
     def run_program(self, key: Decoding | Prefill) -> None:
-        """Run a program for whatever the memory holds: what compiles its kernels."""
+        """Run a program for whatever the memory holds: what compiles its kernels, and those of a step around it."""
+        self.memory.update([self.memory.field_at(0, POSITION)], [0])
         self._program(key)()
 
     def note_compiled(self, key: Decoding | Prefill) -> None:

@@ -161,7 +161,7 @@ def test_a_captured_launch_serves_whatever_the_slots_and_segments_hold(device: t
             program()
         for seed, slots in ((7, MIXED), (8, list(reversed(MIXED))), (9, [3] * len(MIXED))):
             bank.fill(3, packed(config, seed))
-            for there, new in zip(rows, lora_rows(slots, device, len(MIXED)), strict=True):
+            for there, new in zip(rows[:4], lora_rows(slots, device, len(MIXED))[:4], strict=True):
                 there.copy_(new)
             out_TN.zero_()
             graph.replay()
