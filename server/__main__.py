@@ -13,10 +13,15 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from server.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
 from server.logs import configure_logging
 from server.settings import ServerSettings, SettingsError, parse_settings
 from server.stopping import exit_quietly, on_stop_signals
+
+if TYPE_CHECKING:  # it is imported late
+    from server.engine.launch import EngineProcess
 
 logger = logging.getLogger("server")
 
@@ -31,20 +36,26 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
         return _refuse(str(error), status=2)
     configure_logging(settings.log_level, "http")
     try:
+        keys = read_keys(settings)
+    except SettingsError as error:
+        return _refuse(str(error), status=2)
+    try:
         listeners = _bind(settings.host, settings.port, settings.http_workers)
     except OSError as error:
         return _refuse(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
     try:
-        return _run(settings, listeners, engine_module)
+        return _run(settings, keys, listeners, engine_module)
     finally:
         _close_all(listeners)
 
 
-def _run(settings: ServerSettings, listeners: list[socket.socket], engine_module: str) -> int:
+def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine_module: str) -> int:
     """The engine process and all HTTP, from start to end; one listener for each HTTP process."""
     from server.engine.launch import EngineProcess, EngineStartError
 
     on_stop_signals(exit_quietly)
+    if settings.keys is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again when the model is loaded
     logger.info("starting the engine on %s", settings.engine.model)
     try:
         engine = EngineProcess(settings.engine, settings.log_level, engine_module)
@@ -53,17 +64,35 @@ def _run(settings: ServerSettings, listeners: list[socket.socket], engine_module
     started_at = int(time.time())
     try:
         if settings.http_workers == 1:
-            from server.serving import serve
-
-            return asyncio.run(serve(settings, listeners[0], engine, started_at, lambda: _announce(settings)))
+            return asyncio.run(_serve(settings, keys, listeners[0], engine, started_at))
         from server.supervisor import supervise
 
-        return asyncio.run(supervise(settings, listeners, engine, started_at, lambda: _announce(settings)))
+        return asyncio.run(supervise(settings, keys, listeners, engine, started_at, lambda: _announce(settings)))
     except (EngineStartError, ValueError, OSError) as error:
         return _refuse(str(error))
     finally:
         on_stop_signals(signal.SIG_IGN)  # all that is left takes moments
         engine.stop()
+
+
+async def _serve(
+    settings: ServerSettings, keys: tuple[Key, ...], listener: socket.socket, engine: "EngineProcess", started_at: int
+) -> int:
+    """HTTP in this process, which reads the file of keys again whenever it is told to."""
+    from server.serving import serve
+
+    keyring = Keyring(settings, keys)
+
+    def read_again() -> None:
+        nonlocal keys
+        keys = read_keys_again(settings, keys)
+        keyring.replace(keys)
+
+    def on_started() -> None:
+        on_hangup(settings, read_again)
+        _announce(settings)
+
+    return await serve(settings, keyring, listener, engine, started_at, on_started)
 
 
 def _announce(settings: ServerSettings) -> None:
@@ -79,9 +108,10 @@ def _announce(settings: ServerSettings) -> None:
         }
     )
     quoted = body.replace("'", "'\\''")
+    key = " -H 'Authorization: Bearer KEY'" if settings.api_key or settings.keys is not None else ""
     sys.stderr.write(
         f"\nStellarByte serves {settings.model_name} at {url}\nTry:\n\n"
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{quoted}'\n\n"
+        f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'\n\n"
     )
     sys.stderr.flush()
 

@@ -2,31 +2,51 @@
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from server.access import check_routes
 from server.api import adapters, chat, completions, embeddings, health, models, responses, tokenize
 from server.api.disconnect import ClientLeft, answer_client_left
 from server.api.docs import add_docs
 from server.api.errors import ApiError, answer_api_error, answer_http_exception, answer_no_tokenizer
-from server.api.middleware import BodyLimit, RequestLog
+from server.api.middleware import BodyBounds, RequestLog, Unexpected
 from server.api.openapi import describe
 from server.api.service import Service
+from server.auth import Gate
+from server.keys import Keyring
 from server.tokenizer import NoTokenizerError
 
+# What pages of other origins may read of an answer beside its body.
+_EXPOSED = ("X-Request-Id", "X-Ignored-Fields", "Retry-After", "WWW-Authenticate")
 
-def create_app(service: Service) -> FastAPI:
-    """An application for a service whose engine is ready."""
+
+def create_app(service: Service, keyring: Keyring) -> FastAPI:
+    """An application for a service whose engine is ready; AssertionError when a route is in no row of access.py."""
+    settings = service.settings
     app = FastAPI(title="StellarByte", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
     for module in (completions, chat, responses, embeddings, tokenize, models, adapters, health):
         app.include_router(module.router)
-    describe(app, service.settings.model_name, allows_unknown_fields=service.settings.unknown_fields == "warn")
+    describe(app, settings.model_name, allows_unknown_fields=settings.unknown_fields == "warn")
     add_docs(app)
+    check_routes(app)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(NoTokenizerError, answer_no_tokenizer)
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(ClientLeft, answer_client_left)
     app.add_exception_handler(ClientDisconnect, answer_client_left)
-    app.add_middleware(BodyLimit, max_bytes=service.settings.max_body_bytes)
-    app.add_middleware(RequestLog)  # added last, so around all others
+    # Each is around those before it.
+    app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
+    app.add_middleware(Gate, keyring=keyring, host=settings.host)
+    app.add_middleware(Unexpected)
+    if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(RequestLog)
     return app

@@ -1,43 +1,98 @@
-"""Who may do what an operator does: load and unload adapters."""
+"""The gate that every request passes first: is its host ours, its route known, its key good for it? Plain ASGI."""
 
 import ipaddress
 import re
-import secrets
-from typing import Annotated
+from http import HTTPStatus
 
-from fastapi import Depends, Request
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.api.errors import ApiError, bad_request
-from server.api.service import ServiceOfRequest
+from server.access import Access, methods_of
+from server.api.errors import ApiError, bad_request, method_not_allowed, no_route
+from server.keys import Key, Keyring
 
-_LOOPBACK_HOST = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
+_ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
 
 
-async def require_admin(request: Request, service: ServiceOfRequest) -> None:
-    """ApiError unless the request carries --admin-api-key, or there is none and the server listens on loopback only.
+class Gate:
+    """Lets through what the table of routes (access.py) and the keys allow; `state.key` is then the request's `Key`."""
 
-    A web page that a user of this machine looks at can send requests here, too. It cannot send JSON without asking
-    first, which is never granted, and if its name was made to point here, the Host header gives it away.
-    """
-    key = service.settings.admin_api_key
-    if key is not None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not secrets.compare_digest(given.strip().encode(), key.encode()):
-            message = "This needs the server's --admin-api-key in the header 'Authorization: Bearer KEY'."
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-    elif not _is_loopback(service.settings.host):
-        raise ApiError(403, "This is off because the server was started without --admin-api-key.")
-    elif any(name in request.headers for name in _PROXY_HEADERS):
-        raise ApiError(403, "Without --admin-api-key this does not work through a proxy.")
-    elif re.fullmatch(_LOOPBACK_HOST, request.headers.get("host", "")) is None:
-        raise ApiError(403, "Without --admin-api-key this works only under the host name localhost or 127.0.0.1.")
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise bad_request("The header 'Content-Type' must be application/json.")
+    def __init__(self, app: ASGIApp, keyring: Keyring, host: str) -> None:
+        """`host` is the address that the server listens on."""
+        self._app = app
+        self._keyring = keyring
+        self._is_local = is_loopback(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] != "lifespan":  # it is no client's
+                self._check(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """ApiError unless the request may be made. What needs a key says so first, whether it exists or not."""
+        headers = Headers(scope=scope)
+        keyring = self._keyring
+        if self._is_local and not keyring.has_user_keys and not keyring.has_admin_key and not _names_loopback(headers):
+            raise ApiError(
+                403,
+                "Without keys this server answers only under the host name localhost or 127.0.0.1; for other names,"
+                " such as behind a proxy, it needs --api-key.",
+            )
+        path, method = get_route_path(scope), scope["method"]
+        methods = methods_of(path)
+        access = methods.get(method, Access.USER)
+        if access is not Access.OPEN:
+            key = self._key(headers)
+            if key is not None:
+                scope["state"]["key"] = key
+            if access is Access.ADMIN:
+                self._require_admin(key, headers)
+            elif key is None and keyring.has_user_keys:
+                raise _no_key("This needs one of the server's API keys")
+        if not methods:
+            raise no_route(path)
+        if method not in methods:
+            raise method_not_allowed(method, path, methods)
+
+    def _key(self, headers: Headers) -> Key | None:
+        given = headers.getlist("authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        return self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+
+    def _require_admin(self, key: Key | None, headers: Headers) -> None:
+        """ApiError unless the key is the operator's, or there is none and the server listens on loopback only.
+
+        A web page that a user of this machine looks at can send requests here, too. It cannot send JSON without asking
+        first, which only --cors-origin grants; its Origin header gives it away, and where its name was made to point
+        here, the Host header.
+        """
+        if self._keyring.has_admin_key:
+            if key is None:
+                raise _no_key("This needs the server's --admin-api-key")
+            if not key.is_admin:
+                raise ApiError(403, f"The key {key.name!r} may not do this; it needs the server's --admin-api-key.")
+        elif self._keyring.has_user_keys:
+            raise ApiError(403, "This is off because the server was started with keys, but without --admin-api-key.")
+        elif not self._is_local:
+            raise ApiError(403, "This is off because the server was started without --admin-api-key.")
+        elif any(name in headers for name in _PROXY_HEADERS):
+            raise ApiError(403, "Without --admin-api-key this does not work through a proxy.")
+        elif "origin" in headers and not _is_own_page(headers["origin"]):
+            raise ApiError(403, "Without --admin-api-key this does not work from web pages of other hosts.")
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise bad_request("The header 'Content-Type' must be application/json.")
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or name. Any other name may be made to point anywhere."""
+    if host.lower() == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -45,4 +100,23 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-RequireAdmin = Annotated[None, Depends(require_admin)]
+def _names_loopback(headers: Headers) -> bool:
+    hosts = headers.getlist("host")
+    return len(hosts) == 1 and _is_loopback_host(hosts[0])
+
+
+def _is_loopback_host(host: str) -> bool:
+    """Of a host as the headers Host and Origin have it: with a port, IPv6 in brackets."""
+    match = _HOST.fullmatch(host)
+    return match is not None and is_loopback(match["name"].strip("[]"))
+
+
+def _is_own_page(origin: str) -> bool:
+    match = _ORIGIN.fullmatch(origin)
+    return match is not None and _is_loopback_host(match["host"])
+
+
+def _no_key(need: str) -> ApiError:
+    message = f"{need} in the header 'Authorization: Bearer KEY'."
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key", headers=headers)

@@ -13,12 +13,15 @@ from server.api.service import load_service
 from server.app import create_app
 from server.engine.client import EngineClient
 from server.engine.launch import Engine
+from server.http_protocol import bounded_protocol
+from server.keys import Keyring
 from server.settings import ServerSettings
 from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, on_stop_signals
 
 
 async def serve(
     settings: ServerSettings,
+    keyring: Keyring,
     listener: socket.socket,
     engine: Engine,
     started_at: int,
@@ -34,7 +37,9 @@ async def serve(
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams may finish; uvicorn ends them at the time-out
         config = uvicorn.Config(
-            create_app(load_service(settings, client, started_at)),
+            create_app(load_service(settings, client, started_at), keyring),
+            http=bounded_protocol(settings.receive_timeout),
+            ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -72,6 +72,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def some_seconds(text: str) -> float:
+    value = seconds(text)
+    if value < 0.1:
+        raise SettingsError(f"{text!r} is less than 0.1 seconds")
+    return value
+
+
 def byte_count(text: str) -> int:
     """Bytes, plain or with a unit: 500000000, 512MiB, 2GiB, 1.5GB."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip())
@@ -126,15 +133,46 @@ def is_adapter_name(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", text) is not None
 
 
+def secret(text: str) -> str:
+    """A key as a header can carry it. What is wrong is said without showing it."""
+    if re.fullmatch(r"[!-~]{1,1024}", text) is None:
+        raise SettingsError("a key is 1 to 1024 letters, digits and signs of ASCII, without spaces")
+    return text
+
+
+def secrets(texts: Sequence[str]) -> tuple[str, ...]:
+    keys = tuple(map(secret, texts))
+    if not keys:
+        raise SettingsError("the value is empty")
+    if len(set(keys)) < len(keys):
+        raise SettingsError("a key is given twice")
+    return keys
+
+
+def origins(texts: Sequence[str]) -> tuple[str, ...]:
+    """*, or origins as browsers send them: a scheme and a host, and a port that is not the scheme's own."""
+    for text in texts:
+        if text != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", text) is None:
+            raise SettingsError(f"{text!r} is not * or an origin such as https://chat.example, in small letters")
+    return tuple(texts)
+
+
 def option(
-    parse: Callable[[Any], Any], metavar: str, help: str, default: Any = dataclasses.MISSING, *, many: bool = False
+    parse: Callable[[Any], Any],
+    metavar: str,
+    help: str,
+    default: Any = dataclasses.MISSING,
+    *,
+    many: bool = False,
+    is_secret: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag; `parse` raises SettingsError.
 
-    With `many` the flag takes several values, and its variable several words; `parse` gets them as a list.
+    With `many` the flag takes several values, and its variable several words; `parse` gets them as a list. What is
+    secret is not in the settings' repr, and `parse` must not show it.
     """
-    metadata = {"parse": parse, "metavar": metavar, "help": help, "many": many}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"parse": parse, "metavar": metavar, "help": help, "many": many, "is_secret": is_secret}
+    return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,14 +290,35 @@ class ServerSettings:
         "error",
     )
     chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
-    admin_api_key: str | None = option(
-        not_empty,
+    api_key: tuple[str, ...] = option(
+        secrets,
         "KEY",
-        "what loading and unloading adapters needs as a bearer token; without it they work only while --host is this"
-        " machine's loopback; behind a proxy always give one (better as the variable, which other users cannot see)",
+        "keys of which requests need one as a bearer token (better as the variable, which other users cannot see)",
+        (),
+        many=True,
+        is_secret=True,
+    )
+    admin_api_key: str | None = option(
+        secret,
+        "KEY",
+        "what loading and unloading adapters needs as a bearer token, good for all else, too; without any key they work"
+        " only while --host is this machine's loopback; behind a proxy always give one (better as the variable)",
         None,
+        is_secret=True,
+    )
+    keys: str | None = option(
+        existing_file, "FILE", "TOML file of further keys with names and limits; SIGHUP reads it again", None
+    )
+    cors_origin: tuple[str, ...] = option(
+        origins, "ORIGIN", "origins whose web pages may call the API, or * for all (default: none)", (), many=True
     )
     max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
+    receive_timeout: float = option(
+        some_seconds,
+        "SECONDS",
+        "time in which a request's header, and then its body, must come; a quarter of it without a byte is too long",
+        60.0,
+    )
     shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
     unknown_fields: str = option(
         one_of("error", "warn"),
@@ -323,6 +382,17 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
+    """Arguments that nobody asked for, without what may be a key: the value of a misspelt flag, or half a key."""
+    names = [text.partition("=")[0] for text in others if text.startswith("--")]
+    if names:
+        return " ".join(names)
+    secret_flags = {_flag(field) for field in _options(ServerSettings) if field.metadata["is_secret"]}
+    if any(argument.partition("=")[0] in secret_flags for argument in arguments):
+        return f"{len(others)} that follow no flag"
+    return " ".join(others)
+
+
 def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
     try:
         return field.metadata["parse"](given)
@@ -335,7 +405,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
     `--help` prints and ends the process, as argparse does.
     """
-    given = vars(_make_parser().parse_args(arguments))
+    known, others = _make_parser().parse_known_args(arguments)
+    if others:
+        raise SettingsError(f"unrecognized arguments: {_shown(others, arguments)} (--help lists the flags)")
+    given = vars(known)
 
     def values(settings_class: type) -> dict[str, Any]:
         found = {}
@@ -356,4 +429,6 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         )
     if settings.model_name in dict(engine.lora_modules):
         raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
+    if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:
+        raise SettingsError("--admin-api-key: the key is one of --api-key")
     return settings

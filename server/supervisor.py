@@ -18,6 +18,7 @@ import msgspec
 
 from server.engine.launch import EngineProcess, describe_status
 from server.engine.messages import EngineInfo
+from server.keys import Key, on_hangup, read_keys_again
 from server.settings import ServerSettings
 from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S
 from server.worker_protocol import WorkerFailed, WorkerReady, WorkerStart
@@ -34,6 +35,7 @@ class WorkerStartError(ValueError):
 
 async def supervise(
     settings: ServerSettings,
+    keys: tuple[Key, ...],
     listeners: list[socket.socket],
     engine: EngineProcess,
     started_at: int,
@@ -43,7 +45,7 @@ async def supervise(
 
     Raises EngineStartError, WorkerStartError or OSError when the server could not start.
     """
-    supervisor = _Supervisor(settings, listeners, engine, started_at)
+    supervisor = _Supervisor(settings, keys, listeners, engine, started_at)
     try:
         return await supervisor.run(on_started)
     finally:
@@ -52,13 +54,20 @@ async def supervise(
 
 class _Supervisor:
     def __init__(
-        self, settings: ServerSettings, listeners: list[socket.socket], engine: EngineProcess, started_at: int
+        self,
+        settings: ServerSettings,
+        keys: tuple[Key, ...],
+        listeners: list[socket.socket],
+        engine: EngineProcess,
+        started_at: int,
     ) -> None:
         self._settings = settings
+        self._keys = keys  # of the file, as last read
         self._listeners = dict(enumerate(listeners, 1))  # one for each worker
         self._engine = engine
         self._started_at = started_at
         self._workers: dict[int, Process] = {}  # by number, from 1
+        self._serving: set[Process] = set()
         self._is_stopping = False
 
     async def run(self, on_started: Callable[[], None]) -> int:
@@ -69,6 +78,7 @@ class _Supervisor:
         await asyncio.gather(*(self._start(number, info) for number in numbers))
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(signal_number, self._stop, signal_number)
+        on_hangup(self._settings, self._read_keys_again)
         on_started()
 
         keepers = [asyncio.create_task(self._keep(number, info)) for number in numbers]
@@ -102,6 +112,7 @@ class _Supervisor:
         start = WorkerStart(
             number=number,
             settings=self._settings,
+            keys=self._keys,
             listener_fd=self._listeners[number].fileno(),
             engine_end_fd=self._engine.end_fd,
             endpoint=self._engine.endpoint,
@@ -116,11 +127,26 @@ class _Supervisor:
         state = msgspec.json.decode(line, type=WorkerReady | WorkerFailed)
         if isinstance(state, WorkerFailed):
             raise WorkerStartError(state.message)
+        self._serving.add(worker)
+        if self._keys != start.keys:
+            self._tell_keys(worker)
+
+    def _read_keys_again(self) -> None:
+        self._keys = read_keys_again(self._settings, self._keys)
+        for worker in self._workers.values():
+            self._tell_keys(worker)
+
+    def _tell_keys(self, worker: Process) -> None:
+        """One that has not started yet hears of it from `_start`."""
+        if worker.returncode is None and worker in self._serving:
+            assert worker.stdin is not None
+            worker.stdin.write(msgspec.json.encode(self._keys) + b"\n")
 
     async def _keep(self, number: int, info: EngineInfo) -> None:
         """Replace a worker whenever it ends, until the server stops; WorkerStartError when that fails."""
         while True:
             status = await self._workers[number].wait()
+            self._serving.discard(self._workers[number])
             if self._is_stopping:
                 return
             logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))

@@ -1,8 +1,12 @@
-"""What the parent of several HTTP processes says to each, and hears: one line of JSON on stdin, one on stdout."""
+"""What the parent of several HTTP processes says to each, and hears: lines of JSON on stdin, one on stdout.
+
+The first line is a `WorkerStart`; each further one has the keys of the file --keys, whenever it was read again.
+"""
 
 import msgspec
 
 from server.engine.messages import EngineInfo
+from server.keys import Key
 from server.settings import ServerSettings
 
 
@@ -11,6 +15,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
 
     number: int  # from 1; the log names it
     settings: ServerSettings
+    keys: tuple[Key, ...]  # of the file --keys
     listener_fd: int
     engine_end_fd: int  # see EngineProcess.end_fd
     endpoint: str

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.api.caller import may_use
 from server.api.errors import bad_request, from_engine
 from server.api.schemas import parse_plain_body
 from server.api.service import Service, ServiceOfRequest
-from server.auth import RequireAdmin
 from server.engine.client import EngineDead
 from server.engine.messages import AdapterCard, AdapterList
 from server.engine.request import RequestRejected
@@ -36,7 +36,7 @@ class UnloadBody(BaseModel):
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_adapter(http: Request, service: ServiceOfRequest, _: RequireAdmin) -> dict[str, Any]:
+async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = parse_plain_body(LoadBody, await http.body())
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"{body.lora_name!r} is the name of the model itself.", "lora_name")
@@ -55,7 +55,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest, _: RequireAdmin
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_adapter(http: Request, service: ServiceOfRequest, _: RequireAdmin) -> dict[str, Any]:
+async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = parse_plain_body(UnloadBody, await http.body())
     try:
         unloaded = await service.client.unload_adapter(body.lora_name)
@@ -65,9 +65,9 @@ async def unload_adapter(http: Request, service: ServiceOfRequest, _: RequireAdm
 
 
 @router.get("/v1/adapters")
-async def list_adapters(service: ServiceOfRequest) -> dict[str, Any]:
-    adapters = await adapters_of(service)
-    return {"object": "list", "data": [_entry(card, service) for card in adapters.cards]}
+async def list_adapters(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
+    cards = (await adapters_of(service)).cards
+    return {"object": "list", "data": [_entry(card, service) for card in cards if may_use(http, service, card.name)]}
 
 
 async def adapters_of(service: Service) -> AdapterList:

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
+from server.api.caller import limits_of
 from server.api.choices import ChoiceReader, Fragment, Kind
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import ApiError, from_engine
@@ -47,13 +48,15 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
     tokens = count_tokens(http, plan.requests, plan.candidates)
     try:
         if plan.stream:
-            streams = await unless_client_leaves(http.receive, service.client.submit(*plan.requests))
+            streams = await unless_client_leaves(
+                http.receive, service.client.submit(*plan.requests, limits=limits_of(http))
+            )
             base = _base(http, service, plan, streams, _CHUNK_OBJECT)
             writer = ChunkWriter(base, plan.kind, len(streams), include_usage=plan.include_usage)
             return DeltaStreamResponse(streams, _events(streams, plan, writer, tokens), headers)
 
         async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
-            streams = await service.client.submit(*plan.requests)
+            streams = await service.client.submit(*plan.requests, limits=limits_of(http))
             return streams, await _read_all(streams, plan, tokens)
 
         streams, read = await unless_client_leaves(http.receive, whole())

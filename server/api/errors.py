@@ -1,6 +1,6 @@
 """Errors as the API shows them: always and only {"error": {message, type, param, code}}."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -66,6 +66,15 @@ def error_content(status: int, message: str, param: str | None = None, code: str
     }
 
 
+def no_route(path: str) -> ApiError:
+    return ApiError(404, f"There is no route {path}.")
+
+
+def method_not_allowed(method: str, path: str, allowed: Iterable[str]) -> ApiError:
+    message = f"The method {method} is not allowed for {path}."
+    return ApiError(405, message, headers={"Allow": ", ".join(allowed)})
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
@@ -74,6 +83,8 @@ def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None =
     """What the engine's refusal means to the user; `grammar_param` is the field that asked for a grammar."""
     if isinstance(error, EngineDead):
         return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "5"})
+    if error.retry_after_s is not None:
+        return ApiError(429, str(error), code=error.code, headers={"Retry-After": str(error.retry_after_s)})
     if error.code in _NOT_NOW:
         status, retry_after_s = _NOT_NOW[error.code]
         return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
@@ -123,11 +134,8 @@ async def answer_no_tokenizer(request: Request, error: Exception) -> JSONRespons
 
 
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for what the framework itself refuses: unknown routes and methods."""
+    """Exception handler for what the framework itself refuses: files of /docs that do not exist."""
     assert isinstance(error, HTTPException)
-    message = str(error.detail)
     if error.status_code == 404:
-        message = f"There is no route {request.url.path}."
-    elif error.status_code == 405:
-        message = f"The method {request.method} is not allowed for {request.url.path}."
-    return ApiError(error.status_code, message, headers=error.headers).response()
+        return no_route(request.url.path).response()
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from fastapi import Request
 
+from server.api.caller import require_model
 from server.api.choices import PromptEcho
 from server.api.errors import bad_request
 from server.api.schemas import MAX_CHOICES, BodyT, GenerationBody, parse_body
@@ -31,9 +32,12 @@ class Prompt:
 
 
 async def read_body(request: Request, service: Service, body_class: type[BodyT]) -> tuple[BodyT, dict[str, str]]:
-    """The checked body, for the served model, and the headers that tell which fields were ignored."""
+    """The checked body, for a model that the key may use, and the headers that tell which fields were ignored."""
     content = await request.body()
     body, ignored = parse_body(body_class, content, warn_unknown=service.settings.unknown_fields == "warn")
+    model = getattr(body, "model", None)
+    if model is not None:
+        require_model(request, service, model)
     if not ignored:
         return body, {}
     return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}

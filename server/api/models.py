@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from server.api.adapters import adapters_of
+from server.api.caller import may_use, require_model
 from server.api.errors import from_engine
 from server.api.service import Service, ServiceOfRequest
 from server.engine.messages import AdapterCard
@@ -14,12 +15,14 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
-async def list_models(service: ServiceOfRequest) -> dict[str, Any]:
-    return {"object": "list", "data": await _cards(service)}
+async def list_models(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
+    cards = await _cards(service)
+    return {"object": "list", "data": [card for card in cards if may_use(http, service, card["id"])]}
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(name: str, service: ServiceOfRequest) -> dict[str, Any]:
+async def get_model(name: str, http: Request, service: ServiceOfRequest) -> dict[str, Any]:
+    require_model(http, service, name)
     for card in await _cards(service):
         if name in (card["id"], f"{card['id']}@{card['content_hash']}"):
             return card

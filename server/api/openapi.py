@@ -13,27 +13,30 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 
+from server.access import ACCESS, Access
 from server.api import adapters, embeddings, objects, response_objects, responses_body, schemas, tokenize
 
 Schema = dict[str, Any]
 Model = type[BaseModel]
 Refs = dict[Model, Schema]
 
-_EVERYWHERE = (500, 503)
-_BODY_REFUSED = (400, 413)
+_EVERYWHERE = (403, 500, 503)
+_BODY_REFUSED = (400, 408, 413)
 _GENERATION = (*_BODY_REFUSED, 404, 429)
 
 _ERRORS = {
     400: "The request is not valid; `param` names the field.",
-    401: "The header `Authorization: Bearer KEY` does not carry the server's --admin-api-key.",
-    403: "This is off without --admin-api-key, unless the server and its client are on one machine.",
+    401: "The header `Authorization: Bearer KEY` does not carry a key that the server needs here.",
+    403: "The key does not allow this or this model; or a server without keys was called under a foreign host name.",
     404: "There is no such model, adapter or route.",
+    408: "The body did not come in time.",
     413: "The body is larger than the server's --max-body-bytes.",
-    429: "Too many requests are waiting.",
+    429: "Too many requests are waiting, or the key is at one of its limits.",
     500: "The server failed.",
     503: "The engine is gone or does not answer, the server is shutting down, or the request waited too long.",
 }
 _RETRY_AFTER = {429, 503}
+_ROUTE_PATHS = {"/v1/models/{name}": "/v1/models/{name:path}"}  # where the framework writes a path in another way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,6 @@ class Operation:
     event: Model | None = None  # of the stream that a body with `stream` gets instead
     ends_with_done: bool = True  # the stream's last event is [DONE]
     errors: tuple[int, ...] = ()
-    is_admin: bool = False
     path_parameters: tuple[tuple[str, str], ...] = ()  # name, description
 
 
@@ -98,7 +100,6 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         bodies=(adapters.LoadBody,),
         answer=objects.LoadedAdapter,
         errors=(*_BODY_REFUSED, 404),
-        is_admin=True,
     ),
     ("post", "/v1/unload_lora_adapter"): Operation(
         summary="Unload an adapter",
@@ -106,7 +107,6 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         bodies=(adapters.UnloadBody,),
         answer=objects.UnloadedAdapter,
         errors=(*_BODY_REFUSED, 404),
-        is_admin=True,
     ),
     ("get", "/v1/adapters"): Operation(
         summary="List adapters and their state", tag="Adapters", answer=objects.AdapterEntries
@@ -165,7 +165,8 @@ def make_document(model_name: str, *, allows_unknown_fields: bool) -> Schema:
                 "Retry-After": _header("integer", "Seconds after which to try again."),
             },
             "securitySchemes": {
-                "adminKey": {"type": "http", "scheme": "bearer", "description": "The server's --admin-api-key."}
+                "adminKey": {"type": "http", "scheme": "bearer", "description": "The server's --admin-api-key."},
+                "key": {"type": "http", "scheme": "bearer", "description": "One of --api-key, or of the file --keys."},
             },
         },
     }
@@ -213,7 +214,8 @@ def _models(schemas_class: type[_Schemas]) -> tuple[Refs, dict[str, Schema]]:
 
 
 def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Schema:
-    statuses = sorted({*operation.errors, *_EVERYWHERE, *((401, 403) if operation.is_admin else ())})
+    access = ACCESS[method.upper(), _ROUTE_PATHS.get(path, path)]
+    statuses = sorted({*operation.errors, *_EVERYWHERE, *(() if access is Access.OPEN else (401,))})
     described: Schema = {
         "operationId": "_".join([method, *path.replace("{", "").replace("}", "").strip("/").split("/")]),
         "summary": operation.summary,
@@ -232,8 +234,8 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
         bodies = [refs[body] for body in operation.bodies]
         schema = bodies[0] if len(bodies) == 1 else {"oneOf": bodies}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if operation.is_admin:
-        described["security"] = [{"adminKey": []}, {}]  # without a key, from the same machine
+    if access is not Access.OPEN:  # {}: without a key where the server has none, operator's routes from its machine
+        described["security"] = [{"adminKey": []}, *([{"key": []}] if access is Access.USER else []), {}]
     return described
 
 

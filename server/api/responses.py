@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answer import AnswerPlan, TokenCount, count_tokens, note_adapter, read_deltas
+from server.api.caller import limits_of
 from server.api.chat import plan_chat
 from server.api.choices import Fragment
 from server.api.disconnect import unless_client_leaves
@@ -50,7 +51,9 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     writing = _Writing(body, plan, tokens)
     try:
         if body.stream:
-            streams = await unless_client_leaves(http.receive, service.client.submit(*plan.requests))
+            streams = await unless_client_leaves(
+                http.receive, service.client.submit(*plan.requests, limits=limits_of(http))
+            )
             note_adapter(http, plan.requests[0], streams)
             return DeltaStreamResponse(streams, _events(streams[0], plan, writing), headers)
         await unless_client_leaves(http.receive, _read(http, service, plan, writing))
@@ -60,7 +63,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
 
 
 async def _read(http: Request, service: Service, plan: AnswerPlan, writing: "_Writing") -> None:
-    (stream,) = await service.client.submit(*plan.requests)
+    (stream,) = await service.client.submit(*plan.requests, limits=limits_of(http))
     reader = plan.reader(0)
     try:
         note_adapter(http, plan.requests[0], [stream])

@@ -31,6 +31,7 @@ from server.engine.messages import (
     EngineStats,
     Event,
     Heartbeat,
+    KeyLimits,
     ListAdapters,
     LoadAdapter,
     Rejected,
@@ -153,8 +154,12 @@ class EngineClient:
         self.end_streams("The server is shutting down.")
         self._context.destroy(linger=0)
 
-    async def submit(self, *requests: GenerationRequest) -> list[DeltaStream]:
+    async def submit(
+        self, *requests: GenerationRequest, limits: KeyLimits | None = None, continues: bool = False
+    ) -> list[DeltaStream]:
         """Hand requests to the engine, which queues all or none, and wait until the first of them is accepted.
+
+        `limits` are those of the key they came with; `continues`: of a group that was admitted before.
 
         Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
         is rejected after the first was accepted ends with an error as its last delta.
@@ -164,7 +169,7 @@ class EngineClient:
         streams = [DeltaStream(self, request.request_id) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
-            self._send(Submit(requests))
+            self._send(Submit(requests, limits, continues))
             await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
             for stream in streams:
                 if stream.accepted.done():
@@ -256,7 +261,8 @@ class EngineClient:
         elif isinstance(event, Rejected):
             stream = self._streams.pop(event.request_id, None)
             if stream is not None:
-                _resolve(stream.accepted, RequestRejected(event.message, event.code, event.param))
+                refusal = RequestRejected(event.message, event.code, event.param, event.retry_after_s)
+                _resolve(stream.accepted, refusal)
                 stream.add(failure(event.request_id, event.message, event.code, event.param))
         else:
             answer = self._calls.get(event.call_id)

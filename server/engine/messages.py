@@ -17,10 +17,21 @@ from server.settings import EngineSettings
 HEARTBEAT_INTERVAL_S = 1.0  # each side lets the other hear from it at least this often
 
 
+class KeyLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the requests of one API key may use, over all HTTP processes. None: no limit."""
+
+    key_name: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of prompts and answers
+    concurrent_streams: int | None = None  # groups of requests that run or wait
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Queue requests, all or none; each is answered by `Rejected`, or by `Accepted` when it runs and its deltas."""
 
     requests: tuple[GenerationRequest, ...]
+    limits: KeyLimits | None = None
+    continues: bool = False  # a group that was admitted before, which limits no longer hold up
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -73,6 +84,7 @@ class Rejected(msgspec.Struct, frozen=True, tag=True):
     message: str
     code: str | None
     param: str | None = None
+    retry_after_s: int | None = None  # when it may be tried again, if that is known
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -21,6 +21,7 @@ from typing import BinaryIO, Protocol
 import msgspec
 import zmq
 
+from server.engine.key_usage import KeyUsage
 from server.engine.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
@@ -114,6 +115,7 @@ class EngineLoop:
         self._decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
         self._peers: dict[bytes, _Peer] = {}
         self._owner: dict[str, bytes] = {}  # request id → peer
+        self._usage = KeyUsage()
         self._callers: dict[str, bytes] = {}  # call id → peer
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -171,10 +173,11 @@ class EngineLoop:
     def _handle(self, peer_id: bytes, peer: _Peer, command: Command) -> None:
         if isinstance(command, Submit):
             try:
-                self._submit(peer_id, peer, command.requests)
+                self._submit(peer_id, peer, command)
             except RequestRejected as refusal:
+                rejected = Rejected("", str(refusal), refusal.code, refusal.param, refusal.retry_after_s)
                 for request in command.requests:
-                    self._send(peer_id, Rejected(request.request_id, str(refusal), refusal.code, refusal.param))
+                    self._send(peer_id, msgspec.structs.replace(rejected, request_id=request.request_id))
         elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
             self._forget(command.request_id)
             self._core.abort(command.request_id)
@@ -185,11 +188,13 @@ class EngineLoop:
             self._callers[command.call_id] = peer_id
             self._core.call(command)
 
-    def _submit(self, peer_id: bytes, peer: _Peer, requests: tuple[GenerationRequest, ...]) -> None:
+    def _submit(self, peer_id: bytes, peer: _Peer, submit: Submit) -> None:
         """Queue all or none; RequestRejected."""
         queued: list[str] = []
+        if submit.limits is not None:
+            self._usage.check(submit.limits, submit.requests, submit.continues, time.monotonic())
         try:
-            for request in requests:
+            for request in submit.requests:
                 if request.request_id in self._owner:
                     raise RequestRejected(f"A request with the id {request.request_id} is already running.")
                 self._core.submit(request)
@@ -201,6 +206,8 @@ class EngineLoop:
                 self._forget(request_id)
                 self._core.abort(request_id)
             raise
+        if submit.limits is not None:
+            self._usage.add(submit.limits, submit.requests, submit.continues, time.monotonic())
 
     def _deliver(self, news: Iterable[News]) -> None:
         """Verdicts one by one, then one message for each peer that has deltas."""
@@ -210,6 +217,7 @@ class EngineLoop:
             if peer_id is None:
                 continue  # aborted meanwhile
             if isinstance(item, Delta):
+                self._usage.note_tokens(item.request_id, item.num_tokens, time.monotonic())
                 by_peer[peer_id].append(item)
                 if item.finish_reason is not None:
                     self._forget(item.request_id)
@@ -258,6 +266,7 @@ class EngineLoop:
 
     def _forget(self, request_id: str) -> None:
         self._peers[self._owner.pop(request_id)].request_ids.discard(request_id)
+        self._usage.end(request_id)
 
     def _fail_everything(self) -> None:
         message = "The engine failed while it worked on this request."

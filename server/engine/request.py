@@ -12,6 +12,7 @@ MAX_PRIORITY = 100  # either way: what keeps any request from waiting for ever
 QUEUE_FULL = "queue_full"
 QUEUE_TIMEOUT = "queue_timeout"
 GRAMMARS_BUSY = "grammars_busy"
+RATE_LIMITED = "rate_limit_exceeded"
 # Those that are about the adapter.
 MODEL_NOT_FOUND = "model_not_found"
 ADAPTER_NOT_FOUND = "adapter_not_found"
@@ -70,10 +71,13 @@ class RequestRejected(Exception):
     `code` is the error code of the HTTP contract (for instance "context_length_exceeded").
     """
 
-    def __init__(self, message: str, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, code: str | None = None, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.code = code
         self.param = param
+        self.retry_after_s = retry_after_s
 
 
 def model_not_found(name: str) -> RequestRejected:

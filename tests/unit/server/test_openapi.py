@@ -20,6 +20,7 @@ from server.api.schemas import parse_body, parse_plain_body
 from server.api.service import SamplingDefaults, Service
 from server.app import create_app
 from server.engine.messages import EngineInfo
+from server.keys import Keyring
 from server.settings import EngineSettings, ServerSettings
 from server.tokenizer import load_prompt_tokenizer
 from tests.fake_engine import make_model_folder
@@ -53,12 +54,12 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
         defaults=SamplingDefaults(),
         started_at=0,
     )
-    return create_app(service)
+    return create_app(service, Keyring(service.settings))
 
 
 @pytest.fixture(scope="module")
 def client(app: FastAPI) -> Iterator[TestClient]:
-    with TestClient(app) as client:
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         yield client
 
 

@@ -1,0 +1,32 @@
+"""What the key of a request allows beyond its route: which models, and how much of them. Knows no routes."""
+
+from fastapi import Request
+
+from server.api.errors import ApiError
+from server.api.service import Service
+from server.engine.messages import KeyLimits
+from server.keys import Key
+
+
+def limits_of(http: Request) -> KeyLimits | None:
+    """The limits that go to the engine with everything the request asks of it."""
+    key = _key_of(http)
+    return None if key is None else key.limits
+
+
+def may_use(http: Request, service: Service, model: str) -> bool:
+    """Whether the request may know and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
+    key = _key_of(http)
+    return key is None or key.allows(model, service.settings.model_name)
+
+
+def require_model(http: Request, service: Service, model: str) -> None:
+    """ApiError unless the request may use a model; it says nothing of whether there is such a model."""
+    if not may_use(http, service, model):
+        raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
+
+
+def _key_of(http: Request) -> Key | None:
+    key = http.scope["state"].get("key")
+    assert key is None or isinstance(key, Key)
+    return key

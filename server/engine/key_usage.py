@@ -1,0 +1,121 @@
+"""What each API key has used lately and uses now, for the limits that come with its requests. No sockets, no clock.
+
+The engine is the one place that sees the requests of all HTTP processes. A request is checked when it comes; what has
+been admitted runs to its end. So tokens of answers count as they are generated, against the requests that come later.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from server.engine.messages import KeyLimits
+from server.engine.request import RATE_LIMITED, GenerationRequest, RequestRejected
+
+WINDOW_S = 60
+_SOON_S = 1  # when to try again where nobody knows
+
+
+class SlidingSum:
+    """A sum over the last WINDOW_S seconds, or up to one second more: amounts are kept by whole seconds."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seconds: deque[list[int]] = deque()  # [second, amount], oldest first
+
+    def add(self, amount: int, now_s: float) -> None:
+        self.forget_old(now_s)
+        if not self._seconds or self._seconds[-1][0] != int(now_s):
+            self._seconds.append([int(now_s), 0])
+        self._seconds[-1][1] += amount
+        self.total += amount
+
+    def forget_old(self, now_s: float) -> None:
+        while self._seconds and self._seconds[0][0] + 1 + WINDOW_S <= now_s:
+            self.total -= self._seconds.popleft()[1]
+
+    def seconds_until(self, most: int, now_s: float) -> int:
+        """Whole seconds, at least 1, after which the sum is at most `most` if nothing is added."""
+        total = self.total
+        for second, amount in self._seconds:
+            total -= amount
+            if total <= most:
+                return max(1, math.ceil(second + 1 + WINDOW_S - now_s))
+        return WINDOW_S + 1
+
+
+@dataclass
+class _Use:
+    requests: SlidingSum = field(default_factory=SlidingSum)
+    tokens: SlidingSum = field(default_factory=SlidingSum)
+    groups: dict[str, int] = field(default_factory=dict)  # first id of each group → its requests that have not ended
+
+
+class KeyUsage:
+    """Times are seconds of one monotonic clock."""
+
+    def __init__(self) -> None:
+        self._uses: dict[str, _Use] = {}  # by the key's name
+        self._running: dict[str, tuple[_Use, str]] = {}  # request id → its key's use, its group
+
+    def check(self, limits: KeyLimits, requests: Sequence[GenerationRequest], continues: bool, now_s: float) -> None:
+        """RequestRejected, with the time to wait, unless the limits leave room for a group of requests."""
+        if continues:
+            return
+        use = self._uses.get(limits.key_name, _Use())
+        use.requests.forget_old(now_s)
+        use.tokens.forget_old(now_s)
+        most = limits.concurrent_streams
+        if most is not None and len(use.groups) >= most:
+            raise _refusal(limits, f"{most} requests at once", _SOON_S)
+        most = limits.requests_per_minute
+        if most is not None and use.requests.total >= most:
+            raise _refusal(limits, f"{most} requests per minute", use.requests.seconds_until(most - 1, now_s))
+        most = limits.tokens_per_minute
+        if most is not None:
+            wanted = _prompt_tokens(requests)
+            if wanted > most:
+                raise RequestRejected(
+                    f"The prompt's {wanted} tokens are more than the key {limits.key_name!r} may use in a minute"
+                    f" ({most}).",
+                    RATE_LIMITED,
+                    retry_after_s=WINDOW_S,
+                )
+            if use.tokens.total + max(1, wanted) > most:
+                raise _refusal(
+                    limits, f"{most} tokens per minute", use.tokens.seconds_until(most - max(1, wanted), now_s)
+                )
+
+    def add(self, limits: KeyLimits, requests: Sequence[GenerationRequest], continues: bool, now_s: float) -> None:
+        """Count a group of requests that were queued."""
+        use = self._uses.setdefault(limits.key_name, _Use())
+        if not continues:
+            use.requests.add(1, now_s)
+        use.tokens.add(_prompt_tokens(requests), now_s)
+        group = requests[0].request_id
+        use.groups[group] = len(requests)
+        for request in requests:
+            self._running[request.request_id] = (use, group)
+
+    def note_tokens(self, request_id: str, num_tokens: int, now_s: float) -> None:
+        """Count tokens of an answer; unknown ids belong to keys without limits."""
+        if (running := self._running.get(request_id)) is not None:
+            running[0].tokens.add(num_tokens, now_s)
+
+    def end(self, request_id: str) -> None:
+        """A request is over, in whatever way; unknown ids belong to keys without limits."""
+        if (running := self._running.pop(request_id, None)) is not None:
+            use, group = running
+            use.groups[group] -= 1
+            if not use.groups[group]:
+                del use.groups[group]
+
+
+def _prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
+    """Of several answers to one prompt, once."""
+    return sum(len(request.prompt_token_ids) for request in requests if request.sampling.choice == 0)
+
+
+def _refusal(limits: KeyLimits, limit: str, retry_after_s: int) -> RequestRejected:
+    message = f"The key {limits.key_name!r} is at its limit of {limit}; try again in {retry_after_s} s."
+    return RequestRejected(message, RATE_LIMITED, retry_after_s=retry_after_s)

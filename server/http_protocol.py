@@ -1,0 +1,167 @@
+"""uvicorn's HTTP connection with bounds: how large a header may be, and how long a client may take to send.
+
+uvicorn's own time-out covers idle connections between requests only, and its parser has no limits. The body of a
+request that is being answered has its bounds in `api/middleware.py`. Knows nothing of routes.
+"""
+
+import asyncio
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.api.errors import ApiError, bad_request
+
+MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too
+MAX_HEADER_FIELDS = 200
+
+
+class HeaderTooLarge(Exception):
+    """Raised in the parser's callbacks; the connection is answered and closed."""
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """A header, or what is left of a body after its answer, must come within `receive_timeout_s`.
+
+    And there must be a byte in each quarter of that. A client that has not sent a byte is left without an answer.
+    """
+
+    receive_timeout_s: ClassVar[float]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_in_header = False
+        self._is_in_body = False
+        self._header_bytes = 0  # of this request so far
+        self._num_fields = 0
+        self._held_bytes = 0  # that came since the parser last said what it had found: it may have to keep them
+        self._is_too_large = False
+        self._timer: asyncio.TimerHandle | None = None  # set while something of the client is waited for
+        self._waiting_since_s = 0.0
+        self._heard_at_s = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_watching()
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at_s = self.loop.time()
+        self._held_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            self._stop_watching()
+            return
+        if self._held_bytes > MAX_HEADER_BYTES:
+            self._is_too_large = True
+            self.send_400_response("")
+            return
+        self._watch()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_header = True
+        self._header_bytes = self._num_fields = self._held_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_fields += 1
+        self._count(len(name) + len(value) + 4)
+        if self._is_in_header:  # what follows a chunked body is no part of the request that was let through
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._held_bytes = 0
+        self._is_in_header, self._is_in_body = False, True
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._held_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._held_bytes = 0
+        self._is_in_body = False
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what cannot be understood, in the one form of errors, and close."""
+        del msg
+        if self._is_too_large:
+            message = f"The header is larger than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_FIELDS} fields."
+            self._refuse(ApiError(431, message, code="header_too_large"))
+        else:
+            self._refuse(bad_request("This is not valid HTTP/1.1."))
+
+    def _count(self, num_bytes: int) -> None:
+        self._held_bytes = 0
+        self._header_bytes += num_bytes
+        if self._header_bytes > MAX_HEADER_BYTES or self._num_fields > MAX_HEADER_FIELDS:
+            self._is_too_large = True
+            raise HeaderTooLarge
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer and close; only close when another answer is under way."""
+        self._stop_watching()
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            response = error.response()
+            head = [STATUS_LINE[error.status], b"connection: close\r\n"]
+            head += [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
+            self.transport.write(b"".join([*head, b"\r\n", response.body]))
+        else:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    def _waits(self) -> bool:
+        """Whether it is the client's turn, and nobody else sees to it that it comes."""
+        if self._is_in_header:
+            return True
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        return self._is_in_body or self.timeout_keep_alive_task is None
+
+    def _watch(self) -> None:
+        if not self._waits():
+            self._stop_watching()
+        elif self._timer is None:
+            self._waiting_since_s = self._heard_at_s = self.loop.time()
+            self._timer = self.loop.call_later(self.receive_timeout_s / 4, self._check_time)
+
+    def _stop_watching(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check_time(self) -> None:
+        self._timer = None
+        if self.transport.is_closing() or not self._waits():
+            return
+        now_s = self.loop.time()
+        if self.flow.read_paused:  # it is us who do not read
+            self._waiting_since_s = self._heard_at_s = now_s
+        due_s = min(self._waiting_since_s + self.receive_timeout_s, self._heard_at_s + self.receive_timeout_s / 4)
+        if now_s < due_s:
+            self._timer = self.loop.call_at(due_s, self._check_time)
+        elif self._is_in_header:
+            message = f"The header did not come within {self.receive_timeout_s:g} s, or stopped for a quarter of that."
+            self._refuse(ApiError(408, message, code="request_timeout"))
+        else:
+            self.transport.close()
+
+
+def bounded_protocol(receive_timeout_s: float) -> type[asyncio.Protocol]:
+    """The class to give to uvicorn."""
+    return type("Protocol", (BoundedProtocol,), {"receive_timeout_s": receive_timeout_s})

@@ -1,0 +1,199 @@
+"""The keys that requests may carry, and the file some of them come from. Knows no HTTP and no routes.
+
+A key itself is kept nowhere: only its SHA-256 is, and a name that may be logged.
+
+    [alice]
+    key = "…"                           # or sha256 = "…", in hexadecimal
+    models = ["a-model", "an-adapter"]  # what its requests may name as `model`; left out: everything
+    requests_per_minute = 60            # left out, as the other two: no limit
+    tokens_per_minute = 20000           # of prompts and answers
+    concurrent_streams = 4              # requests that are answered at once
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import re
+import signal
+import stat
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from server.engine.messages import KeyLimits
+from server.settings import ServerSettings, SettingsError, secret
+
+logger = logging.getLogger("server.keys")
+
+ADMIN_NAME = "admin"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
+_FIELDS = ("key", "sha256", "models", *_LIMITS)
+_MAX_LIMIT = 10**9
+_MAX_FILE_BYTES = 2**22
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """One key: whoever has it, and what they may do."""
+
+    name: str
+    digest: str  # SHA-256 of the key, 64 hexadecimal digits
+    models: tuple[str, ...] | None = None  # names of the model and of adapters; None: all
+    limits: KeyLimits | None = None
+    is_admin: bool = False
+
+    def allows(self, model: str, served_model: str) -> bool:
+        """Whether a request may name `model`: the served model, NAME or NAME@VERSION of an adapter."""
+        if self.models is None:
+            return True
+        return (model if model == served_model else model.partition("@")[0]) in self.models
+
+
+class Keyring:
+    """All keys that count now. `replace` may be called from any thread."""
+
+    def __init__(self, settings: ServerSettings, of_file: Sequence[Key] = ()) -> None:
+        """`of_file` are those of --keys."""
+        self._of_flags = keys_of_flags(settings)
+        self._keys = (*self._of_flags, *of_file)
+        self.has_admin_key = settings.admin_api_key is not None
+        self.has_user_keys = bool(settings.api_key) or settings.keys is not None
+
+    def replace(self, of_file: Sequence[Key]) -> None:
+        self._keys = (*self._of_flags, *of_file)
+
+    def find(self, given: bytes) -> Key | None:
+        """The key that was given, in a time that does not tell how much of it is right, nor which it is."""
+        digest = hashlib.sha256(given).hexdigest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        return found
+
+
+def keys_of_flags(settings: ServerSettings) -> tuple[Key, ...]:
+    keys = [Key(name=f"api-key-{number}", digest=_digest(text)) for number, text in enumerate(settings.api_key, 1)]
+    if settings.admin_api_key is not None:
+        keys.append(Key(name=ADMIN_NAME, digest=_digest(settings.admin_api_key), is_admin=True))
+    return tuple(keys)
+
+
+def read_keys(settings: ServerSettings) -> tuple[Key, ...]:
+    """The keys of the file --keys, none without one; SettingsError when any of it cannot be used."""
+    if settings.keys is None:
+        return ()
+    try:
+        with open(settings.keys, "rb") as file:
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                logger.warning("--keys: every user of this machine can read %s; chmod o-r it", settings.keys)
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise SettingsError(f"it has more than {_MAX_FILE_BYTES} bytes")
+        return parse_keys(content.decode(), taken=keys_of_flags(settings))
+    except OSError as error:
+        raise SettingsError(f"--keys: cannot read {settings.keys}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"--keys: {settings.keys}: it is not UTF-8") from None
+    except SettingsError as error:
+        raise SettingsError(f"--keys: {settings.keys}: {error}") from None
+
+
+def read_keys_again(settings: ServerSettings, present: Sequence[Key]) -> tuple[Key, ...]:
+    """What the file says now; `present`, and a line in the log, when it cannot be used."""
+    try:
+        keys = read_keys(settings)
+    except SettingsError as error:
+        logger.error("%s; the keys stay as they were", error)
+        return tuple(present)
+    if keys != tuple(present):
+        logger.info("--keys: read %d keys from %s", len(keys), settings.keys)
+    return keys
+
+
+def on_hangup(settings: ServerSettings, read_again: Callable[[], None]) -> None:
+    """With --keys call `read_again` on SIGHUP, and once now: the signal may have come while there was no loop."""
+    if settings.keys is not None:
+        read_again()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
+
+
+def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
+    """The keys that a file's text describes; SettingsError, which never shows a key.
+
+    Names and keys must differ from each other and from those already `taken`.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"\(at .*\)$", str(error))  # what comes before it may show a part of a key
+        raise SettingsError(f"it is not valid TOML {'' if place is None else place[0]}".rstrip()) from None
+    names = {key.name for key in taken}
+    owners = {key.digest: key.name for key in taken}
+    keys: list[Key] = []
+    for name, table in tables.items():
+        key = _key(name, table)
+        if name in names:
+            raise SettingsError(f"the name {name!r} stands for a key that was given as a flag")
+        if key.digest in owners:
+            raise SettingsError(f"{owners[key.digest]!r} and {name!r} have the same key")
+        owners[key.digest] = name
+        keys.append(key)
+    return tuple(keys)
+
+
+def _key(name: str, table: Any) -> Key:
+    if not isinstance(table, dict):
+        # Not named: `key = "…"` above all tables would be one, but so would a key in place of a field's name.
+        raise SettingsError("every line must be in a table such as [alice], whose name names the key")
+    if _NAME.fullmatch(name) is None:
+        raise SettingsError(f"[{name[:64]!r}] is not a name of 1 to 64 letters, digits and . _ -")
+    for field in table:
+        if field not in _FIELDS:
+            shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # else it may be a misplaced key
+            raise SettingsError(f"[{name}] has an unknown field{shown}; there are {', '.join(_FIELDS)}")
+    limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
+    return Key(
+        name=name,
+        digest=_digest_of(name, table),
+        models=_models(name, table["models"]) if "models" in table else None,
+        limits=KeyLimits(key_name=name, **limits) if limits else None,
+    )
+
+
+def _digest_of(name: str, table: dict[str, Any]) -> str:
+    if ("key" in table) == ("sha256" in table):
+        raise SettingsError(f"[{name}] needs either 'key' or 'sha256'")
+    if "sha256" in table:
+        digest = table["sha256"]
+        if not isinstance(digest, str) or re.fullmatch(r"[0-9A-Fa-f]{64}", digest) is None:
+            raise SettingsError(f"[{name}] sha256 must be a text of 64 hexadecimal digits")
+        return digest.lower()
+    if not isinstance(table["key"], str):
+        raise SettingsError(f"[{name}] key must be a text")
+    try:
+        return _digest(secret(table["key"]))
+    except SettingsError as error:
+        raise SettingsError(f"[{name}] key: {error}") from None
+
+
+def _models(name: str, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not all(isinstance(model, str) and model for model in given):
+        raise SettingsError(f"[{name}] models must be a list of names")
+    if len(set(given)) < len(given):
+        raise SettingsError(f"[{name}] models has a name twice")
+    return tuple(given)
+
+
+def _limit(name: str, field: str, given: Any) -> int:
+    if type(given) is not int or not 1 <= given <= _MAX_LIMIT:
+        raise SettingsError(f"[{name}] {field} must be a whole number between 1 and {_MAX_LIMIT}")
+    return given
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
