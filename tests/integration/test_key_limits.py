@@ -1,0 +1,204 @@
+"""--keys: limits hold over all HTTP processes together, models are those of the file, SIGHUP reads it again."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.adapter_server import KnownModel
+from tests.fake_engine import SLOW
+from tests.server_process import FAKE, REAL, ServerProcess, running
+
+ALICE_DIGEST = hashlib.sha256(b"key-alice").hexdigest()
+
+
+def keys_file(folder: Path, text: str) -> str:
+    file = folder / "keys.toml"
+    file.write_text(text)
+    file.chmod(0o600)
+    return str(file)
+
+
+@contextlib.contextmanager
+def served(model: str, folder: Path, text: str, *flags: str) -> Iterator[ServerProcess]:
+    with running(FAKE, "--model", model, "--keys", keys_file(folder, text), *flags) as server:
+        yield server
+        assert "key-alice" not in server.log() and "key-bob" not in server.log() and "Traceback" not in server.log()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def complete(server: ServerProcess, key: str, path: str = "/v1/completions", **fields: object) -> httpx.Response:
+    body = {"model": "fake", "prompt": "hello", "max_tokens": 1} | fields
+    return httpx.post(server.url + path, json=body, headers=bearer(key), timeout=30)
+
+
+def wait_for(what: Callable[[], bool], limit_s: float = 15) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def assert_rate_limited(answer: httpx.Response) -> None:
+    assert answer.status_code == 429, answer.text
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert 1 <= int(answer.headers["retry-after"]) <= 61
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_requests_per_minute_hold_over_all_workers(fake_model: str, tmp_path: Path, workers: str) -> None:
+    text = f"[alice]\nsha256 = '{ALICE_DIGEST}'\nrequests_per_minute = 10\n[bob]\nkey = 'key-bob'\n"
+    with served(fake_model, tmp_path, text, "--http-workers", workers) as server:
+        with ThreadPoolExecutor(16) as threads:
+            answers = list(threads.map(lambda _: complete(server, "key-alice"), range(40)))
+        refused = [answer for answer in answers if answer.status_code != 200]
+        assert len(refused) == 30
+        for answer in refused:
+            assert_rate_limited(answer)
+        assert complete(server, "key-bob").status_code == 200
+        assert complete(server, "key-alice", prompt=7).status_code == 400  # no request of the model
+        for key in ("key-alice", "key-bob"):
+            assert httpx.get(f"{server.url}/v1/models", headers=bearer(key)).status_code == 200
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        wait_for(lambda: "key=alice" in server.log() and "key=bob" in server.log())
+
+
+def test_each_way_to_use_the_model_counts_once(fake_model: str, tmp_path: Path) -> None:
+    calls = {
+        "/v1/completions": {"model": "fake", "prompt": ["a", "b"], "n": 2, "max_tokens": 1},
+        "/v1/chat/completions": {"model": "fake", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+        "/v1/responses": {"model": "fake", "input": "a", "max_output_tokens": 1},
+        "/v1/embeddings": {"model": "fake", "input": ["a"] * 70},  # goes to the engine in several parts
+    }
+    with served(fake_model, tmp_path, "[a]\nkey = 'key-alice'\nrequests_per_minute = 4") as server:
+        for round in range(2):
+            for path, body in calls.items():
+                answer = httpx.post(server.url + path, json=body, headers=bearer("key-alice"), timeout=30)
+                if round:
+                    assert_rate_limited(answer)
+                else:
+                    assert answer.status_code == 200, answer.text
+
+
+def test_streams_at_once_hold_over_all_workers_and_come_back(fake_model: str, tmp_path: Path) -> None:
+    text = "[alice]\nkey = 'key-alice'\nconcurrent_streams = 3\n"
+    body = {"model": "fake", "prompt": SLOW, "max_tokens": 2000, "stream": True}
+    with served(fake_model, tmp_path, text, "--http-workers", "2") as server:
+        with contextlib.ExitStack() as stack:
+            answers = [
+                stack.enter_context(
+                    httpx.stream(
+                        "POST", f"{server.url}/v1/completions", json=body, headers=bearer("key-alice"), timeout=30
+                    )
+                )
+                for _ in range(8)
+            ]
+            assert [answer.status_code for answer in answers] == [200] * 3 + [429] * 5
+            answers[3].read()
+            assert_rate_limited(answers[3])
+        wait_for(lambda: server.metric("vllm:num_requests_running") == 0)  # the clients have left
+        for _ in range(5):
+            assert complete(server, "key-alice").status_code == 200
+
+
+def test_tokens_per_minute_count_prompts_and_answers(fake_model: str, tmp_path: Path) -> None:
+    with served(fake_model, tmp_path, "[alice]\nkey = 'key-alice'\ntokens_per_minute = 50") as server:
+        assert complete(server, "key-alice", prompt="x" * 20, max_tokens=20).status_code == 200
+        assert_rate_limited(complete(server, "key-alice", prompt="x" * 11))
+        assert complete(server, "key-alice", prompt="x" * 9, max_tokens=1).status_code == 200
+        assert_rate_limited(complete(server, "key-alice", prompt="x", stream=True))
+        assert_rate_limited(complete(server, "key-alice", prompt="x" * 51))
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_hangup_signal_reads_the_file_again(fake_model: str, tmp_path: Path, workers: str) -> None:
+    def statuses(server: ServerProcess) -> dict[str, set[int]]:
+        return {
+            key: {complete(server, key).status_code for _ in range(10)} for key in ("key-alice", "key-bob", "key-admin")
+        }
+
+    alice, bob = "[alice]\nkey = 'key-alice'\n", "[bob]\nkey = 'key-bob'\n"
+    flags = ["--http-workers", workers, "--admin-api-key", "key-admin"]
+    with served(fake_model, tmp_path, alice, *flags) as server:
+        assert statuses(server) == {"key-alice": {200}, "key-bob": {401}, "key-admin": {200}}
+        keys_file(tmp_path, bob)
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_for(lambda: statuses(server) == {"key-alice": {401}, "key-bob": {200}, "key-admin": {200}})
+        keys_file(tmp_path, "[alice]\nkey = 'key-alice")
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_for(lambda: "the keys stay as they were" in server.log())
+        assert statuses(server) == {"key-alice": {401}, "key-bob": {200}, "key-admin": {200}}
+        assert server.log().count("ERROR") == 1
+        keys_file(tmp_path, bob.replace("\n", "\nmodels = []\n", 1))
+        os.kill(server.process.pid, signal.SIGHUP)
+        wait_for(lambda: statuses(server)["key-bob"] == {403})
+        if workers == "2":  # a worker that is started later has the keys of now
+            (pid, *_) = [
+                int(pid)
+                for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+                if b"server.http_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            ]
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: "starting another" in server.log())
+            assert statuses(server) == {"key-alice": {401}, "key-bob": {403}, "key-admin": {200}}
+
+
+@pytest.mark.parametrize("text", ["[alice]\nkey = key-alice", "[alice]\nkey = 'key-alice'\nmodel = 'x'"])
+def test_a_file_that_cannot_be_used_stops_the_start_with_one_line(fake_model: str, tmp_path: Path, text: str) -> None:
+    server = ServerProcess(FAKE, "--model", fake_model, "--keys", keys_file(tmp_path, text))
+    assert server.wait(30) == 2
+    (line,) = server.log().splitlines()
+    assert line.startswith("error: --keys: ") and "key-alice" not in line
+
+
+def test_a_key_sees_and_uses_only_its_models(tmp_path: Path) -> None:
+    known = KnownModel.make(tmp_path)
+    for seed, name in enumerate(("pirate", "json")):
+        known.add_adapter(tmp_path / "adapters" / name, seed)
+    text = "[alice]\nkey = 'key-alice'\nmodels = ['pirate']\n[bob]\nkey = 'key-bob'\nmodels = ['tiny', 'json']\n"
+    flags = ["--model", str(known.folder), "--adapter-dir", str(tmp_path / "adapters")]
+    flags += ["--keys", keys_file(tmp_path, text), "--admin-api-key", "key-admin"]
+    with running(REAL, *flags, limit_s=120) as server:
+
+        def seen(key: str, path: str) -> set[str]:
+            return {card["id"] for card in httpx.get(server.url + path, headers=bearer(key)).json()["data"]}
+
+        allowed = {"key-alice": {"pirate"}, "key-bob": {"tiny", "json"}, "key-admin": {"tiny", "pirate", "json"}}
+        for key, models in allowed.items():
+            assert seen(key, "/v1/models") == models
+            assert seen(key, "/v1/adapters") == models - {"tiny"}
+            for model in ("tiny", "pirate", "json"):
+                may = model in models
+                calls = [
+                    ("/v1/completions", {"prompt": [40, 41], "max_tokens": 1}),
+                    ("/v1/embeddings", {"input": [40, 41]}),
+                    ("/tokenize", {"prompt": "a"}),
+                ]
+                for path, body in calls:
+                    answer = httpx.post(
+                        server.url + path, json={"model": model, **body}, headers=bearer(key), timeout=30
+                    )
+                    assert answer.status_code == (200 if may else 403), (key, model, path, answer.text)
+                    if not may:
+                        error = answer.json()["error"]
+                        assert (error["type"], error["param"]) == ("permission_error", "model")
+                        assert repr(model) in error["message"]
+                card = httpx.get(f"{server.url}/v1/models/{model}", headers=bearer(key))
+                assert card.status_code == (200 if may else 403)
+                pinned = {"model": f"{model}@{'0' * 64}", "prompt": [40], "max_tokens": 1}
+                answer = httpx.post(f"{server.url}/v1/completions", json=pinned, headers=bearer(key))
+                assert answer.status_code == (404 if may else 403)
+        unknown = {"model": "secret", "prompt": [40], "max_tokens": 1}
+        for key, status in (("key-alice", 403), ("key-admin", 404)):
+            assert httpx.post(f"{server.url}/v1/completions", json=unknown, headers=bearer(key)).status_code == status

@@ -1,0 +1,128 @@
+"""Limits of keys: never more in any minute than allowed, and the time to wait is enough and not much too long."""
+
+import random
+
+import pytest
+
+from server.engine.key_usage import WINDOW_S, KeyUsage, SlidingSum
+from server.engine.messages import KeyLimits
+from server.engine.request import RATE_LIMITED, RequestRejected
+from tests.engine import make_request
+
+
+class Clocked:
+    """A KeyUsage with a clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.usage = KeyUsage()
+        self.now_s = 1000.25
+        self._count = 0
+
+    def submit(self, limits: KeyLimits, *prompt_lengths: int, continues: bool = False) -> list[str]:
+        """Ids of the requests, which run until they are ended; RequestRejected."""
+        requests = []
+        for length in prompt_lengths or (1,):
+            self._count += 1
+            requests.append(make_request([1] * length, request_id=f"r{self._count}"))
+        self.usage.check(limits, requests, continues, self.now_s)
+        self.usage.add(limits, requests, continues, self.now_s)
+        return [request.request_id for request in requests]
+
+    def refused(self, limits: KeyLimits, *prompt_lengths: int) -> int:
+        """Seconds to wait."""
+        with pytest.raises(RequestRejected) as refusal:
+            self.submit(limits, *prompt_lengths)
+        assert refusal.value.code == RATE_LIMITED and repr(limits.key_name) in str(refusal.value)
+        assert refusal.value.retry_after_s is not None and refusal.value.retry_after_s >= 1
+        return refusal.value.retry_after_s
+
+
+def test_requests_per_minute_are_never_more_and_come_back():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=3)
+    for _ in range(3):
+        clocked.submit(limits)
+        clocked.now_s += 1
+    wait_s = clocked.refused(limits)
+    clocked.now_s += wait_s
+    clocked.submit(limits)
+    clocked.refused(limits)
+    clocked.submit(KeyLimits(key_name="b", requests_per_minute=3))
+
+
+def test_a_refused_request_does_not_count():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=1)
+    clocked.submit(limits)
+    for _ in range(100):
+        wait_s = clocked.refused(limits)
+    clocked.now_s += wait_s
+    clocked.submit(limits)
+
+
+def test_streams_count_until_their_last_request_ends():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", concurrent_streams=2)
+    first = clocked.submit(limits, 1, 1, 1)
+    second = clocked.submit(limits)
+    clocked.refused(limits)
+    clocked.usage.end(first[0])
+    clocked.usage.end(first[2])
+    clocked.usage.end("unknown")
+    clocked.refused(limits)
+    clocked.usage.end(first[1])
+    third = clocked.submit(limits)
+    clocked.refused(limits)
+    for request_id in (*second, *third):
+        clocked.usage.end(request_id)
+    assert clocked.usage._running == {}
+
+
+def test_tokens_of_prompts_and_answers_count():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", tokens_per_minute=100)
+    (running,) = clocked.submit(limits, 40)
+    clocked.usage.note_tokens(running, 50, clocked.now_s)
+    clocked.usage.note_tokens("unknown", 500, clocked.now_s)
+    clocked.refused(limits, 11)
+    clocked.submit(limits, 10)
+    wait_s = clocked.refused(limits, 1)
+    assert WINDOW_S <= wait_s <= WINDOW_S + 1
+    clocked.usage.note_tokens(running, 30, clocked.now_s + 30)  # what was admitted is not cut
+    clocked.now_s += wait_s
+    clocked.refused(limits, 71)
+    clocked.submit(limits, 70)
+    assert clocked.refused(limits, 101) == WINDOW_S  # never possible
+
+
+def test_several_answers_to_one_prompt_have_its_tokens_once():
+    limits, usage = KeyLimits(key_name="a", tokens_per_minute=10), KeyUsage()
+    requests = [make_request([1] * 10, request_id=f"r{choice}", choice=choice) for choice in range(3)]
+    usage.check(limits, requests, False, 0.0)
+
+
+def test_what_goes_on_is_not_held_up_but_counted():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=1, tokens_per_minute=10)
+    clocked.submit(limits, 10)
+    clocked.submit(limits, 20, continues=True)
+    clocked.now_s += 30
+    assert clocked.refused(limits, 1) > 29
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_window_of_a_minute_has_more_and_waiting_as_told_is_enough(seed):
+    chance = random.Random(seed)
+    most = chance.randint(1, 30)
+    total, admitted, now_s = SlidingSum(), [], chance.uniform(0, 100)
+    for _ in range(400):
+        now_s += chance.expovariate(most / 20)
+        total.forget_old(now_s)
+        if total.total >= most:
+            wait_s = total.seconds_until(most - 1, now_s)
+            oldest = sorted(time_s for time_s in admitted if time_s > now_s - WINDOW_S)
+            needed_s = 0 if len(oldest) < most else oldest[len(oldest) - most] + WINDOW_S - now_s
+            assert needed_s <= wait_s <= needed_s + 2
+            if chance.random() < 0.5:
+                continue
+            now_s += wait_s
+            total.forget_old(now_s)
+            assert total.total < most
+        total.add(1, now_s)
+        admitted.append(now_s)
+        assert sum(time_s > now_s - WINDOW_S for time_s in admitted) <= most
