@@ -111,18 +111,19 @@ class BoundedProtocol(HttpToolsProtocol):
             raise HeaderTooLarge
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer and close; only close when another answer is under way."""
+        """Answer and close; only close when another answer is under way, or to come first."""
         self._stop_watching()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
             response = error.response()
             head = [STATUS_LINE[error.status], b"connection: close\r\n"]
             head += [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
             self.transport.write(b"".join([*head, b"\r\n", response.body]))
-        else:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
         self.transport.close()
 
     def _waits(self) -> bool:

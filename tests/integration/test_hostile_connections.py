@@ -1,0 +1,307 @@
+"""Connections of all kinds of ill will: refused or closed in time, nothing kept of them, and the server as before."""
+
+import json
+import random
+import re
+import select
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tests.fake_engine import SLOW
+from tests.server_process import FAKE, ServerProcess, running
+
+RECEIVE_TIMEOUT_S = 2.0  # --receive-timeout; a quarter of it without a byte is too long
+MAX_BODY_BYTES = 100_000
+NUM_HOSTILE = 2000
+AT_ONCE = 400
+GROWTH_LIMIT_BYTES = 64 * 2**20
+
+BODY = json.dumps({"model": "fake", "prompt": "hi", "max_tokens": 1}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+
+
+@pytest.fixture(scope="module")
+def server(fake_model: str) -> Iterator[ServerProcess]:
+    flags = ["--max-body-bytes", str(MAX_BODY_BYTES), "--receive-timeout", str(RECEIVE_TIMEOUT_S)]
+    with running(FAKE, "--model", fake_model, *flags) as server:
+        yield server
+        assert "Traceback" not in server.log()
+
+
+def connect(server: ServerProcess) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
+
+
+def send_what_is_taken(connection: socket.socket, content: bytes) -> None:
+    """All of it, unless the server closes; without waiting for ever where it no longer reads."""
+    connection.setblocking(False)
+    deadline_s = time.monotonic() + 20
+    sent = 0
+    while sent < len(content) and time.monotonic() < deadline_s:
+        readable, writable, _ = select.select([connection], [connection], [], 1)
+        if readable:
+            break
+        if writable:
+            try:
+                sent += connection.send(content[sent : sent + 65536])
+            except (ConnectionError, BlockingIOError):
+                break
+    connection.settimeout(30)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What the server says until it closes."""
+    content = b""
+    try:
+        while part := connection.recv(65536):
+            content += part
+    except ConnectionResetError:
+        pass
+    return content
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
+
+
+def error_of(answer: bytes) -> dict[str, str]:
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+def resident_bytes(server: ServerProcess) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+
+def assert_healthy(server: ServerProcess) -> None:
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.metric("vllm:num_requests_running") == 0
+    answer = httpx.post(f"{server.url}/v1/completions", content=BODY, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /" + b"a" * (MAX_HEADER_BYTES + 1),
+        b"GET / HTTP/1.1\r\n" + b"a" * (5 * MAX_HEADER_BYTES),
+        b"GET / HTTP/1.1\r\nx: " + b"a" * (5 * MAX_HEADER_BYTES),
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a: b\r\n" * (MAX_HEADER_FIELDS + 1),
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + (b"x: " + b"a" * 1000 + b"\r\n") * 70,
+        b"GET / HTTP/1.1\r\nHost: a\r\n" + (b"x: " + b"a" * 1000 + b"\r\n") * 10_000 + b"\r\n",
+    ],
+    ids=["path", "name", "value", "fields", "sum", "megabytes"],
+)
+def test_a_header_without_end_is_refused(server: ServerProcess, head: bytes) -> None:
+    with connect(server) as connection:
+        send_what_is_taken(connection, head)
+        answer = read_all(connection)
+    assert not answer or statuses(answer) == [431]  # a reset may overtake the answer to a client that still sends
+    if answer:
+        assert error_of(answer)["code"] == "header_too_large"
+
+
+def test_a_large_header_within_the_limits_is_fine(server: ServerProcess) -> None:
+    headers = {f"x-{i}": "a" * 300 for i in range(180)}
+    assert httpx.get(f"{server.url}/version", headers=headers).status_code == 200
+
+
+def chunked(*chunks: bytes) -> bytes:
+    return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (chunked(*[b"1\r\n \r\n"] * (MAX_BODY_BYTES + 1)), 413),
+        (chunked(b"fffffff\r\n" + b" " * 2 * MAX_BODY_BYTES), 413),
+        (chunked(b"1;" + b"x" * 3 * MAX_HEADER_BYTES), 431),
+        (chunked(b"0\r\n" + b"a: b\r\n" * (MAX_HEADER_FIELDS + 1)), 431),
+        (chunked(b"0\r\nx: " + b"a" * 3 * MAX_HEADER_BYTES), 431),
+        (chunked(b"fffffffffffffffff\r\n"), 400),
+        (chunked(b"-1\r\n"), 400),
+        (HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n", 400),
+        (HEAD + b"Content-Length: 999999999\r\n\r\n", 413),
+        (HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+    ],
+)
+def test_bombs_in_chunks_and_lies_about_length(server: ServerProcess, content: bytes, wanted: int) -> None:
+    before = resident_bytes(server)
+    with connect(server) as connection:
+        send_what_is_taken(connection, content)
+        answer = read_all(connection)
+    assert not answer or statuses(answer) in ([wanted], [400])
+    assert resident_bytes(server) - before < GROWTH_LIMIT_BYTES
+    assert_healthy(server)
+
+
+def test_what_follows_a_chunked_body_is_no_header(fake_model: str) -> None:
+    """Fields after a body must not bring the key, or take the place of one that a proxy has looked at."""
+    with running(FAKE, "--model", fake_model, "--api-key", "user") as server, connect(server) as connection:
+        body = b"%x\r\n" % len(BODY) + BODY + b"\r\n0\r\nAuthorization: Bearer user\r\n\r\n"
+        connection.sendall(HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+        assert statuses(read_all(connection)) == [401]
+
+
+@pytest.mark.parametrize(
+    ("begun", "wanted"),
+    [
+        (b"", None),
+        (b"\r\n", None),
+        (b"G", 408),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\n", 408),
+        (WHOLE[:-1], 408),
+        (HEAD + b"Content-Length: 10\r\n\r\n", 408),
+        (chunked(b"5\r\nhello\r\n"), 408),
+        (chunked(b"0\r\n"), 408),
+        (b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n", 403),
+        (HEAD + b"Content-Length: 999999\r\n\r\n", 413),
+    ],
+)
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_who_does_not_send_what_is_due_is_closed(
+    server: ServerProcess, begun: bytes, wanted: int | None, goes_on: bool
+) -> None:
+    """Once with nothing more, once with a byte now and then."""
+    drop = {b"": b"\r\n", b"\r\n": b"\r\n"}.get(begun, b"x")
+    with connect(server) as connection:
+        connection.sendall(begun)
+        answer = b""
+        deadline_s = time.monotonic() + 60
+        connection.settimeout(RECEIVE_TIMEOUT_S / 10)
+        while True:
+            assert time.monotonic() < deadline_s, "it is still open"
+            try:
+                if goes_on:
+                    connection.sendall(drop)
+                part = connection.recv(65536)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+            if not part:
+                break
+            answer += part
+    if goes_on and wanted is not None:  # what is sent may be all that was missing, or wrong where it comes
+        assert statuses(answer) and all(400 <= status < 500 for status in statuses(answer))
+    else:
+        assert statuses(answer) == ([] if wanted is None else [wanted])
+
+
+def test_a_slow_client_that_goes_on_is_served(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        for start in range(0, len(WHOLE), 20):
+            connection.sendall(WHOLE[start : start + 20])
+            time.sleep(0.02)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_stream_may_take_longer_than_its_request_may(server: ServerProcess) -> None:
+    body = {"model": "fake", "prompt": SLOW, "max_tokens": int(RECEIVE_TIMEOUT_S * 2 / 0.02), "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        assert list(answer.iter_lines())[-2:] == ["data: [DONE]", ""]
+
+
+def test_many_who_never_finish_hold_up_nobody(server: ServerProcess) -> None:
+    connections = [connect(server) for _ in range(200)]
+    try:
+        for i, connection in enumerate(connections):
+            connection.sendall((WHOLE if i % 2 else HEAD)[: -1 - i % 50])
+        assert_healthy(server)
+        answers = Counter(status for connection in connections for status in statuses(read_all(connection)))
+        assert answers == {408: len(connections)}
+    finally:
+        for connection in connections:
+            connection.close()
+    assert_healthy(server)
+
+
+def hostile(chance: random.Random) -> bytes:
+    """A request in which something is not as it should be."""
+    request = bytearray(WHOLE)
+    garbage = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 40)))
+    place = chance.randrange(len(request))
+    match chance.randrange(9):
+        case 0:
+            request[place : place + len(garbage)] = garbage
+        case 1:
+            request = bytearray(garbage)
+        case 2:
+            request[:0] = chance.choice(
+                [b"\r\n" * 500, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00", b" "]
+            )
+        case 3:
+            method = chance.choice([b"GET", b"CONNECT", b"OPTIONS", b"TRACE", b"PUT", b"BREW", b"post", b"SUBSCRIBE"])
+            target = chance.choice(
+                [b"*", b"http://evil.test/health", b"a:1", b"//", b"/\xff", b"/%00", b"/?" + garbage]
+            )
+            request[: request.index(b" HTTP")] = method + b" " + target
+        case 4:
+            field = chance.choice(
+                [
+                    b"Upgrade: websocket\r\nConnection: upgrade",
+                    b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAAA",
+                    b"Expect: 100-continue",
+                    b"Expect: nonsense",
+                    b"Transfer-Encoding: gzip, chunked",
+                    b"Transfer-Encoding: identity",
+                    b"Content-Encoding: gzip",
+                    b"Content-Length: +5",
+                    b"Host: evil.test",
+                    b"Connection: close, close",
+                    b"Authorization: Bearer " + garbage,
+                    b"X: " + garbage,
+                    b" folded: x",
+                    b": x",
+                    b"x",
+                ]
+            )
+            request = bytearray(WHOLE.replace(b"Content-Type", field + b"\r\nContent-Type", 1))
+        case 5:
+            request = bytearray(WHOLE * chance.randrange(2, 20))  # pipelined
+        case 6:
+            request = bytearray(WHOLE[:place])
+        case 7:
+            parts = [b"%x\r\n%s\r\n" % (chance.choice([1, 5, 2**31, 2**64]), garbage) for _ in range(5)]
+            request = bytearray(chunked(*parts))
+        case 8:
+            request = bytearray(
+                WHOLE.replace(b"HTTP/1.1", chance.choice([b"HTTP/1.0", b"HTTP/9.9", b"HTTP/0.9", b"ICY"]))
+            )
+    return bytes(request)
+
+
+def test_two_thousand_hostile_requests_leave_nothing_behind(server: ServerProcess) -> None:
+    chance = random.Random(0)
+    before = resident_bytes(server)
+    seen: Counter[int] = Counter()
+    for _ in range(NUM_HOSTILE // AT_ONCE):
+        connections = []
+        for _ in range(AT_ONCE):
+            connection = connect(server)
+            connections.append(connection)
+            request = hostile(chance)
+            try:
+                connection.sendall(request)
+                if chance.random() < 0.5:
+                    connection.shutdown(socket.SHUT_WR)
+            except ConnectionError:
+                pass
+        for connection in connections:
+            with connection:
+                seen.update(statuses(read_all(connection)))
+    assert not [status for status in seen if status >= 500], seen
+    assert seen[200] > NUM_HOSTILE / 10 and seen[400] > NUM_HOSTILE / 10, seen
+    assert_healthy(server)
+    assert resident_bytes(server) - before < GROWTH_LIMIT_BYTES
+    connected = Path(f"/proc/{server.process.pid}/fd")
+    assert sum(1 for _ in connected.iterdir()) < 100
