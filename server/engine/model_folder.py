@@ -47,7 +47,7 @@ class ModelFolder:
     def eos_token_ids(self) -> frozenset[int]:
         """The tokens that end an answer: generation_config.json's, else the model config's."""
         if (self.path / "generation_config.json").is_file():
-            ids = GenerationConfig.from_pretrained(self.path).eos_token_id
+            ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id
             if ids is not None:
                 return frozenset([ids] if isinstance(ids, int) else ids)
         return frozenset(self.config.eos_token_ids)
