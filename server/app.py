@@ -2,7 +2,6 @@
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from server.access import check_routes
@@ -10,7 +9,7 @@ from server.api import adapters, chat, completions, embeddings, health, models, 
 from server.api.disconnect import ClientLeft, answer_client_left
 from server.api.docs import add_docs
 from server.api.errors import ApiError, answer_api_error, answer_http_exception, answer_no_tokenizer
-from server.api.middleware import BodyBounds, RequestLog, Unexpected
+from server.api.middleware import BodyBounds, Cors, RequestLog, Unexpected
 from server.api.openapi import describe
 from server.api.service import Service
 from server.auth import Gate
@@ -42,7 +41,7 @@ def create_app(service: Service, keyring: Keyring) -> FastAPI:
     app.add_middleware(Unexpected)
     if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=settings.cors_origin,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),

@@ -9,6 +9,8 @@ import secrets
 import time
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError
@@ -54,6 +56,17 @@ class RequestLog:
                 "" if tokens is None else f" tokens={tokens.prompt}+{tokens.completion}",
                 (time.perf_counter() - started_s) * 1000,
             )
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, whose refusals have the one form of errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        headers = {"Vary": response.headers["vary"]}
+        return ApiError(400, f"{bytes(response.body).decode()}; see --cors-origin.", headers=headers).response()
 
 
 class Unexpected:

@@ -160,6 +160,7 @@ def test_other_origins_may_call_only_when_they_are_named(fake_model: str, fake_s
         assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
         other = httpx.options(f"{server.url}/v1/completions", headers=preflight | {"Origin": "https://evil.example"})
         assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+        assert other.json()["error"]["message"] == "Disallowed CORS origin; see --cors-origin."
         body = {"model": "fake", "prompt": "hi", "max_tokens": 1}
         user = {"Authorization": "Bearer user"}
         for key, path, wanted in (
