@@ -62,7 +62,7 @@ class _Reader(asyncio.Protocol):
 def _request(steps_per_s: int, num_tokens: int) -> bytes:
     body = {"model": "instant", "prompt": [steps_per_s], "max_tokens": num_tokens, "stream": True}
     content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
