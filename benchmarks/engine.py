@@ -46,6 +46,9 @@ class _Runner:
         self.num_steps_ahead = num_steps_ahead
         self._tokens = itertools.cycle([chance.randrange(vocab_size) for _ in range(10_007)])
 
+    def prepare(self) -> bool:
+        return False
+
     def start(self, chunks: list[Chunk]) -> "_Step":
         return _Step(list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks))))
 
