@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # it is imported late
 logger = logging.getLogger("server")
 
 ENGINE_MODULE = "server.engine.process"
+# What the kernel keeps of an answer that is not read. Linux doubles it; left to itself it takes megabytes.
+SEND_BUFFER_BYTES = 64 * 1024
 
 
 def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MODULE) -> int:
@@ -135,6 +137,7 @@ def _bind(host: str, port: int, number: int) -> list[socket.socket]:
             listener = socket.socket(family, kind, protocol)
             listeners.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
             if index > 0:
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)

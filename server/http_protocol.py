@@ -1,15 +1,23 @@
-"""uvicorn's HTTP connection with bounds: how large a header may be, and how long a client may take to send.
+"""uvicorn's HTTP connection with bounds: how large a header may be, and how long a client may take to send or to read.
 
 uvicorn's own time-out covers idle connections between requests only, and its parser has no limits. The body of a
 request that is being answered has its bounds in `api/middleware.py`. Knows nothing of routes.
+
+Of what a client does not read, asyncio keeps 64 KiB and then lets the answer wait; what the kernel keeps is set where
+the server's sockets are made.
 """
 
 import asyncio
+import logging
+import socket
+import struct
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.api.errors import ApiError, bad_request
+
+logger = logging.getLogger("server.access")
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too
 MAX_HEADER_FIELDS = 200
@@ -22,10 +30,13 @@ class HeaderTooLarge(Exception):
 class BoundedProtocol(HttpToolsProtocol):
     """A header, or what is left of a body after its answer, must come within `receive_timeout_s`.
 
-    And there must be a byte in each quarter of that. A client that has not sent a byte is left without an answer.
+    And there must be a byte in each quarter of that. A client that has not sent a byte is left without an answer. One
+    that keeps an answer waiting for `send_timeout_s` is cut off, and so is one that leaves the last bytes unread for so
+    long when the connection is closed.
     """
 
     receive_timeout_s: ClassVar[float]
+    send_timeout_s: ClassVar[float]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,6 +49,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None  # set while something of the client is waited for
         self._waiting_since_s = 0.0
         self._heard_at_s = 0.0
+        self._cut_off: asyncio.TimerHandle | None = None  # set while the client must read
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -46,6 +58,35 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_watching()
+        self._may_rest()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._must_read()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._may_rest()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        if self.transport.is_closing():
+            self._must_read()
+
+    def _must_read(self) -> None:
+        if self._cut_off is None:
+            self._cut_off = self.loop.call_later(self.send_timeout_s, self._give_up)
+
+    def _give_up(self) -> None:
+        logger.info("cut off a client that did not read for %g s", self.send_timeout_s)
+        # With a reset, so that the kernel keeps nothing for it either.
+        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _may_rest(self) -> None:
+        if self._cut_off is not None:
+            self._cut_off.cancel()
+            self._cut_off = None
 
     def data_received(self, data: bytes) -> None:
         self._heard_at_s = self.loop.time()
@@ -163,6 +204,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
-def bounded_protocol(receive_timeout_s: float) -> type[asyncio.Protocol]:
+def bounded_protocol(receive_timeout_s: float, send_timeout_s: float) -> type[asyncio.Protocol]:
     """The class to give to uvicorn."""
-    return type("Protocol", (BoundedProtocol,), {"receive_timeout_s": receive_timeout_s})
+    return type(
+        "Protocol", (BoundedProtocol,), {"receive_timeout_s": receive_timeout_s, "send_timeout_s": send_timeout_s}
+    )

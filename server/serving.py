@@ -38,7 +38,7 @@ async def serve(
         AppStatus.disable_automatic_graceful_drain()  # streams may finish; uvicorn ends them at the time-out
         config = uvicorn.Config(
             create_app(load_service(settings, client, started_at), keyring),
-            http=bounded_protocol(settings.receive_timeout),
+            http=bounded_protocol(settings.receive_timeout, settings.send_timeout),
             ws="none",
             lifespan="off",
             log_config=None,

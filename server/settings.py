@@ -319,6 +319,9 @@ class ServerSettings:
         "time in which a request's header, and then its body, must come; a quarter of it without a byte is too long",
         60.0,
     )
+    send_timeout: float = option(
+        some_seconds, "SECONDS", "time after which a client that does not read its answer is cut off", 30.0
+    )
     shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
     unknown_fields: str = option(
         one_of("error", "warn"),

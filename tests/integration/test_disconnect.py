@@ -17,7 +17,7 @@ from tests.server_process import FAKE, ServerProcess, running
 def post_and_leave(server: ServerProcess, body: dict, after_s: float) -> None:
     """Send a completion request and close the connection `after_s` later, having read what there was."""
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head.encode() + content)
         if after_s:
@@ -50,7 +50,7 @@ def test_clients_of_the_demo_model_that_leave_hold_nothing(demo_server, stream):
 
 def test_half_a_request_is_no_request(fake_server):
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
-        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"model"')
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"model"')
     assert httpx.get(f"{fake_server.url}/health").status_code == 200
 
 
