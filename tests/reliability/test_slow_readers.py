@@ -15,9 +15,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from stellarbyte.checkpoint.convert import convert
 from tests.server_process import REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
 
 NUM_SLOW = 16
 SEND_TIMEOUT_S = 4
@@ -29,10 +27,8 @@ ENDLESS = {"max_tokens": 10**9, "context_overflow": "slide", "ignore_eos": True,
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("models")
-    model = str(convert(tiny_llama(folder / "llama"), folder / "tiny"))
-    with running(REAL, "--model", model, "--send-timeout", str(SEND_TIMEOUT_S)) as process:
+def server(tiny_model: str) -> Iterator[ServerProcess]:
+    with running(REAL, "--model", tiny_model, "--send-timeout", str(SEND_TIMEOUT_S)) as process:
         yield process
 
 
