@@ -19,6 +19,7 @@ from server.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
 from server.logs import configure_logging
 from server.settings import ServerSettings, SettingsError, parse_settings
 from server.stopping import exit_quietly, on_stop_signals
+from server.tls import check_certificate
 
 if TYPE_CHECKING:  # it is imported late
     from server.engine.launch import EngineProcess
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
         return _refuse(str(error), status=2)
     configure_logging(settings.log_level, "http")
     try:
+        check_certificate(settings)
         keys = read_keys(settings)
     except SettingsError as error:
         return _refuse(str(error), status=2)
@@ -100,7 +102,8 @@ async def _serve(
 def _announce(settings: ServerSettings) -> None:
     """Say where the server answers, with a command that can be pasted as it is."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
     body = json.dumps(
         {
             "model": settings.model_name,

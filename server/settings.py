@@ -157,6 +157,12 @@ def origins(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def path_prefix(text: str) -> str:
+    if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", text) is None:
+        raise SettingsError(f"{text!r} is not a path such as /llm, without a slash at its end")
+    return text
+
+
 def option(
     parse: Callable[[Any], Any],
     metavar: str,
@@ -312,6 +318,11 @@ class ServerSettings:
     cors_origin: tuple[str, ...] = option(
         origins, "ORIGIN", "origins whose web pages may call the API, or * for all (default: none)", (), many=True
     )
+    ssl_certfile: str | None = option(existing_file, "FILE", "certificate, in PEM: the server speaks HTTPS only", None)
+    ssl_keyfile: str | None = option(existing_file, "FILE", "its key, in PEM, if it is not in the same file", None)
+    root_path: str = option(
+        path_prefix, "PATH", "what a proxy puts before all paths, and takes away again, such as /llm", ""
+    )
     max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
     receive_timeout: float = option(
         some_seconds,
@@ -369,7 +380,7 @@ def _make_parser() -> argparse.ArgumentParser:
         for field in _options(settings_class):
             shown = DEMO_MODEL if field.name == "model" else field.default
             text = field.metadata["help"]
-            if shown not in (None, ()) and "(default:" not in text:
+            if shown not in (None, (), "") and "(default:" not in text:
                 text += f" (default: {shown})"
             text = text.replace("%", "%%")
             if field.metadata["many"]:

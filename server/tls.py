@@ -1,0 +1,32 @@
+"""Whether the files of a certificate can be used, before a model is loaded for nothing. Knows no sockets."""
+
+import ssl
+
+from server.settings import ServerSettings, SettingsError
+
+
+def check_certificate(settings: ServerSettings) -> None:
+    """SettingsError unless the server can speak TLS with what was given; without --ssl-certfile it speaks none."""
+    if settings.ssl_certfile is None:
+        if settings.ssl_keyfile is not None:
+            raise SettingsError("--ssl-keyfile needs --ssl-certfile.")
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password=_no_password)
+    except (OSError, ValueError) as error:  # of ssl.SSLError, too
+        raise SettingsError(
+            f"--ssl-certfile: {settings.ssl_certfile} and its key cannot be used: {_reason(error)}."
+        ) from None
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password, which nobody could be asked for")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ssl.SSLError):
+        if error.reason == "KEY_VALUES_MISMATCH":
+            return "the key is that of another certificate"
+        return "PEM files of a certificate and an RSA or EC key are needed, the key in either of them"
+    return str(getattr(error, "strerror", None) or error)
