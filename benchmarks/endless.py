@@ -24,11 +24,12 @@ import torch
 from tokenizers import models
 
 from benchmarks.record import write_result
-from server.engine.core import EngineCore, RunningStep
+from server.engine.core import EngineCore
 from server.engine.load import build_core
 from server.engine.messages import Delta
 from server.engine.plan import serving_config
 from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.runner import RunningStep
 from server.engine.sequence import Chunk
 from server.settings import EngineSettings
 from stellarbyte import ByteModelConfig, ByteTransformer

@@ -85,6 +85,7 @@ class FakeStore:
     in_slots: dict[int, AdapterVersion] = field(default_factory=dict)
     content: Callable[[AdapterVersion], str] = lambda version: f"hash of {version.files.shown}"
     errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be read
+    fill_errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be copied to a slot
     wake_fd = None
 
     def read(self, version: AdapterVersion) -> None:
@@ -95,7 +96,7 @@ class FakeStore:
         self.fills.append((version, slot))
 
     def clear(self, slot: int) -> None:
-        del self.in_slots[slot]
+        self.in_slots.pop(slot, None)
 
     def forget(self, version: AdapterVersion) -> None:
         self.in_memory.discard(version)
@@ -111,6 +112,9 @@ class FakeStore:
             content_hash = self.content(version)
             done.append(ReadDone(version=version, seconds=0.01, content_hash=content_hash, num_bytes=100, rank=4))
         for version, slot in self.fills:
+            if error := self.fill_errors.get(version.name):
+                done.append(FillDone(version=version, slot=slot, error=error))
+                continue
             self.in_slots[slot] = version
             done.append(FillDone(version=version, slot=slot))
         self.reads, self.fills = [], []

@@ -1,6 +1,6 @@
 """An engine for tests: real scheduler, pool and, where wanted, model; no sockets, no tokenizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -11,9 +11,9 @@ import torch
 
 from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockPool, CacheLayout
-from server.engine.core import Runner, RunningStep
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
+from server.engine.runner import Runner, RunningStep
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte import ByteModelConfig, ByteTransformer
@@ -92,6 +92,9 @@ class Ahead:
         self._runner = runner
         self._sampled: dict[Sequence, int] = {}  # in the newest step
 
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        self._runner.recover(sequences)
+
     def prepare(self) -> bool:
         return False
 
@@ -99,9 +102,11 @@ class Ahead:
         unread = [s for s, start, length, _ in chunks if start + length > len(s.tokens)]
         for sequence in unread:
             sequence.tokens.append(self._sampled[sequence])
-        step = self._runner.start(chunks)
-        for sequence in unread:
-            sequence.tokens.pop()
+        try:
+            step = self._runner.start(chunks)
+        finally:
+            for sequence in unread:
+                sequence.tokens.pop()
         return _StepAhead(step, [chunk.sequence for chunk in chunks if chunk.samples], self._note)
 
     def _note(self, sampled: dict[Sequence, int]) -> None:

@@ -14,9 +14,11 @@ from server.engine.request import (
     ADAPTER_NOT_FOUND,
     GRAMMAR_REFUSED,
     GRAMMARS_BUSY,
+    INTERNAL_ERROR,
     MODEL_NOT_FOUND,
     QUEUE_FULL,
     QUEUE_TIMEOUT,
+    SHUTTING_DOWN,
     RequestRejected,
 )
 
@@ -29,7 +31,7 @@ _TYPES = {
 }
 
 # What the engine may refuse for the moment: status, and seconds after which to try again.
-_NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5")}
+_NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5"), SHUTTING_DOWN: (503, "5")}
 _NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 
@@ -88,6 +90,8 @@ def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None =
     if error.code in _NOT_NOW:
         status, retry_after_s = _NOT_NOW[error.code]
         return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
+    if error.code == INTERNAL_ERROR:
+        return ApiError(500, str(error))
     status = 404 if error.code in _NOT_FOUND else 400
     param = grammar_param if error.code == GRAMMAR_REFUSED else error.param
     return ApiError(status, str(error), param=param, code=error.code)

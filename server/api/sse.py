@@ -4,6 +4,7 @@ A chunk's JSON is made once per choice; for every delta that only has text, that
 what lets one process carry hundreds of fast streams.
 """
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from server.api.choices import Fragment, Kind
+from server.api.errors import ApiError
 from server.engine.client import DeltaStream
+
+logger = logging.getLogger("server.http")
 
 PING_INTERVAL_S = 15
 DONE = b"data: [DONE]\n\n"
@@ -85,11 +89,27 @@ def _ping() -> ServerSentEvent:
     return ServerSentEvent(comment="ping", sep="\n")
 
 
+async def _told_of_failure(events: AsyncIterator[bytes], streams: Sequence[DeltaStream]) -> AsyncIterator[bytes]:
+    """The events; when one cannot be made, an error as the last one: the headers are gone, so no status can tell."""
+    try:
+        async for content in events:
+            yield content
+    except Exception:
+        logger.exception("the answer to request %s could not be sent", streams[0].request_id)
+        yield event(ApiError(500, "The server failed while it sent this answer.").content())
+
+
 class DeltaStreamResponse(EventSourceResponse):
     """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on."""
 
     def __init__(self, streams: Sequence[DeltaStream], events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
-        super().__init__(events, headers=headers, ping=PING_INTERVAL_S, sep="\n", ping_message_factory=_ping)
+        super().__init__(
+            _told_of_failure(events, streams),
+            headers=headers,
+            ping=PING_INTERVAL_S,
+            sep="\n",
+            ping_message_factory=_ping,
+        )
         self._streams = streams
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

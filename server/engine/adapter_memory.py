@@ -15,6 +15,7 @@ class ReadDone:
     version: AdapterVersion
     seconds: float  # it took
     error: str = ""
+    is_fault: bool = False  # with it: it says nothing against the adapter
     content_hash: str = ""
     num_bytes: int = 0
     rank: int = 0
@@ -24,10 +25,11 @@ class ReadDone:
 
 @dataclass(frozen=True, kw_only=True)
 class FillDone:
-    """A version was copied to a slot."""
+    """A version was copied to a slot; or `error` says in one sentence why not."""
 
     version: AdapterVersion
     slot: int
+    error: str = ""
 
 
 class AdapterStore(Protocol):

@@ -16,7 +16,9 @@ import torch
 
 from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_version import AdapterVersion
+from server.engine.device_errors import device_errors
 from server.engine.give_way import give_way
+from server.engine.runner import DeviceLost
 from stellarbyte.lora import AdapterError, read_adapter
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
 
@@ -49,7 +51,15 @@ class AdapterStore:
         packed, fence = self._packed[version], self._bank.fence()
 
         def work() -> FillDone:
-            self._bank.fill(slot, packed, fence)
+            try:
+                with device_errors():
+                    self._bank.fill(slot, packed, fence)
+            except DeviceLost:
+                raise
+            except Exception:  # whatever it is, other adapters may fare better
+                logger.exception("copying the adapter %s to its slot failed", version.name)
+                error = f"The adapter {version.name!r} could not be made ready; the server's log says why."
+                return FillDone(version=version, slot=slot, error=error)
             return FillDone(version=version, slot=slot)
 
         self._start(self._filler, work)
@@ -67,7 +77,7 @@ class AdapterStore:
         while self._done:
             result = self._done.popleft()
             if isinstance(result, Exception):
-                raise result  # a device that takes no copy will not compute either
+                raise result  # the device is lost: it will not compute either
             done.append(result)
         return done
 
@@ -95,7 +105,7 @@ class AdapterStore:
             return self._failed(version, started_s, str(error))
         except Exception:  # whatever it is, it must not take the engine along
             logger.exception("reading the adapter %s failed", version.name)
-            return self._failed(version, started_s, "The adapter could not be read; the server's log says why.")
+            return self._failed(version, started_s, "it could not be read; the server's log says why.", is_fault=True)
         self._packed[version] = packed
         return ReadDone(
             version=version,
@@ -107,9 +117,9 @@ class AdapterStore:
             unmatched=adapter.unmatched_targets,
         )
 
-    def _failed(self, version: AdapterVersion, started_s: float, error: str) -> ReadDone:
+    def _failed(self, version: AdapterVersion, started_s: float, error: str, *, is_fault: bool = False) -> ReadDone:
         message = f"The adapter {version.name!r} cannot be loaded: {error}"
-        return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message)
+        return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message, is_fault=is_fault)
 
 
 def _readers() -> ThreadPoolExecutor:

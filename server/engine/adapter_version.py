@@ -37,6 +37,7 @@ class AdapterVersion:
     matched: tuple[str, ...] = ()  # modules it changes
     unmatched: tuple[str, ...] = ()  # targets in its config that it has no weights for
     error: str = ""  # one sentence, when failed
+    is_fault: bool = False  # when failed: of the server, not of its files
     failed_at_s: float = 0.0
     is_in_memory: bool = False
     is_reading: bool = False

@@ -23,7 +23,7 @@ from server.engine.messages import (
     LoadSeconds,
     Reply,
 )
-from server.engine.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, RequestRejected, model_not_found
+from server.engine.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, INTERNAL_ERROR, RequestRejected, model_not_found
 from server.engine.sequence import Sequence
 from server.settings import ADAPTER_NAME_RULE, is_adapter_name
 
@@ -215,9 +215,9 @@ class Adapters:
         for done in self._store.finished():
             if isinstance(done, FillDone):
                 self.slots.filled(done.slot)
-                replies += self._drop_if_drained(done.version)
+                replies += self._note_failed_fill(done) if done.error else self._drop_if_drained(done.version)
             elif done.error:
-                replies += self._note_failed_read(done.version, done.error)
+                replies += self._note_failed_read(done.version, done.error, is_fault=done.is_fault)
             else:
                 replies += self._note_read(done)
         return replies
@@ -259,14 +259,22 @@ class Adapters:
         version.totals = old.totals
         return self._drain(old)
 
-    def _note_failed_read(self, version: AdapterVersion, error: str) -> list[Reply]:
+    def _note_failed_read(self, version: AdapterVersion, error: str, *, is_fault: bool = False) -> list[Reply]:
         self.num_reads += 1
         self._memory.forget(version)
         version.state, version.error, version.failed_at_s = "failed", error, self._clock()
+        version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
         call_id = self._loads.pop(version, None)
-        failed = [] if call_id is None else [CallFailed(call_id, error, code=ADAPTER_FAILED, param="lora_path")]
+        code = INTERNAL_ERROR if is_fault else ADAPTER_FAILED
+        failed = [] if call_id is None else [CallFailed(call_id, error, code=code, param="lora_path")]
         return [*failed, *self._drop_if_drained(version)]
+
+    def _note_failed_fill(self, done: FillDone) -> list[Reply]:
+        """A copy to a slot failed: the slot is free again, the requests that wait for it are refused."""
+        self.slots.clear(done.version)
+        self._store.clear(done.slot)
+        return self._note_failed_read(done.version, done.error, is_fault=True)
 
     def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
         """A version was to be read again, but its files hold another one now: that is what new requests get."""
@@ -344,7 +352,7 @@ def _unread(version: AdapterVersion) -> AdapterVersion:
 def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:
     """Why a version does not serve requests for NAME or NAME@HASH, as far as is known before it was read."""
     if version.state == "failed":
-        return RequestRejected(version.error, ADAPTER_FAILED, "model")
+        return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
     _, at, pin = reference.partition("@")
     if at and (len(pin) < MIN_PIN_DIGITS or (version.content_hash and not version.content_hash.startswith(pin))):
         return model_not_found(reference)

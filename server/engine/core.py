@@ -1,7 +1,7 @@
 """The engine: one step after another over scheduler, model and text. Knows no sockets and no HTTP."""
 
 import logging
-from typing import Protocol
+from functools import partial
 
 import msgspec
 import tokenizers
@@ -9,7 +9,9 @@ import tokenizers
 from server.engine.adapters import Adapters
 from server.engine.answer import Answer
 from server.engine.grammar import GrammarCompiler, GrammarRefused, TokenGrammar
+from server.engine.isolation import EngineBroken, Fault, isolate
 from server.engine.messages import (
+    FAILED,
     Accepted,
     Call,
     Delta,
@@ -22,50 +24,14 @@ from server.engine.messages import (
     UnloadAdapter,
     failure,
 )
-from server.engine.request import QUEUE_TIMEOUT, GenerationRequest, RequestRejected
+from server.engine.request import QUEUE_TIMEOUT, GenerationRequest, RequestRejected, SamplingParams
+from server.engine.runner import DeviceLost, OutOfDeviceMemory, Runner, RunningStep, compute
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
 
 logger = logging.getLogger("server.engine")
 
-
-class OutOfDeviceMemory(Exception):
-    """A step needs more memory than there is; nothing that it was to compute counts."""
-
-
-class RunningStep(Protocol):
-    """A step that was started and not read yet."""
-
-    def finish(self) -> None:
-        """Sample what needs the host. Called once, when the results of all earlier steps have been applied: every
-        token that was known to come is then in its sequence. Some sequences may be over, whose tokens are dropped.
-
-        Raises:
-            OutOfDeviceMemory
-        """
-
-    def result(self) -> StepResult:
-        """Wait for the step. Called after `finish`; one token for each chunk that samples, whatever became of it."""
-        ...
-
-
-class Runner(Protocol):
-    num_steps_ahead: int
-    """0: a step's tokens must be known before the next is scheduled. 1: one step may be in flight meanwhile."""
-
-    def start(self, chunks: list[Chunk]) -> RunningStep:
-        """Begin to compute the chunks, whose block tables are those of now. The last token of a sequence may be one
-        that only the runner knows: the one that the step before samples for it.
-
-        Raises:
-            OutOfDeviceMemory
-        """
-        ...
-
-    def prepare(self) -> bool:
-        """Do a little of what later steps would have to do first; whether there is more, now or in a moment. Called
-        when no step is in flight."""
-        ...
+NO_MEMORY = "The GPU has too little memory left for this request."
 
 
 def _size(chunk: Chunk) -> int:
@@ -98,7 +64,7 @@ class EngineCore:
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
-        self._failed: list[Delta] = []  # ends of requests that a step had no memory for
+        self._failed: list[Delta] = []  # ends of requests that failed since the last step
         self._in_flight: tuple[list[Chunk], RunningStep] | None = None  # between two calls of `step`
         self._replies: list[Reply] = []
         self._had_nothing_to_run = False  # in the last step
@@ -184,7 +150,11 @@ class EngineCore:
         """Advance every scheduled sequence by one forward pass.
 
         Says first which requests began to run and which of the others never will, then what each one got: by the step
-        that was started now, or where the runner works ahead by the one before, which ran until now.
+        that was started now, or where the runner works ahead by the one before, which ran until now. A request that
+        makes steps fail ends.
+
+        Raises:
+            DeviceLost, EngineBroken: whatever is computed fails.
         """
         self._replies += self.adapters.collect()
         self._queue_compiled()
@@ -198,48 +168,107 @@ class EngineCore:
         news += [self._expire(sequence) for sequence in self.scheduler.expire()]
         if before is not None:
             news += self._receive(*before)
-        if step is not None and self._finish(chunks, step):
-            if self.runner.num_steps_ahead:
-                self._in_flight = (chunks, step)
-            else:
-                news += self._receive(chunks, step)
+        if not isinstance(step, Exception | None):
+            step = self._finish(step)
+        if isinstance(step, OutOfDeviceMemory):
+            self._give_up_largest(chunks)
+        elif isinstance(step, Exception):
+            news += self._compute_again(chunks, step)
+        elif step is not None and self.runner.num_steps_ahead:
+            self._in_flight = (chunks, step)
+        elif step is not None:
+            news += self._receive(chunks, step)
         news += self._failed
         self._failed = []
         return news
 
-    def _start(self, chunks: list[Chunk]) -> RunningStep | None:
+    def _start(self, chunks: list[Chunk]) -> RunningStep | Exception | None:
         try:
             return self.runner.start(chunks) if chunks else None
-        except OutOfDeviceMemory:
-            self._give_up_largest(chunks)
-            return None
+        except DeviceLost:
+            raise
+        except Exception as error:  # whose fault it is will be found out
+            return error
 
-    def _finish(self, chunks: list[Chunk], step: RunningStep) -> bool:
+    def _finish(self, step: RunningStep) -> RunningStep | Exception:
         try:
             step.finish()
-        except OutOfDeviceMemory:
-            self._give_up_largest(chunks)
-            return False
-        return True
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return error
+        return step
+
+    def _compute_again(self, chunks: list[Chunk], error: Exception) -> list[Delta]:
+        """Compute a step that failed without the requests that make it fail, and end those.
+
+        Raises:
+            DeviceLost, EngineBroken
+        """
+        chunks = [chunk for chunk in chunks if not chunk.sequence.is_over]
+        self.runner.recover([chunk.sequence for chunk in chunks])
+        findings = isolate(chunks, partial(compute, self.runner))
+        if not findings.faults:
+            logger.warning("a step failed and went well when it was computed again", exc_info=error)
+        for fault in findings.faults:
+            self._end_faulty(fault)
+        if findings.faults and not findings.computed:
+            self._require_sound()
+        return [delta for part, result in findings.computed for delta in self._record(part, result)]
+
+    def _require_sound(self) -> None:
+        """EngineBroken when a step fails that has no request in it. Called after some were ended: a block is free."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+        request = GenerationRequest(request_id="", prompt_token_ids=(0,), sampling=sampling)
+        with self.scheduler.outsider(request) as chunk:
+            try:
+                compute(self.runner, [chunk])
+            except DeviceLost:
+                raise
+            except Exception as error:
+                raise EngineBroken("steps fail whatever is in them") from error
+
+    def _end_faulty(self, fault: Fault) -> None:
+        """End the request that makes steps fail."""
+        if isinstance(fault.error, OutOfDeviceMemory):
+            self._fail(fault.chunk.sequence, NO_MEMORY, "out of GPU memory for request %s alone; ending it")
+        else:
+            self._fail(fault.chunk.sequence, FAILED, "request %s makes steps fail; ending it", fault.error)
+
+    def _fail(self, sequence: Sequence, message: str, log: str, error: Exception | None = None) -> None:
+        """End a request with an error; `log` has a place for its id."""
+        request_id = sequence.request.request_id
+        logger.error(log, request_id, exc_info=error)
+        self.abort(request_id)
+        self._failed.append(failure(request_id, message))
 
     def _give_up_largest(self, chunks: list[Chunk]) -> None:
         """End the request that asks most of a step for which there is no memory; the others compute theirs again."""
         self.scheduler.take_back(chunks)
         chunk = max((chunk for chunk in chunks if not chunk.sequence.is_over), key=_size, default=None)
         if chunk is not None:
-            request_id = chunk.sequence.request.request_id
-            logger.error("out of GPU memory in a step of %d requests; ending the largest", len(chunks))
-            self.abort(request_id)
-            self._failed.append(failure(request_id, "The GPU has too little memory left for this request."))
+            self._fail(chunk.sequence, NO_MEMORY, f"out of GPU memory in a step of {len(chunks)}; ending request %s")
 
     def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
         """Wait for a step and turn what it computed into deltas."""
-        result = step.result()
+        try:
+            result = step.result()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if self.runner.num_steps_ahead:  # the one that was started meanwhile went on from it
+                raise
+            return self._compute_again(chunks, error)
+        return self._record(chunks, result)
+
+    def _record(self, chunks: list[Chunk], result: StepResult) -> list[Delta]:
+        """Note what a step computed; the deltas that come of it."""
         if result.prompt_logprobs or result.pooled:
             self._note_prompts(chunks, result)
         grown = self.scheduler.apply(chunks, result.tokens)
         self._num_steps += 1
-        return [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
+        deltas = [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
+        return [delta for delta in deltas if delta is not None]
 
     def stats(self) -> EngineStats:
         pool, totals = self.scheduler.pool, self.scheduler.totals
@@ -283,13 +312,15 @@ class EngineCore:
             if (hidden_C := result.pooled.get(sequence)) is not None:
                 answer.add_pooled(start, hidden_C)
 
-    def _deliver(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Delta:
+    def _deliver(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Delta | None:
         """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
         answer = self._live[sequence.request.request_id]
-        if token is None:
-            delta = answer.end_of_prompt()
-        else:
-            delta = answer.push(token, logprob)
+        try:
+            delta = answer.end_of_prompt() if token is None else answer.push(token, logprob)
+        except Exception as error:  # its text, its grammar: of no other request
+            self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
+            return None
+        if token is not None:
             self._num_generated_tokens += 1
             if sequence.adapter is not None:
                 sequence.adapter.totals.num_tokens += 1

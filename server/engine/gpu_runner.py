@@ -4,15 +4,15 @@ A sequence that decodes lives on the GPU: its newest token and position are ther
 next step can be launched while one runs. The host says only what changes: new sequences, new blocks, another batch.
 """
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from server.engine.block_pool import BlockTable, CacheLayout
-from server.engine.core import OutOfDeviceMemory
+from server.engine.device_errors import device_errors, require_device
 from server.engine.model_runner import adjustment, pooled_hidden, prompt_logprobs, sampled_logprobs, sampling_row
+from server.engine.runner import OutOfDeviceMemory
 from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.kernels.triton import slots
 from stellarbyte.kernels.triton.lora import segments
@@ -67,14 +67,22 @@ class GpuRunner:
         """Launch a step; nothing here waits for the GPU.
 
         Raises:
-            OutOfDeviceMemory
+            OutOfDeviceMemory, DeviceLost
         """
         try:
-            with _memory_errors(), torch.inference_mode():
+            with device_errors(), torch.inference_mode():
                 return self._start(chunks)
         except OutOfDeviceMemory:
             self._rows, self._indices, self._values = [], [], []  # nobody knows how far they got
             raise
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        """Begin anew with sequences of a step that failed: how far it got is not known, neither here nor on the GPU."""
+        require_device()
+        self._rows, self._indices, self._values = [], [], []
+        for sequence in sequences:
+            if (slot := self._slots.pop(sequence, None)) is not None:
+                self._free.append(slot.number)
 
     def prepare(self) -> bool:
         """Capture a graph that later steps will run."""
@@ -240,9 +248,9 @@ class GpuStep:
         """Sample what needs tokens that the host knows by now, and let the tokens come back.
 
         Raises:
-            OutOfDeviceMemory
+            OutOfDeviceMemory, DeviceLost
         """
-        with _memory_errors(), torch.inference_mode():
+        with device_errors(), torch.inference_mode():
             self._finish()
 
     def _finish(self) -> None:
@@ -261,9 +269,10 @@ class GpuStep:
             self._done.record()
 
     def result(self) -> StepResult:
-        """Wait for the step."""
+        """Wait for the step; DeviceLost."""
         if self._done is not None:
-            self._done.synchronize()
+            with device_errors():
+                self._done.synchronize()
         tokens = self._pinned[: self._num_samples].tolist()
         ordered = [0] * self._num_samples
         start = 0
@@ -316,13 +325,3 @@ def _needs_host(sequence: Sequence) -> bool:
 
 def _pinned(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int32, pin_memory=torch.cuda.is_available())
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Torch's error that there is no memory as the engine's, after what is cached of it was given back."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise OutOfDeviceMemory from error

@@ -14,12 +14,13 @@ from server.engine.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolde
 from server.engine.adapter_store import AdapterStore
 from server.engine.adapters import Adapters, no_adapters
 from server.engine.block_pool import BlockPool
-from server.engine.core import EngineCore, Runner
+from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
 from server.engine.messages import CallFailed, EngineInfo
 from server.engine.model_folder import open_model_folder
 from server.engine.model_runner import ModelRunner
 from server.engine.plan import CachePlan, StartupError, concurrency_of, plan_cache, serving_config, tokens_a_step
+from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.settings import EngineSettings
 from stellarbyte.cache.paged_kv import PagedKVCache

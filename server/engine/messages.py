@@ -14,6 +14,7 @@ import msgspec
 from server.engine.request import GenerationRequest
 from server.settings import EngineSettings
 
+FAILED = "The engine failed while it worked on this request."
 HEARTBEAT_INTERVAL_S = 1.0  # each side lets the other hear from it at least this often
 
 

@@ -1,10 +1,12 @@
 """Runs the model on a scheduled step. The only part of the engine that touches tensors; knows no text, no sockets."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 import torch
 
+from server.engine.device_errors import device_errors, require_device
 from server.engine.messages import TokenLogprob
 from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.cache.paged_kv import PagedKVCache
@@ -30,8 +32,14 @@ class ModelRunner:
     @torch.inference_mode()
     def start(self, chunks: list[Chunk]) -> "ModelStep":
         """The forward pass, with the tokens that the sequences have."""
-        batch = make_batch(chunks, self.device)
-        return ModelStep(self.model, chunks, batch, self.model.hidden(batch, self.cache))
+        with device_errors():
+            batch = make_batch(chunks, self.device)
+            return ModelStep(self.model, chunks, batch, self.model.hidden(batch, self.cache))
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        """Nothing is kept here from step to step."""
+        del sequences
+        require_device()
 
     def prepare(self) -> bool:
         return False
@@ -55,6 +63,10 @@ class ModelStep:
     @torch.inference_mode()
     def finish(self) -> None:
         """Sample the next token of each chunk that samples."""
+        with device_errors():
+            self._finish()
+
+    def _finish(self) -> None:
         result, hidden_TC = self._result, self._hidden_TC
         sampling = [chunk.sequence for chunk in self._chunks if chunk.samples]
         if sampling:

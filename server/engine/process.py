@@ -23,9 +23,11 @@ import zmq
 
 from server.engine.key_usage import KeyUsage
 from server.engine.messages import (
+    FAILED,
     HEARTBEAT_INTERVAL_S,
     Abort,
     Call,
+    CallFailed,
     Command,
     Delta,
     EngineFailed,
@@ -42,7 +44,7 @@ from server.engine.messages import (
     Submit,
     failure,
 )
-from server.engine.request import GenerationRequest, RequestRejected
+from server.engine.request import INTERNAL_ERROR, GenerationRequest, RequestRejected
 from server.logs import configure_logging
 from server.settings import EngineSettings
 
@@ -51,6 +53,7 @@ logger = logging.getLogger("server.engine")
 PEER_SILENCE_LIMIT_S = 5.0
 SEND_QUEUE_MESSAGES = 10_000  # what may wait for an HTTP process that does not read
 PREPARATION_INTERVAL_MS = 5  # between two pieces of it, while there is nothing else to do
+CALL_FAILED = "The engine failed to do this; the server's log says why."
 LINGER_MS = 1000  # time for last messages to leave when the process ends
 
 
@@ -178,6 +181,10 @@ class EngineLoop:
                 rejected = Rejected("", str(refusal), refusal.code, refusal.param, refusal.retry_after_s)
                 for request in command.requests:
                     self._send(peer_id, msgspec.structs.replace(rejected, request_id=request.request_id))
+            except Exception:  # of these requests only: no step has seen them
+                logger.exception("requests %s could not be queued", [r.request_id for r in command.requests])
+                failures = tuple(failure(request.request_id, FAILED) for request in command.requests)
+                self._send(peer_id, StepOutput(failures, self._core.stats()))
         elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
             self._forget(command.request_id)
             self._core.abort(command.request_id)
@@ -186,7 +193,12 @@ class EngineLoop:
             peer.told_at_s = 0.0  # answered with the state of now
         elif isinstance(command, Call):
             self._callers[command.call_id] = peer_id
-            self._core.call(command)
+            try:
+                self._core.call(command)
+            except Exception:
+                logger.exception("%s failed", type(command).__name__)
+                del self._callers[command.call_id]
+                self._send(peer_id, CallFailed(command.call_id, CALL_FAILED, INTERNAL_ERROR))
 
     def _submit(self, peer_id: bytes, peer: _Peer, submit: Submit) -> None:
         """Queue all or none; RequestRejected."""
@@ -201,7 +213,7 @@ class EngineLoop:
                 self._owner[request.request_id] = peer_id
                 peer.request_ids.add(request.request_id)
                 queued.append(request.request_id)
-        except RequestRejected:
+        except Exception:
             for request_id in queued:
                 self._forget(request_id)
                 self._core.abort(request_id)
@@ -249,7 +261,12 @@ class EngineLoop:
             return  # found gone while it was being answered
         peer.told_at_s = time.monotonic()
         try:
-            self._socket.send_multipart((peer_id, self._encoder.encode(event)), zmq.NOBLOCK)
+            payload = self._encoder.encode(event)
+        except Exception:
+            self._send_rest(peer_id, event)
+            return
+        try:
+            self._socket.send_multipart((peer_id, payload), zmq.NOBLOCK)
         except zmq.Again:
             self._abort_all(peer)
         except zmq.ZMQError as error:
@@ -257,6 +274,21 @@ class EngineLoop:
                 raise
             self._abort_all(peer)
             del self._peers[peer_id]
+
+    def _send_rest(self, peer_id: bytes, event: Event) -> None:
+        """Of a message that cannot be written, send what can: a request whose part it is not ends with an error."""
+        if isinstance(event, StepOutput) and len(event.deltas) > 1:
+            for delta in event.deltas:
+                self._send(peer_id, StepOutput((delta,), event.stats))
+            return
+        if not isinstance(event, StepOutput) or not event.deltas:
+            raise TypeError(f"{type(event).__name__} cannot be written")
+        request_id = event.deltas[0].request_id
+        logger.exception("what request %s generated cannot be written; ending it", request_id)
+        if request_id in self._owner:
+            self._forget(request_id)
+            self._core.abort(request_id)
+        self._send(peer_id, StepOutput((failure(request_id, FAILED),), event.stats))
 
     def _abort_all(self, peer: _Peer) -> None:
         for request_id in list(peer.request_ids):
@@ -269,8 +301,7 @@ class EngineLoop:
         self._usage.end(request_id)
 
     def _fail_everything(self) -> None:
-        message = "The engine failed while it worked on this request."
-        self._deliver([failure(request_id, message) for request_id in self._owner])
+        self._deliver([failure(request_id, FAILED) for request_id in self._owner])
 
 
 def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:

@@ -13,6 +13,9 @@ QUEUE_FULL = "queue_full"
 QUEUE_TIMEOUT = "queue_timeout"
 GRAMMARS_BUSY = "grammars_busy"
 RATE_LIMITED = "rate_limit_exceeded"
+SHUTTING_DOWN = "shutting_down"
+# That it is the server's own fault.
+INTERNAL_ERROR = "internal_error"
 # Those that are about the adapter.
 MODEL_NOT_FOUND = "model_not_found"
 ADAPTER_NOT_FOUND = "adapter_not_found"

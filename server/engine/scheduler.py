@@ -11,9 +11,10 @@ A step of a sequence that decodes touches a few fields of that sequence; blocks 
 or has been filled.
 """
 
+import contextlib
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
@@ -207,6 +208,19 @@ class Scheduler:
             if not budget or len(self.running) >= self.limits.max_num_seqs:
                 break
         return chunks
+
+    @contextlib.contextmanager
+    def outsider(self, request: GenerationRequest) -> Iterator[Chunk]:
+        """The prompt of a request that is in nobody's way, for as long as it is computed. There must be free blocks."""
+        sequence = Sequence(request=request, table=BlockTable(self.layout), rank=(0.0, 0), arrived_s=self._clock())
+        blocks = self.pool.take(sequence.table.missing(sequence.num_prompt))
+        assert blocks is not None
+        sequence.table.add(blocks)
+        try:
+            yield Chunk(sequence, 0, sequence.num_prompt, sequence.samples)
+        finally:
+            sequence.is_over = True
+            self.pool.give_back(sequence.table.pop_all())
 
     def take_back(self, chunks: list[Chunk]) -> None:
         """Undo the last `schedule`, whose step was not computed: its sequences start again later."""

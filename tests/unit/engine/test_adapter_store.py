@@ -15,6 +15,7 @@ from server.engine.adapter_folder import AdapterFolder
 from server.engine.adapter_memory import FillDone, ReadDone
 from server.engine.adapter_store import AdapterStore
 from server.engine.adapter_version import AdapterVersion
+from server.engine.runner import DeviceLost
 from stellarbyte.lora.bank import LoraBank
 from tests.adapters import write_adapter
 from tests.models import make_model
@@ -125,20 +126,40 @@ def test_numbers_that_overflow_once_they_are_scaled_are_refused(version: Adapter
     assert isinstance(done, ReadDone) and "alpha / r" in done.error
 
 
-def test_a_copy_that_fails_is_heard_of(version: AdapterVersion, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise its requests would wait for ever."""
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.AcceleratorError("CUDA error: no")])
+def test_a_copy_that_fails_is_heard_of(
+    version: AdapterVersion, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """Otherwise its requests would wait for ever. Of one adapter, unless the device is lost."""
     bank = LoraBank(make_model().config, 1, 8)
     store = AdapterStore(bank)
     store.read(version)
     wait(store)
 
     def fail(*_: object) -> None:
-        raise RuntimeError("the device is gone")
+        raise error
 
     monkeypatch.setattr(bank, "fill", fail)
     store.fill(version, 1)
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        wait(store)
+    if isinstance(error, torch.AcceleratorError):
+        with pytest.raises(DeviceLost):
+            wait(store)
+    else:
+        done = wait(store)
+        assert isinstance(done, FillDone) and "could not be made ready" in done.error
+
+
+def test_an_adapter_that_cannot_be_read_for_no_reason_of_its_own_is_the_servers_fault(
+    version: AdapterVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(adapter_store, "read_adapter", fail)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and done.is_fault and "server's log" in done.error
 
 
 @pytest.mark.parametrize("priority", [0, 10])

@@ -1,5 +1,6 @@
 """What a request may ask of its answer, over the real scheduler and, where numbers matter, a real model."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from server.engine.grammar import GrammarCompiler
 from server.engine.messages import Accepted, Delta, merged
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest
-from server.engine.sequence import Chunk, StepResult
+from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte import ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from tests import oracle
@@ -30,6 +31,9 @@ class Script:
 
     def __init__(self, text: str) -> None:
         self._text = text
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        pass
 
     def prepare(self) -> bool:
         return False

@@ -1,5 +1,6 @@
 """What the engine says of every request, step by step, with tokens from a script instead of a model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from server.engine.adapter_folder import AdapterFolder
@@ -7,7 +8,7 @@ from server.engine.adapters import Adapters, no_adapters
 from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
 from server.engine.messages import Accepted, Delta, Rejected
-from server.engine.sequence import Chunk, StepResult
+from server.engine.sequence import Chunk, Sequence, StepResult
 from tests.adapters import FakeStore, touch_adapter
 from tests.engine import ComputedStep, make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
@@ -17,6 +18,9 @@ class ScriptedRunner:
     """Every sampled token is an "a"."""
 
     num_steps_ahead = 0
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        pass
 
     def prepare(self) -> bool:
         return False
@@ -115,3 +119,15 @@ def test_requests_that_wait_for_an_adapter_that_cannot_be_read_are_rejected(tmp_
     core.step()
     assert core.step() == [Rejected("r", store.errors["a"], "adapter_failed", "model")]
     assert not core.has_work and adapters.list_all("").cards[0].num_waiting == 0
+
+
+def test_an_adapter_whose_copy_to_a_slot_fails_is_the_servers_fault_and_its_slot_is_used_again(tmp_path: Path) -> None:
+    touch_adapter(tmp_path / "a")
+    touch_adapter(tmp_path / "b")
+    store = FakeStore(fill_errors={"a": "The adapter 'a' could not be made ready."})
+    core = make_core(Adapters(AdapterFolder(str(tmp_path), {}), store, num_slots=1, max_in_memory=3))
+    core.submit(make_request([1] * 5, 3, "failing", adapter="a"))
+    core.submit(make_request([1] * 5, 3, "other", adapter="b"))
+    news = news_of(core)
+    assert news["failing"] == [Rejected("failing", store.fill_errors["a"], "internal_error", "model")]
+    assert news["other"][-1].finish_reason == "length"

@@ -1,12 +1,13 @@
 """A step for which the device has no memory ends one request, and nobody else notices."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
-from server.engine.core import OutOfDeviceMemory, Runner, RunningStep
 from server.engine.messages import Delta, merged
-from server.engine.sequence import Chunk
+from server.engine.runner import OutOfDeviceMemory, Runner, RunningStep
+from server.engine.sequence import Chunk, Sequence
 from stellarbyte.kernels.served_model import TorchModel
 from tests.engine import Ahead, make_request
 from tests.models import make_model, random_tokens
@@ -21,6 +22,9 @@ class SmallDevice:
         self.num_steps_ahead = runner.num_steps_ahead
         self.num_failures = 0
         self._runner, self._most, self._late = runner, most, late
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        self._runner.recover(sequences)
 
     def prepare(self) -> bool:
         return False

@@ -1,5 +1,6 @@
 """A step is scheduled while the one before it runs: whoever asks must not be able to tell, and nothing may be left."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ class CheckedRunner:
         self.seen: set[Sequence] = set()
         self.most_blocks = 0  # of a sequence that decodes
         self.num_sampled = 0
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        pass
 
     def prepare(self) -> bool:
         return False
