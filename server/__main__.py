@@ -22,7 +22,7 @@ from server.stopping import exit_quietly, on_stop_signals
 from server.tls import check_certificate
 
 if TYPE_CHECKING:  # it is imported late
-    from server.engine.launch import EngineProcess
+    from server.engine.restart import RestartingEngine
 
 logger = logging.getLogger("server")
 
@@ -56,13 +56,16 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
 def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine_module: str) -> int:
     """The engine process and all HTTP, from start to end; one listener for each HTTP process."""
     from server.engine.launch import EngineProcess, EngineStartError
+    from server.engine.restart import RestartingEngine
 
     on_stop_signals(exit_quietly)
     if settings.keys is not None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again when the model is loaded
     logger.info("starting the engine on %s", settings.engine.model)
     try:
-        engine = EngineProcess(settings.engine, settings.log_level, engine_module)
+        engine = RestartingEngine(
+            lambda: EngineProcess(settings.engine, settings.log_level, engine_module), settings.restart_engine
+        )
     except (EngineStartError, OSError) as error:
         return _refuse(f"cannot start the engine process: {error}")
     started_at = int(time.time())
@@ -80,7 +83,11 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket
 
 
 async def _serve(
-    settings: ServerSettings, keys: tuple[Key, ...], listener: socket.socket, engine: "EngineProcess", started_at: int
+    settings: ServerSettings,
+    keys: tuple[Key, ...],
+    listener: socket.socket,
+    engine: "RestartingEngine",
+    started_at: int,
 ) -> int:
     """HTTP in this process, which reads the file of keys again whenever it is told to."""
     from server.serving import serve

@@ -1,25 +1,25 @@
 """One of several HTTP processes: serves on a socket and an engine that its parent (supervisor.py) owns.
 
 Run as `python -m server.http_worker`. It reads one `WorkerStart` as a line of JSON from its stdin and answers with one
-`WorkerReady` or `WorkerFailed` on its stdout. Further lines bring new keys. It lives at most as long as its stdin is
-open.
+`WorkerReady` or `WorkerFailed` on its stdout. Further lines bring news. It lives at most as long as its stdin is open.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
-from server.engine.launch import AttachedEngine
-from server.keys import Key, Keyring
+from server.engine.restart import AttachedEngine
+from server.keys import Keyring
 from server.logs import configure_logging
 from server.serving import serve  # imports all that HTTP needs, while the engine loads its model
-from server.worker_protocol import WorkerFailed, WorkerReady, WorkerStart
+from server.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 
 
 def main() -> int:
@@ -32,17 +32,32 @@ def main() -> int:
     if start.settings.keys is not None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent reads the file, so that all have the same keys
     configure_logging(start.settings.log_level, f"http-{start.number}")
+    try:
+        return asyncio.run(_serve(start, lines))
+    except (ValueError, OSError) as error:
+        _report(WorkerFailed(str(error)))
+        return 1
+
+
+async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
+    """HTTP, with what the parent tells meanwhile."""
+    loop = asyncio.get_running_loop()
     keyring = Keyring(start.settings, start.keys)
-    threading.Thread(target=_listen_to_parent, args=(lines, keyring), daemon=True).start()
-    engine = AttachedEngine(start.info, start.endpoint, start.engine_end_fd)
+    engine = AttachedEngine(start.info, start.endpoint)
+
+    def hear(news: News) -> None:
+        if isinstance(news, NewKeys):
+            keyring.replace(news.keys)
+        else:
+            engine.hear(news)
+
+    def pass_on(news: News) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
+            loop.call_soon_threadsafe(hear, news)
+
+    threading.Thread(target=_listen_to_parent, args=(lines, pass_on), daemon=True).start()
     with socket.socket(fileno=start.listener_fd) as listener:
-        try:
-            return asyncio.run(
-                serve(start.settings, keyring, listener, engine, start.started_at, lambda: _report(WorkerReady()))
-            )
-        except (ValueError, OSError) as error:
-            _report(WorkerFailed(str(error)))
-            return 1
+        return await serve(start.settings, keyring, listener, engine, start.started_at, lambda: _report(WorkerReady()))
 
 
 def _report(state: WorkerReady | WorkerFailed) -> None:
@@ -58,10 +73,10 @@ def _lines_of_stdin() -> Iterator[bytes]:
         yield from lines
 
 
-def _listen_to_parent(lines: Iterator[bytes], keyring: Keyring) -> None:
-    """Take new keys until the end of stdin, then end this process: without the parent there is no engine either."""
+def _listen_to_parent(lines: Iterator[bytes], pass_on: Callable[[News], None]) -> None:
+    """Take news until the end of stdin, then end this process: without the parent there is no engine either."""
     for line in lines:
-        keyring.replace(msgspec.json.decode(line, type=tuple[Key, ...]))
+        pass_on(msgspec.json.decode(line, type=News))
     os._exit(1)
 
 

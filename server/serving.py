@@ -1,10 +1,14 @@
-"""One HTTP process from a ready engine to its end: the application on a socket, and how it stops."""
+"""One HTTP process from a ready engine to its end: the application on a socket, and how it stops.
+
+Told to stop, it first drains: it goes on accepting connections, so that probes and clients hear 503 and not nothing,
+but no new request is let in. When the running ones have ended, or at the time-out, or at the second signal, it ends.
+"""
 
 import asyncio
+import contextlib
 import math
-import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -16,7 +20,17 @@ from server.engine.launch import Engine
 from server.http_protocol import bounded_protocol
 from server.keys import Keyring
 from server.settings import ServerSettings
-from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, on_stop_signals
+from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
+
+_POLL_S = 0.05
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its handling of signals, which would close the port at the first one."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def serve(
@@ -27,7 +41,7 @@ async def serve(
     started_at: int,
     on_started: Callable[[], None],
 ) -> int:
-    """Serve from when the engine is ready until a signal, or until some seconds after the engine died.
+    """Serve from when the engine is ready until a signal, or until some seconds after the engine died for good.
 
     `started_at` (Unix seconds) is the same in all HTTP processes of a server. `on_started` is called once connections
     are accepted. Returns the exit status; raises EngineStartError, ValueError or OSError when it cannot start.
@@ -35,7 +49,7 @@ async def serve(
     client = EngineClient(engine)
     await client.start()
     try:
-        AppStatus.disable_automatic_graceful_drain()  # streams may finish; uvicorn ends them at the time-out
+        AppStatus.disable_automatic_graceful_drain()  # streams may finish, or are ended here
         config = uvicorn.Config(
             create_app(load_service(settings, client, started_at), keyring),
             http=bounded_protocol(settings.receive_timeout, settings.send_timeout),
@@ -47,9 +61,9 @@ async def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout + LAST_WORDS_S),
+            timeout_graceful_shutdown=math.ceil(LAST_WORDS_S),
         )
-        await _run_until_stopped(uvicorn.Server(config), listener, settings, client, on_started)
+        await _run_until_stopped(_Server(config), listener, settings, client, on_started)
         return 1 if client.dead.is_set() else 0
     finally:
         await client.close()
@@ -63,6 +77,10 @@ async def _run_until_stopped(
     on_started: Callable[[], None],
 ) -> None:
     """Serve; when told to stop, let running requests finish in time and give the others an error as their end."""
+    told, told_again = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (told_again if told.is_set() else told).set()
 
     async def tell_when_started() -> None:
         while not server.started:
@@ -74,18 +92,18 @@ async def _run_until_stopped(
         await asyncio.sleep(DEAD_ENGINE_GRACE_S)
         server.should_exit = True
 
-    async def cut_off_slow_streams() -> None:
-        while not server.should_exit:
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(settings.shutdown_timeout)
+    async def drain_when_told() -> None:
+        await told.wait()
+        client.stop_admission()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.shutdown_timeout):
+                while server.server_state.tasks and not told_again.is_set():
+                    await asyncio.sleep(_POLL_S)
         client.end_streams(SHUTTING_DOWN)
+        server.should_exit = True
 
-    # uvicorn handles the signals while it serves, then raises them again; that would only interrupt the shutdown.
-    on_stop_signals(signal.SIG_IGN)
-    beside = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, cut_off_slow_streams)]
+    call_on_stop_signals(asyncio.get_running_loop(), on_signal)
+    beside = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
     await server.serve(sockets=[listener])
-    client.end_streams(SHUTTING_DOWN)  # there are some only after a second Ctrl-C
-    if server.server_state.tasks:
-        await asyncio.wait(server.server_state.tasks, timeout=LAST_WORDS_S)
     for task in beside:
         task.cancel()

@@ -334,6 +334,13 @@ class ServerSettings:
         some_seconds, "SECONDS", "time after which a client that does not read its answer is cut off", 30.0
     )
     shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
+    restart_engine: int = option(
+        whole_number(0, 1000),
+        "N",
+        "times in a row that an engine process which has ended, or made no progress for 10 s, is followed by another,"
+        " before the server ends",
+        0,
+    )
     unknown_fields: str = option(
         one_of("error", "warn"),
         "error|warn",

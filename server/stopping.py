@@ -1,5 +1,7 @@
 """How the server's processes are told to stop and how long that may take. Imports nothing that is slow to import."""
 
+import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -12,6 +14,16 @@ SHUTTING_DOWN = "The server shut down before the answer was complete."
 def on_stop_signals(handler: "Callable[..., None] | signal.Handlers") -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
+
+
+def call_on_stop_signals(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """Let `loop` call something on every signal. Unlike the loop's own handlers these stay when it is closed."""
+
+    def handle(*_: object) -> None:
+        with contextlib.suppress(RuntimeError):  # it is closed: everything ends already
+            loop.call_soon_threadsafe(call)
+
+    on_stop_signals(handle)
 
 
 def exit_quietly(*_: object) -> None:

@@ -1,14 +1,14 @@
 """--http-workers above 1: starts HTTP processes on one port and one engine, and watches them.
 
 A worker that ends unasked is replaced, while the others serve on: the engine drops the requests it had, new connections
-of its share wait. When a worker cannot start, or the engine ends, everything ends. The workers do what the single HTTP
-process does (`serving.serve`), so signals are only passed on to them.
+of its share wait. This process is a client of the engine, too, which only watches it; what becomes of the engine's
+process is told to the workers. When a worker cannot start, or the engine is gone for good, everything ends. The workers
+do what the single HTTP process does (`serving.serve`), so signals are only passed on to them.
 """
 
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -16,12 +16,14 @@ from collections.abc import Callable
 
 import msgspec
 
-from server.engine.launch import EngineProcess, describe_status
+from server.engine.client import EngineClient
+from server.engine.launch import describe_status
 from server.engine.messages import EngineInfo
+from server.engine.restart import EngineEnded, EngineGone, EngineNews, RestartingEngine
 from server.keys import Key, on_hangup, read_keys_again
 from server.settings import ServerSettings
-from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S
-from server.worker_protocol import WorkerFailed, WorkerReady, WorkerStart
+from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
+from server.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 
 logger = logging.getLogger("server.supervisor")
 
@@ -37,7 +39,7 @@ async def supervise(
     settings: ServerSettings,
     keys: tuple[Key, ...],
     listeners: list[socket.socket],
-    engine: EngineProcess,
+    engine: RestartingEngine,
     started_at: int,
     on_started: Callable[[], None],
 ) -> int:
@@ -58,7 +60,7 @@ class _Supervisor:
         settings: ServerSettings,
         keys: tuple[Key, ...],
         listeners: list[socket.socket],
-        engine: EngineProcess,
+        engine: RestartingEngine,
         started_at: int,
     ) -> None:
         self._settings = settings
@@ -67,23 +69,32 @@ class _Supervisor:
         self._engine = engine
         self._started_at = started_at
         self._workers: dict[int, Process] = {}  # by number, from 1
-        self._serving: set[Process] = set()
+        self._told_start: set[Process] = set()  # they hear of what changes from now on
+        self._engine_is_up = asyncio.Event()
         self._is_stopping = False
 
     async def run(self, on_started: Callable[[], None]) -> int:
         numbers = list(self._listeners)
         for number in numbers:
             await self._launch(number)  # they import what they need while the engine loads
-        info = await self._engine.ready()
+        client = EngineClient(self._engine, self._hear_of_engine)
+        info = await client.start()
+        try:
+            return await self._run_with(client, info, on_started)
+        finally:
+            await client.close()
+
+    async def _run_with(self, client: EngineClient, info: EngineInfo, on_started: Callable[[], None]) -> int:
+        numbers = list(self._listeners)
+        self._engine_is_up.set()
         await asyncio.gather(*(self._start(number, info) for number in numbers))
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signal_number, self._stop, signal_number)
+        call_on_stop_signals(asyncio.get_running_loop(), self._stop)
         on_hangup(self._settings, self._read_keys_again)
         on_started()
 
         keepers = [asyncio.create_task(self._keep(number, info)) for number in numbers]
-        engine_watcher = asyncio.create_task(self._watch_engine())
-        await asyncio.wait([*keepers, engine_watcher], return_when=asyncio.FIRST_COMPLETED)  # something ends it all
+        engine_watcher = asyncio.create_task(client.dead.wait())
+        await asyncio.wait({*keepers, engine_watcher}, return_when=asyncio.FIRST_COMPLETED)  # something ends it all
         limit_s = self._settings.shutdown_timeout + DEAD_ENGINE_GRACE_S + LAST_WORDS_S + _KILL_AFTER_S
         await asyncio.wait(keepers, timeout=limit_s)
         has_failed = engine_watcher.done() or any(keeper.done() and keeper.exception() for keeper in keepers)
@@ -97,29 +108,33 @@ class _Supervisor:
             WORKER_MODULE,
             stdin=PIPE,
             stdout=PIPE,
-            pass_fds=(self._listeners[number].fileno(), self._engine.end_fd),
+            pass_fds=(self._listeners[number].fileno(),),
             process_group=0,
         )
 
     async def _start(self, number: int, info: EngineInfo) -> None:
-        """Tell a worker what to serve and wait until it does.
+        """Tell a worker what to serve, once there is an engine, and wait until it does.
 
         Raises:
             WorkerStartError
         """
+        await self._engine_is_up.wait()
         worker = self._workers[number]
+        if self._is_stopping:
+            worker.kill()
+            raise WorkerStartError("the server ends")
         assert worker.stdin is not None and worker.stdout is not None
         start = WorkerStart(
             number=number,
             settings=self._settings,
             keys=self._keys,
             listener_fd=self._listeners[number].fileno(),
-            engine_end_fd=self._engine.end_fd,
             endpoint=self._engine.endpoint,
             info=info,
             started_at=self._started_at,
         )
         worker.stdin.write(msgspec.json.encode(start) + b"\n")
+        self._told_start.add(worker)
         line = await worker.stdout.readline()
         if not line:
             status = describe_status(await worker.wait())
@@ -127,53 +142,51 @@ class _Supervisor:
         state = msgspec.json.decode(line, type=WorkerReady | WorkerFailed)
         if isinstance(state, WorkerFailed):
             raise WorkerStartError(state.message)
-        self._serving.add(worker)
-        if self._keys != start.keys:
-            self._tell_keys(worker)
 
     def _read_keys_again(self) -> None:
         self._keys = read_keys_again(self._settings, self._keys)
-        for worker in self._workers.values():
-            self._tell_keys(worker)
+        self._tell_workers(NewKeys(self._keys))
 
-    def _tell_keys(self, worker: Process) -> None:
-        """One that has not started yet hears of it from `_start`."""
-        if worker.returncode is None and worker in self._serving:
-            assert worker.stdin is not None
-            worker.stdin.write(msgspec.json.encode(self._keys) + b"\n")
+    def _hear_of_engine(self, news: EngineNews) -> None:
+        if isinstance(news, EngineEnded):
+            self._engine_is_up.clear()
+        else:
+            self._is_stopping |= isinstance(news, EngineGone)  # the workers end by themselves
+            self._engine_is_up.set()
+        self._tell_workers(news)
+
+    def _tell_workers(self, news: News) -> None:
+        """One that has not been told to start yet will be told how things are then."""
+        line = msgspec.json.encode(news) + b"\n"
+        for worker in self._workers.values():
+            if worker.returncode is None and worker in self._told_start:
+                assert worker.stdin is not None
+                worker.stdin.write(line)
 
     async def _keep(self, number: int, info: EngineInfo) -> None:
         """Replace a worker whenever it ends, until the server stops; WorkerStartError when that fails."""
         while True:
             status = await self._workers[number].wait()
-            self._serving.discard(self._workers[number])
+            self._told_start.discard(self._workers[number])
             if self._is_stopping:
                 return
             logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))
             try:
                 await self._launch(number)
-                if self._is_stopping:  # it was not there yet when the others were told
-                    self._workers[number].terminate()
                 await self._start(number, info)
             except (ValueError, OSError) as error:  # ValueError: WorkerStartError, or what it said is not understood
                 if not self._is_stopping:
                     logger.error("%s; the server ends", error)
-                    self._stop(signal.SIGTERM)
+                    self._stop()
                     raise
 
-    async def _watch_engine(self) -> None:
-        how = await self._engine.ended()
-        if not self._is_stopping:
-            logger.error("the engine process ended (%s)", how)
-        self._is_stopping = True  # the workers see its end as well and end by themselves
-
-    def _stop(self, signal_number: int) -> None:
-        """Let the workers finish their requests; a second Ctrl-C makes them stop at once."""
-        forwarded = signal_number if self._is_stopping else signal.SIGTERM
+    def _stop(self) -> None:
+        """Let the workers finish their requests; a second signal makes them stop at once."""
         self._is_stopping = True
+        self._engine_is_up.set()  # nothing is to wait for it
         for worker in self._workers.values():
             if worker.returncode is None:
-                worker.send_signal(forwarded)
+                worker.terminate()
 
     async def end_workers(self) -> None:
         """Kill those that are left."""

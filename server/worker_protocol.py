@@ -1,11 +1,12 @@
 """What the parent of several HTTP processes says to each, and hears: lines of JSON on stdin, one on stdout.
 
-The first line is a `WorkerStart`; each further one has the keys of the file --keys, whenever it was read again.
+The first line is a `WorkerStart`; each further one is what has changed since: the keys, or the engine's process.
 """
 
 import msgspec
 
 from server.engine.messages import EngineInfo
+from server.engine.restart import EngineEnded, EngineGone, EngineRestarted
 from server.keys import Key
 from server.settings import ServerSettings
 
@@ -17,10 +18,18 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     settings: ServerSettings
     keys: tuple[Key, ...]  # of the file --keys
     listener_fd: int
-    engine_end_fd: int  # see EngineProcess.end_fd
     endpoint: str
     info: EngineInfo
     started_at: int  # Unix seconds
+
+
+class NewKeys(msgspec.Struct, frozen=True, tag_field="news", tag="keys"):
+    """The file --keys was read again."""
+
+    keys: tuple[Key, ...]
+
+
+News = NewKeys | EngineEnded | EngineRestarted | EngineGone
 
 
 class WorkerReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):

@@ -8,9 +8,10 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from server.api.errors import ApiError
+from server.api.errors import ApiError, from_engine
 from server.api.service import Service, ServiceOfRequest
-from server.engine.client import STATS_LIMIT_S, EngineDead
+from server.engine.client import DRAINING, STATS_LIMIT_S, EngineDead
+from server.engine.request import SHUTTING_DOWN, RequestRejected
 from server.metrics import render_metrics
 
 router = APIRouter()
@@ -25,8 +26,10 @@ async def health(service: ServiceOfRequest) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(service: ServiceOfRequest) -> dict[str, str]:
-    """200 when requests can be answered. Routes exist only once the model is loaded, and not while shutting down."""
+    """200 when requests can be answered. Routes exist only once the model is loaded."""
     _require_healthy(service)
+    if not service.client.is_admitting:
+        raise from_engine(RequestRejected(DRAINING, SHUTTING_DOWN))
     return {"status": "ready"}
 
 

@@ -10,6 +10,7 @@ import itertools
 import logging
 import secrets
 import time
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -42,14 +43,17 @@ from server.engine.messages import (
     failure,
     merged,
 )
-from server.engine.request import GenerationRequest, RequestRejected
+from server.engine.request import SHUTTING_DOWN, GenerationRequest, RequestRejected
+from server.engine.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
 
 logger = logging.getLogger("server.client")
 
 STALL_LIMIT_S = 10.0
+STALL_CHECK_S = 0.5
 STATS_LIMIT_S = 1.0
 _MESSAGES_A_TURN = 100
 _ENDED = "The engine process ended."
+DRAINING = "The server is shutting down; it takes no new requests."
 _NO_STATS = EngineStats(
     num_running=0,
     num_waiting=0,
@@ -111,24 +115,28 @@ class DeltaStream:
 
 
 class EngineClient:
-    """The connection to one engine process.
+    """The connection to an engine.
 
     `info` is known once `start` has returned. `stats` are the newest the engine sent, at most about a second old while
-    it lives.
+    it lives. `on_news` is called when the engine's process has ended, when another takes requests, and when none will.
     """
 
     info: EngineInfo
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
         self.stats = _NO_STATS
-        self.dead = asyncio.Event()  # the engine process has ended
+        self.dead = asyncio.Event()  # the engine process has ended, and no other will be started
+        self.is_admitting = True
         self._engine = engine
+        self._on_news = on_news
+        self._down: str | None = None  # why nothing can be sent to an engine now
         self._streams: dict[str, DeltaStream] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
         self._waiting_for_stats: list[asyncio.Future[None]] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._tasks: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
         self._progress_at_s = time.monotonic()
 
     async def start(self) -> EngineInfo:
@@ -138,21 +146,39 @@ class EngineClient:
         """
         self.info = await self._engine.ready()
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(self._engine.endpoint)
-        self._progress_at_s = time.monotonic()
-        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._watch)]
+        self._connect()
+        self._watcher = asyncio.create_task(self._watch())
         return self.info
 
     async def close(self) -> None:
         """Close the connection; open streams end with an error. The process itself is left alone."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._disconnect()
+        self._down = "The server is shutting down."
+        self.end_streams(self._down)
+        self._context.destroy(linger=0)
+
+    def _connect(self) -> None:
+        """To the engine's present process."""
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(self._engine.endpoint)
+        self.stats = _NO_STATS
+        self._progress_at_s = time.monotonic()
+        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._end_stalled)]
+
+    async def _disconnect(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.end_streams("The server is shutting down.")
-        self._context.destroy(linger=0)
+        self._socket.close()
+
+    def stop_admission(self) -> None:
+        """Refuse new requests from now on; those that were submitted go on."""
+        self.is_admitting = False
 
     async def submit(
         self, *requests: GenerationRequest, limits: KeyLimits | None = None, continues: bool = False
@@ -164,8 +190,10 @@ class EngineClient:
         Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
         is rejected after the first was accepted ends with an error as its last delta.
         """
-        if self.dead.is_set():
-            raise EngineDead(_ENDED)
+        if self._down is not None:
+            raise EngineDead(self._down)
+        if not (self.is_admitting or continues):
+            raise RequestRejected(DRAINING, SHUTTING_DOWN)
         streams = [DeltaStream(self, request.request_id) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
@@ -182,7 +210,7 @@ class EngineClient:
 
     def abort(self, request_id: str) -> None:
         """Drop a request, wherever it is; unknown ids are fine."""
-        if self._streams.pop(request_id, None) is not None and not self.dead.is_set():
+        if self._streams.pop(request_id, None) is not None and self._down is None:
             self._send(Abort(request_id))
 
     async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
@@ -204,8 +232,8 @@ class EngineClient:
         return reply
 
     async def _call(self, call: Call) -> Reply:
-        if self.dead.is_set():
-            raise EngineDead(_ENDED)
+        if self._down is not None:
+            raise EngineDead(self._down)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._calls[call.call_id] = answer
         self._send(call)
@@ -219,15 +247,15 @@ class EngineClient:
 
     def health(self) -> str | None:
         """None while the engine makes progress, else one sentence on what is wrong."""
-        if self.dead.is_set():
-            return _ENDED
+        if self._down is not None:
+            return self._down
         if time.monotonic() - self._progress_at_s > STALL_LIMIT_S:
             return f"No step of the engine has ended for {STALL_LIMIT_S:.0f} s although work is waiting."
         return None
 
     async def fresh_stats(self) -> EngineStats:
         """The engine's state as it is now, whichever HTTP process asks; the newest known if it does not answer soon."""
-        if not self.dead.is_set():
+        if self._down is None:
             heard = asyncio.get_running_loop().create_future()
             self._waiting_for_stats.append(heard)
             self._send(Heartbeat())
@@ -282,15 +310,41 @@ class EngineClient:
             self._send(Heartbeat())
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
+    async def _end_stalled(self) -> None:
+        was_stalled = False
+        while True:
+            await asyncio.sleep(STALL_CHECK_S)
+            is_stalled = self.health() is not None
+            if is_stalled and was_stalled:  # twice: had this process slept itself, there is news to read first
+                self._engine.end_stalled()
+                return
+            was_stalled = is_stalled
+
     async def _watch(self) -> None:
-        how = await self._engine.ended()
-        logger.error("the engine process ended (%s)", how)
-        with contextlib.suppress(asyncio.TimeoutError):  # what it still sent says more than we can
-            async with asyncio.timeout(0.1):
-                while self._streams:
-                    await asyncio.sleep(0.01)
-        self.dead.set()
-        self.end_streams(_ENDED)
+        """Follow the engine from process to process."""
+        while True:
+            how = await self._engine.ended()
+            logger.error("the engine process ended (%s)", how)
+            self._tell(EngineEnded())
+            with contextlib.suppress(asyncio.TimeoutError):  # what it still sent says more than we can
+                async with asyncio.timeout(0.1):
+                    while self._streams:
+                        await asyncio.sleep(0.01)
+            self._down = _ENDED
+            self.end_streams(_ENDED)
+            await self._disconnect()
+            if not await self._engine.restarted():
+                self._tell(EngineGone())
+                self.dead.set()
+                return
+            self._connect()
+            self._down = None
+            logger.info("another engine process takes requests")
+            self._tell(EngineRestarted(self._engine.endpoint))
+
+    def _tell(self, news: EngineNews) -> None:
+        if self._on_news is not None:
+            self._on_news(news)
 
     def end_streams(self, message: str) -> None:
         """Give every open stream an error as its last delta."""

@@ -26,17 +26,23 @@ class EngineStartError(Exception):
 
 
 class Engine(Protocol):
-    """An engine process, as seen by those who send it requests."""
+    """An engine, as seen by those who send it requests: one process, or several one after the other."""
 
     @property
     def endpoint(self) -> str:
-        """The ZeroMQ address it binds."""
+        """The ZeroMQ address that the present process binds."""
 
     async def ready(self) -> EngineInfo:
-        """Wait until it takes requests."""
+        """Wait until it takes requests; EngineStartError."""
 
     async def ended(self) -> str:
-        """Wait until it has ended, after `ready`; says how."""
+        """Wait until the process has ended, after `ready`; says how."""
+
+    async def restarted(self) -> bool:
+        """Wait, after `ended`, until another process takes requests; False when there will be none."""
+
+    def end_stalled(self) -> None:
+        """It makes no progress: end its process, if another will take its place."""
 
 
 class EngineProcess:
@@ -72,15 +78,6 @@ class EngineProcess:
     def process_id(self) -> int:
         return self._process.pid
 
-    @property
-    def end_fd(self) -> int:
-        """The end of a pipe that this process may pass on: once `ready` has returned, its end of file is the engine's.
-
-        Nothing is written to it any more, so any number of processes can wait for that.
-        """
-        assert self._process.stdout is not None
-        return self._process.stdout.fileno()
-
     async def ready(self) -> EngineInfo:
         """Wait until the engine has loaded its model; EngineStartError when it could not."""
         assert self._process.stdout is not None
@@ -100,6 +97,16 @@ class EngineProcess:
         await self._stdout.read()
         return describe_status(await asyncio.to_thread(self._process.wait))
 
+    async def restarted(self) -> bool:
+        return False
+
+    def end_stalled(self) -> None:
+        """There is only this one."""
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does."""
+        self._process.kill()
+
     def stop(self) -> None:
         """End the process and wait for it; requests it still runs are lost. May be called twice."""
         with contextlib.suppress(BrokenPipeError):
@@ -110,24 +117,6 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class AttachedEngine:
-    """A running engine that another process started: what an HTTP worker has in place of `EngineProcess`."""
-
-    def __init__(self, info: EngineInfo, endpoint: str, end_fd: int) -> None:
-        """`end_fd` is that process's `EngineProcess.end_fd`, inherited."""
-        self.endpoint = endpoint
-        self._info = info
-        self._end_fd = end_fd
-
-    async def ready(self) -> EngineInfo:
-        return self._info
-
-    async def ended(self) -> str:
-        pipe = await _open_pipe(os.fdopen(self._end_fd, "rb", buffering=0))
-        await pipe.read()
-        return "its parent knows how"
 
 
 async def _open_pipe(pipe: IO[bytes]) -> asyncio.StreamReader:

@@ -11,9 +11,10 @@ import pytest
 
 from server.engine import client as client_module
 from server.engine.client import EngineClient, EngineDead
-from server.engine.launch import AttachedEngine, EngineProcess, EngineStartError
+from server.engine.launch import EngineProcess, EngineStartError
 from server.engine.messages import Delta
 from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
+from server.engine.restart import AttachedEngine, EngineEnded, EngineGone
 from server.settings import EngineSettings
 from tests.fake_engine import CRASH, HANG, LONG, REJECT, SLOW, make_model_folder
 from tests.server_process import ROOT
@@ -187,7 +188,8 @@ def test_a_step_longer_than_a_client_may_be_silent_drops_nothing(settings):
 
 def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_engine_end(settings):
     async def use(client, process):
-        second = EngineClient(AttachedEngine(client.info, process.endpoint, os.dup(process.end_fd)))
+        attached = AttachedEngine(client.info, process.endpoint)
+        second = EngineClient(attached)
         await second.start()
         try:
             await second.fresh_stats()
@@ -198,6 +200,8 @@ def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_e
             assert await second.fresh_stats() == await client.fresh_stats()
             assert second.stats.generation_tokens_total == 310
             os.kill(process.process_id, signal.SIGKILL)
+            attached.hear(EngineEnded())
+            attached.hear(EngineGone())
             await asyncio.wait_for(asyncio.gather(client.dead.wait(), second.dead.wait()), 2)
         finally:
             await second.close()
