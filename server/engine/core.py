@@ -31,13 +31,7 @@ from server.engine.sequence import Chunk, Sequence, StepResult
 
 logger = logging.getLogger("server.engine")
 
-NO_MEMORY = "The GPU has too little memory left for this request."
-
-
-def _size(chunk: Chunk) -> int:
-    """How much of the device's memory a chunk asks for, roughly: scored prompts need logits of every token."""
-    scores = chunk.sequence.request.sampling.prompt_logprobs is not None
-    return chunk.length * (1000 if scores else 1)
+NO_MEMORY = "There is too little memory left for this request."
 
 
 class EngineCore:
@@ -170,9 +164,7 @@ class EngineCore:
             news += self._receive(*before)
         if not isinstance(step, Exception | None):
             step = self._finish(step)
-        if isinstance(step, OutOfDeviceMemory):
-            self._give_up_largest(chunks)
-        elif isinstance(step, Exception):
+        if isinstance(step, Exception):
             news += self._compute_again(chunks, step)
         elif step is not None and self.runner.num_steps_ahead:
             self._in_flight = (chunks, step)
@@ -200,7 +192,7 @@ class EngineCore:
         return step
 
     def _compute_again(self, chunks: list[Chunk], error: Exception) -> list[Delta]:
-        """Compute a step that failed without the requests that make it fail, and end those.
+        """Compute a step that failed again, in parts, without the requests that make it fail, and end those.
 
         Raises:
             DeviceLost, EngineBroken
@@ -208,7 +200,9 @@ class EngineCore:
         chunks = [chunk for chunk in chunks if not chunk.sequence.is_over]
         self.runner.recover([chunk.sequence for chunk in chunks])
         findings = isolate(chunks, partial(compute, self.runner))
-        if not findings.faults:
+        if isinstance(error, OutOfDeviceMemory):
+            logger.warning("out of memory in a step of %d requests: computed in parts", len(chunks))
+        elif not findings.faults:
             logger.warning("a step failed and went well when it was computed again", exc_info=error)
         for fault in findings.faults:
             self._end_faulty(fault)
@@ -225,13 +219,15 @@ class EngineCore:
                 compute(self.runner, [chunk])
             except DeviceLost:
                 raise
+            except OutOfDeviceMemory:
+                return  # somebody else may have it just now
             except Exception as error:
                 raise EngineBroken("steps fail whatever is in them") from error
 
     def _end_faulty(self, fault: Fault) -> None:
         """End the request that makes steps fail."""
         if isinstance(fault.error, OutOfDeviceMemory):
-            self._fail(fault.chunk.sequence, NO_MEMORY, "out of GPU memory for request %s alone; ending it")
+            self._fail(fault.chunk.sequence, NO_MEMORY, "out of memory for request %s alone; ending it")
         else:
             self._fail(fault.chunk.sequence, FAILED, "request %s makes steps fail; ending it", fault.error)
 
@@ -241,13 +237,6 @@ class EngineCore:
         logger.error(log, request_id, exc_info=error)
         self.abort(request_id)
         self._failed.append(failure(request_id, message))
-
-    def _give_up_largest(self, chunks: list[Chunk]) -> None:
-        """End the request that asks most of a step for which there is no memory; the others compute theirs again."""
-        self.scheduler.take_back(chunks)
-        chunk = max((chunk for chunk in chunks if not chunk.sequence.is_over), key=_size, default=None)
-        if chunk is not None:
-            self._fail(chunk.sequence, NO_MEMORY, f"out of GPU memory in a step of {len(chunks)}; ending request %s")
 
     def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
         """Wait for a step and turn what it computed into deltas."""

@@ -222,14 +222,6 @@ class Scheduler:
             sequence.is_over = True
             self.pool.give_back(sequence.table.pop_all())
 
-    def take_back(self, chunks: list[Chunk]) -> None:
-        """Undo the last `schedule`, whose step was not computed: its sequences start again later."""
-        for chunk in chunks:
-            sequence = chunk.sequence
-            sequence.num_tokens -= chunk.samples
-            if sequence.is_running:
-                self._preempt(sequence)
-
     def _without_preempted(self, chunks: list[Chunk]) -> list[Chunk]:
         """The chunks without those of sequences that were preempted after they got them."""
         kept = []

@@ -1,4 +1,4 @@
-"""A step for which the device has no memory ends one request, and nobody else notices."""
+"""A step for which the device has no memory is computed in parts; what is too large by itself ends, nothing else."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -48,7 +48,7 @@ class _Failing:
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("is_ahead", [False, True])
-def test_the_largest_request_ends_and_the_others_go_on(late: bool, is_ahead: bool) -> None:
+def test_a_request_too_large_for_any_step_ends_and_the_others_go_on(late: bool, is_ahead: bool) -> None:
     model = make_model(vocab_size=VOCABULARY)
     small = [
         make_request(random_tokens(5 + i, seed=i), 12, str(i), seed=i, temperature=0.7 * (i % 2), return_token_ids=True)
@@ -65,10 +65,9 @@ def test_the_largest_request_ends_and_the_others_go_on(late: bool, is_ahead: boo
     expected = drain(make(False), *small)
     core = make(True)
     said = drain(core, *small, large)
-    assert core.runner.num_failures == 1
     last = said.pop("large")[-1]
     assert isinstance(last, Delta) and last.finish_reason == "error"
-    assert last.error == "The GPU has too little memory left for this request."
+    assert last.error == "There is too little memory left for this request."
 
     def answers(items: dict[str, list[Any]]) -> list[Any]:
         deltas = [merged([item for item in of if isinstance(item, Delta)]) for of in items.values()]
@@ -76,6 +75,20 @@ def test_the_largest_request_ends_and_the_others_go_on(late: bool, is_ahead: boo
 
     assert answers(said) == answers(expected)
     assert not core.has_work and core.stats().num_blocks_used == 0
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_a_step_too_large_for_the_memory_ends_nobody(is_ahead: bool) -> None:
+    requests = [make_request(random_tokens(15, seed=i), 12, str(i), return_token_ids=True) for i in range(6)]
+    said = []
+    for most in (1000, 40):
+        core = model_core(make_model(vocab_size=VOCABULARY), TorchModel, num_blocks=200, num_steps_ahead=int(is_ahead))
+        core.runner = SmallDevice(Ahead(core.runner) if is_ahead else core.runner, most, late=False)
+        items = drain(core, *requests)
+        said.append(
+            {name: merged([item for item in of if isinstance(item, Delta)]).token_ids for name, of in items.items()}
+        )
+    assert core.runner.num_failures > 0 and said[0] == said[1]
 
 
 def test_a_device_that_never_has_memory_ends_every_request() -> None:

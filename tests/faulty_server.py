@@ -1,0 +1,49 @@
+"""`python -m tests.faulty_server FLAGS`: the real server with faults planted on both sides of the engine's socket.
+
+Faults of the engine: `tests/faulty_engine.py`. Here: texts with `UNREADABLE` cannot be tokenized, and answers to
+requests with the `cache_salt` `UNSENDABLE` break off after their first part.
+"""
+
+import sys
+from typing import Any
+
+from server.__main__ import main
+from server.engine.client import DeltaStream, EngineClient
+from server.engine.messages import Delta
+from server.tokenizer import PromptTokenizer
+from tests.faulty_engine import PlantedError
+
+UNREADABLE = "!unreadable"
+UNSENDABLE = "fault:send"
+
+
+def plant() -> None:
+    encode, submit, following = PromptTokenizer.encode, EngineClient.submit, DeltaStream.__anext__
+    unsendable: set[str] = set()
+    begun: set[str] = set()
+
+    def faulty_encode(self: PromptTokenizer, text: str, *rest: Any) -> list[int]:
+        if UNREADABLE in text:
+            raise PlantedError
+        return encode(self, text, *rest)
+
+    async def noting_submit(self: EngineClient, *requests: Any, **options: Any) -> list[DeltaStream]:
+        unsendable.update(request.request_id for request in requests if request.cache_salt == UNSENDABLE)
+        return await submit(self, *requests, **options)
+
+    async def faulty_anext(self: DeltaStream) -> Delta:
+        delta = await following(self)
+        if self.request_id in begun:
+            raise PlantedError
+        if self.request_id in unsendable:
+            begun.add(self.request_id)
+        return delta
+
+    PromptTokenizer.encode = faulty_encode  # type: ignore[method-assign]
+    EngineClient.submit = noting_submit  # type: ignore[method-assign]
+    DeltaStream.__anext__ = faulty_anext  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    plant()
+    sys.exit(main(engine_module="tests.faulty_engine"))

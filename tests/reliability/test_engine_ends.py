@@ -1,0 +1,154 @@
+"""The engine's process is killed or stopped under load, again and again: all hear of it, and the next one serves.
+
+Run with `--slow` for the long form (20 times); without it there are three.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from stellarbyte.checkpoint.convert import convert
+from tests.integration.test_http_workers import child_pids
+from tests.reliability.load import Ended, Progress, ask
+from tests.server_process import REAL, ServerProcess, running
+from tests.tiny_models import tiny_llama
+
+NUM_STREAMS = 16
+KILLED, STALLED = "killed", "stalled"
+KNOWN_AFTER_S = {KILLED: 1.0, STALLED: 12.0}  # until /health says 503
+ENDED_AFTER_S = 5.0  # from then on: until every stream has its error
+SERVING_AFTER_S = 10.0  # until answers come again
+SLACK_S = 1.0  # for this process, which measures on the same cores
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models")
+    return str(convert(tiny_llama(folder / "llama", max_position_embeddings=4096), folder / "tiny"))
+
+
+def a_body(**fields: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": "the capital", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    return body | {"return_token_ids": True} | fields
+
+
+async def until(condition: Callable[[], Any], limit_s: float, what: str) -> float:
+    """Seconds until an awaited condition holds; AssertionError after `limit_s`."""
+    began_s = time.monotonic()
+    while not await condition():
+        assert time.monotonic() - began_s < limit_s, f"not {what} after {limit_s} s"
+        await asyncio.sleep(0.05)
+    return time.monotonic() - began_s
+
+
+async def end_engine(server: ServerProcess, module: str, how: str, expected: list[int] | None) -> dict[str, float]:
+    """End the engine under load and see what all hear of it; without `expected` no other process follows."""
+    limits = httpx.Limits(max_connections=200, keepalive_expiry=2)
+    async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
+
+        async def status(path: str) -> int:
+            try:
+                return (await http.get(path)).status_code
+            except httpx.TransportError:
+                return 0
+
+        async def is_known() -> bool:
+            return await status("/health") == 503
+
+        progresses = [Progress() for _ in range(NUM_STREAMS)]
+        body = a_body(max_tokens=10**6, stream=True, context_overflow="slide")
+        streams = [asyncio.create_task(ask(http, body, progress)) for progress in progresses]
+        whole = asyncio.create_task(ask(http, body | {"stream": False}))
+
+        async def is_under_load() -> bool:
+            return all(progress.num_events > 1 for progress in progresses)
+
+        await until(is_under_load, 30, "under load")
+        (pid,) = child_pids(server, module)
+        os.kill(pid, signal.SIGKILL if how == KILLED else signal.SIGSTOP)
+        figures = {"known": await until(is_known, KNOWN_AFTER_S[how] + SLACK_S, "known")}
+        known_at_s = time.monotonic()
+        ends = await asyncio.wait_for(asyncio.gather(*streams, whole), ENDED_AFTER_S + SLACK_S)
+        figures["streams ended"] = max(0.0, max(ended.ended_at_s for ended in ends) - known_at_s)
+        for ended in ends:
+            assert ended.is_honest_failure, ended
+        if expected is None:
+            return figures
+        refused = await http.post("/v1/completions", json=a_body())
+        if refused.status_code != 200:  # the next one may be fast
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+
+        async def serves() -> bool:
+            return (await ask(http, a_body())).token_ids == expected
+
+        figures["serving again"] = await until(serves, SERVING_AFTER_S + SLACK_S, "serving again")
+        assert (await status("/health"), await status("/ready")) == (200, 200)
+        assert server.metric("vllm:num_requests_running") == 0
+        return figures
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int, workers: str) -> None:
+    flags = ["--restart-engine", "1000", "--http-workers", workers, "--log-level", "warning"]
+    with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
+        expected = asyncio.run(one_answer(server))
+        most: dict[str, float] = {}
+        for i in range(number):
+            how = STALLED if i % 3 == 1 else KILLED
+            figures = asyncio.run(end_engine(server, "server.engine.process", how, expected))
+            for name, seconds in figures.items():
+                most[f"{how}: {name}"] = max(seconds, most.get(f"{how}: {name}", 0.0))
+        children = child_pids(server, "server.engine.process")
+        assert len(children) == 1, "an old process is still there"
+        assert "Traceback" not in server.log()
+    assert server.process.returncode == 0
+    assert not Path(f"/proc/{children[0]}").exists()
+    print(
+        f"{number} times, {workers} HTTP processes, most seconds until "
+        + str({k: round(v, 1) for k, v in most.items()})
+    )
+
+
+async def one_answer(server: ServerProcess) -> list[int]:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
+        ended = await ask(http, a_body())
+        assert ended.is_complete and len(ended.token_ids) == 20
+        return ended.token_ids
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_after_the_last_restart_the_server_ends(tiny_model: str, workers: str) -> None:
+    flags = ["--restart-engine", "1", "--http-workers", workers]
+    with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
+        expected = asyncio.run(one_answer(server))
+        asyncio.run(end_engine(server, "server.engine.process", KILLED, expected))
+        asyncio.run(end_engine(server, "server.engine.process", KILLED, None))
+        assert server.wait(20) == 1
+
+
+def test_an_answer_that_is_falsely_called_complete_would_be_noticed(tiny_model: str) -> None:
+    """The control: a server that ends cut-off streams with a finish reason and [DONE]."""
+    with running("tests.lying_server", "--model", tiny_model, limit_s=120) as server:
+        with pytest.raises(AssertionError, match="is_done=True"):
+            asyncio.run(end_engine(server, "server.engine.process", KILLED, None))
+
+
+def test_what_is_no_failure_is_not_taken_for_one() -> None:
+    error = {"message": "m", "type": "server_error", "param": None, "code": None}
+    assert Ended(200, error=error).is_honest_failure
+    for wrong in (
+        Ended(200, error=error, is_done=True),
+        Ended(200, error=error, finish_reason="stop"),
+        Ended(200, error=error, broken="ReadError"),
+        Ended(200),
+        Ended(200, error=error | {"type": "invalid_request_error"}),
+    ):
+        assert not wrong.is_honest_failure, wrong
