@@ -28,6 +28,7 @@ from tests.models import make_model
 from tests.unit.engine.test_answers import model_core
 from tests.unit.engine.test_grammar_requests import SCHEMAS, drain
 from tests.unit.engine.test_grammar_requests import VOCABULARY as BYTES
+from tests.unit.engine.test_isolation import FaultyRunner
 
 VOCABULARY = 50
 WINDOW = {"sliding_window": 7, "sink_tokens": 2}
@@ -183,6 +184,29 @@ def test_a_step_with_the_batch_of_the_one_before_uploads_nothing(
         counts.append(len(uploads))
     # Prompts: slots and tokens. Then rows; two steps; two blocks, for position 8; two steps; a row less; two steps.
     assert counts == [2, 1, 0, 0, 1, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("moment", ["start", "finish"])
+def test_a_step_that_fails_is_computed_again_without_the_request_at_fault(device: torch.device, moment: str) -> None:
+    """It was launched, and the one before was not read yet: neither the host nor the card knows how far it got."""
+    model = tiny_model(BYTES)
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9}, {"temperature": 1.1, "top_k": 5, "logprobs": 0}]
+    requests = [
+        make_request(prompt_of(3 + 4 * i, seed=i), 5, str(i), seed=i, return_token_ids=True, **kind)
+        for i, kind in enumerate(kinds)
+    ]
+    engine = GpuEngine(model, device, max_num_batched_tokens=13, max_num_seqs=4)
+    core = engine.core()
+    core.runner = FaultyRunner(core.runner, {"bad": 2}, moment)
+    said = drain(core, make_request(prompt_of(5, seed=5), 9, "bad"), *requests)
+    assert said.pop("bad")[-1].finish_reason == "error"
+    expected = drain(model_core(model, TorchModel), *requests)
+    assert [tokens_of(said[r.request_id]) for r in requests] == [tokens_of(expected[r.request_id]) for r in requests]
+    engine.check_nothing_is_left()
+
+
+def tokens_of(items: list[Any]) -> tuple[int, ...]:
+    return merged([item for item in items if isinstance(item, Delta)]).token_ids
 
 
 def test_slots_of_sequences_that_ended_are_used_again(device: torch.device) -> None:
