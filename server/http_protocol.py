@@ -69,8 +69,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._may_rest()
 
     def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        if self.transport.is_closing():
+        if not self.transport.is_closing():
+            super().timeout_keep_alive_handler()
             self._must_read()
 
     def _must_read(self) -> None:
