@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,7 +29,7 @@ from server.engine.messages import Submit
 from server.engine.process import EngineLoop
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import Chunk, StepResult
+from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.checkpoint.demo import resolve_model
 
 Result = TypeVar("Result")
@@ -48,6 +48,9 @@ class _Runner:
 
     def prepare(self) -> bool:
         return False
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        pass
 
     def start(self, chunks: list[Chunk]) -> "_Step":
         return _Step(list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks))))

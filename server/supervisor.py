@@ -87,8 +87,11 @@ class _Supervisor:
     async def _run_with(self, client: EngineClient, info: EngineInfo, on_started: Callable[[], None]) -> int:
         numbers = list(self._listeners)
         self._engine_is_up.set()
-        await asyncio.gather(*(self._start(number, info) for number in numbers))
-        call_on_stop_signals(asyncio.get_running_loop(), self._stop)
+        call_on_stop_signals(asyncio.get_running_loop(), self._stop)  # the first worker may serve before the last
+        starts = await asyncio.gather(*(self._start(number, info) for number in numbers), return_exceptions=True)
+        failed = [error for error in starts if isinstance(error, BaseException)]
+        if failed and not self._is_stopping:
+            raise failed[0]
         on_hangup(self._settings, self._read_keys_again)
         on_started()
 
@@ -169,6 +172,7 @@ class _Supervisor:
             status = await self._workers[number].wait()
             self._told_start.discard(self._workers[number])
             if self._is_stopping:
+                self._listeners[number].close()  # else new connections of its share would wait for nobody
                 return
             logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))
             try:

@@ -66,7 +66,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._rejected) or self._in_flight is not None
+        return self.scheduler.has_work or bool(self._rejected or self._failed) or self._in_flight is not None
 
     @property
     def is_blocked(self) -> bool:
@@ -98,7 +98,7 @@ class EngineCore:
         leader = self._live.get(request.follows) if request.follows is not None else None
         try:
             sequence = self.scheduler.add(request, adapter, None if leader is None else leader.sequence)
-        except RequestRejected:
+        except Exception:
             if adapter is not None:
                 self._replies += self.adapters.release(adapter)
             raise
@@ -290,6 +290,9 @@ class EngineCore:
                 self._queue(request, grammar)
             except RequestRejected as refusal:
                 self._rejected.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
+            except Exception:
+                logger.exception("request %s could not be queued", request_id)
+                self._failed.append(failure(request_id, FAILED))
 
     def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
         for sequence, start, _, _ in chunks:

@@ -359,7 +359,8 @@ def main(build_core: BuildCore = _build_core) -> int:
         except Exception:
             logger.exception("a step failed; the engine ends")
         context.destroy(linger=LINGER_MS)
-    return 1
+    logging.shutdown()
+    os._exit(1)  # at once: other threads may wait for a device that is lost
 
 
 def _one_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from tests.server_process import ServerProcess, running
 NUM_NEIGHBOURS, NUM_TOKENS = 8, 40
 AT_ONCE, PAUSE_S = 4, 0.1  # of requests with faults; most time between two
 MIN_GAP = 1e-3  # between a neighbour's two likeliest tokens, so that a batch's last bits decide nothing
-MAX_FAULTS = 100
+FEW, MANY = 10, 100
 
 FAULTS: dict[str, dict[str, Any]] = {
     "tokenise": {"prompt": f"a text {UNREADABLE}"},
@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     known = KnownModel.make(parent)
     known.add_adapter(parent / "adapter", seed=1)
     for name in (FAULTY_READ, FAULTY_COPY):
-        for number in range(MAX_FAULTS):
+        for number in range(FEW + MANY):
             shutil.copytree(parent / "adapter", parent / "adapters" / f"{name}-{number}")
     expected: dict[tuple[int, ...], list[int]] = {}
     seed = 0
@@ -126,11 +126,11 @@ def errors_in(log: str) -> int:
     return sum(" ERROR " in line for line in log.splitlines())
 
 
-@pytest.mark.parametrize("number", [10, pytest.param(MAX_FAULTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", FAULTS)
 def test_only_the_request_with_the_fault_fails(server: ServerProcess, folder: Folder, place: str, number: int) -> None:
     fault, before = FAULTS[place], len(server.log())
-    first = 0 if number > 10 else MAX_FAULTS - 10  # an adapter that failed is not tried again for some seconds
+    first = 0 if number == FEW else FEW  # an adapter that failed is not tried again for some seconds
     outcomes: Counter[str] = Counter()
     started_s = time.perf_counter()
 
@@ -141,7 +141,7 @@ def test_only_the_request_with_the_fault_fails(server: ServerProcess, folder: Fo
             for i in numbers:
                 body = a_body(stream=i % 2 == 0, **fault)
                 if place.startswith("adapter"):
-                    body["model"] = f"{fault['model']}-{(first + i) % MAX_FAULTS}"
+                    body["model"] = f"{fault['model']}-{first + i}"
                 ended = await ask(http, body)
                 outcomes["as it should" if is_told(ended) else str(ended)] += 1
                 await asyncio.sleep(chance.random() * PAUSE_S)

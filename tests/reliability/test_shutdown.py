@@ -33,7 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def start(model: str, workers: str, module: str = FAKE) -> ServerProcess:
     flags = ["--http-workers", workers, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)]
-    return ServerProcess(module, "--model", model, *flags).wait_ready(60)
+    server = ServerProcess(module, "--model", model, *flags).wait_ready(60)
+    while "StellarByte serves" not in server.log():  # all workers do
+        time.sleep(0.05)
+    return server
 
 
 def a_body(number: int, max_tokens: int, **fields: Any) -> dict[str, Any]:

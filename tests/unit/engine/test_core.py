@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
+
 from server.engine.adapter_folder import AdapterFolder
 from server.engine.adapters import Adapters, no_adapters
 from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
-from server.engine.messages import Accepted, Delta, Rejected
+from server.engine.messages import FAILED, Accepted, Delta, Rejected
 from server.engine.sequence import Chunk, Sequence, StepResult
 from tests.adapters import FakeStore, touch_adapter
 from tests.engine import ComputedStep, make_request, make_scheduler
@@ -119,6 +121,26 @@ def test_requests_that_wait_for_an_adapter_that_cannot_be_read_are_rejected(tmp_
     core.step()
     assert core.step() == [Rejected("r", store.errors["a"], "adapter_failed", "model")]
     assert not core.has_work and adapters.list_all("").cards[0].num_waiting == 0
+
+
+def test_a_request_with_a_grammar_that_cannot_be_queued_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    add = core.scheduler.add
+
+    def faulty_add(request, *rest):
+        if request.request_id == "bad":
+            raise KeyError
+        return add(request, *rest)
+
+    monkeypatch.setattr(core.scheduler, "add", faulty_add)
+    for name in ("bad", "good"):
+        core.submit(make_request([1], 3, name, grammar='start: "aaaaa"'))
+    news: list = []
+    while not any(getattr(item, "finish_reason", None) and item.request_id == "good" for item in news):
+        core.take_replies()
+        news += core.step()
+    assert [item.error for item in news if item.request_id == "bad"] == [FAILED]
+    assert core.scheduler._num_reserved == 0
 
 
 def test_an_adapter_whose_copy_to_a_slot_fails_is_the_servers_fault_and_its_slot_is_used_again(tmp_path: Path) -> None:
