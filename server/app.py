@@ -47,5 +47,5 @@ def create_app(service: Service, keyring: Keyring) -> FastAPI:
             allow_headers=("*",),
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, service=service)
     return app

@@ -31,7 +31,7 @@ class Gate:
             if scope["type"] != "lifespan":  # it is no client's
                 self._check(scope)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.answer(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

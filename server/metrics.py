@@ -1,23 +1,59 @@
-"""The engine's state in Prometheus' text format, under vLLM's names, so that dashboards made for it work."""
+"""The server's metrics in Prometheus' text format, under vLLM's names where it has them: dashboards for it work.
+
+Made from what the engine process has counted, whichever HTTP process is asked. Knows no requests.
+"""
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.messages import AdapterList, EngineStats
+from server.api.rejections import REASONS
+from server.engine.histogram import Buckets
+from server.engine.messages import AdapterList, EngineTotals
 
 
-class _StatsCollector(Collector):
-    def __init__(self, stats: EngineStats, model_name: str) -> None:
-        self._stats = stats
+class _TotalsCollector(Collector):
+    def __init__(self, totals: EngineTotals, model_name: str) -> None:
+        self._totals = totals
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats
+        yield from self._single_values()
+        totals = self._totals
+        rejected = dict.fromkeys(REASONS, 0) | totals.rejected
+        for name, text, label, by_label in (
+            ("vllm:request_success", "Requests that were answered to the end.", "finished_reason", totals.finished),
+            ("stellarbyte:aborted_requests", "Requests that ended without an answer.", "reason", totals.aborted),
+            ("stellarbyte:rejected_requests", "HTTP requests refused with an error.", "reason", rejected),
+        ):
+            yield self._by_label(name, text, label, by_label)
+        for name, text, buckets in (
+            (
+                "vllm:time_to_first_token_seconds",
+                "From a request's arrival until its first token was ready to be written.",
+                totals.first_token_s,
+            ),
+            ("vllm:inter_token_latency_seconds", "Between two tokens of a request.", totals.between_tokens_s),
+            ("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token.", totals.request_s),
+            ("vllm:request_queue_time_seconds", "From the engine's queue to the first step.", totals.queue_s),
+            ("vllm:request_prompt_tokens", "Prompt tokens of requests that were answered.", totals.prompt_tokens),
+            ("vllm:request_generation_tokens", "Tokens of their answers.", totals.generation_tokens),
+            ("vllm:iteration_tokens_total", "Tokens computed in a step.", totals.step_tokens),
+            ("stellarbyte:engine_step_seconds", "Time of a step.", totals.step_s),
+            (
+                "stellarbyte:http_stream_lag_seconds",
+                "From the end of a step until what it added to an answer was ready to be written.",
+                totals.stream_lag_s,
+            ),
+        ):
+            yield histogram(name, text, buckets, self._model_name)
+
+    def _single_values(self) -> Iterator[Metric]:
+        stats = self._totals.stats
         gauges = (
             ("vllm:num_requests_running", "Requests the engine is working on.", stats.num_running),
             ("vllm:num_requests_waiting", "Requests waiting for their first step.", stats.num_waiting),
@@ -29,17 +65,19 @@ class _StatsCollector(Collector):
             ("vllm:num_preemptions", "Requests stopped for want of memory and run again.", stats.num_preemptions_total),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
-            (
-                "stellarbyte:evicted_tokens",
-                "Tokens that have gone out of sight.",
-                stats.evicted_tokens_total,
-            ),
+            ("stellarbyte:evicted_tokens", "Tokens that have gone out of sight.", stats.evicted_tokens_total),
         )
         for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:
                 metric = family(name, text, labels=["model_name"])
                 metric.add_metric([self._model_name], value)
                 yield metric
+
+    def _by_label(self, name: str, text: str, label: str, by_label: Mapping[str, int]) -> Metric:
+        metric = CounterMetricFamily(name, text, labels=["model_name", label])
+        for value, count in sorted(by_label.items()):
+            metric.add_metric([self._model_name, value], count)
+        return metric
 
 
 class _AdapterCollector(Collector):
@@ -76,17 +114,20 @@ class _AdapterCollector(Collector):
                 tokens.add_metric([self._model_name, card.name], card.num_tokens)
         yield resident
         yield tokens
-
-        seconds = HistogramMetricFamily(
+        yield histogram(
             "stellarbyte:adapter_load_seconds",
             "Time to read, check and pack an adapter.",
-            labels=["model_name"],
+            self._adapters.load_seconds,
+            self._model_name,
         )
-        times = self._adapters.load_seconds
-        counts = itertools.accumulate(times.counts)
-        bounds = [*map(str, times.bounds), "+Inf"]
-        seconds.add_metric([self._model_name], list(zip(bounds, counts, strict=True)), times.total)
-        yield seconds
+
+
+def histogram(name: str, text: str, buckets: Buckets, model_name: str) -> Metric:
+    metric = HistogramMetricFamily(name, text, labels=["model_name"])
+    bounds = [*map(str, buckets.bounds), "+Inf"]
+    counts = itertools.accumulate(buckets.counts)
+    metric.add_metric([model_name], list(zip(bounds, counts, strict=True)), buckets.total)
+    return metric
 
 
 def tier_name(tier: str, device: str) -> str:
@@ -94,10 +135,10 @@ def tier_name(tier: str, device: str) -> str:
     return "gpu" if tier == "slot" and device == "cuda" else tier
 
 
-def render_metrics(stats: EngineStats, model_name: str, adapters: AdapterList | None, device: str) -> bytes:
-    """The text of one scrape; without `adapters` (the engine does not answer) those of the engine's last state."""
+def render_metrics(totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str) -> bytes:
+    """The text of one scrape; without `adapters` (the engine does not answer) what it last counted."""
     registry = CollectorRegistry()
-    registry.register(_StatsCollector(stats, model_name))
+    registry.register(_TotalsCollector(totals, model_name))
     if adapters is not None:
         registry.register(_AdapterCollector(adapters, model_name, device))
     return generate_latest(registry)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from server.engine.histogram import Buckets
 from server.engine.messages import (
     Accepted,
     AdapterList,
@@ -22,7 +23,6 @@ from server.engine.messages import (
     EngineInfo,
     EngineStats,
     ListAdapters,
-    LoadSeconds,
     News,
     Reply,
 )
@@ -86,6 +86,7 @@ class FakeCore:
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_step_tokens: int = 0
     accepted: list[Accepted] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
 
@@ -101,7 +102,7 @@ class FakeCore:
 
     def call(self, call: Call) -> None:
         if isinstance(call, ListAdapters):
-            nothing = LoadSeconds(bounds=(), counts=(0,))
+            nothing = Buckets(bounds=(), counts=(0,))
             self.replies.append(AdapterList(call.call_id, (), nothing, 0))
         else:
             self.replies.append(CallFailed(call.call_id, "The fake engine has no adapters."))
@@ -146,6 +147,7 @@ class FakeCore:
 
     def _advance(self, sequence: _Sequence) -> Delta:
         request = sequence.request
+        self.num_step_tokens += 1 if sequence.num_tokens else len(request.prompt_token_ids)
         if request.sampling.max_tokens == 0:
             del self.sequences[request.request_id]
             vector = None if request.pooling is None else array("f", [0.5, 0.5, 0.5, -0.5]).tobytes()
@@ -171,6 +173,7 @@ class FakeCore:
             generation_tokens_total=self.num_generated_tokens,
             num_preemptions_total=0,
             num_steps_total=self.num_steps,
+            step_tokens_total=self.num_step_tokens,
         )
 
 

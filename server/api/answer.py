@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from server.api.caller import limits_of
 from server.api.choices import ChoiceReader, Fragment, Kind
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import ApiError, from_engine
+from server.api.record import TokenCount, record_of, submit
 from server.api.service import Service
 from server.api.sse import DONE, ChunkWriter, DeltaStreamResponse, encode_json, event
 from server.engine.client import DeltaStream, EngineDead
@@ -48,15 +48,13 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
     tokens = count_tokens(http, plan.requests, plan.candidates)
     try:
         if plan.stream:
-            streams = await unless_client_leaves(
-                http.receive, service.client.submit(*plan.requests, limits=limits_of(http))
-            )
+            streams = await unless_client_leaves(http.receive, submit(http, service, *plan.requests))
             base = _base(http, service, plan, streams, _CHUNK_OBJECT)
             writer = ChunkWriter(base, plan.kind, len(streams), include_usage=plan.include_usage)
             return DeltaStreamResponse(streams, _events(streams, plan, writer, tokens), headers)
 
         async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
-            streams = await service.client.submit(*plan.requests, limits=limits_of(http))
+            streams = await submit(http, service, *plan.requests)
             return streams, await _read_all(streams, plan, tokens)
 
         streams, read = await unless_client_leaves(http.receive, whole())
@@ -77,10 +75,10 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
     return Response(content, media_type="application/json", headers=headers)
 
 
-def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidates: int = 1) -> "TokenCount":
+def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidates: int = 1) -> TokenCount:
     """A count of the requests' tokens, which the access log will show."""
     tokens = TokenCount(sum(len(request.prompt_token_ids) for request in requests[::candidates]))
-    http.state.tokens = tokens
+    record_of(http).tokens = tokens
     return tokens
 
 
@@ -89,7 +87,7 @@ def note_adapter(http: Request, request: GenerationRequest, streams: Sequence[De
     if request.adapter is None:
         return ""
     adapter_hash = next(stream.adapter_hash for stream in streams if stream.accepted.done())
-    http.state.adapter = f"{request.adapter.partition('@')[0]}@{adapter_hash[:12]}"
+    record_of(http).adapter = f"{request.adapter.partition('@')[0]}@{adapter_hash[:12]}"
     return adapter_hash
 
 
@@ -129,31 +127,6 @@ def _best(read: Sequence[ReadChoice], plan: AnswerPlan) -> list[ReadChoice]:
     for start in range(0, len(read), plan.candidates):
         best += sorted(read[start : start + plan.candidates], key=lambda choice: -choice.score)[: plan.choices]
     return best
-
-
-@dataclass
-class TokenCount:
-    """Tokens of one HTTP request so far; the access log reads it at the end."""
-
-    prompt: int
-    completion: int = 0
-    cached: int = 0  # of the prompts; known at the end
-    evicted: int = 0  # out of sight at the end, when the context slid
-
-    def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
-        self.completion += delta.num_tokens
-        self.evicted += delta.evicted_tokens
-        if first_of_prompt:
-            self.cached += delta.cached_tokens
-
-    def usage(self) -> dict[str, Any]:
-        usage = {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-        return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
 
 
 async def _read_all(streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount) -> list[ReadChoice]:

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from starlette.responses import Response
 
 from server.api.answer import count_tokens, note_adapter, read_deltas
-from server.api.caller import limits_of
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import bad_request, from_engine
 from server.api.generation import (
@@ -25,6 +24,7 @@ from server.api.generation import (
     off_loop_if_long,
     read_body,
 )
+from server.api.record import submit
 from server.api.schemas import PROMPTS_SCHEMA, AdapterScale, Body, CacheSalt, Priority, PromptInput, prompts, wrong
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
@@ -74,7 +74,7 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
         at_once = min(_AT_ONCE, most_at_once(service))
         for start in range(0, len(requests), at_once):
             wave = requests[start : start + at_once]
-            streams = await service.client.submit(*wave, limits=limits_of(http), continues=start > 0)
+            streams = await submit(http, service, *wave, continues=start > 0)
             try:
                 note_adapter(http, wave[0], streams)
                 async for number, delta in read_deltas(streams, tokens):

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
 from server.engine.client import EngineDead
 from server.engine.request import (
@@ -59,6 +60,12 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         return JSONResponse(self.content(), self.status, self.headers)
 
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with this, and note it in the request's record."""
+        if (record := scope.get("state", {}).get("record")) is not None:
+            record.error_code = self.code
+        await self.response()(scope, receive, send)
+
 
 def error_content(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error response, which is also the last event of a stream that failed."""
@@ -81,10 +88,14 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def unavailable(message: str) -> ApiError:
+    return ApiError(503, message, code="engine_unavailable", headers={"Retry-After": "5"})
+
+
 def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None = None) -> ApiError:
     """What the engine's refusal means to the user; `grammar_param` is the field that asked for a grammar."""
     if isinstance(error, EngineDead):
-        return ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "5"})
+        return unavailable(str(error))
     if error.retry_after_s is not None:
         return ApiError(429, str(error), code=error.code, headers={"Retry-After": str(error.retry_after_s)})
     if error.code in _NOT_NOW:
@@ -126,8 +137,8 @@ def _lower_first(text: str) -> str:
 
 async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for ApiError."""
-    del request
     assert isinstance(error, ApiError)
+    request.state.record.error_code = error.code
     return error.response()
 
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
-from server.api.errors import ApiError, from_engine
+from server.api.errors import from_engine, unavailable
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import DRAINING, STATS_LIMIT_S, EngineDead
 from server.engine.request import SHUTTING_DOWN, RequestRejected
@@ -40,16 +40,18 @@ async def get_version() -> dict[str, str]:
 
 @router.get("/metrics")
 async def metrics(service: ServiceOfRequest) -> Response:
-    stats = await service.client.fresh_stats()
+    totals = await service.client.fresh_totals()
+    if totals is None:
+        raise unavailable("The engine has not answered yet.")
     adapters = None
     with contextlib.suppress(EngineDead, TimeoutError):
         async with asyncio.timeout(STATS_LIMIT_S):
             adapters = await service.client.list_adapters()
-    content = render_metrics(stats, service.settings.model_name, adapters, service.info.device)
+    content = render_metrics(totals, service.settings.model_name, adapters, service.info.device)
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
 def _require_healthy(service: Service) -> None:
     reason = service.client.health()
     if reason is not None:
-        raise ApiError(503, reason, code="engine_unavailable", headers={"Retry-After": "5"})
+        raise unavailable(reason)

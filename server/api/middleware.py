@@ -5,6 +5,7 @@ Nothing here wraps `receive` in a way that hides a disconnect.
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 
@@ -14,48 +15,87 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import ApiError
+from server.api.record import RequestRecord
+from server.api.rejections import rejection_reason
+from server.api.service import Service
+from server.logs import fields_of_line
 
 logger = logging.getLogger("server.access")
 
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+
 
 class RequestLog:
-    """Gives each request an id, and logs one line when it ends."""
+    """Gives each request an id and a record, and tells at its end what became of it: one line in the log, and metrics.
 
-    def __init__(self, app: ASGIApp) -> None:
+    A client's own X-Request-Id is used if it is one that can stand anywhere.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started_s = time.perf_counter()
-        request_id = secrets.token_hex(8)
+        record = RequestRecord(request_id=request_id_for(Headers(scope=scope)))
         state = scope.setdefault("state", {})
-        state["request_id"] = request_id
+        state["record"] = record
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            tokens = state.get("tokens")
-            logger.info(
-                "%s %s %s id=%s%s%s%s %.0f ms",
-                scope["method"],
-                scope["path"].encode("unicode_escape").decode(),
-                "-" if status is None else status,
-                request_id,
-                f" key={state['key'].name}" if "key" in state else "",
-                f" adapter={state['adapter']}" if "adapter" in state else "",
-                "" if tokens is None else f" tokens={tokens.prompt}+{tokens.completion}",
-                (time.perf_counter() - started_s) * 1000,
-            )
+            reason = rejection_reason(scope, status, record)
+            if reason is not None:
+                self._service.client.observer.note_rejected(reason)
+            _log(scope, status, record)
+
+
+def request_id_for(headers: Headers) -> str:
+    """The client's X-Request-Id, if it has one that is safe in headers, logs and shells, else a new one."""
+    given = headers.getlist("x-request-id")
+    return given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(8)
+
+
+def _log(scope: Scope, status: int | None, record: RequestRecord) -> None:
+    path = scope["path"].encode("unicode_escape").decode()
+    shown_status = "-" if status is None else status
+
+    def since(start_s: float | None, end_s: float | None) -> float | None:
+        return None if start_s is None or end_s is None else round(max(0.0, end_s - start_s), 4)
+
+    key, tokens = scope["state"].get("key"), record.tokens
+    fields = {
+        "request_id": record.request_id,
+        "method": scope["method"],
+        "path": path,
+        "status": status,
+        "key": None if key is None else key.name,
+        "adapter": record.adapter,
+        "prompt_tokens": None if tokens is None else tokens.prompt,
+        "completion_tokens": None if tokens is None else tokens.completion,
+        "finish_reason": record.finish_reason,
+        "error": record.error_code,
+        "queue_s": since(record.queued_s, record.started_s),
+        "ttft_s": since(record.arrived_s, record.first_token_s),
+        "total_s": since(record.arrived_s, time.monotonic()),
+    }
+    logger.info(
+        "%s %s %s",
+        scope["method"],
+        path,
+        shown_status,
+        extra=fields_of_line(fields, already_said=("method", "path", "status")),
+    )
 
 
 class Cors(CORSMiddleware):
@@ -86,10 +126,10 @@ class Unexpected:
         try:
             await self._app(scope, receive, send_noted)
         except Exception:
-            logger.exception("request %s failed", scope["state"]["request_id"])
+            logger.exception("request %s failed", scope["state"]["record"].request_id)
             if not has_begun:
                 error = ApiError(500, "The server failed to answer this request.")
-                await error.response()(scope, receive, send)
+                await error.answer(scope, receive, send)
 
 
 class BodyBounds:
@@ -109,7 +149,7 @@ class BodyBounds:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
-            await self._too_large().response()(scope, receive, send)
+            await self._too_large().answer(scope, receive, send)
             return
         received = 0
         is_complete = False

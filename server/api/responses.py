@@ -8,13 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.api.answer import AnswerPlan, TokenCount, count_tokens, note_adapter, read_deltas
-from server.api.caller import limits_of
+from server.api.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
 from server.api.chat import plan_chat
 from server.api.choices import Fragment
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import ApiError, bad_request, from_engine
 from server.api.generation import read_body
+from server.api.record import TokenCount, submit
 from server.api.responses_body import LOGPROBS, ResponsesBody
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import DeltaStreamResponse, encode_json
@@ -51,9 +51,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     writing = _Writing(body, plan, tokens)
     try:
         if body.stream:
-            streams = await unless_client_leaves(
-                http.receive, service.client.submit(*plan.requests, limits=limits_of(http))
-            )
+            streams = await unless_client_leaves(http.receive, submit(http, service, *plan.requests))
             note_adapter(http, plan.requests[0], streams)
             return DeltaStreamResponse(streams, _events(streams[0], plan, writing), headers)
         await unless_client_leaves(http.receive, _read(http, service, plan, writing))
@@ -63,7 +61,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
 
 
 async def _read(http: Request, service: Service, plan: AnswerPlan, writing: "_Writing") -> None:
-    (stream,) = await service.client.submit(*plan.requests, limits=limits_of(http))
+    (stream,) = await submit(http, service, *plan.requests)
     reader = plan.reader(0)
     try:
         note_adapter(http, plan.requests[0], [stream])

@@ -14,13 +14,13 @@ from server.engine.adapter_folder import AdapterFolder
 from server.engine.adapter_memory import AdapterMemory, AdapterStore, FillDone, NoStore, ReadDone
 from server.engine.adapter_slots import AdapterSlots, Move
 from server.engine.adapter_version import AdapterFiles, AdapterVersion
+from server.engine.histogram import Histogram
 from server.engine.messages import (
     AdapterCard,
     AdapterList,
     AdapterLoaded,
     AdapterUnloaded,
     CallFailed,
-    LoadSeconds,
     Reply,
 )
 from server.engine.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, INTERNAL_ERROR, RequestRejected, model_not_found
@@ -67,7 +67,7 @@ class Adapters:
         self._withdrawn: set[str] = set()  # folders of --adapter-dir that were unloaded: offered again once loaded
         self._loads: dict[AdapterVersion, str] = {}  # being read for a call → its id
         self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
-        self._load_seconds = LoadSeconds(bounds=LOAD_SECONDS_BOUNDS, counts=(0,) * (len(LOAD_SECONDS_BOUNDS) + 1))
+        self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listed: list[tuple[str, AdapterFiles]] = []
         self._listed_at_s = -LISTING_LASTS_S
         self._num_uses = 0
@@ -191,7 +191,7 @@ class Adapters:
         cards = [self._card(version, is_current=True) for version in [*self._current.values(), *offered]]
         cards += [self._card(version, is_current=False) for version in self._others]
         cards.sort(key=lambda card: (card.name, not card.is_current))
-        return AdapterList(call_id, tuple(cards), self._load_seconds, self._num_slots)
+        return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
 
     def _offered(self, now_s: float) -> list[tuple[str, AdapterFiles]]:
         """What lies in --adapter-dir, looked at every few seconds at most: anybody may ask for the list."""
@@ -228,7 +228,7 @@ class Adapters:
             return self._note_changed_files(version)
         self.num_reads += 1
         self._memory.note_read(version)
-        self._load_seconds = self._load_seconds.plus(done.seconds)
+        self._load_seconds.observe(done.seconds)
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
         if version.state == "loading":

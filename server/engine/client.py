@@ -16,6 +16,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server.engine.http_observations import Observer
 from server.engine.launch import Engine
 from server.engine.messages import (
     HEARTBEAT_INTERVAL_S,
@@ -30,11 +31,14 @@ from server.engine.messages import (
     Delta,
     EngineInfo,
     EngineStats,
+    EngineTotals,
     Event,
     Heartbeat,
+    HttpObservations,
     KeyLimits,
     ListAdapters,
     LoadAdapter,
+    ReadTotals,
     Rejected,
     Reply,
     StepOutput,
@@ -50,6 +54,7 @@ logger = logging.getLogger("server.client")
 
 STALL_LIMIT_S = 10.0
 STALL_CHECK_S = 0.5
+FIRST_STEP_LIMIT_S = 120.0  # the first one may compile kernels
 STATS_LIMIT_S = 1.0
 _MESSAGES_A_TURN = 100
 _ENDED = "The engine process ended."
@@ -73,16 +78,23 @@ class EngineDead(Exception):
 class DeltaStream:
     """The answer to one request: an async iterator of deltas, the last of which has a finish_reason.
 
-    Read by one task. `close` it in any case: that aborts a request which has not ended.
+    Read by one task. `close` it in any case: that aborts a request which has not ended. Times are seconds of the
+    machine's monotonic clock.
     """
 
-    def __init__(self, client: "EngineClient", request_id: str) -> None:
+    def __init__(self, client: "EngineClient", request_id: str, arrived_s: float) -> None:
         self.request_id = request_id
+        self.arrived_s = arrived_s  # when the client asked
+        self.sent_s = time.monotonic()
+        self.started_s: float | None = None  # when its first step began
+        self.first_token_s: float | None = None  # when it was read
+        self.finish_reason: str | None = None  # "abort": it was closed before its end
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.accepted.add_done_callback(_retrieve)  # the verdict on one of several requests may interest nobody
         self.adapter_hash = ""  # of the adapter it runs with; known once it is accepted
         self._client = client
         self._unread: list[Delta] = []
+        self._unread_since_s: float | None = None  # when the step of the first of them ended
         self._ended = False  # the last delta has arrived
         self._reader: asyncio.Future[None] | None = None
 
@@ -95,20 +107,31 @@ class DeltaStream:
                 raise StopAsyncIteration
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
-        deltas, self._unread = self._unread, []
-        return merged(deltas)
+        delta, self._unread = merged(self._unread), []
+        now_s = time.monotonic()
+        if self._unread_since_s is not None:
+            self._client.observer.note_lag(now_s - self._unread_since_s)
+            self._unread_since_s = None
+        if self.first_token_s is None and delta.num_tokens:
+            self.first_token_s = now_s
+            self._client.observer.note_first_token(now_s - self.arrived_s)
+        return delta
 
     def close(self) -> None:
         """Say that no more will be read; aborts the request unless it has ended. May be called twice."""
         if not self._ended:
             self._ended = True
+            self.finish_reason = "abort"
             self._client.abort(self.request_id)
 
-    def add(self, delta: Delta) -> None:
-        """Called by the client with each delta as it arrives."""
+    def add(self, delta: Delta, ended_s: float | None = None) -> None:
+        """Called by the client with each delta as it arrives, and with the time when the step it is of ended."""
+        if not self._unread:
+            self._unread_since_s = ended_s
         self._unread.append(delta)
         if delta.finish_reason is not None:
             self._ended = True
+            self.finish_reason = delta.finish_reason
             _resolve(self.accepted, None)  # an error may come before the request ever ran
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
@@ -118,13 +141,16 @@ class EngineClient:
     """The connection to an engine.
 
     `info` is known once `start` has returned. `stats` are the newest the engine sent, at most about a second old while
-    it lives. `on_news` is called when the engine's process has ended, when another takes requests, and when none will.
+    it lives. `totals` are the newest that any HTTP process asked for. `on_news` is called when the engine's process has
+    ended, when another takes requests, and when none will.
     """
 
     info: EngineInfo
 
     def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
         self.stats = _NO_STATS
+        self.totals: EngineTotals | None = None  # not heard yet
+        self.observer = Observer(self._tell_observations)
         self.dead = asyncio.Event()  # the engine process has ended, and no other will be started
         self.is_admitting = True
         self._engine = engine
@@ -132,12 +158,12 @@ class EngineClient:
         self._down: str | None = None  # why nothing can be sent to an engine now
         self._streams: dict[str, DeltaStream] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
-        self._waiting_for_stats: list[asyncio.Future[None]] = []
+        self._waiting_for_totals: list[asyncio.Future[None]] = []
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
-        self._progress_at_s = time.monotonic()
+        self._heard_at_s = self._progress_at_s = time.monotonic()
 
     async def start(self) -> EngineInfo:
         """Wait until the engine is ready and connect to it; EngineStartError when it could not start.
@@ -152,6 +178,7 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close the connection; open streams end with an error. The process itself is left alone."""
+        self.observer.flush()
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
@@ -167,7 +194,8 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(self._engine.endpoint)
         self.stats = _NO_STATS
-        self._progress_at_s = time.monotonic()
+        self._heard_at_s = self._progress_at_s = time.monotonic()
+        self._send(ReadTotals())  # so that there is something to show even if it never answers again
         self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._end_stalled)]
 
     async def _disconnect(self) -> None:
@@ -181,11 +209,16 @@ class EngineClient:
         self.is_admitting = False
 
     async def submit(
-        self, *requests: GenerationRequest, limits: KeyLimits | None = None, continues: bool = False
+        self,
+        *requests: GenerationRequest,
+        limits: KeyLimits | None = None,
+        continues: bool = False,
+        arrived_s: float | None = None,
     ) -> list[DeltaStream]:
         """Hand requests to the engine, which queues all or none, and wait until the first of them is accepted.
 
-        `limits` are those of the key they came with; `continues`: of a group that was admitted before.
+        `limits` are those of the key they came with; `continues`: of a group that was admitted before; `arrived_s`:
+        when the client asked, by the monotonic clock (None: now).
 
         Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
         is rejected after the first was accepted ends with an error as its last delta.
@@ -194,10 +227,12 @@ class EngineClient:
             raise EngineDead(self._down)
         if not (self.is_admitting or continues):
             raise RequestRejected(DRAINING, SHUTTING_DOWN)
-        streams = [DeltaStream(self, request.request_id) for request in requests]
+        sent_s = time.monotonic()
+        arrived_s = sent_s if arrived_s is None else arrived_s
+        streams = [DeltaStream(self, request.request_id, arrived_s) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
-            self._send(Submit(requests, limits, continues))
+            self._send(Submit(requests, limits, continues, arrived_s, sent_s))
             await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
             for stream in streams:
                 if stream.accepted.done():
@@ -249,18 +284,32 @@ class EngineClient:
         """None while the engine makes progress, else one sentence on what is wrong."""
         if self._down is not None:
             return self._down
-        if time.monotonic() - self._progress_at_s > STALL_LIMIT_S:
-            return f"No step of the engine has ended for {STALL_LIMIT_S:.0f} s although work is waiting."
+        now_s = time.monotonic()
+        limit_s = STALL_LIMIT_S if self.stats.num_steps_total else FIRST_STEP_LIMIT_S
+        if now_s - self._progress_at_s <= limit_s:
+            return None
+        if _num_to_do(self.stats) or self._streams:
+            return f"No step of the engine has ended for {limit_s:.0f} s although work is waiting."
+        if now_s - self._heard_at_s > limit_s:
+            return f"The engine has not been heard of for {limit_s:.0f} s."
         return None
 
-    async def fresh_stats(self) -> EngineStats:
-        """The engine's state as it is now, whichever HTTP process asks; the newest known if it does not answer soon."""
+    async def fresh_totals(self) -> EngineTotals | None:
+        """What the engine has counted until now, over all HTTP processes, what this one has seen included.
+
+        The newest known if the engine does not answer soon; None when it never did.
+        """
         if self._down is None:
             heard = asyncio.get_running_loop().create_future()
-            self._waiting_for_stats.append(heard)
-            self._send(Heartbeat())
+            self._waiting_for_totals.append(heard)
+            self.observer.flush()
+            self._send(ReadTotals())
             await asyncio.wait([heard], timeout=STATS_LIMIT_S)
-        return self.stats
+        return self.totals
+
+    def _tell_observations(self, observations: HttpObservations) -> None:
+        if self._down is None:
+            self._send(observations)
 
     def _send(self, command: Command) -> None:
         self._socket.send(self._encoder.encode(command))  # sent at once: the queue has no limit
@@ -280,11 +329,12 @@ class EngineClient:
                     continue  # aborted meanwhile
                 if delta.finish_reason is not None:
                     del self._streams[delta.request_id]
-                stream.add(delta)
+                stream.add(delta, event.ended_s)
         elif isinstance(event, Accepted):
             stream = self._streams.get(event.request_id)
             if stream is not None:
                 stream.adapter_hash = event.adapter_hash
+                stream.started_s = event.started_s
                 _resolve(stream.accepted, None)
         elif isinstance(event, Rejected):
             stream = self._streams.pop(event.request_id, None)
@@ -292,18 +342,21 @@ class EngineClient:
                 refusal = RequestRejected(event.message, event.code, event.param, event.retry_after_s)
                 _resolve(stream.accepted, refusal)
                 stream.add(failure(event.request_id, event.message, event.code, event.param))
+        elif isinstance(event, EngineTotals):
+            self._note_progress(event.stats)
+            self.totals = event
+            while self._waiting_for_totals:
+                _resolve(self._waiting_for_totals.pop(), None)
         else:
             answer = self._calls.get(event.call_id)
             if answer is not None and not answer.done():
                 answer.set_result(event)
 
     def _note_progress(self, stats: EngineStats) -> None:
-        num_to_do = stats.num_running + stats.num_waiting - stats.num_blocked
-        if stats.num_steps_total != self.stats.num_steps_total or num_to_do == 0:
-            self._progress_at_s = time.monotonic()
+        self._heard_at_s = time.monotonic()
+        if stats.num_steps_total != self.stats.num_steps_total or not _num_to_do(stats):
+            self._progress_at_s = self._heard_at_s
         self.stats = stats
-        while self._waiting_for_stats:
-            _resolve(self._waiting_for_stats.pop(), None)
 
     async def _send_heartbeats(self) -> None:
         while True:
@@ -355,6 +408,11 @@ class EngineClient:
         for request_id, stream in streams.items():
             _resolve(stream.accepted, EngineDead(message))
             stream.add(failure(request_id, message))
+
+
+def _num_to_do(stats: EngineStats) -> int:
+    """Requests that the next step could be for."""
+    return stats.num_running + stats.num_waiting - stats.num_blocked
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

@@ -56,6 +56,7 @@ class EngineCore:
         self._compiling: dict[str, GenerationRequest] = {}  # those whose grammars are not ready
         self._rejected: list[Rejected] = []  # since the last step
         self._num_steps = 0
+        self._num_step_tokens = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._failed: list[Delta] = []  # ends of requests that failed since the last step
@@ -256,6 +257,7 @@ class EngineCore:
             self._note_prompts(chunks, result)
         grown = self.scheduler.apply(chunks, result.tokens)
         self._num_steps += 1
+        self._num_step_tokens += sum([chunk.length for chunk in chunks])
         deltas = [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
         return [delta for delta in deltas if delta is not None]
 
@@ -274,6 +276,7 @@ class EngineCore:
             prefix_cache_queries_total=totals.prefix_queries,
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=totals.evicted_tokens,
+            step_tokens_total=self._num_step_tokens,
         )
 
     def _queue_compiled(self) -> None:

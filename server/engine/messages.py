@@ -7,10 +7,9 @@ Before that, the process that starts the engine writes one `EngineStart` as a li
 `EngineReady` or `EngineFailed` from its stdout. The engine lives as long as its stdin is open.
 """
 
-from bisect import bisect_left
-
 import msgspec
 
+from server.engine.histogram import Buckets
 from server.engine.request import GenerationRequest
 from server.settings import EngineSettings
 
@@ -28,11 +27,16 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Queue requests, all or none; each is answered by `Rejected`, or by `Accepted` when it runs and its deltas."""
+    """Queue requests, all or none; each is answered by `Rejected`, or by `Accepted` when it runs and its deltas.
+
+    Times are seconds of the machine's monotonic clock, which all processes share.
+    """
 
     requests: tuple[GenerationRequest, ...]
     limits: KeyLimits | None = None
     continues: bool = False  # a group that was admitted before, which limits no longer hold up
+    arrived_s: float | None = None  # when the client asked; None: when the engine hears of it
+    sent_s: float | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -43,6 +47,18 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """An HTTP process is alive. Without one for a while the engine aborts that process's requests."""
+
+
+class HttpObservations(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What an HTTP process has seen since it last told; the engine adds it to its totals."""
+
+    first_token_s: Buckets
+    stream_lag_s: Buckets
+    rejected: dict[str, int]  # by reason
+
+
+class ReadTotals(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `EngineTotals`, which all HTTP processes get: then none ever knows less than another has shown."""
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -68,7 +84,7 @@ class ListAdapters(msgspec.Struct, frozen=True, tag=True):
 
 
 Call = LoadAdapter | UnloadAdapter | ListAdapters
-Command = Submit | Abort | Heartbeat | Call
+Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | Call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -76,6 +92,7 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     adapter_hash: str = ""  # of the version it runs on; "": none
+    started_s: float = 0.0  # when its first step began, by the machine's monotonic clock; the engine process sets it
 
 
 class Rejected(msgspec.Struct, frozen=True, tag=True):
@@ -145,6 +162,25 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_queries_total: int = 0  # prompt tokens looked up
     prefix_cache_hits_total: int = 0  # and found
     evicted_tokens_total: int = 0
+    step_tokens_total: int = 0  # given to steps, those of prompts included
+
+
+class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All that the engine process knows of requests and steps since its start, over all HTTP processes."""
+
+    stats: EngineStats
+    finished: dict[str, int]  # requests by finish reason
+    aborted: dict[str, int]  # by reason
+    rejected: dict[str, int]  # HTTP requests by reason
+    first_token_s: Buckets
+    stream_lag_s: Buckets
+    between_tokens_s: Buckets
+    request_s: Buckets
+    queue_s: Buckets
+    prompt_tokens: Buckets  # of finished requests, as the next
+    generation_tokens: Buckets
+    step_tokens: Buckets
+    step_s: Buckets
 
 
 class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,19 +201,6 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     error: str  # one sentence, when failed
 
 
-class LoadSeconds(msgspec.Struct, frozen=True, kw_only=True):
-    """A histogram of times; `counts` has one entry more than `bounds`, for what is above all of them."""
-
-    bounds: tuple[float, ...]
-    counts: tuple[int, ...]
-    total: float = 0.0
-
-    def plus(self, seconds: float) -> "LoadSeconds":
-        place = bisect_left(self.bounds, seconds)
-        counts = tuple(count + (i == place) for i, count in enumerate(self.counts))
-        return msgspec.structs.replace(self, counts=counts, total=self.total + seconds)
-
-
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
     call_id: str
     card: AdapterCard
@@ -193,7 +216,7 @@ class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
 class AdapterList(msgspec.Struct, frozen=True, tag=True):
     call_id: str
     cards: tuple[AdapterCard, ...]
-    load_seconds: LoadSeconds
+    load_seconds: Buckets
     num_slots: int
 
 
@@ -211,6 +234,7 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
     deltas: tuple[Delta, ...]
     stats: EngineStats
+    ended_s: float  # when the step ended, by the machine's monotonic clock
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,7 +255,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Reply = AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed
-Event = Accepted | Rejected | StepOutput | Reply
+Event = Accepted | Rejected | StepOutput | EngineTotals | Reply
 News = Accepted | Rejected | Delta  # what a step has to say about one request
 
 

@@ -37,7 +37,9 @@ from server.engine.messages import (
     EngineStats,
     Event,
     Heartbeat,
+    HttpObservations,
     News,
+    ReadTotals,
     Rejected,
     Reply,
     StepOutput,
@@ -45,6 +47,8 @@ from server.engine.messages import (
     failure,
 )
 from server.engine.request import INTERNAL_ERROR, GenerationRequest, RequestRejected
+from server.engine.request_totals import CLIENT_LEFT, HTTP_PROCESS_LOST, RequestTotals
+from server.engine.request_totals import FAILED as UNWRITABLE
 from server.logs import configure_logging
 from server.settings import EngineSettings
 
@@ -119,6 +123,8 @@ class EngineLoop:
         self._peers: dict[bytes, _Peer] = {}
         self._owner: dict[str, bytes] = {}  # request id → peer
         self._usage = KeyUsage()
+        self._totals = RequestTotals()
+        self._totals_wanted = False
         self._callers: dict[str, bytes] = {}  # call id → peer
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
@@ -127,6 +133,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Serve until a step fails; that exception is raised once every running request has been told."""
+        stats_before = self._core.stats()
         while True:
             if self._poller.poll(self._patience_ms()):
                 self._take_commands()
@@ -135,12 +142,18 @@ class EngineLoop:
             self._leave_silent_peers(now_s)  # after commands were taken: heartbeats wait while a long step runs
             self._tell_stats(now_s)
             if self._core.has_work:
+                started_s = time.monotonic()
                 try:
                     news = self._core.step()
                 except Exception:
                     self._fail_everything()
                     raise
-                self._deliver(news)
+                ended_s, stats = time.monotonic(), self._core.stats()
+                if stats.num_steps_total > stats_before.num_steps_total:
+                    num_tokens = stats.step_tokens_total - stats_before.step_tokens_total
+                    self._totals.note_step(ended_s - started_s, num_tokens)
+                stats_before = stats
+                self._deliver(news, stats, started_s, ended_s)
                 self._answer_calls()
 
     def _patience_ms(self) -> int:
@@ -160,7 +173,7 @@ class EngineLoop:
             try:
                 peer_id, payload = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                break
             try:
                 command = self._decoder.decode(payload)
             except msgspec.DecodeError as error:
@@ -171,7 +184,10 @@ class EngineLoop:
             self._handle(peer_id, peer, command)
             if peer.undelivered:
                 deltas, peer.undelivered = tuple(peer.undelivered), []
-                self._send(peer_id, StepOutput(deltas, self._core.stats()))
+                self._send(peer_id, StepOutput(deltas, self._core.stats(), time.monotonic()))
+        if self._totals_wanted:
+            self._totals_wanted = False
+            self._tell_totals()
 
     def _handle(self, peer_id: bytes, peer: _Peer, command: Command) -> None:
         if isinstance(command, Submit):
@@ -184,13 +200,18 @@ class EngineLoop:
             except Exception:  # of these requests only: no step has seen them
                 logger.exception("requests %s could not be queued", [r.request_id for r in command.requests])
                 failures = tuple(failure(request.request_id, FAILED) for request in command.requests)
-                self._send(peer_id, StepOutput(failures, self._core.stats()))
+                self._send(peer_id, StepOutput(failures, self._core.stats(), time.monotonic()))
         elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
             self._forget(command.request_id)
+            self._totals.note_aborted(command.request_id, CLIENT_LEFT)
             self._core.abort(command.request_id)
             peer.told_at_s = 0.0  # let it see at once that the blocks are free
         elif isinstance(command, Heartbeat):
             peer.told_at_s = 0.0  # answered with the state of now
+        elif isinstance(command, HttpObservations):
+            self._totals.add_observations(command)
+        elif isinstance(command, ReadTotals):
+            self._totals_wanted = True  # once all commands are handled
         elif isinstance(command, Call):
             self._callers[command.call_id] = peer_id
             try:
@@ -218,35 +239,47 @@ class EngineLoop:
                 self._forget(request_id)
                 self._core.abort(request_id)
             raise
+        now_s = time.monotonic()
         if submit.limits is not None:
-            self._usage.add(submit.limits, submit.requests, submit.continues, time.monotonic())
+            self._usage.add(submit.limits, submit.requests, submit.continues, now_s)
+        sent_s = now_s if submit.sent_s is None else submit.sent_s
+        arrived_s = sent_s if submit.arrived_s is None else submit.arrived_s
+        self._totals.note_queued(submit.requests, arrived_s, sent_s)
 
-    def _deliver(self, news: Iterable[News]) -> None:
-        """Verdicts one by one, then one message for each peer that has deltas."""
+    def _deliver(self, news: Iterable[News], stats: EngineStats, started_s: float, now_s: float) -> None:
+        """Verdicts one by one, then one message for each peer that has deltas, of the step between the two times."""
         by_peer: defaultdict[bytes, list[Delta]] = defaultdict(list)
         for item in news:
             peer_id = self._owner.get(item.request_id)
             if peer_id is None:
                 continue  # aborted meanwhile
             if isinstance(item, Delta):
-                self._usage.note_tokens(item.request_id, item.num_tokens, time.monotonic())
+                self._usage.note_tokens(item.request_id, item.num_tokens, now_s)
+                self._totals.note_delta(item, now_s)
                 by_peer[peer_id].append(item)
                 if item.finish_reason is not None:
                     self._forget(item.request_id)
                 continue
             if isinstance(item, Rejected):
                 self._forget(item.request_id)
-            self._send(peer_id, item)
-        if by_peer:
-            stats = self._core.stats()
-            for peer_id, deltas in by_peer.items():
-                self._send(peer_id, StepOutput(tuple(deltas), stats))
+                self._totals.note_refused(item.request_id)
+                self._send(peer_id, item)
+            else:
+                self._totals.note_started(item.request_id, started_s)
+                self._send(peer_id, msgspec.structs.replace(item, started_s=started_s))
+        for peer_id, deltas in by_peer.items():
+            self._send(peer_id, StepOutput(tuple(deltas), stats, now_s))
 
     def _tell_stats(self, now_s: float) -> None:
         """Let peers that had no message lately hear from the engine, so that they know it is alive."""
         for peer_id, peer in list(self._peers.items()):
             if now_s - peer.told_at_s >= HEARTBEAT_INTERVAL_S:
-                self._send(peer_id, StepOutput((), self._core.stats()))
+                self._send(peer_id, StepOutput((), self._core.stats(), now_s))
+
+    def _tell_totals(self) -> None:
+        totals = self._totals.snapshot(self._core.stats())
+        for peer_id in list(self._peers):
+            self._send(peer_id, totals)
 
     def _leave_silent_peers(self, now_s: float) -> None:
         for peer in self._peers.values():
@@ -279,7 +312,7 @@ class EngineLoop:
         """Of a message that cannot be written, send what can: a request whose part it is not ends with an error."""
         if isinstance(event, StepOutput) and len(event.deltas) > 1:
             for delta in event.deltas:
-                self._send(peer_id, StepOutput((delta,), event.stats))
+                self._send(peer_id, StepOutput((delta,), event.stats, event.ended_s))
             return
         if not isinstance(event, StepOutput) or not event.deltas:
             raise TypeError(f"{type(event).__name__} cannot be written")
@@ -287,12 +320,14 @@ class EngineLoop:
         logger.exception("what request %s generated cannot be written; ending it", request_id)
         if request_id in self._owner:
             self._forget(request_id)
+            self._totals.note_aborted(request_id, UNWRITABLE)
             self._core.abort(request_id)
-        self._send(peer_id, StepOutput((failure(request_id, FAILED),), event.stats))
+        self._send(peer_id, StepOutput((failure(request_id, FAILED),), event.stats, event.ended_s))
 
     def _abort_all(self, peer: _Peer) -> None:
         for request_id in list(peer.request_ids):
             self._forget(request_id)
+            self._totals.note_aborted(request_id, HTTP_PROCESS_LOST)
             self._core.abort(request_id)
             peer.undelivered.append(failure(request_id, "The request was dropped: its answer was not being read."))
 
@@ -301,7 +336,10 @@ class EngineLoop:
         self._usage.end(request_id)
 
     def _fail_everything(self) -> None:
-        self._deliver([failure(request_id, FAILED) for request_id in self._owner])
+        failures = [failure(request_id, FAILED) for request_id in self._owner]
+        now_s = time.monotonic()
+        self._deliver(failures, self._core.stats(), now_s, now_s)
+        self._tell_totals()  # for those who ask before all has ended
 
 
 def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:

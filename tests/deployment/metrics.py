@@ -2,6 +2,8 @@
 
 import re
 
+from prometheus_client.parser import text_string_to_metric_families
+
 GAUGES = {
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
@@ -35,6 +37,7 @@ HISTOGRAMS = {
 }
 SERIES = GAUGES | COUNTERS | {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
 LABELS = {
+    "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "vllm:request_success_total": {"finished_reason"},
     "stellarbyte:adapter_resident": {"adapter", "tier"},
     "stellarbyte:adapter_tokens_total": {"adapter"},
@@ -42,6 +45,19 @@ LABELS = {
     "stellarbyte:rejected_requests_total": {"reason"},
 }
 EVERYWHERE = {"model_name", "instance", "job"}  # the last two are Prometheus' own
+
+
+def check_exposition(text: str, *, with_adapters: bool) -> None:
+    """AssertionError unless a scrape shows exactly these metrics, with their types and labels."""
+    types = {name: kind for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE)}
+    expected = dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
+    assert types == expected | dict.fromkeys(HISTOGRAMS, "histogram")
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    of_adapters = {"stellarbyte:adapter_resident", "stellarbyte:adapter_tokens_total"}
+    assert {sample.name for sample in samples} == (SERIES if with_adapters else SERIES - of_adapters)
+    for sample in samples:
+        own = LABELS.get(sample.name, set()) | ({"le"} if sample.name.endswith("_bucket") else set())
+        assert set(sample.labels) == own | {"model_name"}, sample.name
 
 
 def series_in(expression: str) -> list[str]:

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tests.adapter_server import NUM_TOKENS, PROMPT, KnownModel, completion
+from tests.deployment.metrics import check_exposition
 from tests.server_process import FAKE, REAL, ServerProcess, running
 
 
@@ -135,6 +136,7 @@ def test_cards_metrics_and_log_name_adapters(adapted: Adapted) -> None:
     assert ids == ["tiny", "a0", "a1", "a2", "a3", "a4", "a5", "given"]
     assert adapted.http.get("/v1/models/none").status_code == 404
     metrics = adapted.http.get("/metrics").text
+    check_exposition(metrics, with_adapters=True)
     assert 'stellarbyte:adapter_resident{adapter="a0",model_name="tiny",tier="slot"} 1.0' in metrics
     assert re.search(r'stellarbyte:adapter_tokens_total\{adapter="a0",model_name="tiny"\} [1-9]', metrics)
     assert re.search(

@@ -231,7 +231,7 @@ def test_each_request_is_logged_without_its_prompt(fake_server):
         time.sleep(0.05)  # it is written after the answer has gone out
     (line,) = [line for line in fake_server.log().splitlines() if response.headers["x-request-id"] in line]
     assert "POST /v1/completions 200" in line
-    assert "tokens=8+3" in line
+    assert " prompt_tokens=8 completion_tokens=3 finish_reason=length queue_s=0" in line
     assert "secret" not in fake_server.log()
 
 

@@ -60,6 +60,16 @@ def test_a_request_is_accepted_before_its_first_token_and_ends_once() -> None:
         assert "".join(delta.text for delta in deltas) == "aaa"
 
 
+def test_tokens_of_steps_are_those_of_prompts_and_of_answers_but_the_last() -> None:
+    core = make_core(max_num_seqs=3, max_num_batched_tokens=7)
+    for i in range(5):
+        core.submit(make_request([i] * (10 + i), max_tokens=3, request_id=str(i)))
+    news_of(core)
+    stats = core.stats()
+    assert stats.step_tokens_total == sum(10 + i + 3 - 1 for i in range(5))
+    assert stats.num_steps_total >= stats.step_tokens_total / 7
+
+
 def test_a_request_that_may_not_wait_runs_at_once_or_is_rejected() -> None:
     core = make_core(max_num_seqs=1, queue_timeout_s=0)
     for name in ("first", "second"):

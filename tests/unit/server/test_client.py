@@ -152,12 +152,71 @@ def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
     async def use(client, process):
         await asyncio.sleep(2.5)
         assert client.health() is None, "an idle engine is healthy"
+        await read((await client.submit(a_request("a first step", "first")))[0])
         submitting = asyncio.create_task(client.submit(a_request(HANG)))
         await until(lambda: client.health() is not None)
         assert "work is waiting" in client.health()
         os.kill(process.process_id, signal.SIGKILL)
         with pytest.raises(EngineDead):
             await submitting
+
+    with_engine(settings, use)
+
+
+def test_a_first_step_may_take_longer_than_others(settings, monkeypatch):
+    """It may compile kernels: a supervisor that restarts what stands still must not restart that for ever."""
+    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 0.5)
+    monkeypatch.setattr(client_module, "FIRST_STEP_LIMIT_S", 3.0)
+
+    async def use(client, process):
+        submitting = asyncio.create_task(client.submit(a_request(HANG)))
+        await asyncio.sleep(2)
+        assert client.health() is None
+        await until(lambda: client.health() is not None)
+        os.kill(process.process_id, signal.SIGKILL)
+        with pytest.raises(EngineDead):
+            await submitting
+
+    with_engine(settings, use)
+
+
+def test_an_engine_that_falls_silent_without_work_is_reported_as_that(settings, monkeypatch):
+    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 2.0)
+
+    async def use(client, process):
+        await read((await client.submit(a_request("a first step")))[0])
+        os.kill(process.process_id, signal.SIGSTOP)
+        try:
+            await until(lambda: client.health() is not None)
+            assert "not been heard of" in client.health()
+        finally:
+            os.kill(process.process_id, signal.SIGCONT)
+        await until(lambda: client.health() is None)
+
+    with_engine(settings, use)
+
+
+def test_what_two_clients_see_adds_up_and_is_known_although_the_engine_hangs(settings):
+    async def use(client, process):
+        second = EngineClient(AttachedEngine(client.info, process.endpoint, os.dup(process.end_fd)))
+        await second.start()
+        try:
+            await read((await client.submit(a_request("one", "1")))[0])
+            await read((await second.submit(a_request("two", "2")))[0])
+            for each in (client, second, second):
+                each.observer.note_rejected("queue_full")
+            await asyncio.sleep(0.3)  # they tell by themselves
+            totals = await client.fresh_totals()
+            assert totals.rejected == {"queue_full": 3}
+            assert totals.first_token_s.num_values == 2
+            assert 2 <= totals.stream_lag_s.num_values <= 20
+            hanging = asyncio.create_task(client.submit(a_request(HANG)))
+            await asyncio.sleep(0.5)
+            assert await client.fresh_totals() == await second.fresh_totals() == totals
+            hanging.cancel()
+            await asyncio.gather(hanging, return_exceptions=True)
+        finally:
+            await second.close()
 
     with_engine(settings, use)
 
@@ -192,12 +251,15 @@ def test_a_second_client_has_its_own_streams_and_the_same_figures_and_sees_the_e
         second = EngineClient(attached)
         await second.start()
         try:
-            await second.fresh_stats()
+            await second.fresh_totals()
             own, others = await asyncio.gather(
                 client.submit(a_request("one", "1", max_tokens=300)), second.submit(a_request("two", "2"))
             )
             assert [(await read(stream))[0] for (stream,) in (own, others)] == ["one" * 100, "twotwotwot"]
-            assert await second.fresh_stats() == await client.fresh_stats()
+            await client.fresh_totals()  # what it saw of the answer is told, too
+            totals = await second.fresh_totals()
+            assert totals == await client.fresh_totals()
+            assert totals.finished == {"length": 2, "stop": 0} and totals.first_token_s.num_values == 2
             assert second.stats.generation_tokens_total == 310
             os.kill(process.process_id, signal.SIGKILL)
             attached.hear(EngineEnded())

@@ -1,0 +1,87 @@
+"""What is noted of one HTTP request for its line in the log, its trace and the metrics. Knows no bodies."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from server.api.caller import limits_of
+from server.api.service import Service
+from server.engine.client import DeltaStream
+from server.engine.messages import Delta
+from server.engine.request import GenerationRequest
+
+
+@dataclass
+class TokenCount:
+    """Tokens of one HTTP request so far; its record is read at the end."""
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0  # of the prompts; known at the end
+    evicted: int = 0  # out of sight at the end, when the context slid
+
+    def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
+        self.completion += delta.num_tokens
+        self.evicted += delta.evicted_tokens
+        if first_of_prompt:
+            self.cached += delta.cached_tokens
+
+    def usage(self) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+        return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
+
+
+@dataclass(kw_only=True)
+class RequestRecord:
+    """One HTTP request. Times are seconds of the machine's monotonic clock."""
+
+    request_id: str
+    arrived_s: float = field(default_factory=time.monotonic)
+    adapter: str | None = None  # NAME@HASH
+    tokens: TokenCount | None = None
+    streams: list[DeltaStream] = field(default_factory=list)  # of what the engine took
+    error_code: str | None = None  # of the error it was answered with
+
+    @property
+    def queued_s(self) -> float | None:
+        """When it was handed to the engine."""
+        return self.streams[0].sent_s if self.streams else None
+
+    @property
+    def started_s(self) -> float | None:
+        """When the engine began to work on it."""
+        return min((s.started_s for s in self.streams if s.started_s is not None), default=None)
+
+    @property
+    def first_token_s(self) -> float | None:
+        return min((s.first_token_s for s in self.streams if s.first_token_s is not None), default=None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As the engine says it, of several answers each reason once; "abort": nobody read it to the end."""
+        return ",".join(sorted({s.finish_reason for s in self.streams if s.finish_reason is not None})) or None
+
+
+def record_of(http: Request) -> RequestRecord:
+    record = http.scope["state"]["record"]
+    assert isinstance(record, RequestRecord)
+    return record
+
+
+async def submit(
+    http: Request, service: Service, *requests: GenerationRequest, continues: bool = False
+) -> list[DeltaStream]:
+    """Hand an HTTP request's work to the engine, with the limits of its key; as `EngineClient.submit`."""
+    record = record_of(http)
+    streams = await service.client.submit(
+        *requests, limits=limits_of(http), continues=continues, arrived_s=record.arrived_s
+    )
+    record.streams += streams
+    return streams

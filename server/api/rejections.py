@@ -1,0 +1,58 @@
+"""Why a request got an error in place of an answer, as one of a few words that may label a metric."""
+
+from http import HTTPStatus
+
+from starlette._utils import get_route_path
+from starlette.types import Scope
+
+from server.access import Access, methods_of
+from server.api.disconnect import CLIENT_CLOSED_REQUEST
+from server.api.record import RequestRecord
+from server.engine.request import (
+    ADAPTER_FAILED,
+    ADAPTER_NOT_FOUND,
+    GRAMMAR_REFUSED,
+    GRAMMARS_BUSY,
+    MODEL_NOT_FOUND,
+    QUEUE_FULL,
+    QUEUE_TIMEOUT,
+    RATE_LIMITED,
+)
+
+# Error codes that are reasons of their own; the rest goes by the status.
+CODES = (
+    "context_length_exceeded",
+    "engine_unavailable",
+    MODEL_NOT_FOUND,
+    ADAPTER_NOT_FOUND,
+    ADAPTER_FAILED,
+    GRAMMAR_REFUSED,
+    GRAMMARS_BUSY,
+    QUEUE_FULL,
+    QUEUE_TIMEOUT,
+    RATE_LIMITED,
+)
+STATUSES = {
+    HTTPStatus.UNAUTHORIZED: "unauthorized",
+    HTTPStatus.FORBIDDEN: "forbidden",
+    HTTPStatus.REQUEST_TIMEOUT: "request_timeout",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: RATE_LIMITED,
+    HTTPStatus.SERVICE_UNAVAILABLE: "unavailable",
+}
+OTHERS = ("invalid_request", "server_error")
+REASONS = tuple(dict.fromkeys((*CODES, *STATUSES.values(), *OTHERS)))
+
+
+def rejection_reason(scope: Scope, status: int | None, record: RequestRecord) -> str | None:
+    """One of REASONS; None for what was answered, what the engine began to work on, and routes that are not for users.
+
+    `status` is what the client was sent (None: nothing).
+    """
+    if status is None or status < 400 or status == CLIENT_CLOSED_REQUEST or record.streams:
+        return None
+    if scope["method"] != "POST" or methods_of(get_route_path(scope)).get("POST") is not Access.USER:
+        return None
+    if record.error_code in CODES:
+        return record.error_code
+    return STATUSES.get(HTTPStatus(status), "server_error" if status >= 500 else "invalid_request")
