@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from server.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
-from server.logs import configure_logging
+from server.logs import LogFormat, configure_logging
 from server.settings import ServerSettings, SettingsError, parse_settings
 from server.stopping import exit_quietly, on_stop_signals
 from server.tls import check_certificate
@@ -36,17 +36,19 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
     except SettingsError as error:
-        return _refuse(str(error), status=2)
-    configure_logging(settings.log_level, "http")
+        return _refuse(str(error), 2)
+    configure_logging(settings.log_level, "http", settings.log_format)
     try:
         check_certificate(settings)
         keys = read_keys(settings)
     except SettingsError as error:
-        return _refuse(str(error), status=2)
+        return _refuse(str(error), 2, settings.log_format)
     try:
         listeners = _bind(settings.host, settings.port, settings.http_workers)
     except OSError as error:
-        return _refuse(f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}")
+        return _refuse(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}", 1, settings.log_format
+        )
     try:
         return _run(settings, keys, listeners, engine_module)
     finally:
@@ -64,10 +66,11 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket
     logger.info("starting the engine on %s", settings.engine.model)
     try:
         engine = RestartingEngine(
-            lambda: EngineProcess(settings.engine, settings.log_level, engine_module), settings.restart_engine
+            lambda: EngineProcess(settings.engine, settings.log_level, engine_module, settings.log_format),
+            settings.restart_engine,
         )
     except (EngineStartError, OSError) as error:
-        return _refuse(f"cannot start the engine process: {error}")
+        return _refuse(f"cannot start the engine process: {error}", 1, settings.log_format)
     started_at = int(time.time())
     try:
         if settings.http_workers == 1:
@@ -76,7 +79,7 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket
 
         return asyncio.run(supervise(settings, keys, listeners, engine, started_at, lambda: _announce(settings)))
     except (EngineStartError, ValueError, OSError) as error:
-        return _refuse(str(error))
+        return _refuse(str(error), 1, settings.log_format)
     finally:
         on_stop_signals(signal.SIG_IGN)  # all that is left takes moments
         engine.stop()
@@ -111,6 +114,9 @@ def _announce(settings: ServerSettings) -> None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     scheme = "http" if settings.ssl_certfile is None else "https"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    if settings.log_format == "json":
+        logger.info("StellarByte serves %s at %s", settings.model_name, url)
+        return
     body = json.dumps(
         {
             "model": settings.model_name,
@@ -128,8 +134,11 @@ def _announce(settings: ServerSettings) -> None:
     sys.stderr.flush()
 
 
-def _refuse(message: str, status: int = 1) -> int:
-    sys.stderr.write(f"error: {message}\n")
+def _refuse(message: str, status: int, log_format: LogFormat = "text") -> int:
+    if log_format == "json":
+        logger.error("%s", message)
+    else:
+        sys.stderr.write(f"error: {message}\n")
     return status
 
 

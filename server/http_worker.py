@@ -31,7 +31,7 @@ def main() -> int:
     start = msgspec.json.decode(line, type=WorkerStart)
     if start.settings.keys is not None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent reads the file, so that all have the same keys
-    configure_logging(start.settings.log_level, f"http-{start.number}")
+    configure_logging(start.settings.log_level, f"http-{start.number}", start.settings.log_format)
     try:
         return asyncio.run(_serve(start, lines))
     except (ValueError, OSError) as error:

@@ -347,6 +347,9 @@ class ServerSettings:
         "a request field that is unknown or not supported: refuse the request, or answer and name it in a header",
         "error",
     )
+    log_format: Literal["text", "json"] = option(
+        one_of("text", "json"), "text|json", "log lines for people, or one JSON object a line", "text"
+    )
     log_level: str = option(
         one_of("debug", "info", "warning", "error"), "debug|info|warning|error", "least important message shown", "info"
     )

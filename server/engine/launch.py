@@ -14,6 +14,7 @@ from typing import IO, Protocol
 import msgspec
 
 from server.engine.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+from server.logs import LogFormat
 from server.settings import EngineSettings
 
 ENGINE_MODULE = "server.engine.process"
@@ -51,7 +52,9 @@ class EngineProcess:
     The process ends when `stop` is called or this process ends, however it ends.
     """
 
-    def __init__(self, settings: EngineSettings, log_level: str, module: str = ENGINE_MODULE) -> None:
+    def __init__(
+        self, settings: EngineSettings, log_level: str, module: str = ENGINE_MODULE, log_format: LogFormat = "text"
+    ) -> None:
         """Start the process; returns at once. `module` is run with `python -m`; tests give their own."""
         self._folder = _private_folder()
         self.endpoint = f"ipc://{self._folder}/engine"
@@ -65,7 +68,7 @@ class EngineProcess:
             env=engine_environment(os.environ),
         )
         self._stdout: asyncio.StreamReader | None = None
-        line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level)) + b"\n"
+        line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level, log_format)) + b"\n"
         with contextlib.suppress(BrokenPipeError):  # it died already; `ready` says so
             self._stdin.write(line)
 

@@ -7,6 +7,8 @@ Before that, the process that starts the engine writes one `EngineStart` as a li
 `EngineReady` or `EngineFailed` from its stdout. The engine lives as long as its stdin is open.
 """
 
+from typing import Literal
+
 import msgspec
 
 from server.engine.histogram import Buckets
@@ -278,6 +280,7 @@ class EngineStart(msgspec.Struct, frozen=True):
     settings: EngineSettings
     endpoint: str  # ZeroMQ address to bind
     log_level: str
+    log_format: Literal["text", "json"] = "text"
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):

@@ -376,7 +376,7 @@ def main(build_core: BuildCore = _build_core) -> int:
     if not line:
         return 0  # the parent ended first
     start = msgspec.json.decode(line, type=EngineStart)
-    configure_logging(start.log_level, "engine")
+    configure_logging(start.log_level, "engine", start.log_format, is_stdout_free=True)
     threading.Thread(target=_end_with_parent, args=(start.endpoint,), daemon=True).start()
     try:
         core, info = build_core(start.settings)
