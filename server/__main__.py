@@ -40,6 +40,10 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
     configure_logging(settings.log_level, "http", settings.log_format)
     try:
         check_certificate(settings)
+        if settings.otlp_endpoint is not None or any(name.startswith("OTEL_") for name in os.environ):
+            from server.tracing import check_tracing
+
+            check_tracing(settings, os.environ)
         keys = read_keys(settings)
     except SettingsError as error:
         return _refuse(str(error), 2, settings.log_format)

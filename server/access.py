@@ -60,6 +60,13 @@ def methods_of(path: str) -> _Methods:
     return next((methods for pattern, methods in _PATTERNS.values() if pattern.match(path)), {})
 
 
+def route_of(path: str) -> str | None:
+    """The row of the table that a path belongs to, as it is written there."""
+    if path in _EXACT:
+        return path
+    return next((template for template, (pattern, _) in _PATTERNS.items() if pattern.match(path)), None)
+
+
 def routes_of(app: FastAPI) -> set[tuple[str, str]]:
     """Method and path of everything that an application serves; "*" for what takes any method."""
     found: set[tuple[str, str]] = set()

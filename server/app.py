@@ -1,5 +1,7 @@
 """The HTTP application: routes, errors and middleware around one engine client. Never imports torch."""
 
+from typing import Any
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -15,15 +17,19 @@ from server.api.service import Service
 from server.auth import Gate
 from server.keys import Keyring
 from server.tokenizer import NoTokenizerError
+from server.tracing import Tracing
 
 # What pages of other origins may read of an answer beside its body.
 _EXPOSED = ("X-Request-Id", "X-Ignored-Fields", "Retry-After", "WWW-Authenticate")
 
+# FastAPI's own spans and logs, which it has in newer versions, would show what users sent; ours are in tracing.py.
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
-def create_app(service: Service, keyring: Keyring) -> FastAPI:
+
+def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = None) -> FastAPI:
     """An application for a service whose engine is ready; AssertionError when a route is in no row of access.py."""
     settings = service.settings
-    app = FastAPI(title="StellarByte", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="StellarByte", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
     app.state.service = service
     for module in (completions, chat, responses, embeddings, tokenize, models, adapters, health):
         app.include_router(module.router)
@@ -47,5 +53,5 @@ def create_app(service: Service, keyring: Keyring) -> FastAPI:
             allow_headers=("*",),
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(RequestLog, service=service)
+    app.add_middleware(RequestLog, service=service, tracing=tracing)
     return app

@@ -7,6 +7,7 @@ but no new request is let in. When the running ones have ended, or at the time-o
 import asyncio
 import contextlib
 import math
+import os
 import socket
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,7 @@ from server.http_protocol import bounded_protocol
 from server.keys import Keyring
 from server.settings import ServerSettings
 from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
+from server.tracing import Tracing, make_tracing
 
 _POLL_S = 0.05
 
@@ -48,10 +50,12 @@ async def serve(
     """
     client = EngineClient(engine)
     await client.start()
+    tracing: Tracing | None = None
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams may finish, or are ended here
+        tracing = make_tracing(settings, os.environ)
         config = uvicorn.Config(
-            create_app(load_service(settings, client, started_at), keyring),
+            create_app(load_service(settings, client, started_at), keyring, tracing),
             http=bounded_protocol(settings.receive_timeout, settings.send_timeout),
             ws="none",
             ssl_certfile=settings.ssl_certfile,
@@ -67,6 +71,8 @@ async def serve(
         return 1 if client.dead.is_set() else 0
     finally:
         await client.close()
+        if tracing is not None:
+            tracing.shutdown()
 
 
 async def _run_until_stopped(

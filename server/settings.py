@@ -149,6 +149,12 @@ def secrets(texts: Sequence[str]) -> tuple[str, ...]:
     return keys
 
 
+def http_url(text: str) -> str:
+    if re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[!-~]*)?", text) is None:
+        raise SettingsError(f"{text!r} is not a URL such as http://127.0.0.1:4318")
+    return text
+
+
 def origins(texts: Sequence[str]) -> tuple[str, ...]:
     """*, or origins as browsers send them: a scheme and a host, and a port that is not the scheme's own."""
     for text in texts:
@@ -346,6 +352,13 @@ class ServerSettings:
         "error|warn",
         "a request field that is unknown or not supported: refuse the request, or answer and name it in a header",
         "error",
+    )
+    otlp_endpoint: str | None = option(
+        http_url,
+        "URL",
+        "OpenTelemetry collector that gets a trace of each request, such as http://127.0.0.1:4318 (default: as"
+        " OTEL_EXPORTER_OTLP_ENDPOINT says, else none)",
+        None,
     )
     log_format: Literal["text", "json"] = option(
         one_of("text", "json"), "text|json", "log lines for people, or one JSON object a line", "text"

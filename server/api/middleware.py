@@ -19,6 +19,7 @@ from server.api.record import RequestRecord
 from server.api.rejections import rejection_reason
 from server.api.service import Service
 from server.logs import fields_of_line
+from server.tracing import Tracing
 
 logger = logging.getLogger("server.access")
 
@@ -26,14 +27,15 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
 class RequestLog:
-    """Gives each request an id and a record, and tells at its end what became of it: one line in the log, and metrics.
+    """Gives each request an id and a record, and tells at its end what became of it: in the log, metrics, a trace.
 
     A client's own X-Request-Id is used if it is one that can stand anywhere.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None) -> None:
         self._app = app
         self._service = service
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +60,8 @@ class RequestLog:
             if reason is not None:
                 self._service.client.observer.note_rejected(reason)
             _log(scope, status, record)
+            if self._tracing is not None:
+                self._tracing.note(scope, status, record)
 
 
 def request_id_for(headers: Headers) -> str:
