@@ -221,6 +221,18 @@ def test_what_two_clients_see_adds_up_and_is_known_although_the_engine_hangs(set
     with_engine(settings, use)
 
 
+def test_totals_are_known_from_the_start_although_nobody_has_asked(settings):
+    async def use(client, process):
+        await until(lambda: client.totals is not None)
+        os.kill(process.process_id, signal.SIGSTOP)
+        try:
+            assert (await client.fresh_totals()).finished == {"stop": 0, "length": 0}
+        finally:
+            os.kill(process.process_id, signal.SIGCONT)
+
+    with_engine(settings, use)
+
+
 def test_requests_of_a_client_that_falls_silent_are_dropped_and_it_hears_of_it(settings):
     async def use(client, _):
         (stream,) = await client.submit(a_request(SLOW, max_tokens=100_000))
