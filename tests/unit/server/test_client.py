@@ -198,7 +198,7 @@ def test_an_engine_that_falls_silent_without_work_is_reported_as_that(settings, 
 
 def test_what_two_clients_see_adds_up_and_is_known_although_the_engine_hangs(settings):
     async def use(client, process):
-        second = EngineClient(AttachedEngine(client.info, process.endpoint, os.dup(process.end_fd)))
+        second = EngineClient(AttachedEngine(client.info, process.endpoint))
         await second.start()
         try:
             await read((await client.submit(a_request("one", "1")))[0])
