@@ -47,8 +47,7 @@ from server.engine.messages import (
     failure,
 )
 from server.engine.request import INTERNAL_ERROR, GenerationRequest, RequestRejected
-from server.engine.request_totals import CLIENT_LEFT, HTTP_PROCESS_LOST, RequestTotals
-from server.engine.request_totals import FAILED as UNWRITABLE
+from server.engine.request_totals import CLIENT_LEFT, HTTP_PROCESS_LOST, REQUEST_FAILED, RequestTotals
 from server.logs import configure_logging
 from server.settings import EngineSettings
 
@@ -320,7 +319,7 @@ class EngineLoop:
         logger.exception("what request %s generated cannot be written; ending it", request_id)
         if request_id in self._owner:
             self._forget(request_id)
-            self._totals.note_aborted(request_id, UNWRITABLE)
+            self._totals.note_aborted(request_id, REQUEST_FAILED)
             self._core.abort(request_id)
         self._send(peer_id, StepOutput((failure(request_id, FAILED),), event.stats, event.ended_s))
 

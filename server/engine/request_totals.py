@@ -25,8 +25,8 @@ from server.engine.request import GenerationRequest
 # Why a request was aborted.
 CLIENT_LEFT = "client_left"
 HTTP_PROCESS_LOST = "http_process_lost"
-FAILED = "failed"
-ABORT_REASONS = (CLIENT_LEFT, HTTP_PROCESS_LOST, FAILED)
+REQUEST_FAILED = "failed"
+ABORT_REASONS = (CLIENT_LEFT, HTTP_PROCESS_LOST, REQUEST_FAILED)
 FINISH_REASONS = ("stop", "length")
 
 
@@ -80,7 +80,7 @@ class RequestTotals:
         if delta.finish_reason is None:
             return
         if delta.finish_reason == "error":
-            self.note_aborted(delta.request_id, FAILED)
+            self.note_aborted(delta.request_id, REQUEST_FAILED)
             return
         del self._lives[delta.request_id]
         self._finished[delta.finish_reason] += 1
