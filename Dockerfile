@@ -30,6 +30,7 @@ COPY pyproject.toml README.md LICENSE ./
 RUN /opt/stellarbyte/bin/pip install .
 COPY stellarbyte stellarbyte
 COPY server server
+COPY clients clients
 RUN /opt/stellarbyte/bin/pip install --no-deps --force-reinstall .
 
 FROM python:${PYTHON}-slim AS runtime-cpu

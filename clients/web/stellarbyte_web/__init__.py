@@ -1,0 +1,1 @@
+"""The files of the page that the server shows at `/`."""
