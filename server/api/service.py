@@ -74,7 +74,7 @@ def load_service(settings: ServerSettings, client: EngineClient, started_at: int
     )
 
 
-def _service(request: Request) -> Any:
+async def _service(request: Request) -> Any:  # FastAPI would run a function that is not async in a thread
     return request.app.state.service
 
 
