@@ -25,8 +25,8 @@ from server.engine.adapters import no_adapters
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
+from server.engine.loop import EngineLoop
 from server.engine.messages import Submit
-from server.engine.process import EngineLoop
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence, StepResult

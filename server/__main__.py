@@ -15,9 +15,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from server.command_line import parse_settings
 from server.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
 from server.logs import LogFormat, configure_logging
-from server.settings import ServerSettings, SettingsError, parse_settings
+from server.setting_values import SettingsError
+from server.settings import ServerSettings
 from server.stopping import exit_quietly, on_stop_signals
 from server.tls import check_certificate
 

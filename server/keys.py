@@ -25,7 +25,8 @@ from typing import Any
 import msgspec
 
 from server.engine.messages import KeyLimits
-from server.settings import ServerSettings, SettingsError, secret
+from server.setting_values import SettingsError, secret
+from server.settings import ServerSettings
 
 logger = logging.getLogger("server.keys")
 

@@ -4,169 +4,35 @@ Every field of `EngineSettings` and `ServerSettings` but `engine` is a flag (`ma
 variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 """
 
-import argparse
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
+
+from server.setting_values import (
+    byte_count,
+    byte_count_or_auto,
+    existing_file,
+    existing_folder,
+    http_url,
+    named_paths,
+    not_empty,
+    one_of,
+    origins,
+    path_prefix,
+    seconds,
+    secret,
+    secrets,
+    share,
+    some_seconds,
+    switch,
+    whole_number,
+    window_size,
+)
 
 DEMO_MODEL = "demo"
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
-
-ADAPTER_NAME_RULE = "a name of 1 to 128 letters, digits and . _ : / -, beginning with a letter or digit"
-_BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class SettingsError(ValueError):
-    """A flag or variable cannot be used; str() is one sentence for the user."""
-
-
-def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers between `minimum` and `maximum`, both included."""
-
-    def parse(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
-        if value is None or value < minimum or (maximum is not None and value > maximum):
-            limit = f"of at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-            raise SettingsError(f"{text!r} is not a whole number {limit}")
-        return value
-
-    return parse
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise SettingsError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def not_empty(text: str) -> str:
-    if not text.strip():
-        raise SettingsError("the value is empty")
-    return text
-
-
-def share(text: str) -> float:
-    """A number above 0 and up to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value <= 1:
-        raise SettingsError(f"{text!r} is not a number above 0 and up to 1")
-    return value
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= 86_400:
-        raise SettingsError(f"{text!r} is not a number of seconds between 0 and 86400")
-    return value
-
-
-def some_seconds(text: str) -> float:
-    value = seconds(text)
-    if value < 0.1:
-        raise SettingsError(f"{text!r} is less than 0.1 seconds")
-    return value
-
-
-def byte_count(text: str) -> int:
-    """Bytes, plain or with a unit: 500000000, 512MiB, 2GiB, 1.5GB."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip())
-    unit = _BYTE_UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise SettingsError(f"{text!r} is not a number of bytes (such as 500000000, 512MiB or 2GiB)")
-    return int(float(match[1]) * unit)
-
-
-def byte_count_or_auto(text: str) -> int | None:
-    return None if text == "auto" else byte_count(text)
-
-
-def existing_file(text: str) -> str:
-    if not Path(text).is_file():
-        raise SettingsError(f"there is no file {text!r}")
-    return text
-
-
-def switch(text: str) -> bool:
-    """Such a field has the flags --name and --no-name and takes no value; its variable is true or false."""
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise SettingsError(f"{text!r} is not true or false")
-    return text.lower() in ("true", "1")
-
-
-def window_size(text: str) -> int | None:
-    return None if text == "none" else whole_number(1)(text)
-
-
-def existing_folder(text: str) -> str:
-    if not Path(text).is_dir():
-        raise SettingsError(f"there is no folder {text!r}")
-    return text
-
-
-def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """NAME=PATH …, every name once."""
-    pairs = []
-    for text in texts:
-        name, _, path = text.partition("=")
-        if not path or not is_adapter_name(name):
-            raise SettingsError(f"{text!r} is not NAME=PATH with {ADAPTER_NAME_RULE}")
-        pairs.append((name, path))
-    if len(dict(pairs)) < len(pairs):
-        raise SettingsError("a name is given twice")
-    return tuple(pairs)
-
-
-def is_adapter_name(text: str) -> bool:
-    """Whether an adapter may be called so: in URLs, logs and metrics. @ stands before a version."""
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", text) is not None
-
-
-def secret(text: str) -> str:
-    """A key as a header can carry it. What is wrong is said without showing it."""
-    if re.fullmatch(r"[!-~]{1,1024}", text) is None:
-        raise SettingsError("a key is 1 to 1024 letters, digits and signs of ASCII, without spaces")
-    return text
-
-
-def secrets(texts: Sequence[str]) -> tuple[str, ...]:
-    keys = tuple(map(secret, texts))
-    if not keys:
-        raise SettingsError("the value is empty")
-    if len(set(keys)) < len(keys):
-        raise SettingsError("a key is given twice")
-    return keys
-
-
-def http_url(text: str) -> str:
-    if re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[!-~]*)?", text) is None:
-        raise SettingsError(f"{text!r} is not a URL such as http://127.0.0.1:4318")
-    return text
-
-
-def origins(texts: Sequence[str]) -> tuple[str, ...]:
-    """*, or origins as browsers send them: a scheme and a host, and a port that is not the scheme's own."""
-    for text in texts:
-        if text != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", text) is None:
-            raise SettingsError(f"{text!r} is not * or an origin such as https://chat.example, in small letters")
-    return tuple(texts)
-
-
-def path_prefix(text: str) -> str:
-    if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", text) is None:
-        raise SettingsError(f"{text!r} is not a path such as /llm, without a slash at its end")
-    return text
 
 
 def option(
@@ -375,97 +241,3 @@ class ServerSettings:
         if self.engine.model == DEMO_MODEL:
             return DEMO_MODEL_NAME
         return Path(self.engine.model).resolve().name
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message} (--help lists the flags)")
-
-
-def _options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
-    return (field for field in dataclasses.fields(settings_class) if "parse" in field.metadata)
-
-
-def _flag(field: dataclasses.Field[Any]) -> str:
-    return "--" + field.name.replace("_", "-")
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="stellarbyte-server",
-        description="Serve a model over an OpenAI-compatible HTTP API.",
-        epilog="Each flag is also an environment variable: --port is STELLARBYTE_PORT. The flag wins.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    for title, settings_class in (("model and engine", EngineSettings), ("server", ServerSettings)):
-        group = parser.add_argument_group(title)
-        for field in _options(settings_class):
-            shown = DEMO_MODEL if field.name == "model" else field.default
-            text = field.metadata["help"]
-            if shown not in (None, (), "") and "(default:" not in text:
-                text += f" (default: {shown})"
-            text = text.replace("%", "%%")
-            if field.metadata["many"]:
-                shape = {"nargs": "+", "action": "extend", "metavar": field.metadata["metavar"]}
-                group.add_argument(_flag(field), help=text, **shape)
-                continue
-            if field.metadata["parse"] is not switch:
-                group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text)
-                continue
-            off = _flag(field).replace("--", "--no-", 1)
-            group.add_argument(_flag(field), dest=field.name, action="store_const", const="true", help=text)
-            group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
-    return parser
-
-
-def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
-    """Arguments that nobody asked for, without what may be a key: the value of a misspelt flag, or half a key."""
-    names = [text.partition("=")[0] for text in others if text.startswith("--")]
-    if names:
-        return " ".join(names)
-    secret_flags = {_flag(field) for field in _options(ServerSettings) if field.metadata["is_secret"]}
-    if any(argument.partition("=")[0] in secret_flags for argument in arguments):
-        return f"{len(others)} that follow no flag"
-    return " ".join(others)
-
-
-def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
-    try:
-        return field.metadata["parse"](given)
-    except SettingsError as error:
-        raise SettingsError(f"{source}: {error}") from None
-
-
-def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
-    """Settings from command-line `arguments` and `environment`; SettingsError when one cannot be used.
-
-    `--help` prints and ends the process, as argparse does.
-    """
-    known, others = _make_parser().parse_known_args(arguments)
-    if others:
-        raise SettingsError(f"unrecognized arguments: {_shown(others, arguments)} (--help lists the flags)")
-    given = vars(known)
-
-    def values(settings_class: type) -> dict[str, Any]:
-        found = {}
-        for field in _options(settings_class):
-            variable = f"STELLARBYTE_{field.name.upper()}"
-            if field.name in given:
-                found[field.name] = _parsed(field, _flag(field), given[field.name])
-            elif variable in environment:
-                text = environment[variable]
-                found[field.name] = _parsed(field, variable, text.split() if field.metadata["many"] else text)
-        return found
-
-    engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
-    settings = ServerSettings(engine=engine, **values(ServerSettings))
-    if engine.max_cpu_loras is not None and engine.max_cpu_loras <= engine.max_loras:
-        raise SettingsError(
-            f"--max-cpu-loras: {engine.max_cpu_loras} is not more than --max-loras ({engine.max_loras})"
-        )
-    if settings.model_name in dict(engine.lora_modules):
-        raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
-    if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:
-        raise SettingsError("--admin-api-key: the key is one of --api-key")
-    return settings

@@ -2,7 +2,8 @@
 
 import ssl
 
-from server.settings import ServerSettings, SettingsError
+from server.setting_values import SettingsError
+from server.settings import ServerSettings
 
 
 def check_certificate(settings: ServerSettings) -> None:

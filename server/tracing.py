@@ -17,7 +17,8 @@ from starlette.types import Scope
 
 from server.access import Access, methods_of, route_of
 from server.api.record import RequestRecord
-from server.settings import ServerSettings, SettingsError
+from server.setting_values import SettingsError
+from server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider

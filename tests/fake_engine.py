@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from server.engine.histogram import Buckets
+from server.engine.loop import PEER_SILENCE_LIMIT_S
 from server.engine.messages import (
     Accepted,
     AdapterList,
@@ -26,7 +27,7 @@ from server.engine.messages import (
     News,
     Reply,
 )
-from server.engine.process import PEER_SILENCE_LIMIT_S, main
+from server.engine.process import main
 from server.engine.request import GenerationRequest, RequestRejected, model_not_found
 from server.engine.text import TextStream
 from server.settings import EngineSettings

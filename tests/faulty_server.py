@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from server.__main__ import main
-from server.engine.client import DeltaStream, EngineClient
+from server.engine.client import EngineClient
+from server.engine.delta_stream import DeltaStream
 from server.engine.messages import Delta
 from server.tokenizer import PromptTokenizer
 from tests.faulty_engine import PlantedError

@@ -15,7 +15,8 @@ from server.api.errors import ApiError, from_engine
 from server.api.record import TokenCount, record_of, submit
 from server.api.service import Service
 from server.api.sse import DONE, ChunkWriter, DeltaStreamResponse, encode_json, event
-from server.engine.client import DeltaStream, EngineDead
+from server.engine.client import EngineDead
+from server.engine.delta_stream import DeltaStream
 from server.engine.messages import Delta
 from server.engine.request import GenerationRequest, RequestRejected
 

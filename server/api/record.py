@@ -8,7 +8,7 @@ from fastapi import Request
 
 from server.api.caller import limits_of
 from server.api.service import Service
-from server.engine.client import DeltaStream
+from server.engine.delta_stream import DeltaStream
 from server.engine.messages import Delta
 from server.engine.request import GenerationRequest
 

@@ -18,7 +18,8 @@ from server.api.record import TokenCount, submit
 from server.api.responses_body import LOGPROBS, ResponsesBody
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import DeltaStreamResponse, encode_json
-from server.engine.client import DeltaStream, EngineDead
+from server.engine.client import EngineDead
+from server.engine.delta_stream import DeltaStream
 from server.engine.request import RequestRejected
 
 router = APIRouter()

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.choices import Fragment, Kind
 from server.api.errors import ApiError
-from server.engine.client import DeltaStream
+from server.engine.delta_stream import DeltaStream
 
 logger = logging.getLogger("server.http")
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from server.engine.adapter_version import AdapterFiles
-from server.settings import is_adapter_name
+from server.setting_values import is_adapter_name
 
 logger = logging.getLogger("server.engine")
 

@@ -25,7 +25,7 @@ from server.engine.messages import (
 )
 from server.engine.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, INTERNAL_ERROR, RequestRejected, model_not_found
 from server.engine.sequence import Sequence
-from server.settings import ADAPTER_NAME_RULE, is_adapter_name
+from server.setting_values import ADAPTER_NAME_RULE, is_adapter_name
 
 logger = logging.getLogger("server.engine")
 

@@ -16,6 +16,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server.engine.delta_stream import DeltaStream, resolve
 from server.engine.http_observations import Observer
 from server.engine.launch import Engine
 from server.engine.messages import (
@@ -28,7 +29,6 @@ from server.engine.messages import (
     Call,
     CallFailed,
     Command,
-    Delta,
     EngineInfo,
     EngineStats,
     EngineTotals,
@@ -45,110 +45,35 @@ from server.engine.messages import (
     Submit,
     UnloadAdapter,
     failure,
-    merged,
 )
+from server.engine.progress import EngineProgress
 from server.engine.request import SHUTTING_DOWN, GenerationRequest, RequestRejected
 from server.engine.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
 
 logger = logging.getLogger("server.client")
 
-STALL_LIMIT_S = 10.0
 STALL_CHECK_S = 0.5
-FIRST_STEP_LIMIT_S = 120.0  # the first one may compile kernels
 STATS_LIMIT_S = 1.0
 _MESSAGES_A_TURN = 100
 _ENDED = "The engine process ended."
 DRAINING = "The server is shutting down; it takes no new requests."
-_NO_STATS = EngineStats(
-    num_running=0,
-    num_waiting=0,
-    kv_cache_usage=0.0,
-    num_blocks_used=0,
-    prompt_tokens_total=0,
-    generation_tokens_total=0,
-    num_preemptions_total=0,
-    num_steps_total=0,
-)
 
 
 class EngineDead(Exception):
     """The engine process has ended; str() is one sentence for the user."""
 
 
-class DeltaStream:
-    """The answer to one request: an async iterator of deltas, the last of which has a finish_reason.
-
-    Read by one task. `close` it in any case: that aborts a request which has not ended. Times are seconds of the
-    machine's monotonic clock.
-    """
-
-    def __init__(self, client: "EngineClient", request_id: str, arrived_s: float) -> None:
-        self.request_id = request_id
-        self.arrived_s = arrived_s  # when the client asked
-        self.sent_s = time.monotonic()
-        self.started_s: float | None = None  # when its first step began
-        self.first_token_s: float | None = None  # when it was read
-        self.finish_reason: str | None = None  # "abort": it was closed before its end
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.accepted.add_done_callback(_retrieve)  # the verdict on one of several requests may interest nobody
-        self.adapter_hash = ""  # of the adapter it runs with; known once it is accepted
-        self._client = client
-        self._unread: list[Delta] = []
-        self._unread_since_s: float | None = None  # when the step of the first of them ended
-        self._ended = False  # the last delta has arrived
-        self._reader: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> "DeltaStream":
-        return self
-
-    async def __anext__(self) -> Delta:
-        while not self._unread:
-            if self._ended:
-                raise StopAsyncIteration
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        delta, self._unread = merged(self._unread), []
-        now_s = time.monotonic()
-        if self._unread_since_s is not None:
-            self._client.observer.note_lag(now_s - self._unread_since_s)
-            self._unread_since_s = None
-        if self.first_token_s is None and delta.num_tokens:
-            self.first_token_s = now_s
-            self._client.observer.note_first_token(now_s - self.arrived_s)
-        return delta
-
-    def close(self) -> None:
-        """Say that no more will be read; aborts the request unless it has ended. May be called twice."""
-        if not self._ended:
-            self._ended = True
-            self.finish_reason = "abort"
-            self._client.abort(self.request_id)
-
-    def add(self, delta: Delta, ended_s: float | None = None) -> None:
-        """Called by the client with each delta as it arrives, and with the time when the step it is of ended."""
-        if not self._unread:
-            self._unread_since_s = ended_s
-        self._unread.append(delta)
-        if delta.finish_reason is not None:
-            self._ended = True
-            self.finish_reason = delta.finish_reason
-            _resolve(self.accepted, None)  # an error may come before the request ever ran
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-
 class EngineClient:
     """The connection to an engine.
 
-    `info` is known once `start` has returned. `stats` are the newest the engine sent, at most about a second old while
-    it lives. `totals` are the newest that any HTTP process asked for. `on_news` is called when the engine's process has
-    ended, when another takes requests, and when none will.
+    `info` is known once `start` has returned. `totals` are the newest that any HTTP process asked for. `on_news` is
+    called when the engine's process has ended, when another takes requests, and when none will.
     """
 
     info: EngineInfo
 
     def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
-        self.stats = _NO_STATS
+        self._progress = EngineProgress()
         self.totals: EngineTotals | None = None  # not heard yet
         self.observer = Observer(self._tell_observations)
         self.dead = asyncio.Event()  # the engine process has ended, and no other will be started
@@ -163,7 +88,6 @@ class EngineClient:
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
-        self._heard_at_s = self._progress_at_s = time.monotonic()
 
     async def start(self) -> EngineInfo:
         """Wait until the engine is ready and connect to it; EngineStartError when it could not start.
@@ -193,8 +117,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(self._engine.endpoint)
-        self.stats = _NO_STATS
-        self._heard_at_s = self._progress_at_s = time.monotonic()
+        self._progress = EngineProgress()
         self._send(ReadTotals())  # so that there is something to show even if it never answers again
         self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._end_stalled)]
 
@@ -229,7 +152,7 @@ class EngineClient:
             raise RequestRejected(DRAINING, SHUTTING_DOWN)
         sent_s = time.monotonic()
         arrived_s = sent_s if arrived_s is None else arrived_s
-        streams = [DeltaStream(self, request.request_id, arrived_s) for request in requests]
+        streams = [DeltaStream(request.request_id, arrived_s, self.observer, self.abort) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
             self._send(Submit(requests, limits, continues, arrived_s, sent_s))
@@ -280,19 +203,14 @@ class EngineClient:
             raise RequestRejected(reply.message, reply.code, reply.param)
         return reply
 
+    @property
+    def stats(self) -> EngineStats:
+        """The newest the engine sent, at most about a second old while it lives."""
+        return self._progress.stats
+
     def health(self) -> str | None:
         """None while the engine makes progress, else one sentence on what is wrong."""
-        if self._down is not None:
-            return self._down
-        now_s = time.monotonic()
-        limit_s = STALL_LIMIT_S if self.stats.num_steps_total else FIRST_STEP_LIMIT_S
-        if now_s - self._progress_at_s <= limit_s:
-            return None
-        if _num_to_do(self.stats) or self._streams:
-            return f"No step of the engine has ended for {limit_s:.0f} s although work is waiting."
-        if now_s - self._heard_at_s > limit_s:
-            return f"The engine has not been heard of for {limit_s:.0f} s."
-        return None
+        return self._down if self._down is not None else self._progress.stalled(has_streams=bool(self._streams))
 
     async def fresh_totals(self) -> EngineTotals | None:
         """What the engine has counted until now, over all HTTP processes, what this one has seen included.
@@ -322,7 +240,7 @@ class EngineClient:
 
     def _receive(self, event: Event) -> None:
         if isinstance(event, StepOutput):
-            self._note_progress(event.stats)
+            self._progress.note(event.stats)
             for delta in event.deltas:
                 stream = self._streams.get(delta.request_id)
                 if stream is None:
@@ -335,28 +253,22 @@ class EngineClient:
             if stream is not None:
                 stream.adapter_hash = event.adapter_hash
                 stream.started_s = event.started_s
-                _resolve(stream.accepted, None)
+                resolve(stream.accepted, None)
         elif isinstance(event, Rejected):
             stream = self._streams.pop(event.request_id, None)
             if stream is not None:
                 refusal = RequestRejected(event.message, event.code, event.param, event.retry_after_s)
-                _resolve(stream.accepted, refusal)
+                resolve(stream.accepted, refusal)
                 stream.add(failure(event.request_id, event.message, event.code, event.param))
         elif isinstance(event, EngineTotals):
-            self._note_progress(event.stats)
+            self._progress.note(event.stats)
             self.totals = event
             while self._waiting_for_totals:
-                _resolve(self._waiting_for_totals.pop(), None)
+                resolve(self._waiting_for_totals.pop(), None)
         else:
             answer = self._calls.get(event.call_id)
             if answer is not None and not answer.done():
                 answer.set_result(event)
-
-    def _note_progress(self, stats: EngineStats) -> None:
-        self._heard_at_s = time.monotonic()
-        if stats.num_steps_total != self.stats.num_steps_total or not _num_to_do(stats):
-            self._progress_at_s = self._heard_at_s
-        self.stats = stats
 
     async def _send_heartbeats(self) -> None:
         while True:
@@ -406,26 +318,5 @@ class EngineClient:
                 answer.set_exception(EngineDead(message))
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
-            _resolve(stream.accepted, EngineDead(message))
+            resolve(stream.accepted, EngineDead(message))
             stream.add(failure(request_id, message))
-
-
-def _num_to_do(stats: EngineStats) -> int:
-    """Requests that the next step could be for."""
-    return stats.num_running + stats.num_waiting - stats.num_blocked
-
-
-def _retrieve(future: asyncio.Future[None]) -> None:
-    """Keep asyncio from reporting an exception that nobody asked for."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
-    """Complete a future that may have been completed or cancelled already."""
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)

@@ -4,7 +4,8 @@ from typing import Any
 
 import yaml
 
-from server.settings import ServerSettings, parse_settings
+from server.command_line import parse_settings
+from server.settings import ServerSettings
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
 from tests.server_process import ROOT
 

@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from server.settings import parse_settings
+from server.command_line import parse_settings
 from tests.deployment.files import image_environment, image_stages, read_dockerfile
 from tests.server_process import ROOT
 

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from server.api.health import router
+from server.command_line import parse_settings
 from server.engine.plan import concurrency_of
-from server.settings import parse_settings
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
 from tests.deployment.metrics import GAUGES
 from tests.server_process import ROOT

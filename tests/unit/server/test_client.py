@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from server.engine import client as client_module
+from server.engine import progress
 from server.engine.client import EngineClient, EngineDead
 from server.engine.launch import EngineProcess, EngineStartError
 from server.engine.messages import Delta
@@ -147,7 +147,7 @@ def test_a_killed_engine_ends_every_stream_within_a_second(settings):
 
 
 def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
-    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 2.0)
+    monkeypatch.setattr(progress, "STALL_LIMIT_S", 2.0)
 
     async def use(client, process):
         await asyncio.sleep(2.5)
@@ -165,8 +165,8 @@ def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
 
 def test_a_first_step_may_take_longer_than_others(settings, monkeypatch):
     """It may compile kernels: a supervisor that restarts what stands still must not restart that for ever."""
-    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 0.5)
-    monkeypatch.setattr(client_module, "FIRST_STEP_LIMIT_S", 3.0)
+    monkeypatch.setattr(progress, "STALL_LIMIT_S", 0.5)
+    monkeypatch.setattr(progress, "FIRST_STEP_LIMIT_S", 3.0)
 
     async def use(client, process):
         submitting = asyncio.create_task(client.submit(a_request(HANG)))
@@ -181,7 +181,7 @@ def test_a_first_step_may_take_longer_than_others(settings, monkeypatch):
 
 
 def test_an_engine_that_falls_silent_without_work_is_reported_as_that(settings, monkeypatch):
-    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 2.0)
+    monkeypatch.setattr(progress, "STALL_LIMIT_S", 2.0)
 
     async def use(client, process):
         await read((await client.submit(a_request("a first step")))[0])

@@ -5,9 +5,11 @@ import logging
 
 import pytest
 
+from server.command_line import parse_settings
 from server.engine.messages import KeyLimits
 from server.keys import Keyring, keys_of_flags, parse_keys, read_keys, read_keys_again
-from server.settings import EngineSettings, ServerSettings, SettingsError, parse_settings
+from server.setting_values import SettingsError
+from server.settings import EngineSettings, ServerSettings
 
 SECRET = "sk-very-secret"
 DIGEST = hashlib.sha256(SECRET.encode()).hexdigest()

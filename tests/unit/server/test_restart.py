@@ -7,7 +7,7 @@ import signal
 import msgspec
 import pytest
 
-from server.engine import client as client_module
+from server.engine import progress
 from server.engine.client import EngineClient, EngineDead
 from server.engine.launch import EngineProcess, EngineStartError
 from server.engine.restart import (
@@ -98,7 +98,7 @@ def test_the_next_process_serves_and_what_was_in_flight_ends_with_an_error(setti
 
 
 def test_a_process_that_makes_no_progress_is_replaced(settings, monkeypatch) -> None:
-    monkeypatch.setattr(client_module, "STALL_LIMIT_S", 2.0)
+    monkeypatch.setattr(progress, "STALL_LIMIT_S", 2.0)
 
     async def use(client, _, told) -> None:
         assert await answer_of(client, "once") == "onceonceon"  # the first step may take longer

@@ -2,7 +2,8 @@
 
 import pytest
 
-from server.settings import SettingsError, parse_settings
+from server.command_line import parse_settings
+from server.setting_values import SettingsError
 
 
 def test_defaults_serve_the_demo_model_on_the_loopback_address():

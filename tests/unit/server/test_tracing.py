@@ -9,7 +9,9 @@ import pytest
 
 from server import tracing
 from server.api.record import RequestRecord, TokenCount
-from server.settings import EngineSettings, ServerSettings, SettingsError, parse_settings
+from server.command_line import parse_settings
+from server.setting_values import SettingsError
+from server.settings import EngineSettings, ServerSettings
 from server.tracing import check_tracing, is_wanted, make_tracing
 from tests.server_process import ROOT
 
@@ -62,7 +64,7 @@ def test_a_protocol_that_is_not_spoken_is_refused() -> None:
 def test_no_opentelemetry_is_imported_when_traces_are_off_but_what_fastapi_itself_needs() -> None:
     code = (
         "import sys, server.__main__, server.serving, server.http_worker\n"
-        "from server.settings import parse_settings\n"
+        "from server.command_line import parse_settings\n"
         "from server.tracing import make_tracing\n"
         "assert make_tracing(parse_settings([], {}), {}) is None\n"
         "assert not [name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))]"

@@ -1,0 +1,103 @@
+"""Settings out of flags and environment variables: the flag wins. Knows the settings by their fields only."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from server.setting_values import SettingsError, switch
+from server.settings import DEMO_MODEL, EngineSettings, ServerSettings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists the flags)")
+
+
+def _options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
+    return (field for field in dataclasses.fields(settings_class) if "parse" in field.metadata)
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stellarbyte-server",
+        description="Serve a model over an OpenAI-compatible HTTP API.",
+        epilog="Each flag is also an environment variable: --port is STELLARBYTE_PORT. The flag wins.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for title, settings_class in (("model and engine", EngineSettings), ("server", ServerSettings)):
+        group = parser.add_argument_group(title)
+        for field in _options(settings_class):
+            shown = DEMO_MODEL if field.name == "model" else field.default
+            text = field.metadata["help"]
+            if shown not in (None, (), "") and "(default:" not in text:
+                text += f" (default: {shown})"
+            text = text.replace("%", "%%")
+            if field.metadata["many"]:
+                shape = {"nargs": "+", "action": "extend", "metavar": field.metadata["metavar"]}
+                group.add_argument(_flag(field), help=text, **shape)
+                continue
+            if field.metadata["parse"] is not switch:
+                group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text)
+                continue
+            off = _flag(field).replace("--", "--no-", 1)
+            group.add_argument(_flag(field), dest=field.name, action="store_const", const="true", help=text)
+            group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
+    return parser
+
+
+def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
+    """Arguments that nobody asked for, without what may be a key: the value of a misspelt flag, or half a key."""
+    names = [text.partition("=")[0] for text in others if text.startswith("--")]
+    if names:
+        return " ".join(names)
+    secret_flags = {_flag(field) for field in _options(ServerSettings) if field.metadata["is_secret"]}
+    if any(argument.partition("=")[0] in secret_flags for argument in arguments):
+        return f"{len(others)} that follow no flag"
+    return " ".join(others)
+
+
+def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
+    try:
+        return field.metadata["parse"](given)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from None
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
+    """Settings from command-line `arguments` and `environment`; SettingsError when one cannot be used.
+
+    `--help` prints and ends the process, as argparse does.
+    """
+    known, others = _make_parser().parse_known_args(arguments)
+    if others:
+        raise SettingsError(f"unrecognized arguments: {_shown(others, arguments)} (--help lists the flags)")
+    given = vars(known)
+
+    def values(settings_class: type) -> dict[str, Any]:
+        found = {}
+        for field in _options(settings_class):
+            variable = f"STELLARBYTE_{field.name.upper()}"
+            if field.name in given:
+                found[field.name] = _parsed(field, _flag(field), given[field.name])
+            elif variable in environment:
+                text = environment[variable]
+                found[field.name] = _parsed(field, variable, text.split() if field.metadata["many"] else text)
+        return found
+
+    engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
+    settings = ServerSettings(engine=engine, **values(ServerSettings))
+    if engine.max_cpu_loras is not None and engine.max_cpu_loras <= engine.max_loras:
+        raise SettingsError(
+            f"--max-cpu-loras: {engine.max_cpu_loras} is not more than --max-loras ({engine.max_loras})"
+        )
+    if settings.model_name in dict(engine.lora_modules):
+        raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
+    if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:
+        raise SettingsError("--admin-api-key: the key is one of --api-key")
+    return settings

@@ -1,0 +1,158 @@
+"""What the values of flags and variables may be: each function makes a value of a text, or says what would be right."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ADAPTER_NAME_RULE = "a name of 1 to 128 letters, digits and . _ : / -, beginning with a letter or digit"
+_BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class SettingsError(ValueError):
+    """A flag or variable cannot be used; str() is one sentence for the user."""
+
+
+def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers between `minimum` and `maximum`, both included."""
+
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
+        if value is None or value < minimum or (maximum is not None and value > maximum):
+            limit = f"of at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+            raise SettingsError(f"{text!r} is not a whole number {limit}")
+        return value
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise SettingsError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def not_empty(text: str) -> str:
+    if not text.strip():
+        raise SettingsError("the value is empty")
+    return text
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 1:
+        raise SettingsError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= 86_400:
+        raise SettingsError(f"{text!r} is not a number of seconds between 0 and 86400")
+    return value
+
+
+def some_seconds(text: str) -> float:
+    value = seconds(text)
+    if value < 0.1:
+        raise SettingsError(f"{text!r} is less than 0.1 seconds")
+    return value
+
+
+def byte_count(text: str) -> int:
+    """Bytes, plain or with a unit: 500000000, 512MiB, 2GiB, 1.5GB."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip())
+    unit = _BYTE_UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise SettingsError(f"{text!r} is not a number of bytes (such as 500000000, 512MiB or 2GiB)")
+    return int(float(match[1]) * unit)
+
+
+def byte_count_or_auto(text: str) -> int | None:
+    return None if text == "auto" else byte_count(text)
+
+
+def existing_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise SettingsError(f"there is no file {text!r}")
+    return text
+
+
+def switch(text: str) -> bool:
+    """Such a field has the flags --name and --no-name and takes no value; its variable is true or false."""
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise SettingsError(f"{text!r} is not true or false")
+    return text.lower() in ("true", "1")
+
+
+def window_size(text: str) -> int | None:
+    return None if text == "none" else whole_number(1)(text)
+
+
+def existing_folder(text: str) -> str:
+    if not Path(text).is_dir():
+        raise SettingsError(f"there is no folder {text!r}")
+    return text
+
+
+def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """NAME=PATH …, every name once."""
+    pairs = []
+    for text in texts:
+        name, _, path = text.partition("=")
+        if not path or not is_adapter_name(name):
+            raise SettingsError(f"{text!r} is not NAME=PATH with {ADAPTER_NAME_RULE}")
+        pairs.append((name, path))
+    if len(dict(pairs)) < len(pairs):
+        raise SettingsError("a name is given twice")
+    return tuple(pairs)
+
+
+def is_adapter_name(text: str) -> bool:
+    """Whether an adapter may be called so: in URLs, logs and metrics. @ stands before a version."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", text) is not None
+
+
+def secret(text: str) -> str:
+    """A key as a header can carry it. What is wrong is said without showing it."""
+    if re.fullmatch(r"[!-~]{1,1024}", text) is None:
+        raise SettingsError("a key is 1 to 1024 letters, digits and signs of ASCII, without spaces")
+    return text
+
+
+def secrets(texts: Sequence[str]) -> tuple[str, ...]:
+    keys = tuple(map(secret, texts))
+    if not keys:
+        raise SettingsError("the value is empty")
+    if len(set(keys)) < len(keys):
+        raise SettingsError("a key is given twice")
+    return keys
+
+
+def http_url(text: str) -> str:
+    if re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[!-~]*)?", text) is None:
+        raise SettingsError(f"{text!r} is not a URL such as http://127.0.0.1:4318")
+    return text
+
+
+def origins(texts: Sequence[str]) -> tuple[str, ...]:
+    """*, or origins as browsers send them: a scheme and a host, and a port that is not the scheme's own."""
+    for text in texts:
+        if text != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", text) is None:
+            raise SettingsError(f"{text!r} is not * or an origin such as https://chat.example, in small letters")
+    return tuple(texts)
+
+
+def path_prefix(text: str) -> str:
+    if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", text) is None:
+        raise SettingsError(f"{text!r} is not a path such as /llm, without a slash at its end")
+    return text
