@@ -1,4 +1,4 @@
-"""uvicorn's HTTP connection with bounds: how large a header may be, and how long a client may take to send or to read.
+"""uvicorn's HTTP connection with bounds: how many there may be, how large a header, how long a client may take.
 
 uvicorn's own time-out covers idle connections between requests only, and its parser has no limits. The body of a
 request that is being answered has its bounds in `api/middleware.py`. Knows nothing of routes.
@@ -9,18 +9,35 @@ the server's sockets are made.
 
 import asyncio
 import logging
+import resource
 import socket
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.api.errors import ApiError, bad_request
+from server.api.rejections import reason_of_error
 
 logger = logging.getLogger("server.access")
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too
 MAX_HEADER_FIELDS = 200
+MAX_CONNECTIONS = 8192  # of one HTTP process
+OTHER_FILES = 128  # descriptors for all that is not a connection
+TOO_MANY_CONNECTIONS = "too_many_connections"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionBounds:
+    """What is the same for all connections; `note_rejected` is called with one of `rejections.REASONS`."""
+
+    receive_timeout_s: float
+    send_timeout_s: float
+    max_connections: int
+    note_rejected: Callable[[str], None]
 
 
 class HeaderTooLarge(Exception):
@@ -28,15 +45,14 @@ class HeaderTooLarge(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A header, or what is left of a body after its answer, must come within `receive_timeout_s`.
+    """A header, or what is left of a body after its answer, must come within the bounds' `receive_timeout_s`.
 
     And there must be a byte in each quarter of that. A client that has not sent a byte is left without an answer. One
     that keeps an answer waiting for `send_timeout_s` is cut off, and so is one that leaves the last bytes unread for so
     long when the connection is closed.
     """
 
-    receive_timeout_s: ClassVar[float]
-    send_timeout_s: ClassVar[float]
+    bounds: ClassVar[ConnectionBounds]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -53,6 +69,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        if len(self.connections) > self.bounds.max_connections:
+            message = "The server has as many connections as it can hold; try again later."
+            self._refuse(ApiError(503, message, code=TOO_MANY_CONNECTIONS, headers={"Retry-After": "1"}))
+            return
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,10 +95,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _must_read(self) -> None:
         if self._cut_off is None:
-            self._cut_off = self.loop.call_later(self.send_timeout_s, self._give_up)
+            self._cut_off = self.loop.call_later(self.bounds.send_timeout_s, self._give_up)
 
     def _give_up(self) -> None:
-        logger.info("cut off a client that did not read for %g s", self.send_timeout_s)
+        logger.info("cut off a client that did not read for %g s", self.bounds.send_timeout_s)
         # With a reset, so that the kernel keeps nothing for it either.
         self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
@@ -156,6 +176,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_watching()
         if self.transport.is_closing():
             return
+        self.bounds.note_rejected(reason_of_error(error.status, error.code))
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
             response = error.response()
@@ -180,7 +201,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._stop_watching()
         elif self._timer is None:
             self._waiting_since_s = self._heard_at_s = self.loop.time()
-            self._timer = self.loop.call_later(self.receive_timeout_s / 4, self._check_time)
+            self._timer = self.loop.call_later(self.bounds.receive_timeout_s / 4, self._check_time)
 
     def _stop_watching(self) -> None:
         if self._timer is not None:
@@ -194,18 +215,33 @@ class BoundedProtocol(HttpToolsProtocol):
         now_s = self.loop.time()
         if self.flow.read_paused:  # it is us who do not read
             self._waiting_since_s = self._heard_at_s = now_s
-        due_s = min(self._waiting_since_s + self.receive_timeout_s, self._heard_at_s + self.receive_timeout_s / 4)
+        due_s = min(
+            self._waiting_since_s + self.bounds.receive_timeout_s, self._heard_at_s + self.bounds.receive_timeout_s / 4
+        )
         if now_s < due_s:
             self._timer = self.loop.call_at(due_s, self._check_time)
         elif self._is_in_header:
-            message = f"The header did not come within {self.receive_timeout_s:g} s, or stopped for a quarter of that."
+            message = (
+                f"The header did not come within {self.bounds.receive_timeout_s:g} s, or stopped for a quarter of that."
+            )
             self._refuse(ApiError(408, message, code="request_timeout"))
         else:
             self.transport.close()
 
 
-def bounded_protocol(receive_timeout_s: float, send_timeout_s: float) -> type[asyncio.Protocol]:
+def bounded_protocol(bounds: ConnectionBounds) -> type[asyncio.Protocol]:
     """The class to give to uvicorn."""
-    return type(
-        "Protocol", (BoundedProtocol,), {"receive_timeout_s": receive_timeout_s, "send_timeout_s": send_timeout_s}
-    )
+    return type("Protocol", (BoundedProtocol,), {"bounds": bounds})
+
+
+def connections_allowed() -> int:
+    """As many as this process may hold files open, but for some others, and MAX_CONNECTIONS at most.
+
+    What the system lets the process open is raised first: many systems begin with 1024 and allow far more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))

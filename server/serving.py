@@ -18,7 +18,7 @@ from server.api.service import load_service
 from server.app import create_app
 from server.engine.client import EngineClient
 from server.engine.launch import Engine
-from server.http_protocol import bounded_protocol
+from server.http_protocol import ConnectionBounds, bounded_protocol, connections_allowed
 from server.keys import Keyring
 from server.settings import ServerSettings
 from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
@@ -54,9 +54,15 @@ async def serve(
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams may finish, or are ended here
         tracing = make_tracing(settings, os.environ)
+        bounds = ConnectionBounds(
+            receive_timeout_s=settings.receive_timeout,
+            send_timeout_s=settings.send_timeout,
+            max_connections=connections_allowed(),
+            note_rejected=client.observer.note_rejected,
+        )
         config = uvicorn.Config(
             create_app(load_service(settings, client, started_at), keyring, tracing),
-            http=bounded_protocol(settings.receive_timeout, settings.send_timeout),
+            http=bounded_protocol(bounds),
             ws="none",
             ssl_certfile=settings.ssl_certfile,
             ssl_keyfile=settings.ssl_keyfile,

@@ -31,6 +31,7 @@ CODES = (
     QUEUE_FULL,
     QUEUE_TIMEOUT,
     RATE_LIMITED,
+    "too_many_connections",
 )
 STATUSES = {
     HTTPStatus.UNAUTHORIZED: "unauthorized",
@@ -38,6 +39,7 @@ STATUSES = {
     HTTPStatus.REQUEST_TIMEOUT: "request_timeout",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.TOO_MANY_REQUESTS: RATE_LIMITED,
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "header_too_large",
     HTTPStatus.SERVICE_UNAVAILABLE: "unavailable",
 }
 OTHERS = ("invalid_request", "server_error")
@@ -53,6 +55,11 @@ def rejection_reason(scope: Scope, status: int | None, record: RequestRecord) ->
         return None
     if scope["method"] != "POST" or methods_of(get_route_path(scope)).get("POST") is not Access.USER:
         return None
-    if record.error_code in CODES:
-        return record.error_code
+    return reason_of_error(status, record.error_code)
+
+
+def reason_of_error(status: int, code: str | None) -> str:
+    """One of REASONS for an error as the client sees it."""
+    if code in CODES:
+        return code
     return STATUSES.get(HTTPStatus(status), "server_error" if status >= 500 else "invalid_request")

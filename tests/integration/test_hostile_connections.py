@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 import select
 import socket
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS, OTHER_FILES
 from tests.fake_engine import SLOW
 from tests.server_process import FAKE, ServerProcess, running
 
@@ -223,6 +224,34 @@ def test_many_who_never_finish_hold_up_nobody(server: ServerProcess) -> None:
         for connection in connections:
             connection.close()
     assert_healthy(server)
+
+
+def test_connections_beyond_what_the_process_can_hold_are_refused(fake_model: str) -> None:
+    """Those that were there before are served on, and new ones as soon as there is room."""
+    num_allowed = 40
+    server = ServerProcess(FAKE, "--model", fake_model)
+    try:
+        limit = num_allowed + OTHER_FILES
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))  # long before it serves
+        server.wait_ready(30)
+        connections = [connect(server) for _ in range(num_allowed)]
+        for _ in range(3):
+            with connect(server) as one_more:
+                answer = read_all(one_more)
+            assert statuses(answer) == [503] and b"retry-after: 1" in answer.lower()
+            assert error_of(answer)["code"] == "too_many_connections"
+        for connection in connections:
+            connection.sendall(WHOLE)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            connection.close()
+        while len(list(Path(f"/proc/{server.process.pid}/fd").iterdir())) > num_allowed:
+            time.sleep(0.01)  # until it has seen that they are closed
+        assert_healthy(server)
+        rejected = 'stellarbyte:rejected_requests_total{model_name="fake",reason="too_many_connections"} 3.0'
+        assert rejected in httpx.get(f"{server.url}/metrics").text
+        assert "Traceback" not in server.log()
+    finally:
+        server.stop()
 
 
 def hostile(chance: random.Random) -> bytes:

@@ -22,6 +22,7 @@ def reason(status: int | None, code: str | None = None, method: str = "POST", pa
         (404, "model_not_found", "model_not_found"),
         (408, "request_timeout", "request_timeout"),
         (413, "request_too_large", "request_too_large"),
+        (431, "header_too_large", "header_too_large"),
         (429, "queue_full", "queue_full"),
         (429, "rate_limit_exceeded", "rate_limit_exceeded"),
         (500, None, "server_error"),
