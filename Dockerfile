@@ -30,7 +30,8 @@ COPY pyproject.toml README.md LICENSE ./
 RUN /opt/stellarbyte/bin/pip install .
 COPY stellarbyte stellarbyte
 COPY server server
-COPY clients clients
+COPY clients/python/stellarbyte_client clients/python/stellarbyte_client
+COPY clients/web/stellarbyte_web clients/web/stellarbyte_web
 RUN /opt/stellarbyte/bin/pip install --no-deps --force-reinstall .
 
 FROM python:${PYTHON}-slim AS runtime-cpu
