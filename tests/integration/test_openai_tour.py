@@ -190,7 +190,6 @@ def test_errors_are_the_clients_own(client) -> None:
         (chat, {"reasoning_effort": "high"}, "reasoning_effort"),
         (chat, {"extra_body": {"continue_final_message": True}}, "continue_final_message"),
     ],
-    ids=str,
 )
 def test_a_wrong_field_is_named(client, ask, fields, param) -> None:
     with pytest.raises(openai.BadRequestError) as error:
