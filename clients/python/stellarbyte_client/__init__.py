@@ -1,1 +1,28 @@
 """What a StellarByte server offers beyond OpenAI's API, for Python programs. Knows the server by HTTP only."""
+
+from stellarbyte_client.answers import (
+    Adapter,
+    Health,
+    LoadedAdapter,
+    MetricSample,
+    Model,
+    Tokenized,
+    UnloadedAdapter,
+)
+from stellarbyte_client.client import StellarByte
+from stellarbyte_client.errors import ConnectionFailed, ServerError, StellarByteError, UnexpectedAnswer
+
+__all__ = [
+    "Adapter",
+    "ConnectionFailed",
+    "Health",
+    "LoadedAdapter",
+    "MetricSample",
+    "Model",
+    "ServerError",
+    "StellarByte",
+    "StellarByteError",
+    "Tokenized",
+    "UnexpectedAnswer",
+    "UnloadedAdapter",
+]

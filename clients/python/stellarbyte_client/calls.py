@@ -1,0 +1,161 @@
+"""Every call of the API: what is sent, and how its answer is read. Both clients send these; knows no connection."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+import httpx
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from stellarbyte_client.answers import (
+    Adapter,
+    Health,
+    LoadedAdapter,
+    MetricSample,
+    Model,
+    Tokenized,
+    UnloadedAdapter,
+)
+from stellarbyte_client.errors import UnexpectedAnswer, server_error
+
+T = TypeVar("T")
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat as /v1/chat/completions takes it."""
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request; `read` makes what its caller gets of the response, or raises ServerError or UnexpectedAnswer."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    read: Callable[[httpx.Response], T]
+    body: Mapping[str, Any] | None = None
+    is_admin: bool = False
+
+
+def list_adapters() -> Call[list[Adapter]]:
+    return Call("GET", "/v1/adapters", _json_data(Adapter))
+
+
+def load_adapter(name: str, path: str, replace: bool) -> Call[LoadedAdapter]:
+    body = {"lora_name": name, "lora_path": path, "load_inplace": replace}
+    return Call("POST", "/v1/load_lora_adapter", _json(LoadedAdapter), body, is_admin=True)
+
+
+def unload_adapter(name: str) -> Call[UnloadedAdapter]:
+    return Call("POST", "/v1/unload_lora_adapter", _json(UnloadedAdapter), {"lora_name": name}, is_admin=True)
+
+
+def list_models() -> Call[list[Model]]:
+    return Call("GET", "/v1/models", _json_data(Model))
+
+
+def tokenize(
+    *,
+    prompt: str | None,
+    messages: Messages | None,
+    model: str | None,
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_special_tokens: bool | None,
+    add_generation_prompt: bool | None,
+    continue_final_message: bool | None,
+    return_token_strs: bool | None,
+) -> Call[Tokenized]:
+    body = {
+        "prompt": prompt,
+        "messages": messages,
+        "model": model,
+        "tools": tools,
+        "add_special_tokens": add_special_tokens,
+        "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
+        "return_token_strs": return_token_strs,
+    }
+    given = {name: value for name, value in body.items() if value is not None}
+    return Call("POST", "/tokenize", _json(Tokenized), given)
+
+
+def detokenize(tokens: Sequence[int], model: str | None) -> Call[str]:
+    body = {"tokens": list(tokens), "model": model}
+    read = _json(_Detokenized)
+    return Call("POST", "/detokenize", lambda response: read(response).prompt, body)
+
+
+def metrics() -> Call[list[MetricSample]]:
+    return Call("GET", "/metrics", _read_metrics)
+
+
+def health() -> Call[Health]:
+    return Call("GET", "/health", _read_health)
+
+
+def ready() -> Call[bool]:
+    return Call("GET", "/ready", lambda response: _read_health(response).is_healthy)
+
+
+def version() -> Call[str]:
+    read = _json(_Version)
+    return Call("GET", "/version", lambda response: read(response).version)
+
+
+class _Data(msgspec.Struct, Generic[T]):
+    data: list[T]
+
+
+class _Detokenized(msgspec.Struct):
+    prompt: str
+
+
+class _Version(msgspec.Struct):
+    version: str
+
+
+def _json(kind: type[T]) -> Callable[[httpx.Response], T]:
+    """Reads a JSON object; fields that this client does not know are a newer server's, and passed over."""
+
+    def read(response: httpx.Response) -> T:
+        content = _good(response)
+        try:
+            return msgspec.json.decode(content, type=kind)
+        except msgspec.DecodeError as error:
+            raise _unexpected(response, error) from error
+
+    return read
+
+
+def _json_data(kind: type[T]) -> Callable[[httpx.Response], list[T]]:
+    """Reads OpenAI's form of a list."""
+    read = _json(_Data[kind])  # type: ignore[valid-type]
+    return lambda response: read(response).data
+
+
+def _read_metrics(response: httpx.Response) -> list[MetricSample]:
+    content = _good(response)
+    try:
+        return [
+            MetricSample(name=sample.name, labels=sample.labels, value=sample.value)
+            for family in text_string_to_metric_families(content.decode())
+            for sample in family.samples
+        ]
+    except ValueError as error:
+        raise _unexpected(response, error) from error
+
+
+def _read_health(response: httpx.Response) -> Health:
+    if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        return Health(is_healthy=False, reason=server_error(response).message)
+    _good(response)
+    return Health(is_healthy=True, reason=None)
+
+
+def _good(response: httpx.Response) -> bytes:
+    if not response.is_success:
+        raise server_error(response)
+    return response.content
+
+
+def _unexpected(response: httpx.Response, error: Exception) -> UnexpectedAnswer:
+    return UnexpectedAnswer(f"The answer from {response.url} is not one of a StellarByte server: {error}.")
