@@ -1,8 +1,6 @@
 """The examples of clients/, run as users run them against the demo model, and langchain's own way through the API."""
 
 import asyncio
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Literal
@@ -15,6 +13,7 @@ from langchain_openai import ChatOpenAI
 
 from tests.integration.conftest import MODEL_NAME
 from tests.integration.test_examples import run
+from tests.node_packages import copy_installed
 from tests.server_process import ROOT, free_port
 
 QUESTION = "What is the capital of France?"
@@ -58,21 +57,8 @@ def hosts(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def node_examples(tmp_path_factory) -> Path:
     """A copy of clients/examples/node with its packages installed."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("there is no node or no npm on this machine")
-    version = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
-    if int(version.removeprefix("v").partition(".")[0]) < 20:
-        pytest.skip(f"the examples need Node 20 or later; this is {version}")
-    folder = tmp_path_factory.mktemp("clients") / "node"
-    shutil.copytree(ROOT / "clients/examples/node", folder, ignore=shutil.ignore_patterns("node_modules"))
-    command = ["npm", "install", "--no-package-lock", "--no-audit", "--no-fund"]
-    try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm install took more than five minutes")
-    if result.returncode != 0:
-        pytest.skip(f"npm install failed: {result.stderr[-500:]}")
-    return folder
+    target = tmp_path_factory.mktemp("clients") / "node"
+    return copy_installed(ROOT / "clients/examples/node", target, "install", "--no-package-lock")
 
 
 @pytest.mark.parametrize("name", ["chat.py", "chat_langchain.py", "chat_litellm.py"])

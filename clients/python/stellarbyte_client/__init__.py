@@ -9,11 +9,13 @@ from stellarbyte_client.answers import (
     Tokenized,
     UnloadedAdapter,
 )
+from stellarbyte_client.async_client import AsyncStellarByte
 from stellarbyte_client.client import StellarByte
 from stellarbyte_client.errors import ConnectionFailed, ServerError, StellarByteError, UnexpectedAnswer
 
 __all__ = [
     "Adapter",
+    "AsyncStellarByte",
     "ConnectionFailed",
     "Health",
     "LoadedAdapter",

@@ -14,6 +14,7 @@ from stellarbyte_client.errors import ConnectionFailed
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
 _CONNECT_TIMEOUT_S = 5.0
+OPENAI_IS_MISSING = "openai() needs the package openai: pip install 'stellarbyte-client[openai]'."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import httpx
 
 from stellarbyte_client import calls
-from stellarbyte_client.address import DEFAULT_TIMEOUT_S, Address
+from stellarbyte_client.address import DEFAULT_TIMEOUT_S, OPENAI_IS_MISSING, Address
 from stellarbyte_client.answers import (
     AdapterList,
     Health,
@@ -112,8 +112,10 @@ class StellarByte:
 
     def openai(self) -> "OpenAI":
         """OpenAI's own client for the same server and key, which generates; needs the package openai."""
-        from openai import OpenAI
-
+        try:
+            from openai import OpenAI
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(OPENAI_IS_MISSING) from error
         return OpenAI(base_url=self._address.openai_url, api_key=self._address.openai_key)
 
     def close(self) -> None:

@@ -1,0 +1,152 @@
+"""The client for asyncio programs. What each call sends and reads is in calls.py; what each is for, in client.py."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import httpx
+
+from stellarbyte_client import calls
+from stellarbyte_client.address import DEFAULT_TIMEOUT_S, OPENAI_IS_MISSING, Address
+from stellarbyte_client.answers import (
+    AdapterList,
+    Health,
+    LoadedAdapter,
+    MetricSample,
+    Model,
+    Tokenized,
+    UnloadedAdapter,
+)
+from stellarbyte_client.errors import ConnectionFailed
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+T = TypeVar("T")
+
+
+class AsyncStellarByte:
+    """`StellarByte`, with calls that are awaited.
+
+    Close it with `await close()`, or use it in an `async with` statement.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        admin_api_key: str | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """As `StellarByte`."""
+        self._address = Address.of(base_url, api_key, admin_api_key, timeout_s)
+        self._http = httpx.AsyncClient(base_url=self._address.base_url, timeout=self._address.timeout)
+        self.adapters = AsyncAdapters(self)
+
+    @property
+    def base_url(self) -> str:
+        return self._address.base_url
+
+    async def models(self) -> list[Model]:
+        """The served model first, then its adapters."""
+        return await self._send(calls.list_models())
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: calls.Messages | None = None,
+        model: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_special_tokens: bool | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        return_token_strs: bool | None = None,
+    ) -> Tokenized:
+        """The tokens of a prompt or a chat, as `StellarByte.tokenize` says."""
+        return await self._send(
+            calls.tokenize(
+                prompt=prompt,
+                messages=messages,
+                model=model,
+                tools=tools,
+                add_special_tokens=add_special_tokens,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                return_token_strs=return_token_strs,
+            )
+        )
+
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """The text of tokens, special ones included."""
+        return await self._send(calls.detokenize(tokens, model))
+
+    async def metrics(self) -> list[MetricSample]:
+        """All that /metrics shows now."""
+        return await self._send(calls.metrics())
+
+    async def health(self) -> Health:
+        """Whether the engine makes progress, and if not, why."""
+        return await self._send(calls.health())
+
+    async def is_ready(self) -> bool:
+        """Whether requests can be answered now; False also while nothing answers at the address."""
+        try:
+            return await self._send(calls.ready())
+        except ConnectionFailed:
+            return False
+
+    async def version(self) -> str:
+        return await self._send(calls.version())
+
+    def openai(self) -> "AsyncOpenAI":
+        """OpenAI's own asynchronous client for the same server and key; needs the package openai."""
+        try:
+            from openai import AsyncOpenAI
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(OPENAI_IS_MISSING) from error
+        return AsyncOpenAI(base_url=self._address.openai_url, api_key=self._address.openai_key)
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, call: calls.Call[T]) -> T:
+        with self._address.failures_named():
+            response = await self._http.request(
+                call.method, call.path, json=call.body, headers=self._address.headers(call)
+            )
+        return call.read(response)
+
+
+class AsyncAdapters:
+    """The adapters of a server: `AsyncStellarByte.adapters`. Each call is as that of `Adapters`."""
+
+    def __init__(self, client: AsyncStellarByte) -> None:
+        self._client = client
+
+    async def list(self) -> AdapterList:
+        return await self._client._send(calls.list_adapters())
+
+    async def load(self, name: str, path: str, replace: bool = False) -> LoadedAdapter:
+        return await self._client._send(calls.load_adapter(name, path, replace))
+
+    async def unload(self, name: str) -> UnloadedAdapter:
+        return await self._client._send(calls.unload_adapter(name))
+
+    async def watch(self, interval_s: float = 1.0) -> AsyncIterator[AdapterList]:
+        before: AdapterList | None = None
+        while True:
+            now = await self.list()
+            if now != before:
+                yield now
+            before = now
+            await asyncio.sleep(interval_s)

@@ -1,0 +1,352 @@
+"""stellarbyte_client against a real server: each test for the synchronous and the asynchronous client."""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import openai
+import pytest
+
+import stellarbyte_client
+from server.api import objects
+from stellarbyte_client import (
+    AsyncStellarByte,
+    ConnectionFailed,
+    Health,
+    ServerError,
+    StellarByte,
+    UnexpectedAnswer,
+)
+from stellarbyte_client.errors import server_error
+from tests.clients.conftest import ADMIN_KEY, LIMITED_KEY, USER_KEY, Stub
+from tests.clients.either import Blocking
+from tests.fake_engine import CRASH, make_model_folder
+from tests.server_process import FAKE, ROOT, ServerProcess, free_port, running
+
+CHAT = [{"role": "user", "content": "the capital of France"}]
+
+Connect = Callable[..., Any]  # the arguments of StellarByte; its methods
+
+
+@pytest.fixture(params=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """Makes clients of either kind, which are closed after the test."""
+    made: list[Any] = []
+    with asyncio.Runner() as runner:
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if request.param == "sync":
+                made.append(StellarByte(*args, **kwargs))
+            else:
+                made.append(Blocking(AsyncStellarByte(*args, **kwargs), runner))
+            return made[-1]
+
+        yield make
+        for client in made:
+            client.close()
+
+
+@pytest.fixture
+def client(connect: Connect, adapter_server: ServerProcess) -> Any:
+    return connect(adapter_server.url, api_key=USER_KEY, admin_api_key=ADMIN_KEY)
+
+
+def raw(server: ServerProcess, path: str) -> Any:
+    return httpx.get(server.url + path, headers={"Authorization": f"Bearer {ADMIN_KEY}"}).json()
+
+
+# Adapters
+
+
+def test_adapters_are_loaded_replaced_and_unloaded(client: Any) -> None:
+    assert [adapter.id for adapter in client.adapters.list()] == ["json", "pirate"]
+    loaded = client.adapters.load("mine", "pirate")
+    assert (loaded.lora_name, loaded.rank, loaded.unmatched) == ("mine", 4, ())
+    assert "model.layers.0.self_attn.q_proj" in loaded.matched
+    (mine,) = [adapter for adapter in client.adapters.list() if adapter.id == "mine"]
+    assert (mine.state, mine.root, mine.content_hash) == ("ready", "pirate", loaded.content_hash)
+    with pytest.raises(ServerError, match="load_inplace") as refused:
+        client.adapters.load("mine", "json")
+    assert (refused.value.status, refused.value.type) == (400, "invalid_request_error")
+    assert client.adapters.load("mine", "json", replace=True).content_hash != loaded.content_hash
+    unloaded = client.adapters.unload("mine")
+    assert unloaded.lora_name == "mine" and unloaded.freed_bytes >= loaded.bytes
+    assert [adapter.id for adapter in client.adapters.list()] == ["json", "pirate"]
+
+
+def test_watching_shows_each_change(client: Any) -> None:
+    lists = client.adapters.watch(interval_s=0.01)
+    at_first = next(lists)
+    assert at_first == client.adapters.list()
+    client.adapters.load("watched", "pirate")
+    assert {adapter.id for adapter in next(lists)} == {"json", "pirate", "watched"}
+    client.adapters.unload("watched")
+    assert next(lists) == at_first
+
+
+def test_watching_shows_nothing_where_nothing_changes(connect: Connect, stub: Stub, client: Any) -> None:
+    (one, other) = msgspec.to_builtins(client.adapters.list())
+    for data in ([one], [one], [one], [other]):
+        stub.answer(json.dumps({"object": "list", "data": data}))
+    lists = connect(stub.url).adapters.watch(interval_s=0.001)
+    assert [[adapter.id for adapter in next(lists)] for _ in range(2)] == [[one["id"]], [other["id"]]]
+    assert len(stub.asked) == 4
+
+
+# Models, tokens, metrics, state
+
+
+def test_models_and_adapters_are_those_of_the_server(client: Any, adapter_server: ServerProcess) -> None:
+    for listed, path, kind in (
+        (client.models(), "/v1/models", "model"),
+        (client.adapters.list(), "/v1/adapters", "adapter"),
+    ):
+        assert [msgspec.to_builtins(entry) | {"object": kind} for entry in listed] == raw(adapter_server, path)["data"]
+    assert [model.id for model in client.models()] == ["tiny", "json", "pirate"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (stellarbyte_client.Adapter, objects.AdapterEntry),
+        (stellarbyte_client.LoadedAdapter, objects.LoadedAdapter),
+        (stellarbyte_client.UnloadedAdapter, objects.UnloadedAdapter),
+        (stellarbyte_client.Model, objects.ModelCard),
+        (stellarbyte_client.Tokenized, objects.Tokenized),
+    ],
+)
+def test_no_field_of_the_server_is_missing(ours: type[msgspec.Struct], theirs: type[objects.AnswerObject]) -> None:
+    assert {*ours.__struct_fields__} == theirs.model_fields.keys() - {"object"}
+
+
+def test_tokens_of_a_text_and_back(client: Any) -> None:
+    text = "the capital of France — Paris"
+    tokenized = client.tokenize(text, return_token_strs=True)
+    assert tokenized.count == len(tokenized.tokens) == len(tokenized.token_strs) > 1
+    assert tokenized.max_model_len == 512
+    assert client.detokenize(tokenized.tokens) == text
+    assert client.tokenize(text, model="pirate").token_strs is None
+
+
+def test_tokens_of_a_chat_are_those_of_its_template(client: Any) -> None:
+    asked = client.tokenize(messages=CHAT)
+    assert client.detokenize(asked.tokens).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    unasked = client.tokenize(messages=CHAT, add_generation_prompt=False)
+    assert client.detokenize(unasked.tokens).endswith("<|im_end|>\n")
+
+
+def test_each_option_of_tokenize_is_sent(connect: Connect, stub: Stub) -> None:
+    stub.answer('{"count": 1, "max_model_len": 8, "tokens": [3], "token_strs": ["a"], "new": 1}')
+    options = {
+        "messages": CHAT,
+        "model": "tiny",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "add_special_tokens": False,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+        "return_token_strs": True,
+    }
+    assert connect(stub.url).tokenize(**options).tokens == (3,)
+    assert json.loads(stub.asked[0].body) == options
+
+
+def test_metrics_count_what_openais_client_of_ours_generates(client: Any, adapter_server: ServerProcess) -> None:
+    def generated() -> float:
+        (sample,) = [sample for sample in client.metrics() if sample.name == "vllm:generation_tokens_total"]
+        assert sample.labels == {"model_name": "tiny"}
+        return sample.value
+
+    before = generated()
+    with StellarByte(adapter_server.url, api_key=USER_KEY).openai() as generating:
+        generating.completions.create(model="tiny", prompt="the", max_tokens=5, extra_body={"ignore_eos": True})
+    assert generated() == before + 5
+    with pytest.raises(openai.AuthenticationError):
+        StellarByte(adapter_server.url).openai().models.list()
+
+
+def test_the_asynchronous_client_gives_openais_asynchronous_one(adapter_server: ServerProcess) -> None:
+    async def models() -> list[str]:
+        async with AsyncStellarByte(adapter_server.url, USER_KEY) as client, client.openai() as generating:
+            return [model.id async for model in generating.models.list()]
+
+    assert asyncio.run(models()) == ["tiny", "json", "pirate"]
+
+
+def test_without_the_package_openai_the_error_says_what_to_install(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'stellarbyte-client\[openai\]'"):
+        connect().openai()
+
+
+def test_a_server_that_works_is_healthy_and_ready(client: Any, adapter_server: ServerProcess) -> None:
+    assert client.health() == Health(is_healthy=True, reason=None)
+    assert client.is_ready() is True
+    assert client.version() == raw(adapter_server, "/version")["version"]
+
+
+def test_a_server_whose_engine_died_says_so(tmp_path) -> None:
+    with running(FAKE, "--model", str(make_model_folder(tmp_path / "fake"))) as server:
+        with asyncio.Runner() as runner, StellarByte(server.url) as sync:
+            clients = [sync, Blocking(AsyncStellarByte(server.url), runner)]
+            with pytest.raises(openai.APIStatusError):
+                openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0).completions.create(
+                    model="fake", prompt=CRASH
+                )
+            for client in clients:
+                health = client.health()
+                assert not health.is_healthy and "engine" in health.reason
+                assert client.is_ready() is False
+                with pytest.raises(ServerError) as unavailable:
+                    client.adapters.list()
+                assert (unavailable.value.status, unavailable.value.code) == (503, "engine_unavailable")
+                assert unavailable.value.retry_after_s == 5
+            server.stop()
+            for client in clients:
+                assert client.is_ready() is False
+                with pytest.raises(ConnectionFailed):
+                    client.health()
+            clients[1].close()
+
+
+# Errors
+
+
+def test_a_wrong_key_is_refused(connect: Connect, adapter_server: ServerProcess) -> None:
+    for wrong in (None, "key-wrong"):
+        with pytest.raises(ServerError, match="API keys") as refused:
+            connect(adapter_server.url, api_key=wrong).models()
+        assert (refused.value.status, refused.value.type) == (401, "authentication_error")
+        assert (refused.value.code, refused.value.param) == ("invalid_api_key", None)
+
+
+def test_a_users_key_does_not_load_adapters(connect: Connect, adapter_server: ServerProcess) -> None:
+    with pytest.raises(ServerError, match="admin-api-key") as refused:
+        connect(adapter_server.url, api_key=USER_KEY).adapters.load("mine", "pirate")
+    assert (refused.value.status, refused.value.type) == (403, "permission_error")
+
+
+@pytest.mark.parametrize("argument", ["api_key", "admin_api_key"])
+def test_the_operators_key_alone_is_enough(connect: Connect, adapter_server: ServerProcess, argument: str) -> None:
+    client = connect(adapter_server.url, **{argument: ADMIN_KEY})
+    client.adapters.load("mine", "pirate")
+    assert "mine" in [model.id for model in client.models()]
+    client.adapters.unload("mine")
+
+
+def test_what_does_not_exist_is_named(client: Any) -> None:
+    with pytest.raises(ServerError) as missing:
+        client.adapters.unload("nobody")
+    assert str(missing.value) == missing.value.message == "There is no adapter 'nobody'."
+    assert (missing.value.status, missing.value.type) == (404, "not_found_error")
+    assert (missing.value.code, missing.value.param) == ("adapter_not_found", "lora_name")
+    assert missing.value.retry_after_s is None
+
+
+def test_a_limit_says_when_to_try_again(adapter_server: ServerProcess) -> None:
+    def complete() -> httpx.Response:
+        return httpx.post(
+            f"{adapter_server.url}/v1/completions",
+            json={"model": "tiny", "prompt": "the", "max_tokens": 1},
+            headers={"Authorization": f"Bearer {LIMITED_KEY}"},
+        )
+
+    assert complete().status_code == 200
+    error = server_error(complete())
+    assert (error.status, error.type, error.code) == (429, "rate_limit_error", "rate_limit_exceeded")
+    assert error.retry_after_s is not None and 1 <= error.retry_after_s <= 61
+
+
+def test_no_server_at_the_address(connect: Connect) -> None:
+    client = connect(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ConnectionFailed, match=rf"The server at {client.base_url} cannot be reached: .+\."):
+        client.models()
+    assert client.is_ready() is False
+
+
+def test_a_server_that_does_not_answer_in_time(connect: Connect) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        client = connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.1)
+        with pytest.raises(ConnectionFailed, match=r"did not answer in time\."):
+            client.version()
+
+
+@pytest.mark.parametrize("body", ["<h1>It works!</h1>", '{"data": [{"id": 1}]}', "[]", ""])
+def test_an_answer_of_something_else_is_not_taken_for_one_of_ours(connect: Connect, stub: Stub, body: str) -> None:
+    stub.answer(body)
+    with pytest.raises(UnexpectedAnswer, match=f"{stub.url}/v1/models is not one of a StellarByte server"):
+        connect(stub.url).models()
+
+
+def test_metrics_that_cannot_be_read(connect: Connect, stub: Stub) -> None:
+    stub.answer("<h1>It works!</h1>")
+    with pytest.raises(UnexpectedAnswer, match=f"{stub.url}/metrics"):
+        connect(stub.url).metrics()
+
+
+def test_an_error_without_an_error_object_has_its_status(connect: Connect, stub: Stub) -> None:
+    stub.answer("<h1>Bad gateway</h1>", status=502, Retry_After="Wed, 21 Oct 2026 07:28:00 GMT")
+    with pytest.raises(ServerError) as error:
+        connect(stub.url).models()
+    assert str(error.value) == f"The answer from {stub.url}/v1/models is 502 Bad Gateway."
+    assert (error.value.status, error.value.type, error.value.retry_after_s) == (502, None, None)
+
+
+# Addresses
+
+
+def test_the_address_is_the_argument_or_the_variable_or_this_machine(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STELLARBYTE_URL", raising=False)
+    assert connect().base_url == "http://127.0.0.1:8000"
+    monkeypatch.setenv("STELLARBYTE_URL", "http://llm.example:9000/")
+    assert connect().base_url == "http://llm.example:9000"
+    assert connect("https://other.example").base_url == "https://other.example"
+
+
+@pytest.mark.parametrize("wrong", ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", "http://a:b", ""])
+def test_an_address_that_is_none_is_refused_at_once(connect: Connect, wrong: str) -> None:
+    with pytest.raises(ValueError, match=r"must look like http://127\.0\.0\.1:8000"):
+        connect(wrong)
+
+
+def test_a_server_behind_a_prefix_without_keys(connect: Connect, stub: Stub) -> None:
+    stub.answer('{"version": "1.0"}')
+    assert connect(f"{stub.url}/llm/").version() == "1.0"
+    assert (stub.asked[0].method, stub.asked[0].path) == ("GET", "/llm/version")
+    assert "authorization" not in stub.asked[0].headers
+
+
+# The example
+
+
+def test_the_example_loads_asks_and_unloads_an_adapter(adapter_server: ServerProcess) -> None:
+    command = [
+        sys.executable,
+        "clients/examples/manage_adapters.py",
+        "mine",
+        "pirate",
+        "What is the capital of France?",
+    ]
+    environment = os.environ | {"STELLARBYTE_URL": adapter_server.url}
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
+
+    result = run(STELLARBYTE_ADMIN_API_KEY=ADMIN_KEY)
+    assert result.returncode == 0, result.stderr
+    assert "of at most 512 tokens\nloaded mine: rank 4, 21 modules" in result.stdout
+    assert re.search(r"\nmine: ready, slot, 1 requests, [1-9]\d* tokens\n", result.stdout)
+    assert result.stdout.splitlines()[-1].startswith("unloaded mine: ")
+    refused = run()
+    assert (refused.returncode, refused.stderr[:50]) == (1, "error: This needs one of the server's API keys in ")
