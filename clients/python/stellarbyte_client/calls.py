@@ -37,7 +37,7 @@ class Call(Generic[T]):
 
 
 def list_adapters() -> Call[list[Adapter]]:
-    return Call("GET", "/v1/adapters", _json_data(Adapter))
+    return Call("GET", "/v1/adapters", _entries(_List[Adapter]))
 
 
 def load_adapter(name: str, path: str, replace: bool) -> Call[LoadedAdapter]:
@@ -50,7 +50,7 @@ def unload_adapter(name: str) -> Call[UnloadedAdapter]:
 
 
 def list_models() -> Call[list[Model]]:
-    return Call("GET", "/v1/models", _json_data(Model))
+    return Call("GET", "/v1/models", _entries(_List[Model]))
 
 
 def tokenize(
@@ -101,7 +101,7 @@ def version() -> Call[str]:
     return Call("GET", "/version", lambda response: read(response).version)
 
 
-class _Data(msgspec.Struct, Generic[T]):
+class _List(msgspec.Struct, Generic[T]):
     data: list[T]
 
 
@@ -126,9 +126,9 @@ def _json(kind: type[T]) -> Callable[[httpx.Response], T]:
     return read
 
 
-def _json_data(kind: type[T]) -> Callable[[httpx.Response], list[T]]:
+def _entries(kind: type[_List[T]]) -> Callable[[httpx.Response], list[T]]:
     """Reads OpenAI's form of a list."""
-    read = _json(_Data[kind])  # type: ignore[valid-type]
+    read = _json(kind)
     return lambda response: read(response).data
 
 

@@ -49,9 +49,9 @@ class ServerError(StellarByteError):
 
 class _Detail(msgspec.Struct):
     message: str
-    type: str
-    param: str | None
-    code: str | None
+    type: str | None = None
+    param: str | None = None
+    code: str | None = None
 
 
 class _ErrorBody(msgspec.Struct):
@@ -60,16 +60,13 @@ class _ErrorBody(msgspec.Struct):
 
 def server_error(response: httpx.Response) -> ServerError:
     """The error that an answer with an error's status stands for."""
+    status = response.status_code
     try:
         detail = msgspec.json.decode(response.content, type=_ErrorBody).error
     except msgspec.DecodeError:
-        message = f"The answer from {response.url} is {response.status_code} {response.reason_phrase}.".replace(
-            " .", "."
-        )
-        return ServerError(response.status_code, message, retry_after_s=_retry_after_s(response))
-    return ServerError(
-        response.status_code, detail.message, detail.type, detail.param, detail.code, _retry_after_s(response)
-    )
+        what = f"{status} {response.reason_phrase}".rstrip()
+        detail = _Detail(f"The answer from {response.url} is {what}.")
+    return ServerError(status, detail.message, detail.type, detail.param, detail.code, _retry_after_s(response))
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:
