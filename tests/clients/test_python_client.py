@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -202,6 +203,9 @@ def test_a_server_whose_engine_died_says_so(tmp_path) -> None:
                 openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0).completions.create(
                     model="fake", prompt=CRASH
                 )
+            deadline_s = time.monotonic() + 15
+            while sync.health().is_healthy:  # the answer may come before the engine's process has ended
+                assert time.monotonic() < deadline_s
             for client in clients:
                 health = client.health()
                 assert not health.is_healthy and "engine" in health.reason
