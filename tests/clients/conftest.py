@@ -1,19 +1,25 @@
-"""A real server with adapters and keys for the clients, and a stand-in for what no server of ours says."""
+"""A real server with adapters and keys, the Python clients of it, and a stand-in for what no server of ours says."""
 
+import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
+from stellarbyte_client import AsyncStellarByte, StellarByte
 from tests.adapters import write_adapter
+from tests.clients.either import Blocking
 from tests.server_process import REAL, ServerProcess, running
 from tests.tiny_models import tiny_llama
 
 ADMIN_KEY, USER_KEY, LIMITED_KEY = "key-admin", "key-user", "key-limited"
+Connect = Callable[..., Any]  # the arguments of StellarByte; its methods
+
 KEYS = f"""
 [user]
 key = "{USER_KEY}"
@@ -91,3 +97,26 @@ def stub() -> Iterator[Stub]:
         yield stub
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture(params=["sync", "async"])
+def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
+    """Makes clients of either kind, which are closed after the test."""
+    made: list[Any] = []
+    with asyncio.Runner() as runner:
+
+        def make(*args: Any, **kwargs: Any) -> Any:
+            if request.param == "sync":
+                made.append(StellarByte(*args, **kwargs))
+            else:
+                made.append(Blocking(AsyncStellarByte(*args, **kwargs), runner))
+            return made[-1]
+
+        yield make
+        for client in made:
+            client.close()
+
+
+@pytest.fixture
+def client(connect: Connect, adapter_server: ServerProcess) -> Any:
+    return connect(adapter_server.url, api_key=USER_KEY, admin_api_key=ADMIN_KEY)
