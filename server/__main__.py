@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from server.command_line import parse_settings
 from server.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
 from server.logs import LogFormat, configure_logging
-from server.setting_values import SettingsError
+from server.setting_values import SettingsError, is_loopback
 from server.settings import ServerSettings
 from server.stopping import exit_quietly, on_stop_signals
 from server.tls import check_certificate
@@ -117,6 +117,8 @@ async def _serve(
 
 def _announce(settings: ServerSettings) -> None:
     """Say where the server answers, with a command that can be pasted as it is."""
+    if not (settings.api_key or settings.keys or is_loopback(settings.host)):
+        logger.warning("without --api-key everybody who reaches %s port %d may use it", settings.host, settings.port)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     scheme = "http" if settings.ssl_certfile is None else "https"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"

@@ -1,7 +1,7 @@
 """The gate that every request passes first: is its host ours, its route known, its key good for it? Plain ASGI."""
 
-import ipaddress
 import re
+from collections.abc import Collection
 from http import HTTPStatus
 
 from starlette._utils import get_route_path
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.access import Access, methods_of
 from server.api.errors import ApiError, bad_request, method_not_allowed, no_route
 from server.keys import Key, Keyring
+from server.setting_values import is_loopback
 
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
@@ -20,9 +21,10 @@ _ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
 class Gate:
     """Lets through what the table of routes (access.py) and the keys allow; `state.key` is then the request's `Key`."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, host: str) -> None:
-        """`host` is the address that the server listens on."""
+    def __init__(self, app: ASGIApp, keyring: Keyring, host: str, cors_origins: Collection[str] = ()) -> None:
+        """`host` is the address that the server listens on; `cors_origins` those whose pages may call the API."""
         self._app = app
+        self._cors_origins = cors_origins
         self._keyring = keyring
         self._is_local = is_loopback(host)
 
@@ -56,10 +58,23 @@ class Gate:
                 self._require_admin(key, headers)
             elif key is None and keyring.has_user_keys:
                 raise _no_key("This needs one of the server's API keys")
+            elif key is None and method == "POST" and not self._may_come_from(headers):
+                raise ApiError(403, "Without keys web pages of other origins need --cors-origin.")
         if not methods:
             raise no_route(path)
         if method not in methods:
             raise method_not_allowed(method, path, methods)
+
+    def _may_come_from(self, headers: Headers) -> bool:
+        """Whether a request is no web page's, or that of a page which may make it.
+
+        Browsers send simple requests for any page without asking first, and only keep the answer from it.
+        """
+        origin = headers.get("origin")
+        if origin is None or "*" in self._cors_origins or origin in self._cors_origins or _is_own_page(origin):
+            return True
+        match = _ORIGIN.fullmatch(origin)
+        return match is not None and match["host"].lower() == headers.get("host", "").lower()
 
     def _key(self, headers: Headers) -> Key | None:
         given = headers.getlist("authorization")
@@ -88,16 +103,6 @@ class Gate:
             raise ApiError(403, "Without --admin-api-key this does not work from web pages of other hosts.")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise bad_request("The header 'Content-Type' must be application/json.")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address or name. Any other name may be made to point anywhere."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _names_loopback(headers: Headers) -> bool:

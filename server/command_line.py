@@ -2,11 +2,16 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from server.setting_values import SettingsError, switch
 from server.settings import DEMO_MODEL, EngineSettings, ServerSettings
+
+OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache's folder, and of clients
+# What Kubernetes tells containers of a Service whose name begins so.
+_SERVICE_LINK = re.compile(r"STELLARBYTE_([A-Z0-9_]+_)?(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_\d+_.*)?)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,6 +67,15 @@ def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
     return " ".join(others)
 
 
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """SettingsError when a variable looks like a setting and is none: a misspelt key would leave the server open."""
+    fields = (*_options(EngineSettings), *_options(ServerSettings))
+    known = {f"STELLARBYTE_{field.name.upper()}" for field in fields}
+    for name in sorted(environment.keys() - known - OTHER_VARIABLES):
+        if name.startswith("STELLARBYTE_") and _SERVICE_LINK.fullmatch(name) is None:
+            raise SettingsError(f"{name}: there is no such setting (--help lists the flags)")
+
+
 def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
     try:
         return field.metadata["parse"](given)
@@ -74,6 +88,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
     `--help` prints and ends the process, as argparse does.
     """
+    _refuse_unknown_variables(environment)
     known, others = _make_parser().parse_known_args(arguments)
     if others:
         raise SettingsError(f"unrecognized arguments: {_shown(others, arguments)} (--help lists the flags)")

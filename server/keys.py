@@ -1,6 +1,6 @@
 """The keys that requests may carry, and the file some of them come from. Knows no HTTP and no routes.
 
-A key itself is kept nowhere: only its SHA-256 is, and a name that may be logged.
+Of a key only its SHA-256 is kept here, and a name that may be logged.
 
     [alice]
     key = "…"                           # or sha256 = "…", in hexadecimal

@@ -46,7 +46,7 @@ class _TotalsCollector(Collector):
             ("stellarbyte:engine_step_seconds", "Time of a step.", totals.step_s),
             (
                 "stellarbyte:http_stream_lag_seconds",
-                "From the end of a step until what it added to an answer was ready to be written.",
+                "From the end of a step until what it added to an answer was there to be written.",
                 totals.stream_lag_s,
             ),
         ):
@@ -78,6 +78,21 @@ class _TotalsCollector(Collector):
         for value, count in sorted(by_label.items()):
             metric.add_metric([self._model_name, value], count)
         return metric
+
+
+class _HealthCollector(Collector):
+    """What the totals cannot say of an engine that stands still: they are as it last told them."""
+
+    def __init__(self, is_healthy: bool, model_name: str) -> None:
+        self._is_healthy = is_healthy
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        healthy = GaugeMetricFamily(
+            "stellarbyte:engine_healthy", "1 while /health answers 200, else 0.", labels=["model_name"]
+        )
+        healthy.add_metric([self._model_name], float(self._is_healthy))
+        yield healthy
 
 
 class _AdapterCollector(Collector):
@@ -135,9 +150,12 @@ def tier_name(tier: str, device: str) -> str:
     return "gpu" if tier == "slot" and device == "cuda" else tier
 
 
-def render_metrics(totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str) -> bytes:
+def render_metrics(
+    totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str, is_healthy: bool
+) -> bytes:
     """The text of one scrape; without `adapters` (the engine does not answer) what it last counted."""
     registry = CollectorRegistry()
+    registry.register(_HealthCollector(is_healthy, model_name))
     registry.register(_TotalsCollector(totals, model_name))
     if adapters is not None:
         registry.register(_AdapterCollector(adapters, model_name, device))

@@ -1,5 +1,6 @@
 """What the values of flags and variables may be: each function makes a value of a text, or says what would be right."""
 
+import ipaddress
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -156,3 +157,13 @@ def path_prefix(text: str) -> str:
     if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", text) is None:
         raise SettingsError(f"{text!r} is not a path such as /llm, without a slash at its end")
     return text
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or name. Any other name may be made to point anywhere."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

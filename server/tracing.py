@@ -119,7 +119,8 @@ class Tracing:
         for name, time_s in events:
             if time_s is not None:
                 span.add_event(name, timestamp=moment(time_s))
-        if status is None or status >= 500 or record.finish_reason in ("error", "abort"):
+        reasons = set((record.finish_reason or "").split(","))
+        if status is None or status >= 500 or reasons & {"error", "abort"}:
             span.set_status(Status(StatusCode.ERROR))
         span.end(moment(ended_s))
 

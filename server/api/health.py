@@ -47,7 +47,8 @@ async def metrics(service: ServiceOfRequest) -> Response:
     with contextlib.suppress(EngineDead, TimeoutError):
         async with asyncio.timeout(STATS_LIMIT_S):
             adapters = await service.client.list_adapters()
-    content = render_metrics(totals, service.settings.model_name, adapters, service.info.device)
+    is_healthy = service.client.health() is None
+    content = render_metrics(totals, service.settings.model_name, adapters, service.info.device, is_healthy)
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 

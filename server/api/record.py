@@ -1,5 +1,6 @@
 """What is noted of one HTTP request for its line in the log, its trace and the metrics. Knows no bodies."""
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class RequestRecord:
     tokens: TokenCount | None = None
     streams: list[DeltaStream] = field(default_factory=list)  # of what the engine took
     error_code: str | None = None  # of the error it was answered with
+    left_queue: bool = False  # the client was gone before the engine began
 
     @property
     def queued_s(self) -> float | None:
@@ -66,6 +68,8 @@ class RequestRecord:
     @property
     def finish_reason(self) -> str | None:
         """As the engine says it, of several answers each reason once; "abort": nobody read it to the end."""
+        if self.left_queue:
+            return "abort"
         return ",".join(sorted({s.finish_reason for s in self.streams if s.finish_reason is not None})) or None
 
 
@@ -76,12 +80,24 @@ def record_of(http: Request) -> RequestRecord:
 
 
 async def submit(
-    http: Request, service: Service, *requests: GenerationRequest, continues: bool = False
+    http: Request,
+    service: Service,
+    *requests: GenerationRequest,
+    continues: bool = False,
+    num_later_tokens: int = 0,
 ) -> list[DeltaStream]:
     """Hand an HTTP request's work to the engine, with the limits of its key; as `EngineClient.submit`."""
     record = record_of(http)
-    streams = await service.client.submit(
-        *requests, limits=limits_of(http), continues=continues, arrived_s=record.arrived_s
-    )
+    try:
+        streams = await service.client.submit(
+            *requests,
+            limits=limits_of(http),
+            continues=continues,
+            num_later_tokens=num_later_tokens,
+            arrived_s=record.arrived_s,
+        )
+    except asyncio.CancelledError:
+        record.left_queue = True
+        raise
     record.streams += streams
     return streams

@@ -34,7 +34,6 @@ from server.engine.messages import (
     EngineTotals,
     Event,
     Heartbeat,
-    HttpObservations,
     KeyLimits,
     ListAdapters,
     LoadAdapter,
@@ -60,7 +59,7 @@ DRAINING = "The server is shutting down; it takes no new requests."
 
 
 class EngineDead(Exception):
-    """The engine process has ended; str() is one sentence for the user."""
+    """The engine process has ended or stands still; str() is one sentence for the user."""
 
 
 class EngineClient:
@@ -75,7 +74,7 @@ class EngineClient:
     def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
         self._progress = EngineProgress()
         self.totals: EngineTotals | None = None  # not heard yet
-        self.observer = Observer(self._tell_observations)
+        self.observer = Observer(self._send, can_send=lambda: self._down is None)
         self.dead = asyncio.Event()  # the engine process has ended, and no other will be started
         self.is_admitting = True
         self._engine = engine
@@ -136,18 +135,20 @@ class EngineClient:
         *requests: GenerationRequest,
         limits: KeyLimits | None = None,
         continues: bool = False,
+        num_later_tokens: int = 0,
         arrived_s: float | None = None,
     ) -> list[DeltaStream]:
         """Hand requests to the engine, which queues all or none, and wait until the first of them is accepted.
 
-        `limits` are those of the key they came with; `continues`: of a group that was admitted before; `arrived_s`:
-        when the client asked, by the monotonic clock (None: now).
+        `limits` are those of the key they came with; `continues`: of a group that was admitted before;
+        `num_later_tokens`: of its prompts that will be submitted later; `arrived_s`: when the client asked, by the
+        monotonic clock (None: now).
 
         Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
         is rejected after the first was accepted ends with an error as its last delta.
         """
-        if self._down is not None:
-            raise EngineDead(self._down)
+        if (reason := self.health()) is not None:  # a queue that nobody reads has no limits
+            raise EngineDead(reason)
         if not (self.is_admitting or continues):
             raise RequestRejected(DRAINING, SHUTTING_DOWN)
         sent_s = time.monotonic()
@@ -155,7 +156,7 @@ class EngineClient:
         streams = [DeltaStream(request.request_id, arrived_s, self.observer, self.abort) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
-            self._send(Submit(requests, limits, continues, arrived_s, sent_s))
+            self._send(Submit(requests, limits, continues, num_later_tokens, arrived_s, sent_s))
             await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
             for stream in streams:
                 if stream.accepted.done():
@@ -224,10 +225,6 @@ class EngineClient:
             self._send(ReadTotals())
             await asyncio.wait([heard], timeout=STATS_LIMIT_S)
         return self.totals
-
-    def _tell_observations(self, observations: HttpObservations) -> None:
-        if self._down is None:
-            self._send(observations)
 
     def _send(self, command: Command) -> None:
         self._socket.send(self._encoder.encode(command))  # sent at once: the queue has no limit
@@ -304,6 +301,7 @@ class EngineClient:
                 return
             self._connect()
             self._down = None
+            self.observer.flush()
             logger.info("another engine process takes requests")
             self._tell(EngineRestarted(self._engine.endpoint))
 

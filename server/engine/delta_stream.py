@@ -29,7 +29,6 @@ class DeltaStream:
         self._observer = observer
         self._abort = abort
         self._unread: list[Delta] = []
-        self._unread_since_s: float | None = None  # when the step of the first of them ended
         self._ended = False  # the last delta has arrived
         self._reader: asyncio.Future[None] | None = None
 
@@ -44,9 +43,6 @@ class DeltaStream:
             await self._reader
         delta, self._unread = merged(self._unread), []
         now_s = time.monotonic()
-        if self._unread_since_s is not None:
-            self._observer.note_lag(now_s - self._unread_since_s)
-            self._unread_since_s = None
         if self.first_token_s is None and delta.num_tokens:
             self.first_token_s = now_s
             self._observer.note_first_token(now_s - self.arrived_s)
@@ -61,8 +57,8 @@ class DeltaStream:
 
     def add(self, delta: Delta, ended_s: float | None = None) -> None:
         """Called by the client with each delta as it arrives, and with the time when the step it is of ended."""
-        if not self._unread:
-            self._unread_since_s = ended_s
+        if ended_s is not None:  # not when it is read: then it may be the client who is slow
+            self._observer.note_lag(time.monotonic() - ended_s)
         self._unread.append(delta)
         if delta.finish_reason is not None:
             self._ended = True

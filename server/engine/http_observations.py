@@ -14,10 +14,11 @@ SENT_AFTER_S = 0.1  # the longest that an observation waits for others
 
 
 class Observer:
-    """Counts until it has `send` tell the engine."""
+    """Counts until it has `send` tell the engine, or as long as there is no engine to tell."""
 
-    def __init__(self, send: Callable[[HttpObservations], None]) -> None:
+    def __init__(self, send: Callable[[HttpObservations], None], can_send: Callable[[], bool]) -> None:
         self._send = send
+        self._can_send = can_send
         self._first_token_s = Histogram(FIRST_TOKEN_S)
         self._stream_lag_s = Histogram(LAG_S)
         self._rejected: Counter[str] = Counter()
@@ -39,8 +40,8 @@ class Observer:
         self._send_soon()
 
     def flush(self) -> None:
-        """Send now what there is."""
-        if self._sending is None:
+        """Send now what there is, if there is an engine: to be called again as soon as there is another."""
+        if self._sending is None or not self._can_send():
             return
         self._sending.cancel()
         self._sending = None

@@ -58,10 +58,13 @@ class KeyUsage:
         self._uses: dict[str, _Use] = {}  # by the key's name
         self._running: dict[str, tuple[_Use, str]] = {}  # request id → its key's use, its group
 
-    def check(self, limits: KeyLimits, requests: Sequence[GenerationRequest], continues: bool, now_s: float) -> None:
-        """RequestRejected, with the time to wait, unless the limits leave room for a group of requests."""
-        if continues:
-            return
+    def check(
+        self, limits: KeyLimits, requests: Sequence[GenerationRequest], now_s: float, num_later_tokens: int = 0
+    ) -> None:
+        """RequestRejected, with the time to wait, unless the limits leave room for a group of requests.
+
+        `num_later_tokens` are of prompts that will follow as part of the same group.
+        """
         use = self._uses.get(limits.key_name, _Use())
         use.requests.forget_old(now_s)
         use.tokens.forget_old(now_s)
@@ -73,7 +76,7 @@ class KeyUsage:
             raise _refusal(limits, f"{most} requests per minute", use.requests.seconds_until(most - 1, now_s))
         most = limits.tokens_per_minute
         if most is not None:
-            wanted = _prompt_tokens(requests)
+            wanted = _prompt_tokens(requests) + num_later_tokens
             if wanted > most:
                 raise RequestRejected(
                     f"The prompt's {wanted} tokens are more than the key {limits.key_name!r} may use in a minute"
@@ -86,12 +89,19 @@ class KeyUsage:
                     limits, f"{most} tokens per minute", use.tokens.seconds_until(most - max(1, wanted), now_s)
                 )
 
-    def add(self, limits: KeyLimits, requests: Sequence[GenerationRequest], continues: bool, now_s: float) -> None:
-        """Count a group of requests that were queued."""
+    def add(
+        self,
+        limits: KeyLimits,
+        requests: Sequence[GenerationRequest],
+        now_s: float,
+        num_later_tokens: int = 0,
+        continues: bool = False,
+    ) -> None:
+        """Count requests that were queued: a group, or with `continues` more of one whose prompts were all counted."""
         use = self._uses.setdefault(limits.key_name, _Use())
         if not continues:
             use.requests.add(1, now_s)
-        use.tokens.add(_prompt_tokens(requests), now_s)
+            use.tokens.add(_prompt_tokens(requests) + num_later_tokens, now_s)
         group = requests[0].request_id
         use.groups[group] = len(requests)
         for request in requests:

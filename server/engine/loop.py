@@ -176,8 +176,8 @@ class EngineLoop:
                     self._send(peer_id, msgspec.structs.replace(rejected, request_id=request.request_id))
             except Exception:  # of these requests only: no step has seen them
                 logger.exception("requests %s could not be queued", [r.request_id for r in command.requests])
-                failures = tuple(failure(request.request_id, FAILED) for request in command.requests)
-                self._send(peer_id, StepOutput(failures, self._core.stats(), time.monotonic()))
+                for request in command.requests:
+                    self._send(peer_id, Rejected(request.request_id, FAILED, INTERNAL_ERROR))
         elif isinstance(command, Abort) and self._owner.get(command.request_id) == peer_id:
             self._forget(command.request_id)
             self._totals.note_aborted(command.request_id, CLIENT_LEFT)
@@ -201,8 +201,8 @@ class EngineLoop:
     def _submit(self, peer_id: bytes, peer: _Peer, submit: Submit) -> None:
         """Queue all or none; RequestRejected."""
         queued: list[str] = []
-        if submit.limits is not None:
-            self._usage.check(submit.limits, submit.requests, submit.continues, time.monotonic())
+        if submit.limits is not None and not submit.continues:
+            self._usage.check(submit.limits, submit.requests, time.monotonic(), submit.num_later_tokens)
         try:
             for request in submit.requests:
                 if request.request_id in self._owner:
@@ -218,7 +218,7 @@ class EngineLoop:
             raise
         now_s = time.monotonic()
         if submit.limits is not None:
-            self._usage.add(submit.limits, submit.requests, submit.continues, now_s)
+            self._usage.add(submit.limits, submit.requests, now_s, submit.num_later_tokens, submit.continues)
         sent_s = now_s if submit.sent_s is None else submit.sent_s
         arrived_s = sent_s if submit.arrived_s is None else submit.arrived_s
         self._totals.note_queued(submit.requests, arrived_s, sent_s)

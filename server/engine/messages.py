@@ -37,6 +37,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     requests: tuple[GenerationRequest, ...]
     limits: KeyLimits | None = None
     continues: bool = False  # a group that was admitted before, which limits no longer hold up
+    num_later_tokens: int = 0  # of prompts of the same group that will be submitted later
     arrived_s: float | None = None  # when the client asked; None: when the engine hears of it
     sent_s: float | None = None
 

@@ -121,6 +121,17 @@ def test_tokens_per_minute_count_prompts_and_answers(fake_model: str, tmp_path: 
         assert_rate_limited(complete(server, "key-alice", prompt="x" * 51))
 
 
+def test_tokens_of_what_goes_to_the_engine_in_parts_count_before_the_first(fake_model: str, tmp_path: Path) -> None:
+    def embed(num_inputs: int) -> httpx.Response:
+        body = {"model": "fake", "input": ["x" * 10] * num_inputs}
+        return httpx.post(f"{server.url}/v1/embeddings", json=body, headers=bearer("key-alice"), timeout=30)
+
+    with served(fake_model, tmp_path, "[alice]\nkey = 'key-alice'\ntokens_per_minute = 1000") as server:
+        assert_rate_limited(embed(101))
+        assert embed(100).status_code == 200
+        assert_rate_limited(embed(1))
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_hangup_signal_reads_the_file_again(fake_model: str, tmp_path: Path, workers: str) -> None:
     def statuses(server: ServerProcess) -> dict[str, set[int]]:

@@ -38,13 +38,17 @@ class Traffic:
         self._stop = threading.Event()
         self.num_answers, self.failures = 0, []
         self._expected = {model: self._answer(model) for model in ("model", "good")}
+        assert not self.failures and len(set(self._expected.values())) == 2
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
     def _answer(self, model: str) -> str:
         body = {"model": model, "prompt": [5, 6, 7], "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
         response = self._http.post("/v1/completions", json=body)
-        return response.json()["choices"][0]["text"] if response.status_code == 200 else response.text
+        if response.status_code != 200:
+            self.failures.append(response.text)
+            return response.text
+        return response.json()["choices"][0]["text"]
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -18,14 +18,14 @@ class Clocked:
         self.now_s = 1000.25
         self._count = 0
 
-    def submit(self, limits: KeyLimits, *prompt_lengths: int, continues: bool = False) -> list[str]:
+    def submit(self, limits: KeyLimits, *prompt_lengths: int, num_later_tokens: int = 0) -> list[str]:
         """Ids of the requests, which run until they are ended; RequestRejected."""
         requests = []
         for length in prompt_lengths or (1,):
             self._count += 1
             requests.append(make_request([1] * length, request_id=f"r{self._count}"))
-        self.usage.check(limits, requests, continues, self.now_s)
-        self.usage.add(limits, requests, continues, self.now_s)
+        self.usage.check(limits, requests, self.now_s, num_later_tokens)
+        self.usage.add(limits, requests, self.now_s, num_later_tokens)
         return [request.request_id for request in requests]
 
     def refused(self, limits: KeyLimits, *prompt_lengths: int) -> int:
@@ -94,14 +94,17 @@ def test_tokens_of_prompts_and_answers_count():
 def test_several_answers_to_one_prompt_have_its_tokens_once():
     limits, usage = KeyLimits(key_name="a", tokens_per_minute=10), KeyUsage()
     requests = [make_request([1] * 10, request_id=f"r{choice}", choice=choice) for choice in range(3)]
-    usage.check(limits, requests, False, 0.0)
+    usage.check(limits, requests, 0.0)
 
 
-def test_what_goes_on_is_not_held_up_but_counted():
-    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=1, tokens_per_minute=10)
-    clocked.submit(limits, 10)
-    clocked.submit(limits, 20, continues=True)
-    clocked.now_s += 30
+def test_what_comes_in_parts_is_checked_and_counted_whole_with_the_first():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=2, tokens_per_minute=10)
+    with pytest.raises(RequestRejected, match="11 tokens"):
+        clocked.submit(limits, 3, num_later_tokens=8)
+    clocked.submit(limits, 3, num_later_tokens=6)
+    rest = [make_request([1] * 6, request_id="rest")]
+    clocked.usage.add(limits, rest, clocked.now_s, continues=True)
+    clocked.submit(limits, 1)
     assert clocked.refused(limits, 1) > 29
 
 

@@ -42,7 +42,7 @@ def answer(
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs],
         "state": {},
     }
-    asyncio.run(Gate(through, Keyring(settings), host)(scope, None, send))
+    asyncio.run(Gate(through, Keyring(settings), host, settings.cors_origin)(scope, None, send))
     start, body = sent
     return (
         start["status"],
@@ -110,6 +110,25 @@ def test_a_name_made_to_point_here_opens_nothing(host: str, method: str, path: s
     assert status([*JSON.items(), ("host", "evil.test")], method=method, path=path) == 403
     for keys in ({"api_key": ("user",)}, {"admin_api_key": "boss"}):
         assert "host name" not in answer(JSON | {"host": host}, method=method, path=path, **keys)[2].get("message", "")
+
+
+@pytest.mark.parametrize("origin", ["https://evil.test", "http://evil.test:8000", "null", "http://127.0.0.1.evil.test"])
+def test_without_keys_no_page_of_another_origin_makes_the_model_run(origin: str) -> None:
+    """A page may send text/plain anywhere without asking, and only cannot read the answer."""
+    page = {"host": "127.0.0.1:8000", "content-type": "text/plain", "origin": origin}
+    code, _, error = answer(page, path="/v1/completions")
+    assert code == 403 and "--cors-origin" in error["message"]
+    assert status(page | {"host": "10.0.0.7:8000"}, path="/v1/completions", host="0.0.0.0") == 403
+    for allowed in ("*", origin):
+        assert status(page, path="/v1/completions", cors_origin=(allowed,)) == 200
+    keys = {"api_key": ("user",)}
+    assert status(page | {"authorization": "Bearer user"}, path="/v1/completions", **keys) == 200  # what no page knows
+
+
+def test_the_servers_own_page_may_use_it_under_any_name_it_is_reached_by() -> None:
+    own = {"host": "10.0.0.7:8000", "origin": "http://10.0.0.7:8000"}
+    assert status(own, path="/v1/completions", host="0.0.0.0") == 200
+    assert status(own | {"origin": "http://10.0.0.7:9000"}, path="/v1/completions", host="0.0.0.0") == 403
 
 
 def test_a_page_that_cors_allows_is_still_no_operator() -> None:

@@ -66,10 +66,11 @@ def samples(text: str) -> dict[str, float]:
 def test_numbers_are_where_they_belong() -> None:
     totals = RequestTotals()
     totals.note_step(0.003, 40)
-    text = render_metrics(totals.snapshot(STATS), "m", ADAPTERS, "cuda").decode()
+    text = render_metrics(totals.snapshot(STATS), "m", ADAPTERS, "cuda", is_healthy=True).decode()
     check_exposition(text, with_adapters=True)
     seen = samples(text)
     expected = {
+        "stellarbyte:engine_healthy": 1,
         "vllm:num_requests_running": 3,
         "vllm:num_requests_waiting": 2,
         "vllm:kv_cache_usage_perc": 0.25,
@@ -103,7 +104,8 @@ def test_numbers_are_where_they_belong() -> None:
 
 def test_any_model_name_is_one_label() -> None:
     name = 'a "b"\\\nc{d="e"} 1'
-    text = render_metrics(RequestTotals().snapshot(STATS), name, None, "cpu").decode()
+    text = render_metrics(RequestTotals().snapshot(STATS), name, None, "cpu", is_healthy=False).decode()
+    assert samples(text)["stellarbyte:engine_healthy"] == 0
     for family in text_string_to_metric_families(text):
         assert all(sample.labels["model_name"] == name for sample in family.samples)
 

@@ -9,6 +9,7 @@ import pytest
 
 from server.engine import progress
 from server.engine.client import EngineClient, EngineDead
+from server.engine.http_observations import SENT_AFTER_S
 from server.engine.launch import EngineProcess, EngineStartError
 from server.engine.restart import (
     STEADY_AFTER_S,
@@ -86,7 +87,11 @@ def test_the_next_process_serves_and_what_was_in_flight_ends_with_an_error(setti
             await until(lambda: client.health() is not None)
             with pytest.raises(EngineDead):
                 await client.submit(a_request("late"))
+            client.observer.note_rejected("engine_unavailable")
+            await asyncio.sleep(2 * SENT_AFTER_S)  # while there is no engine to tell
             await until(lambda: client.health() is None, 20)
+            totals = await client.fresh_totals()
+            assert totals.rejected == {"engine_unavailable": 1}, "of this process: the count of the one before is gone"
             assert await answer_of(client, "again") == "againagain"
             assert client.stats.num_running == 0
         (stream,) = await client.submit(a_request(SLOW, "last", max_tokens=100_000))

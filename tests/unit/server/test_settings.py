@@ -20,6 +20,26 @@ def test_a_flag_wins_over_its_variable():
     assert (settings.port, settings.engine.max_num_seqs) == (9001, 3)
 
 
+@pytest.mark.parametrize("name", ["STELLARBYTE_API_KEYS", "STELLARBYTE_ADMIN_KEY", "STELLARBYTE_"])
+def test_a_variable_that_is_no_setting_is_named(name):
+    with pytest.raises(SettingsError, match=name):
+        parse_settings([], {name: "x"})
+
+
+def test_what_kubernetes_and_clients_are_told_is_no_misspelt_setting():
+    """A container beside a Service called stellarbyte-server gets such variables."""
+    others = {
+        "STELLARBYTE_SERVER_SERVICE_HOST": "10.0.0.1",
+        "STELLARBYTE_SERVER_SERVICE_PORT": "8000",
+        "STELLARBYTE_SERVER_SERVICE_PORT_HTTP": "8000",
+        "STELLARBYTE_SERVER_PORT": "tcp://10.0.0.1:8000",
+        "STELLARBYTE_SERVER_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "STELLARBYTE_URL": "http://127.0.0.1:8000",
+        "STELLARBYTE_CACHE": "/var/cache",
+    }
+    assert parse_settings([], others) == parse_settings([], {})
+
+
 @pytest.mark.parametrize(
     ("path", "name"), [("/models/tiny", "tiny"), ("/models/tiny/", "tiny"), ("/models/a/../tiny", "tiny")]
 )

@@ -127,7 +127,9 @@ def test_a_client_that_does_not_want_to_be_traced_is_not() -> None:
     assert spans_of(scope_of(traceparent=f"00-{TRACE}-{PARENT}-00"), 200, a_record()) == []
 
 
-@pytest.mark.parametrize(("status", "finish_reason"), [(500, "stop"), (None, "stop"), (200, "abort"), (200, "error")])
+@pytest.mark.parametrize(
+    ("status", "finish_reason"), [(500, "stop"), (None, "stop"), (200, "abort"), (200, "error"), (200, "error,stop")]
+)
 def test_what_went_wrong_is_an_error(status: int | None, finish_reason: str) -> None:
     (span,) = spans_of(scope_of(), status, a_record(finish_reason))
     assert not span.status.is_ok and not span.status.is_unset
