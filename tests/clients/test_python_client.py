@@ -168,7 +168,7 @@ def test_a_server_whose_engine_died_says_so(tmp_path) -> None:
                 openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0).completions.create(
                     model="fake", prompt=CRASH
                 )
-            deadline_s = time.monotonic() + 15
+            deadline_s = time.monotonic() + 60
             while sync.health().is_healthy:  # the answer may come before the engine's process has ended
                 assert time.monotonic() < deadline_s
             for client in clients:

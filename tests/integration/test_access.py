@@ -99,7 +99,7 @@ def test_nothing_else_is_served_and_nothing_said_of_it_without_a_key(guarded: Se
 def test_the_log_names_the_key_and_not_what_it_is(guarded: ServerProcess) -> None:
     assert call(guarded, "POST", "/v1/completions", USER_KEYS[0]).status_code == 200
     assert call(guarded, "POST", "/v1/completions", ADMIN_KEY).status_code == 200
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while "key=api-key-1" not in guarded.log() or "key=admin" not in guarded.log():
         assert time.monotonic() < deadline_s  # a request's line comes after its last byte
         time.sleep(0.05)

@@ -44,7 +44,7 @@ def connect(server: ServerProcess) -> socket.socket:
 def send_what_is_taken(connection: socket.socket, content: bytes) -> None:
     """All of it, unless the server closes; without waiting for ever where it no longer reads."""
     connection.setblocking(False)
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     sent = 0
     while sent < len(content) and time.monotonic() < deadline_s:
         readable, writable, _ = select.select([connection], [connection], [], 1)

@@ -81,7 +81,7 @@ def test_streams_on_both_workers_get_their_own_text_and_every_route_answers_the_
         for i, stream in enumerate(streams):
             assert stream.read() == "data: [DONE]"
             assert stream.text == (f"{SLOW} {i:02} " * 10)[:60]
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while len(streamed_by := re.findall(r"INFO (http-\d) server.access: POST", server.log())) < NUM_CONNECTIONS:
             assert time.monotonic() < deadline_s, "a request is in no log"  # its line comes after its last byte
             time.sleep(0.05)
@@ -113,7 +113,7 @@ def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):
         complete = ends.count("data: [DONE]")
         assert 0 < complete < NUM_CONNECTIONS
         assert running_now == complete, "the engine works for streams that nobody reads"
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while len(worker_pids(server)) < 2 or "starting another" not in server.log():
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
@@ -128,7 +128,7 @@ def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
         stopped, _ = worker_pids(server)
         os.kill(stopped, signal.SIGSTOP)
         try:
-            deadline_s = time.monotonic() + 10
+            deadline_s = time.monotonic() + 60
             while "fell silent" not in server.log():
                 assert time.monotonic() < deadline_s
                 time.sleep(0.1)
@@ -188,7 +188,7 @@ def test_workers_never_outlive_their_parent(fake_model):
         assert_gone(pids)
 
 
-def assert_gone(pids: list[int], limit_s: float = 3) -> None:
+def assert_gone(pids: list[int], limit_s: float = 30) -> None:
     deadline_s = time.monotonic() + limit_s
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

@@ -42,7 +42,7 @@ def complete(server: ServerProcess, key: str, path: str = "/v1/completions", **f
     return httpx.post(server.url + path, json=body, headers=bearer(key), timeout=30)
 
 
-def wait_for(what: Callable[[], bool], limit_s: float = 15) -> None:
+def wait_for(what: Callable[[], bool], limit_s: float = 60) -> None:
     deadline_s = time.monotonic() + limit_s
     while not what():
         assert time.monotonic() < deadline_s

@@ -23,7 +23,7 @@ def json_lines(server: ServerProcess) -> list[dict[str, Any]]:
 
 def line_of(server: ServerProcess, request_id: str) -> dict[str, Any]:
     """It is written after the answer has gone out."""
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while True:
         found = [line for line in json_lines(server) if line.get("request_id") == request_id]
         if found:
@@ -87,7 +87,7 @@ def test_an_unsafe_request_id_is_in_no_log_and_no_answer(fake_server: ServerProc
     given = "x<script>y"
     answer = httpx.get(f"{fake_server.url}/version", headers={"X-Request-Id": given})
     assert answer.headers["x-request-id"] != given
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while answer.headers["x-request-id"] not in fake_server.log():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)

@@ -37,7 +37,7 @@ def value(seen: Samples, name: str, **labels: str) -> float:
     return seen[name, tuple(sorted({"model_name": "fake", **labels}.items()))]
 
 
-def until(check: Callable[[], bool], limit_s: float = 10) -> None:
+def until(check: Callable[[], bool], limit_s: float = 60) -> None:
     deadline_s = time.monotonic() + limit_s
     while not check():
         assert time.monotonic() < deadline_s

@@ -61,7 +61,7 @@ def waiting(server: ServerProcess, *requests: dict) -> Iterator[list[tuple[httpx
     for fields in requests:
         threads.append(threading.Thread(target=send, args=(fields,)))
         threads[-1].start()
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + 60
         while server.metric("vllm:num_requests_waiting") < len(threads):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

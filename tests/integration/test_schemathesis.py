@@ -1,8 +1,9 @@
 """The server keeps to its own document, whatever is sent: thousands of right and wrong requests made from it."""
 
 import random
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
@@ -70,18 +71,25 @@ def test_the_server_gives_the_document_that_it_is_held_to(fake_server: ServerPro
     assert httpx.get(f"{fake_server.url}/openapi.json").json() == _DOCUMENT
 
 
-@schema.parametrize()
-@settings(max_examples=MAX_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_the_server_keeps_to_its_document(
-    case: schemathesis.Case, fake_server: ServerProcess, session: requests.Session
-) -> None:
-    _let_it_run(case)
-    response = case.call(base_url=fake_server.url, session=session, timeout=30)
-    kind = response.headers.get("content-type", [""])[0].partition(";")[0]
-    statuses[case.method.lower(), case.path, response.status_code, kind] += 1
-    case.validate_response(response, checks=CHECKS)
-    if kind == "text/event-stream":
-        _check_events(OPERATIONS[case.method.lower(), case.path], response.text)
+def _test_of(method: str, path: str) -> Callable[..., None]:
+    @schema.include(method=method.upper(), path=path).parametrize()
+    @settings(max_examples=MAX_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    def test(case: schemathesis.Case, fake_server: ServerProcess, session: requests.Session) -> None:
+        """The server keeps to its document."""
+        _let_it_run(case)
+        response = case.call(base_url=fake_server.url, session=session, timeout=30)
+        kind = response.headers.get("content-type", [""])[0].partition(";")[0]
+        statuses[case.method.lower(), case.path, response.status_code, kind] += 1
+        case.validate_response(response, checks=CHECKS)
+        if kind == "text/event-stream":
+            _check_events(OPERATIONS[case.method.lower(), case.path], response.text)
+
+    return test
+
+
+# A function each: schemathesis gives all tests of one function the same id, and of those pytest-xdist runs one.
+for _method, _path in OPERATIONS:
+    globals()[f"test_{_method}_{re.sub('[^a-z0-9]+', '_', _path).strip('_')}"] = _test_of(_method, _path)
 
 
 def _check_events(operation: Operation, text: str) -> None:

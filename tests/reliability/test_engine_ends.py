@@ -26,7 +26,7 @@ KILLED, STALLED = "killed", "stalled"
 KNOWN_AFTER_S = {KILLED: 1.0, STALLED: 12.0}  # until /health says 503
 ENDED_AFTER_S = 5.0  # from then on: until every stream has its error
 SERVING_AFTER_S = 10.0  # until answers come again
-SLACK_S = 3.0  # for this process, which measures on the same cores
+SLACK_S = 15.0  # for this process, which measures on the same cores
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str,
     with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
         (first,) = child_pids(server, "server.engine.process")
         os.kill(first, signal.SIGKILL)
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + 60
         while child_pids(server, "server.engine.process") in ([], [first]):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

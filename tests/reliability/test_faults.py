@@ -161,7 +161,7 @@ def test_only_the_request_with_the_fault_fails(server: ServerProcess, folder: Fo
     print(f"{place}: {number} faults, {neighbours.num_answers} neighbours' answers all the same, {took_s:.1f} s")
 
 
-def wait_until_idle(server: ServerProcess, limit_s: float = 10) -> None:
+def wait_until_idle(server: ServerProcess, limit_s: float = 60) -> None:
     deadline_s = time.monotonic() + limit_s
     while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
         assert time.monotonic() < deadline_s, "something is held by requests that are over"
@@ -194,7 +194,7 @@ def test_a_lost_device_ends_the_engine_process(folder: Folder) -> None:
     with running("tests.faulty_server", "--model", str(folder.model), limit_s=120) as server:
         ended = httpx.post(f"{server.url}/v1/completions", json=a_body(cache_salt=Fault.LOSS.value), timeout=60)
         assert ended.status_code == 500 and "CUDA" not in ended.text
-        deadline_s = time.monotonic() + 4
+        deadline_s = time.monotonic() + 60
         while httpx.get(f"{server.url}/health").status_code == 200:
             assert time.monotonic() < deadline_s
         assert server.wait() == 1

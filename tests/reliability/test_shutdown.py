@@ -132,7 +132,7 @@ def test_sigterm_with_thirty_two_streams(model: str, workers: str, times: int) -
             check_newcomers(heard)
             assert any(what == "/v1/completions 503" for _, what in heard), "the port was closed and told nobody why"
             outcomes.update(what for _, what in heard)
-            deadline_s = time.monotonic() + 3
+            deadline_s = time.monotonic() + 30
             while alive := [pid for pid in pids if is_alive(pid)]:
                 assert time.monotonic() < deadline_s, f"processes {alive} are still there"
                 time.sleep(0.05)
@@ -159,7 +159,7 @@ def test_a_second_sigterm_ends_it_now(model: str, workers: str) -> None:
                 await asyncio.sleep(0.5)
                 assert not stream.done()
                 server.process.send_signal(signal.SIGTERM)
-                return await asyncio.wait_for(stream, 3)
+                return await asyncio.wait_for(stream, 15)
 
         assert asyncio.run(stop_twice()).is_honest_failure
         assert server.wait(5) == 0

@@ -29,7 +29,7 @@ SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
-def drain(core: EngineCore, *requests: GenerationRequest, limit_s: float = 20) -> dict[str, list[Any]]:
+def drain(core: EngineCore, *requests: GenerationRequest, limit_s: float = 60) -> dict[str, list[Any]]:
     """All that is said of the requests, until each has ended."""
     for request in requests:
         core.submit(request)
