@@ -1,27 +1,34 @@
 """StellarByte's model library: ByteTransformer, its checkpoints, caches and adapters.
 
-Importing it registers the model with transformers' AutoConfig and AutoModelForCausalLM.
+Importing it registers the model with transformers' AutoConfig and AutoModelForCausalLM. Names are imported when they
+are first used: torch and transformers take seconds, which a command that needs neither should not pay for.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from stellarbyte.auto import register_when_imported
-from stellarbyte.config import ByteModelConfig
-from stellarbyte.lora import LoRAConfig
 
 if TYPE_CHECKING:
+    from stellarbyte.config import ByteModelConfig
+    from stellarbyte.config import ByteModelConfig as ByteConfig
+    from stellarbyte.lora import LoRAConfig
     from stellarbyte.model.transformer import ByteTransformer
 
-ByteConfig = ByteModelConfig
-
 __all__ = ["ByteConfig", "ByteModelConfig", "ByteTransformer", "LoRAConfig"]
+
+_HOMES = {
+    "ByteConfig": ("stellarbyte.config", "ByteModelConfig"),
+    "ByteModelConfig": ("stellarbyte.config", "ByteModelConfig"),
+    "ByteTransformer": ("stellarbyte.model.transformer", "ByteTransformer"),
+    "LoRAConfig": ("stellarbyte.lora", "LoRAConfig"),
+}
 
 register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ByteTransformer":  # imported when first used: transformers' model classes take seconds
-        from stellarbyte.model.transformer import ByteTransformer
-
-        return ByteTransformer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, original = _HOMES[name]
+    return getattr(importlib.import_module(module), original)

@@ -1,0 +1,95 @@
+"""Shows an answer while it grows, without flicker, however long it becomes. Knows no server.
+
+What is finished is printed once and never touched again; only the last block of Markdown is drawn anew. Of a block that
+is higher than the screen its end is shown until it is finished.
+"""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.segment import Segment
+from rich.spinner import Spinner
+from rich.text import Text
+
+from stellarbyte_client.terminal.markdown import AnswerMarkdown, printable, split_blocks
+
+
+class AnswerView:
+    """Use in a `with` statement; `show` with all of the answer so far, as often as it should move; `finish` at the end.
+
+    As Markdown, or with `is_plain` as it is.
+    """
+
+    def __init__(self, console: Console, *, is_plain: bool) -> None:
+        self._console = console
+        self._is_plain = is_plain
+        self._num_printed = 0  # characters of the answer that are on the screen for good
+        waiting = Spinner("dots", Text("Ctrl-C stops", style="dim"), style="dim")
+        self._live = Live(
+            waiting,
+            console=console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            vertical_overflow="crop",
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def show(self, text: str) -> None:
+        text = printable(text)
+        rest = text[self._num_printed :]
+        with self._console:  # all in one write
+            if rest.strip():
+                blocks, rest = self._split(rest)
+                self._num_printed = len(text) - len(rest)
+                for block in blocks:
+                    self._print(block)
+                    if not self._is_plain:
+                        self._console.print()
+                self._live.update(_End(self._rendered(rest)))
+            self._live.refresh()
+
+    def finish(self, text: str) -> None:
+        """Print what is left of the answer."""
+        rest = printable(text)[self._num_printed :]
+        with self._console:
+            self._live.update(Text())
+            self._live.refresh()
+            if rest.strip():
+                self._print(rest)
+
+    def _split(self, text: str) -> tuple[list[str], str]:
+        if not self._is_plain:
+            return split_blocks(text)
+        finished, newline, rest = text.rpartition("\n")
+        return ([finished] if newline else []), rest
+
+    def _print(self, block: str) -> None:
+        self._console.print(self._rendered(block), end="\n" if self._is_plain else "")
+
+    def _rendered(self, block: str) -> RenderableType:
+        return Text(block) if self._is_plain else AnswerMarkdown(block)
+
+
+class _End:
+    """The last lines of something, as many as the screen has but one."""
+
+    def __init__(self, content: RenderableType) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options, pad=False)
+        for line in lines[-(console.size.height - 1) :]:
+            yield from line
+            yield Segment.line()

@@ -1,0 +1,98 @@
+"""Asks a server for one answer through OpenAI's client, and says in one sentence what went wrong. Knows no screen."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openai
+from openai.types import CompletionUsage
+
+from stellarbyte_client.terminal.connection import Connection, server_problem
+from stellarbyte_client.terminal.conversation import Answer, Ending, Usage
+
+_SILENCE_LIMIT_S = 600.0  # a request may wait in a queue, where it is sent nothing
+_CONNECT_LIMIT_S = 5.0
+
+
+class Asker:
+    """A connection on which one answer after the other is asked for. Of one event loop."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._url = connection.base_url
+        self._client = openai.AsyncOpenAI(
+            base_url=f"{connection.base_url}/v1",
+            api_key=connection.api_key or "unused",  # it insists on one
+            timeout=openai.Timeout(_SILENCE_LIMIT_S, connect=_CONNECT_LIMIT_S),
+            max_retries=0,  # the person decides
+        )
+
+    async def ask(self, request: dict[str, Any], answer: Answer, on_text: Callable[[str], None] | None = None) -> None:
+        """Fill `answer` while it comes; `on_text` gets each piece. A failure ends up in `answer.problem`.
+
+        Cancelling it aborts the request.
+        """
+        try:
+            await self._stream(request, answer, on_text)
+        except openai.APIStatusError as error:
+            retry_after = error.response.headers.get("Retry-After", "")
+            retry_after_s = float(retry_after) if retry_after.isdecimal() else None
+            answer.problem = server_problem(error.status_code, _message(error), retry_after_s)
+        except openai.APIConnectionError as error:  # a time-out, too
+            answer.problem = self._connection_problem(error, answer)
+        except openai.APIError as error:  # the last event of a stream that failed
+            answer.problem = f"The answer broke off: {error.message}"
+
+    async def _stream(self, request: dict[str, Any], answer: Answer, on_text: Callable[[str], None] | None) -> None:
+        started_s = time.perf_counter()
+        finish_reason = None
+        fields = dict(request)
+        stream = await self._client.chat.completions.create(
+            model=fields.pop("model"),
+            messages=fields.pop("messages"),
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=fields,
+        )
+        async with stream:
+            async for chunk in stream:
+                if chunk.usage is not None:
+                    answer.usage = _usage(chunk.usage)
+                for choice in chunk.choices:
+                    finish_reason = choice.finish_reason or finish_reason
+                    if choice.delta.content:
+                        elapsed_s = time.perf_counter() - started_s
+                        answer.ttft_s = elapsed_s if answer.ttft_s is None else answer.ttft_s
+                        answer.streaming_s = elapsed_s - answer.ttft_s
+                        answer.text += choice.delta.content
+                        if on_text is not None:
+                            on_text(choice.delta.content)
+        if finish_reason is None:
+            answer.problem = "The answer broke off: the server ended it before it was complete."
+        else:
+            answer.ending = Ending.LENGTH if finish_reason == "length" else Ending.COMPLETE
+
+    def _connection_problem(self, error: openai.APIConnectionError, answer: Answer) -> str:
+        if answer.text:
+            return f"The connection to {self._url} was lost in the middle of the answer."
+        if isinstance(error, openai.APITimeoutError):
+            return f"The server at {self._url} did not answer in time."
+        cause = str(error.__cause__ or "").rstrip(".")
+        return f"The server at {self._url} cannot be reached{': ' + cause if cause else ''}."
+
+
+def _message(error: openai.APIStatusError) -> str:
+    """The sentence of the error object; where there is none, as from a proxy, the status."""
+    body = error.body
+    if isinstance(body, dict) and isinstance(body.get("message"), str):
+        return body["message"]
+    return f"The answer from {error.request.url} is {error.status_code} {error.response.reason_phrase}."
+
+
+def _usage(usage: CompletionUsage) -> Usage:
+    details = usage.prompt_tokens_details
+    return Usage(
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
+        completion_tokens=usage.completion_tokens,
+        evicted_tokens=(usage.model_extra or {}).get("evicted_tokens", 0),
+    )

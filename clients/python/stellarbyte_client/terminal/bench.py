@@ -1,0 +1,207 @@
+"""`stellarbyte bench`: a server's speed for some numbers of streams, as a table, a chart and JSON."""
+
+import asyncio
+import json
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from stellarbyte_client.terminal.connection import CommandFailed, Connection, base_of, check_model, models_of
+from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
+from stellarbyte_client.terminal.markdown import printable
+
+_FEWEST_REQUESTS = 8
+_WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    connection: Connection
+    models: Sequence[str] | None  # None: the server's
+    streams: Sequence[int]
+    requests: int | None  # for each number of streams; None: twice that, at least 8
+    prompt_tokens: int
+    max_tokens: int
+    json_file: Path | None
+
+    def requests_of(self, streams: int) -> int:
+        return max(_FEWEST_REQUESTS, 2 * streams) if self.requests is None else self.requests
+
+    @property
+    def command(self) -> str:
+        """The command line that measures the same; keys are left out."""
+        words = ["stellarbyte", "bench", "--url", self.connection.url, "--streams", ",".join(map(str, self.streams))]
+        if self.models is not None:
+            words += ["--model", ",".join(self.models)]
+        if self.requests is not None:
+            words += ["--requests", str(self.requests)]
+        words += ["--prompt-tokens", str(self.prompt_tokens), "--max-tokens", str(self.max_tokens)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured with one number of streams. Times are [p50, p99] in milliseconds, of requests that ended well.
+
+    ttft: from sending a request to its first text; itl: between two events with text of one stream. The warm-up is in
+    no other figure.
+    """
+
+    streams: int
+    requests: int
+    errors: dict[str, int]  # message → how many requests it ended
+    tokens: int  # of answers, by the server's count
+    wall_s: float
+    tokens_per_s: float
+    ttft_ms: list[float] | None  # None: no answer had any text
+    itl_ms: list[float] | None
+    warm_up_requests: int
+    warm_up_tokens: int
+
+    @property
+    def num_errors(self) -> int:
+        return sum(self.errors.values())
+
+
+def make_row(streams: int, outcomes: Sequence[Outcome], wall_s: float, warm_up: Sequence[Outcome]) -> Row:
+    good = [outcome for outcome in outcomes if outcome.error is None]
+    tokens = sum(outcome.tokens for outcome in good)
+    return Row(
+        streams=streams,
+        requests=len(outcomes),
+        errors=dict(Counter(outcome.error for outcome in outcomes if outcome.error is not None)),
+        tokens=tokens,
+        wall_s=round(wall_s, 3),
+        tokens_per_s=round(tokens / wall_s, 1),
+        ttft_ms=percentiles_ms([outcome.ttft_s for outcome in good if outcome.ttft_s is not None]),
+        itl_ms=percentiles_ms([gap_s for outcome in good for gap_s in outcome.gaps_s]),
+        warm_up_requests=len(warm_up),
+        warm_up_tokens=sum(outcome.tokens for outcome in warm_up),
+    )
+
+
+def percentiles_ms(values_s: Sequence[float]) -> list[float] | None:
+    """[p50, p99]"""
+    ordered = sorted(values_s)
+    if not ordered:
+        return None
+    return [round(1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2) for share in (0.5, 0.99)]
+
+
+def bench(settings: BenchSettings) -> bool:
+    """Measure and show; whether all requests ended well. StellarByteError when nothing can be measured."""
+    for streams in settings.streams:
+        if settings.requests_of(streams) < streams:
+            raise CommandFailed(
+                f"{settings.requests} requests cannot keep {streams} streams busy; give more --requests."
+            )
+    if settings.json_file is not None and not settings.json_file.absolute().parent.is_dir():
+        raise CommandFailed(f"The folder of {settings.json_file} does not exist.")
+    with settings.connection.client() as client:
+        known = models_of(client)
+        server_version = client.version()
+    models = [base_of(known)] if settings.models is None else settings.models
+    for model in models:
+        check_model(model, known)
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(
+        f"{', '.join(models)} at {settings.connection.base_url}: {settings.prompt_tokens} prompt tokens,"
+        f" {settings.max_tokens} tokens of answer\n",
+        soft_wrap=True,
+    )
+    rows = asyncio.run(_measure(settings, models, console))
+    if settings.json_file is not None:
+        _write(settings, models, server_version, rows)
+    return not any(row.errors for row in rows)
+
+
+async def _measure(settings: BenchSettings, models: Sequence[str], console: Console) -> list[Row]:
+    work = Work(models=models, prompt_tokens=settings.prompt_tokens, max_tokens=settings.max_tokens)
+    short = Work(
+        models=models, prompt_tokens=settings.prompt_tokens, max_tokens=min(settings.max_tokens, _WARM_UP_TOKENS)
+    )
+    rows: list[Row] = []
+    progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console)
+    loop = asyncio.get_running_loop()
+    async with LoadGenerator(settings.connection, max(settings.streams)) as load:
+        with Live(progress, console=console, transient=True) as live:
+            for streams in settings.streams:
+                requests = settings.requests_of(streams)
+                task = progress.add_task(f"{streams} streams", total=requests)
+                warm_up = await load.run(short, streams=streams, requests=streams)
+                started_s = loop.time()
+                outcomes = await load.run(
+                    work, streams=streams, requests=requests, on_end=partial(progress.advance, task)
+                )
+                rows.append(make_row(streams, outcomes, loop.time() - started_s, warm_up))
+                progress.remove_task(task)
+                live.update(Group(_table(rows), progress))
+    console.print(_table(rows), _chart(rows), *_errors(rows), sep="\n")
+    return rows
+
+
+def _table(rows: Sequence[Row]) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for heading in ("streams", "requests", "errors", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99 (ms)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        errors = Text(str(row.num_errors), style="red" if row.errors else "")
+        times = [*_cells(row.ttft_ms), *_cells(row.itl_ms)]
+        table.add_row(str(row.streams), str(row.requests), errors, f"{row.tokens_per_s:.1f}", *times)
+    return table
+
+
+def _cells(times_ms: list[float] | None) -> list[str]:
+    return ["–", "–"] if times_ms is None else [f"{time_ms:.1f}" for time_ms in times_ms]
+
+
+def _chart(rows: Sequence[Row]) -> RenderableType:
+    """Tokens a second over the numbers of streams."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right")
+    grid.add_column(width=50)
+    grid.add_column()
+    most = max(row.tokens_per_s for row in rows)
+    for row in rows:
+        bar = Bar(most or 1.0, 0, row.tokens_per_s, color="cyan")
+        grid.add_row(
+            f"{row.streams} {'stream' if row.streams == 1 else 'streams'}", bar, f"{row.tokens_per_s:.0f} tokens/s"
+        )
+    return grid
+
+
+def _errors(rows: Sequence[Row]) -> list[Text]:
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row.errors)
+    return [Text(f"{count} × {printable(message)}", style="red") for message, count in counts.most_common()]
+
+
+def _write(settings: BenchSettings, models: Sequence[str], server_version: str, rows: Sequence[Row]) -> None:
+    assert settings.json_file is not None
+    content: dict[str, Any] = {
+        "command": settings.command,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "server_version": server_version,
+        "models": list(models),
+        "prompt_tokens": settings.prompt_tokens,
+        "max_tokens": settings.max_tokens,
+        "rows": [asdict(row) for row in rows],
+    }
+    try:
+        settings.json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandFailed(f"{settings.json_file} cannot be written: {error.strerror}.") from None

@@ -1,0 +1,237 @@
+"""`stellarbyte chat`: a conversation at a terminal, or one answer for a pipe."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from stellarbyte_client import Model, StellarByteError
+from stellarbyte_client.terminal.answer_view import AnswerView
+from stellarbyte_client.terminal.connection import CommandFailed, Connection, base_of, check_model, models_of
+from stellarbyte_client.terminal.conversation import Answer, Conversation, Ending
+from stellarbyte_client.terminal.markdown import THEME, printable
+from stellarbyte_client.terminal.question_prompt import QuestionPrompt, history_file
+from stellarbyte_client.terminal.slash_commands import SlashCommands
+
+if TYPE_CHECKING:
+    from stellarbyte_client.terminal.answers import Asker
+
+_FRAME_S = 0.05
+_MOST_DRAWING = 0.2  # share of the time: long blocks are drawn less often
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings:
+    connection: Connection
+    prompt: str | None = None  # one question
+    model: str | None = None  # None: the server's
+    system: str | None = None
+    adapter_scale: float | None = None
+    sampling: dict[str, object]  # of conversation.FIELDS
+    is_plain: bool = False
+    is_quiet: bool = False
+    keeps_history: bool = True
+
+
+def chat(settings: ChatSettings) -> None:
+    """Talk until the person leaves; with a prompt, or without a terminal, answer once. StellarByteError."""
+    if settings.prompt is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        question = sys.stdin.read() if settings.prompt is None else settings.prompt
+        if not question.strip():
+            raise CommandFailed("There is no question: give it as PROMPT or on standard input.")
+        asyncio.run(_answer_once(settings, question.strip()))
+    else:
+        asyncio.run(_Chat(settings).run())
+
+
+async def _answer_once(settings: ChatSettings, question: str) -> None:
+    conversation, _ = _begin(settings)
+    answer = Answer()
+    write = _write_printable if sys.stdout.isatty() else _write
+    await _new_asker(settings.connection).ask(conversation.request(question), answer, on_text=write)
+    if answer.text and not answer.text.endswith("\n"):
+        _write("\n")
+    if answer.problem is not None:
+        raise CommandFailed(answer.problem)
+
+
+def _write(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _write_printable(text: str) -> None:
+    _write(printable(text))
+
+
+def _begin(settings: ChatSettings) -> tuple[Conversation, list[Model]]:
+    """A conversation as the settings want it, and what models the server has."""
+    with settings.connection.client() as client:
+        models = models_of(client)
+    base_model = base_of(models)
+    conversation = Conversation(
+        base_model=base_model,
+        model=base_model if settings.model is None else settings.model,
+        system=settings.system,
+        adapter_scale=settings.adapter_scale,
+        sampling=dict(settings.sampling),
+    )
+    check_model(conversation.model, models)
+    return conversation, models
+
+
+def _new_asker(connection: Connection) -> "Asker":
+    from stellarbyte_client.terminal.answers import Asker  # half a second, in which people already type
+
+    return Asker(connection)
+
+
+class _Chat:
+    def __init__(self, settings: ChatSettings) -> None:
+        self._settings = settings
+        self._console = Console(theme=THEME, highlight=False, markup=False, emoji=False)
+        self._conversation, models = _begin(settings)
+        self._commands = SlashCommands(self._conversation, models)
+        self._greet(models)
+        self._prompt = QuestionPrompt(self._commands, self._label, self._history())
+
+    async def run(self) -> None:
+        self._asker = asyncio.create_task(asyncio.to_thread(_new_asker, self._settings.connection))
+        while (line := await self._next_line()) is not None:
+            question: str | None = line.strip()
+            if question:
+                self._console.print()
+            if line.startswith("/"):
+                try:
+                    outcome = self._commands.run(line)
+                except CommandFailed as error:
+                    self._complain(str(error))
+                    continue
+                if outcome.is_end:
+                    return
+                self._note(outcome.text)
+                question = outcome.question
+            if question:
+                await self._ask(question)
+
+    async def _next_line(self) -> str | None:
+        refreshing = asyncio.create_task(asyncio.to_thread(self._refresh_models))
+        try:
+            return await self._prompt.read()
+        finally:
+            await refreshing
+
+    def _refresh_models(self) -> None:
+        """Adapters come and go: what /adapter completes and accepts."""
+        with contextlib.suppress(StellarByteError), self._settings.connection.client() as client:
+            self._commands.models = models_of(client)
+
+    async def _ask(self, question: str) -> None:
+        answer = Answer()
+        asking = asyncio.create_task(self._answer(question, answer))
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, asking.cancel)
+        try:
+            with _unechoed(), AnswerView(self._console, is_plain=self._settings.is_plain) as view:
+                drawing_s = 0.0
+                while not asking.done():
+                    await asyncio.wait({asking}, timeout=max(_FRAME_S, drawing_s / _MOST_DRAWING))
+                    started_s = time.perf_counter()
+                    view.show(answer.text)
+                    drawing_s = time.perf_counter() - started_s
+                view.finish(answer.text)
+        finally:
+            asking.cancel()
+            loop.remove_signal_handler(signal.SIGINT)
+        if asking.cancelled():
+            answer.ending = Ending.STOPPED
+        else:
+            asking.result()
+        self._conversation.add(question, answer)
+        self._report(answer)
+
+    async def _answer(self, question: str, answer: Answer) -> None:
+        asker = await asyncio.shield(self._asker)
+        await asker.ask(self._conversation.request(question), answer)
+
+    def _report(self, answer: Answer) -> None:
+        if answer.text:
+            self._console.print()
+        if answer.problem is not None:
+            kept = " What had come is kept; /retry asks again." if answer.text else " /retry asks again."
+            self._complain(answer.problem + kept)
+        elif not self._settings.is_quiet or answer.ending is not Ending.COMPLETE:
+            self._note(_figures(answer, is_quiet=self._settings.is_quiet))
+
+    def _label(self) -> str:
+        conversation = self._conversation
+        if conversation.model == conversation.base_model:
+            return ""
+        scale = "" if conversation.acting_scale is None else f" × {conversation.acting_scale:g}"
+        return f"{conversation.model}{scale} "
+
+    def _greet(self, models: Sequence[Model]) -> None:
+        adapters = sum(model.parent is not None for model in models)
+        count = f" with {adapters} {'adapter' if adapters == 1 else 'adapters'}" if adapters else ""
+        base_model, url = self._conversation.base_model, self._settings.connection.base_url
+        self._console.print(Text.assemble((printable(base_model), "bold"), f"{count} at {url}; /help lists commands\n"))
+
+    def _history(self) -> Path | None:
+        if not self._settings.keeps_history:
+            return None
+        try:
+            return history_file()
+        except OSError as error:
+            self._note(f"Questions are not kept for next time: {error.filename} cannot be written.")
+            return None
+
+    def _note(self, text: str) -> None:
+        if text:
+            self._console.print(Text(printable(text) + "\n", style="dim"))
+
+    def _complain(self, text: str) -> None:
+        self._console.print(Text(printable(text) + "\n", style="red"))
+
+
+def _figures(answer: Answer, *, is_quiet: bool) -> str:
+    parts = [] if answer.ending is Ending.COMPLETE else [answer.ending.value]
+    usage = answer.usage
+    if usage is not None and not is_quiet:
+        parts.append(f"{usage.completion_tokens} {'token' if usage.completion_tokens == 1 else 'tokens'}")
+        if answer.streaming_s > 0:
+            parts.append(f"{(usage.completion_tokens - 1) / answer.streaming_s:.1f} tokens/s")
+    if answer.ttft_s is not None and not is_quiet:
+        parts.append(f"first after {answer.ttft_s:.2f} s")
+    if usage is not None and not is_quiet:
+        parts.append(f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens cached")
+        if usage.evicted_tokens:
+            parts.append(f"{usage.evicted_tokens} evicted")
+    return " · ".join(parts)
+
+
+@contextlib.contextmanager
+def _unechoed() -> Iterator[None]:
+    """What is typed while an answer is written does not appear in it, and is there at the next prompt."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    quiet = termios.tcgetattr(terminal)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -1,0 +1,73 @@
+"""Where a command's server is, which keys it uses, and which model it means. Sends nothing of its own accord."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from stellarbyte_client import Model, ServerError, StellarByte, StellarByteError
+
+
+class CommandFailed(StellarByteError):
+    """A command cannot do what it was asked to; str() is one sentence for the user."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """What all commands are given: an address, with or without /v1 at its end, and keys."""
+
+    url: str
+    api_key: str | None = field(repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def base_url(self) -> str:
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    def client(self) -> StellarByte:
+        """CommandFailed when the address is none."""
+        try:
+            return StellarByte(self.base_url, self.api_key, self.admin_api_key)
+        except ValueError as error:
+            raise CommandFailed(str(error)) from None
+
+
+def models_of(client: StellarByte) -> list[Model]:
+    """The models that requests may name, at least one; StellarByteError."""
+    with refusals_explained():
+        models = client.models()
+    if not models:
+        raise CommandFailed("There is no model on this server that this API key may use.")
+    return models
+
+
+def base_of(models: Sequence[Model]) -> str:
+    """The name of the served model; where a key may use adapters only, of the first of them."""
+    return next((model.id for model in models if model.parent is None), models[0].id)
+
+
+def check_model(name: str, models: Sequence[Model]) -> None:
+    """CommandFailed unless requests may name this: a model, an adapter, or NAME@HASH of an adapter."""
+    known = [model.id for model in models]
+    if name not in known and name.partition("@")[0] not in known:
+        raise CommandFailed(f"There is no model or adapter {name!r} on this server; there is {', '.join(known)}.")
+
+
+@contextlib.contextmanager
+def refusals_explained(*, is_admin: bool = False) -> Iterator[None]:
+    """Raises CommandFailed in place of ServerError."""
+    try:
+        yield
+    except ServerError as error:
+        problem = server_problem(error.status, str(error), error.retry_after_s, is_admin=is_admin)
+        raise CommandFailed(problem) from None
+
+
+def server_problem(status: int, message: str, retry_after_s: float | None, *, is_admin: bool = False) -> str:
+    """What a refused request means to the person who made it; `message` is the server's sentence."""
+    if status == 401 and is_admin:
+        return "The server wants its admin key: give it with --admin-api-key or in STELLARBYTE_ADMIN_API_KEY."
+    if status == 401:
+        return "The server wants an API key that it knows: give it with --api-key or in STELLARBYTE_API_KEY."
+    if retry_after_s is not None:
+        return f"{message} Try again in {retry_after_s:g} s."
+    return message

@@ -1,0 +1,168 @@
+"""A conversation: what was said, and what the next request will say. Knows no server and no screen."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a request that may be chosen. What values are allowed is up to the server."""
+
+    kind: str  # for people
+    read: Callable[[str], object]  # ValueError when a text is not of this kind
+
+
+def _overflow(text: str) -> str:
+    if text not in ("error", "slide"):
+        raise ValueError(text)
+    return text
+
+
+_COUNT, _NUMBER = Field("a whole number", int), Field("a number", float)
+
+FIELDS = {
+    "max_tokens": _COUNT,
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "top_k": _COUNT,
+    "min_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "presence_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "seed": _COUNT,
+    "context_overflow": Field("error or slide", _overflow),
+}
+
+
+class Ending(Enum):
+    """How an answer ended."""
+
+    COMPLETE = "complete"
+    LENGTH = "cut off at the most tokens"
+    STOPPED = "stopped"
+    LOST = "broken off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What an answer took, as the server counted."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    evicted_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            evicted_tokens=self.evicted_tokens + other.evicted_tokens,
+        )
+
+
+@dataclass
+class Answer:
+    """An answer as far as it has come."""
+
+    text: str = ""
+    ending: Ending = Ending.LOST  # until it ended otherwise
+    problem: str | None = None  # why it broke off, or never began: one sentence
+    usage: Usage | None = None  # the server tells it at the end of a whole answer
+    ttft_s: float | None = None  # from sending the request to the first text
+    streaming_s: float = 0.0  # from the first text to the last
+
+
+@dataclass(frozen=True)
+class Turn:
+    question: str
+    answer: Answer
+    model: str
+    adapter_scale: float | None
+
+
+@dataclass
+class Conversation:
+    """Turns and settings. The last turn may have no answer: its question was asked in vain."""
+
+    base_model: str
+    model: str
+    system: str | None = None
+    adapter_scale: float | None = None
+    sampling: dict[str, object] = field(default_factory=dict)  # of FIELDS
+    turns: list[Turn] = field(default_factory=list)
+    usage: Usage = field(default_factory=Usage)  # of all answers, also of those that were forgotten
+    num_answers: int = 0  # that `usage` is of
+
+    @property
+    def acting_scale(self) -> float | None:
+        """The scale that requests carry: the base model has none."""
+        return None if self.model == self.base_model else self.adapter_scale
+
+    def request(self, question: str) -> dict[str, Any]:
+        """The body of a request for the answer to `question`, but for how it is streamed."""
+        messages = [*self.messages(), {"role": "user", "content": question}]
+        scale = {} if self.acting_scale is None else {"adapter_scale": self.acting_scale}
+        return {"model": self.model, "messages": messages, **scale, **self.sampling}
+
+    def messages(self) -> list[dict[str, str]]:
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for turn in self.turns:
+            if turn.answer.text:
+                messages.append({"role": "user", "content": turn.question})
+                messages.append({"role": "assistant", "content": turn.answer.text})
+        return messages
+
+    def add(self, question: str, answer: Answer) -> None:
+        """Note an answer; a question before it that was asked in vain is forgotten."""
+        if self.turns and not self.turns[-1].answer.text:
+            self.turns.pop()
+        self.turns.append(Turn(question, answer, self.model, self.acting_scale))
+        if answer.usage is not None:
+            self.usage += answer.usage
+            self.num_answers += 1
+
+    def take_back(self) -> str | None:
+        """Forget the last turn and return its question; None if there is none."""
+        return self.turns.pop().question if self.turns else None
+
+    def as_json(self) -> str:
+        """`messages` as a request has them; `answers` tells more about each message of the assistant, in order."""
+        settings = {"adapter_scale": self.acting_scale} if self.acting_scale is not None else {}
+        answers = [
+            {"model": turn.model, "adapter_scale": turn.adapter_scale, "ending": turn.answer.ending.value}
+            for turn in self.turns
+            if turn.answer.text
+        ]
+        content = {
+            "saved_at": _now(),
+            "model": self.model,
+            **settings,
+            **self.sampling,
+            "messages": self.messages(),
+            "answers": answers,
+        }
+        return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+    def as_markdown(self) -> str:
+        parts = [f"# Conversation with {self.base_model}", f"Saved at {_now()}."]
+        if self.system is not None:
+            parts += ["## System", self.system]
+        for turn in self.turns:
+            if turn.answer.text:
+                parts += ["## Question", turn.question, f"## {_title(turn)}", turn.answer.text.strip("\n")]
+        return "\n\n".join(parts) + "\n"
+
+
+def _title(turn: Turn) -> str:
+    scale = "" if turn.adapter_scale is None else f" × {turn.adapter_scale:g}"
+    ending = "" if turn.answer.ending is Ending.COMPLETE else f" ({turn.answer.ending.value})"
+    return f"{turn.model}{scale}{ending}"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

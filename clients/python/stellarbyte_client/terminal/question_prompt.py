@@ -1,0 +1,102 @@
+"""Reads questions from a terminal: several lines, history, completion. Knows no commands and no server."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.completion import Completer
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+
+_STYLE = Style.from_dict(
+    {
+        "prompt": "ansicyan bold",
+        "continuation": "ansibrightblack",
+        "placeholder": "ansibrightblack",
+    }
+)
+
+
+def history_file() -> Path:
+    """The user's file of past questions, made for this user's eyes only; OSError when it cannot be."""
+    base = os.environ.get("XDG_STATE_HOME")
+    folder = (Path(base) if base else Path.home() / ".local" / "state") / "stellarbyte"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    file = folder / "chat-history"
+    os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+    file.chmod(0o600)  # it may have been there
+    return file
+
+
+class QuestionPrompt:
+    """Enter sends; Alt+Enter, or a backslash before Enter, begins another line; pasted text stays one question."""
+
+    def __init__(self, completer: Completer, label: Callable[[], str], history: Path | None) -> None:
+        """`label` is what stands before the question."""
+        self._label = label
+        self._is_leaving = False  # Ctrl-C was the last key
+        self._session: PromptSession[str] = PromptSession(
+            message=self._message,
+            multiline=True,
+            prompt_continuation=self._continuation,
+            placeholder=self._placeholder,
+            history=InMemoryHistory() if history is None else FileHistory(history),
+            completer=completer,
+            complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
+            key_bindings=self._keys(),
+            style=_STYLE,
+        )
+        self._session.default_buffer.on_text_changed += self._stay
+
+    async def read(self) -> str | None:
+        """The next question; None when the person wants to leave."""
+        self._is_leaving = False
+        try:
+            return await self._session.prompt_async()
+        except EOFError:
+            return None
+
+    def _message(self) -> StyleAndTextTuples:
+        return [("class:prompt", f"{self._label()}❯ ")]
+
+    def _continuation(self, width: int, _line: int, _wraps: int) -> StyleAndTextTuples:
+        return [("class:continuation", "… ".rjust(width))]
+
+    def _placeholder(self) -> StyleAndTextTuples:
+        return [("class:placeholder", "Ctrl-C again, or Ctrl-D, leaves" if self._is_leaving else "")]
+
+    def _stay(self, _buffer: Buffer) -> None:
+        self._is_leaving = False
+
+    def _keys(self) -> KeyBindings:
+        keys = KeyBindings()
+
+        @keys.add("enter")
+        def _send(event: KeyPressEvent) -> None:
+            buffer = event.current_buffer
+            if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
+                buffer.complete_state = None  # the completion is taken, not sent
+            elif buffer.document.char_before_cursor == "\\":
+                buffer.delete_before_cursor()
+                buffer.insert_text("\n")
+            else:
+                buffer.validate_and_handle()
+
+        @keys.add("escape", "enter")
+        def _new_line(event: KeyPressEvent) -> None:
+            event.current_buffer.insert_text("\n")
+
+        @keys.add("c-c")
+        def _clear(event: KeyPressEvent) -> None:
+            if self._is_leaving:
+                event.app.exit(exception=EOFError())
+                return
+            event.current_buffer.reset()
+            self._is_leaving = True
+
+        return keys

@@ -1,0 +1,18 @@
+"""`stellarbyte convert`: a ByteTransformer checkpoint from another one."""
+
+import argparse
+
+import torch
+
+from stellarbyte.checkpoint.convert import convert
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.progress import ProgressBar
+
+FAILURES = (CheckpointError,)
+
+
+def run(options: argparse.Namespace) -> int:
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    target = convert(options.source, options.target, dtype=dtype, progress=ProgressBar("Converting"))
+    print(f"Wrote {target}")
+    return 0

@@ -1,0 +1,24 @@
+"""`stellarbyte info`: what a checkpoint is and how much memory it takes."""
+
+import argparse
+import dataclasses
+import json
+
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.info import describe, describe_lines
+from stellarbyte.checkpoint.native import open_checkpoint
+from stellarbyte.checkpoint.progress import ProgressBar
+
+FAILURES = (CheckpointError,)
+
+
+def run(options: argparse.Namespace) -> int:
+    checkpoint = open_checkpoint(resolve_model(options.model, ProgressBar("Converting the demo model")))
+    if options.json:
+        figures = dataclasses.asdict(describe(checkpoint))
+        print(json.dumps({"path": str(checkpoint.path), **figures, "config": checkpoint.config.to_dict()}, indent=2))
+        return 0
+    for label, text in describe_lines(checkpoint):
+        print(f"{label:>12}  {text}")
+    return 0

@@ -1,0 +1,126 @@
+"""A program in a terminal of its own: what is typed goes in, and the screen is read as a person sees it."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pyte
+from rich.style import Style
+from rich.text import Text
+
+from tests.server_process import ROOT
+
+LIMIT_S = 30.0
+ENTER, CTRL_C, CTRL_D, TAB, UP, ALT_ENTER = "\r", "\x03", "\x04", "\t", "\x1b[A", "\x1b\r"
+
+
+class Terminal:
+    """`command` is what follows `stellarbyte`; use in a `with` statement. `home` takes the place of the user's own."""
+
+    def __init__(self, *command: str, home: Path, rows: int = 24, columns: int = 100, **environment: str) -> None:
+        self._screen = _Screen(columns, rows, history=10_000)
+        self._stream = pyte.ByteStream(self._screen)
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("STELLARBYTE_")}
+        self._child = pexpect.spawn(
+            sys.executable,
+            ["-m", "stellarbyte.cli", *command],
+            cwd=str(ROOT),
+            dimensions=(rows, columns),
+            env=inherited | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "TERM": "xterm-256color"}
+            | environment,
+            timeout=LIMIT_S,
+        )  # fmt: skip
+        self._screen.write_process_input = self.type
+        self.raw = b""  # everything that the program has written
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.close(force=True)
+
+    def type(self, keys: str) -> None:
+        self._child.send(keys)
+
+    def paste(self, text: str) -> None:
+        """As terminals that know bracketed paste do."""
+        self.type(f"\x1b[200~{text}\x1b[201~")
+
+    @property
+    def lines(self) -> list[str]:
+        """The screen."""
+        return [line.rstrip() for line in self._screen.display]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines).rstrip()
+
+    @property
+    def scrolled_text(self) -> str:
+        """What has gone out of sight at the top, and the screen."""
+        gone = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
+        return "\n".join([line.rstrip() for line in gone] + self.lines).rstrip()
+
+    def drawn(self) -> Text:
+        """The screen in its colours."""
+        drawn = Text()
+        for y in range(self._screen.lines):
+            row = self._screen.buffer[y]
+            for x in range(self._screen.columns):
+                cell = row[x]
+                style = Style(
+                    color=_color(cell.fg),
+                    bgcolor=_color(cell.bg),
+                    bold=cell.bold,
+                    italic=cell.italics,
+                    underline=cell.underscore,
+                    reverse=cell.reverse,
+                )
+                drawn.append(cell.data, style)
+            drawn.append("\n")
+        return drawn
+
+    def wait_for(self, pattern: str) -> "Terminal":
+        """Go on reading until a regular expression is found on the screen."""
+        deadline_s = time.monotonic() + LIMIT_S
+        while not re.search(pattern, self.text, re.MULTILINE):
+            if time.monotonic() > deadline_s or not self._read():
+                raise AssertionError(f"{pattern!r} does not appear on the screen:\n{self.text}")
+        return self
+
+    def wait_end(self) -> int:
+        """The exit status, after everything was read."""
+        while self._read():
+            pass
+        self._child.wait()
+        return self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus
+
+    def _read(self) -> bool:
+        """Take what there is within a tenth of a second; False at the program's end."""
+        try:
+            written = self._child.read_nonblocking(65536, timeout=0.1)
+        except pexpect.TIMEOUT:
+            return True
+        except pexpect.EOF:
+            return False
+        self.raw += written
+        self._stream.feed(written.replace(b"\x1b[2m", b"\x1b[90m"))  # pyte knows no dim text
+        return True
+
+
+def _color(name: str) -> str | None:
+    """rich's name of one of pyte's colours."""
+    if name == "default":
+        return None
+    if re.fullmatch("[0-9a-f]{6}", name):
+        return f"#{name}"
+    return name.replace("brown", "yellow").replace("bright", "bright_")
+
+
+class _Screen(pyte.HistoryScreen):
+    """pyte knows what to answer when a program asks where the cursor is, and leaves sending it to us."""
+
+    write_process_input = None
