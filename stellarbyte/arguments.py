@@ -93,7 +93,7 @@ def _add_adapters(commands: _Commands) -> None:
     connection = _connection(is_admin=True)
 
     action = actions.add_parser("list", parents=[connection], help="print the adapters as they are now")
-    action.add_argument("--json", action="store_true", help="print the server's own entries as JSON")
+    action.add_argument("--json", action="store_true", help="print JSON, with all that the server tells")
 
     action = actions.add_parser("load", parents=[connection], help="load an adapter, or replace one while it is used")
     action.add_argument("name", metavar="NAME", help="what requests will call it")

@@ -20,7 +20,7 @@ ENTER, CTRL_C, CTRL_D, TAB, UP, ALT_ENTER = "\r", "\x03", "\x04", "\t", "\x1b[A"
 class Terminal:
     """`command` is what follows `stellarbyte`; use in a `with` statement. `home` takes the place of the user's own."""
 
-    def __init__(self, *command: str, home: Path, rows: int = 24, columns: int = 100, **environment: str) -> None:
+    def __init__(self, *command: str, home: Path, rows: int = 24, columns: int = 140, **environment: str) -> None:
         self._screen = _Screen(columns, rows, history=10_000)
         self._stream = pyte.ByteStream(self._screen)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("STELLARBYTE_")}

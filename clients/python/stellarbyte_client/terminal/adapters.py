@@ -67,7 +67,7 @@ class AdapterCommands:
 def _table(adapters: Sequence[Adapter]) -> RenderableType:
     if not adapters:
         return Text("The server has no adapters.")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("name", overflow="fold")
     for heading in ("state", "tier", "hash"):
         table.add_column(heading, no_wrap=True)

@@ -141,6 +141,7 @@ async def _measure(settings: BenchSettings, models: Sequence[str], console: Cons
             for streams in settings.streams:
                 requests = settings.requests_of(streams)
                 task = progress.add_task(f"{streams} streams", total=requests)
+                live.update(Group(_table(rows), "", progress) if rows else progress, refresh=True)
                 warm_up = await load.run(short, streams=streams, requests=streams)
                 started_s = loop.time()
                 outcomes = await load.run(
@@ -148,13 +149,12 @@ async def _measure(settings: BenchSettings, models: Sequence[str], console: Cons
                 )
                 rows.append(make_row(streams, outcomes, loop.time() - started_s, warm_up))
                 progress.remove_task(task)
-                live.update(Group(_table(rows), progress))
-    console.print(_table(rows), _chart(rows), *_errors(rows), sep="\n")
+    console.print(_table(rows), "", _chart(rows), *_errors(rows), sep="\n")
     return rows
 
 
 def _table(rows: Sequence[Row]) -> RenderableType:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for heading in ("streams", "requests", "errors", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99 (ms)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

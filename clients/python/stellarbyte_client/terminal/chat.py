@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from stellarbyte_client.terminal.answers import Asker
 
 _FRAME_S = 0.05
+_LEAST_TIMED_S = 0.02  # answers that come faster came in one piece
 _MOST_DRAWING = 0.2  # share of the time: long blocks are drawn less often
 
 
@@ -55,7 +57,8 @@ def chat(settings: ChatSettings) -> None:
 
 
 async def _answer_once(settings: ChatSettings, question: str) -> None:
-    conversation, _ = _begin(settings)
+    with settings.connection.client() as client:
+        conversation = _begin(settings, models_of(client))
     answer = Answer()
     write = _write_printable if sys.stdout.isatty() else _write
     await _new_asker(settings.connection).ask(conversation.request(question), answer, on_text=write)
@@ -78,10 +81,8 @@ def _write_printable(text: str) -> None:
     _write(printable(text))
 
 
-def _begin(settings: ChatSettings) -> tuple[Conversation, list[Model]]:
-    """A conversation as the settings want it, and what models the server has."""
-    with settings.connection.client() as client:
-        models = models_of(client)
+def _begin(settings: ChatSettings, models: Sequence[Model]) -> Conversation:
+    """A conversation as the settings want it; CommandFailed when the server does not have its model."""
     base_model = base_of(models)
     conversation = Conversation(
         base_model=base_model,
@@ -91,7 +92,7 @@ def _begin(settings: ChatSettings) -> tuple[Conversation, list[Model]]:
         sampling=dict(settings.sampling),
     )
     check_model(conversation.model, models)
-    return conversation, models
+    return conversation
 
 
 def _new_asker(connection: Connection) -> "Asker":
@@ -104,14 +105,21 @@ class _Chat:
     def __init__(self, settings: ChatSettings) -> None:
         self._settings = settings
         self._console = Console(theme=THEME, highlight=False, markup=False, emoji=False)
-        self._conversation, models = _begin(settings)
+        self._client = settings.connection.client()
+        models = models_of(self._client)
+        self._conversation = _begin(settings, models)
         self._commands = SlashCommands(self._conversation, models)
         self._greet(models)
         self._prompt = QuestionPrompt(self._commands, self._label, self._history())
+        self._refreshing: threading.Thread | None = None
 
     async def run(self) -> None:
         self._asker = asyncio.create_task(asyncio.to_thread(_new_asker, self._settings.connection))
-        while (line := await self._next_line()) is not None:
+        while True:
+            self._refresh_models()
+            line = await self._prompt.read()
+            if line is None:
+                return
             question: str | None = line.strip()
             if question:
                 self._console.print()
@@ -128,17 +136,16 @@ class _Chat:
             if question:
                 await self._ask(question)
 
-    async def _next_line(self) -> str | None:
-        refreshing = asyncio.create_task(asyncio.to_thread(self._refresh_models))
-        try:
-            return await self._prompt.read()
-        finally:
-            await refreshing
-
     def _refresh_models(self) -> None:
-        """Adapters come and go: what /adapter completes and accepts."""
-        with contextlib.suppress(StellarByteError), self._settings.connection.client() as client:
-            self._commands.models = models_of(client)
+        """Begin to ask what /adapter may name, for adapters come and go; nobody waits for a server that is silent."""
+
+        def refresh() -> None:
+            with contextlib.suppress(StellarByteError):
+                self._commands.models = models_of(self._client)
+
+        if self._refreshing is None or not self._refreshing.is_alive():
+            self._refreshing = threading.Thread(target=refresh, daemon=True)
+            self._refreshing.start()
 
     async def _ask(self, question: str) -> None:
         answer = Answer()
@@ -212,7 +219,7 @@ def _figures(answer: Answer, *, is_quiet: bool) -> str:
     usage = answer.usage
     if usage is not None and not is_quiet:
         parts.append(f"{usage.completion_tokens} {'token' if usage.completion_tokens == 1 else 'tokens'}")
-        if answer.streaming_s > 0:
+        if answer.streaming_s > _LEAST_TIMED_S:
             parts.append(f"{(usage.completion_tokens - 1) / answer.streaming_s:.1f} tokens/s")
     if answer.ttft_s is not None and not is_quiet:
         parts.append(f"first after {answer.ttft_s:.2f} s")

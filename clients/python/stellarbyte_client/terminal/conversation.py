@@ -42,7 +42,7 @@ class Ending(Enum):
     """How an answer ended."""
 
     COMPLETE = "complete"
-    LENGTH = "cut off at the most tokens"
+    LENGTH = "cut off by length"
     STOPPED = "stopped"
     LOST = "broken off"
 

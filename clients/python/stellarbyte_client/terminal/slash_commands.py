@@ -160,7 +160,7 @@ class SlashCommands(Completer):
         path = Path(name).expanduser()
         if path.suffix not in (".json", ".md", ".markdown"):
             raise CommandFailed(f"The file's name must end in .md or .json; {name!r} does not.")
-        if not self._conversation.messages():
+        if not any(turn.answer.text for turn in self._conversation.turns):
             raise CommandFailed("There is nothing to save yet.")
         text = self._conversation.as_json() if path.suffix == ".json" else self._conversation.as_markdown()
         try:

@@ -1,0 +1,24 @@
+"""The `stellarbyte` command run in this process, which has imported already what each start would import anew."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from stellarbyte.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+class Command:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> Result:
+        self._capsys.readouterr()
+        status = main(list(arguments))
+        return Result(status, *self._capsys.readouterr())

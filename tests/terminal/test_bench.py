@@ -1,0 +1,113 @@
+"""`stellarbyte bench` against a real server on a tiny model: what it reports is what the server counted."""
+
+import json
+import math
+from pathlib import Path
+
+import httpx
+import pytest
+from stellarbyte_client.terminal.bench import make_row, percentiles_ms
+from stellarbyte_client.terminal.load import Outcome
+
+from tests.server_process import ServerProcess
+from tests.terminal.command import Command, Result
+from tests.terminal.conftest import Adapted
+from tests.terminal.failing_server import Prepared, answering
+from tests.terminal.screen import Terminal
+
+SIZES = ["--requests", "6", "--prompt-tokens", "20", "--max-tokens", "10"]
+
+
+def counted(server: ServerProcess) -> list[float]:
+    names = ["vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:prefix_cache_hits_total"]
+    return [server.metric(name) for name in names]
+
+
+def test_rows_and_json_agree_with_the_servers_metrics(stellarbyte: Command, adapted: Adapted, tmp_path: Path) -> None:
+    server, file = adapted.server, tmp_path / "bench.json"
+    before = counted(server)
+    result = stellarbyte(
+        "bench", "--url", server.url, "--model", "tiny,a0,a1", "--streams", "1,3", *SIZES, "--json", str(file)
+    )
+    assert result.status == 0, result.err
+    prompt_tokens, tokens, hits = (now - then for now, then in zip(counted(server), before, strict=True))
+    content = json.loads(file.read_text())
+    assert content["models"] == ["tiny", "a0", "a1"]
+    assert content["command"].startswith(f"stellarbyte bench --url {server.url} --streams 1,3 --model tiny,a0,a1")
+    assert content["server_version"] == httpx.get(f"{server.url}/version").json()["version"]
+    rows = content["rows"]
+    assert [(row["streams"], row["requests"], row["errors"], row["tokens"]) for row in rows] == [
+        (1, 6, {}, 60),
+        (3, 6, {}, 60),
+    ]
+    assert tokens == sum(row["tokens"] + row["warm_up_tokens"] for row in rows)
+    assert prompt_tokens == 20 * sum(row["requests"] + row["warm_up_requests"] for row in rows)
+    assert hits == 0  # every prompt was new
+    for row in rows:
+        assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["wall_s"], rel=0.05)
+        assert 0 < row["ttft_ms"][0] <= row["ttft_ms"][1] < 1e3 * row["wall_s"]
+        assert 0 <= row["itl_ms"][0] <= row["itl_ms"][1] < 1e3 * row["wall_s"]
+    shown = [line.split() for line in result.out.splitlines()]
+    assert [words[:3] for words in shown if len(words) == 8 and words[0].isdigit()] == [
+        ["1", "6", "0"],
+        ["3", "6", "0"],
+    ]
+    assert any(words[:2] == ["3", "streams"] and words[-1] == "tokens/s" for words in shown)
+
+
+def test_each_stream_takes_the_next_model(stellarbyte: Command, adapted: Adapted) -> None:
+    def requests() -> dict[str, int]:
+        entries = httpx.get(f"{adapted.server.url}/v1/adapters").json()["data"]
+        return {entry["id"]: entry["requests"] for entry in entries}
+
+    before = requests()
+    options = ["--model", "a0,tiny", "--streams", "4", "--requests", "4", "--max-tokens", "5", "--prompt-tokens", "5"]
+    assert stellarbyte("bench", "--url", adapted.server.url, *options).status == 0
+    after = requests()
+    assert after["a0"] - before["a0"] >= 4  # two streams: a warm-up request each, and at least one more
+    assert after["a1"] == before["a1"]
+
+
+def test_progress_is_shown_while_it_runs(adapted: Adapted, tmp_path: Path) -> None:
+    with Terminal("bench", "--url", adapted.server.url, "--streams", "2", *SIZES, home=tmp_path) as terminal:
+        assert terminal.wait_end() == 0
+        assert b"0/6" in terminal.raw
+        assert "6/6" not in terminal.text  # the bar has gone
+        assert "2 streams █" in terminal.text
+
+
+def test_errors_are_counted_by_message_and_make_the_status_1(stellarbyte: Command, tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    with answering(Prepared.error(429, "The queue is full.")) as url:
+        result = stellarbyte("bench", "--url", url, "--streams", "2", *SIZES, "--json", str(file))
+    assert result.status == 1
+    assert "6 × The queue is full." in result.out
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["errors"], row["tokens"], row["ttft_ms"]) == ({"The queue is full.": 6}, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--streams", "8", "--requests", "4"],
+            "4 requests cannot keep 8 streams busy; give more --requests.",
+        ),
+        (["--json", "/nowhere/x.json"], "The folder of /nowhere/x.json does not exist."),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(stellarbyte: Command, options: list[str], said: str) -> None:
+    assert stellarbyte("bench", "--url", "http://127.0.0.1:1", *options) == Result(1, "", f"error: {said}\n")
+
+
+def test_figures_are_of_requests_that_ended_well() -> None:
+    good = Outcome(sent_at_s=1.0, event_times_s=[1.5, 1.6, 1.8], tokens=5)
+    silent = Outcome(sent_at_s=1.0, tokens=3)
+    failed = Outcome(sent_at_s=1.0, event_times_s=[9.0], tokens=99, error="no")
+    row = make_row(3, [good, silent, failed], 2.0, [good])
+    assert (row.tokens, row.tokens_per_s, row.errors) == (8, 4.0, {"no": 1})
+    assert row.ttft_ms == [500.0, 500.0]
+    assert row.itl_ms is not None and math.isclose(row.itl_ms[0], 200.0) and math.isclose(row.itl_ms[1], 200.0)
+    assert (row.warm_up_requests, row.warm_up_tokens) == (1, 5)
+    assert percentiles_ms([i / 1000 for i in range(1, 201)]) == [101.0, 199.0]
+    assert percentiles_ms([]) is None

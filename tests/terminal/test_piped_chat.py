@@ -1,0 +1,72 @@
+"""`stellarbyte chat` without a terminal: a plain answer on stdout, or one line on stderr and status 1."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+
+from tests.fake_engine import SLOW
+from tests.server_process import ROOT, ServerProcess
+from tests.terminal.command import Command, Result
+from tests.terminal.failing_server import Prepared, answering, text_event
+
+
+def piped(command: str) -> tuple[int, str, str]:
+    """What a shell makes of a command; {chat} stands for `stellarbyte chat`."""
+    chat = f"'{sys.executable}' -m stellarbyte.cli chat"
+    result = subprocess.run(
+        ["bash", "-c", command.format(chat=chat)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_a_question_by_pipe_or_as_argument_gets_the_answer_and_nothing_else(
+    stellarbyte: Command, fake_server: ServerProcess, monkeypatch
+) -> None:
+    command = f"echo '**hello** you' | {{chat}} --url {fake_server.url}/v1/ --max-tokens 18"
+    assert piped(command) == (0, "user\n**hello** you\n", "")
+    monkeypatch.setenv("STELLARBYTE_URL", fake_server.url)
+    given = stellarbyte("chat", "**hello** you", "--max-tokens", "30")
+    assert given == Result(0, "user\n**hello** you\nassistant\nu\n", "")
+
+
+def test_who_has_read_enough_may_leave(fake_server: ServerProcess) -> None:
+    command = f"{{chat}} --url {fake_server.url} '{SLOW} {'x' * 50}' | head -c 10"
+    assert piped(command) == (0, f"user\n{SLOW}", "")
+
+
+def test_no_question_is_an_error(stellarbyte: Command, fake_server: ServerProcess, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    said = "error: There is no question: give it as PROMPT or on standard input.\n"
+    assert stellarbyte("chat", "--url", fake_server.url) == Result(1, "", said)
+
+
+FAILURES = {
+    "not found": (Prepared.error(404, "No such model."), "", "No such model."),
+    "busy": (Prepared.error(429, "Too many requests.", Retry_After="7"), "", "Too many requests. Try again in 7 s."),
+    "draining": (Prepared.error(503, "Shutting down.", Retry_After="5"), "", "Shutting down. Try again in 5 s."),
+    "proxy": (Prepared(502, "<html>"), "", "The answer from {url}/v1/chat/completions is 502 Bad Gateway."),
+    "failed": (
+        Prepared.stream(text_event("half"), {"error": {"message": "The engine died."}}),
+        "half\n",
+        "The answer broke off: The engine died.",
+    ),
+    "ended": (
+        Prepared.stream(text_event("half")),
+        "half\n",
+        "The answer broke off: the server ended it before it was complete.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failures_are_one_line_and_what_came_is_kept(stellarbyte: Command, name: str) -> None:
+    prepared, came, said = FAILURES[name]
+    with answering(prepared) as url:
+        assert stellarbyte("chat", "--url", url, "hello") == Result(1, came, f"error: {said.format(url=url)}\n")
+
+
+def test_an_unknown_model_is_named_with_those_there_are(stellarbyte: Command, fake_server: ServerProcess) -> None:
+    said = "error: There is no model or adapter 'other' on this server; there is fake.\n"
+    assert stellarbyte("chat", "--url", fake_server.url, "--model", "other", "hello") == Result(1, "", said)
