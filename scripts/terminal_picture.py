@@ -3,16 +3,19 @@
 Answers are greedy, so their text is the same every time; times and speeds are those of the machine that draws.
 """
 
+import io
+import re
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
-from tests.server_process import REAL, ROOT, running
+from tests.server_process import REAL, ROOT, ServerProcess
 from tests.terminal.screen import Terminal
 
 PICTURE = ROOT / "docs/pictures/terminal.svg"
 ROWS, COLUMNS = 32, 96
+AT_REST = r"❯$(?!\n)"  # the last line waits for a question
 # rich's own frame, without the font that it would fetch from another host
 SVG = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">
@@ -41,19 +44,26 @@ SVG = """\
 """
 
 
+QUESTIONS = ("What is the capital of France?", "Write a Python function that adds two numbers.")
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as home, running(REAL, limit_s=180) as server:
-        options = ["chat", "--temperature", "0", "--url", server.url]
-        with Terminal(*options, home=Path(home), rows=ROWS, columns=COLUMNS) as terminal:
-            terminal.wait_for("❯ ")
-            for question in ("What is the capital of France?", "Write a Python function that adds two numbers."):
-                terminal.type(f"{question}\r")
-                terminal.wait_for(r"(?s)" + question[:20] + r".*cached\s+❯")
-            terminal.type("/usage\r")
-            terminal.wait_for(r"(?s)/usage.*context.*❯")
+    server = ServerProcess(REAL, port=8000)  # the default, which the picture shows
+    try:
+        server.wait_ready(180)
+        with (
+            tempfile.TemporaryDirectory() as home,
+            Terminal("chat", "--temperature", "0", home=Path(home), rows=ROWS, columns=COLUMNS) as terminal,
+        ):
+            terminal.wait_for(AT_REST)
+            for line in (*QUESTIONS, "/usage"):
+                terminal.type(f"{line}\r")
+                terminal.wait_for(re.escape(f"❯ {line}")).wait_for(AT_REST)
             drawn = terminal.drawn()
-    console = Console(record=True, width=COLUMNS, file=open("/dev/null", "w"))
-    console.print(drawn, end="")
+    finally:
+        server.stop()
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
+    console.print(drawn)
     PICTURE.write_text(console.export_svg(title="stellarbyte chat", code_format=SVG, unique_id="terminal"))
     print(f"Wrote {PICTURE.relative_to(ROOT)}")
 

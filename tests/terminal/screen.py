@@ -1,5 +1,6 @@
 """A program in a terminal of its own: what is typed goes in, and the screen is read as a person sees it."""
 
+import itertools
 import os
 import re
 import sys
@@ -65,22 +66,14 @@ class Terminal:
         return "\n".join([line.rstrip() for line in gone] + self.lines).rstrip()
 
     def drawn(self) -> Text:
-        """The screen in its colours."""
+        """The screen in its colours, down to its last line with text."""
         drawn = Text()
-        for y in range(self._screen.lines):
-            row = self._screen.buffer[y]
-            for x in range(self._screen.columns):
-                cell = row[x]
-                style = Style(
-                    color=_color(cell.fg),
-                    bgcolor=_color(cell.bg),
-                    bold=cell.bold,
-                    italic=cell.italics,
-                    underline=cell.underscore,
-                    reverse=cell.reverse,
-                )
-                drawn.append(cell.data, style)
+        for y in range(len(self.text.splitlines())):
+            cells = [self._screen.buffer[y][x] for x in range(self._screen.columns)]
+            for style, alike in itertools.groupby(cells, _style):
+                drawn.append("".join(cell.data for cell in alike), style)
             drawn.append("\n")
+        drawn.rstrip()
         return drawn
 
     def wait_for(self, pattern: str) -> "Terminal":
@@ -109,6 +102,17 @@ class Terminal:
         self.raw += written
         self._stream.feed(written.replace(b"\x1b[2m", b"\x1b[90m"))  # pyte knows no dim text
         return True
+
+
+def _style(cell: pyte.screens.Char) -> Style:
+    return Style(
+        color=_color(cell.fg),
+        bgcolor=_color(cell.bg),
+        bold=cell.bold,
+        italic=cell.italics,
+        underline=cell.underscore,
+        reverse=cell.reverse,
+    )
 
 
 def _color(name: str) -> str | None:

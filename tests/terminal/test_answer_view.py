@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pyte
 import pytest
 from rich.console import Console
+
 from stellarbyte_client.terminal.answer_view import AnswerView
 from stellarbyte_client.terminal.markdown import THEME, AnswerMarkdown, printable, split_blocks
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+
 from stellarbyte_client.terminal.bench import make_row, percentiles_ms
 from stellarbyte_client.terminal.load import Outcome
-
 from tests.server_process import ServerProcess
 from tests.terminal.command import Command, Result
 from tests.terminal.conftest import Adapted

@@ -25,9 +25,9 @@ FIGURES = r"\d+ tokens · (\S+ tokens/s · )?first after \S+ s · \d+ of \d+ pro
 def chat(tmp_path: Path, fake_server: ServerProcess) -> Callable[..., Terminal]:
     """Starts a chat with the fake server unless another --url is given."""
 
-    def start(*options: str, **environment: str) -> Terminal:
+    def start(*options: str, rows: int = 24, **environment: str) -> Terminal:
         url = [] if "--url" in options else ["--url", fake_server.url]
-        return Terminal("chat", *url, *options, home=tmp_path, **environment)
+        return Terminal("chat", *url, *options, home=tmp_path, rows=rows, **environment)
 
     return start
 
@@ -160,6 +160,16 @@ def test_questions_of_several_lines(chat) -> None:
         terminal.type(ENTER)
         terminal.wait_for("(?s)five.*user\none\ntwo\nthree\nfour\n").wait_for(FIGURES)
         assert terminal.text.count("first after") == 1
+
+
+def test_an_answer_higher_than_the_screen_is_there_once_and_in_order(chat) -> None:
+    lines = [f"- step {number}" for number in range(30)]
+    with chat("--max-tokens", "420", rows=10) as terminal:
+        terminal.wait_for(PROMPT).paste("steps:\n\n" + "\n".join(lines))
+        terminal.wait_for("step 29").type(ENTER)
+        terminal.wait_for(FIGURES)
+        answer = terminal.scrolled_text.partition("user\n")[2]
+    assert re.findall(r"^ • (step \d+)$", answer, re.MULTILINE)[:30] == [line.removeprefix("- ") for line in lines]
 
 
 def test_past_questions_are_kept_for_this_user_only_and_come_back(chat, tmp_path: Path) -> None:

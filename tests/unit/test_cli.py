@@ -1,6 +1,8 @@
 """The `stellarbyte` command: what it prints, and one line with exit status 1 for everything that users get wrong."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,23 @@ def test_errors_are_one_line(command: list[str], tmp_path: Path, capsys: pytest.
         ["generate", "x", "hello", "--temperature", "-1"],
         ["generate", "x", "hello", "--temperature", "nan"],
         ["generate", "x", "hello", "--top-p", "1.5"],
+        ["chat", "--max-tokens", "none"],
+        ["adapters"],
+        ["adapters", "load", "x"],
+        ["adapters", "watch", "--interval", "0"],
+        ["bench", "--streams", "1,x"],
+        ["bench", "--streams", "0"],
+        ["bench", "--model", "a,,b"],
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("module", ["arguments", "cli", "commands.chat", "commands.adapters", "commands.bench"])
+def test_commands_that_need_no_model_import_nothing_that_takes_seconds(module: str) -> None:
+    code = f"import sys, stellarbyte.{module}; print({{'torch', 'transformers', 'openai'}} & sys.modules.keys())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"

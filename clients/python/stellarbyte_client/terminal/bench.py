@@ -5,7 +5,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -119,7 +119,7 @@ def bench(settings: BenchSettings) -> bool:
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
         f"{', '.join(models)} at {settings.connection.base_url}: {settings.prompt_tokens} prompt tokens,"
-        f" {settings.max_tokens} tokens of answer\n",
+        f" {settings.max_tokens} tokens of answer, times in ms\n",
         soft_wrap=True,
     )
     rows = asyncio.run(_measure(settings, models, console))
@@ -129,33 +129,39 @@ def bench(settings: BenchSettings) -> bool:
 
 
 async def _measure(settings: BenchSettings, models: Sequence[str], console: Console) -> list[Row]:
+    """A row for each number of streams; what was measured is shown also when it ends early."""
     work = Work(models=models, prompt_tokens=settings.prompt_tokens, max_tokens=settings.max_tokens)
-    short = Work(
-        models=models, prompt_tokens=settings.prompt_tokens, max_tokens=min(settings.max_tokens, _WARM_UP_TOKENS)
-    )
+    short = replace(work, max_tokens=min(work.max_tokens, _WARM_UP_TOKENS))
     rows: list[Row] = []
-    progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(complete_style="cyan", finished_style="cyan"),
+        MofNCompleteColumn(),
+        console=console,
+    )
     loop = asyncio.get_running_loop()
-    async with LoadGenerator(settings.connection, max(settings.streams)) as load:
-        with Live(progress, console=console, transient=True) as live:
-            for streams in settings.streams:
-                requests = settings.requests_of(streams)
-                task = progress.add_task(f"{streams} streams", total=requests)
-                live.update(Group(_table(rows), "", progress) if rows else progress, refresh=True)
-                warm_up = await load.run(short, streams=streams, requests=streams)
-                started_s = loop.time()
-                outcomes = await load.run(
-                    work, streams=streams, requests=requests, on_end=partial(progress.advance, task)
-                )
-                rows.append(make_row(streams, outcomes, loop.time() - started_s, warm_up))
-                progress.remove_task(task)
-    console.print(_table(rows), "", _chart(rows), *_errors(rows), sep="\n")
+    try:
+        async with LoadGenerator(settings.connection, max(settings.streams)) as load:
+            with Live(progress, console=console, transient=True) as live:
+                for streams in settings.streams:
+                    requests = settings.requests_of(streams)
+                    task = progress.add_task(f"{streams} streams", total=requests)
+                    live.update(Group(_table(rows), "", progress) if rows else progress, refresh=True)
+                    warm_up = await load.run(short, streams=streams, requests=streams)
+                    started_s = loop.time()
+                    on_end = partial(progress.advance, task)
+                    outcomes = await load.run(work, streams=streams, requests=requests, on_end=on_end)
+                    rows.append(make_row(streams, outcomes, loop.time() - started_s, warm_up))
+                    progress.remove_task(task)
+    finally:
+        if rows:
+            console.print(_table(rows), "", _chart(rows), *_errors(rows), sep="\n")
     return rows
 
 
 def _table(rows: Sequence[Row]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for heading in ("streams", "requests", "errors", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99 (ms)"):
+    for heading in ("streams", "requests", "errors", "tokens/s", "TTFT p50", "p99", "ITL p50", "p99"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         errors = Text(str(row.num_errors), style="red" if row.errors else "")

@@ -18,6 +18,13 @@ _STYLE = Style.from_dict(
         "prompt": "ansicyan bold",
         "continuation": "ansibrightblack",
         "placeholder": "ansibrightblack",
+        "completion-menu": "bg:default fg:default",
+        "completion-menu.completion": "bg:default fg:ansicyan",
+        "completion-menu.completion.current": "bg:ansicyan fg:ansiblack noreverse",
+        "completion-menu.meta.completion": "bg:default fg:ansibrightblack",
+        "completion-menu.meta.completion.current": "bg:default fg:default",
+        "scrollbar.background": "bg:default",
+        "scrollbar.button": "bg:default",
     }
 )
 
