@@ -68,7 +68,7 @@ def _add_chat(commands: _Commands) -> None:
     command.add_argument("--adapter-scale", type=float, metavar="X", help="how strongly an adapter acts, 0 to 8")
     command.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
     command.add_argument("--quiet", action="store_true", help="no line with tokens and times after an answer")
-    command.add_argument("--no-history", action="store_true", help="neither read nor write the file of past questions")
+    command.add_argument("--no-history", action="store_true", help="do not keep questions in ~/.local/state")
     sampling = command.add_argument_group("sampling", "What is not given is up to the server and the model.")
     sampling.add_argument("--max-tokens", type=_positive_int, metavar="N", help="longest answer")
     sampling.add_argument("--temperature", type=_temperature, metavar="T", help="0: always the likeliest token")

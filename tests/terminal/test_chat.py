@@ -191,7 +191,7 @@ def test_past_questions_are_kept_for_this_user_only_and_come_back(chat, tmp_path
     assert "secret" not in history.read_text()
 
 
-def test_a_lost_connection_leaves_the_part_that_came_and_the_question_can_be_asked_again(chat, fake_model) -> None:
+def test_a_lost_connection_leaves_the_part_that_came_and_a_question_to_retry(chat, fake_model, tmp_path) -> None:
     server = ServerProcess(FAKE, "--model", fake_model)
     try:
         server.wait_ready(30)
@@ -203,7 +203,11 @@ def test_a_lost_connection_leaves_the_part_that_came_and_the_question_can_be_ask
             terminal.wait_for("was lost in the middle of the answer").wait_for("/retry asks again")
             assert re.search("^assistant", terminal.text, re.MULTILINE)
             terminal.wait_for("^❯ /ret$").type("ry" + ENTER)  # what was typed meanwhile disturbed nothing
-            terminal.wait_for("cannot be reached")
+            terminal.wait_for("cannot be reached").wait_for(PROMPT)
+            terminal.type(f"/save {tmp_path}/part.json{ENTER}")
+            terminal.wait_for("Saved as")
+            saved = json.loads((tmp_path / "part.json").read_text())
+            assert saved["answers"] == [{"model": "fake", "adapter_scale": None, "ending": "broken off"}]
             server.wait()
             server = ServerProcess(FAKE, "--model", fake_model, port=server.port)
             server.wait_ready(30)

@@ -70,3 +70,8 @@ def test_failures_are_one_line_and_what_came_is_kept(stellarbyte: Command, name:
 def test_an_unknown_model_is_named_with_those_there_are(stellarbyte: Command, fake_server: ServerProcess) -> None:
     said = "error: There is no model or adapter 'other' on this server; there is fake.\n"
     assert stellarbyte("chat", "--url", fake_server.url, "--model", "other", "hello") == Result(1, "", said)
+
+
+def test_a_scale_without_an_adapter_is_refused(stellarbyte: Command, fake_server: ServerProcess) -> None:
+    said = "error: A scale needs an adapter that it acts on: name one with --model.\n"
+    assert stellarbyte("chat", "--url", fake_server.url, "--adapter-scale", "2", "hello") == Result(1, "", said)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from stellarbyte_client.terminal.connection import CommandFailed, Connection, base_of, check_model, models_of
+from stellarbyte_client.terminal.connection import CommandFailed, Connection, check_model, default_model, models_of
 from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
 from stellarbyte_client.terminal.markdown import printable
 
@@ -113,7 +113,7 @@ def bench(settings: BenchSettings) -> bool:
     with settings.connection.client() as client:
         known = models_of(client)
         server_version = client.version()
-    models = [base_of(known)] if settings.models is None else settings.models
+    models = [default_model(known).id] if settings.models is None else settings.models
     for model in models:
         check_model(model, known)
     console = Console(highlight=False, markup=False, emoji=False)

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from stellarbyte_client import Model, StellarByteError
 from stellarbyte_client.terminal.answer_view import AnswerView
-from stellarbyte_client.terminal.connection import CommandFailed, Connection, base_of, check_model, models_of
-from stellarbyte_client.terminal.conversation import Answer, Conversation, Ending
+from stellarbyte_client.terminal.connection import CommandFailed, Connection, check_model, default_model, models_of
+from stellarbyte_client.terminal.conversation import Answer, Conversation, Ending, Turn
 from stellarbyte_client.terminal.markdown import THEME, printable
 from stellarbyte_client.terminal.question_prompt import QuestionPrompt, history_file
 from stellarbyte_client.terminal.slash_commands import SlashCommands
@@ -59,6 +59,8 @@ def chat(settings: ChatSettings) -> None:
 async def _answer_once(settings: ChatSettings, question: str) -> None:
     with settings.connection.client() as client:
         conversation = _begin(settings, models_of(client))
+    if settings.adapter_scale is not None and conversation.acting_scale is None:
+        raise CommandFailed("A scale needs an adapter that it acts on: name one with --model.")
     answer = Answer()
     write = _write_printable if sys.stdout.isatty() else _write
     await _new_asker(settings.connection).ask(conversation.request(question), answer, on_text=write)
@@ -83,10 +85,10 @@ def _write_printable(text: str) -> None:
 
 def _begin(settings: ChatSettings, models: Sequence[Model]) -> Conversation:
     """A conversation as the settings want it; CommandFailed when the server does not have its model."""
-    base_model = base_of(models)
+    default = default_model(models)
     conversation = Conversation(
-        base_model=base_model,
-        model=base_model if settings.model is None else settings.model,
+        base_model=default.parent or default.id,
+        model=default.id if settings.model is None else settings.model,
         system=settings.system,
         adapter_scale=settings.adapter_scale,
         sampling=dict(settings.sampling),
@@ -112,15 +114,17 @@ class _Chat:
         self._greet(models)
         self._prompt = QuestionPrompt(self._commands, self._label, self._history())
         self._refreshing: threading.Thread | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._stop)
         self._asker = asyncio.create_task(asyncio.to_thread(_new_asker, self._settings.connection))
         while True:
             self._refresh_models()
             line = await self._prompt.read()
             if line is None:
                 return
-            question: str | None = line.strip()
+            question, retried = line.strip(), None
             if question:
                 self._console.print()
             if line.startswith("/"):
@@ -132,9 +136,15 @@ class _Chat:
                 if outcome.is_end:
                     return
                 self._note(outcome.text)
-                question = outcome.question
+                retried = outcome.retried
+                question = "" if retried is None else retried.question
             if question:
-                await self._ask(question)
+                await self._ask(question, retried)
+
+    def _stop(self) -> None:
+        """Ctrl-C, but where the prompt takes it as a key. One that comes a moment too late stops nothing else."""
+        if self._asking is not None:
+            self._asking.cancel()
 
     def _refresh_models(self) -> None:
         """Begin to ask what /adapter may name, for adapters come and go; nobody waits for a server that is silent."""
@@ -147,11 +157,10 @@ class _Chat:
             self._refreshing = threading.Thread(target=refresh, daemon=True)
             self._refreshing.start()
 
-    async def _ask(self, question: str) -> None:
+    async def _ask(self, question: str, retried: Turn | None) -> None:
         answer = Answer()
         asking = asyncio.create_task(self._answer(question, answer))
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, asking.cancel)
+        self._asking = asking
         try:
             with _unechoed(), AnswerView(self._console, is_plain=self._settings.is_plain) as view:
                 drawing_s = 0.0
@@ -163,12 +172,11 @@ class _Chat:
                 view.finish(answer.text)
         finally:
             asking.cancel()
-            loop.remove_signal_handler(signal.SIGINT)
         if asking.cancelled():
             answer.ending = Ending.STOPPED
         else:
             asking.result()
-        self._conversation.add(question, answer)
+        self._conversation.add(question, answer, in_place_of=retried)
         self._report(answer)
 
     async def _answer(self, question: str, answer: Answer) -> None:
@@ -179,7 +187,7 @@ class _Chat:
         if answer.text:
             self._console.print()
         if answer.problem is not None:
-            kept = " What had come is kept; /retry asks again." if answer.text else " /retry asks again."
+            kept = " The part that came is kept; /retry asks again." if answer.text else " /retry asks again."
             self._complain(answer.problem + kept)
         elif not self._settings.is_quiet or answer.ending is not Ending.COMPLETE:
             self._note(_figures(answer, is_quiet=self._settings.is_quiet))

@@ -40,9 +40,9 @@ def models_of(client: StellarByte) -> list[Model]:
     return models
 
 
-def base_of(models: Sequence[Model]) -> str:
-    """The name of the served model; where a key may use adapters only, of the first of them."""
-    return next((model.id for model in models if model.parent is None), models[0].id)
+def default_model(models: Sequence[Model]) -> Model:
+    """The served model; where a key may use adapters only, the first of them."""
+    return next((model for model in models if model.parent is None), models[0])
 
 
 def check_model(name: str, models: Sequence[Model]) -> None:

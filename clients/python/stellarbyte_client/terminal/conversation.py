@@ -117,18 +117,18 @@ class Conversation:
                 messages.append({"role": "assistant", "content": turn.answer.text})
         return messages
 
-    def add(self, question: str, answer: Answer) -> None:
-        """Note an answer; a question before it that was asked in vain is forgotten."""
+    def add(self, question: str, answer: Answer, in_place_of: Turn | None = None) -> None:
+        """Note an answer, or where there is none keep the turn that was taken back for it.
+
+        A question before it that was asked in vain is forgotten.
+        """
         if self.turns and not self.turns[-1].answer.text:
             self.turns.pop()
-        self.turns.append(Turn(question, answer, self.model, self.acting_scale))
+        turn = Turn(question, answer, self.model, self.acting_scale)
+        self.turns.append(in_place_of if in_place_of is not None and not answer.text else turn)
         if answer.usage is not None:
             self.usage += answer.usage
             self.num_answers += 1
-
-    def take_back(self) -> str | None:
-        """Forget the last turn and return its question; None if there is none."""
-        return self.turns.pop().question if self.turns else None
 
     def as_json(self) -> str:
         """`messages` as a request has them; `answers` tells more about each message of the assistant, in order."""

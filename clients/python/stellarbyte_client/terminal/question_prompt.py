@@ -64,7 +64,7 @@ class QuestionPrompt:
         """The next question; None when the person wants to leave."""
         self._is_leaving = False
         try:
-            return await self._session.prompt_async()
+            return await self._session.prompt_async(handle_sigint=False)
         except EOFError:
             return None
 

@@ -9,7 +9,7 @@ from prompt_toolkit.document import Document
 
 from stellarbyte_client import Model
 from stellarbyte_client.terminal.connection import CommandFailed, check_model
-from stellarbyte_client.terminal.conversation import FIELDS, Conversation
+from stellarbyte_client.terminal.conversation import FIELDS, Conversation, Turn
 
 KEYS = """\
 Enter          sends the question
@@ -23,7 +23,7 @@ class Outcome:
     """What a command wants to happen."""
 
     text: str = ""  # to be shown
-    question: str | None = None  # to be asked
+    retried: Turn | None = None  # taken back: its question is to be asked again
     is_end: bool = False  # of the chat
 
 
@@ -141,10 +141,9 @@ class SlashCommands(Completer):
         return Outcome(f"{name} is {sampling[name]} from now on.")
 
     def _retry(self, _: str) -> Outcome:
-        question = self._conversation.take_back()
-        if question is None:
+        if not self._conversation.turns:
             raise CommandFailed("There is no question to ask again.")
-        return Outcome(question=question)
+        return Outcome(retried=self._conversation.turns.pop())
 
     def _clear(self, _: str) -> Outcome:
         self._conversation.turns.clear()
@@ -182,7 +181,7 @@ class SlashCommands(Completer):
             lines.append(f"{usage.evicted_tokens} tokens went out of sight")
         last = self._conversation.turns[-1].answer.usage if self._conversation.turns else None
         if last is not None:
-            limit = next((m.max_model_len for m in self.models if m.id == self._conversation.base_model), None)
+            limit = self.models[0].max_model_len  # adapters have the model's own
             context = last.prompt_tokens + last.completion_tokens - last.evicted_tokens
             lines.append(f"The conversation takes {context} of the context's {limit} tokens.")
         return Outcome("\n".join(lines))
