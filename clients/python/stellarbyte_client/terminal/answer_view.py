@@ -67,7 +67,7 @@ class AnswerView:
             self._live.update(Text())
             self._live.refresh()
             if rest.strip():
-                self._print(rest)
+                self._print(rest.rstrip("\n"))
 
     def _split(self, text: str) -> tuple[list[str], str]:
         if not self._is_plain:
