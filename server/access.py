@@ -13,7 +13,7 @@ from starlette.routing import Mount, compile_path
 
 
 class Access(Enum):
-    OPEN = "open"  # for anybody: what probes and scrapers need, which cannot be given keys everywhere
+    OPEN = "open"  # for anybody: probes and scrapers, which cannot be given keys everywhere, and pages
     USER = "user"  # for any key, if there are keys
     ADMIN = "admin"  # for the admin key, or without any key from this machine only
 
@@ -40,6 +40,12 @@ ACCESS: dict[tuple[str, str], Access] = {
     ("HEAD", "/docs"): Access.USER,
     ("GET", "/docs/static/{path:path}"): Access.USER,
     ("HEAD", "/docs/static/{path:path}"): Access.USER,
+    ("GET", "/"): Access.OPEN,  # a page asks for the key itself
+    ("HEAD", "/"): Access.OPEN,
+    ("GET", "/status"): Access.OPEN,
+    ("HEAD", "/status"): Access.OPEN,
+    ("GET", "/web/{path:path}"): Access.OPEN,
+    ("HEAD", "/web/{path:path}"): Access.OPEN,
 }
 
 _Methods = dict[str, Access]

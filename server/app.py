@@ -13,6 +13,7 @@ from server.api.docs import add_docs
 from server.api.errors import ApiError, answer_api_error, answer_http_exception, answer_no_tokenizer
 from server.api.middleware import BodyBounds, Cors, RequestLog, Unexpected
 from server.api.openapi import describe
+from server.api.pages import add_pages
 from server.api.service import Service
 from server.auth import Gate
 from server.keys import Keyring
@@ -35,6 +36,7 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
         app.include_router(module.router)
     describe(app, settings.model_name, allows_unknown_fields=settings.unknown_fields == "warn")
     add_docs(app)
+    add_pages(app)
     check_routes(app)
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(NoTokenizerError, answer_no_tokenizer)

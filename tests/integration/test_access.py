@@ -40,6 +40,12 @@ ROUTES = {
     ("HEAD", "/docs"): "user",
     ("GET", "/docs/static/{path:path}"): "user",
     ("HEAD", "/docs/static/{path:path}"): "user",
+    ("GET", "/"): "open",
+    ("HEAD", "/"): "open",
+    ("GET", "/status"): "open",
+    ("HEAD", "/status"): "open",
+    ("GET", "/web/{path:path}"): "open",
+    ("HEAD", "/web/{path:path}"): "open",
 }
 GIVEN = {"no": None, "wrong": "wrong-key", "user": USER_KEYS[1], "admin": ADMIN_KEY}
 # What each kind of route says to each kind of key; 0: anything but 401 and 403.

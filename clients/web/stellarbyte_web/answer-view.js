@@ -1,0 +1,112 @@
+// One answer on the page: its text or its tokens, what went wrong, the strip of numbers, and what can be done with it.
+// Knows no requests: it shows an answer as it is now.
+
+/** @import { Answer } from "../types.js" */
+
+import { measures } from "./ask.js";
+import { copyText } from "./clipboard.js";
+import { icon, make } from "./elements.js";
+import { explain } from "./failures.js";
+import { formatNumber, t } from "./i18n.js";
+import { MarkdownView } from "./markdown.js";
+import { TokenView } from "./token-view.js";
+
+/** @typedef {{ regenerate: () => void, enterKey: () => void }} AnswerActions */
+
+/** @param {Pick<Answer, "model" | "scale">} answer */
+export function nameOf(answer) {
+  if (answer.scale === null || answer.scale === 1) return answer.model;
+  return t("scaled", { name: answer.model, scale: formatNumber(answer.scale) });
+}
+
+export class AnswerView {
+  /**
+   * @param {Answer} answer
+   * @param {boolean} withTokens whether it is shown as tokens, if it has them
+   * @param {AnswerActions} actions
+   */
+  constructor(answer, withTokens, actions) {
+    this.answer = answer;
+    this.withTokens = withTokens;
+    this.actions = actions;
+    this.text = make("div", { class: "markdown", dir: "auto" });
+    this.markdown = new MarkdownView(this.text, t("copy"));
+    /** @type {TokenView | null} */
+    this.tokens = null;
+    this.waiting = make("p", { class: "waiting" }, make("span", { class: "unseen" }, t("thinking")));
+    this.note = make("div", { class: "note" });
+    this.numbers = make("span", { class: "numbers" });
+    this.buttons = this.#makeButtons();
+    const strip = make("footer", { class: "strip" }, this.numbers, this.buttons);
+    this.element = make("article", { class: "answer", "aria-label": nameOf(answer) }, this.waiting, this.text, this.note, strip);
+    this.update();
+  }
+
+  /** Show the answer as it is now. */
+  update() {
+    const { answer } = this;
+    this.element.dataset["state"] = answer.state;
+    this.element.setAttribute("aria-busy", String(answer.state === "streaming"));
+    this.waiting.hidden = answer.state !== "streaming" || answer.content !== "";
+    if (this.withTokens && answer.tokens.length > 0) this.#showTokens();
+    else this.markdown.update(answer.content);
+    this.#showNote();
+    this.numbers.replaceChildren(...numbersOf(answer));
+    this.buttons.hidden = answer.state === "streaming";
+  }
+
+  #showTokens() {
+    if (this.tokens === null) {
+      this.tokens = new TokenView();
+      this.text.replaceWith(this.tokens.element);
+    }
+    this.tokens.update(this.answer.tokens);
+  }
+
+  #makeButtons() {
+    const { answer } = this;
+    const copy = make("button", { type: "button", class: "quiet small copy-answer", title: t("copyAnswer"), "aria-label": t("copyAnswer") }, icon("copy"));
+    copy.addEventListener("click", () => void copyText(answer.content, copy));
+    const again = make(
+      "button",
+      { type: "button", class: "quiet small regenerate", title: t("regenerate"), "aria-label": t("regenerate"), click: () => this.actions.regenerate() },
+      icon("again"),
+    );
+    return make("span", { class: "actions" }, copy, again);
+  }
+
+  #showNote() {
+    const { failure, state, finishReason } = this.answer;
+    this.note.className = failure === null ? "note" : "note failure";
+    if (failure === null) {
+      this.note.textContent = state === "stopped" ? t("stopped") : finishReason === "length" ? t("cutByLength") : "";
+      return;
+    }
+    const { sentence, detail } = explain(failure);
+    const retry = make("button", { type: "button", class: "retry", click: () => this.actions.regenerate() }, t("retry"));
+    const content = [make("p", {}, sentence), make("p", { class: "detail" }, detail)];
+    const buttons = make("p", { class: "note-buttons" }, retry);
+    if (failure.status === 401) {
+      buttons.prepend(make("button", { type: "button", click: () => this.actions.enterKey() }, t("openSettings")));
+    }
+    this.note.replaceChildren(...content, buttons);
+  }
+}
+
+/** @param {Answer} answer */
+function numbersOf(answer) {
+  const found = measures(answer);
+  const round = (/** @type {number} */ value, digits = 0) => formatNumber(value, { maximumFractionDigits: digits });
+  const parts = [make("b", { class: "answer-name" }, nameOf(answer))];
+  const add = (/** @type {string} */ name, /** @type {string} */ text) => parts.push(make("span", { class: `number ${name}` }, text));
+  if (found.tokensPerSecond !== null) add("rate", t("tokensPerSecond", { value: round(found.tokensPerSecond, 1) }));
+  if (found.firstTokenMs !== null) add("first-token", t("firstToken", { value: round(found.firstTokenMs) }));
+  if (found.completionTokens !== null) {
+    const completion = `${found.isExact ? "" : "≥ "}${round(found.completionTokens)}`;
+    const isFull = found.promptTokens !== null;
+    add("counts", isFull ? t("tokenCounts", { prompt: round(found.promptTokens ?? 0), completion }) : t("tokenCount", { completion }));
+  }
+  if (found.cachedTokens !== null) add("cached", t("cachedTokens", { value: round(found.cachedTokens) }));
+  if (found.evictedTokens !== null) add("evicted", t("evictedTokens", { value: round(found.evictedTokens) }));
+  return parts;
+}

@@ -1,0 +1,159 @@
+// The chat page: puts its parts together, and what the whole page does: keys, connection, models, the composer.
+
+/** @import { Answer } from "../types.js" */
+/** @import { Link } from "./connection.js" */
+
+import { Server, failureOf } from "./api.js";
+import { hideBanner, showBanner, translateBanner } from "./banner.js";
+import { copyText } from "./clipboard.js";
+import { Connection } from "./connection.js";
+import { byId } from "./elements.js";
+import { explain } from "./failures.js";
+import { keptKey, showCondition, startFrame } from "./frame.js";
+import { t } from "./i18n.js";
+import { Playground, announcementOf } from "./playground.js";
+import { SettingsPanel } from "./settings-panel.js";
+
+const question = byId("question", HTMLTextAreaElement);
+const send = byId("send", HTMLButtonElement);
+const stop = byId("stop", HTMLButtonElement);
+const compare = byId("compare", HTMLButtonElement);
+const probabilities = byId("probabilities", HTMLButtonElement);
+const announcer = byId("announcer", HTMLElement);
+const composerProblem = byId("composer-problem", HTMLElement);
+
+startFrame(() => {
+  settings.showFields();
+  playground.show();
+  translateBanner();
+});
+
+const server = new Server(document.baseURI, () => keptKey("key"));
+const connection = new Connection(server, showLink);
+const settings = new SettingsPanel(() => void loadModels());
+const playground = new Playground(server, settings, {
+  changed: showComposer,
+  finished,
+  example: (text) => {
+    question.value = text;
+    ask();
+  },
+  modelsWanted: () => void loadModels(),
+  notKept: () => showBanner("bad", () => t("bannerNotKept"), [{ key: "dismiss", act: hideBanner }]),
+});
+
+async function loadModels() {
+  try {
+    playground.showModels(await server.models());
+    showCondition("ready");
+    if (!connection.isWatching) hideBanner();
+  } catch (error) {
+    const failure = failureOf(error);
+    if (failure.status === 401) {
+      showCondition("needsKey");
+      showBanner("bad", () => t("bannerKey"), [{ key: "openSettings", act: () => settings.enterKey() }]);
+    } else if (failure.status === null || failure.status === 503) {
+      connection.watch(true);
+    } else {
+      showBanner("bad", () => Object.values(explain(failure)).join(" "), [{ key: "retry", act: () => void loadModels() }]);
+    }
+  }
+}
+
+/** @param {Link} link */
+function showLink(link) {
+  const now = { key: /** @type {const} */ ("retry"), act: () => connection.hurry() };
+  if (link.state === "gone") {
+    showCondition("notReachable");
+    showBanner("bad", () => t("bannerGone"), [now]);
+  } else if (link.state === "notReady") {
+    showCondition("notReady");
+    showBanner("bad", () => t("bannerNotReady", { message: link.message }), [now]);
+  } else if (link.state === "back") {
+    void serverIsBack();
+  }
+}
+
+async function serverIsBack() {
+  await loadModels();
+  const retry = () => {
+    hideBanner();
+    playground.retryFailed();
+  };
+  if (playground.canAsk) showBanner("good", () => t("bannerBack"), [{ key: "retry", act: retry }, { key: "dismiss", act: hideBanner }]);
+}
+
+/** @param {Answer} answer */
+function finished(answer) {
+  if (answer.state === "failed") {
+    if (answer.failure?.status === null || answer.failure?.status === 503) connection.watch(false);
+    if (answer.failure?.status === 404) void loadModels();
+  } else {
+    announcer.textContent = announcementOf(answer);
+  }
+}
+
+function ask() {
+  const text = question.value.trim();
+  if (text === "" || !playground.canAsk) return;
+  if (settings.sampling() === null) {
+    composerProblem.textContent = t("fixFields");
+    settings.showProblem();
+    return;
+  }
+  composerProblem.textContent = "";
+  question.value = "";
+  fitQuestion();
+  playground.ask(text);
+}
+
+function showComposer() {
+  send.hidden = playground.isAsking;
+  stop.hidden = !playground.isAsking;
+  send.disabled = !playground.canAsk || question.value.trim() === "";
+  compare.disabled = !playground.canCompare || playground.isAsking;
+  probabilities.setAttribute("aria-pressed", String(playground.withTokens));
+}
+
+/** The field is as high as its text, within what the style allows. */
+function fitQuestion() {
+  question.style.height = "auto";
+  question.style.height = `${question.scrollHeight}px`;
+  showComposer();
+}
+
+question.addEventListener("input", fitQuestion);
+question.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  ask();
+});
+byId("composer", HTMLFormElement).addEventListener("submit", (event) => {
+  event.preventDefault();
+  ask();
+});
+stop.addEventListener("click", () => {
+  playground.stop();
+  question.focus();
+});
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && playground.isAsking) playground.stop();
+});
+byId("new-chat", HTMLButtonElement).addEventListener("click", () => {
+  playground.newChat();
+  question.focus();
+});
+compare.addEventListener("click", () => playground.addColumn());
+probabilities.addEventListener("click", () => playground.showProbabilities(!playground.withTokens));
+byId("columns", HTMLElement).addEventListener("click", (event) => {
+  const button = event.target instanceof Element ? event.target.closest("button.copy") : null;
+  const code = button?.closest("figure")?.querySelector("code");
+  if (button instanceof HTMLButtonElement && code) void copyText(code.textContent ?? "", button);
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && !playground.isAsking) void loadModels();
+});
+
+playground.show();
+void loadModels();
+question.focus();

@@ -1,0 +1,75 @@
+// The language of the pages: which one it is, and what is said in it. Knows nothing of what is on a page but its marks.
+
+import { chinese } from "./chinese.js";
+import { english } from "./english.js";
+import { lasting } from "./storage.js";
+
+/** @typedef {keyof typeof english} Key */
+
+const TABLES = { en: english, zh: chinese };
+const TAGS = { en: "en", zh: "zh-CN" };
+
+/** @typedef {keyof typeof TABLES} Language */
+
+/** @type {Language} */
+let language = "en";
+
+/**
+ * The language that was chosen before, else the browser's.
+ * @returns {Language}
+ */
+export function preferredLanguage() {
+  const wanted = lasting.read("language") || navigator.language;
+  return wanted.toLowerCase().startsWith("zh") ? "zh" : "en";
+}
+
+/** @param {Language} chosen */
+export function setLanguage(chosen) {
+  language = chosen;
+  document.documentElement.lang = TAGS[chosen];
+}
+
+export function currentLanguage() {
+  return language;
+}
+
+/**
+ * A sentence of the current language, with its {places} filled.
+ * @param {Key} key
+ * @param {Record<string, string | number>} values
+ */
+export function t(key, values = {}) {
+  return TABLES[language][key].replace(/\{(\w+)\}/g, (place, name) => String(values[name] ?? place));
+}
+
+/**
+ * @param {number} value
+ * @param {Intl.NumberFormatOptions} options
+ */
+export function formatNumber(value, options = {}) {
+  return new Intl.NumberFormat(TAGS[language], options).format(value);
+}
+
+/** @param {number} bytes */
+export function formatBytes(bytes) {
+  const units = ["B", "KiB", "MiB", "GiB"];
+  let unit = 0;
+  let value = bytes;
+  for (; value >= 1024 && unit < units.length - 1; unit += 1) value /= 1024;
+  return `${formatNumber(value, { maximumFractionDigits: value < 10 && unit > 0 ? 1 : 0 })} ${units[unit]}`;
+}
+
+/**
+ * Translate what is marked: data-i18n is an element's text, data-i18n-NAME its attribute NAME.
+ * @param {ParentNode} root
+ */
+export function translate(root) {
+  for (const element of root.querySelectorAll("[data-i18n]")) {
+    element.textContent = t(/** @type {Key} */ (element.getAttribute("data-i18n")));
+  }
+  for (const name of ["aria-label", "title", "placeholder"]) {
+    for (const element of root.querySelectorAll(`[data-i18n-${name}]`)) {
+      element.setAttribute(name, t(/** @type {Key} */ (element.getAttribute(`data-i18n-${name}`))));
+    }
+  }
+}

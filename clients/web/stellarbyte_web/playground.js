@@ -1,0 +1,216 @@
+// The conversation of the page: asks the server for every column at once, and lets the columns show what comes.
+
+/** @import { Answer, Column, ModelCard } from "../types.js" */
+/** @import { Server } from "./api.js" */
+/** @import { SettingsPanel } from "./settings-panel.js" */
+
+import { nameOf } from "./answer-view.js";
+import { fillAnswer } from "./ask.js";
+import { ColumnView } from "./column-view.js";
+import { MAX_COLUMNS, columnsFromText, columnsToText, lastAnswer, lastQuestion, makeAnswer, makeColumn, requestBody } from "./conversation.js";
+import { byId } from "./elements.js";
+import { t } from "./i18n.js";
+import { session } from "./storage.js";
+
+/**
+ * @typedef {object} PlaygroundEvents
+ * @property {() => void} changed something is asked, or nothing any more
+ * @property {(answer: Answer) => void} finished
+ * @property {(text: string) => void} example
+ * @property {() => void} modelsWanted
+ * @property {() => void} notKept
+ */
+
+export class Playground {
+  /**
+   * @param {Server} server
+   * @param {SettingsPanel} settings
+   * @param {PlaygroundEvents} events
+   */
+  constructor(server, settings, events) {
+    this.server = server;
+    this.settings = settings;
+    this.events = events;
+    this.withTokens = session.read("probabilities") === "yes";
+    /** @type {readonly ModelCard[]} */
+    this.cards = [];
+    /** @type {Map<ColumnView, AbortController>} Columns whose answer is on its way. */
+    this.asking = new Map();
+    const kept = columnsFromText(session.read("columns"));
+    this.views = (kept.length > 0 ? kept : [makeColumn()]).map((column) => this.#makeView(column));
+    addEventListener("pagehide", () => this.#keep());
+  }
+
+  get isAsking() {
+    return this.asking.size > 0;
+  }
+
+  get canAsk() {
+    return this.cards.length > 0 && !this.isAsking;
+  }
+
+  get canCompare() {
+    return this.views.length < MAX_COLUMNS && this.cards.length > 0;
+  }
+
+  /** Show everything anew. */
+  show() {
+    const isOnly = this.views.length === 1;
+    const columns = byId("columns", HTMLElement);
+    columns.dataset["count"] = String(this.views.length);
+    columns.replaceChildren(...this.views.map((view) => view.element));
+    this.views.forEach((view, i) => view.show({ number: i + 1, isOnly, withTokens: this.withTokens }));
+    this.#showAsking();
+  }
+
+  /** @param {readonly ModelCard[]} cards what the server has now */
+  showModels(cards) {
+    this.cards = cards;
+    for (const view of this.views) {
+      view.column.model ??= cards[0]?.id ?? null;
+      view.showCards(cards);
+    }
+    this.events.changed();
+  }
+
+  /** @param {boolean} isOn */
+  showProbabilities(isOn) {
+    this.withTokens = isOn;
+    session.write("probabilities", isOn ? "yes" : "");
+    this.show();
+  }
+
+  /** Another column, for the first adapter that no column has yet. */
+  addColumn() {
+    const taken = new Set(this.views.map((view) => view.column.model));
+    const adapter = this.cards.find((card) => card.parent !== null && !taken.has(card.id));
+    const view = this.#makeView(makeColumn(adapter?.id ?? this.cards[0]?.id ?? null));
+    view.showCards(this.cards);
+    this.views.push(view);
+    this.#changed();
+  }
+
+  /** Forget what was said; models and scales stay. */
+  newChat() {
+    this.stop();
+    for (const view of this.views) view.column.messages = [];
+    this.#changed();
+  }
+
+  /** @param {string} question for all columns */
+  ask(question) {
+    for (const view of this.views) view.column.messages.push({ role: "user", content: question });
+    this.#askAll(this.views);
+  }
+
+  /** Ask again whatever got no answer because of the connection. */
+  retryFailed() {
+    this.#askAll(this.views.filter((view) => lastAnswer(view.column)?.state === "failed"));
+  }
+
+  stop() {
+    for (const abort of this.asking.values()) abort.abort();
+  }
+
+  /** @param {Column} column */
+  #makeView(column) {
+    return new ColumnView(column, {
+      changed: () => this.#keep(),
+      opened: () => this.events.modelsWanted(),
+      enterKey: () => this.settings.enterKey(),
+      example: (text) => this.events.example(text),
+      regenerate: (view) => this.#askAll([view]),
+      edited: (view, text) => this.#edit(view, text),
+      remove: (view) => {
+        this.asking.get(view)?.abort();
+        this.views = this.views.filter((other) => other !== view);
+        this.#changed();
+      },
+    });
+  }
+
+  /**
+   * One question stands in every column that was asked it, so it is edited in all of them.
+   * @param {ColumnView} view
+   * @param {string} text
+   */
+  #edit(view, text) {
+    const before = lastQuestion(view.column);
+    const views = this.views.filter(({ column }) => lastQuestion(column) === before);
+    for (const { column } of views) {
+      const question = column.messages.findLast((message) => message.role === "user");
+      if (question !== undefined) question.content = text;
+    }
+    this.#askAll(views);
+  }
+
+  /**
+   * Let columns answer their last question; an answer that they have to it goes.
+   * @param {ColumnView[]} views
+   */
+  #askAll(views) {
+    const sampling = this.settings.sampling();
+    if (sampling === null) {
+      this.settings.showProblem();
+      return;
+    }
+    for (const view of views) {
+      const { column, picker } = view;
+      if (column.model === null || lastQuestion(column) === null || this.asking.has(view)) continue;
+      if (lastAnswer(column) !== null) column.messages.pop();
+      const { isAdapter } = picker;
+      const answer = makeAnswer(column.model, isAdapter ? column.scale : null);
+      column.messages.push(answer);
+      const body = requestBody(column, { system: this.settings.systemPrompt, sampling, withLogprobs: this.withTokens, isAdapter });
+      void this.#fill(view, answer, body);
+      view.showMessages(this.views.length === 1);
+    }
+    this.#showAsking();
+  }
+
+  /**
+   * @param {ColumnView} view
+   * @param {Answer} answer
+   * @param {import("../types.js").ChatBody} body
+   */
+  async #fill(view, answer, body) {
+    const abort = new AbortController();
+    this.asking.set(view, abort);
+    let isDrawn = true;
+    const changed = () => {
+      if (!isDrawn) return;
+      isDrawn = false;
+      requestAnimationFrame(() => {
+        isDrawn = true;
+        view.update(answer);
+      });
+    };
+    await fillAnswer(this.server, body, answer, { signal: abort.signal, changed });
+    this.asking.delete(view);
+    view.update(answer); // also while the page is hidden, where nothing is drawn
+    this.#keep();
+    this.#showAsking();
+    this.events.finished(answer);
+  }
+
+  #changed() {
+    this.#keep();
+    this.show();
+  }
+
+  #showAsking() {
+    byId("columns", HTMLElement).classList.toggle("asking", this.isAsking);
+    this.events.changed();
+  }
+
+  #keep() {
+    const isKept = session.write("columns", columnsToText(this.views.map((view) => view.column)));
+    if (!isKept) this.events.notKept();
+  }
+}
+
+/** @param {Answer} answer */
+export function announcementOf(answer) {
+  if (answer.state === "stopped") return t("answerStopped", { name: nameOf(answer) });
+  return t("answerFinished", { name: nameOf(answer), text: answer.content });
+}

@@ -1,0 +1,56 @@
+// One question on the page, which can be edited in its place. Knows no requests.
+
+/** @import { Question } from "../types.js" */
+
+import { icon, make } from "./elements.js";
+import { t } from "./i18n.js";
+
+export class QuestionView {
+  /**
+   * @param {Question} question
+   * @param {(text: string) => void} edited is given the new text
+   */
+  constructor(question, edited) {
+    this.question = question;
+    this.edited = edited;
+    this.element = make("article", { class: "question", "aria-label": t("you") });
+    this.#showText();
+  }
+
+  #showText() {
+    const edit = make(
+      "button",
+      { type: "button", class: "quiet small edit", title: t("edit"), "aria-label": t("editQuestion"), click: () => this.#showEditor() },
+      icon("pencil"),
+    );
+    this.element.replaceChildren(edit, make("div", { class: "bubble", dir: "auto" }, this.question.content));
+  }
+
+  #showEditor() {
+    const area = make("textarea", { "aria-label": t("editQuestion"), rows: "3", dir: "auto" });
+    area.value = this.question.content;
+    const cancel = () => {
+      this.#showText();
+      this.element.querySelector("button")?.focus();
+    };
+    const submit = () => {
+      if (area.value.trim() !== "") this.edited(area.value.trim());
+    };
+    area.addEventListener("keydown", (event) => {
+      if (event.isComposing) return;
+      if (event.key === "Escape") cancel();
+      else if (event.key === "Enter" && !event.shiftKey) submit();
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
+    });
+    const buttons = make(
+      "div",
+      { class: "editor-buttons" },
+      make("button", { type: "button", class: "quiet", click: cancel }, t("cancel")),
+      make("button", { type: "button", class: "primary", click: submit }, t("saveAndSend")),
+    );
+    this.element.replaceChildren(make("div", { class: "editor" }, area, buttons));
+    area.focus();
+  }
+}

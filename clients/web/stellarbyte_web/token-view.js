@@ -1,0 +1,133 @@
+// An answer as its tokens, coloured by their probability; one at a time tells its alternatives in a card. By pointer,
+// by touch, or by keyboard: the list is one stop, arrow keys go from token to token. Knows no requests.
+
+/** @import { TokenLogprob } from "../types.js" */
+
+import { byId, make } from "./elements.js";
+import { formatNumber, t } from "./i18n.js";
+import { tokenTexts } from "./token-text.js";
+
+let lists = 0; // made so far, for ids
+
+export class TokenView {
+  constructor() {
+    lists += 1;
+    this.id = `tokens-${lists}`;
+    /** @type {TokenLogprob[]} */
+    this.tokens = [];
+    this.texts = tokenTexts();
+    this.active = -1;
+    this.element = make("div", {
+      class: "tokens",
+      role: "listbox",
+      tabindex: "0",
+      "aria-label": t("tokensOfAnswer"),
+      keydown: (/** @type {KeyboardEvent} */ event) => this.#onKey(event),
+      focus: () => this.#show(Math.max(0, this.active)),
+      blur: () => this.#hide(),
+      pointerover: (/** @type {PointerEvent} */ event) => this.#onPointer(event),
+      click: (/** @type {PointerEvent} */ event) => this.#onPointer(event),
+      pointerleave: () => this.#hide(),
+    });
+  }
+
+  /** @param {TokenLogprob[]} tokens all of the answer so far */
+  update(tokens) {
+    for (const token of tokens.slice(this.tokens.length)) {
+      const shown = this.texts(token);
+      const element = make(
+        "span",
+        {
+          class: `token chance-${Math.min(9, Math.floor(chanceOf(token.logprob) * 10))}`,
+          role: "option",
+          id: `${this.id}-${this.tokens.length}`,
+          "aria-label": t("tokenLabel", { token: shown.trim() || JSON.stringify(token.token), probability: percent(token.logprob) }),
+        },
+        shown.replaceAll("\n", "↵\n"),
+      );
+      this.tokens.push(token);
+      this.element.append(element);
+    }
+  }
+
+  /** @param {KeyboardEvent} event */
+  #onKey(event) {
+    const last = this.tokens.length - 1;
+    const targets = /** @type {Record<string, number>} */ ({
+      ArrowRight: this.active + 1, ArrowDown: this.active + 1, ArrowLeft: this.active - 1, ArrowUp: this.active - 1,
+      Home: 0, End: last,
+    }); // prettier-ignore
+    const target = targets[event.key];
+    if (target === undefined) return;
+    event.preventDefault();
+    this.#show(Math.min(last, Math.max(0, target)));
+  }
+
+  /** @param {PointerEvent} event */
+  #onPointer(event) {
+    const index = event.target instanceof Element ? [...this.element.children].indexOf(event.target) : -1;
+    if (index >= 0) this.#show(index);
+  }
+
+  /** @param {number} index */
+  #show(index) {
+    const token = this.tokens[index];
+    const element = this.element.children[index];
+    if (token === undefined || element === undefined) return;
+    this.element.children[this.active]?.classList.remove("active");
+    this.active = index;
+    element.classList.add("active");
+    this.element.setAttribute("aria-activedescendant", element.id);
+    showCard(token, element);
+  }
+
+  #hide() {
+    if (document.activeElement === this.element) return;
+    this.element.children[this.active]?.classList.remove("active");
+    byId("token-card", HTMLElement).hidden = true;
+  }
+}
+
+/**
+ * @param {TokenLogprob} token
+ * @param {Element} beside
+ */
+function showCard(token, beside) {
+  const card = byId("token-card", HTMLElement);
+  const others = token.top_logprobs.filter((other) => other.token !== token.token);
+  const rows = [token, ...others].sort((a, b) => b.logprob - a.logprob).map((row) => cardRow(row, row === token));
+  card.replaceChildren(make("p", { class: "card-title" }, t("alternatives")), ...rows);
+  card.hidden = false;
+  const place = beside.getBoundingClientRect();
+  const { offsetWidth, offsetHeight } = card;
+  const below = place.bottom + 6;
+  const top = below + offsetHeight > innerHeight ? place.top - 6 - offsetHeight : below;
+  card.style.top = `${Math.max(4, top)}px`;
+  card.style.left = `${Math.max(4, Math.min(place.left, innerWidth - offsetWidth - 4))}px`;
+}
+
+/**
+ * @param {{ token: string, logprob: number }} row
+ * @param {boolean} isChosen
+ */
+function cardRow(row, isChosen) {
+  const bar = make("span", { class: "card-bar" });
+  bar.style.width = `${chanceOf(row.logprob) * 100}%`;
+  return make(
+    "div",
+    { class: isChosen ? "card-row chosen" : "card-row" },
+    make("code", {}, JSON.stringify(row.token).slice(1, -1).replace(/^ | $/g, "␣")),
+    make("span", { class: "card-track" }, bar),
+    make("span", { class: "card-value" }, percent(row.logprob)),
+  );
+}
+
+/** @param {number} logprob */
+function chanceOf(logprob) {
+  return Math.min(1, Math.exp(logprob));
+}
+
+/** @param {number} logprob */
+function percent(logprob) {
+  return formatNumber(chanceOf(logprob), { style: "percent", maximumFractionDigits: 1 });
+}

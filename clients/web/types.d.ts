@@ -1,0 +1,184 @@
+// The shapes that the page's modules share. Not served: only tsc and editors read it.
+
+// Markdown
+
+export type Alignment = "left" | "center" | "right" | null;
+
+/** A block; which fields say something depends on its kind. */
+export interface Block {
+  kind: "document" | "quote" | "list" | "item" | "paragraph" | "heading" | "code" | "rule" | "table";
+  /** The first character of its first line in the text. */
+  start: number;
+  firstLine: number;
+  lastLine: number;
+  children: Block[];
+  /** Of a paragraph, a heading or code. */
+  lines: string[];
+  /** Of a table, the head first. */
+  rows: string[][];
+  alignments: Alignment[];
+  /** Of a heading, 1 to 6. */
+  level: number;
+  /** Columns of an item's content, or before a fence. */
+  indent: number;
+  /** Of fenced code; "" for indented code. */
+  fence: string;
+  info: string;
+  /** Of a list: its bullet, or what follows its numbers. */
+  delimiter: string;
+  number: number | null;
+}
+
+/** An element that may be shown; its tag is one of a fixed few. */
+export interface MarkElement {
+  tag: string;
+  attributes: Record<string, string>;
+  children: MarkNode[];
+}
+
+export type MarkNode = string | MarkElement;
+
+/** A run of marks that may begin or end emphasis. */
+export interface Delimiter {
+  character: "*" | "_" | "~";
+  /** Marks that are left, and that there were. */
+  count: number;
+  length: number;
+  canOpen: boolean;
+  canClose: boolean;
+  /** Elements that end and begin here, in the order of the text. */
+  closing: string[];
+  opening: string[];
+}
+
+export type Piece = MarkNode | Delimiter;
+
+// The server's API
+
+export interface TopLogprob {
+  token: string;
+  logprob: number;
+  bytes: number[] | null;
+}
+
+export interface TokenLogprob extends TopLogprob {
+  top_logprobs: TopLogprob[];
+}
+
+export interface Usage {
+  prompt_tokens: number;
+  completion_tokens: number;
+  prompt_tokens_details: { cached_tokens: number };
+  evicted_tokens?: number;
+}
+
+export interface ChatChunk {
+  choices: {
+    delta: { content?: string | null };
+    logprobs?: { content: TokenLogprob[] | null } | null;
+    finish_reason: string | null;
+  }[];
+  usage?: Usage | null;
+}
+
+export interface ModelCard {
+  id: string;
+  parent: string | null;
+  max_model_len: number;
+}
+
+export interface AdapterEntry {
+  id: string;
+  state: "loading" | "ready" | "draining" | "failed";
+  error: string | null;
+  tier: "gpu" | "slot" | "cpu" | "disk";
+  content_hash: string | null;
+  rank: number | null;
+  bytes: number;
+  refcount: number;
+  requests: number;
+  tokens: number;
+}
+
+export interface LoadedAdapter {
+  lora_name: string;
+  bytes: number;
+  matched: string[];
+  unmatched: string[];
+}
+
+/** What the sampling controls set; a field that was left empty is not there, so that the server's default counts. */
+export interface Sampling {
+  temperature?: number;
+  top_p?: number;
+  top_k?: number;
+  min_p?: number;
+  max_tokens?: number;
+  seed?: number;
+  repetition_penalty?: number;
+  stop?: string[];
+  context_overflow?: string;
+}
+
+export interface ChatBody extends Sampling {
+  model: string;
+  messages: { role: "system" | "user" | "assistant"; content: string }[];
+  adapter_scale?: number;
+  logprobs?: true;
+  top_logprobs?: number;
+  stream_options: { include_usage: true };
+}
+
+// Conversations
+
+export interface Question {
+  role: "user";
+  content: string;
+}
+
+export interface Failure {
+  /** refused: the server answered with an error; gone: nothing answered; broken: the answer ended before its end. */
+  kind: "refused" | "gone" | "broken";
+  /** Of HTTP; null if the headers were good. */
+  status: number | null;
+  /** The server's own. */
+  message: string;
+  retryAfterS: number | null;
+}
+
+export interface Answer {
+  role: "assistant";
+  content: string;
+  model: string;
+  scale: number | null;
+  state: "streaming" | "done" | "stopped" | "failed";
+  finishReason: string | null;
+  failure: Failure | null;
+  /** With their probabilities, if these were asked for. */
+  tokens: TokenLogprob[];
+  /** By the browser's clock; `pieces` are chunks that had text. */
+  timing: { sentMs: number; firstMs: number | null; lastMs: number | null; pieces: number };
+  usage: Usage | null;
+}
+
+export type Message = Question | Answer;
+
+export interface Column {
+  model: string | null;
+  scale: number;
+  /** Questions and answers by turns. */
+  messages: Message[];
+}
+
+// Sampling controls
+
+export type SamplingField = { name: keyof Sampling } & (
+  | { kind: "number" | "integer"; min: number; max: number; isAbove?: true }
+  | { kind: "lines" }
+  | { kind: "choice"; choices: string[] }
+);
+
+export interface Problem {
+  key: "notANumber" | "notAnInteger" | "notAboveOrTo" | "notAtLeast" | "notBetween" | "tooManyLines" | "tooLong";
+  values?: Record<string, string | number>;
+}
