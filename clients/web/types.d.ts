@@ -182,3 +182,17 @@ export interface Problem {
   key: "notANumber" | "notAnInteger" | "notAboveOrTo" | "notAtLeast" | "notBetween" | "tooManyLines" | "tooLong";
   values?: Record<string, string | number>;
 }
+
+// Status
+
+export interface Sample {
+  name: string;
+  labels: Record<string, string>;
+  value: number;
+}
+
+export interface Point {
+  timeMs: number;
+  /** null: nothing was measured. */
+  value: number | null;
+}

@@ -133,7 +133,7 @@ def target(prefix: str, trick: str) -> str:
 def test_no_trick_with_a_path_opens_anything_outside(audited: Audited) -> None:
     ways = tricks(audited.folder)
     assert len(ways) >= 500
-    prefixes = ("/v1/models/", "/docs/static/", "/docs/", "/", "/v1/adapters/", "//")
+    prefixes = ("/v1/models/", "/docs/static/", "/docs/", "/", "/web/", "/v1/adapters/", "//")
     for i, trick in enumerate(ways):
         for prefix in {"/docs/static/", "/v1/models/", prefixes[i % len(prefixes)]}:
             status, content = audited.raw("GET", target(prefix, trick))

@@ -48,7 +48,10 @@ async function failure<T extends StellarByteError>(
   call: Promise<unknown>,
   kind: new (...args: any[]) => T,
 ): Promise<T> {
-  const error = await call.then(() => null, (reason: unknown) => reason);
+  const error = await call.then(
+    () => null,
+    (reason: unknown) => reason,
+  );
   assert.ok(error instanceof kind, `${error} is no ${kind.name}`);
   assert.ok(error instanceof StellarByteError && error.name === kind.name);
   return error;
@@ -66,7 +69,10 @@ test("adapters are loaded, replaced and unloaded", async () => {
   assert.notEqual(replaced.content_hash, loaded.content_hash);
   const unloaded = await client.adapters.unload("mine");
   assert.ok(unloaded.lora_name === "mine" && unloaded.freed_bytes >= loaded.bytes);
-  assert.deepEqual((await client.adapters.list()).map((adapter) => adapter.id), ["json", "pirate"]);
+  assert.deepEqual(
+    (await client.adapters.list()).map((adapter) => adapter.id),
+    ["json", "pirate"],
+  );
 });
 
 test("watching shows each change", async () => {
@@ -74,7 +80,10 @@ test("watching shows each change", async () => {
   const atFirst = await lists.next();
   assert.deepEqual(atFirst.value, await client.adapters.list());
   await client.adapters.load("watched", "pirate");
-  assert.deepEqual((await lists.next()).value?.map((adapter) => adapter.id), ["json", "pirate", "watched"]);
+  assert.deepEqual(
+    (await lists.next()).value?.map((adapter) => adapter.id),
+    ["json", "pirate", "watched"],
+  );
   await client.adapters.unload("watched");
   assert.deepEqual(await lists.next(), atFirst);
 });
@@ -133,7 +142,7 @@ test("metrics in every form that the format allows", async (context) => {
     { name: "c", labels: {}, value: NaN },
     { name: "d", labels: { l: "1" }, value: -2500 },
   ]);
-  for (const body of ["<h1>It works!</h1>", "a", "a one", 'a{x=1} 2', 'a{x="1"y="2"} 3']) {
+  for (const body of ["<h1>It works!</h1>", "a", "a one", "a{x=1} 2", 'a{x="1"y="2"} 3']) {
     const wrong = new StellarByte({ baseUrl: (await stub(context, { body })).url });
     assert.match((await failure(wrong.metrics(), UnexpectedAnswer)).message, /\/metrics is not one of a StellarByte/);
   }
@@ -205,7 +214,10 @@ test("an answer of something else is not taken for one of ours", async (context)
 test("addresses", async (context) => {
   const { url, asked } = await stub(context, { body: '{"version": "1.0"}' });
   assert.equal(await new StellarByte({ baseUrl: `${url}/llm/` }).version(), "1.0");
-  assert.deepEqual([asked[0]?.method, asked[0]?.url, asked[0]?.headers.authorization], ["GET", "/llm/version", undefined]);
+  assert.deepEqual(
+    [asked[0]?.method, asked[0]?.url, asked[0]?.headers.authorization],
+    ["GET", "/llm/version", undefined],
+  );
   for (const baseUrl of ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", ""]) {
     assert.throws(() => new StellarByte({ baseUrl }), { name: "TypeError", message: /must look like http:\/\/127/ });
   }

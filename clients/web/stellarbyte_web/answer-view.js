@@ -38,7 +38,14 @@ export class AnswerView {
     this.numbers = make("span", { class: "numbers" });
     this.buttons = this.#makeButtons();
     const strip = make("footer", { class: "strip" }, this.numbers, this.buttons);
-    this.element = make("article", { class: "answer", "aria-label": nameOf(answer) }, this.waiting, this.text, this.note, strip);
+    this.element = make(
+      "article",
+      { class: "answer", "aria-label": nameOf(answer) },
+      this.waiting,
+      this.text,
+      this.note,
+      strip,
+    );
     this.update();
   }
 
@@ -65,11 +72,21 @@ export class AnswerView {
 
   #makeButtons() {
     const { answer } = this;
-    const copy = make("button", { type: "button", class: "quiet small copy-answer", title: t("copyAnswer"), "aria-label": t("copyAnswer") }, icon("copy"));
+    const copy = make(
+      "button",
+      { type: "button", class: "quiet small copy-answer", title: t("copyAnswer"), "aria-label": t("copyAnswer") },
+      icon("copy"),
+    );
     copy.addEventListener("click", () => void copyText(answer.content, copy));
     const again = make(
       "button",
-      { type: "button", class: "quiet small regenerate", title: t("regenerate"), "aria-label": t("regenerate"), click: () => this.actions.regenerate() },
+      {
+        type: "button",
+        class: "quiet small regenerate",
+        title: t("regenerate"),
+        "aria-label": t("regenerate"),
+        click: () => this.actions.regenerate(),
+      },
       icon("again"),
     );
     return make("span", { class: "actions" }, copy, again);
@@ -83,7 +100,11 @@ export class AnswerView {
       return;
     }
     const { sentence, detail } = explain(failure);
-    const retry = make("button", { type: "button", class: "retry", click: () => this.actions.regenerate() }, t("retry"));
+    const retry = make(
+      "button",
+      { type: "button", class: "retry", click: () => this.actions.regenerate() },
+      t("retry"),
+    );
     const content = [make("p", {}, sentence), make("p", { class: "detail" }, detail)];
     const buttons = make("p", { class: "note-buttons" }, retry);
     if (failure.status === 401) {
@@ -98,15 +119,21 @@ function numbersOf(answer) {
   const found = measures(answer);
   const round = (/** @type {number} */ value, digits = 0) => formatNumber(value, { maximumFractionDigits: digits });
   const parts = [make("b", { class: "answer-name" }, nameOf(answer))];
-  const add = (/** @type {string} */ name, /** @type {string} */ text) => parts.push(make("span", { class: `number ${name}` }, text));
+  const add = (/** @type {string} */ name, /** @type {string} */ text) =>
+    parts.push(make("span", { class: `number ${name}` }, text));
   if (found.tokensPerSecond !== null) add("rate", t("tokensPerSecond", { value: round(found.tokensPerSecond, 1) }));
   if (found.firstTokenMs !== null) add("first-token", t("firstToken", { value: round(found.firstTokenMs) }));
   if (found.completionTokens !== null) {
     const completion = `${found.isExact ? "" : "≥ "}${round(found.completionTokens)}`;
     const isFull = found.promptTokens !== null;
-    add("counts", isFull ? t("tokenCounts", { prompt: round(found.promptTokens ?? 0), completion }) : t("tokenCount", { completion }));
+    add(
+      "counts",
+      isFull
+        ? t("tokenCounts", { prompt: round(found.promptTokens ?? 0), completion })
+        : t("tokenCount", { completion }),
+    );
   }
   if (found.cachedTokens !== null) add("cached", t("cachedTokens", { value: round(found.cachedTokens) }));
-  if (found.evictedTokens !== null) add("evicted", t("evictedTokens", { value: round(found.evictedTokens) }));
+  if (found.evictedTokens) add("evicted", t("evictedTokens", { value: round(found.evictedTokens) }));
   return parts;
 }

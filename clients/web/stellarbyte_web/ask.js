@@ -55,7 +55,8 @@ function addChunk(answer, chunk, nowMs) {
 export function measures(answer) {
   const { timing, usage } = answer;
   const { sentMs, firstMs, lastMs } = timing;
-  const completion = usage?.completion_tokens ?? (timing.pieces > 0 ? Math.max(timing.pieces, answer.tokens.length) : null);
+  const completion =
+    usage?.completion_tokens ?? (timing.pieces > 0 ? Math.max(timing.pieces, answer.tokens.length) : null);
   const seconds = firstMs !== null && lastMs !== null ? (lastMs - firstMs) / 1000 : 0;
   return {
     firstTokenMs: firstMs === null ? null : firstMs - sentMs,

@@ -7,7 +7,7 @@ import { Server, failureOf } from "./api.js";
 import { hideBanner, showBanner, translateBanner } from "./banner.js";
 import { copyText } from "./clipboard.js";
 import { Connection } from "./connection.js";
-import { byId } from "./elements.js";
+import { byId, make } from "./elements.js";
 import { explain } from "./failures.js";
 import { keptKey, showCondition, startFrame } from "./frame.js";
 import { t } from "./i18n.js";
@@ -55,7 +55,9 @@ async function loadModels() {
     } else if (failure.status === null || failure.status === 503) {
       connection.watch(true);
     } else {
-      showBanner("bad", () => Object.values(explain(failure)).join(" "), [{ key: "retry", act: () => void loadModels() }]);
+      showBanner("bad", () => Object.values(explain(failure)).join(" "), [
+        { key: "retry", act: () => void loadModels() },
+      ]);
     }
   }
 }
@@ -80,7 +82,11 @@ async function serverIsBack() {
     hideBanner();
     playground.retryFailed();
   };
-  if (playground.canAsk) showBanner("good", () => t("bannerBack"), [{ key: "retry", act: retry }, { key: "dismiss", act: hideBanner }]);
+  if (playground.canAsk)
+    showBanner("good", () => t("bannerBack"), [
+      { key: "retry", act: retry },
+      { key: "dismiss", act: hideBanner },
+    ]);
 }
 
 /** @param {Answer} answer */
@@ -89,7 +95,7 @@ function finished(answer) {
     if (answer.failure?.status === null || answer.failure?.status === 503) connection.watch(false);
     if (answer.failure?.status === 404) void loadModels();
   } else {
-    announcer.textContent = announcementOf(answer);
+    announcer.append(make("p", {}, announcementOf(answer)));
   }
 }
 
@@ -102,6 +108,7 @@ function ask() {
     return;
   }
   composerProblem.textContent = "";
+  announcer.replaceChildren();
   question.value = "";
   fitQuestion();
   playground.ask(text);

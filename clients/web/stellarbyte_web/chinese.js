@@ -20,7 +20,6 @@ export const chinese = {
   adminKey: "管理员密钥",
   keyHint: "只保存在当前标签页中，关闭后即清除。",
   keyNotAscii: "密钥只能包含 ASCII 字母、数字和符号。",
-  showKey: "显示密钥",
 
   question: "你的问题",
   questionPlaceholder: "请输入问题",
@@ -75,7 +74,6 @@ export const chinese = {
   tokensOfAnswer: "回答的词元；用方向键逐个查看",
   tokenLabel: "{token}，概率 {probability}",
   alternatives: "备选",
-  probability: "概率",
 
   settings: "设置",
   closeSettings: "关闭设置",
@@ -127,14 +125,12 @@ export const chinese = {
 
   statusTitle: "服务器状态",
   version: "版本",
-  readiness: "就绪状态",
   requests: "请求",
   running: "运行中",
   waiting: "等待中",
   cacheUse: "KV 缓存占用",
   generated: "生成的词元",
   perSecond: "词元/秒",
-  lastMinutes: "最近 5 分钟",
   minutesAgo: "−5 分钟",
   now: "现在",
   chartLabel: "{title}：现在 {value}，最近 5 分钟最高 {max}",
@@ -160,6 +156,8 @@ export const chinese = {
   unloadOf: "卸载 {name}",
   unloadSure: "确定？",
   noAdapters: "还没有适配器。请在下方加载，或用 --adapter-dir 启动服务器。",
+  keys: "密钥",
+  adminKeyHint: "用于加载和卸载适配器。",
   loadTitle: "加载适配器",
   adapterName: "名称",
   adapterPath: "路径",
@@ -171,5 +169,4 @@ export const chinese = {
   unloaded: "{name} 已卸载：释放 {size}。",
   nameMissing: "请填写适配器名称。",
   pathMissing: "请填写适配器路径。",
-  paused: "页面隐藏时暂停",
 };

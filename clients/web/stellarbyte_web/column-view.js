@@ -63,7 +63,14 @@ export class ColumnView {
     this.picker.showCards(this.cards);
     const remove = make(
       "button",
-      { type: "button", class: "quiet square remove", title: t("removeColumn"), "aria-label": t("removeColumn"), hidden: isOnly, click: () => this.events.remove(this) },
+      {
+        type: "button",
+        class: "quiet square remove",
+        title: t("removeColumn"),
+        "aria-label": t("removeColumn"),
+        hidden: isOnly,
+        click: () => this.events.remove(this),
+      },
       icon("close"),
     );
     this.head.replaceChildren(this.picker.element, remove);
@@ -75,7 +82,9 @@ export class ColumnView {
     this.last = null;
     const { messages } = this.column;
     if (messages.length === 0) {
-      this.thread.replaceChildren(isOnly ? emptyState(this.events.example) : make("p", { class: "empty-column" }, t("emptyColumn")));
+      this.thread.replaceChildren(
+        isOnly ? emptyState(this.events.example) : make("p", { class: "empty-column" }, t("emptyColumn")),
+      );
       return;
     }
     const elements = messages.map((message) => {

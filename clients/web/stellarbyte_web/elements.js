@@ -1,6 +1,9 @@
 // Short ways to find and make elements. Text is always text: nothing here reads markup.
 
-/** @typedef {string | boolean | ((event: any) => void)} AttributeValue true: there, without a value; false: not there */
+/**
+ * true: there, without a value; false: not there.
+ * @typedef {string | boolean | ((event: any) => void)} AttributeValue
+ */
 
 /**
  * @template {keyof HTMLElementTagNameMap} Tag

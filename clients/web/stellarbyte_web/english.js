@@ -20,7 +20,6 @@ export const english = {
   adminKey: "Admin key",
   keyHint: "Kept in this tab only, until it is closed.",
   keyNotAscii: "A key has letters, digits and signs of ASCII only.",
-  showKey: "Show the key",
 
   // Chat: asking
   question: "Your question",
@@ -77,7 +76,6 @@ export const english = {
   tokensOfAnswer: "Tokens of the answer; arrow keys go from one to the next",
   tokenLabel: "{token}, probability {probability}",
   alternatives: "Alternatives",
-  probability: "Probability",
 
   // Chat: settings
   settings: "Settings",
@@ -132,14 +130,12 @@ export const english = {
   // Status
   statusTitle: "Server status",
   version: "Version",
-  readiness: "Readiness",
   requests: "Requests",
   running: "running",
   waiting: "waiting",
   cacheUse: "KV cache in use",
   generated: "Tokens generated",
   perSecond: "tokens/s",
-  lastMinutes: "last 5 minutes",
   minutesAgo: "−5 min",
   now: "now",
   chartLabel: "{title}: {value} now, at most {max} in the last 5 minutes",
@@ -165,6 +161,8 @@ export const english = {
   unloadOf: "Unload {name}",
   unloadSure: "Sure?",
   noAdapters: "There are no adapters yet. Load one below, or start the server with --adapter-dir.",
+  keys: "Keys",
+  adminKeyHint: "Loads and unloads adapters.",
   loadTitle: "Load an adapter",
   adapterName: "Name",
   adapterPath: "Path",
@@ -176,5 +174,4 @@ export const english = {
   unloaded: "{name} is unloaded: {size} freed.",
   nameMissing: "The adapter needs a name.",
   pathMissing: "The adapter needs a path.",
-  paused: "Paused while this page is hidden",
 };

@@ -18,11 +18,17 @@ export function explain(failure) {
 /** @param {Failure} failure */
 function sentenceOf({ status, retryAfterS }) {
   switch (status) {
-    case 401: return t("failedKey");
-    case 403: return t("failedForbidden");
-    case 404: return t("failedModel");
-    case 429: return retryAfterS === null ? t("failedBusy") : t("failedBusyIn", { seconds: retryAfterS });
-    case 503: return t("failedUnavailable");
-    default: return status !== null && status < 500 ? t("failedRequest") : t("failedServer");
-  } // prettier-ignore
+    case 401:
+      return t("failedKey");
+    case 403:
+      return t("failedForbidden");
+    case 404:
+      return t("failedModel");
+    case 429:
+      return retryAfterS === null ? t("failedBusy") : t("failedBusyIn", { seconds: retryAfterS });
+    case 503:
+      return t("failedUnavailable");
+    default:
+      return status !== null && status < 500 ? t("failedRequest") : t("failedServer");
+  }
 }

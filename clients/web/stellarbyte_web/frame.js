@@ -60,6 +60,7 @@ export function showCondition(now) {
   if (pill.dataset["condition"] === now && pill.lang === currentLanguage()) return;
   pill.dataset["condition"] = now;
   pill.lang = currentLanguage();
+  pill.title = t(now); // where a phone has no room for the word
   pill.replaceChildren(make("span", { class: "dot" }), t(now));
 }
 

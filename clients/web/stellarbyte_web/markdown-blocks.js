@@ -39,6 +39,7 @@ class BlockParser {
     this.stack = [this.document];
     this.lineNumber = 0;
     this.lineStart = 0;
+    this.previousStart = 0;
   }
 
   get tip() {
@@ -51,6 +52,7 @@ class BlockParser {
    */
   addLine(text, start) {
     this.lineNumber += 1;
+    this.previousStart = this.lineStart;
     this.lineStart = start;
     const cursor = new LineCursor(text);
     const depth = this.#matchOpenBlocks(cursor);
@@ -61,7 +63,11 @@ class BlockParser {
       return;
     }
     let hasStarted = false;
-    for (let started = this.#startBlock(cursor, depth); started; started = this.#startBlock(cursor, this.stack.length)) {
+    for (
+      let started = this.#startBlock(cursor, depth);
+      started;
+      started = this.#startBlock(cursor, this.stack.length)
+    ) {
       if (started === "leaf") return; // it took the rest of the line
       hasStarted = true;
     }
@@ -210,7 +216,7 @@ class BlockParser {
     this.stack.length = depth - 1;
     if (paragraph.lines.length === 0) this.tip.children.pop();
     const table = this.#open("table");
-    if (paragraph.lines.length === 0) table.start = paragraph.start;
+    table.start = this.previousStart;
     table.firstLine = this.lineNumber - 1;
     table.alignments = alignments;
     table.rows.push(head);
@@ -275,10 +281,11 @@ class BlockParser {
  * @returns {Block}
  */
 function block(kind, start, line) {
+  // prettier-ignore
   return {
     kind, start, firstLine: line, lastLine: line, children: [], lines: [], rows: [], alignments: [],
     level: 0, indent: 0, fence: "", info: "", delimiter: "", number: null,
-  }; // prettier-ignore
+  };
 }
 
 /** @param {LineCursor} cursor */

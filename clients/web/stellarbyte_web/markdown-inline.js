@@ -45,17 +45,29 @@ class InlineParser {
     const plain = match(PLAIN, text, position);
     if (plain !== null) return this.#add(plain[0], plain[0].length);
     switch (text[position]) {
-      case "\\": return this.#readEscape();
-      case "`": return this.#readCode();
-      case "*": case "_": case "~": return this.#readDelimiters();
-      case "[": return this.#openBracket(false);
-      case "]": return this.#closeBracket();
-      case "!": return text[position + 1] === "[" ? this.#openBracket(true) : this.#add("!", 1);
-      case "<": return this.#readAutolink();
-      case "&": return this.#readEntity();
-      case "\n": return this.#readBreak();
-      default: return this.#readBareAddress();
-    } // prettier-ignore
+      case "\\":
+        return this.#readEscape();
+      case "`":
+        return this.#readCode();
+      case "*":
+      case "_":
+      case "~":
+        return this.#readDelimiters();
+      case "[":
+        return this.#openBracket(false);
+      case "]":
+        return this.#closeBracket();
+      case "!":
+        return text[position + 1] === "[" ? this.#openBracket(true) : this.#add("!", 1);
+      case "<":
+        return this.#readAutolink();
+      case "&":
+        return this.#readEntity();
+      case "\n":
+        return this.#readBreak();
+      default:
+        return this.#readBareAddress();
+    }
   }
 
   /**
@@ -106,8 +118,10 @@ class InlineParser {
     if (character === "~" && count !== 2) return this.#add("~".repeat(count), count);
     const before = characterBefore(this.text, this.position);
     const after = String.fromCodePoint(this.text.codePointAt(end) ?? 32);
-    const opens = !isSpace(after) && (!isPunctuation(after) || isSpace(before) || isPunctuation(before) || isCjk(before));
-    const closes = !isSpace(before) && (!isPunctuation(before) || isSpace(after) || isPunctuation(after) || isCjk(after));
+    const opens =
+      !isSpace(after) && (!isPunctuation(after) || isSpace(before) || isPunctuation(before) || isCjk(before));
+    const closes =
+      !isSpace(before) && (!isPunctuation(before) || isSpace(after) || isPunctuation(after) || isCjk(after));
     const isUnderscore = character === "_"; // which does nothing inside of a word
     this.#add(
       {

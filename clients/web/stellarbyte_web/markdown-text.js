@@ -4,6 +4,7 @@ const SCHEMES = /^(?:https?:\/\/|mailto:)/i;
 const ESCAPED = /\\([!-/:-@[-`{-~])|&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});/gi;
 
 /** @type {Record<string, string>} Those that answers have; others stay as they are written. */
+// prettier-ignore
 const ENTITIES = {
   amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", deg: "°",
   hellip: "…", mdash: "—", ndash: "–", lsquo: "‘", rsquo: "’", ldquo: "“", rdquo: "”", laquo: "«", raquo: "»",
@@ -11,7 +12,7 @@ const ENTITIES = {
   larr: "←", rarr: "→", uarr: "↑", darr: "↓", harr: "↔", infin: "∞", sum: "∑", radic: "√", pi: "π", micro: "µ",
   euro: "€", pound: "£", yen: "¥", cent: "¢", sect: "§", para: "¶", frac12: "½", frac14: "¼", frac34: "¾",
   auml: "ä", ouml: "ö", uuml: "ü", Auml: "Ä", Ouml: "Ö", Uuml: "Ü", szlig: "ß", eacute: "é", egrave: "è",
-}; // prettier-ignore
+};
 
 /**
  * The character that `&…;` stands for; null for a name that is not known.
@@ -53,7 +54,9 @@ export function isPunctuation(character) {
 
 /** @param {string} character */
 export function isCjk(character) {
-  return /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}\u3000-\u303f\uff00-\uffef]/u.test(character);
+  return /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}\u3000-\u303f\uff00-\uffef]/u.test(
+    character,
+  );
 }
 
 /**

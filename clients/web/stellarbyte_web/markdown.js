@@ -17,7 +17,7 @@ export function markdownTree(text, copyLabel) {
   return parseBlocks(text).map((block) => nodeOf(block, copyLabel));
 }
 
-/** An answer that grows. What comes after a finished block cannot change it, so only the last one is parsed again. */
+/** An answer that grows. Finished blocks are left as they are, so that each piece costs what is behind them. */
 export class MarkdownView {
   /**
    * @param {Element} element whose children are those of the text, and nobody else's
@@ -27,7 +27,7 @@ export class MarkdownView {
     this.element = element;
     this.copyLabel = copyLabel;
     this.text = "";
-    /** Of the finished blocks: how many, and where the next one starts. */
+    /** How many blocks are finished, and where what is behind them starts. */
     this.finished = 0;
     this.start = 0;
   }
@@ -35,9 +35,23 @@ export class MarkdownView {
   /** @param {string} text of the whole answer so far */
   update(text) {
     if (!text.startsWith(this.text)) this.finished = this.start = 0;
+    const before = this.text.lastIndexOf("\n");
     this.text = text;
     const blocks = parseBlocks(text.slice(this.start));
-    patch(this.element, blocks.map((block) => nodeOf(block, this.copyLabel)), this.finished); // prettier-ignore
+    patch(
+      this.element,
+      blocks.map((block) => nodeOf(block, this.copyLabel)),
+      this.finished,
+    );
+    if (text.lastIndexOf("\n") !== before) this.#finish(text.lastIndexOf("\n") + 1);
+  }
+
+  /**
+   * A block is finished once another one begins behind it in a line that is complete: no later line changes it.
+   * @param {number} end of the last complete line
+   */
+  #finish(end) {
+    const blocks = parseBlocks(this.text.slice(this.start, end));
     const last = blocks[blocks.length - 1];
     if (last === undefined) return;
     this.finished += blocks.length - 1;

@@ -32,7 +32,13 @@ export class ModelPicker {
         events.changed();
       });
     }
-    this.scale = make("span", { class: "scale" }, make("span", { class: "scale-name", "aria-hidden": "true" }, t("scale")), this.slider, this.number);
+    this.scale = make(
+      "span",
+      { class: "scale" },
+      make("span", { class: "scale-name", "aria-hidden": "true" }, t("scale")),
+      this.slider,
+      this.number,
+    );
     this.element = make("div", { class: "picker" }, this.select, this.scale);
     /** @type {readonly ModelCard[]} */
     this.cards = [];

@@ -2,9 +2,10 @@
 
 /** @import { MarkElement, MarkNode } from "../types.js" */
 
-const TAGS = new Set(
-  "a blockquote br button code del div em figcaption figure h1 h2 h3 h4 h5 h6 hr li ol p pre span strong table tbody td th thead tr ul".split(" "),
-);
+const TAGS = new Set([
+  ..."a blockquote br button code del div em figcaption figure h1 h2 h3 h4 h5 h6 hr li ol p pre span".split(" "),
+  ..."strong table tbody td th thead tr ul".split(" "),
+]);
 
 /**
  * @param {Element} parent

@@ -7,7 +7,16 @@
 import { nameOf } from "./answer-view.js";
 import { fillAnswer } from "./ask.js";
 import { ColumnView } from "./column-view.js";
-import { MAX_COLUMNS, columnsFromText, columnsToText, lastAnswer, lastQuestion, makeAnswer, makeColumn, requestBody } from "./conversation.js";
+import {
+  MAX_COLUMNS,
+  columnsFromText,
+  columnsToText,
+  lastAnswer,
+  lastQuestion,
+  makeAnswer,
+  makeColumn,
+  requestBody,
+} from "./conversation.js";
 import { byId } from "./elements.js";
 import { t } from "./i18n.js";
 import { session } from "./storage.js";
@@ -65,8 +74,9 @@ export class Playground {
 
   /** @param {readonly ModelCard[]} cards what the server has now */
   showModels(cards) {
+    const isNew = JSON.stringify(cards) !== JSON.stringify(this.cards); // else a list that is open stays as it is
     this.cards = cards;
-    for (const view of this.views) {
+    for (const view of isNew ? this.views : []) {
       view.column.model ??= cards[0]?.id ?? null;
       view.showCards(cards);
     }
@@ -161,7 +171,12 @@ export class Playground {
       const { isAdapter } = picker;
       const answer = makeAnswer(column.model, isAdapter ? column.scale : null);
       column.messages.push(answer);
-      const body = requestBody(column, { system: this.settings.systemPrompt, sampling, withLogprobs: this.withTokens, isAdapter });
+      const body = requestBody(column, {
+        system: this.settings.systemPrompt,
+        sampling,
+        withLogprobs: this.withTokens,
+        isAdapter,
+      });
       void this.#fill(view, answer, body);
       view.showMessages(this.views.length === 1);
     }

@@ -20,7 +20,13 @@ export class QuestionView {
   #showText() {
     const edit = make(
       "button",
-      { type: "button", class: "quiet small edit", title: t("edit"), "aria-label": t("editQuestion"), click: () => this.#showEditor() },
+      {
+        type: "button",
+        class: "quiet small edit",
+        title: t("edit"),
+        "aria-label": t("editQuestion"),
+        click: () => this.#showEditor(),
+      },
       icon("pencil"),
     );
     this.element.replaceChildren(edit, make("div", { class: "bubble", dir: "auto" }, this.question.content));

@@ -120,7 +120,9 @@ function makeInput(field, id) {
     const mode = field.kind === "integer" ? "numeric" : "decimal";
     return make("input", { ...described, type: "text", inputmode: field.min < 0 ? "text" : mode, autocomplete: "off" });
   }
-  const choices = field.choices.map((value) => make("option", { value }, t(CHOICES[/** @type {"error" | "slide"} */ (value)])));
+  const choices = field.choices.map((value) =>
+    make("option", { value }, t(CHOICES[/** @type {"error" | "slide"} */ (value)])),
+  );
   return make("select", described, make("option", { value: "" }, t("serverDefault")), ...choices);
 }
 

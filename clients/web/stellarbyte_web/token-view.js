@@ -41,7 +41,10 @@ export class TokenView {
           class: `token chance-${Math.min(9, Math.floor(chanceOf(token.logprob) * 10))}`,
           role: "option",
           id: `${this.id}-${this.tokens.length}`,
-          "aria-label": t("tokenLabel", { token: shown.trim() || JSON.stringify(token.token), probability: percent(token.logprob) }),
+          "aria-label": t("tokenLabel", {
+            token: shown.trim() || JSON.stringify(token.token),
+            probability: percent(token.logprob),
+          }),
         },
         shown.replaceAll("\n", "↵\n"),
       );
@@ -54,9 +57,13 @@ export class TokenView {
   #onKey(event) {
     const last = this.tokens.length - 1;
     const targets = /** @type {Record<string, number>} */ ({
-      ArrowRight: this.active + 1, ArrowDown: this.active + 1, ArrowLeft: this.active - 1, ArrowUp: this.active - 1,
-      Home: 0, End: last,
-    }); // prettier-ignore
+      ArrowRight: this.active + 1,
+      ArrowDown: this.active + 1,
+      ArrowLeft: this.active - 1,
+      ArrowUp: this.active - 1,
+      Home: 0,
+      End: last,
+    });
     const target = targets[event.key];
     if (target === undefined) return;
     event.preventDefault();

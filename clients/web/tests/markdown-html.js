@@ -55,7 +55,13 @@ export function normalHtml(html) {
 function withoutGaps(html) {
   return html
     .split(/(<pre>.*?<\/pre>)/s)
-    .map((part) => (part.startsWith("<pre>") ? part : part.replace(/\s*(<\/?(?:p|ul|ol|li|blockquote|h\d|hr|table|thead|tbody|tr|th|td)\b[^>]*>)\s*/g, "$1").replace(/(<br>)\s*/g, "$1")))
+    .map((part) =>
+      part.startsWith("<pre>")
+        ? part
+        : part
+            .replace(/\s*(<\/?(?:p|ul|ol|li|blockquote|h\d|hr|table|thead|tbody|tr|th|td)\b[^>]*>)\s*/g, "$1")
+            .replace(/(<br>)\s*/g, "$1"),
+    )
     .join("")
     .trim();
 }

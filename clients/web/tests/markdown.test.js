@@ -48,7 +48,7 @@ const SAMPLES = [
   "~~~\nunclosed fence\n**not bold**",
   "    indented\n\n    code\n\nafter",
   "* * *\n***\n___\n- - -",
-  "![a picture](https://evil.example/beacon.png \"t\") and [![in a link](https://x.example/i.png)](https://x.example/)",
+  '![a picture](https://evil.example/beacon.png "t") and [![in a link](https://x.example/i.png)](https://x.example/)',
   "[mail](mailto:a@b.example) <https://x.example/?a=1&b=2> <a@b.example>",
   "[not](javascript:alert(1)) [nor](data:text/html,x) [nor](vbscript:x) <javascript:alert(1)>",
   "<script>alert(1)</script>\n\n<img src=x onerror=alert(1)>\n\n<!-- a comment -->",
@@ -72,8 +72,24 @@ const linksOf = (nodes) =>
   );
 
 test("links go to the web or to mail, in a window of their own, and tell nothing of this page", () => {
-  for (const address of ["javascript:x", "JaVaScRiPt:x", "java\nscript:x", "data:text/html,x", "file:///etc", "//evil.example", "/v1/models", "\u0001javascript:x", "https:evil", " javascript:x", "blob:x"]) {
-    assert.deepEqual(linksOf(tree(`[text](${address}) [text](<${address}>) <${address}> ![x](${address})`)), [], address);
+  for (const address of [
+    "javascript:x",
+    "JaVaScRiPt:x",
+    "java\nscript:x",
+    "data:text/html,x",
+    "file:///etc",
+    "//evil.example",
+    "/v1/models",
+    "\u0001javascript:x",
+    "https:evil",
+    " javascript:x",
+    "blob:x",
+  ]) {
+    assert.deepEqual(
+      linksOf(tree(`[text](${address}) [text](<${address}>) <${address}> ![x](${address})`)),
+      [],
+      address,
+    );
   }
   const links = linksOf(tree("[a](HTTPS://x.example) ![p](http://x.example/p.png) <mailto:a@b.example> <a@b.example>"));
   assert.equal(links.length, 4);
@@ -103,7 +119,42 @@ test("emphasis ends beside Chinese text without spaces", () => {
 
 test("nothing takes long or deep, whatever is repeated", () => {
   const count = 100_000;
-  const pieces = [">", "> ", "- ", "1. ", "*", "**a ", "*a _b ", "a**b", "~~", "[", "![", "[a](", "[a](<b", "]", "`", "` ``", "<", "<https://", "&#", "\\", "|", "# ", "   ", "\t", "(", "\n>", "- a\n", "a  \n", "中**", "https://a.example/(", "*a **", "_a __", "h", "> - "];
+  const pieces = [
+    ">",
+    "> ",
+    "- ",
+    "1. ",
+    "*",
+    "**a ",
+    "*a _b ",
+    "a**b",
+    "~~",
+    "[",
+    "![",
+    "[a](",
+    "[a](<b",
+    "]",
+    "`",
+    "` ``",
+    "<",
+    "<https://",
+    "&#",
+    "\\",
+    "|",
+    "# ",
+    "   ",
+    "\t",
+    "(",
+    "\n>",
+    "- a\n",
+    "a  \n",
+    "中**",
+    "https://a.example/(",
+    "*a **",
+    "_a __",
+    "h",
+    "> - ",
+  ];
   for (const piece of pieces) {
     const text = piece.repeat(count / piece.length);
     assert.ok(depthOf(tree(text)) < 200, JSON.stringify(piece));
@@ -117,5 +168,8 @@ test("nothing takes long or deep, whatever is repeated", () => {
 });
 
 function depthOf(nodes) {
-  return nodes.reduce((deepest, node) => Math.max(deepest, typeof node === "string" ? 1 : 1 + depthOf(node.children)), 0);
+  return nodes.reduce(
+    (deepest, node) => Math.max(deepest, typeof node === "string" ? 1 : 1 + depthOf(node.children)),
+    0,
+  );
 }

@@ -1,0 +1,49 @@
+// Prometheus' text format to numbers. Knows no metric.
+
+/** @import { Sample } from "../types.js" */
+
+const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?$/;
+const LABEL = /[ \t]*([a-zA-Z_]\w*)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*)"[ \t]*,?/gy;
+
+/**
+ * All samples of a scrape. Lines that are none are passed over.
+ * @param {string} text
+ * @returns {Sample[]}
+ */
+export function parseMetrics(text) {
+  return text.split("\n").flatMap((line) => {
+    const found = SAMPLE.exec(line.trim());
+    if (found === null) return [];
+    const value = valueOf(/** @type {string} */ (found[3]));
+    return value === null ? [] : [{ name: /** @type {string} */ (found[1]), labels: labelsOf(found[2] ?? ""), value }];
+  });
+}
+
+/** @param {string} text */
+function valueOf(text) {
+  const special = /** @type {Record<string, number>} */ ({ "+Inf": Infinity, "-Inf": -Infinity, NaN });
+  if (Object.hasOwn(special, text)) return /** @type {number} */ (special[text]);
+  const value = Number(text);
+  return Number.isNaN(value) ? null : value;
+}
+
+/** @param {string} text */
+function labelsOf(text) {
+  const escapes = /** @type {Record<string, string>} */ ({ n: "\n", "\\": "\\", '"': '"' });
+  return Object.fromEntries(
+    [...text.matchAll(LABEL)].map(([, name, value]) => [
+      name,
+      /** @type {string} */ (value).replace(/\\(.)/g, (whole, letter) => escapes[letter] ?? whole),
+    ]),
+  );
+}
+
+/**
+ * The sum of a metric over all its labels; null if there is none.
+ * @param {readonly Sample[]} samples
+ * @param {string} name
+ */
+export function total(samples, name) {
+  const values = samples.filter((sample) => sample.name === name).map((sample) => sample.value);
+  return values.length === 0 ? null : values.reduce((sum, value) => sum + value, 0);
+}

@@ -1,0 +1,134 @@
+// The status page: asks the server each second how it is, and loads and unloads adapters. Pauses while it is hidden.
+
+/** @import { AdapterEntry, Failure } from "../types.js" */
+
+import { AdapterTable } from "./adapter-table.js";
+import { Server, failureOf } from "./api.js";
+import { hideBanner, showBanner, translateBanner } from "./banner.js";
+import { Dashboard } from "./dashboard.js";
+import { byId, make } from "./elements.js";
+import { explain } from "./failures.js";
+import { keptKey, showCondition, startFrame, startKeyField } from "./frame.js";
+import { formatBytes, t } from "./i18n.js";
+import { parseMetrics } from "./prometheus.js";
+
+const PAUSE_MS = 1000;
+
+/** @type {AdapterEntry[]} */
+let adapters = [];
+
+startFrame(() => {
+  table.show(adapters, true);
+  dashboard.draw(Date.now());
+  translateBanner();
+});
+
+const admin = new Server(document.baseURI, () => keptKey("admin-key"));
+const server = new Server(document.baseURI, () => keptKey("key") || keptKey("admin-key"));
+const dashboard = new Dashboard();
+const table = new AdapterTable((name) => void unload(name));
+byId("charts", HTMLElement).append(...dashboard.elements);
+byId("adapters", HTMLElement).append(table.element);
+startKeyField("key", "key", () => void readOnce());
+startKeyField("admin-key", "admin-key", () => void readOnce());
+
+/** One round of questions, whose answers are shown. */
+async function readOnce() {
+  const [metrics, entries, readiness] = await Promise.allSettled([server.metrics(), server.adapters(), server.ready()]);
+  dashboard.add(Date.now(), metrics.status === "fulfilled" ? parseMetrics(metrics.value) : null);
+  if (entries.status === "fulfilled") {
+    adapters = entries.value;
+    table.show(adapters);
+  }
+  if (readiness.status === "rejected") {
+    const failure = failureOf(readiness.reason);
+    showCondition(failure.kind === "gone" ? "notReachable" : "notReady");
+    if (failure.kind === "gone") showBanner("bad", () => t("bannerGone"));
+    else showBanner("bad", () => t("bannerNotReady", { message: failure.message }));
+  } else if (entries.status === "rejected") {
+    const failure = failureOf(entries.reason);
+    showCondition(failure.status === 401 ? "needsKey" : "ready");
+    showBanner("bad", () => (failure.status === 401 ? t("bannerKey") : sentenceOf(failure)));
+  } else {
+    showCondition("ready");
+    hideBanner();
+    if (!isDescribed) await describe();
+  }
+}
+
+let isDescribed = false;
+
+/** Version and model, which do not change while a server runs. */
+async function describe() {
+  const [version, models] = await Promise.all([server.version(), server.models()]);
+  byId("version", HTMLElement).textContent = version;
+  byId("model", HTMLElement).textContent = models[0]?.id ?? "–";
+  isDescribed = true;
+}
+
+/** @param {Failure} failure */
+function sentenceOf(failure) {
+  return Object.values(explain(failure)).join(" ");
+}
+
+async function readForEver() {
+  if (!document.hidden) {
+    await readOnce().catch((error) => {
+      failureOf(error); // a server that went away meanwhile: the next round tells
+    });
+  }
+  setTimeout(() => void readForEver(), PAUSE_MS);
+}
+
+/**
+ * @param {boolean} isGood
+ * @param {string} sentence
+ */
+function showOutcome(isGood, sentence) {
+  byId("outcome", HTMLElement).replaceChildren(make("p", { class: `banner ${isGood ? "good" : "bad"}` }, sentence));
+}
+
+/** @param {string} name */
+async function unload(name) {
+  try {
+    const { freed_bytes } = await admin.unloadAdapter(name);
+    showOutcome(true, t("unloaded", { name, size: formatBytes(freed_bytes) }));
+  } catch (error) {
+    showOutcome(false, sentenceOf(failureOf(error)));
+  }
+  await readOnce();
+}
+
+/**
+ * What stands in a field of the form; "" and a note beside it if it is empty.
+ * @param {string} id
+ * @param {"nameMissing" | "pathMissing"} problem
+ */
+function readRequired(id, problem) {
+  const field = byId(id, HTMLInputElement);
+  const value = field.value.trim();
+  field.setAttribute("aria-invalid", String(value === ""));
+  byId(`${id}-problem`, HTMLElement).textContent = value === "" ? t(problem) : "";
+  return value;
+}
+
+byId("load", HTMLFormElement).addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const name = readRequired("adapter-name", "nameMissing");
+  const path = readRequired("adapter-path", "pathMissing");
+  if (name === "" || path === "") return;
+  const button = byId("load-button", HTMLButtonElement);
+  button.disabled = true;
+  button.textContent = t("loading");
+  try {
+    const loaded = await admin.loadAdapter(name, path, byId("in-place", HTMLInputElement).checked);
+    showOutcome(true, t("loaded", { name, size: formatBytes(loaded.bytes), count: loaded.matched.length }));
+  } catch (error) {
+    showOutcome(false, sentenceOf(failureOf(error)));
+  }
+  button.disabled = false;
+  button.textContent = t("load");
+  await readOnce();
+});
+
+void readForEver();

@@ -1,0 +1,122 @@
+"""A browser for the tests of the pages, and the servers that they are of. Whatever a page does, it is watched."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+
+from stellarbyte.checkpoint.convert import convert
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.native import load_model
+from tests.adapters import write_adapter
+from tests.fake_engine import make_model_folder
+from tests.server_process import FAKE, REAL, ServerProcess, running
+from tests.tiny_models import tiny_llama
+from tests.web.chromium import FLAGS, find_chromium
+
+API_KEY, ADMIN_KEY = "key-of-a-user", "key-of-the-operator"
+LIMIT_MS = 20_000
+
+OpenPage = Callable[..., "WatchedPage"]
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("there is no Chromium or Chrome on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class WatchedPage:
+    """A page of one server, and everything that was wrong with it."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page = page
+        self.url = url
+        self.wrong: list[str] = []
+        self.expected: list[str] = []  # patterns of what a test is about
+        page.set_default_timeout(LIMIT_MS)
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self._note(f"uncaught: {error}"))
+        page.on("request", self._on_request)
+        page.on("popup", lambda popup: self._note(f"a window opened: {popup.url}"))
+        page.on("dialog", lambda dialog: self._note(f"a dialog: {dialog.message}"))
+
+    def _note(self, what: str) -> None:
+        if not any(re.search(pattern, what) for pattern in self.expected):
+            self.wrong.append(what)
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        """Errors, and what the browser says of the content security policy."""
+        if message.type in ("error", "warning"):
+            self._note(f"{message.type}: {message.text}")
+
+    def _on_request(self, request: Request) -> None:
+        if not request.url.startswith((f"{self.url}/", "data:")):
+            self._note(f"another origin: {request.url}")
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[OpenPage]:
+    """Opens a path of a server in a browser without any past; the test fails for anything that is wrong there."""
+    opened: list[WatchedPage] = []
+
+    def open_(
+        server: ServerProcess, path: str = "/", keys: dict[str, str] | None = None, **context: object
+    ) -> WatchedPage:
+        page = browser.new_context(
+            **{"locale": "en-US", "viewport": {"width": 1280, "height": 800}} | context
+        ).new_page()
+        for name, key in (keys or {}).items():
+            page.add_init_script(f"sessionStorage.setItem('stellarbyte.{name}', '{key}')")
+        watched = WatchedPage(page, server.url)
+        opened.append(watched)
+        page.goto(server.url + path)
+        return watched
+
+    yield open_
+    for watched in opened:
+        watched.page.context.close()
+    assert [wrong for watched in opened for wrong in watched.wrong] == []
+
+
+@pytest.fixture(scope="package")
+def echo_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model_folder(tmp_path_factory.mktemp("web") / "echo"))
+
+
+@pytest.fixture(scope="package")
+def echo_server(browser: Browser, echo_model: str) -> Iterator[ServerProcess]:
+    """The real HTTP process before an engine that repeats what it is asked, slowly if that has !slow in it."""
+    del browser  # without one nothing is started
+    with running(FAKE, "--model", echo_model) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def guarded_server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A tiny model with keys, and adapters that can be loaded: red, blue."""
+    del browser  # without one nothing is started
+    folder = tmp_path_factory.mktemp("web")
+    tiny = convert(tiny_llama(folder / "llama"), folder / "tiny")
+    for seed, name in enumerate(("red", "blue")):
+        write_adapter(folder / "adapters" / name, load_model(tiny), seed)
+    keys = ["--api-key", API_KEY, "--admin-api-key", ADMIN_KEY]
+    with running(REAL, "--model", str(tiny), "--adapter-dir", str(folder / "adapters"), *keys, limit_s=60) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def demo_server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The demo model with an adapter, noise, that makes its answers others."""
+    del browser  # without one nothing is started
+    folder = tmp_path_factory.mktemp("web")
+    noise = write_adapter(folder / "noise", load_model(Path(resolve_model("demo"))), seed=7, rank=1)
+    with running(REAL, "--lora-modules", f"noise={noise}", "--max-num-seqs", "4", limit_s=180) as server:
+        yield server

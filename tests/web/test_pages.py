@@ -1,0 +1,123 @@
+"""Both pages for everybody: in Chinese, on phones, in both themes, by keyboard, for screen readers."""
+
+import re
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.server_process import ServerProcess
+from tests.web.conftest import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
+
+expect.set_options(timeout=LIMIT_MS)
+BOTH = {"key": API_KEY, "admin-key": ADMIN_KEY}
+PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True}
+MARKDOWN = (
+    "# A\n\n- **b** `c`\n\n> d\n\n| e | f |\n|---|---|\n| 1 | 2 |\n\n```js\nlet x = 1;\n```\n\n[g](https://x.example)"
+)
+
+
+def fill(page: Page, path: str) -> None:
+    """Let a page show all that it can: an answer and a failure, or an adapter."""
+    if path == "/status":
+        page.get_by_label("Name", exact=True).fill("shown")
+        page.get_by_label("Path").fill("red")
+        page.get_by_label("Replace an adapter").check()
+        page.get_by_role("button", name="Load", exact=True).click()
+        expect(page.locator("#outcome")).to_contain_text("shown is loaded")
+        return
+    expect(page.locator("#connection")).to_have_text("Ready")
+    events = "".join(
+        f'data: {{"choices": [{{"delta": {{"content": {text!r}}}, "finish_reason": null}}]}}\n\n'.replace("'", '"')
+        for text in MARKDOWN.split("\x00")
+    )
+    body = events.replace("\n", "\\n").replace("\\n\\ndata", "\n\ndata")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.fill("#question", "Hi")
+    page.press("#question", "Enter")
+    expect(page.locator(".failure")).to_be_visible()
+    page.click("#settings-toggle")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("path", ["/", "/status"])
+def test_axe_finds_nothing_serious(open_page: OpenPage, guarded_server: ServerProcess, path: str, theme: str) -> None:
+    page = open_page(guarded_server, path, BOTH, color_scheme=theme, bypass_csp=True).page  # axe is a script of its own
+    fill(page, path)
+    found = Axe().run(page).response["violations"]
+    serious = [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
+    assert serious == []
+
+
+@pytest.mark.parametrize("path", ["/", "/status"])
+def test_a_phone_needs_no_scrolling_sideways(open_page: OpenPage, guarded_server: ServerProcess, path: str) -> None:
+    page = open_page(guarded_server, path, BOTH, **PHONE).page
+    fill(page, path)
+    if path == "/":
+        expect(page.locator("main")).to_have_attribute("inert", "")
+        page.click("#settings-close")
+        page.click("#compare")
+        expect(page.locator(".column")).to_have_count(2)
+    assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [360, 360]
+    outside = """[...document.querySelectorAll("button, select, input, textarea, a")].filter((one) => {
+      const { left, right, width } = one.getBoundingClientRect();
+      return width > 1 && (left < 0 || right > 360) && !one.closest(".table-frame, .skip");
+    }).map((one) => one.outerHTML)"""
+    assert page.evaluate(outside) == []
+
+
+def test_the_language_is_the_browsers_until_another_is_chosen(
+    open_page: OpenPage, guarded_server: ServerProcess
+) -> None:
+    page = open_page(guarded_server, "/", BOTH, locale="zh-CN").page
+    expect(page.locator("html")).to_have_attribute("lang", "zh-CN")
+    expect(page.locator("#connection")).to_have_text("就绪")
+    expect(page.get_by_label("你的问题")).to_be_focused()
+    expect(page.locator(".empty h2")).to_have_text("想了解什么？")
+    page.click("#settings-toggle")
+    page.fill("#sampling-temperature", "5")
+    expect(page.locator("#sampling-temperature-problem")).to_have_text("必须在 0 到 2 之间。")
+    page.fill("#sampling-temperature", "")
+    page.get_by_role("link", name="状态").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("服务器状态")
+    expect(page.locator(".chart-card h2").first).to_have_text("生成的词元")
+    english = re.compile(r"[A-Za-z]{4,}")
+    known = re.compile(r"StellarByte|English|adapter|tiny|shown|red|blue|dir")
+    assert english.findall(known.sub("", page.locator("main").inner_text())) == []
+    page.get_by_label("语言").select_option("en")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Server status")
+    page.get_by_role("link", name="Chat").click()
+    expect(page.locator(".empty h2")).to_have_text("What would you like to know?")
+
+
+def test_the_theme_is_the_systems_until_another_is_chosen(open_page: OpenPage, guarded_server: ServerProcess) -> None:
+    page = open_page(guarded_server, "/", BOTH, color_scheme="dark").page
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(background) == "rgb(15, 18, 25)"
+    page.get_by_role("button", name="Use the light theme").click()
+    assert page.evaluate(background) == "rgb(246, 247, 250)"
+    page.reload()
+    assert page.evaluate(background) == "rgb(246, 247, 250)"
+    expect(page.get_by_role("button", name="Use the dark theme")).to_be_visible()
+
+
+def test_everything_is_reached_by_keyboard(open_page: OpenPage, guarded_server: ServerProcess) -> None:
+    page = open_page(guarded_server, "/", BOTH, reduced_motion="reduce").page
+    expect(page.locator("#connection")).to_have_text("Ready")
+    expect(page.get_by_label("Your question")).to_be_focused()
+    page.keyboard.type("first")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("second")
+    expect(page.get_by_label("Your question")).to_have_value("first\nsecond")
+    expect(page.locator(".question")).to_have_count(0)
+    page.get_by_role("link", name="Skip to the question").press("Enter")
+    expect(page.get_by_label("Your question")).to_be_focused()
+    reached = set()
+    for _ in range(20):
+        page.keyboard.press("Shift+Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
+    assert {"settings-toggle", "theme", "language", "model", "example"} <= reached
+    page.locator("#settings-toggle").press("Enter")
+    expect(page.get_by_label("System prompt")).to_be_visible()
+    page.get_by_label("System prompt").press("Escape")
+    expect(page.get_by_label("System prompt")).to_be_hidden()
