@@ -24,7 +24,6 @@ _POLICY = (
 _HEADERS = {
     "Cache-Control": "no-cache",  # asked for again each time, so that pages and scripts are always of one version
     "Content-Security-Policy": _POLICY,
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }

@@ -1,5 +1,7 @@
 """Both pages for everybody: in Chinese, on phones, in both themes, by keyboard, for screen readers."""
 
+import json
+import math
 import re
 
 import pytest
@@ -13,12 +15,16 @@ expect.set_options(timeout=LIMIT_MS)
 BOTH = {"key": API_KEY, "admin-key": ADMIN_KEY}
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True}
 MARKDOWN = (
-    "# A\n\n- **b** `c`\n\n> d\n\n| e | f |\n|---|---|\n| 1 | 2 |\n\n```js\nlet x = 1;\n```\n\n[g](https://x.example)"
+    "# A\n\n- **b** `c`\n\n> d\n\n| e | f |\n|---|---|\n| 1 | 2 |\n\n```js\nlet x;\n```\n\n[g](https://x.example)"
 )
+TOKENS = [
+    {"token": text, "logprob": math.log((i + 0.5) / 10), "bytes": list(text.encode()), "top_logprobs": []}
+    for i, text in enumerate(("The", " capital", " of", " France", " is", " Paris", ",", " of", " course", "."))
+]
 
 
 def fill(page: Page, path: str) -> None:
-    """Let a page show all that it can: an answer and a failure, or an adapter."""
+    """Let a page show all that it can: an answer, as Markdown or as tokens, that was cut off; or an adapter."""
     if path == "/status":
         page.get_by_label("Name", exact=True).fill("shown")
         page.get_by_label("Path").fill("red")
@@ -26,13 +32,10 @@ def fill(page: Page, path: str) -> None:
         page.get_by_role("button", name="Load", exact=True).click()
         expect(page.locator("#outcome")).to_contain_text("shown is loaded")
         return
-    expect(page.locator("#connection")).to_have_text("Ready")
-    events = "".join(
-        f'data: {{"choices": [{{"delta": {{"content": {text!r}}}, "finish_reason": null}}]}}\n\n'.replace("'", '"')
-        for text in MARKDOWN.split("\x00")
-    )
-    body = events.replace("\n", "\\n").replace("\\n\\ndata", "\n\ndata")
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    choice = {"delta": {"content": MARKDOWN}, "logprobs": {"content": TOKENS}, "finish_reason": None}
+    event = f"data: {json.dumps({'choices': [choice]})}\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=event))
+    expect(page.locator("#connection")).to_have_attribute("data-condition", "ready")
     page.fill("#question", "Hi")
     page.press("#question", "Enter")
     expect(page.locator(".failure")).to_be_visible()
@@ -44,9 +47,17 @@ def fill(page: Page, path: str) -> None:
 def test_axe_finds_nothing_serious(open_page: OpenPage, guarded_server: ServerProcess, path: str, theme: str) -> None:
     page = open_page(guarded_server, path, BOTH, color_scheme=theme, bypass_csp=True).page  # axe is a script of its own
     fill(page, path)
+    assert serious_violations(page) == []
+    if path == "/":
+        page.click("#probabilities")
+        page.hover(".token >> nth=3")
+        expect(page.locator("#token-card")).to_be_visible()
+        assert serious_violations(page) == []
+
+
+def serious_violations(page: Page) -> list[tuple[str, object]]:
     found = Axe().run(page).response["violations"]
-    serious = [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
-    assert serious == []
+    return [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
 
 
 @pytest.mark.parametrize("path", ["/", "/status"])

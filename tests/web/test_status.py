@@ -4,7 +4,7 @@ import re
 
 from playwright.sync_api import Page, expect
 
-from tests.server_process import ServerProcess
+from tests.server_process import FAKE, ServerProcess, running
 from tests.web.conftest import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)
@@ -79,7 +79,9 @@ def test_charts_get_a_point_each_second_and_pause_while_nobody_looks(
     expect(page.locator(".chart").nth(1)).to_have_attribute("aria-label", re.compile("^Requests: 1 running"))
     chat.close()
     expect(page.locator(".chart-card").nth(1)).to_contain_text("0 running")
-    page.locator(".chart").nth(1).hover(position={"x": 300, "y": 40})
+    width = page.locator(".chart").nth(1).bounding_box()["width"]
+    page.locator(".chart").nth(1).hover(position={"x": width - 2, "y": 40})
+    expect(page.locator(".chart-readout").nth(1)).to_have_text("0 running · 0 waiting")
     page.evaluate("""() => {
       Object.defineProperty(document, "hidden", { value: true, configurable: true });
       performance.clearResourceTimings();
@@ -91,8 +93,6 @@ def test_charts_get_a_point_each_second_and_pause_while_nobody_looks(
 
 
 def test_a_server_that_ends_is_told(open_page: OpenPage, echo_model: str) -> None:
-    from tests.server_process import FAKE, running
-
     with running(FAKE, "--model", echo_model) as server:
         watched = open_page(server, "/status")
         watched.expected = [r"net::ERR_"]

@@ -82,11 +82,11 @@ async function serverIsBack() {
     hideBanner();
     playground.retryFailed();
   };
-  if (playground.canAsk)
-    showBanner("good", () => t("bannerBack"), [
-      { key: "retry", act: retry },
-      { key: "dismiss", act: hideBanner },
-    ]);
+  if (!playground.canAsk) return;
+  showBanner("good", () => t("bannerBack"), [
+    { key: "retry", act: retry },
+    { key: "dismiss", act: hideBanner },
+  ]);
 }
 
 /** @param {Answer} answer */
@@ -102,16 +102,12 @@ function finished(answer) {
 function ask() {
   const text = question.value.trim();
   if (text === "" || !playground.canAsk) return;
-  if (settings.sampling() === null) {
-    composerProblem.textContent = t("fixFields");
-    settings.showProblem();
-    return;
-  }
-  composerProblem.textContent = "";
   announcer.replaceChildren();
+  const isAsked = playground.ask(text);
+  composerProblem.textContent = isAsked ? "" : t("fixFields");
+  if (!isAsked) return;
   question.value = "";
   fitQuestion();
-  playground.ask(text);
 }
 
 function showComposer() {

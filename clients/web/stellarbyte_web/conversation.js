@@ -4,7 +4,7 @@
 
 export const MAX_COLUMNS = 4; // each streams over a connection of its own, of which browsers allow six
 export const MAX_SCALE = 8;
-export const TOP_LOGPROBS = 5;
+const TOP_LOGPROBS = 5;
 
 /**
  * @param {string | null} model null: none is known yet

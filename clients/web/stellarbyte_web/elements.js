@@ -53,14 +53,11 @@ export function byId(id, kind) {
 
 /** Outlines on a square of 24; drawn for this page. */
 const ICONS = {
-  plus: "M12 5v14M5 12h14",
   close: "M6 6l12 12M18 6L6 18",
   copy: "M9 9h10v11H9zM5 15V4h10",
   check: "M5 12.5l4.5 4.5L19 7.5",
   again: "M19 12a7 7 0 1 1-2.2-5.1M19 4v4.5h-4.5",
   pencil: "M5 19l1-4L16 5l3 3L9 18zM14 7l3 3",
-  columns: "M4 5h7v14H4zM13 5h7v14h-7z",
-  chances: "M5 19V11M10 19V5M15 19v-6M20 19v-3",
 };
 
 /** @param {keyof typeof ICONS} name */

@@ -100,7 +100,7 @@ class InlineParser {
         starts.push(run.index);
       }
     }
-    let { length } = /** @type {RegExpExecArray} */ (match(/`+/y, this.text, this.position))[0];
+    const { length } = /** @type {RegExpExecArray} */ (match(/`+/y, this.text, this.position))[0];
     const starts = this.tickRuns.get(length) ?? [];
     while (starts.length > 0 && /** @type {number} */ (starts[0]) <= this.position) starts.shift();
     const end = starts[0];

@@ -107,10 +107,12 @@ export class Playground {
     this.#changed();
   }
 
-  /** @param {string} question for all columns */
+  /**
+   * @param {string} question for all columns
+   * @returns {boolean} false if the settings do not allow it, where the panel then shows why
+   */
   ask(question) {
-    for (const view of this.views) view.column.messages.push({ role: "user", content: question });
-    this.#askAll(this.views);
+    return this.#askAll(this.views, ({ column }) => column.messages.push({ role: "user", content: question }));
   }
 
   /** Ask again whatever got no answer because of the connection. */
@@ -147,24 +149,26 @@ export class Playground {
   #edit(view, text) {
     const before = lastQuestion(view.column);
     const views = this.views.filter(({ column }) => lastQuestion(column) === before);
-    for (const { column } of views) {
+    this.#askAll(views, ({ column }) => {
       const question = column.messages.findLast((message) => message.role === "user");
       if (question !== undefined) question.content = text;
-    }
-    this.#askAll(views);
+    });
   }
 
   /**
    * Let columns answer their last question; an answer that they have to it goes.
    * @param {ColumnView[]} views
+   * @param {(view: ColumnView) => void} prepare changes what is asked, if anything can be asked
+   * @returns {boolean} false if the settings do not allow it
    */
-  #askAll(views) {
+  #askAll(views, prepare = () => undefined) {
     const sampling = this.settings.sampling();
     if (sampling === null) {
       this.settings.showProblem();
-      return;
+      return false;
     }
     for (const view of views) {
+      prepare(view);
       const { column, picker } = view;
       if (column.model === null || lastQuestion(column) === null || this.asking.has(view)) continue;
       if (lastAnswer(column) !== null) column.messages.pop();
@@ -181,6 +185,7 @@ export class Playground {
       view.showMessages(this.views.length === 1);
     }
     this.#showAsking();
+    return true;
   }
 
   /**

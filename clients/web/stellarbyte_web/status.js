@@ -29,11 +29,15 @@ const dashboard = new Dashboard();
 const table = new AdapterTable((name) => void unload(name));
 byId("charts", HTMLElement).append(...dashboard.elements);
 byId("adapters", HTMLElement).append(table.element);
-startKeyField("key", "key", () => void readOnce());
-startKeyField("admin-key", "admin-key", () => void readOnce());
+startKeyField("key", "key", () => void refresh());
+startKeyField("admin-key", "admin-key", () => void refresh());
 
-/** One round of questions, whose answers are shown. */
-async function readOnce() {
+/** One round of questions, whose answers are shown. If the server goes away meanwhile, the next round tells. */
+async function refresh() {
+  await readAll().catch(failureOf);
+}
+
+async function readAll() {
   const [metrics, entries, readiness] = await Promise.allSettled([server.metrics(), server.adapters(), server.ready()]);
   dashboard.add(Date.now(), metrics.status === "fulfilled" ? parseMetrics(metrics.value) : null);
   if (entries.status === "fulfilled") {
@@ -72,11 +76,7 @@ function sentenceOf(failure) {
 }
 
 async function readForEver() {
-  if (!document.hidden) {
-    await readOnce().catch((error) => {
-      failureOf(error); // a server that went away meanwhile: the next round tells
-    });
-  }
+  if (!document.hidden) await refresh();
   setTimeout(() => void readForEver(), PAUSE_MS);
 }
 
@@ -96,7 +96,7 @@ async function unload(name) {
   } catch (error) {
     showOutcome(false, sentenceOf(failureOf(error)));
   }
-  await readOnce();
+  await refresh();
 }
 
 /**
@@ -128,7 +128,7 @@ byId("load", HTMLFormElement).addEventListener("submit", async (event) => {
   }
   button.disabled = false;
   button.textContent = t("load");
-  await readOnce();
+  await refresh();
 });
 
 void readForEver();
