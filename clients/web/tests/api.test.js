@@ -24,6 +24,7 @@ const EVENTS = [
   [": ping\n\n:\n\ndata: 你好 😀\n\n: ping\n\n", ["你好 😀"]],
   ["\ufeffevent: x\nid: 1\nretry: 5\ndata: one\ndata: two\ndata\n\n\n\n", ["one\ntwo\n"]],
   ['data: {"a": 1}\n\ndata: cut off\n', ['{"a": 1}']],
+  ["data: one\r\ndata: two\r\n\r\n", ["one\ntwo"]],
   ["dat: no\ndatax: no\n\n", []],
 ];
 
