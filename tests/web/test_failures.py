@@ -105,6 +105,26 @@ ERRORS = {
 }
 
 
+def test_an_answer_that_comes_late_does_not_count(open_page: OpenPage, guarded_server: ServerProcess) -> None:
+    """The refusal of a first key came after the second one's answer, and the page asked for a key that it had."""
+    watched = open_page(guarded_server)
+    watched.expected = [STATUS_IN_CONSOLE]
+    page = watched.page
+    late: list[Route] = []
+    page.route("**/v1/models", lambda route: late.append(route) if not late else route.continue_())
+    page.get_by_role("button", name="Enter a key").click()
+    with page.expect_request("**/v1/models"):
+        page.get_by_label("API key").fill("wrong")
+        page.keyboard.press("Enter")
+    page.get_by_label("API key").fill(API_KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#connection")).to_have_text("Ready")
+    with page.expect_response("**/v1/models"):
+        late[0].continue_()
+    expect(page.locator("#connection")).to_have_text("Ready")
+    expect(page.locator("#banner")).to_be_empty()
+
+
 @pytest.mark.parametrize("status", ERRORS)
 def test_each_refusal_is_told_in_a_sentence(open_page: OpenPage, echo_server: ServerProcess, status: int) -> None:
     watched = open_page(echo_server)

@@ -42,13 +42,21 @@ const playground = new Playground(server, settings, {
   notKept: () => showBanner("bad", () => t("bannerNotKept"), [{ key: "dismiss", act: hideBanner }]),
 });
 
+let modelRequests = 0;
+
+/** Ask what there is to choose from. Of several such questions, as when keys are tried, only the last one counts. */
 async function loadModels() {
+  modelRequests += 1;
+  const turn = modelRequests;
   try {
-    playground.showModels(await server.models());
+    const cards = await server.models();
+    if (turn !== modelRequests) return;
+    playground.showModels(cards);
     showCondition("ready");
     if (!connection.isWatching) hideBanner();
   } catch (error) {
     const failure = failureOf(error);
+    if (turn !== modelRequests) return;
     if (failure.status === 401) {
       showCondition("needsKey");
       showBanner("bad", () => t("bannerKey"), [{ key: "openSettings", act: () => settings.enterKey() }]);
