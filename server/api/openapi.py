@@ -15,6 +15,7 @@ from pydantic_core import core_schema
 
 from server.access import ACCESS, Access
 from server.api import adapters, embeddings, objects, response_objects, responses_body, schemas, tokenize
+from server.api.field_notes import add_notes
 
 Schema = dict[str, Any]
 Model = type[BaseModel]
@@ -146,6 +147,7 @@ def describe(app: FastAPI, model_name: str, *, allows_unknown_fields: bool) -> N
 def make_document(model_name: str, *, allows_unknown_fields: bool) -> Schema:
     """An OpenAPI 3.1 document of all rows, for a server of that model."""
     refs, models = _models(_LenientSchemas if allows_unknown_fields else _Schemas)
+    add_notes(models, {body.__name__ for operation in OPERATIONS.values() for body in operation.bodies})
     for schema in models.values():
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"]["examples"] = [model_name]

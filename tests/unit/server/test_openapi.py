@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from server.api import adapters, objects, response_objects, schemas, tokenize
 from server.api.errors import ApiError, error_content
+from server.api.field_notes import NOTES
 from server.api.openapi import make_document
 from server.api.schemas import parse_body, parse_plain_body
 from server.api.service import SamplingDefaults, Service
@@ -99,6 +100,19 @@ def test_every_reference_leads_somewhere(document):
 
 def test_no_name_tells_where_a_class_lies(document):
     assert not [name for name in document["components"]["schemas"] if "__" in name or name.startswith("_")]
+
+
+def test_every_field_of_a_request_has_a_sentence_and_no_sentence_is_without_a_field(document):
+    schemas = document["components"]["schemas"]
+    contents = [item["post"]["requestBody"]["content"] for item in document["paths"].values() if "post" in item]
+    parts = set(names := re.findall(r"schemas/(\w+)", json_text(contents)))
+    while names:
+        found = re.findall(r"schemas/(\w+)", json_text(schemas[names.pop()]))
+        names += [name for name in found if name not in parts]
+        parts.update(found)
+    fields = {(part, name): field for part in schemas for name, field in schemas[part].get("properties", {}).items()}
+    assert [key for key, field in fields.items() if key[0] in parts and "description" not in field] == []
+    assert NOTES.keys() <= {key for part, name in fields for key in (name, f"{part}.{name}")}
 
 
 def test_the_served_model_is_the_example_for_model(document):
