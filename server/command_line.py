@@ -19,12 +19,32 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message} (--help lists the flags)")
 
 
-def _options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
+GROUPS: tuple[tuple[str, type], ...] = (("model and engine", EngineSettings), ("server", ServerSettings))
+
+
+def options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
+    """The fields that are flags, made by `option`."""
     return (field for field in dataclasses.fields(settings_class) if "parse" in field.metadata)
 
 
-def _flag(field: dataclasses.Field[Any]) -> str:
+def flag_of(field: dataclasses.Field[Any]) -> str:
     return "--" + field.name.replace("_", "-")
+
+
+def off_flag_of(field: dataclasses.Field[Any]) -> str | None:
+    """What turns a switch off; None for what is no switch."""
+    return flag_of(field).replace("--", "--no-", 1) if field.metadata["parse"] is switch else None
+
+
+def variable_of(field: dataclasses.Field[Any]) -> str:
+    return f"STELLARBYTE_{field.name.upper()}"
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """What `--help` says of a flag, with its default."""
+    text: str = field.metadata["help"]
+    default = DEMO_MODEL if field.name == "model" else field.default
+    return text if default in (None, (), "") or "(default:" in text else f"{text} (default: {default})"
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -35,24 +55,18 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for title, settings_class in (("model and engine", EngineSettings), ("server", ServerSettings)):
+    for title, settings_class in GROUPS:
         group = parser.add_argument_group(title)
-        for field in _options(settings_class):
-            shown = DEMO_MODEL if field.name == "model" else field.default
-            text = field.metadata["help"]
-            if shown not in (None, (), "") and "(default:" not in text:
-                text += f" (default: {shown})"
-            text = text.replace("%", "%%")
+        for field in options(settings_class):
+            flag, off, text = flag_of(field), off_flag_of(field), help_of(field).replace("%", "%%")
             if field.metadata["many"]:
                 shape = {"nargs": "+", "action": "extend", "metavar": field.metadata["metavar"]}
-                group.add_argument(_flag(field), help=text, **shape)
-                continue
-            if field.metadata["parse"] is not switch:
-                group.add_argument(_flag(field), metavar=field.metadata["metavar"], help=text)
-                continue
-            off = _flag(field).replace("--", "--no-", 1)
-            group.add_argument(_flag(field), dest=field.name, action="store_const", const="true", help=text)
-            group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
+                group.add_argument(flag, help=text, **shape)
+            elif off is None:
+                group.add_argument(flag, metavar=field.metadata["metavar"], help=text)
+            else:
+                group.add_argument(flag, dest=field.name, action="store_const", const="true", help=text)
+                group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
     return parser
 
 
@@ -61,7 +75,7 @@ def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
     names = [text.partition("=")[0] for text in others if text.startswith("--")]
     if names:
         return " ".join(names)
-    secret_flags = {_flag(field) for field in _options(ServerSettings) if field.metadata["is_secret"]}
+    secret_flags = {flag_of(field) for field in options(ServerSettings) if field.metadata["is_secret"]}
     if any(argument.partition("=")[0] in secret_flags for argument in arguments):
         return f"{len(others)} that follow no flag"
     return " ".join(others)
@@ -69,8 +83,7 @@ def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     """SettingsError when a variable looks like a setting and is none: a misspelt key would leave the server open."""
-    fields = (*_options(EngineSettings), *_options(ServerSettings))
-    known = {f"STELLARBYTE_{field.name.upper()}" for field in fields}
+    known = {variable_of(field) for _, settings_class in GROUPS for field in options(settings_class)}
     for name in sorted(environment.keys() - known - OTHER_VARIABLES):
         if name.startswith("STELLARBYTE_") and _SERVICE_LINK.fullmatch(name) is None:
             raise SettingsError(f"{name}: there is no such setting (--help lists the flags)")
@@ -96,10 +109,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
 
     def values(settings_class: type) -> dict[str, Any]:
         found = {}
-        for field in _options(settings_class):
-            variable = f"STELLARBYTE_{field.name.upper()}"
+        for field in options(settings_class):
+            variable = variable_of(field)
             if field.name in given:
-                found[field.name] = _parsed(field, _flag(field), given[field.name])
+                found[field.name] = _parsed(field, flag_of(field), given[field.name])
             elif variable in environment:
                 text = environment[variable]
                 found[field.name] = _parsed(field, variable, text.split() if field.metadata["many"] else text)

@@ -135,7 +135,7 @@ class EngineSettings:
     max_loras: int = option(whole_number(1, 1000), "N", "most adapters that one step can use", 8)
     max_lora_rank: int = option(whole_number(1, 1024), "N", "largest rank of an adapter", 64)
     max_cpu_loras: int | None = option(
-        whole_number(2), "N", "most adapters kept in CPU memory, over --max-loras (default: 4 times that)", None
+        whole_number(2), "N", "most adapters kept in CPU memory, over --max-loras (default: 4 times --max-loras)", None
     )
     max_queued_requests: int = option(
         whole_number(0), "N", "most requests beyond --max-num-seqs; more are answered with 429", 1024
