@@ -1,33 +1,32 @@
-"""uvicorn's HTTP connection with bounds: how many there may be, how large a header, how long a client may take.
+"""uvicorn's HTTP connection with bounds: how large a header may be, how long a client may take, how many there may be.
 
 uvicorn's own time-out covers idle connections between requests only, and its parser has no limits. The body of a
-request that is being answered has its bounds in `api/middleware.py`. Knows nothing of routes.
+request that is being answered has its bounds in `api/middleware.py`. Knows no routes.
 
 Of what a client does not read, asyncio keeps 64 KiB and then lets the answer wait; what the kernel keeps is set where
 the server's sockets are made.
 """
 
 import asyncio
-import logging
-import resource
-import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from urllib.parse import unquote_to_bytes
 
+import httptools
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.api.errors import ApiError, bad_request
+from server.api.middleware import BODY_ERROR, log_request, request_id_for
 from server.api.rejections import reason_of_error
-
-logger = logging.getLogger("server.access")
+from server.connection_limit import too_many_connections
+from server.send_timeout import SendTimeout
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too
 MAX_HEADER_FIELDS = 200
-MAX_CONNECTIONS = 8192  # of one HTTP process
-OTHER_FILES = 128  # descriptors for all that is not a connection
-TOO_MANY_CONNECTIONS = "too_many_connections"
+MAX_UNSENT_BYTES = 64 * 1024  # beyond it the answer waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,78 +47,123 @@ class BoundedProtocol(HttpToolsProtocol):
     """A header, or what is left of a body after its answer, must come within the bounds' `receive_timeout_s`.
 
     And there must be a byte in each quarter of that. A client that has not sent a byte is left without an answer. One
-    that keeps an answer waiting for `send_timeout_s` is cut off, and so is one that leaves the last bytes unread for so
-    long when the connection is closed.
+    that takes nothing of a waiting answer for `send_timeout_s` is cut off, also where the connection is closed once it
+    has read the rest.
     """
 
     bounds: ClassVar[ConnectionBounds]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._application, self.app = self.app, self._answer
         self._is_in_header = False
         self._is_in_body = False
         self._header_bytes = 0  # of this request so far
         self._num_fields = 0
         self._held_bytes = 0  # that came since the parser last said what it had found: it may have to keep them
         self._is_too_large = False
+        self._is_refused = False  # what still comes is for nobody
         self._timer: asyncio.TimerHandle | None = None  # set while something of the client is waited for
         self._waiting_since_s = 0.0
         self._heard_at_s = 0.0
-        self._cut_off: asyncio.TimerHandle | None = None  # set while the client must read
+        self._send_timeout: SendTimeout  # runs while the client must read
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)  # type: ignore[arg-type]
+    def connection_made(self, transport: asyncio.Transport, tcp: asyncio.Transport | None = None) -> None:  # type: ignore[override]
+        """`tcp` is what carries the transport, where that is TLS."""
+        self._send_timeout = SendTimeout(
+            transport, transport if tcp is None else tcp, timeout_s=self.bounds.send_timeout_s
+        )
+        transport.set_write_buffer_limits(MAX_UNSENT_BYTES)
+        super().connection_made(transport)
         if len(self.connections) > self.bounds.max_connections:
-            message = "The server has as many connections as it can hold; try again later."
-            self._refuse(ApiError(503, message, code=TOO_MANY_CONNECTIONS, headers={"Retry-After": "1"}))
+            self._refuse(too_many_connections())
             return
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_watching()
-        self._may_rest()
+        self._send_timeout.stop()
+        self.app = self._application  # which leaves no reference to itself
+
+    def eof_received(self) -> None:
+        """The transport is closed next."""
+        self._send_timeout.start()
+
+    def shutdown(self) -> None:
+        if not self.transport.is_closing():  # TLS transports do not bear to be closed twice
+            super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._must_read()
+        self._send_timeout.start()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._may_rest()
+        if not self.transport.is_closing():
+            self._send_timeout.stop()
 
     def timeout_keep_alive_handler(self) -> None:
         if not self.transport.is_closing():
-            super().timeout_keep_alive_handler()
-            self._must_read()
+            self._close()
 
-    def _must_read(self) -> None:
-        if self._cut_off is None:
-            self._cut_off = self.loop.call_later(self.bounds.send_timeout_s, self._give_up)
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application. uvicorn closes some connections after their last byte, and those where it fails."""
+        try:
+            await self._application(scope, receive, send)
+        finally:
+            self.loop.call_soon(self._watch_closing)
 
-    def _give_up(self) -> None:
-        logger.info("cut off a client that did not read for %g s", self.bounds.send_timeout_s)
-        # With a reset, so that the kernel keeps nothing for it either.
-        self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.transport.abort()
+    def _watch_closing(self) -> None:
+        if self.transport.is_closing() and self in self.connections:
+            self._send_timeout.start()
 
-    def _may_rest(self) -> None:
-        if self._cut_off is not None:
-            self._cut_off.cancel()
-            self._cut_off = None
+    def _close(self) -> None:
+        """As soon as the client has read what is left."""
+        self.transport.close()
+        self._send_timeout.start()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused or self.transport.is_closing():
+            return
         self._heard_at_s = self.loop.time()
         self._held_bytes += len(data)
-        super().data_received(data)
-        if self.transport.is_closing():
-            self._stop_watching()
-            return
-        if self._held_bytes > MAX_HEADER_BYTES:
-            self._is_too_large = True
-            self.send_400_response("")
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+            if self._held_bytes > MAX_HEADER_BYTES:
+                self._is_too_large = True
+                raise HeaderTooLarge
+        except (httptools.HttpParserError, HeaderTooLarge):  # the parser has errors of its own for those of callbacks
+            if self._is_too_large:
+                message = f"The header is larger than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_FIELDS} fields."
+                self._refuse(ApiError(431, message, code="header_too_large"))
+            else:
+                self._refuse(bad_request("This is not valid HTTP/1.1."))
             return
         self._watch()
+
+    def _parse(self, data: bytes) -> None:
+        """Raises HttpParserError for what is no HTTP/1.1.
+
+        A request to go on in another protocol may be ignored (RFC 9110, 7.8), and is. The parser takes what follows
+        its header for that protocol: another one gets the header without the request, and then what follows.
+        """
+        rest = memoryview(data)
+        while True:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError("a tunnel is asked for")
+            head = [b"%s %s HTTP/%s\r\n" % (method, self.url, version)]
+            head += [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            self.parser.feed_data(b"".join([*head, b"\r\n"]))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -138,6 +182,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._held_bytes = 0
+        if self.parser.should_upgrade():  # comes again, see `_parse`
+            return
         self._is_in_header, self._is_in_body = False, True
         super().on_headers_complete()
 
@@ -147,22 +193,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._held_bytes = 0
+        if self.parser.should_upgrade():
+            return
         self._is_in_body = False
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing():
-            self._watch()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what cannot be understood, in the one form of errors, and close."""
-        del msg
-        if self._is_too_large:
-            message = f"The header is larger than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_FIELDS} fields."
-            self._refuse(ApiError(431, message, code="header_too_large"))
-        else:
-            self._refuse(bad_request("This is not valid HTTP/1.1."))
+        self._watch()
 
     def _count(self, num_bytes: int) -> None:
         self._held_bytes = 0
@@ -172,24 +210,39 @@ class BoundedProtocol(HttpToolsProtocol):
             raise HeaderTooLarge
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer and close; only close when another answer is under way, or to come first."""
+        """Read no further, and close: with this as the answer, or after those that are due.
+
+        An error in a body is for the application, which waits for the body and answers.
+        """
+        self._is_refused = True
         self._stop_watching()
-        if self.transport.is_closing():
+        is_answered = self.cycle is None or self.cycle.response_complete
+        if not is_answered:
+            self.cycle.keep_alive = False
+        if self._is_in_body:
+            if is_answered:
+                self._close()
+            else:
+                self.cycle.scope["state"][BODY_ERROR] = error
+                self.cycle.message_event.set()
             return
         self.bounds.note_rejected(reason_of_error(error.status, error.code))
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or not (cycle.response_started or self.pipeline):
+        request_id = request_id_for(Headers(raw=self.headers if self._is_in_header else []))
+        if is_answered:
             response = error.response()
-            head = [STATUS_LINE[error.status], b"connection: close\r\n"]
-            head += [name + b": " + value + b"\r\n" for name, value in response.raw_headers]
+            response.headers.update({"Connection": "close", "X-Request-Id": request_id})
+            head = [STATUS_LINE[error.status], *(b"%s: %s\r\n" % field for field in response.raw_headers)]
             self.transport.write(b"".join([*head, b"\r\n", response.body]))
-        if cycle is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
-        self.transport.close()
+            self._close()
+        method, path = None, None
+        if self._is_in_header and self.url:
+            method, path = self.parser.get_method().decode(), unquote_to_bytes(self.url.partition(b"?")[0])
+        log_request(request_id, method, path, error.status if is_answered else None, error=error.code)
 
     def _waits(self) -> bool:
         """Whether it is the client's turn, and nobody else sees to it that it comes."""
+        if self._is_refused or self.transport.is_closing():
+            return False
         if self._is_in_header:
             return True
         if self.cycle is not None and not self.cycle.response_complete:
@@ -210,7 +263,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _check_time(self) -> None:
         self._timer = None
-        if self.transport.is_closing() or not self._waits():
+        if not self._waits():
             return
         now_s = self.loop.time()
         if self.flow.read_paused:  # it is us who do not read
@@ -226,22 +279,9 @@ class BoundedProtocol(HttpToolsProtocol):
             )
             self._refuse(ApiError(408, message, code="request_timeout"))
         else:
-            self.transport.close()
+            self._close()
 
 
-def bounded_protocol(bounds: ConnectionBounds) -> type[asyncio.Protocol]:
+def bounded_protocol(bounds: ConnectionBounds) -> type[BoundedProtocol]:
     """The class to give to uvicorn."""
     return type("Protocol", (BoundedProtocol,), {"bounds": bounds})
-
-
-def connections_allowed() -> int:
-    """As many as this process may hold files open, but for some others, and MAX_CONNECTIONS at most.
-
-    What the system lets the process open is raised first: many systems begin with 1024 and allow far more.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))

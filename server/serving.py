@@ -16,19 +16,31 @@ from sse_starlette.sse import AppStatus
 
 from server.api.service import load_service
 from server.app import create_app
+from server.connection_limit import ACCEPTED_AT_ONCE, connections_allowed
 from server.engine.client import EngineClient
 from server.engine.launch import Engine
-from server.http_protocol import ConnectionBounds, bounded_protocol, connections_allowed
+from server.http_protocol import ConnectionBounds, bounded_protocol
 from server.keys import Keyring
 from server.settings import ServerSettings
 from server.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
+from server.tls import server_context
+from server.tls_protocol import tls_protocol
 from server.tracing import Tracing, make_tracing
 
 _POLL_S = 0.05
+_WAITING_CONNECTIONS = 2048  # that the kernel keeps until they are accepted
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its handling of signals, which would close the port at the first one."""
+    """uvicorn without its handling of signals, which would close the port at the first one.
+
+    asyncio has one number for how many connections may wait and how many it accepts before it looks at one of them.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_WAITING_CONNECTIONS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -60,12 +72,16 @@ async def serve(
             max_connections=connections_allowed(),
             note_rejected=client.observer.note_rejected,
         )
+        protocol: type[asyncio.Protocol] = bounded_protocol(bounds)
+        if settings.ssl_certfile is not None:
+            protocol = tls_protocol(
+                bounded_protocol(bounds), server_context(settings.ssl_certfile, settings.ssl_keyfile)
+            )
         config = uvicorn.Config(
             create_app(load_service(settings, client, started_at), keyring, tracing),
-            http=bounded_protocol(bounds),
+            http=protocol,
             ws="none",
-            ssl_certfile=settings.ssl_certfile,
-            ssl_keyfile=settings.ssl_keyfile,
+            backlog=ACCEPTED_AT_ONCE,
             root_path=settings.root_path,
             lifespan="off",
             log_config=None,

@@ -1,4 +1,4 @@
-"""Whether the files of a certificate can be used, before a model is loaded for nothing. Knows no sockets."""
+"""The certificate that HTTPS is served with, checked before a model is loaded for nothing. Knows no sockets."""
 
 import ssl
 
@@ -12,13 +12,19 @@ def check_certificate(settings: ServerSettings) -> None:
         if settings.ssl_keyfile is not None:
             raise SettingsError("--ssl-keyfile needs --ssl-certfile.")
         return
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password=_no_password)
+        server_context(settings.ssl_certfile, settings.ssl_keyfile)
     except (OSError, ValueError) as error:  # of ssl.SSLError, too
         raise SettingsError(
             f"--ssl-certfile: {settings.ssl_certfile} and its key cannot be used: {_reason(error)}."
         ) from None
+
+
+def server_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
+    """OSError or ValueError when the files cannot be used."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certfile, keyfile, password=_no_password)
+    return context
 
 
 def _no_password() -> str:

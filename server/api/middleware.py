@@ -8,6 +8,7 @@ import logging
 import re
 import secrets
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +24,7 @@ from server.tracing import Tracing
 
 logger = logging.getLogger("server.access")
 
+BODY_ERROR = "body_error"  # in a scope's state: the ApiError for what is wrong with the body that is being received
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
@@ -71,35 +73,38 @@ def request_id_for(headers: Headers) -> str:
 
 
 def _log(scope: Scope, status: int | None, record: RequestRecord) -> None:
-    path = scope["path"].encode("unicode_escape").decode()
-    shown_status = "-" if status is None else status
-
     def since(start_s: float | None, end_s: float | None) -> float | None:
         return None if start_s is None or end_s is None else round(max(0.0, end_s - start_s), 4)
 
     key, tokens = scope["state"].get("key"), record.tokens
-    fields = {
-        "request_id": record.request_id,
-        "method": scope["method"],
-        "path": path,
-        "status": status,
-        "key": None if key is None else key.name,
-        "adapter": record.adapter,
-        "prompt_tokens": None if tokens is None else tokens.prompt,
-        "completion_tokens": None if tokens is None else tokens.completion,
-        "finish_reason": record.finish_reason,
-        "error": record.error_code,
-        "queue_s": since(record.queued_s, record.started_s),
-        "ttft_s": since(record.arrived_s, record.first_token_s),
-        "total_s": since(record.arrived_s, time.monotonic()),
-    }
-    logger.info(
-        "%s %s %s",
+    log_request(
+        record.request_id,
         scope["method"],
-        path,
-        shown_status,
-        extra=fields_of_line(fields, already_said=("method", "path", "status")),
+        scope["path"],
+        status,
+        key=None if key is None else key.name,
+        adapter=record.adapter,
+        prompt_tokens=None if tokens is None else tokens.prompt,
+        completion_tokens=None if tokens is None else tokens.completion,
+        finish_reason=record.finish_reason,
+        error=record.error_code,
+        queue_s=since(record.queued_s, record.started_s),
+        ttft_s=since(record.arrived_s, record.first_token_s),
+        total_s=since(record.arrived_s, time.monotonic()),
     )
+
+
+def log_request(
+    request_id: str, method: str | None, path: str | bytes | None, status: int | None, **fields: str | float | None
+) -> None:
+    """The one line of a request; what is None it did not have. The path is given decoded, and encoded again.
+
+    So no part of it can be taken for a field of the line.
+    """
+    shown_path = None if path is None else quote(path, safe="/:@!$&'()*+,;=")  # RFC 3986, 3.3
+    said = {"method": method, "path": shown_path, "status": status}
+    shown = ["-" if value is None else value for value in said.values()]
+    logger.info("%s %s %s", *shown, extra=fields_of_line({"request_id": request_id} | said | fields, already_said=said))
 
 
 class Cors(CORSMiddleware):
@@ -169,6 +174,8 @@ class BodyBounds:
                     message = await receive()
             except TimeoutError:
                 raise self._too_slow() from None
+            if (error := scope["state"].get(BODY_ERROR)) is not None:
+                raise error
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._max_bytes:

@@ -1,5 +1,6 @@
 """Connections of all kinds of ill will: refused or closed in time, nothing kept of them, and the server as before."""
 
+import itertools
 import json
 import random
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS, OTHER_FILES
+from server.connection_limit import OTHER_FILES
+from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tests.fake_engine import SLOW
 from tests.server_process import FAKE, ServerProcess, running
 
@@ -143,6 +145,65 @@ def test_bombs_in_chunks_and_lies_about_length(server: ServerProcess, content: b
     assert not answer or statuses(answer) in ([wanted], [400])
     assert resident_bytes(server) - before < GROWTH_LIMIT_BYTES
     assert_healthy(server)
+
+
+VERSION = b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+LAST = VERSION.replace(b"Host", b"Connection: close\r\nHost")
+OTHER_PROTOCOLS = [
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n",
+    b"Upgrade: websocket\r\nSec-WebSocket-Key: AQIDBAUGBwgJCgsMDQ4PEA==\r\nSec-WebSocket-Version: 13\r\n"
+    b"Connection: keep-alive\r\nConnection: upgrade\r\n",
+    b"Connection: upgrade\r\nUpgrade: TLS/1.0\r\nUpgrade: a/1, b\r\nExpect: 100-continue\r\n",
+]
+
+
+def post(fields: bytes, body: bytes, is_chunked: bool) -> bytes:
+    if is_chunked:
+        chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:3], body[3:]))
+        return HEAD + fields + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+    return HEAD + fields + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("fields", OTHER_PROTOCOLS, ids=["h2c", "websocket", "others"])
+def test_a_wish_for_another_protocol_is_ignored(server: ServerProcess, fields: bytes, is_chunked: bool) -> None:
+    """The body was once dropped, and then taken for the next request. Java's client sends the first one by default."""
+    good, smuggled = post(fields, BODY, is_chunked), post(fields, VERSION, is_chunked)
+    bare = VERSION.replace(b"Host", fields + b"Host")
+    requests = good + smuggled + bare + good + LAST
+    ends = [len(requests)]
+    head_end = requests.index(b"\r\n\r\n") + 4
+    for pieces in ([], [head_end], [head_end - 2], [10, head_end + 5, len(good) + 3], range(1, len(requests))):
+        with connect(server) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for start, end in itertools.pairwise([0, *pieces, *ends]):
+                connection.sendall(requests[start:end])
+                if len(pieces) < 10:
+                    time.sleep(0.02)  # so that it comes in these pieces
+            answer = read_all(connection)
+        assert [status for status in statuses(answer) if status != 100] == [200, 400, 200, 200, 200]
+        assert answer.count(b'"text":"h"') == 2
+
+
+def test_a_wish_for_another_protocol_may_be_the_last_request(server: ServerProcess) -> None:
+    for version in (b"HTTP/1.1", b"HTTP/1.0"):
+        with connect(server) as connection:
+            connection.sendall(
+                post(b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n", BODY, False).replace(b"HTTP/1.1", version)
+            )
+            assert statuses(read_all(connection)) == [200]
+
+
+def test_a_tunnel_is_refused(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1:80\r\n\r\n" + VERSION)
+        assert statuses(read_all(connection)) == [400]
+
+
+def test_what_is_no_http_ends_the_connection_after_the_answers_before_it(server: ServerProcess) -> None:
+    with connect(server) as connection:
+        connection.sendall(WHOLE + WHOLE + b"garbage\r\n\r\n" + VERSION)
+        assert statuses(read_all(connection)) == [200, 200]
 
 
 def test_what_follows_a_chunked_body_is_no_header(fake_model: str) -> None:

@@ -1,8 +1,6 @@
 """HTTPS, and paths behind a proxy, as clients see them."""
 
-import shutil
 import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +9,9 @@ import httpx
 import openai
 import pytest
 
+from tests.certificates import make_certificate
 from tests.integration.test_startup_errors import the_error_line
 from tests.server_process import FAKE, REAL, ServerProcess, running
-
-
-def make_certificate(folder: Path, name: str, *options: str) -> tuple[Path, Path]:
-    """Of 127.0.0.1, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl, which makes the certificate, is not installed")
-    certificate, key = folder / f"{name}.pem", folder / f"{name}-key.pem"
-    make = "openssl req -x509 -newkey rsa:2048 -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    keeping = options or ("-nodes",)
-    subprocess.run([*make.split(), *keeping, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    return certificate, key
 
 
 @pytest.fixture
