@@ -228,16 +228,16 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self.bounds.note_rejected(reason_of_error(error.status, error.code))
         request_id = request_id_for(Headers(raw=self.headers if self._is_in_header else []))
+        method, path = None, None
+        if self._is_in_header and self.url:
+            method, path = self.parser.get_method().decode(), unquote_to_bytes(self.url.partition(b"?")[0])
+        log_request(request_id, method, path, error.status if is_answered else None, error=error.code)
         if is_answered:
             response = error.response()
             response.headers.update({"Connection": "close", "X-Request-Id": request_id})
             head = [STATUS_LINE[error.status], *(b"%s: %s\r\n" % field for field in response.raw_headers)]
             self.transport.write(b"".join([*head, b"\r\n", response.body]))
             self._close()
-        method, path = None, None
-        if self._is_in_header and self.url:
-            method, path = self.parser.get_method().decode(), unquote_to_bytes(self.url.partition(b"?")[0])
-        log_request(request_id, method, path, error.status if is_answered else None, error=error.code)
 
     def _waits(self) -> bool:
         """Whether it is the client's turn, and nobody else sees to it that it comes."""

@@ -6,7 +6,9 @@ import random
 import re
 import resource
 import select
+import signal
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import pytest
 
 from server.connection_limit import OTHER_FILES
 from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tests.certificates import make_certificate
 from tests.fake_engine import SLOW
 from tests.server_process import FAKE, ServerProcess, running
 
@@ -301,6 +304,8 @@ def test_connections_beyond_what_the_process_can_hold_are_refused(fake_model: st
                 answer = read_all(one_more)
             assert statuses(answer) == [503] and b"retry-after: 1" in answer.lower()
             assert error_of(answer)["code"] == "too_many_connections"
+            request_id = re.search(rb"x-request-id: (\w+)", answer.lower())[1].decode()
+            assert f"- - 503 request_id={request_id} error=too_many_connections" in server.log()
         for connection in connections:
             connection.sendall(WHOLE)
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
@@ -313,6 +318,49 @@ def test_connections_beyond_what_the_process_can_hold_are_refused(fake_model: st
         assert "Traceback" not in server.log()
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])
+def test_silent_connections_in_any_number_take_the_place_of_others_for_a_while_only(
+    fake_model: str, tmp_path: Path, is_secure: bool
+) -> None:
+    """Many at once, so that each is accepted before those before it are refused. Over TLS they once did not count."""
+    num_allowed, num_silent = 40, 320
+    if int(Path("/proc/sys/net/core/somaxconn").read_text()) < num_silent:
+        pytest.skip("the kernel lets fewer connections wait at once")
+    flags, verify = [], True
+    if is_secure:
+        certificate, key = make_certificate(tmp_path, "server")
+        flags = ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)]
+        verify = ssl.create_default_context(cafile=str(certificate))
+    server = ServerProcess(FAKE, "--model", fake_model, "--receive-timeout", str(RECEIVE_TIMEOUT_S), *flags)
+    url = f"{'https' if is_secure else 'http'}://127.0.0.1:{server.port}/health"
+    try:
+        limit = num_allowed + OTHER_FILES
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        until_it_answers(url, verify)
+        server.process.send_signal(signal.SIGSTOP)
+        connections = [connect(server) for _ in range(num_silent)]
+        server.process.send_signal(signal.SIGCONT)
+        answered = Counter(len(statuses(read_all(connection))) for connection in connections)
+        assert answered == ({0: num_silent} if is_secure else {0: num_allowed, 1: num_silent - num_allowed})
+        until_it_answers(url, verify)
+        assert server.log().count("error=too_many_connections") == num_silent - num_allowed
+        assert "Traceback" not in server.log()
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+        server.stop()
+
+
+def until_it_answers(url: str, verify: ssl.SSLContext | bool) -> None:
+    deadline_s = time.monotonic() + 30
+    while True:
+        try:
+            assert httpx.get(url, verify=verify).status_code == 200
+            return
+        except httpx.TransportError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
 
 
 def hostile(chance: random.Random) -> bytes:

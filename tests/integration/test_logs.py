@@ -1,7 +1,10 @@
 """What a running server logs: one line for each request, in one form, without prompts and keys."""
 
 import json
+import re
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,72 @@ def test_json_lines_tell_of_every_request(fake_model: str, num_workers: int) -> 
         assert crash["traceback"].endswith("RuntimeError: told to crash")
         assert all({"time", "level", "process", "logger", "message"} <= line.keys() for line in lines)
         assert PROMPT not in server.log() and KEY not in server.log()
+
+
+@pytest.mark.parametrize(
+    ("sent", "expected"),
+    [
+        (b"\x16\x03\x01\r\n\r\n", {"status": 400}),
+        (
+            b"GET /version%20a?key=hidden HTTP/1.1\r\nX-Request-Id: mine\r\nHost",
+            {"status": 408, "method": "GET", "path": "/version%20a", "request_id": "mine", "error": "request_timeout"},
+        ),
+        (
+            b"GET /version HTTP/1.1\r\nX-Request-Id: mine\r\n" + b"a: b\r\n" * 201,
+            {"status": 431, "method": "GET", "path": "/version", "request_id": "mine", "error": "header_too_large"},
+        ),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: mine\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\nnothing",
+            {"status": 400, "method": "POST", "path": "/v1/completions", "request_id": "mine"},
+        ),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"0\r\n" + b"a: b\r\n" * 201,
+            {"status": 431, "method": "POST", "path": "/v1/completions", "error": "header_too_large"},
+        ),
+    ],
+    ids=["garbage", "slow", "large", "body", "trailers"],
+)
+def test_what_is_refused_as_it_comes_has_its_line_and_its_id(
+    impatient: ServerProcess, sent: bytes, expected: dict[str, Any]
+) -> None:
+    before = len(json_lines(impatient))
+    with socket.create_connection(("127.0.0.1", impatient.port), timeout=30) as connection:
+        connection.sendall(sent)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 %d " % expected["status"])
+    (request_id,) = re.findall(rb"(?i)\r\nx-request-id: (\S+)\r\n", answer)
+    deadline_s = time.monotonic() + 10
+    while not (lines := json_lines(impatient)[before:]):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    (line,) = lines
+    wanted = {"method": None, "path": None, "error": None, "request_id": request_id.decode()} | expected
+    assert {name: line.get(name) for name in wanted} == wanted
+    assert line["logger"] == "server.access" and "hidden" not in impatient.log()
+
+
+@pytest.fixture(scope="module")
+def impatient(fake_model: str) -> Iterator[ServerProcess]:
+    with running(FAKE, "--model", fake_model, "--log-format", "json", "--receive-timeout", "1") as server:
+        httpx.get(f"{server.url}/version", headers={"X-Request-Id": "first"})
+        line_of(server, "first")
+        yield server
+
+
+def test_a_path_cannot_be_taken_for_fields(fake_server: ServerProcess) -> None:
+    path = "/v1/completions%20200%20request_id=x%20key=admin%0astatus=%22%c3%a9"
+    httpx.get(f"{fake_server.url}{path}", headers={"X-Request-Id": "forger"})
+    deadline_s = time.monotonic() + 10
+    while "request_id=forger" not in fake_server.log():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    (line,) = [line for line in fake_server.log().splitlines() if "request_id=forger" in line]
+    shown = "/v1/completions%20200%20request_id=x%20key=admin%0Astatus=%22%C3%A9"
+    assert f" GET {shown} 404 request_id=forger " in line and " key=" not in line
 
 
 def test_a_start_that_fails_is_one_json_line(tmp_path: Path) -> None:

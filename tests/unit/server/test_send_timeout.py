@@ -1,4 +1,4 @@
-"""Clients that read slowly, or not at all, at any place of an answer, over TCP and TLS: a small application, real sockets."""
+"""Clients that read slowly, or stop at any place of an answer, over TCP and TLS: a small application, real sockets."""
 
 import asyncio
 import socket
