@@ -132,9 +132,14 @@ def test_who_stops_reading_is_cut_off_wherever_that_is(certificate: tuple[Path, 
 def test_who_says_no_more_and_reads_no_more_is_cut_off() -> None:
     async def check() -> None:
         async with serving(None) as site:
-            _, writer = await site.ask("/", "Connection: keep-alive")
-            writer.write_eof()
+            clients = []
+            for left in range(20_000, 140_000, 4_000):
+                clients.append(await site.ask("/pieces", "Connection: keep-alive"))
+                reader, writer = clients[-1]
+                await reader.readexactly(ANSWER_BYTES - left)
+                writer.write_eof()
             await site.until_all_are_gone()
-            writer.close()
+            for _, writer in clients:
+                writer.close()
 
     asyncio.run(check())
