@@ -245,6 +245,7 @@ def test_keys_and_limits_are_told_in_one_sentence(chat, fake_model, tmp_path: Pa
         (f"http://127.0.0.1:{free_port()}", "cannot be reached"),
         ("nonsense", "must look like http://127.0.0.1:8000"),
     ],
+    ids=["nobody", "nonsense"],
 )
 def test_without_a_server_one_line_says_so(chat, url: str, said: str) -> None:
     with chat("--url", url) as terminal:
