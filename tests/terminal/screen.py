@@ -77,9 +77,9 @@ class Terminal:
         return drawn
 
     def wait_for(self, pattern: str) -> "Terminal":
-        """Go on reading until a regular expression is found on the screen."""
+        """Go on reading until a regular expression is found on the screen, line by line or over ends of lines."""
         deadline_s = time.monotonic() + LIMIT_S
-        while not re.search(pattern, self.text, re.MULTILINE):
+        while not (re.search(pattern, self.text, re.MULTILINE) or re.search(pattern, " ".join(self.text.split()))):
             if time.monotonic() > deadline_s or not self._read():
                 raise AssertionError(f"{pattern!r} does not appear on the screen:\n{self.text}")
         return self
