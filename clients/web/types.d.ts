@@ -68,7 +68,7 @@ export interface TokenLogprob extends TopLogprob {
 export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;
-  prompt_tokens_details: { cached_tokens: number };
+  prompt_tokens_details?: { cached_tokens: number };
   evicted_tokens?: number;
 }
 
@@ -187,7 +187,6 @@ export interface Problem {
 
 export interface Sample {
   name: string;
-  labels: Record<string, string>;
   value: number;
 }
 

@@ -31,6 +31,7 @@ export class AdapterTable {
   show(entries, isAnew = false) {
     const text = JSON.stringify(entries);
     if (text === this.shown && !isAnew) return;
+    if (this.element.querySelector("button:active") !== null) return; // else what is pressed now would be lost
     this.shown = text;
     const focused =
       document.activeElement instanceof HTMLElement ? document.activeElement.dataset["unload"] : undefined;
@@ -90,12 +91,14 @@ export class AdapterTable {
 
   /** @param {string} name */
   #unloadButton(name) {
-    const isAsked = this.asked === name;
-    const button = make(
-      "button",
-      { type: "button", class: isAsked ? "sure" : "", "aria-label": t("unloadOf", { name }) },
-      t(isAsked ? "unloadSure" : "unload"),
-    );
+    const button = make("button", { type: "button" });
+    const show = () => {
+      const isAsked = this.asked === name;
+      button.textContent = t(isAsked ? "unloadSure" : "unload");
+      button.classList.toggle("sure", isAsked);
+      button.setAttribute("aria-label", `${isAsked ? `${t("unloadSure")} ` : ""}${t("unloadOf", { name })}`);
+    };
+    show();
     button.dataset["unload"] = name;
     button.addEventListener("click", () => {
       if (this.asked === name) {
@@ -104,14 +107,12 @@ export class AdapterTable {
         return;
       }
       this.asked = name;
-      button.textContent = t("unloadSure");
-      button.classList.add("sure");
+      show();
     });
     button.addEventListener("blur", () => {
       if (!button.isConnected || this.asked !== name) return;
       this.asked = "";
-      button.textContent = t("unload");
-      button.classList.remove("sure");
+      show();
     });
     return button;
   }

@@ -62,6 +62,11 @@ export class AnswerView {
     this.buttons.hidden = answer.state === "streaming";
   }
 
+  /** The answer as it is read out, without marks. */
+  get spoken() {
+    return this.tokens === null ? this.text.innerText : this.answer.content;
+  }
+
   #showTokens() {
     if (this.tokens === null) {
       this.tokens = new TokenView();
@@ -93,10 +98,13 @@ export class AnswerView {
   }
 
   #showNote() {
-    const { failure, state, finishReason } = this.answer;
+    const { content, failure, state, finishReason } = this.answer;
     this.note.className = failure === null ? "note" : "note failure";
     if (failure === null) {
-      this.note.textContent = state === "stopped" ? t("stopped") : finishReason === "length" ? t("cutByLength") : "";
+      this.note.textContent = "";
+      if (state === "stopped") this.note.textContent = t("stopped");
+      else if (finishReason === "length") this.note.textContent = t("cutByLength");
+      else if (state === "done" && content === "") this.note.textContent = t("emptyAnswer");
       return;
     }
     const { sentence, detail } = explain(failure);
@@ -105,12 +113,11 @@ export class AnswerView {
       { type: "button", class: "retry", click: () => this.actions.regenerate() },
       t("retry"),
     );
-    const content = [make("p", {}, sentence), make("p", { class: "detail" }, detail)];
     const buttons = make("p", { class: "note-buttons" }, retry);
     if (failure.status === 401) {
       buttons.prepend(make("button", { type: "button", click: () => this.actions.enterKey() }, t("openSettings")));
     }
-    this.note.replaceChildren(...content, buttons);
+    this.note.replaceChildren(make("p", {}, sentence), make("p", { class: "detail" }, detail), buttons);
   }
 }
 

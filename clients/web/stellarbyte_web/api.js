@@ -5,19 +5,19 @@
 
 import { readEvents } from "./sse.js";
 
+const GET_LIMIT_MS = 5000; // what is only read is there at once, or the server hangs
+
 /** The server answered with an error; the message is its own. `status` is null for an error within a stream. */
 export class ApiError extends Error {
   /**
    * @param {number | null} status
    * @param {string} message
-   * @param {{ code?: string | null, param?: string | null, retryAfterS?: number | null }} more
+   * @param {{ retryAfterS?: number | null }} more
    */
-  constructor(status, message, { code = null, param = null, retryAfterS = null } = {}) {
+  constructor(status, message, { retryAfterS = null } = {}) {
     super(message);
     this.name = "ApiError";
     this.status = status;
-    this.code = code;
-    this.param = param;
     this.retryAfterS = retryAfterS;
   }
 }
@@ -76,7 +76,7 @@ export class Server {
       for await (const data of readEvents(chunksOf(response.body))) {
         if (data === "[DONE]") return;
         const content = JSON.parse(data);
-        if (content.error) throw new ApiError(null, content.error.message, content.error);
+        if (content.error) throw new ApiError(null, content.error.message);
         yield content;
       }
     } catch (error) {
@@ -122,12 +122,13 @@ export class Server {
 
   /** @returns {Promise<string>} Prometheus' text format */
   async metrics() {
-    return (await this.#request("metrics")).text();
+    const response = await this.#request("metrics");
+    return response.text().catch(() => Promise.reject(new ServerGone()));
   }
 
   /** Whether the server would answer a request now; otherwise throws what stands against it. */
   async ready() {
-    await this.#request("ready", { signal: AbortSignal.timeout(5000) });
+    await this.#request("ready");
   }
 
   /**
@@ -145,9 +146,9 @@ export class Server {
 
   /**
    * @param {string} path
-   * @param {{ body?: object, signal?: AbortSignal }} options with a body it is a POST
+   * @param {{ body?: object, signal?: AbortSignal }} options with a body it is a POST, without one a GET that may not take long
    */
-  async #request(path, { body, signal } = {}) {
+  async #request(path, { body, signal = body === undefined ? AbortSignal.timeout(GET_LIMIT_MS) : undefined } = {}) {
     /** @type {Record<string, string>} */
     const headers = {};
     if (body !== undefined) headers["Content-Type"] = "application/json";
@@ -174,8 +175,8 @@ async function errorOf(response) {
   const retryAfterS = Number.isFinite(retryAfter) ? retryAfter : null;
   const text = await response.text().catch(() => "");
   try {
-    const { message, code, param } = JSON.parse(text).error;
-    return new ApiError(response.status, String(message), { code, param, retryAfterS });
+    const { message } = JSON.parse(text).error;
+    return new ApiError(response.status, String(message), { retryAfterS });
   } catch {
     return new ApiError(response.status, `HTTP ${response.status}`, { retryAfterS }); // of something before the server
   }

@@ -34,14 +34,15 @@ export async function fillAnswer(server, body, answer, { signal, changed, now = 
  */
 function addChunk(answer, chunk, nowMs) {
   const choice = chunk.choices[0];
+  const { timing } = answer;
   if (chunk.usage) answer.usage = chunk.usage;
   if (choice === undefined) return;
   answer.tokens.push(...(choice.logprobs?.content ?? []));
   answer.finishReason = choice.finish_reason ?? answer.finishReason;
+  if (choice.finish_reason !== null) timing.lastMs = nowMs; // the last tokens may have no text
   const text = choice.delta.content ?? "";
   if (text === "") return;
   answer.content += text;
-  const { timing } = answer;
   timing.firstMs ??= nowMs;
   timing.lastMs = nowMs;
   timing.pieces += 1;
@@ -64,7 +65,7 @@ export function measures(answer) {
     promptTokens: usage?.prompt_tokens ?? null,
     completionTokens: completion,
     isExact: usage !== null,
-    cachedTokens: usage?.prompt_tokens_details.cached_tokens ?? null,
+    cachedTokens: usage?.prompt_tokens_details?.cached_tokens ?? null,
     evictedTokens: usage === null ? null : (usage.evicted_tokens ?? 0),
   };
 }

@@ -3,12 +3,11 @@
 /** @import { Point } from "../types.js" */
 
 import { make, makeSvg } from "./elements.js";
-import { WINDOW_MS } from "./history.js";
+import { GAP_MS, WINDOW_MS } from "./history.js";
 import { t } from "./i18n.js";
 
 const WIDTH = 300;
 const HEIGHT = 90;
-const GAP_MS = 5000; // longer without a point, as while the page is hidden, and the line is broken
 
 /**
  * @typedef {object} Line

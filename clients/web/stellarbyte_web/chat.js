@@ -33,7 +33,16 @@ const connection = new Connection(server, showLink);
 const settings = new SettingsPanel(() => void loadModels());
 const playground = new Playground(server, settings, {
   changed: showComposer,
+  asked: () => {
+    announcer.replaceChildren();
+    composerProblem.textContent = "";
+    focusQuestion();
+  },
+  removed: focusQuestion,
   finished,
+  restored: ({ failure }) => {
+    if (failure !== null) composerProblem.textContent = Object.values(explain(failure)).join(" ");
+  },
   example: (text) => {
     question.value = text;
     ask();
@@ -44,19 +53,22 @@ const playground = new Playground(server, settings, {
 
 let modelRequests = 0;
 
-/** Ask what there is to choose from. Of several such questions, as when keys are tried, only the last one counts. */
+/** Ask what there is to choose from. Of several such questions, as when keys are tried, only the last one counts.
+ * @returns {Promise<boolean>} whether that is known now
+ */
 async function loadModels() {
   modelRequests += 1;
   const turn = modelRequests;
   try {
     const cards = await server.models();
-    if (turn !== modelRequests) return;
+    if (turn !== modelRequests) return false;
     playground.showModels(cards);
     showCondition("ready");
     if (!connection.isWatching) hideBanner();
+    return true;
   } catch (error) {
     const failure = failureOf(error);
-    if (turn !== modelRequests) return;
+    if (turn !== modelRequests) return false;
     if (failure.status === 401) {
       showCondition("needsKey");
       showBanner("bad", () => t("bannerKey"), [{ key: "openSettings", act: () => settings.enterKey() }]);
@@ -67,6 +79,7 @@ async function loadModels() {
         { key: "retry", act: () => void loadModels() },
       ]);
     }
+    return false;
   }
 }
 
@@ -85,35 +98,42 @@ function showLink(link) {
 }
 
 async function serverIsBack() {
-  await loadModels();
+  const isKnown = await loadModels();
   const retry = () => {
     hideBanner();
     playground.retryFailed();
   };
-  if (!playground.canAsk) return;
-  showBanner("good", () => t("bannerBack"), [
-    { key: "retry", act: retry },
-    { key: "dismiss", act: hideBanner },
-  ]);
+  if (!isKnown || !playground.canAsk) return;
+  /** @type {import("./banner.js").BannerAction[]} */
+  const actions = [{ key: "dismiss", act: hideBanner }];
+  if (playground.hasFailed) actions.unshift({ key: "retry", act: retry });
+  showBanner("good", () => t("bannerBack"), actions);
 }
 
-/** @param {Answer} answer */
-function finished(answer) {
+/**
+ * @param {Answer} answer
+ * @param {string} spoken
+ */
+function finished(answer, spoken) {
   if (answer.state === "failed") {
     if (answer.failure?.status === null || answer.failure?.status === 503) connection.watch(false);
     if (answer.failure?.status === 404) void loadModels();
-  } else {
-    announcer.append(make("p", {}, announcementOf(answer)));
   }
+  announcer.append(make("p", {}, announcementOf(answer, spoken)));
+}
+
+/** Where the focus goes when what had it is gone; not by touch, where a keyboard would cover the answer. */
+function focusQuestion() {
+  if (!matchMedia("(pointer: coarse)").matches) question.focus();
 }
 
 function ask() {
   const text = question.value.trim();
   if (text === "" || !playground.canAsk) return;
-  announcer.replaceChildren();
-  const isAsked = playground.ask(text);
-  composerProblem.textContent = isAsked ? "" : t("fixFields");
-  if (!isAsked) return;
+  if (!playground.ask(text)) {
+    composerProblem.textContent = t("fixFields");
+    return;
+  }
   question.value = "";
   fitQuestion();
 }
@@ -135,7 +155,8 @@ function fitQuestion() {
 
 question.addEventListener("input", fitQuestion);
 question.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey) return;
+  if (event.isComposing || event.keyCode === 229) return; // 229: Safari's Enter that ends a composition
   event.preventDefault();
   ask();
 });
@@ -148,6 +169,7 @@ stop.addEventListener("click", () => {
   question.focus();
 });
 addEventListener("keydown", (event) => {
+  if (event.isComposing || event.defaultPrevented) return; // it ended something else
   if (event.key === "Escape" && playground.isAsking) playground.stop();
 });
 byId("new-chat", HTMLButtonElement).addEventListener("click", () => {

@@ -15,6 +15,7 @@ export async function copyText(text, button) {
   } catch {
     if (!copyBySelection(text)) return;
   }
+  if (button.classList.contains("done")) return; // it says so already
   const before = [...button.childNodes];
   const hasIcon = button.querySelector("svg") !== null;
   button.replaceChildren(hasIcon ? icon("check") : t("copied"));

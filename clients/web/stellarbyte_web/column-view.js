@@ -1,6 +1,6 @@
 // One column of the page: who answers, and its questions and answers. Knows no requests: it shows a column as it is.
 
-/** @import { Answer, Column, ModelCard } from "../types.js" */
+/** @import { Answer, Column, ModelCard, Question } from "../types.js" */
 
 import { AnswerView } from "./answer-view.js";
 import { icon, make } from "./elements.js";
@@ -36,6 +36,8 @@ export class ColumnView {
     this.head = make("div", { class: "column-head" });
     this.thread = make("div", { class: "thread", tabindex: "0", role: "group" });
     this.element = make("section", { class: "column" }, this.head, this.thread);
+    /** @type {WeakMap<Question, QuestionView>} Kept, since one may be edited just now. */
+    this.questions = new WeakMap();
     /** @type {AnswerView | null} The answer that may still change. */
     this.last = null;
   }
@@ -51,11 +53,33 @@ export class ColumnView {
     this.picker.showCards(cards);
   }
 
+  /** What scrolls: on a phone, where columns lie one below the other, they do so together. */
+  get #scroller() {
+    const isTogether = getComputedStyle(this.thread).overflowY === "visible";
+    return isTogether ? (this.element.parentElement ?? this.thread) : this.thread;
+  }
+
+  /** How far the thread's end lies below what is seen; negative above. */
+  get #beyondPx() {
+    const scroller = this.#scroller;
+    if (scroller === this.thread) return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
+    return this.thread.getBoundingClientRect().bottom - scroller.getBoundingClientRect().bottom;
+  }
+
+  get #isAtEnd() {
+    return Math.abs(this.#beyondPx) < NEAR_END_PX;
+  }
+
+  /** Where somebody reads; null at the end. */
+  get scrollTop() {
+    return this.element.isConnected && !this.#isAtEnd ? this.#scroller.scrollTop : null;
+  }
+
   /**
    * Show everything anew.
-   * @param {{ number: number, isOnly: boolean, withTokens: boolean }} place
+   * @param {{ number: number, isOnly: boolean, withTokens: boolean, scrollTop: number | null }} place
    */
-  show({ number, isOnly, withTokens }) {
+  show({ number, isOnly, withTokens, scrollTop }) {
     this.withTokens = withTokens;
     this.element.setAttribute("aria-label", t("column", { number }));
     this.thread.setAttribute("aria-label", t("chat"));
@@ -75,6 +99,7 @@ export class ColumnView {
     );
     this.head.replaceChildren(this.picker.element, remove);
     this.showMessages(isOnly);
+    if (scrollTop !== null) this.#scroller.scrollTop = scrollTop;
   }
 
   /** @param {boolean} isOnly */
@@ -88,7 +113,7 @@ export class ColumnView {
       return;
     }
     const elements = messages.map((message) => {
-      if (message.role === "user") return new QuestionView(message, (text) => this.events.edited(this, text)).element;
+      if (message.role === "user") return this.#questionView(message).element;
       this.last = new AnswerView(message, this.withTokens, {
         regenerate: () => this.events.regenerate(this),
         enterKey: this.events.enterKey,
@@ -96,16 +121,23 @@ export class ColumnView {
       return this.last.element;
     });
     this.thread.replaceChildren(...elements);
-    this.thread.scrollTop = this.thread.scrollHeight;
+    this.#scroller.scrollTop += this.#beyondPx;
+  }
+
+  /** @param {Question} question */
+  #questionView(question) {
+    const view = this.questions.get(question) ?? new QuestionView(question, (text) => this.events.edited(this, text));
+    this.questions.set(question, view);
+    view.show();
+    return view;
   }
 
   /** @param {Answer} answer the last one, which has changed */
   update(answer) {
     if (this.last?.answer !== answer) return;
-    const { thread } = this;
-    const isAtEnd = thread.scrollHeight - thread.scrollTop - thread.clientHeight < NEAR_END_PX;
+    const isAtEnd = this.#isAtEnd;
     this.last.update();
-    if (isAtEnd) thread.scrollTop = thread.scrollHeight;
+    if (isAtEnd) this.#scroller.scrollTop += this.#beyondPx;
   }
 }
 

@@ -3,6 +3,7 @@
 /** @import { Point } from "../types.js" */
 
 export const WINDOW_MS = 5 * 60 * 1000;
+export const GAP_MS = 5000; // longer without a point, as while the page is hidden, and nothing is known between
 
 /** Points of one line, of which those that are too old are forgotten. A value of null is a gap. */
 export class History {
@@ -34,7 +35,7 @@ export class Rate {
   }
 
   /**
-   * Per second since the last reading; null for the first one and after the counter began anew.
+   * Per second since the last reading; null for the first one, after a gap, and after the counter began anew.
    * @param {number} timeMs
    * @param {number | null} count
    */
@@ -42,6 +43,7 @@ export class Rate {
     const { last } = this;
     this.last = count === null ? null : { timeMs, count };
     if (last === null || count === null || count < last.count || timeMs <= last.timeMs) return null;
+    if (timeMs - last.timeMs > GAP_MS) return null;
     return ((count - last.count) * 1000) / (timeMs - last.timeMs);
   }
 }

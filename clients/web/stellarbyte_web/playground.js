@@ -18,13 +18,17 @@ import {
   requestBody,
 } from "./conversation.js";
 import { byId } from "./elements.js";
+import { explain } from "./failures.js";
 import { t } from "./i18n.js";
 import { session } from "./storage.js";
 
 /**
  * @typedef {object} PlaygroundEvents
  * @property {() => void} changed something is asked, or nothing any more
- * @property {(answer: Answer) => void} finished
+ * @property {() => void} asked what had the focus may be gone
+ * @property {() => void} removed a column is gone, and the focus with it
+ * @property {(answer: Answer, spoken: string) => void} finished `spoken` is its text for ears
+ * @property {(answer: Answer) => void} restored the answer failed, and the one before it is shown again
  * @property {(text: string) => void} example
  * @property {() => void} modelsWanted
  * @property {() => void} notKept
@@ -66,9 +70,11 @@ export class Playground {
   show() {
     const isOnly = this.views.length === 1;
     const columns = byId("columns", HTMLElement);
+    const scrollTops = this.views.map((view) => view.scrollTop); // lost when elements move
     columns.dataset["count"] = String(this.views.length);
     columns.replaceChildren(...this.views.map((view) => view.element));
-    this.views.forEach((view, i) => view.show({ number: i + 1, isOnly, withTokens: this.withTokens }));
+    const { withTokens } = this;
+    this.views.forEach((view, i) => view.show({ number: i + 1, isOnly, withTokens, scrollTop: scrollTops[i] ?? null }));
     this.#showAsking();
   }
 
@@ -115,9 +121,21 @@ export class Playground {
     return this.#askAll(this.views, ({ column }) => column.messages.push({ role: "user", content: question }));
   }
 
+  /** Columns without an answer that another try may give; what was refused as wrong stays wrong. */
+  get #failed() {
+    return this.views.filter(({ column }) => {
+      const answer = lastAnswer(column);
+      return answer?.state === "failed" && answer.failure?.status !== 400;
+    });
+  }
+
+  get hasFailed() {
+    return this.#failed.length > 0;
+  }
+
   /** Ask again whatever got no answer because of the connection. */
   retryFailed() {
-    this.#askAll(this.views.filter((view) => lastAnswer(view.column)?.state === "failed"));
+    this.#askAll(this.#failed);
   }
 
   stop() {
@@ -137,6 +155,7 @@ export class Playground {
         this.asking.get(view)?.abort();
         this.views = this.views.filter((other) => other !== view);
         this.#changed();
+        this.events.removed();
       },
     });
   }
@@ -147,31 +166,36 @@ export class Playground {
    * @param {string} text
    */
   #edit(view, text) {
+    if (this.asking.has(view)) return;
     const before = lastQuestion(view.column);
     const views = this.views.filter(({ column }) => lastQuestion(column) === before);
     this.#askAll(views, ({ column }) => {
       const question = column.messages.findLast((message) => message.role === "user");
       if (question !== undefined) question.content = text;
+      if (lastAnswer(column) !== null) column.messages.pop(); // it was to another question
     });
   }
 
   /**
-   * Let columns answer their last question; an answer that they have to it goes.
+   * Let columns answer their last question, but those that are at it. An answer that they have to it goes.
    * @param {ColumnView[]} views
    * @param {(view: ColumnView) => void} prepare changes what is asked, if anything can be asked
-   * @returns {boolean} false if the settings do not allow it
+   * @returns {boolean} false if the settings do not allow it, or what is served is not known yet
    */
   #askAll(views, prepare = () => undefined) {
+    if (this.cards.length === 0) return false; // whether a scale is to be sent depends on it
     const sampling = this.settings.sampling();
     if (sampling === null) {
       this.settings.showProblem();
       return false;
     }
     for (const view of views) {
-      prepare(view);
       const { column, picker } = view;
-      if (column.model === null || lastQuestion(column) === null || this.asking.has(view)) continue;
-      if (lastAnswer(column) !== null) column.messages.pop();
+      if (column.model === null || this.asking.has(view)) continue;
+      prepare(view);
+      if (lastQuestion(column) === null) continue;
+      const before = lastAnswer(column);
+      if (before !== null) column.messages.pop();
       const { isAdapter } = picker;
       const answer = makeAnswer(column.model, isAdapter ? column.scale : null);
       column.messages.push(answer);
@@ -181,10 +205,11 @@ export class Playground {
         withLogprobs: this.withTokens,
         isAdapter,
       });
-      void this.#fill(view, answer, body);
+      void this.#fill(view, answer, body, before);
       view.showMessages(this.views.length === 1);
     }
     this.#showAsking();
+    this.events.asked();
     return true;
   }
 
@@ -192,8 +217,9 @@ export class Playground {
    * @param {ColumnView} view
    * @param {Answer} answer
    * @param {import("../types.js").ChatBody} body
+   * @param {Answer | null} before is shown again if nothing better comes
    */
-  async #fill(view, answer, body) {
+  async #fill(view, answer, body, before) {
     const abort = new AbortController();
     this.asking.set(view, abort);
     let isDrawn = true;
@@ -205,12 +231,30 @@ export class Playground {
         view.update(answer);
       });
     };
-    await fillAnswer(this.server, body, answer, { signal: abort.signal, changed });
-    this.asking.delete(view);
-    view.update(answer); // also while the page is hidden, where nothing is drawn
-    this.#keep();
-    this.#showAsking();
-    this.events.finished(answer);
+    try {
+      await fillAnswer(this.server, body, answer, { signal: abort.signal, changed });
+    } finally {
+      this.asking.delete(view);
+      view.update(answer); // also while the page is hidden, where nothing is drawn
+      if (before !== null && this.#isNoBetter(view, answer, before)) {
+        view.column.messages.splice(-1, 1, before);
+        view.showMessages(this.views.length === 1);
+        this.events.restored(answer);
+      }
+      this.#keep();
+      this.#showAsking();
+    }
+    this.events.finished(answer, view.last?.spoken ?? "");
+  }
+
+  /**
+   * @param {ColumnView} view
+   * @param {Answer} answer
+   * @param {Answer} before
+   */
+  #isNoBetter({ column }, answer, before) {
+    const isEmpty = answer.state === "failed" && answer.content === "";
+    return isEmpty && before.state !== "failed" && lastAnswer(column) === answer;
   }
 
   #changed() {
@@ -229,8 +273,12 @@ export class Playground {
   }
 }
 
-/** @param {Answer} answer */
-export function announcementOf(answer) {
+/**
+ * @param {Answer} answer
+ * @param {string} text of it, for ears
+ */
+export function announcementOf(answer, text) {
+  if (answer.failure !== null) return explain(answer.failure).sentence;
   if (answer.state === "stopped") return t("answerStopped", { name: nameOf(answer) });
-  return t("answerFinished", { name: nameOf(answer), text: answer.content });
+  return t("answerFinished", { name: nameOf(answer), text });
 }

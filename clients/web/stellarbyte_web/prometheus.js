@@ -2,11 +2,10 @@
 
 /** @import { Sample } from "../types.js" */
 
-const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?$/;
-const LABEL = /[ \t]*([a-zA-Z_]\w*)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*)"[ \t]*,?/gy;
+const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{.*\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?$/;
 
 /**
- * All samples of a scrape. Lines that are none are passed over.
+ * All samples of a scrape, without their labels. Lines that are none are passed over.
  * @param {string} text
  * @returns {Sample[]}
  */
@@ -14,8 +13,8 @@ export function parseMetrics(text) {
   return text.split("\n").flatMap((line) => {
     const found = SAMPLE.exec(line.trim());
     if (found === null) return [];
-    const value = valueOf(/** @type {string} */ (found[3]));
-    return value === null ? [] : [{ name: /** @type {string} */ (found[1]), labels: labelsOf(found[2] ?? ""), value }];
+    const value = valueOf(/** @type {string} */ (found[2]));
+    return value === null ? [] : [{ name: /** @type {string} */ (found[1]), value }];
   });
 }
 
@@ -25,17 +24,6 @@ function valueOf(text) {
   if (Object.hasOwn(special, text)) return /** @type {number} */ (special[text]);
   const value = Number(text);
   return Number.isNaN(value) ? null : value;
-}
-
-/** @param {string} text */
-function labelsOf(text) {
-  const escapes = /** @type {Record<string, string>} */ ({ n: "\n", "\\": "\\", '"': '"' });
-  return Object.fromEntries(
-    [...text.matchAll(LABEL)].map(([, name, value]) => [
-      name,
-      /** @type {string} */ (value).replace(/\\(.)/g, (whole, letter) => escapes[letter] ?? whole),
-    ]),
-  );
 }
 
 /**

@@ -14,7 +14,13 @@ export class QuestionView {
     this.question = question;
     this.edited = edited;
     this.element = make("article", { class: "question", "aria-label": t("you") });
-    this.#showText();
+    this.isEditing = false;
+    this.show();
+  }
+
+  /** Show the question anew; a draft that is being written stays. */
+  show() {
+    if (!this.isEditing) this.#showText();
   }
 
   #showText() {
@@ -33,17 +39,21 @@ export class QuestionView {
   }
 
   #showEditor() {
+    this.isEditing = true;
     const area = make("textarea", { "aria-label": t("editQuestion"), rows: "3", dir: "auto" });
     area.value = this.question.content;
     const cancel = () => {
+      this.isEditing = false;
       this.#showText();
       this.element.querySelector("button")?.focus();
     };
     const submit = () => {
-      if (area.value.trim() !== "") this.edited(area.value.trim());
+      if (area.value.trim() === "") return;
+      this.isEditing = false;
+      this.edited(area.value.trim());
     };
     area.addEventListener("keydown", (event) => {
-      if (event.isComposing) return;
+      if (event.isComposing || event.keyCode === 229) return; // 229: Safari's Enter that ends a composition
       if (event.key === "Escape") cancel();
       else if (event.key === "Enter" && !event.shiftKey) submit();
       else return;

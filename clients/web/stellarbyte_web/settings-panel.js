@@ -32,9 +32,13 @@ export class SettingsPanel {
       this.showFields();
     });
     this.panel.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") this.#open(false);
+      if (event.key !== "Escape" || event.isComposing) return;
+      event.preventDefault();
+      this.#open(false);
     });
-    matchMedia(WIDE).addEventListener("change", () => this.#open(false));
+    matchMedia(WIDE).addEventListener("change", () => {
+      if (!this.panel.hidden) this.#open(false);
+    });
     this.showFields();
     this.#setOpen(matchMedia(WIDE).matches && session.read("settings-open") === "yes");
   }
@@ -96,9 +100,8 @@ export class SettingsPanel {
   #open(isOpen) {
     this.#setOpen(isOpen);
     session.write("settings-open", isOpen ? "yes" : "");
-    if (matchMedia(WIDE).matches) return;
-    if (isOpen) byId("settings-close", HTMLButtonElement).focus();
-    else this.toggle.focus();
+    if (!isOpen) this.toggle.focus();
+    else if (!matchMedia(WIDE).matches) byId("settings-close", HTMLButtonElement).focus();
   }
 
   /** @param {boolean} isOpen */

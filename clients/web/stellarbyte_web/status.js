@@ -46,6 +46,7 @@ async function readAll() {
   }
   if (readiness.status === "rejected") {
     const failure = failureOf(readiness.reason);
+    isDescribed = false; // what comes back may be another version, with another model
     showCondition(failure.kind === "gone" ? "notReachable" : "notReady");
     if (failure.kind === "gone") showBanner("bad", () => t("bannerGone"));
     else showBanner("bad", () => t("bannerNotReady", { message: failure.message }));
@@ -72,12 +73,16 @@ async function describe() {
 
 /** @param {Failure} failure */
 function sentenceOf(failure) {
+  if (failure.status === 404) return failure.message; // there is no adapter to choose another of, as in a chat
   return Object.values(explain(failure)).join(" ");
 }
 
 async function readForEver() {
-  if (!document.hidden) await refresh();
-  setTimeout(() => void readForEver(), PAUSE_MS);
+  try {
+    if (!document.hidden) await refresh();
+  } finally {
+    setTimeout(() => void readForEver(), PAUSE_MS);
+  }
 }
 
 /**
@@ -114,11 +119,12 @@ function readRequired(id, problem) {
 
 byId("load", HTMLFormElement).addEventListener("submit", async (event) => {
   event.preventDefault();
+  const button = byId("load-button", HTMLButtonElement);
+  if (button.getAttribute("aria-disabled") === "true") return;
   const name = readRequired("adapter-name", "nameMissing");
   const path = readRequired("adapter-path", "pathMissing");
   if (name === "" || path === "") return;
-  const button = byId("load-button", HTMLButtonElement);
-  button.disabled = true;
+  button.setAttribute("aria-disabled", "true"); // disabled, it would lose the focus
   button.textContent = t("loading");
   try {
     const loaded = await admin.loadAdapter(name, path, byId("in-place", HTMLInputElement).checked);
@@ -126,7 +132,7 @@ byId("load", HTMLFormElement).addEventListener("submit", async (event) => {
   } catch (error) {
     showOutcome(false, sentenceOf(failureOf(error)));
   }
-  button.disabled = false;
+  button.setAttribute("aria-disabled", "false");
   button.textContent = t("load");
   await refresh();
 });

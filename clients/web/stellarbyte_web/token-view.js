@@ -67,7 +67,9 @@ export class TokenView {
     const target = targets[event.key];
     if (target === undefined) return;
     event.preventDefault();
-    this.#show(Math.min(last, Math.max(0, target)));
+    const index = Math.min(last, Math.max(0, target));
+    this.element.children[index]?.scrollIntoView({ block: "nearest" });
+    this.#show(index);
   }
 
   /** @param {PointerEvent} event */
@@ -101,7 +103,7 @@ export class TokenView {
  */
 function showCard(token, beside) {
   const card = byId("token-card", HTMLElement);
-  const others = token.top_logprobs.filter((other) => other.token !== token.token);
+  const others = token.top_logprobs.filter((other) => identityOf(other) !== identityOf(token));
   const rows = [token, ...others].sort((a, b) => b.logprob - a.logprob).map((row) => cardRow(row, row === token));
   card.replaceChildren(make("p", { class: "card-title" }, t("alternatives")), ...rows);
   card.hidden = false;
@@ -111,6 +113,14 @@ function showCard(token, beside) {
   const top = below + offsetHeight > innerHeight ? place.top - 6 - offsetHeight : below;
   card.style.top = `${Math.max(4, top)}px`;
   card.style.left = `${Math.max(4, Math.min(place.left, innerWidth - offsetWidth - 4))}px`;
+}
+
+/**
+ * Parts of characters all have the same text; their bytes tell them apart.
+ * @param {import("../types.js").TopLogprob} token
+ */
+function identityOf({ token, bytes }) {
+  return bytes === null ? token : String(bytes);
 }
 
 /**

@@ -94,7 +94,7 @@ test("an answer is measured by its stream", async () => {
   assert.deepEqual([answer.content, answer.state, answer.finishReason, changes], ["ab", "done", "length", 6]);
   assert.deepEqual(measures(answer), {
     firstTokenMs: 200,
-    tokensPerSecond: 30, // three more tokens in the 100 ms after the first
+    tokensPerSecond: 15, // three more tokens in the 200 ms after the first
     promptTokens: 9,
     completionTokens: 4,
     isExact: true,
