@@ -100,12 +100,3 @@ def test_a_server_that_ends_is_told(open_page: OpenPage, echo_model: str) -> Non
         expect(watched.page.locator("#connection")).to_have_text("Ready")
     expect(watched.page.locator("#connection")).to_have_text("Not reachable")
     expect(watched.page.locator("#banner")).to_contain_text("The server does not answer.")
-
-
-def test_a_server_that_hangs_is_told(open_page: OpenPage, echo_server: ServerProcess) -> None:
-    page = open_page(echo_server, "/status").page
-    expect(page.locator("#connection")).to_have_text("Ready")
-    page.route(re.compile("/(metrics|ready|v1/adapters)$"), lambda route: None)
-    expect(page.locator("#connection")).to_have_text("Not reachable")
-    page.unroute_all(behavior="ignoreErrors")
-    expect(page.locator("#connection")).to_have_text("Ready")

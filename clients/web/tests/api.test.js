@@ -156,3 +156,16 @@ test("stopping is no failure of the server, and closes the connection", async ()
 test("mistakes of our own are not taken for failures of the server", () => {
   assert.throws(() => failureOf(new TypeError("x is undefined")), TypeError);
 });
+
+test("what is only read has a time limit, so that a server that hangs is told", async () => {
+  const signals = [];
+  const fetcher = async (_, { signal }) => {
+    signals.push(signal instanceof AbortSignal);
+    return new Response("{}");
+  };
+  const server = new Server("http://h/", () => "", fetcher);
+  await server.metrics();
+  await server.adapters();
+  await server.unloadAdapter("mine");
+  assert.deepEqual(signals, [true, true, false]);
+});
