@@ -177,7 +177,7 @@ def test_a_good_answer_stays_if_another_one_is_refused(open_page: OpenPage, echo
 
 def test_escape_in_the_settings_closes_them_and_stops_nothing(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
-    page.route("**/v1/chat/completions", lambda route: None)
+    page.route("**/v1/chat/completions", lambda _: None)
     ask(page, "Hi")
     page.click("#settings-toggle")
     page.focus("#system")
@@ -192,7 +192,7 @@ def test_an_edit_leaves_a_column_alone_that_is_answering(open_page: OpenPage, ec
     ask(page, "old", max_tokens=5)
     expect(page.locator(".answer[data-state=done]")).to_have_count(1)
     page.click("#compare")
-    page.route("**/v1/chat/completions", lambda route: None)
+    page.route("**/v1/chat/completions", lambda _: None)
     ask(page, "same")
     expect(page.locator(".answer[data-state=streaming]")).to_have_count(2)
     page.click("#stop")
