@@ -174,7 +174,8 @@ def test_a_swap_of_tokens_would_be_noticed(server: ServerProcess, folder: Folder
     async def swap(http: httpx.AsyncClient) -> None:
         await asyncio.gather(*(ask(http, a_body(cache_salt=Fault.SWAP.value)) for _ in range(4)))
 
-    assert asyncio.run(beside_neighbours(server, folder, swap)).wrong
+    # Whether a neighbour comes next in a step is chance.
+    assert any(asyncio.run(beside_neighbours(server, folder, swap)).wrong for _ in range(20))
 
 
 def test_what_a_faulty_request_left_in_the_cache_is_true(server: ServerProcess, folder: Folder) -> None:
