@@ -140,6 +140,8 @@ def test_settings_are_chosen_and_taken_back(chat) -> None:
     with chat() as terminal:
         terminal.wait_for(PROMPT).type("/set max_tokens 7" + ENTER + "Hello" + ENTER)
         terminal.wait_for(r"· 7 tokens ·").wait_for(PROMPT)
+        terminal.type("/set temperature nan" + ENTER)
+        terminal.wait_for("temperature must be a number; 'nan' is not.")
         terminal.type("/set max_tokens many" + ENTER)
         terminal.wait_for("max_tokens must be a whole number; 'many' is not.")
         terminal.type("/set max_tokens" + ENTER + "/set temperature 9" + ENTER + "Hello" + ENTER)

@@ -1,6 +1,7 @@
 """A conversation: what was said, and what the next request will say. Knows no server and no screen."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,7 +23,14 @@ def _overflow(text: str) -> str:
     return text
 
 
-_COUNT, _NUMBER = Field("a whole number", int), Field("a number", float)
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # JSON has no such number
+        raise ValueError(text)
+    return value
+
+
+_COUNT, _NUMBER = Field("a whole number", int), Field("a number", _finite)
 
 FIELDS = {
     "max_tokens": _COUNT,
