@@ -19,6 +19,7 @@ from server.app import create_app
 from server.connection_limit import ACCEPTED_AT_ONCE, connections_allowed
 from server.engine.client import EngineClient
 from server.engine.launch import Engine
+from server.garbage import keep_for_good
 from server.http_protocol import ConnectionBounds, bounded_protocol
 from server.keys import Keyring
 from server.settings import ServerSettings
@@ -113,6 +114,7 @@ async def _run_until_stopped(
     async def tell_when_started() -> None:
         while not server.started:
             await asyncio.sleep(0.01)
+        keep_for_good()
         on_started()
 
     async def stop_after_engine() -> None:

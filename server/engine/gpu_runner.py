@@ -14,6 +14,7 @@ from server.engine.device_errors import device_errors, require_device
 from server.engine.model_runner import adjustment, pooled_hidden, prompt_logprobs, sampled_logprobs, sampling_row
 from server.engine.runner import OutOfDeviceMemory
 from server.engine.sequence import Chunk, Sequence, StepResult
+from server.garbage import keep_for_good
 from stellarbyte.kernels.triton import slots
 from stellarbyte.kernels.triton.lora import segments
 from stellarbyte.kernels.triton.preparation import Preparation
@@ -94,6 +95,7 @@ class GpuRunner:
             goes_on = False
         if not goes_on:
             self._preparation = None
+            keep_for_good()  # compiling leaves much behind
         return goes_on
 
     def _start(self, chunks: list[Chunk]) -> "GpuStep":

@@ -20,6 +20,7 @@ import zmq
 
 from server.engine.loop import Core, EngineLoop
 from server.engine.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+from server.garbage import keep_for_good
 from server.logs import configure_logging
 from server.settings import EngineSettings
 
@@ -73,6 +74,7 @@ def main(build_core: BuildCore = _build_core) -> int:
         logger.debug("could not start", exc_info=True)
         _report(stdout, EngineFailed(_one_line(error)))
         return 1
+    keep_for_good()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)

@@ -1,0 +1,13 @@
+"""Keeps Python's garbage collector from halting streams. Knows nothing of what there is."""
+
+import gc
+
+
+def keep_for_good() -> None:
+    """Whatever exists now stays until the process ends, so the collector looks at it no more.
+
+    To be called when a process has what it works with. In one that has loaded torch and a model, a full collection
+    took 0.2 s, in which no stream got a token.
+    """
+    gc.collect()
+    gc.freeze()
