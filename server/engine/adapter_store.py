@@ -24,7 +24,7 @@ from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pa
 
 logger = logging.getLogger("server.engine")
 
-MAX_READERS = 4  # a core reads, checks and packs some 400 MB a second; more get into each other's way
+MAX_READERS = 6  # a core reads, checks and packs some 400 MB a second; more get into each other's way
 
 
 class AdapterStore:

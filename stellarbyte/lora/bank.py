@@ -72,7 +72,12 @@ class PackedAdapter:
         return self.numbers.nbytes
 
     def is_finite(self) -> bool:
-        return bool(self.numbers.sum().isfinite()) or bool(self.numbers.isfinite().all())
+        return is_finite(self.numbers)
+
+
+def is_finite(numbers: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity. The sum takes no copy; one that overflowed says nothing yet."""
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
 def pack_adapter(
@@ -94,20 +99,27 @@ def pack_adapter(
             ranks_LP[layer, projection] = len(weights[name][0])
     a_LP, b_LP, total = _offsets(ranks_LP, shapes)
     numbers = large_array(total, dtype)
+    bits = _bits(numbers)
     for layer, projection in np.argwhere(ranks_LP).tolist():
         name, (out, width) = module_name(layer, projection), shapes[projection]
         a, b = weights[name]
-        rank = len(a)
-        _part(numbers, a_LP[layer, projection], rank, width).copy_(a)
-        # A product of the bank's own type is rounded once from float32, too.
-        scaled = b * scales[name] if b.dtype == dtype else (b.float() * scales[name]).to(dtype)
-        _bits(_part(numbers, b_LP[layer, projection], rank, out))[:] = _bits(scaled).T
+        rank, a_start, b_start = len(a), a_LP[layer, projection], b_LP[layer, projection]
+        bits[a_start : a_start + rank * width].reshape(rank, width)[:] = _bits(a if a.dtype == dtype else a.to(dtype))
+        bits[b_start : b_start + rank * out].reshape(rank, out)[:] = _bits(_scaled(b, scales[name], dtype)).T
     return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP)
 
 
-def _bits(matrix: torch.Tensor) -> npt.NDArray[np.generic]:
-    """A view without a number format: numpy transposes it twice as fast as torch does, but has no bfloat16."""
-    return matrix.view({2: torch.int16, 4: torch.int32}[matrix.element_size()]).numpy()
+def _scaled(matrix: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded once, from a product in float32."""
+    if matrix.dtype == dtype:
+        return matrix if scale == 1 else matrix * scale
+    return (matrix.float() * scale).to(dtype)
+
+
+def _bits(numbers: torch.Tensor) -> npt.NDArray[np.generic]:
+    """A view without a number format. Numpy has no bfloat16, but transposes twice as fast as torch does, and unlike
+    torch it takes views without giving the GIL away, for which several reading threads would then wait."""
+    return numbers.view({2: torch.int16, 4: torch.int32}[numbers.element_size()]).numpy()
 
 
 def _part(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Tensor:

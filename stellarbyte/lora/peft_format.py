@@ -7,7 +7,6 @@ in it.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -16,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.safetensors_file import DTYPES, Header, TensorInfo, parse_header, write_file
+from stellarbyte.checkpoint.safetensors_file import DTYPES, Header, parse_header, write_file
+from stellarbyte.lora.bank import is_finite
 from stellarbyte.lora.config import LoRAConfig
 from stellarbyte.lora.layers import (
     Model,
@@ -97,9 +98,7 @@ def read_adapter(
         _check_modules(header, modules, config, shapes, max_rank)
         digest = hashlib.sha256(_scale_fields(config) + header.raw)
         payload = _read_payload(stream, header.payload_bytes, digest)
-        tensors = {name: _tensor(payload, info, start) for name, (info, start) in header.tensors.items()}
-        for name, tensor in tensors.items():
-            _check_finite(name, tensor)
+        tensors = _tensors(payload, header)
     endings = {ending for module in modules for ending in _endings(module)}
     listed = () if isinstance(config.target_modules, str) else config.target_modules
     return Adapter(
@@ -197,19 +196,27 @@ def _read_payload(stream: BufferedReader, num_bytes: int, digest: "hashlib._Hash
     return payload
 
 
-def _tensor(payload: torch.Tensor, info: TensorInfo, start: int) -> torch.Tensor:
-    dtype = DTYPES[info.dtype]
-    piece = payload[start : start + info.num_bytes]
-    if start % dtype.itemsize:
-        piece = piece.clone()  # aligned
-    return piece.view(dtype).view(info.shape)
+def _tensors(payload: torch.Tensor, header: Header) -> dict[str, torch.Tensor]:
+    """Views of a payload, which its tensors fill without gaps. Refuses NaN and infinity.
 
-
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse NaN and infinity. The sum takes no copy; a sum that overflowed says nothing yet."""
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    if not math.isfinite(total.item()) and not tensor.isfinite().all():
-        raise AdapterError(f"{name} holds values that are not finite (NaN or infinity)")
+    Hundreds of tensors are taken apart in few calls, each of which gives the GIL away and has to wait for it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    in_order = sorted(header.tensors.items(), key=lambda item: item[1][1])
+    for dtype_name, group in groupby(in_order, lambda item: item[1][0].dtype):
+        run, dtype = list(group), DTYPES[dtype_name]
+        (_, (_, start)), (_, (last, last_start)) = run[0], run[-1]
+        piece = payload[start : last_start + last.num_bytes]
+        if start % dtype.itemsize:
+            piece = piece.clone()  # aligned
+        numbers = piece.view(dtype)
+        parts = numbers.split([info.num_elements for _, (info, _) in run])
+        views = {name: part.view(info.shape) for (name, (info, _)), part in zip(run, parts, strict=True)}
+        if not is_finite(numbers):
+            name = next(name for name, view in views.items() if not is_finite(view))
+            raise AdapterError(f"{name} holds values that are not finite (NaN or infinity)")
+        tensors |= views
+    return tensors
 
 
 def _endings(module: str) -> Iterator[str]:
