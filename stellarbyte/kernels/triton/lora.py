@@ -26,7 +26,8 @@ _BLOCK_K = 128
 _BLOCK_N = 256
 _BLOCK_R = 16
 _MAX_SPLITS = 8
-_MAX_HIDDEN_ROWS = 2048 * SEGMENT_ROWS  # that `_num_splits` makes of fewer rows
+_MAX_SPLIT_ROWS = 2048  # of a step whose segments are split
+_SPLIT_PROGRAMS = {SEGMENT_ROWS: 64, PROMPT_SEGMENT_ROWS: 1024}  # more would cost `expand` more than it helps `shrink`
 
 
 class LoraRows(NamedTuple):
@@ -77,15 +78,15 @@ class LoraScratch:
     def make(cls, max_rows: int, max_rank: int, device: torch.device) -> "LoraScratch":
         """For steps of up to `max_rows` rows; `max_rank` is the bank's."""
         width = -(-3 * max_rank // 16) * 16
-        rows = max(max_rows, min(_MAX_SPLITS * max_rows, _MAX_HIDDEN_ROWS))
+        rows = max(max_rows, _MAX_SPLITS * min(max_rows, _MAX_SPLIT_ROWS))
         return cls(hidden=torch.empty(rows * width, dtype=torch.float32, device=device), width=width)
 
 
-def _num_splits(num_segments: int, num_rows: int, num_inputs: int) -> int:
+def _num_splits(lora: LoraRows, num_rows: int, num_inputs: int) -> int:
     """How many programs share a segment's K: more than one where segments are few. Each value is a compilation."""
-    most = max(num_segments, -(-num_rows // SEGMENT_ROWS))
-    splits = _MAX_SPLITS if most <= 128 else 1
-    while splits * _BLOCK_K > num_inputs and splits > 1:
+    splits, num_segments = _MAX_SPLITS if num_rows <= _MAX_SPLIT_ROWS else 1, len(lora.segment_starts_X)
+    most = min(_SPLIT_PROGRAMS[lora.segment_rows] // num_segments, num_inputs // _BLOCK_K)
+    while splits > max(most, 1):
         splits //= 2
     return splits
 
@@ -101,14 +102,14 @@ def shrink(
     """
     num_rows, num_inputs = x_TK.shape
     num_segments = len(lora.segment_starts_X)
-    splits = _num_splits(num_segments, num_rows, num_inputs)
     assert x_TK.is_contiguous() and x_TK.dtype == bank.dtype
+    if not num_segments:
+        return
+    splits = _num_splits(lora, num_rows, num_inputs)
     assert splits * num_rows * scratch.width <= len(scratch.hidden), "the scratch is for fewer rows"
     num_projections = projections.stop - projections.start
     block_r = triton.next_power_of_2(16 * num_projections)  # most adapters of rank 16 or less take one round
     tables = bank.tables
-    if not num_segments:
-        return
     _shrink_kernel[(splits, num_segments)](
         x_TK,
         scratch.hidden,
@@ -176,7 +177,7 @@ def expand(
         *[0] * (3 - len(widths)),
         num_outputs,
         WIDTH=scratch.width,
-        SPLITS=_num_splits(num_segments, num_rows, shapes[0][1]),
+        SPLITS=_num_splits(lora, num_rows, shapes[0][1]),
         ALIGNMENT=_alignment(bank),
         ROWS=lora.segment_rows,
         BLOCK_R=_BLOCK_R,
