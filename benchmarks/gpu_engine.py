@@ -39,6 +39,7 @@ from server.engine.core import EngineCore
 from server.engine.load import build_core
 from server.engine.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected
 from server.engine.request import GenerationRequest, SamplingParams
+from server.garbage import keep_for_good
 from server.settings import EngineSettings
 
 PROFILED_STEPS = 20
@@ -253,6 +254,7 @@ def main() -> None:
     started_s = time.perf_counter()
     with reporting_failure(options.works):
         core, _ = build_core(settings)
+    keep_for_good()  # as the engine process does
     build_s = time.perf_counter() - started_s
     for name in options.works:
         work = work_of(name, is_tiny=options.tiny)

@@ -1,5 +1,7 @@
 """Our server over HTTP with random weights: its start, then streams from loadgen. Started by benchmarks.gpu.
 
+A server compiles for some seconds after its start what later requests may need; streams are measured once that is done.
+
 python -m benchmarks.gpu_http --device cuda --folder TMP 0.6b/start 0.6b/http-64
 """
 
@@ -7,6 +9,7 @@ import argparse
 import contextlib
 import json
 import shlex
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -23,6 +26,9 @@ from benchmarks.gpu_workloads import (
 from benchmarks.serve import Server, Workload, load, running_ours
 
 START = "0.6b/start"
+KERNELS_READY = "kernels are ready"  # in the log line of stellarbyte.kernels.triton.preparation
+KERNELS_LIMIT_S = 60
+MOST_LOG = 4000  # characters of the server's last lines, shown at the end
 NAME = "model"  # what the folder, and so the served model, is called
 WORKLOADS = {
     "0.6b/http-1": Workload(streams=1, requests=4, prompt_tokens=128, output_tokens=512),
@@ -39,6 +45,15 @@ def first_answer(url: str) -> None:
         answer.read()
 
 
+def await_kernels(log: Path) -> None:
+    """Return when the server has compiled what it compiles beside its first requests."""
+    deadline_s = time.monotonic() + KERNELS_LIMIT_S
+    while KERNELS_READY not in log.read_text():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"the kernels were not ready within {KERNELS_LIMIT_S} s")
+        time.sleep(0.1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("works", nargs="+", choices=[START, *WORKLOADS])
@@ -49,17 +64,23 @@ def main() -> None:
     engine = ENGINES["0.6b"]
     folder = write_config(shape_of(engine, is_tiny=options.tiny), options.folder / NAME)
     command = (
-        f"python -m server --port {{port}} --log-level warning --model {shlex.quote(str(folder))} --load-format dummy"
+        f"python -m server --port {{port}} --model {shlex.quote(str(folder))} --load-format dummy"
         f" --device {options.device} --dtype bfloat16 --max-model-len {MAX_MODEL_LEN}"
         f" --max-num-seqs {engine.max_num_seqs} --max-num-batched-tokens {MAX_STEP_TOKENS}"
     )
+    log = options.folder / "server.log"
     started_s = time.perf_counter()
     with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(log.open("w"))
+        stack.callback(lambda: print(log.read_text()[-MOST_LOG:], file=sys.stderr))
         with reporting_failure(options.works):
-            url = stack.enter_context(running_ours(command))
+            url = stack.enter_context(running_ours(command, lines))
             first_answer(url)
         if START in options.works:
             report(START, {"start_s": time.perf_counter() - started_s})
+        if options.device == "cuda":
+            with reporting_failure([work for work in options.works if work != START]):
+                await_kernels(log)
         server = Server("ours", url, NAME, [])
         for name, workload in WORKLOADS.items():
             if name not in options.works:

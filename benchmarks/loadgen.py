@@ -18,6 +18,7 @@ Only loopback addresses are accepted.
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import random
 import time
@@ -153,10 +154,10 @@ def run_process(job: tuple[argparse.Namespace, str, int, list[int], int]) -> lis
 
 
 def percentiles_ms(values_s: list[float]) -> list[float | None]:
-    """[p50, p99]"""
+    """[p50, p99]: the smallest value that at least this share of all do not exceed."""
     ordered = sorted(values_s)
     shares = (0.5, 0.99)
-    return [round(ordered[min(len(ordered) - 1, int(f * len(ordered)))] * 1e3, 2) if ordered else None for f in shares]
+    return [round(ordered[math.ceil(share * len(ordered)) - 1] * 1e3, 2) if ordered else None for share in shares]
 
 
 def main() -> None:

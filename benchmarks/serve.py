@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from benchmarks.record import ROOT, write_result
 
@@ -48,14 +48,14 @@ class Workload:
 
 
 @contextlib.contextmanager
-def running_ours(command: str) -> Iterator[str]:
-    """Start our server on a free port; its URL."""
+def running_ours(command: str, log: TextIO | None = None) -> Iterator[str]:
+    """Start our server on a free port; its URL. Its log lines go into `log`, or to where ours go."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     program, *arguments = shlex.split(command.replace("{port}", str(port)))
     program = sys.executable if program == "python" else program
-    process = subprocess.Popen([program, *arguments], cwd=ROOT)
+    process = subprocess.Popen([program, *arguments], cwd=ROOT, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline_s = time.monotonic() + START_LIMIT_S

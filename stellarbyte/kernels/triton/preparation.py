@@ -60,6 +60,7 @@ class Preparation:
         self._compiled: deque[Decoding | Prefill] = deque()
         self._thread = threading.Thread(target=self._compile, name="compiler", daemon=True)
         self._stopping = threading.Event()
+        self._started_s = time.monotonic()
 
     def start(self) -> None:
         """Begin to compile, on a thread."""
@@ -83,16 +84,15 @@ class Preparation:
         if self._compiled:
             with torch.inference_mode():
                 self._steps.capture(self._compiled.popleft())
+        if self.is_done:
+            logger.info("kernels are ready after %.1f s", time.monotonic() - self._started_s)
         return not self.is_done
 
     def _compile(self) -> None:
-        started_s = time.monotonic()
         try:
             self.run_all()
-        except Exception:  # whatever is missing is compiled when it is needed
-            logger.exception("could not prepare all kernels")
-        else:
-            logger.info("kernels are ready after %.1f s", time.monotonic() - started_s)
+        except Exception:
+            logger.exception("could not prepare all kernels; the others are compiled when they are needed")
 
     def run_all(self) -> None:
         """Run every program on the calling thread, on a stream of its own."""
