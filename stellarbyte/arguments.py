@@ -4,6 +4,7 @@ Every command sets `module`: whose `run(options)` does it.
 """
 
 import argparse
+import math
 import os
 from typing import Any
 
@@ -45,11 +46,11 @@ def _add_info(commands: _Commands) -> None:
 def _add_generate(commands: _Commands) -> None:
     command = commands.add_parser("generate", help="answer one prompt, without a server")
     command.add_argument("model", metavar="PATH", help="checkpoint folder, or demo")
-    command.add_argument("prompt", metavar="PROMPT")
+    command.add_argument("prompt", type=_text, metavar="PROMPT")
     command.add_argument("--max-tokens", type=_positive_int, default=256, metavar="N", help="default: %(default)s")
     command.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): greedy")
     command.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="default: %(default)s")
-    command.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    command.add_argument("--seed", type=_whole, metavar="N", help="makes sampling repeatable")
     command.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     command.set_defaults(module="stellarbyte.commands.generate")
 
@@ -62,10 +63,14 @@ def _add_chat(commands: _Commands) -> None:
         description="Talk to a model on a server. With PROMPT, or when standard input is not a terminal, print the"
         " answer to that one question and exit.",
     )
-    command.add_argument("prompt", nargs="?", metavar="PROMPT", help="one question; without it, a conversation")
-    command.add_argument("--model", metavar="NAME", help="the model or an adapter; default: the server's model")
-    command.add_argument("--system", metavar="TEXT", help="system message")
-    command.add_argument("--adapter-scale", type=float, metavar="X", help="how strongly an adapter acts, 0 to 8")
+    command.add_argument(
+        "prompt", type=_text, nargs="?", metavar="PROMPT", help="one question; without it, a conversation"
+    )
+    command.add_argument(
+        "--model", type=_text, metavar="NAME", help="the model or an adapter; default: the server's model"
+    )
+    command.add_argument("--system", type=_text, metavar="TEXT", help="system message")
+    command.add_argument("--adapter-scale", type=_number, metavar="X", help="how strongly an adapter acts, 0 to 8")
     command.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
     command.add_argument("--quiet", action="store_true", help="no line with tokens and times after an answer")
     command.add_argument("--no-history", action="store_true", help="do not keep questions in ~/.local/state")
@@ -73,12 +78,12 @@ def _add_chat(commands: _Commands) -> None:
     sampling.add_argument("--max-tokens", type=_positive_int, metavar="N", help="longest answer")
     sampling.add_argument("--temperature", type=_temperature, metavar="T", help="0: always the likeliest token")
     sampling.add_argument("--top-p", type=_probability, metavar="P")
-    sampling.add_argument("--top-k", type=int, metavar="N")
-    sampling.add_argument("--min-p", type=float, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="X")
-    sampling.add_argument("--presence-penalty", type=float, metavar="X")
-    sampling.add_argument("--frequency-penalty", type=float, metavar="X")
-    sampling.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    sampling.add_argument("--top-k", type=_whole, metavar="N")
+    sampling.add_argument("--min-p", type=_number, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=_number, metavar="X")
+    sampling.add_argument("--presence-penalty", type=_number, metavar="X")
+    sampling.add_argument("--frequency-penalty", type=_number, metavar="X")
+    sampling.add_argument("--seed", type=_whole, metavar="N", help="makes sampling repeatable")
     sampling.add_argument(
         "--context-overflow",
         choices=("error", "slide"),
@@ -96,12 +101,12 @@ def _add_adapters(commands: _Commands) -> None:
     action.add_argument("--json", action="store_true", help="print JSON, with all that the server tells")
 
     action = actions.add_parser("load", parents=[connection], help="load an adapter, or replace one while it is used")
-    action.add_argument("name", metavar="NAME", help="what requests will call it")
-    action.add_argument("path", metavar="PATH", help="its folder, inside the server's --adapter-dir")
+    action.add_argument("name", type=_text, metavar="NAME", help="what requests will call it")
+    action.add_argument("path", type=_text, metavar="PATH", help="its folder, inside the server's --adapter-dir")
     action.add_argument("--replace", action="store_true", help="of a name that exists: give new requests this version")
 
     action = actions.add_parser("unload", parents=[connection], help="unload an adapter once its requests have ended")
-    action.add_argument("name", metavar="NAME")
+    action.add_argument("name", type=_text, metavar="NAME")
 
     action = actions.add_parser("watch", parents=[connection], help="show the adapters until Ctrl-C")
     action.add_argument(
@@ -154,13 +159,15 @@ def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--api-key",
-        default=os.environ.get("STELLARBYTE_API_KEY") or None,
+        type=_key,
+        default=next(iter(os.environ.get("STELLARBYTE_API_KEY", "").split()), None),  # a server takes several there
         metavar="KEY",
-        help="default: $STELLARBYTE_API_KEY, which other users of this machine cannot see",
+        help="default: the first in $STELLARBYTE_API_KEY, which other users of this machine cannot see",
     )
     if is_admin:
         group.add_argument(
             "--admin-api-key",
+            type=_key,
             default=os.environ.get("STELLARBYTE_ADMIN_API_KEY") or None,
             metavar="KEY",
             help="to load and unload; default: $STELLARBYTE_ADMIN_API_KEY",
@@ -168,36 +175,64 @@ def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
+def _text(text: str) -> str:
+    """What goes into a request: bytes that are no UTF-8, which Python keeps as surrogates, become replacement signs."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _key(text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("a key has printable ASCII characters only")  # and is shown nowhere
+    return text
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _positive_int(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return value
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not more than 0")
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0")
     return value
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    value = _number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not at least 0")
     return value
 
 
 def _probability(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not more than 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0 and at most 1")
     return value
 
 
 def _names(text: str) -> list[str]:
-    names = text.split(",")
+    names = _text(text).split(",")
     if not all(names):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
     return names
@@ -206,5 +241,5 @@ def _names(text: str) -> list[str]:
 def _counts(text: str) -> list[int]:
     try:
         return [_positive_int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,8,32") from None
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 on, such as 1,8,32") from None

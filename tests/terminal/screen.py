@@ -45,7 +45,7 @@ class Terminal:
     def __exit__(self, *_: object) -> None:
         self._child.close(force=True)
 
-    def type(self, keys: str) -> None:
+    def type(self, keys: str | bytes) -> None:
         self._child.send(keys)
 
     def paste(self, text: str) -> None:

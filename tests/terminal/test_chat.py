@@ -142,6 +142,8 @@ def test_settings_are_chosen_and_taken_back(chat) -> None:
         terminal.wait_for(r"· 7 tokens ·").wait_for(PROMPT)
         terminal.type("/set temperature nan" + ENTER)
         terminal.wait_for("temperature must be a number; 'nan' is not.")
+        terminal.type("/scale inf" + ENTER)
+        terminal.wait_for("The scale must be a number from 0 to 8; 'inf' is none.")
         terminal.type("/set max_tokens many" + ENTER)
         terminal.wait_for("max_tokens must be a whole number; 'many' is not.")
         terminal.type("/set max_tokens" + ENTER + "/set temperature 9" + ENTER + "Hello" + ENTER)
@@ -162,6 +164,12 @@ def test_questions_of_several_lines(chat) -> None:
         terminal.type(ENTER)
         terminal.wait_for("(?s)five.*user\none\ntwo\nthree\nfour\n").wait_for(FIGURES)
         assert terminal.text.count("first after") == 1
+
+
+def test_bytes_that_are_no_utf_8_are_asked_as_replacement_signs(chat) -> None:
+    with chat("--max-tokens", "10") as terminal:
+        terminal.wait_for(PROMPT).type(b"a\xffb" + ENTER.encode())
+        terminal.wait_for("^user\na\ufffdb$").wait_for(FIGURES)
 
 
 def test_an_answer_higher_than_the_screen_is_there_once_and_in_order(chat) -> None:

@@ -1,6 +1,7 @@
 """`stellarbyte chat` without a terminal: a plain answer on stdout, or one line on stderr and status 1."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -36,8 +37,19 @@ def test_who_has_read_enough_may_leave(fake_server: ServerProcess) -> None:
     assert piped(command) == (0, f"user\n{SLOW}", "")
 
 
+def test_bytes_that_are_no_utf_8_are_asked_as_replacement_signs(
+    stellarbyte: Command, fake_server: ServerProcess, monkeypatch
+) -> None:
+    monkeypatch.setenv("STELLARBYTE_URL", fake_server.url)
+    given = [*("--max-tokens", "21"), "--system", os.fsdecode(b"a\xff")]
+    answer = Result(0, "system\na\ufffd\nuser\nb\ufffd\n", "")
+    assert stellarbyte("chat", os.fsdecode(b"b\xff"), *given) == answer
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"b\xff")))
+    assert stellarbyte("chat", *given) == answer
+
+
 def test_no_question_is_an_error(stellarbyte: Command, fake_server: ServerProcess, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
     said = "error: There is no question: give it as PROMPT or on standard input.\n"
     assert stellarbyte("chat", "--url", fake_server.url) == Result(1, "", said)
 

@@ -48,12 +48,17 @@ class ChatSettings:
 def chat(settings: ChatSettings) -> None:
     """Talk until the person leaves; with a prompt, or without a terminal, answer once. StellarByteError."""
     if settings.prompt is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        question = sys.stdin.read() if settings.prompt is None else settings.prompt
+        question = _piped() if settings.prompt is None else settings.prompt
         if not question.strip():
             raise CommandFailed("There is no question: give it as PROMPT or on standard input.")
         asyncio.run(_answer_once(settings, question.strip()))
     else:
         asyncio.run(_Chat(settings).run())
+
+
+def _piped() -> str:
+    """All of standard input; what is no UTF-8 becomes replacement signs."""
+    return sys.stdin.buffer.read().decode(errors="replace")
 
 
 async def _answer_once(settings: ChatSettings, question: str) -> None:

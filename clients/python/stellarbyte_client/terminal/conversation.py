@@ -23,14 +23,15 @@ def _overflow(text: str) -> str:
     return text
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """A number that JSON has; ValueError."""
     value = float(text)
-    if not math.isfinite(value):  # JSON has no such number
+    if not math.isfinite(value):
         raise ValueError(text)
     return value
 
 
-_COUNT, _NUMBER = Field("a whole number", int), Field("a number", _finite)
+_COUNT, _NUMBER = Field("a whole number", int), Field("a number", finite)
 
 FIELDS = {
     "max_tokens": _COUNT,

@@ -92,6 +92,7 @@ class QuestionPrompt:
                 buffer.delete_before_cursor()
                 buffer.insert_text("\n")
             else:
+                buffer.text = _as_unicode(buffer.text)
                 buffer.validate_and_handle()
 
         @keys.add("escape", "enter")
@@ -107,3 +108,8 @@ class QuestionPrompt:
             self._is_leaving = True
 
         return keys
+
+
+def _as_unicode(text: str) -> str:
+    """Bytes that are no UTF-8, which the terminal's reader keeps as surrogates, become replacement signs."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")

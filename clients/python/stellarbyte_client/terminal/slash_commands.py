@@ -9,7 +9,7 @@ from prompt_toolkit.document import Document
 
 from stellarbyte_client import Model
 from stellarbyte_client.terminal.connection import CommandFailed, check_model
-from stellarbyte_client.terminal.conversation import FIELDS, Conversation, Turn
+from stellarbyte_client.terminal.conversation import FIELDS, Conversation, Turn, finite
 
 KEYS = """\
 Enter          sends the question
@@ -107,7 +107,7 @@ class SlashCommands(Completer):
 
     def _scale(self, text: str) -> Outcome:
         try:
-            self._conversation.adapter_scale = float(text)
+            self._conversation.adapter_scale = finite(text)
         except ValueError:
             raise CommandFailed(f"The scale must be a number from 0 to 8; {text!r} is none.") from None
         if self._conversation.acting_scale is None:
