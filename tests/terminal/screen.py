@@ -15,7 +15,7 @@ from rich.text import Text
 from tests.server_process import ROOT
 
 LIMIT_S = 30.0
-ENTER, CTRL_C, CTRL_D, TAB, UP, ALT_ENTER = "\r", "\x03", "\x04", "\t", "\x1b[A", "\x1b\r"
+ENTER, CTRL_C, CTRL_D, CTRL_R, TAB, UP, ALT_ENTER = "\r", "\x03", "\x04", "\x12", "\t", "\x1b[A", "\x1b\r"
 
 
 class Terminal:

@@ -15,7 +15,7 @@ import pytest
 from tests.fake_engine import SLOW
 from tests.server_process import FAKE, ServerProcess, free_port
 from tests.terminal.conftest import Adapted
-from tests.terminal.screen import ALT_ENTER, CTRL_C, CTRL_D, ENTER, TAB, UP, Terminal
+from tests.terminal.screen import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
 
 PROMPT = r"^❯$"  # an empty line waits for a question
 FIGURES = r"\d+ tokens · (\S+ tokens/s · )?first after \S+ s · \d+ of \d+ prompt tokens cached"
@@ -199,6 +199,20 @@ def test_past_questions_are_kept_for_this_user_only_and_come_back(chat, tmp_path
         terminal.wait_for(FIGURES).type(CTRL_D)
         assert terminal.wait_end() == 0
     assert "secret" not in history.read_text()
+
+
+def test_ctrl_r_searches_past_questions(chat) -> None:
+    """Enter and Ctrl-C were once the question's own also in the line that searches."""
+    with chat("--max-tokens", "2", "--quiet") as terminal:
+        for number, question in enumerate(["first question", "second question"], start=1):
+            terminal.wait_for(PROMPT).type(question + ENTER)
+            terminal.wait_for(f"(?s)(cut off by length.*){{{number}}}^❯$")
+        terminal.type("draft" + CTRL_R + "fir")
+        terminal.wait_for("I-search backward: fir$").type(CTRL_C)
+        terminal.wait_for("❯ draft$").type(CTRL_R + "fir")
+        terminal.wait_for("I-search backward: fir$").type(ENTER)
+        terminal.wait_for(r"❯ first question\Z").type(ENTER)  # until here it is found, not sent
+        terminal.wait_for("(?s)(❯ first question\n\nus.*){2}")
 
 
 def test_a_lost_connection_leaves_the_part_that_came_and_a_question_to_retry(chat, fake_model, tmp_path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import Completer
-from prompt_toolkit.filters import Condition
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -82,8 +83,9 @@ class QuestionPrompt:
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
+        in_question = has_focus(DEFAULT_BUFFER)  # and not in the line that searches the history
 
-        @keys.add("enter")
+        @keys.add("enter", filter=in_question)
         def _send(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
             if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
@@ -95,11 +97,11 @@ class QuestionPrompt:
                 buffer.text = _as_unicode(buffer.text)
                 buffer.validate_and_handle()
 
-        @keys.add("escape", "enter")
+        @keys.add("escape", "enter", filter=in_question)
         def _new_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
-        @keys.add("c-c")
+        @keys.add("c-c", filter=in_question)
         def _clear(event: KeyPressEvent) -> None:
             if self._is_leaving:
                 event.app.exit(exception=EOFError())
