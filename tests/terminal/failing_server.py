@@ -33,15 +33,16 @@ def text_event(text: str) -> object:
 
 
 @contextlib.contextmanager
-def answering(prepared: Prepared) -> Iterator[str]:
-    """The address of a server that does."""
+def answering(prepared: Prepared, received: list[bytes] | None = None) -> Iterator[str]:
+    """The address of a server that does; `received` gets the bodies of what it was asked."""
+    bodies = [] if received is None else received
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self._send(Prepared(200, json.dumps({"object": "list", "data": [MODEL], "version": "0"})))
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
             self._send(prepared)
 
         def _send(self, answer: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -56,8 +57,8 @@ class BenchSettings:
 class Row:
     """What was measured with one number of streams. Times are [p50, p99] in milliseconds, of requests that ended well.
 
-    ttft: from sending a request to its first text; itl: between two events with text of one stream. The warm-up is in
-    no other figure.
+    ttft: from sending a request to its first token; itl: between two events with tokens of one stream. The warm-up is
+    in no other figure.
     """
 
     streams: int
@@ -66,8 +67,8 @@ class Row:
     tokens: int  # of answers, by the server's count
     wall_s: float
     tokens_per_s: float
-    ttft_ms: list[float] | None  # None: no answer had any text
-    itl_ms: list[float] | None
+    ttft_ms: list[float | None]
+    itl_ms: list[float | None]
     warm_up_requests: int
     warm_up_tokens: int
 
@@ -93,12 +94,13 @@ def make_row(streams: int, outcomes: Sequence[Outcome], wall_s: float, warm_up: 
     )
 
 
-def percentiles_ms(values_s: Sequence[float]) -> list[float] | None:
-    """[p50, p99]"""
+def percentiles_ms(values_s: Sequence[float]) -> list[float | None]:
+    """[p50, p99]; None of too few values: below 100, p99 would be the largest."""
     ordered = sorted(values_s)
-    if not ordered:
-        return None
-    return [round(1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2) for share in (0.5, 0.99)]
+    return [
+        round(1e3 * ordered[math.ceil(percent * len(ordered) / 100) - 1], 2) if len(ordered) >= fewest else None
+        for percent, fewest in ((50, 1), (99, 100))
+    ]
 
 
 def bench(settings: BenchSettings) -> bool:
@@ -170,8 +172,8 @@ def _table(rows: Sequence[Row]) -> RenderableType:
     return table
 
 
-def _cells(times_ms: list[float] | None) -> list[str]:
-    return ["–", "–"] if times_ms is None else [f"{time_ms:.1f}" for time_ms in times_ms]
+def _cells(times_ms: list[float | None]) -> list[str]:
+    return ["–" if time_ms is None else f"{time_ms:.1f}" for time_ms in times_ms]
 
 
 def _chart(rows: Sequence[Row]) -> RenderableType:

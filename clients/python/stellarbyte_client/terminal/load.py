@@ -36,7 +36,7 @@ class Outcome:
     """What one request came to; times are time.perf_counter() seconds."""
 
     sent_at_s: float
-    event_times_s: list[float] = field(default_factory=list)  # of events with text
+    event_times_s: list[float] = field(default_factory=list)  # of events with tokens
     tokens: int = 0  # by the server's count
     error: str | None = None
 
@@ -54,7 +54,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
-    text: str = ""
+    token_ids: list[int] | None = None
 
 
 class _Error(msgspec.Struct):
@@ -110,6 +110,7 @@ class LoadGenerator:
             "prompt": self._random.choices(_TOKEN_IDS, k=work.prompt_tokens),
             "max_tokens": work.max_tokens,
             "ignore_eos": True,
+            "return_token_ids": True,  # a token that is only part of a character, or the last one, gives no text
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -140,5 +141,5 @@ class LoadGenerator:
             outcome.error = event.error.message
         if event.usage is not None:
             outcome.tokens = event.usage.completion_tokens
-        if any(choice.text for choice in event.choices):
+        if any(choice.token_ids for choice in event.choices):
             outcome.event_times_s.append(time.perf_counter())
