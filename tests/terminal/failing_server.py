@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ class Prepared:
     def stream(cls, *events: object) -> "Prepared":
         return cls(200, "".join(f"data: {json.dumps(event)}\n\n" for event in events))
 
+    @classmethod
+    def whole_stream(cls, *events: object) -> "Prepared":
+        return cls(200, cls.stream(*events).body + "data: [DONE]\n\n")
+
 
 def text_event(text: str) -> object:
     choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
@@ -33,9 +38,13 @@ def text_event(text: str) -> object:
 
 
 @contextlib.contextmanager
-def answering(prepared: Prepared, received: list[bytes] | None = None) -> Iterator[str]:
-    """The address of a server that does; `received` gets the bodies of what it was asked."""
+def answering(prepared: Prepared, received: list[bytes] | None = None, most_answers: float = math.inf) -> Iterator[str]:
+    """The address of a server that does, `most_answers` times and then never.
+
+    `received` gets the bodies of what it was asked.
+    """
     bodies = [] if received is None else received
+    is_over = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -43,7 +52,10 @@ def answering(prepared: Prepared, received: list[bytes] | None = None) -> Iterat
 
         def do_POST(self) -> None:
             bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self._send(prepared)
+            if len(bodies) > most_answers:
+                is_over.wait()
+            else:
+                self._send(prepared)
 
         def _send(self, answer: Prepared) -> None:
             self.send_response(answer.status)
@@ -61,5 +73,6 @@ def answering(prepared: Prepared, received: list[bytes] | None = None) -> Iterat
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
+            is_over.set()
             server.shutdown()
             thread.join()

@@ -14,7 +14,7 @@ from tests.server_process import ServerProcess
 from tests.terminal.command import Command, Result
 from tests.terminal.conftest import Adapted
 from tests.terminal.failing_server import Prepared, answering
-from tests.terminal.screen import Terminal
+from tests.terminal.screen import CTRL_C, Terminal
 
 SIZES = ["--requests", "6", "--prompt-tokens", "20", "--max-tokens", "10"]
 
@@ -88,18 +88,32 @@ def test_errors_are_counted_by_message_and_make_the_status_1(stellarbyte: Comman
     assert (row["errors"], row["tokens"], row["ttft_ms"]) == ({"The queue is full.": 6}, 0, [None, None])
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (
-            ["--streams", "8", "--requests", "4"],
-            "4 requests cannot keep 8 streams busy; give more --requests.",
-        ),
-        (["--json", "/nowhere/x.json"], "The folder of /nowhere/x.json does not exist."),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_first(stellarbyte: Command, options: list[str], said: str) -> None:
-    assert stellarbyte("bench", "--url", "http://127.0.0.1:1", *options) == Result(1, "", f"error: {said}\n")
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    stellarbyte: Command, tmp_path: Path
+) -> None:
+    received: list[bytes] = []
+    with answering(Prepared.whole_stream(), received) as url:
+        result = stellarbyte("bench", "--url", url, *SIZES, "--streams", "2", "--json", str(tmp_path))
+    said = f"error: {tmp_path} cannot be written: Is a directory.\n"
+    assert (result, received) == (Result(1, "", said), [])
+
+
+def test_ctrl_c_keeps_the_rows_that_were_measured(tmp_path: Path) -> None:
+    file, stream = tmp_path / "bench.json", Prepared.whole_stream({"usage": {"completion_tokens": 7}})
+    options = ["--streams", "1,2", "--requests", "2", "--json", str(file)]
+    with answering(stream, most_answers=3) as url:  # one to warm up, two that are measured
+        with Terminal("bench", "--url", url, *options, home=tmp_path) as terminal:
+            terminal.wait_for("^2 streams .* 0/2").type(CTRL_C)
+            assert terminal.wait_end() == 130
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["streams"], row["tokens"]) == (1, 14)
+    assert "1 stream " in terminal.text and "Traceback" not in terminal.text
+
+
+def test_more_streams_than_requests_are_refused(stellarbyte: Command) -> None:
+    result = stellarbyte("bench", "--url", "http://127.0.0.1:1", "--streams", "8", "--requests", "4")
+    said = "error: 4 requests cannot keep 8 streams busy; give more --requests.\n"
+    assert result == Result(1, "", said)
 
 
 def test_figures_are_of_requests_that_ended_well() -> None:
@@ -129,14 +143,14 @@ def test_tokens_without_text_are_timed() -> None:
     """The first bytes of a character, and an end of the answer, are tokens that give no text."""
     choices = [{"text": "", "token_ids": [7]}, {"text": "é", "token_ids": [8]}, {"text": "", "token_ids": [2]}]
     usage = {"choices": [], "usage": {"completion_tokens": 3}}
-    stream = Prepared.stream(*({"choices": [choice]} for choice in choices), usage)
+    stream = Prepared.whole_stream(*({"choices": [choice]} for choice in choices), usage)
     received: list[bytes] = []
 
     async def outcomes(url: str) -> list[Outcome]:
         async with LoadGenerator(Connection(url=url, api_key=None), most_streams=1) as load:
             return await load.run(Work(models=["m"], prompt_tokens=2, max_tokens=3), streams=1, requests=1)
 
-    with answering(Prepared(200, stream.body + "data: [DONE]\n\n"), received) as url:
+    with answering(stream, received) as url:
         (outcome,) = asyncio.run(outcomes(url))
     assert (outcome.error, outcome.tokens, len(outcome.event_times_s)) == (None, 3, 3)
     assert json.loads(received[0])["return_token_ids"] is True  # else no server tells

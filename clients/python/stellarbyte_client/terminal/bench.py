@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich import box
 from rich.bar import Bar
@@ -110,31 +110,32 @@ def bench(settings: BenchSettings) -> bool:
             raise CommandFailed(
                 f"{settings.requests} requests cannot keep {streams} streams busy; give more --requests."
             )
-    if settings.json_file is not None and not settings.json_file.absolute().parent.is_dir():
-        raise CommandFailed(f"The folder of {settings.json_file} does not exist.")
     with settings.connection.client() as client:
         known = models_of(client)
         server_version = client.version()
     models = [default_model(known).id] if settings.models is None else settings.models
     for model in models:
         check_model(model, known)
+    file = None if settings.json_file is None else _open(settings.json_file)
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(
         f"{', '.join(models)} at {settings.connection.base_url}: {settings.prompt_tokens} prompt tokens,"
         f" {settings.max_tokens} tokens of answer, times in ms\n",
         soft_wrap=True,
     )
-    rows = asyncio.run(_measure(settings, models, console))
-    if settings.json_file is not None:
-        _write(settings, models, server_version, rows)
+    rows: list[Row] = []
+    try:
+        asyncio.run(_measure(settings, models, console, rows))
+    finally:  # also what was measured before Ctrl-C
+        if file is not None:
+            _write(file, settings, models, server_version, rows)
     return not any(row.errors for row in rows)
 
 
-async def _measure(settings: BenchSettings, models: Sequence[str], console: Console) -> list[Row]:
-    """A row for each number of streams; what was measured is shown also when it ends early."""
+async def _measure(settings: BenchSettings, models: Sequence[str], console: Console, rows: list[Row]) -> None:
+    """Add a row for each number of streams; what was measured is shown also when it ends early."""
     work = Work(models=models, prompt_tokens=settings.prompt_tokens, max_tokens=settings.max_tokens)
     short = replace(work, max_tokens=min(work.max_tokens, _WARM_UP_TOKENS))
-    rows: list[Row] = []
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(complete_style="cyan", finished_style="cyan"),
@@ -158,7 +159,6 @@ async def _measure(settings: BenchSettings, models: Sequence[str], console: Cons
     finally:
         if rows:
             console.print(_table(rows), "", _chart(rows), *_errors(rows), sep="\n")
-    return rows
 
 
 def _table(rows: Sequence[Row]) -> RenderableType:
@@ -198,8 +198,14 @@ def _errors(rows: Sequence[Row]) -> list[Text]:
     return [Text(f"{count} × {printable(message)}", style="red") for message, count in counts.most_common()]
 
 
-def _write(settings: BenchSettings, models: Sequence[str], server_version: str, rows: Sequence[Row]) -> None:
-    assert settings.json_file is not None
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise CommandFailed(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _write(file: TextIO, settings: BenchSettings, models: Sequence[str], server_version: str, rows: list[Row]) -> None:
     content: dict[str, Any] = {
         "command": settings.command,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -210,6 +216,7 @@ def _write(settings: BenchSettings, models: Sequence[str], server_version: str, 
         "rows": [asdict(row) for row in rows],
     }
     try:
-        settings.json_file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with file:
+            file.write(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise CommandFailed(f"{settings.json_file} cannot be written: {error.strerror}.") from None
