@@ -38,6 +38,24 @@ def test_adapters_are_loaded_listed_replaced_and_unloaded(stellarbyte: Command, 
     assert run("unload", "mine").status == 1
 
 
+def test_names_stay_whole_on_narrow_screens_and_in_pipes(
+    stellarbyte: Command, adapted: Adapted, tmp_path: Path
+) -> None:
+    url, name = adapted.server.url, "customer-support-v12"
+    assert stellarbyte("adapters", "load", name, "a0", "--url", url).status == 0
+    try:
+        (line,) = [line for line in stellarbyte("adapters", "list", "--url", url).out.splitlines() if name in line]
+        assert len(line.split()) == 9
+        for columns, has_hashes in ((80, False), (100, True)):
+            with Terminal("adapters", "list", "--url", url, home=tmp_path, columns=columns) as terminal:
+                assert terminal.wait_end() == 0
+                assert (" hash " in terminal.lines[0]) == has_hashes
+                (line,) = [line for line in terminal.lines if line.startswith("customer")]
+                assert line.split()[:3] == [name, "ready", "slot"]
+    finally:
+        stellarbyte("adapters", "unload", name, "--url", url)
+
+
 def test_watching_shows_what_changes_and_ends_on_ctrl_c(adapted: Adapted, tmp_path: Path) -> None:
     url = adapted.server.url
     with Terminal("adapters", "watch", "--interval", "0.05", "--url", url, home=tmp_path) as terminal:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +16,7 @@ from stellarbyte_client.terminal.markdown import printable
 
 _HASH_CHARACTERS = 12  # as log lines and the fingerprint have it
 _MIB = 2**20
+_WHOLE_LINES = 10_000  # characters: more than any line has
 _STATES = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
 
 
@@ -24,12 +25,13 @@ class AdapterCommands:
 
     def __init__(self, connection: Connection) -> None:
         self._client = connection.client()
-        self._console = Console(highlight=False, markup=False, emoji=False)
+        width = None if sys.stdout.isatty() else _WHOLE_LINES
+        self._console = Console(width=width, highlight=False, markup=False, emoji=False)
 
     def list(self) -> None:
         with refusals_explained():
             adapters = self._client.adapters.list()
-        self._console.print(_table(adapters))
+        self._console.print(_Overview(adapters))
 
     def list_json(self) -> None:
         with refusals_explained():
@@ -56,7 +58,7 @@ class AdapterCommands:
         try:
             with refusals_explained(), Live(console=self._console, auto_refresh=False) as live:
                 for adapters in self._client.adapters.watch(interval_s):
-                    live.update(_table(adapters), refresh=True)
+                    live.update(_Overview(adapters), refresh=True)
         except KeyboardInterrupt:
             return
 
@@ -64,33 +66,45 @@ class AdapterCommands:
         self._console.print(printable(text), soft_wrap=True)
 
 
-def _table(adapters: Sequence[Adapter]) -> RenderableType:
-    if not adapters:
-        return Text("The server has no adapters.")
+class _Overview:
+    """The adapters as a table. Where the screen is too narrow, hashes are left out; where still, names are folded."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._adapters = adapters
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self._adapters:
+            yield Text("The server has no adapters.")
+            return
+        table = _table(self._adapters, with_hashes=True)
+        wanted = console.measure(table, options=options.update(max_width=_WHOLE_LINES)).maximum
+        yield table if wanted <= options.max_width else _table(self._adapters, with_hashes=False)
+        for adapter in self._adapters:
+            if adapter.error is not None:
+                yield Text(f"{printable(adapter.id)}: {printable(adapter.error)}", style="red")
+
+
+def _table(adapters: Sequence[Adapter], *, with_hashes: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("name", overflow="fold")
-    for heading in ("state", "tier", "hash"):
+    for heading in ("state", "tier", *(["hash"] if with_hashes else [])):
         table.add_column(heading, no_wrap=True)
     for heading in ("rank", "MiB", "running", "requests", "tokens"):
         table.add_column(heading, no_wrap=True, justify="right")
     for adapter in adapters:
+        content_hash = "" if adapter.content_hash is None else adapter.content_hash[:_HASH_CHARACTERS]
         table.add_row(
             Text(printable(adapter.id)),
             Text(adapter.state, style=_STATES[adapter.state]),
             adapter.tier,
-            "" if adapter.content_hash is None else adapter.content_hash[:_HASH_CHARACTERS],
+            *([content_hash] if with_hashes else []),
             "" if adapter.rank is None else str(adapter.rank),
             _mib(adapter.bytes),
             str(adapter.running),
             str(adapter.requests),
             str(adapter.tokens),
         )
-    failures = [
-        Text(f"{printable(adapter.id)}: {printable(adapter.error)}", style="red")
-        for adapter in adapters
-        if adapter.error is not None
-    ]
-    return Group(table, *failures)
+    return table
 
 
 def _mib(num_bytes: int) -> str:
