@@ -88,8 +88,10 @@ class Terminal:
 
     def wait_end(self) -> int:
         """The exit status, after everything was read."""
+        deadline_s = time.monotonic() + LIMIT_S
         while self._read():
-            pass
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"the program does not end:\n{self.text}")
         self._child.wait()
         return self._child.exitstatus if self._child.exitstatus is not None else -self._child.signalstatus
 

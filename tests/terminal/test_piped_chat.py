@@ -2,8 +2,10 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.fake_engine import SLOW
 from tests.server_process import ROOT, ServerProcess
 from tests.terminal.command import Command, Result
 from tests.terminal.failing_server import Prepared, answering, text_event
+from tests.terminal.screen import CTRL_C, LIMIT_S, Terminal
 
 
 def piped(command: str) -> tuple[int, str, str]:
@@ -87,3 +90,22 @@ def test_an_unknown_model_is_named_with_those_there_are(stellarbyte: Command, fa
 def test_a_scale_without_an_adapter_is_refused(stellarbyte: Command, fake_server: ServerProcess) -> None:
     said = "error: A scale needs an adapter that it acts on: name one with --model.\n"
     assert stellarbyte("chat", "--url", fake_server.url, "--adapter-scale", "2", "hello") == Result(1, "", said)
+
+
+def test_the_first_ctrl_c_ends_it_while_the_server_is_silent(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(LIMIT_S)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with Terminal("chat", "hello", "--url", url, home=tmp_path) as terminal:
+            connection, _ = silent.accept()
+            with connection:
+                terminal.type(CTRL_C)
+                assert terminal.wait_end() == 130
+    assert terminal.text == "^Cinterrupted"
+
+
+def test_the_first_ctrl_c_ends_an_answer(fake_server: ServerProcess, tmp_path: Path) -> None:
+    with Terminal("chat", f"{SLOW} please", "--url", fake_server.url, home=tmp_path) as terminal:
+        terminal.wait_for("^assistant").type(CTRL_C)
+        assert terminal.wait_end() == 130
+    assert terminal.text.endswith("interrupted") and "Traceback" not in terminal.text

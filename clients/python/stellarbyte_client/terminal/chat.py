@@ -51,7 +51,7 @@ def chat(settings: ChatSettings) -> None:
         question = _piped() if settings.prompt is None else settings.prompt
         if not question.strip():
             raise CommandFailed("There is no question: give it as PROMPT or on standard input.")
-        asyncio.run(_answer_once(settings, question.strip()))
+        _answer_once(settings, question.strip())
     else:
         asyncio.run(_Chat(settings).run())
 
@@ -61,14 +61,16 @@ def _piped() -> str:
     return sys.stdin.buffer.read().decode(errors="replace")
 
 
-async def _answer_once(settings: ChatSettings, question: str) -> None:
+def _answer_once(settings: ChatSettings, question: str) -> None:
+    """What does not wait on the event loop comes before it: there only the second Ctrl-C would end it."""
     with settings.connection.client() as client:
         conversation = _begin(settings, models_of(client))
     if settings.adapter_scale is not None and conversation.acting_scale is None:
         raise CommandFailed("A scale needs an adapter that it acts on: name one with --model.")
+    asker = _new_asker(settings.connection)
     answer = Answer()
     write = _write_printable if sys.stdout.isatty() else _write
-    await _new_asker(settings.connection).ask(conversation.request(question), answer, on_text=write)
+    asyncio.run(asker.ask(conversation.request(question), answer, on_text=write))
     if answer.text and not answer.text.endswith("\n"):
         _write("\n")
     if answer.problem is not None:
