@@ -15,7 +15,9 @@ from rich.text import Text
 from tests.server_process import ROOT
 
 LIMIT_S = 30.0
-ENTER, CTRL_C, CTRL_D, CTRL_R, TAB, UP, ALT_ENTER = "\r", "\x03", "\x04", "\x12", "\t", "\x1b[A", "\x1b\r"
+_BRACKETED_PASTE = 2004 << 5  # as pyte keeps private modes
+ENTER, ESCAPE, TAB, UP, ALT_ENTER = "\r", "\x1b", "\t", "\x1b[A", "\x1b\r"
+CTRL_C, CTRL_D, CTRL_R = "\x03", "\x04", "\x12"
 
 
 class Terminal:
@@ -49,8 +51,9 @@ class Terminal:
         self._child.send(keys)
 
     def paste(self, text: str) -> None:
-        """As terminals that know bracketed paste do."""
-        self.type(f"\x1b[200~{text}\x1b[201~")
+        """As terminals do: with a mark on both sides if the program has asked for that."""
+        is_marked = _BRACKETED_PASTE in self._screen.mode
+        self.type(f"\x1b[200~{text}\x1b[201~" if is_marked else text)
 
     @property
     def lines(self) -> list[str]:

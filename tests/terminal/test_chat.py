@@ -15,7 +15,7 @@ import pytest
 from tests.fake_engine import SLOW
 from tests.server_process import FAKE, ServerProcess, free_port
 from tests.terminal.conftest import Adapted
-from tests.terminal.screen import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, TAB, UP, Terminal
+from tests.terminal.screen import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
 
 PROMPT = r"^❯$"  # an empty line waits for a question
 FIGURES = r"\d+ tokens · (\S+ tokens/s · )?first after \S+ s · \d+ of \d+ prompt tokens cached"
@@ -58,14 +58,24 @@ def test_ctrl_c_stops_the_answer_and_the_request_but_not_the_chat(chat, fake_ser
         terminal.wait_for(PROMPT).type(f"{SLOW} please" + ENTER)
         terminal.wait_for("^assistant")
         assert fake_server.metric("vllm:num_requests_running") == 1
-        terminal.type(CTRL_C)
+        terminal.type(ESCAPE + CTRL_C)
         terminal.wait_for("^stopped · first after").wait_for(PROMPT)
         wait_until(lambda: fake_server.metric("vllm:num_requests_running") == 0)
         assert f"❯ {SLOW} please\n\nuser\n{SLOW} please\nassistant" in terminal.text  # the part that had come
-        terminal.type("a question" + CTRL_C)
+        terminal.type("a question")
+        terminal.wait_for("❯ a question$").type(CTRL_C)  # Escape was no beginning of a key
         terminal.wait_for("Ctrl-C again, or Ctrl-D, leaves").type(CTRL_C)
         assert terminal.wait_end() == 0
         assert "a question" not in terminal.text
+
+
+def test_what_is_typed_and_pasted_during_an_answer_is_one_question_also_after_ctrl_c(chat) -> None:
+    with chat("--no-history", rows=60) as terminal:
+        terminal.wait_for(PROMPT).type(f"{SLOW} please" + ENTER)
+        terminal.wait_for("^assistant").type("typed ")
+        terminal.paste(f"one\ntwo\n{'long ' * 1000}end")  # no terminal itself holds so much
+        terminal.type(CTRL_C)
+        terminal.wait_for(r"(?s)^stopped.*❯ typed one\n *… two\n *… long[^❯]*end\Z")  # and is not sent
 
 
 def test_ctrl_d_leaves_and_two_ctrl_c_with_a_key_between_do_not(chat) -> None:

@@ -5,10 +5,9 @@ import contextlib
 import os
 import signal
 import sys
-import termios
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -169,7 +168,7 @@ class _Chat:
         asking = asyncio.create_task(self._answer(question, answer))
         self._asking = asking
         try:
-            with _unechoed(), AnswerView(self._console, is_plain=self._settings.is_plain) as view:
+            with self._prompt.typing_ahead(), AnswerView(self._console, is_plain=self._settings.is_plain) as view:
                 drawing_s = 0.0
                 while not asking.done():
                     await asyncio.wait({asking}, timeout=max(_FRAME_S, drawing_s / _MOST_DRAWING))
@@ -243,17 +242,3 @@ def _figures(answer: Answer, *, is_quiet: bool) -> str:
         if usage.evicted_tokens:
             parts.append(f"{usage.evicted_tokens} evicted")
     return " · ".join(parts)
-
-
-@contextlib.contextmanager
-def _unechoed() -> Iterator[None]:
-    """What is typed while an answer is written does not appear in it, and is there at the next prompt."""
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    quiet = termios.tcgetattr(terminal)
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -1,7 +1,9 @@
 """Reads questions from a terminal: several lines, history, completion. Knows no commands and no server."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -11,6 +13,7 @@ from prompt_toolkit.enums import DEFAULT_BUFFER
 from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.input.typeahead import store_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 
@@ -69,6 +72,26 @@ class QuestionPrompt:
         except EOFError:
             return None
 
+    @contextlib.contextmanager
+    def typing_ahead(self) -> Iterator[None]:
+        """What is typed or pasted meanwhile is not seen, and is there when the next question is read.
+
+        In an event loop that runs. Ctrl-C is a signal meanwhile, and loses nothing.
+        """
+        keyboard, screen = self._session.input, self._session.output
+
+        def keep() -> None:
+            store_typeahead(keyboard, keyboard.read_keys())
+
+        with _unechoed(keyboard.fileno()), keyboard.attach(keep):
+            screen.enable_bracketed_paste()  # pasted lines are no keys that send
+            screen.flush()
+            try:
+                yield
+            finally:
+                screen.disable_bracketed_paste()  # until the prompt enables it
+                screen.flush()
+
     def _message(self) -> StyleAndTextTuples:
         return [("class:prompt", f"{self._label()}❯ ")]
 
@@ -115,3 +138,16 @@ class QuestionPrompt:
 def _as_unicode(text: str) -> str:
     """Bytes that are no UTF-8, which the terminal's reader keeps as surrogates, become replacement signs."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
+
+
+@contextlib.contextmanager
+def _unechoed(terminal: int) -> Iterator[None]:
+    """Keys arrive one by one and are not shown; Ctrl-C is still a signal, which drops none that have arrived."""
+    before, quiet = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
+    quiet[0] &= ~termios.ICRNL  # Enter as the prompt gets it
+    quiet[3] = quiet[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
+    termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
