@@ -50,7 +50,7 @@ def _add_generate(commands: _Commands) -> None:
     command.add_argument("--max-tokens", type=_positive_int, default=256, metavar="N", help="default: %(default)s")
     command.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): greedy")
     command.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="default: %(default)s")
-    command.add_argument("--seed", type=_whole, metavar="N", help="makes sampling repeatable")
+    command.add_argument("--seed", type=_seed, metavar="N", help="makes sampling repeatable; 0 to 4294967295")
     command.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
     command.set_defaults(module="stellarbyte.commands.generate")
 
@@ -197,6 +197,13 @@ def _positive_int(text: str) -> int:
     value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = _whole(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 to {2**32 - 1}")
     return value
 
 

@@ -1,21 +1,27 @@
 """`stellarbyte generate`: one answer, computed here without a server."""
 
 import argparse
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast, TextStreamer, set_seed
 
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import load_model
+from stellarbyte.checkpoint.native import load_model, one_line
 from stellarbyte.checkpoint.progress import ProgressBar
 
-FAILURES = (CheckpointError,)
+
+class PromptError(ValueError):
+    """A prompt cannot be answered; str() is one sentence for the user."""
+
+
+FAILURES = (CheckpointError, PromptError)
 
 
 def run(options: argparse.Namespace) -> int:
     path = resolve_model(options.model, ProgressBar("Converting the demo model"))
     model = load_model(path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    tokenizer = _tokenizer(path)
     if options.raw or tokenizer.chat_template is None:
         inputs = tokenizer(options.prompt, return_tensors="pt")
     else:
@@ -25,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
             return_tensors="pt",
             return_dict=True,
         )
+    if inputs["input_ids"].numel() == 0:
+        raise PromptError("There is nothing to continue: the prompt is empty.")
     if options.seed is not None:
         set_seed(options.seed)
     sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
@@ -37,3 +45,12 @@ def run(options: argparse.Namespace) -> int:
         **sampling,
     )
     return 0
+
+
+def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    if not (path / "tokenizer.json").is_file():
+        raise CheckpointError(f"{path / 'tokenizer.json'} is missing; prompts in words need a tokenizer.")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise CheckpointError(f"The tokenizer of {path} cannot be read: {one_line(error)}.") from error

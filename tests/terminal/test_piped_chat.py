@@ -36,8 +36,8 @@ def test_a_question_by_pipe_or_as_argument_gets_the_answer_and_nothing_else(
 
 
 def test_who_has_read_enough_may_leave(fake_server: ServerProcess) -> None:
-    command = f"{{chat}} --url {fake_server.url} '{SLOW} {'x' * 50}' | head -c 10"
-    assert piped(command) == (0, f"user\n{SLOW}", "")
+    command = f"{{chat}} --url {fake_server.url} '{SLOW} {'x' * 50}' | head -c 10; exit ${{{{PIPESTATUS[0]}}}}"
+    assert piped(command) == (141, f"user\n{SLOW}", "")
 
 
 def test_bytes_that_are_no_utf_8_are_asked_as_replacement_signs(

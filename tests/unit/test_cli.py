@@ -1,6 +1,10 @@
 """The `stellarbyte` command: what it prints, and one line with exit status 1 for everything that users get wrong."""
 
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +32,45 @@ def test_convert_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture
     assert texts[0] != texts[1]  # the chat template makes another prompt
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    assert main(["convert", str(tiny_llama(folder / "source")), str(folder / "model")]) == 0
+    return folder / "model"
+
+
+def test_generate_tells_in_one_line_what_it_cannot_answer(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(model: Path, *arguments: str) -> str:
+        assert main(["generate", str(model), *arguments]) == 1
+        output = capsys.readouterr()
+        assert output.out == ""
+        return output.err
+
+    bare, broken = tmp_path / "bare", tmp_path / "broken"
+    shutil.copytree(tiny, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(tiny, broken)
+    (broken / "tokenizer.json").write_text("{}")
+    capsys.readouterr()
+    assert said(tiny, "", "--raw") == "error: There is nothing to continue: the prompt is empty.\n"
+    assert said(bare, "hello") == f"error: {bare / 'tokenizer.json'} is missing; prompts in words need a tokenizer.\n"
+    assert re.fullmatch(f"error: The tokenizer of {broken} cannot be read: .+\\.\n", said(broken, "hello"))
+
+
+@pytest.mark.parametrize("command", [["generate", "{}", "the capital", "--max-tokens", "4"], ["info", "{}"]])
+def test_who_has_read_enough_may_leave(
+    command: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Text that waits in a buffer when a command ends is part of what it says, too."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert main([part.format(tiny) for part in command]) == 128 + signal.SIGPIPE
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [["info", "{}"], ["convert", "{}", "{}/target"], ["generate", "{}", "hello"]])
 def test_errors_are_one_line(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     arguments = [part.format(tmp_path / "absent") for part in command]
@@ -48,6 +91,8 @@ def test_errors_are_one_line(command: list[str], tmp_path: Path, capsys: pytest.
         ["generate", "x", "hello", "--temperature", "-1"],
         ["generate", "x", "hello", "--temperature", "nan"],
         ["generate", "x", "hello", "--top-p", "1.5"],
+        ["generate", "x", "hello", "--seed", "-1"],
+        ["generate", "x", "hello", "--seed", "4294967296"],
         ["chat", "--max-tokens", "none"],
         ["adapters"],
         ["adapters", "load", "x"],

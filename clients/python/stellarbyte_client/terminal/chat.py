@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -77,12 +76,8 @@ def _answer_once(settings: ChatSettings, question: str) -> None:
 
 
 def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
-        sys.exit(128 + signal.SIGPIPE)
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _write_printable(text: str) -> None:
