@@ -1,6 +1,8 @@
 """What the documents say is there: links lead somewhere, flags exist, both languages show the same commands."""
 
+import itertools
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from scripts.site.api_reference import api_markdown
 from scripts.site.flags_reference import flags_markdown
 from server.api.openapi import OPERATIONS, make_document
 from server.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
+from stellarbyte.arguments import make_parser
 from tests.server_process import ROOT
 
 PAGES = sorted(
@@ -24,6 +27,8 @@ TRANSLATED.append((ROOT / "README.zh-CN.md", ROOT / "README.md"))
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
+_CODE = re.compile(r"`([^`]+)`")
+_COMMAND = re.compile(r"(?:^|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
 _OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m server)\b[^\n`]*")
 
 
@@ -106,6 +111,30 @@ def test_pages_name_every_flag_and_none_that_is_not_there() -> None:
     assert sorted(known - named) == []
     variables = OTHER_VARIABLES | {variable_of(field) for _, of_group in GROUPS for field in options(of_group)}
     assert {name for text in texts for name in re.findall(r"\bSTELLARBYTE_[A-Z_]+[A-Z]\b", text)} <= variables
+
+
+def stellarbyte_commands(page: Path) -> Iterator[tuple[str, str]]:
+    """What follows `stellarbyte` in every command line of a page: a whole one, or a mention in a sentence."""
+    text = page.read_text(encoding="utf-8")
+    for _, _, code in _FENCED.findall(text):
+        yield from (("whole", line) for line in _COMMAND.findall(code.replace("\\\n", " ")))
+    for code in _CODE.findall(_FENCED.sub("", text)):
+        yield from (("mention", line) for line in _COMMAND.findall(" ".join(code.split())))
+
+
+def test_the_stellarbyte_command_understands_what_pages_show_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, seen = [], set()
+    for page in PAGES:
+        for kind, line in stellarbyte_commands(page):
+            words = itertools.takewhile(lambda word: word not in ("|", ">", "&&"), shlex.split(line, comments=True))
+            try:
+                seen.add(make_parser().parse_args(list(words)).module)
+            except SystemExit as exit:
+                said = capsys.readouterr().err
+                if exit.code and not (kind == "mention" and "arguments are required" in said):
+                    wrong.append(f"{name_of(page)}: stellarbyte {line}: {said.splitlines()[-1]}")
+    assert wrong == []
+    assert {f"stellarbyte.commands.{name}" for name in ("adapters", "bench", "chat", "convert", "info")} <= seen
 
 
 def test_the_api_reference_has_every_route_and_every_field() -> None:
