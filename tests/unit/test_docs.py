@@ -28,7 +28,7 @@ _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
-_COMMAND = re.compile(r"(?:^|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:^ *|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
 _OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m server)\b[^\n`]*")
 
 

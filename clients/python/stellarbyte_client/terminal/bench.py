@@ -67,7 +67,7 @@ class Row:
     tokens: int  # of answers, by the server's count
     wall_s: float
     tokens_per_s: float
-    ttft_ms: list[float | None]
+    ttft_ms: list[float | None]  # None: of too few requests
     itl_ms: list[float | None]
     warm_up_requests: int
     warm_up_tokens: int
