@@ -2,6 +2,7 @@
 
 import pytest
 
+from stellarbyte.arguments import make_parser
 from stellarbyte_client import Model
 from stellarbyte_client.terminal.connection import CommandFailed, Connection, check_model, default_model
 
@@ -34,3 +35,9 @@ def test_an_address_may_be_that_of_the_openai_package(url: str) -> None:
 
 def test_keys_are_not_shown() -> None:
     assert "secret" not in repr(Connection(url="http://x", api_key="secret", admin_api_key="secret"))
+
+
+def test_of_the_keys_that_a_server_takes_from_the_variable_the_first_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, used in (("one two", "one"), (" one\n", "one"), (" ", None), ("", None)):
+        monkeypatch.setenv("STELLARBYTE_API_KEY", value)
+        assert make_parser().parse_args(["chat"]).api_key == used
