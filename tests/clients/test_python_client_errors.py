@@ -92,6 +92,25 @@ def test_an_error_without_an_error_object_has_its_status(connect: Connect, stub:
     assert (error.value.status, error.value.type, error.value.retry_after_s) == (502, None, None)
 
 
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_without_a_server_behind_it_is_not_ready(connect: Connect, stub: Stub, status: int) -> None:
+    stub.answer("<h1>Nobody</h1>", status=status)
+    assert connect(stub.url).is_ready() is False
+
+
+@pytest.mark.parametrize("body", ["<h1>It works!</h1>", "{}", "[]"])
+def test_something_else_is_neither_ready_nor_healthy(connect: Connect, stub: Stub, body: str) -> None:
+    stub.answer(body)
+    client = connect(stub.url)
+    for ask in (client.is_ready, client.health):
+        with pytest.raises(UnexpectedAnswer, match="is not one of a StellarByte server"):
+            ask()
+    stub.answers[:] = []
+    stub.answer("<h1>Not here</h1>", status=404)
+    with pytest.raises(ServerError, match="404"):
+        client.is_ready()
+
+
 # Addresses
 
 

@@ -91,7 +91,7 @@ class AsyncStellarByte:
         return await self._send(calls.health())
 
     async def is_ready(self) -> bool:
-        """Whether requests can be answered now; False also while nothing answers at the address."""
+        """Whether requests can be answered now; False also while nothing answers at the address, or only a proxy."""
         try:
             return await self._send(calls.ready())
         except ConnectionFailed:

@@ -93,7 +93,7 @@ def health() -> Call[Health]:
 
 
 def ready() -> Call[bool]:
-    return Call("GET", "/ready", lambda response: _read_health(response).is_healthy)
+    return Call("GET", "/ready", _read_ready)
 
 
 def version() -> Call[str]:
@@ -111,6 +111,12 @@ class _Detokenized(msgspec.Struct):
 
 class _Version(msgspec.Struct):
     version: str
+
+
+class _State(msgspec.Struct):
+    """What /health and /ready answer when all is well."""
+
+    status: str
 
 
 def _json(kind: type[T]) -> Callable[[httpx.Response], T]:
@@ -132,6 +138,9 @@ def _entries(kind: type[_List[T]]) -> Callable[[httpx.Response], list[T]]:
     return lambda response: read(response).data
 
 
+_read_state = _json(_State)
+
+
 def _read_metrics(response: httpx.Response) -> list[MetricSample]:
     content = _good(response)
     try:
@@ -147,8 +156,16 @@ def _read_metrics(response: httpx.Response) -> list[MetricSample]:
 def _read_health(response: httpx.Response) -> Health:
     if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
         return Health(is_healthy=False, reason=server_error(response).message)
-    _good(response)
+    _read_state(response)
     return Health(is_healthy=True, reason=None)
+
+
+def _read_ready(response: httpx.Response) -> bool:
+    """False also for what proxies answer while they have no server behind them."""
+    if response.status_code in (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT):
+        return False
+    _read_state(response)
+    return True
 
 
 def _good(response: httpx.Response) -> bytes:

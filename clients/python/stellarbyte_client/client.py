@@ -101,7 +101,7 @@ class StellarByte:
         return self._send(calls.health())
 
     def is_ready(self) -> bool:
-        """Whether requests can be answered now; False also while nothing answers at the address."""
+        """Whether requests can be answered now; False also while nothing answers at the address, or only a proxy."""
         try:
             return self._send(calls.ready())
         except ConnectionFailed:
