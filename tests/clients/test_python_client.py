@@ -131,19 +131,38 @@ def test_metrics_count_what_openais_client_of_ours_generates(client: Any, adapte
         return sample.value
 
     before = generated()
-    with StellarByte(adapter_server.url, api_key=USER_KEY).openai() as generating:
-        generating.completions.create(model="tiny", prompt="the", max_tokens=5, extra_body={"ignore_eos": True})
+    with StellarByte(adapter_server.url, api_key=USER_KEY) as generating:
+        generating.openai().completions.create(
+            model="tiny", prompt="the", max_tokens=5, extra_body={"ignore_eos": True}
+        )
     assert generated() == before + 5
-    with pytest.raises(openai.AuthenticationError):
-        StellarByte(adapter_server.url).openai().models.list()
+    with StellarByte(adapter_server.url) as unknown, pytest.raises(openai.AuthenticationError):
+        unknown.openai().models.list()
 
 
 def test_the_asynchronous_client_gives_openais_asynchronous_one(adapter_server: ServerProcess) -> None:
     async def models() -> list[str]:
-        async with AsyncStellarByte(adapter_server.url, USER_KEY) as client, client.openai() as generating:
-            return [model.id async for model in generating.models.list()]
+        async with AsyncStellarByte(adapter_server.url, USER_KEY) as client:
+            return [model.id async for model in client.openai().models.list()]
 
     assert asyncio.run(models()) == ["tiny", "json", "pirate"]
+
+
+def test_openais_client_is_one_and_ends_with_ours(connect: Connect) -> None:
+    client = connect(timeout_s=7)
+    generating = client.openai()
+    assert client.openai() is generating
+    assert (generating.timeout.read, generating.timeout.connect, generating.max_retries) == (7, 5, 0)
+    assert not generating.is_closed()
+    client.close()
+    assert generating.is_closed()
+
+
+def test_openais_client_tries_nothing_twice(stub: Stub) -> None:
+    stub.answer("{}", status=503)
+    with StellarByte(stub.url) as client, pytest.raises(openai.InternalServerError):
+        client.openai().models.list()
+    assert len(stub.asked) == 1
 
 
 def test_without_the_package_openai_the_error_says_what_to_install(

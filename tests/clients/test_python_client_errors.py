@@ -1,6 +1,12 @@
 """What stellarbyte_client says when a call fails: each test for the synchronous and the asynchronous client."""
 
+import contextlib
+import json
+import math
+import re
 import socket
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -10,6 +16,25 @@ from stellarbyte_client import ConnectionFailed, ServerError, UnexpectedAnswer
 from stellarbyte_client.errors import server_error
 from tests.clients.conftest import ADMIN_KEY, LIMITED_KEY, USER_KEY, Connect, Stub
 from tests.server_process import ServerProcess, free_port
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that takes one request; `answer` writes to its connection, until the client hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(2**16)
+                    answer(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        thread.join()
 
 
 def test_a_wrong_key_is_refused(connect: Connect, adapter_server: ServerProcess) -> None:
@@ -71,6 +96,12 @@ def test_a_server_that_does_not_answer_in_time(connect: Connect) -> None:
             client.version()
 
 
+def test_what_the_connection_ended_with_is_told_in_one_sentence(connect: Connect) -> None:
+    with serving(socket.socket.close) as url, pytest.raises(ConnectionFailed) as error:
+        connect(url).version()
+    assert re.fullmatch(rf"The server at {url} cannot be reached: [^.]+\.", str(error.value))
+
+
 @pytest.mark.parametrize("body", ["<h1>It works!</h1>", '{"data": [{"id": 1}]}', "[]", ""])
 def test_an_answer_of_something_else_is_not_taken_for_one_of_ours(connect: Connect, stub: Stub, body: str) -> None:
     stub.answer(body)
@@ -92,6 +123,15 @@ def test_an_error_without_an_error_object_has_its_status(connect: Connect, stub:
     assert (error.value.status, error.value.type, error.value.retry_after_s) == (502, None, None)
 
 
+def test_what_is_no_text_in_an_error_object_does_not_hide_its_message(connect: Connect, stub: Stub) -> None:
+    """Other servers and proxies put the status there, as a number; the message was lost then."""
+    stub.answer('{"error": {"message": "Too busy.", "type": {}, "param": ["model"], "code": 429}}', status=429)
+    with pytest.raises(ServerError) as error:
+        connect(stub.url).models()
+    assert (error.value.message, error.value.status) == ("Too busy.", 429)
+    assert (error.value.type, error.value.param, error.value.code) == (None, None, None)
+
+
 @pytest.mark.parametrize("status", [502, 503, 504])
 def test_a_proxy_without_a_server_behind_it_is_not_ready(connect: Connect, stub: Stub, status: int) -> None:
     stub.answer("<h1>Nobody</h1>", status=status)
@@ -111,7 +151,29 @@ def test_something_else_is_neither_ready_nor_healthy(connect: Connect, stub: Stu
         client.is_ready()
 
 
-# Addresses
+# What clients are made with
+
+
+@pytest.mark.parametrize("argument", ["api_key", "admin_api_key"])
+@pytest.mark.parametrize("key", ["sesame\n", "open sesame", "sésame", "密钥"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(connect: Connect, argument: str, key: str) -> None:
+    """It was told as a server that cannot be reached, with the key in the message."""
+    with pytest.raises(ValueError, match=f"^{argument} must ") as error:
+        connect(**{argument: key})
+    assert key.strip() not in str(error.value)
+
+
+def test_an_empty_key_is_none(connect: Connect, stub: Stub) -> None:
+    stub.answer(json.dumps({"version": "1.0", "lora_name": "mine", "freed_bytes": 0}))
+    connect(stub.url, api_key="", admin_api_key="").version()
+    connect(stub.url, api_key="key", admin_api_key="").adapters.unload("mine")
+    assert [asked.headers.get("authorization") for asked in stub.asked] == [None, "Bearer key"]
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf])
+def test_a_time_out_that_is_none_is_refused_at_once(connect: Connect, timeout_s: float) -> None:
+    with pytest.raises(ValueError, match=r"^timeout_s must be a number of seconds above 0; .* is not\.$"):
+        connect(timeout_s=timeout_s)
 
 
 def test_the_address_is_the_argument_or_the_variable_or_this_machine(

@@ -1,25 +1,27 @@
 """Where a server is, which keys open it, and what it means when nothing answers there. Sends nothing."""
 
 import contextlib
+import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from stellarbyte_client.calls import Call
-from stellarbyte_client.errors import ConnectionFailed
+from stellarbyte_client.errors import timed_out, unreachable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
+GENERATION_TIMEOUT_S = 600.0  # of programs that wait for answers: in a queue a request is sent nothing
 _CONNECT_TIMEOUT_S = 5.0
-OPENAI_IS_MISSING = "openai() needs the package openai: pip install 'stellarbyte-client[openai]'."
+_KEY = re.compile(r"[!-~]+")  # what a header can carry
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """What both clients are made with."""
+    """What clients are made with."""
 
     base_url: str
     api_key: str | None = field(repr=False)
@@ -28,7 +30,10 @@ class Address:
 
     @classmethod
     def of(cls, base_url: str | None, api_key: str | None, admin_api_key: str | None, timeout_s: float) -> "Address":
-        """ValueError unless `base_url`, or what STELLARBYTE_URL has in its place, is an HTTP address."""
+        """ValueError, in which no key is shown, when one of these cannot be used. An empty key is none.
+
+        Without `base_url` the address is that in STELLARBYTE_URL, or DEFAULT_URL.
+        """
         url = os.environ.get("STELLARBYTE_URL") or DEFAULT_URL if base_url is None else base_url
         try:
             parsed = httpx.URL(url)
@@ -36,24 +41,42 @@ class Address:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"The server's address must look like {DEFAULT_URL}; {url!r} does not.")
-        return cls(base_url=url.rstrip("/"), api_key=api_key, admin_api_key=admin_api_key, timeout_s=timeout_s)
+        if not 0 < timeout_s < math.inf:
+            raise ValueError(f"timeout_s must be a number of seconds above 0; {timeout_s!r} is not.")
+        return cls(
+            base_url=url.rstrip("/"),
+            api_key=_usable_key("api_key", api_key),
+            admin_api_key=_usable_key("admin_api_key", admin_api_key),
+            timeout_s=timeout_s,
+        )
 
     @property
     def timeout(self) -> httpx.Timeout:
-        return httpx.Timeout(self.timeout_s, connect=min(self.timeout_s, _CONNECT_TIMEOUT_S))
+        """Of each read; connections are given up sooner."""
+        return httpx.Timeout(self.timeout_s, connect=self._connect_timeout_s)
 
-    @property
-    def openai_url(self) -> str:
-        return f"{self.base_url}/v1"
+    def openai_options(self) -> dict[str, Any]:
+        """What OpenAI's clients are made with. ModuleNotFoundError, which says what to install, without the package."""
+        try:
+            from openai import Timeout
+        except ModuleNotFoundError as error:
+            what = "openai() needs the package openai: pip install 'stellarbyte-client[openai]'."
+            raise ModuleNotFoundError(what) from error
+        key = self._key(is_admin=False)
+        return {
+            "base_url": f"{self.base_url}/v1",
+            "api_key": "unused" if key is None else key,  # they insist on one; a server without keys does not look
+            "timeout": Timeout(self.timeout_s, connect=self._connect_timeout_s),
+            "max_retries": 0,
+        }
 
-    @property
-    def openai_key(self) -> str:
-        """OpenAI's client insists on a key, which a server without keys does not look at."""
-        return self._key(is_admin=False) or "unused"
-
-    def headers(self, call: Call[Any]) -> dict[str, str]:
-        key = self._key(call.is_admin)
+    def headers(self, *, is_admin: bool = False) -> dict[str, str]:
+        key = self._key(is_admin)
         return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+    @property
+    def _connect_timeout_s(self) -> float:
+        return min(self.timeout_s, _CONNECT_TIMEOUT_S)
 
     def _key(self, is_admin: bool) -> str | None:
         """The operator's key opens all routes, so each key stands in where the other is not given."""
@@ -66,7 +89,14 @@ class Address:
         try:
             yield
         except httpx.TimeoutException as error:
-            raise ConnectionFailed(f"The server at {self.base_url} did not answer in time.") from error
+            raise timed_out(self.base_url) from error
         except httpx.RequestError as error:
-            detail = str(error) or type(error).__name__
-            raise ConnectionFailed(f"The server at {self.base_url} cannot be reached: {detail}.") from error
+            raise unreachable(self.base_url, error) from error
+
+
+def _usable_key(name: str, key: str | None) -> str | None:
+    if key is None or key == "":
+        return None
+    if _KEY.fullmatch(key) is None:
+        raise ValueError(f"{name} must consist of ASCII letters, digits and signs, without spaces or line breaks.")
+    return key

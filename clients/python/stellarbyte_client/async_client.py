@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import httpx
 
 from stellarbyte_client import calls
-from stellarbyte_client.address import DEFAULT_TIMEOUT_S, OPENAI_IS_MISSING, Address
+from stellarbyte_client.address import DEFAULT_TIMEOUT_S, Address
 from stellarbyte_client.answers import (
     AdapterList,
     Health,
@@ -42,6 +42,7 @@ class AsyncStellarByte:
         """As `StellarByte`."""
         self._address = Address.of(base_url, api_key, admin_api_key, timeout_s)
         self._http = httpx.AsyncClient(base_url=self._address.base_url, timeout=self._address.timeout)
+        self._openai: AsyncOpenAI | None = None
         self.adapters = AsyncAdapters(self)
 
     @property
@@ -101,15 +102,18 @@ class AsyncStellarByte:
         return await self._send(calls.version())
 
     def openai(self) -> "AsyncOpenAI":
-        """OpenAI's own asynchronous client for the same server and key; needs the package openai."""
-        try:
+        """OpenAI's own asynchronous client, as `StellarByte.openai` says."""
+        if self._openai is None:
+            options = self._address.openai_options()
             from openai import AsyncOpenAI
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(OPENAI_IS_MISSING) from error
-        return AsyncOpenAI(base_url=self._address.openai_url, api_key=self._address.openai_key)
+
+            self._openai = AsyncOpenAI(**options)
+        return self._openai
 
     async def close(self) -> None:
         await self._http.aclose()
+        if self._openai is not None:
+            await self._openai.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -120,10 +124,9 @@ class AsyncStellarByte:
         await self.close()
 
     async def _send(self, call: calls.Call[T]) -> T:
+        headers = self._address.headers(is_admin=call.is_admin)
         with self._address.failures_named():
-            response = await self._http.request(
-                call.method, call.path, json=call.body, headers=self._address.headers(call)
-            )
+            response = await self._http.request(call.method, call.path, json=call.body, headers=headers)
         return call.read(response)
 
 

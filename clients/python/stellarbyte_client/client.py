@@ -1,5 +1,6 @@
 """The client for ordinary programs. What each call sends and reads is in calls.py."""
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import httpx
 
 from stellarbyte_client import calls
-from stellarbyte_client.address import DEFAULT_TIMEOUT_S, OPENAI_IS_MISSING, Address
+from stellarbyte_client.address import DEFAULT_TIMEOUT_S, Address
 from stellarbyte_client.answers import (
     AdapterList,
     Health,
@@ -39,16 +40,18 @@ class StellarByte:
         admin_api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """ValueError when `base_url` is no HTTP address.
+        """ValueError when one of these cannot be used: the address is none, a key does not fit into a header.
 
         Args:
             base_url: the server's address, without /v1; else that in STELLARBYTE_URL, else http://127.0.0.1:8000.
-            api_key: sent with all calls but those of the operator.
+            api_key: sent with all calls but those of the operator. An empty key is none.
             admin_api_key: sent with those (`adapters.load` and `unload`), and with all if there is no `api_key`.
             timeout_s: how long to wait for each answer.
         """
         self._address = Address.of(base_url, api_key, admin_api_key, timeout_s)
         self._http = httpx.Client(base_url=self._address.base_url, timeout=self._address.timeout)
+        self._openai: OpenAI | None = None
+        self._openai_lock = threading.Lock()
         self.adapters = Adapters(self)
 
     @property
@@ -111,15 +114,23 @@ class StellarByte:
         return self._send(calls.version())
 
     def openai(self) -> "OpenAI":
-        """OpenAI's own client for the same server and key, which generates; needs the package openai."""
-        try:
-            from openai import OpenAI
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(OPENAI_IS_MISSING) from error
-        return OpenAI(base_url=self._address.openai_url, api_key=self._address.openai_key)
+        """OpenAI's own client for the same server, key and time-out, which generates; needs the package openai.
+
+        Always the same one, which is closed with this one and, like it, tries nothing twice. `timeout_s` bounds each
+        silence of the server there: to wait longer for answers that are not streamed, make this client with more.
+        """
+        with self._openai_lock:
+            if self._openai is None:
+                options = self._address.openai_options()
+                from openai import OpenAI
+
+                self._openai = OpenAI(**options)
+            return self._openai
 
     def close(self) -> None:
         self._http.close()
+        if self._openai is not None:
+            self._openai.close()
 
     def __enter__(self) -> Self:
         return self
@@ -130,8 +141,9 @@ class StellarByte:
         self.close()
 
     def _send(self, call: calls.Call[T]) -> T:
+        headers = self._address.headers(is_admin=call.is_admin)
         with self._address.failures_named():
-            response = self._http.request(call.method, call.path, json=call.body, headers=self._address.headers(call))
+            response = self._http.request(call.method, call.path, json=call.body, headers=headers)
         return call.read(response)
 
 

@@ -6,7 +6,9 @@ StellarByteError
 └── UnexpectedAnswer    what answered is not a StellarByte server, or one of a version too far from this client's
 """
 
-import httpx
+from collections.abc import Mapping
+from typing import Protocol
+
 import msgspec
 
 
@@ -47,18 +49,45 @@ class ServerError(StellarByteError):
         return self.message
 
 
+def timed_out(base_url: str) -> ConnectionFailed:
+    return ConnectionFailed(f"The server at {base_url} did not answer in time.")
+
+
+def unreachable(base_url: str, cause: BaseException) -> ConnectionFailed:
+    """`cause` is what the connection ended with."""
+    detail = str(cause).rstrip(".") or type(cause).__name__
+    return ConnectionFailed(f"The server at {base_url} cannot be reached: {detail}.")
+
+
+class Response(Protocol):
+    """What an error is read from. httpx's responses have it, and those that OpenAI's client gives."""
+
+    @property
+    def status_code(self) -> int: ...
+    @property
+    def reason_phrase(self) -> str: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def url(self) -> object: ...
+    @property
+    def content(self) -> bytes: ...
+
+
 class _Detail(msgspec.Struct):
+    """An error object. What is not a text is some other server's and means nothing here."""
+
     message: str
-    type: str | None = None
-    param: str | None = None
-    code: str | None = None
+    type: object = None
+    param: object = None
+    code: object = None
 
 
 class _ErrorBody(msgspec.Struct):
     error: _Detail
 
 
-def server_error(response: httpx.Response) -> ServerError:
+def server_error(response: Response) -> ServerError:
     """The error that an answer with an error's status stands for."""
     status = response.status_code
     try:
@@ -66,10 +95,21 @@ def server_error(response: httpx.Response) -> ServerError:
     except msgspec.DecodeError:
         what = f"{status} {response.reason_phrase}".rstrip()
         detail = _Detail(f"The answer from {response.url} is {what}.")
-    return ServerError(status, detail.message, detail.type, detail.param, detail.code, _retry_after_s(response))
+    return ServerError(
+        status,
+        detail.message,
+        type=_text(detail.type),
+        param=_text(detail.param),
+        code=_text(detail.code),
+        retry_after_s=_retry_after_s(response),
+    )
 
 
-def _retry_after_s(response: httpx.Response) -> float | None:
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _retry_after_s(response: Response) -> float | None:
     """None also for a date, which proxies may send: this machine's clock need not be theirs."""
     value = response.headers.get("Retry-After", "")
     return float(value) if value.isascii() and value.isdigit() else None

@@ -7,11 +7,10 @@ from typing import Any
 import openai
 from openai.types import CompletionUsage
 
+from stellarbyte_client.address import GENERATION_TIMEOUT_S, Address
+from stellarbyte_client.errors import server_error, timed_out, unreachable
 from stellarbyte_client.terminal.connection import Connection, server_problem
 from stellarbyte_client.terminal.conversation import Answer, Ending, Usage
-
-_SILENCE_LIMIT_S = 600.0  # a request may wait in a queue, where it is sent nothing
-_CONNECT_LIMIT_S = 5.0
 
 
 class Asker:
@@ -19,12 +18,8 @@ class Asker:
 
     def __init__(self, connection: Connection) -> None:
         self._url = connection.base_url
-        self._client = openai.AsyncOpenAI(
-            base_url=f"{connection.base_url}/v1",
-            api_key=connection.api_key or "unused",  # it insists on one
-            timeout=openai.Timeout(_SILENCE_LIMIT_S, connect=_CONNECT_LIMIT_S),
-            max_retries=0,  # the person decides
-        )
+        address = Address.of(connection.base_url, connection.api_key, None, GENERATION_TIMEOUT_S)
+        self._client = openai.AsyncOpenAI(**address.openai_options())
 
     async def ask(self, request: dict[str, Any], answer: Answer, on_text: Callable[[str], None] | None = None) -> None:
         """Fill `answer` while it comes; `on_text` gets each piece. A failure ends up in `answer.problem`.
@@ -34,9 +29,8 @@ class Asker:
         try:
             await self._stream(request, answer, on_text)
         except openai.APIStatusError as error:
-            retry_after = error.response.headers.get("Retry-After", "")
-            retry_after_s = float(retry_after) if retry_after.isdecimal() else None
-            answer.problem = server_problem(error.status_code, _message(error), retry_after_s)
+            refused = server_error(error.response)
+            answer.problem = server_problem(refused.status, refused.message, refused.retry_after_s)
         except openai.APIConnectionError as error:  # a time-out, too
             answer.problem = self._connection_problem(error, answer)
         except openai.APIError as error:  # the last event of a stream that failed
@@ -75,17 +69,8 @@ class Asker:
         if answer.text:
             return f"The connection to {self._url} was lost in the middle of the answer."
         if isinstance(error, openai.APITimeoutError):
-            return f"The server at {self._url} did not answer in time."
-        cause = str(error.__cause__ or "").rstrip(".")
-        return f"The server at {self._url} cannot be reached{': ' + cause if cause else ''}."
-
-
-def _message(error: openai.APIStatusError) -> str:
-    """The sentence of the error object; where there is none, as from a proxy, the status."""
-    body = error.body
-    if isinstance(body, dict) and isinstance(body.get("message"), str):
-        return body["message"]
-    return f"The answer from {error.request.url} is {error.status_code} {error.response.reason_phrase}."
+            return str(timed_out(self._url))
+        return str(unreachable(self._url, error.__cause__ or error))
 
 
 def _usage(usage: CompletionUsage) -> Usage:

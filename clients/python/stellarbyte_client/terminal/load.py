@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 import httpx
 import msgspec
 
+from stellarbyte_client.address import GENERATION_TIMEOUT_S, Address
 from stellarbyte_client.errors import server_error
 from stellarbyte_client.terminal.connection import Connection
 
 # Token ids that every vocabulary has. In random order they make prompts that differ from their first tokens on.
 _TOKEN_IDS = range(32, 256)
-_CONNECT_LIMIT_S = 5.0
-_SILENCE_LIMIT_S = 600.0  # a request may wait in a queue, where it is sent nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +70,11 @@ class LoadGenerator:
     """Use in an `async with` statement."""
 
     def __init__(self, connection: Connection, most_streams: int) -> None:
-        headers = {} if connection.api_key is None else {"Authorization": f"Bearer {connection.api_key}"}
+        address = Address.of(connection.base_url, connection.api_key, None, GENERATION_TIMEOUT_S)
         self._http = httpx.AsyncClient(
-            base_url=connection.base_url,
-            headers=headers,
-            timeout=httpx.Timeout(_SILENCE_LIMIT_S, connect=_CONNECT_LIMIT_S),
+            base_url=address.base_url,
+            headers=address.headers(),
+            timeout=address.timeout,
             limits=httpx.Limits(max_connections=most_streams, max_keepalive_connections=most_streams),
         )
         self._random = random.Random()  # a fixed seed would find the prompts of an earlier run in the prefix cache
