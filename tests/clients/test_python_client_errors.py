@@ -6,6 +6,7 @@ import math
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,6 +95,19 @@ def test_a_server_that_does_not_answer_in_time(connect: Connect) -> None:
         client = connect(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.1)
         with pytest.raises(ConnectionFailed, match=r"did not answer in time\."):
             client.version()
+
+
+def test_a_server_whose_answer_never_ends(connect: Connect) -> None:
+    """Each byte came in time, and the call went on for as long as there were more."""
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 300\r\n\r\n")
+        for _ in range(300):
+            connection.sendall(b" ")
+            time.sleep(0.01)
+
+    with serving(drip) as url, pytest.raises(ConnectionFailed, match=r"did not answer in time\."):
+        connect(url, timeout_s=0.2).version()
 
 
 def test_what_the_connection_ended_with_is_told_in_one_sentence(connect: Connect) -> None:

@@ -88,7 +88,7 @@ class Address:
         """Raises ConnectionFailed where what is done inside gets no answer."""
         try:
             yield
-        except httpx.TimeoutException as error:
+        except (httpx.TimeoutException, TimeoutError) as error:
             raise timed_out(self.base_url) from error
         except httpx.RequestError as error:
             raise unreachable(self.base_url, error) from error

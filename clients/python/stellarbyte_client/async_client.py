@@ -39,7 +39,7 @@ class AsyncStellarByte:
         admin_api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """As `StellarByte`."""
+        """As `StellarByte`, but `timeout_s` bounds each call exactly."""
         self._address = Address.of(base_url, api_key, admin_api_key, timeout_s)
         self._http = httpx.AsyncClient(base_url=self._address.base_url, timeout=self._address.timeout)
         self._openai: AsyncOpenAI | None = None
@@ -126,7 +126,8 @@ class AsyncStellarByte:
     async def _send(self, call: calls.Call[T]) -> T:
         headers = self._address.headers(is_admin=call.is_admin)
         with self._address.failures_named():
-            response = await self._http.request(call.method, call.path, json=call.body, headers=headers)
+            async with asyncio.timeout(self._address.timeout_s):
+                response = await self._http.request(call.method, call.path, json=call.body, headers=headers)
         return call.read(response)
 
 

@@ -46,7 +46,8 @@ class StellarByte:
             base_url: the server's address, without /v1; else that in STELLARBYTE_URL, else http://127.0.0.1:8000.
             api_key: sent with all calls but those of the operator. An empty key is none.
             admin_api_key: sent with those (`adapters.load` and `unload`), and with all if there is no `api_key`.
-            timeout_s: how long to wait for each answer.
+            timeout_s: how long each call may take. The clock is looked at whenever a piece of the answer's body comes,
+                so that a server which falls silent within it may take up to as long again.
         """
         self._address = Address.of(base_url, api_key, admin_api_key, timeout_s)
         self._http = httpx.Client(base_url=self._address.base_url, timeout=self._address.timeout)
@@ -141,10 +142,36 @@ class StellarByte:
         self.close()
 
     def _send(self, call: calls.Call[T]) -> T:
+        deadline_s = time.monotonic() + self._address.timeout_s
         headers = self._address.headers(is_admin=call.is_admin)
-        with self._address.failures_named():
-            response = self._http.request(call.method, call.path, json=call.body, headers=headers)
+        with (
+            self._address.failures_named(),
+            self._http.stream(call.method, call.path, json=call.body, headers=headers) as response,
+        ):
+            assert isinstance(response.stream, httpx.SyncByteStream)  # as that of every synchronous client
+            response.stream = _Timed(response.stream, deadline_s)
+            response.read()
         return call.read(response)
+
+
+class _Timed(httpx.SyncByteStream):
+    """The pieces of an answer; TimeoutError instead of one that comes after `deadline_s` of time.monotonic().
+
+    httpx bounds the wait for each piece only, which a server that sends them one by one can go on with for ever.
+    """
+
+    def __init__(self, pieces: httpx.SyncByteStream, deadline_s: float) -> None:
+        self._pieces = pieces
+        self._deadline_s = deadline_s
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._pieces:
+            if time.monotonic() > self._deadline_s:
+                raise TimeoutError
+            yield piece
+
+    def close(self) -> None:
+        self._pieces.close()
 
 
 class Adapters:
