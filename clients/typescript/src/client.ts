@@ -1,4 +1,4 @@
-// The client: what each call sends, and how its answer is read. Needs fetch, so runs in browsers and in Node.
+// The client: what each call sends, and how its answer is read. Knows no connection.
 
 import type {
   Adapter,
@@ -11,21 +11,11 @@ import type {
   TokenizePrompt,
   UnloadedAdapter,
 } from "./answers.js";
+import { type Answer, type Ask, ask, connectionOf, type StellarByteOptions } from "./connection.js";
 import { ConnectionFailed, serverError, UnexpectedAnswer } from "./errors.js";
 import { parseMetrics } from "./metrics.js";
 
-const DEFAULT_URL = "http://127.0.0.1:8000";
-
-export interface StellarByteOptions {
-  /** The server's address, without /v1; else that in the variable STELLARBYTE_URL, else http://127.0.0.1:8000. */
-  readonly baseUrl?: string;
-  /** Sent with all calls but those of the operator. */
-  readonly apiKey?: string;
-  /** Sent with those (`adapters.load` and `unload`), and with all if there is no `apiKey`. */
-  readonly adminApiKey?: string;
-  /** How long to wait for each answer: 60 seconds unless given. */
-  readonly timeoutMs?: number;
-}
+const NOT_READY = [502, 503, 504]; // also what proxies answer while they have no server behind them
 
 export interface WatchOptions {
   /** How often the server is asked: every second unless given. */
@@ -34,25 +24,17 @@ export interface WatchOptions {
   readonly signal?: AbortSignal;
 }
 
-/** An answer with its text, whatever its status. */
-interface Answer {
-  readonly response: Response;
-  readonly text: string;
-}
-
-type Method = "GET" | "POST";
-type Ask = (method: Method, path: string, body?: object, isAdmin?: boolean) => Promise<Answer>;
-
 /** A client of one server. Every call rejects with a `StellarByteError` where it fails. */
 export class StellarByte {
   readonly baseUrl: string;
   readonly adapters: Adapters;
   readonly #ask: Ask;
 
-  /** TypeError when `baseUrl` is no HTTP address. */
+  /** TypeError, in which no key is shown, when an option cannot be used. */
   constructor(options: StellarByteOptions = {}) {
-    this.baseUrl = httpAddress(options.baseUrl ?? environment("STELLARBYTE_URL") ?? DEFAULT_URL);
-    this.#ask = (...call) => ask(this.baseUrl, options, ...call);
+    const connection = connectionOf(options);
+    this.baseUrl = connection.baseUrl;
+    this.#ask = (...call) => ask(connection, ...call);
     this.adapters = new Adapters(this.#ask);
   }
 
@@ -63,12 +45,13 @@ export class StellarByte {
 
   /** The tokens of a prompt, or of a chat as the model's template writes it. */
   async tokenize(request: TokenizePrompt | TokenizeChat): Promise<Tokenized> {
-    return readObject<Tokenized>(await this.#ask("POST", "/tokenize", request), "tokens");
+    return readObject<Tokenized>(await this.#ask("POST", "/tokenize", { body: request }), "tokens");
   }
 
   /** The text of tokens, special ones included. */
   async detokenize(tokens: readonly number[]): Promise<string> {
-    return readObject<{ prompt: string }>(await this.#ask("POST", "/detokenize", { tokens }), "prompt").prompt;
+    const answer = await this.#ask("POST", "/detokenize", { body: { tokens } });
+    return readObject<{ prompt: string }>(answer, "prompt").prompt;
   }
 
   /** All that /metrics shows now. docs/metrics.md says what each means. */
@@ -82,10 +65,10 @@ export class StellarByte {
     return readHealth(await this.#ask("GET", "/health"));
   }
 
-  /** Whether requests can be answered now; false also while nothing answers at the address. */
+  /** Whether requests can be answered now; false also while nothing answers at the address, or only a proxy. */
   async isReady(): Promise<boolean> {
     try {
-      return readHealth(await this.#ask("GET", "/ready")).isHealthy;
+      return readReady(await this.#ask("GET", "/ready"));
     } catch (error) {
       if (error instanceof ConnectionFailed) return false;
       throw error;
@@ -107,7 +90,7 @@ export class Adapters {
 
   /** All adapters as they are now, by name; those in --adapter-dir that nobody has asked for yet, too. */
   async list(): Promise<Adapter[]> {
-    return readList<Adapter>(await this.#ask("GET", "/v1/adapters"));
+    return this.#list();
   }
 
   /**
@@ -116,7 +99,8 @@ export class Adapters {
    */
   async load(name: string, path: string, { replace = false }: { replace?: boolean } = {}): Promise<LoadedAdapter> {
     const body = { lora_name: name, lora_path: path, load_inplace: replace };
-    return readObject<LoadedAdapter>(await this.#ask("POST", "/v1/load_lora_adapter", body, true), "matched");
+    const answer = await this.#ask("POST", "/v1/load_lora_adapter", { body, isAdmin: true });
+    return readObject<LoadedAdapter>(answer, "matched");
   }
 
   /**
@@ -124,7 +108,8 @@ export class Adapters {
    * Where that takes longer than `timeoutMs`, this rejects with ConnectionFailed, and the server goes on unloading.
    */
   async unload(name: string): Promise<UnloadedAdapter> {
-    const answer = await this.#ask("POST", "/v1/unload_lora_adapter", { lora_name: name }, true);
+    const body = { lora_name: name };
+    const answer = await this.#ask("POST", "/v1/unload_lora_adapter", { body, isAdmin: true });
     return readObject<UnloadedAdapter>(answer, "freed_bytes");
   }
 
@@ -135,48 +120,23 @@ export class Adapters {
   async *watch({ intervalMs = 1000, signal }: WatchOptions = {}): AsyncGenerator<Adapter[], void, undefined> {
     let before: string | undefined;
     while (!signal?.aborted) {
-      const list = await this.list();
+      let list: Adapter[];
+      try {
+        list = await this.#list(signal);
+      } catch (error) {
+        if (signal?.aborted) return;
+        throw error;
+      }
       const now = JSON.stringify(list);
       if (now !== before) yield list;
       before = now;
       await pause(intervalMs, signal);
     }
   }
-}
 
-async function ask(
-  baseUrl: string,
-  { apiKey, adminApiKey, timeoutMs = 60_000 }: StellarByteOptions,
-  method: Method,
-  path: string,
-  body?: object,
-  isAdmin = false,
-): Promise<Answer> {
-  const key = isAdmin ? (adminApiKey ?? apiKey) : (apiKey ?? adminApiKey); // the operator's key opens all routes
-  const request: RequestInit = {
-    method,
-    headers: {
-      ...(body === undefined ? {} : { "Content-Type": "application/json" }),
-      ...(key === undefined ? {} : { Authorization: `Bearer ${key}` }),
-    },
-    body: body === undefined ? null : JSON.stringify(body),
-    signal: AbortSignal.timeout(timeoutMs),
-  };
-  try {
-    const response = await fetch(baseUrl + path, request);
-    return { response, text: await response.text() };
-  } catch (error) {
-    throw connectionFailed(baseUrl, error);
+  async #list(signal?: AbortSignal): Promise<Adapter[]> {
+    return readList<Adapter>(await this.#ask("GET", "/v1/adapters", { signal }));
   }
-}
-
-function connectionFailed(baseUrl: string, error: unknown): ConnectionFailed {
-  const { name, message, cause } = error as Error;
-  const what =
-    name === "TimeoutError"
-      ? "did not answer in time"
-      : `cannot be reached: ${(cause instanceof Error && cause.message) || message}`; // the cause is Node's
-  return new ConnectionFailed(`The server at ${baseUrl} ${what}.`, { cause: error });
 }
 
 function good(answer: Answer): Answer {
@@ -212,25 +172,23 @@ function readHealth(answer: Answer): Health {
   if (answer.response.status === 503) {
     return { isHealthy: false, reason: serverError(answer.response, answer.text).message };
   }
-  good(answer);
+  readState(answer);
   return { isHealthy: true, reason: null };
+}
+
+function readReady(answer: Answer): boolean {
+  if (NOT_READY.includes(answer.response.status)) return false;
+  readState(answer);
+  return true;
+}
+
+/** What /health and /ready answer when all is well; that it can be read is all there is to know. */
+function readState(answer: Answer): void {
+  readObject<{ status: string }>(answer, "status");
 }
 
 function unexpected({ response }: Answer, why: string, cause?: unknown): UnexpectedAnswer {
   return new UnexpectedAnswer(`The answer from ${response.url} is not one of a StellarByte server: ${why}.`, { cause });
-}
-
-function httpAddress(text: string): string {
-  const protocol = URL.canParse(text) ? new URL(text).protocol : "";
-  if (protocol !== "http:" && protocol !== "https:") {
-    throw new TypeError(`The server's address must look like ${DEFAULT_URL}; '${text}' does not.`);
-  }
-  return text.replace(/\/+$/, "");
-}
-
-function environment(name: string): string | undefined {
-  const { process } = globalThis as { process?: { env?: Record<string, string | undefined> } }; // browsers have none
-  return process?.env?.[name] || undefined;
 }
 
 /** Resolves after a time, or when the signal says to stop. */

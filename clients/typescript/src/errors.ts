@@ -56,9 +56,15 @@ export function serverError(response: Response, text: string): ServerError {
 
 function errorObject(text: string): (ErrorDetail & { message: string }) | null {
   try {
-    const { message, type = null, param = null, code = null } = JSON.parse(text).error;
-    return typeof message === "string" ? { message, type, param, code } : null;
+    const { message, type, param, code } = JSON.parse(text).error;
+    if (typeof message !== "string") return null;
+    return { message, type: textOrNull(type), param: textOrNull(param), code: textOrNull(code) };
   } catch {
     return null;
   }
+}
+
+/** What is not a text is some other server's, and means nothing here. */
+function textOrNull(value: unknown): string | null {
+  return typeof value === "string" ? value : null;
 }

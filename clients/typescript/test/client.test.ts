@@ -6,6 +6,7 @@ import { once } from "node:events";
 import http from "node:http";
 import type { AddressInfo } from "node:net";
 import { test, type TestContext } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
 import { ConnectionFailed, ServerError, StellarByte, StellarByteError, UnexpectedAnswer } from "@stellarbyte/client";
 
 const { STELLARBYTE_URL: url = "", USER_KEY: apiKey = "", ADMIN_KEY: adminApiKey = "" } = process.env;
@@ -97,6 +98,15 @@ test("watching ends as soon as it is told to", { timeout: 10_000 }, async () => 
   assert.deepEqual(await next, { done: true, value: undefined });
 });
 
+test("watching ends as soon as it is told to while the server is asked", { timeout: 10_000 }, async (context) => {
+  const { url, asked } = await stub(context, null);
+  const stop = new AbortController();
+  const next = new StellarByte({ baseUrl: url }).adapters.watch({ signal: stop.signal }).next();
+  while (asked.length === 0) await sleep(1);
+  stop.abort();
+  assert.deepEqual(await next, { done: true, value: undefined });
+});
+
 test("watching shows nothing where nothing changes", async (context) => {
   const body = (id: string): string => JSON.stringify({ object: "list", data: [{ id }] });
   const { url, asked } = await stub(context, { body: body("a") }, { body: body("a") }, { body: body("b") });
@@ -163,6 +173,58 @@ test("a server that does not work says why", async (context) => {
   const { status, message, type, param, code, retryAfterSeconds } = await failure(failing.models(), ServerError);
   assert.deepEqual({ message, type, param, code }, error);
   assert.deepEqual([status, retryAfterSeconds], [503, 5]);
+});
+
+test("a proxy without a server is not ready, and something else is neither ready nor healthy", async (context) => {
+  for (const status of [502, 503, 504]) {
+    const { url } = await stub(context, { status, body: "<h1>Nobody</h1>" });
+    assert.equal(await new StellarByte({ baseUrl: url }).isReady(), false);
+  }
+  for (const body of ["<h1>It works!</h1>", "{}", "[]"]) {
+    const other = new StellarByte({ baseUrl: (await stub(context, { body })).url });
+    for (const answer of [other.isReady(), other.health()]) await failure(answer, UnexpectedAnswer);
+  }
+  const missing = new StellarByte({ baseUrl: (await stub(context, { status: 404, body: "" })).url });
+  assert.equal((await failure(missing.isReady(), ServerError)).status, 404);
+});
+
+test("what is no text in an error object does not become one of its fields", async (context) => {
+  const error = { message: "Too busy.", type: {}, param: ["model"], code: 429 };
+  const { url } = await stub(context, { status: 429, body: JSON.stringify({ error }) });
+  const { status, message, type, param, code } = await failure(new StellarByte({ baseUrl: url }).models(), ServerError);
+  assert.deepEqual([status, message, type, param, code], [429, "Too busy.", null, null, null]);
+});
+
+test("a key that no header can carry is refused and not shown; an empty one is none", async (context) => {
+  for (const name of ["apiKey", "adminApiKey"]) {
+    for (const key of ["sesame\n", "open sesame", "sésame", "密钥"]) {
+      assert.throws(
+        () => new StellarByte({ [name]: key }),
+        (error: Error) =>
+          error.name === "TypeError" &&
+          error.message.startsWith(`${name} must `) &&
+          !error.message.includes(key.trim()),
+      );
+    }
+  }
+  const { url, asked } = await stub(context, { body: '{"version": "1.0", "freed_bytes": 0}' });
+  await new StellarByte({ baseUrl: url, apiKey: "", adminApiKey: "" }).version();
+  await new StellarByte({ baseUrl: url, apiKey: "key", adminApiKey: "" }).adapters.unload("mine");
+  assert.deepEqual(
+    asked.map(({ headers }) => headers.authorization),
+    [undefined, "Bearer key"],
+  );
+});
+
+test("times that timers cannot have are refused at once", async (context) => {
+  for (const timeoutMs of [0, -1, NaN, Infinity, 2 ** 31]) {
+    assert.throws(() => new StellarByte({ timeoutMs }), {
+      name: "TypeError",
+      message: /^timeoutMs must be .* is not\.$/,
+    });
+  }
+  const { url } = await stub(context, { body: '{"version": "1.0"}' });
+  assert.equal(await new StellarByte({ baseUrl: url, timeoutMs: 9999.5 }).version(), "1.0");
 });
 
 test("keys that are wrong, and names", async () => {
