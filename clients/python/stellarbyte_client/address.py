@@ -14,7 +14,7 @@ from stellarbyte_client.errors import timed_out, unreachable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
-GENERATION_TIMEOUT_S = 600.0  # of programs that wait for answers: in a queue a request is sent nothing
+GENERATION_TIMEOUT_S = 600.0  # of commands that generate: a request may wait in a queue, where it is sent nothing
 _CONNECT_TIMEOUT_S = 5.0
 _KEY = re.compile(r"[!-~]+")  # what a header can carry
 

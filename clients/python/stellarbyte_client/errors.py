@@ -36,7 +36,7 @@ class ServerError(StellarByteError):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """`type`, `param` and `code` are None where the answer had no error object, as those of a proxy."""
+        """`type`, `param` and `code` are None where the answer had no such text, as those of proxies."""
         super().__init__(status, message, type, param, code, retry_after_s)
         self.status = status
         self.message = message
