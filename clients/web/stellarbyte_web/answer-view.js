@@ -6,10 +6,21 @@
 import { measures } from "./ask.js";
 import { copyText } from "./clipboard.js";
 import { icon, make } from "./elements.js";
-import { explain } from "./failures.js";
+import { canRetry, explain } from "./failures.js";
 import { formatNumber, t } from "./i18n.js";
 import { MarkdownView } from "./markdown.js";
+import { spokenText } from "./spoken-text.js";
 import { TokenView } from "./token-view.js";
+
+/**
+ * What is said to those who do not see it.
+ * @param {Answer} answer that is finished
+ */
+export function announcementOf(answer) {
+  if (answer.failure !== null) return explain(answer.failure).sentence;
+  if (answer.state === "stopped") return t("answerStopped", { name: nameOf(answer) });
+  return t("answerFinished", { name: nameOf(answer), text: spokenText(answer.content) });
+}
 
 /** @typedef {{ regenerate: () => void, enterKey: () => void }} AnswerActions */
 
@@ -33,6 +44,7 @@ export class AnswerView {
     this.markdown = new MarkdownView(this.text, t("copy"));
     /** @type {TokenView | null} */
     this.tokens = null;
+    this.spoken = make("p", { class: "unseen", dir: "auto" });
     this.waiting = make("p", { class: "waiting" }, make("span", { class: "unseen" }, t("thinking")));
     this.note = make("div", { class: "note" });
     this.numbers = make("span", { class: "numbers" });
@@ -62,17 +74,23 @@ export class AnswerView {
     this.buttons.hidden = answer.state === "streaming";
   }
 
-  /** The answer as it is read out, without marks. */
-  get spoken() {
-    return this.tokens === null ? this.text.innerText : this.answer.content;
+  /**
+   * Say that nothing has come for a while, until something does.
+   * @param {number} seconds
+   */
+  showSilence(seconds) {
+    this.note.textContent = t("silent", { seconds });
   }
 
+  /** Tokens are for the eyes, or one by one; whoever listens to the page reads the text before them. */
   #showTokens() {
+    const { content, state, tokens } = this.answer;
     if (this.tokens === null) {
       this.tokens = new TokenView();
-      this.text.replaceWith(this.tokens.element);
+      this.text.replaceWith(this.spoken, this.tokens.element);
     }
-    this.tokens.update(this.answer.tokens);
+    this.tokens.update(tokens);
+    if (state !== "streaming") this.spoken.textContent = spokenText(content);
   }
 
   #makeButtons() {
@@ -113,11 +131,10 @@ export class AnswerView {
       { type: "button", class: "retry", click: () => this.actions.regenerate() },
       t("retry"),
     );
-    const buttons = make("p", { class: "note-buttons" }, retry);
-    if (failure.status === 401) {
-      buttons.prepend(make("button", { type: "button", click: () => this.actions.enterKey() }, t("openSettings")));
-    }
-    this.note.replaceChildren(make("p", {}, sentence), make("p", { class: "detail" }, detail), buttons);
+    const enterKey = make("button", { type: "button", click: () => this.actions.enterKey() }, t("openSettings"));
+    const buttons = [...(failure.status === 401 ? [enterKey] : []), ...(canRetry(failure) ? [retry] : [])];
+    this.note.replaceChildren(make("p", {}, sentence), make("p", { class: "detail" }, detail));
+    if (buttons.length > 0) this.note.append(make("p", { class: "note-buttons" }, ...buttons));
   }
 }
 

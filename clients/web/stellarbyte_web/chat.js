@@ -3,6 +3,7 @@
 /** @import { Answer } from "../types.js" */
 /** @import { Link } from "./connection.js" */
 
+import { announcementOf } from "./answer-view.js";
 import { Server, failureOf } from "./api.js";
 import { hideBanner, showBanner, translateBanner } from "./banner.js";
 import { copyText } from "./clipboard.js";
@@ -11,8 +12,10 @@ import { byId, make } from "./elements.js";
 import { explain } from "./failures.js";
 import { keptKey, showCondition, startFrame } from "./frame.js";
 import { t } from "./i18n.js";
-import { Playground, announcementOf } from "./playground.js";
+import { Playground } from "./playground.js";
 import { SettingsPanel } from "./settings-panel.js";
+import { SILENCE_S } from "./silence.js";
+import { session } from "./storage.js";
 
 const question = byId("question", HTMLTextAreaElement);
 const send = byId("send", HTMLButtonElement);
@@ -39,14 +42,15 @@ const playground = new Playground(server, settings, {
     focusQuestion();
   },
   removed: focusQuestion,
+  silent: (seconds) => {
+    connection.watch(false);
+    if (seconds === SILENCE_S) announcer.append(make("p", {}, t("silent", { seconds })));
+  },
   finished,
   restored: ({ failure }) => {
     if (failure !== null) composerProblem.textContent = Object.values(explain(failure)).join(" ");
   },
-  example: (text) => {
-    question.value = text;
-    ask();
-  },
+  example: ask,
   modelsWanted: () => void loadModels(),
   notKept: () => showBanner("bad", () => t("bannerNotKept"), [{ key: "dismiss", act: hideBanner }]),
 });
@@ -110,16 +114,13 @@ async function serverIsBack() {
   showBanner("good", () => t("bannerBack"), actions);
 }
 
-/**
- * @param {Answer} answer
- * @param {string} spoken
- */
-function finished(answer, spoken) {
+/** @param {Answer} answer */
+function finished(answer) {
   if (answer.state === "failed") {
     if (answer.failure?.status === null || answer.failure?.status === 503) connection.watch(false);
     if (answer.failure?.status === 404) void loadModels();
   }
-  announcer.append(make("p", {}, announcementOf(answer, spoken)));
+  announcer.append(make("p", {}, announcementOf(answer)));
 }
 
 /** Where the focus goes when what had it is gone; not by touch, where a keyboard would cover the answer. */
@@ -127,23 +128,32 @@ function focusQuestion() {
   if (!matchMedia("(pointer: coarse)").matches) question.focus();
 }
 
-function ask() {
-  const text = question.value.trim();
-  if (text === "" || !playground.canAsk) return;
-  if (!playground.ask(text)) {
-    composerProblem.textContent = t("fixFields");
-    return;
-  }
+/**
+ * @param {string} text
+ * @returns {boolean} whether it is asked now
+ */
+function ask(text) {
+  if (text === "" || !playground.canAsk) return false;
+  const isAsked = playground.ask(text);
+  if (!isAsked) composerProblem.textContent = t("fixFields");
+  return isAsked;
+}
+
+/** A question that cannot be asked yet stays where it is written. */
+function askDraft() {
+  if (!ask(question.value.trim())) return;
   question.value = "";
   fitQuestion();
 }
 
 function showComposer() {
+  const focused = document.activeElement;
   send.hidden = playground.isAsking;
   stop.hidden = !playground.isAsking;
   send.disabled = !playground.canAsk || question.value.trim() === "";
   compare.disabled = !playground.canCompare || playground.isAsking;
   probabilities.setAttribute("aria-pressed", String(playground.withTokens));
+  if (focused instanceof HTMLButtonElement && (focused.hidden || focused.disabled)) focusQuestion();
 }
 
 /** The field is as high as its text, within what the style allows. */
@@ -158,12 +168,13 @@ question.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey) return;
   if (event.isComposing || event.keyCode === 229) return; // 229: Safari's Enter that ends a composition
   event.preventDefault();
-  ask();
+  askDraft();
 });
 byId("composer", HTMLFormElement).addEventListener("submit", (event) => {
   event.preventDefault();
-  ask();
+  askDraft();
 });
+addEventListener("pagehide", () => session.write("draft", question.value));
 stop.addEventListener("click", () => {
   playground.stop();
   question.focus();
@@ -187,6 +198,8 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden && !playground.isAsking) void loadModels();
 });
 
+question.value = session.read("draft");
 playground.show();
+fitQuestion();
 void loadModels();
 question.focus();

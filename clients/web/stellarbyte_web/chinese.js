@@ -58,7 +58,10 @@ export const chinese = {
   editQuestion: "编辑问题",
   saveAndSend: "发送",
   cancel: "取消",
+  editWhileAnswering: "该问题正在作答。请在回答完成或停止后再发送修改。",
+  editNotLast: "之后又提出了新的问题，而只有最后一个问题可以编辑。",
   thinking: "正在等待第一个词元",
+  silent: "已有 {seconds} 秒没有收到内容。服务器可能繁忙，也可能已停止响应；可按“停止”结束等待。",
   tokensPerSecond: "{value} 词元/秒",
   firstToken: "首词元 {value} 毫秒",
   tokenCounts: "{prompt} → {completion} 词元",
@@ -73,6 +76,7 @@ export const chinese = {
   answerStopped: "已停止 {name} 的回答。",
   tokensOfAnswer: "回答的词元；用方向键逐个查看",
   tokenLabel: "{token}，概率 {probability}",
+  tokenLabelWith: "{token}，概率 {probability}；备选：{alternatives}",
   alternatives: "备选",
 
   settings: "设置",

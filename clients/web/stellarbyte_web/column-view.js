@@ -1,6 +1,7 @@
 // One column of the page: who answers, and its questions and answers. Knows no requests: it shows a column as it is.
 
 /** @import { Answer, Column, ModelCard, Question } from "../types.js" */
+/** @import { Key } from "./i18n.js" */
 
 import { AnswerView } from "./answer-view.js";
 import { icon, make } from "./elements.js";
@@ -18,7 +19,7 @@ const NEAR_END_PX = 60; // whoever has scrolled further up reads there, and is l
  * @property {() => void} enterKey
  * @property {(view: ColumnView) => void} remove
  * @property {(view: ColumnView) => void} regenerate
- * @property {(view: ColumnView, text: string) => void} edited
+ * @property {(view: ColumnView, question: Question, text: string) => Key | null} edited says why it cannot be asked
  * @property {(text: string) => void} example
  */
 
@@ -75,11 +76,24 @@ export class ColumnView {
     return this.element.isConnected && !this.#isAtEnd ? this.#scroller.scrollTop : null;
   }
 
+  /** @param {number | null} top null: where the thread ends */
+  scrollTo(top) {
+    if (top === null) this.#scroller.scrollTop += this.#beyondPx;
+    else this.#scroller.scrollTop = top;
+  }
+
+  /** How much of the column's height is seen; negative when it is out of sight. */
+  get visiblePx() {
+    const frame = (this.element.parentElement ?? this.element).getBoundingClientRect();
+    const { top, bottom } = this.element.getBoundingClientRect();
+    return Math.min(bottom, frame.bottom) - Math.max(top, frame.top);
+  }
+
   /**
    * Show everything anew.
-   * @param {{ number: number, isOnly: boolean, withTokens: boolean, scrollTop: number | null }} place
+   * @param {{ number: number, isOnly: boolean, withTokens: boolean }} place
    */
-  show({ number, isOnly, withTokens, scrollTop }) {
+  show({ number, isOnly, withTokens }) {
     this.withTokens = withTokens;
     this.element.setAttribute("aria-label", t("column", { number }));
     this.thread.setAttribute("aria-label", t("chat"));
@@ -99,7 +113,6 @@ export class ColumnView {
     );
     this.head.replaceChildren(this.picker.element, remove);
     this.showMessages(isOnly);
-    if (scrollTop !== null) this.#scroller.scrollTop = scrollTop;
   }
 
   /** @param {boolean} isOnly */
@@ -121,12 +134,12 @@ export class ColumnView {
       return this.last.element;
     });
     this.thread.replaceChildren(...elements);
-    this.#scroller.scrollTop += this.#beyondPx;
   }
 
   /** @param {Question} question */
   #questionView(question) {
-    const view = this.questions.get(question) ?? new QuestionView(question, (text) => this.events.edited(this, text));
+    const edited = (/** @type {string} */ text) => this.events.edited(this, question, text);
+    const view = this.questions.get(question) ?? new QuestionView(question, edited);
     this.questions.set(question, view);
     view.show();
     return view;
@@ -137,7 +150,18 @@ export class ColumnView {
     if (this.last?.answer !== answer) return;
     const isAtEnd = this.#isAtEnd;
     this.last.update();
-    if (isAtEnd) this.#scroller.scrollTop += this.#beyondPx;
+    if (isAtEnd) this.scrollTo(null);
+  }
+
+  /**
+   * @param {Answer} answer the last one, of which nothing has come for a while
+   * @param {number} seconds
+   */
+  showSilence(answer, seconds) {
+    if (this.last?.answer !== answer) return;
+    const isAtEnd = this.#isAtEnd;
+    this.last.showSilence(seconds);
+    if (isAtEnd) this.scrollTo(null);
   }
 }
 

@@ -67,8 +67,7 @@ export function requestBody(column, { system, sampling, withLogprobs, isAdapter 
  * @param {Column} column
  */
 export function lastQuestion(column) {
-  const question = column.messages.findLast((message) => message.role === "user");
-  return question === undefined ? null : question.content;
+  return column.messages.findLast((message) => message.role === "user") ?? null;
 }
 
 /**
@@ -79,6 +78,15 @@ export function lastQuestion(column) {
 export function lastAnswer(column) {
   const last = column.messages[column.messages.length - 1];
   return last !== undefined && last.role === "assistant" ? last : null;
+}
+
+/**
+ * Whether another try has only lost what the answer before it had: it failed, or was stopped, with nothing.
+ * @param {Answer} answer
+ * @param {Answer} before
+ */
+export function isNoBetter(answer, before) {
+  return answer.state !== "done" && answer.content === "" && before.state !== "failed";
 }
 
 /**

@@ -60,7 +60,10 @@ export const english = {
   editQuestion: "Edit the question",
   saveAndSend: "Send",
   cancel: "Cancel",
+  editWhileAnswering: "This question is being answered. Send the edit when the answer is complete, or stop it.",
+  editNotLast: "Another question has been asked since, and only the last one can be edited.",
   thinking: "Waiting for the first token",
+  silent: "Nothing has come for {seconds} s. The server may be busy, or may hang; Stop ends the wait.",
   tokensPerSecond: "{value} tok/s",
   firstToken: "first token {value} ms",
   tokenCounts: "{prompt} → {completion} tokens",
@@ -75,6 +78,7 @@ export const english = {
   answerStopped: "{name} was stopped.",
   tokensOfAnswer: "Tokens of the answer; arrow keys go from one to the next",
   tokenLabel: "{token}, probability {probability}",
+  tokenLabelWith: "{token}, probability {probability}; alternatives: {alternatives}",
   alternatives: "Alternatives",
 
   // Chat: settings

@@ -15,6 +15,15 @@ export function explain(failure) {
   return { sentence: sentenceOf(failure), detail: failure.message };
 }
 
+/**
+ * Whether the same question may get an answer when it is asked again: later, or with the key that the sentence wants.
+ * What the server refused as wrong stays wrong until it is asked otherwise.
+ * @param {Failure} failure
+ */
+export function canRetry({ status }) {
+  return status === null || status === 401 || status === 429 || status >= 500;
+}
+
 /** @param {Failure} failure */
 function sentenceOf({ status, retryAfterS }) {
   switch (status) {

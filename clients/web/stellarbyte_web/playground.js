@@ -1,16 +1,17 @@
 // The conversation of the page: asks the server for every column at once, and lets the columns show what comes.
 
-/** @import { Answer, Column, ModelCard } from "../types.js" */
+/** @import { Answer, Column, ModelCard, Question } from "../types.js" */
 /** @import { Server } from "./api.js" */
+/** @import { Key } from "./i18n.js" */
 /** @import { SettingsPanel } from "./settings-panel.js" */
 
-import { nameOf } from "./answer-view.js";
 import { fillAnswer } from "./ask.js";
 import { ColumnView } from "./column-view.js";
 import {
   MAX_COLUMNS,
   columnsFromText,
   columnsToText,
+  isNoBetter,
   lastAnswer,
   lastQuestion,
   makeAnswer,
@@ -18,8 +19,8 @@ import {
   requestBody,
 } from "./conversation.js";
 import { byId } from "./elements.js";
-import { explain } from "./failures.js";
-import { t } from "./i18n.js";
+import { canRetry } from "./failures.js";
+import { SilenceWatch } from "./silence.js";
 import { session } from "./storage.js";
 
 /**
@@ -27,8 +28,9 @@ import { session } from "./storage.js";
  * @property {() => void} changed something is asked, or nothing any more
  * @property {() => void} asked what had the focus may be gone
  * @property {() => void} removed a column is gone, and the focus with it
- * @property {(answer: Answer, spoken: string) => void} finished `spoken` is its text for ears
- * @property {(answer: Answer) => void} restored the answer failed, and the one before it is shown again
+ * @property {(seconds: number) => void} silent nothing of an answer has come for so long
+ * @property {(answer: Answer) => void} finished
+ * @property {(answer: Answer) => void} restored the answer has nothing, and the one before it is shown again
  * @property {(text: string) => void} example
  * @property {() => void} modelsWanted
  * @property {() => void} notKept
@@ -54,6 +56,10 @@ export class Playground {
     addEventListener("pagehide", () => this.#keep());
   }
 
+  get isOnly() {
+    return this.views.length === 1;
+  }
+
   get isAsking() {
     return this.asking.size > 0;
   }
@@ -66,16 +72,25 @@ export class Playground {
     return this.views.length < MAX_COLUMNS && this.cards.length > 0;
   }
 
-  /** Show everything anew. */
-  show() {
-    const isOnly = this.views.length === 1;
+  /**
+   * Show everything anew.
+   * @param {ColumnView} lookedAt stays in sight
+   */
+  show(lookedAt = this.#lookedAt) {
+    const { isOnly, views, withTokens } = this;
     const columns = byId("columns", HTMLElement);
-    const scrollTops = this.views.map((view) => view.scrollTop); // lost when elements move
-    columns.dataset["count"] = String(this.views.length);
-    columns.replaceChildren(...this.views.map((view) => view.element));
-    const { withTokens } = this;
-    this.views.forEach((view, i) => view.show({ number: i + 1, isOnly, withTokens, scrollTop: scrollTops[i] ?? null }));
+    const scrollTops = new Map(views.map((view) => [view, view.scrollTop])); // lost when elements move
+    columns.dataset["count"] = String(views.length);
+    columns.replaceChildren(...views.map((view) => view.element));
+    views.forEach((view, i) => view.show({ number: i + 1, isOnly, withTokens }));
+    // On a phone, where columns scroll together, the last one decides.
+    for (const view of [...views, lookedAt]) view.scrollTo(scrollTops.get(view) ?? null);
     this.#showAsking();
+  }
+
+  /** The column of which most is seen; the first of several. */
+  get #lookedAt() {
+    return this.views.reduce((most, view) => (view.visiblePx > most.visiblePx ? view : most));
   }
 
   /** @param {readonly ModelCard[]} cards what the server has now */
@@ -103,7 +118,7 @@ export class Playground {
     const view = this.#makeView(makeColumn(adapter?.id ?? this.cards[0]?.id ?? null));
     view.showCards(this.cards);
     this.views.push(view);
-    this.#changed();
+    this.#changed(view);
   }
 
   /** Forget what was said; models and scales stay. */
@@ -121,11 +136,11 @@ export class Playground {
     return this.#askAll(this.views, ({ column }) => column.messages.push({ role: "user", content: question }));
   }
 
-  /** Columns without an answer that another try may give; what was refused as wrong stays wrong. */
+  /** Columns without an answer that another try may give. */
   get #failed() {
     return this.views.filter(({ column }) => {
-      const answer = lastAnswer(column);
-      return answer?.state === "failed" && answer.failure?.status !== 400;
+      const failure = lastAnswer(column)?.failure ?? null;
+      return failure !== null && canRetry(failure);
     });
   }
 
@@ -150,7 +165,7 @@ export class Playground {
       enterKey: () => this.settings.enterKey(),
       example: (text) => this.events.example(text),
       regenerate: (view) => this.#askAll([view]),
-      edited: (view, text) => this.#edit(view, text),
+      edited: (view, question, text) => this.#edit(view, question, text),
       remove: (view) => {
         this.asking.get(view)?.abort();
         this.views = this.views.filter((other) => other !== view);
@@ -163,17 +178,22 @@ export class Playground {
   /**
    * One question stands in every column that was asked it, so it is edited in all of them.
    * @param {ColumnView} view
+   * @param {Question} question
    * @param {string} text
+   * @returns {Key | null} why it cannot be asked; then nothing has changed
    */
-  #edit(view, text) {
-    if (this.asking.has(view)) return;
-    const before = lastQuestion(view.column);
-    const views = this.views.filter(({ column }) => lastQuestion(column) === before);
-    this.#askAll(views, ({ column }) => {
-      const question = column.messages.findLast((message) => message.role === "user");
-      if (question !== undefined) question.content = text;
+  #edit(view, question, text) {
+    if (this.cards.length === 0) return "failedUnavailable";
+    if (lastQuestion(view.column) !== question) return "editNotLast";
+    if (this.asking.has(view)) return "editWhileAnswering";
+    const before = question.content;
+    const views = this.views.filter(({ column }) => lastQuestion(column)?.content === before);
+    const isAsked = this.#askAll(views, ({ column }) => {
+      const last = lastQuestion(column);
+      if (last !== null) last.content = text;
       if (lastAnswer(column) !== null) column.messages.pop(); // it was to another question
     });
+    return isAsked ? null : "fixFields";
   }
 
   /**
@@ -189,6 +209,7 @@ export class Playground {
       this.settings.showProblem();
       return false;
     }
+    const lookedAt = this.#lookedAt;
     for (const view of views) {
       const { column, picker } = view;
       if (column.model === null || this.asking.has(view)) continue;
@@ -206,8 +227,11 @@ export class Playground {
         isAdapter,
       });
       void this.#fill(view, answer, body, before);
-      view.showMessages(this.views.length === 1);
+      view.showMessages(this.isOnly);
     }
+    const shown = views.includes(lookedAt) ? lookedAt : views[0];
+    for (const view of views) view.scrollTo(null);
+    shown?.scrollTo(null); // on a phone, where columns scroll together, it decides
     this.#showAsking();
     this.events.asked();
     return true;
@@ -222,8 +246,13 @@ export class Playground {
   async #fill(view, answer, body, before) {
     const abort = new AbortController();
     this.asking.set(view, abort);
+    const silence = new SilenceWatch((seconds) => {
+      view.showSilence(answer, seconds);
+      this.events.silent(seconds);
+    });
     let isDrawn = true;
     const changed = () => {
+      silence.heard();
       if (!isDrawn) return;
       isDrawn = false;
       requestAnimationFrame(() => {
@@ -234,32 +263,26 @@ export class Playground {
     try {
       await fillAnswer(this.server, body, answer, { signal: abort.signal, changed });
     } finally {
+      silence.end();
       this.asking.delete(view);
       view.update(answer); // also while the page is hidden, where nothing is drawn
-      if (before !== null && this.#isNoBetter(view, answer, before)) {
+      if (before !== null && lastAnswer(view.column) === answer && isNoBetter(answer, before)) {
+        const { scrollTop } = view;
         view.column.messages.splice(-1, 1, before);
-        view.showMessages(this.views.length === 1);
+        view.showMessages(this.isOnly);
+        view.scrollTo(scrollTop);
         this.events.restored(answer);
       }
       this.#keep();
       this.#showAsking();
     }
-    this.events.finished(answer, view.last?.spoken ?? "");
+    this.events.finished(answer);
   }
 
-  /**
-   * @param {ColumnView} view
-   * @param {Answer} answer
-   * @param {Answer} before
-   */
-  #isNoBetter({ column }, answer, before) {
-    const isEmpty = answer.state === "failed" && answer.content === "";
-    return isEmpty && before.state !== "failed" && lastAnswer(column) === answer;
-  }
-
-  #changed() {
+  /** @param {ColumnView} [lookedAt] */
+  #changed(lookedAt) {
     this.#keep();
-    this.show();
+    this.show(lookedAt);
   }
 
   #showAsking() {
@@ -271,14 +294,4 @@ export class Playground {
     const isKept = session.write("columns", columnsToText(this.views.map((view) => view.column)));
     if (!isKept) this.events.notKept();
   }
-}
-
-/**
- * @param {Answer} answer
- * @param {string} text of it, for ears
- */
-export function announcementOf(answer, text) {
-  if (answer.failure !== null) return explain(answer.failure).sentence;
-  if (answer.state === "stopped") return t("answerStopped", { name: nameOf(answer) });
-  return t("answerFinished", { name: nameOf(answer), text });
 }

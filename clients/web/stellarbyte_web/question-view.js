@@ -1,6 +1,7 @@
 // One question on the page, which can be edited in its place. Knows no requests.
 
 /** @import { Question } from "../types.js" */
+/** @import { Key } from "./i18n.js" */
 
 import { icon, make } from "./elements.js";
 import { t } from "./i18n.js";
@@ -8,7 +9,7 @@ import { t } from "./i18n.js";
 export class QuestionView {
   /**
    * @param {Question} question
-   * @param {(text: string) => void} edited is given the new text
+   * @param {(text: string) => Key | null} edited is given the new text; says why it cannot be asked, if it cannot
    */
   constructor(question, edited) {
     this.question = question;
@@ -40,7 +41,14 @@ export class QuestionView {
 
   #showEditor() {
     this.isEditing = true;
-    const area = make("textarea", { "aria-label": t("editQuestion"), rows: "3", dir: "auto" });
+    const problem = make("p", { class: "problem", role: "alert", id: "edit-problem" });
+    const area = make("textarea", {
+      "aria-label": t("editQuestion"),
+      "aria-describedby": problem.id,
+      rows: "3",
+      dir: "auto",
+      input: () => (problem.textContent = ""),
+    });
     area.value = this.question.content;
     const cancel = () => {
       this.isEditing = false;
@@ -49,8 +57,11 @@ export class QuestionView {
     };
     const submit = () => {
       if (area.value.trim() === "") return;
-      this.isEditing = false;
-      this.edited(area.value.trim());
+      this.isEditing = false; // what is asked is shown as text
+      const reason = this.edited(area.value.trim());
+      if (reason === null) return;
+      this.isEditing = true;
+      problem.textContent = t(reason);
     };
     area.addEventListener("keydown", (event) => {
       if (event.isComposing || event.keyCode === 229) return; // 229: Safari's Enter that ends a composition
@@ -66,7 +77,7 @@ export class QuestionView {
       make("button", { type: "button", class: "quiet", click: cancel }, t("cancel")),
       make("button", { type: "button", class: "primary", click: submit }, t("saveAndSend")),
     );
-    this.element.replaceChildren(make("div", { class: "editor" }, area, buttons));
+    this.element.replaceChildren(make("div", { class: "editor" }, area, problem, buttons));
     area.focus();
   }
 }

@@ -41,10 +41,7 @@ export class TokenView {
           class: `token chance-${Math.min(9, Math.floor(chanceOf(token.logprob) * 10))}`,
           role: "option",
           id: `${this.id}-${this.tokens.length}`,
-          "aria-label": t("tokenLabel", {
-            token: shown.trim() || JSON.stringify(token.token),
-            probability: percent(token.logprob),
-          }),
+          "aria-label": labelOf(token, shown),
         },
         shown.replaceAll("\n", "↵\n"),
       );
@@ -103,8 +100,9 @@ export class TokenView {
  */
 function showCard(token, beside) {
   const card = byId("token-card", HTMLElement);
-  const others = token.top_logprobs.filter((other) => identityOf(other) !== identityOf(token));
-  const rows = [token, ...others].sort((a, b) => b.logprob - a.logprob).map((row) => cardRow(row, row === token));
+  const rows = [token, ...othersOf(token)]
+    .sort((a, b) => b.logprob - a.logprob)
+    .map((row) => cardRow(row, row === token));
   card.replaceChildren(make("p", { class: "card-title" }, t("alternatives")), ...rows);
   card.hidden = false;
   const place = beside.getBoundingClientRect();
@@ -113,6 +111,24 @@ function showCard(token, beside) {
   const top = below + offsetHeight > innerHeight ? place.top - 6 - offsetHeight : below;
   card.style.top = `${Math.max(4, top)}px`;
   card.style.left = `${Math.max(4, Math.min(place.left, innerWidth - offsetWidth - 4))}px`;
+}
+
+/** @param {TokenLogprob} token */
+function othersOf(token) {
+  return token.top_logprobs.filter((other) => identityOf(other) !== identityOf(token));
+}
+
+/**
+ * What the card shows, for ears.
+ * @param {TokenLogprob} token
+ * @param {string} shown
+ */
+function labelOf(token, shown) {
+  const name = (/** @type {string} */ text) => text.trim() || JSON.stringify(text);
+  const others = othersOf(token).map((other) => `${name(other.token)} ${percent(other.logprob)}`);
+  const values = { token: shown.trim() || name(token.token), probability: percent(token.logprob) };
+  if (others.length === 0) return t("tokenLabel", values);
+  return t("tokenLabelWith", { ...values, alternatives: others.join(", ") });
 }
 
 /**
