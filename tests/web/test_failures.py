@@ -11,7 +11,7 @@ from tests.web.conftest import API_KEY, LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)
 # What the browser itself writes for an answer that is an error, or for none.
-STATUS_IN_CONSOLE = r"Failed to load resource: the server responded with a status of (4\d\d|503)"
+STATUS_IN_CONSOLE = r"Failed to load resource: the server responded with a status of (4\d\d|5\d\d)"
 GONE_IN_CONSOLE = r"Failed to load resource: net::ERR_"
 
 
@@ -96,12 +96,14 @@ def test_a_server_with_keys_asks_for_one_and_says_when_it_is_wrong(
     assert page.evaluate("[localStorage.length, sessionStorage['stellarbyte.key']]") == [0, API_KEY]
 
 
-ERRORS = {
-    401: ("The server needs a valid API key.", {}),
-    403: ("This key may not do that.", {}),
-    404: ("This model or adapter is not served any more.", {}),
-    429: ("Try again in 7 s.", {"Retry-After": "7"}),
-    503: ("The server cannot answer at the moment.", {"Retry-After": "5"}),
+ERRORS = {  # what the page says, headers, and the buttons that may help
+    400: ("The server refused the request.", {}, []),
+    401: ("The server needs a valid API key.", {}, ["Enter a key", "Try again"]),
+    403: ("This key may not do that.", {}, []),
+    404: ("This model or adapter is not served any more.", {}, []),
+    429: ("Try again in 7 s.", {"Retry-After": "7"}, ["Try again"]),
+    500: ("The server failed to answer.", {}, ["Try again"]),
+    503: ("The server cannot answer at the moment.", {"Retry-After": "5"}, ["Try again"]),
 }
 
 
@@ -130,7 +132,7 @@ def test_each_refusal_is_told_in_a_sentence(open_page: OpenPage, echo_server: Se
     watched = open_page(echo_server)
     watched.expected = [STATUS_IN_CONSOLE]
     page = watched.page
-    sentence, headers = ERRORS[status]
+    sentence, headers, buttons = ERRORS[status]
     error = {"message": "The server's own words.", "type": "x", "param": None, "code": None}
     page.route(
         "**/v1/chat/completions", lambda route: route.fulfill(status=status, headers=headers, json={"error": error})
@@ -138,7 +140,8 @@ def test_each_refusal_is_told_in_a_sentence(open_page: OpenPage, echo_server: Se
     ask(page, "Hi")
     expect(page.locator(".failure")).to_contain_text(sentence)
     expect(page.locator(".failure .detail")).to_have_text("The server's own words.")
-    expect(page.locator(".failure .retry")).to_be_visible()
+    expect(page.locator(".failure button")).to_have_text(buttons)
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()  # for whoever has changed what was wrong
 
 
 def test_an_error_in_the_middle_of_an_answer_is_told(open_page: OpenPage, echo_server: ServerProcess) -> None:

@@ -26,11 +26,11 @@ TOKENS = [
 def fill(page: Page, path: str) -> None:
     """Let a page show all that it can: an answer, as Markdown or as tokens, that was cut off; or an adapter."""
     if path == "/status":
-        page.get_by_label("Name", exact=True).fill("shown")
-        page.get_by_label("Path").fill("red")
-        page.get_by_label("Replace an adapter").check()
-        page.get_by_role("button", name="Load", exact=True).click()
-        expect(page.locator("#outcome")).to_contain_text("shown is loaded")
+        page.fill("#adapter-name", "customer-support-v2")
+        page.fill("#adapter-path", "red")
+        page.check("#in-place")
+        page.click("#load-button")
+        expect(page.locator("#outcome")).to_contain_text("customer-support-v2")
         return
     choice = {"delta": {"content": MARKDOWN}, "logprobs": {"content": TOKENS}, "finish_reason": None}
     event = f"data: {json.dumps({'choices': [choice]})}\n\n"
@@ -60,21 +60,59 @@ def serious_violations(page: Page) -> list[tuple[str, object]]:
     return [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_side_by_side_on_a_phone(
+    open_page: OpenPage, guarded_server: ServerProcess, theme: str
+) -> None:
+    page = open_page(guarded_server, "/", BOTH, color_scheme=theme, bypass_csp=True, **PHONE).page
+    fill(page, "/")
+    page.click("#settings-close")
+    page.click("#compare")
+    page.fill("#question", "Hi")
+    page.press("#question", "Enter")
+    expect(page.locator(".failure")).to_have_count(3)
+    assert serious_violations(page) == []
+    page.click("#probabilities")
+    assert serious_violations(page) == []
+
+
+OUTSIDE = """(width) => [...document.querySelectorAll("button, select, input, textarea, a")].filter((one) => {
+  const { left, right, width: own } = one.getBoundingClientRect();
+  return own > 1 && (left < 0 || right > width) && !one.closest(".skip");
+}).map((one) => one.outerHTML)"""
+
+
 @pytest.mark.parametrize("path", ["/", "/status"])
 def test_a_phone_needs_no_scrolling_sideways(open_page: OpenPage, guarded_server: ServerProcess, path: str) -> None:
     page = open_page(guarded_server, path, BOTH, **PHONE).page
     fill(page, path)
     if path == "/":
         expect(page.locator("main")).to_have_attribute("inert", "")
-        page.click("#settings-close")
+    for language in ("en", "zh"):
+        page.select_option("#language", language)
+        for width in (320, 360):
+            page.set_viewport_size({"width": width, "height": 640})
+            assert_fits(page, width)
+    if path == "/status":
+        return
+    page.click("#settings-close")
+    for count in (2, 3):
         page.click("#compare")
-        expect(page.locator(".column")).to_have_count(2)
-    assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [360, 360]
-    outside = """[...document.querySelectorAll("button, select, input, textarea, a")].filter((one) => {
-      const { left, right, width } = one.getBoundingClientRect();
-      return width > 1 && (left < 0 || right > 360) && !one.closest(".table-frame, .skip");
-    }).map((one) => one.outerHTML)"""
-    assert page.evaluate(outside) == []
+        expect(page.locator(".column")).to_have_count(count)
+    for language in ("en", "zh"):
+        page.select_option("#language", language)
+        for width in (320, 360):
+            page.set_viewport_size({"width": width, "height": 640})
+            for _ in range(2):
+                page.click("#probabilities")
+                assert_fits(page, width)
+
+
+def assert_fits(page: Page, width: int) -> None:
+    assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width]
+    assert page.evaluate(OUTSIDE, width) == []
+    rows = page.locator(".composer-row, .bar").evaluate_all("(all) => all.map((one) => one.clientHeight)")
+    assert max(rows) < 60  # in one line each
 
 
 def test_the_language_is_the_browsers_until_another_is_chosen(
@@ -93,7 +131,7 @@ def test_the_language_is_the_browsers_until_another_is_chosen(
     expect(page.get_by_role("heading", level=1)).to_have_text("服务器状态")
     expect(page.locator(".chart-card h2").first).to_have_text("生成的词元")
     english = re.compile(r"[A-Za-z]{4,}")
-    known = re.compile(r"StellarByte|English|adapter|tiny|shown|red|blue|dir")
+    known = re.compile(r"StellarByte|English|adapter|tiny|customer-support|red|blue|dir")
     assert english.findall(known.sub("", page.locator("main").inner_text())) == []
     page.get_by_label("语言").select_option("en")
     expect(page.get_by_role("heading", level=1)).to_have_text("Server status")

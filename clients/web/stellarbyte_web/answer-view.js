@@ -48,7 +48,8 @@ export class AnswerView {
     this.waiting = make("p", { class: "waiting" }, make("span", { class: "unseen" }, t("thinking")));
     this.note = make("div", { class: "note" });
     this.numbers = make("span", { class: "numbers" });
-    this.buttons = this.#makeButtons();
+    this.copy = this.#makeCopyButton();
+    this.buttons = make("span", { class: "actions" }, this.copy, this.#makeRegenerateButton());
     const strip = make("footer", { class: "strip" }, this.numbers, this.buttons);
     this.element = make(
       "article",
@@ -71,6 +72,7 @@ export class AnswerView {
     else this.markdown.update(answer.content);
     this.#showNote();
     this.numbers.replaceChildren(...numbersOf(answer));
+    this.copy.hidden = answer.content === "";
     this.buttons.hidden = answer.state === "streaming";
   }
 
@@ -93,15 +95,18 @@ export class AnswerView {
     if (state !== "streaming") this.spoken.textContent = spokenText(content);
   }
 
-  #makeButtons() {
-    const { answer } = this;
+  #makeCopyButton() {
     const copy = make(
       "button",
       { type: "button", class: "quiet small copy-answer", title: t("copyAnswer"), "aria-label": t("copyAnswer") },
       icon("copy"),
     );
-    copy.addEventListener("click", () => void copyText(answer.content, copy));
-    const again = make(
+    copy.addEventListener("click", () => void copyText(this.answer.content, copy));
+    return copy;
+  }
+
+  #makeRegenerateButton() {
+    return make(
       "button",
       {
         type: "button",
@@ -112,7 +117,6 @@ export class AnswerView {
       },
       icon("again"),
     );
-    return make("span", { class: "actions" }, copy, again);
   }
 
   #showNote() {

@@ -8,6 +8,7 @@ import { icon, make } from "./elements.js";
 import { t } from "./i18n.js";
 import { ModelPicker } from "./model-picker.js";
 import { QuestionView } from "./question-view.js";
+import { hideTokenCard } from "./token-view.js";
 
 const NEAR_END_PX = 60; // whoever has scrolled further up reads there, and is left alone
 
@@ -76,10 +77,12 @@ export class ColumnView {
     return this.element.isConnected && !this.#isAtEnd ? this.#scroller.scrollTop : null;
   }
 
-  /** @param {number | null} top null: where the thread ends */
+  /** @param {number | null} top null: where the thread ends, or the examples begin */
   scrollTo(top) {
-    if (top === null) this.#scroller.scrollTop += this.#beyondPx;
-    else this.#scroller.scrollTop = top;
+    const scroller = this.#scroller;
+    if (top !== null) scroller.scrollTop = top;
+    else if (scroller === this.thread && this.column.messages.length === 0) scroller.scrollTop = 0;
+    else scroller.scrollTop += this.#beyondPx;
   }
 
   /** How much of the column's height is seen; negative when it is out of sight. */
@@ -118,6 +121,7 @@ export class ColumnView {
   /** @param {boolean} isOnly */
   showMessages(isOnly) {
     this.last = null;
+    hideTokenCard();
     const { messages } = this.column;
     if (messages.length === 0) {
       this.thread.replaceChildren(

@@ -79,5 +79,6 @@ export class QuestionView {
     );
     this.element.replaceChildren(make("div", { class: "editor" }, area, problem, buttons));
     area.focus();
+    this.element.scrollIntoView({ block: "nearest" });
   }
 }

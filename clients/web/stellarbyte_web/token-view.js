@@ -90,22 +90,48 @@ export class TokenView {
   #hide() {
     if (document.activeElement === this.element) return;
     this.element.children[this.active]?.classList.remove("active");
-    byId("token-card", HTMLElement).hidden = true;
+    hideTokenCard();
   }
 }
 
+/** The token that the card is of. */
+let beside = /** @type {Element | null} */ (null);
+
+/** What the card lies beside is gone, or is no more where it was. */
+export function hideTokenCard() {
+  beside = null;
+  byId("token-card", HTMLElement).hidden = true;
+}
+
+document.addEventListener(
+  "scroll",
+  () => {
+    if (beside !== null && beside.parentElement === document.activeElement)
+      placeCard(beside); // arrow keys scroll, too
+    else hideTokenCard();
+  },
+  { capture: true, passive: true },
+);
+
 /**
  * @param {TokenLogprob} token
- * @param {Element} beside
+ * @param {Element} element
  */
-function showCard(token, beside) {
+function showCard(token, element) {
   const card = byId("token-card", HTMLElement);
   const rows = [token, ...othersOf(token)]
     .sort((a, b) => b.logprob - a.logprob)
     .map((row) => cardRow(row, row === token));
   card.replaceChildren(make("p", { class: "card-title" }, t("alternatives")), ...rows);
   card.hidden = false;
-  const place = beside.getBoundingClientRect();
+  beside = element;
+  placeCard(element);
+}
+
+/** @param {Element} element */
+function placeCard(element) {
+  const card = byId("token-card", HTMLElement);
+  const place = element.getBoundingClientRect();
   const { offsetWidth, offsetHeight } = card;
   const below = place.bottom + 6;
   const top = below + offsetHeight > innerHeight ? place.top - 6 - offsetHeight : below;
