@@ -68,8 +68,10 @@ export class ColumnView {
     return this.thread.getBoundingClientRect().bottom - scroller.getBoundingClientRect().bottom;
   }
 
+  /** Whether the end is seen, in the lower half or just below: what is typed makes the frame smaller and larger. */
   get #isAtEnd() {
-    return Math.abs(this.#beyondPx) < NEAR_END_PX;
+    const beyondPx = this.#beyondPx;
+    return -this.#scroller.clientHeight / 2 < beyondPx && beyondPx < NEAR_END_PX;
   }
 
   /** Where somebody reads; null at the end. */
@@ -149,23 +151,19 @@ export class ColumnView {
     return view;
   }
 
-  /** @param {Answer} answer the last one, which has changed */
-  update(answer) {
-    if (this.last?.answer !== answer) return;
-    const isAtEnd = this.#isAtEnd;
-    this.last.update();
-    if (isAtEnd) this.scrollTo(null);
-  }
-
   /**
-   * @param {Answer} answer the last one, of which nothing has come for a while
-   * @param {number} seconds
+   * Show a change of the last answer. Who sees the end goes on to see it; where columns scroll together, in the one
+   * that is looked at.
+   * @param {Answer} answer
+   * @param {boolean} isLookedAt
+   * @param {number | null} silentS nothing has come for so long
    */
-  showSilence(answer, seconds) {
+  update(answer, isLookedAt, silentS = null) {
     if (this.last?.answer !== answer) return;
-    const isAtEnd = this.#isAtEnd;
-    this.last.showSilence(seconds);
-    if (isAtEnd) this.scrollTo(null);
+    const isFollowed = this.#isAtEnd && (isLookedAt || this.#scroller === this.thread);
+    this.last.update();
+    if (silentS !== null) this.last.showSilence(silentS);
+    if (isFollowed && this.#beyondPx > 0) this.scrollTo(null);
   }
 }
 

@@ -247,7 +247,7 @@ export class Playground {
     const abort = new AbortController();
     this.asking.set(view, abort);
     const silence = new SilenceWatch((seconds) => {
-      view.showSilence(answer, seconds);
+      view.update(answer, view === this.#lookedAt, seconds);
       this.events.silent(seconds);
     });
     let isDrawn = true;
@@ -257,7 +257,7 @@ export class Playground {
       isDrawn = false;
       requestAnimationFrame(() => {
         isDrawn = true;
-        view.update(answer);
+        view.update(answer, view === this.#lookedAt);
       });
     };
     try {
@@ -265,7 +265,7 @@ export class Playground {
     } finally {
       silence.end();
       this.asking.delete(view);
-      view.update(answer); // also while the page is hidden, where nothing is drawn
+      view.update(answer, view === this.#lookedAt); // also while the page is hidden, where nothing is drawn
       if (before !== null && lastAnswer(view.column) === answer && isNoBetter(answer, before)) {
         const { scrollTop } = view;
         view.column.messages.splice(-1, 1, before);
