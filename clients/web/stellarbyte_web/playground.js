@@ -210,9 +210,10 @@ export class Playground {
       return false;
     }
     const lookedAt = this.#lookedAt;
-    for (const view of views) {
+    const free = views.filter((view) => !this.asking.has(view));
+    for (const view of free) {
       const { column, picker } = view;
-      if (column.model === null || this.asking.has(view)) continue;
+      if (column.model === null) continue;
       prepare(view);
       if (lastQuestion(column) === null) continue;
       const before = lastAnswer(column);
@@ -229,8 +230,8 @@ export class Playground {
       void this.#fill(view, answer, body, before);
       view.showMessages(this.isOnly);
     }
-    const shown = views.includes(lookedAt) ? lookedAt : views[0];
-    for (const view of views) view.scrollTo(null);
+    for (const view of free) view.scrollTo(null);
+    const shown = free.includes(lookedAt) ? lookedAt : free[0];
     shown?.scrollTo(null); // on a phone, where columns scroll together, it decides
     this.#showAsking();
     this.events.asked();

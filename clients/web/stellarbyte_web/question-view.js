@@ -41,10 +41,9 @@ export class QuestionView {
 
   #showEditor() {
     this.isEditing = true;
-    const problem = make("p", { class: "problem", role: "alert", id: "edit-problem" });
+    const problem = make("p", { class: "problem", role: "alert" });
     const area = make("textarea", {
       "aria-label": t("editQuestion"),
-      "aria-describedby": problem.id,
       rows: "3",
       dir: "auto",
       input: () => (problem.textContent = ""),

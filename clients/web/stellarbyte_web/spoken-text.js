@@ -4,7 +4,7 @@
 
 import { markdownTree } from "./markdown.js";
 
-const LINES = new Set("blockquote div h1 h2 h3 h4 h5 h6 hr li p pre tr".split(" "));
+const LINES = new Set("blockquote div h1 h2 h3 h4 h5 h6 hr li p pre".split(" "));
 
 /** @param {string} text */
 export function spokenText(text) {

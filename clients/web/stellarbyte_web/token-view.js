@@ -88,9 +88,7 @@ export class TokenView {
   }
 
   #hide() {
-    if (document.activeElement === this.element) return;
-    this.element.children[this.active]?.classList.remove("active");
-    hideTokenCard();
+    if (document.activeElement !== this.element) hideTokenCard();
   }
 }
 
@@ -99,6 +97,7 @@ let beside = /** @type {Element | null} */ (null);
 
 /** What the card lies beside is gone, or is no more where it was. */
 export function hideTokenCard() {
+  beside?.classList.remove("active");
   beside = null;
   byId("token-card", HTMLElement).hidden = true;
 }
@@ -106,8 +105,8 @@ export function hideTokenCard() {
 document.addEventListener(
   "scroll",
   () => {
-    if (beside !== null && beside.parentElement === document.activeElement)
-      placeCard(beside); // arrow keys scroll, too
+    if (beside === null) return;
+    if (beside.parentElement === document.activeElement) placeCard(beside);
     else hideTokenCard();
   },
   { capture: true, passive: true },
