@@ -50,7 +50,7 @@ def test_an_answer_is_followed_while_those_above_it_grow(open_page: OpenPage, ec
     page, first, second = two_columns(open_page, echo_server)
     ask_both(page, TALL, max_tokens=300)
     page.locator("#columns").evaluate("(columns) => { columns.scrollTop = columns.scrollHeight; }")
-    ask_both(page, f"!slow\n{TALL}", max_tokens=150)
+    ask_both(page, f"!slow\n{TALL}", max_tokens=95)
     expect(first.locator(".answer .markdown").last).to_contain_text("line 10")
     expect(second.locator(".answer .strip").last).to_be_in_viewport()
     expect(first.locator(".answer .strip").last).not_to_be_in_viewport()
