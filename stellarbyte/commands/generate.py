@@ -10,6 +10,8 @@ from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, one_line
 from stellarbyte.checkpoint.progress import ProgressBar
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by less are no numbers any more, and the likeliest token is sure long before
+
 
 class PromptError(ValueError):
     """A prompt cannot be answered; str() is one sentence for the user."""
@@ -35,12 +37,13 @@ def run(options: argparse.Namespace) -> int:
         raise PromptError("There is nothing to continue: the prompt is empty.")
     if options.seed is not None:
         set_seed(options.seed)
-    sampling = {"temperature": options.temperature, "top_p": options.top_p} if options.temperature > 0 else {}
+    is_greedy = options.temperature < LEAST_TEMPERATURE
+    sampling = {} if is_greedy else {"temperature": options.temperature, "top_p": options.top_p}
     model.generate(
         inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=options.max_tokens,
-        do_sample=options.temperature > 0,
+        do_sample=not is_greedy,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )

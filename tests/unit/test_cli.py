@@ -39,6 +39,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+def test_a_temperature_near_zero_is_the_likeliest_answer(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for temperature in ("0", "1e-300"):
+        assert main(["generate", str(tiny), "the capital", "--max-tokens", "8", "--temperature", temperature]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
 def test_generate_tells_in_one_line_what_it_cannot_answer(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
