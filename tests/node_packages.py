@@ -14,7 +14,7 @@ def copy_installed(source: Path, target: Path, *npm: str) -> Path:
     version = subprocess.run(["node", "--version"], capture_output=True, text=True).stdout.strip()
     if int(version.removeprefix("v").partition(".")[0]) < 20:
         pytest.skip(f"this needs Node 20 or later; there is {version}")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("node_modules", "dist", "build"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("node_modules", "dist", "build", "__pycache__"))
     command = ["npm", *npm, "--no-audit", "--no-fund"]
     try:
         result = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=300)

@@ -181,6 +181,13 @@ def test_the_status_page_keeps_the_focus_where_it_was(open_page: OpenPage, adapt
     unload = page.get_by_role("button", name=re.compile("Unload blue"))
     unload.press("Enter")
     expect(unload).to_have_accessible_name("Sure? Unload blue")
+    with httpx.Client(base_url=adapter_server.url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}) as client:
+        again = {"lora_name": "blue-2", "lora_path": "blue"}
+        client.post("/v1/load_lora_adapter", json=again).raise_for_status()
+    expect(page.get_by_role("button", name="Unload blue-2")).to_be_visible()  # all rows are new
+    unload = page.get_by_role("button", name=re.compile("Unload blue$"))
+    expect(unload).to_have_accessible_name("Sure? Unload blue")
+    expect(unload).to_be_focused()
     page.keyboard.press("Tab")
     expect(unload).to_have_accessible_name("Unload blue")
 

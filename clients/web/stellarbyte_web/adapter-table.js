@@ -35,9 +35,11 @@ export class AdapterTable {
     this.shown = text;
     const focused =
       document.activeElement instanceof HTMLElement ? document.activeElement.dataset["unload"] : undefined;
+    const { asked } = this; // forgotten when its button loses the focus, as it does when it is replaced
     this.element.replaceChildren(
       entries.length === 0 ? make("p", { class: "hint none" }, t("noAdapters")) : this.#table(entries),
     );
+    this.asked = entries.some(({ id }) => id === asked) ? asked : "";
     if (focused === undefined) return;
     for (const button of this.element.querySelectorAll("button"))
       if (button.dataset["unload"] === focused) button.focus();

@@ -8,7 +8,8 @@ import { chinese } from "../stellarbyte_web/chinese.js";
 import { english } from "../stellarbyte_web/english.js";
 
 const folder = new URL("../stellarbyte_web/", import.meta.url);
-const files = new Map(readdirSync(folder).map((name) => [name, readFileSync(new URL(name, folder), "utf8")]));
+const names = readdirSync(folder, { withFileTypes: true }).filter((entry) => entry.isFile()); // no __pycache__
+const files = new Map(names.map(({ name }) => [name, readFileSync(new URL(name, folder), "utf8")]));
 const pages = ["index.html", "status.html"].map((name) => files.get(name));
 const scripts = [...files]
   .filter(([name]) => name.endsWith(".js") && !["english.js", "chinese.js"].includes(name))
