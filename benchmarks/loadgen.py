@@ -156,8 +156,8 @@ def run_process(job: tuple[argparse.Namespace, str, int, list[int], int]) -> lis
 def percentiles_ms(values_s: list[float]) -> list[float | None]:
     """[p50, p99]: the smallest value that at least this share of all do not exceed."""
     ordered = sorted(values_s)
-    shares = (0.5, 0.99)
-    return [round(ordered[math.ceil(share * len(ordered)) - 1] * 1e3, 2) if ordered else None for share in shares]
+    places = [math.ceil(percent * len(ordered) / 100) - 1 for percent in (50, 99)]
+    return [round(ordered[place] * 1e3, 2) if ordered else None for place in places]
 
 
 def main() -> None:

@@ -61,6 +61,7 @@ class Preparation:
         self._thread = threading.Thread(target=self._compile, name="compiler", daemon=True)
         self._stopping = threading.Event()
         self._started_s = time.monotonic()
+        self._has_failed = False
 
     def start(self) -> None:
         """Begin to compile, on a thread."""
@@ -84,14 +85,16 @@ class Preparation:
         if self._compiled:
             with torch.inference_mode():
                 self._steps.capture(self._compiled.popleft())
-        if self.is_done:
+        is_done = self.is_done  # asked once: the thread may end meanwhile
+        if is_done and not self._has_failed:
             logger.info("kernels are ready after %.1f s", time.monotonic() - self._started_s)
-        return not self.is_done
+        return not is_done
 
     def _compile(self) -> None:
         try:
             self.run_all()
         except Exception:
+            self._has_failed = True
             logger.exception("could not prepare all kernels; the others are compiled when they are needed")
 
     def run_all(self) -> None:

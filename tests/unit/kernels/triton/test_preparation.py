@@ -1,5 +1,9 @@
 """What is prepared beside the engine is what its steps need, and touches nothing of theirs."""
 
+import logging
+import sys
+import threading
+
 import pytest
 import torch
 
@@ -48,3 +52,26 @@ def test_programs_run_and_captured_between_steps_change_no_token(device: torch.d
     assert [generated(sequence) for sequence in sequences] == expected
     assert engine.generate(requests()) == expected
     engine.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_it_says_once_that_all_is_ready_unless_something_is_missing(
+    fails: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(device)
+    preparation = Preparation(engine.steps, engine.rehearsal())
+
+    def run_all() -> None:
+        if fails:
+            raise RuntimeError("planted")
+
+    monkeypatch.setattr(preparation, "run_all", run_all)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)  # of this whole process
+    with caplog.at_level(logging.INFO, "stellarbyte"):
+        preparation.start()
+        while preparation.capture_next():
+            threading.Event().wait(0.001)
+        preparation.stop()
+    told = [message for message in caplog.messages if "kernels" in message]
+    assert len(told) == 1
+    assert told[0].startswith("could not prepare" if fails else "kernels are ready")
