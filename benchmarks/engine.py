@@ -27,6 +27,7 @@ from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
 from server.engine.loop import EngineLoop
 from server.engine.messages import Submit
+from server.engine.plan import share_limits
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence, StepResult
@@ -119,6 +120,7 @@ def measure(
         max_num_batched_tokens=num_sequences * prompt_tokens,
         max_model_len=length,
         max_queued_requests=0,
+        shares=share_limits("cpu"),
     )
     sink_tokens = 0 if window is None else 4
     layout = CacheLayout(block_size=BLOCK_SIZE, window=window, sink_tokens=sink_tokens, num_steps_ahead=num_steps_ahead)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from server.engine.account import Account
 from server.engine.messages import Accepted, Call, CallFailed, Delta, EngineInfo, EngineStats, News, Reply
 from server.engine.process import main
 from server.engine.request import GenerationRequest
@@ -48,6 +49,7 @@ class InstantCore:
         return bool(self._left)
 
     is_blocked = False
+    patience_s = None
     wake_fds = ()
 
     def prepare(self) -> bool:
@@ -60,7 +62,8 @@ class InstantCore:
         replies, self._replies = self._replies, []
         return replies
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
+        del account
         self._interval_s = 1 / request.prompt_token_ids[0]
         self._left[request.request_id] = request.sampling.max_tokens
         self._accepted.append(Accepted(request.request_id))

@@ -44,7 +44,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     digest: str  # SHA-256 of the key, 64 hexadecimal digits
     models: tuple[str, ...] | None = None  # names of the model and of adapters; None: all
-    limits: KeyLimits | None = None
+    limits: KeyLimits
     is_admin: bool = False
 
     def allows(self, model: str, served_model: str) -> bool:
@@ -78,10 +78,13 @@ class Keyring:
 
 
 def keys_of_flags(settings: ServerSettings) -> tuple[Key, ...]:
-    keys = [Key(name=f"api-key-{number}", digest=_digest(text)) for number, text in enumerate(settings.api_key, 1)]
+    names = {f"api-key-{number}": text for number, text in enumerate(settings.api_key, 1)}
     if settings.admin_api_key is not None:
-        keys.append(Key(name=ADMIN_NAME, digest=_digest(settings.admin_api_key), is_admin=True))
-    return tuple(keys)
+        names[ADMIN_NAME] = settings.admin_api_key
+    return tuple(
+        Key(name=name, digest=_digest(text), limits=KeyLimits(key_name=name), is_admin=name == ADMIN_NAME)
+        for name, text in names.items()
+    )
 
 
 def read_keys(settings: ServerSettings) -> tuple[Key, ...]:
@@ -162,7 +165,7 @@ def _key(name: str, table: Any) -> Key:
         name=name,
         digest=_digest_of(name, table),
         models=_models(name, table["models"]) if "models" in table else None,
-        limits=KeyLimits(key_name=name, **limits) if limits else None,
+        limits=KeyLimits(key_name=name, **limits),
     )
 
 

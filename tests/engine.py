@@ -16,6 +16,7 @@ from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Runner, RunningStep
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import Chunk, Sequence, StepResult
+from server.engine.shares import ShareLimits
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.kernels.cpu.model import CpuModel
@@ -53,6 +54,8 @@ def make_scheduler(
     max_queued_requests: int = 1000,
     queue_timeout_s: float | None = None,
     num_steps_ahead: int = 0,
+    free_tokens: int = 2,
+    most_credit: int = 256,
     **options: Any,
 ) -> Scheduler:
     limits = SchedulerLimits(
@@ -62,6 +65,7 @@ def make_scheduler(
         max_model_len=max_model_len,
         max_queued_requests=max_queued_requests,
         queue_timeout_s=queue_timeout_s,
+        shares=ShareLimits(free_tokens=free_tokens, most_credit=most_credit),
     )
     layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens, num_steps_ahead=num_steps_ahead)
     return Scheduler(limits, layout, BlockPool(num_blocks), **options)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from server.engine.account import Account
 from server.engine.histogram import Buckets
 from server.engine.loop import PEER_SILENCE_LIMIT_S
 from server.engine.messages import (
@@ -96,6 +97,7 @@ class FakeCore:
         return bool(self.sequences)
 
     is_blocked = False
+    patience_s = None
     wake_fds = ()
 
     def prepare(self) -> bool:
@@ -112,7 +114,8 @@ class FakeCore:
         replies, self.replies = self.replies, []
         return replies
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
+        del account
         if request.adapter is not None:
             raise model_not_found(request.adapter)
         script = bytes(token_id for token_id in request.prompt_token_ids if token_id < 256)

@@ -6,6 +6,7 @@ from functools import partial
 import msgspec
 import tokenizers
 
+from server.engine.account import Account
 from server.engine.adapters import Adapters
 from server.engine.answer import Answer
 from server.engine.grammar import GrammarCompiler, GrammarRefused, TokenGrammar
@@ -24,7 +25,7 @@ from server.engine.messages import (
     UnloadAdapter,
     failure,
 )
-from server.engine.request import QUEUE_TIMEOUT, GenerationRequest, RequestRejected, SamplingParams
+from server.engine.request import QUEUE_FULL, QUEUE_TIMEOUT, GenerationRequest, RequestRejected, SamplingParams
 from server.engine.runner import DeviceLost, OutOfDeviceMemory, Runner, RunningStep, compute
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
@@ -53,7 +54,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self._live: dict[str, Answer] = {}
-        self._compiling: dict[str, GenerationRequest] = {}  # those whose grammars are not ready
+        self._compiling: dict[str, tuple[GenerationRequest, Account | None]] = {}  # those whose grammars are not ready
         self._rejected: list[Rejected] = []  # since the last step
         self._num_steps = 0
         self._num_step_tokens = 0
@@ -71,8 +72,13 @@ class EngineCore:
 
     @property
     def is_blocked(self) -> bool:
-        """All there is to do waits for an adapter; no step is in flight."""
+        """All there is to do waits for an adapter or for the limit of a key; no step is in flight."""
         return self._had_nothing_to_run
+
+    @property
+    def patience_s(self) -> float | None:
+        """After which time a key's limit allows more; None: no request waits for that."""
+        return self.scheduler.seconds_until_allowed()
 
     @property
     def wake_fds(self) -> tuple[int, ...]:
@@ -80,25 +86,25 @@ class EngineCore:
         of_adapters = () if self.adapters.wake_fd is None else (self.adapters.wake_fd,)
         return (*of_adapters, self.grammars.wake_fd)
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request.
+    def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
+        """Queue a request of an account; None: it came without a key.
 
         Raises:
             RequestRejected: it could never run to its end, or the queue is full.
         """
         if request.sampling.grammar is None:
-            self._queue(request)
+            self._queue(request, account)
             return
-        self.scheduler.reserve()
-        self._compiling[request.request_id] = request
+        self.scheduler.reserve(account)
+        self._compiling[request.request_id] = request, account
         # Further answers to one prompt let the grammars of other requests go first.
         self.grammars.submit(request.request_id, request.sampling.grammar, can_wait=request.follows is not None)
 
-    def _queue(self, request: GenerationRequest, grammar: TokenGrammar | None = None) -> None:
+    def _queue(self, request: GenerationRequest, account: Account | None, grammar: TokenGrammar | None = None) -> None:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter)
         leader = self._live.get(request.follows) if request.follows is not None else None
         try:
-            sequence = self.scheduler.add(request, adapter, None if leader is None else leader.sequence)
+            sequence = self.scheduler.add(request, adapter, None if leader is None else leader.sequence, account)
         except Exception:
             if adapter is not None:
                 self._replies += self.adapters.release(adapter)
@@ -116,9 +122,9 @@ class EngineCore:
         if answer is not None:
             self.scheduler.remove(answer.sequence)
             self._forget(answer.sequence)
-        elif self._compiling.pop(request_id, None) is not None:
+        elif (compiling := self._compiling.pop(request_id, None)) is not None:
             self.grammars.cancel(request_id)
-            self.scheduler.give_up_place()
+            self.scheduler.give_up_place(compiling[1])
 
     def prepare(self) -> bool:
         """Use a moment without work; whether another one would be of use."""
@@ -161,6 +167,7 @@ class EngineCore:
         self._had_nothing_to_run = not chunks and before is None
         news += [self._accept(sequence) for sequence in self.scheduler.admitted]
         news += [self._expire(sequence) for sequence in self.scheduler.expire()]
+        news += [self._displace(sequence) for sequence in self.scheduler.take_displaced()]
         if before is not None:
             news += self._receive(*before)
         if not isinstance(step, Exception | None):
@@ -275,22 +282,23 @@ class EngineCore:
             num_blocked=self.scheduler.num_blocked + len(self._compiling),
             prefix_cache_queries_total=totals.prefix_queries,
             prefix_cache_hits_total=totals.prefix_hits,
-            evicted_tokens_total=totals.evicted_tokens,
+            evicted_tokens_total=self.scheduler.num_evicted,
             step_tokens_total=self._num_step_tokens,
         )
 
     def _queue_compiled(self) -> None:
         """Queue the requests whose grammars are ready."""
         for request_id, grammar in self.grammars.collect():
-            request = self._compiling.pop(request_id, None)
-            if request is None:
+            compiling = self._compiling.pop(request_id, None)
+            if compiling is None:
                 continue  # aborted meanwhile
-            self.scheduler.give_up_place()  # the request takes it at once, if it can be queued at all
+            request, account = compiling
+            self.scheduler.give_up_place(account)  # the request takes it at once, if it can be queued at all
             if isinstance(grammar, GrammarRefused):
                 self._rejected.append(Rejected(request_id, str(grammar), grammar.code))
                 continue
             try:
-                self._queue(request, grammar)
+                self._queue(request, account, grammar)
             except RequestRejected as refusal:
                 self._rejected.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
             except Exception:
@@ -352,6 +360,12 @@ class EngineCore:
         del self._live[sequence.request.request_id]
         if sequence.adapter is not None:
             self._replies += self.adapters.release(sequence.adapter)
+
+    def _displace(self, sequence: Sequence) -> Rejected:
+        """The queue was full, and another key had a smaller part of it."""
+        request_id = sequence.request.request_id
+        self._forget(sequence)
+        return Rejected(request_id, "Too many requests of this key are waiting already; try again later.", QUEUE_FULL)
 
     def _expire(self, sequence: Sequence) -> Rejected:
         request_id = sequence.request.request_id

@@ -1,7 +1,7 @@
 """What each API key has used lately and uses now, for the limits that come with its requests. No sockets, no clock.
 
 The engine is the one place that sees the requests of all HTTP processes. A request is checked when it comes; what has
-been admitted runs to its end. So tokens of answers count as they are generated, against the requests that come later.
+been admitted runs to its end, as fast as the key's tokens per minute allow (see `Account.bucket`).
 """
 
 import math
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from server.engine.account import Account, TokenBucket
 from server.engine.messages import KeyLimits
 from server.engine.request import RATE_LIMITED, GenerationRequest, RequestRejected
 
@@ -46,8 +47,8 @@ class SlidingSum:
 
 @dataclass
 class _Use:
+    account: Account
     requests: SlidingSum = field(default_factory=SlidingSum)
-    tokens: SlidingSum = field(default_factory=SlidingSum)
     groups: dict[str, int] = field(default_factory=dict)  # first id of each group → its requests that have not ended
 
 
@@ -58,6 +59,19 @@ class KeyUsage:
         self._uses: dict[str, _Use] = {}  # by the key's name
         self._running: dict[str, tuple[_Use, str]] = {}  # request id → its key's use, its group
 
+    def account(self, limits: KeyLimits) -> Account:
+        """The key's account, filled at the rate that the key has now."""
+        return self._use(limits).account
+
+    def _use(self, limits: KeyLimits) -> _Use:
+        use = self._uses.get(limits.key_name)
+        if use is None:
+            use = self._uses[limits.key_name] = _Use(account=Account(limits.key_name))
+        account, rate = use.account, limits.tokens_per_minute
+        if rate != (None if account.bucket is None else account.bucket.tokens_per_minute):
+            account.bucket = None if rate is None else TokenBucket(rate)
+        return use
+
     def check(
         self, limits: KeyLimits, requests: Sequence[GenerationRequest], now_s: float, num_later_tokens: int = 0
     ) -> None:
@@ -65,18 +79,17 @@ class KeyUsage:
 
         `num_later_tokens` are of prompts that will follow as part of the same group.
         """
-        use = self._uses.get(limits.key_name, _Use())
+        use = self._use(limits)
         use.requests.forget_old(now_s)
-        use.tokens.forget_old(now_s)
         most = limits.concurrent_streams
         if most is not None and len(use.groups) >= most:
             raise _refusal(limits, f"{most} requests at once", _SOON_S)
         most = limits.requests_per_minute
         if most is not None and use.requests.total >= most:
             raise _refusal(limits, f"{most} requests per minute", use.requests.seconds_until(most - 1, now_s))
-        most = limits.tokens_per_minute
-        if most is not None:
-            wanted = _prompt_tokens(requests) + num_later_tokens
+        bucket = use.account.bucket
+        if bucket is not None:
+            wanted, most = _prompt_tokens(requests) + num_later_tokens, bucket.tokens_per_minute
             if wanted > most:
                 raise RequestRejected(
                     f"The prompt's {wanted} tokens are more than the key {limits.key_name!r} may use in a minute"
@@ -84,10 +97,8 @@ class KeyUsage:
                     RATE_LIMITED,
                     retry_after_s=WINDOW_S,
                 )
-            if use.tokens.total + max(1, wanted) > most:
-                raise _refusal(
-                    limits, f"{most} tokens per minute", use.tokens.seconds_until(most - max(1, wanted), now_s)
-                )
+            if (wait_s := bucket.seconds_until(max(1, wanted), now_s)) > 0:
+                raise _refusal(limits, f"{most} tokens per minute", math.ceil(wait_s))
 
     def add(
         self,
@@ -98,22 +109,23 @@ class KeyUsage:
         continues: bool = False,
     ) -> None:
         """Count requests that were queued: a group, or with `continues` more of one whose prompts were all counted."""
-        use = self._uses.setdefault(limits.key_name, _Use())
+        use = self._use(limits)
         if not continues:
             use.requests.add(1, now_s)
-            use.tokens.add(_prompt_tokens(requests) + num_later_tokens, now_s)
+            if use.account.bucket is not None:
+                use.account.bucket.take(_prompt_tokens(requests) + num_later_tokens, now_s)
         group = requests[0].request_id
         use.groups[group] = len(requests)
         for request in requests:
             self._running[request.request_id] = (use, group)
 
     def note_tokens(self, request_id: str, num_tokens: int, now_s: float) -> None:
-        """Count tokens of an answer; unknown ids belong to keys without limits."""
-        if (running := self._running.get(request_id)) is not None:
-            running[0].tokens.add(num_tokens, now_s)
+        """Count tokens of an answer; unknown ids belong to requests without a key."""
+        if (running := self._running.get(request_id)) is not None and (bucket := running[0].account.bucket) is not None:
+            bucket.take(num_tokens, now_s)
 
     def end(self, request_id: str) -> None:
-        """A request is over, in whatever way; unknown ids belong to keys without limits."""
+        """A request is over, in whatever way; unknown ids belong to requests without a key."""
         if (running := self._running.pop(request_id, None)) is not None:
             use, group = running
             use.groups[group] -= 1

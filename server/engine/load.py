@@ -19,7 +19,15 @@ from server.engine.grammar import GrammarCompiler
 from server.engine.messages import CallFailed, EngineInfo
 from server.engine.model_folder import open_model_folder
 from server.engine.model_runner import ModelRunner
-from server.engine.plan import CachePlan, StartupError, concurrency_of, plan_cache, serving_config, tokens_a_step
+from server.engine.plan import (
+    CachePlan,
+    StartupError,
+    concurrency_of,
+    plan_cache,
+    serving_config,
+    share_limits,
+    tokens_a_step,
+)
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.settings import EngineSettings
@@ -76,6 +84,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         max_model_len=max_model_len,
         max_queued_requests=settings.max_queued_requests,
         queue_timeout_s=settings.queue_timeout,
+        shares=share_limits(device.type),
     )
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)

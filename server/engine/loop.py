@@ -1,6 +1,7 @@
 """Moves messages between HTTP processes and an engine core, and steps the core. Knows no HTTP and no model."""
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from server.engine.account import Account
 from server.engine.key_usage import KeyUsage
 from server.engine.messages import (
     FAILED,
@@ -44,8 +46,8 @@ CALL_FAILED = "The engine failed to do this; the server's log says why."
 class Core(Protocol):
     """What the process needs of an engine core; called from one thread only."""
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request; RequestRejected when it cannot run."""
+    def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
+        """Queue a request of an account (None: it came without a key); RequestRejected when it cannot run."""
 
     def abort(self, request_id: str) -> None:
         """Drop a request; unknown ids are fine."""
@@ -55,7 +57,11 @@ class Core(Protocol):
 
     @property
     def is_blocked(self) -> bool:
-        """All there is to do waits for what `wake_fds` will announce."""
+        """All there is to do waits: for what `wake_fds` will announce, or until `patience_s` have passed."""
+
+    @property
+    def patience_s(self) -> float | None:
+        """After which time there is something to do that nothing announces; None: there is nothing of that kind."""
 
     @property
     def wake_fds(self) -> tuple[int, ...]:
@@ -137,7 +143,9 @@ class EngineLoop:
         """How long the loop may wait for something to happen."""
         if self._core.has_work and not self._core.is_blocked:
             return 0
-        return PREPARATION_INTERVAL_MS if self._core.prepare() else int(HEARTBEAT_INTERVAL_S * 1000)
+        patience_ms = PREPARATION_INTERVAL_MS if self._core.prepare() else int(HEARTBEAT_INTERVAL_S * 1000)
+        limit_s = self._core.patience_s
+        return patience_ms if limit_s is None else min(patience_ms, math.ceil(limit_s * 1000))
 
     def _answer_calls(self) -> None:
         for reply in self._core.take_replies():
@@ -201,13 +209,14 @@ class EngineLoop:
     def _submit(self, peer_id: bytes, peer: _Peer, submit: Submit) -> None:
         """Queue all or none; RequestRejected."""
         queued: list[str] = []
+        account = None if submit.limits is None else self._usage.account(submit.limits)
         if submit.limits is not None and not submit.continues:
             self._usage.check(submit.limits, submit.requests, time.monotonic(), submit.num_later_tokens)
         try:
             for request in submit.requests:
                 if request.request_id in self._owner:
                     raise RequestRejected(f"A request with the id {request.request_id} is already running.")
-                self._core.submit(request)
+                self._core.submit(request, account)
                 self._owner[request.request_id] = peer_id
                 peer.request_ids.add(request.request_id)
                 queued.append(request.request_id)

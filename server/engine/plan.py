@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from server.engine.block_pool import CacheLayout
+from server.engine.shares import ShareLimits
 from server.settings import EngineSettings
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
@@ -79,6 +80,13 @@ def tokens_a_step(settings: EngineSettings, device_type: str) -> tuple[int, int 
     default, prefill_default = (512, 32) if device_type == "cpu" else (8192, None)
     step_tokens = default if settings.max_num_batched_tokens is None else settings.max_num_batched_tokens
     return step_tokens, prefill_default if settings.max_prefill_tokens is None else settings.max_prefill_tokens
+
+
+def share_limits(device_type: str) -> ShareLimits:
+    """How steps are divided among accounts: from few tokens on, a step's time grows with them."""
+    if device_type == "cpu":
+        return ShareLimits(free_tokens=2, most_credit=256)
+    return ShareLimits(free_tokens=32, most_credit=1024)
 
 
 def block_size_of(settings: EngineSettings, device_type: str) -> int:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from server.engine.account import Account
 from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockTable
 from server.engine.messages import TokenLogprob
@@ -31,6 +32,7 @@ class Sequence:
     table: BlockTable
     rank: tuple[float, int]
     arrived_s: float
+    account: Account = field(default_factory=Account)
     adapter: AdapterVersion | None = None
     leader: "Sequence | None" = None  # has the same prompt and computes it first
     grammar: TokenMask | None = None
@@ -46,6 +48,8 @@ class Sequence:
     next_full_at: int = 0  # num_computed with which there is another
     is_running: bool = False
     was_admitted: bool = False  # has run at least once
+    running_since_s: float = 0.0
+    turn_start: int = 0  # tokens it had when it began, or began again, to run
     num_evicted: int = 0  # tokens out of sight, as far as they were counted
     num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
     samples: bool = field(init=False)  # it has an answer, and is not only a prompt

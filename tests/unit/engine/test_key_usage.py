@@ -76,19 +76,39 @@ def test_streams_count_until_their_last_request_ends():
 
 
 def test_tokens_of_prompts_and_answers_count():
-    clocked, limits = Clocked(), KeyLimits(key_name="a", tokens_per_minute=100)
+    clocked, limits = Clocked(), KeyLimits(key_name="a", tokens_per_minute=120)
     (running,) = clocked.submit(limits, 40)
     clocked.usage.note_tokens(running, 50, clocked.now_s)
     clocked.usage.note_tokens("unknown", 500, clocked.now_s)
-    clocked.refused(limits, 11)
-    clocked.submit(limits, 10)
-    wait_s = clocked.refused(limits, 1)
-    assert WINDOW_S <= wait_s <= WINDOW_S + 1
-    clocked.usage.note_tokens(running, 30, clocked.now_s + 30)  # what was admitted is not cut
+    assert clocked.refused(limits, 31) == 1
+    clocked.submit(limits, 30)
+    assert clocked.refused(limits, 121) == WINDOW_S  # never possible
+    wait_s = clocked.refused(limits, 9)
+    assert wait_s == 5  # two tokens a second come back
     clocked.now_s += wait_s
-    clocked.refused(limits, 71)
-    clocked.submit(limits, 70)
-    assert clocked.refused(limits, 101) == WINDOW_S  # never possible
+    clocked.submit(limits, 9)
+
+
+def test_a_stream_at_its_keys_rate_gets_that_rate():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", tokens_per_minute=120)
+    (running,) = clocked.submit(limits, 20)
+    bucket = clocked.usage.account(limits).bucket
+    began_s, num_tokens = clocked.now_s, 0
+    while clocked.now_s < began_s + 600:
+        if bucket.available(clocked.now_s) < 1:
+            clocked.now_s += bucket.seconds_until(1, clocked.now_s)
+            continue
+        clocked.usage.note_tokens(running, 1, clocked.now_s)
+        num_tokens += 1
+    assert num_tokens == pytest.approx(100 + 600 * 2, abs=2)  # what was left at first, then two a second
+
+
+def test_another_rate_holds_from_the_next_request_on():
+    clocked = Clocked()
+    clocked.submit(KeyLimits(key_name="a", tokens_per_minute=120), 100)
+    clocked.submit(KeyLimits(key_name="a"), 1000)
+    assert clocked.usage.account(KeyLimits(key_name="a")).bucket is None
+    assert clocked.refused(KeyLimits(key_name="a", tokens_per_minute=60), 61) == WINDOW_S
 
 
 def test_several_answers_to_one_prompt_have_its_tokens_once():
@@ -105,7 +125,7 @@ def test_what_comes_in_parts_is_checked_and_counted_whole_with_the_first():
     rest = [make_request([1] * 6, request_id="rest")]
     clocked.usage.add(limits, rest, clocked.now_s, continues=True)
     clocked.submit(limits, 1)
-    assert clocked.refused(limits, 1) > 29
+    assert clocked.refused(limits, 1) > 29  # the second request of two
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.engine.account import Account
 from server.engine.block_pool import CacheLayout
 from server.engine.request import RequestRejected
 from server.engine.scheduler import Scheduler
@@ -40,7 +41,7 @@ def check_blocks(scheduler: Scheduler) -> None:
 
 @st.composite
 def traffic(draw):
-    """Requests in order of arrival, as (step, request, step of its abort or None). Prompts often begin alike."""
+    """Requests in order of arrival: (step, request, step of its abort or None, account). Prompts often begin alike."""
     requests = []
     for number in range(draw(st.integers(0, 12))):
         prompt = [draw(st.integers(0, 1))] * draw(st.integers(1, 60))
@@ -53,7 +54,7 @@ def traffic(draw):
             cache_salt=draw(st.sampled_from(["", "a"])),
         )
         step = draw(st.integers(0, 20))
-        requests.append((step, request, draw(st.none() | st.integers(step, 60))))
+        requests.append((step, request, draw(st.none() | st.integers(step, 60)), draw(st.integers(0, 2))))
     return sorted(requests, key=lambda item: item[0])
 
 
@@ -98,17 +99,20 @@ def test_random_traffic(
         prefix_caching=prefix_caching,
         clock=clock,
     )
-    arriving, live, admitted = list(requests), {}, []
+    arriving, live, admitted, order = list(requests), {}, [], []
+    accounts = [Account(f"key-{number}") for number in range(3)]
     for step in range(5000):
         clock.now_s = step * 1.0
         while arriving and arriving[0][0] == step:
-            _, request, abort_step = arriving.pop(0)
-            live[scheduler.add(request)] = abort_step
+            _, request, abort_step, account = arriving.pop(0)
+            order.append(scheduler.add(request, account=accounts[account]))
+            live[order[-1]] = abort_step
         for sequence in [sequence for sequence, abort_step in live.items() if abort_step == step]:
             scheduler.remove(sequence)
             del live[sequence]
+        preemptions = scheduler.totals.num_preemptions
         chunks, ended = run_step(scheduler, runner)
-        assert bool(chunks) == bool(live)
+        assert bool(chunks) == bool(live) or scheduler.totals.num_preemptions > preemptions
         for sequence in scheduler.expire():
             assert clock.now_s - sequence.arrived_s > timeout_s and not sequence.was_admitted
             del live[sequence]
@@ -125,8 +129,12 @@ def test_random_traffic(
             break
     assert not live and not arriving
     assert scheduler.pool.num_used == 0
-    for priority in range(-2, 3):  # first come, first served
-        numbers = [s.rank[1] for s in admitted if s.request.priority == priority]
+    alike: dict[tuple[Account, int, int], list[int]] = {}
+    for sequence in admitted:
+        alike.setdefault((sequence.account, sequence.request.priority, sequence.num_prompt), []).append(
+            order.index(sequence)
+        )
+    for numbers in alike.values():  # of one account, as important and as long: first come, first served
         assert numbers == sorted(numbers)
 
 
@@ -137,7 +145,11 @@ def test_prompts_take_few_tokens_while_others_generate() -> None:
     scheduler.add(make_request([0] * 30, request_id="long"))
     scheduler.add(make_request([0] * 5, request_id="short"))
     steps = [[(c.sequence.request.request_id, c.length) for c in run_step(scheduler)[0]] for _ in range(3)]
-    assert steps == [[("first", 1), ("long", 8)], [("first", 1), ("long", 8)], [("long", 14), ("short", 5)]]
+    assert steps == [
+        [("first", 1), ("long", 4), ("short", 4)],
+        [("first", 1), ("short", 1), ("long", 8)],
+        [("short", 1), ("long", 8)],
+    ]
 
 
 def test_decodes_go_before_prefill_and_prompts_come_in_chunks() -> None:

@@ -41,7 +41,7 @@ def test_a_model_without_a_window_slides_over_its_context(use_xpos: bool, sinks:
         actual = engine.teacher_forced(tokens, first, context_overflow="slide")
         assert (actual - expected[first - 1 :]).abs().max() <= 1e-4
         assert engine.scheduler.pool.num_used == 0
-        assert engine.scheduler.totals.evicted_tokens == max(0, length + 1 - CONTEXT)
+        assert engine.scheduler.num_evicted == max(0, length + 1 - CONTEXT)
 
 
 @pytest.mark.parametrize("model", [{}, MIXED, {"sliding_window": 8}, {"sliding_window": 100}], ids=str)

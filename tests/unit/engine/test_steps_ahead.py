@@ -16,10 +16,10 @@ from server.engine.adapters import Adapters, no_adapters
 from server.engine.block_pool import CacheLayout
 from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
+from server.engine.kept_blocks import salt_of
 from server.engine.messages import Delta, merged
 from server.engine.prefix_cache import BlockKeys
 from server.engine.request import GenerationRequest
-from server.engine.scheduler import _salt
 from server.engine.sequence import Chunk, Sequence, StepResult
 from tests.adapters import FakeStore, touch_adapter
 from tests.engine import BACKENDS, Ahead, Backend, ComputedStep, make_request, make_scheduler
@@ -118,7 +118,7 @@ class Engine:
         assert not self.core.has_work and self.scheduler.pool.num_used == 0
         known: set[bytes] = set()
         for sequence in self.runner.seen:
-            keys = BlockKeys(self.scheduler.layout, _salt(sequence))
+            keys = BlockKeys(self.scheduler.layout, salt_of(sequence))
             keys.extend(sequence.tokens, max(sequence.num_prompt, len(sequence.tokens) - 1))
             known.update(keys.keys)
         assert {key for key in self.scheduler.pool._keys if key is not None} <= known
