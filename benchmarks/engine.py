@@ -25,11 +25,12 @@ from server.engine.adapters import no_adapters
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
+from server.engine.limits import SchedulerLimits
 from server.engine.loop import EngineLoop
 from server.engine.messages import Submit
 from server.engine.plan import share_limits
 from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.checkpoint.demo import resolve_model
 

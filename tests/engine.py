@@ -11,10 +11,11 @@ import torch
 
 from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockPool, CacheLayout
+from server.engine.limits import SchedulerLimits
 from server.engine.model_runner import ModelRunner
 from server.engine.request import GenerationRequest, SamplingParams
 from server.engine.runner import Runner, RunningStep
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
 from server.engine.shares import ShareLimits
 from stellarbyte import ByteModelConfig, ByteTransformer
@@ -54,7 +55,7 @@ def make_scheduler(
     max_queued_requests: int = 1000,
     queue_timeout_s: float | None = None,
     num_steps_ahead: int = 0,
-    free_tokens: int = 2,
+    free_tokens: int = 4,
     most_credit: int = 256,
     **options: Any,
 ) -> Scheduler:

@@ -4,6 +4,7 @@ from operator import attrgetter
 
 from server.engine.account import Account
 from server.engine.admission import Admission
+from server.engine.limits import SchedulerLimits
 from server.engine.sequence import Chunk, Sequence
 from server.engine.shares import Part
 
@@ -15,10 +16,11 @@ MAX_SCORED_TOKENS = 256  # of a prompt in one step, where each needs a row of lo
 class Filling:
     """One step. Blocks are reserved as tokens are given; what is preempted for them loses its chunk."""
 
-    def __init__(self, admission: Admission, turn: int) -> None:
+    def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int) -> None:
         """`turn` counts steps: where something cannot be halved, one has the larger part in every other step."""
         self.chunks: list[Chunk] = []
         self._admission = admission
+        self._limits = limits
         self._turn = turn
         self._of_prompts: dict[Sequence, int] = {}  # where the chunks of prompts are
 
@@ -71,7 +73,7 @@ class Filling:
         if before is not None and before.samples:
             return 0
         pending = sequence.num_pending
-        most = min(pending, budget)
+        most = min(pending, budget, self._most_at(sequence.num_launched))
         if sequence.request.sampling.prompt_logprobs is not None:
             most = min(most, MAX_SCORED_TOKENS - (0 if before is None else before.length))
         length = self._admission.reserve_for_prompt(sequence, most) if most > 0 else 0
@@ -86,6 +88,19 @@ class Filling:
         sequence.num_launched += length
         sequence.num_tokens += samples
         return length
+
+    def _most_at(self, context: int) -> int:
+        """Tokens of one prompt that a step should have: fewer where each has much context, so that it takes no longer.
+
+        A request that comes meanwhile waits for the step's end.
+        """
+        limits = self._limits
+        if limits.context_like_a_token is None:
+            return limits.max_num_batched_tokens
+        same_time = (
+            limits.max_num_batched_tokens * limits.context_like_a_token // (limits.context_like_a_token + context)
+        )
+        return max(same_time, limits.max_prefill_tokens or 1)
 
     def result(self) -> list[Chunk]:
         """The chunks, without those of sequences that were preempted after they got them."""

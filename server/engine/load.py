@@ -16,6 +16,7 @@ from server.engine.adapters import Adapters, no_adapters
 from server.engine.block_pool import BlockPool
 from server.engine.core import EngineCore
 from server.engine.grammar import GrammarCompiler
+from server.engine.limits import SchedulerLimits
 from server.engine.messages import CallFailed, EngineInfo
 from server.engine.model_folder import open_model_folder
 from server.engine.model_runner import ModelRunner
@@ -29,7 +30,7 @@ from server.engine.plan import (
     tokens_a_step,
 )
 from server.engine.runner import Runner
-from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.scheduler import Scheduler
 from server.settings import EngineSettings
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.demo import resolve_model
@@ -41,6 +42,8 @@ from stellarbyte.model.decoder import ByteLanguageModel
 
 logger = logging.getLogger("server.engine")
 
+# On two cores a chunk of the demo model takes twice as long after 1,000 tokens of context, three times after 2,000.
+CONTEXT_LIKE_A_TOKEN = 1000
 AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
 
 
@@ -81,6 +84,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=step_tokens,
         max_prefill_tokens=prefill_tokens,
+        context_like_a_token=CONTEXT_LIKE_A_TOKEN if device.type == "cpu" else None,
         max_model_len=max_model_len,
         max_queued_requests=settings.max_queued_requests,
         queue_timeout_s=settings.queue_timeout,

@@ -77,7 +77,7 @@ def tokens_a_step(settings: EngineSettings, device_type: str) -> tuple[int, int 
     A GPU takes hundreds of tokens in the time of one. On a CPU the time of a step grows with its tokens from about 16
     on, so few of a prompt's tokens may go with those of running streams, or the streams would stutter.
     """
-    default, prefill_default = (512, 32) if device_type == "cpu" else (8192, None)
+    default, prefill_default = (128, 32) if device_type == "cpu" else (8192, None)
     step_tokens = default if settings.max_num_batched_tokens is None else settings.max_num_batched_tokens
     return step_tokens, prefill_default if settings.max_prefill_tokens is None else settings.max_prefill_tokens
 
@@ -85,7 +85,7 @@ def tokens_a_step(settings: EngineSettings, device_type: str) -> tuple[int, int 
 def share_limits(device_type: str) -> ShareLimits:
     """How steps are divided among accounts: from few tokens on, a step's time grows with them."""
     if device_type == "cpu":
-        return ShareLimits(free_tokens=2, most_credit=256)
+        return ShareLimits(free_tokens=4, most_credit=256)
     return ShareLimits(free_tokens=32, most_credit=1024)
 
 

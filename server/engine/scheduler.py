@@ -15,29 +15,19 @@ or has been filled.
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from server.engine.account import Account
 from server.engine.adapter_version import AdapterVersion
 from server.engine.admission import AdapterGate, Admission
 from server.engine.block_pool import BlockPool, BlockTable, CacheLayout
 from server.engine.filling import Filling, rows_of_parts
+from server.engine.limits import SchedulerLimits
 from server.engine.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, RequestRejected
 from server.engine.sequence import Chunk, Sequence
-from server.engine.shares import Demand, Part, ShareLimits, divide, settle
+from server.engine.shares import Demand, Part, divide, settle
 
+SHARED_FOR_S = 1.0  # since the last step of several keys: they are probably reading what they got
 FREE_CREDIT = 2  # tokens of credit that an account gets for each step that it had nothing for
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerLimits:
-    max_num_seqs: int  # running at once
-    max_num_batched_tokens: int  # computed in one step
-    max_prefill_tokens: int | None = None  # most of them that prompts take while other sequences decode; None: all
-    max_model_len: int  # tokens of prompt and answer together, for requests that do not slide
-    max_queued_requests: int  # beyond max_num_seqs
-    queue_timeout_s: float | None = None  # most time before the first step; None: no limit
-    shares: ShareLimits
 
 
 class Scheduler:
@@ -77,6 +67,7 @@ class Scheduler:
         self._everybody = Account()  # requests without a key
         self._num_reserved = 0  # places in the queue of requests that are not ready to be added
         self._turn = 0  # counts steps
+        self._shared_until_s = 0.0  # another key will probably be back until then
 
     @property
     def admitted(self) -> list[Sequence]:
@@ -211,9 +202,10 @@ class Scheduler:
             elif sequence.num_launched != sequence.max_launched:  # else it ends when its last step is read
                 decodes.append(sequence)
         budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
-        prompt_budget = min(budget, most) if decodes and most is not None else budget
+        is_shared = bool(decodes) or self._clock() < self._shared_until_s
+        prompt_budget = min(budget, most) if is_shared and most is not None else budget
         parts = self._parts(decodes, prefills, budget, prompt_budget)
-        filling = Filling(self._admission, self._turn)
+        filling = Filling(self._admission, self.limits, self._turn)
         if parts is None:
             budget -= filling.add_rows(decodes, budget)
             filling.add_prompts(prefills, self.waiting.accounts(), min(budget, prompt_budget))
@@ -270,6 +262,7 @@ class Scheduler:
             used[chunk.sequence.account] += chunk.length
         if len(used) > 1:
             settle(used, self.limits.shares)
+            self._shared_until_s = self._clock() + SHARED_FOR_S
 
     def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int | None]]:
         """Record a finished step; `sampled` has one token for each chunk that samples, in order.
