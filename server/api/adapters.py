@@ -1,6 +1,7 @@
 """POST /v1/load_lora_adapter and /v1/unload_lora_adapter, GET /v1/adapters."""
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.caller import may_use
 from server.api.errors import bad_request, from_engine
+from server.api.generation import parse_apart
 from server.api.schemas import parse_plain_body
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
@@ -37,7 +39,7 @@ class UnloadBody(BaseModel):
 
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
-    body = parse_plain_body(LoadBody, await http.body())
+    body = await parse_apart(http, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"{body.lora_name!r} is the name of the model itself.", "lora_name")
     try:
@@ -56,7 +58,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
-    body = parse_plain_body(UnloadBody, await http.body())
+    body = await parse_apart(http, partial(parse_plain_body, UnloadBody))
     try:
         unloaded = await service.client.unload_adapter(body.lora_name)
     except (RequestRejected, EngineDead) as error:

@@ -10,13 +10,13 @@ from server.keys import Key
 
 def limits_of(http: Request) -> KeyLimits | None:
     """The limits that go to the engine with everything the request asks of it."""
-    key = _key_of(http)
+    key = key_of(http)
     return None if key is None else key.limits
 
 
 def may_use(http: Request, service: Service, model: str) -> bool:
     """Whether the request may know and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
-    key = _key_of(http)
+    key = key_of(http)
     return key is None or key.allows(model, service.settings.model_name)
 
 
@@ -26,7 +26,8 @@ def require_model(http: Request, service: Service, model: str) -> None:
         raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
 
 
-def _key_of(http: Request) -> Key | None:
+def key_of(http: Request) -> Key | None:
+    """The key that the request came with; None where none is needed."""
     key = http.scope["state"].get("key")
     assert key is None or isinstance(key, Key)
     return key

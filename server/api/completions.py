@@ -19,7 +19,8 @@ from server.api.generation import (
     off_loop_if_long,
     read_body,
 )
-from server.api.schemas import CompletionBody, PromptInput
+from server.api.prompt_input import PromptInput
+from server.api.schemas import CompletionBody
 from server.api.service import Service, ServiceOfRequest
 from server.tokenizer import PromptTokenizer
 

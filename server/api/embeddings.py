@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import Field
 from starlette.responses import Response
 
 from server.api.answer import count_tokens, note_adapter, read_deltas
@@ -24,8 +24,9 @@ from server.api.generation import (
     off_loop_if_long,
     read_body,
 )
+from server.api.prompt_input import PromptInput, prompts_at_most
 from server.api.record import submit
-from server.api.schemas import PROMPTS_SCHEMA, AdapterScale, Body, CacheSalt, Priority, PromptInput, prompts, wrong
+from server.api.schemas import AdapterScale, Body, CacheSalt, Priority
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
 from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
@@ -37,17 +38,9 @@ _AT_ONCE = 32  # inputs that one request has in the engine at the same time, so 
 _NOTHING = SamplingParams(max_tokens=0, seed=0)
 
 
-def _not_too_many(inputs: list[PromptInput]) -> list[PromptInput]:
-    if len(inputs) > MAX_INPUTS:
-        raise wrong(f"there may be at most {MAX_INPUTS} inputs")
-    return inputs
-
-
 class EmbeddingsBody(Body):
     model: str
-    input: Annotated[
-        list[PromptInput], BeforeValidator(prompts), AfterValidator(_not_too_many), WithJsonSchema(PROMPTS_SCHEMA)
-    ]
+    input: Annotated[list[PromptInput], *prompts_at_most(MAX_INPUTS)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     pooling: Literal["last", "mean"] | None = None

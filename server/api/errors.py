@@ -33,6 +33,12 @@ _TYPES = {
 
 # What the engine may refuse for the moment: status, and seconds after which to try again.
 _NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5"), SHUTTING_DOWN: (503, "5")}
+# What Python has another name for than JSON.
+_WRONG_KINDS = {
+    "model_type": "it should be an object",
+    "dict_type": "it should be an object",
+    "list_type": "it should be a list",
+}
 _NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 
@@ -110,17 +116,14 @@ def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None =
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first thing wrong with a body, as one sentence that names the field."""
-    first = error.errors(include_url=False)[0]
-    if first["type"] == "json_invalid":
-        return bad_request(f"The body is not valid JSON: {first['ctx']['error']}.")
+    first = error.errors(include_url=False, include_input=False)[0]
     param = _path(first["loc"])
-    if not param:
-        return bad_request("The body must be a JSON object.")
     if first["type"] == "extra_forbidden":
         return bad_request(f"The field '{param}' is unknown.", param)
     if first["type"] == "missing":
         return bad_request(f"The field '{param}' is required.", param)
-    return bad_request(f"The field '{param}' is not valid: {_lower_first(first['msg'])}.", param)
+    why = _WRONG_KINDS.get(first["type"], first["msg"])
+    return bad_request(f"The field '{param}' is not valid: {_lower_first(why)}.", param)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -3,21 +3,27 @@
 import asyncio
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from fastapi import Request
 
-from server.api.caller import require_model
+from server.api.caller import key_of, require_model
 from server.api.choices import PromptEcho
 from server.api.errors import bad_request
 from server.api.schemas import MAX_CHOICES, BodyT, GenerationBody, parse_body
 from server.api.service import Service
+from server.api.turns import Turns
 from server.engine.request import MAX_SLIDING_TOKENS, GenerationRequest, SamplingParams
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they hold up no stream
+_INLINE_BYTES = 16_384  # larger bodies are parsed in a thread, one at a time: threads share one lock
 _MAX_IGNORED_HEADER = 1000
+_parser = ThreadPoolExecutor(1, "body")
+_parses = Turns(1)
 T = TypeVar("T")
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
 
@@ -33,14 +39,24 @@ class Prompt:
 
 async def read_body(request: Request, service: Service, body_class: type[BodyT]) -> tuple[BodyT, dict[str, str]]:
     """The checked body, for a model that the key may use, and the headers that tell which fields were ignored."""
-    content = await request.body()
-    body, ignored = parse_body(body_class, content, warn_unknown=service.settings.unknown_fields == "warn")
+    warn_unknown = service.settings.unknown_fields == "warn"
+    body, ignored = await parse_apart(request, partial(parse_body, body_class, warn_unknown=warn_unknown))
     model = getattr(body, "model", None)
     if model is not None:
         require_model(request, service, model)
     if not ignored:
         return body, {}
     return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
+
+
+async def parse_apart(request: Request, parse: Callable[[bytes], T]) -> T:
+    """Parse the body of a request; off the event loop when it is large, one body at a time, keys in turn."""
+    text = await request.body()
+    if len(text) <= _INLINE_BYTES:
+        return parse(text)
+    key = key_of(request)
+    async with _parses.turn(None if key is None else key.name):
+        return await asyncio.get_running_loop().run_in_executor(_parser, parse, text)
 
 
 async def off_loop_if_long(work: Callable[[], T], num_characters: int) -> T:
@@ -126,10 +142,13 @@ def make_requests(
     """For every prompt one request for each answer that is to be generated, in order; ApiError."""
     _check_amounts(body, prompts, logprobs)
     adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
+    bias = {} if body.logit_bias is None else {int(token): float(value) for token, value in body.logit_bias.items()}
+    check_token_ids(list(bias), service, "logit_bias")
+    logit_bias = tuple(bias.items())
     requests: list[GenerationRequest] = []
     for prompt in prompts:
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
-        sampling = _sampling(body, service, prompt.max_tokens, seed, logprobs, prompt_logprobs, grammar)
+        sampling = _sampling(body, service, prompt.max_tokens, seed, logit_bias, logprobs, prompt_logprobs, grammar)
         prompt_token_ids = tuple(prompt.token_ids)
         first_id = secrets.token_hex(12)
         for choice in range(body.num_candidates):
@@ -181,6 +200,7 @@ def _sampling(
     service: Service,
     max_tokens: int,
     seed: int,
+    logit_bias: tuple[tuple[int, float], ...],
     logprobs: int | None,
     prompt_logprobs: int | None,
     grammar: str | None,
@@ -191,8 +211,6 @@ def _sampling(
         value = getattr(body, name)
         return getattr(service.defaults, name) if value is None else value
 
-    bias = {} if body.logit_bias is None else {int(token): float(value) for token, value in body.logit_bias.items()}
-    check_token_ids(list(bias), service, "logit_bias")
     stop_token_ids = [] if body.stop_token_ids is None else body.stop_token_ids
     check_token_ids(stop_token_ids, service, "stop_token_ids")
     min_tokens = 0 if body.min_tokens is None else body.min_tokens
@@ -209,7 +227,7 @@ def _sampling(
         repetition_penalty=float(chosen("repetition_penalty")),
         presence_penalty=0.0 if body.presence_penalty is None else float(body.presence_penalty),
         frequency_penalty=0.0 if body.frequency_penalty is None else float(body.frequency_penalty),
-        logit_bias=tuple(bias.items()),
+        logit_bias=logit_bias,
         min_tokens=min_tokens,
         stop=() if body.stop is None else body.stop,
         stop_token_ids=tuple(stop_token_ids),

@@ -2,11 +2,14 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
 from server.api import unsupported
+from server.api.bounds import AtMost, wrong
 from server.api.schemas import (
+    MAX_MESSAGES,
+    MAX_PARTS,
     AdapterScale,
     Body,
     CacheSalt,
@@ -22,9 +25,10 @@ from server.api.schemas import (
     Temperature,
     TopK,
     TopP,
-    wrong,
 )
+from server.api.tools import Schema
 
+MAX_LOGPROBS = 2**17  # of one part
 LOGPROBS = "message.output_text.logprobs"  # what `include` may ask for
 
 
@@ -46,8 +50,8 @@ def _as_message(value: object) -> object:
 class InputPart(Body):
     type: Literal["input_text", "output_text", "text"]
     text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None  # an answer's own part, sent back
-    logprobs: list[Any] | None = None
+    annotations: Annotated[list[Any], AtMost(0)] | None = None  # an answer's own part, sent back
+    logprobs: Annotated[list[Any], AtMost(MAX_LOGPROBS)] | None = None
 
 
 class InputItem(Body):
@@ -55,7 +59,7 @@ class InputItem(Body):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[InputPart], Field(min_length=1), BeforeValidator(_as_part), _OrText()]
+    content: Annotated[list[InputPart], Field(min_length=1), AtMost(MAX_PARTS), BeforeValidator(_as_part), _OrText()]
     id: str | None = None
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -66,7 +70,7 @@ class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: SchemaName | None = None
     description: str | None = None
-    schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
     strict: bool | None = None
 
     @model_validator(mode="after")
@@ -86,16 +90,18 @@ class ResponsesBody(Body):
     not_supported: ClassVar = unsupported.OF_RESPONSES
 
     model: str
-    input: Annotated[list[InputItem], Field(min_length=1), BeforeValidator(_as_message), _OrText()]
+    input: Annotated[
+        list[InputItem], Field(min_length=1), AtMost(MAX_MESSAGES), BeforeValidator(_as_message), _OrText()
+    ]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     text: TextSettings | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(max_length=1)] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], AtMost(1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None  # auto: the context slides
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[str, str], AtMost(16)] | None = None
     stream: bool | None = None
     previous_response_id: str | None = None  # always refused: nothing is stored
     # Extra fields, as for chats.
@@ -147,7 +153,7 @@ class ResponsesBody(Body):
         wanted = None if self.text is None else self.text.format
         if wanted is None or wanted.type != "json_schema":
             return None if wanted is None else ResponseFormat(type=wanted.type)
-        schema: dict[str, JsonValue] = {} if wanted.schema_ is None else wanted.schema_
+        schema: Schema = {} if wanted.schema_ is None else wanted.schema_
         return ResponseFormat(
             type="json_schema", json_schema=JsonSchema.model_validate({"name": wanted.name, "schema": schema})
         )

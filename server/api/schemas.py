@@ -4,7 +4,8 @@ No field is ignored: one that is known but not supported, and one that is unknow
 for nothing (see `unsupported`). null means absent everywhere.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar
+from itertools import islice
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -12,16 +13,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import from_json
 
 from server.api import unsupported
+from server.api.bounds import MAX_FIELDS, AtMost, too_large, wrong
 from server.api.errors import bad_request, from_validation
-from server.api.tools import MAX_TOOLS, FunctionTool, ToolCall, ToolChoice
+from server.api.prompt_input import PromptInput, prompts_at_most
+from server.api.tools import MAX_TOOLS, FunctionTool, Schema, ToolCall, ToolChoice
 from server.engine.request import MAX_PRIORITY
 
 MAX_STOP_STRINGS = 4
@@ -29,10 +31,11 @@ MAX_STOP_CHARACTERS = 1000
 MAX_STOP_TOKENS = 128
 MAX_BIASED_TOKENS = 1024
 MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of one message's content
+MAX_IGNORED = 1000  # fields that an answer can name
 MAX_CHOICES = 128  # of one request: prompts, times answers to each
 MAX_TOKEN_ID = 2**31 - 1
 
-PromptInput = str | list[int]
 SchemaName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
@@ -45,50 +48,19 @@ CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterScale = Annotated[float, Field(ge=0, le=8)]
 
 
-def wrong(message: str) -> PydanticCustomError:
-    """What a validator raises; `message` goes on after "The field ... is not valid: "."""
-    return PydanticCustomError("value", "{message}", {"message": message})
-
-
 def _stop_strings(value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     texts = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
+    if isinstance(texts, list) and len(texts) > MAX_STOP_STRINGS:
+        raise wrong(f"there may be at most {MAX_STOP_STRINGS} stop strings")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise wrong("it must be a string or a list of strings")
-    if len(texts) > MAX_STOP_STRINGS:
-        raise wrong(f"there may be at most {MAX_STOP_STRINGS} stop strings")
     if not all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in texts):
         raise wrong(f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
     return tuple(texts)
 
 
-def _is_token_ids(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and bool(value) and {type(item) for item in value} == {int}
-
-
-def prompts(value: object) -> list[PromptInput]:
-    """One or several prompts, each of them text or token ids."""
-    if isinstance(value, str) or _is_token_ids(value):
-        return [value]
-    if value == [] or (isinstance(value, list) and [] in value):
-        raise wrong("a prompt is empty")
-    if isinstance(value, list) and (
-        all(isinstance(item, str) for item in value) or all(_is_token_ids(item) for item in value)
-    ):
-        return value
-    raise wrong("it must be a string, a list of strings, a list of token ids or a list of those")
-
-
-_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-PROMPTS_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        _TOKEN_IDS_SCHEMA,
-        {"type": "array", "items": _TOKEN_IDS_SCHEMA, "minItems": 1},
-    ]
-}
 _STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
 _STOP_SCHEMA = {
     "anyOf": [
@@ -104,7 +76,13 @@ _TEXT_PART_SCHEMA = {
     "required": ["text"],
     "additionalProperties": False,
 }
-_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART_SCHEMA}, {"type": "null"}]}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": _TEXT_PART_SCHEMA, "maxItems": MAX_PARTS},
+        {"type": "null"},
+    ]
+}
 
 
 def _content(value: object) -> str | None:
@@ -113,6 +91,8 @@ def _content(value: object) -> str | None:
         return value
     if not isinstance(value, list):
         raise wrong("it must be a string or a list of text parts")
+    if len(value) > MAX_PARTS:
+        raise wrong(f"it has {len(value)} parts; at most {MAX_PARTS} are allowed")
     for i, part in enumerate(value):
         if (
             not isinstance(part, dict)
@@ -130,11 +110,7 @@ def _false_is_none(value: object) -> object:
     return None if value is False else value
 
 
-def _biases(value: dict[str, float] | None) -> dict[str, float] | None:
-    if value is None:
-        return None
-    if len(value) > MAX_BIASED_TOKENS:
-        raise wrong(f"it may have at most {MAX_BIASED_TOKENS} entries")
+def _biases(value: dict[str, float]) -> dict[str, float]:
     for token_id, bias in value.items():
         if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 11):
             raise wrong(f"{token_id!r:.50} is no token id")
@@ -145,6 +121,12 @@ def _biases(value: dict[str, float] | None) -> dict[str, float] | None:
 
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def class_for(cls, content: dict[str, Any]) -> type[Self]:
+        """The class that checks a body of this kind with that content."""
+        del content
+        return cls
 
 
 class StreamOptions(Body):
@@ -165,11 +147,11 @@ class GenerationBody(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: Annotated[dict[str, float] | None, AfterValidator(_biases)] = None
+    logit_bias: Annotated[dict[str, float], AfterValidator(_biases), AtMost(MAX_BIASED_TOKENS)] | None = None
     seed: Seed | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopStrings = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], AtMost(MAX_STOP_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -209,7 +191,7 @@ class CompletionBody(GenerationBody):
     not_supported: ClassVar = unsupported.OF_COMPLETIONS
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    prompt: Annotated[list[PromptInput], BeforeValidator(prompts), WithJsonSchema(PROMPTS_SCHEMA)]
+    prompt: Annotated[list[PromptInput], *prompts_at_most(MAX_CHOICES)]
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = None
     logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_false_is_none)] = None
@@ -225,7 +207,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], AtMost(MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
@@ -242,7 +224,7 @@ class Message(Body):
 class JsonSchema(Body):
     name: SchemaName
     description: str | None = None
-    schema_: Annotated[dict[str, JsonValue] | None, Field(alias="schema")] = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
     strict: bool | None = None  # an answer always follows its schema
 
 
@@ -257,7 +239,7 @@ class ResponseFormat(Body):
         return self
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES)]
 
 
 class ChatBody(GenerationBody):
@@ -268,7 +250,7 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
@@ -279,20 +261,41 @@ BodyT = TypeVar("BodyT", bound=Body)
 PlainBodyT = TypeVar("PlainBodyT", bound=BaseModel)
 
 
-def parse_body(body_class: type[BodyT], body: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
+def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
     """A checked body, and the fields that were ignored (none unless `warn_unknown`); ApiError when it is refused."""
-    parsed = parse_plain_body(body_class, body)
-    refused = list(unsupported.refused_fields(parsed))
-    if refused and not warn_unknown:
-        path, known = refused[0]
+    content = _content_of(text)
+    parsed = _checked(body_class.class_for(content), content)
+    refused = islice(unsupported.refused_fields(parsed), MAX_IGNORED)
+    if warn_unknown:
+        return parsed, [path for path, _ in refused]
+    for path, known in refused:
         reason = "is not supported" if known else "is unknown"
         raise bad_request(f"The field '{path}' {reason}.", path)
-    return parsed, [path for path, _ in refused]
+    return parsed, []
 
 
-def parse_plain_body(body_class: type[PlainBodyT], body: bytes) -> PlainBodyT:
+def parse_plain_body(body_class: type[PlainBodyT], text: bytes) -> PlainBodyT:
     """A checked body, whatever other fields it has unless its class forbids them; ApiError when it is refused."""
+    return _checked(body_class, _content_of(text))
+
+
+def _content_of(text: bytes) -> dict[str, Any]:
+    """The fields of a body, as many as are checked in a short time; ApiError."""
+    if (reason := too_large(text)) is not None:
+        raise bad_request(reason)
     try:
-        return body_class.model_validate_json(body)
+        content = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise bad_request("The body must be a JSON object.")
+    if len(content) > MAX_FIELDS:
+        raise bad_request(f"The body has {len(content)} fields; at most {MAX_FIELDS} are allowed.")
+    return content
+
+
+def _checked(body_class: type[PlainBodyT], content: dict[str, Any]) -> PlainBodyT:
+    try:
+        return body_class.model_validate(content)
     except ValidationError as error:
         raise from_validation(error) from None

@@ -15,19 +15,22 @@ from typing import Annotated, Any, Literal
 import jinja2
 import jinja2.ext
 import jinja2.meta
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from server.api.bounds import AtMost
 from server.api.errors import bad_request
 from server.api.structured import json_rule
 
 MAX_TOOLS = 128
 MAX_NAME_CHARACTERS = 64
+MAX_KEYWORDS = 1000  # of a schema itself, those that only describe it included
 
 _NAME_PATTERN = f"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARACTERS}}}$"
-_NO_PARAMETERS: Mapping[str, JsonValue] = {"type": "object", "properties": {}, "additionalProperties": False}
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 Name = Annotated[str, Field(pattern=_NAME_PATTERN)]
+Schema = Annotated[dict[str, Any], AtMost(MAX_KEYWORDS)]  # a JSON schema, which is checked where it is enforced
 
 
 class _Part(BaseModel):
@@ -37,7 +40,7 @@ class _Part(BaseModel):
 class Function(_Part):
     name: Name
     description: str | None = None
-    parameters: dict[str, JsonValue] | None = None  # a JSON schema; absent: it takes none
+    parameters: Schema | None = None  # a JSON schema; absent: it takes none
     strict: bool | None = None  # every call is held to the schema, whatever this says
 
 

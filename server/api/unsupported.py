@@ -62,10 +62,9 @@ def refused_fields(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, boo
         path = prefix + (field.alias or name)
         if isinstance(value, BaseModel):
             yield from refused_fields(value, f"{path}.")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):  # all are, or none
             for i, item in enumerate(value):
-                if isinstance(item, BaseModel):
-                    yield from refused_fields(item, f"{path}[{i}].")
+                yield from refused_fields(item, f"{path}[{i}].")
 
 
 def _equal(value: object, neutral: object) -> bool:
