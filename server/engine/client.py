@@ -1,7 +1,7 @@
 """What an HTTP process sees of the engine: requests go in, streams of deltas come out. Knows no HTTP and no model.
 
-Everything here runs on one event loop. One task reads all messages and hands each stream its deltas; a stream that is
-read slowly gets several deltas merged into one.
+Everything here runs on one event loop, heartbeats apart. One task reads all messages and hands each stream its deltas;
+a stream that is read slowly gets several deltas merged into one.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from server.engine.delta_stream import DeltaStream, resolve
+from server.engine.heartbeats import Heartbeats
 from server.engine.http_observations import Observer
 from server.engine.launch import Engine
 from server.engine.messages import (
@@ -33,7 +34,6 @@ from server.engine.messages import (
     EngineStats,
     EngineTotals,
     Event,
-    Heartbeat,
     KeyLimits,
     ListAdapters,
     LoadAdapter,
@@ -112,18 +112,24 @@ class EngineClient:
 
     def _connect(self) -> None:
         """To the engine's present process."""
+        peer_id = b"http" + secrets.token_bytes(8)
         self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, peer_id)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(self._engine.endpoint)
         self._progress = EngineProgress()
         self._send(ReadTotals())  # so that there is something to show even if it never answers again
-        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._send_heartbeats, self._end_stalled)]
+        self._turned_s = time.monotonic()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context)
+        self._heartbeats = Heartbeats(context, self._engine.endpoint, peer_id, turned_s=lambda: self._turned_s)
+        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._note_turns, self._end_stalled)]
 
     async def _disconnect(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._heartbeats.stop()
         self._socket.close()
 
     def stop_admission(self) -> None:
@@ -267,9 +273,10 @@ class EngineClient:
             if answer is not None and not answer.done():
                 answer.set_result(event)
 
-    async def _send_heartbeats(self) -> None:
+    async def _note_turns(self) -> None:
+        """Heartbeats go on while the loop turns, or has not for a while only."""
         while True:
-            self._send(Heartbeat())
+            self._turned_s = time.monotonic()
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
     async def _end_stalled(self) -> None:

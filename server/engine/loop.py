@@ -164,6 +164,8 @@ class EngineLoop:
             except msgspec.DecodeError as error:
                 logger.error("dropped a message that is no command: %s", error)
                 continue
+            if isinstance(command, Heartbeat):
+                peer_id = command.peer_id
             peer = self._peers.setdefault(peer_id, _Peer(heard_at_s=0.0))
             peer.heard_at_s = time.monotonic()
             self._handle(peer_id, peer, command)

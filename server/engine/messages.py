@@ -51,6 +51,8 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """An HTTP process is alive. Without one for a while the engine aborts that process's requests."""
 
+    peer_id: bytes  # the identity of its socket: heartbeats come through another one, from a thread of their own
+
 
 class HttpObservations(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What an HTTP process has seen since it last told; the engine adds it to its totals."""

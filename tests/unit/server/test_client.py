@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from server.engine import progress
+from server.engine import heartbeats, progress
 from server.engine.client import EngineClient, EngineDead
 from server.engine.launch import EngineProcess, EngineStartError
+from server.engine.loop import PEER_SILENCE_LIMIT_S
 from server.engine.messages import Delta
 from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
 from server.engine.restart import AttachedEngine, EngineEnded, EngineGone
@@ -238,13 +239,39 @@ def test_totals_are_known_from_the_start_although_nobody_has_asked(settings):
 def test_requests_of_a_client_that_falls_silent_are_dropped_and_it_hears_of_it(settings):
     async def use(client, _):
         (stream,) = await client.submit(a_request(SLOW, max_tokens=100_000))
+        client._heartbeats.stop()
         for task in client._tasks:
             task.cancel()
         await asyncio.sleep(5.5)
-        client._tasks = [asyncio.create_task(work()) for work in (client._send_heartbeats, client._read)]
+        client._tasks = [asyncio.create_task(client._read())]
+        await client.fresh_totals()  # it speaks again
         _, deltas = await read(stream)
         assert deltas[-1].finish_reason == "error"
         await until(lambda: client.stats.num_running == 0)
+
+    with_engine(settings, use)
+
+
+def test_streams_of_a_client_whose_event_loop_is_held_up_go_on(settings):
+    """For longer than a client may be silent: a large body, a library that sleeps."""
+
+    async def use(client, _):
+        (stream,) = await client.submit(a_request(SLOW, max_tokens=400))
+        time.sleep(PEER_SILENCE_LIMIT_S + 1)
+        text, deltas = await read(stream)
+        assert deltas[-1].finish_reason == "length" and text == SLOW * (400 // len(SLOW))
+
+    with_engine(settings, use)
+
+
+def test_an_event_loop_that_does_not_turn_for_long_is_found(settings, monkeypatch):
+    monkeypatch.setattr(heartbeats, "LOOP_LIMIT_S", 1.0)
+
+    async def use(client, _):
+        (stream,) = await client.submit(a_request(SLOW, max_tokens=100_000))
+        time.sleep(PEER_SILENCE_LIMIT_S + 2.5)
+        _, deltas = await read(stream)
+        assert deltas[-1].finish_reason == "error"
 
     with_engine(settings, use)
 
