@@ -34,6 +34,7 @@ MAX_PATTERN_PROPERTIES = 32
 MAX_BRANCHES = 500
 MAX_PATTERNS_AT_ONCE = 3
 MAX_MULTIPLE = 10_000
+MAX_NAMES_JOINED = 1_000_000  # of properties, wherever schemas apply at once or by choice: 0.3 s
 MAX_COUNT = 2**31 - 1
 MAX_NUMBER = 2**53
 _DRAFTS = ("draft-07/schema", "draft/2019-09/schema", "draft/2020-12/schema")
@@ -63,12 +64,12 @@ class _AtOnce:
 
     def joined(self, other: "_AtOnce", join: Callable[[int, int], int]) -> "_AtOnce":
         names = {**self.named, **other.named}
+        named = {name: join(self.named.get(name, self.others), other.named.get(name, other.others)) for name in names}
+        others = join(self.others, other.others)
         return _AtOnce(
             here=join(self.here, other.here),
-            named={
-                name: join(self.named.get(name, self.others), other.named.get(name, other.others)) for name in names
-            },
-            others=join(self.others, other.others),
+            named={name: bound for name, bound in named.items() if bound != others},
+            others=others,
         )
 
 
@@ -82,6 +83,7 @@ class EnforceableSchema:
         self._num_pattern_properties = 0
         self._counts_properties = False
         self._multiples: set[int] = set()
+        self._num_joined = 0
         self.root: dict[str, Any] = self._copy(schema)
         self._take_document_keywords()
         self._visit(self.root, "#")
@@ -99,12 +101,13 @@ class EnforceableSchema:
             return {}
         if schema is False:
             raise self._refuse("is false, which allows no value")
-        budget, level = MAX_SCHEMA_BYTES, [schema]
+        budget = MAX_SCHEMA_BYTES
+        level: list[Any] = [schema]
         for _ in range(MAX_DEPTH):
-            level = [inner for value in level for inner in _inner(value)]
-            budget -= len(level)
+            budget -= sum(map(len, level))
             if budget < 0:
                 raise self._refuse(f"is larger than {MAX_SCHEMA_BYTES} bytes")
+            level = [inner for value in level for inner in _inner(value)]
             level = [value for value in level if isinstance(value, dict | list)]
             if not level:
                 break
@@ -125,7 +128,8 @@ class EnforceableSchema:
         draft = self.root.pop("$schema", None)
         if draft is not None and not (isinstance(draft, str) and draft.rstrip("#").endswith(_DRAFTS)):
             raise self._refuse("names a $schema other than draft-07, 2019-09 and 2020-12")
-        self.root.pop("$id", None)
+        if not isinstance(self.root.pop("$id", ""), str):
+            raise self._refuse("must be a string", "#/$id")
 
     def _visit(self, node: Any, path: str) -> None:
         if isinstance(node, bool):
@@ -178,15 +182,26 @@ class EnforceableSchema:
             if keyword == "multipleOf":
                 self._multiples.add(self._digits(value, place))
         elif keyword in ("const", "enum"):
-            if keyword == "enum" and sum(isinstance(entry, dict | list) for entry in _inner(value)) > MAX_BRANCHES:
+            if keyword == "enum" and not (isinstance(value, list) and value):
+                raise self._refuse("must be a list of at least one value", place)
+            if keyword == "enum" and sum(isinstance(entry, dict | list) for entry in value) > MAX_BRANCHES:
                 raise self._refuse(f"has more than {MAX_BRANCHES} objects and lists", place)
             self._check_literal(value, place)
+        elif keyword == "type":
+            names = value if isinstance(value, list) else [value]
+            if not names or not all(isinstance(name, str) for name in names):
+                raise self._refuse("must be a string or a list of strings", place)
+        elif keyword == "required":
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise self._refuse("must be a list of strings", place)
         elif keyword == "pattern":
             self._check_pattern(value, place)
         elif keyword == "format":
+            if not isinstance(value, str):
+                raise self._refuse("must be a string", place)
             if value not in _FORMATS:
                 raise bad_request(f"The schema's format {json.dumps(value)[:80]} is not supported.", self._param)
-        elif keyword not in ("type", "required", "$ref") and not (keyword == "uniqueItems" and value is False):
+        elif keyword != "$ref" and not (keyword == "uniqueItems" and value is False):  # see _check_reference
             raise bad_request(f"The schema's keyword '{keyword[:80]}'{_at(path)} is not supported.", self._param)
 
     def _digits(self, multiple: float, place: str) -> int:
@@ -289,6 +304,12 @@ class EnforceableSchema:
         def look(value: Any) -> _AtOnce:
             return self._at_once(value, known, depth + 1)
 
+        def joined(one: _AtOnce, other: _AtOnce, join: Callable[[int, int], int]) -> _AtOnce:
+            self._num_joined += len(one.named) + len(other.named)
+            if self._num_joined > MAX_NAMES_JOINED:
+                raise self._refuse("has too many combinations of schemas for the same properties")
+            return one.joined(other, join)
+
         def most(values: Any) -> int:
             return max((look(value).most for value in values), default=0)
 
@@ -301,12 +322,12 @@ class EnforceableSchema:
             others=max(any_name, most([node.get("additionalProperties"), node.get("additionalItems"), *elements])),
         )
         for value in [*node.get("allOf", []), *([self._target(node["$ref"])] if "$ref" in node else [])]:
-            result = result.joined(look(value), lambda one, other: one + other)
+            result = joined(result, look(value), int.__add__)
         for keyword in ("anyOf", "oneOf"):
             branches = _AtOnce()
             for value in node.get(keyword, []):
-                branches = branches.joined(look(value), max)
-            result = result.joined(branches, lambda one, other: one + other)
+                branches = joined(branches, look(value), max)
+            result = joined(result, branches, int.__add__)
         known[id(node)] = result
         return result
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from server.api import structured
 from server.api.errors import ApiError
+from server.api.json_schema import _COUNTS, _MANY, _NAMED, _NUMBERS, _ONE
 from server.api.structured import checked, json_grammar, json_rule
 from server.engine.grammar import LIMITS, GrammarCompiler, TokenGrammar, check_grammar
 from stellarbyte.checkpoint.demo import resolve_model
@@ -55,6 +56,27 @@ def test_a_keyword_that_would_be_ignored_is_refused_by_its_name_and_place(keywor
     assert refusal({"anyOf": [True], "$defs": {"unused": inner}}).startswith(f"The schema's keyword '{keyword}' at ")
 
 
+MANY_NAMES = {"properties": {f"p{i}": {"minLength": 1} for i in range(600)}}
+CONSTRAINED = {"$ref": "#/$defs/a"}
+ANY_KIND = [None, True, 0, -1.5, "x", [], {}, [0], [None], [[]], [{}], {"x": 0}, {"x": []}, [["x"], {"x": {}}]]
+KEYWORDS = sorted(
+    (_ONE | _MANY | _NAMED | _COUNTS | _NUMBERS)
+    | set("$id $ref $schema const enum format pattern required type uniqueItems not if contains x-guidance".split())
+)
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_a_keyword_with_a_value_of_any_kind_is_used_or_refused_by_its_name(keyword: str) -> None:
+    for value in ANY_KIND:
+        for schema in ({keyword: value}, {"properties": {"a": {"items": {keyword: value}}}}):
+            try:
+                asyncio.run(checked(json_grammar(schema), "response_format"))
+            except ApiError as error:
+                assert error.status == 400 and error.param == "response_format"
+                assert keyword in str(error), (schema, str(error))
+                assert "\n" not in str(error)
+
+
 @pytest.mark.parametrize(
     "schema, why",
     [
@@ -88,6 +110,11 @@ def test_a_keyword_that_would_be_ignored_is_refused_by_its_name_and_place(keywor
         ({"enum": [[10**30]]}, "2**53"),
         ({"multipleOf": 0}, "greater than 0"),
         ({"const": "\x07"}, "control characters"),
+        ({"format": []}, "at #/format must be a string"),
+        ({"enum": {}}, "at #/enum must be a list"),
+        ({"enum": [{}] * 501}, "more than 500 objects"),
+        ({"required": {}}, "at #/required must be a list of strings"),
+        ({"allOf": [{"anyOf": [CONSTRAINED] * 490}] * 4, "$defs": {"a": MANY_NAMES}}, "too many combinations"),
         ({"title": "\ud800"}, "JSON does not know"),
         ({"default": math.nan}, "JSON does not know"),
         ({"default": 10**5000}, "JSON does not know"),
