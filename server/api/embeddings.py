@@ -65,9 +65,10 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
     async def embed() -> list[bytes]:
         vectors = [b""] * len(requests)
         at_once = min(_AT_ONCE, most_at_once(service))
+        num_later = tokens.prompt
         for start in range(0, len(requests), at_once):
             wave = requests[start : start + at_once]
-            num_later = sum(len(request.prompt_token_ids) for request in requests[start + at_once :])
+            num_later -= sum(len(request.prompt_token_ids) for request in wave)
             streams = await submit(http, service, *wave, continues=start > 0, num_later_tokens=num_later)
             try:
                 note_adapter(http, wave[0], streams)

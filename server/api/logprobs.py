@@ -3,6 +3,7 @@
 A token is shown once its text is. Tokens whose text a stop string has cut away are never shown.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ class TokenAligner:
 
     def __init__(self) -> None:
         self._num_shown = 0  # characters of the text that was shown
-        self._waiting: list[ShownToken] = []
+        self._waiting: deque[ShownToken] = deque()  # one without text waits for the next that has some
 
     def add(self, tokens: Iterable[ShownToken]) -> None:
         """The next tokens, whether or not their text is shown yet."""
@@ -32,10 +33,9 @@ class TokenAligner:
     def show(self, text: str, finish_reason: str | None) -> list[ShownToken]:
         """The tokens that belong to text as far as it is shown now; at the end by length all there are."""
         self._num_shown += len(text)
-        count = len(self._waiting)
-        if finish_reason != "length":
-            count = sum(token.offset < self._num_shown for token in self._waiting)
-        shown, self._waiting = self._waiting[:count], self._waiting[count:]
+        shown: list[ShownToken] = []
+        while self._waiting and (finish_reason == "length" or self._waiting[0].offset < self._num_shown):
+            shown.append(self._waiting.popleft())
         return shown
 
 

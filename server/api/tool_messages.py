@@ -78,21 +78,19 @@ def _parsed_calls(message: Mapping[str, Any], i: int) -> Iterator[dict[str, Any]
 def with_tool_prompt(messages: Sequence[Mapping[str, Any]], tools: Sequence[FunctionTool]) -> list[dict[str, Any]]:
     """Messages for a template that knows nothing of tools: all of it is text of messages it knows."""
     shown: list[dict[str, Any]] = []
-    is_after_result = False
+    results: list[str] = []  # that follow each other: templates want the user and the assistant to take turns
     for i, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if role == "tool":
-            content = f"<tool_response>\n{content}\n</tool_response>"
-            if is_after_result:  # templates want the user and the assistant to take turns
-                shown[-1]["content"] += f"\n{content}"
-            else:
-                shown.append({"role": "user", "content": content})
+            results.append(f"<tool_response>\n{content}\n</tool_response>")
+            if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
+                shown.append({"role": "user", "content": "\n".join(results)})
+                results = []
         elif message.get("tool_calls"):
             calls = [_call_text(call["function"]) for call in _parsed_calls(message, i)]
             shown.append({"role": role, "content": "\n".join([content, *calls] if content else calls)})
         else:
             shown.append(dict(message))
-        is_after_result = role == "tool"
     if not tools:
         return shown
     instructions = _instructions(tools)
