@@ -22,7 +22,6 @@ from server.api.generation import (
 from server.api.prompt_input import PromptInput
 from server.api.schemas import CompletionBody
 from server.api.service import Service, ServiceOfRequest
-from server.tokenizer import PromptTokenizer
 
 router = APIRouter()
 
@@ -67,12 +66,13 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
 async def _prompt(body: CompletionBody, service: Service, given: PromptInput, num_characters: int) -> Prompt:
     """A prompt as token ids, and the room it leaves; ApiError."""
     limit = context_limit(body, service)
+    least = 0 if body.max_tokens == 0 else 1
     if isinstance(given, str):
         check_characters(len(given), limit, service, "prompt")
     else:
-        check_token_ids(given, service, "prompt")
-    token_ids, echo = await off_loop_if_long(partial(_encode, body, service.tokenizer, given), num_characters)
-    room = check_prompt(token_ids, limit, "prompt", least=0 if body.max_tokens == 0 else 1)
+        check_prompt(given, limit, "prompt", least=least)
+    token_ids, echo = await off_loop_if_long(partial(_encode, body, service, given), num_characters)
+    room = check_prompt(token_ids, limit, "prompt", least=least)
     if body.max_tokens is not None and body.max_tokens > room:
         raise bad_request(
             f"The prompt's {len(token_ids)} tokens and max_tokens of {body.max_tokens} are more than the model's"
@@ -84,16 +84,16 @@ async def _prompt(body: CompletionBody, service: Service, given: PromptInput, nu
     return Prompt(token_ids=token_ids, max_tokens=max_tokens, echo=echo)
 
 
-def _encode(
-    body: CompletionBody, tokenizer: PromptTokenizer, given: PromptInput
-) -> tuple[list[int], PromptEcho | None]:
-    """A prompt's token ids, and what is repeated of it."""
+def _encode(body: CompletionBody, service: Service, given: PromptInput) -> tuple[list[int], PromptEcho | None]:
+    """A prompt's token ids, and what is repeated of it; ApiError."""
+    tokenizer = service.tokenizer
     if isinstance(given, str):
         add_special_tokens = body.add_special_tokens is not False
         if not body.echo:
             return tokenizer.encode(given, add_special_tokens), None
         token_ids, offsets = tokenizer.encode_for_echo(given, add_special_tokens)
         return token_ids, PromptEcho(given, token_ids, offsets)
+    check_token_ids(given, service, "prompt")
     if not body.echo:
         return given, None
     text, offsets = tokenizer.decode_with_offsets(given, body.skip_special_tokens is not False)

@@ -110,7 +110,8 @@ async def _token_ids(body: EmbeddingsBody, service: Service, given: PromptInput,
         token_ids = await off_loop_if_long(encode, num_characters)
     else:
         token_ids = given
-        check_token_ids(token_ids, service, "input")
+        check_prompt(token_ids, limit, "input", least=0)
+        await off_loop_if_long(partial(check_token_ids, token_ids, service, "input"), num_characters)
     check_prompt(token_ids, limit, "input", least=0)
     return token_ids
 

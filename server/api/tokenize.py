@@ -90,10 +90,10 @@ async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
 @router.post("/detokenize")
 async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, DetokenizeBody)
-    check_token_ids(body.tokens, service, "tokens")
     await _require_model(body.model, service)
 
     def work() -> bytes:
+        check_token_ids(body.tokens, service, "tokens")
         return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return _json(await asyncio.to_thread(work), headers)

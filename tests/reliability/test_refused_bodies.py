@@ -42,7 +42,7 @@ PLACES = {
     "/detokenize": ['{"tokens":'],
     "/tokenize": ['{"messages":', '{"prompt":"hi","unknown":'],
 }
-ITEMS = ["{}", "[]", '""', "[[]]", '{"":0}', "-1", "0.5", '"["', '{"role":"user","content":[{}]}']
+ITEMS = ["{}", "[]", '""', "[[]]", '{"":0}', "-1", "5", "0.5", '"["', '{"role":"user","content":[{}]}']
 HEAD_ROOM = 300
 
 
@@ -121,6 +121,9 @@ def test_a_neighbours_streams_end_whole_while_large_bodies_are_refused(server: S
                 began_s = time.monotonic()
                 answer = attacker.post(path, content=body, headers={"Content-Type": "application/json"})
                 slowest_s = max(slowest_s, time.monotonic() - began_s)
+                if path == "/detokenize" and body.startswith(b'{"tokens":[5,'):  # as many as may be
+                    assert answer.status_code == 200, answer.text[:200]
+                    continue
                 assert answer.status_code == 400, (path, body[:80], answer.text[:200])
                 assert len(answer.content) < 1000, (path, body[:80])
                 num_refused += 1
