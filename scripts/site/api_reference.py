@@ -165,12 +165,14 @@ def _one_type(schema: Schema, said: set[str]) -> str:
         if items != ["anything"]:
             content = f" of {items[0]}" if len(items) == 1 else f" of ({_type(schema['items'])})"
     elif kind == "object":
-        known |= {"additionalProperties", "properties", "required"}
+        known |= {"additionalProperties", "properties", "propertyNames", "required"}
         others = schema.get("additionalProperties")
         if "properties" in schema:
             content = f" of {', '.join(f'`{name}`' for name in schema['properties'])}"
         elif isinstance(others, dict) and others != {"type": "null"}:
             content = f" of {_type(others)}"
+        if "propertyNames" in schema:
+            content += f", its keys {_type(schema['propertyNames'])}"
     elif kind == "string":
         known.add("pattern")
     if said - known:

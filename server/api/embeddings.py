@@ -4,7 +4,7 @@ import asyncio
 import base64
 import secrets
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -48,7 +48,7 @@ class EmbeddingsBody(Body):
     priority: Priority | None = None
     cache_salt: CacheSalt | None = None
     adapter_scale: AdapterScale | None = None
-    user: Any = None  # accepted and unused
+    user: str | None = None  # of no effect
 
 
 @router.post("/v1/embeddings")

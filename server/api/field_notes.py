@@ -7,7 +7,7 @@ their fields themselves, in objects.py.
 
 from typing import Any
 
-_UNUSED = "Accepted and unused."
+_UNUSED = "Has no effect."
 _AS_MODEL_SAYS = "Default: as the model's generation_config.json says, else {}."
 
 NOTES: dict[str, str] = {

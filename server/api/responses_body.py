@@ -27,6 +27,7 @@ from server.api.schemas import (
     TopP,
 )
 from server.api.tools import Schema
+from server.api.unused import Metadata, SafetyIdentifier, ServiceTier
 
 MAX_LOGPROBS = 2**17  # of one part
 LOGPROBS = "message.output_text.logprobs"  # what `include` may ask for
@@ -101,7 +102,7 @@ class ResponsesBody(Body):
     include: Annotated[list[Literal["message.output_text.logprobs"]], AtMost(1)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None  # auto: the context slides
-    metadata: Annotated[dict[str, str], AtMost(16)] | None = None
+    metadata: Metadata = None
     stream: bool | None = None
     previous_response_id: str | None = None  # always refused: nothing is stored
     # Extra fields, as for chats.
@@ -112,12 +113,12 @@ class ResponsesBody(Body):
     priority: Priority | None = None
     cache_salt: CacheSalt | None = None
     adapter_scale: AdapterScale | None = None
-    # Accepted and unused, whatever they hold. Nothing is stored.
-    user: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
+    # Of no effect. Nothing is stored.
+    user: str | None = None
+    store: bool | None = None
+    service_tier: ServiceTier | None = None
+    safety_identifier: SafetyIdentifier | None = None
+    prompt_cache_key: str | None = None
 
     @property
     def with_logprobs(self) -> bool:

@@ -1,7 +1,7 @@
 """The bodies of requests to generate: which fields there are and what they may hold. Knows no engine.
 
-No field is ignored: one that is known but not supported, and one that is unknown, is an error unless its value asks
-for nothing (see `unsupported`). null means absent everywhere.
+A field that is known but not supported, and one that is unknown, is an error unless its value asks for nothing (see
+`unsupported`). Those of `unused` have OpenAI's types and no effect. null means absent everywhere.
 """
 
 from itertools import islice
@@ -24,6 +24,7 @@ from server.api.bounds import MAX_FIELDS, AtMost, too_large, wrong
 from server.api.errors import bad_request, from_validation
 from server.api.prompt_input import PromptInput, prompts_at_most
 from server.api.tools import MAX_TOOLS, FunctionTool, Schema, ToolCall, ToolChoice
+from server.api.unused import Metadata, SafetyIdentifier, ServiceTier
 from server.engine.request import MAX_PRIORITY
 
 MAX_STOP_STRINGS = 4
@@ -164,13 +165,13 @@ class GenerationBody(Body):
     adapter_scale: AdapterScale | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Accepted and unused, whatever they hold.
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
+    # Of no effect.
+    user: str | None = None
+    metadata: Metadata = None
+    store: bool | None = None
+    service_tier: ServiceTier | None = None
+    safety_identifier: SafetyIdentifier | None = None
+    prompt_cache_key: str | None = None
 
     @property
     def include_usage(self) -> bool:

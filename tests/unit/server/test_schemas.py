@@ -1,13 +1,19 @@
 """Request bodies: every field is used, asks for nothing, or is refused by name."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as responses_params
 
+from server.api.embeddings import EmbeddingsBody
 from server.api.errors import ApiError
+from server.api.responses_body import ResponsesBody
 from server.api.schemas import ChatBody, CompletionBody, parse_body
+from server.api.unused import ServiceTier
 
 COMPLETION = {"model": "m", "prompt": "hi"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -179,6 +185,47 @@ def test_values_that_ask_for_nothing_are_fine():
     completion(n=1, best_of=1, echo=False, suffix="", logit_bias={}, presence_penalty=0, frequency_penalty=0.0)
     chat(tools=[], response_format={"type": "text"}, logprobs=False, n=1, tool_choice="auto")
     chat(user="u", metadata={"k": "v"}, store=True, service_tier="auto", safety_identifier="s", prompt_cache_key="k")
+
+
+UNUSED = {
+    "user": ("u", [1, True, {}, ["u"]]),
+    "metadata": (
+        {f"{i:064}": "v" * 512 for i in range(16)},
+        ["k", [], {"k": 1}, {"k": None}, {"k": {}}, {"k": "v" * 513}, {"k" * 65: "v"}, {str(i): "" for i in range(17)}],
+    ),
+    "store": (False, ["no", 0, {}]),
+    "service_tier": ("flex", ["gold", "", 1, ["auto"]]),
+    "safety_identifier": ("s" * 128, ["s" * 129, 5]),
+    "prompt_cache_key": ("p", [5, ["p"]]),
+}
+
+
+@pytest.mark.parametrize("field", UNUSED)
+@pytest.mark.parametrize(
+    ("body_class", "given"),
+    [
+        (CompletionBody, COMPLETION),
+        (ChatBody, CHAT),
+        (ResponsesBody, {"model": "m", "input": "hi"}),
+        (EmbeddingsBody, {"model": "m", "input": "hi"}),
+    ],
+)
+def test_a_field_without_effect_has_openais_type(body_class, given, field):
+    if field not in body_class.model_fields:
+        assert refusal(body_class, json.dumps(given | {field: UNUSED[field][0]}).encode()).param == field
+        return
+    fine, wrong = UNUSED[field]
+    for value in (fine, None):
+        parse_body(body_class, json.dumps(given | {field: value}).encode(), warn_unknown=False)
+    for value in wrong:
+        error = refusal(body_class, json.dumps(given | {field: value}).encode())
+        assert error.param == field and len(str(error)) < 200
+
+
+@pytest.mark.parametrize("body", [chat_params.CompletionCreateParamsBase, responses_params.ResponseCreateParamsBase])
+def test_every_service_tier_of_openais_client_is_taken(body):
+    (tiers, _) = get_args(get_type_hints(body)["service_tier"])
+    assert "flex" in get_args(tiers) and {*get_args(tiers)} <= {*get_args(ServiceTier)}
 
 
 def test_an_answer_can_be_sent_back_as_a_message():
