@@ -1,7 +1,7 @@
 """Choosing the next token of many sequences at once. Knows no requests: parameters come as one row a sequence.
 
 The order is that of the numerics: temperature, top_k, top_p, min_p, then the Gumbel-max rule with noise from a
-counter-based generator, so that a seeded request gets the same tokens whatever else is in the batch.
+counter-based generator, so that a seeded request draws the same noise whatever else is in the batch.
 """
 
 from collections.abc import Sequence

@@ -33,7 +33,7 @@ NOTES: dict[str, str] = {
     "frequency_penalty": "Taken from it for every time the answer has it. Default: 0.",
     "repetition_penalty": f"Divides the logits of tokens in prompt and answer. {_AS_MODEL_SAYS.format(1)}",
     "logit_bias": "Token id to a number from -100 to 100 that is added to its logit; at most 1024 of them.",
-    "seed": "The same seed gets the same tokens, whatever else the server does. Default: one drawn at random.",
+    "seed": "The same seed draws the same random numbers, whatever else the server does. Default: a random one.",
     # How many, and when an answer ends
     "n": "Answers to each prompt. Default: 1.",
     "CompletionBody.best_of": "Answers to generate; the n with the highest mean log-probability stay. Default: n.",
