@@ -123,7 +123,7 @@ def measure_peer(works: list[str], flags: list[str]) -> Results:
 
 def print_table(results: Results, theirs: Results) -> None:
     """Measured against target and peer; the last columns are there when the peer ran here too."""
-    print(f"\nThe peer is {PEER}. A ratio above 1 is better than it, whatever the unit.\n")
+    print(f"\nThe peer is {PEER}, as noted before. A ratio above 1 is better than it, whatever the unit.\n")
     here = f" {'peer here':>10} {'ratio':>6}" if theirs else ""
     titles = f"{'work':<13} {'unit':<14} {'measured':>10} {'target':>10} {'':<4} {'peer':>8} {'ratio':>6} {'cold s':>7}"
     print(titles + here)

@@ -117,7 +117,9 @@ def draw_gpu(runs: list[Result]) -> None:
     axes.set_yticks(range(len(shown)), labels, fontsize=7)
     axes.axvline(1, color="black", linestyle="--", linewidth=1)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times as good as {result['figures']['peer']} (orange: our own target is not met)", fontsize=8)
+    axes.set_xlabel(
+        f"times as good as noted of {result['figures']['peer']} (orange: our own target is not met)", fontsize=8
+    )
     _save("gpu", result, axes, result["device"]["gpu"])
 
 
