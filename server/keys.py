@@ -31,6 +31,7 @@ from server.settings import ServerSettings
 logger = logging.getLogger("server.keys")
 
 ADMIN_NAME = "admin"
+_OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
 _FIELDS = ("key", "sha256", "models", *_LIMITS)
@@ -129,20 +130,20 @@ def on_hangup(settings: ServerSettings, read_again: Callable[[], None]) -> None:
 def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
     """The keys that a file's text describes; SettingsError, which never shows a key.
 
-    Names and keys must differ from each other and from those already `taken`.
+    Names must differ in more than capital letters, and keys from each other and from those already `taken`.
     """
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r"\(at .*\)$", str(error))  # what comes before it may show a part of a key
         raise SettingsError(f"it is not valid TOML {'' if place is None else place[0]}".rstrip()) from None
-    names = {key.name for key in taken}
+    names: dict[str, str] = {}  # in small letters → as in the file
     owners = {key.digest: key.name for key in taken}
     keys: list[Key] = []
     for name, table in tables.items():
         key = _key(name, table)
-        if name in names:
-            raise SettingsError(f"the name {name!r} stands for a key that was given as a flag")
+        if (other := names.setdefault(name.lower(), name)) != name:
+            raise SettingsError(f"[{other}] and [{name}] differ only in small and capital letters")
         if key.digest in owners:
             raise SettingsError(f"{owners[key.digest]!r} and {name!r} have the same key")
         owners[key.digest] = name
@@ -156,6 +157,8 @@ def _key(name: str, table: Any) -> Key:
         raise SettingsError("every line must be in a table such as [alice], whose name names the key")
     if _NAME.fullmatch(name) is None:
         raise SettingsError(f"[{name[:64]!r}] is not a name of 1 to 64 letters, digits and . _ -")
+    if _OF_FLAGS.fullmatch(name) is not None:  # given or not: one day it may be, and old lines of the log stay
+        raise SettingsError(f"[{name}] is a name of keys that are given as flags; choose another")
     for field in table:
         if field not in _FIELDS:
             shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # else it may be a misplaced key

@@ -75,7 +75,8 @@ def test_a_key_is_found_however_it_was_given():
         ("[a]\nkey = 'x'\nconcurrent_streams = true", "concurrent_streams"),
         ("['two words']\nkey = 'x'", "two words"),
         (f"[a]\nkey = '{SECRET}'\n[b]\nsha256 = '{DIGEST}'", "'a' and 'b'"),
-        ("[admin]\nkey = 'x'", "'admin'"),
+        ("[admin]\nkey = 'x'", "[admin]"),
+        ("[Alice]\nkey = 'x'\n[alice]\nkey = 'y'", "[Alice] and [alice]"),
         ("[a]\nkey = 'boss'", "'admin' and 'a'"),
     ],
 )  # fmt: skip
@@ -87,6 +88,18 @@ def test_what_is_wrong_with_a_file_is_said_in_one_sentence_without_a_key(tmp_pat
     message = str(refusal.value)
     assert message.startswith(f"--keys: {file}: ") and named in message and "\n" not in message
     assert SECRET not in message and "boss" not in message
+
+
+@pytest.mark.parametrize("name", ["admin", "Admin", "ADMIN", "api-key-1", "API-Key-1", "api-key-01", "api-key-99"])
+@pytest.mark.parametrize("flags", [{}, {"api_key": ("one",), "admin_api_key": "boss"}])
+def test_no_key_of_a_file_is_called_like_one_of_a_flag(name, flags):
+    with pytest.raises(SettingsError, match="given as flags"):
+        parse_keys(f"[{name}]\nkey = 'x'", taken=keys_of_flags(settings(**flags)))
+
+
+@pytest.mark.parametrize("name", ["admins", "api-key", "api-key-a", "my-api-key-1", "administrator"])
+def test_other_names_may_resemble_them(name):
+    assert [key.name for key in parse_keys(f"[{name}]\nkey = 'x'")] == [name]
 
 
 def test_a_broken_file_keeps_the_old_keys_and_logs_one_line(tmp_path, caplog):
