@@ -8,6 +8,7 @@ Of a key only its SHA-256 is kept here, and a name that may be logged.
     requests_per_minute = 60            # left out, as the other two: no limit
     tokens_per_minute = 20000           # of prompts and answers
     concurrent_streams = 4              # requests that are answered at once
+    share = "team"                      # of the prefix cache with the other keys that say so; left out: with none
 """
 
 import asyncio
@@ -34,7 +35,7 @@ ADMIN_NAME = "admin"
 _OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
-_FIELDS = ("key", "sha256", "models", *_LIMITS)
+_FIELDS = ("key", "sha256", "models", *_LIMITS, "share")
 _MAX_LIMIT = 10**9
 _MAX_FILE_BYTES = 2**22
 
@@ -46,6 +47,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     digest: str  # SHA-256 of the key, 64 hexadecimal digits
     models: tuple[str, ...] | None = None  # names of the model and of adapters; None: all
     limits: KeyLimits
+    share: str | None = None  # its requests share the prefix cache with those of other keys that have the same
     is_admin: bool = False
 
     def allows(self, model: str, served_model: str) -> bool:
@@ -169,6 +171,7 @@ def _key(name: str, table: Any) -> Key:
         digest=_digest_of(name, table),
         models=_models(name, table["models"]) if "models" in table else None,
         limits=KeyLimits(key_name=name, **limits),
+        share=_share(name, table["share"]) if "share" in table else None,
     )
 
 
@@ -194,6 +197,12 @@ def _models(name: str, given: Any) -> tuple[str, ...]:
     if len(set(given)) < len(given):
         raise SettingsError(f"[{name}] models has a name twice")
     return tuple(given)
+
+
+def _share(name: str, given: Any) -> str:
+    if not isinstance(given, str) or _NAME.fullmatch(given) is None:
+        raise SettingsError(f"[{name}] share must be a name of 1 to 64 letters, digits and . _ -")
+    return given
 
 
 def _limit(name: str, field: str, given: Any) -> int:

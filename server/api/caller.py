@@ -1,10 +1,15 @@
 """What the key of a request allows beyond its route: which models, and how much of them. Knows no routes."""
 
+import json
+from collections.abc import Sequence
+
+import msgspec
 from fastapi import Request
 
 from server.api.errors import ApiError
 from server.api.service import Service
 from server.engine.messages import KeyLimits
+from server.engine.request import GenerationRequest
 from server.keys import Key
 
 
@@ -12,6 +17,25 @@ def limits_of(http: Request) -> KeyLimits | None:
     """The limits that go to the engine with everything the request asks of it."""
     key = key_of(http)
     return None if key is None else key.limits
+
+
+def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    """Requests as the engine gets them: with what the caller's key adds to what the caller wrote."""
+    key = _key_of(http)
+    return [msgspec.structs.replace(request, cache_salt=_salt(key, request.cache_salt)) for request in requests]
+
+
+def _salt(key: Key | None, given: str) -> str:
+    """Whose content of the prefix cache a request may find: its key's own, or that of a group that shares.
+
+    As JSON, so that no name or salt can be written to look like others. Without that `usage` would tell whether
+    somebody else has sent a text.
+    """
+    if key is None:
+        owner = ["", ""]
+    else:
+        owner = ["key", key.name] if key.share is None else ["share", key.share]
+    return json.dumps([*owner, given])
 
 
 def may_use(http: Request, service: Service, model: str) -> bool:

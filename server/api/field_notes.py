@@ -60,7 +60,7 @@ NOTES: dict[str, str] = {
     "ChatBody.top_logprobs": "With so many of the likeliest tokens beside each. Default: 0.",
     # How it is scheduled and kept
     "priority": "Lower runs first; one level is worth 10 seconds of waiting. Default: 0.",
-    "cache_salt": "Only requests with the same one share what the prefix cache holds. Default: none.",
+    "cache_salt": "Requests of a key share the prefix cache only with those that have the same one. Default: none.",
     # For those who send them
     "user": _UNUSED,
     "metadata": _UNUSED,

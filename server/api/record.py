@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import Request
 
-from server.api.caller import limits_of
+from server.api.caller import limits_of, with_key
 from server.api.service import Service
 from server.engine.delta_stream import DeltaStream
 from server.engine.messages import Delta
@@ -86,11 +86,11 @@ async def submit(
     continues: bool = False,
     num_later_tokens: int = 0,
 ) -> list[DeltaStream]:
-    """Hand an HTTP request's work to the engine, with the limits of its key; as `EngineClient.submit`."""
+    """Hand an HTTP request's work to the engine, with what its key adds and allows; as `EngineClient.submit`."""
     record = record_of(http)
     try:
         streams = await service.client.submit(
-            *requests,
+            *with_key(http, requests),
             limits=limits_of(http),
             continues=continues,
             num_later_tokens=num_later_tokens,

@@ -213,3 +213,34 @@ def test_a_key_sees_and_uses_only_its_models(tmp_path: Path) -> None:
         unknown = {"model": "secret", "prompt": [40], "max_tokens": 1}
         for key, status in (("key-alice", 403), ("key-admin", 404)):
             assert httpx.post(f"{server.url}/v1/completions", json=unknown, headers=bearer(key)).status_code == status
+
+
+def test_the_prefix_cache_tells_no_key_what_others_have_sent(tmp_path: Path) -> None:
+    known = KnownModel.make(tmp_path)
+    text = """
+        [alice]
+        key = 'key-alice'
+        [bob]
+        key = 'key-bob'
+        [carol]
+        key = 'key-carol'
+        share = 'team'
+        [dave]
+        key = 'key-dave'
+        share = 'team'
+    """
+    flags = ["--model", str(known.folder), "--keys", keys_file(tmp_path, text), "--admin-api-key", "key-admin"]
+    with running(REAL, *flags, limit_s=120) as server:
+
+        def cached(key: str, **fields: object) -> int:
+            answer = complete(server, key, model="tiny", prompt=list(range(40, 140)), **fields)
+            return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert cached("key-alice") == 0
+        assert cached("key-alice") > 0
+        for key in ("key-bob", "key-carol", "key-admin"):
+            assert cached(key) == 0
+            assert cached(key, cache_salt='["key", "alice", ""]') == 0
+        assert cached("key-dave") > 0, "a team shares"
+        assert cached("key-dave", cache_salt="mine") == 0
+        assert cached("key-carol", cache_salt="mine") > 0

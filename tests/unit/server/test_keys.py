@@ -27,6 +27,7 @@ def test_a_file_names_keys_and_their_limits():
         models = ["base", "pirate"]
         requests_per_minute = 60
         concurrent_streams = 2
+        share = "team"
         [bob]
         sha256 = "{"AB" * 32}"
         """
@@ -34,6 +35,7 @@ def test_a_file_names_keys_and_their_limits():
     assert alice.digest == DIGEST and bob.digest == "ab" * 32
     assert alice.limits == KeyLimits(key_name="alice", requests_per_minute=60, concurrent_streams=2)
     assert bob.limits is None and bob.models is None
+    assert (alice.share, bob.share) == ("team", None)
     assert alice.allows("base", "base") and alice.allows("pirate@0123", "base")
     assert not alice.allows("json", "base") and not alice.allows("@", "base")
     assert bob.allows("anything", "base")
@@ -73,6 +75,8 @@ def test_a_key_is_found_however_it_was_given():
         ("[a]\nkey = 'x'\nrequests_per_minute = 0", "requests_per_minute"),
         ("[a]\nkey = 'x'\ntokens_per_minute = 1.5", "tokens_per_minute"),
         ("[a]\nkey = 'x'\nconcurrent_streams = true", "concurrent_streams"),
+        ("[a]\nkey = 'x'\nshare = true", "share"),
+        ("[a]\nkey = 'x'\nshare = ''", "share"),
         ("['two words']\nkey = 'x'", "two words"),
         (f"[a]\nkey = '{SECRET}'\n[b]\nsha256 = '{DIGEST}'", "'a' and 'b'"),
         ("[admin]\nkey = 'x'", "[admin]"),
