@@ -8,6 +8,8 @@ Of a key only its SHA-256 is kept here, and a name that may be logged.
     requests_per_minute = 60            # left out, as the other two: no limit
     tokens_per_minute = 20000           # of prompts and answers
     concurrent_streams = 4              # requests that are answered at once
+    min_priority = 0                    # what its requests may have as `priority`, lower first; left out: 0
+    max_priority = 100                  # left out: 100
     share = "team"                      # of the prefix cache with the other keys that say so; left out: with none
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 import msgspec
 
 from server.engine.messages import KeyLimits
+from server.engine.request import MAX_PRIORITY
 from server.setting_values import SettingsError, secret
 from server.settings import ServerSettings
 
@@ -35,7 +38,8 @@ ADMIN_NAME = "admin"
 _OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
-_FIELDS = ("key", "sha256", "models", *_LIMITS, "share")
+_PRIORITIES = {"min_priority": 0, "max_priority": MAX_PRIORITY}  # bounds, and what they are if left out
+_FIELDS = ("key", "sha256", "models", *_LIMITS, *_PRIORITIES, "share")
 _MAX_LIMIT = 10**9
 _MAX_FILE_BYTES = 2**22
 
@@ -48,6 +52,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] | None = None  # names of the model and of adapters; None: all
     limits: KeyLimits
     share: str | None = None  # its requests share the prefix cache with those of other keys that have the same
+    min_priority: int = 0  # of its requests; lower runs first
+    max_priority: int = MAX_PRIORITY
     is_admin: bool = False
 
     def allows(self, model: str, served_model: str) -> bool:
@@ -85,7 +91,13 @@ def keys_of_flags(settings: ServerSettings) -> tuple[Key, ...]:
     if settings.admin_api_key is not None:
         names[ADMIN_NAME] = settings.admin_api_key
     return tuple(
-        Key(name=name, digest=_digest(text), limits=KeyLimits(key_name=name), is_admin=name == ADMIN_NAME)
+        Key(
+            name=name,
+            digest=_digest(text),
+            limits=KeyLimits(key_name=name),
+            min_priority=-MAX_PRIORITY if name == ADMIN_NAME else 0,
+            is_admin=name == ADMIN_NAME,
+        )
         for name, text in names.items()
     )
 
@@ -166,11 +178,14 @@ def _key(name: str, table: Any) -> Key:
             shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # else it may be a misplaced key
             raise SettingsError(f"[{name}] has an unknown field{shown}; there are {', '.join(_FIELDS)}")
     limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
+    lowest, highest = _priorities(name, table)
     return Key(
         name=name,
         digest=_digest_of(name, table),
         models=_models(name, table["models"]) if "models" in table else None,
         limits=KeyLimits(key_name=name, **limits),
+        min_priority=lowest,
+        max_priority=highest,
         share=_share(name, table["share"]) if "share" in table else None,
     )
 
@@ -197,6 +212,16 @@ def _models(name: str, given: Any) -> tuple[str, ...]:
     if len(set(given)) < len(given):
         raise SettingsError(f"[{name}] models has a name twice")
     return tuple(given)
+
+
+def _priorities(name: str, table: dict[str, Any]) -> tuple[int, int]:
+    lowest, highest = (table.get(field, default) for field, default in _PRIORITIES.items())
+    for field, value in zip(_PRIORITIES, (lowest, highest), strict=True):
+        if type(value) is not int or abs(value) > MAX_PRIORITY:
+            raise SettingsError(f"[{name}] {field} must be a whole number between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+    if lowest > highest:
+        raise SettingsError(f"[{name}] min_priority is more than max_priority")
+    return lowest, highest
 
 
 def _share(name: str, given: Any) -> str:

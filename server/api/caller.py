@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 from fastapi import Request
 
-from server.api.errors import ApiError
+from server.api.errors import ApiError, bad_request
 from server.api.service import Service
 from server.engine.messages import KeyLimits
-from server.engine.request import GenerationRequest
+from server.engine.request import MAX_PRIORITY, GenerationRequest
 from server.keys import Key
 
 
@@ -21,8 +22,16 @@ def limits_of(http: Request) -> KeyLimits | None:
 
 def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
     """Requests as the engine gets them: with what the caller's key adds to what the caller wrote."""
-    key = _key_of(http)
-    return [msgspec.structs.replace(request, cache_salt=_salt(key, request.cache_salt)) for request in requests]
+    key = key_of(http)
+    lowest, highest = _priorities(key)
+    return [
+        msgspec.structs.replace(
+            request,
+            cache_salt=_salt(key, request.cache_salt),
+            priority=min(max(request.priority, lowest), highest),  # 0 if the request does not say
+        )
+        for request in requests
+    ]
 
 
 def _salt(key: Key | None, given: str) -> str:
@@ -44,10 +53,29 @@ def may_use(http: Request, service: Service, model: str) -> bool:
     return key is None or key.allows(model, service.settings.model_name)
 
 
+def require_permitted(http: Request, service: Service, body: Any) -> None:
+    """ApiError unless the caller's key permits what a checked body asks for."""
+    model, scale, priority = (getattr(body, name, None) for name in ("model", "adapter_scale", "priority"))
+    if model is not None:
+        require_model(http, service, model)
+    base = service.settings.model_name
+    # The answers at a scale near 0 are nearly the base model's, and any bound between would be arbitrary.
+    if scale not in (None, 1) and model != base and not may_use(http, service, base):
+        message = f"The key may not use the model {base!r:.200} without an adapter, so 'adapter_scale' must be 1."
+        raise ApiError(403, message, param="adapter_scale", code="model_not_allowed")
+    lowest, highest = _priorities(key_of(http))
+    if priority is not None and not lowest <= priority <= highest:
+        raise bad_request(f"The field 'priority' must be between {lowest} and {highest} here.", "priority")
+
+
 def require_model(http: Request, service: Service, model: str) -> None:
     """ApiError unless the request may use a model; it says nothing of whether there is such a model."""
     if not may_use(http, service, model):
         raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
+
+
+def _priorities(key: Key | None) -> tuple[int, int]:
+    return (0, MAX_PRIORITY) if key is None else (key.min_priority, key.max_priority)
 
 
 def key_of(http: Request) -> Key | None:

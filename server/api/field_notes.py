@@ -59,7 +59,7 @@ NOTES: dict[str, str] = {
     "ChatBody.logprobs": "Log-probabilities of the answer's tokens. Default: false.",
     "ChatBody.top_logprobs": "With so many of the likeliest tokens beside each. Default: 0.",
     # How it is scheduled and kept
-    "priority": "Lower runs first; one level is worth 10 seconds of waiting. Default: 0.",
+    "priority": "Lower runs first; a level is worth 10 seconds of waiting. 0 to 100, or the key's bounds. Default: 0.",
     "cache_salt": "Requests of a key share the prefix cache only with those that have the same one. Default: none.",
     # For those who send them
     "user": _UNUSED,

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from fastapi import Request
 
-from server.api.caller import key_of, require_model
+from server.api.caller import key_of, require_permitted
 from server.api.choices import PromptEcho
 from server.api.errors import bad_request
 from server.api.schemas import MAX_CHOICES, BodyT, GenerationBody, parse_body
@@ -38,12 +38,10 @@ class Prompt:
 
 
 async def read_body(request: Request, service: Service, body_class: type[BodyT]) -> tuple[BodyT, dict[str, str]]:
-    """The checked body, for a model that the key may use, and the headers that tell which fields were ignored."""
+    """The checked body, as far as the key permits, and the headers that tell which fields were ignored."""
     warn_unknown = service.settings.unknown_fields == "warn"
     body, ignored = await parse_apart(request, partial(parse_body, body_class, warn_unknown=warn_unknown))
-    model = getattr(body, "model", None)
-    if model is not None:
-        require_model(request, service, model)
+    require_permitted(request, service, body)
     if not ignored:
         return body, {}
     return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}

@@ -207,6 +207,10 @@ def test_a_key_sees_and_uses_only_its_models(tmp_path: Path) -> None:
                         assert repr(model) in error["message"]
                 card = httpx.get(f"{server.url}/v1/models/{model}", headers=bearer(key))
                 assert card.status_code == (200 if may else 403)
+                scaled = {"model": model, "prompt": [40], "max_tokens": 1, "adapter_scale": 1e-6}
+                answer = httpx.post(f"{server.url}/v1/completions", json=scaled, headers=bearer(key), timeout=30)
+                wanted = 403 if not may or key == "key-alice" else 400 if model == "tiny" else 200
+                assert answer.status_code == wanted, (key, model, answer.text)
                 pinned = {"model": f"{model}@{'0' * 64}", "prompt": [40], "max_tokens": 1}
                 answer = httpx.post(f"{server.url}/v1/completions", json=pinned, headers=bearer(key))
                 assert answer.status_code == (404 if may else 403)

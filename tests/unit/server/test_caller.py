@@ -1,10 +1,18 @@
 """What a key adds to requests and takes from them, whatever the caller wrote."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
-from server.api.caller import with_key
-from server.keys import Key
+import pytest
+
+from server.api.caller import require_permitted, with_key
+from server.api.embeddings import EmbeddingsBody
+from server.api.errors import ApiError
+from server.api.responses_body import ResponsesBody
+from server.api.schemas import Body, ChatBody, CompletionBody, parse_body
+from server.keys import Key, keys_of_flags, parse_keys
+from server.settings import EngineSettings, ServerSettings
 from tests.engine import make_request
 
 
@@ -35,3 +43,71 @@ def test_keys_share_the_prefix_cache_if_they_say_so_and_send_the_same_salt() -> 
     for given in ("", "x"):
         assert salt(first, given) == salt(second, given)
     assert salt(first, "x") != salt(second, "y")
+
+
+BODIES: list[tuple[type[Body], dict[str, Any]]] = [
+    (CompletionBody, {"prompt": "a"}),
+    (ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
+    (ResponsesBody, {"input": "a"}),
+    (EmbeddingsBody, {"input": "a"}),
+]
+
+
+def refusal(key: Key | None, **fields: Any) -> ApiError | None:
+    """What every way to use the model says to these fields."""
+    service: Any = SimpleNamespace(settings=ServerSettings(engine=EngineSettings(model="m"), served_model_name="base"))
+    refusals = []
+    for body_class, others in BODIES:
+        body, _ = parse_body(body_class, json.dumps(others | {"model": "base"} | fields).encode(), warn_unknown=False)
+        try:
+            require_permitted(http_with(key), service, body)
+        except ApiError as error:
+            refusals.append(error)
+    assert len(refusals) in (0, len(BODIES))
+    return refusals[0] if refusals else None
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30, 0.001, 0.5, 0.999, 1.001, 8])
+def test_a_scale_gives_no_key_the_answers_of_a_base_model_that_it_may_not_use(scale: float) -> None:
+    only_adapter, both = make_key("a", models=("pirate",)), make_key("b", models=("pirate", "base"))
+    for model in ("pirate", "pirate@0123"):
+        error = refusal(only_adapter, model=model, adapter_scale=scale)
+        assert error is not None and (error.status, error.param) == (403, "adapter_scale")
+        assert "'base'" in str(error) and str(error).count(".") == 1
+        for allowed in (1, 1.0, None):
+            assert refusal(only_adapter, model=model, adapter_scale=allowed) is None
+        for key in (both, make_key("c"), None):
+            assert refusal(key, model=model, adapter_scale=scale) is None
+
+
+def test_priorities_are_between_0_and_100_unless_the_file_of_keys_says_otherwise() -> None:
+    file = """
+        [plain]
+        key = "1"
+        [urgent]
+        key = "2"
+        min_priority = -5
+        max_priority = 5
+        [batch]
+        key = "3"
+        min_priority = 50
+    """
+    flags = ServerSettings(engine=EngineSettings(model="m"), api_key=("user",), admin_api_key="boss")
+    keys = {key.name: key for key in (*keys_of_flags(flags), *parse_keys(file))}
+    bounds: dict[Key | None, tuple[int, int]] = {
+        None: (0, 100),
+        keys["api-key-1"]: (0, 100),
+        keys["admin"]: (-100, 100),
+        keys["plain"]: (0, 100),
+        keys["urgent"]: (-5, 5),
+        keys["batch"]: (50, 100),
+    }
+    for key, (lowest, highest) in bounds.items():
+        for priority in (lowest, highest, None):
+            assert refusal(key, priority=priority) is None
+        for priority in {lowest - 1, highest + 1} & set(range(-100, 101)):
+            error = refusal(key, priority=priority)
+            assert error is not None and (error.status, error.param) == (400, "priority")
+            assert f"between {lowest} and {highest}" in str(error)
+        (request,) = with_key(http_with(key), [make_request([1])])
+        assert request.priority == min(max(0, lowest), highest), "of a request that does not say"
