@@ -147,7 +147,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_adapters(Path(folder), options.rank, options.large_rank)
-        command = f"{OURS} --adapter-dir {folder} --max-loras 9 --quantization {options.quantization}"
+        command = (
+            f"{OURS} --adapter-dir {folder} --allow-local-admin --max-loras 9 --quantization {options.quantization}"
+        )
         with running_ours(command) as url:
             runs = measure_throughput(url, options.streams, options.rounds)
             print_throughput(runs)

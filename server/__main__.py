@@ -139,6 +139,12 @@ def _announce(settings: ServerSettings) -> None:
         f"\nStellarByte serves {settings.model_name} at {url}\nTry:\n\n"
         f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'\n\n"
     )
+    if settings.engine.serves_adapters and settings.admin_api_key is None and not settings.allow_local_admin:
+        sys.stderr.write(
+            "An adapter of --adapter-dir is read when a request first names it. To load, replace and unload adapters"
+            " while\nthe server runs, start it with STELLARBYTE_ADMIN_API_KEY, or with --allow-local-admin if only this"
+            " machine reaches it.\n\n"
+        )
     sys.stderr.flush()
 
 

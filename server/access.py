@@ -15,7 +15,7 @@ from starlette.routing import Mount, compile_path
 class Access(Enum):
     OPEN = "open"  # for anybody: probes and scrapers, which cannot be given keys everywhere, and pages
     USER = "user"  # for any key, if there are keys
-    ADMIN = "admin"  # for the admin key, or without any key from this machine only
+    ADMIN = "admin"  # for the admin key; with --allow-local-admin for this machine
 
 
 ACCESS: dict[tuple[str, str], Access] = {

@@ -45,7 +45,7 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
     app.add_exception_handler(ClientDisconnect, answer_client_left)
     # Each is around those before it.
     app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
-    app.add_middleware(Gate, keyring=keyring, host=settings.host, cors_origins=settings.cors_origin)
+    app.add_middleware(Gate, keyring=keyring, settings=settings)
     app.add_middleware(Unexpected)
     if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors
         app.add_middleware(

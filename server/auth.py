@@ -1,7 +1,6 @@
 """The gate that every request passes first: is its host ours, its route known, its key good for it? Plain ASGI."""
 
 import re
-from collections.abc import Collection
 from http import HTTPStatus
 
 from starlette._utils import get_route_path
@@ -11,7 +10,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.access import Access, methods_of
 from server.api.errors import ApiError, bad_request, method_not_allowed, no_route
 from server.keys import Key, Keyring
-from server.setting_values import is_loopback
+from server.setting_values import is_address, is_loopback
+from server.settings import ServerSettings
 
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
@@ -21,12 +21,13 @@ _ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
 class Gate:
     """Lets through what the table of routes (access.py) and the keys allow; `state.key` is then the request's `Key`."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, host: str, cors_origins: Collection[str] = ()) -> None:
-        """`host` is the address that the server listens on; `cors_origins` those whose pages may call the API."""
+    def __init__(self, app: ASGIApp, keyring: Keyring, settings: ServerSettings) -> None:
         self._app = app
-        self._cors_origins = cors_origins
+        self._cors_origins = settings.cors_origin
         self._keyring = keyring
-        self._is_local = is_loopback(host)
+        self._is_local = is_loopback(settings.host)
+        self._names = {"localhost", settings.host.lower(), *settings.allowed_host}
+        self._allows_local_admin = settings.allow_local_admin and self._is_local
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -41,11 +42,12 @@ class Gate:
         """ApiError unless the request may be made. What needs a key says so first, whether it exists or not."""
         headers = Headers(scope=scope)
         keyring = self._keyring
-        if self._is_local and not keyring.has_user_keys and not keyring.has_admin_key and not _names_loopback(headers):
+        if not keyring.has_user_keys and self._key(headers) is None and not self._is_own_name(headers):
+            addresses = "addresses 127.… and [::1]" if self._is_local else "IP addresses"
             raise ApiError(
                 403,
-                "Without keys this server answers only under the host name localhost or 127.0.0.1; for other names,"
-                " such as behind a proxy, it needs --api-key.",
+                f"Without --api-key this server answers only under the host name localhost, {addresses}, and names"
+                " that --allowed-host gives.",
             )
         path, method = get_route_path(scope), scope["method"]
         methods = methods_of(path)
@@ -65,6 +67,20 @@ class Gate:
         if method not in methods:
             raise method_not_allowed(method, path, methods)
 
+    def _is_own_name(self, headers: Headers) -> bool:
+        """Whether a request names the server by an address or a name that nobody else can make point here.
+
+        Any other name may be that of a web page which was made to point to this server after the page was loaded (DNS
+        rebinding): for the browser the page then has this server's origin. An address cannot be changed so; but of
+        those that are not loopback a server on loopback hears only through a proxy.
+        """
+        hosts = headers.getlist("host")
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            return False
+        name = match["name"].strip("[]").lower()
+        return name in self._names or (is_loopback(name) if self._is_local else is_address(name))
+
     def _may_come_from(self, headers: Headers) -> bool:
         """Whether a request is no web page's, or that of a page which may make it.
 
@@ -82,7 +98,11 @@ class Gate:
         return self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
 
     def _require_admin(self, key: Key | None, headers: Headers) -> None:
-        """ApiError unless the key is the operator's, or there is none and the server listens on loopback only.
+        """ApiError unless the key is the operator's, or --allow-local-admin makes programs of this machine operators.
+
+        Nothing in a request tells a program of this machine from a proxy or tunnel here that passes on others': nginx
+        by default connects from loopback, names the loopback in Host, and adds no header. So the operator has to say
+        that there is none; that the headers of proxies and pages are looked at as well is a second line.
 
         A web page that a user of this machine looks at can send requests here, too. It cannot send JSON without asking
         first, which only --cors-origin grants; its Origin header gives it away, and where its name was made to point
@@ -97,17 +117,18 @@ class Gate:
             raise ApiError(403, "This is off because the server was started with keys, but without --admin-api-key.")
         elif not self._is_local:
             raise ApiError(403, "This is off because the server was started without --admin-api-key.")
-        elif any(name in headers for name in _PROXY_HEADERS):
+        elif not self._allows_local_admin:
+            raise ApiError(
+                403,
+                "This is off because the server was started without --admin-api-key; where no proxy or tunnel leads to"
+                " it, --allow-local-admin lets this machine's programs do it without a key.",
+            )
+        elif any(name in headers for name in _PROXY_HEADERS) or not _is_loopback_host(headers["host"]):
             raise ApiError(403, "Without --admin-api-key this does not work through a proxy.")
         elif "origin" in headers and not _is_own_page(headers["origin"]):
             raise ApiError(403, "Without --admin-api-key this does not work from web pages of other hosts.")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise bad_request("The header 'Content-Type' must be application/json.")
-
-
-def _names_loopback(headers: Headers) -> bool:
-    hosts = headers.getlist("host")
-    return len(hosts) == 1 and _is_loopback_host(hosts[0])
 
 
 def _is_loopback_host(host: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from server.setting_values import SettingsError, switch
+from server.setting_values import SettingsError, is_loopback, switch
 from server.settings import DEMO_MODEL, EngineSettings, ServerSettings
 
 OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache's folder, and of clients
@@ -128,4 +128,10 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
     if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:
         raise SettingsError("--admin-api-key: the key is one of --api-key")
+    if settings.allow_local_admin and (settings.api_key or settings.keys or settings.admin_api_key):
+        raise SettingsError("--allow-local-admin: it is for servers without keys; with keys, --admin-api-key does this")
+    if settings.allow_local_admin and not is_loopback(settings.host):
+        raise SettingsError(
+            f"--allow-local-admin: --host {settings.host} is not this machine's loopback; use --admin-api-key"
+        )
     return settings

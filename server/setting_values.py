@@ -153,10 +153,27 @@ def origins(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def host_names(texts: Sequence[str]) -> tuple[str, ...]:
+    """Hosts as the header Host has them, without a port; in small letters, and IPv6 addresses without brackets."""
+    for text in texts:
+        if re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]{0,252}", text) is None:
+            raise SettingsError(f"{text!r} is not a host name such as llm.example, without a port")
+    return tuple(text.strip("[]").lower() for text in texts)
+
+
 def path_prefix(text: str) -> str:
     if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", text) is None:
         raise SettingsError(f"{text!r} is not a path such as /llm, without a slash at its end")
     return text
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

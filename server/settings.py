@@ -15,6 +15,7 @@ from server.setting_values import (
     byte_count_or_auto,
     existing_file,
     existing_folder,
+    host_names,
     http_url,
     named_paths,
     not_empty,
@@ -179,13 +180,25 @@ class ServerSettings:
     admin_api_key: str | None = option(
         secret,
         "KEY",
-        "what loading and unloading adapters needs as a bearer token, good for all else, too; without any key they work"
-        " only while --host is this machine's loopback; behind a proxy always give one (better as the variable)",
+        "what loading and unloading adapters needs as a bearer token, good for all else, too (better as the variable)",
         None,
         is_secret=True,
     )
     keys: str | None = option(
         existing_file, "FILE", "TOML file of further keys with names and limits; SIGHUP reads it again", None
+    )
+    allow_local_admin: bool = option(
+        switch,
+        "",
+        "let programs of this machine load and unload adapters without a key; not where a proxy or tunnel leads here",
+        False,
+    )
+    allowed_host: tuple[str, ...] = option(
+        host_names,
+        "NAME",
+        "host names that requests without a key may use to reach the server, beside localhost and IP addresses",
+        (),
+        many=True,
     )
     cors_origin: tuple[str, ...] = option(
         origins, "ORIGIN", "origins whose web pages may call the API, or * for all (default: none)", (), many=True

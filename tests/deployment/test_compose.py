@@ -69,8 +69,10 @@ def test_prometheus_scrapes_the_server_and_grafana_asks_prometheus() -> None:
         for group in job["static_configs"]
         for target in group["targets"]
     }
-    port = parse_settings([], image_environment("cpu") | SERVER["environment"]).port
+    settings = parse_settings([], image_environment("cpu") | SERVER["environment"])
+    port = settings.port
     assert targets["stellarbyte"] == f"server:{port}"  # the service's name is its host name
+    assert "server" in settings.allowed_host
     assert SERVER["ports"] == [f"127.0.0.1:8000:{port}"]
     (grafana,) = read_yaml(DOCKER / "grafana" / "datasources.yaml")
     host, _, port = grafana["datasources"][0]["url"].removeprefix("http://").partition(":")

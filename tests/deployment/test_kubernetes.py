@@ -93,6 +93,16 @@ def test_every_selector_finds_the_pods() -> None:
     assert target["name"] == deployment["metadata"]["name"]
 
 
+def test_without_keys_the_names_of_the_service_are_answered() -> None:
+    given = {each["name"]: each for each in CONTAINER["env"]}
+    assert given["POD_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
+    names = given["STELLARBYTE_ALLOWED_HOST"]["value"].replace("$(POD_NAMESPACE)", "models")
+    settings = parse_settings([], image_environment("cuda") | SETTINGS | {"STELLARBYTE_ALLOWED_HOST": names})
+    service = OBJECTS["Service"]["metadata"]["name"]
+    ends = ("", ".models", ".models.svc", ".models.svc.cluster.local")
+    assert settings.allowed_host == tuple(service + end for end in ends)
+
+
 def test_ports_agree_and_probes_ask_routes_that_exist() -> None:
     (port,) = CONTAINER["ports"]
     settings = parse_settings([], image_environment("cuda") | SETTINGS)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -116,6 +117,30 @@ def test_without_keys_users_routes_are_open_to_any_key(fake_server: ServerProces
         for (method, path), access in ROUTES.items():
             if access != "admin":
                 assert call(fake_server, method, path, key).status_code not in (401, 403)
+
+
+def test_without_keys_nobody_is_an_operator_and_the_server_says_how_to_become_one(
+    fake_model: str, tmp_path: Path
+) -> None:
+    flags = ["--model", fake_model, "--adapter-dir", str(tmp_path)]
+    body = {"lora_name": "x", "lora_path": "x"}
+    for option, status in ((), 403), (("--allow-local-admin",), 400):  # the fake engine has no adapters
+        with running(FAKE, *flags, *option) as server:
+            answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body)
+            assert answer.status_code == status
+            hints = [answer.json()["error"]["message"], server.log()]
+            assert all(("--allow-local-admin" in hint) == (status == 403) for hint in hints)
+
+
+def test_behind_a_published_port_a_rebound_name_reads_and_runs_nothing(fake_model: str) -> None:
+    flags = ["--host", "0.0.0.0", "--admin-api-key", ADMIN_KEY, "--allowed-host", "llm.example"]
+    with running(FAKE, "--model", fake_model, *flags) as server:
+        for host, status in (("127.0.0.1", 200), ("10.1.2.3:80", 200), ("llm.example", 200), ("evil.test", 403)):
+            headers = {"Host": host, "Origin": f"http://{host}"}
+            body = {"model": "fake", "prompt": "hi", "max_tokens": 1}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, headers=headers).status_code == status
+            for path in ("/v1/models", "/metrics", "/health", "/"):
+                assert httpx.get(server.url + path, headers=headers).status_code == status, path
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
     (folder / "adapters" / "secret").symlink_to(folder / "secret.txt")
     file = folder / "audit"
     os.environ["AUDIT_FILE"] = str(file)
-    flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters")]
+    flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--allow-local-admin"]
     try:
         with running("tests.audited_server", *flags, limit_s=120) as server:
             yield Audited(server, folder, file, file.stat().st_size)

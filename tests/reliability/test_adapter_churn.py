@@ -122,7 +122,9 @@ async def churn(server: ServerProcess, by_place: dict[str, list[str]], num_reque
 def test_churn(known: tuple[Path, Path, dict[str, list[str]]], num_requests: int) -> None:
     model, adapters, by_place = known
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]
-    with running(REAL, *flags, "--max-num-seqs", "16", "--log-level", "warning", limit_s=120) as server:
+    with running(
+        REAL, *flags, "--max-num-seqs", "16", "--allow-local-admin", "--log-level", "warning", limit_s=120
+    ) as server:
         started_s = time.perf_counter()
         state, sizes = asyncio.run(churn(server, by_place, num_requests))
         assert state.wrong == []
@@ -138,6 +140,6 @@ def test_a_swapped_adapter_would_be_noticed(known: tuple[Path, Path, dict[str, l
     model, adapters, by_place = known
     swapped = by_place | {"n0": by_place["n1"], "n1": by_place["n0"]}
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]
-    with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
+    with running(REAL, *flags, "--allow-local-admin", "--log-level", "warning", limit_s=120) as server:
         state, _ = asyncio.run(churn(server, swapped, 8))
         assert state.wrong

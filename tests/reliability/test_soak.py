@@ -96,7 +96,15 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str
         ["fixed", "one", "other"], 1
     )}  # fmt: skip
     assert len(set(texts.values())) == len(texts)
-    flags = ["--model", str(model.folder), "--adapter-dir", str(folder / "adapters"), "--max-num-seqs", "8"]
+    flags = [
+        "--model",
+        str(model.folder),
+        "--adapter-dir",
+        str(folder / "adapters"),
+        "--max-num-seqs",
+        "8",
+        "--allow-local-admin",
+    ]
     return flags, {"fixed": {texts["fixed"]}, "swapped": {texts["one"], texts["other"]}}
 
 

@@ -20,6 +20,22 @@ def test_a_flag_wins_over_its_variable():
     assert (settings.port, settings.engine.max_num_seqs) == (9001, 3)
 
 
+def test_local_operators_are_for_servers_that_only_this_machine_reaches_and_that_have_no_keys():
+    assert not parse_settings([], {}).allow_local_admin
+    assert parse_settings(["--allow-local-admin"], {}).allow_local_admin
+    for others in (["--host", "0.0.0.0"], ["--host", "box.lan"], ["--api-key", "a"], ["--admin-api-key", "a"]):
+        with pytest.raises(SettingsError, match="--admin-api-key"):
+            parse_settings(["--allow-local-admin", *others], {})
+
+
+def test_allowed_hosts_are_names_without_ports():
+    variable = {"STELLARBYTE_ALLOWED_HOST": "LLM.example server [::1] 10.0.0.7"}
+    assert parse_settings([], variable).allowed_host == ("llm.example", "server", "::1", "10.0.0.7")
+    for wrong in ("llm.example:8000", "http://llm.example", "*", "", "a b", ".example"):
+        with pytest.raises(SettingsError, match="--allowed-host"):
+            parse_settings(["--allowed-host", wrong], {})
+
+
 @pytest.mark.parametrize("name", ["STELLARBYTE_API_KEYS", "STELLARBYTE_ADMIN_KEY", "STELLARBYTE_"])
 def test_a_variable_that_is_no_setting_is_named(name):
     with pytest.raises(SettingsError, match=name):
