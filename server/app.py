@@ -11,6 +11,7 @@ from server.api import adapters, chat, completions, embeddings, health, models, 
 from server.api.disconnect import ClientLeft, answer_client_left
 from server.api.docs import add_docs
 from server.api.errors import ApiError, answer_api_error, answer_http_exception, answer_no_tokenizer
+from server.api.key_rate import RefusalRate
 from server.api.middleware import BodyBounds, Cors, RequestLog, Unexpected
 from server.api.openapi import describe
 from server.api.pages import add_pages
@@ -45,6 +46,7 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
     app.add_exception_handler(ClientDisconnect, answer_client_left)
     # Each is around those before it.
     app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
+    app.add_middleware(RefusalRate, service=service)
     app.add_middleware(Gate, keyring=keyring, settings=settings)
     app.add_middleware(Unexpected)
     if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors

@@ -46,24 +46,22 @@ class RequestLog:
         record = RequestRecord(request_id=request_id_for(Headers(scope=scope)))
         state = scope.setdefault("state", {})
         state["record"] = record
-        status: int | None = None
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                record.status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            reason = rejection_reason(scope, status, record)
+            reason = rejection_reason(scope, record.status, record)
             if reason is not None:
                 self._service.client.observer.note_rejected(reason)
-            _log(scope, status, record)
+            _log(scope, record.status, record)
             if self._tracing is not None:
-                self._tracing.note(scope, status, record)
+                self._tracing.note(scope, record.status, record)
 
 
 def request_id_for(headers: Headers) -> str:

@@ -48,6 +48,8 @@ class RequestRecord:
     adapter: str | None = None  # NAME@HASH
     tokens: TokenCount | None = None
     streams: list[DeltaStream] = field(default_factory=list)  # of what the engine took
+    status: int | None = None  # that the client was sent; None: nothing yet
+    is_counted: bool = False  # the engine counts it against its key's requests, or has reason not to
     error_code: str | None = None  # of the error it was answered with
     left_queue: bool = False  # the client was gone before the engine began
 
@@ -88,6 +90,7 @@ async def submit(
 ) -> list[DeltaStream]:
     """Hand an HTTP request's work to the engine, with what its key adds and allows; as `EngineClient.submit`."""
     record = record_of(http)
+    record.is_counted = True
     try:
         streams = await service.client.submit(
             *with_key(http, requests),

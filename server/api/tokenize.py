@@ -14,6 +14,7 @@ from server.api.bounds import AtMost
 from server.api.chat_prompt import chat_encoder, check_continuation
 from server.api.errors import bad_request, from_engine
 from server.api.generation import check_token_ids, read_body
+from server.api.key_rate import charge
 from server.api.schemas import MAX_TOKEN_ID, Body, Messages, TokenId
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import encode_json
@@ -83,12 +84,14 @@ class DetokenizeBody(Body):
 
 @router.post("/tokenize")
 async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
+    await charge(http, service)
     body, headers = await read_body(http, service, TokenizeBody)
     return await _answer(body, service, headers, body.encoder(service))
 
 
 @router.post("/detokenize")
 async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
+    await charge(http, service)
     body, headers = await read_body(http, service, DetokenizeBody)
     await _require_model(body.model, service)
 

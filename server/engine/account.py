@@ -29,6 +29,10 @@ class TokenBucket:
     def take(self, num_tokens: int, now_s: float) -> None:
         self._level = self.available(now_s) - num_tokens
 
+    def give_back(self, num_tokens: int) -> None:
+        """Undo `take`."""
+        self._level += num_tokens
+
     def seconds_until(self, num_tokens: int, now_s: float) -> float:
         """How long until `num_tokens`, at most a minute's worth, are available if nothing is taken meanwhile."""
         return max(0.0, num_tokens - self.available(now_s)) * MINUTE_S / self.tokens_per_minute

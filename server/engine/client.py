@@ -29,6 +29,7 @@ from server.engine.messages import (
     AdapterUnloaded,
     Call,
     CallFailed,
+    ChargeKey,
     Command,
     EngineInfo,
     EngineStats,
@@ -196,7 +197,11 @@ class EngineClient:
         assert isinstance(reply, AdapterList)
         return reply
 
-    async def _call(self, call: Call) -> Reply:
+    async def charge(self, limits: KeyLimits) -> None:
+        """Count a request that is not submitted; RequestRejected, with the time to wait, or EngineDead."""
+        await self._call(ChargeKey(secrets.token_hex(8), limits))
+
+    async def _call(self, call: Call | ChargeKey) -> Reply:
         if self._down is not None:
             raise EngineDead(self._down)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -207,7 +212,7 @@ class EngineClient:
         finally:
             self._calls.pop(call.call_id, None)
         if isinstance(reply, CallFailed):
-            raise RequestRejected(reply.message, reply.code, reply.param)
+            raise RequestRejected(reply.message, reply.code, reply.param, reply.retry_after_s)
         return reply
 
     @property

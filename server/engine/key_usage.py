@@ -1,7 +1,8 @@
 """What each API key has used lately and uses now, for the limits that come with its requests. No sockets, no clock.
 
-The engine is the one place that sees the requests of all HTTP processes. A request is checked when it comes; what has
-been admitted runs to its end, as fast as the key's tokens per minute allow (see `Account.bucket`).
+The engine is the one place that hears of the requests of all HTTP processes. A request is checked when it comes; what
+has been admitted runs to its end, as fast as the key's tokens per minute allow (see `Account.bucket`). What is refused
+after it was queued, before any of it ran, does not count.
 """
 
 import math
@@ -31,6 +32,13 @@ class SlidingSum:
         self._seconds[-1][1] += amount
         self.total += amount
 
+    def take_back(self, amount: int, added_s: float) -> None:
+        """Undo `add`, if what was added then still counts."""
+        for entry in self._seconds:
+            if entry[0] == int(added_s):
+                entry[1] -= amount
+                self.total -= amount
+
     def forget_old(self, now_s: float) -> None:
         while self._seconds and self._seconds[0][0] + 1 + WINDOW_S <= now_s:
             self.total -= self._seconds.popleft()[1]
@@ -45,11 +53,23 @@ class SlidingSum:
         return WINDOW_S + 1
 
 
+@dataclass(slots=True)
+class _Group:
+    """Requests that were queued together and count as one."""
+
+    num_open: int  # that have not ended
+    counted_s: float
+    num_requests: int  # that were counted for it, as the tokens: 1, or 0 if it continues another group
+    num_tokens: int
+    has_begun: bool = False
+    was_refused: bool = False
+
+
 @dataclass
 class _Use:
     account: Account
     requests: SlidingSum = field(default_factory=SlidingSum)
-    groups: dict[str, int] = field(default_factory=dict)  # first id of each group → its requests that have not ended
+    groups: dict[str, _Group] = field(default_factory=dict)  # by the id of their first request
 
 
 class KeyUsage:
@@ -80,13 +100,10 @@ class KeyUsage:
         `num_later_tokens` are of prompts that will follow as part of the same group.
         """
         use = self._use(limits)
-        use.requests.forget_old(now_s)
         most = limits.concurrent_streams
         if most is not None and len(use.groups) >= most:
             raise _refusal(limits, f"{most} requests at once", _SOON_S)
-        most = limits.requests_per_minute
-        if most is not None and use.requests.total >= most:
-            raise _refusal(limits, f"{most} requests per minute", use.requests.seconds_until(most - 1, now_s))
+        _check_requests(limits, use, now_s)
         bucket = use.account.bucket
         if bucket is not None:
             wanted, most = _prompt_tokens(requests) + num_later_tokens, bucket.tokens_per_minute
@@ -110,14 +127,31 @@ class KeyUsage:
     ) -> None:
         """Count requests that were queued: a group, or with `continues` more of one whose prompts were all counted."""
         use = self._use(limits)
-        if not continues:
-            use.requests.add(1, now_s)
-            if use.account.bucket is not None:
-                use.account.bucket.take(_prompt_tokens(requests) + num_later_tokens, now_s)
+        num_requests = 0 if continues else 1
+        num_tokens = 0 if continues else _prompt_tokens(requests) + num_later_tokens
+        use.requests.add(num_requests, now_s)
+        if use.account.bucket is not None:
+            use.account.bucket.take(num_tokens, now_s)
         group = requests[0].request_id
-        use.groups[group] = len(requests)
+        use.groups[group] = _Group(len(requests), now_s, num_requests, num_tokens)
         for request in requests:
             self._running[request.request_id] = (use, group)
+
+    def charge(self, limits: KeyLimits, now_s: float) -> None:
+        """Count a request that is not queued; RequestRejected, and nothing is counted, when there is no room for it."""
+        use = self._use(limits)
+        _check_requests(limits, use, now_s)
+        use.requests.add(1, now_s)
+
+    def begin(self, request_id: str) -> None:
+        """A request began to run; unknown ids belong to keys without limits, as below."""
+        if (running := self._running.get(request_id)) is not None:
+            running[0].groups[running[1]].has_begun = True
+
+    def refuse(self, request_id: str) -> None:
+        """A queued request will not run, which `end` will be told next."""
+        if (running := self._running.get(request_id)) is not None:
+            running[0].groups[running[1]].was_refused = True
 
     def note_tokens(self, request_id: str, num_tokens: int, now_s: float) -> None:
         """Count tokens of an answer; unknown ids belong to requests without a key."""
@@ -127,10 +161,23 @@ class KeyUsage:
     def end(self, request_id: str) -> None:
         """A request is over, in whatever way; unknown ids belong to requests without a key."""
         if (running := self._running.pop(request_id, None)) is not None:
-            use, group = running
-            use.groups[group] -= 1
-            if not use.groups[group]:
-                del use.groups[group]
+            use, first_id = running
+            group = use.groups[first_id]
+            group.num_open -= 1
+            if not group.num_open:
+                del use.groups[first_id]
+                if group.was_refused and not group.has_begun:
+                    use.requests.take_back(group.num_requests, group.counted_s)
+                    if use.account.bucket is not None:
+                        use.account.bucket.give_back(group.num_tokens)
+
+
+def _check_requests(limits: KeyLimits, use: _Use, now_s: float) -> None:
+    """RequestRejected unless there is room for one more in this minute."""
+    use.requests.forget_old(now_s)
+    most = limits.requests_per_minute
+    if most is not None and use.requests.total >= most:
+        raise _refusal(limits, f"{most} requests per minute", use.requests.seconds_until(most - 1, now_s))
 
 
 def _prompt_tokens(requests: Sequence[GenerationRequest]) -> int:

@@ -19,12 +19,14 @@ from server.engine.messages import (
     Abort,
     Call,
     CallFailed,
+    ChargeKey,
     Command,
     Delta,
     EngineStats,
     Event,
     Heartbeat,
     HttpObservations,
+    KeyCharged,
     News,
     ReadTotals,
     Rejected,
@@ -199,6 +201,8 @@ class EngineLoop:
             self._totals.add_observations(command)
         elif isinstance(command, ReadTotals):
             self._totals_wanted = True  # once all commands are handled
+        elif isinstance(command, ChargeKey):
+            self._send(peer_id, self._charge(command))
         elif isinstance(command, Call):
             self._callers[command.call_id] = peer_id
             try:
@@ -207,6 +211,13 @@ class EngineLoop:
                 logger.exception("%s failed", type(command).__name__)
                 del self._callers[command.call_id]
                 self._send(peer_id, CallFailed(command.call_id, CALL_FAILED, INTERNAL_ERROR))
+
+    def _charge(self, command: ChargeKey) -> Reply:
+        try:
+            self._usage.charge(command.limits, time.monotonic())
+        except RequestRejected as refusal:
+            return CallFailed(command.call_id, str(refusal), refusal.code, retry_after_s=refusal.retry_after_s)
+        return KeyCharged(command.call_id)
 
     def _submit(self, peer_id: bytes, peer: _Peer, submit: Submit) -> None:
         """Queue all or none; RequestRejected."""
@@ -249,10 +260,12 @@ class EngineLoop:
                     self._forget(item.request_id)
                 continue
             if isinstance(item, Rejected):
+                self._usage.refuse(item.request_id)
                 self._forget(item.request_id)
                 self._totals.note_refused(item.request_id)
                 self._send(peer_id, item)
             else:
+                self._usage.begin(item.request_id)
                 self._totals.note_started(item.request_id, started_s)
                 self._send(peer_id, msgspec.structs.replace(item, started_s=started_s))
         for peer_id, deltas in by_peer.items():

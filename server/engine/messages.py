@@ -88,8 +88,18 @@ class ListAdapters(msgspec.Struct, frozen=True, tag=True):
     call_id: str
 
 
+class ChargeKey(msgspec.Struct, frozen=True, tag=True):
+    """Count a request that the engine does not see against its key's requests per minute.
+
+    Answered by `KeyCharged`, or by `CallFailed` when there is no room for it.
+    """
+
+    call_id: str
+    limits: KeyLimits
+
+
 Call = LoadAdapter | UnloadAdapter | ListAdapters
-Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | Call
+Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | ChargeKey | Call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -225,6 +235,10 @@ class AdapterList(msgspec.Struct, frozen=True, tag=True):
     num_slots: int
 
 
+class KeyCharged(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
+
+
 class CallFailed(msgspec.Struct, frozen=True, tag=True):
     """A call did nothing; `message` is one sentence for the user."""
 
@@ -232,6 +246,7 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
     code: str | None = None
     param: str | None = None
+    retry_after_s: int | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -259,7 +274,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 
-Reply = AdapterLoaded | AdapterUnloaded | AdapterList | CallFailed
+Reply = AdapterLoaded | AdapterUnloaded | AdapterList | KeyCharged | CallFailed
 Event = Accepted | Rejected | StepOutput | EngineTotals | Reply
 News = Accepted | Rejected | Delta  # what a step has to say about one request
 

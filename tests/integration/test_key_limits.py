@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -89,6 +90,76 @@ def test_each_way_to_use_the_model_counts_once(fake_model: str, tmp_path: Path) 
                     assert_rate_limited(answer)
                 else:
                     assert answer.status_code == 200, answer.text
+
+
+WRONG = [
+    ("/v1/completions", {"model": "fake", "prompt": 7}),
+    ("/v1/completions", {"model": "fake", "prompt": "a", "max_tokens": 10**9}),
+    ("/v1/chat/completions", {"model": "fake", "messages": []}),
+    ("/v1/responses", {"model": "fake", "input": [{}] * 50}),
+    ("/v1/embeddings", {"model": "fake", "input": [1.5]}),
+    ("/v1/completions", {"model": "elsewhere", "prompt": "a"}),
+    ("/tokenize", {"prompt": 5}),
+    ("/detokenize", {"tokens": [-1]}),
+]
+TOKENIZED = [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})] * 4
+
+
+@pytest.mark.parametrize("calls", [WRONG, TOKENIZED], ids=["refused bodies", "tokenizing"])
+def test_what_the_engine_does_not_see_counts_too(fake_model: str, tmp_path: Path, calls: list[Any]) -> None:
+    text = "[alice]\nkey = 'key-alice'\nmodels = ['fake']\nrequests_per_minute = 8\n[bob]\nkey = 'key-bob'\n"
+    with served(fake_model, tmp_path, text) as server:
+        for path, body in calls:
+            answer = httpx.post(server.url + path, json=body, headers=bearer("key-alice"), timeout=30)
+            assert answer.status_code in ((400, 403) if calls is WRONG else (200,)), answer.text
+        assert_rate_limited(complete(server, "key-alice"))
+        for path, body in calls:
+            wait_for(lambda: refused_unread(server, path, body))  # noqa: B023
+        for path, body in calls:
+            answer = httpx.post(server.url + path, json=body, headers=bearer("key-bob"), timeout=30)
+            assert answer.status_code != 429
+
+
+def refused_unread(server: ServerProcess, path: str, body: dict[str, Any]) -> bool:
+    """Whether a body gets 429, and not what it deserves."""
+    answer = httpx.post(server.url + path, json=body, headers=bearer("key-alice"), timeout=30)
+    if answer.status_code == 429:
+        assert_rate_limited(answer)
+    return answer.status_code == 429
+
+
+def test_bodies_that_are_too_large_count(fake_model: str, tmp_path: Path) -> None:
+    text = "[alice]\nkey = 'key-alice'\nrequests_per_minute = 3\n"
+    with served(fake_model, tmp_path, text, "--max-body-bytes", "1000") as server:
+        for _ in range(3):
+            assert complete(server, "key-alice", prompt="x" * 1000).status_code == 413
+        assert_rate_limited(complete(server, "key-alice"))
+
+
+def test_what_is_refused_after_it_was_queued_does_not_count(tmp_path: Path) -> None:
+    known = KnownModel.make(tmp_path)
+    (tmp_path / "adapters" / "broken").mkdir(parents=True)
+    (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (tmp_path / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    flags = ["--model", str(known.folder), "--adapter-dir", str(tmp_path / "adapters"), "--max-num-seqs", "1"]
+    flags += ["--keys", keys_file(tmp_path, "[alice]\nkey = 'key-alice'\nrequests_per_minute = 2\n")]
+    flags += ["--api-key", "key-flag", "--queue-timeout", "0.2", "--context-overflow", "slide"]
+    with running(REAL, *flags, limit_s=120) as server:
+        endless = {"model": "tiny", "prompt": [40], "max_tokens": 10**6, "ignore_eos": True, "stream": True}
+        url, headers = f"{server.url}/v1/completions", bearer("key-flag")
+        with httpx.stream("POST", url, json=endless, headers=headers, timeout=30) as occupying:
+            lines = occupying.iter_lines()
+            next(lines)
+            for _ in range(4):
+                answer = complete(server, "key-alice", model="tiny")
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout"), answer.text
+        wait_for(lambda: server.metric("vllm:num_requests_running") == 0)
+        for model, codes in (("broken", ["adapter_failed"]), ("absent", ["model_not_found"])):
+            for _ in range(4):
+                assert complete(server, "key-alice", model=model).json()["error"]["code"] in codes
+        for _ in range(2):
+            assert complete(server, "key-alice", model="tiny").status_code == 200
+        assert_rate_limited(complete(server, "key-alice", model="tiny"))
 
 
 def test_streams_at_once_hold_over_all_workers_and_come_back(fake_model: str, tmp_path: Path) -> None:

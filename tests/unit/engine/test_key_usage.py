@@ -58,6 +58,55 @@ def test_a_refused_request_does_not_count():
     clocked.submit(limits)
 
 
+def test_what_was_queued_and_then_refused_does_not_count():
+    clocked = Clocked()
+    limits = KeyLimits(key_name="a", requests_per_minute=2, tokens_per_minute=100, concurrent_streams=1)
+    for wait_s in [0, 1, 30, 59, 61] * 4:
+        group = clocked.submit(limits, 20, 20, num_later_tokens=50)
+        clocked.refused(limits)
+        clocked.now_s += wait_s
+        for request_id in group:
+            clocked.usage.refuse(request_id)
+            clocked.usage.end(request_id)
+    (last,) = clocked.submit(limits, 100)
+    clocked.usage.end(last)
+    assert clocked.refused(limits, 1) >= WINDOW_S - 1
+
+
+def test_a_group_of_which_something_ran_counts_and_so_does_one_that_its_client_left():
+    for fate in ("ran", "left"):
+        clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=1, tokens_per_minute=100)
+        first, second = clocked.submit(limits, 5, 5)
+        if fate == "ran":
+            clocked.usage.begin(second)
+            clocked.usage.refuse(first)
+        for request_id in (first, second):
+            clocked.usage.end(request_id)
+        clocked.refused(limits)
+
+
+def test_a_group_is_refused_with_its_first_request_even_if_the_others_are_then_dropped():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=1)
+    first, second = clocked.submit(limits, 5, 5)
+    clocked.usage.refuse(first)
+    for request_id in (first, second):
+        clocked.usage.end(request_id)
+    clocked.submit(limits)
+
+
+def test_requests_that_are_not_queued_count_until_there_is_no_room():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", requests_per_minute=3, concurrent_streams=1)
+    clocked.submit(limits)
+    clocked.usage.charge(limits, clocked.now_s)
+    clocked.usage.charge(limits, clocked.now_s)
+    for _ in range(100):
+        with pytest.raises(RequestRejected) as refusal:
+            clocked.usage.charge(limits, clocked.now_s)
+    assert refusal.value.code == RATE_LIMITED and refusal.value.retry_after_s is not None
+    clocked.now_s += refusal.value.retry_after_s
+    clocked.usage.charge(limits, clocked.now_s)
+
+
 def test_streams_count_until_their_last_request_ends():
     clocked, limits = Clocked(), KeyLimits(key_name="a", concurrent_streams=2)
     first = clocked.submit(limits, 1, 1, 1)
