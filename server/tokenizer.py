@@ -5,6 +5,7 @@ transformers is not used here, because importing its tokenizers takes seconds an
 """
 
 import json
+import os
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,8 @@ class PromptTokenizer:
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         if self._is_stand_in:
             raise NoTokenizerError
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # Only in batches does the library let other threads run meanwhile; "fast" leaves out offsets.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
 
     def decode_with_offsets(self, token_ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
         """The text of tokens, and its characters before each of them."""
@@ -121,7 +123,7 @@ class PromptTokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_text(self, token_id: int) -> str:
         """One token as the vocabulary spells it ("Ġthe" for " the"); "" for an id without a token."""
@@ -234,6 +236,7 @@ def load_prompt_tokenizer(
         if stand_in_size is not None:
             return PromptTokenizer(make_stand_in_tokenizer(stand_in_size), None, is_stand_in=True)
         raise ValueError(f"{tokenizer_file} is missing; the model needs a tokenizer")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches of one, in the caller's thread with its niceness
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # tokenizers raises nothing narrower

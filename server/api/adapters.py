@@ -39,7 +39,7 @@ class UnloadBody(BaseModel):
 
 @router.post("/v1/load_lora_adapter")
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
-    body = await parse_apart(http, partial(parse_plain_body, LoadBody))
+    body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"{body.lora_name!r} is the name of the model itself.", "lora_name")
     try:
@@ -58,7 +58,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
-    body = await parse_apart(http, partial(parse_plain_body, UnloadBody))
+    body = await parse_apart(http, service, partial(parse_plain_body, UnloadBody))
     try:
         unloaded = await service.client.unload_adapter(body.lora_name)
     except (RequestRejected, EngineDead) as error:

@@ -20,6 +20,12 @@ def limits_of(http: Request) -> KeyLimits | None:
     return None if key is None else key.limits
 
 
+def owner_of(http: Request) -> str:
+    """Whose share of this process the request's work takes: its key's name, "" for all without one."""
+    key = _key_of(http)
+    return "" if key is None else key.name
+
+
 def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
     """Requests as the engine gets them: with what the caller's key adds to what the caller wrote."""
     key = key_of(http)

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions."""
 
-import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,9 +18,11 @@ from server.api.generation import (
     check_prompt,
     context_limit,
     make_requests,
+    off_loop,
     overflow_of,
     read_body,
 )
+from server.api.record import record_of
 from server.api.schemas import ChatBody, ResponseFormat
 from server.api.service import Service, ServiceOfRequest
 from server.api.structured import checked, json_grammar, json_rule
@@ -36,16 +38,16 @@ DEFAULT_SLIDING_MAX_TOKENS = 4096
 @router.post("/v1/chat/completions")
 async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ChatBody)
-    plan = await plan_chat(body, service)
+    plan = await plan_chat(http, body, service)
     return await answer(http, service, plan, headers)
 
 
-async def plan_chat(body: ChatBody, service: Service) -> AnswerPlan:
+async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
     """What to run for a chat and how to answer it; ApiError."""
     _check(body, service)
     toolbox = Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, service.tokenizer.chat_template_source)
-    grammar, grammar_param = await _grammar(body, toolbox)
-    token_ids = await _encode(body, service, toolbox)
+    grammar, grammar_param = await _grammar(http, body, service, toolbox)
+    token_ids = await _encode(http, body, service, toolbox)
     room = check_prompt(token_ids, context_limit(body, service), "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted is None:  # to the end of the context, if it has one
@@ -94,7 +96,9 @@ def _check(body: ChatBody, service: Service) -> None:
         )
 
 
-async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> tuple[str | None, str | None]:
+async def _grammar(
+    http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None
+) -> tuple[str | None, str | None]:
     """What the answer has to be (None: any text), and the field that says so; ApiError when it cannot be enforced."""
     wanted = body.response_format
     if wanted is not None and wanted.type == "text":
@@ -109,10 +113,12 @@ async def _grammar(body: ChatBody, toolbox: Toolbox | None) -> tuple[str | None,
         return None if wanted is None else json_grammar(_schema(wanted))
 
     param = "tools" if wanted is None else "response_format"
+    num_bytes = record_of(http).body_bytes  # schemas may be large
     if wanted is not None and offered is not None:  # an error should name the one that it is in
-        await checked(await asyncio.to_thread(json_grammar, _schema(wanted)), "response_format")
+        of_format = await off_loop(http, service, partial(json_grammar, _schema(wanted)), num_bytes)
+        await checked(of_format, "response_format")
         param = "tools"
-    text = await asyncio.to_thread(grammar)  # schemas may be large
+    text = await off_loop(http, service, grammar, num_bytes)
     return (None, None) if text is None else (await checked(text, param), param)
 
 
@@ -122,10 +128,10 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
     return {} if wanted.json_schema.schema_ is None else wanted.json_schema.schema_
 
 
-async def _encode(body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
+async def _encode(http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
     """The chat as token ids; ApiError when the template refuses it."""
     check_characters(content_characters(body), context_limit(body, service), service, "messages")
     try:
-        return await asyncio.to_thread(chat_encoder(body, service, toolbox))
+        return await off_loop(http, service, chat_encoder(body, service, toolbox), record_of(http).body_bytes)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None

@@ -39,7 +39,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("The field 'max_tokens' is 0, which needs 'echo'.", "max_tokens")
     num_characters = sum(map(len, body.prompt))
-    prompts = [await _prompt(body, service, given, num_characters) for given in body.prompt]
+    prompts = [await _prompt(http, body, service, given, num_characters) for given in body.prompt]
     is_ranked = body.num_candidates > body.num_choices
     requests = make_requests(
         body,
@@ -63,7 +63,9 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
     return await answer(http, service, plan, headers)
 
 
-async def _prompt(body: CompletionBody, service: Service, given: PromptInput, num_characters: int) -> Prompt:
+async def _prompt(
+    http: Request, body: CompletionBody, service: Service, given: PromptInput, num_characters: int
+) -> Prompt:
     """A prompt as token ids, and the room it leaves; ApiError."""
     limit = context_limit(body, service)
     least = 0 if body.max_tokens == 0 else 1
@@ -71,7 +73,8 @@ async def _prompt(body: CompletionBody, service: Service, given: PromptInput, nu
         check_characters(len(given), limit, service, "prompt")
     else:
         check_prompt(given, limit, "prompt", least=least)
-    token_ids, echo = await off_loop_if_long(partial(_encode, body, service, given), num_characters)
+    encode = partial(_encode, body, service, given)
+    token_ids, echo = await off_loop_if_long(http, service, encode, num_characters)
     room = check_prompt(token_ids, limit, "prompt", least=least)
     if body.max_tokens is not None and body.max_tokens > room:
         raise bad_request(

@@ -58,7 +58,7 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
     if body.dimensions not in (None, size):
         raise bad_request(f"The field 'dimensions' must be {size}, which is what this model has.", "dimensions")
     num_characters = sum(map(len, body.input))
-    token_ids = [await _token_ids(body, service, given, num_characters) for given in body.input]
+    token_ids = [await _token_ids(http, body, service, given, num_characters) for given in body.input]
     requests = [_request(body, service, ids) for ids in token_ids]
     tokens = count_tokens(http, requests)
 
@@ -101,13 +101,15 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
     return Response(content, media_type="application/json", headers=headers)
 
 
-async def _token_ids(body: EmbeddingsBody, service: Service, given: PromptInput, num_characters: int) -> list[int]:
+async def _token_ids(
+    http: Request, body: EmbeddingsBody, service: Service, given: PromptInput, num_characters: int
+) -> list[int]:
     limit = service.info.max_model_len
     if isinstance(given, str):
         check_characters(len(given), limit, service, "input")
         add_special_tokens = body.add_special_tokens is not False
         encode = partial(service.tokenizer.encode, given, add_special_tokens=add_special_tokens)
-        token_ids = await off_loop_if_long(encode, num_characters)
+        token_ids = await off_loop_if_long(http, service, encode, num_characters)
     else:
         token_ids = given
         check_prompt(token_ids, limit, "input", least=0)

@@ -1,9 +1,7 @@
 """What all ways to generate share: from a checked body to the engine's requests. Knows no answers."""
 
-import asyncio
 import secrets
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -11,19 +9,18 @@ from urllib.parse import quote
 
 from fastapi import Request
 
-from server.api.caller import key_of, require_permitted
+from server.api.caller import owner_of, require_permitted
 from server.api.choices import PromptEcho
-from server.api.errors import bad_request
+from server.api.disconnect import unless_client_leaves
+from server.api.errors import ApiError, bad_request
 from server.api.schemas import MAX_CHOICES, BodyT, GenerationBody, parse_body
 from server.api.service import Service
-from server.api.turns import Turns
-from server.engine.request import MAX_SLIDING_TOKENS, GenerationRequest, SamplingParams
+from server.engine.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, SamplingParams
+from server.text_work import SHORT_CHARACTERS, TooMuchText
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they hold up no stream
-_INLINE_BYTES = 16_384  # larger bodies are parsed in a thread, one at a time: threads share one lock
+_INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
 _MAX_IGNORED_HEADER = 1000
-_parser = ThreadPoolExecutor(1, "body")
-_parses = Turns(1)
 T = TypeVar("T")
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
 
@@ -40,26 +37,43 @@ class Prompt:
 async def read_body(request: Request, service: Service, body_class: type[BodyT]) -> tuple[BodyT, dict[str, str]]:
     """The checked body, as far as the key permits, and the headers that tell which fields were ignored."""
     warn_unknown = service.settings.unknown_fields == "warn"
-    body, ignored = await parse_apart(request, partial(parse_body, body_class, warn_unknown=warn_unknown))
+    body, ignored = await parse_apart(request, service, partial(parse_body, body_class, warn_unknown=warn_unknown))
     require_permitted(request, service, body)
     if not ignored:
         return body, {}
     return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
 
 
-async def parse_apart(request: Request, parse: Callable[[bytes], T]) -> T:
-    """Parse the body of a request; off the event loop when it is large, one body at a time, keys in turn."""
+async def parse_apart(request: Request, service: Service, parse: Callable[[bytes], T]) -> T:
+    """Parse the body of a request; off the event loop when it is large, in the caller's turn."""
     text = await request.body()
     if len(text) <= _INLINE_BYTES:
         return parse(text)
-    key = key_of(request)
-    async with _parses.turn(None if key is None else key.name):
-        return await asyncio.get_running_loop().run_in_executor(_parser, parse, text)
+    try:
+        return await service.text_work.parse(partial(parse, text), owner_of(request), len(text))
+    except TooMuchText as error:
+        raise _too_much(error) from None
 
 
-async def off_loop_if_long(work: Callable[[], T], num_characters: int) -> T:
-    """Do work on a text; in a thread when all that is worked on is long. The tokenizer lets other threads run."""
-    return work() if num_characters <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+async def off_loop_if_long(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:
+    """Do work on a text, `off_loop` when all that is worked on is long."""
+    return work() if num_characters <= _INLINE_CHARACTERS else await off_loop(http, service, work, num_characters)
+
+
+async def off_loop(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:
+    """Do work on a text in a thread, in the caller's turn. The tokenizer lets other threads run.
+
+    ApiError 429 when too much of the caller's is waiting, ClientLeft when the client leaves a long text meanwhile.
+    """
+    working = service.text_work.run(work, owner_of(http), num_characters)
+    try:
+        return await (working if num_characters <= SHORT_CHARACTERS else unless_client_leaves(http.receive, working))
+    except TooMuchText as error:
+        raise _too_much(error) from None
+
+
+def _too_much(error: TooMuchText) -> ApiError:
+    return ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"})
 
 
 def adapter_of(model: str, scale: float | None, service: Service) -> tuple[str | None, float]:

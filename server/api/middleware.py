@@ -176,6 +176,7 @@ class BodyBounds:
                 raise error
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
+                scope["state"]["record"].body_bytes = received
                 if received > self._max_bytes:
                     raise self._too_large()
                 is_complete = not message.get("more_body", False)

@@ -48,6 +48,7 @@ class RequestRecord:
     adapter: str | None = None  # NAME@HASH
     tokens: TokenCount | None = None
     streams: list[DeltaStream] = field(default_factory=list)  # of what the engine took
+    body_bytes: int = 0  # received so far
     status: int | None = None  # that the client was sent; None: nothing yet
     is_counted: bool = False  # the engine counts it against its key's requests, or has reason not to
     error_code: str | None = None  # of the error it was answered with

@@ -43,7 +43,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     if body.top_logprobs is not None and not body.with_logprobs:
         raise bad_request(f"The field 'top_logprobs' needs '{LOGPROBS}' in 'include'.", "top_logprobs")
     try:
-        plan = await plan_chat(body.as_chat(), service)
+        plan = await plan_chat(http, body.as_chat(), service)
     except ApiError as error:
         error.param = _PARAMS.get(error.param or "", error.param)
         raise

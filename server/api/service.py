@@ -1,6 +1,6 @@
 """What every route needs, made once when the engine is ready. Knows no routes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from server.engine.client import EngineClient
 from server.engine.messages import EngineInfo
 from server.settings import ServerSettings
+from server.text_work import TextWork
 from server.tokenizer import PromptTokenizer, load_prompt_tokenizer, read_json
 
 
@@ -46,6 +47,7 @@ class Service:
     tokenizer: PromptTokenizer
     defaults: SamplingDefaults
     started_at: int  # Unix seconds, the same in all HTTP processes
+    text_work: TextWork = field(default_factory=TextWork)
 
     def fingerprint(self, adapter_hash: str) -> str:
         """Names weights, adapter and the numbers they are computed in: what the answer to a seeded request depends on.

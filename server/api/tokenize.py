@@ -1,6 +1,5 @@
 """POST /tokenize and /detokenize, as vLLM has them: what a prompt or a chat is in tokens, and back. Runs no model."""
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -13,8 +12,9 @@ from server.api.adapters import adapters_of
 from server.api.bounds import AtMost
 from server.api.chat_prompt import chat_encoder, check_continuation
 from server.api.errors import bad_request, from_engine
-from server.api.generation import check_token_ids, read_body
+from server.api.generation import check_token_ids, off_loop, read_body
 from server.api.key_rate import charge
+from server.api.record import record_of
 from server.api.schemas import MAX_TOKEN_ID, Body, Messages, TokenId
 from server.api.service import Service, ServiceOfRequest
 from server.api.sse import encode_json
@@ -86,7 +86,7 @@ class DetokenizeBody(Body):
 async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
     await charge(http, service)
     body, headers = await read_body(http, service, TokenizeBody)
-    return await _answer(body, service, headers, body.encoder(service))
+    return await _answer(http, body, service, headers, body.encoder(service))
 
 
 @router.post("/detokenize")
@@ -99,10 +99,11 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
         check_token_ids(body.tokens, service, "tokens")
         return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    return _json(await asyncio.to_thread(work), headers)
+    return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
 
 
 async def _answer(
+    http: Request,
     body: TokenizeBody,
     service: Service,
     headers: dict[str, str],
@@ -123,7 +124,7 @@ async def _answer(
         )
 
     try:
-        return _json(await asyncio.to_thread(work), headers)
+        return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None
 

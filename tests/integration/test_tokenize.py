@@ -1,10 +1,13 @@
 """/tokenize and /detokenize over a real socket: what a request will be in tokens, and back."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 
 from tests.fake_engine import MAX_MODEL_LEN, make_tokenizer
 from tests.integration.test_http_api import MODEL, assert_error
+from tests.server_process import FAKE, running
 
 START, END = make_tokenizer().token_to_id("<|im_start|>"), make_tokenizer().token_to_id("<|im_end|>")
 CHAT = [{"role": "user", "content": "hi"}]
@@ -91,3 +94,33 @@ def test_another_model_does_not_exist(fake_server):
 
 def test_bytes_that_are_no_text_do_not_hurt(fake_server):
     assert detokenize(fake_server, tokens=[0xC3]).json() == {"prompt": "\ufffd"}
+
+
+def test_chats_do_not_wait_for_the_long_texts_of_others(fake_model):
+    """Many are answered in the time that a few texts take."""
+    num_texts, text = 6, "a b" * 600_000
+    chat = {"model": MODEL, "messages": CHAT, "max_tokens": 1}
+    with (
+        running(FAKE, "--model", fake_model) as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(num_texts) as threads,
+    ):
+        texts = [threads.submit(tokenize, server, prompt=text) for _ in range(num_texts)]
+        num_chats = 0
+        while not all(answer.done() for answer in texts):
+            assert client.post("/v1/chat/completions", json=chat).status_code == 200
+            num_chats += 1
+        assert [answer.result().status_code for answer in texts] == [200] * num_texts
+    assert num_chats > 5 * num_texts
+
+
+def test_what_waits_to_be_tokenized_is_bounded(fake_model):
+    """Of all those without a key together; the others are answered."""
+    num_texts, text = 40, "a b" * 600_000
+    with running(FAKE, "--model", fake_model) as server, ThreadPoolExecutor(num_texts) as threads:
+        answers = list(threads.map(lambda _: tokenize(server, prompt=text), range(num_texts)))
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer in refused:
+        assert_error(answer, 429, code="queue_full")
+        assert answer.headers["retry-after"] == "1"

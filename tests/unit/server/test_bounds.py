@@ -5,6 +5,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from server.api.generation import parse_apart
 from server.api.openapi import OPERATIONS, make_document
 from server.api.schemas import Body, ChatBody, CompletionBody, parse_body, parse_plain_body
 from server.api.tokenize import DetokenizeBody
-from server.api.turns import Turns
+from server.text_work import TextWork
 
 PARTS = make_document("m", allows_unknown_fields=False)["components"]["schemas"]
 ANYTHING = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # never looked at
@@ -216,47 +217,6 @@ def test_structure_is_counted_as_a_reader_finds_it(monkeypatch) -> None:
             assert too_large(encoded) is not None, encoded
 
 
-def test_every_key_that_waits_has_a_turn_however_much_another_asks() -> None:
-    order: list[str] = []
-
-    async def run() -> None:
-        turns = Turns(1)
-
-        async def work(key: str) -> None:
-            async with turns.turn(key):
-                order.append(key)
-                await asyncio.sleep(0)
-
-        tasks = [asyncio.create_task(work(key)) for key in ["greedy"] * 6 + ["modest", "other", "modest"]]
-        await asyncio.sleep(0)
-        tasks[1].cancel()  # one that waits
-        await asyncio.gather(*tasks, return_exceptions=True)
-        async with turns.turn("again"):  # the place is free again
-            order.append("again")
-
-    asyncio.run(asyncio.wait_for(run(), 10))
-    assert order[:6] == ["greedy", "greedy", "modest", "other", "greedy", "modest"]
-    assert order[6:] == ["greedy", "greedy", "again"]
-
-
-def test_a_turn_that_comes_as_its_waiter_is_cancelled_is_passed_on() -> None:
-    async def run() -> None:
-        turns = Turns(1)
-
-        async def work(key: str) -> None:
-            async with turns.turn(key):
-                pass
-
-        async with turns.turn("first"):
-            cancelled, following = (asyncio.create_task(work(key)) for key in ("a", "b"))
-            await asyncio.sleep(0)
-        cancelled.cancel()
-        await following
-        await work("c")
-
-    asyncio.run(asyncio.wait_for(run(), 10))
-
-
 def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it() -> None:
     class Asked:
         def __init__(self, text: bytes) -> None:
@@ -270,6 +230,7 @@ def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it() -> No
         def parse(_: bytes) -> bool:
             return threading.current_thread() is threading.main_thread()
 
-        return [await parse_apart(Asked(b"x" * size), parse) for size in (100, 2**21)]
+        service = SimpleNamespace(text_work=TextWork())
+        return [await parse_apart(Asked(b"x" * size), service, parse) for size in (100, 2**21)]
 
     assert asyncio.run(run()) == [True, False]

@@ -1,6 +1,7 @@
 """Chat templates render as transformers renders them; prompts become the ids the tokenizer gives them."""
 
 import json
+import threading
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -178,3 +179,29 @@ def test_a_broken_file_is_named(tmp_path, file):
     (make_model_folder(tmp_path) / file).write_text("{")
     with pytest.raises(ValueError, match=file):
         load_prompt_tokenizer(tmp_path, None)
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_other_threads_run_while_a_long_text_is_tokenized(tmp_path, what):
+    """The event loop is such a thread."""
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path / "m"), None)
+    text = "a b" * 300_000
+    ids = tokenizer.encode(text)
+    begun, ended = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        if what == "encode":
+            assert tokenizer.encode(text) == ids
+        else:
+            assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    num_turns = 0
+    while not ended.wait(0.001):
+        num_turns += 1
+    thread.join()
+    assert num_turns > 20

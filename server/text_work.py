@@ -1,0 +1,104 @@
+"""Work on texts beside the event loop: in few threads, of which every caller gets its share. Knows no HTTP.
+
+Short texts have threads of their own, so they wait for no long one, whoever sent it. Among texts that wait for a thread
+those go first whose owner has had the least, counted in characters, since it began to wait. Event loop thread only.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from server.engine.give_way import give_way
+
+SHORT_CHARACTERS = 2**14
+MAX_WAITING_CHARACTERS = 2**25  # of one owner's short texts, or long ones
+_LEAST_CHARACTERS = 2**10  # that a text counts for
+T = TypeVar("T")
+
+
+class TooMuchText(Exception):
+    """An owner has too much work waiting; str() is one sentence for the user."""
+
+
+class TextWork:
+    """Threads are started when there is work for them."""
+
+    def __init__(self, max_waiting_characters: int = MAX_WAITING_CHARACTERS) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._short = _Lane(max(2, cores // 4), max_waiting_characters)
+        self._long = _Lane(max(1, cores // 4), max_waiting_characters)
+        self._bodies = _Lane(1, max_waiting_characters)  # parsing lets no other thread run
+
+    async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
+        """What `work` returns or raises; TooMuchText. If the caller is cancelled before it began it is not done."""
+        lane = self._short if num_characters <= SHORT_CHARACTERS else self._long
+        return await lane.run(work, owner, max(_LEAST_CHARACTERS, num_characters))
+
+    async def parse(self, work: Callable[[], T], owner: str, num_bytes: int) -> T:
+        """As `run`, for the body of a request: one at a time."""
+        return await self._bodies.run(work, owner, num_bytes)
+
+
+class _Lane:
+    def __init__(self, num_threads: int, max_waiting_characters: int) -> None:
+        self._threads = ThreadPoolExecutor(num_threads, "texts", initializer=give_way)
+        self._num_threads = self._num_free = num_threads
+        self._max_waiting_characters = max_waiting_characters
+        self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}  # by owner: turns, and their characters
+        self._num_waiting: dict[str, int] = {}  # characters
+        self._had: dict[str, int] = {}  # characters, of those who had or want a thread lately
+        self._least = 0  # that the owner had who got a thread last: who comes anew had as much
+
+    async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
+        await self._turn(owner, num_characters)
+        loop = asyncio.get_running_loop()
+
+        def free(_: "Future[T]") -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
+                loop.call_soon_threadsafe(self._free)
+
+        working = self._threads.submit(work)
+        working.add_done_callback(free)  # not when the caller is cancelled: the thread works on
+        return await asyncio.wrap_future(working)
+
+    async def _turn(self, owner: str, num_characters: int) -> None:
+        """Take a thread, or wait for one."""
+        if owner not in self._waiting:
+            self._had[owner] = max(self._had.get(owner, 0), self._least)
+        if self._num_free:
+            self._num_free -= 1
+            self._had[owner] += num_characters
+            return
+        if self._num_waiting.get(owner, 0) + num_characters > self._max_waiting_characters:
+            raise TooMuchText("Too much text of this client is waiting to be read already; try again later.")
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(owner, deque()).append((turn, num_characters))
+        self._num_waiting[owner] = self._num_waiting.get(owner, 0) + num_characters
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had just come
+                self._free()
+            raise
+
+    def _free(self) -> None:
+        """Give a thread that is free to who comes next."""
+        while self._waiting:
+            owner = min(self._waiting, key=self._had.__getitem__)
+            turn, num_characters = self._waiting[owner].popleft()
+            self._num_waiting[owner] -= num_characters
+            if not self._waiting[owner]:
+                del self._waiting[owner], self._num_waiting[owner]
+            if not turn.cancelled():
+                self._least = self._had[owner]
+                self._had[owner] += num_characters
+                turn.set_result(None)
+                return
+        self._num_free += 1
+        if self._num_free == self._num_threads:
+            self._had.clear()
+            self._least = 0
