@@ -16,7 +16,7 @@ from server.keys import Key
 
 def limits_of(http: Request) -> KeyLimits | None:
     """The limits that go to the engine with everything the request asks of it."""
-    key = key_of(http)
+    key = _key_of(http)
     return None if key is None else key.limits
 
 
@@ -28,7 +28,7 @@ def owner_of(http: Request) -> str:
 
 def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
     """Requests as the engine gets them: with what the caller's key adds to what the caller wrote."""
-    key = key_of(http)
+    key = _key_of(http)
     lowest, highest = _priorities(key)
     return [
         msgspec.structs.replace(
@@ -55,7 +55,7 @@ def _salt(key: Key | None, given: str) -> str:
 
 def may_use(http: Request, service: Service, model: str) -> bool:
     """Whether the request may know and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
-    key = key_of(http)
+    key = _key_of(http)
     return key is None or key.allows(model, service.settings.model_name)
 
 
@@ -69,7 +69,7 @@ def require_permitted(http: Request, service: Service, body: Any) -> None:
     if scale not in (None, 1) and model != base and not may_use(http, service, base):
         message = f"The key may not use the model {base!r:.200} without an adapter, so 'adapter_scale' must be 1."
         raise ApiError(403, message, param="adapter_scale", code="model_not_allowed")
-    lowest, highest = _priorities(key_of(http))
+    lowest, highest = _priorities(_key_of(http))
     if priority is not None and not lowest <= priority <= highest:
         raise bad_request(f"The field 'priority' must be between {lowest} and {highest} here.", "priority")
 
@@ -84,7 +84,7 @@ def _priorities(key: Key | None) -> tuple[int, int]:
     return (0, MAX_PRIORITY) if key is None else (key.min_priority, key.max_priority)
 
 
-def key_of(http: Request) -> Key | None:
+def _key_of(http: Request) -> Key | None:
     """The key that the request came with; None where none is needed."""
     key = http.scope["state"].get("key")
     assert key is None or isinstance(key, Key)

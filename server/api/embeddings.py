@@ -113,7 +113,8 @@ async def _token_ids(
     else:
         token_ids = given
         check_prompt(token_ids, limit, "input", least=0)
-        await off_loop_if_long(partial(check_token_ids, token_ids, service, "input"), num_characters)
+        check = partial(check_token_ids, token_ids, service, "input")
+        await off_loop_if_long(http, service, check, num_characters)
     check_prompt(token_ids, limit, "input", least=0)
     return token_ids
 

@@ -34,7 +34,7 @@ def test_a_file_names_keys_and_their_limits():
     )
     assert alice.digest == DIGEST and bob.digest == "ab" * 32
     assert alice.limits == KeyLimits(key_name="alice", requests_per_minute=60, concurrent_streams=2)
-    assert bob.limits is None and bob.models is None
+    assert bob.limits == KeyLimits(key_name="bob") and bob.models is None
     assert (alice.share, bob.share) == ("team", None)
     assert alice.allows("base", "base") and alice.allows("pirate@0123", "base")
     assert not alice.allows("json", "base") and not alice.allows("@", "base")
