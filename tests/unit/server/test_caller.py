@@ -11,6 +11,7 @@ from server.api.embeddings import EmbeddingsBody
 from server.api.errors import ApiError
 from server.api.responses_body import ResponsesBody
 from server.api.schemas import Body, ChatBody, CompletionBody, parse_body
+from server.engine.messages import KeyLimits
 from server.keys import Key, keys_of_flags, parse_keys
 from server.settings import EngineSettings, ServerSettings
 from tests.engine import make_request
@@ -21,7 +22,7 @@ def http_with(key: Key | None) -> Any:
 
 
 def make_key(name: str, **fields: Any) -> Key:
-    return Key(name=name, digest=name, **fields)
+    return Key(name=name, digest=name, limits=KeyLimits(key_name=name), **fields)
 
 
 def salt(key: Key | None, given: str = "") -> str:
