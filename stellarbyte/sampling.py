@@ -11,6 +11,7 @@ import torch
 
 # R rows, V vocabulary
 
+NO_TOKEN = -1  # of a row that nothing can be chosen from: its largest logit is NaN or infinite
 UINT32 = 0xFFFFFFFF
 UINT64 = 0xFFFFFFFFFFFFFFFF
 
@@ -32,24 +33,24 @@ GREEDY = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, cho
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
-    """One token id for each row, int64 [R] on the logits' device.
+    """One token id for each row, int64 [R] on the logits' device; NO_TOKEN where the row has NaN, +inf or only -inf.
 
     Temperature 0 takes the likeliest token, the lowest id on ties; only the other rows pay for sampling.
     """
-    tokens = first_argmax(logits_RV)
+    best_R1 = logits_RV.amax(dim=-1, keepdim=True)  # NaN if one of them is
+    tokens = _first_at(logits_RV, best_R1)
     random = [i for i, row in enumerate(rows) if row.temperature > 0]
     if random:
         index = torch.tensor(random, device=logits_RV.device)
         chosen = [rows[i] for i in random]
         tokens[index] = _sample_random(logits_RV[index].float(), chosen)
-    return tokens
+    return tokens.masked_fill_(~best_R1[:, 0].isfinite(), NO_TOKEN)
 
 
-def first_argmax(logits_RV: torch.Tensor) -> torch.Tensor:
+def _first_at(logits_RV: torch.Tensor, best_R1: torch.Tensor) -> torch.Tensor:
     """argmax with the lowest id on ties (torch's own leaves ties open)."""
-    best = logits_RV.amax(dim=-1, keepdim=True)
     ids = torch.arange(logits_RV.shape[-1], device=logits_RV.device)
-    return torch.where(logits_RV == best, ids, logits_RV.shape[-1] - 1).amin(dim=-1)
+    return torch.where(logits_RV == best_R1, ids, logits_RV.shape[-1] - 1).amin(dim=-1)
 
 
 def _sample_random(logits_RV: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Ahead:
     def start(self, chunks: list[Chunk]) -> RunningStep:
         unread = [s for s, start, length, _ in chunks if start + length > len(s.tokens)]
         for sequence in unread:
-            sequence.tokens.append(self._sampled[sequence])
+            sequence.tokens.append(max(0, self._sampled[sequence]))  # a device computes on after NO_TOKEN as well
         try:
             step = self._runner.start(chunks)
         finally:
@@ -158,7 +158,7 @@ class ModelEngine:
         pool, layout = self.scheduler.pool, self.scheduler.layout
         cache = PagedKVCache(config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
         cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
-        cache.values_LBSKD.zero_()
+        cache.values_LBSKD.fill_(float("nan"))
         bank = LoraBank(config, len(adapters), 16, device=device)
         self.versions = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):

@@ -100,10 +100,10 @@ class Admission:
         self._num_ranked += 1
         return rank(request.priority, now_s, self._num_ranked)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is."""
+    def remove(self, sequence: Sequence, *, keep_content: bool = True) -> None:
+        """Take a sequence out, wherever it is; the cache forgets its blocks unless it may `keep_content`."""
         if sequence.is_running:
-            self._stop_running(sequence)
+            self._stop_running(sequence, keep_content=keep_content)
         else:
             self.waiting.remove(sequence)
 
@@ -277,7 +277,7 @@ class Admission:
         self.waiting.add(sequence)
         self.totals.num_preemptions += 1
 
-    def _stop_running(self, sequence: Sequence) -> None:
+    def _stop_running(self, sequence: Sequence, *, keep_content: bool = True) -> None:
         del self.running[bisect_left(self.running, sequence.rank, key=_rank)]
         sequence.is_running = False
         sequence.account.num_running -= 1
@@ -285,4 +285,4 @@ class Admission:
             self._adapters.leave(sequence.adapter)
         # A step in flight may still read and write these blocks. The next step may have them all the same: the device
         # runs steps in order, and what the one in flight writes is in blocks that have no keys yet.
-        self.pool.give_back(sequence.table.pop_all())
+        self.pool.give_back(sequence.table.pop_all(), keep_content=keep_content)

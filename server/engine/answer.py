@@ -42,6 +42,11 @@ class Answer:
         self._prompt_logprobs: list[TokenLogprob] = []
         self._pooled: np.ndarray | None = None
 
+    @property
+    def grammar_error(self) -> str | None:
+        """Why the answer's grammar cannot go on, in one sentence; None: it can, or there is none."""
+        return None if self._grammar is None else self._grammar.error
+
     def add_prompt_logprobs(self, start: int, logprobs: list[TokenLogprob]) -> None:
         """Of the prompt's tokens from number start + 1 on; a request that starts anew replaces what there was."""
         self._prompt_logprobs[start:] = logprobs

@@ -9,6 +9,7 @@ import tokenizers
 from server.engine.account import Account
 from server.engine.adapters import Adapters
 from server.engine.answer import Answer
+from server.engine.finite import not_finite
 from server.engine.grammar import GrammarCompiler, GrammarRefused, TokenGrammar
 from server.engine.isolation import EngineBroken, Fault, isolate
 from server.engine.messages import (
@@ -25,7 +26,14 @@ from server.engine.messages import (
     UnloadAdapter,
     failure,
 )
-from server.engine.request import QUEUE_FULL, QUEUE_TIMEOUT, GenerationRequest, RequestRejected, SamplingParams
+from server.engine.request import (
+    GRAMMAR_REFUSED,
+    QUEUE_FULL,
+    QUEUE_TIMEOUT,
+    GenerationRequest,
+    RequestRejected,
+    SamplingParams,
+)
 from server.engine.runner import DeviceLost, OutOfDeviceMemory, Runner, RunningStep, compute
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Chunk, Sequence, StepResult
@@ -33,6 +41,7 @@ from server.engine.sequence import Chunk, Sequence, StepResult
 logger = logging.getLogger("server.engine")
 
 NO_MEMORY = "There is too little memory left for this request."
+NOT_FINITE = "The model computed numbers that are not finite (NaN or infinity) for this request; it cannot go on."
 
 
 class EngineCore:
@@ -239,12 +248,23 @@ class EngineCore:
         else:
             self._fail(fault.chunk.sequence, FAILED, "request %s makes steps fail; ending it", fault.error)
 
-    def _fail(self, sequence: Sequence, message: str, log: str, error: Exception | None = None) -> None:
-        """End a request with an error; `log` has a place for its id."""
+    def _fail(
+        self, sequence: Sequence, message: str, log: str, error: Exception | None = None, code: str | None = None
+    ) -> None:
+        """End a request with an error; `log` has a place for its id. Others do not share what was computed of it."""
         request_id = sequence.request.request_id
         logger.error(log, request_id, exc_info=error)
-        self.abort(request_id)
-        self._failed.append(failure(request_id, message))
+        self.scheduler.remove(sequence, keep_content=False)
+        self._forget(sequence)
+        self._failed.append(failure(request_id, message, code))
+
+    def _fail_not_finite(self, sequence: Sequence) -> None:
+        """End a request whose numbers allow no choice: those of the model, or a grammar that could allow no token."""
+        refusal = self._live[sequence.request.request_id].grammar_error
+        if refusal is None:
+            self._fail(sequence, NOT_FINITE, "the numbers of request %s are not finite; ending it")
+        else:
+            self._fail(sequence, refusal, "the grammar of request %s allows no token; ending it", code=GRAMMAR_REFUSED)
 
     def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
         """Wait for a step and turn what it computed into deltas."""
@@ -260,6 +280,8 @@ class EngineCore:
 
     def _record(self, chunks: list[Chunk], result: StepResult) -> list[Delta]:
         """Note what a step computed; the deltas that come of it."""
+        for sequence in not_finite(chunks, result):
+            self._fail_not_finite(sequence)
         if result.prompt_logprobs or result.pooled:
             self._note_prompts(chunks, result)
         grown = self.scheduler.apply(chunks, result.tokens)

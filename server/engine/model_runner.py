@@ -14,7 +14,7 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.served_model import ServedModel
 from stellarbyte.logit_adjustment import LogitAdjustment, adjust_logits
 from stellarbyte.logprobs import token_logprobs
-from stellarbyte.sampling import RowSampling
+from stellarbyte.sampling import NO_TOKEN, RowSampling
 
 # T tokens, C hidden size, N sequences, M blocks of the longest table, R rows that sample, V vocabulary
 
@@ -105,9 +105,11 @@ def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> n
 def sampled_logprobs(
     sequences: list[Sequence], logits_RV: torch.Tensor, tokens: list[int]
 ) -> dict[Sequence, TokenLogprob]:
-    """Log-probabilities of the new tokens of the sequences that want them."""
+    """Log-probabilities of the new tokens, as far as there are any, of the sequences that want them."""
     wanted = {
-        i: number for i, sequence in enumerate(sequences) if (number := sequence.request.sampling.logprobs) is not None
+        i: number
+        for i, sequence in enumerate(sequences)
+        if (number := sequence.request.sampling.logprobs) is not None and tokens[i] != NO_TOKEN
     }
     if not wanted:
         return {}

@@ -147,9 +147,10 @@ class Scheduler:
         self.waiting.add(sequence)
         return sequence
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or aborted, and free its blocks; what a step in flight says of it is dropped."""
-        self._admission.remove(sequence)
+    def remove(self, sequence: Sequence, *, keep_content: bool = True) -> None:
+        """Forget a sequence, finished or aborted, and free its blocks, which the cache finds again if it may
+        `keep_content`; what a step in flight says of it is dropped."""
+        self._admission.remove(sequence, keep_content=keep_content)
         self._end(sequence)
         self._admission.kept.count_evicted(sequence)
 

@@ -99,7 +99,7 @@ class Sequence:
 class StepResult:
     """What a step computed. Only sequences whose request asks for them are in the dictionaries."""
 
-    tokens: list[int] = field(default_factory=list)  # the next token of each chunk that samples, in order
+    tokens: list[int] = field(default_factory=list)  # the next of each chunk that samples, in order, or NO_TOKEN
     logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)  # of those tokens
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # as far as the chunk goes
     pooled: dict[Sequence, np.ndarray] = field(default_factory=dict)  # sum of its hidden states, or the last

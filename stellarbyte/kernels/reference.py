@@ -94,7 +94,8 @@ def _attend_sequence(
 
     visible_QN = _visible(positions_Q, key_positions_MS, sinks, window, sink_tokens)
     weights_KGQN = scores_KGQN.masked_fill(~visible_QN, float("-inf")).softmax(dim=-1).to(q_QHD.dtype)
-    values_NKD = values_MSKD.flatten(0, 1)
+    # Slots that nobody sees hold anything, NaN of a request before too, which a weight of 0 does not make 0.
+    values_NKD = values_MSKD.flatten(0, 1).masked_fill(~visible_QN.any(dim=0)[:, None, None], 0)
     out_QKGD = torch.einsum("kgqn,nkd->qkgd", weights_KGQN, values_NKD)
     return out_QKGD.flatten(1, 2)
 

@@ -30,7 +30,7 @@ class ServedModel(ABC):
 
     @abstractmethod
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
-        """The next token of each row of logits; see `stellarbyte.sampling`."""
+        """The next token of each row of logits, or NO_TOKEN; see `stellarbyte.sampling`."""
 
     def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
         """Compute a step; [R, V] logits of the rows that sample."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stellarbyte.sampling import RowSampling, gumbel_noise, keep_top_k, keep_top_p, sample
+from stellarbyte.sampling import NO_TOKEN, RowSampling, gumbel_noise, keep_top_k, keep_top_p, sample
 
 VOCABULARY = 64
 
@@ -120,3 +120,25 @@ def test_ties_with_the_last_token_that_stays_stay() -> None:
         assert y[0].isfinite().nonzero().flatten().tolist() == kept
     keep_top_k(x, [2])
     assert x[0].isfinite().nonzero().flatten().tolist() == [0, 1, 2, 3]
+
+
+BROKEN = {
+    "NaN": [float("nan")] * VOCABULARY,
+    "one NaN": [0.0] * (VOCABULARY - 1) + [float("nan")],
+    "NaN first": [float("nan")] + [0.0] * (VOCABULARY - 1),
+    "negative NaN": [-float("nan")] * VOCABULARY,
+    "NaN among forbidden": [float("-inf")] * (VOCABULARY - 1) + [float("nan")],
+    "inf": [0.0, float("inf")] + [0.0] * (VOCABULARY - 2),
+    "nothing allowed": [float("-inf")] * VOCABULARY,
+}
+
+
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, *SETTINGS], ids=str)
+def test_a_row_without_a_finite_largest_logit_gets_no_token_and_the_others_theirs(changes) -> None:
+    x = logits(2 * len(BROKEN))
+    rows = [row(position=i, **changes) for i in range(len(x))]
+    expected = sample(x, rows)
+    x[1::2] = torch.tensor(list(BROKEN.values()))
+    tokens = sample(x, rows)
+    assert tokens[1::2].tolist() == [NO_TOKEN] * len(BROKEN)
+    assert torch.equal(tokens[0::2], expected[0::2])

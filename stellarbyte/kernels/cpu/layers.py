@@ -147,7 +147,8 @@ def _rms_norm_parallel(x, weight, eps, out, num_threads):
             _norm_row(x[t], weight, eps, out[t])
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+# Without NumPy's error model a row of NaN would raise ZeroDivisionError: fast arithmetic takes NaN for equal to 0.
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
 def rms_norm(x, weight, eps, out, num_threads):
     """out = RMSNorm of each row; for a few rows, waking the other threads would cost more than it saves."""
     if len(x) > 16:

@@ -9,33 +9,39 @@ from numba import njit, prange
 
 from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.instructions import exp
-from stellarbyte.sampling import RowSampling, keep_top_k, row_key
+from stellarbyte.sampling import NO_TOKEN, RowSampling, keep_top_k, row_key
 
 # R rows, V vocabulary
 
 _BLOCK = 256  # tokens whose noise is bounded together
+_INFINITY_BITS = np.int32(0x7F800000)  # of a float32; those of NaN are more, its sign aside
+_SIGNLESS = np.int32(0x7FFFFFFF)
 _ROUNDING = {"nnan", "nsz", "reassoc", "contract"}  # of fast arithmetic, all but what would forbid infinities
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling], num_threads: int) -> list[int]:
-    """One token id for each row of float32 logits."""
+    """One token id for each row of float32 logits, NO_TOKEN as in `sampling.sample`."""
     if any(row.top_k for row in rows):
         logits_RV = logits_RV.clone()
         keep_top_k(logits_RV, [row.top_k if row.temperature > 0 else 0 for row in rows])
     parameters_R3 = np.array([(row.temperature, row.top_p, row.min_p) for row in rows], np.float32)
     keys_R2 = np.array([row_key(row) if row.temperature > 0 else (0, 0) for row in rows], np.uint32)
     tokens_R = np.empty(len(rows), np.int64)
-    _sample_rows(logits_RV.numpy(), parameters_R3, keys_R2, tokens_R, num_threads)
+    logits = logits_RV.numpy()
+    _sample_rows(logits, logits.view(np.int32), parameters_R3, keys_R2, tokens_R, num_threads)
     return tokens_R.tolist()
 
 
 @njit(parallel=True, fastmath=_ROUNDING, nogil=True, cache=KEEP_COMPILED)
-def _sample_rows(logits_RV, parameters_R3, keys_R2, tokens_R, num_threads):
+def _sample_rows(logits_RV, bits_RV, parameters_R3, keys_R2, tokens_R, num_threads):
     for thread in prange(num_threads):
         scaled_V = np.empty(logits_RV.shape[1], np.float32)
         for r in range(thread, len(logits_RV), num_threads):
             temperature, top_p, min_p = parameters_R3[r]
-            likeliest = _first_argmax(logits_RV[r])
+            likeliest = _first_argmax(logits_RV[r], bits_RV[r])
+            if likeliest == NO_TOKEN:
+                tokens_R[r] = NO_TOKEN
+                continue
             if temperature > 0:
                 largest = logits_RV[r, likeliest]
                 for v in range(len(scaled_V)):
@@ -51,10 +57,14 @@ def _sample_rows(logits_RV, parameters_R3, keys_R2, tokens_R, num_threads):
 
 
 @njit(inline="always")
-def _first_argmax(logits_V):
-    largest = logits_V[0]
+def _first_argmax(logits_V, bits_V):
+    """The likeliest token. NaN shows in the bits only: arithmetic is compiled as if there were none."""
+    largest, most_bits = logits_V[0], np.int32(0)
     for v in range(len(logits_V)):
         largest = max(largest, logits_V[v])
+        most_bits = max(most_bits, bits_V[v] & _SIGNLESS)
+    if most_bits > _INFINITY_BITS or abs(largest) == np.inf:
+        return NO_TOKEN
     for v in range(len(logits_V)):
         if logits_V[v] == largest:
             return v

@@ -33,12 +33,14 @@ from stellarbyte.kernels.triton.truncation import (
     list_kernel,
     row_mass,
 )
+from stellarbyte.sampling import NO_TOKEN
 
 # R rows, V vocabulary, P parts of it, N bins, L candidates
 
 CAPACITY = 4096  # of a row's list
 _PART = 2048
 _LARGEST_INVERSE = tl.constexpr(2.0**127)  # of a temperature; inf times 0 is no number
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 _BLOCK = 8192  # tokens of a row that one program looks at together
 
 
@@ -95,8 +97,8 @@ def sample(
     """Write one token id for each row to `out_R`, int32 contiguous; for CUDA graphs.
 
     Args:
-        logits_RV: bfloat16 or float32, rows contiguous; -inf forbids a token, NaN makes the row's token any of the
-            vocabulary. They stay as they are.
+        logits_RV: bfloat16 or float32, rows contiguous; -inf forbids a token. A row with NaN, +inf or nothing but -inf
+            gets NO_TOKEN. They stay as they are.
         scratch: of this vocabulary, for at least R rows.
         truncates: some row may have top_k, top_p or min_p; if False they are not looked at.
     """
@@ -144,6 +146,7 @@ def _parts_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=-float("inf")).to(tl.float32)
+    x = tl.where(x == x, x, float("inf"))  # NaN, which a maximum would leave out, spoils the row as +inf does
     largest = tl.max(x, axis=0)
     tl.store(maxima + row * num_parts + part, largest)
     temperature = tl.load(temperatures + row * temperature_stride)
@@ -160,8 +163,8 @@ def _parts_kernel(
         state = states + row * state_stride
         position = tl.load(positions + row * position_stride)
         key, second_key = row_keys(tl.load(state), tl.load(state + 1), position)
-        # Where the whole part is forbidden, -inf less itself would be no number.
-        finite = tl.where(largest == -float("inf"), 0.0, largest)
+        # Where the whole part is forbidden, or one of it is infinite, infinity less itself would be no number.
+        finite = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
         # To rounding the distance below the largest, without a division for each token.
         score = (x - finite) * tl.minimum(1 / temperature, _LARGEST_INVERSE) + gumbel_noise(token, key, second_key)
         top = tl.max(score, axis=0)
@@ -186,9 +189,9 @@ def _choose_kernel(
     score = tl.load(maxima + row * num_parts + part, mask=inside, other=-float("inf"))
     largest = tl.max(score, axis=0)
     if temperature > 0:
-        below = distance_below(score, tl.where(largest == -float("inf"), 0.0, largest), temperature)
+        below = distance_below(score, tl.where(tl.abs(largest) == float("inf"), 0.0, largest), temperature)
         score = tl.load(scores + row * num_parts + part, mask=inside, other=0.0) - below
-    best_part = tl.minimum(tl.argmax(score, axis=0), num_parts - 1)  # among NaNs it may be any
+    best_part = tl.minimum(tl.argmax(score, axis=0), num_parts - 1)  # among NaNs of a broken row it may be any
     winner = tl.load(winners + row * num_parts + best_part)
     if TRUNCATES:
         top_k, top_p = tl.load(top_ks + row * top_k_stride), tl.load(top_ps + row * top_p_stride)
@@ -212,4 +215,4 @@ def _choose_kernel(
                     logits + row * logits_stride, listed_ids, vocab_size, largest, least, mass, temperature, top_k,
                     top_p, min_p, key, second_key, False, KEY_SHIFT, ROW_BLOCK,
                 )  # fmt: skip
-    tl.store(out + row, tl.minimum(winner, vocab_size - 1))
+    tl.store(out + row, tl.where(tl.abs(largest) < float("inf"), tl.minimum(winner, vocab_size - 1), _NO_TOKEN))

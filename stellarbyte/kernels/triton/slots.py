@@ -141,7 +141,9 @@ def gather_fields(memory: SlotMemory, slots_R: torch.Tensor, fields_RF: torch.Te
 
 
 def store_tokens(memory: SlotMemory, slots_R: torch.Tensor, tokens_R: torch.Tensor) -> None:
-    """Give slots their newest tokens; slot 0 keeps its own."""
+    """Give slots their newest tokens; slot 0 keeps its own. For NO_TOKEN it is 0: the step after it, whose results
+    nobody reads, looks it up in the embedding.
+    """
     count = len(tokens_R)
     _store_kernel[(triton.cdiv(count, 256),)](
         slots_R, memory.slots_SF, memory.slot_size, tokens_R, count, BLOCK=256, **overlapping(tokens_R.device)
@@ -187,4 +189,5 @@ def _store_kernel(rows, slots, slot_size, tokens, count, BLOCK: tl.constexpr, OV
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     slot = tl.load(rows + i, mask=inside, other=0)
-    tl.store(slots + slot.to(tl.int64) * slot_size + 1, tl.load(tokens + i, mask=inside), mask=inside & (slot != 0))
+    token = tl.maximum(tl.load(tokens + i, mask=inside, other=0), 0)
+    tl.store(slots + slot.to(tl.int64) * slot_size + 1, token, mask=inside & (slot != 0))

@@ -58,7 +58,7 @@ def model_core(model: ByteTransformer, backend: Backend, device: str = "cpu", **
     pool, layout = scheduler.pool, scheduler.layout
     cache = PagedKVCache(model.config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
     cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
-    cache.values_LBSKD.zero_()
+    cache.values_LBSKD.fill_(float("nan"))
     core = make_core(ModelRunner(backend(model, model.config, None), cache), model.config.vocab_size)
     core.scheduler = scheduler
     return core

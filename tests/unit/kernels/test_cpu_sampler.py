@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stellarbyte.kernels.cpu import sampler
-from stellarbyte.sampling import RowSampling, sample
+from stellarbyte.sampling import NO_TOKEN, RowSampling, sample
 
 
 def make_rows(number: int, **fields: Any) -> list[RowSampling]:
@@ -58,3 +58,18 @@ def test_ties_and_forbidden_tokens() -> None:
         drawn = sampler.sample(logits_RV, random, num_threads=2)
         assert drawn == sample(logits_RV, random).tolist()
         assert set(drawn) == {300, 400, 599}
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}], ids=str)
+def test_broken_rows_get_the_references_token_which_is_none(fields: dict[str, Any]) -> None:
+    """The arithmetic is compiled as if there were no NaN; it must be seen all the same."""
+    logits_RV = torch.randn(60, 3001, generator=torch.Generator().manual_seed(0))
+    for i in range(0, 60, 4):
+        logits_RV[i, 50 * i] = float("nan")
+        logits_RV[i + 1] = -float("nan") if i % 8 else float("nan")
+        logits_RV[i + 2] = float("-inf")
+        logits_RV[i + 2, 3000] = float("inf") if i % 8 else float("-inf")
+    rows = make_rows(60, **fields)
+    tokens = sampler.sample(logits_RV, rows, num_threads=2)
+    assert tokens == sample(logits_RV, rows).tolist()
+    assert [token == NO_TOKEN for token in tokens] == [True, True, True, False] * 15

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from stellarbyte.kernels.triton.noise import gumbel_noise, gumbel_of_bits, row_keys
 from stellarbyte.kernels.triton.sampler import CAPACITY, SamplerScratch, SamplingRows, sample
-from stellarbyte.sampling import RowSampling, choice_state
+from stellarbyte.sampling import NO_TOKEN, RowSampling, choice_state
 from stellarbyte.sampling import gumbel_noise as reference_noise
 from stellarbyte.sampling import sample as reference
 
@@ -189,11 +189,20 @@ def test_forbidden_tokens_are_never_drawn(device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
-@pytest.mark.parametrize("broken", [float("nan"), float("-inf")])
-def test_broken_logits_still_give_a_token_of_the_vocabulary(broken: float, device: torch.device) -> None:
-    """What comes out is an index into the embedding: one from outside would take the whole process down."""
-    tokens = drawn(torch.full((len(KINDS), 5003), broken), [row(**kind) for kind in KINDS], device)
-    assert all(0 <= token < 5003 for token in tokens)
+@pytest.mark.parametrize("place", [None, 0, 2500, 5002])
+def test_a_row_without_a_finite_largest_logit_gets_no_token_and_the_others_theirs(
+    place: int | None, device: torch.device
+) -> None:
+    """NaN is all of the row, or one logit in the first, a middle or the last part of the vocabulary."""
+    rows = [row(position=i, seed=5, **KINDS[i // 2]) for i in range(2 * len(KINDS))]
+    logits_RV = random_logits(len(rows), 5003)
+    expected = reference(logits_RV, rows).tolist()
+    broken = torch.tensor([float("nan"), float("-inf") if place is None else float("inf"), -float("nan")]).repeat(3)
+    logits_RV[1::2, slice(None) if place is None else place] = broken[:, None] if place is None else broken
+    tokens = drawn(logits_RV, rows, device)
+    assert tokens[0::2] == expected[0::2]
+    assert tokens == reference(logits_RV, rows).tolist()
+    assert tokens[1::2] == [NO_TOKEN] * len(KINDS)
 
 
 @pytest.mark.parametrize("capacity", [CAPACITY, 1], ids=["listed", "in place"])
