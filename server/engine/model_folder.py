@@ -1,6 +1,7 @@
 """What the engine reads of a model's folder: config, weights, tokenizer, ends. Knows no settings and no serving."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from transformers import GenerationConfig
 
 from server.stand_in_tokenizer import make_stand_in_tokenizer
 from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
-from stellarbyte.checkpoint.native import load_language_model, open_checkpoint, weights_hash
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.weights_hash import FileState, states_of, weights_hash
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 
@@ -27,6 +29,7 @@ class ModelFolder:
     path: Path
     config: ByteModelConfig
     is_dummy: bool
+    weight_files: Mapping[Path, FileState]  # as they were when the folder was opened; none of a dummy
 
     def language_model(self, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
         if self.is_dummy:
@@ -35,8 +38,8 @@ class ModelFolder:
         return load_language_model(self.path, dtype=dtype, device=device)
 
     def weights_hash(self) -> str:
-        """SHA-256 over the weights, hexadecimal; "dummy-…" for random ones."""
-        return dummy_hash(self.path) if self.is_dummy else weights_hash(self.path)
+        """SHA-256 over the weights, hexadecimal; "dummy-…" for random ones. CheckpointError if they have changed."""
+        return dummy_hash(self.path) if self.is_dummy else weights_hash(self.weight_files)
 
     def tokenizer(self) -> Tokenizer:
         file = self.path / "tokenizer.json"
@@ -59,5 +62,7 @@ def open_model_folder(path: Path, *, is_dummy: bool) -> ModelFolder:
     Raises:
         stellarbyte.checkpoint.errors.CheckpointError: it is absent, damaged or unsupported.
     """
-    config = dummy_config(path) if is_dummy else open_checkpoint(path).config
-    return ModelFolder(path=path, config=config, is_dummy=is_dummy)
+    if is_dummy:
+        return ModelFolder(path=path, config=dummy_config(path), is_dummy=True, weight_files={})
+    checkpoint = open_checkpoint(path)
+    return ModelFolder(path=path, config=checkpoint.config, is_dummy=False, weight_files=states_of(checkpoint.files))

@@ -11,12 +11,13 @@ import torch
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.gguf_model import plan_gguf
 from stellarbyte.checkpoint.hf import plan_folder
-from stellarbyte.checkpoint.native import check_tensors, write_hashes
+from stellarbyte.checkpoint.native import check_tensors
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.progress import Progress
 from stellarbyte.checkpoint.safetensors_file import write_file
 from stellarbyte.checkpoint.shapes import expected_shapes
 from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
+from stellarbyte.checkpoint.weights_hash import keep_hashes
 
 MAX_SHARD_BYTES = 4 * 1024**3
 _SPARE_BYTES = 64 * 1024**2  # for the tokenizer and the other small files
@@ -55,7 +56,8 @@ def convert(
         plan.config.save_pretrained(staging)
         _write_json(staging / "generation_config.json", plan.generation)
         plan.write_tokenizer(staging)
-        _write_weights(staging, plan, max_shard_bytes, progress)
+        hashes = _write_weights(staging, plan, max_shard_bytes, progress)
+    keep_hashes(target, hashes)
     return target
 
 
@@ -80,7 +82,10 @@ def _require_space(target: Path, num_bytes: int) -> None:
         )
 
 
-def _write_weights(folder: Path, plan: ConversionPlan, max_shard_bytes: int, progress: Progress | None) -> None:
+def _write_weights(
+    folder: Path, plan: ConversionPlan, max_shard_bytes: int, progress: Progress | None
+) -> dict[str, str]:
+    """Returns the SHA-256 of each file, by its name."""
     shards = _shards(plan, max_shard_bytes)
     total = sum(tensor.num_bytes for tensor in plan.tensors.values())
     written = 0
@@ -104,7 +109,7 @@ def _write_weights(folder: Path, plan: ConversionPlan, max_shard_bytes: int, pro
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
-    write_hashes(folder, hashes)
+    return hashes
 
 
 def _shards(plan: ConversionPlan, max_bytes: int) -> list[dict[str, PlannedTensor]]:

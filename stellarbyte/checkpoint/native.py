@@ -1,11 +1,9 @@
-"""A ByteTransformer checkpoint folder: checked before it is read, hashed, loaded. Knows no other format.
+"""A ByteTransformer checkpoint folder: checked before it is read, loaded. Knows no other format.
 
 config.json  generation_config.json  model.safetensors (or shards and model.safetensors.index.json)
 tokenizer.json  tokenizer_config.json  chat_template.jinja (where the model has one)
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +24,6 @@ from stellarbyte.model.decoder import ByteLanguageModel
 
 if TYPE_CHECKING:
     from stellarbyte.model.transformer import ByteTransformer
-
-HASH_FILE = "weights-hash.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,59 +107,6 @@ def check_tensors(source: Path, expected: Mapping[str, Shape], found: Mapping[st
 def _listed(names: list[str]) -> str:
     others = len(names) - 1
     return f"{names[0]} and {others} other tensor{'s' * (others > 1)}" if others else f"the tensor {names[0]}"
-
-
-def weights_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hex) of the weights: for one file what `sha256sum` prints, for shards that of `sha256sum`'s listing.
-
-    The files' own hashes are kept beside them with size and modification time, and are computed again when one of
-    those changes. A folder that cannot be written is hashed each time.
-
-    Raises:
-        CheckpointError: the folder has no readable weights.
-    """
-    folder = Path(path)
-    files = sorted({info.file for info in read_headers(folder).values()})
-    try:
-        known = read_json(folder / HASH_FILE)
-    except CheckpointError:
-        known = {}
-    hashes = {file: _known_hash(file, known.get(file.name)) or _hash_file(file) for file in files}
-    if known != (current := {file.name: _hash_entry(file, digest) for file, digest in hashes.items()}):
-        _keep_hashes(folder, current)
-    if len(files) == 1:
-        return hashes[files[0]]
-    return hashlib.sha256("".join(f"{digest}  {file.name}\n" for file, digest in hashes.items()).encode()).hexdigest()
-
-
-def _known_hash(file: Path, entry: object) -> str | None:
-    """The hash that `entry` of the hash file holds, if it is of this very state of the file."""
-    digest = entry.get("sha256") if isinstance(entry, dict) else None
-    return digest if isinstance(digest, str) and entry == _hash_entry(file, digest) else None
-
-
-def _hash_entry(file: Path, digest: str) -> dict[str, object]:
-    status = file.stat()
-    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns, "sha256": digest}
-
-
-def _hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Keep the hashes of files that were just written (file name → SHA-256), so that no start computes them."""
-    _keep_hashes(folder, {name: _hash_entry(folder / name, digest) for name, digest in hashes.items()})
-
-
-def _keep_hashes(folder: Path, entries: Mapping[str, object]) -> None:
-    partial = folder / f".{HASH_FILE}.{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / HASH_FILE)
-    except OSError:
-        partial.unlink(missing_ok=True)  # read-only or full: the next call hashes again
 
 
 def load_model(

@@ -1,6 +1,5 @@
 """Native checkpoint folders: what is wrong with one is said in a sentence, its hash is right, it loads whole."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import load_config, load_model, open_checkpoint, weights_hash
+from stellarbyte.checkpoint.native import load_config, load_model, open_checkpoint
 from stellarbyte.checkpoint.shapes import expected_shapes
 from tests.models import make_config, make_model
 from tests.tiny_models import tiny_qwen2
@@ -163,40 +162,6 @@ def test_header_that_is_nonsense_is_refused(whole: Path, tmp_path: Path):
         except CheckpointError:
             continue
         assert damaged[at] ^ 0x15 in b" ptformat"  # the free text of __metadata__, and padding
-
-
-def test_hash_of_one_file_is_that_of_sha256sum(tmp_path: Path):
-    make_model().save_pretrained(tmp_path)
-    assert weights_hash(tmp_path) == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-
-
-def test_hash_follows_every_change(whole: Path, tmp_path: Path):
-    """It is kept between starts, so a file that changes must not keep its old hash, even at the same size."""
-    folder = shutil.copytree(whole, tmp_path / "copy")
-    before = weights_hash(folder)
-    assert before == weights_hash(whole)
-    file = max(folder.glob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert weights_hash(folder) != before
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert weights_hash(folder) == before
-
-
-def test_hash_is_not_computed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = convert(tiny_qwen2(tmp_path / "source"), tmp_path / "target")
-    expected = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("the file was read again"))
-    assert weights_hash(folder) == expected
-
-
-def test_nonsense_in_the_hash_file_is_ignored(whole: Path, tmp_path: Path):
-    folder = shutil.copytree(whole, tmp_path / "copy")
-    for content in ("", "[]", '{"model.safetensors": 1}'):
-        (folder / "weights-hash.json").write_text(content)
-        assert weights_hash(folder) == weights_hash(whole)
 
 
 def test_config_round_trip(tmp_path: Path):
