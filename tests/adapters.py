@@ -2,18 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from server.engine.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
-from server.engine.adapter_memory import FillDone, ReadDone
+from server.engine.adapter_memory import FillDone, Looked, ReadDone
 from server.engine.adapter_version import AdapterFiles, AdapterVersion
+from server.engine.adapters import Adapters
+from server.engine.messages import AdapterCard, AdapterList
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
 from stellarbyte.lora.bank import adaptable_modules
 
-NO_FILES = AdapterFiles(config=Path("nowhere"), weights=Path("nowhere"), shown="nowhere")
+NOWHERE = Path("nowhere")
+NO_FILES = AdapterFiles(config=NOWHERE, weights=NOWHERE, root=NOWHERE, asked="nowhere", shown="nowhere")
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,18 @@ def touch_adapter(folder: Path) -> Path:
     return folder
 
 
+def listed(adapters: Adapters) -> tuple[AdapterCard, ...]:
+    """All cards, as of a folder that is looked at now, if its last look is old."""
+    replies = adapters.list_all("list") or adapters.collect()
+    (found,) = [reply for reply in replies if isinstance(reply, AdapterList)]
+    return found.cards
+
+
 @dataclass
 class FakeStore:
-    """Reads and copies end when the test says so; what a file holds is its version's `files.shown`."""
+    """Looks, reads and copies end when the test says so; what a file holds is its version's `files.shown`."""
 
+    looks: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = field(default_factory=list)
     reads: list[AdapterVersion] = field(default_factory=list)
     fills: list[tuple[AdapterVersion, int]] = field(default_factory=list)
     in_memory: set[AdapterVersion] = field(default_factory=set)
@@ -87,6 +100,9 @@ class FakeStore:
     errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be read
     fill_errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be copied to a slot
     wake_fd = None
+
+    def look(self, look: Callable[[], Any], note: Callable[[Any], Any]) -> None:
+        self.looks.append((look, note))
 
     def read(self, version: AdapterVersion) -> None:
         self.reads.append(version)
@@ -101,9 +117,9 @@ class FakeStore:
     def forget(self, version: AdapterVersion) -> None:
         self.in_memory.discard(version)
 
-    def finished(self) -> list[ReadDone | FillDone]:
+    def finished(self) -> list[ReadDone | FillDone | Looked]:
         """Everything that was started."""
-        done: list[ReadDone | FillDone] = []
+        done: list[ReadDone | FillDone | Looked] = [Looked(partial(note, look())) for look, note in self.looks]
         for version in self.reads:
             if error := self.errors.get(version.name):
                 done.append(ReadDone(version=version, seconds=0.01, error=error))
@@ -117,5 +133,5 @@ class FakeStore:
                 continue
             self.in_slots[slot] = version
             done.append(FillDone(version=version, slot=slot))
-        self.reads, self.fills = [], []
+        self.looks, self.reads, self.fills = [], [], []
         return done

@@ -29,7 +29,12 @@ def install() -> None:
 def _opened(event: str, arguments: tuple[object, ...]) -> str | None:
     del event
     path = arguments[0]
-    return repr(os.path.abspath(os.fsdecode(path))) if isinstance(path, str | bytes | os.PathLike) else None
+    if not isinstance(path, str | bytes | os.PathLike):
+        return None
+    caller = sys._getframe(2)
+    if caller.f_code.co_name == "open_inside" and "at" in caller.f_locals:  # the folder it opens from is not told
+        path = os.path.join(os.readlink(f"/proc/self/fd/{caller.f_locals['at']}"), os.fsdecode(path))
+    return repr(os.path.abspath(os.fsdecode(path)))
 
 
 def _connected(event: str, arguments: tuple[object, ...]) -> str | None:

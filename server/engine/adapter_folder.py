@@ -1,10 +1,13 @@
 """Where adapters may be read from: --adapter-dir and the places --lora-modules names. Knows no formats.
 
-A path is resolved, links included, before it is compared, and what is absent and what is forbidden look the same.
+A path is resolved, links included, before it is compared, and what is absent and what is forbidden look the same. All
+that looks at files may take as long as a disk or a network does: never on the engine's thread.
 """
 
+import errno
 import logging
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,10 +18,11 @@ logger = logging.getLogger("server.engine")
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class AdapterFolder:
-    """Finds the files of adapters.
+    """Finds the files of adapters. Any thread.
 
     Args:
         folder: --adapter-dir.
@@ -32,13 +36,18 @@ class AdapterFolder:
     def module(self, name: str) -> AdapterFiles | None:
         """The files of an adapter given with --lora-modules; None if they are not there."""
         root = self._modules[name]
-        return _files(root, root, root.name)
+        return _files(root, root, asked=str(root), shown=root.name)
+
+    def may_offer(self, name: str) -> bool:
+        """Whether a folder in --adapter-dir can have this name. Looks at no file."""
+        return self._folder is not None and is_adapter_name(name) and "/" not in name
 
     def offered(self, name: str) -> AdapterFiles | None:
         """The files of the folder in --adapter-dir that has this name."""
-        if self._folder is None or not is_adapter_name(name) or "/" in name:
+        if self._folder is None or not self.may_offer(name):
             return None
-        return self._inside(name)
+        plain = _plain_files(self._folder, name)
+        return self._inside(name) if plain is None else plain
 
     def all_offered(self) -> list[tuple[str, AdapterFiles]]:
         """Name and files of every adapter in --adapter-dir."""
@@ -57,7 +66,7 @@ class AdapterFolder:
             return files
         for root in self._modules.values():
             if path == str(root):
-                return _files(root, root, root.name)
+                return _files(root, root, asked=path, shown=root.name)
         return None
 
     def _inside(self, path: str) -> AdapterFiles | None:
@@ -67,12 +76,26 @@ class AdapterFolder:
             return None
         try:
             folder = (root / path).resolve()
-            return _files(folder, root, str(folder.relative_to(root)))
+            return _files(folder, root, asked=path, shown=str(folder.relative_to(root)))
         except (OSError, ValueError, RuntimeError):  # too long, links in a circle; a NUL, not inside root
             return None
 
 
-def _files(folder: Path, root: Path, shown: str) -> AdapterFiles | None:
+def _plain_files(root: Path, name: str) -> AdapterFiles | None:
+    """The files of a folder in `root` where nothing is a link; else None. Thousands are listed at a time."""
+    folder = f"{root}/{name}"
+    config, weights = f"{folder}/{CONFIG_FILE}", f"{folder}/{WEIGHTS_FILE}"
+    try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode) or not all(
+            stat.S_ISREG(os.lstat(file).st_mode) for file in (config, weights)
+        ):
+            return None
+    except (OSError, ValueError):
+        return None
+    return AdapterFiles(config=Path(config), weights=Path(weights), root=root, asked=name, shown=name)
+
+
+def _files(folder: Path, root: Path, *, asked: str, shown: str) -> AdapterFiles | None:
     """Both files of a folder, if they are plain files that lie inside `root` themselves."""
     found = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -81,4 +104,27 @@ def _files(folder: Path, root: Path, shown: str) -> AdapterFiles | None:
             return None
         found.append(file)
     config, weights = found
-    return AdapterFiles(config=config, weights=weights, shown=shown)
+    return AdapterFiles(config=config, weights=weights, root=root, asked=asked, shown=shown)
+
+
+def open_inside(root: Path, path: str, flags: int) -> int:
+    """Open a file by a path without links in `root`, as an opener of `open`: what is opened lies in `root`.
+
+    Each step of the way is opened from the one before and follows no link, so none that has taken the place of a file
+    or a folder since the path was resolved leads out.
+
+    Raises:
+        OSError: there is a link, or no such file.
+    """
+    try:
+        *folders, name = Path(path).relative_to(root).parts
+    except ValueError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+    at = os.open(root, _FOLDER_FLAGS)
+    try:
+        for folder in folders:
+            above, at = at, os.open(folder, _FOLDER_FLAGS, dir_fd=at)
+            os.close(above)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    finally:
+        os.close(at)

@@ -1,11 +1,14 @@
 """The adapters in CPU memory: which come and which go. Knows no names, no requests and no tensors."""
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from server.engine.adapter_slots import AdapterSlots
 from server.engine.adapter_version import AdapterVersion
+from server.engine.messages import Reply
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,18 @@ class FillDone:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class Looked:
+    """A look at the disk has ended; `note` takes note of what it found, on the engine's thread."""
+
+    note: Callable[[], list[Reply]]
+
+
 class AdapterStore(Protocol):
-    """Moves adapters between the tiers. `read` and `fill` return at once and are answered by `finished`."""
+    """Moves adapters between the tiers. `look`, `read` and `fill` return at once and are answered by `finished`."""
+
+    def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
+        """Run `look`, one after the other, on a thread that may wait for a disk; `note` gets None if that failed."""
 
     def read(self, version: AdapterVersion) -> None:
         """Disk to CPU memory."""
@@ -47,7 +60,7 @@ class AdapterStore(Protocol):
     def forget(self, version: AdapterVersion) -> None:
         """Give the CPU memory of a version back."""
 
-    def finished(self) -> list[ReadDone | FillDone]: ...
+    def finished(self) -> list[ReadDone | FillDone | Looked]: ...
 
     @property
     def wake_fd(self) -> int | None:
@@ -58,6 +71,13 @@ class NoStore:
     """The store of an engine that has no place to read adapters from."""
 
     wake_fd = None
+
+    def __init__(self) -> None:
+        self._looked: list[Looked] = []
+
+    def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
+        found = look()  # at once: there is no folder that it could wait for
+        self._looked.append(Looked(lambda: note(found)))
 
     def read(self, *_: object) -> None:
         raise AssertionError("there is no adapter to read")
@@ -71,8 +91,9 @@ class NoStore:
     def forget(self, *_: object) -> None:
         raise AssertionError("there is no adapter to forget")
 
-    def finished(self) -> list[ReadDone | FillDone]:
-        return []
+    def finished(self) -> list[ReadDone | FillDone | Looked]:
+        looked, self._looked = self._looked, []
+        return [*looked]
 
 
 class AdapterMemory:

@@ -4,26 +4,30 @@ The threads are as unimportant as the system lets them be, so that running strea
 """
 
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from server.engine.adapter_memory import FillDone, ReadDone
+from server.engine.adapter_folder import open_inside
+from server.engine.adapter_memory import FillDone, Looked, ReadDone
 from server.engine.adapter_version import AdapterVersion
 from server.engine.device_errors import device_errors
 from server.engine.give_way import give_way
+from server.engine.messages import Reply
 from server.engine.runner import DeviceLost
 from stellarbyte.lora import AdapterError, read_adapter
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
 
 logger = logging.getLogger("server.engine")
 
+T = TypeVar("T")
 MAX_READERS = 6  # a core reads, checks and packs some 400 MB a second; more get into each other's way
 
 
@@ -37,12 +41,23 @@ class AdapterStore:
         self._bank = bank
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
-        self._done: deque[ReadDone | FillDone | Exception] = deque()
+        self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
+        self._looker = ThreadPoolExecutor(1, "adapter-looker")
         self._reader = _readers()
         self._filler = ThreadPoolExecutor(1, "adapter-filler", give_way)
         self.wake_fd, self._wake = os.pipe()
         os.set_blocking(self.wake_fd, False)
         os.set_blocking(self._wake, False)
+
+    def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
+        def work() -> Looked:
+            try:
+                return Looked(functools.partial(note, look()))
+            except Exception:  # whatever it is, adapters that are in memory serve on
+                logger.exception("looking for adapters failed")
+                return Looked(functools.partial(note, None))
+
+        self._start(self._looker, work)
 
     def read(self, version: AdapterVersion) -> None:
         self._start(self._reader, lambda: self._read(version))
@@ -70,7 +85,7 @@ class AdapterStore:
     def forget(self, version: AdapterVersion) -> None:
         self._packed.pop(version, None)
 
-    def finished(self) -> list[ReadDone | FillDone]:
+    def finished(self) -> list[ReadDone | FillDone | Looked]:
         with contextlib.suppress(BlockingIOError):
             os.read(self.wake_fd, 4096)
         done = []
@@ -96,7 +111,11 @@ class AdapterStore:
         started_s = time.perf_counter()
         files = version.files
         try:
-            adapter = read_adapter(files.config, files.weights, self._shapes, max_rank=self._bank.max_rank)
+            assert files is not None, "they were found before"
+            opener = functools.partial(open_inside, files.root)
+            adapter = read_adapter(
+                files.config, files.weights, self._shapes, max_rank=self._bank.max_rank, opener=opener
+            )
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
             packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
             if not packed.is_finite():

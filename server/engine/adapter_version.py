@@ -9,10 +9,12 @@ AdapterState = Literal["loading", "ready", "draining", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """Where an adapter is read from. Both files were found inside a folder the operator allowed."""
+    """Where an adapter is read from. Both files were found inside a folder the operator allowed, links resolved."""
 
     config: Path
     weights: Path
+    root: Path  # that folder
+    asked: str  # what they were found by
     shown: str  # how the API names the place
 
 
@@ -29,7 +31,7 @@ class AdapterVersion:
     """Requests are bound to a version when they are accepted, and end on it whatever becomes of its name."""
 
     name: str
-    files: AdapterFiles
+    files: AdapterFiles | None  # None: they are being looked for, or were not found
     state: AdapterState = "ready"  # loading: read for the first time; draining: its name is gone, requests are not
     content_hash: str = ""  # SHA-256, hexadecimal; "" until it was read
     num_bytes: int = 0  # in memory

@@ -1,17 +1,19 @@
 """The registry of adapters: names, versions, who uses them, in which memory they lie. Knows no tensors, no formats.
 
-A name has one current version. Loading reads and checks it on another thread (`AdapterStore`); everything here happens
-on the engine's thread, between two steps. A version that is replaced or unloaded drains: it serves the requests that
-were bound to it, then it is forgotten. Memory has three tiers: slots of the bank, CPU memory, disk; what is used least
-recently moves down, and nothing that a running request uses moves.
+A name has one current version. Finding, reading and checking it is done on other threads (`AdapterStore`); everything
+here happens on the engine's thread, between two steps, and looks at no file. A version that is replaced or unloaded
+drains: it serves the requests that were bound to it, then it is forgotten. Memory has three tiers: slots of the bank,
+CPU memory, disk; what is used least recently moves down, and nothing that a running request uses moves.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from server.engine.adapter_folder import AdapterFolder
-from server.engine.adapter_memory import AdapterMemory, AdapterStore, FillDone, NoStore, ReadDone
+from server.engine.adapter_listing import AdapterListing, card_of
+from server.engine.adapter_memory import AdapterMemory, AdapterStore, FillDone, Looked, NoStore, ReadDone
 from server.engine.adapter_slots import AdapterSlots, Move
 from server.engine.adapter_version import AdapterFiles, AdapterVersion
 from server.engine.histogram import Histogram
@@ -29,7 +31,6 @@ from server.setting_values import ADAPTER_NAME_RULE, is_adapter_name
 
 logger = logging.getLogger("server.engine")
 
-LISTING_LASTS_S = 5.0
 RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
 MIN_PIN_DIGITS = 8  # of a hash that pins a version
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -68,8 +69,7 @@ class Adapters:
         self._loads: dict[AdapterVersion, str] = {}  # being read for a call → its id
         self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
-        self._listed: list[tuple[str, AdapterFiles]] = []
-        self._listed_at_s = -LISTING_LASTS_S
+        self._listing = AdapterListing(folder, store, clock, self._list)
         self._num_uses = 0
         self.num_reads = 0  # that have ended, well or not: then `refusal` may say something new
 
@@ -79,7 +79,8 @@ class Adapters:
         """The version that a new request for NAME or NAME@HASH runs on, counted as used by it until `release`.
 
         Raises:
-            RequestRejected: there is no such adapter, or it could not be read.
+            RequestRejected: there can be no such adapter, or it could not be read. One that is looked for may turn out
+                not to be there: see `refusal`.
         """
         version = self._find(reference.partition("@")[0])
         if version is None:
@@ -147,57 +148,75 @@ class Adapters:
         if self._is_loading(name):
             return CallFailed(call_id, f"The adapter {name!r} is being loaded already.", param="lora_name")
         current = self._current.get(name)
-        if current is not None and current.state != "failed" and not in_place:
+        if current is not None and current.files is not None and current.state != "failed" and not in_place:
             message = f"The adapter {name!r} is loaded already; give load_inplace to replace it."
             return CallFailed(call_id, message, param="lora_name")
-        files = self._folder.at(path)
-        if files is None:
-            message = f"There is no adapter {path!r:.300} in --adapter-dir or among --lora-modules."
-            return CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_path")
-        self.start_load(call_id, name, files)
+        message = f"There is no adapter {path!r:.300} in --adapter-dir or among --lora-modules."
+        absent = CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_path")
+        version = AdapterVersion(name=name, files=None, state="loading")
+        self._loads[version] = call_id
+        self._store.look(partial(self._folder.at, path), partial(self._note_looked, version, absent))
         return None
 
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
         """Read an adapter whose files were found; answered by `collect`."""
         version = AdapterVersion(name=name, files=files, state="loading")
-        self._others.add(version)
         self._loads[version] = call_id
+        self._begin_load(version)
+
+    def _begin_load(self, version: AdapterVersion) -> None:
+        self._others.add(version)
         self._memory.make_room(1, set())
         self._memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
-        """Take a name away; answered once the last request on it has ended, which may be at once."""
+        """Take a name away; answered once the last request on it has ended, now or by `collect`."""
         if self._is_loading(name):
             return [CallFailed(call_id, f"The adapter {name!r} is being loaded; try again later.", param="lora_name")]
+        version = self._current.get(name)
+        if version is not None and version.files is not None:
+            return self._withdraw(call_id, name)
+        if name in self._withdrawn or not self._folder.may_offer(name):
+            return [_no_adapter(call_id, name)]
+        self._store.look(partial(self._folder.offered, name), partial(self._note_to_unload, call_id, name))
+        return []
+
+    def _note_to_unload(self, call_id: str, name: str, files: AdapterFiles | None) -> list[Reply]:
+        """A name that no request had asked for was looked for."""
+        return [_no_adapter(call_id, name)] if files is None else self._withdraw(call_id, name)
+
+    def _withdraw(self, call_id: str, name: str) -> list[Reply]:
         version = self._current.pop(name, None)
-        if version is None and (name in self._withdrawn or self._folder.offered(name) is None):
-            message = f"There is no adapter {name!r}."
-            return [CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_name")]
-        if self._folder.offered(name) is not None:
+        if self._folder.may_offer(name):
             self._withdrawn.add(name)
+            self._store.look(partial(self._folder.offered, name), partial(self._note_withdrawn, name))
         if version is None:
             return [AdapterUnloaded(call_id, 0)]
         logger.info("unloading adapter %s", name)
         self._unloads[version] = call_id
         return self._drain(version)
 
-    def list_all(self, call_id: str) -> AdapterList:
-        """Every adapter that can be asked for, and those that drain."""
-        offered = [
-            AdapterVersion(name=name, files=files)
-            for name, files in self._offered(self._clock())
-            if name not in self._current and name not in self._withdrawn
-        ]
-        cards = [self._card(version, is_current=True) for version in [*self._current.values(), *offered]]
-        cards += [self._card(version, is_current=False) for version in self._others]
+    def _note_withdrawn(self, name: str, files: AdapterFiles | None) -> list[Reply]:
+        """A folder that comes later than the unloading is offered."""
+        if files is None:
+            self._withdrawn.discard(name)
+        return []
+
+    def list_all(self, call_id: str) -> list[Reply]:
+        """Every adapter that can be asked for, and those that drain: now, or by `collect` after a look at the disk."""
+        return self._listing.reply(call_id)
+
+    def _list(self, call_id: str) -> AdapterList:
+        current = [version for version in self._current.values() if version.files is not None]
+        cards = [self._card(version, is_current=True) for version in current]
+        cards += [self._card(version, is_current=False) for version in self._others if version.files is not None]
+        hidden = self._withdrawn.union([version.name for version in current])
+        cards += [card for name, card in self._listing.cards.items() if name not in hidden]
         cards.sort(key=lambda card: (card.name, not card.is_current))
         return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
 
-    def _offered(self, now_s: float) -> list[tuple[str, AdapterFiles]]:
-        """What lies in --adapter-dir, looked at every few seconds at most: anybody may ask for the list."""
-        if now_s - self._listed_at_s >= LISTING_LASTS_S:
-            self._listed_at_s, self._listed = now_s, self._folder.all_offered()
-        return self._listed
+    def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
+        return card_of(version, self.slots.num_running(version), is_current=is_current)
 
     def _is_loading(self, name: str) -> bool:
         return any(version.name == name for version in self._loads)
@@ -213,7 +232,9 @@ class Adapters:
         """Take note of finished reads and copies; which calls that answers."""
         replies: list[Reply] = []
         for done in self._store.finished():
-            if isinstance(done, FillDone):
+            if isinstance(done, Looked):
+                replies += done.note()
+            elif isinstance(done, FillDone):
                 self.slots.filled(done.slot)
                 replies += self._note_failed_fill(done) if done.error else self._drop_if_drained(done.version)
             elif done.error:
@@ -221,6 +242,23 @@ class Adapters:
             else:
                 replies += self._note_read(done)
         return replies
+
+    def _note_looked(
+        self, version: AdapterVersion, absent: CallFailed | None, files: AdapterFiles | None
+    ) -> list[Reply]:
+        """The files of a version were looked for; `absent` is what its call is answered when they are not there."""
+        version.files = files
+        if files is not None:
+            if version in self._loads:
+                self._begin_load(version)
+            return []
+        self.num_reads += 1
+        version.state = "failed"
+        if self._current.get(version.name) is version:
+            del self._current[version.name]
+        self._loads.pop(version, None)
+        self._others.add(version)  # until its requests have been refused
+        return [*([] if absent is None else [absent]), *self._drop_if_drained(version)]
 
     def _note_read(self, done: ReadDone) -> list[Reply]:
         version = done.version
@@ -288,15 +326,26 @@ class Adapters:
     # Names and memory
 
     def _find(self, name: str) -> AdapterVersion | None:
-        """The current version of a name; a folder in --adapter-dir becomes one when it is first asked for."""
+        """The current version of a name; a folder of --adapter-dir becomes one when it is first asked for.
+
+        It is looked for meanwhile. One that failed is looked for again: something else may be in its place.
+        """
         version = self._current.get(name)
-        if version is None and name not in self._withdrawn and (files := self._folder.offered(name)) is not None:
-            version = self._current[name] = AdapterVersion(name=name, files=files)
+        if version is None and name not in self._withdrawn and self._folder.may_offer(name):
+            version = self._current[name] = AdapterVersion(name=name, files=None)
+            self._store.look(partial(self._folder.offered, name), partial(self._note_looked, version, None))
         elif version is not None and version.state == "failed" and self._clock() - version.failed_at_s > RETRY_FAILED_S:
             if version.num_bound:  # its last requests are about to be refused
                 self._others.add(version)
-            version = self._current[name] = _unread(version)
+            files = version.files
+            assert files is not None, "it was found before it failed"
+            version = self._current[name] = AdapterVersion(name=name, files=None, totals=version.totals)
+            self._store.look(partial(self._folder.at, files.asked), partial(self._note_again, version, files))
         return version
+
+    def _note_again(self, version: AdapterVersion, before: AdapterFiles, files: AdapterFiles | None) -> list[Reply]:
+        """A version that failed was looked for again; if it is gone, reading it says so and its name is kept."""
+        return self._note_looked(version, None, before if files is None else files)
 
     def _fill(self, version: AdapterVersion, slot: int) -> None:
         self._touch(version)
@@ -325,23 +374,9 @@ class Adapters:
         self._num_uses += 1
         version.used_at = self._num_uses
 
-    def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
-        tier = "slot" if version.slot else "cpu" if version.is_in_memory else "disk"
-        return AdapterCard(
-            name=version.name,
-            is_current=is_current,
-            state=version.state,
-            tier=tier,
-            content_hash=version.content_hash,
-            root=version.files.shown,
-            rank=version.rank,
-            num_bytes=version.num_bytes,
-            num_running=self.slots.num_running(version),
-            num_waiting=version.num_bound - self.slots.num_running(version),
-            num_requests=version.totals.num_requests,
-            num_tokens=version.totals.num_tokens,
-            error=version.error,
-        )
+
+def _no_adapter(call_id: str, name: str) -> CallFailed:
+    return CallFailed(call_id, f"There is no adapter {name!r}.", code=ADAPTER_NOT_FOUND, param="lora_name")
 
 
 def _unread(version: AdapterVersion) -> AdapterVersion:
@@ -351,6 +386,8 @@ def _unread(version: AdapterVersion) -> AdapterVersion:
 
 def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:
     """Why a version does not serve requests for NAME or NAME@HASH, as far as is known before it was read."""
+    if version.state == "failed" and version.files is None:
+        return model_not_found(reference)
     if version.state == "failed":
         return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
     _, at, pin = reference.partition("@")

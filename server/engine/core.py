@@ -147,7 +147,7 @@ class EngineCore:
         elif isinstance(call, UnloadAdapter):
             self._replies += self.adapters.unload(call.call_id, call.name)
         else:
-            self._replies.append(self.adapters.list_all(call.call_id))
+            self._replies += self.adapters.list_all(call.call_id)
 
     def take_replies(self) -> list[Reply]:
         """The answers to calls since the last time; also takes note of what other threads have finished."""

@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -74,7 +74,12 @@ class Adapter:
 
 
 def read_adapter(
-    config_file: Path, weights_file: Path, shapes: Mapping[str, tuple[int, int]], *, max_rank: int
+    config_file: Path,
+    weights_file: Path,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    max_rank: int,
+    opener: Callable[[str, int], int] = os.open,
 ) -> Adapter:
     """Read and check an adapter. The files may come from anyone.
 
@@ -83,16 +88,17 @@ def read_adapter(
     Args:
         shapes: (out, in) of every module that may be adapted, by its dotted name in the model.
         max_rank: the largest r that is accepted, in the config and by the tensors' shapes.
+        opener: opens both files, as `open` has it; what it opens is all that is read.
 
     Raises:
         AdapterError: a file cannot be read, is no adapter, does not fit the model, or asks for more than plain LoRA.
     """
-    with _opened(config_file) as stream:
+    with _opened(config_file, opener) as stream:
         raw = stream.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
             raise AdapterError(f"it has more than {MAX_CONFIG_BYTES} bytes")
         config = parse_config(raw, max_rank=max_rank, max_keys=max(256, len(shapes)))
-    with _opened(weights_file) as stream:
+    with _opened(weights_file, opener) as stream:
         header = parse_header(stream, Path(weights_file.name), max_bytes=MAX_HEADER_BYTES)
         modules = _pair_tensors(header)
         _check_modules(header, modules, config, shapes, max_rank)
@@ -110,11 +116,11 @@ def read_adapter(
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[BufferedReader]:
+def _opened(file: Path, opener: Callable[[str, int], int]) -> Iterator[BufferedReader]:
     """A regular file, open; errors about it become an AdapterError that begins with its name."""
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as stream:
+        with open(file, "rb", opener=lambda path, flags: opener(path, flags | os.O_NONBLOCK)) as stream:
             if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise AdapterError("it is not a regular file")
             yield stream

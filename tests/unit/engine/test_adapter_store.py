@@ -201,3 +201,28 @@ def test_a_bank_may_hold_bfloat16(version: AdapterVersion) -> None:
     store.fill(version, 1)
     wait(store)
     assert bank.a(1, 0, slice(0, 3)).dtype == torch.bfloat16 and bank.a(1, 0, slice(0, 3)).shape[0] == 12
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_became_a_link_out_of_the_folder_is_not_read(
+    version: AdapterVersion, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """It is the very file, so that nothing but where it lies speaks against it."""
+    outside = tmp_path_factory.mktemp("outside") / name
+    file = version.files.config.parent / name
+    file.rename(outside)
+    file.symlink_to(outside)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and f"{name} cannot be read" in done.error and not done.is_fault
+
+
+def test_looks_run_on_a_thread_and_a_look_that_fails_finds_nothing() -> None:
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    found: list[object] = []
+    store.look(threading.get_ident, lambda ident: found.append(ident) or [])
+    wait(store).note()
+    store.look(lambda: 1 // 0, lambda nothing: found.append(nothing) or [])
+    wait(store).note()
+    assert found[0] != threading.get_ident() and found[1] is None

@@ -1,14 +1,18 @@
 """The registry of adapters and its slots under the real scheduler, with a store whose work ends when told to."""
 
+import contextlib
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from server.engine.adapter_folder import AdapterFolder
+from server.engine.adapter_listing import LISTING_LASTS_S, LISTING_PATIENCE_S
 from server.engine.adapter_slots import PATIENCE_S
-from server.engine.adapters import LISTING_LASTS_S, RETRY_FAILED_S, Adapters
-from server.engine.messages import AdapterLoaded, AdapterUnloaded, CallFailed
+from server.engine.adapters import RETRY_FAILED_S, Adapters
+from server.engine.messages import AdapterCard, AdapterLoaded, AdapterUnloaded, CallFailed
 from server.engine.request import RequestRejected
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
@@ -64,14 +68,27 @@ class Engine:
 
     def load(self, name: str, path: str, in_place: bool = False) -> object:
         refusal = self.adapters.load(f"load {name}", name, path, in_place)
-        if refusal is not None:
-            return refusal
-        self.replies += self.adapters.collect()
-        return self.replies.pop()
+        return self.answer([] if refusal is None else [refusal], f"load {name}")
 
-    def card(self, name: str, state: str = "ready"):
+    def unload(self, name: str) -> object:
+        return self.answer(self.adapters.unload(f"unload {name}", name), f"unload {name}")
+
+    def answer(self, replies: list[object], call_id: str) -> object:
+        """The reply to a call, now or after what other threads do."""
+        for _ in range(4):
+            for reply in replies:
+                if reply.call_id == call_id:
+                    return reply
+            self.replies += replies
+            replies = self.adapters.collect()
+        raise AssertionError("there was no answer")
+
+    def cards(self) -> tuple[AdapterCard, ...]:
         self.now_s += LISTING_LASTS_S
-        (found,) = [c for c in self.adapters.list_all("").cards if c.name == name and c.state == state]
+        return self.answer(self.adapters.list_all("list"), "list").cards
+
+    def card(self, name: str, state: str = "ready") -> AdapterCard:
+        (found,) = [c for c in self.cards() if c.name == name and c.state == state]
         return found
 
 
@@ -174,7 +191,7 @@ def test_a_replacement_takes_effect_between_two_steps_and_running_requests_end_o
     )  # fmt: skip
     assert engine.card("x", "draining").num_running >= 1
     engine.run()
-    assert [c.content_hash for c in engine.adapters.list_all("").cards if c.name == "x"] == ["hash of b"]
+    assert [c.content_hash for c in engine.cards() if c.name == "x"] == ["hash of b"]
     assert len(engine.store.in_memory) == 1 and len(engine.store.in_slots) == 1
 
 
@@ -204,11 +221,11 @@ def test_unloading_waits_for_requests_and_says_what_it_gave_back(folder: Path) -
 
 def test_an_unloaded_folder_is_offered_again_once_it_was_loaded(folder: Path) -> None:
     engine = Engine(folder)
-    assert engine.adapters.unload("u", "a") == [AdapterUnloaded("u", 0)]
+    assert engine.unload("a") == AdapterUnloaded("unload a", 0)
     with pytest.raises(RequestRejected):
         engine.submit("a")
-    assert "a" not in [card.name for card in engine.adapters.list_all("").cards]
-    assert isinstance(engine.adapters.unload("u", "a")[0], CallFailed)
+    assert "a" not in [card.name for card in engine.cards()]
+    assert isinstance(engine.unload("a"), CallFailed)
     engine.load("a", "a")
     engine.submit("a")
     engine.run()
@@ -297,7 +314,8 @@ def test_no_more_than_the_limit_stay_in_memory_however_many_are_loaded_at_once(f
     engine = Engine(folder, num_slots=1, max_in_memory=2)
     for name in "abcdefgh":
         engine.adapters.load(name, f"x{name}", name, False)
-    engine.replies += engine.adapters.collect()
+    for _ in range(2):
+        engine.replies += engine.adapters.collect()
     assert len(engine.store.in_memory) == 2 and len(engine.replies) == 8
 
 
@@ -331,10 +349,10 @@ def test_a_version_that_was_replaced_before_it_was_read_drains(folder: Path) -> 
     engine = Engine(folder)
     engine.submit("a")
     engine.load("a", "b", in_place=True)
-    states = [card.state for card in engine.adapters.list_all("").cards if card.name == "a" and card.is_current]
+    states = [card.state for card in engine.cards() if card.name == "a" and card.is_current]
     assert states == ["ready"]
     engine.run()
-    assert [card.content_hash for card in engine.adapters.list_all("").cards if card.name == "a"] == ["hash of b"]
+    assert [card.content_hash for card in engine.cards() if card.name == "a"] == ["hash of b"]
 
 
 def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
@@ -378,7 +396,7 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
         except RequestRejected:
             pass
         engine.step()
-        draining = [c for c in engine.adapters.list_all("").cards if c.state == "draining"]
+        draining = [c for c in engine.cards() if c.state == "draining"]
         assert len(engine.store.in_memory) <= max_in_memory + len(draining) + 1  # one that was loaded just now
     for _ in range(2000):
         if not engine.scheduler.has_work:
@@ -388,9 +406,116 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
     assert not engine.scheduler.has_work
     engine.replies += engine.adapters.collect()
     engine.replies += engine.adapters.collect()
-    cards = engine.adapters.list_all("").cards
+    cards = engine.cards()
     assert all((card.num_running, card.num_waiting) == (0, 0) and card.state == "ready" for card in cards)
     assert len(engine.store.in_memory) <= max_in_memory
     for name in [card.name for card in cards]:
         engine.replies += engine.adapters.unload("u", name)
     assert not engine.store.in_memory and not engine.store.in_slots
+
+
+FILE_CALLS = ("stat", "lstat", "listdir", "scandir", "open", "readlink")
+
+
+def test_the_engines_thread_looks_at_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may take any time, and a folder hold thousands of adapters: steps must not wait for either."""
+    engine = Engine(folder)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the engine's thread looked at a file")
+
+    def act() -> None:
+        """Whatever requests and calls may ask, up to what another thread is to do for it."""
+        with monkeypatch.context() as forbidden:
+            for name in FILE_CALLS:
+                forbidden.setattr(os, name, refuse)
+            engine.now_s += LISTING_LASTS_S + RETRY_FAILED_S
+            for name in ("a", "unknown", "d"):
+                with contextlib.suppress(RequestRejected):
+                    engine.submit(name)
+            engine.adapters.load("l", "x", "deep/path", True)
+            engine.adapters.load("l", "y", str(folder / "b"), True)
+            engine.adapters.unload("u", "c")
+            engine.adapters.unload("u", "a")
+            engine.adapters.list_all("list")
+            engine.scheduler.schedule()
+
+    for _ in range(3):
+        act()
+        engine.replies += engine.adapters.collect()
+
+
+def test_a_model_that_is_not_there_is_not_found_once_the_disk_was_asked(folder: Path) -> None:
+    engine = Engine(folder)
+    sequence = engine.submit("unknown")
+    assert engine.adapters.refusal(sequence) is None
+    engine.step()
+    refusal = engine.adapters.refusal(sequence)
+    assert refusal is not None and refusal.code == "model_not_found" and "'unknown'" in str(refusal)
+    assert "unknown" not in [card.name for card in engine.cards()]
+    engine.end(sequence)
+    assert not engine.adapters._current and not engine.adapters._others
+    touch_adapter(folder / "unknown")
+    engine.submit("unknown")
+    engine.run()
+    assert engine.card("unknown").tier == "slot"
+
+
+def test_names_that_are_not_there_take_no_slot_and_no_memory_from_others(folder: Path) -> None:
+    """They are more important than the one request for an adapter that is there, and more than there are slots."""
+    engine = Engine(folder, num_slots=2)
+    for i in range(20):
+        engine.submit(f"unknown-{i}", priority=-100)
+    waiting = engine.submit("a")
+    plan = engine.adapters.slots.plan(list(engine.scheduler.waiting), 0.0)
+    assert plan.read == []  # of a it is not known yet either
+    engine.adapters.collect()
+    plan = engine.adapters.slots.plan(list(engine.scheduler.waiting), 0.0)
+    assert [version.name for version in plan.read][-1] == waiting.adapter.name
+
+
+def test_a_list_waits_for_one_look_and_not_for_a_disk_that_hangs(folder: Path) -> None:
+    engine = Engine(folder)
+    assert engine.adapters.list_all("1") == engine.adapters.list_all("2") == []
+    assert len(engine.store.looks) == 1
+    first, second = engine.adapters.collect()
+    assert [card.name for card in first.cards] == list("abcdefgh") and first.cards == second.cards
+    touch_adapter(folder / "i")
+    (again,) = engine.adapters.list_all("3")
+    assert again.cards == first.cards  # it is new enough
+    engine.now_s += LISTING_LASTS_S
+    assert engine.adapters.list_all("4") == []
+    engine.now_s += LISTING_PATIENCE_S + 0.1
+    (late,) = engine.adapters.list_all("5")
+    assert late.cards == first.cards and len(engine.store.looks) == 1
+    (fourth,) = engine.adapters.collect()
+    assert fourth.call_id == "4" and [card.name for card in fourth.cards] == list("abcdefghi")
+
+
+def test_a_name_without_a_folder_that_was_unloaded_is_free_for_one_that_comes_later(folder: Path) -> None:
+    engine = Engine(folder)
+    engine.load("x", "a")
+    assert isinstance(engine.unload("x"), AdapterUnloaded)
+    engine.adapters.collect()
+    touch_adapter(folder / "x")
+    engine.submit("x")
+    engine.run()
+    assert engine.card("x").content_hash == "hash of x"
+    assert isinstance(engine.unload("nothing"), CallFailed)
+
+
+def test_a_failed_adapter_whose_folder_is_a_link_now_is_read_from_where_that_leads(folder: Path) -> None:
+    """So are releases put in place. A link that came meanwhile is not followed, but the next try looks anew."""
+    engine = Engine(folder)
+    engine.store.errors["a"] = "a link is in its place"
+    failed = engine.submit("a")
+    engine.step()
+    engine.step()
+    engine.end(failed)
+    shutil.rmtree(folder / "a")
+    (folder / "a").symlink_to(folder / "b")
+    engine.store.errors.clear()
+    engine.now_s += RETRY_FAILED_S + 1
+    engine.submit("a")
+    engine.run()
+    assert engine.card("a").content_hash == "hash of b"

@@ -21,7 +21,7 @@ from server.engine.messages import Delta, merged
 from server.engine.prefix_cache import BlockKeys
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Chunk, Sequence, StepResult
-from tests.adapters import FakeStore, touch_adapter
+from tests.adapters import FakeStore, listed, touch_adapter
 from tests.engine import BACKENDS, Ahead, Backend, ComputedStep, make_request, make_scheduler
 from tests.fake_engine import make_tokenizer
 from tests.models import make_model, random_tokens
@@ -303,7 +303,7 @@ def test_a_slot_moves_to_another_adapter_while_a_step_runs(tmp_path: Path) -> No
     assert engine.scheduler.totals.num_preemptions > 1
     for request in requests:
         assert engine.answer(request.request_id) == (continuation(request), "length")
-    assert all(card.num_running == card.num_waiting == 0 for card in adapters.list_all("").cards)
+    assert all(card.num_running == card.num_waiting == 0 for card in listed(adapters))
     engine.check_nothing_is_left()
 
 
