@@ -38,17 +38,27 @@ class NoTokenizerError(ValueError):
         super().__init__("This server runs a model without a tokenizer; give the prompt as token ids.")
 
 
+class UnembeddableTokenError(ValueError):
+    """A text contains a token that the model has no embedding for; str() is one sentence for the user."""
+
+
 class PromptTokenizer:
     """Turns text and chats into token ids and back. Any thread may call it.
 
     With `is_stand_in` it is for a model without a tokenizer: ids have texts, and whatever needs ids of a text raises
-    NoTokenizerError.
+    NoTokenizerError. Ids of texts are below `vocab_size`; a text with a token beyond raises UnembeddableTokenError.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, chat_template: "ChatTemplate | None", *, is_stand_in: bool = False
+        self,
+        tokenizer: Tokenizer,
+        chat_template: "ChatTemplate | None",
+        vocab_size: int,
+        *,
+        is_stand_in: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._is_stand_in = is_stand_in
         self._chat_template = chat_template
         self.token_bytes = TokenBytes(tokenizer)
@@ -100,7 +110,14 @@ class PromptTokenizer:
         if self._is_stand_in:
             raise NoTokenizerError
         # Only in batches does the library let other threads run meanwhile; "fast" leaves out offsets.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        last = max(encoding.ids, default=0)
+        if last >= self._vocab_size:
+            raise UnembeddableTokenError(
+                f"The text has the token {self.token_text(last)!r} (id {last}), which this model cannot read: its"
+                f" embedding has {self._vocab_size} rows."
+            )
+        return encoding
 
     def decode_with_offsets(self, token_ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
         """The text of tokens, and its characters before each of them."""
@@ -223,18 +240,18 @@ def _strftime_now(format: str) -> str:
 
 
 def load_prompt_tokenizer(
-    model_path: Path, chat_template: str | None, stand_in_size: int | None = None
+    model_path: Path, chat_template: str | None, vocab_size: int, *, may_stand_in: bool = False
 ) -> PromptTokenizer:
     """The tokenizer of a model folder, with the template in the file `chat_template` or the folder's own.
 
-    Where there is none, one of `stand_in_size` ids that reads no texts, if that is given.
+    Where there is none, one of `vocab_size` ids that reads no texts, if it may stand in.
 
     ValueError or OSError with one sentence when a file is missing or broken.
     """
     tokenizer_file = model_path / "tokenizer.json"
     if not tokenizer_file.is_file():
-        if stand_in_size is not None:
-            return PromptTokenizer(make_stand_in_tokenizer(stand_in_size), None, is_stand_in=True)
+        if may_stand_in:
+            return PromptTokenizer(make_stand_in_tokenizer(vocab_size), None, vocab_size, is_stand_in=True)
         raise ValueError(f"{tokenizer_file} is missing; the model needs a tokenizer")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches of one, in the caller's thread with its niceness
     try:
@@ -251,7 +268,7 @@ def load_prompt_tokenizer(
     else:
         source = _own_template(model_path, config)
     template = None if source is None else ChatTemplate(source, _special_tokens(config))
-    return PromptTokenizer(tokenizer, template)
+    return PromptTokenizer(tokenizer, template, vocab_size)
 
 
 def read_json(path: Path) -> dict[str, Any]:

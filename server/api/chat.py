@@ -28,7 +28,7 @@ from server.api.service import Service, ServiceOfRequest
 from server.api.structured import checked, json_grammar, json_rule
 from server.api.tool_parser import ToolCallParser
 from server.api.tools import Toolbox
-from server.tokenizer import ChatTemplateError
+from server.tokenizer import ChatTemplateError, UnembeddableTokenError
 
 router = APIRouter()
 
@@ -129,9 +129,9 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
 
 
 async def _encode(http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
-    """The chat as token ids; ApiError when the template refuses it."""
+    """The chat as token ids; ApiError when the template refuses it, or the model cannot read it."""
     check_characters(content_characters(body), context_limit(body, service), service, "messages")
     try:
         return await off_loop(http, service, chat_encoder(body, service, toolbox), record_of(http).body_bytes)
-    except ChatTemplateError as error:
+    except (ChatTemplateError, UnembeddableTokenError) as error:
         raise bad_request(str(error), "messages") from None

@@ -22,6 +22,7 @@ from server.api.generation import (
 from server.api.prompt_input import PromptInput
 from server.api.schemas import CompletionBody
 from server.api.service import Service, ServiceOfRequest
+from server.tokenizer import UnembeddableTokenError
 
 router = APIRouter()
 
@@ -74,7 +75,10 @@ async def _prompt(
     else:
         check_prompt(given, limit, "prompt", least=least)
     encode = partial(_encode, body, service, given)
-    token_ids, echo = await off_loop_if_long(http, service, encode, num_characters)
+    try:
+        token_ids, echo = await off_loop_if_long(http, service, encode, num_characters)
+    except UnembeddableTokenError as error:
+        raise bad_request(str(error), "prompt") from None
     room = check_prompt(token_ids, limit, "prompt", least=least)
     if body.max_tokens is not None and body.max_tokens > room:
         raise bad_request(

@@ -30,6 +30,7 @@ from server.api.schemas import AdapterScale, Body, CacheSalt, Priority
 from server.api.service import Service, ServiceOfRequest
 from server.engine.client import EngineDead
 from server.engine.request import GenerationRequest, RequestRejected, SamplingParams
+from server.tokenizer import UnembeddableTokenError
 
 router = APIRouter()
 
@@ -109,7 +110,10 @@ async def _token_ids(
         check_characters(len(given), limit, service, "input")
         add_special_tokens = body.add_special_tokens is not False
         encode = partial(service.tokenizer.encode, given, add_special_tokens=add_special_tokens)
-        token_ids = await off_loop_if_long(http, service, encode, num_characters)
+        try:
+            token_ids = await off_loop_if_long(http, service, encode, num_characters)
+        except UnembeddableTokenError as error:
+            raise bad_request(str(error), "input") from None
     else:
         token_ids = given
         check_prompt(token_ids, limit, "input", least=0)

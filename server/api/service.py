@@ -65,12 +65,16 @@ class Service:
 def load_service(settings: ServerSettings, client: EngineClient, started_at: int) -> Service:
     """Read what HTTP needs of the model's folder once the engine has started; ValueError or OSError when it cannot."""
     model_path = Path(client.info.model_path)
-    stand_in_size = client.info.vocab_size if settings.engine.load_format == "dummy" else None
     return Service(
         settings=settings,
         client=client,
         info=client.info,
-        tokenizer=load_prompt_tokenizer(model_path, settings.chat_template, stand_in_size),
+        tokenizer=load_prompt_tokenizer(
+            model_path,
+            settings.chat_template,
+            client.info.vocab_size,
+            may_stand_in=settings.engine.load_format == "dummy",
+        ),
         defaults=SamplingDefaults.load(model_path),
         started_at=started_at,
     )

@@ -20,7 +20,7 @@ from server.api.service import Service, ServiceOfRequest
 from server.api.sse import encode_json
 from server.api.tools import MAX_TOOLS, FunctionTool, Toolbox
 from server.engine.request import model_not_found
-from server.tokenizer import ChatTemplateError
+from server.tokenizer import ChatTemplateError, UnembeddableTokenError
 
 router = APIRouter()
 
@@ -127,6 +127,8 @@ async def _answer(
         return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from None
+    except UnembeddableTokenError as error:
+        raise bad_request(str(error), "prompt" if isinstance(body, TokenizePromptBody) else "messages") from None
 
 
 def _json(content: bytes, headers: dict[str, str]) -> Response:

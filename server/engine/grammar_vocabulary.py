@@ -4,7 +4,7 @@ import json
 import threading
 
 from llguidance import LLTokenizer, TokenizerWrapper
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from server.token_bytes import TokenBytes
 
@@ -14,13 +14,12 @@ class GrammarVocabulary:
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
-        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < num_tokens)
-        self._has_eos = bool(self._eos_token_ids)
-        if not self._has_eos:  # llguidance needs one, so it gets one that no mask shows
-            self._eos_token_ids = [num_tokens]
-            num_tokens += 1
-        self._num_tokens = max(vocab_size, num_tokens)
+        known = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < min(known, vocab_size))
+        self._num_tokens = max(vocab_size, known)
+        if not self._eos_token_ids:  # llguidance needs one, so it gets one that no mask shows
+            self._eos_token_ids = [self._num_tokens]
+            self._num_tokens += 1
         self.num_words = (self._num_tokens + 31) // 32
         self._source = tokenizer
         self._made: LLTokenizer | None = None
@@ -33,8 +32,6 @@ class GrammarVocabulary:
                 plain = Tokenizer.from_str(self._source.to_str())
                 plain.no_padding()
                 plain.no_truncation()
-                if not self._has_eos:
-                    plain.add_special_tokens([AddedToken("<|end of the grammar|>", special=True)])
                 tokens = TokenizerWrapper(_Tokens(plain, self._eos_token_ids[0], self._num_tokens))
                 self._made = LLTokenizer(tokens, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
             return self._made

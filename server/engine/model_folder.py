@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from server.stand_in_tokenizer import make_stand_in_tokenizer
 from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.vocabulary import mismatch
 from stellarbyte.checkpoint.weights_hash import FileState, states_of, weights_hash
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -42,13 +43,27 @@ class ModelFolder:
         return dummy_hash(self.path) if self.is_dummy else weights_hash(self.weight_files)
 
     def tokenizer(self) -> Tokenizer:
+        """The folder's; the log says which of its tokens the model cannot read."""
         file = self.path / "tokenizer.json"
         if self.is_dummy and not file.is_file():
             return make_stand_in_tokenizer(self.config.vocab_size)
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
+        if (message := mismatch(tokenizer, self.config.vocab_size)) is not None:
+            logger.warning("%s", message)
+        return tokenizer
 
     def eos_token_ids(self) -> frozenset[int]:
-        """The tokens that end an answer: generation_config.json's, else the model config's."""
+        """The tokens that end an answer: generation_config.json's, else the model config's.
+
+        Those that the model cannot generate are left out, which the log says: logits have no place for them.
+        """
+        ids = self._named_eos_token_ids()
+        if strange := sorted(token_id for token_id in ids if not 0 <= token_id < self.config.vocab_size):
+            rows = self.config.vocab_size
+            logger.warning("no answer can end with eos_token_id %s: the vocabulary has %d tokens", strange, rows)
+        return ids - frozenset(strange)
+
+    def _named_eos_token_ids(self) -> frozenset[int]:
         if (self.path / "generation_config.json").is_file():
             ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id
             if ids is not None:

@@ -1,12 +1,14 @@
 """Conversion of a Hugging Face folder or a GGUF file into a ByteTransformer checkpoint. Knows no command line."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.gguf_model import plan_gguf
@@ -17,7 +19,10 @@ from stellarbyte.checkpoint.progress import Progress
 from stellarbyte.checkpoint.safetensors_file import write_file
 from stellarbyte.checkpoint.shapes import expected_shapes
 from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
+from stellarbyte.checkpoint.vocabulary import mismatch
 from stellarbyte.checkpoint.weights_hash import keep_hashes
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 4 * 1024**3
 _SPARE_BYTES = 64 * 1024**2  # for the tokenizer and the other small files
@@ -33,7 +38,7 @@ def convert(
 ) -> Path:
     """Write `source` as a ByteTransformer checkpoint into the new folder `target`, which appears whole or not at all.
 
-    One tensor at a time is in memory.
+    One tensor at a time is in memory. A warning is logged where the tokenizer has tokens that the model cannot read.
 
     Args:
         source: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a GGUF file (llama, qwen2, qwen3).
@@ -56,9 +61,16 @@ def convert(
         plan.config.save_pretrained(staging)
         _write_json(staging / "generation_config.json", plan.generation)
         plan.write_tokenizer(staging)
+        _warn_of_mismatch(staging, plan.config.vocab_size)
         hashes = _write_weights(staging, plan, max_shard_bytes, progress)
     keep_hashes(target, hashes)
     return target
+
+
+def _warn_of_mismatch(folder: Path, vocab_size: int) -> None:
+    message = mismatch(Tokenizer.from_file(str(folder / "tokenizer.json")), vocab_size)
+    if message is not None:
+        logger.warning("warning: %s", message)
 
 
 def make_plan(source: Path, dtype: torch.dtype | None = None) -> ConversionPlan:

@@ -76,8 +76,6 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
     tokenizer = plan_tokenizer(path, metadata)
     target_dtype = dtype if dtype is not None else _common_dtype(file)
     config = _translate_config(file, architecture, target_dtype, tokenizer.token_ids)
-    if tokenizer.tokenizer.get_vocab_size() > config.vocab_size:
-        raise CheckpointError(f"{path} has more tokens than rows in its embedding ({config.vocab_size}).")
     return ConversionPlan(
         source=path,
         config=config,

@@ -35,6 +35,13 @@ def run(options: argparse.Namespace) -> int:
         )
     if inputs["input_ids"].numel() == 0:
         raise PromptError("There is nothing to continue: the prompt is empty.")
+    last = int(inputs["input_ids"].max())
+    if last >= model.config.vocab_size:
+        token = tokenizer.convert_ids_to_tokens(last)
+        raise PromptError(
+            f"The prompt contains the token {token!r} (id {last}), which the model cannot read: its embedding has"
+            f" {model.config.vocab_size} rows."
+        )
     if options.seed is not None:
         set_seed(options.seed)
     is_greedy = options.temperature < LEAST_TEMPERATURE

@@ -241,3 +241,18 @@ def test_grammars_that_can_wait_let_others_go_first(monkeypatch: pytest.MonkeyPa
     compiler.submit("next", 'start: "a"')
     may_go_on.set()
     assert list(collect(compiler, 6)).index("next") <= 1  # one may have been begun
+
+
+@pytest.mark.parametrize("ends", [set(), {END}, {IM_END}, {END, IM_END, 270, 4000}])
+@pytest.mark.parametrize("vocab_size", [300, 259, 258, 256, 200])
+def test_a_mask_shows_only_tokens_that_there_are_and_the_model_has_logits_for(vocab_size: int, ends: set[int]) -> None:
+    """The tokenizer has 259: more logits are padding, fewer leave some of its tokens, ends among them, without one."""
+    compiler = GrammarCompiler(make_tokenizer(), frozenset(ends), vocab_size)
+    grammar = compiled(compiler, "start: /[0-9]{1,3}/")
+    digits = set(range(ord("0"), ord("9") + 1))
+    assert allowed(grammar, vocab_size) == digits
+    feed(grammar, "1")
+    assert allowed(grammar, vocab_size) == digits | {end for end in ends if end < min(vocab_size, 259)}
+    feed(grammar, "23")
+    assert grammar.is_complete
+    compiler.close()

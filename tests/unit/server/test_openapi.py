@@ -51,7 +51,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
         settings=ServerSettings(engine=EngineSettings(model=str(folder)), served_model_name=MODEL),
         client=None,
         info=info,
-        tokenizer=load_prompt_tokenizer(folder, None),
+        tokenizer=load_prompt_tokenizer(folder, None, 259),
         defaults=SamplingDefaults(),
         started_at=0,
     )

@@ -7,7 +7,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from server.tokenizer import ChatTemplate, ChatTemplateError, load_prompt_tokenizer
+from server.tokenizer import ChatTemplate, ChatTemplateError, UnembeddableTokenError, load_prompt_tokenizer
 from tests.fake_engine import CHAT_TEMPLATE, make_model_folder, make_tokenizer
 
 LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
@@ -123,7 +123,7 @@ def test_a_broken_template_is_refused_when_it_is_loaded():
 
 
 def test_a_folder_is_read_with_its_template(tmp_path):
-    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path), None)
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path), None, 259)
     assert tokenizer.encode("hé") == list("hé".encode())
     end, start = make_tokenizer().token_to_id("<|im_end|>"), make_tokenizer().token_to_id("<|im_start|>")
     expected = [start, *b"user\nhi", end, *b"\n", start, *b"assistant\n"]
@@ -131,7 +131,7 @@ def test_a_folder_is_read_with_its_template(tmp_path):
 
 
 def test_tokens_become_their_text_again(tmp_path):
-    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path), None)
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path), None, 259)
     text = "hé <|im_end|>!"
     token_ids = tokenizer.encode(text)
     assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
@@ -145,7 +145,7 @@ def test_a_tokenizer_adds_its_own_tokens_to_prompts_and_to_chats_only_when_asked
     start = adding.token_to_id("<|im_start|>")
     adding.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
     adding.save(str(folder / "tokenizer.json"))
-    tokenizer = load_prompt_tokenizer(folder, None)
+    tokenizer = load_prompt_tokenizer(folder, None, 259)
     assert tokenizer.encode("hi") == [start, *b"hi"]
     assert tokenizer.encode("hi", add_special_tokens=False) == list(b"hi")
     chat = tokenizer.encode_chat(CHATS[0])
@@ -164,12 +164,12 @@ def test_the_template_is_found_wherever_it_is(tmp_path, place):
     else:
         flag = tmp_path / "template.jinja"
         flag.write_text("right")
-    tokenizer = load_prompt_tokenizer(folder, None if flag is None else str(flag))
+    tokenizer = load_prompt_tokenizer(folder, None if flag is None else str(flag), 259)
     assert tokenizer.encode_chat([]) == list(b"right")
 
 
 def test_a_model_without_a_template_says_how_to_give_one(tmp_path):
-    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path, chat_template=None), None)
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path, chat_template=None), None, 259)
     with pytest.raises(ChatTemplateError, match="--chat-template FILE"):
         tokenizer.encode_chat(CHATS[0])
 
@@ -178,13 +178,35 @@ def test_a_model_without_a_template_says_how_to_give_one(tmp_path):
 def test_a_broken_file_is_named(tmp_path, file):
     (make_model_folder(tmp_path) / file).write_text("{")
     with pytest.raises(ValueError, match=file):
-        load_prompt_tokenizer(tmp_path, None)
+        load_prompt_tokenizer(tmp_path, None, 259)
+
+
+def test_no_id_beyond_the_embedding_leaves_the_tokenizer_wherever_it_comes_from(tmp_path):
+    """Of an added token, of what the tokenizer itself puts before a text, or of its padding; also from a template."""
+    folder = make_model_folder(tmp_path)
+    tokenizer = load_prompt_tokenizer(folder, None, 258)  # <|im_end|> is 258
+    for encode in (tokenizer.encode, tokenizer.encode_for_echo):
+        with pytest.raises(UnembeddableTokenError, match=r"'<\|im_end\|>' \(id 258\).* 258 rows"):
+            encode("a<|im_end|>b")
+    with pytest.raises(UnembeddableTokenError, match="im_end"):
+        tokenizer.encode_chat(CHATS[0])
+    assert tokenizer.encode("<|im_start|>a") == [257, ord("a")]
+    strange = make_tokenizer()
+    strange.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 999)])
+    strange.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UnembeddableTokenError, match="id 999"):
+        load_prompt_tokenizer(folder, None, 259).encode("a")
+    padding = make_tokenizer()
+    padding.enable_padding(length=8, pad_id=4000)
+    padding.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UnembeddableTokenError, match="id 4000"):
+        load_prompt_tokenizer(folder, None, 259).encode("a")
 
 
 @pytest.mark.parametrize("what", ["encode", "decode"])
 def test_other_threads_run_while_a_long_text_is_tokenized(tmp_path, what):
     """The event loop is such a thread."""
-    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path / "m"), None)
+    tokenizer = load_prompt_tokenizer(make_model_folder(tmp_path / "m"), None, 259)
     text = "a b" * 300_000
     ids = tokenizer.encode(text)
     begun, ended = threading.Event(), threading.Event()
