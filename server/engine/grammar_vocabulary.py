@@ -8,6 +8,9 @@ from tokenizers import Tokenizer
 
 from server.token_bytes import TokenBytes
 
+# Of a text that the grammar forces only the next token counts, so a mask tokenizes no more of it than this.
+MIN_FORCED_CHARACTERS = 256
+
 
 class GrammarVocabulary:
     """The tokenizer as llguidance sees it, made when it is first needed because that takes a second."""
@@ -52,11 +55,13 @@ class _Tokens:
         self.tokens = [known[token_id] for token_id in range(num_tokens)]
         self.special_token_ids = sorted(known.special_ids)
         self._encoder = _without_special_tokens(tokenizer)
+        # It begins with the token before, and may lose a token's length at its end, which could become another token.
+        self._max_characters = max(MIN_FORCED_CHARACTERS, 4 * max(map(len, self.tokens)))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that the grammar forces."""
+        """How the model would write a text that the grammar forces, or the beginning of that."""
         text = text if isinstance(text, str) else text.decode()
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        return self._encoder.encode(text[: self._max_characters], add_special_tokens=False).ids
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
