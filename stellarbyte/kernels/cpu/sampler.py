@@ -9,31 +9,38 @@ from numba import njit, prange
 
 from stellarbyte.kernels.cpu import KEEP_COMPILED
 from stellarbyte.kernels.cpu.instructions import exp
-from stellarbyte.sampling import NO_TOKEN, RowSampling, keep_top_k, row_key
+from stellarbyte.sampling import NO_TOKEN, RowSampling, row_key
 
 # R rows, V vocabulary
 
 _BLOCK = 256  # tokens whose noise is bounded together
 _INFINITY_BITS = np.int32(0x7F800000)  # of a float32; those of NaN are more, its sign aside
 _SIGNLESS = np.int32(0x7FFFFFFF)
+_BINS = 1024  # of distances from the largest logit
 _ROUNDING = {"nnan", "nsz", "reassoc", "contract"}  # of fast arithmetic, all but what would forbid infinities
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling], num_threads: int) -> list[int]:
     """One token id for each row of float32 logits, NO_TOKEN as in `sampling.sample`."""
-    if any(row.top_k for row in rows):
-        logits_RV = logits_RV.clone()
-        keep_top_k(logits_RV, [row.top_k if row.temperature > 0 else 0 for row in rows])
+    logits = logits_RV.numpy()
+    least_R = np.array([_least_of_top_k(logits_V, row) for logits_V, row in zip(logits, rows, strict=True)], np.float32)
     parameters_R3 = np.array([(row.temperature, row.top_p, row.min_p) for row in rows], np.float32)
     keys_R2 = np.array([row_key(row) if row.temperature > 0 else (0, 0) for row in rows], np.uint32)
     tokens_R = np.empty(len(rows), np.int64)
-    logits = logits_RV.numpy()
-    _sample_rows(logits, logits.view(np.int32), parameters_R3, keys_R2, tokens_R, num_threads)
+    _sample_rows(logits, logits.view(np.int32), least_R, parameters_R3, keys_R2, tokens_R, num_threads)
     return tokens_R.tolist()
 
 
+def _least_of_top_k(logits_V: np.ndarray, row: RowSampling) -> float:
+    """The k-th largest logit; those below do not stay."""
+    if row.temperature == 0 or not 0 < row.top_k < len(logits_V):
+        return -math.inf
+    place = len(logits_V) - row.top_k
+    return float(np.partition(logits_V, place)[place])
+
+
 @njit(parallel=True, fastmath=_ROUNDING, nogil=True, cache=KEEP_COMPILED)
-def _sample_rows(logits_RV, bits_RV, parameters_R3, keys_R2, tokens_R, num_threads):
+def _sample_rows(logits_RV, bits_RV, least_R, parameters_R3, keys_R2, tokens_R, num_threads):
     for thread in prange(num_threads):
         scaled_V = np.empty(logits_RV.shape[1], np.float32)
         for r in range(thread, len(logits_RV), num_threads):
@@ -44,8 +51,10 @@ def _sample_rows(logits_RV, bits_RV, parameters_R3, keys_R2, tokens_R, num_threa
                 continue
             if temperature > 0:
                 largest = logits_RV[r, likeliest]
+                least = least_R[r]
                 for v in range(len(scaled_V)):
-                    scaled_V[v] = (logits_RV[r, v] - largest) / temperature
+                    logit = logits_RV[r, v]
+                    scaled_V[v] = (logit - largest) / temperature if logit >= least else np.float32(-np.inf)
                 if top_p < 1:
                     _keep_top_p(scaled_V, top_p, likeliest)
                 if min_p > 0:
@@ -76,30 +85,47 @@ def _keep_top_p(scaled_V, top_p, likeliest):
     """Set all but the likeliest tokens whose probabilities first add up to top_p to -inf; the largest number is 0.
 
     Ties with the last one stay. Those with a probability below (1 - top_p) / V add up to less than 1 - top_p together,
-    so none of them stays: only the others, few as a rule, are put in order.
+    so none of them stays. The masses of the others, in bins by their numbers, tell which bin has the last one: only
+    that bin, small however flat the distribution is, is put in order.
     """
     total = np.float32(0)
     for v in range(len(scaled_V)):
         total += exp(scaled_V[v])
     least = total * (1 - top_p) / len(scaled_V)
     candidates = np.empty(len(scaled_V), np.int64)
-    count = 0
+    count, lowest = 0, np.float32(0)
     for v in range(len(scaled_V)):
         if exp(scaled_V[v]) >= least:
             candidates[count] = v
             count += 1
+            lowest = min(lowest, scaled_V[v])
     candidates = candidates[:count]
-    descending = candidates[np.argsort(-scaled_V[candidates], kind="mergesort")]
-    kept = scaled_V[descending]
+    numbers = scaled_V[candidates]
+    bins = np.empty(count, np.int64)
+    masses = np.zeros(_BINS)
+    scale = _BINS / lowest if lowest < 0 else np.float32(0)
+    for i in range(count):
+        bins[i] = max(0, min(int(numbers[i] * scale), _BINS - 1))  # a NaN's is any of them
+        masses[bins[i]] += exp(numbers[i])
+    before, last = np.float64(0), 0
+    while last < _BINS - 1 and before + masses[last] < top_p * total:
+        before += masses[last]
+        last += 1
     scaled_V[:] = -np.inf
     scaled_V[likeliest] = 0
-    before, edge = np.float32(0), np.float32(0)
     for i in range(count):
-        if before >= top_p * total and kept[i] < edge:
+        if bins[i] < last:
+            scaled_V[candidates[i]] = numbers[i]
+    inside = np.flatnonzero(bins == last)
+    inside = inside[np.argsort(-numbers[inside], kind="mergesort")]
+    edge = np.float32(0)
+    for place in range(len(inside)):
+        i = inside[place]
+        if before >= top_p * total and numbers[i] < edge:
             break
-        edge = kept[i]
-        scaled_V[descending[i]] = kept[i]
-        before += exp(kept[i])
+        edge = numbers[i]
+        scaled_V[candidates[i]] = numbers[i]
+        before += exp(numbers[i])
 
 
 @njit(inline="always")
