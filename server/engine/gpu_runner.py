@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from server.engine.adjustments import Adjustments, adjusts
 from server.engine.block_pool import BlockTable, CacheLayout
 from server.engine.device_errors import device_errors, require_device
-from server.engine.model_runner import adjustment, pooled_hidden, prompt_logprobs, sampled_logprobs, sampling_row
+from server.engine.model_runner import pooled_hidden, prompt_logprobs, sampled_logprobs, sampling_row
 from server.engine.runner import OutOfDeviceMemory
 from server.engine.sequence import Chunk, Sequence, StepResult
 from server.garbage import keep_for_good
@@ -62,6 +63,7 @@ class GpuRunner:
         self._num_segments = 0  # of rows with adapters
         self._indices: list[int] = []
         self._values: list[int] = []
+        self._adjustments = Adjustments(steps.model.device)
         self._pinned = [_pinned(2 * max_rows) for _ in range(self.num_steps_ahead + 1)]
 
     def start(self, chunks: list[Chunk]) -> "GpuStep":
@@ -81,6 +83,8 @@ class GpuRunner:
         """Begin anew with sequences of a step that failed: how far it got is not known, neither here nor on the GPU."""
         require_device()
         self._rows, self._indices, self._values = [], [], []
+        sequences = list(sequences)
+        self._adjustments.forget(sequences)
         for sequence in sequences:
             if (slot := self._slots.pop(sequence, None)) is not None:
                 self._free.append(slot.number)
@@ -138,7 +142,7 @@ class GpuRunner:
             self._set_rows(decoding)
         self._steps.memory.update(self._indices, self._values)
         self._indices, self._values = [], []
-        step = GpuStep(self._steps, self._pinned[0], num_samples, needs_host)
+        step = GpuStep(self._steps, self._adjustments, self._pinned[0], num_samples, needs_host)
         self._pinned.append(self._pinned.pop(0))
         if decoding:
             computed = self._steps.decode(len(decoding), num_segments=self._num_segments, truncates=truncates)
@@ -236,8 +240,11 @@ class _Part:
 class GpuStep:
     """A step on its way."""
 
-    def __init__(self, steps: Steps, pinned: torch.Tensor, num_samples: int, needs_host: bool) -> None:
+    def __init__(
+        self, steps: Steps, adjustments: Adjustments, pinned: torch.Tensor, num_samples: int, needs_host: bool
+    ) -> None:
         self._steps = steps
+        self._adjustments = adjustments
         self._pinned = pinned
         self._num_samples = num_samples
         self._needs_host = needs_host
@@ -287,10 +294,11 @@ class GpuStep:
 
     def _sample_by_host(self, part: _Part) -> None:
         logits_RV, sequences = part.computed.logits_RV, part.sequences
-        adjustments = [None if s.is_over else adjustment(s, logits_RV.shape[-1]) for s in sequences]
+        adjustments = [None if s.is_over else self._adjustments.of(s, logits_RV.shape[-1]) for s in sequences]
         rows = [i for i, wanted in enumerate(adjustments) if wanted is not None]
         if rows:
-            adjusted_RV = adjust_logits(logits_RV[rows], [adjustments[i] for i in rows])
+            adjusted_RV = logits_RV[rows].float()
+            adjust_logits(adjusted_RV, [adjustments[i] for i in rows])
             tokens_R = sample(adjusted_RV, [sampling_row(sequences[i]) for i in rows])
             self._steps.replace_tokens(part.computed, rows, tokens_R)
         wanted = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None and not s.is_over]
@@ -314,15 +322,7 @@ class GpuStep:
 
 def _needs_host(sequence: Sequence) -> bool:
     """Whether the host has a say in a sequence's tokens, or wants more than the tokens."""
-    sampling = sequence.request.sampling
-    return (
-        sequence.grammar is not None
-        or sampling.logprobs is not None
-        or bool(sampling.logit_bias)
-        or sampling.min_tokens > 0
-        or sampling.repetition_penalty != 1
-        or bool(sampling.presence_penalty or sampling.frequency_penalty)
-    )
+    return adjusts(sequence) or sequence.request.sampling.logprobs is not None
 
 
 def _pinned(count: int) -> torch.Tensor:

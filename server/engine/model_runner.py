@@ -6,13 +6,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from server.engine.adjustments import Adjustments
 from server.engine.device_errors import device_errors, require_device
 from server.engine.messages import TokenLogprob
 from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.served_model import ServedModel
-from stellarbyte.logit_adjustment import LogitAdjustment, adjust_logits
 from stellarbyte.logprobs import token_logprobs
 from stellarbyte.sampling import NO_TOKEN, RowSampling
 
@@ -28,18 +28,18 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.device = cache.keys_LBSKD.device
+        self._adjustments = Adjustments(self.device)
 
     @torch.inference_mode()
     def start(self, chunks: list[Chunk]) -> "ModelStep":
         """The forward pass, with the tokens that the sequences have."""
         with device_errors():
             batch = make_batch(chunks, self.device)
-            return ModelStep(self.model, chunks, batch, self.model.hidden(batch, self.cache))
+            return ModelStep(self.model, chunks, batch, self.model.hidden(batch, self.cache), self._adjustments)
 
     def recover(self, sequences: Iterable[Sequence]) -> None:
-        """Nothing is kept here from step to step."""
-        del sequences
         require_device()
+        self._adjustments.forget(sequences)
 
     def prepare(self) -> bool:
         return False
@@ -53,7 +53,15 @@ class ModelRunner:
 class ModelStep:
     """Final hidden states, and what is made of them."""
 
-    def __init__(self, model: ServedModel, chunks: list[Chunk], batch: ForwardBatch, hidden_TC: torch.Tensor) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        chunks: list[Chunk],
+        batch: ForwardBatch,
+        hidden_TC: torch.Tensor,
+        adjustments: Adjustments,
+    ) -> None:
+        self._adjustments = adjustments
         self._model = model
         self._chunks = chunks
         self._batch = batch
@@ -70,10 +78,15 @@ class ModelStep:
         result, hidden_TC = self._result, self._hidden_TC
         sampling = [chunk.sequence for chunk in self._chunks if chunk.samples]
         if sampling:
-            logits_RV = self._model.head(hidden_TC[self._batch.logits_rows])
-            adjusted_RV = adjust_logits(logits_RV, [adjustment(sequence, logits_RV.shape[-1]) for sequence in sampling])
-            result.tokens = self._model.sample(adjusted_RV, [sampling_row(sequence) for sequence in sampling])
-            result.logprobs = sampled_logprobs(sampling, logits_RV, result.tokens)
+            logits_RV = self._model.head(hidden_TC[self._batch.logits_rows]).float()
+            vocab_size = logits_RV.shape[-1]
+            scored = [i for i, sequence in enumerate(sampling) if sequence.request.sampling.logprobs is not None]
+            scored_RV = logits_RV[scored] if scored else None  # before they are adjusted
+            self._model.adjust(logits_RV, [self._adjustments.of(sequence, vocab_size) for sequence in sampling])
+            result.tokens = self._model.sample(logits_RV, [sampling_row(sequence) for sequence in sampling])
+            if scored_RV is not None:
+                tokens = [result.tokens[i] for i in scored]
+                result.logprobs = sampled_logprobs([sampling[i] for i in scored], scored_RV, tokens)
         for chunk, start in zip(self._chunks, self._batch.query_starts, strict=False):
             request, chunk_TC = chunk.sequence.request, hidden_TC[start : start + chunk.length]
             if request.sampling.prompt_logprobs is not None:
@@ -105,40 +118,13 @@ def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> n
 def sampled_logprobs(
     sequences: list[Sequence], logits_RV: torch.Tensor, tokens: list[int]
 ) -> dict[Sequence, TokenLogprob]:
-    """Log-probabilities of the new tokens, as far as there are any, of the sequences that want them."""
-    wanted = {
-        i: number
-        for i, sequence in enumerate(sequences)
-        if (number := sequence.request.sampling.logprobs) is not None and tokens[i] != NO_TOKEN
-    }
-    if not wanted:
+    """Log-probabilities of the new tokens of sequences, all of which want them, as far as there are tokens."""
+    rows = [i for i, token in enumerate(tokens) if token != NO_TOKEN]
+    if not rows:
         return {}
-    rows = list(wanted)
-    found = token_logprobs(logits_RV[rows], [tokens[i] for i in rows], list(wanted.values()))
+    num_top = [sequences[i].request.sampling.logprobs or 0 for i in rows]
+    found = token_logprobs(logits_RV[rows], [tokens[i] for i in rows], num_top)
     return {sequences[i]: TokenLogprob(tokens[i], *entry) for i, entry in zip(rows, found, strict=True)}
-
-
-def adjustment(sequence: Sequence, vocab_size: int) -> LogitAdjustment | None:
-    """What a sequence's request and grammar ask to be done to its logits; None: nothing."""
-    sampling = sequence.request.sampling
-    banned = sequence.end_token_ids if sequence.num_generated < sampling.min_tokens else ()
-    is_penalised = sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty
-    if sequence.grammar is None and not banned and not sampling.logit_bias and not is_penalised:
-        return None
-    allowed = None
-    if sequence.grammar is not None:
-        allowed = np.zeros(-(-vocab_size // 32), np.uint32)
-        sequence.grammar.mask(allowed)
-    return LogitAdjustment(
-        allowed=allowed,
-        banned=tuple(token_id for token_id in banned if token_id < vocab_size),
-        bias=sampling.logit_bias,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        tokens=np.array(sequence.tokens) if is_penalised else None,
-        num_prompt=sequence.num_prompt,
-    )
 
 
 def sampling_row(sequence: Sequence) -> RowSampling:

@@ -9,6 +9,7 @@ from torch import nn
 from stellarbyte.cache.paged_kv import PagedAttention, PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.logit_adjustment import RowAdjustment, adjust_logits
 from stellarbyte.lora.bank import PROJECTIONS, LoraBank, module_name
 from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -27,6 +28,10 @@ class ServedModel(ABC):
     @abstractmethod
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """[R, V] logits of what follows."""
+
+    def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
+        """Change float32 logits in place; see `stellarbyte.logit_adjustment`."""
+        adjust_logits(logits_RV, rows)
 
     @abstractmethod
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:

@@ -1,5 +1,6 @@
 """A ByteTransformer on the CPU kernels: packs the weights once, then runs serving steps. Knows no requests."""
 
+from array import array
 from collections.abc import Callable
 from typing import cast
 
@@ -10,6 +11,7 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.kernels.cpu import one_compiles
+from stellarbyte.kernels.cpu.adjustment import adjust_logits
 from stellarbyte.kernels.cpu.attention import BatchArrays, Floats, Rotations
 from stellarbyte.kernels.cpu.instructions import LANES
 from stellarbyte.kernels.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
@@ -18,6 +20,7 @@ from stellarbyte.kernels.cpu.lora import Adapters, adapters_of, no_adapters
 from stellarbyte.kernels.cpu.packing import PackedWeight, interleave_gated, pack
 from stellarbyte.kernels.cpu.sampler import sample
 from stellarbyte.kernels.served_model import ServedModel
+from stellarbyte.logit_adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteDecoder, ByteDecoderLayer, ByteLanguageModel
 from stellarbyte.model.residual import deepnorm_alpha
@@ -94,6 +97,9 @@ class CpuModel(ServedModel):
             linear(hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
         return torch.from_numpy(logits_RV)
 
+    def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
+        adjust_logits(logits_RV, rows)
+
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows, self.num_threads)
 
@@ -122,7 +128,9 @@ class CpuModel(ServedModel):
         rotations = self.rotations_up_to(1)
         with one_compiles():
             hidden_TC = self._run(self.embedding_VC[:1].copy(), arrays, adapters, rotations, keys, values)
-            self.sample(self.head(torch.from_numpy(hidden_TC)), [GREEDY])
+            logits_RV = self.head(torch.from_numpy(hidden_TC))
+            self.adjust(logits_RV, [LogitAdjustment(self.vocab_size, torch.device("cpu")).before(array("I"))])
+            self.sample(logits_RV, [GREEDY])
 
     def rotations_up_to(self, offset: int) -> Rotations:
         if self._rotations is None or len(self._rotations.cos_OD) <= offset:
