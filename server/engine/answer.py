@@ -17,6 +17,9 @@ class Grammar(TokenMask, Protocol):
     def accept(self, token_id: int) -> None:
         """Go on by a token that was allowed."""
 
+    def begin_mask(self) -> None:
+        """Begin to compute what may follow, if that takes long."""
+
     @property
     def is_complete(self) -> bool:
         """Nothing can follow."""
@@ -105,6 +108,8 @@ class Answer:
                 return text + self._text.flush(), "stop"
         if num_generated >= sampling.max_tokens:
             return text + self._text.flush(), "length"
+        if self._grammar is not None:
+            self._grammar.begin_mask()
         return text, None
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:

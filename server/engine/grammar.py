@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer
 
 from server.engine.give_way import give_way
 from server.engine.grammar_vocabulary import GrammarVocabulary
+from server.engine.mask_workers import QUICK_MASK_S, MaskWorkers
 from server.engine.request import GRAMMAR_REFUSED, GRAMMARS_BUSY
 
 logger = logging.getLogger("server.engine")
@@ -76,46 +78,84 @@ def check_grammar(grammar: str) -> None:
         raise GrammarRefused(_sentence(error))
 
 
-class TokenGrammar:
-    """Where one request stands in its grammar. One thread at a time."""
+@dataclass(frozen=True, kw_only=True)
+class _Compiled:
+    matcher: LLMatcher
+    first_mask: bytes
+    first_mask_s: float
 
-    def __init__(self, matcher: LLMatcher, vocab_size: int, num_matcher_words: int) -> None:
-        self._matcher = matcher
+
+class TokenGrammar:
+    """Where one request stands in its grammar. Engine thread only, which leaves slow masks to another."""
+
+    def __init__(self, compiled: _Compiled, vocab_size: int, num_words: int, workers: MaskWorkers) -> None:
+        self._matcher = compiled.matcher
+        self._workers = workers
         self._vocab_size = vocab_size
-        self._num_words = (vocab_size + 31) // 32
-        # A tokenizer may know more tokens than the model computes logits for.
-        self._wide = np.zeros(num_matcher_words, np.uint32) if num_matcher_words > self._num_words else None
+        # A tokenizer may know more tokens than the model computes logits for, and the library gives words beyond both.
+        self._words = np.frombuffer(compiled.first_mask, np.uint32)[:num_words].copy()
+        self._is_computed = True
+        self._expected_s = compiled.first_mask_s
+        self._pending: Future[None] | None = None
+        self.is_slow = self._expected_s > QUICK_MASK_S  # its masks are left to another thread
 
     def mask(self, out: NDArray[np.uint32]) -> None:
         """Write which tokens may come next: bit i % 32 of word i // 32 is token i; everything past the vocabulary is 0.
 
         `out` has ceil(vocab_size / 32) contiguous words. Look at `error` afterwards: with one, the mask means nothing.
         """
-        assert out.dtype == np.uint32 and out.shape == (self._num_words,) and out.flags.c_contiguous
-        target = out if self._wide is None else self._wide
-        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        if self._wide is not None:
-            out[:] = self._wide[: self._num_words]
+        assert out.dtype == np.uint32 and out.shape == ((self._vocab_size + 31) // 32,) and out.flags.c_contiguous
+        self._settle()
+        if not self._is_computed:
+            self._compute()
+        out[:] = self._words[: len(out)]
         if self._vocab_size % 32:
             out[-1] &= np.uint32((1 << self._vocab_size % 32) - 1)
 
     def accept(self, token_id: int) -> None:
         """The token that was chosen; `error` is set if the mask did not allow it."""
+        self._settle()
+        self._is_computed = False
         self._matcher.consume_token(token_id)
+
+    def begin_mask(self) -> None:
+        """Compute the mask after the token that was accepted on another thread, if it is expected to take long."""
+        self.is_slow = not self._workers.may_leave(self._expected_s)
+        if self.is_slow:
+            self._pending = self._workers.submit(self._compute)
+
+    @property
+    def is_ready(self) -> bool:
+        """No other thread is computing its mask."""
+        return self._pending is None or self._pending.done()
 
     @property
     def is_complete(self) -> bool:
         """Nothing but end-of-sequence can follow."""
+        self._settle()
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def error(self) -> str | None:
         """Why no mask can be made any more: one sentence. It never goes away."""
+        self._settle()
         if not self._matcher.is_error():
             return None
         error = self._matcher.get_error()
         why = "it is too complex" if _is_limit(error) else _first_line(error)
         return f"The grammar cannot be followed any further: {why}."
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _compute(self) -> None:
+        started_s = time.thread_time()
+        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        # Slow ones come in between quick ones: a grammar that had one is not trusted for the next hundred.
+        self._expected_s = max(time.thread_time() - started_s, 0.98 * self._expected_s)
+        self._is_computed = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +168,7 @@ class _Job:
 class GrammarCompiler:
     """Turns grammars into `TokenGrammar`s. Called from the engine's thread only; it waits for nothing.
 
-    `wake_fd` becomes readable when `collect` has something to tell.
+    `wake_fd` becomes readable when `collect` has something to tell, or a slow mask has been computed.
 
     Grammars are compiled one after the other, and anew for each request: copies of a compiled one share its lexer and
     with it the limit on states, so that requests would end one another's answers. One that takes longer than
@@ -156,6 +196,7 @@ class GrammarCompiler:
         self.wake_fd, self._wake = os.pipe()
         os.set_blocking(self.wake_fd, False)
         os.set_blocking(self._wake, False)
+        self._mask_workers = MaskWorkers(self._ring)
 
     def prepare(self) -> None:
         """Read the tokenizer now. That takes a second in which no other thread runs, so a start is the time for it;
@@ -180,7 +221,8 @@ class GrammarCompiler:
         self._wanted.pop(key, None)
 
     def collect(self) -> list[tuple[str, TokenGrammar | GrammarRefused]]:
-        """What has been finished since the last call."""
+        """What has been finished since the last call. A step begins."""
+        self._mask_workers.begin_step()
         with contextlib.suppress(BlockingIOError):
             os.read(self.wake_fd, 4096)
         done = []
@@ -195,6 +237,11 @@ class GrammarCompiler:
         """Stop; nothing is answered any more. Leaves a compilation that is under way to itself."""
         self._wanted.clear()
         self._jobs.put((False, 0, None))
+        self._mask_workers.close()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full: it will be looked at
+            os.write(self._wake, b"\0")
 
     def _work(self) -> None:
         give_way()
@@ -202,8 +249,7 @@ class GrammarCompiler:
             if self._wanted.get(job.key) != job.serial:
                 continue
             self._finished.append((job, self._compile_in_time(job.grammar)))
-            with contextlib.suppress(BlockingIOError):  # full: it will be looked at
-                os.write(self._wake, b"\0")
+            self._ring()
 
     def _compile_in_time(self, grammar: str) -> TokenGrammar | GrammarRefused:
         self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
@@ -214,7 +260,7 @@ class GrammarCompiler:
         except BaseException:  # even a panic: whatever it cannot read, the model still serves plain text
             logger.exception("the tokenizer cannot be used with grammars")
             return GrammarRefused(_NO_TOKENIZER)
-        results: list[LLMatcher | GrammarRefused] = []
+        results: list[_Compiled | GrammarRefused] = []
         thread = threading.Thread(
             target=lambda: results.append(_compile(tokenizer, grammar)), name="grammar-compilation", daemon=True
         )
@@ -226,22 +272,23 @@ class GrammarCompiler:
             logger.warning("a grammar of %d characters is not compiled in time and is refused", len(grammar))
         result = results[0] if results else GrammarRefused(_TOO_COMPLEX)
         logger.debug("compiled a grammar in %.3f s", time.perf_counter() - started_s)
-        if isinstance(result, LLMatcher):
-            return TokenGrammar(result, self._vocabulary.vocab_size, self._vocabulary.num_words)
+        if isinstance(result, _Compiled):
+            return TokenGrammar(result, self._vocabulary.vocab_size, self._vocabulary.num_words, self._mask_workers)
         return result
 
 
-def _compile(tokenizer: LLTokenizer, grammar: str) -> LLMatcher | GrammarRefused:
+def _compile(tokenizer: LLTokenizer, grammar: str) -> _Compiled | GrammarRefused:
     try:
         give_way()
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         if matcher.is_error():
             return GrammarRefused(_sentence(matcher.get_error()))
         first = matcher.deep_copy()
-        first.compute_bitmask()  # a grammar that nothing satisfies shows only here
+        started_s = time.thread_time()
+        mask = first.compute_bitmask()  # a grammar that nothing satisfies shows only here
         if first.is_error():
             return GrammarRefused(_sentence(first.get_error()))
-        return matcher
+        return _Compiled(matcher=matcher, first_mask=mask, first_mask_s=time.thread_time() - started_s)
     except BaseException:  # even a panic: nothing of llguidance's may take the engine along
         logger.exception("compiling a grammar failed")
         return GrammarRefused("The grammar could not be compiled; the server's log says why.")

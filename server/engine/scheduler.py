@@ -200,7 +200,9 @@ class Scheduler:
         for sequence in self.running:
             if sequence.num_tokens - sequence.num_launched > 1:
                 prefills.append(sequence)
-            elif sequence.num_launched != sequence.max_launched:  # else it ends when its last step is read
+            elif sequence.num_launched == sequence.max_launched:
+                pass  # it ends when its last step is read
+            elif sequence.grammar is None or not sequence.waits_for_mask:  # else it holds up nobody
                 decodes.append(sequence)
         budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
         is_shared = bool(decodes) or self._clock() < self._shared_until_s

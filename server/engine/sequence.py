@@ -20,6 +20,14 @@ class TokenMask(Protocol):
     def mask(self, out: np.ndarray) -> None:
         """Set bit v % 32 of the uint32 word v // 32 for every token v that may follow, and clear all others."""
 
+    @property
+    def is_ready(self) -> bool:
+        """`mask` need not wait for another thread."""
+
+    @property
+    def is_slow(self) -> bool:
+        """Its masks are computed by another thread, each after the token before it is known."""
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
@@ -93,6 +101,12 @@ class Sequence:
         """Another sequence is computing the same prompt, which will then be in the cache."""
         leader = self.leader
         return leader is not None and not leader.is_over and leader.num_computed < leader.num_prompt
+
+    @property
+    def waits_for_mask(self) -> bool:
+        """What may follow is being computed, or will be on another thread: others go on without it."""
+        grammar = self.grammar
+        return grammar is not None and (not grammar.is_ready or (grammar.is_slow and self.num_unread > 0))
 
 
 @dataclass(kw_only=True)
