@@ -32,7 +32,8 @@ NOTES: dict[str, str] = {
     "presence_penalty": "Taken from the logit of a token that the answer has already. Default: 0.",
     "frequency_penalty": "Taken from it for every time the answer has it. Default: 0.",
     "repetition_penalty": f"Divides the logits of tokens in prompt and answer. {_AS_MODEL_SAYS.format(1)}",
-    "logit_bias": "Token id to a number from -100 to 100 that is added to its logit; at most 1024 of them.",
+    "logit_bias": "Token id to a number from -100 to 100 that is added to its logit; at most 1024 of them, and"
+    " 16384 over all answers to a request.",
     "seed": "The same seed draws the same random numbers, whatever else the server does. Default: a random one.",
     # How many, and when an answer ends
     "n": "Answers to each prompt. Default: 1.",

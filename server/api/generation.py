@@ -23,6 +23,9 @@ _INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
 _MAX_IGNORED_HEADER = 1000
 T = TypeVar("T")
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
+# Each answer has its own copy of these, and its first step makes them ready.
+MAX_BIASES_AT_ONCE = 2**14  # entries of logit_bias, of all answers
+MAX_GRAMMARS_AT_ONCE = 2**20  # characters of the grammars of all answers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +155,7 @@ def make_requests(
     grammar: str | None = None,
 ) -> tuple[GenerationRequest, ...]:
     """For every prompt one request for each answer that is to be generated, in order; ApiError."""
-    _check_amounts(body, prompts, logprobs)
+    _check_amounts(body, prompts, logprobs, grammar)
     adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
     bias = {} if body.logit_bias is None else {int(token): float(value) for token, value in body.logit_bias.items()}
     check_token_ids(list(bias), service, "logit_bias")
@@ -181,7 +184,7 @@ def make_requests(
     return tuple(requests)
 
 
-def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | None) -> None:
+def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | None, grammar: str | None) -> None:
     """ApiError when a request asks for more than one process should hold, where there are several answers."""
     num_candidates = body.num_candidates
     num_answer_tokens = num_candidates * sum(prompt.max_tokens for prompt in prompts)
@@ -198,12 +201,20 @@ def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | 
             f"All answers together may have {num_answer_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are allowed.",
             "max_tokens",
         )
+    several = "n" if num_candidates > 1 else "prompt"
+    for what, number, most in (
+        ("entries of logit_bias", len(body.logit_bias or ()), MAX_BIASES_AT_ONCE),
+        ("characters of schemas", len(grammar or ""), MAX_GRAMMARS_AT_ONCE),
+    ):
+        number *= num_candidates * len(prompts)
+        if number > most:
+            raise bad_request(f"All answers together have {number} {what}; at most {most} are allowed.", several)
     num_prompt_tokens = num_candidates * sum(len(prompt.token_ids) for prompt in prompts)
     if num_prompt_tokens > MAX_TOKENS_AT_ONCE:
         raise bad_request(
             f"The prompts of all answers together have {num_prompt_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are"
             " allowed.",
-            "n" if num_candidates > 1 else "prompt",
+            several,
         )
 
 
