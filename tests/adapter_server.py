@@ -34,7 +34,7 @@ class KnownModel:
         tokenizer = Tokenizer.from_file(str(parent / "tiny" / "tokenizer.json"))
         return cls(parent / "tiny", load_model(parent / "tiny"), tokenizer)
 
-    def add_adapter(self, folder: Path, seed: int) -> list[str]:
+    def add_adapter(self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS) -> list[str]:
         """Write an adapter and return its `answers`; of the seeds from `seed` on the first without near ties."""
         while True:
             write_adapter(folder, self.model, seed)
@@ -42,20 +42,20 @@ class KnownModel:
             merged.load_state_dict(self.model.state_dict())
             load_adapter(merged, folder)
             merge_lora(merged)
-            answers = self.answers(merged)
+            answers = self.answers(merged, num_tokens)
             if answers is not None:
                 return answers
             seed += 1_000_000
 
-    def answers(self, model: ByteTransformer) -> list[str] | None:
-        """The answer's text when it is cut after 0, 1, ... NUM_TOKENS tokens; None if the model nearly had a choice."""
-        (tokens,) = ModelEngine(model).generate([make_request(PROMPT, NUM_TOKENS)])
+    def answers(self, model: ByteTransformer, num_tokens: int = NUM_TOKENS) -> list[str] | None:
+        """The answer's text when it is cut after 0, 1, ... num_tokens tokens; None if the model nearly had a choice."""
+        (tokens,) = ModelEngine(model, num_blocks=256).generate([make_request(PROMPT, num_tokens)])
         with torch.inference_mode():
             logits_TV = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1]
         best, second = logits_TV.topk(2).values.T
         if (best - second).min() < _MIN_GAP:
             return None
-        return [self._text(tokens[:count]) for count in range(NUM_TOKENS + 1)]
+        return [self._text(tokens[:count]) for count in range(num_tokens + 1)]
 
     def _text(self, tokens: list[int]) -> str:
         stream = TextStream(self.tokenizer, ())
