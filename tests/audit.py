@@ -1,17 +1,17 @@
 """A hook that writes down what a process does of that which a server should never do. Knows no server.
 
 The interpreter tells of every file it opens, every connection, every class that is unpickled and all code that is made
-at run time (PEP 578). Lines go to the file that the variable AUDIT_FILE names.
+at run time (PEP 578), by whichever library. Lines go to the file that the variable AUDIT_FILE names. Left out is what
+no request can change: sockets of this machine's file system, code of a module that is being imported, which comes from
+its file.
 """
 
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from types import CodeType, FrameType
 
-ROOT = Path(__file__).parent.parent
-OURS = (str(ROOT / "server"), str(ROOT / "stellarbyte"))
-_LOCAL = ("127.0.0.1", "::1", "localhost")
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def install() -> None:
@@ -20,69 +20,72 @@ def install() -> None:
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         watch = _WATCHES.get(event)
-        if watch is not None and (found := watch(event, arguments)) is not None:
+        if watch is not None and (found := watch(arguments)) is not None:
             os.write(file, f"{event} {found}\n".encode("utf-8", "backslashreplace"))
 
     sys.addaudithook(hook)
 
 
-def _opened(event: str, arguments: tuple[object, ...]) -> str | None:
-    del event
-    path = arguments[0]
+def _opened(arguments: tuple[object, ...]) -> str | None:
+    path, _, flags = arguments
     if not isinstance(path, str | bytes | os.PathLike):
         return None
-    caller = sys._getframe(2)
-    if caller.f_code.co_name == "open_inside" and "at" in caller.f_locals:  # the folder it opens from is not told
-        path = os.path.join(os.readlink(f"/proc/self/fd/{caller.f_locals['at']}"), os.fsdecode(path))
-    return repr(os.path.abspath(os.fsdecode(path)))
+    opener = sys._getframe(2)
+    if opener.f_code.co_name == "open_inside" and "at" in opener.f_locals:  # the folder it opens from is not told
+        path = os.path.join(os.readlink(f"/proc/self/fd/{opener.f_locals['at']}"), os.fsdecode(path))
+    is_written = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+    return f"{'w' if is_written else 'r'} {os.path.abspath(os.fsdecode(path))!r}"
 
 
-def _connected(event: str, arguments: tuple[object, ...]) -> str | None:
-    del event
+def _connected(arguments: tuple[object, ...]) -> str | None:
     address = arguments[1]
-    if isinstance(address, str | bytes) or (isinstance(address, tuple) and address[0] in _LOCAL):
+    return None if isinstance(address, str | bytes) else repr(address)
+
+
+def _looked_up(arguments: tuple[object, ...]) -> str | None:
+    return repr(arguments[0])
+
+
+def _made_code(arguments: tuple[object, ...]) -> str | None:
+    """Of `compile` the file's name, which for texts is made up; of `exec` that of the code; and who did it."""
+    first, *rest = arguments
+    frames = _callers()
+    if any(frame.f_code.co_filename == _IMPORTING for frame in frames):
         return None
-    return repr(address)
+    name = first.co_filename if isinstance(first, CodeType) else rest[0] if rest else type(first).__name__
+    return f"{name!r} by {frames[0].f_code.co_filename}"
 
 
-def _looked_up(event: str, arguments: tuple[object, ...]) -> str | None:
-    del event
-    return None if arguments[0] in (*_LOCAL, None) else repr(arguments[0])
+def _unpickled(arguments: tuple[object, ...]) -> str:
+    return f"{arguments} by {_callers()[0].f_code.co_filename}"
 
 
-def _caller() -> str:
-    return sys._getframe(3).f_code.co_filename
-
-
-def _made_code(event: str, arguments: tuple[object, ...]) -> str | None:
-    """Libraries make code from what they were written with; ours has no reason to."""
-    del event, arguments
-    caller = _caller()
-    return caller if caller.startswith(OURS) else None
-
-
-def _unpickled(event: str, arguments: tuple[object, ...]) -> str | None:
-    """numba keeps its compiled code, ours, in this user's cache in this form."""
-    del event
-    caller = _caller()
-    return None if "/numba/" in caller else f"{arguments} in {caller}"
-
-
-def _always(event: str, arguments: tuple[object, ...]) -> str:
-    del event
+def _always(arguments: tuple[object, ...]) -> str:
     return repr(arguments[:2])[:500]
 
 
-_WATCHES: dict[str, Callable[[str, tuple[object, ...]], str | None]] = {
+def _callers() -> list[FrameType]:
+    """From the one that caused the event outwards."""
+    frames: list[FrameType] = []
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+_WATCHES: dict[str, Callable[[tuple[object, ...]], str | None]] = {
     "open": _opened,
     "socket.connect": _connected,
     "socket.sendto": _connected,
+    "socket.sendmsg": _connected,
     "socket.getaddrinfo": _looked_up,
     "socket.gethostbyname": _looked_up,
     "pickle.find_class": _unpickled,
     "marshal.loads": _made_code,
     "exec": _made_code,
     "compile": _made_code,
+    "code.__new__": _made_code,
     "os.system": _always,
     "os.exec": _always,
     "os.posix_spawn": _always,
