@@ -4,9 +4,10 @@ Ten minutes with `--slow`, some seconds without. Figures are shown with -s.
 """
 
 import asyncio
-import itertools
+import json
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,118 +21,169 @@ from tests.server_process import REAL, ServerProcess, running
 NUM_CLIENTS = 12
 SHARE_LEAVING = 0.05
 WARM_UP_SHARE = 0.25  # of the time, before which memory is not compared
-MAX_GROWTH_BYTES = 50 * 2**20
-MAX_WRONG_SHARE = 1e-4
+MAX_GROWTH_BYTES = 16 * 2**20
 MAX_MORE_HELD = 4  # descriptors or threads: of those that answer metrics and files now and then
 
 
 @dataclass
 class Soak:
-    """`answers` has what may be said under a name: that of the model, or of what an adapter is replaced by in turn."""
+    """`texts` has the answer of each content, by the first digits of its hash."""
 
     http: httpx.AsyncClient
-    answers: dict[str, set[str]]
+    texts: dict[str, str]
+    contents: dict[str, str]  # place of an adapter → first digits of its hash
     ends_at_s: float
-    num_right: int = 0
-    num_left: int = 0
-    num_swaps: int = 0
-    wrong: list[str] = field(default_factory=list)
+    swaps: list[str] = field(default_factory=list)  # contents that `swapped` got, one after the other
+    num_sure: int = 0  # of these: the server has said so
+    right: Counter[str] = field(default_factory=Counter)  # by content
+    left: Counter[str] = field(default_factory=Counter)  # the same, of streams that were not read to the end
+    wrong: list[object] = field(default_factory=list)
 
     async def client(self, number: int) -> None:
         chance = random.Random(number)
         while time.monotonic() < self.ends_at_s:
-            name = chance.choice(list(self.answers))
+            name = chance.choice(["fixed", "swapped"])
+            num_sure = self.num_sure
             if chance.random() < SHARE_LEAVING:
-                await self._leave(name, chance)
-                continue
-            response = await self.http.post("/v1/completions", json=completion(name))
-            text = response.json()["choices"][0]["text"] if response.status_code == 200 else response.text
-            if text in self.answers[name]:
-                self.num_right += 1
+                content, text = await self._begin(name, chance)
+                whole = self.texts.get(content, "").rstrip("\ufffd")  # bytes that what follows may make a character
+                is_right, counted = text.startswith(whole) or whole.startswith(text), self.left
             else:
-                self.wrong.append(text)
+                content, text = await self._ask(name)
+                is_right, counted = text == self.texts.get(content), self.right
+            # Not the content of a version that had been replaced when the request was sent.
+            allowed = {self.contents["fixed"]} if name == "fixed" else set(self.swaps[num_sure - 1 :])
+            if is_right and content in allowed:
+                counted[content] += 1
+            else:
+                self.wrong.append((name, content, text))
 
-    async def _leave(self, name: str, chance: random.Random) -> None:
+    async def _ask(self, name: str) -> tuple[str, str]:
+        """The content that answered, and its text."""
+        response = await self.http.post("/v1/completions", json=completion(name))
+        if response.status_code != 200:
+            return "", response.text
+        answer = response.json()
+        return answer["system_fingerprint"].split("_")[2], answer["choices"][0]["text"]
+
+    async def _begin(self, name: str, chance: random.Random) -> tuple[str, str]:
+        """The same of a stream that is left after a while."""
+        content, text, until_s = "", "", time.monotonic() + chance.random() * 0.05
         body = completion(name, 400, stream=True)
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
-            await asyncio.sleep(chance.random() * 0.05)
-            assert response.status_code == 200
-        self.num_left += 1
+            if response.status_code != 200:
+                return "", str(response.status_code)
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    content = event["system_fingerprint"].split("_")[2]
+                    text += event["choices"][0]["text"]
+                if time.monotonic() > until_s and content:
+                    break
+        return content, text
 
     async def operator(self) -> None:
-        for path in itertools.cycle(["one", "other"]):
-            await self.swap(path)
-            if time.monotonic() > self.ends_at_s:
-                return
-            await asyncio.sleep(1)
+        while time.monotonic() < self.ends_at_s:
+            for path in ("one", "other"):
+                await self.swap(path)
+                await asyncio.sleep(1)
 
     async def swap(self, path: str) -> None:
-        body = {"lora_name": "swapped", "lora_path": path, "load_inplace": True}
-        response = await self.http.post("/v1/load_lora_adapter", json=body)
-        assert response.status_code == 200, response.text
-        self.num_swaps += 1
+        self.swaps.append(self.contents[path])
+        await load(self.http, "swapped", path)
+        self.num_sure = len(self.swaps)
 
 
-async def soak(server: ServerProcess, answers: dict[str, set[str]], seconds: float) -> Soak:
+async def load(http: httpx.AsyncClient, name: str, path: str) -> str:
+    """The first digits of the hash."""
+    body = {"lora_name": name, "lora_path": path, "load_inplace": True}
+    response = await http.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()["content_hash"][:12]
+
+
+async def soak(server: ServerProcess, texts: dict[str, str], seconds: float) -> Soak:
+    """`texts`: by the adapter's place."""
     limits = httpx.Limits(max_connections=100, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
-        state = Soak(http, answers, time.monotonic() + seconds)
+        contents = {place: await load(http, "swapped", place) for place in texts}
+        by_content = {contents[place]: text for place, text in texts.items()}
+        state = Soak(http, by_content, contents, time.monotonic() + seconds)
         await state.swap("other")
         await asyncio.gather(state.operator(), *(state.client(number) for number in range(NUM_CLIENTS)))
         return state
 
 
-def engine_bytes(server: ServerProcess) -> int:
-    """Resident memory of both processes."""
+def resident_bytes(server: ServerProcess) -> int:
+    """Of both processes."""
     pids = (server.process.pid, server.engine_pid())
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in pids)
 
 
+def wait_until_idle(server: ServerProcess, limit_s: float = 10) -> None:
+    deadline_s = time.monotonic() + limit_s
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    while left := {name: value for name in names if (value := server.metric(name))}:
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, set[str]]]:
-    """Flags of a server, and what it may answer."""
+def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, str]]:
+    """Flags of a server, and what its adapters answer, by their places."""
     folder = tmp_path_factory.mktemp("soak")
     model = KnownModel.make(folder)
     texts = {name: model.add_adapter(folder / "adapters" / name, seed)[NUM_TOKENS] for seed, name in enumerate(
         ["fixed", "one", "other"], 1
     )}  # fmt: skip
     assert len(set(texts.values())) == len(texts)
-    flags = [
-        "--model",
-        str(model.folder),
-        "--adapter-dir",
-        str(folder / "adapters"),
-        "--max-num-seqs",
-        "8",
-        "--allow-local-admin",
-    ]
-    return flags, {"fixed": {texts["fixed"]}, "swapped": {texts["one"], texts["other"]}}
+    flags = ["--model", str(model.folder), "--adapter-dir", str(folder / "adapters"), "--max-num-seqs", "8"]
+    return [*flags, "--allow-local-admin"], texts
 
 
 @pytest.mark.parametrize("seconds", [12, pytest.param(600, marks=pytest.mark.slow)])
-def test_soak(known: tuple[list[str], dict[str, set[str]]], seconds: float) -> None:
-    flags, answers = known
+def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
+    flags, texts = known
     with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
-        asyncio.run(soak(server, answers, WARM_UP_SHARE * seconds))
-        held, size = settled(server), engine_bytes(server)
-        state = asyncio.run(soak(server, answers, (1 - WARM_UP_SHARE) * seconds))
+        asyncio.run(soak(server, texts, WARM_UP_SHARE * seconds))
+        held, size = settled(server), resident_bytes(server)
+        state = asyncio.run(soak(server, texts, (1 - WARM_UP_SHARE) * seconds))
+        wait_until_idle(server)
         more = {name: count - held[name] for name, count in settled(server).items()}
-        growth = engine_bytes(server) - size
+        growth = resident_bytes(server) - size
         log = server.log()
     print(
-        f"\n{state.num_right} right, {len(state.wrong)} wrong, {state.num_left} left, {state.num_swaps} swaps;"
-        f" memory {growth / 2**20:+.1f} MiB; {more}"
+        f"\n{state.right.total()} right, {len(state.wrong)} wrong, {state.left.total()} left,"
+        f" {len(state.swaps)} swaps; memory {growth / 2**20:+.1f} MiB; {more}"
     )
-    assert len(state.wrong) <= MAX_WRONG_SHARE * state.num_right, state.wrong[:3]
-    assert state.num_right > 10 * seconds / 12 and state.num_left and state.num_swaps
+    assert state.wrong == []
+    assert min(state.right[content] for content in state.contents.values()) > seconds, state.right
+    assert min(state.left[content] for content in state.contents.values()) > 0 and len(state.swaps) > seconds / 4
     assert growth <= MAX_GROWTH_BYTES
     assert all(count <= MAX_MORE_HELD for count in more.values()), more
     assert "Traceback" not in log
 
 
-def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, set[str]]]) -> None:
-    """The control: with one of the two contents unknown, its answers are wrong."""
-    flags, answers = known
-    exchanged = {"fixed": answers["swapped"], "swapped": answers["fixed"]}
+def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, str]]) -> None:
+    """The control: with the answers of two contents exchanged, all of theirs are wrong."""
+    flags, texts = known
+    exchanged = texts | {"one": texts["other"], "other": texts["one"]}
     with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
-        assert asyncio.run(soak(server, exchanged, 2)).wrong
+        state = asyncio.run(soak(server, exchanged, 2))
+    assert state.wrong and state.right.keys() == {state.contents["fixed"]}
+
+
+def test_an_old_version_would_be_found(
+    known: tuple[list[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: an operator that only says that it replaces the adapter."""
+    flags, texts = known
+
+    async def swap(state: Soak, path: str) -> None:
+        state.swaps.append(state.contents[path])
+        state.num_sure = len(state.swaps)
+
+    monkeypatch.setattr(Soak, "swap", swap)
+    with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
+        state = asyncio.run(soak(server, texts, 2))
+    assert {name for name, *_ in state.wrong} == {"swapped"}
