@@ -56,6 +56,13 @@ class ServerProcess:
             time.sleep(0.05)
         raise AssertionError(f"the server was not ready after {limit_s} s:\n{self.log()}")
 
+    def wait_logged(self, text: str, limit_s: float = 60) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while text not in self.log():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline_s, f"{text!r} is not in the log after {limit_s} s:\n{self.log()}"
+            time.sleep(0.02)
+
     def wait(self, limit_s: float = 15) -> int:
         """The exit status, once it has ended."""
         return self.process.wait(limit_s)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -31,13 +32,22 @@ def wait_until_idle(server: ServerProcess, limit_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+def num_left(server: ServerProcess) -> int:
+    """Requests whose client left."""
+    metrics = httpx.get(f"{server.url}/metrics").text
+    return int(float(re.search(r"aborted_requests_total\{\S*client_left\S*\} (\S+)", metrics)[1]))
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_two_hundred_clients_that_leave_hold_nothing(fake_server, stream):
+    """Left alone, their requests would run for half an hour."""
     chance = random.Random(0)
-    body = {"model": "fake", "prompt": SLOW, "max_tokens": 2000, "stream": stream}
+    body = {"model": "fake", "prompt": SLOW, "max_tokens": 100_000, "context_overflow": "slide", "stream": stream}
+    before = num_left(fake_server)
     for _ in range(200):
         post_and_leave(fake_server, body, after_s=chance.choice([0, 0, 0.001, 0.005, 0.03]))
     wait_until_idle(fake_server)
+    assert num_left(fake_server) - before > 20, "hardly any of them had begun"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -49,9 +59,13 @@ def test_clients_of_the_demo_model_that_leave_hold_nothing(demo_server, stream):
 
 
 def test_half_a_request_is_no_request(fake_server):
+    before = fake_server.metric("vllm:generation_tokens_total")
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
         connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"model"')
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1000) == b""
     assert httpx.get(f"{fake_server.url}/health").status_code == 200
+    assert fake_server.metric("vllm:generation_tokens_total") == before and "Traceback" not in fake_server.log()
 
 
 def slow_stream(server: ServerProcess, max_tokens: int):

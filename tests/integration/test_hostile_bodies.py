@@ -92,6 +92,15 @@ def mutated(body: bytes, chance: random.Random) -> bytes:
     return body
 
 
+def is_json(body: bytes) -> bool:
+    """By Python's reader, which is none of ours and a little more lenient than RFC 8259."""
+    try:
+        json.loads(body)
+    except ValueError:
+        return False
+    return True
+
+
 def accepts(body_class: type, body: bytes) -> bool:
     try:
         parse_body(body_class, body, warn_unknown=False)
@@ -129,7 +138,8 @@ def test_every_mutated_body_gets_a_4xx_with_one_sentence(connection) -> None:
         status, content = post(connection, path, body)
         statuses[status] += 1
         if 200 <= status < 300:
-            assert accepts(body_class, body), body  # what was changed was a text or a number, to another good one
+            # What was changed was a text or a number, to another good one.
+            assert is_json(body) and accepts(body_class, body), body
             continue
         assert 400 <= status < 500, (status, path, body, content)
         error = json.loads(content)["error"]

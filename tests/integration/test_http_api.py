@@ -238,7 +238,7 @@ def test_each_request_is_logged_without_its_prompt(fake_server):
 def test_bytes_that_are_no_http_do_not_hurt(fake_server):
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
         connection.sendall(b"\x16\x03\x01 nonsense\r\n\r\n")
-        connection.recv(1000)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
     assert httpx.get(f"{fake_server.url}/health").status_code == 200
 
 

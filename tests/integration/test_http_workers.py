@@ -98,7 +98,8 @@ def test_counters_never_run_backwards_whichever_worker_is_asked(fake_model):
             time.sleep(0.03)
         assert totals == sorted(totals)
         assert len(set(totals)) > NUM_CONNECTIONS / 2, "old figures were served"
-        assert stream.lines, "it was open all the time"
+        assert server.metric("vllm:num_requests_running") == 1, "it was open all the time"
+        del stream  # which ends it
         assert len(set(re.findall(r"INFO (http-\d) server.access: GET /metrics", server.log()))) == 2
 
 
@@ -124,7 +125,7 @@ def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):
 
 def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
     with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
-        streams = open_streams(stack, server, max_tokens=2000)
+        streams = open_streams(stack, server, max_tokens=600)  # 12 s, more than a process may be silent
         stopped, _ = worker_pids(server)
         os.kill(stopped, signal.SIGSTOP)
         try:
@@ -134,7 +135,12 @@ def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
                 time.sleep(0.1)
         finally:
             os.kill(stopped, signal.SIGCONT)
-        assert 0 < server.metric("vllm:num_requests_running") < len(streams)
+        running_now = server.metric("vllm:num_requests_running")
+        ends = [stream.read() for stream in streams]
+        complete = ends.count("data: [DONE]")
+        assert 0 < complete == running_now < len(streams)
+        for end in ends:
+            assert end == "data: [DONE]" or json.loads(end.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -144,6 +150,7 @@ def test_a_signal_lets_running_requests_finish_and_ends_with_zero(fake_model, si
         streams = open_streams(stack, server, max_tokens=80)
         server.process.send_signal(signal_number)
         assert {stream.read() for stream in streams} == {"data: [DONE]"}
+        assert [stream.text for stream in streams] == [(f"{SLOW} {i:02} " * 10)[:80] for i in range(NUM_CONNECTIONS)]
         assert server.wait() == 0
         assert_gone(pids)
         assert "Traceback" not in server.log()

@@ -156,6 +156,8 @@ def test_a_streamed_completion_says_what_the_whole_one_says(client, fields) -> N
         parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
         assert "".join(part.text for part in parts) == choice.text
         assert [part.finish_reason for part in parts][-1] == choice.finish_reason
+        assert (choice.logprobs is not None) == ("logprobs" in fields)
+        assert hasattr(choice, "token_ids") == ("extra_body" in fields)
         if choice.logprobs is not None:
             streamed = [token for part in parts if part.logprobs for token in part.logprobs.tokens]
             assert streamed == choice.logprobs.tokens

@@ -97,6 +97,7 @@ def test_a_streamed_chat_says_what_the_whole_one_says(client, fields) -> None:
         assert [part.delta.role for part in parts] == ["assistant", *[None] * (len(parts) - 1)]
         assert "".join(part.delta.content or "" for part in parts) == choice.message.content
         assert parts[-1].finish_reason == choice.finish_reason
+        assert (choice.logprobs is not None) == ("logprobs" in fields)
         if choice.logprobs is not None:
             assert [
                 token for part in parts if part.logprobs for token in part.logprobs.content

@@ -59,8 +59,7 @@ def test_every_request_has_its_span_at_the_collector(fake_model: str, monkeypatc
             monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
         flags = ("--otlp-endpoint", url) if how == "flag" else ()
         with running(FAKE, "--model", fake_model, "--http-workers", str(num_workers), *flags) as server:
-            while "StellarByte serves" not in server.log():  # until then a signal ends all at once
-                time.sleep(0.05)
+            server.wait_logged("StellarByte serves")  # until then a signal ends all at once
             for number in range(8):
                 ask(server, stream=number % 2 == 0)
         # What was left was sent when the server ended.

@@ -1,6 +1,6 @@
 """The engine's process is killed or stopped under load, again and again: all hear of it, and the next one serves.
 
-Run with `--slow` for the long form (20 times); without it there are three.
+Run with `--slow` for the long form (20 times); without it there are four.
 """
 
 import asyncio
@@ -23,10 +23,11 @@ from tests.tiny_models import tiny_llama
 
 NUM_STREAMS = 16
 KILLED, STALLED = "killed", "stalled"
-KNOWN_AFTER_S = {KILLED: 1.0, STALLED: 12.0}  # until /health says 503
-ENDED_AFTER_S = 5.0  # from then on: until every stream has its error
-SERVING_AFTER_S = 10.0  # until answers come again
-SLACK_S = 15.0  # for this process, which measures on the same cores
+CLAIMED_S = {  # since the engine was ended; must hold at least once, on a machine that is busy with other things
+    KILLED: {"known": 1.0, "streams ended": 1.0, "serving again": 12.0},
+    STALLED: {"known": 12.0, "streams ended": 15.0, "serving again": 25.0},
+}
+PATIENCE_S = 15.0  # beyond these it does not happen
 
 
 @pytest.fixture(scope="module")
@@ -73,49 +74,53 @@ async def end_engine(server: ServerProcess, module: str, how: str, expected: lis
 
         await until(is_under_load, 30, "under load")
         (pid,) = child_pids(server, module)
+        began_s = time.monotonic()
         os.kill(pid, signal.SIGKILL if how == KILLED else signal.SIGSTOP)
-        figures = {"known": await until(is_known, KNOWN_AFTER_S[how] + SLACK_S, "known")}
-        known_at_s = time.monotonic()
-        ends = await asyncio.wait_for(asyncio.gather(*streams, whole), ENDED_AFTER_S + SLACK_S)
-        figures["streams ended"] = max(0.0, max(ended.ended_at_s for ended in ends) - known_at_s)
+        figures = {"known": await until(is_known, CLAIMED_S[how]["known"] + PATIENCE_S, "known")}
+        ends = await asyncio.wait_for(asyncio.gather(*streams, whole), CLAIMED_S[how]["streams ended"] + PATIENCE_S)
+        figures["streams ended"] = max(ended.ended_at_s for ended in ends) - began_s
         for ended in ends:
             assert ended.is_honest_failure, ended
         if expected is None:
             return figures
-        refused = await http.post("/v1/completions", json=a_body())
-        if refused.status_code != 200:  # the next one may be fast
-            assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+        answer = await http.post("/v1/completions", json=a_body())
+        if answer.status_code == 200:  # the next one may be fast
+            assert answer.json()["choices"][0]["token_ids"] == expected
+        else:
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
         async def serves() -> bool:
             return (await ask(http, a_body())).token_ids == expected
 
-        figures["serving again"] = await until(serves, SERVING_AFTER_S + SLACK_S, "serving again")
+        await until(serves, CLAIMED_S[how]["serving again"] + PATIENCE_S, "serving again")
+        figures["serving again"] = time.monotonic() - began_s
         assert (await status("/health"), await status("/ready")) == (200, 200)
         assert server.metric("vllm:num_requests_running") == 0
         return figures
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("number", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int, workers: str) -> None:
     flags = ["--restart-engine", "1000", "--http-workers", workers, "--log-level", "warning"]
     with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
         expected = asyncio.run(one_answer(server))
-        most: dict[str, float] = {}
+        figures: dict[str, list[dict[str, float]]] = {KILLED: [], STALLED: []}
         for i in range(number):
-            how = STALLED if i % 3 == 1 else KILLED
-            figures = asyncio.run(end_engine(server, "server.engine.process", how, expected))
-            for name, seconds in figures.items():
-                most[f"{how}: {name}"] = max(seconds, most.get(f"{how}: {name}", 0.0))
+            how = STALLED if i % 4 == 1 else KILLED
+            figures[how].append(asyncio.run(end_engine(server, "server.engine.process", how, expected)))
         children = child_pids(server, "server.engine.process")
         assert len(children) == 1, "an old process is still there"
         assert "Traceback" not in server.log()
     assert server.process.returncode == 0
     assert not Path(f"/proc/{children[0]}").exists()
-    print(
-        f"{number} times, {workers} HTTP processes, most seconds until "
-        + str({k: round(v, 1) for k, v in most.items()})
-    )
+    for how, claimed in CLAIMED_S.items():
+        for what, seconds in claimed.items():
+            taken_s = sorted(one[what] for one in figures[how])
+            print(
+                f"{number} times, {workers} HTTP processes, {how}: {what} after {taken_s[0]:.2f} to {taken_s[-1]:.2f} s"
+            )
+            assert taken_s[0] <= seconds, (how, what, taken_s)
 
 
 async def one_answer(server: ServerProcess) -> list[int]:

@@ -13,7 +13,7 @@ from tests.server_process import REAL, ServerProcess, running
 AT_ONCE, QUEUE, RUNNING = 256, 32, 4
 NUM_ROUNDS = 3
 WANTED_REFUSAL_S = 0.25
-MOST_REFUSAL_S = 5.0  # of a machine that is busy with other things
+MOST_REFUSAL_S = 5.0  # in any round, on a machine that is busy with other things
 
 
 @dataclass
@@ -69,12 +69,15 @@ def test_a_full_queue_refuses_at_once_and_answers_the_others_rightly(tiny_model:
     flags = ["--max-num-seqs", str(RUNNING), "--max-queued-requests", str(QUEUE)]
     with running(REAL, "--model", tiny_model, *flags) as server:
         expected = [ask(server, number) for number in range(16)]
+        p99_s = []
         for _ in range(NUM_ROUNDS):
-            check(all_at_once(server), expected)
+            p99_s.append(check(all_at_once(server), expected))
             assert server.metric("vllm:num_requests_running") == 0 == server.metric("vllm:kv_cache_usage_perc")
+    assert min(p99_s) < WANTED_REFUSAL_S and max(p99_s) < MOST_REFUSAL_S, p99_s
 
 
-def check(answers: list[Answer], expected: list[str]) -> None:
+def check(answers: list[Answer], expected: list[str]) -> float:
+    """The time within which 99% of the refused ones are told."""
     refused_s = []
     for answer in answers:
         if answer.status == 200:
@@ -90,7 +93,7 @@ def check(answers: list[Answer], expected: list[str]) -> None:
         f" (wanted: {1000 * WANTED_REFUSAL_S:.0f})"
     )
     assert AT_ONCE - len(refused_s) >= QUEUE and len(refused_s) >= AT_ONCE // 2
-    assert p99_s < MOST_REFUSAL_S
+    return p99_s
 
 
 def test_a_wrong_answer_would_be_found(tiny_model: str) -> None:

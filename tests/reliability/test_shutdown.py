@@ -34,8 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start(model: str, workers: str, module: str = FAKE) -> ServerProcess:
     flags = ["--http-workers", workers, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)]
     server = ServerProcess(module, "--model", model, *flags).wait_ready(60)
-    while "StellarByte serves" not in server.log():  # all workers do
-        time.sleep(0.05)
+    server.wait_logged("StellarByte serves")  # all workers do
     return server
 
 
@@ -83,6 +82,13 @@ async def newcomers(url: str, told_at_s: float, server: ServerProcess) -> list[t
     return heard
 
 
+async def begun(progresses: list[Progress]) -> None:
+    """Wait until every stream has its first event."""
+    async with asyncio.timeout(60):
+        while not all(progress.num_events for progress in progresses):
+            await asyncio.sleep(0.01)
+
+
 async def shut_down(server: ServerProcess, number: signal.Signals) -> tuple[list[Ended], list[tuple[float, str]]]:
     """Signal a server that streams; how the streams ended, and what newcomers heard."""
     limits = httpx.Limits(max_connections=100)
@@ -92,8 +98,7 @@ async def shut_down(server: ServerProcess, number: signal.Signals) -> tuple[list
             asyncio.create_task(ask(http, a_body(i, SHORT if i < NUM_SHORT else LONG), progress))
             for i, progress in enumerate(progresses)
         ]
-        while not all(progress.num_events for progress in progresses):
-            await asyncio.sleep(0.01)
+        await begun(progresses)
         told_at_s = time.monotonic()
         server.process.send_signal(number)
         heard = asyncio.create_task(newcomers(server.url, told_at_s, server))
@@ -153,8 +158,7 @@ def test_a_second_sigterm_ends_it_now(model: str, workers: str) -> None:
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as http:
                 progress = Progress()
                 stream = asyncio.create_task(ask(http, a_body(0, LONG), progress))
-                while not progress.num_events:
-                    await asyncio.sleep(0.01)
+                await begun([progress])
                 server.process.send_signal(signal.SIGTERM)
                 await asyncio.sleep(0.5)
                 assert not stream.done()
