@@ -1,11 +1,8 @@
 """Connections of all kinds of ill will: refused or closed in time, nothing kept of them, and the server as before."""
 
 import itertools
-import json
-import random
 import re
 import resource
-import select
 import signal
 import socket
 import ssl
@@ -21,20 +18,28 @@ from server.connection_limit import OTHER_FILES
 from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tests.certificates import make_certificate
 from tests.fake_engine import SLOW
+from tests.integration.raw_http import (
+    BODY,
+    HEAD,
+    WHOLE,
+    assert_healthy,
+    chunked,
+    connect,
+    error_of,
+    peak_from_now_on,
+    read_all,
+    resident_bytes,
+    send_what_is_taken,
+    statuses,
+    wait_until_closed,
+)
 from tests.server_process import FAKE, ServerProcess, running
 
 RECEIVE_TIMEOUT_S = 2.0  # --receive-timeout; a quarter of it without a byte is too long
 CLOSED_AFTER_S = RECEIVE_TIMEOUT_S + 10  # on a machine that is busy with other things
 MAX_BODY_BYTES = 100_000
 BOMB_BYTES = 16 * 2**20
-NUM_HOSTILE = 2000
-AT_ONCE = 400
 HELD_LIMIT_BYTES = 4 * 2**20  # for a request that is refused
-GROWTH_LIMIT_BYTES = 8 * 2**20  # after thousands of them
-
-BODY = json.dumps({"model": "fake", "prompt": "hi", "max_tokens": 1}).encode()
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-WHOLE = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 
 
 @pytest.fixture(scope="module")
@@ -43,68 +48,6 @@ def server(fake_model: str) -> Iterator[ServerProcess]:
     with running(FAKE, "--model", fake_model, *flags) as server:
         yield server
         assert "Traceback" not in server.log()
-
-
-def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.port), timeout=30)
-
-
-def send_what_is_taken(connection: socket.socket, content: bytes) -> None:
-    """All of it, unless the server answers or closes; without waiting for ever where it no longer reads."""
-    connection.setblocking(False)
-    deadline_s = time.monotonic() + 60
-    sent = 0
-    while sent < len(content) and time.monotonic() < deadline_s:
-        readable, writable, _ = select.select([connection], [connection], [], 1)
-        if readable:
-            break
-        if writable:
-            try:
-                sent += connection.send(content[sent : sent + 65536])
-            except (ConnectionError, BlockingIOError):
-                break
-    connection.settimeout(30)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """What the server says until it closes."""
-    content = b""
-    try:
-        while part := connection.recv(65536):
-            content += part
-    except ConnectionResetError:
-        pass
-    return content
-
-
-def statuses(answer: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
-
-
-def error_of(answer: bytes) -> dict[str, str]:
-    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
-
-
-def resident_bytes(server: ServerProcess, name: str = "VmRSS") -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
-
-
-def peak_from_now_on(server: ServerProcess) -> int:
-    """What is resident; from now on VmHWM is the most there was since."""
-    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")
-    return resident_bytes(server)
-
-
-def open_files(server: ServerProcess) -> int:
-    return sum(1 for _ in Path(f"/proc/{server.process.pid}/fd").iterdir())
-
-
-def assert_healthy(server: ServerProcess) -> None:
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    assert server.metric("vllm:num_requests_running") == 0
-    answer = httpx.post(f"{server.url}/v1/completions", content=BODY, headers={"Content-Type": "application/json"})
-    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -130,10 +73,6 @@ def test_a_header_without_end_is_refused(server: ServerProcess, head: bytes) -> 
 def test_a_large_header_within_the_limits_is_fine(server: ServerProcess) -> None:
     headers = {f"x-{i}": "a" * 300 for i in range(180)}
     assert httpx.get(f"{server.url}/version", headers=headers).status_code == 200
-
-
-def chunked(*chunks: bytes) -> bytes:
-    return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(chunks)
 
 
 @pytest.mark.parametrize(
@@ -360,14 +299,6 @@ def test_silent_connections_in_any_number_take_the_place_of_others_for_a_while_o
         server.stop()
 
 
-def wait_until_closed(server: ServerProcess, num_files: int) -> None:
-    """It has seen that clients closed their connections: no more files than these are open."""
-    deadline_s = time.monotonic() + 30
-    while open_files(server) > num_files:
-        assert time.monotonic() < deadline_s, "connections are still open"
-        time.sleep(0.01)
-
-
 def until_it_answers(url: str, verify: ssl.SSLContext | bool) -> None:
     deadline_s = time.monotonic() + 30
     while True:
@@ -377,106 +308,3 @@ def until_it_answers(url: str, verify: ssl.SSLContext | bool) -> None:
         except httpx.TransportError:
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
-
-
-def hostile(chance: random.Random) -> tuple[bytes, list[int] | None]:
-    """A request in which something is not as it should be; the answers to it, None: one that says 200 or 4xx."""
-    request = bytearray(WHOLE)
-    wanted: list[int] | None = None
-    garbage = bytes(chance.randrange(256) for _ in range(chance.randrange(1, 40)))
-    place = chance.randrange(len(request))
-    match chance.randrange(9):
-        case 0:
-            request[place : place + len(garbage)] = garbage
-        case 1:
-            request = bytearray(garbage)
-        case 2:
-            request[:0] = chance.choice(
-                [b"\r\n" * 500, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00", b" "]
-            )
-        case 3:
-            method = chance.choice([b"GET", b"CONNECT", b"OPTIONS", b"TRACE", b"PUT", b"BREW", b"post", b"SUBSCRIBE"])
-            target = chance.choice(
-                [b"*", b"http://evil.test/health", b"a:1", b"//", b"/\xff", b"/%00", b"/?" + garbage]
-            )
-            request[: request.index(b" HTTP")] = method + b" " + target
-        case 4:
-            field = chance.choice(
-                [
-                    b"Upgrade: websocket\r\nConnection: upgrade",
-                    b"Upgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAAA",
-                    b"Expect: 100-continue",
-                    b"Expect: nonsense",
-                    b"Transfer-Encoding: gzip, chunked",
-                    b"Transfer-Encoding: identity",
-                    b"Content-Encoding: gzip",
-                    b"Content-Length: +5",
-                    b"Host: evil.test",
-                    b"Connection: close, close",
-                    b"Authorization: Bearer " + garbage,
-                    b"X: " + garbage,
-                    b" folded: x",
-                    b": x",
-                    b"x",
-                ]
-            )
-            request = bytearray(WHOLE.replace(b"Content-Type", field + b"\r\nContent-Type", 1))
-        case 5:
-            number = chance.randrange(2, 20)
-            request, wanted = bytearray(WHOLE * number), [200] * number  # pipelined
-        case 6:
-            request, wanted = bytearray(WHOLE[: place + 1]), [408 if place + 1 < len(WHOLE) else 200]
-        case 7:
-            parts = [b"%x\r\n%s\r\n" % (chance.choice([1, 5, 2**31, 2**64]), garbage) for _ in range(5)]
-            request = bytearray(chunked(*parts))
-        case 8:
-            version = chance.choice([b"HTTP/1.0", b"HTTP/9.9", b"HTTP/0.9", b"ICY"])
-            request, wanted = (
-                bytearray(WHOLE.replace(b"HTTP/1.1", version)),
-                [200 if version in (b"HTTP/1.0", b"HTTP/0.9") else 400],
-            )
-    return bytes(request), wanted
-
-
-def check_answers(request: bytes, wanted: list[int] | None, is_half_closed: bool, found: list[int]) -> None:
-    if wanted is not None:
-        assert found == wanted or (is_half_closed and found == []), request
-    assert found or is_half_closed or not request.strip(b"\r\n"), request
-    assert all(status in (100, 200) or 400 <= status < 500 for status in found), (found, request)
-
-
-def send_hostile(server: ServerProcess, chance: random.Random, number: int) -> Counter[int]:
-    """Send some at once, half of them from clients that say that they will send no more; the answers."""
-    seen: Counter[int] = Counter()
-    sent = []
-    for _ in range(number):
-        connection = connect(server)
-        request, wanted = hostile(chance)
-        is_half_closed = chance.random() < 0.5
-        sent.append((connection, request, wanted, is_half_closed))
-        try:
-            connection.sendall(request)
-            if is_half_closed:
-                connection.shutdown(socket.SHUT_WR)
-        except ConnectionError:
-            pass  # it was refused before its end
-    for connection, request, wanted, is_half_closed in sent:
-        with connection:
-            found = statuses(read_all(connection))
-        check_answers(request, wanted, is_half_closed, found)
-        seen.update(found)
-    return seen
-
-
-def test_two_thousand_hostile_requests_leave_nothing_behind(server: ServerProcess) -> None:
-    chance = random.Random(0)
-    files_before = open_files(server)
-    send_hostile(server, chance, AT_ONCE)  # what is made once is made
-    before = resident_bytes(server)
-    seen: Counter[int] = Counter()
-    for _ in range(NUM_HOSTILE // AT_ONCE):
-        seen += send_hostile(server, chance, AT_ONCE)
-    assert seen[200] > NUM_HOSTILE / 10 and seen[400] > NUM_HOSTILE / 10 and seen[408] > NUM_HOSTILE / 100, seen
-    assert_healthy(server)
-    wait_until_closed(server, files_before)
-    assert resident_bytes(server) - before < GROWTH_LIMIT_BYTES
