@@ -125,6 +125,6 @@ def test_ample_memory_is_not_all_taken() -> None:
 
 
 def test_steps_are_shorter_on_a_cpu_unless_told_otherwise() -> None:
-    assert tokens_a_step(settings(), "cpu") == (512, 32)
+    assert tokens_a_step(settings(), "cpu") == (128, 32)
     assert tokens_a_step(settings(), "cuda") == (8192, None)
     assert tokens_a_step(settings(max_num_batched_tokens=7, max_prefill_tokens=3), "cpu") == (7, 3)
