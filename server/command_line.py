@@ -124,6 +124,8 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         raise SettingsError(
             f"--max-cpu-loras: {engine.max_cpu_loras} is not more than --max-loras ({engine.max_loras})"
         )
+    if settings.context_overflow == "slide" and not settings.allow_slide:
+        raise SettingsError("--no-allow-slide: --context-overflow slide lets every request slide")
     if settings.model_name in dict(engine.lora_modules):
         raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
     if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:

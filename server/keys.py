@@ -8,6 +8,8 @@ Of a key only its SHA-256 is kept here, and a name that may be logged.
     requests_per_minute = 60            # left out, as the other two: no limit
     tokens_per_minute = 20000           # of prompts and answers
     concurrent_streams = 4              # requests that are answered at once
+    max_tokens_per_request = 4096       # most tokens of one answer; left out: as the server was started
+    slide = false                       # whether its requests may let the context slide; left out: true
     min_priority = 0                    # what its requests may have as `priority`, lower first; left out: 0
     max_priority = 100                  # left out: 100
     share = "team"                      # of the prefix cache with the other keys that say so; left out: with none
@@ -37,9 +39,10 @@ logger = logging.getLogger("server.keys")
 ADMIN_NAME = "admin"
 _OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MOST_TOKENS = "max_tokens_per_request"
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
 _PRIORITIES = {"min_priority": 0, "max_priority": MAX_PRIORITY}  # bounds, and what they are if left out
-_FIELDS = ("key", "sha256", "models", *_LIMITS, *_PRIORITIES, "share")
+_FIELDS = ("key", "sha256", "models", *_LIMITS, MOST_TOKENS, "slide", *_PRIORITIES, "share")
 _MAX_LIMIT = 10**9
 _MAX_FILE_BYTES = 2**22
 
@@ -54,6 +57,8 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     share: str | None = None  # its requests share the prefix cache with those of other keys that have the same
     min_priority: int = 0  # of its requests; lower runs first
     max_priority: int = MAX_PRIORITY
+    max_tokens_per_request: int | None = None
+    may_slide: bool = True
     is_admin: bool = False
 
     def allows(self, model: str, served_model: str) -> bool:
@@ -186,6 +191,8 @@ def _key(name: str, table: Any) -> Key:
         limits=KeyLimits(key_name=name, **limits),
         min_priority=lowest,
         max_priority=highest,
+        max_tokens_per_request=_limit(name, MOST_TOKENS, table[MOST_TOKENS]) if MOST_TOKENS in table else None,
+        may_slide=_may_slide(name, table.get("slide", True)),
         share=_share(name, table["share"]) if "share" in table else None,
     )
 
@@ -233,6 +240,12 @@ def _share(name: str, given: Any) -> str:
 def _limit(name: str, field: str, given: Any) -> int:
     if type(given) is not int or not 1 <= given <= _MAX_LIMIT:
         raise SettingsError(f"[{name}] {field} must be a whole number between 1 and {_MAX_LIMIT}")
+    return given
+
+
+def _may_slide(name: str, given: Any) -> bool:
+    if type(given) is not bool:
+        raise SettingsError(f"[{name}] slide must be true or false")
     return given
 
 

@@ -93,7 +93,7 @@ class EngineSettings:
         whole_number(1), "N", "most requests that run at once (default: 256, on a CPU 64)", None
     )
     max_num_batched_tokens: int | None = option(
-        whole_number(1), "N", "most tokens computed in one step (default: 8192, on a CPU 512)", None
+        whole_number(1), "N", "most tokens computed in one step (default: 8192, on a CPU 128)", None
     )
     max_prefill_tokens: int | None = option(
         whole_number(1),
@@ -167,6 +167,15 @@ class ServerSettings:
         "error|slide",
         "requests longer than --max-model-len: refuse them, or let their oldest tokens go out of sight",
         "error",
+    )
+    allow_slide: bool = option(
+        switch, "", "let requests slide: without it no answer goes on beyond the context (default: allowed)", True
+    )
+    max_tokens_per_request: int | None = option(
+        whole_number(1),
+        "N",
+        "most tokens of one answer (default: those of the context; no limit if it slides)",
+        None,
     )
     chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
     api_key: tuple[str, ...] = option(

@@ -7,7 +7,7 @@ those go first whose owner has had the least, counted in characters, since it be
 import asyncio
 import contextlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -32,6 +32,7 @@ class TextWork:
         self._short = _Lane(max(2, cores // 4), max_waiting_characters)
         self._long = _Lane(max(1, cores // 4), max_waiting_characters)
         self._bodies = _Lane(1, max_waiting_characters)  # parsing lets no other thread run
+        self._grammars = _Lane(2, max_waiting_characters)
 
     async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
         """What `work` returns or raises; TooMuchText. If the caller is cancelled before it began it is not done."""
@@ -42,12 +43,18 @@ class TextWork:
         """As `run`, for the body of a request: one at a time."""
         return await self._bodies.run(work, owner, num_bytes)
 
+    async def check(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
+        """As `run`, for a grammar: that may take minutes, and nothing can end it."""
+        return await self._grammars.run(work, owner, num_characters)
+
 
 class _Lane:
     def __init__(self, num_threads: int, max_waiting_characters: int) -> None:
         self._threads = ThreadPoolExecutor(num_threads, "texts", initializer=give_way)
         self._num_threads = self._num_free = num_threads
         self._max_waiting_characters = max_waiting_characters
+        self._most_of_one = max(1, num_threads - 1)  # threads that one owner has at once: others always find one
+        self._num_running: Counter[str] = Counter()  # threads that each owner has
         self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}  # by owner: turns, and their characters
         self._num_waiting: dict[str, int] = {}  # characters
         self._had: dict[str, int] = {}  # characters, of those who had or want a thread lately
@@ -59,7 +66,7 @@ class _Lane:
 
         def free(_: "Future[T]") -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
-                loop.call_soon_threadsafe(self._free)
+                loop.call_soon_threadsafe(self._free, owner)
 
         working = self._threads.submit(work)
         working.add_done_callback(free)  # not when the caller is cancelled: the thread works on
@@ -69,8 +76,9 @@ class _Lane:
         """Take a thread, or wait for one."""
         if owner not in self._waiting:
             self._had[owner] = max(self._had.get(owner, 0), self._least)
-        if self._num_free:
+        if self._num_free and self._num_running[owner] < self._most_of_one:
             self._num_free -= 1
+            self._num_running[owner] += 1
             self._had[owner] += num_characters
             return
         if self._num_waiting.get(owner, 0) + num_characters > self._max_waiting_characters:
@@ -82,23 +90,29 @@ class _Lane:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had just come
-                self._free()
+                self._free(owner)
             raise
 
-    def _free(self) -> None:
-        """Give a thread that is free to who comes next."""
-        while self._waiting:
-            owner = min(self._waiting, key=self._had.__getitem__)
-            turn, num_characters = self._waiting[owner].popleft()
-            self._num_waiting[owner] -= num_characters
-            if not self._waiting[owner]:
-                del self._waiting[owner], self._num_waiting[owner]
-            if not turn.cancelled():
-                self._least = self._had[owner]
-                self._had[owner] += num_characters
-                turn.set_result(None)
-                return
+    def _free(self, owner: str) -> None:
+        """Take back the thread that an owner had; threads that are free go to who comes next."""
         self._num_free += 1
+        self._num_running[owner] -= 1
+        while self._num_free:
+            ready = [each for each in self._waiting if self._num_running[each] < self._most_of_one]
+            if not ready:
+                break
+            following = min(ready, key=self._had.__getitem__)
+            turn, num_characters = self._waiting[following].popleft()
+            self._num_waiting[following] -= num_characters
+            if not self._waiting[following]:
+                del self._waiting[following], self._num_waiting[following]
+            if not turn.cancelled():
+                self._num_free -= 1
+                self._num_running[following] += 1
+                self._least = self._had[following]
+                self._had[following] += num_characters
+                turn.set_result(None)
         if self._num_free == self._num_threads:
             self._had.clear()
+            self._num_running.clear()
             self._least = 0

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import Request
@@ -72,6 +72,24 @@ def require_permitted(http: Request, service: Service, body: Any) -> None:
     lowest, highest = _priorities(_key_of(http))
     if priority is not None and not lowest <= priority <= highest:
         raise bad_request(f"The field 'priority' must be between {lowest} and {highest} here.", "priority")
+
+
+def most_tokens(http: Request, service: Service) -> int | None:
+    """Most tokens that one answer may have, by the server's settings and the caller's key; None: no limit."""
+    key = _key_of(http)
+    limits = (service.settings.max_tokens_per_request, None if key is None else key.max_tokens_per_request)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def overflow_for(http: Request, service: Service, given: Literal["error", "slide"] | None) -> Literal["error", "slide"]:
+    """What happens at the end of the context, where a request may say so; ApiError when it may not slide."""
+    key = _key_of(http)
+    if service.settings.allow_slide and (key is None or key.may_slide):
+        return service.settings.context_overflow if given is None else given
+    if given == "slide":
+        who = "The server" if key is None or key.may_slide else f"The key {key.name!r}"
+        raise ApiError(403, f"{who} does not let a context slide.", param="context_overflow")
+    return "error"
 
 
 def require_model(http: Request, service: Service, model: str) -> None:

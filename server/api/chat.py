@@ -7,19 +7,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api.answer import AnswerPlan, answer
+from server.api.caller import owner_of
 from server.api.chat_prompt import chat_encoder, check_continuation, content_characters
 from server.api.choices import ChoiceForm, ChoiceReader
 from server.api.errors import bad_request
 from server.api.generation import (
     MAX_TOKENS_AT_ONCE,
+    Bounds,
     Prompt,
     check_body,
     check_characters,
     check_prompt,
-    context_limit,
     make_requests,
     off_loop,
-    overflow_of,
     read_body,
 )
 from server.api.record import record_of
@@ -45,13 +45,14 @@ async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Re
 async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
     """What to run for a chat and how to answer it; ApiError."""
     _check(body, service)
+    bounds = Bounds.of(http, body, service)
     toolbox = Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, service.tokenizer.chat_template_source)
     grammar, grammar_param = await _grammar(http, body, service, toolbox)
-    token_ids = await _encode(http, body, service, toolbox)
-    room = check_prompt(token_ids, context_limit(body, service), "messages")
+    token_ids = await _encode(http, body, service, toolbox, bounds.context)
+    room = check_prompt(token_ids, bounds.context, "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted is None:  # to the end of the context, if it has one
-        wanted = DEFAULT_SLIDING_MAX_TOKENS if overflow_of(body, service) == "slide" else room
+        wanted = bounds.default_tokens(DEFAULT_SLIDING_MAX_TOKENS if bounds.overflow == "slide" else room)
         wanted = min(wanted, MAX_TOKENS_AT_ONCE // (body.num_candidates * (1 + (body.top_logprobs or 0))))
     prompt = Prompt(token_ids=token_ids, max_tokens=min(wanted, room))
     logprobs = None
@@ -71,7 +72,7 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
     return AnswerPlan(
         kind="chat",
         model=body.model,
-        requests=make_requests(body, service, [prompt], logprobs=logprobs, grammar=grammar),
+        requests=make_requests(body, service, [prompt], bounds, logprobs=logprobs, grammar=grammar),
         grammar_param=grammar_param,
         candidates=body.num_candidates,
         choices=body.num_choices,
@@ -116,10 +117,10 @@ async def _grammar(
     num_bytes = record_of(http).body_bytes  # schemas may be large
     if wanted is not None and offered is not None:  # an error should name the one that it is in
         of_format = await off_loop(http, service, partial(json_grammar, _schema(wanted)), num_bytes)
-        await checked(of_format, "response_format")
+        await checked(of_format, "response_format", service.text_work, owner_of(http))
         param = "tools"
     text = await off_loop(http, service, grammar, num_bytes)
-    return (None, None) if text is None else (await checked(text, param), param)
+    return (None, None) if text is None else (await checked(text, param, service.text_work, owner_of(http)), param)
 
 
 def _schema(wanted: ResponseFormat) -> dict[str, Any]:
@@ -128,9 +129,9 @@ def _schema(wanted: ResponseFormat) -> dict[str, Any]:
     return {} if wanted.json_schema.schema_ is None else wanted.json_schema.schema_
 
 
-async def _encode(http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None) -> list[int]:
+async def _encode(http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None, limit: int) -> list[int]:
     """The chat as token ids; ApiError when the template refuses it, or the model cannot read it."""
-    check_characters(content_characters(body), context_limit(body, service), service, "messages")
+    check_characters(content_characters(body), limit, service, "messages")
     try:
         return await off_loop(http, service, chat_encoder(body, service, toolbox), record_of(http).body_bytes)
     except (ChatTemplateError, UnembeddableTokenError) as error:

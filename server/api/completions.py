@@ -9,12 +9,12 @@ from server.api.answer import AnswerPlan, answer
 from server.api.choices import ChoiceForm, ChoiceReader, PromptEcho
 from server.api.errors import bad_request
 from server.api.generation import (
+    Bounds,
     Prompt,
     check_body,
     check_characters,
     check_prompt,
     check_token_ids,
-    context_limit,
     make_requests,
     off_loop_if_long,
     read_body,
@@ -39,13 +39,15 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         raise bad_request("The field 'best_of' cannot be more than 'n' when 'stream' is true.", "best_of")
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("The field 'max_tokens' is 0, which needs 'echo'.", "max_tokens")
+    bounds = Bounds.of(http, body, service)
     num_characters = sum(map(len, body.prompt))
-    prompts = [await _prompt(http, body, service, given, num_characters) for given in body.prompt]
+    prompts = [await _prompt(http, body, service, given, num_characters, bounds) for given in body.prompt]
     is_ranked = body.num_candidates > body.num_choices
     requests = make_requests(
         body,
         service,
         prompts,
+        bounds,
         logprobs=0 if body.logprobs is None and is_ranked else body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
@@ -65,10 +67,10 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
 
 
 async def _prompt(
-    http: Request, body: CompletionBody, service: Service, given: PromptInput, num_characters: int
+    http: Request, body: CompletionBody, service: Service, given: PromptInput, num_characters: int, bounds: Bounds
 ) -> Prompt:
     """A prompt as token ids, and the room it leaves; ApiError."""
-    limit = context_limit(body, service)
+    limit = bounds.context
     least = 0 if body.max_tokens == 0 else 1
     if isinstance(given, str):
         check_characters(len(given), limit, service, "prompt")
@@ -87,7 +89,7 @@ async def _prompt(
             "max_tokens",
             "context_length_exceeded",
         )
-    max_tokens = min(DEFAULT_MAX_TOKENS, room) if body.max_tokens is None else body.max_tokens
+    max_tokens = bounds.default_tokens(min(DEFAULT_MAX_TOKENS, room)) if body.max_tokens is None else body.max_tokens
     return Prompt(token_ids=token_ids, max_tokens=max_tokens, echo=echo)
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from fastapi import Request
 
-from server.api.caller import owner_of, require_permitted
+from server.api.caller import most_tokens, overflow_for, owner_of, require_permitted
 from server.api.choices import PromptEcho
 from server.api.disconnect import unless_client_leaves
 from server.api.errors import ApiError, bad_request
@@ -104,14 +104,31 @@ def check_token_ids(token_ids: list[int], service: Service, param: str) -> None:
             raise bad_request(f"The token id {token_id} is not in the vocabulary of {service.info.vocab_size}.", param)
 
 
-def overflow_of(body: GenerationBody, service: Service) -> Literal["error", "slide"]:
-    """What happens at the end of the context: as the request says, else as the server was started."""
-    return service.settings.context_overflow if body.context_overflow is None else body.context_overflow
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How long a request may become."""
 
+    overflow: Literal["error", "slide"]  # what happens at the end of the context
+    context: int  # most tokens of prompt and answer together
+    answer: int | None  # most tokens of one answer; None: as many as the context holds
 
-def context_limit(body: GenerationBody, service: Service) -> int:
-    """Most tokens of prompt and answer together."""
-    return MAX_SLIDING_TOKENS if overflow_of(body, service) == "slide" else service.info.max_model_len
+    @classmethod
+    def of(cls, http: Request, body: GenerationBody, service: Service) -> "Bounds":
+        """As the request, the caller's key and the server say; ApiError when the request asks for more."""
+        overflow = overflow_for(http, service, body.context_overflow)
+        most = most_tokens(http, service)
+        for param in ("max_tokens", "max_completion_tokens"):
+            wanted = getattr(body, param, None)
+            if most is not None and wanted is not None and wanted > most:
+                raise bad_request(
+                    f"An answer may have at most {most} tokens here, but the request asks for {wanted}.", param
+                )
+        context = MAX_SLIDING_TOKENS if overflow == "slide" else service.info.max_model_len
+        return cls(overflow=overflow, context=context, answer=most)
+
+    def default_tokens(self, wanted: int) -> int:
+        """Tokens of an answer whose request does not say how many."""
+        return wanted if self.answer is None else min(wanted, self.answer)
 
 
 def check_prompt(token_ids: list[int], limit: int, param: str, *, least: int = 1) -> int:
@@ -149,6 +166,7 @@ def make_requests(
     body: GenerationBody,
     service: Service,
     prompts: list[Prompt],
+    bounds: Bounds,
     *,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
@@ -174,7 +192,7 @@ def make_requests(
                     prompt_token_ids=prompt_token_ids,
                     sampling=sampling(choice),
                     priority=0 if body.priority is None else body.priority,
-                    context_overflow=overflow_of(body, service),
+                    context_overflow=bounds.overflow,
                     adapter=adapter,
                     adapter_scale=adapter_scale,
                     cache_salt="" if body.cache_salt is None else body.cache_salt,

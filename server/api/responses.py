@@ -28,6 +28,8 @@ router = APIRouter()
 _PARAMS = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "context_overflow": "truncation",
     "response_format": "text.format",
 }
 

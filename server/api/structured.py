@@ -4,13 +4,14 @@ import asyncio
 import hashlib
 import json
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from server.api.errors import ApiError, bad_request
 from server.api.json_schema import EnforceableSchema
 from server.engine.grammar import GrammarRefused, check_grammar
-from server.engine.request import GRAMMARS_BUSY
+from server.engine.request import GRAMMARS_BUSY, QUEUE_FULL
+from server.text_work import TextWork, TooMuchText
 
 CHECK_LIMIT_S = 5.0
 NUM_REMEMBERED_VERDICTS = 256
@@ -36,15 +37,17 @@ def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_f
     return f"{name}: %json {json.dumps({**root, 'x-guidance': _OPTIONS}, ensure_ascii=False)}\n"
 
 
-_checks = ThreadPoolExecutor(2, "grammar-check")
 _verdicts: OrderedDict[bytes, str | None] = OrderedDict()
 
 
-async def checked(grammar: str, param: str) -> str:
-    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, 503 if it is not known in time."""
+async def checked(grammar: str, param: str, work: TextWork, owner: str) -> str:
+    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, 503 if it is not known in time.
+
+    It is checked in a thread, in its owner's turn.
+    """
     digest = hashlib.sha256(grammar.encode()).digest()
     if digest not in _verdicts:
-        _verdicts[digest] = await _verdict(grammar)
+        _verdicts[digest] = await _verdict(grammar, work, owner)
         if len(_verdicts) > NUM_REMEMBERED_VERDICTS:
             _verdicts.popitem(last=False)
     refusal = _verdicts[digest]
@@ -54,13 +57,15 @@ async def checked(grammar: str, param: str) -> str:
     return grammar
 
 
-async def _verdict(grammar: str) -> str | None:
+async def _verdict(grammar: str, work: TextWork, owner: str) -> str | None:
     """Why a grammar is refused, or None."""
-    check = _checks.submit(check_grammar, grammar)
+    check = work.check(partial(check_grammar, grammar), owner, len(grammar))
     try:
-        await asyncio.wait_for(asyncio.wrap_future(check), CHECK_LIMIT_S)
+        await asyncio.wait_for(check, CHECK_LIMIT_S)
     except GrammarRefused as error:
         return str(error)
+    except TooMuchText as error:
+        raise ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"}) from None
     except TimeoutError:  # through its own fault or that of others: nothing to remember
         message = "The grammar could not be checked in time; it is too complex, or the server is busy."
         raise ApiError(503, message, code=GRAMMARS_BUSY, headers={"Retry-After": "5"}) from None

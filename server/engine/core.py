@@ -107,7 +107,12 @@ class EngineCore:
         self.scheduler.reserve(account)
         self._compiling[request.request_id] = request, account
         # Further answers to one prompt let the grammars of other requests go first.
-        self.grammars.submit(request.request_id, request.sampling.grammar, can_wait=request.follows is not None)
+        self.grammars.submit(
+            request.request_id,
+            request.sampling.grammar,
+            can_wait=request.follows is not None,
+            owner="" if account is None else account.name,
+        )
 
     def _queue(self, request: GenerationRequest, account: Account | None, grammar: TokenGrammar | None = None) -> None:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter)

@@ -27,7 +27,7 @@ from server.engine.request import GRAMMAR_REFUSED, GRAMMARS_BUSY
 logger = logging.getLogger("server.engine")
 
 COMPILE_LIMIT_S = 5.0
-MAX_ABANDONED = 2
+MAX_ABANDONED, MAX_ABANDONED_OF_ONE = 3, 2  # of all owners, of one
 
 # An ordinary schema compiles in 2 to 20 ms and takes 0.1 to 1 ms for a mask, with 10 ms at worst. Fuel is what regular
 # expressions cost: 50,000 in a mask are about 5 ms. A lexer state is some 300 bytes and every request has its own; a
@@ -163,6 +163,7 @@ class _Job:
     key: str
     serial: int
     grammar: str
+    owner: str
 
 
 class GrammarCompiler:
@@ -172,8 +173,8 @@ class GrammarCompiler:
 
     Grammars are compiled one after the other, and anew for each request: copies of a compiled one share its lexer and
     with it the limit on states, so that requests would end one another's answers. One that takes longer than
-    `compile_limit_s` is refused and its thread left alone, since nothing can stop it; while `MAX_ABANDONED` of those
-    still run, all are refused.
+    `compile_limit_s` is refused and its thread left alone, since nothing can stop it; while `MAX_ABANDONED_OF_ONE` of
+    one owner's still run, all of its grammars are refused.
     """
 
     def __init__(
@@ -187,11 +188,13 @@ class GrammarCompiler:
         """`vocab_size` is the model's: how many logits it computes."""
         self._vocabulary = GrammarVocabulary(tokenizer, eos_token_ids, vocab_size)
         self._compile_limit_s = compile_limit_s
-        self._jobs: queue.PriorityQueue[tuple[bool, int, _Job | None]] = queue.PriorityQueue()
+        self._jobs: queue.PriorityQueue[tuple[bool, int, int, _Job | None]] = queue.PriorityQueue()
         self._wanted: dict[str, int] = {}
         self._serial = 0
         self._finished: deque[tuple[_Job, TokenGrammar | GrammarRefused]] = deque()
-        self._abandoned: list[threading.Thread] = []
+        self._abandoned: list[tuple[str, threading.Thread]] = []  # whose they are
+        self._round = 0  # of the owners that was compiled last
+        self._rounds: dict[str, int] = {}  # of each owner's last grammar
         self._thread: threading.Thread | None = None
         self.wake_fd, self._wake = os.pipe()
         os.set_blocking(self.wake_fd, False)
@@ -204,17 +207,19 @@ class GrammarCompiler:
         with contextlib.suppress(BaseException):  # it is said when a grammar comes
             self._vocabulary.tokenizer()
 
-    def submit(self, key: str, grammar: str, *, can_wait: bool = False) -> None:
+    def submit(self, key: str, grammar: str, *, can_wait: bool = False, owner: str = "") -> None:
         """Ask for a grammar; `collect` answers with `key`, which must not be waiting already.
 
-        Those that can wait come after all others.
+        Those that can wait come after all others; otherwise owners take turns.
         """
         self._serial += 1
         self._wanted[key] = self._serial
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="grammar-compiler", daemon=True)
             self._thread.start()
-        self._jobs.put((can_wait, self._serial, _Job(key=key, serial=self._serial, grammar=grammar)))
+        self._rounds[owner] = max(self._round, self._rounds.get(owner, 0)) + 1
+        job = _Job(key=key, serial=self._serial, grammar=grammar, owner=owner)
+        self._jobs.put((can_wait, self._rounds[owner], self._serial, job))
 
     def cancel(self, key: str) -> None:
         """Nobody waits for it any more; an unknown key is fine."""
@@ -236,7 +241,7 @@ class GrammarCompiler:
     def close(self) -> None:
         """Stop; nothing is answered any more. Leaves a compilation that is under way to itself."""
         self._wanted.clear()
-        self._jobs.put((False, 0, None))
+        self._jobs.put((False, 0, 0, None))
         self._mask_workers.close()
 
     def _ring(self) -> None:
@@ -245,15 +250,21 @@ class GrammarCompiler:
 
     def _work(self) -> None:
         give_way()
-        while (job := self._jobs.get()[2]) is not None:
+        while True:
+            can_wait, number, _, job = self._jobs.get()
+            if job is None:
+                return
+            if not can_wait:
+                self._round = number
             if self._wanted.get(job.key) != job.serial:
                 continue
-            self._finished.append((job, self._compile_in_time(job.grammar)))
+            self._finished.append((job, self._compile_in_time(job.grammar, job.owner)))
             self._ring()
 
-    def _compile_in_time(self, grammar: str) -> TokenGrammar | GrammarRefused:
-        self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
-        if len(self._abandoned) >= MAX_ABANDONED:
+    def _compile_in_time(self, grammar: str, owner: str) -> TokenGrammar | GrammarRefused:
+        self._abandoned = [(whose, thread) for whose, thread in self._abandoned if thread.is_alive()]
+        num_own = sum(whose == owner for whose, _ in self._abandoned)
+        if len(self._abandoned) >= MAX_ABANDONED or num_own >= MAX_ABANDONED_OF_ONE:
             return GrammarRefused(_BUSY, GRAMMARS_BUSY)
         try:
             tokenizer = self._vocabulary.tokenizer()  # outside the time limit: the first one waits for it
@@ -268,7 +279,7 @@ class GrammarCompiler:
         thread.start()
         thread.join(self._compile_limit_s)
         if thread.is_alive():
-            self._abandoned.append(thread)
+            self._abandoned.append((owner, thread))
             logger.warning("a grammar of %d characters is not compiled in time and is refused", len(grammar))
         result = results[0] if results else GrammarRefused(_TOO_COMPLEX)
         logger.debug("compiled a grammar in %.3f s", time.perf_counter() - started_s)

@@ -216,6 +216,25 @@ def test_grammars_that_cannot_be_stopped_do_not_pile_up() -> None:
     compiler.close()
 
 
+def test_grammars_of_one_owner_that_cannot_be_stopped_refuse_only_its_own() -> None:
+    compiler = GrammarCompiler(make_tokenizer(), frozenset({END}), VOCAB_SIZE, compile_limit_s=0.05)
+    for number in range(4):
+        compiler.submit(str(number), HOSTILE, owner="greedy")
+    compiler.submit("good", 'start: "a"', owner="other")
+    done = collect(compiler, 5)
+    assert isinstance(done["good"], TokenGrammar)
+    assert str(done["3"]) == "The server is busy with other grammars; try again later."
+    compiler.close()
+
+
+def test_owners_take_turns(compiler: GrammarCompiler) -> None:
+    for number in range(20):
+        compiler.submit(f"many {number}", 'start: "a"', owner="many")
+    compiler.submit("few", 'start: "a"', owner="few")
+    order = list(collect(compiler, 21))
+    assert order.index("few") < 5
+
+
 def test_added_tokens_that_are_no_special_ones_are_text() -> None:
     """Qwen's <tool_call> is such a token: banned, the model would have to spell out what it has a token for."""
     tokenizer = make_tokenizer()

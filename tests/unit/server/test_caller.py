@@ -9,10 +9,13 @@ import pytest
 from server.api.caller import require_permitted, with_key
 from server.api.embeddings import EmbeddingsBody
 from server.api.errors import ApiError
+from server.api.generation import Bounds
 from server.api.responses_body import ResponsesBody
 from server.api.schemas import Body, ChatBody, CompletionBody, parse_body
+from server.command_line import parse_settings
 from server.engine.messages import KeyLimits
 from server.keys import Key, keys_of_flags, parse_keys
+from server.setting_values import SettingsError
 from server.settings import EngineSettings, ServerSettings
 from tests.engine import make_request
 
@@ -112,3 +115,70 @@ def test_priorities_are_between_0_and_100_unless_the_file_of_keys_says_otherwise
             assert f"between {lowest} and {highest}" in str(error)
         (request,) = with_key(http_with(key), [make_request([1])])
         assert request.priority == min(max(0, lowest), highest), "of a request that does not say"
+
+
+def bounds(key: Key | None, *flags: str, **fields: Any) -> Bounds | ApiError:
+    service: Any = SimpleNamespace(settings=parse_settings(flags, {}), info=SimpleNamespace(max_model_len=1000))
+    body, _ = parse_body(
+        CompletionBody, json.dumps({"model": "m", "prompt": "a"} | fields).encode(), warn_unknown=False
+    )
+    try:
+        return Bounds.of(http_with(key), body, service)
+    except ApiError as error:
+        return error
+
+
+def test_neither_server_nor_key_lets_an_answer_be_longer_than_it_says() -> None:
+    short = make_key("short", max_tokens_per_request=50)
+    for key, flags, most in (
+        (None, (), None),
+        (None, ("--max-tokens-per-request", "100"), 100),
+        (short, (), 50),
+        (short, ("--max-tokens-per-request", "100"), 50),
+        (short, ("--max-tokens-per-request", "20"), 20),
+        (make_key("other"), ("--max-tokens-per-request", "100"), 100),
+    ):
+        found = bounds(key, *flags, max_tokens=most)
+        assert isinstance(found, Bounds) and found.answer == most
+        assert found.default_tokens(4096) == (4096 if most is None else most)
+        if most is not None:
+            error = bounds(key, *flags, max_tokens=most + 1)
+            assert isinstance(error, ApiError) and (error.status, error.param) == (400, "max_tokens")
+            assert f"at most {most} tokens" in str(error)
+
+
+def test_who_may_not_slide_is_refused_or_ends_with_the_context() -> None:
+    never, plain = make_key("never", may_slide=False), make_key("plain")
+    for key, flags, may in (
+        (None, (), True),
+        (plain, (), True),
+        (never, (), False),
+        (never, ("--context-overflow", "slide"), False),
+        (None, ("--no-allow-slide",), False),
+        (plain, ("--no-allow-slide",), False),
+    ):
+        asked = bounds(key, *flags, context_overflow="slide")
+        if may:
+            assert isinstance(asked, Bounds) and asked.overflow == "slide" and asked.context > 10**9
+        else:
+            assert isinstance(asked, ApiError) and (asked.status, asked.param) == (403, "context_overflow")
+            silent = bounds(key, *flags)
+            assert isinstance(silent, Bounds) and (silent.overflow, silent.context) == ("error", 1000)
+
+
+def test_settings_that_contradict_each_other_stop_the_start() -> None:
+    with pytest.raises(SettingsError, match="--no-allow-slide"):
+        parse_settings(("--context-overflow", "slide", "--no-allow-slide"), {})
+
+
+@pytest.mark.parametrize(
+    "line", ["slide = 1", "slide = 'no'", "max_tokens_per_request = 0", "max_tokens_per_request = true"]
+)
+def test_a_file_of_keys_with_wrong_bounds_is_refused(line: str) -> None:
+    with pytest.raises(SettingsError, match=line.split()[0]):
+        parse_keys(f"[a]\nkey = '1'\n{line}\n")
+
+
+def test_a_file_of_keys_bounds_answers() -> None:
+    (key,) = parse_keys("[a]\nkey = '1'\nslide = false\nmax_tokens_per_request = 7\n")
+    assert (key.may_slide, key.max_tokens_per_request) == (False, 7)

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import select
+import threading
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from server.api.json_schema import _COUNTS, _MANY, _NAMED, _NUMBERS, _ONE
 from server.api.structured import checked, json_grammar, json_rule
 from server.engine import grammar_vocabulary
 from server.engine.grammar import LIMITS, GrammarCompiler, TokenGrammar, check_grammar
+from server.text_work import TextWork
 from stellarbyte.checkpoint.demo import resolve_model
 from tests.fake_engine import make_tokenizer
 from tests.random_schemas import RandomSchemas, WildModel
@@ -36,7 +38,7 @@ def accepts(schema: dict[str, Any] | bool, text: str) -> bool:
 
 def refusal(schema: Any) -> str:
     with pytest.raises(ApiError) as caught:
-        asyncio.run(checked(json_grammar(schema), "response_format"))
+        asyncio.run(checked(json_grammar(schema), "response_format", TextWork(), ""))
     assert caught.value.status == 400 and caught.value.param == "response_format"
     sentence = str(caught.value)
     assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 400
@@ -71,7 +73,7 @@ def test_a_keyword_with_a_value_of_any_kind_is_used_or_refused_by_its_name(keywo
     for value in ANY_KIND:
         for schema in ({keyword: value}, {"properties": {"a": {"items": {keyword: value}}}}):
             try:
-                asyncio.run(checked(json_grammar(schema), "response_format"))
+                asyncio.run(checked(json_grammar(schema), "response_format", TextWork(), ""))
             except ApiError as error:
                 assert error.status == 400 and error.param == "response_format"
                 assert keyword in str(error), (schema, str(error))
@@ -346,23 +348,33 @@ def test_a_users_schema_is_left_as_it_is() -> None:
 def test_a_verdict_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(structured, "check_grammar", lambda grammar: calls.append(grammar))
-    for _ in range(3):
-        assert asyncio.run(checked("start: /asked once/", "tools")) == "start: /asked once/"
-    assert len(calls) == 1
-    for number in range(1_000):
-        asyncio.run(checked(f"start: /{number}/", "tools"))
+
+    async def ask() -> None:
+        work = TextWork()
+        for _ in range(3):
+            assert await checked("start: /asked once/", "tools", work, "") == "start: /asked once/"
+        assert len(calls) == 1
+        for number in range(1_000):
+            await checked(f"start: /{number}/", "tools", work, "")
+
+    asyncio.run(ask())
     assert len(structured._verdicts) <= structured.NUM_REMEMBERED_VERDICTS
 
 
-def test_a_check_that_does_not_end_is_answered_and_the_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "check_grammar", lambda _grammar: time.sleep(0.5))
+def test_checks_that_do_not_end_are_answered_and_keep_no_other_key_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(structured, "check_grammar", lambda grammar: grammar.startswith("slow") and may_end.wait(30))
     monkeypatch.setattr(structured, "CHECK_LIMIT_S", 0.1)
 
-    async def three() -> list[Any]:
-        return await asyncio.gather(*(checked(f"slow {number}", "a") for number in range(3)), return_exceptions=True)
+    async def ask() -> None:
+        work = TextWork()
+        slow = [checked(f"slow {number}", "a", work, "greedy") for number in range(3)]
+        errors = await asyncio.gather(*slow, return_exceptions=True)
+        assert [error.status for error in errors] == [503, 503, 503]
+        assert await checked("quick", "a", work, "other") == "quick"
+        may_end.set()
 
-    errors = asyncio.run(three())
-    assert [error.status for error in errors] == [503, 503, 503]
+    asyncio.run(ask())
 
 
 @pytest.fixture(scope="module")

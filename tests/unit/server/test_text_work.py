@@ -150,3 +150,14 @@ def test_the_threads_are_nicer_than_the_event_loop() -> None:
             assert await texts.run(niceness, "a", num_characters) > niceness() or niceness() >= 3
 
     run(test)
+
+
+def test_no_caller_has_all_the_threads_for_short_texts() -> None:
+    async def test(texts: TextWork, held: Held) -> None:
+        greedy = await start(*(texts.run(held.named("greedy"), "greedy", 10) for _ in range(5)))
+        assert await asyncio.wait_for(texts.run(lambda: "quick", "other", 10), LIMIT_S) == "quick"
+        assert held.done == []
+        held.may_end.set()
+        await asyncio.gather(*greedy)
+
+    run(test)
