@@ -7,6 +7,7 @@ those go first whose owner has had the least, counted in characters, since it be
 import asyncio
 import contextlib
 import os
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,9 @@ from typing import TypeVar
 from server.engine.give_way import give_way
 
 SHORT_CHARACTERS = 2**14
+# How long an owner's next large body waits, in times that its last one took: so they take a fifth of a core at most.
+# They are parsed at the event loop's own priority, since it waits for them: they let no other thread run.
+BODY_REST = 4.0
 MAX_WAITING_CHARACTERS = 2**25  # of one owner's short texts, or long ones
 _LEAST_CHARACTERS = 2**10  # that a text counts for
 T = TypeVar("T")
@@ -31,7 +35,7 @@ class TextWork:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._short = _Lane(max(2, cores // 4), max_waiting_characters)
         self._long = _Lane(max(1, cores // 4), max_waiting_characters)
-        self._bodies = _Lane(1, max_waiting_characters)  # parsing lets no other thread run
+        self._bodies = _Lane(1, max_waiting_characters, rest=BODY_REST, is_nice=False)
         self._grammars = _Lane(2, max_waiting_characters)
 
     async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
@@ -49,8 +53,11 @@ class TextWork:
 
 
 class _Lane:
-    def __init__(self, num_threads: int, max_waiting_characters: int) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, "texts", initializer=give_way)
+    def __init__(
+        self, num_threads: int, max_waiting_characters: int, *, rest: float = 0.0, is_nice: bool = True
+    ) -> None:
+        self._rest = rest
+        self._threads = ThreadPoolExecutor(num_threads, "texts", initializer=give_way if is_nice else None)
         self._num_threads = self._num_free = num_threads
         self._max_waiting_characters = max_waiting_characters
         self._most_of_one = max(1, num_threads - 1)  # threads that one owner has at once: others always find one
@@ -63,12 +70,19 @@ class _Lane:
     async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
         await self._turn(owner, num_characters)
         loop = asyncio.get_running_loop()
+        begun_s = 0.0
+
+        def timed() -> T:
+            nonlocal begun_s
+            begun_s = time.monotonic()
+            return work()
 
         def free(_: "Future[T]") -> None:
+            rest_s = self._rest * (time.monotonic() - begun_s)
             with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
-                loop.call_soon_threadsafe(self._free, owner)
+                loop.call_soon_threadsafe(self._free, owner, rest_s)
 
-        working = self._threads.submit(work)
+        working = self._threads.submit(timed)
         working.add_done_callback(free)  # not when the caller is cancelled: the thread works on
         return await asyncio.wrap_future(working)
 
@@ -90,13 +104,24 @@ class _Lane:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it had just come
-                self._free(owner)
+                self._free(owner, 0.0)
             raise
 
-    def _free(self, owner: str) -> None:
-        """Take back the thread that an owner had; threads that are free go to who comes next."""
+    def _free(self, owner: str, rest_s: float) -> None:
+        """Take back the thread that an owner had; it counts as the owner's until it has rested."""
         self._num_free += 1
+        if rest_s:
+            asyncio.get_running_loop().call_later(rest_s, self._rested, owner)
+            self._hand_out()
+        else:
+            self._rested(owner)
+
+    def _rested(self, owner: str) -> None:
         self._num_running[owner] -= 1
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Threads that are free go to who comes next."""
         while self._num_free:
             ready = [each for each in self._waiting if self._num_running[each] < self._most_of_one]
             if not ready:
@@ -112,7 +137,7 @@ class _Lane:
                 self._least = self._had[following]
                 self._had[following] += num_characters
                 turn.set_result(None)
-        if self._num_free == self._num_threads:
+        if self._num_free == self._num_threads and not +self._num_running:
             self._had.clear()
             self._num_running.clear()
             self._least = 0

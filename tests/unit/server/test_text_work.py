@@ -161,3 +161,21 @@ def test_no_caller_has_all_the_threads_for_short_texts() -> None:
         await asyncio.gather(*greedy)
 
     run(test)
+
+
+def test_bodies_of_one_caller_take_a_part_of_the_time_and_those_of_others_go_between(monkeypatch) -> None:
+    """However many it sends, and though each ends at once."""
+    monkeypatch.setattr("server.text_work.BODY_REST", 1000.0)
+
+    async def test(texts: TextWork, held: Held) -> None:
+        held.may_end.set()
+        assert await texts.parse(held.named("greedy"), "a", LONG) == "greedy"
+        greedy = await start(*(texts.parse(held.named("greedy"), "a", LONG) for _ in range(5)))
+        for other in "bcd":
+            assert await texts.parse(lambda: "other", other, LONG) == "other"
+        assert held.done == ["greedy"]
+        for task in greedy:
+            task.cancel()
+        await asyncio.wait(greedy)
+
+    run(test)
