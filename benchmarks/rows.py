@@ -189,7 +189,7 @@ def _walk(compiler: GrammarCompiler, grammar: TokenGrammar, vocab_size: int, num
     for _ in range(num_steps):
         started_s = time.perf_counter()
         while not grammar.is_ready:
-            pass
+            time.sleep(0.00005)  # spinning would keep the interpreter from the thread that computes it
         ready_s = time.perf_counter()
         grammar.mask(words)
         ended_s = time.perf_counter()
