@@ -68,6 +68,9 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
     (folder / "secret.txt").write_text(SECRET)
     (folder / "adapters" / "link").symlink_to(folder / "outside")
     (folder / "adapters" / "secret").symlink_to(folder / "secret.txt")
+    (folder / "adapters" / "linked").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapters" / "linked" / name).symlink_to(folder / "outside" / name)
     file = folder / "audit"
     os.environ["AUDIT_FILE"] = str(file)
     flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--allow-local-admin"]
@@ -116,7 +119,8 @@ def tricks(folder: Path) -> list[str]:
     outside = [f"{'../' * depth}{name}" for depth in (1, 2, 3, 8) for name in ("secret.txt", "outside", "etc/passwd")]
     outside += [str(folder / "outside"), str(folder / "secret.txt"), "/etc/passwd", "/proc/self/environ", "link",
                 "secret", ".", "..", "~root", "~", "inside/../../outside", "inside/adapter_config.json", "link/.",
-                "./inside/.././../outside", "adapters/../outside", "inside//..//..//outside"]  # fmt: skip
+                "./inside/.././../outside", "adapters/../outside", "inside//..//..//outside",
+                "linked", "linked/."]  # fmt: skip
     encodings = [
         lambda path: path,
         lambda path: path.replace("../", "..%2f").replace("/", "%2F"),

@@ -129,18 +129,39 @@ def test_a_named_tool_is_the_one_called(client, name) -> None:
     check_calls(message.tool_calls)
 
 
+def called_before() -> list[dict]:
+    """A conversation in which the same was asked and called several times, so that the model does it again."""
+    messages = []
+    for i, city in enumerate(("London", "Paris", "London")):
+        function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
+        messages += [
+            {"role": "user", "content": f"What is the weather in {city}?"},
+            {"role": "assistant", "tool_calls": [{"id": f"call_{i}", "type": "function", "function": function}]},
+            {"role": "tool", "tool_call_id": f"call_{i}", "content": "sunny"},
+        ]
+    return messages + WEATHER
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_auto_answers_with_text_and_calls_that_are_right_whole_and_streamed(client, seed) -> None:
+@pytest.mark.parametrize(
+    ("messages", "calls_a_tool"), [(WEATHER, False), (called_before(), True)], ids=["text", "call"]
+)
+def test_auto_answers_with_text_or_calls_that_are_right_whole_and_streamed(
+    client, messages, calls_a_tool, seed
+) -> None:
     ask = {"tools": TOOLS, "tool_choice": "auto", "temperature": 1, "seed": seed}
-    whole = chat(client, WEATHER, **ask).choices[0]
-    deltas = [chunk.choices[0].delta for chunk in chat(client, WEATHER, **ask, stream=True)]
+    whole = chat(client, messages, **ask).choices[0]
+    deltas = [chunk.choices[0].delta for chunk in chat(client, messages, **ask, stream=True)]
     assert "".join(delta.content or "" for delta in deltas) == (whole.message.content or "")
     calls = whole.message.tool_calls or []
-    starts = [call for delta in deltas for call in delta.tool_calls or [] if call.id]
-    assert [call.function.name for call in starts] == [call.function.name for call in calls]
-    if whole.finish_reason == "tool_calls":
-        check_calls(calls)
-    assert whole.message.content or calls
+    parts = [call for delta in deltas for call in delta.tool_calls or []]
+    assert [call.function.name for call in parts if call.id] == [call.function.name for call in calls]
+    for i, call in enumerate(calls):
+        streamed = "".join(part.function.arguments or "" for part in parts if part.index == i)
+        assert streamed == call.function.arguments
+    check_calls(calls)
+    assert (whole.finish_reason == "tool_calls") == bool(calls) == calls_a_tool
+    assert bool(whole.message.content) != calls_a_tool
 
 
 def test_several_calls_fit_in_one_answer(client) -> None:
