@@ -7,6 +7,7 @@ variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -255,7 +256,7 @@ class ServerSettings:
         one_of("debug", "info", "warning", "error"), "debug|info|warning|error", "least important message shown", "info"
     )
 
-    @property
+    @cached_property
     def model_name(self) -> str:
         """The model's name in the API."""
         if self.served_model_name is not None:
