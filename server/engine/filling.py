@@ -16,12 +16,14 @@ MAX_SCORED_TOKENS = 256  # of a prompt in one step, where each needs a row of lo
 class Filling:
     """One step. Blocks are reserved as tokens are given; what is preempted for them loses its chunk."""
 
-    def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int) -> None:
-        """`turn` counts steps: where something cannot be halved, one has the larger part in every other step."""
+    def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int, *, is_shared: bool) -> None:
+        """`is_shared`: several accounts have parts of it. `turn` counts steps: where something cannot be halved, one has
+        the larger part in every other step."""
         self.chunks: list[Chunk] = []
         self._admission = admission
         self._limits = limits
         self._turn = turn
+        self._is_shared = is_shared
         self._of_prompts: dict[Sequence, int] = {}  # where the chunks of prompts are
 
     def add_rows(self, sequences: list[Sequence], budget: int) -> int:
@@ -73,7 +75,7 @@ class Filling:
         if before is not None and before.samples:
             return 0
         pending = sequence.num_pending
-        most = min(pending, budget, self._most_at(sequence.num_launched))
+        most = min(pending, budget, self._most_at(sequence.num_launched, budget))
         if sequence.request.sampling.prompt_logprobs is not None:
             most = min(most, MAX_SCORED_TOKENS - (0 if before is None else before.length))
         length = self._admission.reserve_for_prompt(sequence, most) if most > 0 else 0
@@ -89,18 +91,19 @@ class Filling:
         sequence.num_tokens += samples
         return length
 
-    def _most_at(self, context: int) -> int:
-        """Tokens of one prompt that a step should have: fewer where each has much context, so that it takes no longer.
+    def _most_at(self, context: int, budget: int) -> int:
+        """Of `budget` tokens of a step, how many one prompt should have after so much context, where each costs more.
 
-        A request that comes meanwhile waits for the step's end.
+        So a step takes no longer: a request that comes meanwhile waits for its end. Where other accounts have a part of
+        the step, what is costly is counted in full; otherwise a prompt has at least what it would have beside streams.
         """
         limits = self._limits
         if limits.context_like_a_token is None:
-            return limits.max_num_batched_tokens
-        same_time = (
-            limits.max_num_batched_tokens * limits.context_like_a_token // (limits.context_like_a_token + context)
-        )
-        return max(same_time, limits.max_prefill_tokens or 1)
+            return budget
+        cost = 1 + context / limits.context_like_a_token
+        if self._is_shared:
+            return max(1, round(budget / cost))
+        return max(int(limits.max_num_batched_tokens / cost), limits.max_prefill_tokens or 1)
 
     def result(self) -> list[Chunk]:
         """The chunks, without those of sequences that were preempted after they got them."""

@@ -208,7 +208,7 @@ class Scheduler:
         is_shared = bool(decodes) or self._clock() < self._shared_until_s
         prompt_budget = min(budget, most) if is_shared and most is not None else budget
         parts = self._parts(decodes, prefills, budget, prompt_budget)
-        filling = Filling(self._admission, self.limits, self._turn)
+        filling = Filling(self._admission, self.limits, self._turn, is_shared=parts is not None and len(parts) > 1)
         if parts is None:
             budget -= filling.add_rows(decodes, budget)
             filling.add_prompts(prefills, self.waiting.accounts(), min(budget, prompt_budget))
