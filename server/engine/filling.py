@@ -17,8 +17,10 @@ class Filling:
     """One step. Blocks are reserved as tokens are given; what is preempted for them loses its chunk."""
 
     def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int, *, is_shared: bool) -> None:
-        """`is_shared`: several accounts have parts of it. `turn` counts steps: where something cannot be halved, one has
-        the larger part in every other step."""
+        """`is_shared`: several accounts have parts of it. `turn` counts steps.
+
+        Where something cannot be halved, one has the larger part in every other step.
+        """
         self.chunks: list[Chunk] = []
         self._admission = admission
         self._limits = limits
