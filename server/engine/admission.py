@@ -13,7 +13,7 @@ from server.engine.adapter_slots import Move
 from server.engine.adapter_version import AdapterVersion
 from server.engine.block_pool import BlockPool, CacheLayout
 from server.engine.kept_blocks import KeptBlocks
-from server.engine.places import NOBODY, TURN_S, least_entitled, num_blocks, one, who_gives_up
+from server.engine.places import TURN_S, least_entitled, num_blocks, one, who_gives_up
 from server.engine.prefix_cache import CachedPrefix
 from server.engine.request import GenerationRequest
 from server.engine.sequence import Sequence
@@ -126,12 +126,13 @@ class Admission:
         newcomer = self._first_newcomer()
         if newcomer is None or (len(self.live) < 2 and now_s - newcomer.queued_s < TURN_S):
             return
-        given_up = NOBODY
         if not self.has_place:
             given_up = who_gives_up(newcomer, self.running, one, 1, 1, now_s)
-        elif (
-            missing := (needed := self._needed_blocks(newcomer, self.kept.find(newcomer))) - self._num_unclaimed()
-        ) > 0:
+        else:
+            needed = self._needed_blocks(newcomer, self.kept.find(newcomer))
+            missing = needed - self._num_unclaimed()
+            if missing <= 0:
+                return
             given_up = who_gives_up(newcomer, self.running, num_blocks, needed, missing, now_s)
             if not given_up.sequences and newcomer.account.num_running == 0 and now_s - newcomer.queued_s >= TURN_S:
                 self._made_room_for = newcomer  # nobody else takes what the others leave
