@@ -242,11 +242,26 @@ def test_short_prompts_pass_a_long_one_which_takes_at_most_twice_as_long() -> No
     assert len(world.step_tokens) <= 2 * alone_steps + 2
 
 
+def test_a_short_prompt_of_a_modest_key_is_read_at_once_beside_others_and_a_long_one_is_not() -> None:
+    world = World(CPU, num_clients=0)
+    for number in range(3):
+        world.ask(Account(f"stream-{number}"), 10, 1000)
+    world.run(1)
+    newcomers = [world.ask(Account("short"), 20, 1), world.ask(Account("long"), 2000, 1)]
+    began = len(world.step_tokens)
+    while not newcomers[0].is_over:
+        world.step()
+    assert len(world.step_tokens) - began <= 2
+    for _ in range(20):
+        world.step()
+    assert 256 <= newcomers[1].num_computed < 500, "its credit, then its part"
+
+
 def test_priority_counts_among_prompts_that_run() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=8, prefix_caching=False)
+    scheduler = make_scheduler(max_num_batched_tokens=8, prefix_caching=False, num_blocks=200)
     scheduler.add(make_request([0] * 100, request_id="first"))
     scheduler.apply(scheduler.schedule(), [])
-    scheduler.add(make_request([0] * 50, request_id="urgent", priority=-50))
+    scheduler.add(make_request([0] * 200, request_id="urgent", priority=-50))
     chunks = {chunk.sequence.request.request_id: chunk.length for chunk in scheduler.schedule()}
     assert chunks == {"urgent": 8}
 
