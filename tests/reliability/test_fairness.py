@@ -1,6 +1,6 @@
 """Three ordinary clients beside one that asks for all it can: what they get, compared with equal shares.
 
-Alone on the machine (`scripts/test --slow -n 0 tests/reliability/test_fairness.py`) the bounds are those that we aim at.
+Alone on the machine (`scripts/test --slow -n 0 FILE`) the bounds are those that we aim at.
 The figures of docs/security.md come from `python -m benchmarks.fairness`, which measures in the same way.
 """
 
