@@ -4,6 +4,7 @@ A request's `cache_salt` says what goes wrong with it (`Fault`); nothing in the 
 folders begin with `FAULTY_READ` or `FAULTY_COPY` fail to be read, or to be copied to a slot, for no reason of theirs.
 """
 
+import json
 import sys
 from collections.abc import Iterable
 from enum import Enum
@@ -27,6 +28,11 @@ FAULTY_READ, FAULTY_COPY = "faulty-read", "faulty-copy"
 PLANTED = "a planted fault"  # which no client may read
 
 
+def salt_given(request: GenerationRequest) -> str:
+    """The `cache_salt` as the client wrote it: the server adds whose it is."""
+    return json.loads(request.cache_salt)[-1] if request.cache_salt else ""
+
+
 class Fault(Enum):
     """What is wrong with a request."""
 
@@ -40,7 +46,10 @@ class Fault(Enum):
     SWAP = "fault:swap"  # it gets the token of the request after it, which gets its token: no fault that is noticed
 
     def is_of(self, sequence: Sequence) -> bool:
-        return sequence.request.cache_salt == self.value
+        return self.is_in(sequence.request)
+
+    def is_in(self, request: GenerationRequest) -> bool:
+        return salt_given(request) == self.value
 
 
 class PlantedError(Exception):
@@ -106,7 +115,7 @@ class FaultyLoop(process.EngineLoop):
         return msgspec.msgpack.encode(event)
 
     def _submit(self, peer_id: bytes, peer: Any, submit: Any) -> None:
-        self._unwritable |= {r.request_id for r in submit.requests if r.cache_salt == Fault.WRITE.value}
+        self._unwritable |= {r.request_id for r in submit.requests if Fault.WRITE.is_in(r)}
         super()._submit(peer_id, peer, submit)
 
 
@@ -115,7 +124,7 @@ def plant_in_core(core: EngineCore) -> None:
     queue = core.scheduler.add
 
     def add(request: GenerationRequest, *rest: Any) -> Sequence:
-        if request.cache_salt == Fault.QUEUE.value:
+        if Fault.QUEUE.is_in(request):
             raise PlantedError
         return queue(request, *rest)
 

@@ -12,7 +12,7 @@ from server.engine.client import EngineClient
 from server.engine.delta_stream import DeltaStream
 from server.engine.messages import Delta
 from server.tokenizer import PromptTokenizer
-from tests.faulty_engine import PlantedError
+from tests.faulty_engine import PlantedError, salt_given
 
 UNREADABLE = "!unreadable"
 UNSENDABLE = "fault:send"
@@ -29,7 +29,7 @@ def plant() -> None:
         return encode(self, text, *rest)
 
     async def noting_submit(self: EngineClient, *requests: Any, **options: Any) -> list[DeltaStream]:
-        unsendable.update(request.request_id for request in requests if request.cache_salt == UNSENDABLE)
+        unsendable.update(request.request_id for request in requests if salt_given(request) == UNSENDABLE)
         return await submit(self, *requests, **options)
 
     async def faulty_anext(self: DeltaStream) -> Delta:
