@@ -115,7 +115,7 @@ def measure(core: EngineCore, num_tokens: int) -> tuple[list[dict[str, Any]], li
     )
     rows: list[dict[str, Any]] = []
     seconds: list[float] = []
-    sequence = core.scheduler.waiting.first
+    sequence = next(iter(core.scheduler.waiting))
     while core.has_work:
         started_s = time.perf_counter()
         news = core.step()

@@ -28,7 +28,7 @@ def fake_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def fake_server(fake_model: str) -> Iterator[ServerProcess]:
     """The real HTTP process in front of the fake engine, which repeats prompts."""
-    with running(FAKE, "--model", fake_model, "--max-body-bytes", "100000") as server:
+    with running(FAKE, "--model", fake_model, "--max-body-bytes", "100000", "--allow-local-admin") as server:
         yield server
 
 
