@@ -19,6 +19,9 @@ SHORT_CHARACTERS = 2**14
 # How long an owner's next large body waits, in times that its last one took: so they take a fifth of a core at most.
 # They are parsed at the event loop's own priority, since it waits for them: they let no other thread run.
 BODY_REST = 4.0
+LONG_REST = (
+    1.0  # the same for long texts, which take half a thread of each owner: tokenizing shares cores with the model
+)
 MAX_WAITING_CHARACTERS = 2**25  # of one owner's short texts, or long ones
 _LEAST_CHARACTERS = 2**10  # that a text counts for
 T = TypeVar("T")
@@ -34,7 +37,7 @@ class TextWork:
     def __init__(self, max_waiting_characters: int = MAX_WAITING_CHARACTERS) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._short = _Lane(max(2, cores // 4), max_waiting_characters)
-        self._long = _Lane(max(1, cores // 4), max_waiting_characters)
+        self._long = _Lane(max(1, cores // 4), max_waiting_characters, rest=LONG_REST)
         self._bodies = _Lane(1, max_waiting_characters, rest=BODY_REST, is_nice=False)
         self._grammars = _Lane(2, max_waiting_characters)
 

@@ -16,7 +16,7 @@ MAX_SCORED_TOKENS = 256  # of a prompt in one step, where each needs a row of lo
 class Filling:
     """One step. Blocks are reserved as tokens are given; what is preempted for them loses its chunk."""
 
-    def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int, *, is_shared: bool) -> None:
+    def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int, *, is_shared: bool = False) -> None:
         """`is_shared`: several accounts have parts of it. `turn` counts steps.
 
         Where something cannot be halved, one has the larger part in every other step.
@@ -31,14 +31,10 @@ class Filling:
     def add_rows(self, sequences: list[Sequence], budget: int) -> int:
         """Give sequences that only need their newest token that one; how many were given."""
         chunks, admission = self.chunks, self._admission
-        for sequence in sequences:
+        for sequence in sequences if len(sequences) <= budget else sequences[:budget]:
             launched = sequence.num_launched
-            # One may have been preempted meanwhile.
-            if (
-                budget > len(chunks)
-                and sequence.is_running
-                and (launched < sequence.table.capacity or admission.reserve(sequence, 1))
-            ):
+            # One that has been preempted meanwhile has no capacity left.
+            if launched < sequence.table.capacity or (sequence.is_running and admission.reserve(sequence, 1)):
                 samples = sequence.samples
                 sequence.num_launched = launched + 1
                 sequence.num_tokens += samples

@@ -13,6 +13,8 @@ def not_finite(chunks: list[Chunk], result: StepResult) -> list[Sequence]:
 
     A step that asks for tokens only pays for one look at their list.
     """
+    if NO_TOKEN not in result.tokens and not (result.logprobs or result.prompt_logprobs or result.pooled):
+        return []
     broken: list[Sequence] = []
     if NO_TOKEN in result.tokens:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]

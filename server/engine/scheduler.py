@@ -24,7 +24,7 @@ from server.engine.filling import Filling, rows_of_parts
 from server.engine.limits import SchedulerLimits
 from server.engine.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, RequestRejected
 from server.engine.sequence import Chunk, Sequence
-from server.engine.shares import Demand, Part, divide, settle
+from server.engine.shares import Demand, Part, divide, settle, spend
 
 SHARED_FOR_S = 1.0  # since the last step of several keys: they are probably reading what they got
 FREE_CREDIT = 2  # tokens of credit that an account gets for each step that it had nothing for
@@ -195,6 +195,31 @@ class Scheduler:
         """Choose the next step's chunks and reserve their blocks; [] when there is nothing to do."""
         self._turn += 1
         self._admission.begin_step()
+        decodes, prefills = self._runnable()
+        if not (prefills or self.waiting) and not self._has_parts():  # the usual step, of streams alone
+            filling = Filling(self._admission, self.limits, self._turn)
+            filling.add_rows(decodes, self.limits.max_num_batched_tokens)
+            self.num_blocked = 0
+            return filling.result()
+        budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
+        is_shared = bool(decodes) or self._clock() < self._shared_until_s
+        prompt_budget = min(budget, most) if is_shared and most is not None else budget
+        if self._has_parts():
+            chunks = self._fill_parts(decodes, prefills, budget, prompt_budget)
+        else:
+            filling = Filling(self._admission, self.limits, self._turn)
+            budget -= filling.add_rows(decodes, budget)
+            filling.add_prompts(prefills, self.waiting.accounts(), min(budget, prompt_budget))
+            chunks = filling.result()
+            for chunk in chunks:
+                spend(chunk.sequence.account, chunk.length, self.limits.shares)
+        self.num_blocked = self._admission.num_blocked()
+        if not chunks and self.seconds_until_allowed() is not None:
+            self.num_blocked = len(self.running) + len(self.waiting)
+        return chunks
+
+    def _runnable(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that only need their newest token, and those that need more."""
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self.running:
@@ -204,25 +229,25 @@ class Scheduler:
                 pass  # it ends when its last step is read
             elif sequence.grammar is None or not sequence.waits_for_mask:  # else it holds up nobody
                 decodes.append(sequence)
-        budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
-        is_shared = bool(decodes) or self._clock() < self._shared_until_s
-        prompt_budget = min(budget, most) if is_shared and most is not None else budget
+        return decodes, prefills
+
+    def _has_parts(self) -> bool:
+        """Whether a step is divided: several accounts have requests, or one that has them is limited."""
+        live = self._admission.live
+        return len(live) > 1 or any([account.bucket is not None for account in live])
+
+    def _fill_parts(
+        self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int
+    ) -> list[Chunk]:
+        """A step in which each account has a part."""
         parts = self._parts(decodes, prefills, budget, prompt_budget)
-        filling = Filling(self._admission, self.limits, self._turn, is_shared=parts is not None and len(parts) > 1)
-        if parts is None:
-            budget -= filling.add_rows(decodes, budget)
-            filling.add_prompts(prefills, self.waiting.accounts(), min(budget, prompt_budget))
-        else:
-            filling.add_rows(rows_of_parts(decodes, parts), budget)
-            for part in parts:
-                of_account = [sequence for sequence in prefills if sequence.account is part.account]
-                filling.add_prompts(of_account, [part.account], part.num_prompt_tokens)
+        filling = Filling(self._admission, self.limits, self._turn, is_shared=len(parts) > 1)
+        filling.add_rows(rows_of_parts(decodes, parts), budget)
+        for part in parts:
+            of_account = [sequence for sequence in prefills if sequence.account is part.account]
+            filling.add_prompts(of_account, [part.account], part.num_prompt_tokens)
         chunks = filling.result()
-        if parts is not None:
-            self._settle(parts, chunks)
-        self.num_blocked = self._admission.num_blocked()
-        if not chunks and self.seconds_until_allowed() is not None:
-            self.num_blocked = len(self.running) + len(self.waiting)
+        self._settle(parts, chunks)
         return chunks
 
     @contextlib.contextmanager
@@ -238,12 +263,8 @@ class Scheduler:
             sequence.is_over = True
             self.pool.give_back(sequence.table.pop_all())
 
-    def _parts(
-        self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int
-    ) -> list[Part] | None:
-        """What each account gets of this step; None where nothing is to be divided: one account without limit."""
-        if len(self._admission.live) < 2 and all(account.bucket is None for account in self._admission.live):
-            return None
+    def _parts(self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int) -> list[Part]:
+        """What each account gets of this step."""
         demands = {account: Demand(account=account) for account in self.waiting.accounts()}
         for sequence in decodes:
             demands.setdefault(sequence.account, Demand(account=sequence.account)).num_rows += 1

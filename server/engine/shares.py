@@ -96,3 +96,8 @@ def settle(used: dict[Account, int], limits: ShareLimits) -> None:
     equal = sum(used.values()) / max(1, len(used))
     for account, tokens in used.items():
         account.credit = min(float(limits.most_credit), max(0.0, account.credit + equal - tokens))
+
+
+def spend(account: Account, tokens: int, limits: ShareLimits) -> None:
+    """Note what an account has used of a step that it had for itself: it has been no modest one lately."""
+    account.credit = max(0.0, min(float(limits.most_credit), account.credit) - tokens)

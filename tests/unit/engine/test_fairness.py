@@ -257,6 +257,20 @@ def test_a_short_prompt_of_a_modest_key_is_read_at_once_beside_others_and_a_long
     assert 256 <= newcomers[1].num_computed < 500, "its credit, then its part"
 
 
+def test_who_used_whole_steps_alone_has_no_credit_left_when_others_come() -> None:
+    world = World(CPU, num_clients=0)
+    greedy = Account("greedy")
+    long = world.ask(greedy, 3000, 1)
+    while long.num_computed < 1000:
+        world.step()
+    before = long.num_computed
+    for number in range(3):
+        world.ask(Account(f"stream-{number}"), 10, 1000)
+    for _ in range(20):
+        world.step()
+    assert 20 <= long.num_computed - before < 256, "its part, without the credit of one who was modest"
+
+
 def test_priority_counts_among_prompts_that_run() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8, prefix_caching=False, num_blocks=200)
     scheduler.add(make_request([0] * 100, request_id="first"))

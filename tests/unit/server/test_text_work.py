@@ -84,7 +84,9 @@ def test_callers_take_turns_however_much_one_of_them_sends(num_characters: int) 
     run(test)
 
 
-def test_turns_are_by_characters_not_by_texts() -> None:
+def test_turns_are_by_characters_not_by_texts(monkeypatch) -> None:
+    monkeypatch.setattr("server.text_work.LONG_REST", 0.0)  # else the thread would be free for large ones meanwhile
+
     async def test(texts: TextWork, held: Held) -> None:
         large = await start(*(texts.run(held.named("large"), "a", 50 * LONG) for _ in range(5)))
         small = await start(*(texts.run(held.named("small"), "b", LONG) for _ in range(50)))
@@ -163,16 +165,20 @@ def test_no_caller_has_all_the_threads_for_short_texts() -> None:
     run(test)
 
 
-def test_bodies_of_one_caller_take_a_part_of_the_time_and_those_of_others_go_between(monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [TextWork.parse, TextWork.run], ids=["bodies", "long texts"])
+def test_bodies_and_long_texts_of_one_caller_take_a_part_of_the_time_and_those_of_others_go_between(
+    monkeypatch, kind
+) -> None:
     """However many it sends, and though each ends at once."""
     monkeypatch.setattr("server.text_work.BODY_REST", 1000.0)
+    monkeypatch.setattr("server.text_work.LONG_REST", 1000.0)
 
     async def test(texts: TextWork, held: Held) -> None:
         held.may_end.set()
-        assert await texts.parse(held.named("greedy"), "a", LONG) == "greedy"
-        greedy = await start(*(texts.parse(held.named("greedy"), "a", LONG) for _ in range(5)))
+        assert await kind(texts, held.named("greedy"), "a", LONG) == "greedy"
+        greedy = await start(*(kind(texts, held.named("greedy"), "a", LONG) for _ in range(5)))
         for other in "bcd":
-            assert await texts.parse(lambda: "other", other, LONG) == "other"
+            assert await kind(texts, lambda: "other", other, LONG) == "other"
         assert held.done == ["greedy"]
         for task in greedy:
             task.cancel()
