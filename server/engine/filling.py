@@ -17,7 +17,7 @@ class Filling:
     """One step. Blocks are reserved as tokens are given; what is preempted for them loses its chunk."""
 
     def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int, *, is_shared: bool = False) -> None:
-        """`is_shared`: several accounts have parts of it. `turn` counts steps.
+        """`is_shared`: several accounts have parts of it, or had a moment ago. `turn` counts steps.
 
         Where something cannot be halved, one has the larger part in every other step.
         """

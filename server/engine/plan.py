@@ -85,7 +85,7 @@ def tokens_a_step(settings: EngineSettings, device_type: str) -> tuple[int, int 
 def share_limits(device_type: str) -> ShareLimits:
     """How steps are divided among accounts: from few tokens on, a step's time grows with them."""
     if device_type == "cpu":
-        return ShareLimits(free_tokens=4, most_credit=256)
+        return ShareLimits(free_tokens=3, most_credit=256)
     return ShareLimits(free_tokens=32, most_credit=1024)
 
 

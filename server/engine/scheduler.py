@@ -202,12 +202,12 @@ class Scheduler:
             self.num_blocked = 0
             return filling.result()
         budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
-        is_shared = bool(decodes) or self._clock() < self._shared_until_s
-        prompt_budget = min(budget, most) if is_shared and most is not None else budget
+        others_are_near = self._clock() < self._shared_until_s
+        prompt_budget = min(budget, most) if (decodes or others_are_near) and most is not None else budget
         if self._has_parts():
             chunks = self._fill_parts(decodes, prefills, budget, prompt_budget)
         else:
-            filling = Filling(self._admission, self.limits, self._turn)
+            filling = Filling(self._admission, self.limits, self._turn, is_shared=others_are_near)
             budget -= filling.add_rows(decodes, budget)
             filling.add_prompts(prefills, self.waiting.accounts(), min(budget, prompt_budget))
             chunks = filling.result()

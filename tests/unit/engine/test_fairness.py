@@ -39,7 +39,7 @@ class Device:
     limits: dict[str, int | None]
 
 
-CPU_LIMITS = {"max_num_batched_tokens": 128, "max_prefill_tokens": 32, "free_tokens": 4, "most_credit": 256}
+CPU_LIMITS = {"max_num_batched_tokens": 128, "max_prefill_tokens": 32, "free_tokens": 3, "most_credit": 256}
 CPU = Device(0.025, 0.0075, CPU_LIMITS)
 GPU = Device(0.0007, 0.00002, {"max_num_batched_tokens": 8192, "free_tokens": 32, "most_credit": 1024})
 
