@@ -10,15 +10,31 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_URL = "http://127.0.0.1:8000"
+SERVE = "stellarbyte.cli.serve"
 
 _Commands = Any  # argparse has no public name for what add_subparsers returns
 
 
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of one command. What follows `serve` is left to the server, as `flags`."""
+    parser = make_parser()
+    options, flags = parser.parse_known_args(arguments)
+    if options.module == SERVE:
+        options.flags = flags
+    elif flags:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return options
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="stellarbyte", description="Convert, inspect and try models; talk to a server, look after it, measure it."
+        prog="stellarbyte",
+        description="Serve, convert, inspect and try models; talk to a server, look after it, measure it.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser(
+        "serve", help="start the server (flags: stellarbyte serve --help)", add_help=False
+    ).set_defaults(module=SERVE)
     _add_convert(commands)
     _add_info(commands)
     _add_generate(commands)

@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from stellarbyte.cli.arguments import make_parser
+from stellarbyte.cli.arguments import parse
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     As shells tell of signals it is 130 after Ctrl-C, 143 after SIGTERM, and 141 when nobody reads the output any more.
     """
-    options = make_parser().parse_args(arguments)
+    options = parse(arguments)
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)
     failures: tuple[type[Exception], ...] = ()
     try:

@@ -32,6 +32,25 @@ def test_convert_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture
     assert texts[0] != texts[1]  # the chat template makes another prompt
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"), [(["--help"], "usage: "), (["--prot", "5"], "unrecognized arguments: --prot")]
+)
+def test_serve_leaves_its_flags_to_the_server(flags: list[str], told: str, capfd: pytest.CaptureFixture[str]):
+    try:
+        status = main(["serve", *flags])
+    except SystemExit as ended:
+        status = ended.code
+    output = capfd.readouterr()
+    assert status == (0 if flags == ["--help"] else 2)
+    assert told in output.out + output.err
+
+
+def test_other_commands_take_no_unknown_flags(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["info", "demo", "--prot"])
+    assert "unrecognized arguments: --prot" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
