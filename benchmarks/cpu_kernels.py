@@ -16,14 +16,14 @@ import torch
 from numba import njit, prange
 
 from benchmarks.record import write_result
+from stellarbyte.backends.cpu_model import CpuModel, batch_arrays
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.kernels.cpu.attention import paged_attention
-from stellarbyte.kernels.cpu.linear import NO_ACTIVATION, linear
-from stellarbyte.kernels.cpu.model import CpuModel, batch_arrays
-from stellarbyte.sampling import RowSampling
+from stellarbyte.ops.cpu.attention import paged_attention
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.sampling.sampler import RowSampling
 
 BLOCK_SIZE = 16
 BATCHES = (1, 8, 32)

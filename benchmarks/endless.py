@@ -24,18 +24,18 @@ import torch
 from tokenizers import models
 
 from benchmarks.record import write_result
-from server.engine.core import EngineCore
-from server.engine.load import build_core
-from server.engine.messages import Delta
-from server.engine.plan import serving_config
-from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.runner import RunningStep
-from server.engine.sequence import Chunk
-from server.settings import EngineSettings
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
-from tests import oracle
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.load import build_core
+from stellarbyte_server.engine.run.plan import serving_config
+from stellarbyte_server.engine.run.runner import RunningStep
+from stellarbyte_server.engine.state.sequence import Chunk
+from stellarbyte_server.protocol.messages import Delta
+from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
+from tests.support import oracle
 
 INTERVAL = 1000  # tokens
 MAX_GROWTH_MIB = 20.0

@@ -21,18 +21,18 @@ import tokenizers
 import zmq
 
 from benchmarks.record import write_result
-from server.engine.adapters import no_adapters
-from server.engine.block_pool import BlockPool, CacheLayout
-from server.engine.core import EngineCore
-from server.engine.grammar import GrammarCompiler
-from server.engine.limits import SchedulerLimits
-from server.engine.loop import EngineLoop
-from server.engine.messages import Submit
-from server.engine.plan import share_limits
-from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.scheduler import Scheduler
-from server.engine.sequence import Chunk, Sequence, StepResult
 from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte_server.engine.adapters.registry import no_adapters
+from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.loop import EngineLoop
+from stellarbyte_server.engine.run.plan import share_limits
+from stellarbyte_server.engine.schedule.limits import SchedulerLimits
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.protocol.messages import Submit
+from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
 Result = TypeVar("Result")
 

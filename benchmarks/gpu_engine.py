@@ -35,12 +35,12 @@ from benchmarks.gpu_workloads import (
     write_adapters,
     write_config,
 )
-from server.engine.core import EngineCore
-from server.engine.load import build_core
-from server.engine.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected
-from server.engine.request import GenerationRequest, SamplingParams
-from server.garbage import keep_for_good
-from server.settings import EngineSettings
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.load import build_core
+from stellarbyte_server.garbage import keep_for_good
+from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected
+from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
 PROFILED_STEPS = 20
 SETTLING_STEPS = 10  # that all decode, before the profile

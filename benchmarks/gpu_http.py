@@ -26,7 +26,7 @@ from benchmarks.gpu_workloads import (
 from benchmarks.serve import Server, Workload, load, running_ours
 
 START = "0.6b/start"
-KERNELS_READY = "kernels are ready"  # in the log line of stellarbyte.kernels.triton.preparation
+KERNELS_READY = "kernels are ready"  # in the log line of stellarbyte.backends.gpu.preparation
 KERNELS_LIMIT_S = 60
 MOST_LOG = 4000  # characters of the server's last lines, shown at the end
 NAME = "model"  # what the folder, and so the served model, is called
@@ -64,7 +64,7 @@ def main() -> None:
     engine = ENGINES["0.6b"]
     folder = write_config(shape_of(engine, is_tiny=options.tiny), options.folder / NAME)
     command = (
-        f"python -m server --port {{port}} --model {shlex.quote(str(folder))} --load-format dummy"
+        f"python -m stellarbyte_server --port {{port}} --model {shlex.quote(str(folder))} --load-format dummy"
         f" --device {options.device} --dtype bfloat16 --max-model-len {MAX_MODEL_LEN}"
         f" --max-num-seqs {engine.max_num_seqs} --max-num-batched-tokens {MAX_STEP_TOKENS}"
     )

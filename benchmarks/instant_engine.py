@@ -1,6 +1,6 @@
 """An engine process whose steps cost nothing, so that what is measured is the way from it to the socket.
 
-`python -m benchmarks.instant_engine` takes the place of `python -m server.engine.process`; `python -m
+`python -m benchmarks.instant_engine` takes the place of `python -m stellarbyte_server.engine.process`; `python -m
 benchmarks.instant_engine serve FLAGS` is the real server in front of it. Every step gives every request one token,
 whose text is " " and the step's time (CLOCK_MONOTONIC in µs, the same for all processes): so a client knows how old
 each token is. The first token of the newest prompt is the pace, in steps per second.
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from server.engine.account import Account
-from server.engine.messages import Accepted, Call, CallFailed, Delta, EngineInfo, EngineStats, News, Reply
-from server.engine.process import main
-from server.engine.request import GenerationRequest
-from server.settings import EngineSettings
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.process import main
+from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.protocol.messages import Accepted, Call, CallFailed, Delta, EngineInfo, EngineStats, News, Reply
+from stellarbyte_server.protocol.request import GenerationRequest
 
 VOCAB_SIZE = 10_000
 
@@ -112,7 +112,7 @@ def build_instant_core(settings: EngineSettings) -> tuple[InstantCore, EngineInf
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        from server.__main__ import main as serve
+        from stellarbyte_server.__main__ import main as serve
 
         sys.exit(serve(sys.argv[2:], engine_module="benchmarks.instant_engine"))
     sys.exit(main(build_instant_core))

@@ -13,15 +13,15 @@ import tokenizers
 import torch
 
 from benchmarks.record import write_result
+from stellarbyte.backends.cpu_model import CpuModel
+from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.kernels.cpu.model import CpuModel
-from stellarbyte.kernels.served_model import ServedModel, TorchModel
-from stellarbyte.kernels.triton.weights import Weight, dequantized, quantize
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "LICENSE", "docs/how-it-works.md", "docs/benchmarks.md"]
 CONTEXT = 512

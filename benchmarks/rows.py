@@ -19,20 +19,20 @@ import tokenizers
 import torch
 
 from benchmarks.record import write_result
-from server.api.structured import json_grammar
-from server.engine.adjustments import Adjustments
-from server.engine.answer import Answer
-from server.engine.block_pool import BlockTable, CacheLayout
-from server.engine.grammar import GrammarCompiler, TokenGrammar
-from server.engine.model_runner import ModelStep, make_batch
-from server.engine.request import GenerationRequest, SamplingParams
-from server.engine.sequence import Chunk, Sequence
+from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.checkpoint.demo import resolve_model
-from stellarbyte.kernels.cpu.adjustment import adjust_logits
-from stellarbyte.kernels.cpu.sampler import sample
-from stellarbyte.kernels.served_model import ServedModel
-from stellarbyte.logit_adjustment import RowAdjustment
-from stellarbyte.sampling import RowSampling
+from stellarbyte.ops.cpu.adjustment import adjust_logits
+from stellarbyte.ops.cpu.sampler import sample
+from stellarbyte.sampling.adjustment import RowAdjustment
+from stellarbyte.sampling.sampler import RowSampling
+from stellarbyte_server.api.structured.grammars import json_grammar
+from stellarbyte_server.engine.answer import Answer
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.run.adjustments import Adjustments
+from stellarbyte_server.engine.run.cpu_runner import ModelStep, make_batch
+from stellarbyte_server.engine.state.block_pool import BlockTable, CacheLayout
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
 # R rows, V vocabulary, T tokens
 

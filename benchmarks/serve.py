@@ -2,7 +2,7 @@
 
     python -m benchmarks.serve                                        ours, the demo model
     python -m benchmarks.serve --url peer=http://127.0.0.1:9000 --chat
-    python -m benchmarks.serve --ours "python -m server --port {port} --model path/to/model"
+    python -m benchmarks.serve --ours "python -m stellarbyte_server --port {port} --model path/to/model"
 
 Every round sends each workload to one server after the other, so that a machine whose speed drifts is as fast for
 all of them; the table shows medians over the rounds. Ours is started and stopped here; others run already.
@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from benchmarks.record import ROOT, write_result
 
-OURS = "python -m server --port {port} --log-level warning"
+OURS = "python -m stellarbyte_server --port {port} --log-level warning"
 START_LIMIT_S = 180
 
 

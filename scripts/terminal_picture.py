@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.server_process import REAL, ROOT, ServerProcess
+from tests.support.server_process import REAL, ROOT, ServerProcess
 from tests.terminal.screen import Terminal
 
 PICTURE = ROOT / "docs/pictures/terminal.svg"

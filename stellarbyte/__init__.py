@@ -7,7 +7,7 @@ are first used: torch and transformers take seconds, which a command that needs 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from stellarbyte.auto import register_when_imported
+from stellarbyte.model.auto import register_when_imported
 
 if TYPE_CHECKING:
     from stellarbyte.config import ByteModelConfig

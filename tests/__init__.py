@@ -1,5 +1,5 @@
 import os
 
-from server.engine.launch import engine_environment
+from stellarbyte_server.client.launch import engine_environment
 
 os.environ.update(engine_environment(os.environ))  # before torch and numba load OpenMP, as in the engine's own process

@@ -3,7 +3,7 @@
 import re
 from html import escape
 
-from server.command_line import GROUPS, flag_of, help_of, off_flag_of, options, variable_of
+from stellarbyte_server.config.command_line import GROUPS, flag_of, help_of, off_flag_of, options, variable_of
 
 
 def flags_markdown() -> str:

@@ -18,8 +18,8 @@ from mkdocs.utils.templates import TemplateContext
 
 from scripts.site.api_reference import api_markdown
 from scripts.site.flags_reference import flags_markdown
-from server.api.openapi import make_document
-from server.settings import DEMO_MODEL_NAME
+from stellarbyte_server.api.contract.openapi import make_document
+from stellarbyte_server.config.settings import DEMO_MODEL_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {  # pages → where their text lies

@@ -11,11 +11,8 @@ import numpy as np
 import torch
 
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.kernels import reference
-from stellarbyte.model.xpos import XPosRotaryEmbedding
 
-# L layers, B blocks, S block size, K key/value heads, D head dim, T tokens, H query heads
+# L layers, B blocks, S block size, K key/value heads, D head dim
 
 
 class PagedKVCache:
@@ -43,29 +40,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     untouched = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(untouched).view(dtype).view(shape)
-
-
-class PagedAttention:
-    """The `attend` of one serving step: writes the step's keys to their blocks, then reads what each query sees."""
-
-    def __init__(
-        self, config: ByteModelConfig, rotary: XPosRotaryEmbedding, cache: PagedKVCache, batch: ForwardBatch
-    ) -> None:
-        self.config = config
-        self.rotary = rotary
-        self.cache = cache
-        self.batch = batch
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys_BSKD, values_BSKD = self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer]
-        k_relative = self.rotary.rotate_keys(k, self.batch.offsets_T, self.cache.block_size)
-        reference.write_kv(keys_BSKD, values_BSKD, self.batch.slots_T, k_relative, v)
-        return reference.paged_attention(
-            q,
-            keys_BSKD,
-            values_BSKD,
-            self.batch,
-            self.rotary,
-            window=self.config.windows[layer],
-            sink_tokens=self.config.sink_tokens,
-        )

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.gguf_model import plan_gguf
+from stellarbyte.checkpoint.gguf.model import plan_gguf
 from stellarbyte.checkpoint.hf import plan_folder
 from stellarbyte.checkpoint.native import check_tensors
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor

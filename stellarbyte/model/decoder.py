@@ -12,7 +12,7 @@ from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention, Proj
 from stellarbyte.model.mlp import ByteMLP
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale, Residual, deepnorm_beta
-from stellarbyte.model.xpos import XPosRotaryEmbedding
+from stellarbyte.xpos import XPosRotaryEmbedding
 
 
 class ByteDecoderLayer(nn.Module):

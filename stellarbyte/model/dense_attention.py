@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from stellarbyte.cache.relative import RelativeCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.model.xpos import XPosRotaryEmbedding
+from stellarbyte.xpos import XPosRotaryEmbedding
 
 # B sequences, T queries, S keys, H query heads, K key/value heads, D head dim
 

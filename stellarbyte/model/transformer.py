@@ -9,14 +9,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from stellarbyte.auto import register_model_if_wanted
 from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.auto import register_model_if_wanted
 from stellarbyte.model.decoder import ByteDecoder
 from stellarbyte.model.dense_attention import DenseAttention
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale
-from stellarbyte.model.xpos import XPosRotaryEmbedding
+from stellarbyte.xpos import XPosRotaryEmbedding
 
 # The name transformers gives the cache in outputs and in `generate`: it was "past_key_values" before 5.24.
 CACHE = (

@@ -12,10 +12,10 @@ import pytest
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte_client import AsyncStellarByte, StellarByte
-from tests.adapters import write_adapter
 from tests.clients.either import Blocking
-from tests.server_process import REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
+from tests.support.adapters import write_adapter
+from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.tiny_models import tiny_llama
 
 ADMIN_KEY, USER_KEY, LIMITED_KEY = "key-admin", "key-user", "key-limited"
 Connect = Callable[..., Any]  # the arguments of StellarByte; its methods

@@ -15,12 +15,12 @@ import openai
 import pytest
 
 import stellarbyte_client
-from server.api import objects
 from stellarbyte_client import AsyncStellarByte, ConnectionFailed, Health, ServerError, StellarByte
+from stellarbyte_server.api.contract import objects
 from tests.clients.conftest import ADMIN_KEY, USER_KEY, Connect, Stub
 from tests.clients.either import Blocking
-from tests.fake_engine import CRASH, make_model_folder
-from tests.server_process import FAKE, ROOT, ServerProcess, running
+from tests.support.fake_engine import CRASH, make_model_folder
+from tests.support.server_process import FAKE, ROOT, ServerProcess, running
 
 CHAT = [{"role": "user", "content": "the capital of France"}]
 

@@ -16,7 +16,7 @@ import pytest
 from stellarbyte_client import ConnectionFailed, ServerError, UnexpectedAnswer
 from stellarbyte_client.errors import server_error
 from tests.clients.conftest import ADMIN_KEY, LIMITED_KEY, USER_KEY, Connect, Stub
-from tests.server_process import ServerProcess, free_port
+from tests.support.server_process import ServerProcess, free_port
 
 
 @contextlib.contextmanager

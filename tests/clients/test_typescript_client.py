@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.clients.conftest import ADMIN_KEY, USER_KEY
-from tests.node_packages import copy_installed
-from tests.server_process import ROOT, ServerProcess
+from tests.support.node_packages import copy_installed
+from tests.support.server_process import ROOT, ServerProcess
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from typing import Any
 
 import yaml
 
-from server.command_line import parse_settings
-from server.settings import ServerSettings
+from stellarbyte_server.config.command_line import parse_settings
+from stellarbyte_server.config.settings import ServerSettings
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 
 class ComposeLoader(yaml.SafeLoader):

@@ -6,9 +6,9 @@ import tomllib
 
 import pytest
 
-from server.command_line import parse_settings
+from stellarbyte_server.config.command_line import parse_settings
 from tests.deployment.files import image_environment, image_stages, read_dockerfile
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 VARIANTS = ("cuda", "cpu")
 

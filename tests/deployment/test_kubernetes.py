@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from server.api.health import router
-from server.command_line import parse_settings
-from server.engine.plan import concurrency_of
+from stellarbyte_server.api.routes.health import router
+from stellarbyte_server.config.command_line import parse_settings
+from stellarbyte_server.engine.run.plan import concurrency_of
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
 from tests.deployment.metrics import GAUGES
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 KUBERNETES = DOCKER / "kubernetes"
 BASE = KUBERNETES / "base"

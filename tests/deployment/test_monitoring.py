@@ -10,7 +10,7 @@ import pytest
 
 from tests.deployment.files import DOCKER, read_yaml
 from tests.deployment.metrics import COUNTERS, GAUGES, HISTOGRAMS, series_in, wrong_with
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 ALERTS = DOCKER / "prometheus" / "alerts.yml"
 DASHBOARD = json.loads((DOCKER / "grafana" / "stellarbyte.json").read_text())

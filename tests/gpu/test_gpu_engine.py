@@ -22,26 +22,26 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from transformers import AutoModelForCausalLM
 
-from server.api.structured import json_grammar
-from server.engine.gpu_runner import GpuStep
-from server.engine.messages import Delta, merged
-from server.engine.request import GenerationRequest
-from server.engine.sequence import Chunk
 from stellarbyte import ByteTransformer
+from stellarbyte.backends.gpu.model import TritonModel
+from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
-from stellarbyte.kernels.served_model import TorchModel
-from stellarbyte.kernels.triton.model import TritonModel
-from stellarbyte.sampling import RowSampling, sample
-from tests import oracle
-from tests.adapters import RandomAdapter, random_adapter
-from tests.engine import ModelEngine, generated, make_request
-from tests.gpu_engine import GpuEngine, own_stream
-from tests.models import make_model, random_tokens
-from tests.tiny_models import tiny_llama, tiny_mistral, tiny_qwen3
-from tests.unit.engine.test_answers import model_core
-from tests.unit.engine.test_grammar_requests import SCHEMAS, drain
-from tests.unit.engine.test_grammar_requests import VOCABULARY as BYTES
+from stellarbyte.sampling.sampler import RowSampling, sample
+from stellarbyte_server.api.structured.grammars import json_grammar
+from stellarbyte_server.engine.run.gpu_runner import GpuStep
+from stellarbyte_server.engine.state.sequence import Chunk
+from stellarbyte_server.protocol.messages import Delta, merged
+from stellarbyte_server.protocol.request import GenerationRequest
+from tests.support import oracle
+from tests.support.adapters import RandomAdapter, random_adapter
+from tests.support.engine import ModelEngine, generated, make_request
+from tests.support.gpu_engine import GpuEngine, own_stream
+from tests.support.models import make_model, random_tokens
+from tests.support.tiny_models import tiny_llama, tiny_mistral, tiny_qwen3
+from tests.unit.server.engine.grammar.test_requests import SCHEMAS, drain
+from tests.unit.server.engine.grammar.test_requests import VOCABULARY as BYTES
+from tests.unit.server.engine.test_answers import model_core
 
 pytestmark = pytest.mark.gpu
 

@@ -10,12 +10,12 @@ if not torch.cuda.is_available():  # before Triton is imported: the unit tests w
     pytest.skip("torch finds no CUDA device here", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from server.engine.request import GenerationRequest
-from stellarbyte.kernels.triton.preparation import Preparation
-from tests.adapters import random_adapter
-from tests.engine import make_request
-from tests.gpu_engine import GpuEngine, own_stream
-from tests.models import make_model
+from stellarbyte.backends.gpu.preparation import Preparation
+from stellarbyte_server.protocol.request import GenerationRequest
+from tests.support.adapters import random_adapter
+from tests.support.engine import make_request
+from tests.support.gpu_engine import GpuEngine, own_stream
+from tests.support.models import make_model
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 
 BODY = json.dumps({"model": "fake", "prompt": "hi", "max_tokens": 1}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"

@@ -8,12 +8,12 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.access import ACCESS, check_routes, routes_of
-from server.api.service import SamplingDefaults, Service
-from server.app import create_app
-from server.keys import Keyring
-from server.settings import EngineSettings, ServerSettings
-from tests.server_process import FAKE, ServerProcess, running
+from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.access.rules import ACCESS, check_routes, routes_of
+from stellarbyte_server.api.service import SamplingDefaults, Service
+from stellarbyte_server.config.settings import EngineSettings, ServerSettings
+from stellarbyte_server.http.app import create_app
+from tests.support.server_process import FAKE, ServerProcess, running
 
 USER_KEYS = ("user-key-of-ann", "user-key-of-bob")
 ADMIN_KEY = "key-of-the-operator"

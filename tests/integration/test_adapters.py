@@ -12,9 +12,9 @@ import httpx
 import openai
 import pytest
 
-from tests.adapter_server import NUM_TOKENS, PROMPT, KnownModel, completion
 from tests.deployment.metrics import check_exposition
-from tests.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.adapter_server import NUM_TOKENS, PROMPT, KnownModel, completion
+from tests.support.server_process import FAKE, REAL, ServerProcess, running
 
 LONG = 400  # tokens; fits in the context of 512
 

@@ -18,9 +18,9 @@ import httpx
 import jinja2
 import pytest
 
-from tests.adapter_server import PROMPT, KnownModel
-from tests.adapters import write_adapter
-from tests.server_process import ROOT, ServerProcess, running
+from tests.support.adapter_server import PROMPT, KnownModel
+from tests.support.adapters import write_adapter
+from tests.support.server_process import ROOT, ServerProcess, running
 
 SECRET = "this text is in no folder that the server may read"
 CODE = "{{ ''.__class__ }} {% set x = 1 %} __import__('os').getcwd()"
@@ -75,7 +75,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
     os.environ["AUDIT_FILE"] = str(file)
     flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--allow-local-admin"]
     try:
-        with running("tests.audited_server", *flags, limit_s=120) as server:
+        with running("tests.support.audited_server", *flags, limit_s=120) as server:
             yield Audited(server, folder, file, file.stat().st_size)
     finally:
         del os.environ["AUDIT_FILE"]
@@ -206,7 +206,7 @@ def test_what_is_done_while_it_starts_owes_nothing_to_a_request_or_another_host(
         if kind != "open" and "/site-packages/numba/" not in what.rpartition(" by ")[2]:
             done.setdefault(kind, set()).add(what)
     (engine,) = done.pop("subprocess.Popen")
-    assert "tests.audited_engine" in engine
+    assert "tests.support.audited_engine" in engine
     jinja = "'<template>' by " + str(Path(jinja2.__file__).parent / "environment.py")
     assert done == {"compile": {jinja}, "exec": {jinja}, "socket.getaddrinfo": {"'127.0.0.1'"}}
 

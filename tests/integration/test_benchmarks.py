@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks import endless
 from benchmarks.endless import broken_bounds
-from server.engine.load import build_core
-from server.settings import EngineSettings
-from tests.server_process import ROOT
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.load import build_core
+from tests.support.server_process import ROOT
 
 
 def run_loadgen(url: str, *flags: str) -> dict:

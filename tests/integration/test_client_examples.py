@@ -13,8 +13,8 @@ from langchain_openai import ChatOpenAI
 
 from tests.integration.conftest import MODEL_NAME
 from tests.integration.test_examples import run
-from tests.node_packages import copy_installed
-from tests.server_process import ROOT, free_port
+from tests.support.node_packages import copy_installed
+from tests.support.server_process import ROOT, free_port
 
 QUESTION = "What is the capital of France?"
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
-from tests.gguf_files import write_gguf
-from tests.tiny_models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.support.gguf_files import write_gguf
+from tests.support.tiny_models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 LENGTH = 40  # several windows of 8
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}

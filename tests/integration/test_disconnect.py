@@ -11,8 +11,8 @@ import time
 import httpx
 import pytest
 
-from tests.fake_engine import CRASH, SLOW
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.fake_engine import CRASH, SLOW
+from tests.support.server_process import FAKE, ServerProcess, running
 
 
 def post_and_leave(server: ServerProcess, body: dict, after_s: float) -> None:

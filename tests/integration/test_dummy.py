@@ -3,9 +3,9 @@
 import httpx
 import pytest
 
-from tests.adapters import write_adapter
-from tests.models import make_model
-from tests.server_process import REAL, running
+from tests.support.adapters import write_adapter
+from tests.support.models import make_model
+from tests.support.server_process import REAL, running
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 
 def run(url: str, *command: str) -> subprocess.CompletedProcess[str]:

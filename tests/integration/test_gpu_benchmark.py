@@ -12,8 +12,8 @@ from benchmarks.gpu import run_all
 from benchmarks.gpu_engine import Run
 from benchmarks.gpu_profile import busy_us
 from benchmarks.gpu_workloads import ROWS, WORKS
-from server.engine.messages import Delta
-from tests.server_process import ROOT
+from stellarbyte_server.protocol.messages import Delta
+from tests.support.server_process import ROOT
 
 
 def run_tiny(*flags: str) -> str:

@@ -8,12 +8,12 @@ from collections import Counter
 import httpx
 import pytest
 
-from server.api.embeddings import EmbeddingsBody
-from server.api.errors import ApiError
-from server.api.responses_body import ResponsesBody
-from server.api.schemas import ChatBody, CompletionBody, parse_body
-from server.api.tokenize import DetokenizeBody
-from tests.server_process import ServerProcess
+from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.api.contract.responses_body import ResponsesBody
+from stellarbyte_server.api.contract.schemas import ChatBody, CompletionBody, parse_body
+from stellarbyte_server.api.routes.embeddings import EmbeddingsBody
+from stellarbyte_server.api.routes.tokenize import DetokenizeBody
+from tests.support.server_process import ServerProcess
 
 MUTATIONS = 20_000
 

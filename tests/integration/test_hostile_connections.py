@@ -14,10 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.connection_limit import OTHER_FILES
-from server.http_protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
-from tests.certificates import make_certificate
-from tests.fake_engine import SLOW
+from stellarbyte_server.http.connection_limit import OTHER_FILES
+from stellarbyte_server.http.protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tests.integration.raw_http import (
     BODY,
     HEAD,
@@ -33,7 +31,9 @@ from tests.integration.raw_http import (
     statuses,
     wait_until_closed,
 )
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.certificates import make_certificate
+from tests.support.fake_engine import SLOW
+from tests.support.server_process import FAKE, ServerProcess, running
 
 RECEIVE_TIMEOUT_S = 2.0  # --receive-timeout; a quarter of it without a byte is too long
 CLOSED_AFTER_S = RECEIVE_TIMEOUT_S + 10  # on a machine that is busy with other things

@@ -18,7 +18,7 @@ from tests.integration.raw_http import (
     statuses,
     wait_until_closed,
 )
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.server_process import FAKE, ServerProcess, running
 
 NUM_HOSTILE = 2000
 AT_ONCE = 400

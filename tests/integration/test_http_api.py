@@ -7,8 +7,8 @@ import time
 import httpx
 import pytest
 
-from tests.fake_engine import MAX_MODEL_LEN, REJECT
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.fake_engine import MAX_MODEL_LEN, REJECT
+from tests.support.server_process import FAKE, ServerProcess, running
 
 MODEL = "fake"
 

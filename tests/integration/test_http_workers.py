@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.fake_engine import SLOW, make_model_folder
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.fake_engine import SLOW, make_model_folder
+from tests.support.server_process import FAKE, ServerProcess, running
 
 NUM_CONNECTIONS = 24  # the kernel spreads connections: all on one of two workers once in 8 million runs
 
@@ -28,11 +28,11 @@ def child_pids(server: ServerProcess, module: str) -> list[int]:
 
 
 def worker_pids(server: ServerProcess) -> list[int]:
-    return child_pids(server, "server.http_worker")
+    return child_pids(server, "stellarbyte_server.http.worker")
 
 
 def engine_pid(server: ServerProcess) -> int:
-    (pid,) = child_pids(server, "tests.fake_engine")
+    (pid,) = child_pids(server, "tests.support.fake_engine")
     return pid
 
 
@@ -82,7 +82,10 @@ def test_streams_on_both_workers_get_their_own_text_and_every_route_answers_the_
             assert stream.read() == "data: [DONE]"
             assert stream.text == (f"{SLOW} {i:02} " * 10)[:60]
         deadline_s = time.monotonic() + 60
-        while len(streamed_by := re.findall(r"INFO (http-\d) server.access: POST", server.log())) < NUM_CONNECTIONS:
+        while (
+            len(streamed_by := re.findall(r"INFO (http-\d) stellarbyte_server.access.rules: POST", server.log()))
+            < NUM_CONNECTIONS
+        ):
             assert time.monotonic() < deadline_s, "a request is in no log"  # its line comes after its last byte
             time.sleep(0.05)
         assert len(streamed_by) == NUM_CONNECTIONS
@@ -100,7 +103,7 @@ def test_counters_never_run_backwards_whichever_worker_is_asked(fake_model):
         assert len(set(totals)) > NUM_CONNECTIONS / 2, "old figures were served"
         assert server.metric("vllm:num_requests_running") == 1, "it was open all the time"
         del stream  # which ends it
-        assert len(set(re.findall(r"INFO (http-\d) server.access: GET /metrics", server.log()))) == 2
+        assert len(set(re.findall(r"INFO (http-\d) stellarbyte_server.access.rules: GET /metrics", server.log()))) == 2
 
 
 def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):

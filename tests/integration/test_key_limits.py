@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.adapter_server import KnownModel
-from tests.fake_engine import SLOW
-from tests.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.adapter_server import KnownModel
+from tests.support.fake_engine import SLOW
+from tests.support.server_process import FAKE, REAL, ServerProcess, running
 
 NUM_CONNECTIONS = 16  # the kernel spreads connections: all on one of two workers once in 30,000 runs
 ALICE_DIGEST = hashlib.sha256(b"key-alice").hexdigest()
@@ -68,7 +68,9 @@ def assert_rate_limited(answer: httpx.Response, used_at_s: float = -math.inf) ->
 
 def workers_of(server: ServerProcess) -> set[str]:
     """The HTTP processes that answered completions."""
-    return set(re.findall(r"INFO (http(?:-\d)?) server.access: POST /v1/completions 200", server.log()))
+    return set(
+        re.findall(r"INFO (http(?:-\d)?) stellarbyte_server.access.rules: POST /v1/completions 200", server.log())
+    )
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
@@ -262,7 +264,7 @@ def test_a_hangup_signal_reads_the_file_again(fake_model: str, tmp_path: Path, w
             (pid, *_) = [
                 int(pid)
                 for pid in Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-                if b"server.http_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"stellarbyte_server.http.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
             ]
             os.kill(pid, signal.SIGKILL)
             wait_for(lambda: "starting another" in server.log())

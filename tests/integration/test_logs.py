@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fake_engine import CRASH, SLOW
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.fake_engine import CRASH, SLOW
+from tests.support.server_process import FAKE, ServerProcess, running
 
 PROMPT = "correct horse battery"
 KEY = "sk-hidden-1234"
@@ -123,7 +123,7 @@ def test_what_is_refused_as_it_comes_has_its_line_and_its_id(
     (line,) = lines
     wanted = {"method": None, "path": None, "error": None, "request_id": request_id.decode()} | expected
     assert {name: line.get(name) for name in wanted} == wanted
-    assert line["logger"] == "server.access" and "hidden" not in impatient.log()
+    assert line["logger"] == "stellarbyte_server.access.rules" and "hidden" not in impatient.log()
 
 
 @pytest.fixture(scope="module")

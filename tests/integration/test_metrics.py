@@ -12,9 +12,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.deployment.metrics import check_exposition
-from tests.fake_engine import CRASH, HANG, REJECT, SLOW
 from tests.integration.test_http_workers import engine_pid, get_often, worker_pids
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.fake_engine import CRASH, HANG, REJECT, SLOW
+from tests.support.server_process import FAKE, ServerProcess, running
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

@@ -5,8 +5,8 @@ import pytest
 
 from stellarbyte.checkpoint.convert import convert
 from tests.integration.test_startup_errors import the_error_line
-from tests.server_process import REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
+from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.tiny_models import tiny_llama
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

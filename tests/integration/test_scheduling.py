@@ -11,8 +11,8 @@ import openai
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
-from tests.server_process import REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
+from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.tiny_models import tiny_llama
 
 CONTEXT = 128  # the tiny model's
 QUEUE_TIMEOUT_S = 3

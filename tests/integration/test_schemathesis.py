@@ -26,9 +26,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from server.api.openapi import OPERATIONS, Operation, make_document
+from stellarbyte_server.api.contract.openapi import OPERATIONS, Operation, make_document
 from tests.integration.test_http_api import MODEL
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 
 CHECKS = [
     checks.not_a_server_error,

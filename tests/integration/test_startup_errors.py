@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.fake_engine import make_model_folder
-from tests.server_process import FAKE, REAL, ServerProcess, free_port
+from tests.support.fake_engine import make_model_folder
+from tests.support.server_process import FAKE, REAL, ServerProcess, free_port
 
 
 def the_error_line(server: ServerProcess) -> str:

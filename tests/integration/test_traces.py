@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server_process import FAKE, ServerProcess, free_port, running
+from tests.support.server_process import FAKE, ServerProcess, free_port, running
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="pip install '.[otel]'")
 

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from stellarbyte.checkpoint.convert import convert
-from stellarbyte.cli import main
-from tests.server_process import REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
+from stellarbyte.cli.main import main
+from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.tiny_models import tiny_llama
 
 ROWS = 280
 PAD = "[PAD]"  # as in fine-tunes of Llama 2

@@ -3,7 +3,7 @@
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.adapter_server import NUM_TOKENS, KnownModel, completion
 from tests.reliability.test_corrupt_adapters import resident_bytes
-from tests.server_process import REAL, ServerProcess, running
+from tests.support.adapter_server import NUM_TOKENS, KnownModel, completion
+from tests.support.server_process import REAL, ServerProcess, running
 
 NUM_ADAPTERS, NUM_SLOTS, NUM_CLIENTS = 64, 4, 32
 MIN_TOKENS = 6  # of an answer: enough to tell whose it is

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
-from tests.server_process import REAL, running
-from tests.tiny_models import END, tiny_tokenizer
+from tests.support.server_process import REAL, running
+from tests.support.tiny_models import END, tiny_tokenizer
 from tests.unit.lora.test_peft_refusals import REFUSED, write_adapter
 
 MAX_GROWTH_BYTES = 16 * 2**20

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server_process import REAL, ServerProcess, running
+from tests.support.server_process import REAL, ServerProcess, running
 
 AT_ONCE = 64
 SHARE_CUT = 0.6

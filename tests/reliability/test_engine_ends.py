@@ -18,8 +18,8 @@ from stellarbyte.checkpoint.convert import convert
 from tests.integration.test_http_workers import child_pids
 from tests.reliability.load import Ended, Progress, ask
 from tests.reliability.test_shutdown import descendants, is_alive
-from tests.server_process import REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
+from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.tiny_models import tiny_llama
 
 NUM_STREAMS = 16
 KILLED, STALLED = "killed", "stalled"
@@ -108,8 +108,8 @@ def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int,
         figures: dict[str, list[dict[str, float]]] = {KILLED: [], STALLED: []}
         for i in range(number):
             how = STALLED if i % 4 == 1 else KILLED
-            figures[how].append(asyncio.run(end_engine(server, "server.engine.process", how, expected)))
-        children = child_pids(server, "server.engine.process")
+            figures[how].append(asyncio.run(end_engine(server, "stellarbyte_server.engine.process", how, expected)))
+        children = child_pids(server, "stellarbyte_server.engine.process")
         assert len(children) == 1, "an old process is still there"
         assert "Traceback" not in server.log()
     assert server.process.returncode == 0
@@ -135,8 +135,8 @@ def test_after_the_last_restart_the_server_ends(tiny_model: str, workers: str) -
     flags = ["--restart-engine", "1", "--http-workers", workers]
     with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
         expected = asyncio.run(one_answer(server))
-        asyncio.run(end_engine(server, "server.engine.process", KILLED, expected))
-        asyncio.run(end_engine(server, "server.engine.process", KILLED, None))
+        asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, expected))
+        asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, None))
         assert server.wait(20) == 1
 
 
@@ -144,10 +144,10 @@ def test_after_the_last_restart_the_server_ends(tiny_model: str, workers: str) -
 def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str, workers: str) -> None:
     flags = ["--restart-engine", "5", "--http-workers", workers]
     with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
-        (first,) = child_pids(server, "server.engine.process")
+        (first,) = child_pids(server, "stellarbyte_server.engine.process")
         os.kill(first, signal.SIGKILL)
         deadline_s = time.monotonic() + 60
-        while child_pids(server, "server.engine.process") in ([], [first]):
+        while child_pids(server, "stellarbyte_server.engine.process") in ([], [first]):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
         pids = descendants(server.process.pid)
@@ -159,9 +159,9 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str,
 
 def test_an_answer_that_is_falsely_called_complete_would_be_noticed(tiny_model: str) -> None:
     """The control: a server that ends cut-off streams with a finish reason and [DONE]."""
-    with running("tests.lying_server", "--model", tiny_model, limit_s=120) as server:
+    with running("tests.support.lying_server", "--model", tiny_model, limit_s=120) as server:
         with pytest.raises(AssertionError, match="is_done=True"):
-            asyncio.run(end_engine(server, "server.engine.process", KILLED, None))
+            asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, None))
 
 
 def test_what_is_no_failure_is_not_taken_for_one() -> None:

@@ -5,9 +5,9 @@ from multiprocessing import get_context
 
 import pytest
 
-from server.api.logprobs import ShownToken, TokenAligner
-from server.api.tool_messages import with_tool_prompt
-from server.engine.messages import TokenLogprob
+from stellarbyte_server.api.answers.logprobs import ShownToken, TokenAligner
+from stellarbyte_server.api.tool_messages import with_tool_prompt
+from stellarbyte_server.protocol.messages import TokenLogprob
 
 LIMIT_S = 30.0
 MANY = 150_000

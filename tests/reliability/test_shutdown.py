@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fake_engine import SLOW, make_model_folder
 from tests.reliability.load import Ended, Progress, ask
-from tests.server_process import FAKE, ServerProcess
+from tests.support.fake_engine import SLOW, make_model_folder
+from tests.support.server_process import FAKE, ServerProcess
 
 SHORT, LONG = 100, 100_000  # tokens: with 20 ms for each 2 s, and longer than any shutdown waits
 NUM_SHORT, NUM_LONG = 24, 8

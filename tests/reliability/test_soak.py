@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.adapter_server import NUM_TOKENS, KnownModel, completion
 from tests.reliability.test_cut_requests import settled
-from tests.server_process import REAL, ServerProcess, running
+from tests.support.adapter_server import NUM_TOKENS, KnownModel, completion
+from tests.support.server_process import REAL, ServerProcess, running
 
 NUM_CLIENTS = 12
 SHARE_LEAVING = 0.05

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from stellarbyte.cli import main
+from stellarbyte.cli.main import main
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.adapter_server import KnownModel
-from tests.fake_engine import make_model_folder
-from tests.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.adapter_server import KnownModel
+from tests.support.fake_engine import make_model_folder
+from tests.support.server_process import FAKE, REAL, ServerProcess, running
 from tests.terminal.command import Command
 
 

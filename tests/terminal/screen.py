@@ -12,7 +12,7 @@ import pyte
 from rich.style import Style
 from rich.text import Text
 
-from tests.server_process import ROOT
+from tests.support.server_process import ROOT
 
 LIMIT_S = 30.0
 _BRACKETED_PASTE = 2004 << 5  # as pyte keeps private modes
@@ -31,7 +31,7 @@ class Terminal:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         self._child = pexpect.spawn(
             sys.executable,
-            ["-m", "stellarbyte.cli", *command],
+            ["-m", "stellarbyte.cli.main", *command],
             cwd=str(ROOT),
             dimensions=(rows, columns),
             env=inherited | {"HOME": str(home), "XDG_STATE_HOME": str(home / "state"), "TERM": "xterm-256color"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server_process import FAKE, running
+from tests.support.server_process import FAKE, running
 from tests.terminal.command import Command, Result
 from tests.terminal.conftest import Adapted
 from tests.terminal.screen import CTRL_C, Terminal

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_engine import SLOW
-from tests.server_process import ROOT, ServerProcess
+from tests.support.fake_engine import SLOW
+from tests.support.server_process import ROOT, ServerProcess
 from tests.terminal.command import Command, Result
 from tests.terminal.failing_server import Prepared, answering, text_event
 from tests.terminal.screen import CTRL_C, LIMIT_S, Terminal
@@ -18,7 +18,7 @@ from tests.terminal.screen import CTRL_C, LIMIT_S, Terminal
 
 def piped(command: str) -> tuple[int, str, str]:
     """What a shell makes of a command; {chat} stands for `stellarbyte chat`."""
-    chat = f"'{sys.executable}' -m stellarbyte.cli chat"
+    chat = f"'{sys.executable}' -m stellarbyte.cli.main chat"
     result = subprocess.run(
         ["bash", "-c", command.format(chat=chat)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

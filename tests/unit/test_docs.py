@@ -10,10 +10,10 @@ import pytest
 
 from scripts.site.api_reference import api_markdown
 from scripts.site.flags_reference import flags_markdown
-from server.api.openapi import OPERATIONS, make_document
-from server.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
-from stellarbyte.arguments import make_parser
-from tests.server_process import ROOT
+from stellarbyte.cli.arguments import make_parser
+from stellarbyte_server.api.contract.openapi import OPERATIONS, make_document
+from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
+from tests.support.server_process import ROOT
 
 PAGES = sorted(
     path
@@ -29,7 +29,7 @@ _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
 _COMMAND = re.compile(r"(?:^ *|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
-_OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m server)\b[^\n`]*")
+_OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m stellarbyte_server)\b[^\n`]*")
 
 
 def name_of(path: Path) -> str:
@@ -134,7 +134,7 @@ def test_the_stellarbyte_command_understands_what_pages_show_of_it(capsys: pytes
                 if exit.code and not (kind == "mention" and "arguments are required" in said):
                     wrong.append(f"{name_of(page)}: stellarbyte {line}: {said.splitlines()[-1]}")
     assert wrong == []
-    assert {f"stellarbyte.commands.{name}" for name in ("adapters", "bench", "chat", "convert", "info")} <= seen
+    assert {f"stellarbyte.cli.main.{name}" for name in ("adapters", "bench", "chat", "convert", "info")} <= seen
 
 
 def test_the_api_reference_has_every_route_and_every_field() -> None:

@@ -1,4 +1,4 @@
-"""Every figure in the documents is that of the results file that its comment names: `tests.documented_figures`."""
+"""Every figure in the documents is that of the results file that its comment names: see `documented_figures`."""
 
 import json
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented_figures import Block, blocks_of, numbers_in, problems_of, results_linked
-from tests.server_process import ROOT
+from tests.support.documented_figures import Block, blocks_of, numbers_in, problems_of, results_linked
+from tests.support.server_process import ROOT
 from tests.unit.test_docs import TRANSLATED, name_of
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests import oracle
-from tests.models import make_model, random_tokens
+from tests.support import oracle
+from tests.support.models import make_model, random_tokens
 
 W = 12
 

@@ -10,10 +10,10 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_pla
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
-from tests.adapters import write_adapter
-from tests.fake_engine import make_model_folder
-from tests.server_process import FAKE, REAL, ServerProcess, running
-from tests.tiny_models import tiny_llama
+from tests.support.adapters import write_adapter
+from tests.support.fake_engine import make_model_folder
+from tests.support.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.tiny_models import tiny_llama
 from tests.web.chromium import FLAGS, find_chromium
 
 API_KEY, ADMIN_KEY = "key-of-a-user", "key-of-the-operator"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.server_process import REAL, ServerProcess, running
+from tests.support.server_process import REAL, ServerProcess, running
 from tests.web.chromium import FLAGS, find_chromium
 
 QUESTION = "What is the capital of France?"

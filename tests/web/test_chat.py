@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 from tests.web.conftest import LIMIT_MS, OpenPage
 
 MODEL = "SmolLM2-135M-Instruct"

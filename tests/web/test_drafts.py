@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 from tests.web.conftest import LIMIT_MS, OpenPage
 from tests.web.test_failures import ask
 

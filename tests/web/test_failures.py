@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.server_process import FAKE, ServerProcess, running
 from tests.web.conftest import API_KEY, LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)

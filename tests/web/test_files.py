@@ -6,11 +6,11 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from server.api.objects import ErrorBody
-from server.api.service import SamplingDefaults, Service
-from server.app import create_app
-from server.keys import Keyring
-from server.settings import EngineSettings, ServerSettings
+from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.contract.objects import ErrorBody
+from stellarbyte_server.api.service import SamplingDefaults, Service
+from stellarbyte_server.config.settings import EngineSettings, ServerSettings
+from stellarbyte_server.http.app import create_app
 
 NAMES = sorted(entry.name for entry in files("stellarbyte_web").iterdir() if not entry.name.startswith("__"))
 PATHS = {"index.html": "/", "status.html": "/status"} | {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.server_process import FAKE, ServerProcess, running
 from tests.web.conftest import LIMIT_MS, OpenPage
 from tests.web.test_failures import GONE_IN_CONSOLE, STATUS_IN_CONSOLE, ask
 

@@ -4,7 +4,7 @@ import re
 
 from playwright.sync_api import expect
 
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 from tests.web.conftest import LIMIT_MS, OpenPage
 from tests.web.test_failures import STATUS_IN_CONSOLE, ask
 

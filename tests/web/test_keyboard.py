@@ -6,7 +6,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 from tests.web.conftest import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
 from tests.web.test_failures import ask
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.node_packages import copy_installed
-from tests.server_process import ROOT
+from tests.support.node_packages import copy_installed
+from tests.support.server_process import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import math
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.server_process import ServerProcess
+from tests.support.server_process import ServerProcess
 from tests.web.conftest import LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)

@@ -4,7 +4,7 @@ import re
 
 from playwright.sync_api import Page, expect
 
-from tests.server_process import FAKE, ServerProcess, running
+from tests.support.server_process import FAKE, ServerProcess, running
 from tests.web.conftest import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)

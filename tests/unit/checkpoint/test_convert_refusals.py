@@ -22,7 +22,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import find_demo_gguf
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
-from tests.tiny_models import tiny_llama
+from tests.support.tiny_models import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,14 @@ def test_signals_leave_nothing_behind(tmp_path: Path):
     for number in (signal.SIGINT, signal.SIGTERM):
         folder = tmp_path / number.name
         folder.mkdir()
-        command = [sys.executable, "-m", "stellarbyte.cli", "convert", str(find_demo_gguf()), str(folder / "target")]
+        command = [
+            sys.executable,
+            "-m",
+            "stellarbyte.cli.main",
+            "convert",
+            str(find_demo_gguf()),
+            str(folder / "target"),
+        ]
         # A suite that runs in the background of a shell ignores Ctrl-C, and so would what it starts.
         heed_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)

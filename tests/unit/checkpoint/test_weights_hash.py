@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.model_folder import open_model_folder
 from stellarbyte.checkpoint import weights_hash as module
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import open_checkpoint
-from tests.models import make_model
-from tests.tiny_models import tiny_qwen2
+from stellarbyte_server.engine.run.model_folder import open_model_folder
+from tests.support.models import make_model
+from tests.support.tiny_models import tiny_qwen2
 
 
 @pytest.fixture(scope="module")

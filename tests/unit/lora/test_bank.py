@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank, module_name, pack_adapter
-from tests.adapters import random_adapter
-from tests.models import make_config
+from tests.support.adapters import random_adapter
+from tests.support.models import make_config
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stellarbyte import ByteConfig, ByteModelConfig, ByteTransformer
 from stellarbyte.cache.relative import RelativeCache
-from tests import oracle
-from tests.models import VOCABULARY, make_config, make_model, random_tokens
+from tests.support import oracle
+from tests.support.models import VOCABULARY, make_config, make_model, random_tokens
 
 W = 12
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]

@@ -7,15 +7,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from server.engine.messages import EngineStart
-from server.settings import EngineSettings
-from tests.fake_engine import make_model_folder
-from tests.server_process import ROOT, free_port
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.protocol.messages import EngineStart
+from tests.support.fake_engine import make_model_folder
+from tests.support.server_process import ROOT, free_port
 
 ENGINE = """
 import gc, sys
-from server.engine import process
-from tests.fake_engine import build_fake_core
+from stellarbyte_server.engine import process
+from tests.support.fake_engine import build_fake_core
 
 class Loop:
     def __init__(self, core, socket): ...
@@ -27,14 +27,14 @@ process.main(build_fake_core)
 """
 HTTP = """
 import gc, os, signal, sys
-from server import __main__ as server
+from stellarbyte_server import __main__ as server
 
 def announce(settings):
     print("objects:", len(gc.get_objects()), file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 server._announce = announce
-server.main(engine_module="tests.fake_engine")
+server.main(engine_module="tests.support.fake_engine")
 """
 FEW = 3000  # what is made between the call and the count; without the call it is over 20,000
 

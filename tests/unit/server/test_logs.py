@@ -9,9 +9,9 @@ import sys
 import pytest
 from starlette.datastructures import Headers
 
-from server.api.middleware import request_id_for
-from server.logs import JsonFormatter, LinesToLog, TextFormatter, fields_of_line
-from tests.server_process import ROOT
+from stellarbyte_server.api.middleware import request_id_for
+from stellarbyte_server.logs import JsonFormatter, LinesToLog, TextFormatter, fields_of_line
+from tests.support.server_process import ROOT
 
 
 def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
@@ -87,7 +87,10 @@ def test_what_is_printed_becomes_messages_also_when_logging_itself_cannot_write(
     ],
 )
 def test_nothing_that_a_process_says_breaks_the_form(code: str) -> None:
-    begin = "from server.logs import configure_logging\nconfigure_logging('info', 'p', 'json', is_stdout_free=True)\n"
+    begin = (
+        "from stellarbyte_server.logs import configure_logging\n"
+        "configure_logging('info', 'p', 'json', is_stdout_free=True)\n"
+    )
     ended = subprocess.run([sys.executable, "-c", begin + code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     lines = ended.stderr.splitlines()
     assert lines and not ended.stdout

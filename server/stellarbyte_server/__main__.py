@@ -1,0 +1,191 @@
+"""`stellarbyte-server`: checks the settings, starts the engine process, serves HTTP until told to stop.
+
+What is needed for HTTP is imported while the engine loads its model. With --http-workers above 1 this process serves
+nothing itself: it starts the HTTP processes and watches them (supervisor.py).
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from stellarbyte_server.access.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
+from stellarbyte_server.config.command_line import parse_settings
+from stellarbyte_server.config.setting_values import SettingsError, is_loopback
+from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.http.stopping import exit_quietly, on_stop_signals
+from stellarbyte_server.http.tls import check_certificate
+from stellarbyte_server.logs import LogFormat, configure_logging
+
+if TYPE_CHECKING:  # it is imported late
+    from stellarbyte_server.client.restart import RestartingEngine
+
+logger = logging.getLogger("server")
+
+ENGINE_MODULE = "stellarbyte_server.engine.process"
+# What the kernel keeps of an answer that is not read. Linux doubles it; left to itself it takes megabytes.
+SEND_BUFFER_BYTES = 64 * 1024
+
+
+def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MODULE) -> int:
+    """Run the server; returns the exit status. `engine_module` is what the engine process runs."""
+    try:
+        settings = parse_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
+    except SettingsError as error:
+        return _refuse(str(error), 2)
+    configure_logging(settings.log_level, "http", settings.log_format)
+    try:
+        check_certificate(settings)
+        if settings.otlp_endpoint is not None or any(name.startswith("OTEL_") for name in os.environ):
+            from stellarbyte_server.observe.tracing import check_tracing
+
+            check_tracing(settings, os.environ)
+        keys = read_keys(settings)
+    except SettingsError as error:
+        return _refuse(str(error), 2, settings.log_format)
+    try:
+        listeners = _bind(settings.host, settings.port, settings.http_workers)
+    except OSError as error:
+        return _refuse(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}", 1, settings.log_format
+        )
+    try:
+        return _run(settings, keys, listeners, engine_module)
+    finally:
+        _close_all(listeners)
+
+
+def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine_module: str) -> int:
+    """The engine process and all HTTP, from start to end; one listener for each HTTP process."""
+    from stellarbyte_server.client.launch import EngineProcess, EngineStartError
+    from stellarbyte_server.client.restart import RestartingEngine
+
+    on_stop_signals(exit_quietly)
+    if settings.keys is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again when the model is loaded
+    logger.info("starting the engine on %s", settings.engine.model)
+    try:
+        engine = RestartingEngine(
+            lambda: EngineProcess(settings.engine, settings.log_level, engine_module, settings.log_format),
+            settings.restart_engine,
+        )
+    except (EngineStartError, OSError) as error:
+        return _refuse(f"cannot start the engine process: {error}", 1, settings.log_format)
+    started_at = int(time.time())
+    try:
+        if settings.http_workers == 1:
+            return asyncio.run(_serve(settings, keys, listeners[0], engine, started_at))
+        from stellarbyte_server.http.supervisor import supervise
+
+        return asyncio.run(supervise(settings, keys, listeners, engine, started_at, lambda: _announce(settings)))
+    except (EngineStartError, ValueError, OSError) as error:
+        return _refuse(str(error), 1, settings.log_format)
+    finally:
+        on_stop_signals(signal.SIG_IGN)  # all that is left takes moments
+        engine.stop()
+
+
+async def _serve(
+    settings: ServerSettings,
+    keys: tuple[Key, ...],
+    listener: socket.socket,
+    engine: "RestartingEngine",
+    started_at: int,
+) -> int:
+    """HTTP in this process, which reads the file of keys again whenever it is told to."""
+    from stellarbyte_server.http.serving import serve
+
+    keyring = Keyring(settings, keys)
+
+    def read_again() -> None:
+        nonlocal keys
+        keys = read_keys_again(settings, keys)
+        keyring.replace(keys)
+
+    def on_started() -> None:
+        on_hangup(settings, read_again)
+        _announce(settings)
+
+    return await serve(settings, keyring, listener, engine, started_at, on_started)
+
+
+def _announce(settings: ServerSettings) -> None:
+    """Say where the server answers, with a command that can be pasted as it is."""
+    if not (settings.api_key or settings.keys or is_loopback(settings.host)):
+        logger.warning("without --api-key everybody who reaches %s port %d may use it", settings.host, settings.port)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    scheme = "http" if settings.ssl_certfile is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    if settings.log_format == "json":
+        logger.info("StellarByte serves %s at %s", settings.model_name, url)
+        return
+    body = json.dumps(
+        {
+            "model": settings.model_name,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,  # a small model asked to be creative may ramble to the end of its context
+            "stream": True,
+        }
+    )
+    quoted = body.replace("'", "'\\''")
+    key = " -H 'Authorization: Bearer KEY'" if settings.api_key or settings.keys is not None else ""
+    sys.stderr.write(
+        f"\nStellarByte serves {settings.model_name} at {url}\nTry:\n\n"
+        f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'\n\n"
+    )
+    if settings.engine.serves_adapters and settings.admin_api_key is None and not settings.allow_local_admin:
+        sys.stderr.write(
+            "An adapter of --adapter-dir is read when a request first names it. To load, replace and unload adapters"
+            " while\nthe server runs, start it with STELLARBYTE_ADMIN_API_KEY, or with --allow-local-admin if only this"
+            " machine reaches it.\n\n"
+        )
+    sys.stderr.flush()
+
+
+def _refuse(message: str, status: int, log_format: LogFormat = "text") -> int:
+    if log_format == "json":
+        logger.error("%s", message)
+    else:
+        sys.stderr.write(f"error: {message}\n")
+    return status
+
+
+def _bind(host: str, port: int, number: int) -> list[socket.socket]:
+    """Take the port before a model is loaded; connections are accepted only once it is ready.
+
+    Of several sockets each is for one HTTP process, and Linux spreads connections evenly over them. (Processes that
+    accept from one socket get very unequal shares.) Only the later ones are bound with SO_REUSEPORT: so a port that is
+    in use is found, even by a server that shares it in the same way.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listeners: list[socket.socket] = []
+    try:
+        for index in range(number):
+            listener = socket.socket(family, kind, protocol)
+            listeners.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
+            if index > 0:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            if number > 1:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    except OSError:
+        _close_all(listeners)
+        raise
+    return listeners
+
+
+def _close_all(listeners: list[socket.socket]) -> None:
+    for listener in listeners:
+        listener.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The keys that requests may carry, and the file some of them come from. Knows no HTTP and no routes.
+
+Of a key only its SHA-256 is kept here, and a name that may be logged.
+
+    [alice]
+    key = "…"                           # or sha256 = "…", in hexadecimal
+    models = ["a-model", "an-adapter"]  # what its requests may name as `model`; left out: everything
+    requests_per_minute = 60            # left out, as the other two: no limit
+    tokens_per_minute = 20000           # of prompts and answers
+    concurrent_streams = 4              # requests that are answered at once
+    max_tokens_per_request = 4096       # most tokens of one answer; left out: as the server was started
+    slide = false                       # whether its requests may let the context slide; left out: true
+    min_priority = 0                    # what its requests may have as `priority`, lower first; left out: 0
+    max_priority = 100                  # left out: 100
+    share = "team"                      # of the prefix cache with the other keys that say so; left out: with none
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import os
+import re
+import signal
+import stat
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from stellarbyte_server.config.setting_values import SettingsError, secret
+from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.protocol.messages import KeyLimits
+from stellarbyte_server.protocol.request import MAX_PRIORITY
+
+logger = logging.getLogger("stellarbyte_server.access.keys")
+
+ADMIN_NAME = "admin"
+_OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MOST_TOKENS = "max_tokens_per_request"
+_LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
+_PRIORITIES = {"min_priority": 0, "max_priority": MAX_PRIORITY}  # bounds, and what they are if left out
+_FIELDS = ("key", "sha256", "models", *_LIMITS, MOST_TOKENS, "slide", *_PRIORITIES, "share")
+_MAX_LIMIT = 10**9
+_MAX_FILE_BYTES = 2**22
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """One key: whoever has it, and what they may do."""
+
+    name: str
+    digest: str  # SHA-256 of the key, 64 hexadecimal digits
+    models: tuple[str, ...] | None = None  # names of the model and of adapters; None: all
+    limits: KeyLimits
+    share: str | None = None  # its requests share the prefix cache with those of other keys that have the same
+    min_priority: int = 0  # of its requests; lower runs first
+    max_priority: int = MAX_PRIORITY
+    max_tokens_per_request: int | None = None
+    may_slide: bool = True
+    is_admin: bool = False
+
+    def allows(self, model: str, served_model: str) -> bool:
+        """Whether a request may name `model`: the served model, NAME or NAME@VERSION of an adapter."""
+        if self.models is None:
+            return True
+        return (model if model == served_model else model.partition("@")[0]) in self.models
+
+
+class Keyring:
+    """All keys that count now. `replace` may be called from any thread."""
+
+    def __init__(self, settings: ServerSettings, of_file: Sequence[Key] = ()) -> None:
+        """`of_file` are those of --keys."""
+        self._of_flags = keys_of_flags(settings)
+        self._keys = (*self._of_flags, *of_file)
+        self.has_admin_key = settings.admin_api_key is not None
+        self.has_user_keys = bool(settings.api_key) or settings.keys is not None
+
+    def replace(self, of_file: Sequence[Key]) -> None:
+        self._keys = (*self._of_flags, *of_file)
+
+    def find(self, given: bytes) -> Key | None:
+        """The key that was given, in a time that does not tell how much of it is right, nor which it is."""
+        digest = hashlib.sha256(given).hexdigest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        return found
+
+
+def keys_of_flags(settings: ServerSettings) -> tuple[Key, ...]:
+    names = {f"api-key-{number}": text for number, text in enumerate(settings.api_key, 1)}
+    if settings.admin_api_key is not None:
+        names[ADMIN_NAME] = settings.admin_api_key
+    return tuple(
+        Key(
+            name=name,
+            digest=_digest(text),
+            limits=KeyLimits(key_name=name),
+            min_priority=-MAX_PRIORITY if name == ADMIN_NAME else 0,
+            is_admin=name == ADMIN_NAME,
+        )
+        for name, text in names.items()
+    )
+
+
+def read_keys(settings: ServerSettings) -> tuple[Key, ...]:
+    """The keys of the file --keys, none without one; SettingsError when any of it cannot be used."""
+    if settings.keys is None:
+        return ()
+    try:
+        with open(settings.keys, "rb") as file:
+            if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                logger.warning("--keys: every user of this machine can read %s; chmod o-r it", settings.keys)
+            content = file.read(_MAX_FILE_BYTES + 1)
+        if len(content) > _MAX_FILE_BYTES:
+            raise SettingsError(f"it has more than {_MAX_FILE_BYTES} bytes")
+        return parse_keys(content.decode(), taken=keys_of_flags(settings))
+    except OSError as error:
+        raise SettingsError(f"--keys: cannot read {settings.keys}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"--keys: {settings.keys}: it is not UTF-8") from None
+    except SettingsError as error:
+        raise SettingsError(f"--keys: {settings.keys}: {error}") from None
+
+
+def read_keys_again(settings: ServerSettings, present: Sequence[Key]) -> tuple[Key, ...]:
+    """What the file says now; `present`, and a line in the log, when it cannot be used."""
+    try:
+        keys = read_keys(settings)
+    except SettingsError as error:
+        logger.error("%s; the keys stay as they were", error)
+        return tuple(present)
+    if keys != tuple(present):
+        logger.info("--keys: read %d keys from %s", len(keys), settings.keys)
+    return keys
+
+
+def on_hangup(settings: ServerSettings, read_again: Callable[[], None]) -> None:
+    """With --keys call `read_again` on SIGHUP, and once now: the signal may have come while there was no loop."""
+    if settings.keys is not None:
+        read_again()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
+
+
+def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
+    """The keys that a file's text describes; SettingsError, which never shows a key.
+
+    Names must differ in more than capital letters, and keys from each other and from those already `taken`.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r"\(at .*\)$", str(error))  # what comes before it may show a part of a key
+        raise SettingsError(f"it is not valid TOML {'' if place is None else place[0]}".rstrip()) from None
+    names: dict[str, str] = {}  # in small letters → as in the file
+    owners = {key.digest: key.name for key in taken}
+    keys: list[Key] = []
+    for name, table in tables.items():
+        key = _key(name, table)
+        if (other := names.setdefault(name.lower(), name)) != name:
+            raise SettingsError(f"[{other}] and [{name}] differ only in small and capital letters")
+        if key.digest in owners:
+            raise SettingsError(f"{owners[key.digest]!r} and {name!r} have the same key")
+        owners[key.digest] = name
+        keys.append(key)
+    return tuple(keys)
+
+
+def _key(name: str, table: Any) -> Key:
+    if not isinstance(table, dict):
+        # Not named: `key = "…"` above all tables would be one, but so would a key in place of a field's name.
+        raise SettingsError("every line must be in a table such as [alice], whose name names the key")
+    if _NAME.fullmatch(name) is None:
+        raise SettingsError(f"[{name[:64]!r}] is not a name of 1 to 64 letters, digits and . _ -")
+    if _OF_FLAGS.fullmatch(name) is not None:  # given or not: one day it may be, and old lines of the log stay
+        raise SettingsError(f"[{name}] is a name of keys that are given as flags; choose another")
+    for field in table:
+        if field not in _FIELDS:
+            shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # else it may be a misplaced key
+            raise SettingsError(f"[{name}] has an unknown field{shown}; there are {', '.join(_FIELDS)}")
+    limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
+    lowest, highest = _priorities(name, table)
+    return Key(
+        name=name,
+        digest=_digest_of(name, table),
+        models=_models(name, table["models"]) if "models" in table else None,
+        limits=KeyLimits(key_name=name, **limits),
+        min_priority=lowest,
+        max_priority=highest,
+        max_tokens_per_request=_limit(name, MOST_TOKENS, table[MOST_TOKENS]) if MOST_TOKENS in table else None,
+        may_slide=_may_slide(name, table.get("slide", True)),
+        share=_share(name, table["share"]) if "share" in table else None,
+    )
+
+
+def _digest_of(name: str, table: dict[str, Any]) -> str:
+    if ("key" in table) == ("sha256" in table):
+        raise SettingsError(f"[{name}] needs either 'key' or 'sha256'")
+    if "sha256" in table:
+        digest = table["sha256"]
+        if not isinstance(digest, str) or re.fullmatch(r"[0-9A-Fa-f]{64}", digest) is None:
+            raise SettingsError(f"[{name}] sha256 must be a text of 64 hexadecimal digits")
+        return digest.lower()
+    if not isinstance(table["key"], str):
+        raise SettingsError(f"[{name}] key must be a text")
+    try:
+        return _digest(secret(table["key"]))
+    except SettingsError as error:
+        raise SettingsError(f"[{name}] key: {error}") from None
+
+
+def _models(name: str, given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not all(isinstance(model, str) and model for model in given):
+        raise SettingsError(f"[{name}] models must be a list of names")
+    if len(set(given)) < len(given):
+        raise SettingsError(f"[{name}] models has a name twice")
+    return tuple(given)
+
+
+def _priorities(name: str, table: dict[str, Any]) -> tuple[int, int]:
+    lowest, highest = (table.get(field, default) for field, default in _PRIORITIES.items())
+    for field, value in zip(_PRIORITIES, (lowest, highest), strict=True):
+        if type(value) is not int or abs(value) > MAX_PRIORITY:
+            raise SettingsError(f"[{name}] {field} must be a whole number between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+    if lowest > highest:
+        raise SettingsError(f"[{name}] min_priority is more than max_priority")
+    return lowest, highest
+
+
+def _share(name: str, given: Any) -> str:
+    if not isinstance(given, str) or _NAME.fullmatch(given) is None:
+        raise SettingsError(f"[{name}] share must be a name of 1 to 64 letters, digits and . _ -")
+    return given
+
+
+def _limit(name: str, field: str, given: Any) -> int:
+    if type(given) is not int or not 1 <= given <= _MAX_LIMIT:
+        raise SettingsError(f"[{name}] {field} must be a whole number between 1 and {_MAX_LIMIT}")
+    return given
+
+
+def _may_slide(name: str, given: Any) -> bool:
+    if type(given) is not bool:
+        raise SettingsError(f"[{name}] slide must be true or false")
+    return given
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

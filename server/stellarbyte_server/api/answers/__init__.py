@@ -1,0 +1,1 @@
+"""From deltas of the engine to bytes of an answer."""

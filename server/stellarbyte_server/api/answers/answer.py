@@ -1,0 +1,207 @@
+"""From the engine's requests to an HTTP answer, streamed or whole. Knows no bodies' fields and no prompts' origin."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from stellarbyte_server.api.answers.choices import ChoiceReader, Fragment, Kind
+from stellarbyte_server.api.answers.sse import DONE, ChunkWriter, DeltaStreamResponse, encode_json, event
+from stellarbyte_server.api.contract.errors import ApiError, from_engine
+from stellarbyte_server.api.disconnect import unless_client_leaves
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.api.submission import record_of, submit
+from stellarbyte_server.client.delta_stream import DeltaStream
+from stellarbyte_server.client.engine_client import EngineDead
+from stellarbyte_server.observe.record import TokenCount
+from stellarbyte_server.protocol.messages import Delta
+from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected
+
+_ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
+_OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
+_INLINE_TOKENS = 5000  # longer answers are written in a thread, so that they hold up no stream
+_CHUNK_OBJECT = {"chat": "chat.completion.chunk", "completion": "text_completion"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPlan:
+    """How the requests that were made of one body are answered.
+
+    There are `candidates` requests for each prompt, one after the other; of their answers the best `choices` are shown.
+    """
+
+    kind: Kind
+    model: str  # as the client called it
+    requests: tuple[GenerationRequest, ...]
+    candidates: int
+    choices: int
+    reader: Callable[[int], ChoiceReader]  # for the request of that number
+    stream: bool
+    grammar_param: str | None = None  # the field that the requests' grammar is made of
+    include_usage: bool = False
+
+
+async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dict[str, str]) -> Response:
+    """Run a plan's requests and answer them. Headers are sent once the engine has begun to run one."""
+    tokens = count_tokens(http, plan.requests, plan.candidates)
+    try:
+        if plan.stream:
+            streams = await unless_client_leaves(http.receive, submit(http, service, *plan.requests))
+            base = _base(http, service, plan, streams, _CHUNK_OBJECT)
+            writer = ChunkWriter(base, plan.kind, len(streams), include_usage=plan.include_usage)
+            return DeltaStreamResponse(streams, _events(streams, plan, writer, tokens), headers)
+
+        async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
+            streams = await submit(http, service, *plan.requests)
+            return streams, await _read_all(streams, plan, tokens)
+
+        streams, read = await unless_client_leaves(http.receive, whole())
+    except (RequestRejected, EngineDead) as error:
+        raise from_engine(error, plan.grammar_param) from None
+    base = _base(http, service, plan, streams, _OBJECT)
+
+    def write() -> bytes:
+        choices = [choice.reader.whole(index, choice.fragments) for index, choice in enumerate(_best(read, plan))]
+        content = base | {"choices": choices, "usage": tokens.usage()}
+        prompt_token_ids = read[0].fragments[0].prompt_token_ids
+        if plan.kind == "chat" and prompt_token_ids is not None:
+            content["prompt_token_ids"] = prompt_token_ids
+        return encode_json(content)
+
+    is_long = tokens.prompt + tokens.completion > _INLINE_TOKENS
+    content = await asyncio.to_thread(write) if is_long else write()
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidates: int = 1) -> TokenCount:
+    """A count of the requests' tokens, which the access log will show."""
+    tokens = TokenCount(sum(len(request.prompt_token_ids) for request in requests[::candidates]))
+    record_of(http).tokens = tokens
+    return tokens
+
+
+def note_adapter(http: Request, request: GenerationRequest, streams: Sequence[DeltaStream]) -> str:
+    """Put the adapter that the requests run with into the access log; its content hash ("": none)."""
+    if request.adapter is None:
+        return ""
+    adapter_hash = next(stream.adapter_hash for stream in streams if stream.accepted.done())
+    record_of(http).adapter = f"{request.adapter.partition('@')[0]}@{adapter_hash[:12]}"
+    return adapter_hash
+
+
+def _base(
+    http: Request, service: Service, plan: AnswerPlan, streams: Sequence[DeltaStream], object_names: dict[str, str]
+) -> dict[str, Any]:
+    """The fields that all of an answer's objects share."""
+    adapter_hash = note_adapter(http, plan.requests[0], streams)
+    return {
+        "id": _ID_PREFIX[plan.kind] + plan.requests[0].request_id,
+        "object": object_names[plan.kind],
+        "created": int(time.time()),
+        "model": plan.model,
+        "system_fingerprint": service.fingerprint(adapter_hash),
+    }
+
+
+@dataclass(kw_only=True)
+class ReadChoice:
+    """An answer that was read to its end."""
+
+    reader: ChoiceReader
+    fragments: list[Fragment]
+    logprobs: list[float]
+
+    @property
+    def score(self) -> float:
+        """The mean log-probability of its tokens."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
+
+
+def _best(read: Sequence[ReadChoice], plan: AnswerPlan) -> list[ReadChoice]:
+    """What is shown: of each prompt's answers those with the highest scores, the best first."""
+    if plan.candidates == plan.choices:
+        return list(read)
+    best: list[ReadChoice] = []
+    for start in range(0, len(read), plan.candidates):
+        best += sorted(read[start : start + plan.candidates], key=lambda choice: -choice.score)[: plan.choices]
+    return best
+
+
+async def _read_all(streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount) -> list[ReadChoice]:
+    """Every answer, read to its end; ApiError as soon as one fails."""
+    read = [ReadChoice(reader=plan.reader(number), fragments=[], logprobs=[]) for number in range(len(streams))]
+    try:
+        async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
+            read[number].fragments.append(read[number].reader.read(delta))
+            read[number].logprobs += [entry.logprob for entry in delta.logprobs]
+    finally:
+        for stream in streams:
+            stream.close()
+    return read
+
+
+async def _events(
+    streams: Sequence[DeltaStream], plan: AnswerPlan, writer: ChunkWriter, tokens: TokenCount
+) -> AsyncIterator[bytes]:
+    """The answer as server-sent events; a failure is its last one."""
+    readers = [plan.reader(number) for number in range(len(streams))]
+    if plan.kind == "chat":
+        yield b"".join([writer.role(number) for number in range(len(streams))])
+    try:
+        async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
+            chunk = writer.fragment(number, readers[number].read(delta))
+            if chunk:
+                yield chunk
+    except ApiError as error:
+        yield event(error.content())
+        return
+    if plan.include_usage:
+        yield writer.usage(tokens.usage())
+    yield DONE
+
+
+async def read_deltas(
+    streams: Sequence[DeltaStream], tokens: TokenCount, candidates: int = 1, grammar_param: str | None = None
+) -> AsyncIterator[tuple[int, Delta]]:
+    """The deltas of several streams as they come, each with its stream's number, counted; ApiError when one fails."""
+    async for number, delta in interleaved(streams):
+        if delta.finish_reason == "error":
+            raise _failure(delta, grammar_param)
+        tokens.add(delta, first_of_prompt=number % candidates == 0)
+        yield number, delta
+
+
+async def interleaved(streams: Sequence[DeltaStream]) -> AsyncIterator[tuple[int, Delta]]:
+    """The deltas of several streams as they come, each with the number of its stream."""
+    if len(streams) == 1:
+        async for delta in streams[0]:
+            yield 0, delta
+        return
+    reading = {asyncio.ensure_future(_next(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while reading:
+            done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                number, next_delta = reading.pop(task), task.result()
+                if next_delta is not None:
+                    reading[asyncio.ensure_future(_next(streams[number]))] = number
+                    yield number, next_delta
+    finally:
+        for task in reading:
+            task.cancel()
+
+
+async def _next(stream: DeltaStream) -> Delta | None:
+    return await anext(stream, None)
+
+
+def _failure(delta: Delta, grammar_param: str | None) -> ApiError:
+    """What the last delta of a request that failed means to the user."""
+    message = "The engine failed." if delta.error is None else delta.error
+    if delta.code is not None:
+        return from_engine(RequestRejected(message, delta.code, delta.param), grammar_param)
+    return ApiError(500, message)

@@ -1,0 +1,181 @@
+"""One choice of an answer: deltas of the engine become fragments, and fragments the whole. Knows no HTTP.
+
+A streamed choice sends its fragments, one that is not streamed their sum; so both say the same.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from stellarbyte_server.api.answers.logprobs import (
+    ShownToken,
+    TokenAligner,
+    chat_logprobs,
+    joined_logprobs,
+    legacy_logprobs,
+)
+from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser
+from stellarbyte_server.protocol.messages import Delta, TokenLogprob
+from stellarbyte_server.tokens.token_bytes import TokenBytes
+
+Kind = Literal["completion", "chat"]
+
+
+class PromptEcho(NamedTuple):
+    """What an answer that repeats its prompt begins with."""
+
+    text: str
+    token_ids: Sequence[int]
+    offsets: Sequence[int] = ()  # characters of the text before each token, where log-probabilities are wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceForm:
+    """What a choice shows beside its text."""
+
+    kind: Kind
+    logprobs: int | None = None  # alternatives beside each token; None: no log-probabilities
+    echo: PromptEcho | None = None
+    prompt_token_ids: Sequence[int] | None = None  # to be shown, with those of the answer
+    with_tools: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Only text, as it comes."""
+        return self.logprobs is None and self.echo is None and self.prompt_token_ids is None and not self.with_tools
+
+
+@dataclass(kw_only=True, slots=True)
+class Fragment:
+    """A part of a choice; the last one has a finish reason."""
+
+    text: str = ""
+    calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
+    logprobs: dict[str, Any] | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    finish_reason: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.text or self.calls or self.token_ids or self.prompt_token_ids or self.logprobs)
+
+    @property
+    def is_text(self) -> bool:
+        """There is nothing but text."""
+        return not self.calls and self.logprobs is None and self.token_ids is None and self.prompt_token_ids is None
+
+
+class ChoiceReader:
+    """Reads the deltas of one choice, in order."""
+
+    def __init__(self, form: ChoiceForm, token_bytes: TokenBytes, parser: ToolCallParser | None = None) -> None:
+        self._form = form
+        self._token_bytes = token_bytes
+        self._parser = parser
+        self._called = False
+        self._started = False
+        self._aligner = None if form.logprobs is None else TokenAligner()
+
+    def read(self, delta: Delta) -> Fragment:
+        fragment = Fragment(text=delta.text, finish_reason=delta.finish_reason)
+        if self._form.is_plain:
+            return fragment
+        if not self._started:
+            self._started = True
+            self._begin(fragment, delta)
+        if self._aligner is not None:
+            self._add_logprobs(self._aligner, fragment, delta)
+        if self._form.prompt_token_ids is not None:
+            fragment.token_ids = list(delta.token_ids)
+        if self._parser is not None:
+            self._parse(self._parser, fragment)
+        return fragment
+
+    def whole(self, index: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
+        """All fragments of the choice as the API shows it when it is not streamed."""
+        text = "".join([fragment.text for fragment in fragments])
+        choice: dict[str, Any] = {"index": index}
+        if self._form.kind == "chat":
+            calls = _joined_calls([call for fragment in fragments for call in fragment.calls])
+            content = text if text or not calls else None
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+            if calls:
+                choice["message"]["tool_calls"] = calls
+        else:
+            choice["text"] = text
+        choice["logprobs"] = None
+        if self._form.logprobs is not None:
+            parts = [fragment.logprobs for fragment in fragments if fragment.logprobs is not None]
+            choice["logprobs"] = joined_logprobs(parts if parts else [self._shaped([])])
+        choice["finish_reason"] = fragments[-1].finish_reason
+        if fragments[-1].token_ids is not None:
+            choice["token_ids"] = [token_id for fragment in fragments for token_id in fragment.token_ids or ()]
+            if self._form.kind == "completion":  # chats have one prompt, and show it beside their choices
+                choice["prompt_token_ids"] = fragments[0].prompt_token_ids
+        return choice
+
+    def _begin(self, fragment: Fragment, delta: Delta) -> None:
+        """Put what the prompt adds in front of the first fragment."""
+        echo = self._form.echo
+        if echo is not None:
+            fragment.text = echo.text + fragment.text
+            if self._aligner is not None:
+                logprobs: list[TokenLogprob | None] = [None, *delta.prompt_logprobs]
+                self._aligner.add(map(ShownToken, echo.token_ids, logprobs, echo.offsets))
+        if self._form.prompt_token_ids is not None:
+            fragment.prompt_token_ids = list(self._form.prompt_token_ids)
+
+    def _add_logprobs(self, aligner: TokenAligner, fragment: Fragment, delta: Delta) -> None:
+        start = 0 if self._form.echo is None else len(self._form.echo.text)
+        aligner.add(
+            ShownToken(logprob.token_id, logprob, start + offset)
+            for logprob, offset in zip(delta.logprobs, delta.offsets, strict=True)
+        )
+        shown = aligner.show(fragment.text, delta.finish_reason)
+        if not shown:
+            return
+        fragment.logprobs = self._shaped(shown)
+
+    def _shaped(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
+        if self._form.kind == "chat":
+            return chat_logprobs(tokens, self._token_bytes)
+        return legacy_logprobs(tokens, self._token_bytes, self._form.logprobs or 0)
+
+    def _parse(self, parser: ToolCallParser, fragment: Fragment) -> None:
+        """Take the calls out of the text."""
+        pieces = parser.push(fragment.text)
+        if fragment.finish_reason is not None:
+            pieces += parser.flush()
+        fragment.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        fragment.calls = _call_deltas([piece for piece in pieces if not isinstance(piece, Content)])
+        self._called = self._called or bool(fragment.calls)
+        if self._called and fragment.finish_reason == "stop":
+            fragment.finish_reason = "tool_calls"
+
+
+def _call_deltas(pieces: Sequence[CallStart | CallArguments]) -> list[dict[str, Any]]:
+    """One delta for each call: clients expect no call twice in a chunk."""
+    deltas: dict[int, dict[str, Any]] = {}
+    for piece in pieces:
+        if isinstance(piece, CallStart):
+            function = {"name": piece.name, "arguments": ""}
+            deltas[piece.index] = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+        else:
+            delta = deltas.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
+            delta["function"]["arguments"] += piece.text
+    return list(deltas.values())
+
+
+def _joined_calls(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    calls: dict[int, dict[str, Any]] = {}
+    arguments: dict[int, list[str]] = {}
+    for delta in deltas:
+        index = delta["index"]
+        if "id" in delta:
+            calls[index] = {"id": delta["id"], "type": "function", "function": delta["function"]}
+        arguments.setdefault(index, []).append(delta["function"]["arguments"])
+    return [
+        call | {"function": {"name": call["function"]["name"], "arguments": "".join(arguments[index])}}
+        for index, call in calls.items()
+    ]

@@ -1,0 +1,83 @@
+"""Log-probabilities as answers show them, token by token beside the text they belong to. Knows no engine.
+
+A token is shown once its text is. Tokens whose text a stop string has cut away are never shown.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from stellarbyte_server.protocol.messages import TokenLogprob
+from stellarbyte_server.tokens.token_bytes import TokenBytes
+
+
+class ShownToken(NamedTuple):
+    """A token in its place; `logprob` is None for the first token of a prompt, which nothing comes before."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+    offset: int  # characters of the text before it
+
+
+class TokenAligner:
+    """Shows the tokens of one text beside it."""
+
+    def __init__(self) -> None:
+        self._num_shown = 0  # characters of the text that was shown
+        self._waiting: deque[ShownToken] = deque()  # one without text waits for the next that has some
+
+    def add(self, tokens: Iterable[ShownToken]) -> None:
+        """The next tokens, whether or not their text is shown yet."""
+        self._waiting += tokens
+
+    def show(self, text: str, finish_reason: str | None) -> list[ShownToken]:
+        """The tokens that belong to text as far as it is shown now; at the end by length all there are."""
+        self._num_shown += len(text)
+        shown: list[ShownToken] = []
+        while self._waiting and (finish_reason == "length" or self._waiting[0].offset < self._num_shown):
+            shown.append(self._waiting.popleft())
+        return shown
+
+
+def chat_logprobs(tokens: Sequence[ShownToken], token_bytes: TokenBytes) -> dict[str, Any]:
+    return {"content": [_chat_token(token, token_bytes) for token in tokens], "refusal": None}
+
+
+def _chat_token(token: ShownToken, token_bytes: TokenBytes) -> dict[str, Any]:
+    assert token.logprob is not None, "chats show no tokens of their prompt"
+    top = [_chat_entry(token_id, logprob, token_bytes) for token_id, logprob in token.logprob.top]
+    return _chat_entry(token.token_id, token.logprob.logprob, token_bytes) | {"top_logprobs": top}
+
+
+def _chat_entry(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[str, Any]:
+    content = token_bytes[token_id]
+    return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+
+
+def legacy_logprobs(tokens: Sequence[ShownToken], token_bytes: TokenBytes, num_top: int) -> dict[str, Any]:
+    """The shape of /v1/completions: four lists side by side. The chosen token is always among the alternatives."""
+    return {
+        "tokens": [token_bytes.name(token.token_id) for token in tokens],
+        "token_logprobs": [None if token.logprob is None else token.logprob.logprob for token in tokens],
+        "top_logprobs": [_legacy_top(token, token_bytes) for token in tokens] if num_top else None,
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _legacy_top(token: ShownToken, token_bytes: TokenBytes) -> dict[str, float] | None:
+    if token.logprob is None:
+        return None
+    top = {token_bytes.name(token_id): logprob for token_id, logprob in reversed(token.logprob.top)}
+    # Likelier tokens come last above and win over others of the same name; here all are put in order again.
+    ordered = dict(reversed(top.items()))
+    return ordered | {token_bytes.name(token.token_id): token.logprob.logprob}
+
+
+def joined_logprobs(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several fragments of one answer show, as one. Every list is continued."""
+    joined = {name: list(value) if isinstance(value, list) else value for name, value in parts[0].items()}
+    for part in parts[1:]:
+        for name, value in part.items():
+            if isinstance(value, list):
+                joined[name] += value
+    return joined

@@ -1,0 +1,120 @@
+"""Streamed answers: chunks as ready bytes, and the response that sends them. Knows no requests.
+
+A chunk's JSON is made once per choice; for every delta that only has text, that text is escaped and set in, which is
+what lets one process carry hundreds of fast streams.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
+
+from stellarbyte_server.api.answers.choices import Fragment, Kind
+from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.client.delta_stream import DeltaStream
+
+logger = logging.getLogger("server.http")
+
+PING_INTERVAL_S = 15
+DONE = b"data: [DONE]\n\n"
+
+encode_json = msgspec.json.encode  # newlines and control characters are escaped, so JSON never breaks an event
+
+
+def event(content: Any) -> bytes:
+    return b"data: " + encode_json(content) + b"\n\n"
+
+
+class ChunkWriter:
+    """The events of one answer. `base` holds the fields that all its chunks share.
+
+    With `include_usage` every chunk has a usage field, null in all but the last.
+    """
+
+    def __init__(self, base: dict[str, Any], kind: Kind, num_choices: int, *, include_usage: bool) -> None:
+        self._base = base
+        self._kind = kind
+        head = b"data: " + encode_json(base)[:-1] + b',"choices":[{"index":'
+        self._heads = [head + str(index).encode() + b"," for index in range(num_choices)]
+        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        before, after = (b'"delta":{"content":', b"}") if kind == "chat" else (b'"text":', b"")
+        self._before_text = [head + before for head in self._heads]
+        self._after_text = after + b',"logprobs":null,"finish_reason":null' + self._tail
+        self._last_choice = b'"delta":{}' if kind == "chat" else b'"text":""'
+
+    def role(self, index: int) -> bytes:
+        """The first chunk of a choice of a chat."""
+        choice = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return self._heads[index] + choice + self._tail
+
+    def fragment(self, index: int, fragment: Fragment) -> bytes:
+        """b"" when the fragment has nothing to say yet. A finish reason gets a chunk of its own, the choice's last."""
+        chunk = b""
+        if fragment.text and fragment.is_text:
+            chunk = self._before_text[index] + encode_json(fragment.text) + self._after_text
+        elif not fragment.is_empty:
+            head = self._heads[index]
+            if self._kind == "chat" and fragment.prompt_token_ids is not None:
+                head = head.replace(
+                    b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(fragment.prompt_token_ids), 1
+                )
+            chunk = head + encode_json(self._choice(fragment))[1:-1] + self._tail
+        if fragment.finish_reason is not None:
+            reason = b',"logprobs":null,"finish_reason":' + encode_json(fragment.finish_reason)
+            chunk += self._heads[index] + self._last_choice + reason + self._tail
+        return chunk
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        return event(self._base | {"choices": [], "usage": usage})
+
+    def _choice(self, fragment: Fragment) -> dict[str, Any]:
+        choice: dict[str, Any] = {}
+        if self._kind == "chat":
+            delta: dict[str, Any] = {"content": fragment.text} if fragment.text else {}
+            choice["delta"] = delta | {"tool_calls": fragment.calls} if fragment.calls else delta
+        else:
+            choice["text"] = fragment.text
+        choice |= {"logprobs": fragment.logprobs, "finish_reason": None}
+        if fragment.token_ids is not None:
+            choice["token_ids"] = fragment.token_ids
+        if fragment.prompt_token_ids is not None and self._kind == "completion":
+            choice["prompt_token_ids"] = fragment.prompt_token_ids
+        return choice
+
+
+def _ping() -> ServerSentEvent:
+    return ServerSentEvent(comment="ping", sep="\n")
+
+
+async def _told_of_failure(events: AsyncIterator[bytes], streams: Sequence[DeltaStream]) -> AsyncIterator[bytes]:
+    """The events; when one cannot be made, an error as the last one: the headers are gone, so no status can tell."""
+    try:
+        async for content in events:
+            yield content
+    except Exception:
+        logger.exception("the answer to request %s could not be sent", streams[0].request_id)
+        yield event(ApiError(500, "The server failed while it sent this answer.").content())
+
+
+class DeltaStreamResponse(EventSourceResponse):
+    """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on."""
+
+    def __init__(self, streams: Sequence[DeltaStream], events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(
+            _told_of_failure(events, streams),
+            headers=headers,
+            ping=PING_INTERVAL_S,
+            sep="\n",
+            ping_message_factory=_ping,
+        )
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for stream in self._streams:
+                stream.close()

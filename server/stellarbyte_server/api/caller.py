@@ -1,0 +1,109 @@
+"""What the key of a request allows beyond its route: which models, and how much of them. Knows no routes."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from fastapi import Request
+
+from stellarbyte_server.access.keys import Key
+from stellarbyte_server.api.contract.errors import ApiError, bad_request
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.protocol.messages import KeyLimits
+from stellarbyte_server.protocol.request import MAX_PRIORITY, GenerationRequest
+
+
+def limits_of(http: Request) -> KeyLimits | None:
+    """The limits that go to the engine with everything the request asks of it."""
+    key = _key_of(http)
+    return None if key is None else key.limits
+
+
+def owner_of(http: Request) -> str:
+    """Whose share of this process the request's work takes: its key's name, "" for all without one."""
+    key = _key_of(http)
+    return "" if key is None else key.name
+
+
+def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+    """Requests as the engine gets them: with what the caller's key adds to what the caller wrote."""
+    key = _key_of(http)
+    lowest, highest = _priorities(key)
+    return [
+        msgspec.structs.replace(
+            request,
+            cache_salt=_salt(key, request.cache_salt),
+            priority=min(max(request.priority, lowest), highest),  # 0 if the request does not say
+        )
+        for request in requests
+    ]
+
+
+def _salt(key: Key | None, given: str) -> str:
+    """Whose content of the prefix cache a request may find: its key's own, or that of a group that shares.
+
+    As JSON, so that no name or salt can be written to look like others. Without that `usage` would tell whether
+    somebody else has sent a text.
+    """
+    if key is None:
+        owner = ["", ""]
+    else:
+        owner = ["key", key.name] if key.share is None else ["share", key.share]
+    return json.dumps([*owner, given])
+
+
+def may_use(http: Request, service: Service, model: str) -> bool:
+    """Whether the request may know and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
+    key = _key_of(http)
+    return key is None or key.allows(model, service.settings.model_name)
+
+
+def require_permitted(http: Request, service: Service, body: Any) -> None:
+    """ApiError unless the caller's key permits what a checked body asks for."""
+    model, scale, priority = (getattr(body, name, None) for name in ("model", "adapter_scale", "priority"))
+    if model is not None:
+        require_model(http, service, model)
+    base = service.settings.model_name
+    # The answers at a scale near 0 are nearly the base model's, and any bound between would be arbitrary.
+    if scale not in (None, 1) and model != base and not may_use(http, service, base):
+        message = f"The key may not use the model {base!r:.200} without an adapter, so 'adapter_scale' must be 1."
+        raise ApiError(403, message, param="adapter_scale", code="model_not_allowed")
+    lowest, highest = _priorities(_key_of(http))
+    if priority is not None and not lowest <= priority <= highest:
+        raise bad_request(f"The field 'priority' must be between {lowest} and {highest} here.", "priority")
+
+
+def most_tokens(http: Request, service: Service) -> int | None:
+    """Most tokens that one answer may have, by the server's settings and the caller's key; None: no limit."""
+    key = _key_of(http)
+    limits = (service.settings.max_tokens_per_request, None if key is None else key.max_tokens_per_request)
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def overflow_for(http: Request, service: Service, given: Literal["error", "slide"] | None) -> Literal["error", "slide"]:
+    """What happens at the end of the context, where a request may say so; ApiError when it may not slide."""
+    key = _key_of(http)
+    if service.settings.allow_slide and (key is None or key.may_slide):
+        return service.settings.context_overflow if given is None else given
+    if given == "slide":
+        who = "The server" if key is None or key.may_slide else f"The key {key.name!r}"
+        raise ApiError(403, f"{who} does not let a context slide.", param="context_overflow")
+    return "error"
+
+
+def require_model(http: Request, service: Service, model: str) -> None:
+    """ApiError unless the request may use a model; it says nothing of whether there is such a model."""
+    if not may_use(http, service, model):
+        raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
+
+
+def _priorities(key: Key | None) -> tuple[int, int]:
+    return (0, MAX_PRIORITY) if key is None else (key.min_priority, key.max_priority)
+
+
+def _key_of(http: Request) -> Key | None:
+    """The key that the request came with; None where none is needed."""
+    key = http.scope["state"].get("key")
+    assert key is None or isinstance(key, Key)
+    return key

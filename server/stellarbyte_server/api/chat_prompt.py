@@ -1,0 +1,56 @@
+"""A chat as the tokens of a prompt: what generating from one and counting one share. Knows no engine."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.contract.schemas import Message
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.api.tool_messages import messages_for_template
+from stellarbyte_server.api.tools import FunctionTool, Toolbox
+
+
+class ChatInput(Protocol):
+    """What is read of a body."""
+
+    @property
+    def messages(self) -> list[Message]: ...
+    @property
+    def tools(self) -> Sequence[FunctionTool] | None: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+    @property
+    def continue_final_message(self) -> bool | None: ...
+    @property
+    def add_special_tokens(self) -> bool | None: ...
+
+
+def check_continuation(body: ChatInput) -> None:
+    """ApiError when the final message cannot be continued."""
+    if body.continue_final_message and body.add_generation_prompt:
+        raise bad_request(
+            "'continue_final_message' and 'add_generation_prompt' cannot both be true.", "continue_final_message"
+        )
+    if body.continue_final_message and body.messages[-1].role != "assistant":
+        raise bad_request("'continue_final_message' needs a last message of the assistant.", "continue_final_message")
+
+
+def content_characters(body: ChatInput) -> int:
+    """Characters of the messages: no prompt has fewer tokens than they must make."""
+    return sum(len(message.content) for message in body.messages if message.content is not None)
+
+
+def chat_encoder(body: ChatInput, service: Service, toolbox: Toolbox | None) -> Callable[[], list[int]]:
+    """Makes the tokens, in a thread: a template is a program. Raises ApiError or ChatTemplateError."""
+    tokenizer, continues = service.tokenizer, bool(body.continue_final_message)
+
+    def encode() -> list[int]:
+        return tokenizer.encode_chat(
+            messages_for_template(body.messages, toolbox, tokenizer.chat_template_source),
+            tools=None if toolbox is None else toolbox.for_template,
+            add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+            continue_final_message=continues,
+            add_special_tokens=bool(body.add_special_tokens),
+        )
+
+    return encode

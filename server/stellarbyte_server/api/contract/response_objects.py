@@ -1,0 +1,157 @@
+"""The objects of /v1/responses as models, text only: for the document at /openapi.json and for tests, as objects.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, RootModel
+
+from stellarbyte_server.api.contract.objects import AnswerObject, Count, Left, TokenLogprob
+
+_Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class OutputText(AnswerObject):
+    type: Literal["output_text"]
+    text: str
+    annotations: _Nothing
+    logprobs: list[TokenLogprob]
+
+
+class OutputMessage(AnswerObject):
+    id: str
+    type: Literal["message"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: Literal["assistant"]
+    content: list[OutputText]
+
+
+class InputTokensDetails(AnswerObject):
+    cached_tokens: Count
+    cache_write_tokens: Count
+
+
+class OutputTokensDetails(AnswerObject):
+    reasoning_tokens: Count
+
+
+class ResponseUsage(AnswerObject):
+    input_tokens: Count
+    input_tokens_details: InputTokensDetails
+    output_tokens: Count
+    output_tokens_details: OutputTokensDetails
+    total_tokens: Count
+
+
+class ResponseFailure(AnswerObject):
+    code: str
+    message: str
+
+
+class IncompleteDetails(AnswerObject):
+    reason: Literal["max_output_tokens"]
+
+
+class PlainFormat(AnswerObject):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(AnswerObject):
+    type: Literal["json_schema"]
+    name: str
+    description: Left[str]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Left[bool]
+
+
+class AnswerTextSettings(AnswerObject):
+    format: PlainFormat | SchemaFormat
+
+
+class Response(AnswerObject):
+    id: str
+    object: Literal["response"]
+    created_at: Annotated[int, Field(description="Unix seconds.")]
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: ResponseFailure | None
+    incomplete_details: IncompleteDetails | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[OutputMessage]
+    parallel_tool_calls: Literal[False]
+    previous_response_id: None
+    store: Literal[False]
+    temperature: float
+    text: AnswerTextSettings
+    tool_choice: Literal["none"]
+    tools: _Nothing
+    top_p: float
+    truncation: Literal["auto", "disabled"]
+    usage: ResponseUsage | None
+
+
+# The events of a stream
+
+
+class ResponseStateEvent(AnswerObject):
+    """The whole response as it is at the start, and at the end."""
+
+    type: Literal[
+        "response.created",
+        "response.in_progress",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+    ]
+    sequence_number: Count
+    response: Response
+
+
+class OutputItemEvent(AnswerObject):
+    type: Literal["response.output_item.added", "response.output_item.done"]
+    sequence_number: Count
+    output_index: Count
+    item: OutputMessage
+
+
+class ContentPartEvent(AnswerObject):
+    type: Literal["response.content_part.added", "response.content_part.done"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    content_index: Count
+    part: OutputText
+
+
+class TextDeltaEvent(AnswerObject):
+    type: Literal["response.output_text.delta"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    content_index: Count
+    delta: str
+    logprobs: list[TokenLogprob]
+
+
+class TextDoneEvent(AnswerObject):
+    type: Literal["response.output_text.done"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    content_index: Count
+    text: str
+    logprobs: list[TokenLogprob]
+
+
+class ErrorEvent(AnswerObject):
+    type: Literal["error"]
+    sequence_number: Count
+    code: str | None
+    message: str
+    param: str | None
+
+
+class ResponseEvent(
+    RootModel[ResponseStateEvent | OutputItemEvent | ContentPartEvent | TextDeltaEvent | TextDoneEvent | ErrorEvent]
+):
+    """One event of a streamed response; its `type` is also the event's name."""

@@ -1,0 +1,282 @@
+"""What all ways to generate share: from a checked body to the engine's requests. Knows no answers."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote
+
+from fastapi import Request
+
+from stellarbyte_server.api.answers.choices import PromptEcho
+from stellarbyte_server.api.caller import most_tokens, overflow_for, owner_of, require_permitted
+from stellarbyte_server.api.contract.errors import ApiError, bad_request
+from stellarbyte_server.api.contract.schemas import MAX_CHOICES, BodyT, GenerationBody, parse_body
+from stellarbyte_server.api.disconnect import unless_client_leaves
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, SamplingParams
+from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
+
+_INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they hold up no stream
+_INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
+_MAX_IGNORED_HEADER = 1000
+T = TypeVar("T")
+MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
+# Each answer has its own copy of these, and its first step makes them ready.
+MAX_BIASES_AT_ONCE = 2**14  # entries of logit_bias, of all answers
+MAX_GRAMMARS_AT_ONCE = 2**20  # characters of the grammars of all answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt of a request, ready to be run."""
+
+    token_ids: list[int]
+    max_tokens: int
+    echo: PromptEcho | None = None
+
+
+async def read_body(request: Request, service: Service, body_class: type[BodyT]) -> tuple[BodyT, dict[str, str]]:
+    """The checked body, as far as the key permits, and the headers that tell which fields were ignored."""
+    warn_unknown = service.settings.unknown_fields == "warn"
+    body, ignored = await parse_apart(request, service, partial(parse_body, body_class, warn_unknown=warn_unknown))
+    require_permitted(request, service, body)
+    if not ignored:
+        return body, {}
+    return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
+
+
+async def parse_apart(request: Request, service: Service, parse: Callable[[bytes], T]) -> T:
+    """Parse the body of a request; off the event loop when it is large, in the caller's turn."""
+    text = await request.body()
+    if len(text) <= _INLINE_BYTES:
+        return parse(text)
+    try:
+        return await service.text_work.parse(partial(parse, text), owner_of(request), len(text))
+    except TooMuchText as error:
+        raise _too_much(error) from None
+
+
+async def off_loop_if_long(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:
+    """Do work on a text, `off_loop` when all that is worked on is long."""
+    return work() if num_characters <= _INLINE_CHARACTERS else await off_loop(http, service, work, num_characters)
+
+
+async def off_loop(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:
+    """Do work on a text in a thread, in the caller's turn. The tokenizer lets other threads run.
+
+    ApiError 429 when too much of the caller's is waiting, ClientLeft when the client leaves a long text meanwhile.
+    """
+    working = service.text_work.run(work, owner_of(http), num_characters)
+    try:
+        return await (working if num_characters <= SHORT_CHARACTERS else unless_client_leaves(http.receive, working))
+    except TooMuchText as error:
+        raise _too_much(error) from None
+
+
+def _too_much(error: TooMuchText) -> ApiError:
+    return ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"})
+
+
+def adapter_of(model: str, scale: float | None, service: Service) -> tuple[str | None, float]:
+    """The adapter that a request's `model` means, and how strongly it acts; ApiError for a scale without one."""
+    adapter = None if model == service.settings.model_name else model
+    if adapter is None and scale not in (None, 1):
+        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
+    return adapter, 1.0 if scale is None else float(scale)
+
+
+def check_characters(num_characters: int, limit: int, service: Service, param: str) -> None:
+    """ApiError when a text is so long that no tokenizer could make it fit: found out before it is tokenized."""
+    if num_characters > limit * service.tokenizer.longest_token:
+        raise bad_request(
+            f"The prompt has {num_characters} characters, which cannot fit the model's context of {limit} tokens.",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def check_token_ids(token_ids: list[int], service: Service, param: str) -> None:
+    """ApiError when one of them is not in the vocabulary."""
+    for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
+        if not 0 <= token_id < service.info.vocab_size:
+            raise bad_request(f"The token id {token_id} is not in the vocabulary of {service.info.vocab_size}.", param)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How long a request may become."""
+
+    overflow: Literal["error", "slide"]  # what happens at the end of the context
+    context: int  # most tokens of prompt and answer together
+    answer: int | None  # most tokens of one answer; None: as many as the context holds
+
+    @classmethod
+    def of(cls, http: Request, body: GenerationBody, service: Service) -> "Bounds":
+        """As the request, the caller's key and the server say; ApiError when the request asks for more."""
+        overflow = overflow_for(http, service, body.context_overflow)
+        most = most_tokens(http, service)
+        for param in ("max_tokens", "max_completion_tokens"):
+            wanted = getattr(body, param, None)
+            if most is not None and wanted is not None and wanted > most:
+                raise bad_request(
+                    f"An answer may have at most {most} tokens here, but the request asks for {wanted}.", param
+                )
+        context = MAX_SLIDING_TOKENS if overflow == "slide" else service.info.max_model_len
+        return cls(overflow=overflow, context=context, answer=most)
+
+    def default_tokens(self, wanted: int) -> int:
+        """Tokens of an answer whose request does not say how many."""
+        return wanted if self.answer is None else min(wanted, self.answer)
+
+
+def check_prompt(token_ids: list[int], limit: int, param: str, *, least: int = 1) -> int:
+    """Tokens that `limit` leaves for the answer, at least `least`; ApiError when the prompt cannot be run."""
+    if not token_ids:
+        raise bad_request("The prompt is empty.", param)
+    room = limit - len(token_ids)
+    if room < least:
+        raise bad_request(
+            f"The prompt has {len(token_ids)} tokens, but the model's context of {limit} tokens must hold it"
+            f"{' and at least one token of the answer' if least else ''}.",
+            param,
+            "context_length_exceeded",
+        )
+    return room
+
+
+def most_at_once(service: Service) -> int:
+    """Requests of one client that the engine's queue can hold, if there are no others."""
+    return min(MAX_CHOICES, service.info.max_num_seqs + service.settings.engine.max_queued_requests)
+
+
+def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None:
+    """ApiError when fields do not fit each other."""
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("The field 'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    wanted, most = num_prompts * body.num_candidates, most_at_once(service)
+    if wanted > most:
+        raise bad_request(
+            f"The request asks for {wanted} answers; there may be at most {most}.", "prompt" if num_prompts > 1 else "n"
+        )
+
+
+def make_requests(
+    body: GenerationBody,
+    service: Service,
+    prompts: list[Prompt],
+    bounds: Bounds,
+    *,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    grammar: str | None = None,
+) -> tuple[GenerationRequest, ...]:
+    """For every prompt one request for each answer that is to be generated, in order; ApiError."""
+    _check_amounts(body, prompts, logprobs, grammar)
+    adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
+    bias = {} if body.logit_bias is None else {int(token): float(value) for token, value in body.logit_bias.items()}
+    check_token_ids(list(bias), service, "logit_bias")
+    logit_bias = tuple(bias.items())
+    requests: list[GenerationRequest] = []
+    for prompt in prompts:
+        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+        sampling = _sampling(body, service, prompt.max_tokens, seed, logit_bias, logprobs, prompt_logprobs, grammar)
+        prompt_token_ids = tuple(prompt.token_ids)
+        first_id = secrets.token_hex(12)
+        for choice in range(body.num_candidates):
+            is_follower = choice > 0 and prompt_logprobs is None
+            requests.append(
+                GenerationRequest(
+                    request_id=secrets.token_hex(12) if choice else first_id,
+                    prompt_token_ids=prompt_token_ids,
+                    sampling=sampling(choice),
+                    priority=0 if body.priority is None else body.priority,
+                    context_overflow=bounds.overflow,
+                    adapter=adapter,
+                    adapter_scale=adapter_scale,
+                    cache_salt="" if body.cache_salt is None else body.cache_salt,
+                    follows=first_id if is_follower else None,
+                )
+            )
+    return tuple(requests)
+
+
+def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | None, grammar: str | None) -> None:
+    """ApiError when a request asks for more than one process should hold, where there are several answers."""
+    num_candidates = body.num_candidates
+    num_answer_tokens = num_candidates * sum(prompt.max_tokens for prompt in prompts)
+    if logprobs is not None and not body.stream and num_answer_tokens * (1 + logprobs) > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"The answer may have {num_answer_tokens * (1 + logprobs)} log-probabilities; at most {MAX_TOKENS_AT_ONCE}"
+            " are allowed when 'stream' is not true.",
+            "max_tokens",
+        )
+    if num_candidates * len(prompts) == 1:
+        return
+    if num_answer_tokens > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"All answers together may have {num_answer_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are allowed.",
+            "max_tokens",
+        )
+    several = "n" if num_candidates > 1 else "prompt"
+    for what, number, most in (
+        ("entries of logit_bias", len(body.logit_bias or ()), MAX_BIASES_AT_ONCE),
+        ("characters of schemas", len(grammar or ""), MAX_GRAMMARS_AT_ONCE),
+    ):
+        number *= num_candidates * len(prompts)
+        if number > most:
+            raise bad_request(f"All answers together have {number} {what}; at most {most} are allowed.", several)
+    num_prompt_tokens = num_candidates * sum(len(prompt.token_ids) for prompt in prompts)
+    if num_prompt_tokens > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"The prompts of all answers together have {num_prompt_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are"
+            " allowed.",
+            several,
+        )
+
+
+def _sampling(
+    body: GenerationBody,
+    service: Service,
+    max_tokens: int,
+    seed: int,
+    logit_bias: tuple[tuple[int, float], ...],
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    grammar: str | None,
+) -> Callable[[int], SamplingParams]:
+    """Makes the parameters of each choice."""
+
+    def chosen(name: str) -> Any:
+        value = getattr(body, name)
+        return getattr(service.defaults, name) if value is None else value
+
+    stop_token_ids = [] if body.stop_token_ids is None else body.stop_token_ids
+    check_token_ids(stop_token_ids, service, "stop_token_ids")
+    min_tokens = 0 if body.min_tokens is None else body.min_tokens
+    if min_tokens > max_tokens:
+        raise bad_request(f"The field 'min_tokens' is more than the {max_tokens} tokens of the answer.", "min_tokens")
+    return lambda choice: SamplingParams(
+        max_tokens=max_tokens,
+        temperature=float(chosen("temperature")),
+        top_p=float(chosen("top_p")),
+        top_k=max(0, int(chosen("top_k"))),
+        min_p=float(chosen("min_p")),
+        seed=seed,
+        choice=choice,
+        repetition_penalty=float(chosen("repetition_penalty")),
+        presence_penalty=0.0 if body.presence_penalty is None else float(body.presence_penalty),
+        frequency_penalty=0.0 if body.frequency_penalty is None else float(body.frequency_penalty),
+        logit_bias=logit_bias,
+        min_tokens=min_tokens,
+        stop=() if body.stop is None else body.stop,
+        stop_token_ids=tuple(stop_token_ids),
+        include_stop=bool(body.include_stop_str_in_output),
+        ignore_eos=bool(body.ignore_eos),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        grammar=grammar,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        return_token_ids=bool(body.return_token_ids),
+    )

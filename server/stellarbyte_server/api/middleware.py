@@ -1,0 +1,192 @@
+"""What happens around every request, as plain ASGI: its id, its line in the log, its errors, its size and time.
+
+Nothing here wraps `receive` in a way that hides a disconnect.
+"""
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.api.rejections import rejection_reason
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.logs import fields_of_line
+from stellarbyte_server.observe.record import RequestRecord
+from stellarbyte_server.observe.tracing import Tracing
+
+logger = logging.getLogger("stellarbyte_server.access.rules")
+
+BODY_ERROR = "body_error"  # in a scope's state: the ApiError for what is wrong with the body that is being received
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
+
+
+class RequestLog:
+    """Gives each request an id and a record, and tells at its end what became of it: in the log, metrics, a trace.
+
+    A client's own X-Request-Id is used if it is one that can stand anywhere.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None) -> None:
+        self._app = app
+        self._service = service
+        self._tracing = tracing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = RequestRecord(request_id=request_id_for(Headers(scope=scope)))
+        state = scope.setdefault("state", {})
+        state["record"] = record
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            reason = rejection_reason(scope, record.status, record)
+            if reason is not None:
+                self._service.client.observer.note_rejected(reason)
+            _log(scope, record.status, record)
+            if self._tracing is not None:
+                self._tracing.note(scope, record.status, record)
+
+
+def request_id_for(headers: Headers) -> str:
+    """The client's X-Request-Id, if it has one that is safe in headers, logs and shells, else a new one."""
+    given = headers.getlist("x-request-id")
+    return given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(8)
+
+
+def _log(scope: Scope, status: int | None, record: RequestRecord) -> None:
+    def since(start_s: float | None, end_s: float | None) -> float | None:
+        return None if start_s is None or end_s is None else round(max(0.0, end_s - start_s), 4)
+
+    key, tokens = scope["state"].get("key"), record.tokens
+    log_request(
+        record.request_id,
+        scope["method"],
+        scope["path"],
+        status,
+        key=None if key is None else key.name,
+        adapter=record.adapter,
+        prompt_tokens=None if tokens is None else tokens.prompt,
+        completion_tokens=None if tokens is None else tokens.completion,
+        finish_reason=record.finish_reason,
+        error=record.error_code,
+        queue_s=since(record.queued_s, record.started_s),
+        ttft_s=since(record.arrived_s, record.first_token_s),
+        total_s=since(record.arrived_s, time.monotonic()),
+    )
+
+
+def log_request(
+    request_id: str, method: str | None, path: str | bytes | None, status: int | None, **fields: str | float | None
+) -> None:
+    """The one line of a request; what is None it did not have. The path is given decoded, and encoded again.
+
+    So no part of it can be taken for a field of the line.
+    """
+    shown_path = None if path is None else quote(path, safe="/:@!$&'()*+,;=")  # RFC 3986, 3.3
+    said = {"method": method, "path": shown_path, "status": status}
+    shown = ["-" if value is None else value for value in said.values()]
+    logger.info("%s %s %s", *shown, extra=fields_of_line({"request_id": request_id} | said | fields, already_said=said))
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, whose refusals have the one form of errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        headers = {"Vary": response.headers["vary"]}
+        return ApiError(400, f"{bytes(response.body).decode()}; see --cors-origin.", headers=headers).response()
+
+
+class Unexpected:
+    """Answers 500 to what nobody expected. Inside of what adds headers to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception:
+            logger.exception("request %s failed", scope["state"]["record"].request_id)
+            if not has_begun:
+                error = ApiError(500, "The server failed to answer this request.")
+                await error.answer(scope, receive, send)
+
+
+class BodyBounds:
+    """Refuses bodies over `max_bytes` (413), by their declared length or as soon as they grow past it.
+
+    And those that do not come within `timeout_s`, or not a byte in a quarter of that (408): the connection is closed.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await self._too_large().answer(scope, receive, send)
+            return
+        received = 0
+        is_complete = False
+        loop = asyncio.get_running_loop()
+        due_s = loop.time() + self._timeout_s
+
+        async def receive_bounded() -> Message:
+            nonlocal received, is_complete
+            if is_complete:  # what may still come is the client's leave
+                return await receive()
+            try:
+                async with asyncio.timeout_at(min(due_s, loop.time() + self._timeout_s / 4)):
+                    message = await receive()
+            except TimeoutError:
+                raise self._too_slow() from None
+            if (error := scope["state"].get(BODY_ERROR)) is not None:
+                raise error
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                scope["state"]["record"].body_bytes = received
+                if received > self._max_bytes:
+                    raise self._too_large()
+                is_complete = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, receive_bounded, send)
+
+    def _too_slow(self) -> ApiError:
+        message = f"The body did not come within {self._timeout_s:g} s, or stopped for a quarter of that."
+        return ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._max_bytes} bytes.", code="request_too_large")

@@ -1,0 +1,102 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, GET /v1/adapters."""
+
+import asyncio
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from stellarbyte_server.api.caller import may_use
+from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.schemas import parse_plain_body
+from stellarbyte_server.api.generation import parse_apart
+from stellarbyte_server.api.service import Service, ServiceOfRequest
+from stellarbyte_server.client.engine_client import EngineDead
+from stellarbyte_server.observe.metrics import tier_name
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
+from stellarbyte_server.protocol.request import RequestRejected
+
+router = APIRouter()
+
+MAX_TEXT = 4096
+LIST_LIMIT_S = 10.0
+
+
+class LoadBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+    load_inplace: bool | None = None
+
+
+class UnloadBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
+    body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
+    if body.lora_name == service.settings.model_name:
+        raise bad_request(f"{body.lora_name!r} is the name of the model itself.", "lora_name")
+    try:
+        loaded = await service.client.load_adapter(body.lora_name, body.lora_path, bool(body.load_inplace))
+    except (RequestRejected, EngineDead) as error:
+        raise from_engine(error) from None
+    return {
+        "lora_name": loaded.card.name,
+        "content_hash": loaded.card.content_hash,
+        "rank": loaded.card.rank,
+        "bytes": loaded.card.num_bytes,
+        "matched": loaded.matched,
+        "unmatched": loaded.unmatched,
+    }
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
+    body = await parse_apart(http, service, partial(parse_plain_body, UnloadBody))
+    try:
+        unloaded = await service.client.unload_adapter(body.lora_name)
+    except (RequestRejected, EngineDead) as error:
+        raise from_engine(error) from None
+    return {"lora_name": body.lora_name, "freed_bytes": unloaded.num_bytes}
+
+
+@router.get("/v1/adapters")
+async def list_adapters(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
+    cards = (await adapters_of(service)).cards
+    return {"object": "list", "data": [_entry(card, service) for card in cards if may_use(http, service, card.name)]}
+
+
+async def adapters_of(service: Service) -> AdapterList:
+    """All adapters as they are now; ApiError when the engine is gone or does not answer."""
+    try:
+        async with asyncio.timeout(LIST_LIMIT_S):
+            return await service.client.list_adapters()
+    except EngineDead as error:
+        raise from_engine(error) from None
+    except TimeoutError:
+        raise from_engine(EngineDead("The engine does not answer.")) from None
+
+
+def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
+    return {
+        "id": card.name,
+        "object": "adapter",
+        "state": card.state,
+        "error": card.error or None,
+        "tier": tier_name(card.tier, service.info.device),
+        "content_hash": card.content_hash or None,
+        "root": card.root,
+        "rank": card.rank or None,
+        "bytes": card.num_bytes,
+        "refcount": card.num_running + card.num_waiting,
+        "running": card.num_running,
+        "waiting": card.num_waiting,
+        "requests": card.num_requests,
+        "tokens": card.num_tokens,
+    }

@@ -1,0 +1,58 @@
+"""GET /health, /ready, /version and /metrics: for those who run the server."""
+
+import asyncio
+import contextlib
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from stellarbyte_server.api.contract.errors import from_engine, unavailable
+from stellarbyte_server.api.service import Service, ServiceOfRequest
+from stellarbyte_server.client.engine_client import DRAINING, STATS_LIMIT_S, EngineDead
+from stellarbyte_server.observe.metrics import render_metrics
+from stellarbyte_server.protocol.request import SHUTTING_DOWN, RequestRejected
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(service: ServiceOfRequest) -> dict[str, str]:
+    """200 while the engine makes progress."""
+    _require_healthy(service)
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(service: ServiceOfRequest) -> dict[str, str]:
+    """200 when requests can be answered. Routes exist only once the model is loaded."""
+    _require_healthy(service)
+    if not service.client.is_admitting:
+        raise from_engine(RequestRejected(DRAINING, SHUTTING_DOWN))
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": version("stellarbyte")}
+
+
+@router.get("/metrics")
+async def metrics(service: ServiceOfRequest) -> Response:
+    totals = await service.client.fresh_totals()
+    if totals is None:
+        raise unavailable("The engine has not answered yet.")
+    adapters = None
+    with contextlib.suppress(EngineDead, TimeoutError):
+        async with asyncio.timeout(STATS_LIMIT_S):
+            adapters = await service.client.list_adapters()
+    is_healthy = service.client.health() is None
+    content = render_metrics(totals, service.settings.model_name, adapters, service.info.device, is_healthy)
+    return Response(content, media_type=CONTENT_TYPE_LATEST)
+
+
+def _require_healthy(service: Service) -> None:
+    reason = service.client.health()
+    if reason is not None:
+        raise unavailable(reason)

@@ -1,0 +1,77 @@
+"""GET / and /status: the pages for people, made of files this server brings. Knows no model: they ask the API."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stellarbyte_server.api.contract.errors import no_route
+
+FILES_PATH = "/web/{path:path}"
+_PAGES = {"/": "index.html", "/status": "status.html"}
+_MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
+
+# What a page shows was written by a model, so by anybody: no script and no style but those files, no other host, and no
+# text that becomes markup.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS = {
+    "Cache-Control": "no-cache",  # asked for again each time, so that pages and scripts are always of one version
+    "Content-Security-Policy": _POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class _File:
+    content: bytes
+    media_type: str
+    etag: str
+
+    def answer(self, request: Request) -> Response:
+        """The file, or 304 to whoever has it already."""
+        headers = _HEADERS | {"ETag": self.etag}
+        known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+        if self.etag in known:
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, headers=headers, media_type=self.media_type)
+
+
+def add_pages(app: FastAPI) -> None:
+    """Add both pages and what they load. Files are read now; a change of them needs a new start."""
+    known = _read_files()
+
+    def add_page(path: str, file: _File) -> None:
+        async def page(request: Request) -> Response:
+            return file.answer(request)
+
+        app.add_route(path, page, include_in_schema=False)
+
+    for path, name in _PAGES.items():
+        add_page(path, known.pop(name))
+
+    async def static(request: Request) -> Response:
+        file = known.get(request.path_params["path"])
+        if file is None:
+            raise no_route(request.url.path)
+        return file.answer(request)
+
+    app.add_route(FILES_PATH, static, include_in_schema=False)
+
+
+def _read_files() -> dict[str, _File]:
+    """Name → file, of those with a type that browsers load."""
+    known = {}
+    for entry in files("stellarbyte_web").iterdir():
+        media_type = next((kind for suffix, kind in _MEDIA_TYPES.items() if entry.name.endswith(suffix)), None)
+        if media_type is not None:
+            content = entry.read_bytes()
+            known[entry.name] = _File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+    return known

@@ -1,0 +1,150 @@
+"""POST /tokenize and /detokenize, as vLLM has them: what a prompt or a chat is in tokens, and back. Runs no model."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+from starlette.responses import Response
+
+from stellarbyte_server.api.answers.sse import encode_json
+from stellarbyte_server.api.chat_prompt import chat_encoder, check_continuation
+from stellarbyte_server.api.contract.bounds import AtMost
+from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.schemas import MAX_TOKEN_ID, Body, Messages, TokenId
+from stellarbyte_server.api.generation import check_token_ids, off_loop, read_body
+from stellarbyte_server.api.key_rate import charge
+from stellarbyte_server.api.routes.adapters import adapters_of
+from stellarbyte_server.api.service import Service, ServiceOfRequest
+from stellarbyte_server.api.submission import record_of
+from stellarbyte_server.api.tools import MAX_TOOLS, FunctionTool, Toolbox
+from stellarbyte_server.protocol.request import model_not_found
+from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
+
+router = APIRouter()
+
+MAX_TOKENS = 2**20
+MAX_CHARACTERS = 2**22
+
+
+class TokenizeBody(Body):
+    """What both kinds of it share."""
+
+    model: str | None = None
+    return_token_strs: bool | None = None
+
+    @classmethod
+    def class_for(cls, content: dict[str, Any]) -> type[Any]:
+        if content.get("messages") is None:
+            return TokenizePromptBody
+        if content.get("prompt") is not None:
+            raise bad_request("Give 'prompt' or 'messages', not both.", "messages")
+        return TokenizeChatBody
+
+    def encoder(self, service: Service) -> Callable[[], list[int]]:
+        """Makes the tokens, in a thread."""
+        raise NotImplementedError
+
+
+class TokenizePromptBody(TokenizeBody):
+    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)]
+    messages: None = None
+    add_special_tokens: bool | None = None  # true
+
+    def encoder(self, service: Service) -> Callable[[], list[int]]:
+        return partial(service.tokenizer.encode, self.prompt, self.add_special_tokens is not False)
+
+
+class TokenizeChatBody(TokenizeBody):
+    prompt: None = None
+    messages: Messages
+    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = None
+    add_generation_prompt: bool | None = None  # true, unless the final message is continued
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None  # false: the template writes them
+
+    def encoder(self, service: Service) -> Callable[[], list[int]]:
+        check_continuation(self)
+        toolbox = Toolbox.of(self.tools, None, None, service.tokenizer.chat_template_source)
+        return chat_encoder(self, service, toolbox)
+
+
+def _fast(value: Any, slow: ValidatorFunctionWrapHandler) -> Any:
+    """Token ids as `slow` checks them one by one, which takes three times as long but names the wrong one."""
+    is_list = isinstance(value, list) and 0 < len(value) <= MAX_TOKENS
+    is_right = is_list and {*map(type, value)} == {int} and 0 <= min(value) and max(value) <= MAX_TOKEN_ID
+    return value if is_right else slow(value)
+
+
+class DetokenizeBody(Body):
+    model: str | None = None
+    tokens: Annotated[list[TokenId], AtMost(MAX_TOKENS), WrapValidator(_fast)]
+
+
+@router.post("/tokenize")
+async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
+    await charge(http, service)
+    body, headers = await read_body(http, service, TokenizeBody)
+    return await _answer(http, body, service, headers, body.encoder(service))
+
+
+@router.post("/detokenize")
+async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
+    await charge(http, service)
+    body, headers = await read_body(http, service, DetokenizeBody)
+    await _require_model(body.model, service)
+
+    def work() -> bytes:
+        check_token_ids(body.tokens, service, "tokens")
+        return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+    return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
+
+
+async def _answer(
+    http: Request,
+    body: TokenizeBody,
+    service: Service,
+    headers: dict[str, str],
+    encode: Callable[[], list[int]],
+) -> Response:
+    await _require_model(body.model, service)
+
+    def work() -> bytes:
+        token_ids = encode()
+        texts = [service.tokenizer.token_text(token_id) for token_id in token_ids] if body.return_token_strs else None
+        return encode_json(
+            {
+                "count": len(token_ids),
+                "max_model_len": service.info.max_model_len,
+                "tokens": token_ids,
+                "token_strs": texts,
+            }
+        )
+
+    try:
+        return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
+    except ChatTemplateError as error:
+        raise bad_request(str(error), "messages") from None
+    except UnembeddableTokenError as error:
+        raise bad_request(str(error), "prompt" if isinstance(body, TokenizePromptBody) else "messages") from None
+
+
+def _json(content: bytes, headers: dict[str, str]) -> Response:
+    return Response(content, media_type="application/json", headers=headers)
+
+
+async def _require_model(model: str | None, service: Service) -> None:
+    """ApiError unless `model` is the served model, one of its adapters (NAME or NAME@HASH), or left out.
+
+    All of them share one tokenizer.
+    """
+    if model is None or model == service.settings.model_name:
+        return
+    name, at, pin = model.partition("@")
+    for card in (await adapters_of(service)).cards:
+        is_served = card.is_current and card.state != "failed" and card.name == name
+        if is_served and (not at or (pin and (card.content_hash or pin).startswith(pin))):
+            return
+    raise from_engine(model_not_found(model))

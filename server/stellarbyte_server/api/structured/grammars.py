@@ -1,0 +1,72 @@
+"""JSON schemas as grammars in llguidance's language, checked before a request is queued. Knows no model."""
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+from stellarbyte_server.api.contract.errors import ApiError, bad_request
+from stellarbyte_server.api.structured.json_schema import EnforceableSchema
+from stellarbyte_server.protocol.grammar import GrammarRefused, check_grammar
+from stellarbyte_server.protocol.request import GRAMMARS_BUSY, QUEUE_FULL
+from stellarbyte_server.tokens.text_work import TextWork, TooMuchText
+
+CHECK_LIMIT_S = 5.0
+NUM_REMEMBERED_VERDICTS = 256
+
+# One space after a comma and a colon as json.dumps writes them, and none elsewhere: a sampled answer could otherwise go
+# on in spaces for ever.
+_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+
+
+def json_grammar(schema: dict[str, Any] | bool, param: str = "response_format") -> str:
+    """The grammar of the JSON texts that a schema allows; ApiError 400 naming `param`. `checked` comes next."""
+    return json_rule("start", schema, param)
+
+
+def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_format") -> str:
+    """The same as a rule of a larger grammar, one line. `name` is lower-case letters and underscores."""
+    root = EnforceableSchema(schema, param).root
+    return f"{name}: %json {json.dumps({**root, 'x-guidance': _OPTIONS}, ensure_ascii=False)}\n"
+
+
+_verdicts: OrderedDict[bytes, str | None] = OrderedDict()
+
+
+async def checked(grammar: str, param: str, work: TextWork, owner: str) -> str:
+    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, 503 if it is not known in time.
+
+    It is checked in a thread, in its owner's turn.
+    """
+    digest = hashlib.sha256(grammar.encode()).digest()
+    if digest not in _verdicts:
+        _verdicts[digest] = await _verdict(grammar, work, owner)
+        if len(_verdicts) > NUM_REMEMBERED_VERDICTS:
+            _verdicts.popitem(last=False)
+    refusal = _verdicts[digest]
+    _verdicts.move_to_end(digest)
+    if refusal is not None:
+        raise bad_request(refusal, param)
+    return grammar
+
+
+async def _verdict(grammar: str, work: TextWork, owner: str) -> str | None:
+    """Why a grammar is refused, or None."""
+    check = work.check(partial(check_grammar, grammar), owner, len(grammar))
+    try:
+        await asyncio.wait_for(check, CHECK_LIMIT_S)
+    except GrammarRefused as error:
+        return str(error)
+    except TooMuchText as error:
+        raise ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"}) from None
+    except TimeoutError:  # through its own fault or that of others: nothing to remember
+        message = "The grammar could not be checked in time; it is too complex, or the server is busy."
+        raise ApiError(503, message, code=GRAMMARS_BUSY, headers={"Retry-After": "5"}) from None
+    return None

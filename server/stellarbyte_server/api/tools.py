@@ -1,0 +1,267 @@
+"""Tools of a chat: what may be offered, and how a model is held to them. Knows no engine, no routes.
+
+A model writes its calls in the format that its chat template shows. A template that shows none that is known here gets
+our own instructions in HERMES; so do Mistral's templates, because their calls begin with a special token, which is no
+text. A grammar (llguidance's Lark) lets the model write nothing but text and calls of the offered tools.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from stellarbyte_server.api.contract.bounds import AtMost
+from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.structured.grammars import json_rule
+
+MAX_TOOLS = 128
+MAX_NAME_CHARACTERS = 64
+MAX_KEYWORDS = 1000  # of a schema itself, those that only describe it included
+
+_NAME_PATTERN = f"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARACTERS}}}$"
+_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+Name = Annotated[str, Field(pattern=_NAME_PATTERN)]
+Schema = Annotated[dict[str, Any], AtMost(MAX_KEYWORDS)]  # a JSON schema, which is checked where it is enforced
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Function(_Part):
+    name: Name
+    description: str | None = None
+    parameters: Schema | None = None  # a JSON schema; absent: it takes none
+    strict: bool | None = None  # every call is held to the schema, whatever this says
+
+
+class FunctionTool(_Part):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Part):
+    name: Name
+
+
+class NamedTool(_Part):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionCall(_Part):
+    name: Name
+    arguments: str
+
+
+class ToolCall(_Part):
+    id: Annotated[str, Field(min_length=1, max_length=256)]
+    type: Literal["function"]
+    function: FunctionCall
+
+
+def _choice(value: object) -> object:
+    """Refuses here what is no choice, because the error of a union would name no field."""
+    if value is None or value in ("none", "auto", "required"):
+        return value
+    if isinstance(value, dict) and value.get("type") == "function":
+        function = value.get("function")
+        if (
+            isinstance(function, dict)
+            and isinstance(name := function.get("name"), str)
+            and re.fullmatch(_NAME_PATTERN, name)
+        ):
+            return value
+    raise PydanticCustomError("value", "it must be none, auto, required or a function by its name")
+
+
+Choice = Literal["none", "auto", "required"] | NamedTool
+ToolChoice = Annotated[Choice, BeforeValidator(_choice)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolFormat:
+    """How a model writes a call: trigger, begin, {"name": NAME, ARGUMENTS_KEY: {...}}, end."""
+
+    trigger: str  # ends free text; "": a call is the whole answer
+    begin: str
+    arguments_key: str
+    end: str
+    separator: str | None  # between calls; None: there is one at most
+
+
+HERMES = ToolFormat(
+    trigger="<tool_call>", begin="\n", arguments_key="arguments", end="\n</tool_call>", separator="\n"
+)  # Qwen 2.5 and 3, Hermes
+LLAMA = ToolFormat(trigger="", begin="", arguments_key="parameters", end="", separator=None)  # Llama 3.1 and later
+
+
+def tool_format(template_source: str | None) -> ToolFormat:
+    """How a model with that chat template writes calls; HERMES where the template does not say."""
+    return _shown_format(template_source) or HERMES
+
+
+def _shown_format(template_source: str | None) -> ToolFormat | None:
+    """The known format that a template shows: other ones have the same tag around something else than JSON."""
+    source = "" if template_source is None else template_source.replace('\\"', '"')
+    if HERMES.trigger in source:
+        return HERMES if '"arguments":' in source else None
+    return LLAMA if '{"name": ' in source and '"parameters":' in source else None
+
+
+@functools.lru_cache(maxsize=8)
+def template_takes_tools(template_source: str | None) -> bool:
+    """Whether a chat template tells the model of tools, and of a format that is known here."""
+    if template_source is None or _shown_format(template_source) is None:
+        return False
+    # A tag that only marks text for training; jinja2 does not know it.
+    source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template_source)
+    try:
+        parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(source)
+        return "tools" in jinja2.meta.find_undeclared_variables(parsed)
+    except jinja2.TemplateError:  # no template; the tokenizer tells the user
+        return False
+
+
+def check_tools(tools: Sequence[FunctionTool], choice: Choice | None) -> None:
+    """ApiError when tools have the same name, or the choice is none of them."""
+    names: set[str] = set()
+    for i, tool in enumerate(tools):
+        if tool.function.name in names:
+            raise bad_request(f"There are two tools named '{tool.function.name}'.", f"tools[{i}].function.name")
+        names.add(tool.function.name)
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise bad_request(f"There is no tool named '{choice.function.name}'.", "tool_choice")
+    if choice == "required" and not names:
+        raise bad_request("The field 'tool_choice' requires a call, but there are no 'tools'.", "tool_choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toolbox:
+    """The tools of one request, checked, and what was chosen of them."""
+
+    tools: tuple[FunctionTool, ...]
+    choice: Choice
+    parallel: bool  # there may be several calls in one answer
+    format: ToolFormat
+    takes_tools: bool  # the template does; else the prompt gets our instructions
+
+    @classmethod
+    def of(
+        cls,
+        tools: Sequence[FunctionTool] | None,
+        choice: Choice | None,
+        parallel: bool | None,
+        template_source: str | None,
+    ) -> "Toolbox | None":
+        """None without tools; ApiError when the fields do not fit each other."""
+        offered = () if tools is None else tuple(tools)
+        check_tools(offered, choice)
+        if not offered:
+            return None
+        takes_tools = template_takes_tools(template_source)
+        return cls(
+            tools=offered,
+            choice="auto" if choice is None else choice,
+            parallel=parallel is not False,
+            format=tool_format(template_source) if takes_tools else HERMES,
+            takes_tools=takes_tools,
+        )
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tools that may be called."""
+        return frozenset(tool.function.name for _, tool in callable_tools(self.tools, self.choice))
+
+    @property
+    def for_template(self) -> list[dict[str, Any]] | None:
+        """What the template is given as `tools`; with the choice "none" the model is told of no tools."""
+        if not self.takes_tools or self.choice == "none":
+            return None
+        return [describe_tool(tool) for tool in self.tools]
+
+    def grammar(self, content_rule: str | None = None) -> str | None:
+        return tools_grammar(self.tools, self.choice, self.parallel, self.format, content_rule)
+
+
+def describe_tool(tool: FunctionTool) -> dict[str, Any]:
+    """A tool as chat templates know it."""
+    function: dict[str, Any] = {"name": tool.function.name}
+    if tool.function.description is not None:
+        function["description"] = tool.function.description
+    parameters = tool.function.parameters
+    function["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters
+    return {"type": "function", "function": function}
+
+
+def callable_tools(tools: Sequence[FunctionTool], choice: Choice) -> Iterator[tuple[int, FunctionTool]]:
+    """The tools that a choice lets the model call, with their places in the request."""
+    for i, tool in enumerate(tools):
+        if choice in ("auto", "required") or (
+            isinstance(choice, NamedTool) and choice.function.name == tool.function.name
+        ):
+            yield i, tool
+
+
+def tools_grammar(
+    tools: Sequence[FunctionTool],
+    choice: Choice,
+    parallel: bool,
+    format: ToolFormat,
+    content_rule: str | None = None,
+) -> str | None:
+    """What an answer has to be, in llguidance's Lark; None: any text, or `content_rule` if there is one.
+
+    Free text may hold anything but the trigger, after which a call has to follow. `content_rule` is a rule in Lark
+    that an answer without calls follows instead of being free. ApiError for a schema that cannot be enforced.
+    """
+    called = list(callable_tools(tools, choice))
+    if not called:
+        return None
+    more = "" if format.separator is None or not parallel else f" ({_quoted(format.separator)} call)*"
+    rules = []
+    if choice != "auto":
+        rules.append(f"start: call{more}")
+    elif content_rule is not None:
+        rules += [f"start: {content_rule.partition(':')[0].strip()} | call{more}", content_rule]
+    elif format.trigger:
+        # The lazy lexeme ends with the first trigger; there it wins over TEXT.
+        rules += [f"start: TEXT | text_and_trigger body{more}", "TEXT: /(?s:.*)/"]
+        rules.append(f"text_and_trigger[lazy]: TEXT {_quoted(format.trigger)}")
+    else:
+        rules += [f"start: TEXT | call{more}", r'TEXT: /(?s:.*)/ & ~/\s*\{\s*"name"\s*:(?s:.*)/']
+    # The lexer takes the longest lexeme. So beside TEXT a call begins with one that is longer than TEXT can be. Beside
+    # JSON its lexemes are those of JSON, or no other key could stand there, up to the one that tells it is a call.
+    is_beside_json = choice == "auto" and content_rule is not None
+    head = _quoted(format.begin + '{"name": ')
+    if is_beside_json and not format.trigger:
+        head = " ".join(_quoted(lexeme) for lexeme in ("{", '"name"', ": "))
+    rules.append(f"call: {_quoted(format.trigger)} body" if format.trigger else "call: body")
+    rules.append(f"body: {head} ({' | '.join(f'tool_{i}' for i, _ in called)}) {_quoted('}' + format.end)}")
+    for i, tool in called:
+        name, key = f'"{tool.function.name}"', f'"{format.arguments_key}": '
+        name_and_key = [name, ", ", key] if is_beside_json else [f"{name}, {key}"]
+        rules.append(f"tool_{i}: {' '.join(_quoted(lexeme) for lexeme in name_and_key)} arguments_{i}")
+        rules.append(_arguments_rule(f"arguments_{i}", tool, f"tools[{i}].function.parameters"))
+    return "\n".join(rules) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def _arguments_rule(rule: str, tool: FunctionTool, path: str) -> str:
+    parameters = tool.function.parameters
+    schema = dict(_NO_PARAMETERS) if parameters is None else {"type": "object", **parameters}
+    if schema["type"] != "object":
+        raise bad_request(f"The field '{path}' is not valid: its type must be object.", path)
+    return json_rule(rule, schema, path).strip()

@@ -1,0 +1,1 @@
+"""The HTTP processes' side of that border: starting the engine, sending requests, reading deltas."""

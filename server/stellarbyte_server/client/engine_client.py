@@ -1,0 +1,332 @@
+"""What an HTTP process sees of the engine: requests go in, streams of deltas come out. Knows no HTTP and no model.
+
+Everything here runs on one event loop, heartbeats apart. One task reads all messages and hands each stream its deltas;
+a stream that is read slowly gets several deltas merged into one.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from stellarbyte_server.client.delta_stream import DeltaStream, resolve
+from stellarbyte_server.client.heartbeats import Heartbeats
+from stellarbyte_server.client.http_observations import Observer
+from stellarbyte_server.client.launch import Engine
+from stellarbyte_server.client.progress import EngineProgress
+from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
+from stellarbyte_server.protocol.messages import (
+    HEARTBEAT_INTERVAL_S,
+    Abort,
+    Accepted,
+    AdapterList,
+    AdapterLoaded,
+    AdapterUnloaded,
+    Call,
+    CallFailed,
+    ChargeKey,
+    Command,
+    EngineInfo,
+    EngineStats,
+    EngineTotals,
+    Event,
+    KeyLimits,
+    ListAdapters,
+    LoadAdapter,
+    ReadTotals,
+    Rejected,
+    Reply,
+    StepOutput,
+    Submit,
+    UnloadAdapter,
+    failure,
+)
+from stellarbyte_server.protocol.request import SHUTTING_DOWN, GenerationRequest, RequestRejected
+
+logger = logging.getLogger("server.client")
+
+STALL_CHECK_S = 0.5
+STATS_LIMIT_S = 1.0
+_MESSAGES_A_TURN = 100
+_ENDED = "The engine process ended."
+DRAINING = "The server is shutting down; it takes no new requests."
+
+
+class EngineDead(Exception):
+    """The engine process has ended or stands still; str() is one sentence for the user."""
+
+
+class EngineClient:
+    """The connection to an engine.
+
+    `info` is known once `start` has returned. `totals` are the newest that any HTTP process asked for. `on_news` is
+    called when the engine's process has ended, when another takes requests, and when none will.
+    """
+
+    info: EngineInfo
+
+    def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
+        self._progress = EngineProgress()
+        self.totals: EngineTotals | None = None  # not heard yet
+        self.observer = Observer(self._send, can_send=lambda: self._down is None)
+        self.dead = asyncio.Event()  # the engine process has ended, and no other will be started
+        self.is_admitting = True
+        self._engine = engine
+        self._on_news = on_news
+        self._down: str | None = None  # why nothing can be sent to an engine now
+        self._streams: dict[str, DeltaStream] = {}
+        self._calls: dict[str, asyncio.Future[Reply]] = {}
+        self._waiting_for_totals: list[asyncio.Future[None]] = []
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def start(self) -> EngineInfo:
+        """Wait until the engine is ready and connect to it; EngineStartError when it could not start.
+
+        Once it has returned, `close` must be called: a ZeroMQ context that is not closed holds up the interpreter.
+        """
+        self.info = await self._engine.ready()
+        self._context = zmq.asyncio.Context()
+        self._connect()
+        self._watcher = asyncio.create_task(self._watch())
+        return self.info
+
+    async def close(self) -> None:
+        """Close the connection; open streams end with an error. The process itself is left alone."""
+        self.observer.flush()
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._disconnect()
+        self._down = "The server is shutting down."
+        self.end_streams(self._down)
+        self._context.destroy(linger=0)
+
+    def _connect(self) -> None:
+        """To the engine's present process."""
+        peer_id = b"http" + secrets.token_bytes(8)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, peer_id)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(self._engine.endpoint)
+        self._progress = EngineProgress()
+        self._send(ReadTotals())  # so that there is something to show even if it never answers again
+        self._turned_s = time.monotonic()
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context)
+        self._heartbeats = Heartbeats(context, self._engine.endpoint, peer_id, turned_s=lambda: self._turned_s)
+        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._note_turns, self._end_stalled)]
+
+    async def _disconnect(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._heartbeats.stop()
+        self._socket.close()
+
+    def stop_admission(self) -> None:
+        """Refuse new requests from now on; those that were submitted go on."""
+        self.is_admitting = False
+
+    async def submit(
+        self,
+        *requests: GenerationRequest,
+        limits: KeyLimits | None = None,
+        continues: bool = False,
+        num_later_tokens: int = 0,
+        arrived_s: float | None = None,
+    ) -> list[DeltaStream]:
+        """Hand requests to the engine, which queues all or none, and wait until the first of them is accepted.
+
+        `limits` are those of the key they came with; `continues`: of a group that was admitted before;
+        `num_later_tokens`: of its prompts that will be submitted later; `arrived_s`: when the client asked, by the
+        monotonic clock (None: now).
+
+        Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
+        is rejected after the first was accepted ends with an error as its last delta.
+        """
+        if (reason := self.health()) is not None:  # a queue that nobody reads has no limits
+            raise EngineDead(reason)
+        if not (self.is_admitting or continues):
+            raise RequestRejected(DRAINING, SHUTTING_DOWN)
+        sent_s = time.monotonic()
+        arrived_s = sent_s if arrived_s is None else arrived_s
+        streams = [DeltaStream(request.request_id, arrived_s, self.observer, self.abort) for request in requests]
+        self._streams |= {stream.request_id: stream for stream in streams}
+        try:
+            self._send(Submit(requests, limits, continues, num_later_tokens, arrived_s, sent_s))
+            await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
+            for stream in streams:
+                if stream.accepted.done():
+                    stream.accepted.result()
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, wherever it is; unknown ids are fine."""
+        if self._streams.pop(request_id, None) is not None and self._down is None:
+            self._send(Abort(request_id))
+
+    async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+        """Load an adapter; RequestRejected or EngineDead."""
+        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place))
+        assert isinstance(reply, AdapterLoaded)
+        return reply
+
+    async def unload_adapter(self, name: str) -> AdapterUnloaded:
+        """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""
+        reply = await self._call(UnloadAdapter(secrets.token_hex(8), name))
+        assert isinstance(reply, AdapterUnloaded)
+        return reply
+
+    async def list_adapters(self) -> AdapterList:
+        """All adapters as they are now; EngineDead."""
+        reply = await self._call(ListAdapters(secrets.token_hex(8)))
+        assert isinstance(reply, AdapterList)
+        return reply
+
+    async def charge(self, limits: KeyLimits) -> None:
+        """Count a request that is not submitted; RequestRejected, with the time to wait, or EngineDead."""
+        await self._call(ChargeKey(secrets.token_hex(8), limits))
+
+    async def _call(self, call: Call | ChargeKey) -> Reply:
+        if self._down is not None:
+            raise EngineDead(self._down)
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._calls[call.call_id] = answer
+        self._send(call)
+        try:
+            reply = await answer
+        finally:
+            self._calls.pop(call.call_id, None)
+        if isinstance(reply, CallFailed):
+            raise RequestRejected(reply.message, reply.code, reply.param, reply.retry_after_s)
+        return reply
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest the engine sent, at most about a second old while it lives."""
+        return self._progress.stats
+
+    def health(self) -> str | None:
+        """None while the engine makes progress, else one sentence on what is wrong."""
+        return self._down if self._down is not None else self._progress.stalled(has_streams=bool(self._streams))
+
+    async def fresh_totals(self) -> EngineTotals | None:
+        """What the engine has counted until now, over all HTTP processes, what this one has seen included.
+
+        The newest known if the engine does not answer soon; None when it never did.
+        """
+        if self._down is None:
+            heard = asyncio.get_running_loop().create_future()
+            self._waiting_for_totals.append(heard)
+            self.observer.flush()
+            self._send(ReadTotals())
+            await asyncio.wait([heard], timeout=STATS_LIMIT_S)
+        return self.totals
+
+    def _send(self, command: Command) -> None:
+        self._socket.send(self._encoder.encode(command))  # sent at once: the queue has no limit
+
+    async def _read(self) -> None:
+        for count in itertools.count(1):
+            self._receive(self._decoder.decode(await self._socket.recv()))
+            if count % _MESSAGES_A_TURN == 0:
+                await asyncio.sleep(0)  # recv does not wait while there are messages, and streams need their turn
+
+    def _receive(self, event: Event) -> None:
+        if isinstance(event, StepOutput):
+            self._progress.note(event.stats)
+            for delta in event.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is None:
+                    continue  # aborted meanwhile
+                if delta.finish_reason is not None:
+                    del self._streams[delta.request_id]
+                stream.add(delta, event.ended_s)
+        elif isinstance(event, Accepted):
+            stream = self._streams.get(event.request_id)
+            if stream is not None:
+                stream.adapter_hash = event.adapter_hash
+                stream.started_s = event.started_s
+                resolve(stream.accepted, None)
+        elif isinstance(event, Rejected):
+            stream = self._streams.pop(event.request_id, None)
+            if stream is not None:
+                refusal = RequestRejected(event.message, event.code, event.param, event.retry_after_s)
+                resolve(stream.accepted, refusal)
+                stream.add(failure(event.request_id, event.message, event.code, event.param))
+        elif isinstance(event, EngineTotals):
+            self._progress.note(event.stats)
+            self.totals = event
+            while self._waiting_for_totals:
+                resolve(self._waiting_for_totals.pop(), None)
+        else:
+            answer = self._calls.get(event.call_id)
+            if answer is not None and not answer.done():
+                answer.set_result(event)
+
+    async def _note_turns(self) -> None:
+        """Heartbeats go on while the loop turns, or has not for a while only."""
+        while True:
+            self._turned_s = time.monotonic()
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+    async def _end_stalled(self) -> None:
+        was_stalled = False
+        while True:
+            await asyncio.sleep(STALL_CHECK_S)
+            is_stalled = self.health() is not None
+            if is_stalled and was_stalled:  # twice: had this process slept itself, there is news to read first
+                self._engine.end_stalled()
+                return
+            was_stalled = is_stalled
+
+    async def _watch(self) -> None:
+        """Follow the engine from process to process."""
+        while True:
+            how = await self._engine.ended()
+            logger.error("the engine process ended (%s)", how)
+            self._tell(EngineEnded())
+            with contextlib.suppress(asyncio.TimeoutError):  # what it still sent says more than we can
+                async with asyncio.timeout(0.1):
+                    while self._streams:
+                        await asyncio.sleep(0.01)
+            self._down = _ENDED
+            self.end_streams(_ENDED)
+            await self._disconnect()
+            if not await self._engine.restarted():
+                self._tell(EngineGone())
+                self.dead.set()
+                return
+            self._connect()
+            self._down = None
+            self.observer.flush()
+            logger.info("another engine process takes requests")
+            self._tell(EngineRestarted(self._engine.endpoint))
+
+    def _tell(self, news: EngineNews) -> None:
+        if self._on_news is not None:
+            self._on_news(news)
+
+    def end_streams(self, message: str) -> None:
+        """Give every open stream an error as its last delta."""
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(EngineDead(message))
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            resolve(stream.accepted, EngineDead(message))
+            stream.add(failure(request_id, message))

@@ -1,0 +1,142 @@
+"""An engine whose process is replaced when it fails, and how its owner tells others. Knows no requests and no HTTP."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from stellarbyte_server.client.launch import EngineProcess, EngineStartError
+from stellarbyte_server.protocol.messages import EngineInfo
+
+logger = logging.getLogger("server.restart")
+
+STEADY_AFTER_S = 60.0  # a process that lived this long did not fail "in a row"
+PAUSE_S = 0.5  # after a process that did not even start
+
+
+def restarts_left(left: int, most: int, lived_s: float) -> int:
+    """How many restarts remain after this one, of `left`, for a process that took requests for `lived_s`."""
+    return (most if lived_s >= STEADY_AFTER_S else left) - 1
+
+
+def serves_the_same(old: EngineInfo, new: EngineInfo) -> bool:
+    """Whether clients cannot tell the engines apart: the cache may have become larger or smaller, nothing else."""
+    return old == msgspec.structs.replace(new, num_blocks=old.num_blocks)
+
+
+class RestartingEngine:
+    """Engine processes, one after the other; `launch.Engine` for one reader, on one event loop.
+
+    Each process but the last is followed by another when it ends, up to `restarts` in a row.
+    """
+
+    def __init__(self, start: Callable[[], EngineProcess], restarts: int) -> None:
+        """Start the first process at once; what `start` raises is raised."""
+        self._start = start
+        self._most = self._left = restarts
+        self._process = start()
+        self._info: EngineInfo | None = None
+        self._ready_at_s = 0.0
+        self._is_stopping = False
+
+    @property
+    def endpoint(self) -> str:
+        return self._process.endpoint
+
+    async def ready(self) -> EngineInfo:
+        self._info = await self._process.ready()
+        self._ready_at_s = time.monotonic()
+        return self._info
+
+    async def ended(self) -> str:
+        return await self._process.ended()
+
+    async def restarted(self) -> bool:
+        lived_s = time.monotonic() - self._ready_at_s
+        while not self._is_stopping and (left := restarts_left(self._left, self._most, lived_s)) >= 0:
+            self._left, lived_s = left, 0.0
+            logger.warning("starting another engine process; %d restarts are left", left)
+            if await self._start_another():
+                return True
+            await asyncio.sleep(PAUSE_S)
+        return False
+
+    async def _start_another(self) -> bool:
+        """Whether it takes requests."""
+        await asyncio.to_thread(self._process.stop)  # frees what it left on disk
+        if self._is_stopping:
+            return False
+        try:
+            self._process = self._start()
+            info = await self._process.ready()
+        except (EngineStartError, OSError) as error:
+            logger.error("the engine process could not be started again: %s", error)
+            return False
+        if self._info is None or not serves_the_same(self._info, info):
+            logger.error("the model's files have changed: the server must be started again")
+            self._left = 0
+            return False
+        self._ready_at_s = time.monotonic()
+        return True
+
+    def end_stalled(self) -> None:
+        if self._most:
+            logger.error("the engine makes no progress; ending its process")
+            self._process.kill()
+
+    def stop(self) -> None:
+        """End the process and wait for it; no other follows. May be called twice."""
+        self._is_stopping = True
+        self._process.stop()
+
+
+class EngineEnded(msgspec.Struct, frozen=True, tag_field="news", tag="engine ended"):
+    """The engine's process has ended."""
+
+
+class EngineRestarted(msgspec.Struct, frozen=True, tag_field="news", tag="engine restarted"):
+    """Another takes requests."""
+
+    endpoint: str
+
+
+class EngineGone(msgspec.Struct, frozen=True, tag_field="news", tag="engine gone"):
+    """There will be no other."""
+
+
+EngineNews = EngineEnded | EngineRestarted | EngineGone
+
+
+class AttachedEngine:
+    """An engine that another process owns and tells of: what an HTTP worker has; `launch.Engine` for one reader."""
+
+    def __init__(self, info: EngineInfo, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._info = info
+        self._news: asyncio.Queue[EngineNews] = asyncio.Queue()
+
+    def hear(self, news: EngineNews) -> None:
+        """Called on the event loop, in order."""
+        self._news.put_nowait(news)
+
+    async def ready(self) -> EngineInfo:
+        return self._info
+
+    async def ended(self) -> str:
+        while not isinstance(await self._news.get(), EngineEnded):
+            pass
+        return "its parent knows how"
+
+    async def restarted(self) -> bool:
+        while True:
+            news = await self._news.get()
+            if isinstance(news, EngineRestarted):
+                self.endpoint = news.endpoint
+                return True
+            if isinstance(news, EngineGone):
+                return False
+
+    def end_stalled(self) -> None:
+        """Its parent sees to it."""

@@ -1,0 +1,139 @@
+"""Settings out of flags and environment variables: the flag wins. Knows the settings by their fields only."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from stellarbyte_server.config.setting_values import SettingsError, is_loopback, switch
+from stellarbyte_server.config.settings import DEMO_MODEL, EngineSettings, ServerSettings
+
+OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache's folder, and of clients
+# What Kubernetes tells containers of a Service whose name begins so.
+_SERVICE_LINK = re.compile(r"STELLARBYTE_([A-Z0-9_]+_)?(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_\d+_.*)?)")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message} (--help lists the flags)")
+
+
+GROUPS: tuple[tuple[str, type], ...] = (("model and engine", EngineSettings), ("server", ServerSettings))
+
+
+def options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
+    """The fields that are flags, made by `option`."""
+    return (field for field in dataclasses.fields(settings_class) if "parse" in field.metadata)
+
+
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def off_flag_of(field: dataclasses.Field[Any]) -> str | None:
+    """What turns a switch off; None for what is no switch."""
+    return flag_of(field).replace("--", "--no-", 1) if field.metadata["parse"] is switch else None
+
+
+def variable_of(field: dataclasses.Field[Any]) -> str:
+    return f"STELLARBYTE_{field.name.upper()}"
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """What `--help` says of a flag, with its default."""
+    text: str = field.metadata["help"]
+    default = DEMO_MODEL if field.name == "model" else field.default
+    return text if default in (None, (), "") or "(default:" in text else f"{text} (default: {default})"
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stellarbyte-server",
+        description="Serve a model over an OpenAI-compatible HTTP API.",
+        epilog="Each flag is also an environment variable: --port is STELLARBYTE_PORT. The flag wins.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for title, settings_class in GROUPS:
+        group = parser.add_argument_group(title)
+        for field in options(settings_class):
+            flag, off, text = flag_of(field), off_flag_of(field), help_of(field).replace("%", "%%")
+            if field.metadata["many"]:
+                shape = {"nargs": "+", "action": "extend", "metavar": field.metadata["metavar"]}
+                group.add_argument(flag, help=text, **shape)
+            elif off is None:
+                group.add_argument(flag, metavar=field.metadata["metavar"], help=text)
+            else:
+                group.add_argument(flag, dest=field.name, action="store_const", const="true", help=text)
+                group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
+    return parser
+
+
+def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
+    """Arguments that nobody asked for, without what may be a key: the value of a misspelt flag, or half a key."""
+    names = [text.partition("=")[0] for text in others if text.startswith("--")]
+    if names:
+        return " ".join(names)
+    secret_flags = {flag_of(field) for field in options(ServerSettings) if field.metadata["is_secret"]}
+    if any(argument.partition("=")[0] in secret_flags for argument in arguments):
+        return f"{len(others)} that follow no flag"
+    return " ".join(others)
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """SettingsError when a variable looks like a setting and is none: a misspelt key would leave the server open."""
+    known = {variable_of(field) for _, settings_class in GROUPS for field in options(settings_class)}
+    for name in sorted(environment.keys() - known - OTHER_VARIABLES):
+        if name.startswith("STELLARBYTE_") and _SERVICE_LINK.fullmatch(name) is None:
+            raise SettingsError(f"{name}: there is no such setting (--help lists the flags)")
+
+
+def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
+    try:
+        return field.metadata["parse"](given)
+    except SettingsError as error:
+        raise SettingsError(f"{source}: {error}") from None
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
+    """Settings from command-line `arguments` and `environment`; SettingsError when one cannot be used.
+
+    `--help` prints and ends the process, as argparse does.
+    """
+    _refuse_unknown_variables(environment)
+    known, others = _make_parser().parse_known_args(arguments)
+    if others:
+        raise SettingsError(f"unrecognized arguments: {_shown(others, arguments)} (--help lists the flags)")
+    given = vars(known)
+
+    def values(settings_class: type) -> dict[str, Any]:
+        found = {}
+        for field in options(settings_class):
+            variable = variable_of(field)
+            if field.name in given:
+                found[field.name] = _parsed(field, flag_of(field), given[field.name])
+            elif variable in environment:
+                text = environment[variable]
+                found[field.name] = _parsed(field, variable, text.split() if field.metadata["many"] else text)
+        return found
+
+    engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
+    settings = ServerSettings(engine=engine, **values(ServerSettings))
+    if engine.max_cpu_loras is not None and engine.max_cpu_loras <= engine.max_loras:
+        raise SettingsError(
+            f"--max-cpu-loras: {engine.max_cpu_loras} is not more than --max-loras ({engine.max_loras})"
+        )
+    if settings.context_overflow == "slide" and not settings.allow_slide:
+        raise SettingsError("--no-allow-slide: --context-overflow slide lets every request slide")
+    if settings.model_name in dict(engine.lora_modules):
+        raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
+    if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:
+        raise SettingsError("--admin-api-key: the key is one of --api-key")
+    if settings.allow_local_admin and (settings.api_key or settings.keys or settings.admin_api_key):
+        raise SettingsError("--allow-local-admin: it is for servers without keys; with keys, --admin-api-key does this")
+    if settings.allow_local_admin and not is_loopback(settings.host):
+        raise SettingsError(
+            f"--allow-local-admin: --host {settings.host} is not this machine's loopback; use --admin-api-key"
+        )
+    return settings

@@ -1,0 +1,1 @@
+"""Adapters: names and versions, and the memory they lie in."""

@@ -1,0 +1,130 @@
+"""Where adapters may be read from: --adapter-dir and the places --lora-modules names. Knows no formats.
+
+A path is resolved, links included, before it is compared, and what is absent and what is forbidden look the same. All
+that looks at files may take as long as a disk or a network does: never on the engine's thread.
+"""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from stellarbyte_server.config.setting_values import is_adapter_name
+from stellarbyte_server.engine.state.adapter_version import AdapterFiles
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class AdapterFolder:
+    """Finds the files of adapters. Any thread.
+
+    Args:
+        folder: --adapter-dir.
+        modules: --lora-modules, name → path.
+    """
+
+    def __init__(self, folder: str | None, modules: Mapping[str, str]) -> None:
+        self._folder = None if folder is None else Path(folder).resolve()
+        self._modules = {name: Path(path).resolve() for name, path in modules.items()}
+
+    def module(self, name: str) -> AdapterFiles | None:
+        """The files of an adapter given with --lora-modules; None if they are not there."""
+        root = self._modules[name]
+        return _files(root, root, asked=str(root), shown=root.name)
+
+    def may_offer(self, name: str) -> bool:
+        """Whether a folder in --adapter-dir can have this name. Looks at no file."""
+        return self._folder is not None and is_adapter_name(name) and "/" not in name
+
+    def offered(self, name: str) -> AdapterFiles | None:
+        """The files of the folder in --adapter-dir that has this name."""
+        if self._folder is None or not self.may_offer(name):
+            return None
+        plain = _plain_files(self._folder, name)
+        return self._inside(name) if plain is None else plain
+
+    def all_offered(self) -> list[tuple[str, AdapterFiles]]:
+        """Name and files of every adapter in --adapter-dir."""
+        if self._folder is None:
+            return []
+        try:
+            names = sorted(os.listdir(self._folder))
+        except OSError as error:
+            logger.warning("--adapter-dir cannot be listed: %s", error.strerror)
+            return []
+        return [(name, files) for name in names if (files := self.offered(name)) is not None]
+
+    def at(self, path: str) -> AdapterFiles | None:
+        """The files at a path inside --adapter-dir, or at the very path of a module; None if they are not there."""
+        if (files := self._inside(path)) is not None:
+            return files
+        for root in self._modules.values():
+            if path == str(root):
+                return _files(root, root, asked=path, shown=root.name)
+        return None
+
+    def _inside(self, path: str) -> AdapterFiles | None:
+        """The files at `path`, relative to --adapter-dir or absolute, if they lie in it."""
+        root = self._folder
+        if root is None or ".." in Path(path).parts:
+            return None
+        try:
+            folder = (root / path).resolve()
+            return _files(folder, root, asked=path, shown=str(folder.relative_to(root)))
+        except (OSError, ValueError, RuntimeError):  # too long, links in a circle; a NUL, not inside root
+            return None
+
+
+def _plain_files(root: Path, name: str) -> AdapterFiles | None:
+    """The files of a folder in `root` where nothing is a link; else None. Thousands are listed at a time."""
+    folder = f"{root}/{name}"
+    config, weights = f"{folder}/{CONFIG_FILE}", f"{folder}/{WEIGHTS_FILE}"
+    try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode) or not all(
+            stat.S_ISREG(os.lstat(file).st_mode) for file in (config, weights)
+        ):
+            return None
+    except (OSError, ValueError):
+        return None
+    return AdapterFiles(config=Path(config), weights=Path(weights), root=root, asked=name, shown=name)
+
+
+def _files(folder: Path, root: Path, *, asked: str, shown: str) -> AdapterFiles | None:
+    """Both files of a folder, if they are plain files that lie inside `root` themselves."""
+    found = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        file = (folder / name).resolve()
+        if not file.is_file() or not file.is_relative_to(root):
+            return None
+        found.append(file)
+    config, weights = found
+    return AdapterFiles(config=config, weights=weights, root=root, asked=asked, shown=shown)
+
+
+def open_inside(root: Path, path: str, flags: int) -> int:
+    """Open a file by a path without links in `root`, as an opener of `open`: what is opened lies in `root`.
+
+    Each step of the way is opened from the one before and follows no link, so none that has taken the place of a file
+    or a folder since the path was resolved leads out.
+
+    Raises:
+        OSError: there is a link, or no such file.
+    """
+    try:
+        *folders, name = Path(path).relative_to(root).parts
+    except ValueError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+    at = os.open(root, _FOLDER_FLAGS)
+    try:
+        for folder in folders:
+            above, at = at, os.open(folder, _FOLDER_FLAGS, dir_fd=at)
+            os.close(above)
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    finally:
+        os.close(at)

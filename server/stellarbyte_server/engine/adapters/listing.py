@@ -1,0 +1,80 @@
+"""The list of adapters: cards, and what lies in --adapter-dir, which the store's thread looks at every few seconds."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.memory import AdapterStore
+from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, Reply
+
+LISTING_LASTS_S = 5.0  # anybody may ask for the list
+LISTING_PATIENCE_S = 0.5  # a call that comes when a look takes longer than this is answered with the one before
+
+
+class AdapterListing:
+    """Engine thread only. `answer` makes the reply to a call that has waited for a look."""
+
+    def __init__(
+        self,
+        folder: AdapterFolder,
+        store: AdapterStore,
+        clock: Callable[[], float],
+        answer: Callable[[str], AdapterList],
+    ) -> None:
+        self.cards: Mapping[str, AdapterCard] = {}  # by name, in order
+        self._folder = folder
+        self._store = store
+        self._clock = clock
+        self._answer = answer
+        self._listed_at_s: float | None = None
+        self._began_at_s: float | None = None  # of a look that has not ended
+        self._waiting: list[str] = []  # calls
+
+    def reply(self, call_id: str) -> list[Reply]:
+        """The answer to a call, now if the last look is new enough, else once there was another."""
+        now_s = self._clock()
+        is_fresh = self._listed_at_s is not None and now_s - self._listed_at_s < LISTING_LASTS_S
+        is_slow = self._began_at_s is not None and now_s - self._began_at_s > LISTING_PATIENCE_S
+        if is_fresh or is_slow:
+            return [self._answer(call_id)]
+        self._waiting.append(call_id)
+        if self._began_at_s is None:
+            self._began_at_s = now_s
+            self._store.look(partial(_cards_of, self._folder), self._note)
+        return []
+
+    def _note(self, cards: Mapping[str, AdapterCard] | None) -> list[Reply]:
+        if cards is not None:
+            self.cards = cards
+        self._listed_at_s, self._began_at_s = self._clock(), None
+        waiting, self._waiting = self._waiting, []
+        return [self._answer(call_id) for call_id in waiting]
+
+
+def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
+    """Cards of all that is offered, as of versions that nothing is known of."""
+    return {
+        name: card_of(AdapterVersion(name=name, files=files), 0, is_current=True)
+        for name, files in folder.all_offered()
+    }
+
+
+def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> AdapterCard:
+    """A version, whose files were found, as the API shows it."""
+    assert version.files is not None
+    return AdapterCard(
+        name=version.name,
+        is_current=is_current,
+        state=version.state,
+        tier="slot" if version.slot else "cpu" if version.is_in_memory else "disk",
+        content_hash=version.content_hash,
+        root=version.files.shown,
+        rank=version.rank,
+        num_bytes=version.num_bytes,
+        num_running=num_running,
+        num_waiting=version.num_bound - num_running,
+        num_requests=version.totals.num_requests,
+        num_tokens=version.totals.num_tokens,
+        error=version.error,
+    )

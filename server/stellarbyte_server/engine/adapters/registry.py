@@ -1,0 +1,402 @@
+"""The registry of adapters: names, versions, who uses them, in which memory they lie. Knows no tensors, no formats.
+
+A name has one current version. Finding, reading and checking it is done on other threads (`AdapterStore`); everything
+here happens on the engine's thread, between two steps, and looks at no file. A version that is replaced or unloaded
+drains: it serves the requests that were bound to it, then it is forgotten. Memory has three tiers: slots of the bank,
+CPU memory, disk; what is used least recently moves down, and nothing that a running request uses moves.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
+from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.listing import AdapterListing, card_of
+from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, NoStore, ReadDone
+from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
+from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
+from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.protocol.histogram import Histogram
+from stellarbyte_server.protocol.messages import (
+    AdapterCard,
+    AdapterList,
+    AdapterLoaded,
+    AdapterUnloaded,
+    CallFailed,
+    Reply,
+)
+from stellarbyte_server.protocol.request import (
+    ADAPTER_FAILED,
+    ADAPTER_NOT_FOUND,
+    INTERNAL_ERROR,
+    RequestRejected,
+    model_not_found,
+)
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
+MIN_PIN_DIGITS = 8  # of a hash that pins a version
+LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+def no_adapters() -> "Adapters":
+    """The registry of an engine that has none."""
+    return Adapters(AdapterFolder(None, {}), NoStore(), num_slots=0, max_in_memory=1)
+
+
+class Adapters:
+    """Engine thread only.
+
+    Args:
+        max_in_memory: versions in CPU memory, more than `num_slots`; those that drain come on top.
+    """
+
+    def __init__(
+        self,
+        folder: AdapterFolder,
+        store: AdapterStore,
+        *,
+        num_slots: int,
+        max_in_memory: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.slots = AdapterSlots(num_slots)
+        self._num_slots = num_slots
+        self._folder = folder
+        self._store = store
+        self._memory = AdapterMemory(store, self.slots, max_in_memory)
+        self._clock = clock
+        self._current: dict[str, AdapterVersion] = {}
+        self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
+        self._withdrawn: set[str] = set()  # folders of --adapter-dir that were unloaded: offered again once loaded
+        self._loads: dict[AdapterVersion, str] = {}  # being read for a call → its id
+        self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
+        self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
+        self._listing = AdapterListing(folder, store, clock, self._list)
+        self._num_uses = 0
+        self.num_reads = 0  # that have ended, well or not: then `refusal` may say something new
+
+    # Requests
+
+    def bind(self, reference: str) -> AdapterVersion:
+        """The version that a new request for NAME or NAME@HASH runs on, counted as used by it until `release`.
+
+        Raises:
+            RequestRejected: there can be no such adapter, or it could not be read. One that is looked for may turn out
+                not to be there: see `refusal`.
+        """
+        version = self._find(reference.partition("@")[0])
+        if version is None:
+            raise model_not_found(reference)
+        refusal = _refusal(version, reference)
+        if refusal is not None:
+            raise refusal
+        version.num_bound += 1
+        self._touch(version)
+        return version
+
+    def release(self, version: AdapterVersion) -> list[Reply]:
+        """A bound request has ended."""
+        version.num_bound -= 1
+        self._touch(version)
+        return self._drop_if_drained(version)
+
+    def refusal(self, sequence: Sequence) -> RequestRejected | None:
+        """Why a bound request cannot run after all, now that more is known of its adapter."""
+        version, reference = sequence.adapter, sequence.request.adapter
+        return None if version is None or reference is None else _refusal(version, reference)
+
+    def place(self, waiting: Iterable[Sequence]) -> Move | None:
+        """Bring adapters of waiting requests towards the slots.
+
+        A move that is returned waits for the caller to stop the sequences that run with the slot's present adapter;
+        then `finish_move` carries it out.
+        """
+        if not self._current and not self._others:
+            return None
+        plan = self.slots.plan(waiting, self._clock())
+        for version, slot in plan.fill:
+            self._fill(version, slot)
+        for version in plan.read:
+            if not version.is_reading and version.state != "failed" and self._memory.make_room(1, plan.keep):
+                if version.state == "ready" and not version.content_hash:
+                    version.state = "loading"
+                self._memory.start_read(version)
+        return plan.move
+
+    def may_enter(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence can run as far as its adapter is concerned."""
+        return self.slots.may_enter(sequence)
+
+    def enter(self, version: AdapterVersion) -> None:
+        """A sequence with this adapter begins to run."""
+        self._touch(version)
+        self.slots.enter(version)
+
+    def leave(self, version: AdapterVersion) -> None:
+        """A sequence with this adapter does not run any more."""
+        self.slots.leave(version)
+
+    def finish_move(self, move: Move) -> None:
+        self.slots.move(move)
+        self._fill(move.to, move.slot)
+
+    # Calls of the operator
+
+    def load(self, call_id: str, name: str, path: str, in_place: bool) -> CallFailed | None:
+        """Read an adapter and let it have `name`; answered by `collect` unless it is refused at once."""
+        if not is_adapter_name(name):
+            message = f"{name!r:.200} cannot be an adapter's name; it needs {ADAPTER_NAME_RULE}."
+            return CallFailed(call_id, message, param="lora_name")
+        if self._is_loading(name):
+            return CallFailed(call_id, f"The adapter {name!r} is being loaded already.", param="lora_name")
+        current = self._current.get(name)
+        if current is not None and current.files is not None and current.state != "failed" and not in_place:
+            message = f"The adapter {name!r} is loaded already; give load_inplace to replace it."
+            return CallFailed(call_id, message, param="lora_name")
+        message = f"There is no adapter {path!r:.300} in --adapter-dir or among --lora-modules."
+        absent = CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_path")
+        version = AdapterVersion(name=name, files=None, state="loading")
+        self._loads[version] = call_id
+        self._store.look(partial(self._folder.at, path), partial(self._note_looked, version, absent))
+        return None
+
+    def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
+        """Read an adapter whose files were found; answered by `collect`."""
+        version = AdapterVersion(name=name, files=files, state="loading")
+        self._loads[version] = call_id
+        self._begin_load(version)
+
+    def _begin_load(self, version: AdapterVersion) -> None:
+        self._others.add(version)
+        self._memory.make_room(1, set())
+        self._memory.start_read(version)
+
+    def unload(self, call_id: str, name: str) -> list[Reply]:
+        """Take a name away; answered once the last request on it has ended, now or by `collect`."""
+        if self._is_loading(name):
+            return [CallFailed(call_id, f"The adapter {name!r} is being loaded; try again later.", param="lora_name")]
+        version = self._current.get(name)
+        if version is not None and version.files is not None:
+            return self._withdraw(call_id, name)
+        if name in self._withdrawn or not self._folder.may_offer(name):
+            return [_no_adapter(call_id, name)]
+        self._store.look(partial(self._folder.offered, name), partial(self._note_to_unload, call_id, name))
+        return []
+
+    def _note_to_unload(self, call_id: str, name: str, files: AdapterFiles | None) -> list[Reply]:
+        """A name that no request had asked for was looked for."""
+        return [_no_adapter(call_id, name)] if files is None else self._withdraw(call_id, name)
+
+    def _withdraw(self, call_id: str, name: str) -> list[Reply]:
+        version = self._current.pop(name, None)
+        if self._folder.may_offer(name):
+            self._withdrawn.add(name)
+            self._store.look(partial(self._folder.offered, name), partial(self._note_withdrawn, name))
+        if version is None:
+            return [AdapterUnloaded(call_id, 0)]
+        logger.info("unloading adapter %s", name)
+        self._unloads[version] = call_id
+        return self._drain(version)
+
+    def _note_withdrawn(self, name: str, files: AdapterFiles | None) -> list[Reply]:
+        """A folder that comes later than the unloading is offered."""
+        if files is None:
+            self._withdrawn.discard(name)
+        return []
+
+    def list_all(self, call_id: str) -> list[Reply]:
+        """Every adapter that can be asked for, and those that drain: now, or by `collect` after a look at the disk."""
+        return self._listing.reply(call_id)
+
+    def _list(self, call_id: str) -> AdapterList:
+        current = [version for version in self._current.values() if version.files is not None]
+        cards = [self._card(version, is_current=True) for version in current]
+        cards += [self._card(version, is_current=False) for version in self._others if version.files is not None]
+        hidden = self._withdrawn.union([version.name for version in current])
+        cards += [card for name, card in self._listing.cards.items() if name not in hidden]
+        cards.sort(key=lambda card: (card.name, not card.is_current))
+        return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
+
+    def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
+        return card_of(version, self.slots.num_running(version), is_current=is_current)
+
+    def _is_loading(self, name: str) -> bool:
+        return any(version.name == name for version in self._loads)
+
+    # What the other threads have done
+
+    @property
+    def wake_fd(self) -> int | None:
+        """Becomes readable when `collect` has something to note."""
+        return self._store.wake_fd
+
+    def collect(self) -> list[Reply]:
+        """Take note of finished reads and copies; which calls that answers."""
+        replies: list[Reply] = []
+        for done in self._store.finished():
+            if isinstance(done, Looked):
+                replies += done.note()
+            elif isinstance(done, FillDone):
+                self.slots.filled(done.slot)
+                replies += self._note_failed_fill(done) if done.error else self._drop_if_drained(done.version)
+            elif done.error:
+                replies += self._note_failed_read(done.version, done.error, is_fault=done.is_fault)
+            else:
+                replies += self._note_read(done)
+        return replies
+
+    def _note_looked(
+        self, version: AdapterVersion, absent: CallFailed | None, files: AdapterFiles | None
+    ) -> list[Reply]:
+        """The files of a version were looked for; `absent` is what its call is answered when they are not there."""
+        version.files = files
+        if files is not None:
+            if version in self._loads:
+                self._begin_load(version)
+            return []
+        self.num_reads += 1
+        version.state = "failed"
+        if self._current.get(version.name) is version:
+            del self._current[version.name]
+        self._loads.pop(version, None)
+        self._others.add(version)  # until its requests have been refused
+        return [*([] if absent is None else [absent]), *self._drop_if_drained(version)]
+
+    def _note_read(self, done: ReadDone) -> list[Reply]:
+        version = done.version
+        if version.content_hash and version.content_hash != done.content_hash:
+            return self._note_changed_files(version)
+        self.num_reads += 1
+        self._memory.note_read(version)
+        self._load_seconds.observe(done.seconds)
+        version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
+        version.matched, version.unmatched = done.matched, done.unmatched
+        if version.state == "loading":
+            version.state = "ready"
+        logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
+        replies: list[Reply] = []
+        call_id = self._loads.pop(version, None)
+        if call_id is not None:
+            replies += self._install(version)
+            card = self._card(self._current[version.name], is_current=True)
+            replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
+        return replies + self._drop_if_drained(version)
+
+    def _install(self, version: AdapterVersion) -> list[Reply]:
+        """Let a version that was loaded have its name. The same content again changes nothing."""
+        self._withdrawn.discard(version.name)
+        self._others.discard(version)
+        old = self._current.get(version.name)
+        if old is not None and old.content_hash == version.content_hash and old.state == "ready":
+            old.files = version.files
+            self._memory.forget(version)
+            return []
+        self._current[version.name] = version
+        if slot := self.slots.take_free(version):
+            self._fill(version, slot)
+        if old is None:
+            return []
+        version.totals = old.totals
+        return self._drain(old)
+
+    def _note_failed_read(self, version: AdapterVersion, error: str, *, is_fault: bool = False) -> list[Reply]:
+        self.num_reads += 1
+        self._memory.forget(version)
+        version.state, version.error, version.failed_at_s = "failed", error, self._clock()
+        version.is_fault = is_fault
+        logger.warning("adapter %s could not be read: %s", version.name, error)
+        call_id = self._loads.pop(version, None)
+        code = INTERNAL_ERROR if is_fault else ADAPTER_FAILED
+        failed = [] if call_id is None else [CallFailed(call_id, error, code=code, param="lora_path")]
+        return [*failed, *self._drop_if_drained(version)]
+
+    def _note_failed_fill(self, done: FillDone) -> list[Reply]:
+        """A copy to a slot failed: the slot is free again, the requests that wait for it are refused."""
+        self.slots.clear(done.version)
+        self._store.clear(done.slot)
+        return self._note_failed_read(done.version, done.error, is_fault=True)
+
+    def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
+        """A version was to be read again, but its files hold another one now: that is what new requests get."""
+        if self._current.get(version.name) is version:
+            self._current[version.name] = _unread(version)
+            self._others.add(version)
+        return self._note_failed_read(
+            version, f"The files of the adapter {version.name!r} have changed meanwhile; send the request again."
+        )
+
+    # Names and memory
+
+    def _find(self, name: str) -> AdapterVersion | None:
+        """The current version of a name; a folder of --adapter-dir becomes one when it is first asked for.
+
+        It is looked for meanwhile. One that failed is looked for again: something else may be in its place.
+        """
+        version = self._current.get(name)
+        if version is None and name not in self._withdrawn and self._folder.may_offer(name):
+            version = self._current[name] = AdapterVersion(name=name, files=None)
+            self._store.look(partial(self._folder.offered, name), partial(self._note_looked, version, None))
+        elif version is not None and version.state == "failed" and self._clock() - version.failed_at_s > RETRY_FAILED_S:
+            if version.num_bound:  # its last requests are about to be refused
+                self._others.add(version)
+            files = version.files
+            assert files is not None, "it was found before it failed"
+            version = self._current[name] = AdapterVersion(name=name, files=None, totals=version.totals)
+            self._store.look(partial(self._folder.at, files.asked), partial(self._note_again, version, files))
+        return version
+
+    def _note_again(self, version: AdapterVersion, before: AdapterFiles, files: AdapterFiles | None) -> list[Reply]:
+        """A version that failed was looked for again; if it is gone, reading it says so and its name is kept."""
+        return self._note_looked(version, None, before if files is None else files)
+
+    def _fill(self, version: AdapterVersion, slot: int) -> None:
+        self._touch(version)
+        self._store.fill(version, slot)
+
+    def _drain(self, version: AdapterVersion) -> list[Reply]:
+        version.state = "draining"
+        self._others.add(version)
+        return self._drop_if_drained(version)
+
+    def _drop_if_drained(self, version: AdapterVersion) -> list[Reply]:
+        """Forget a version whose name is gone once nothing needs it any more."""
+        if version not in self._others or version.num_bound or version.is_reading or self.slots.is_filling(version):
+            return []
+        freed = (version.num_bytes if version.is_in_memory else 0) + (version.num_bytes if version.slot else 0)
+        if version.slot:
+            slot = version.slot
+            self.slots.clear(version)
+            self._store.clear(slot)
+        self._memory.forget(version)
+        self._others.discard(version)
+        call_id = self._unloads.pop(version, None)
+        return [] if call_id is None else [AdapterUnloaded(call_id, freed)]
+
+    def _touch(self, version: AdapterVersion) -> None:
+        self._num_uses += 1
+        version.used_at = self._num_uses
+
+
+def _no_adapter(call_id: str, name: str) -> CallFailed:
+    return CallFailed(call_id, f"There is no adapter {name!r}.", code=ADAPTER_NOT_FOUND, param="lora_name")
+
+
+def _unread(version: AdapterVersion) -> AdapterVersion:
+    """A version from the same files, of which nothing is known yet."""
+    return AdapterVersion(name=version.name, files=version.files, totals=version.totals)
+
+
+def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:
+    """Why a version does not serve requests for NAME or NAME@HASH, as far as is known before it was read."""
+    if version.state == "failed" and version.files is None:
+        return model_not_found(reference)
+    if version.state == "failed":
+        return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
+    _, at, pin = reference.partition("@")
+    if at and (len(pin) < MIN_PIN_DIGITS or (version.content_hash and not version.content_hash.startswith(pin))):
+        return model_not_found(reference)
+    return None

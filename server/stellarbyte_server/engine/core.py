@@ -1,0 +1,402 @@
+"""The engine: one step after another over scheduler, model and text. Knows no sockets and no HTTP."""
+
+import logging
+from functools import partial
+
+import msgspec
+import tokenizers
+
+from stellarbyte_server.engine.adapters.registry import Adapters
+from stellarbyte_server.engine.answer import Answer
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.run.finite import not_finite
+from stellarbyte_server.engine.run.isolation import EngineBroken, Fault, isolate
+from stellarbyte_server.engine.run.runner import DeviceLost, OutOfDeviceMemory, Runner, RunningStep, compute
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.protocol.grammar import GrammarRefused
+from stellarbyte_server.protocol.messages import (
+    FAILED,
+    Accepted,
+    Call,
+    Delta,
+    EngineStats,
+    LoadAdapter,
+    News,
+    Rejected,
+    Reply,
+    TokenLogprob,
+    UnloadAdapter,
+    failure,
+)
+from stellarbyte_server.protocol.request import (
+    GRAMMAR_REFUSED,
+    QUEUE_FULL,
+    QUEUE_TIMEOUT,
+    GenerationRequest,
+    RequestRejected,
+    SamplingParams,
+)
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+NO_MEMORY = "There is too little memory left for this request."
+NOT_FINITE = "The model computed numbers that are not finite (NaN or infinity) for this request; it cannot go on."
+
+
+class EngineCore:
+    """Requests in, text out. One thread; every call returns between two steps."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        tokenizer: tokenizers.Tokenizer,
+        eos_token_ids: frozenset[int],
+        adapters: Adapters,
+        grammars: GrammarCompiler,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.adapters = adapters
+        self.grammars = grammars
+        self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        self._live: dict[str, Answer] = {}
+        self._compiling: dict[str, tuple[GenerationRequest, Account | None]] = {}  # those whose grammars are not ready
+        self._rejected: list[Rejected] = []  # since the last step
+        self._num_steps = 0
+        self._num_step_tokens = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        self._failed: list[Delta] = []  # ends of requests that failed since the last step
+        self._in_flight: tuple[list[Chunk], RunningStep] | None = None  # between two calls of `step`
+        self._replies: list[Reply] = []
+        self._had_nothing_to_run = False  # in the last step
+        self._num_reads = 0  # of adapters, when requests were last looked at
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._rejected or self._failed) or self._in_flight is not None
+
+    @property
+    def is_blocked(self) -> bool:
+        """All there is to do waits for an adapter or for the limit of a key; no step is in flight."""
+        return self._had_nothing_to_run
+
+    @property
+    def patience_s(self) -> float | None:
+        """After which time a key's limit allows more; None: no request waits for that."""
+        return self.scheduler.seconds_until_allowed()
+
+    @property
+    def wake_fds(self) -> tuple[int, ...]:
+        """One becomes readable when an adapter was read or copied, or a grammar compiled."""
+        of_adapters = () if self.adapters.wake_fd is None else (self.adapters.wake_fd,)
+        return (*of_adapters, self.grammars.wake_fd)
+
+    def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
+        """Queue a request of an account; None: it came without a key.
+
+        Raises:
+            RequestRejected: it could never run to its end, or the queue is full.
+        """
+        if request.sampling.grammar is None:
+            self._queue(request, account)
+            return
+        self.scheduler.reserve(account)
+        self._compiling[request.request_id] = request, account
+        # Further answers to one prompt let the grammars of other requests go first.
+        self.grammars.submit(
+            request.request_id,
+            request.sampling.grammar,
+            can_wait=request.follows is not None,
+            owner="" if account is None else account.name,
+        )
+
+    def _queue(self, request: GenerationRequest, account: Account | None, grammar: TokenGrammar | None = None) -> None:
+        adapter = None if request.adapter is None else self.adapters.bind(request.adapter)
+        leader = self._live.get(request.follows) if request.follows is not None else None
+        try:
+            sequence = self.scheduler.add(request, adapter, None if leader is None else leader.sequence, account)
+        except Exception:
+            if adapter is not None:
+                self._replies += self.adapters.release(adapter)
+            raise
+        if adapter is not None:
+            adapter.totals.num_requests += 1
+        ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
+        sequence.end_token_ids = ends | frozenset(request.sampling.stop_token_ids)
+        sequence.grammar = grammar
+        self._live[request.request_id] = Answer(sequence, self.tokenizer, grammar)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks; unknown ids are fine (it may just have ended)."""
+        answer = self._live.get(request_id)
+        if answer is not None:
+            self.scheduler.remove(answer.sequence)
+            self._forget(answer.sequence)
+        elif (compiling := self._compiling.pop(request_id, None)) is not None:
+            self.grammars.cancel(request_id)
+            self.scheduler.give_up_place(compiling[1])
+
+    def prepare(self) -> bool:
+        """Use a moment without work; whether another one would be of use."""
+        return self.runner.prepare()
+
+    def call(self, call: Call) -> None:
+        """Do what the operator asks; the answer is among `take_replies`, now or after a later step."""
+        if isinstance(call, LoadAdapter):
+            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place)
+            self._replies += [] if refusal is None else [refusal]
+        elif isinstance(call, UnloadAdapter):
+            self._replies += self.adapters.unload(call.call_id, call.name)
+        else:
+            self._replies += self.adapters.list_all(call.call_id)
+
+    def take_replies(self) -> list[Reply]:
+        """The answers to calls since the last time; also takes note of what other threads have finished."""
+        self._replies += self.adapters.collect()
+        self._queue_compiled()
+        replies, self._replies = self._replies, []
+        return replies
+
+    def step(self) -> list[News]:
+        """Advance every scheduled sequence by one forward pass.
+
+        Says first which requests began to run and which of the others never will, then what each one got: by the step
+        that was started now, or where the runner works ahead by the one before, which ran until now. A request that
+        makes steps fail ends.
+
+        Raises:
+            DeviceLost, EngineBroken: whatever is computed fails.
+        """
+        self._replies += self.adapters.collect()
+        self._queue_compiled()
+        news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
+        self._rejected = []
+        chunks = self.scheduler.schedule()
+        step = self._start(chunks)
+        before, self._in_flight = self._in_flight, None
+        self._had_nothing_to_run = not chunks and before is None
+        news += [self._accept(sequence) for sequence in self.scheduler.admitted]
+        news += [self._expire(sequence) for sequence in self.scheduler.expire()]
+        news += [self._displace(sequence) for sequence in self.scheduler.take_displaced()]
+        if before is not None:
+            news += self._receive(*before)
+        if not isinstance(step, Exception | None):
+            step = self._finish(step)
+        if isinstance(step, Exception):
+            news += self._compute_again(chunks, step)
+        elif step is not None and self.runner.num_steps_ahead:
+            self._in_flight = (chunks, step)
+        elif step is not None:
+            news += self._receive(chunks, step)
+        news += self._failed
+        self._failed = []
+        return news
+
+    def _start(self, chunks: list[Chunk]) -> RunningStep | Exception | None:
+        try:
+            return self.runner.start(chunks) if chunks else None
+        except DeviceLost:
+            raise
+        except Exception as error:  # whose fault it is will be found out
+            return error
+
+    def _finish(self, step: RunningStep) -> RunningStep | Exception:
+        try:
+            step.finish()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return error
+        return step
+
+    def _compute_again(self, chunks: list[Chunk], error: Exception) -> list[Delta]:
+        """Compute a step that failed again, in parts, without the requests that make it fail, and end those.
+
+        Raises:
+            DeviceLost, EngineBroken
+        """
+        chunks = [chunk for chunk in chunks if not chunk.sequence.is_over]
+        self.runner.recover([chunk.sequence for chunk in chunks])
+        findings = isolate(chunks, partial(compute, self.runner))
+        if isinstance(error, OutOfDeviceMemory):
+            logger.warning("out of memory in a step of %d requests: computed in parts", len(chunks))
+        elif not findings.faults:
+            logger.warning("a step failed and went well when it was computed again", exc_info=error)
+        for fault in findings.faults:
+            self._end_faulty(fault)
+        if findings.faults and not findings.computed:
+            self._require_sound()
+        return [delta for part, result in findings.computed for delta in self._record(part, result)]
+
+    def _require_sound(self) -> None:
+        """EngineBroken when a step fails that has no request in it. Called after some were ended: a block is free."""
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+        request = GenerationRequest(request_id="", prompt_token_ids=(0,), sampling=sampling)
+        with self.scheduler.outsider(request) as chunk:
+            try:
+                compute(self.runner, [chunk])
+            except DeviceLost:
+                raise
+            except OutOfDeviceMemory:
+                return  # somebody else may have it just now
+            except Exception as error:
+                raise EngineBroken("steps fail whatever is in them") from error
+
+    def _end_faulty(self, fault: Fault) -> None:
+        """End the request that makes steps fail."""
+        if isinstance(fault.error, OutOfDeviceMemory):
+            self._fail(fault.chunk.sequence, NO_MEMORY, "out of memory for request %s alone; ending it")
+        else:
+            self._fail(fault.chunk.sequence, FAILED, "request %s makes steps fail; ending it", fault.error)
+
+    def _fail(
+        self, sequence: Sequence, message: str, log: str, error: Exception | None = None, code: str | None = None
+    ) -> None:
+        """End a request with an error; `log` has a place for its id. Others do not share what was computed of it."""
+        request_id = sequence.request.request_id
+        logger.error(log, request_id, exc_info=error)
+        self.scheduler.remove(sequence, keep_content=False)
+        self._forget(sequence)
+        self._failed.append(failure(request_id, message, code))
+
+    def _fail_not_finite(self, sequence: Sequence) -> None:
+        """End a request whose numbers allow no choice: those of the model, or a grammar that could allow no token."""
+        refusal = self._live[sequence.request.request_id].grammar_error
+        if refusal is None:
+            self._fail(sequence, NOT_FINITE, "the numbers of request %s are not finite; ending it")
+        else:
+            self._fail(sequence, refusal, "the grammar of request %s allows no token; ending it", code=GRAMMAR_REFUSED)
+
+    def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
+        """Wait for a step and turn what it computed into deltas."""
+        try:
+            result = step.result()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if self.runner.num_steps_ahead:  # the one that was started meanwhile went on from it
+                raise
+            return self._compute_again(chunks, error)
+        return self._record(chunks, result)
+
+    def _record(self, chunks: list[Chunk], result: StepResult) -> list[Delta]:
+        """Note what a step computed; the deltas that come of it."""
+        for sequence in not_finite(chunks, result):
+            self._fail_not_finite(sequence)
+        if result.prompt_logprobs or result.pooled:
+            self._note_prompts(chunks, result)
+        grown = self.scheduler.apply(chunks, result.tokens)
+        self._num_steps += 1
+        self._num_step_tokens += sum([chunk.length for chunk in chunks])
+        deltas = [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
+        return [delta for delta in deltas if delta is not None]
+
+    def stats(self) -> EngineStats:
+        pool, totals = self.scheduler.pool, self.scheduler.totals
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting) + len(self._compiling),
+            kv_cache_usage=pool.num_used / pool.num_blocks,
+            num_blocks_used=pool.num_used,
+            prompt_tokens_total=self._num_prompt_tokens,
+            generation_tokens_total=self._num_generated_tokens,
+            num_preemptions_total=totals.num_preemptions,
+            num_steps_total=self._num_steps,
+            num_blocked=self.scheduler.num_blocked + len(self._compiling),
+            prefix_cache_queries_total=totals.prefix_queries,
+            prefix_cache_hits_total=totals.prefix_hits,
+            evicted_tokens_total=self.scheduler.num_evicted,
+            step_tokens_total=self._num_step_tokens,
+        )
+
+    def _queue_compiled(self) -> None:
+        """Queue the requests whose grammars are ready."""
+        for request_id, grammar in self.grammars.collect():
+            compiling = self._compiling.pop(request_id, None)
+            if compiling is None:
+                continue  # aborted meanwhile
+            request, account = compiling
+            self.scheduler.give_up_place(account)  # the request takes it at once, if it can be queued at all
+            if isinstance(grammar, GrammarRefused):
+                self._rejected.append(Rejected(request_id, str(grammar), grammar.code))
+                continue
+            try:
+                self._queue(request, account, grammar)
+            except RequestRejected as refusal:
+                self._rejected.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
+            except Exception:
+                logger.exception("request %s could not be queued", request_id)
+                self._failed.append(failure(request_id, FAILED))
+
+    def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
+        for sequence, start, _, _ in chunks:
+            if sequence.is_over:
+                continue
+            answer = self._live[sequence.request.request_id]
+            if (logprobs := result.prompt_logprobs.get(sequence)) is not None:
+                answer.add_prompt_logprobs(start, logprobs)
+            if (hidden_C := result.pooled.get(sequence)) is not None:
+                answer.add_pooled(start, hidden_C)
+
+    def _deliver(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Delta | None:
+        """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
+        answer = self._live[sequence.request.request_id]
+        try:
+            delta = answer.end_of_prompt() if token is None else answer.push(token, logprob)
+        except Exception as error:  # its text, its grammar: of no other request
+            self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
+            return None
+        if token is not None:
+            self._num_generated_tokens += 1
+            if sequence.adapter is not None:
+                sequence.adapter.totals.num_tokens += 1
+        if delta.finish_reason is None:
+            return delta
+        evicted_tokens = self.scheduler.evicted_tokens(sequence)
+        self.abort(sequence.request.request_id)
+        return msgspec.structs.replace(delta, cached_tokens=sequence.num_cached, evicted_tokens=evicted_tokens)
+
+    def _accept(self, sequence: Sequence) -> Accepted:
+        self._num_prompt_tokens += sequence.num_prompt
+        adapter_hash = "" if sequence.adapter is None else sequence.adapter.content_hash
+        return Accepted(sequence.request.request_id, adapter_hash)
+
+    def _refuse_unserviceable(self) -> list[News]:
+        """End the waiting requests whose adapter turned out to be unusable, or not the version they want."""
+        news: list[News] = []
+        if self._num_reads == self.adapters.num_reads:
+            return news
+        self._num_reads = self.adapters.num_reads
+        for sequence in [s for s in self.scheduler.waiting if s.adapter is not None]:
+            refusal = self.adapters.refusal(sequence)
+            if refusal is None:
+                continue
+            request_id = sequence.request.request_id
+            self.abort(request_id)
+            if sequence.was_admitted:  # its answer has begun
+                news.append(failure(request_id, str(refusal)))
+            else:
+                news.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
+        return news
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._live[sequence.request.request_id]
+        if sequence.adapter is not None:
+            self._replies += self.adapters.release(sequence.adapter)
+
+    def _displace(self, sequence: Sequence) -> Rejected:
+        """The queue was full, and another key had a smaller part of it."""
+        request_id = sequence.request.request_id
+        self._forget(sequence)
+        return Rejected(request_id, "Too many requests of this key are waiting already; try again later.", QUEUE_FULL)
+
+    def _expire(self, sequence: Sequence) -> Rejected:
+        request_id = sequence.request.request_id
+        self._forget(sequence)
+        message = f"The request waited for more than {self.scheduler.limits.queue_timeout_s:g} s; try again later."
+        return Rejected(request_id, message, QUEUE_TIMEOUT)

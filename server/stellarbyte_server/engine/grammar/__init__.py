@@ -1,0 +1,1 @@
+"""Grammars as masks over the vocabulary."""

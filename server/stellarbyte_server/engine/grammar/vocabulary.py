@@ -1,0 +1,75 @@
+"""A model's tokens as the grammar library wants them. Knows no grammar."""
+
+import json
+import threading
+
+from llguidance import LLTokenizer, TokenizerWrapper
+from tokenizers import Tokenizer
+
+from stellarbyte_server.tokens.token_bytes import TokenBytes
+
+# Of a text that the grammar forces only the next token counts, so a mask tokenizes no more of it than this.
+MIN_FORCED_CHARACTERS = 256
+
+
+class GrammarVocabulary:
+    """The tokenizer as llguidance sees it, made when it is first needed because that takes a second."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        known = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < min(known, vocab_size))
+        self._num_tokens = max(vocab_size, known)
+        if not self._eos_token_ids:  # llguidance needs one, so it gets one that no mask shows
+            self._eos_token_ids = [self._num_tokens]
+            self._num_tokens += 1
+        self.num_words = (self._num_tokens + 31) // 32
+        self._source = tokenizer
+        self._made: LLTokenizer | None = None
+        self._making = threading.Lock()
+
+    def tokenizer(self) -> LLTokenizer:
+        """Any thread. Raises whatever llguidance raises for a tokenizer that it cannot read."""
+        with self._making:
+            if self._made is None:
+                plain = Tokenizer.from_str(self._source.to_str())
+                plain.no_padding()
+                plain.no_truncation()
+                tokens = TokenizerWrapper(_Tokens(plain, self._eos_token_ids[0], self._num_tokens))
+                self._made = LLTokenizer(tokens, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
+            return self._made
+
+
+class _Tokens:
+    """The tokens as llguidance wants them, in place of the tokenizer's JSON.
+
+    From that it would take every added token that is written <so>, as <tool_call> of Qwen, for a special one, which no
+    grammar of texts allows.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_id: int, num_tokens: int) -> None:
+        known = TokenBytes(tokenizer)
+        self.eos_token_id = eos_token_id
+        self.tokens = [known[token_id] for token_id in range(num_tokens)]
+        self.special_token_ids = sorted(known.special_ids)
+        self._encoder = _without_special_tokens(tokenizer)
+        # It begins with the token before, and may lose a token's length at its end, which could become another token.
+        self._max_characters = max(MIN_FORCED_CHARACTERS, 4 * max(map(len, self.tokens)))
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """How the model would write a text that the grammar forces, or the beginning of that."""
+        text = text if isinstance(text, str) else text.decode()
+        return self._encoder.encode(text[: self._max_characters], add_special_tokens=False).ids
+
+
+def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """One that reads the names of special tokens in a text as text."""
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        for token in content["added_tokens"]:
+            vocabulary.setdefault(token["content"], token["id"])  # or the others would get new ids
+        content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
+    return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))

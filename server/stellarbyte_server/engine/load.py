@@ -1,0 +1,279 @@
+"""From settings to a running engine: loads the model, plans the cache's memory. Knows no sockets."""
+
+import importlib.util
+import logging
+import math
+import os
+import select
+import shutil
+from pathlib import Path
+
+import torch
+
+from stellarbyte.backends.torch_model import ServedModel, TorchModel
+from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.progress import ProgressBar
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.lora.bank import LoraBank
+from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
+from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
+from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.run.adapter_store import AdapterStore
+from stellarbyte_server.engine.run.cpu_runner import ModelRunner
+from stellarbyte_server.engine.run.model_folder import open_model_folder
+from stellarbyte_server.engine.run.plan import (
+    CachePlan,
+    StartupError,
+    concurrency_of,
+    plan_cache,
+    serving_config,
+    share_limits,
+    tokens_a_step,
+)
+from stellarbyte_server.engine.run.runner import Runner
+from stellarbyte_server.engine.schedule.limits import SchedulerLimits
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.state.block_pool import BlockPool
+from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+# On two cores a chunk of the demo model takes twice as long after 1,000 tokens of context, three times after 2,000.
+CONTEXT_LIKE_A_TOKEN = 1000
+AUTO_CPU_SHARE = 0.25  # of the memory that is free when the engine starts
+
+
+def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
+    """Load the model and make an engine for it.
+
+    Raises:
+        StartupError: a setting does not fit the model or the machine.
+        stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
+    """
+    device = _device(settings.device)
+    torch.set_num_threads(_num_threads())
+    path = resolve_model(settings.model, ProgressBar("Converting the demo model"))
+    folder = open_model_folder(path, is_dummy=settings.load_format == "dummy")
+    config, max_model_len = serving_config(folder.config, settings)
+    dtype = _dtype(settings.dtype, device)
+    logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
+    num_slots = settings.max_loras if settings.serves_adapters else 0
+    bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
+    model = folder.language_model(dtype, device)
+    adapters = _load_adapters(settings, bank)
+    make_runner = _make_cpu_runner if device.type == "cpu" else _make_gpu_runner
+    cache_dtype = _cache_dtype(settings, dtype, device)
+    runner, plan = make_runner(settings, model, config, bank, cache_dtype)
+    step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
+    max_num_seqs = concurrency_of(settings, device.type)
+    logger.info(
+        "KV cache: %d blocks of %d tokens (%d tokens, %.2f GiB); at full length, with %d tokens in view, %d sequences"
+        " fit at once",
+        plan.num_blocks,
+        plan.layout.block_size,
+        plan.num_tokens,
+        plan.num_blocks * plan.bytes_per_block / 2**30,
+        min(max_model_len, plan.layout.visible_tokens),
+        plan.full_sequences,
+    )
+    limits = SchedulerLimits(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=step_tokens,
+        max_prefill_tokens=prefill_tokens,
+        context_like_a_token=CONTEXT_LIKE_A_TOKEN if device.type == "cpu" else None,
+        max_model_len=max_model_len,
+        max_queued_requests=settings.max_queued_requests,
+        queue_timeout_s=settings.queue_timeout,
+        shares=share_limits(device.type),
+    )
+    tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
+    grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
+    grammars.prepare()
+    core = EngineCore(
+        Scheduler(
+            limits,
+            plan.layout,
+            BlockPool(plan.num_blocks),
+            prefix_caching=settings.enable_prefix_caching,
+            adapters=adapters,
+        ),
+        runner,
+        tokenizer,
+        eos_token_ids,
+        adapters,
+        grammars,
+    )
+    info = EngineInfo(
+        model_path=str(path),
+        max_model_len=max_model_len,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_blocks=plan.num_blocks,
+        block_size=plan.layout.block_size,
+        max_num_seqs=max_num_seqs,
+        device=device.type,
+        dtype=dtype_name(dtype),
+        quantization=settings.quantization,
+        kv_cache_dtype=dtype_name(cache_dtype),
+        weights_hash=folder.weights_hash(),
+    )
+    return core, info
+
+
+def _make_cpu_runner(
+    settings: EngineSettings,
+    model: ByteLanguageModel,
+    config: ByteModelConfig,
+    bank: LoraBank,
+    cache_dtype: torch.dtype,
+) -> tuple[Runner, CachePlan]:
+    served = _cpu_model(model, config, bank, settings.quantization)
+    step_tokens, _ = tokens_a_step(settings, "cpu")
+    budget = settings.kv_cache_memory
+    if budget is None:
+        budget = int(_available_memory() * AUTO_CPU_SHARE)
+    plan = plan_cache(config, settings, cache_dtype, step_tokens, budget)
+    cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, cache_dtype, torch.device("cpu"))
+    return ModelRunner(served, cache), plan
+
+
+def _make_gpu_runner(
+    settings: EngineSettings,
+    model: ByteLanguageModel,
+    config: ByteModelConfig,
+    bank: LoraBank,
+    cache_dtype: torch.dtype,
+) -> tuple[Runner, CachePlan]:
+    _require_triton()
+    from stellarbyte.backends.gpu.model import TritonModel
+    from stellarbyte_server.engine.run.gpu_engine import make_gpu_runner  # Triton is not needed on a CPU
+    from stellarbyte_server.engine.run.gpu_runner import GpuRunner
+
+    if settings.quantization == "int4":
+        raise StartupError("--quantization int4 needs --device cpu; a GPU takes int8 and fp8.")
+    step_tokens, _ = tokens_a_step(settings, "cuda")
+    ahead = GpuRunner.num_steps_ahead
+
+    def plan_for(budget: int) -> CachePlan:
+        return plan_cache(config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead)
+
+    return make_gpu_runner(
+        TritonModel(model, config, bank, quantization=settings.quantization),
+        plan_for,
+        cache_dtype=cache_dtype,
+        max_num_seqs=concurrency_of(settings, "cuda"),
+        step_tokens=step_tokens,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_memory=settings.kv_cache_memory,
+    )
+
+
+def _require_triton() -> None:
+    """StartupError where the kernels cannot be compiled."""
+    if importlib.util.find_spec("triton") is None:
+        raise StartupError("--device cuda needs the package triton, which torch's CUDA builds for Linux bring along.")
+    compilers = [name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name and shutil.which(name)]
+    if not compilers:
+        raise StartupError(
+            "--device cuda needs a C compiler, with which Triton builds the launchers of its kernels: install gcc, or"
+            " give the variable CC."
+        )
+
+
+def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, quantization: str) -> ServedModel:
+    """The fastest form of the model for a CPU."""
+    if quantization == "fp8":
+        raise StartupError("--quantization fp8 needs --device cuda; a CPU takes int8 and int4.")
+    if bank.dtype == torch.float32:
+        from stellarbyte.backends.cpu_model import CpuModel, fits  # numba is not needed on a GPU
+
+        if fits(config):
+            try:
+                packed = CpuModel(model, config, bank, quantization=quantization, num_threads=torch.get_num_threads())
+            except ValueError as error:
+                raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
+            logger.info("preparing the CPU kernels (the first start compiles them, which takes up to a minute)")
+            packed.warm_up()
+            return packed
+    if quantization != "none":
+        raise StartupError(
+            f"--quantization {quantization} on a CPU needs float32 and heads of a multiple of 16 channels."
+        )
+    return TorchModel(model, config, bank)
+
+
+def _load_adapters(settings: EngineSettings, bank: LoraBank) -> Adapters:
+    """The registry, with the adapters of --lora-modules read and checked.
+
+    Raises:
+        StartupError: one of them is not there or cannot be used.
+    """
+    if not settings.serves_adapters:
+        return no_adapters()
+    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules))
+    max_in_memory = 4 * settings.max_loras if settings.max_cpu_loras is None else settings.max_cpu_loras
+    store = AdapterStore(bank)
+    adapters = Adapters(folder, store, num_slots=bank.num_slots, max_in_memory=max_in_memory)
+    for name, path in settings.lora_modules:
+        files = folder.module(name)
+        if files is None:
+            raise StartupError(f"--lora-modules {name}: {path} holds no {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        adapters.start_load(name, name, files)
+    num_loading = len(settings.lora_modules)
+    while num_loading:
+        select.select([store.wake_fd], [], [])
+        for reply in adapters.collect():
+            if isinstance(reply, CallFailed):
+                raise StartupError(f"--lora-modules: {reply.message}")
+            num_loading -= 1
+    return adapters
+
+
+def _available_memory() -> int:
+    """Bytes that can be used without swapping, of the machine and of the control group (containers)."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # counts memory that caches would give back
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (allowed := limit.read_text().strip()) != "max":
+        available = min(available, int(allowed) - int(used.read_text()))
+    return max(0, available)
+
+
+def _num_threads() -> int:
+    """Cores for torch: all this process may use, less one for HTTP where there are many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cores <= 2 else math.ceil(cores * 0.9) - 1 or 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users write it: float32, bfloat16, fp8."""
+    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
+
+
+def _cache_dtype(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if settings.kv_cache_dtype == "auto":
+        return dtype
+    if device.type == "cpu":
+        raise StartupError("--kv-cache-dtype fp8 needs --device cuda; a CPU's cache is as --dtype.")
+    return torch.float8_e4m3fn
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device cuda: torch finds no CUDA device here.")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

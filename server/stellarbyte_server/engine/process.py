@@ -1,0 +1,105 @@
+"""The engine process: builds the core, then serves HTTP processes until it fails or its parent ends. Knows no HTTP.
+
+Run as `python -m stellarbyte_server.engine.process` by `launch.EngineProcess`. One thread steps; a second one only
+waits for the end of stdin, which means that the parent is done or gone, and ends the process: an engine never outlives
+its parent.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import zmq
+
+from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.loop import Core, EngineLoop
+from stellarbyte_server.garbage import keep_for_good
+from stellarbyte_server.logs import configure_logging
+from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+SEND_QUEUE_MESSAGES = 10_000  # what may wait for an HTTP process that does not read
+LINGER_MS = 1000  # time for last messages to leave when the process ends
+
+BuildCore = Callable[[EngineSettings], tuple[Core, EngineInfo]]
+
+
+def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:
+    from stellarbyte_server.engine.load import build_core  # imports torch: not before the parent's end is watched
+
+    return build_core(settings)
+
+
+def _end_with_parent(endpoint: str) -> None:
+    """Wait for the end of stdin, then end this process, whatever it is doing."""
+    while os.read(0, 4096):  # not through sys.stdin: its lock would be held when the interpreter ends
+        pass
+    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    os._exit(0)
+
+
+def _keep_stdout() -> BinaryIO:
+    """Put stdout aside for the one line to the parent; all else that is printed goes to stderr."""
+    kept = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return kept
+
+
+def _report(stdout: BinaryIO, state: EngineReady | EngineFailed) -> None:
+    stdout.write(msgspec.json.encode(state) + b"\n")
+    stdout.flush()
+
+
+def main(build_core: BuildCore = _build_core) -> int:
+    """The whole life of the engine process; returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets requests finish
+    stdout = _keep_stdout()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0  # the parent ended first
+    start = msgspec.json.decode(line, type=EngineStart)
+    configure_logging(start.log_level, "engine", start.log_format, is_stdout_free=True)
+    threading.Thread(target=_end_with_parent, args=(start.endpoint,), daemon=True).start()
+    try:
+        core, info = build_core(start.settings)
+    except Exception as error:
+        logger.debug("could not start", exc_info=True)
+        _report(stdout, EngineFailed(_one_line(error)))
+        return 1
+    keep_for_good()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_MESSAGES)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MESSAGES)
+    socket.bind(start.endpoint)
+    _report(stdout, EngineReady(info))
+    with contextlib.closing(stdout):  # open until the end: the parent sees its end as ours
+        try:
+            EngineLoop(core, socket).run()
+        except Exception:
+            logger.exception("a step failed; the engine ends")
+        context.destroy(linger=LINGER_MS)
+    logging.shutdown()
+    os._exit(1)  # at once: other threads may wait for a device that is lost
+
+
+def _one_line(error: Exception) -> str:
+    """An exception as one line for the user: its own sentence if it was raised for people, else with its type."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | OSError) and text:
+        return text
+    return f"the engine could not start: {type(error).__name__}: {text}".rstrip(": ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What the engine process counts for its metrics: the lives of requests, and steps. Knows no clock and no sockets.
+
+Every request that was queued ends as one that finished or as one that was aborted, or the engine refuses it before it
+runs. Counted is what is delivered: a token costs one bucket of one histogram, and nothing here is a Prometheus object.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stellarbyte_server.protocol.histogram import (
+    BETWEEN_TOKENS_S,
+    FIRST_TOKEN_S,
+    LAG_S,
+    QUEUE_S,
+    REQUEST_S,
+    REQUEST_TOKENS,
+    STEP_S,
+    STEP_TOKENS,
+    Histogram,
+)
+from stellarbyte_server.protocol.messages import Delta, EngineStats, EngineTotals, HttpObservations
+from stellarbyte_server.protocol.request import GenerationRequest
+
+# Why a request was aborted.
+CLIENT_LEFT = "client_left"
+HTTP_PROCESS_LOST = "http_process_lost"
+REQUEST_FAILED = "failed"
+ABORT_REASONS = (CLIENT_LEFT, HTTP_PROCESS_LOST, REQUEST_FAILED)
+FINISH_REASONS = ("stop", "length")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Life:
+    """A request that has not ended. Times are seconds of the machine's monotonic clock."""
+
+    arrived_s: float
+    sent_s: float
+    num_prompt: int
+    num_generated: int = 0
+    last_token_s: float = 0.0
+
+
+class RequestTotals:
+    """Engine thread only."""
+
+    def __init__(self) -> None:
+        self._lives: dict[str, _Life] = {}
+        self._finished: Counter[str] = Counter()
+        self._aborted: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._first_token_s = Histogram(FIRST_TOKEN_S)
+        self._stream_lag_s = Histogram(LAG_S)
+        self._between_tokens_s = Histogram(BETWEEN_TOKENS_S)
+        self._request_s = Histogram(REQUEST_S)
+        self._queue_s = Histogram(QUEUE_S)
+        self._prompt_tokens = Histogram(REQUEST_TOKENS)
+        self._generation_tokens = Histogram(REQUEST_TOKENS)
+        self._step_tokens = Histogram(STEP_TOKENS)
+        self._step_s = Histogram(STEP_S)
+
+    def note_queued(self, requests: Iterable[GenerationRequest], arrived_s: float, sent_s: float) -> None:
+        """Requests that an HTTP process received at `arrived_s` and sent at `sent_s`."""
+        for request in requests:
+            self._lives[request.request_id] = _Life(
+                arrived_s=arrived_s, sent_s=sent_s, num_prompt=len(request.prompt_token_ids)
+            )
+
+    def note_started(self, request_id: str, now_s: float) -> None:
+        """A request runs for the first time."""
+        self._queue_s.observe(max(0.0, now_s - self._lives[request_id].sent_s))
+
+    def note_delta(self, delta: Delta, now_s: float) -> None:
+        life = self._lives[delta.request_id]
+        if delta.num_tokens:
+            if life.num_generated:
+                self._between_tokens_s.observe(now_s - life.last_token_s)
+            life.last_token_s = now_s
+            life.num_generated += delta.num_tokens
+        if delta.finish_reason is None:
+            return
+        if delta.finish_reason == "error":
+            self.note_aborted(delta.request_id, REQUEST_FAILED)
+            return
+        del self._lives[delta.request_id]
+        self._finished[delta.finish_reason] += 1
+        self._request_s.observe(max(0.0, now_s - life.arrived_s))
+        self._prompt_tokens.observe(life.num_prompt)
+        self._generation_tokens.observe(life.num_generated)
+
+    def note_aborted(self, request_id: str, reason: str) -> None:
+        """A request ended without an answer; `reason` is one of ABORT_REASONS."""
+        del self._lives[request_id]
+        self._aborted[reason] += 1
+
+    def note_refused(self, request_id: str) -> None:
+        """It will never run; the HTTP process that hears of it counts the rejection."""
+        del self._lives[request_id]
+
+    def note_step(self, seconds: float, num_tokens: int) -> None:
+        """A step ended, which took so long and computed so many tokens, those of prompts included."""
+        self._step_s.observe(seconds)
+        self._step_tokens.observe(num_tokens)
+
+    def add_observations(self, observations: HttpObservations) -> None:
+        """What an HTTP process has seen since it last told; ValueError when its histograms are others."""
+        self._first_token_s.add(observations.first_token_s)
+        self._stream_lag_s.add(observations.stream_lag_s)
+        self._rejected.update(observations.rejected)
+
+    def snapshot(self, stats: EngineStats) -> EngineTotals:
+        """All there is to tell; `stats` are the engine core's, of now."""
+        return EngineTotals(
+            stats=stats,
+            finished=dict.fromkeys(FINISH_REASONS, 0) | self._finished,
+            aborted=dict.fromkeys(ABORT_REASONS, 0) | self._aborted,
+            rejected=dict(self._rejected),
+            first_token_s=self._first_token_s.snapshot(),
+            stream_lag_s=self._stream_lag_s.snapshot(),
+            between_tokens_s=self._between_tokens_s.snapshot(),
+            request_s=self._request_s.snapshot(),
+            queue_s=self._queue_s.snapshot(),
+            prompt_tokens=self._prompt_tokens.snapshot(),
+            generation_tokens=self._generation_tokens.snapshot(),
+            step_tokens=self._step_tokens.snapshot(),
+            step_s=self._step_s.snapshot(),
+        )

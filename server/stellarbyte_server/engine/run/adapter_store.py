@@ -1,0 +1,155 @@
+"""Moves adapters between disk, CPU memory and slots on threads of its own. Knows no requests and decides nothing.
+
+The threads are as unimportant as the system lets them be, so that running streams keep their pace.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from stellarbyte.lora import AdapterError, read_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
+from stellarbyte_server.engine.adapters.folder import open_inside
+from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
+from stellarbyte_server.engine.run.device_errors import device_errors
+from stellarbyte_server.engine.run.runner import DeviceLost
+from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from stellarbyte_server.give_way import give_way
+from stellarbyte_server.protocol.messages import Reply
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+T = TypeVar("T")
+MAX_READERS = 6  # a core reads, checks and packs some 400 MB a second; more get into each other's way
+
+
+class AdapterStore:
+    """See `adapter_memory.AdapterStore`. Called from the engine's thread only.
+
+    `wake_fd` becomes readable when `finished` has something to tell.
+    """
+
+    def __init__(self, bank: LoraBank) -> None:
+        self._bank = bank
+        self._shapes = adaptable_modules(bank.config)
+        self._packed: dict[AdapterVersion, PackedAdapter] = {}
+        self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
+        self._looker = ThreadPoolExecutor(1, "adapter-looker")
+        self._reader = _readers()
+        self._filler = ThreadPoolExecutor(1, "adapter-filler", give_way)
+        self.wake_fd, self._wake = os.pipe()
+        os.set_blocking(self.wake_fd, False)
+        os.set_blocking(self._wake, False)
+
+    def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
+        def work() -> Looked:
+            try:
+                return Looked(functools.partial(note, look()))
+            except Exception:  # whatever it is, adapters that are in memory serve on
+                logger.exception("looking for adapters failed")
+                return Looked(functools.partial(note, None))
+
+        self._start(self._looker, work)
+
+    def read(self, version: AdapterVersion) -> None:
+        self._start(self._reader, lambda: self._read(version))
+
+    def fill(self, version: AdapterVersion, slot: int) -> None:
+        packed, fence = self._packed[version], self._bank.fence()
+
+        def work() -> FillDone:
+            try:
+                with device_errors():
+                    self._bank.fill(slot, packed, fence)
+            except DeviceLost:
+                raise
+            except Exception:  # whatever it is, other adapters may fare better
+                logger.exception("copying the adapter %s to its slot failed", version.name)
+                error = f"The adapter {version.name!r} could not be made ready; the server's log says why."
+                return FillDone(version=version, slot=slot, error=error)
+            return FillDone(version=version, slot=slot)
+
+        self._start(self._filler, work)
+
+    def clear(self, slot: int) -> None:
+        self._bank.clear(slot)
+
+    def forget(self, version: AdapterVersion) -> None:
+        self._packed.pop(version, None)
+
+    def finished(self) -> list[ReadDone | FillDone | Looked]:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake_fd, 4096)
+        done = []
+        while self._done:
+            result = self._done.popleft()
+            if isinstance(result, Exception):
+                raise result  # the device is lost: it will not compute either
+            done.append(result)
+        return done
+
+    def _start(self, thread: ThreadPoolExecutor, work: Callable[[], Any]) -> None:
+        def run() -> None:
+            try:
+                self._done.append(work())
+            except Exception as error:
+                self._done.append(error)
+            with contextlib.suppress(BlockingIOError):  # full: it will be looked at
+                os.write(self._wake, b"\0")
+
+        thread.submit(run)
+
+    def _read(self, version: AdapterVersion) -> ReadDone:
+        started_s = time.perf_counter()
+        files = version.files
+        try:
+            assert files is not None, "they were found before"
+            opener = functools.partial(open_inside, files.root)
+            adapter = read_adapter(
+                files.config, files.weights, self._shapes, max_rank=self._bank.max_rank, opener=opener
+            )
+            scales = {name: adapter.scale_of(name) for name in adapter.weights}
+            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
+            if not packed.is_finite():
+                raise AdapterError("its weights times alpha / r leave the number format that it is served in.")
+        except AdapterError as error:
+            return self._failed(version, started_s, str(error))
+        except Exception:  # whatever it is, it must not take the engine along
+            logger.exception("reading the adapter %s failed", version.name)
+            return self._failed(version, started_s, "it could not be read; the server's log says why.", is_fault=True)
+        self._packed[version] = packed
+        return ReadDone(
+            version=version,
+            seconds=time.perf_counter() - started_s,
+            content_hash=adapter.content_hash,
+            num_bytes=packed.num_bytes,
+            rank=int(packed.ranks_LP.max()),
+            matched=tuple(adapter.weights),
+            unmatched=adapter.unmatched_targets,
+        )
+
+    def _failed(self, version: AdapterVersion, started_s: float, error: str, *, is_fault: bool = False) -> ReadDone:
+        message = f"The adapter {version.name!r} cannot be loaded: {error}"
+        return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message, is_fault=is_fault)
+
+
+def _readers() -> ThreadPoolExecutor:
+    """Several threads of one core each where there are many cores, else one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_readers = min(MAX_READERS, cores // 2)
+    if num_readers <= 1:
+        return ThreadPoolExecutor(1, "adapter-reader", give_way)
+
+    def begin() -> None:
+        give_way()
+        torch.set_num_threads(1)  # of this thread and later ones: each would have a team as large as the machine
+
+    return ThreadPoolExecutor(num_readers, "adapter-reader", begin)

@@ -1,0 +1,55 @@
+"""Finds the requests that make a step fail, by computing parts of it again. Knows no scheduler, no tensors, no text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from stellarbyte_server.engine.run.runner import DeviceLost
+from stellarbyte_server.engine.state.sequence import Chunk, StepResult
+
+
+class EngineBroken(Exception):
+    """Steps fail whatever is in them, so no request is at fault."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A chunk that failed by itself."""
+
+    chunk: Chunk
+    error: Exception
+
+
+@dataclass(kw_only=True)
+class Findings:
+    computed: list[tuple[list[Chunk], StepResult]] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+
+def isolate(chunks: list[Chunk], compute: Callable[[list[Chunk]], StepResult]) -> Findings:
+    """Compute the chunks of a step that failed again, in halves of halves, until what fails is single chunks.
+
+    `compute` raises what the step raises. A fault that does not come again is nobody's: then all are computed.
+
+    Raises:
+        DeviceLost: from `compute`.
+    """
+    findings = Findings()
+    parts = _halves(chunks)
+    while parts:
+        part = parts.pop()
+        try:
+            findings.computed.append((part, compute(part)))
+        except DeviceLost:
+            raise
+        except Exception as error:
+            if len(part) > 1:
+                parts += _halves(part)
+            else:
+                findings.faults.append(Fault(chunk=part[0], error=error))
+    return findings
+
+
+def _halves(part: list[Chunk]) -> list[list[Chunk]]:
+    """The first half last; neither is empty."""
+    middle = len(part) // 2
+    return [half for half in (part[middle:], part[:middle]) if half]

@@ -1,0 +1,83 @@
+"""What the engine reads of a model's folder: config, weights, tokenizer, ends. Knows no settings and no serving."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig
+
+from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.vocabulary import mismatch
+from stellarbyte.checkpoint.weights_hash import FileState, states_of, weights_hash
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFolder:
+    """A checkpoint or, with `is_dummy`, a config.json: then weights are random, and a tokenizer is made up if absent.
+
+    Its methods raise CheckpointError where a checkpoint cannot be read.
+    """
+
+    path: Path
+    config: ByteModelConfig
+    is_dummy: bool
+    weight_files: Mapping[Path, FileState]  # as they were when the folder was opened; none of a dummy
+
+    def language_model(self, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
+        if self.is_dummy:
+            logger.warning("the weights are random (--load-format dummy): answers mean nothing")
+            return dummy_language_model(self.config, dtype=dtype, device=device)
+        return load_language_model(self.path, dtype=dtype, device=device)
+
+    def weights_hash(self) -> str:
+        """SHA-256 over the weights, hexadecimal; "dummy-…" for random ones. CheckpointError if they have changed."""
+        return dummy_hash(self.path) if self.is_dummy else weights_hash(self.weight_files)
+
+    def tokenizer(self) -> Tokenizer:
+        """The folder's; the log says which of its tokens the model cannot read."""
+        file = self.path / "tokenizer.json"
+        if self.is_dummy and not file.is_file():
+            return make_stand_in_tokenizer(self.config.vocab_size)
+        tokenizer = Tokenizer.from_file(str(file))
+        if (message := mismatch(tokenizer, self.config.vocab_size)) is not None:
+            logger.warning("%s", message)
+        return tokenizer
+
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: generation_config.json's, else the model config's.
+
+        Those that the model cannot generate are left out, which the log says: logits have no place for them.
+        """
+        ids = self._named_eos_token_ids()
+        if strange := sorted(token_id for token_id in ids if not 0 <= token_id < self.config.vocab_size):
+            rows = self.config.vocab_size
+            logger.warning("no answer can end with eos_token_id %s: the vocabulary has %d tokens", strange, rows)
+        return ids - frozenset(strange)
+
+    def _named_eos_token_ids(self) -> frozenset[int]:
+        if (self.path / "generation_config.json").is_file():
+            ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id
+            if ids is not None:
+                return frozenset([ids] if isinstance(ids, int) else ids)
+        return frozenset(self.config.eos_token_ids)
+
+
+def open_model_folder(path: Path, *, is_dummy: bool) -> ModelFolder:
+    """Check a folder as far as possible without reading weights.
+
+    Raises:
+        stellarbyte.checkpoint.errors.CheckpointError: it is absent, damaged or unsupported.
+    """
+    if is_dummy:
+        return ModelFolder(path=path, config=dummy_config(path), is_dummy=True, weight_files={})
+    checkpoint = open_checkpoint(path)
+    return ModelFolder(path=path, config=checkpoint.config, is_dummy=False, weight_files=states_of(checkpoint.files))

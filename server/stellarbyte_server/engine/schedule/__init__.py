@@ -1,0 +1,1 @@
+"""What every step computes: decisions over counts, without torch."""

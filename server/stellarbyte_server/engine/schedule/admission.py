@@ -1,0 +1,289 @@
+"""Who runs: lets waiting sequences in, stops running ones, takes their blocks. Plain Python over counts."""
+
+import time
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Protocol
+
+from stellarbyte_server.engine.adapters.slots import Move
+from stellarbyte_server.engine.schedule.places import TURN_S, least_entitled, num_blocks, one, who_gives_up
+from stellarbyte_server.engine.schedule.waiting import WaitingQueue, rank
+from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+from stellarbyte_server.engine.state.kept_blocks import KeptBlocks
+from stellarbyte_server.engine.state.prefix_cache import CachedPrefix
+from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.protocol.request import GenerationRequest
+
+_rank = attrgetter("rank")
+
+
+class AdapterGate(Protocol):
+    """What the scheduler asks of the registry of adapters."""
+
+    def place(self, waiting: Iterable[Sequence]) -> Move | None: ...
+    def finish_move(self, move: Move) -> None: ...
+    def may_enter(self, sequence: Sequence) -> bool: ...
+    def enter(self, version: AdapterVersion) -> None: ...
+    def leave(self, version: AdapterVersion) -> None: ...
+
+
+@dataclass(kw_only=True)
+class AdmissionTotals:
+    """Counts from the start."""
+
+    num_preemptions: int = 0
+    prefix_queries: int = 0  # prompt tokens of requests when they first ran
+    prefix_hits: int = 0  # those of them that were in the cache
+
+
+class Admission:
+    """Running and waiting sequences. `begin_step` comes first in every step.
+
+    The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence: then one always runs on.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        queue_timeout_s: float | None,
+        layout: CacheLayout,
+        pool: BlockPool,
+        *,
+        prefix_caching: bool = True,
+        adapters: AdapterGate | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.layout = layout
+        self.pool = pool
+        self.kept = KeptBlocks(layout, pool, prefix_caching=prefix_caching)
+        self.waiting = WaitingQueue(queue_timeout_s)
+        self.running: list[Sequence] = []  # most important first
+        self.admitted: list[Sequence] = []  # those that this step let run for the first time
+        self.totals = AdmissionTotals()
+        self.live: Counter[Account] = Counter()  # how many sequences each account has that has any
+        self._max_num_seqs = max_num_seqs
+        self._adapters = adapters
+        self._clock = clock
+        self._num_ranked = 0
+        self._made_room_for: Sequence | None = None  # then this step lets in nobody else
+        self._num_preempted_before = 0  # when the step began to be filled
+        self._claimed_blocks = 0  # free ones that prompts which run will need
+        self._short_of_blocks: set[Account] = set()  # those that this step had none for
+
+    def begin_step(self) -> None:
+        """Forget the step before, and stop running sequences for waiting ones where that is fair."""
+        self.admitted = []
+        self._made_room_for = None
+        self._short_of_blocks.clear()
+        if self.waiting:
+            self._claimed_blocks = self._blocks_of_prompts()
+            if self._adapters is not None:
+                self._place_adapters(self._adapters)
+            self._make_room()
+        self._num_preempted_before = self.totals.num_preemptions
+
+    @property
+    def has_preempted(self) -> bool:
+        """Whether blocks ran out since the step began to be filled: then it lets in nobody."""
+        return self.totals.num_preemptions > self._num_preempted_before
+
+    @property
+    def has_place(self) -> bool:
+        return len(self.running) < self._max_num_seqs
+
+    def next_rank(self, request: GenerationRequest, now_s: float) -> tuple[float, int]:
+        self._num_ranked += 1
+        return rank(request.priority, now_s, self._num_ranked)
+
+    def remove(self, sequence: Sequence, *, keep_content: bool = True) -> None:
+        """Take a sequence out, wherever it is; the cache forgets its blocks unless it may `keep_content`."""
+        if sequence.is_running:
+            self._stop_running(sequence, keep_content=keep_content)
+        else:
+            self.waiting.remove(sequence)
+
+    def num_blocked(self) -> int:
+        """Waiting sequences whose adapters are not there yet."""
+        adapters = self._adapters
+        return 0 if adapters is None else sum(not adapters.may_enter(sequence) for sequence in self.waiting)
+
+    def _place_adapters(self, adapters: AdapterGate) -> None:
+        """Let waiting sequences get slots for their adapters, if need be from running ones that had theirs for long."""
+        move = adapters.place(self.waiting)
+        if move is not None:
+            for sequence in [s for s in self.running if s.adapter is not None and s.adapter.slot == move.slot]:
+                self._preempt(sequence)
+            adapters.finish_move(move)
+
+    def _make_room(self) -> None:
+        """Stop running sequences for the first that waits, where its account has less than others or it is its turn."""
+        now_s = self._clock()
+        newcomer = self._first_newcomer()
+        if newcomer is None or (len(self.live) < 2 and now_s - newcomer.queued_s < TURN_S):
+            return
+        if not self.has_place:
+            given_up = who_gives_up(newcomer, self.running, one, 1, 1, now_s)
+        else:
+            needed = self._needed_blocks(newcomer, self.kept.find(newcomer))
+            missing = needed - self._num_unclaimed()
+            if missing <= 0:
+                return
+            given_up = who_gives_up(newcomer, self.running, num_blocks, needed, missing, now_s)
+            if not given_up.sequences and newcomer.account.num_running == 0 and now_s - newcomer.queued_s >= TURN_S:
+                self._made_room_for = newcomer  # nobody else takes what the others leave
+        for sequence in given_up.sequences:
+            self._preempt(sequence, is_turn_over=given_up.turns_are_over)
+            self._made_room_for = newcomer
+
+    def _first_newcomer(self) -> Sequence | None:
+        """Who is let in next, if there is room."""
+        for account in self.waiting.accounts():
+            if account.bucket is not None and account.bucket.available(self._clock()) < 1:
+                continue
+            for sequence in self.waiting.of(account):
+                if self._could_run(sequence):
+                    return sequence
+        return None
+
+    def _could_run(self, sequence: Sequence) -> bool:
+        """Whether nothing but room is missing to a waiting sequence."""
+        if self._adapters is not None and not self._adapters.may_enter(sequence):
+            return False
+        if sequence.num_unread:  # it was stopped while a step with it is in flight
+            return False
+        if self._made_room_for is not None and sequence is not self._made_room_for:
+            return False
+        return not (self.kept.prefix_caching and sequence.waits_for_leader)
+
+    def newcomers(self, most: int) -> Iterator[Sequence]:
+        """Waiting sequences for which there is room, of each account as many as can use `most` tokens."""
+        num_places = self._max_num_seqs - len(self.running)
+        num_unclaimed = self._num_unclaimed()
+        for account in self.waiting.accounts():
+            num_tokens = 0
+            for sequence in self.waiting.of(account):
+                if num_tokens >= most or not num_places:
+                    break
+                if not self._could_run(sequence):
+                    continue
+                needed = self._needed_blocks(sequence, self.kept.find(sequence))
+                if needed > num_unclaimed:
+                    break
+                num_places -= 1
+                num_unclaimed -= needed
+                num_tokens += sequence.num_pending
+                yield sequence
+
+    def reserve(self, sequence: Sequence, length: int) -> int:
+        """Take blocks for a running sequence's next `length` tokens, or for as many as there are blocks.
+
+        Where there are none at all the least entitled sequences are preempted; it may itself be one: then 0. It is not
+        while a step with it is in flight, which may put blocks of its own out of sight: then it waits for that, with 0.
+        """
+        table, launched = sequence.table, sequence.num_launched
+        while True:
+            length = min(length, table.capacity_with(self.pool.num_free) - launched)
+            if length > 0:
+                blocks = self.pool.take(table.missing(launched + length))
+                assert blocks is not None, "blocks were counted before they were taken"
+                table.add(blocks)
+                return length
+            least = least_entitled(self.running)
+            if least is sequence and sequence.num_computed < launched:
+                return 0
+            self._preempt(least)
+            if not sequence.is_running:
+                return 0
+            length = 1
+
+    def reserve_for_prompt(self, sequence: Sequence, length: int) -> int:
+        """`reserve`, of what was counted on for prompts."""
+        num_free = self.pool.num_free
+        length = self.reserve(sequence, length)
+        self._claimed_blocks = max(0, self._claimed_blocks - max(0, num_free - self.pool.num_free))
+        return length
+
+    def enter(self, sequence: Sequence) -> bool:
+        """Let a waiting sequence run if it could and there is room: a place, and blocks for what stays visible of it.
+
+        It starts after what the cache holds of it.
+        """
+        if (
+            not self.has_place
+            or self.has_preempted
+            or sequence.account in self._short_of_blocks  # else what needs few would always go first
+            or not self._could_run(sequence)
+        ):
+            return False
+        cached = self.kept.find(sequence)
+        needed = self._needed_blocks(sequence, cached)
+        if needed > self._num_unclaimed():
+            self._short_of_blocks.add(sequence.account)
+            return False
+        assert not sequence.num_unread, "all tokens of a waiting sequence are known"
+        self._claimed_blocks += needed
+        self.waiting.remove(sequence)
+        if sequence.adapter is not None and self._adapters is not None:
+            self._adapters.enter(sequence.adapter)
+        self.pool.hold(cached.sink_blocks + cached.blocks)
+        sequence.table.start_after(cached.sink_blocks, cached.num_unseen, cached.blocks)
+        sequence.num_computed = sequence.num_launched = cached.num_tokens
+        sequence.num_full = cached.num_blocks
+        sequence.next_full_at = self.layout.block_end(cached.num_blocks)
+        sequence.is_running = True
+        sequence.running_since_s, sequence.turn_start = self._clock(), len(sequence.tokens)
+        sequence.account.num_running += 1
+        insort(self.running, sequence, key=_rank)
+        if not sequence.was_admitted:
+            sequence.was_admitted = True
+            sequence.num_cached = cached.num_tokens
+            self.admitted.append(sequence)
+            if self.kept.prefix_caching:
+                self.totals.prefix_queries += sequence.num_prompt
+                self.totals.prefix_hits += sequence.num_cached
+        return True
+
+    def _needed_blocks(self, sequence: Sequence, cached: CachedPrefix) -> int:
+        """Free blocks that a waiting sequence takes to compute its tokens."""
+        held = self.pool.num_held(cached.sink_blocks + cached.blocks)
+        return self.layout.peak_blocks(len(sequence.tokens), 1) - held
+
+    def _num_unclaimed(self) -> int:
+        """Free blocks that the prompts of running sequences will not need."""
+        return self.pool.num_free - self._claimed_blocks
+
+    def _blocks_of_prompts(self) -> int:
+        """Blocks that running sequences need to compute the tokens they have."""
+        claimed = 0
+        for sequence in self.running:
+            if sequence.num_tokens - sequence.num_launched > 1:
+                claimed += max(0, self.layout.peak_blocks(len(sequence.tokens), 1) - num_blocks(sequence))
+        return claimed
+
+    def _preempt(self, sequence: Sequence, *, is_turn_over: bool = False) -> None:
+        """Stop a sequence; it runs again later, from what the cache still holds of it then.
+
+        When its turn is over it goes behind all that wait now.
+        """
+        self._stop_running(sequence)
+        sequence.num_computed = sequence.num_launched = 0
+        sequence.queued_s = self._clock()
+        if is_turn_over:
+            sequence.rank = self.next_rank(sequence.request, sequence.queued_s)
+        self.waiting.add(sequence)
+        self.totals.num_preemptions += 1
+
+    def _stop_running(self, sequence: Sequence, *, keep_content: bool = True) -> None:
+        del self.running[bisect_left(self.running, sequence.rank, key=_rank)]
+        sequence.is_running = False
+        sequence.account.num_running -= 1
+        if sequence.adapter is not None and self._adapters is not None:
+            self._adapters.leave(sequence.adapter)
+        # A step in flight may still read and write these blocks. The next step may have them all the same: the device
+        # runs steps in order, and what the one in flight writes is in blocks that have no keys yet.
+        self.pool.give_back(sequence.table.pop_all(), keep_content=keep_content)

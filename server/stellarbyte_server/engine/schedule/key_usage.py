@@ -1,0 +1,190 @@
+"""What each API key has used lately and uses now, for the limits that come with its requests. No sockets, no clock.
+
+The engine is the one place that hears of the requests of all HTTP processes. A request is checked when it comes; what
+has been admitted runs to its end, as fast as the key's tokens per minute allow (see `Account.bucket`). What is refused
+after it was queued, before any of it ran, does not count.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stellarbyte_server.engine.state.account import Account, TokenBucket
+from stellarbyte_server.protocol.messages import KeyLimits
+from stellarbyte_server.protocol.request import RATE_LIMITED, GenerationRequest, RequestRejected
+
+WINDOW_S = 60
+_SOON_S = 1  # when to try again where nobody knows
+
+
+class SlidingSum:
+    """A sum over the last WINDOW_S seconds, or up to one second more: amounts are kept by whole seconds."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._seconds: deque[list[int]] = deque()  # [second, amount], oldest first
+
+    def add(self, amount: int, now_s: float) -> None:
+        self.forget_old(now_s)
+        if not self._seconds or self._seconds[-1][0] != int(now_s):
+            self._seconds.append([int(now_s), 0])
+        self._seconds[-1][1] += amount
+        self.total += amount
+
+    def take_back(self, amount: int, added_s: float) -> None:
+        """Undo `add`, if what was added then still counts."""
+        for entry in self._seconds:
+            if entry[0] == int(added_s):
+                entry[1] -= amount
+                self.total -= amount
+
+    def forget_old(self, now_s: float) -> None:
+        while self._seconds and self._seconds[0][0] + 1 + WINDOW_S <= now_s:
+            self.total -= self._seconds.popleft()[1]
+
+    def seconds_until(self, most: int, now_s: float) -> int:
+        """Whole seconds, at least 1, after which the sum is at most `most` if nothing is added."""
+        total = self.total
+        for second, amount in self._seconds:
+            total -= amount
+            if total <= most:
+                return max(1, math.ceil(second + 1 + WINDOW_S - now_s))
+        return WINDOW_S + 1
+
+
+@dataclass(slots=True)
+class _Group:
+    """Requests that were queued together and count as one."""
+
+    num_open: int  # that have not ended
+    counted_s: float
+    num_requests: int  # that were counted for it, as the tokens: 1, or 0 if it continues another group
+    num_tokens: int
+    has_begun: bool = False
+    was_refused: bool = False
+
+
+@dataclass
+class _Use:
+    account: Account
+    requests: SlidingSum = field(default_factory=SlidingSum)
+    groups: dict[str, _Group] = field(default_factory=dict)  # by the id of their first request
+
+
+class KeyUsage:
+    """Times are seconds of one monotonic clock."""
+
+    def __init__(self) -> None:
+        self._uses: dict[str, _Use] = {}  # by the key's name
+        self._running: dict[str, tuple[_Use, str]] = {}  # request id → its key's use, its group
+
+    def account(self, limits: KeyLimits) -> Account:
+        """The key's account, filled at the rate that the key has now."""
+        return self._use(limits).account
+
+    def _use(self, limits: KeyLimits) -> _Use:
+        use = self._uses.get(limits.key_name)
+        if use is None:
+            use = self._uses[limits.key_name] = _Use(account=Account(limits.key_name))
+        account, rate = use.account, limits.tokens_per_minute
+        if rate != (None if account.bucket is None else account.bucket.tokens_per_minute):
+            account.bucket = None if rate is None else TokenBucket(rate)
+        return use
+
+    def check(
+        self, limits: KeyLimits, requests: Sequence[GenerationRequest], now_s: float, num_later_tokens: int = 0
+    ) -> None:
+        """RequestRejected, with the time to wait, unless the limits leave room for a group of requests.
+
+        `num_later_tokens` are of prompts that will follow as part of the same group.
+        """
+        use = self._use(limits)
+        most = limits.concurrent_streams
+        if most is not None and len(use.groups) >= most:
+            raise _refusal(limits, f"{most} requests at once", _SOON_S)
+        _check_requests(limits, use, now_s)
+        bucket = use.account.bucket
+        if bucket is not None:
+            wanted, most = _prompt_tokens(requests) + num_later_tokens, bucket.tokens_per_minute
+            if wanted > most:
+                raise RequestRejected(
+                    f"The prompt's {wanted} tokens are more than the key {limits.key_name!r} may use in a minute"
+                    f" ({most}).",
+                    RATE_LIMITED,
+                    retry_after_s=WINDOW_S,
+                )
+            if (wait_s := bucket.seconds_until(max(1, wanted), now_s)) > 0:
+                raise _refusal(limits, f"{most} tokens per minute", math.ceil(wait_s))
+
+    def add(
+        self,
+        limits: KeyLimits,
+        requests: Sequence[GenerationRequest],
+        now_s: float,
+        num_later_tokens: int = 0,
+        continues: bool = False,
+    ) -> None:
+        """Count requests that were queued: a group, or with `continues` more of one whose prompts were all counted."""
+        use = self._use(limits)
+        num_requests = 0 if continues else 1
+        num_tokens = 0 if continues else _prompt_tokens(requests) + num_later_tokens
+        use.requests.add(num_requests, now_s)
+        if use.account.bucket is not None:
+            use.account.bucket.take(num_tokens, now_s)
+        group = requests[0].request_id
+        use.groups[group] = _Group(len(requests), now_s, num_requests, num_tokens)
+        for request in requests:
+            self._running[request.request_id] = (use, group)
+
+    def charge(self, limits: KeyLimits, now_s: float) -> None:
+        """Count a request that is not queued; RequestRejected, and nothing is counted, when there is no room for it."""
+        use = self._use(limits)
+        _check_requests(limits, use, now_s)
+        use.requests.add(1, now_s)
+
+    def begin(self, request_id: str) -> None:
+        """A request began to run; unknown ids belong to keys without limits, as below."""
+        if (running := self._running.get(request_id)) is not None:
+            running[0].groups[running[1]].has_begun = True
+
+    def refuse(self, request_id: str) -> None:
+        """A queued request will not run, which `end` will be told next."""
+        if (running := self._running.get(request_id)) is not None:
+            running[0].groups[running[1]].was_refused = True
+
+    def note_tokens(self, request_id: str, num_tokens: int, now_s: float) -> None:
+        """Count tokens of an answer; unknown ids belong to requests without a key."""
+        if (running := self._running.get(request_id)) is not None and (bucket := running[0].account.bucket) is not None:
+            bucket.take(num_tokens, now_s)
+
+    def end(self, request_id: str) -> None:
+        """A request is over, in whatever way; unknown ids belong to requests without a key."""
+        if (running := self._running.pop(request_id, None)) is not None:
+            use, first_id = running
+            group = use.groups[first_id]
+            group.num_open -= 1
+            if not group.num_open:
+                del use.groups[first_id]
+                if group.was_refused and not group.has_begun:
+                    use.requests.take_back(group.num_requests, group.counted_s)
+                    if use.account.bucket is not None:
+                        use.account.bucket.give_back(group.num_tokens)
+
+
+def _check_requests(limits: KeyLimits, use: _Use, now_s: float) -> None:
+    """RequestRejected unless there is room for one more in this minute."""
+    use.requests.forget_old(now_s)
+    most = limits.requests_per_minute
+    if most is not None and use.requests.total >= most:
+        raise _refusal(limits, f"{most} requests per minute", use.requests.seconds_until(most - 1, now_s))
+
+
+def _prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
+    """Of several answers to one prompt, once."""
+    return sum(len(request.prompt_token_ids) for request in requests if request.sampling.choice == 0)
+
+
+def _refusal(limits: KeyLimits, limit: str, retry_after_s: int) -> RequestRejected:
+    message = f"The key {limits.key_name!r} is at its limit of {limit}; try again in {retry_after_s} s."
+    return RequestRejected(message, RATE_LIMITED, retry_after_s=retry_after_s)

@@ -1,0 +1,319 @@
+"""Decides what every step computes. Plain Python over counts of tokens and blocks.
+
+There is no prefill or decode phase: a sequence has tokens and a count of computed ones, and a step gives it a part of
+the token budget, sequences that only need their newest token first. A token is sampled when a sequence's last token
+is computed. Of the budget for prompts half goes by importance and half to the shortest; where several accounts have
+work, each has its part (see `shares`).
+
+Steps may be scheduled ahead: `schedule` goes by what steps were given (`num_launched`) and by tokens whose values are
+not known yet (`num_tokens`), so one step may be in flight: it is recorded (`apply`) before the next `schedule`.
+
+A step of a sequence that decodes touches a few fields of that sequence; blocks are looked at only when one is needed
+or has been filled.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from stellarbyte_server.engine.schedule.admission import AdapterGate, Admission
+from stellarbyte_server.engine.schedule.filling import Filling, rows_of_parts
+from stellarbyte_server.engine.schedule.limits import SchedulerLimits
+from stellarbyte_server.engine.schedule.shares import Demand, Part, divide, settle, spend
+from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from stellarbyte_server.engine.state.block_pool import BlockPool, BlockTable, CacheLayout
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, RequestRejected
+
+SHARED_FOR_S = 1.0  # since the last step of several keys: they are probably reading what they got
+FREE_CREDIT = 2  # tokens of credit that an account gets for each step that it had nothing for
+
+
+class Scheduler:
+    """The most important of an account first (see `waiting.rank`), accounts in equal shares (see `shares`, `places`).
+
+    The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence: then one always runs on.
+    """
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        layout: CacheLayout,
+        pool: BlockPool,
+        *,
+        prefix_caching: bool = True,
+        adapters: AdapterGate | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.layout = layout
+        self.pool = pool
+        self._admission = Admission(
+            limits.max_num_seqs,
+            limits.queue_timeout_s,
+            layout,
+            pool,
+            prefix_caching=prefix_caching,
+            adapters=adapters,
+            clock=clock,
+        )
+        self.waiting = self._admission.waiting
+        self.running = self._admission.running  # most important first
+        self.totals = self._admission.totals
+        self.num_blocked = 0  # those that the last `schedule` could do nothing for: adapters and limits of their keys
+        self._clock = clock
+        self._displaced: list[Sequence] = []
+        self._everybody = Account()  # requests without a key
+        self._num_reserved = 0  # places in the queue of requests that are not ready to be added
+        self._turn = 0  # counts steps
+        self._shared_until_s = 0.0  # another key will probably be back until then
+
+    @property
+    def admitted(self) -> list[Sequence]:
+        """Those that the last `schedule` let run for the first time."""
+        return self._admission.admitted
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running or self._displaced)
+
+    def reserve(self, account: Account | None = None) -> None:
+        """Keep a place in the queue for a request that will be added, or given up, later.
+
+        Raises:
+            RequestRejected: the queue is full.
+        """
+        account = account or self._everybody
+        self._require_place(account)
+        self._num_reserved += 1
+        account.num_reserved += 1
+
+    def give_up_place(self, account: Account | None = None) -> None:
+        self._num_reserved -= 1
+        (account or self._everybody).num_reserved -= 1
+
+    def _require_place(self, account: Account) -> None:
+        """RequestRejected when the queue is full and no account has so many more places in it that it loses one."""
+        num_waiting = len(self.waiting) + self._num_reserved
+        if num_waiting + len(self.running) < self.limits.max_num_seqs + self.limits.max_queued_requests:
+            return
+        queued = {each: len(self.waiting.of(each)) + each.num_reserved for each in self.waiting.accounts()}
+        richest = max(queued, key=queued.__getitem__, default=account)
+        own = len(self.waiting.of(account)) + account.num_reserved
+        if queued.get(richest, 0) > own + 1 and (newest := self.waiting.pop_newest(richest)) is not None:
+            self._end(newest)
+            self._displaced.append(newest)
+            return
+        busy = f"{len(self.running)} requests are running and {num_waiting} are waiting"
+        raise RequestRejected(f"{busy} already; try again later.", code=QUEUE_FULL)
+
+    def add(
+        self,
+        request: GenerationRequest,
+        adapter: AdapterVersion | None = None,
+        leader: Sequence | None = None,
+        account: Account | None = None,
+    ) -> Sequence:
+        """Queue a request of an account, to run with `adapter`, not before `leader` has computed the prompt they share.
+
+        Raises:
+            RequestRejected: it could never run to its end, or the queue is full.
+        """
+        prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
+        limit = self.limits.max_model_len if request.context_overflow == "error" else MAX_SLIDING_TOKENS
+        if prompt + answer > limit:
+            raise RequestRejected(
+                f"The prompt has {prompt} tokens and max_tokens is {answer}; together they exceed the context of "
+                f"{limit} tokens.",
+                code="context_length_exceeded",
+                param="max_tokens",
+            )
+        account = account or self._everybody
+        self._require_place(account)
+        arrived_s = self._clock()
+        sequence = Sequence(
+            request=request,
+            table=BlockTable(self.layout),
+            rank=self._admission.next_rank(request, arrived_s),
+            arrived_s=arrived_s,
+            account=account,
+            adapter=adapter,
+            leader=leader,
+        )
+        if not self._admission.live[account]:
+            account.credit += FREE_CREDIT * (self._turn - account.left_at)
+        self._admission.live[account] += 1
+        self.waiting.add(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence, *, keep_content: bool = True) -> None:
+        """Forget a sequence, finished or aborted, and free its blocks, which the cache finds again if it may
+        `keep_content`; what a step in flight says of it is dropped."""
+        self._admission.remove(sequence, keep_content=keep_content)
+        self._end(sequence)
+        self._admission.kept.count_evicted(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.is_over = True
+        account = sequence.account
+        self._admission.live[account] -= 1
+        if not self._admission.live[account]:
+            del self._admission.live[account]
+            account.left_at = self._turn
+
+    def expire(self) -> list[Sequence]:
+        """Remove and return the sequences that have waited for their first step for too long."""
+        expired = self.waiting.pop_expired(self._clock())
+        for sequence in expired:
+            self._end(sequence)
+        return expired
+
+    def take_displaced(self) -> list[Sequence]:
+        """The sequences that have lost their places in the queue since the last call."""
+        displaced, self._displaced = self._displaced, []
+        return displaced
+
+    @property
+    def num_evicted(self) -> int:
+        """Computed tokens that have gone out of sight, of running requests as far as blocks are full."""
+        return self._admission.kept.num_evicted
+
+    def evicted_tokens(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence have gone out of sight; 0 if it never ran."""
+        return self.layout.evicted_tokens(len(sequence.tokens)) if sequence.was_admitted else 0
+
+    def seconds_until_allowed(self) -> float | None:
+        """After which time an account at the limit of its key may go on; None when there is none."""
+        now_s = self._clock()
+        waits = [
+            account.bucket.seconds_until(1, now_s) for account in self._admission.live if account.bucket is not None
+        ]
+        return min((wait for wait in waits if wait > 0), default=None)
+
+    def schedule(self) -> list[Chunk]:
+        """Choose the next step's chunks and reserve their blocks; [] when there is nothing to do."""
+        self._turn += 1
+        self._admission.begin_step()
+        decodes, prefills = self._runnable()
+        if not (prefills or self.waiting) and not self._has_parts():  # the usual step, of streams alone
+            filling = Filling(self._admission, self.limits, self._turn)
+            filling.add_rows(decodes, self.limits.max_num_batched_tokens)
+            self.num_blocked = 0
+            return filling.result()
+        budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
+        others_are_near = self._clock() < self._shared_until_s
+        prompt_budget = min(budget, most) if (decodes or others_are_near) and most is not None else budget
+        if self._has_parts():
+            chunks = self._fill_parts(decodes, prefills, budget, prompt_budget)
+        else:
+            filling = Filling(self._admission, self.limits, self._turn, is_shared=others_are_near)
+            budget -= filling.add_rows(decodes, budget)
+            filling.add_prompts(prefills, self.waiting.accounts(), min(budget, prompt_budget))
+            chunks = filling.result()
+            for chunk in chunks:
+                spend(chunk.sequence.account, chunk.length, self.limits.shares)
+        self.num_blocked = self._admission.num_blocked()
+        if not chunks and self.seconds_until_allowed() is not None:
+            self.num_blocked = len(self.running) + len(self.waiting)
+        return chunks
+
+    def _runnable(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that only need their newest token, and those that need more."""
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.num_tokens - sequence.num_launched > 1:
+                prefills.append(sequence)
+            elif sequence.num_launched == sequence.max_launched:
+                pass  # it ends when its last step is read
+            elif sequence.grammar is None or not sequence.waits_for_mask:  # else it holds up nobody
+                decodes.append(sequence)
+        return decodes, prefills
+
+    def _has_parts(self) -> bool:
+        """Whether a step is divided: several accounts have requests, or one that has them is limited."""
+        live = self._admission.live
+        return len(live) > 1 or any([account.bucket is not None for account in live])
+
+    def _fill_parts(
+        self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int
+    ) -> list[Chunk]:
+        """A step in which each account has a part."""
+        parts = self._parts(decodes, prefills, budget, prompt_budget)
+        filling = Filling(self._admission, self.limits, self._turn, is_shared=len(parts) > 1)
+        filling.add_rows(rows_of_parts(decodes, parts), budget)
+        for part in parts:
+            of_account = [sequence for sequence in prefills if sequence.account is part.account]
+            filling.add_prompts(of_account, [part.account], part.num_prompt_tokens)
+        chunks = filling.result()
+        self._settle(parts, chunks)
+        return chunks
+
+    @contextlib.contextmanager
+    def outsider(self, request: GenerationRequest) -> Iterator[Chunk]:
+        """The prompt of a request that is in nobody's way, for as long as it is computed. There must be free blocks."""
+        sequence = Sequence(request=request, table=BlockTable(self.layout), rank=(0.0, 0), arrived_s=self._clock())
+        blocks = self.pool.take(sequence.table.missing(sequence.num_prompt))
+        assert blocks is not None
+        sequence.table.add(blocks)
+        try:
+            yield Chunk(sequence, 0, sequence.num_prompt, sequence.samples)
+        finally:
+            sequence.is_over = True
+            self.pool.give_back(sequence.table.pop_all())
+
+    def _parts(self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int) -> list[Part]:
+        """What each account gets of this step."""
+        demands = {account: Demand(account=account) for account in self.waiting.accounts()}
+        for sequence in decodes:
+            demands.setdefault(sequence.account, Demand(account=sequence.account)).num_rows += 1
+        for sequence in prefills:
+            demand = demands.setdefault(sequence.account, Demand(account=sequence.account))
+            demand.num_prompt_tokens += sequence.num_pending
+        for sequence in self._admission.newcomers(prompt_budget):
+            demands[sequence.account].num_prompt_tokens += sequence.num_pending
+        now_s = self._clock()
+        for account, demand in demands.items():
+            if account.bucket is not None:
+                demand.num_rows = min(demand.num_rows, max(0, int(account.bucket.available(now_s))))
+        return divide(list(demands.values()), self.limits.shares, budget, prompt_budget, self._turn)
+
+    def _settle(self, parts: list[Part], chunks: list[Chunk]) -> None:
+        """Note who used how much of a step that was divided."""
+        used = {part.account: 0 for part in parts if part.num_rows or part.num_prompt_tokens}
+        for chunk in chunks:
+            used[chunk.sequence.account] += chunk.length
+        if len(used) > 1:
+            settle(used, self.limits.shares)
+            self._shared_until_s = self._clock() + SHARED_FOR_S
+
+    def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int | None]]:
+        """Record a finished step; `sampled` has one token for each chunk that samples, in order.
+
+        Steps are recorded in the order in which they were scheduled. Blocks are named and freed here and not before,
+        since only now their tokens are known; what was sampled for a sequence that is over is dropped.
+
+        Returns the sequences that got a token, with the token, and with None those that are only a prompt when it has
+        been computed. Ending them is the caller's decision (`remove`).
+        """
+        tokens = iter(sampled)
+        grown: list[tuple[Sequence, int | None]] = []
+        for sequence, start, length, samples in chunks:
+            computed = start + length
+            if sequence.is_running:
+                sequence.num_computed = computed
+                if computed >= sequence.next_full_at:
+                    self._admission.kept.settle(sequence)
+            elif sequence.is_over:
+                if samples:
+                    next(tokens)
+                continue
+            # One that was preempted while the step ran has lost its blocks, but gets the step's token.
+            if samples:
+                token = next(tokens)
+                sequence.tokens.append(token)
+                grown.append((sequence, token))
+            elif computed == len(sequence.tokens):
+                grown.append((sequence, None))
+        return grown

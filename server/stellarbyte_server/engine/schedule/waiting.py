@@ -1,0 +1,91 @@
+"""The requests that do not run: in which order they will, and which have waited too long. Knows no blocks."""
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from itertools import zip_longest
+from operator import attrgetter
+
+from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.engine.state.sequence import Sequence
+
+AGEING_S = 10.0
+_rank = attrgetter("rank")
+
+
+def rank(priority: int, arrived_s: float, number: int) -> tuple[float, int]:
+    """Where a request stands among all others, least first; `number` counts requests.
+
+    A level of priority is worth AGEING_S seconds of waiting: a request goes before those of the next lower level that
+    came up to AGEING_S earlier, and never before older ones. So within a priority the first to come is the first
+    served, and while priorities are bounded none of an account's requests waits for its newcomers longer than AGEING_S
+    times the difference in priority.
+    """
+    return arrived_s + AGEING_S * priority, number
+
+
+class WaitingQueue:
+    """Sequences by account and rank. Those that never ran are dropped after `timeout_s` (None: never)."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._of_account: dict[Account, list[Sequence]] = {}
+        self._never_ran: OrderedDict[Sequence, None] = OrderedDict()  # in order of arrival
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All, the first of each account before the second of any."""
+        queues = [list(self._of_account[account]) for account in self.accounts()]
+        if len(queues) == 1:
+            return iter(queues[0])
+        return (sequence for row in zip_longest(*queues) for sequence in row if sequence is not None)
+
+    def accounts(self) -> list[Account]:
+        """Those with waiting sequences: who has the fewest running first, then whose first is the most important."""
+        if len(self._of_account) < 2:
+            return list(self._of_account)
+        return sorted(self._of_account, key=lambda account: (account.num_running, self._of_account[account][0].rank))
+
+    def of(self, account: Account) -> SequenceOf[Sequence]:
+        """An account's, the most important first."""
+        return self._of_account.get(account, ())
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence, or one that was stopped."""
+        insort(self._of_account.setdefault(sequence.account, []), sequence, key=_rank)
+        self._size += 1
+        if not sequence.was_admitted:
+            self._never_ran[sequence] = None
+
+    def remove(self, sequence: Sequence) -> None:
+        queue = self._of_account[sequence.account]
+        del queue[bisect_left(queue, sequence.rank, key=_rank)]
+        if not queue:
+            del self._of_account[sequence.account]
+        self._size -= 1
+        self._never_ran.pop(sequence, None)
+
+    def pop_newest(self, account: Account) -> Sequence | None:
+        """Remove and return the least important one of an account that never ran; None when there is none."""
+        for sequence in reversed(self.of(account)):
+            if not sequence.was_admitted:
+                self.remove(sequence)
+                return sequence
+        return None
+
+    def pop_expired(self, now_s: float) -> list[Sequence]:
+        """Remove and return those that have waited for their first step for longer than the time-out."""
+        expired: list[Sequence] = []
+        if self._timeout_s is None:
+            return expired
+        while self._never_ran:
+            oldest = next(iter(self._never_ran))
+            if now_s - oldest.arrived_s <= self._timeout_s:
+                break
+            self.remove(oldest)
+            expired.append(oldest)
+        return expired

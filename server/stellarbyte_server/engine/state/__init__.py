@@ -1,0 +1,1 @@
+"""What the engine keeps of requests, keys and cache blocks."""

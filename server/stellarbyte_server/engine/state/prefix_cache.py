@@ -1,0 +1,81 @@
+"""Finds the part of a sequence that is in the cache already. Plain Python over keys and block ids.
+
+A full block's key is a hash of its parent's key and its own tokens, so it names every token from the start of the
+sequence. That is why blocks out of sight need not exist: a query sees the sinks and the window, and if those blocks
+are there under their keys, everything before them was the same.
+"""
+
+import hashlib
+from array import array
+from dataclasses import dataclass
+
+from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+
+
+class BlockKeys:
+    """The keys of one sequence's full blocks, made as its blocks fill: one hash a block, nothing for other tokens.
+
+    `salt` is what else must be equal before content is shared; it stands where the first block's parent would be.
+    """
+
+    def __init__(self, layout: CacheLayout, salt: bytes) -> None:
+        self._layout = layout
+        self._parent = hashlib.sha256(salt).digest()
+        self._start = 0  # of the first block without a key
+        self.next_end = layout.block_end(0)
+        self.keys: list[bytes] = []
+
+    def extend(self, tokens: "array[int]", num_tokens: int) -> None:
+        """Add the keys of blocks that are full with the first `num_tokens` of `tokens` (32-bit unsigned)."""
+        while self.next_end <= num_tokens:
+            content = tokens[self._start : self.next_end].tobytes()
+            self._parent = hashlib.sha256(self._parent + content).digest()
+            self.keys.append(self._parent)
+            self._start, self.next_end = self.next_end, self._layout.block_end(len(self.keys))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedPrefix:
+    """The first `num_tokens` of a sequence need not be computed: these blocks are all that later queries see of them.
+
+    `num_unseen` blocks lie between the sinks and `blocks`. The blocks are not held yet.
+    """
+
+    num_tokens: int
+    sink_blocks: tuple[int, ...]
+    num_unseen: int
+    blocks: tuple[int, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the sequence up to `num_tokens`, unseen ones included."""
+        return len(self.sink_blocks) + self.num_unseen + len(self.blocks)
+
+
+NOTHING_CACHED = CachedPrefix(num_tokens=0, sink_blocks=(), num_unseen=0, blocks=())
+
+
+def find_prefix(keys: list[bytes], layout: CacheLayout, pool: BlockPool) -> CachedPrefix:
+    """The longest prefix, in whole blocks, whose visible blocks are all in the pool. Looks no key up twice."""
+    sinks: list[int] = []
+    for key in keys[: layout.num_sink_blocks]:
+        block = pool.find(key)
+        if block is None:
+            break
+        sinks.append(block)
+    last = len(keys) - 1 if len(sinks) == layout.num_sink_blocks else -1
+    while last >= len(sinks):
+        end = layout.block_end(last)
+        num_unseen = layout.num_unseen_blocks(end)
+        blocks: list[int] = []
+        for number in range(last, len(sinks) + num_unseen - 1, -1):
+            block = pool.find(keys[number])
+            if block is None:
+                last = number - 1  # every prefix that ends later would need this block
+                break
+            blocks.append(block)
+        else:
+            return CachedPrefix(
+                num_tokens=end, sink_blocks=tuple(sinks), num_unseen=num_unseen, blocks=tuple(blocks[::-1])
+            )
+    return CachedPrefix(num_tokens=layout.capacity(len(sinks)), sink_blocks=tuple(sinks), num_unseen=0, blocks=())

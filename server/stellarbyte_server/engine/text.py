@@ -1,0 +1,84 @@
+"""From tokens to text that can be sent: whole characters only, stop strings found and cut. Knows no model."""
+
+from tokenizers import Tokenizer
+
+from stellarbyte_server.tokens.detokenizer import make_detokenizer
+
+
+class _StopString:
+    """Finds one string in a text that arrives in pieces (Knuth, Morris, Pratt): O(1) amortised per character."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0  # how much of `text` the end of what was read may be the start of
+        self._fallback = [0] * len(text)
+        length = 0
+        for i in range(1, len(text)):
+            while length and text[i] != text[length]:
+                length = self._fallback[length - 1]
+            length += text[i] == text[length]
+            self._fallback[i] = length
+
+    def read(self, character: str) -> bool:
+        """Whether the string ends with this character."""
+        while self.matched and self.text[self.matched] != character:
+            self.matched = self._fallback[self.matched - 1]
+        self.matched += self.text[self.matched] == character
+        return self.matched == len(self.text)
+
+
+class TextStream:
+    """The text of one request, token by token. Engine process only; one instance per request.
+
+    The joined result does not depend on how tokens come in: it is the decoded text up to the stop string that is
+    completed first (of several completed by one character, the longest).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        *,
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
+        self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens)
+        self._stops = [_StopString(text) for text in stop]
+        self._include_stop = include_stop
+        self._held = ""  # may still become a stop string
+        self.num_decoded = 0  # characters of all tokens so far, held back or not
+
+    def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
+        """Take the next token; return text that is ready to send, and whether a stop string was met.
+
+        Text before the stop string, or up to its end if it is to be included, is in what was returned; nothing may be
+        pushed after it. No stop string is looked for in the text of a token that may not stop.
+        """
+        text = self._detokenizer.push(token_id)
+        self.num_decoded += len(text)
+        if may_stop:
+            return self._cut(text)
+        held, self._held = self._held, ""
+        return held + text, False
+
+    def flush(self) -> str:
+        """Everything held back, at the end by length or end-of-sequence token. An unfinished character is U+FFFD."""
+        ready, stopped = self._cut(self._detokenizer.flush())
+        if not stopped:
+            ready += self._held
+            self._held = ""
+        return ready
+
+    def _cut(self, text: str) -> tuple[str, bool]:
+        """Text that no stop string can claim any more, and whether one was completed."""
+        if not self._stops:
+            return text, False
+        text, start = self._held + text, len(self._held)
+        for position in range(start, len(text)):
+            met = [stop.text for stop in self._stops if stop.read(text[position])]
+            if met:
+                self._held = ""
+                return text[: position + 1 - (0 if self._include_stop else max(map(len, met)))], True
+        keep = max(stop.matched for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False

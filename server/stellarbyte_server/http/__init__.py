@@ -1,0 +1,1 @@
+"""Sockets, connections, processes and the application on them."""

@@ -1,0 +1,66 @@
+"""The HTTP application: routes, errors and middleware around one engine client. Never imports torch."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.access.rules import check_routes
+from stellarbyte_server.api.contract.errors import (
+    ApiError,
+    answer_api_error,
+    answer_http_exception,
+    answer_no_tokenizer,
+)
+from stellarbyte_server.api.contract.openapi import describe
+from stellarbyte_server.api.disconnect import ClientLeft, answer_client_left
+from stellarbyte_server.api.key_rate import RefusalRate
+from stellarbyte_server.api.middleware import BodyBounds, Cors, RequestLog, Unexpected
+from stellarbyte_server.api.routes import adapters, chat, completions, embeddings, health, models, responses, tokenize
+from stellarbyte_server.api.routes.docs import add_docs
+from stellarbyte_server.api.routes.pages import add_pages
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.http.gate import Gate
+from stellarbyte_server.observe.tracing import Tracing
+from stellarbyte_server.tokens.tokenizer import NoTokenizerError
+
+# What pages of other origins may read of an answer beside its body.
+_EXPOSED = ("X-Request-Id", "X-Ignored-Fields", "Retry-After", "WWW-Authenticate")
+
+# FastAPI's own spans and logs, which it has in newer versions, would show what users sent; ours are in tracing.py.
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+
+
+def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = None) -> FastAPI:
+    """An application for a service whose engine is ready; AssertionError when a route is in no row of access.py."""
+    settings = service.settings
+    app = FastAPI(title="StellarByte", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
+    app.state.service = service
+    for module in (completions, chat, responses, embeddings, tokenize, models, adapters, health):
+        app.include_router(module.router)
+    describe(app, settings.model_name, allows_unknown_fields=settings.unknown_fields == "warn")
+    add_docs(app)
+    add_pages(app)
+    check_routes(app)
+    app.add_exception_handler(ApiError, answer_api_error)
+    app.add_exception_handler(NoTokenizerError, answer_no_tokenizer)
+    app.add_exception_handler(HTTPException, answer_http_exception)
+    app.add_exception_handler(ClientLeft, answer_client_left)
+    app.add_exception_handler(ClientDisconnect, answer_client_left)
+    # Each is around those before it.
+    app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
+    app.add_middleware(RefusalRate, service=service)
+    app.add_middleware(Gate, keyring=keyring, settings=settings)
+    app.add_middleware(Unexpected)
+    if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors
+        app.add_middleware(
+            Cors,
+            allow_origins=settings.cors_origin,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(RequestLog, service=service, tracing=tracing)
+    return app

@@ -1,0 +1,148 @@
+"""The gate that every request passes first: is its host ours, its route known, its key good for it? Plain ASGI."""
+
+import re
+from http import HTTPStatus
+
+from starlette._utils import get_route_path
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from stellarbyte_server.access.keys import Key, Keyring
+from stellarbyte_server.access.rules import Access, methods_of
+from stellarbyte_server.api.contract.errors import ApiError, bad_request, method_not_allowed, no_route
+from stellarbyte_server.config.setting_values import is_address, is_loopback
+from stellarbyte_server.config.settings import ServerSettings
+
+_PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
+_ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
+
+
+class Gate:
+    """Lets through what the table of routes (access.py) and the keys allow; `state.key` is then the request's `Key`."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, settings: ServerSettings) -> None:
+        self._app = app
+        self._cors_origins = settings.cors_origin
+        self._keyring = keyring
+        self._is_local = is_loopback(settings.host)
+        self._names = {"localhost", settings.host.lower(), *settings.allowed_host}
+        self._allows_local_admin = settings.allow_local_admin and self._is_local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["type"] != "lifespan":  # it is no client's
+                self._check(scope)
+        except ApiError as error:
+            await error.answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        """ApiError unless the request may be made. What needs a key says so first, whether it exists or not."""
+        headers = Headers(scope=scope)
+        keyring = self._keyring
+        if not keyring.has_user_keys and self._key(headers) is None and not self._is_own_name(headers):
+            addresses = "addresses 127.… and [::1]" if self._is_local else "IP addresses"
+            raise ApiError(
+                403,
+                f"Without --api-key this server answers only under the host name localhost, {addresses}, and names"
+                " that --allowed-host gives.",
+            )
+        path, method = get_route_path(scope), scope["method"]
+        methods = methods_of(path)
+        access = methods.get(method, Access.USER)
+        if access is not Access.OPEN:
+            key = self._key(headers)
+            if key is not None:
+                scope["state"]["key"] = key
+            if access is Access.ADMIN:
+                self._require_admin(key, headers)
+            elif key is None and keyring.has_user_keys:
+                raise _no_key("This needs one of the server's API keys")
+            elif key is None and method == "POST" and not self._may_come_from(headers):
+                raise ApiError(403, "Without keys web pages of other origins need --cors-origin.")
+        if not methods:
+            raise no_route(path)
+        if method not in methods:
+            raise method_not_allowed(method, path, methods)
+
+    def _is_own_name(self, headers: Headers) -> bool:
+        """Whether a request names the server by an address or a name that nobody else can make point here.
+
+        Any other name may be that of a web page which was made to point to this server after the page was loaded (DNS
+        rebinding): for the browser the page then has this server's origin. An address cannot be changed so; but of
+        those that are not loopback a server on loopback hears only through a proxy.
+        """
+        hosts = headers.getlist("host")
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            return False
+        name = match["name"].strip("[]").lower()
+        return name in self._names or (is_loopback(name) if self._is_local else is_address(name))
+
+    def _may_come_from(self, headers: Headers) -> bool:
+        """Whether a request is no web page's, or that of a page which may make it.
+
+        Browsers send simple requests for any page without asking first, and only keep the answer from it.
+        """
+        origin = headers.get("origin")
+        if origin is None or "*" in self._cors_origins or origin in self._cors_origins or _is_own_page(origin):
+            return True
+        match = _ORIGIN.fullmatch(origin)
+        return match is not None and match["host"].lower() == headers.get("host", "").lower()
+
+    def _key(self, headers: Headers) -> Key | None:
+        given = headers.getlist("authorization")
+        scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+        return self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+
+    def _require_admin(self, key: Key | None, headers: Headers) -> None:
+        """ApiError unless the key is the operator's, or --allow-local-admin makes programs of this machine operators.
+
+        Nothing in a request tells a program of this machine from a proxy or tunnel here that passes on others': nginx
+        by default connects from loopback, names the loopback in Host, and adds no header. So the operator has to say
+        that there is none; that the headers of proxies and pages are looked at as well is a second line.
+
+        A web page that a user of this machine looks at can send requests here, too. It cannot send JSON without asking
+        first, which only --cors-origin grants; its Origin header gives it away, and where its name was made to point
+        here, the Host header.
+        """
+        if self._keyring.has_admin_key:
+            if key is None:
+                raise _no_key("This needs the server's --admin-api-key")
+            if not key.is_admin:
+                raise ApiError(403, f"The key {key.name!r} may not do this; it needs the server's --admin-api-key.")
+        elif self._keyring.has_user_keys:
+            raise ApiError(403, "This is off because the server was started with keys, but without --admin-api-key.")
+        elif not self._is_local:
+            raise ApiError(403, "This is off because the server was started without --admin-api-key.")
+        elif not self._allows_local_admin:
+            raise ApiError(
+                403,
+                "This is off because the server was started without --admin-api-key; where no proxy or tunnel leads to"
+                " it, --allow-local-admin lets this machine's programs do it without a key.",
+            )
+        elif any(name in headers for name in _PROXY_HEADERS) or not _is_loopback_host(headers["host"]):
+            raise ApiError(403, "Without --admin-api-key this does not work through a proxy.")
+        elif "origin" in headers and not _is_own_page(headers["origin"]):
+            raise ApiError(403, "Without --admin-api-key this does not work from web pages of other hosts.")
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise bad_request("The header 'Content-Type' must be application/json.")
+
+
+def _is_loopback_host(host: str) -> bool:
+    """Of a host as the headers Host and Origin have it: with a port, IPv6 in brackets."""
+    match = _HOST.fullmatch(host)
+    return match is not None and is_loopback(match["name"].strip("[]"))
+
+
+def _is_own_page(origin: str) -> bool:
+    match = _ORIGIN.fullmatch(origin)
+    return match is not None and _is_loopback_host(match["host"])
+
+
+def _no_key(need: str) -> ApiError:
+    message = f"{need} in the header 'Authorization: Bearer KEY'."
+    headers = {"WWW-Authenticate": "Bearer"}
+    return ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key", headers=headers)

@@ -1,0 +1,139 @@
+"""One HTTP process from a ready engine to its end: the application on a socket, and how it stops.
+
+Told to stop, it first drains: it goes on accepting connections, so that probes and clients hear 503 and not nothing,
+but no new request is let in. When the running ones have ended, or at the time-out, or at the second signal, it ends.
+"""
+
+import asyncio
+import contextlib
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+
+from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.service import load_service
+from stellarbyte_server.client.engine_client import EngineClient
+from stellarbyte_server.client.launch import Engine
+from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.garbage import keep_for_good
+from stellarbyte_server.http.app import create_app
+from stellarbyte_server.http.connection_limit import ACCEPTED_AT_ONCE, connections_allowed
+from stellarbyte_server.http.protocol import ConnectionBounds, bounded_protocol
+from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
+from stellarbyte_server.http.tls import server_context
+from stellarbyte_server.http.tls_protocol import tls_protocol
+from stellarbyte_server.observe.tracing import Tracing, make_tracing
+
+_POLL_S = 0.05
+_WAITING_CONNECTIONS = 2048  # that the kernel keeps until they are accepted
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its handling of signals, which would close the port at the first one.
+
+    asyncio has one number for how many connections may wait and how many it accepts before it looks at one of them.
+    """
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_WAITING_CONNECTIONS)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    settings: ServerSettings,
+    keyring: Keyring,
+    listener: socket.socket,
+    engine: Engine,
+    started_at: int,
+    on_started: Callable[[], None],
+) -> int:
+    """Serve from when the engine is ready until a signal, or until some seconds after the engine died for good.
+
+    `started_at` (Unix seconds) is the same in all HTTP processes of a server. `on_started` is called once connections
+    are accepted. Returns the exit status; raises EngineStartError, ValueError or OSError when it cannot start.
+    """
+    client = EngineClient(engine)
+    await client.start()
+    tracing: Tracing | None = None
+    try:
+        AppStatus.disable_automatic_graceful_drain()  # streams may finish, or are ended here
+        tracing = make_tracing(settings, os.environ)
+        bounds = ConnectionBounds(
+            receive_timeout_s=settings.receive_timeout,
+            send_timeout_s=settings.send_timeout,
+            max_connections=connections_allowed(),
+            note_rejected=client.observer.note_rejected,
+        )
+        protocol: type[asyncio.Protocol] = bounded_protocol(bounds)
+        if settings.ssl_certfile is not None:
+            protocol = tls_protocol(
+                bounded_protocol(bounds), server_context(settings.ssl_certfile, settings.ssl_keyfile)
+            )
+        config = uvicorn.Config(
+            create_app(load_service(settings, client, started_at), keyring, tracing),
+            http=protocol,
+            ws="none",
+            backlog=ACCEPTED_AT_ONCE,
+            root_path=settings.root_path,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(LAST_WORDS_S),
+        )
+        await _run_until_stopped(_Server(config), listener, settings, client, on_started)
+        return 1 if client.dead.is_set() else 0
+    finally:
+        await client.close()
+        if tracing is not None:
+            tracing.shutdown()
+
+
+async def _run_until_stopped(
+    server: uvicorn.Server,
+    listener: socket.socket,
+    settings: ServerSettings,
+    client: EngineClient,
+    on_started: Callable[[], None],
+) -> None:
+    """Serve; when told to stop, let running requests finish in time and give the others an error as their end."""
+    told, told_again = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (told_again if told.is_set() else told).set()
+
+    async def tell_when_started() -> None:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        keep_for_good()
+        on_started()
+
+    async def stop_after_engine() -> None:
+        await client.dead.wait()
+        await asyncio.sleep(DEAD_ENGINE_GRACE_S)
+        server.should_exit = True
+
+    async def drain_when_told() -> None:
+        await told.wait()
+        client.stop_admission()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(settings.shutdown_timeout):
+                while server.server_state.tasks and not told_again.is_set():
+                    await asyncio.sleep(_POLL_S)
+        client.end_streams(SHUTTING_DOWN)
+        server.should_exit = True
+
+    call_on_stop_signals(asyncio.get_running_loop(), on_signal)
+    beside = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
+    await server.serve(sockets=[listener])
+    for task in beside:
+        task.cancel()

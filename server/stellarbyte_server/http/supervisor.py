@@ -1,0 +1,200 @@
+"""--http-workers above 1: starts HTTP processes on one port and one engine, and watches them.
+
+A worker that ends unasked is replaced, while the others serve on: the engine drops the requests it had, new connections
+of its share wait. This process is a client of the engine, too, which only watches it; what becomes of the engine's
+process is told to the workers. When a worker cannot start, or the engine is gone for good, everything ends. The workers
+do what the single HTTP process does (`serving.serve`), so signals are only passed on to them.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+
+import msgspec
+
+from stellarbyte_server.access.keys import Key, on_hangup, read_keys_again
+from stellarbyte_server.client.engine_client import EngineClient
+from stellarbyte_server.client.launch import describe_status
+from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, RestartingEngine
+from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
+from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
+from stellarbyte_server.protocol.messages import EngineInfo
+
+logger = logging.getLogger("stellarbyte_server.http.supervisor")
+
+WORKER_MODULE = "stellarbyte_server.http.worker"
+_KILL_AFTER_S = 3.0  # beyond the time a worker may take to stop
+
+
+class WorkerStartError(ValueError):
+    """A worker did not start; str() is one sentence for the user."""
+
+
+async def supervise(
+    settings: ServerSettings,
+    keys: tuple[Key, ...],
+    listeners: list[socket.socket],
+    engine: RestartingEngine,
+    started_at: int,
+    on_started: Callable[[], None],
+) -> int:
+    """Run a worker for each listener until a signal or the engine's end; else as `serving.serve`.
+
+    Raises EngineStartError, WorkerStartError or OSError when the server could not start.
+    """
+    supervisor = _Supervisor(settings, keys, listeners, engine, started_at)
+    try:
+        return await supervisor.run(on_started)
+    finally:
+        await supervisor.end_workers()
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        keys: tuple[Key, ...],
+        listeners: list[socket.socket],
+        engine: RestartingEngine,
+        started_at: int,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys  # of the file, as last read
+        self._listeners = dict(enumerate(listeners, 1))  # one for each worker
+        self._engine = engine
+        self._started_at = started_at
+        self._workers: dict[int, Process] = {}  # by number, from 1
+        self._told_start: set[Process] = set()  # they hear of what changes from now on
+        self._engine_is_up = asyncio.Event()
+        self._is_stopping = False
+
+    async def run(self, on_started: Callable[[], None]) -> int:
+        numbers = list(self._listeners)
+        for number in numbers:
+            await self._launch(number)  # they import what they need while the engine loads
+        client = EngineClient(self._engine, self._hear_of_engine)
+        info = await client.start()
+        try:
+            return await self._run_with(client, info, on_started)
+        finally:
+            await client.close()
+
+    async def _run_with(self, client: EngineClient, info: EngineInfo, on_started: Callable[[], None]) -> int:
+        numbers = list(self._listeners)
+        self._engine_is_up.set()
+        call_on_stop_signals(asyncio.get_running_loop(), self._stop)  # the first worker may serve before the last
+        starts = await asyncio.gather(*(self._start(number, info) for number in numbers), return_exceptions=True)
+        failed = [error for error in starts if isinstance(error, BaseException)]
+        if failed and not self._is_stopping:
+            raise failed[0]
+        on_hangup(self._settings, self._read_keys_again)
+        on_started()
+
+        keepers = [asyncio.create_task(self._keep(number, info)) for number in numbers]
+        engine_watcher = asyncio.create_task(client.dead.wait())
+        await asyncio.wait({*keepers, engine_watcher}, return_when=asyncio.FIRST_COMPLETED)  # something ends it all
+        limit_s = self._settings.shutdown_timeout + DEAD_ENGINE_GRACE_S + LAST_WORDS_S + _KILL_AFTER_S
+        await asyncio.wait(keepers, timeout=limit_s)
+        has_failed = engine_watcher.done() or any(keeper.done() and keeper.exception() for keeper in keepers)
+        return 1 if has_failed else 0
+
+    async def _launch(self, number: int) -> None:
+        """Start a process that waits for its first line. In a group of its own: Ctrl-C must reach only this one."""
+        self._workers[number] = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            WORKER_MODULE,
+            stdin=PIPE,
+            stdout=PIPE,
+            pass_fds=(self._listeners[number].fileno(),),
+            process_group=0,
+        )
+
+    async def _start(self, number: int, info: EngineInfo) -> None:
+        """Tell a worker what to serve, once there is an engine, and wait until it does.
+
+        Raises:
+            WorkerStartError
+        """
+        await self._engine_is_up.wait()
+        worker = self._workers[number]
+        if self._is_stopping:
+            worker.kill()
+            raise WorkerStartError("the server ends")
+        assert worker.stdin is not None and worker.stdout is not None
+        start = WorkerStart(
+            number=number,
+            settings=self._settings,
+            keys=self._keys,
+            listener_fd=self._listeners[number].fileno(),
+            endpoint=self._engine.endpoint,
+            info=info,
+            started_at=self._started_at,
+        )
+        worker.stdin.write(msgspec.json.encode(start) + b"\n")
+        self._told_start.add(worker)
+        line = await worker.stdout.readline()
+        if not line:
+            status = describe_status(await worker.wait())
+            raise WorkerStartError(f"HTTP worker {number} ended while it started ({status})")
+        state = msgspec.json.decode(line, type=WorkerReady | WorkerFailed)
+        if isinstance(state, WorkerFailed):
+            raise WorkerStartError(state.message)
+
+    def _read_keys_again(self) -> None:
+        self._keys = read_keys_again(self._settings, self._keys)
+        self._tell_workers(NewKeys(self._keys))
+
+    def _hear_of_engine(self, news: EngineNews) -> None:
+        if isinstance(news, EngineEnded):
+            self._engine_is_up.clear()
+        else:
+            self._is_stopping |= isinstance(news, EngineGone)  # the workers end by themselves
+            self._engine_is_up.set()
+        self._tell_workers(news)
+
+    def _tell_workers(self, news: News) -> None:
+        """One that has not been told to start yet will be told how things are then."""
+        line = msgspec.json.encode(news) + b"\n"
+        for worker in self._workers.values():
+            if worker.returncode is None and worker in self._told_start:
+                assert worker.stdin is not None
+                worker.stdin.write(line)
+
+    async def _keep(self, number: int, info: EngineInfo) -> None:
+        """Replace a worker whenever it ends, until the server stops; WorkerStartError when that fails."""
+        while True:
+            status = await self._workers[number].wait()
+            self._told_start.discard(self._workers[number])
+            if self._is_stopping:
+                self._listeners[number].close()  # else new connections of its share would wait for nobody
+                return
+            logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))
+            try:
+                await self._launch(number)
+                await self._start(number, info)
+            except (ValueError, OSError) as error:  # ValueError: WorkerStartError, or what it said is not understood
+                if not self._is_stopping:
+                    logger.error("%s; the server ends", error)
+                    self._stop()
+                    raise
+
+    def _stop(self) -> None:
+        """Let the workers finish their requests; a second signal makes them stop at once."""
+        self._is_stopping = True
+        self._engine_is_up.set()  # nothing is to wait for it
+        for worker in self._workers.values():
+            if worker.returncode is None:
+                worker.terminate()
+
+    async def end_workers(self) -> None:
+        """Kill those that are left."""
+        for worker in self._workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                worker.kill()
+            await worker.wait()

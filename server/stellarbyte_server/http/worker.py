@@ -1,0 +1,85 @@
+"""One of several HTTP processes: serves on a socket and an engine that its parent (supervisor.py) owns.
+
+Run as `python -m stellarbyte_server.http.worker`. It reads one `WorkerStart` as a line of JSON from its stdin and
+answers with one `WorkerReady` or `WorkerFailed` on its stdout. Further lines bring news. It lives at most as long as
+its stdin is open.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.client.restart import AttachedEngine
+from stellarbyte_server.http.serving import serve  # imports all that HTTP needs, while the engine loads its model
+from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
+from stellarbyte_server.logs import configure_logging
+
+
+def main() -> int:
+    """The whole life of a worker; returns its exit status."""
+    lines = _lines_of_stdin()
+    line = next(lines, None)
+    if line is None:
+        return 0  # the parent ended first
+    start = msgspec.json.decode(line, type=WorkerStart)
+    if start.settings.keys is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent reads the file, so that all have the same keys
+    configure_logging(start.settings.log_level, f"http-{start.number}", start.settings.log_format)
+    try:
+        return asyncio.run(_serve(start, lines))
+    except (ValueError, OSError) as error:
+        _report(WorkerFailed(str(error)))
+        return 1
+
+
+async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
+    """HTTP, with what the parent tells meanwhile."""
+    loop = asyncio.get_running_loop()
+    keyring = Keyring(start.settings, start.keys)
+    engine = AttachedEngine(start.info, start.endpoint)
+
+    def hear(news: News) -> None:
+        if isinstance(news, NewKeys):
+            keyring.replace(news.keys)
+        else:
+            engine.hear(news)
+
+    def pass_on(news: News) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
+            loop.call_soon_threadsafe(hear, news)
+
+    threading.Thread(target=_listen_to_parent, args=(lines, pass_on), daemon=True).start()
+    with socket.socket(fileno=start.listener_fd) as listener:
+        return await serve(start.settings, keyring, listener, engine, start.started_at, lambda: _report(WorkerReady()))
+
+
+def _report(state: WorkerReady | WorkerFailed) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(state) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _lines_of_stdin() -> Iterator[bytes]:
+    """Not through sys.stdin, whose lock would be held when the interpreter ends."""
+    rest = b""
+    while content := os.read(0, 65536):
+        *lines, rest = (rest + content).split(b"\n")
+        yield from lines
+
+
+def _listen_to_parent(lines: Iterator[bytes], pass_on: Callable[[News], None]) -> None:
+    """Take news until the end of stdin, then end this process: without the parent there is no engine either."""
+    for line in lines:
+        pass_on(msgspec.json.decode(line, type=News))
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

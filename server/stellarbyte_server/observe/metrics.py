@@ -1,0 +1,162 @@
+"""The server's metrics in Prometheus' text format, under vLLM's names where it has them: dashboards for it work.
+
+Made from what the engine process has counted, whichever HTTP process is asked. Knows no requests.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from stellarbyte_server.observe.reasons import REASONS
+from stellarbyte_server.protocol.histogram import Buckets
+from stellarbyte_server.protocol.messages import AdapterList, EngineTotals
+
+
+class _TotalsCollector(Collector):
+    def __init__(self, totals: EngineTotals, model_name: str) -> None:
+        self._totals = totals
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._single_values()
+        totals = self._totals
+        rejected = dict.fromkeys(REASONS, 0) | totals.rejected
+        for name, text, label, by_label in (
+            ("vllm:request_success", "Requests that were answered to the end.", "finished_reason", totals.finished),
+            ("stellarbyte:aborted_requests", "Requests that ended without an answer.", "reason", totals.aborted),
+            ("stellarbyte:rejected_requests", "HTTP requests refused with an error.", "reason", rejected),
+        ):
+            yield self._by_label(name, text, label, by_label)
+        for name, text, buckets in (
+            (
+                "vllm:time_to_first_token_seconds",
+                "From a request's arrival until its first token was ready to be written.",
+                totals.first_token_s,
+            ),
+            ("vllm:inter_token_latency_seconds", "Between two tokens of a request.", totals.between_tokens_s),
+            ("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token.", totals.request_s),
+            ("vllm:request_queue_time_seconds", "From the engine's queue to the first step.", totals.queue_s),
+            ("vllm:request_prompt_tokens", "Prompt tokens of requests that were answered.", totals.prompt_tokens),
+            ("vllm:request_generation_tokens", "Tokens of their answers.", totals.generation_tokens),
+            ("vllm:iteration_tokens_total", "Tokens computed in a step.", totals.step_tokens),
+            ("stellarbyte:engine_step_seconds", "Time of a step.", totals.step_s),
+            (
+                "stellarbyte:http_stream_lag_seconds",
+                "From the end of a step until what it added to an answer was there to be written.",
+                totals.stream_lag_s,
+            ),
+        ):
+            yield histogram(name, text, buckets, self._model_name)
+
+    def _single_values(self) -> Iterator[Metric]:
+        stats = self._totals.stats
+        gauges = (
+            ("vllm:num_requests_running", "Requests the engine is working on.", stats.num_running),
+            ("vllm:num_requests_waiting", "Requests waiting for their first step.", stats.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", stats.kv_cache_usage),
+        )
+        counters = (
+            ("vllm:prompt_tokens", "Prompt tokens of requests that were started.", stats.prompt_tokens_total),
+            ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+            ("vllm:num_preemptions", "Requests stopped for want of memory and run again.", stats.num_preemptions_total),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
+            ("stellarbyte:evicted_tokens", "Tokens that have gone out of sight.", stats.evicted_tokens_total),
+        )
+        for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
+            for name, text, value in rows:
+                metric = family(name, text, labels=["model_name"])
+                metric.add_metric([self._model_name], value)
+                yield metric
+
+    def _by_label(self, name: str, text: str, label: str, by_label: Mapping[str, int]) -> Metric:
+        metric = CounterMetricFamily(name, text, labels=["model_name", label])
+        for value, count in sorted(by_label.items()):
+            metric.add_metric([self._model_name, value], count)
+        return metric
+
+
+class _HealthCollector(Collector):
+    """What the totals cannot say of an engine that stands still: they are as it last told them."""
+
+    def __init__(self, is_healthy: bool, model_name: str) -> None:
+        self._is_healthy = is_healthy
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        healthy = GaugeMetricFamily(
+            "stellarbyte:engine_healthy", "1 while /health answers 200, else 0.", labels=["model_name"]
+        )
+        healthy.add_metric([self._model_name], float(self._is_healthy))
+        yield healthy
+
+
+class _AdapterCollector(Collector):
+    """Labels are names from the registry, whose number the operator bounds."""
+
+    def __init__(self, adapters: AdapterList, model_name: str, device: str) -> None:
+        self._adapters = adapters
+        self._model_name = model_name
+        self._device = device
+
+    def collect(self) -> Iterator[Metric]:
+        cards = self._adapters.cards
+        running = ",".join(sorted({card.name for card in cards if card.num_running}))
+        waiting = ",".join(sorted({card.name for card in cards if card.num_waiting}))
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters of running and of waiting requests; the value is the time of the scrape.",
+            labels=["model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        info.add_metric([self._model_name, str(self._adapters.num_slots), running, waiting], time.time())
+        yield info
+
+        resident = GaugeMetricFamily(
+            "stellarbyte:adapter_resident",
+            "1 for the fastest memory each adapter lies in.",
+            labels=["model_name", "adapter", "tier"],
+        )
+        tokens = CounterMetricFamily(
+            "stellarbyte:adapter_tokens", "Tokens generated with each adapter.", labels=["model_name", "adapter"]
+        )
+        for card in cards:
+            if card.is_current:  # of a name's versions one
+                resident.add_metric([self._model_name, card.name, tier_name(card.tier, self._device)], 1)
+                tokens.add_metric([self._model_name, card.name], card.num_tokens)
+        yield resident
+        yield tokens
+        yield histogram(
+            "stellarbyte:adapter_load_seconds",
+            "Time to read, check and pack an adapter.",
+            self._adapters.load_seconds,
+            self._model_name,
+        )
+
+
+def histogram(name: str, text: str, buckets: Buckets, model_name: str) -> Metric:
+    metric = HistogramMetricFamily(name, text, labels=["model_name"])
+    bounds = [*map(str, buckets.bounds), "+Inf"]
+    counts = itertools.accumulate(buckets.counts)
+    metric.add_metric([model_name], list(zip(bounds, counts, strict=True)), buckets.total)
+    return metric
+
+
+def tier_name(tier: str, device: str) -> str:
+    """A tier as users know it: a slot lies in the device's memory."""
+    return "gpu" if tier == "slot" and device == "cuda" else tier
+
+
+def render_metrics(
+    totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str, is_healthy: bool
+) -> bytes:
+    """The text of one scrape; without `adapters` (the engine does not answer) what it last counted."""
+    registry = CollectorRegistry()
+    registry.register(_HealthCollector(is_healthy, model_name))
+    registry.register(_TotalsCollector(totals, model_name))
+    if adapters is not None:
+        registry.register(_AdapterCollector(adapters, model_name, device))
+    return generate_latest(registry)

@@ -1,0 +1,70 @@
+"""What is noted of one HTTP request for its line in the log, its trace and the metrics. Knows no bodies."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from stellarbyte_server.client.delta_stream import DeltaStream
+from stellarbyte_server.protocol.messages import Delta
+
+
+@dataclass
+class TokenCount:
+    """Tokens of one HTTP request so far; its record is read at the end."""
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0  # of the prompts; known at the end
+    evicted: int = 0  # out of sight at the end, when the context slid
+
+    def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
+        self.completion += delta.num_tokens
+        self.evicted += delta.evicted_tokens
+        if first_of_prompt:
+            self.cached += delta.cached_tokens
+
+    def usage(self) -> dict[str, Any]:
+        usage = {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+        return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
+
+
+@dataclass(kw_only=True)
+class RequestRecord:
+    """One HTTP request. Times are seconds of the machine's monotonic clock."""
+
+    request_id: str
+    arrived_s: float = field(default_factory=time.monotonic)
+    adapter: str | None = None  # NAME@HASH
+    tokens: TokenCount | None = None
+    streams: list[DeltaStream] = field(default_factory=list)  # of what the engine took
+    body_bytes: int = 0  # received so far
+    status: int | None = None  # that the client was sent; None: nothing yet
+    is_counted: bool = False  # the engine counts it against its key's requests, or has reason not to
+    error_code: str | None = None  # of the error it was answered with
+    left_queue: bool = False  # the client was gone before the engine began
+
+    @property
+    def queued_s(self) -> float | None:
+        """When it was handed to the engine."""
+        return self.streams[0].sent_s if self.streams else None
+
+    @property
+    def started_s(self) -> float | None:
+        """When the engine began to work on it."""
+        return min((s.started_s for s in self.streams if s.started_s is not None), default=None)
+
+    @property
+    def first_token_s(self) -> float | None:
+        return min((s.first_token_s for s in self.streams if s.first_token_s is not None), default=None)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As the engine says it, of several answers each reason once; "abort": nobody read it to the end."""
+        if self.left_queue:
+            return "abort"
+        return ",".join(sorted({s.finish_reason for s in self.streams if s.finish_reason is not None})) or None

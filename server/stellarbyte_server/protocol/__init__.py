@@ -1,0 +1,1 @@
+"""What crosses the border between HTTP processes and the engine process."""

@@ -1,0 +1,135 @@
+"""From tokens to whole characters, one token at a time. Knows no stop strings and no requests.
+
+tokenizers' own DecodeStream is not used: it raises on some token sequences a model may well produce (bytes that are
+not UTF-8), has no way to get at an unfinished last character, and slows down as such bytes pile up.
+"""
+
+import codecs
+import functools
+from collections.abc import Mapping
+from typing import Protocol
+
+from tokenizers import Tokenizer, decoders
+
+from stellarbyte_server.tokens.token_bytes import TokenBytes
+
+_REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
+_MAX_WINDOW = 16  # tokens decoded again with each new one before the window is moved on
+_MAX_PENDING = 32  # tokens that may wait for a character to be completed
+
+
+class Detokenizer(Protocol):
+    """The text of one sequence; joined, it is the decoded text of all tokens."""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; return the text that is certain and was not returned yet."""
+        ...
+
+    def flush(self) -> str:
+        """The rest, at the end. An unfinished character is U+FFFD."""
+        ...
+
+
+def make_detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool = True) -> Detokenizer:
+    """The fastest one for the tokenizer's kind. Special tokens have no text when they are skipped."""
+    if isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return ByteLevelDetokenizer(tokenizer, skip_special_tokens)
+    return WindowDetokenizer(tokenizer, skip_special_tokens)
+
+
+class ByteLevelDetokenizer:
+    """For tokenizers whose tokens stand for bytes, whatever is around them (GPT-2's kind: Llama 3, Qwen, SmolLM)."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._bytes_of = _bytes_of_tokens(tokenizer, skip_special_tokens)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(self._bytes_of.get(token_id, b""))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowDetokenizer:
+    """For tokenizers of any kind: decodes the last few tokens together and returns what is new."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        # The window: tokens decoded together. Some of its text was returned; its start is the start of a character.
+        self._window: list[int] = []
+        self._returned = ""
+        self._boundary = 0  # tokens of the window that end with a whole character
+        self._previous_boundary = 0
+
+    def push(self, token_id: int) -> str:
+        if not self._has_text(token_id):
+            return ""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if not text.startswith(self._returned) and not text.endswith(_REPLACEMENT):
+            # A byte-fallback decoder spoils a character it had decoded when a stray byte follows: leave it behind.
+            del self._window[: self._boundary]
+            self._returned, self._boundary = "", 0
+            text = self._decode(self._window)
+        if not text.endswith(_REPLACEMENT):
+            ready = text[len(self._returned) :]
+            self._reached_boundary(text)
+            return ready
+        ready = text.rstrip(_REPLACEMENT)[len(self._returned) :]
+        self._returned += ready
+        if len(self._window) - self._boundary > _MAX_PENDING:
+            ready += self._give_up_on_pending(text)
+        return ready
+
+    def flush(self) -> str:
+        rest = self._decode(self._window)[len(self._returned) :]
+        self._window, self._returned, self._boundary = [], "", 0
+        return rest
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def _has_text(self, token_id: int) -> bool:
+        """False for special tokens that are skipped and for ids the tokenizer does not know: neither is decoded."""
+        if self._tokenizer.id_to_token(token_id) is None:
+            return False
+        return not self._skip_special_tokens or token_id not in _token_bytes(self._tokenizer).special_ids
+
+    def _reached_boundary(self, text: str) -> None:
+        """All of the window's text was returned and ends with a whole character; keep the window short."""
+        self._previous_boundary, self._boundary = self._boundary, len(self._window)
+        self._returned = text
+        if len(self._window) > _MAX_WINDOW:
+            del self._window[: self._previous_boundary]
+            self._boundary = len(self._window)
+            self._returned = self._decode(self._window)
+
+    def _give_up_on_pending(self, text: str) -> str:
+        """Return what more of `text` is certain although it looks unfinished: a long run of bytes that are no text.
+
+        The window is split before the last few tokens, where the bytes on either side decode on their own.
+        """
+        for split in range(len(self._window) - 1, len(self._window) - 8, -1):
+            head, tail = self._window[:split], self._window[split:]
+            head_text = self._decode(head)
+            if head_text + self._decode(tail) == text:
+                break
+        else:
+            head_text, tail = text, []
+        ready = head_text[len(self._returned) :]
+        self._window, self._returned, self._boundary = tail, "", 0
+        return ready
+
+
+@functools.lru_cache(maxsize=8)
+def _token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    return TokenBytes(tokenizer)
+
+
+@functools.lru_cache(maxsize=8)
+def _bytes_of_tokens(tokenizer: Tokenizer, skip_special_tokens: bool) -> Mapping[int, bytes]:
+    """The bytes of every token of a byte-level tokenizer, without special tokens if they are skipped."""
+    token_bytes = _token_bytes(tokenizer)
+    return token_bytes.without_special() if skip_special_tokens else token_bytes.with_special()

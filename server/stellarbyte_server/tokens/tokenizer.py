@@ -1,0 +1,307 @@
+"""Prompts to token ids in the HTTP process: the model's tokenizer and its chat template. Never imports torch.
+
+transformers is not used here, because importing its tokenizers takes seconds and loads torch; templates render as its
+`apply_chat_template` renders them.
+"""
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+from tokenizers import Encoding, Tokenizer
+
+from stellarbyte_server.tokens.detokenizer import make_detokenizer
+from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
+from stellarbyte_server.tokens.token_bytes import TokenBytes
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplateError(ValueError):
+    """A chat template is missing, is no template, or refuses the messages; str() is one sentence for the user."""
+
+
+class NoTokenizerError(ValueError):
+    """A text cannot become token ids, because the model has no tokenizer; str() is one sentence for the user."""
+
+    def __init__(self) -> None:
+        super().__init__("This server runs a model without a tokenizer; give the prompt as token ids.")
+
+
+class UnembeddableTokenError(ValueError):
+    """A text contains a token that the model has no embedding for; str() is one sentence for the user."""
+
+
+class PromptTokenizer:
+    """Turns text and chats into token ids and back. Any thread may call it.
+
+    With `is_stand_in` it is for a model without a tokenizer: ids have texts, and whatever needs ids of a text raises
+    NoTokenizerError. Ids of texts are below `vocab_size`; a text with a token beyond raises UnembeddableTokenError.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: "ChatTemplate | None",
+        vocab_size: int,
+        *,
+        is_stand_in: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._is_stand_in = is_stand_in
+        self._chat_template = chat_template
+        self.token_bytes = TokenBytes(tokenizer)
+        # At least its characters. Of a stand-in no text is too long: none can be used at all.
+        self.longest_token = sys.maxsize if is_stand_in else max(map(len, tokenizer.get_vocab()), default=1)
+
+    @property
+    def chat_template_source(self) -> str | None:
+        return None if self._chat_template is None else self._chat_template.source
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """A prompt as the tokenizer makes it, with the first token it adds, if it adds one and may."""
+        return self._encoding(text, add_special_tokens).ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """A chat as `ChatTemplate.render` writes it, by default up to where the assistant answers; ChatTemplateError.
+
+        The template writes all special tokens; with `add_special_tokens` the tokenizer adds its own as well.
+        """
+        if self._is_stand_in:
+            raise NoTokenizerError
+        if self._chat_template is None:
+            raise ChatTemplateError(
+                "This model has no chat template; start the server with --chat-template FILE or use /v1/completions."
+            )
+        text = self._chat_template.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return self.encode(text, add_special_tokens)
+
+    def encode_for_echo(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """As `encode`, and the characters of the text before each token; those the tokenizer added have no length."""
+        encoding = self._encoding(text, add_special_tokens)
+        added = {i for i, is_added in enumerate(encoding.special_tokens_mask) if is_added}
+        return encoding.ids, self._pieces(encoding.ids, added)[1]
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+        if self._is_stand_in:
+            raise NoTokenizerError
+        # Only in batches does the library let other threads run meanwhile; "fast" leaves out offsets.
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        last = max(encoding.ids, default=0)
+        if last >= self._vocab_size:
+            raise UnembeddableTokenError(
+                f"The text has the token {self.token_text(last)!r} (id {last}), which this model cannot read: its"
+                f" embedding has {self._vocab_size} rows."
+            )
+        return encoding
+
+    def decode_with_offsets(self, token_ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
+        """The text of tokens, and its characters before each of them."""
+        special = self.token_bytes.special_ids if skip_special_tokens else frozenset[int]()
+        hidden = {i for i, token_id in enumerate(token_ids) if token_id in special}
+        return self._pieces(token_ids, hidden)
+
+    def _pieces(self, token_ids: Sequence[int], hidden: set[int]) -> tuple[str, list[int]]:
+        """Text and offsets of tokens, without the tokens in the places `hidden`."""
+        detokenizer = make_detokenizer(self._tokenizer, skip_special_tokens=False)
+        pieces: list[str] = []
+        offsets: list[int] = []
+        length = 0
+        for i, token_id in enumerate(token_ids):
+            offsets.append(length)
+            if i not in hidden:
+                pieces.append(detokenizer.push(token_id))
+                length += len(pieces[-1])
+        return "".join(pieces) + detokenizer.flush(), offsets
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """The text of tokens; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
+
+    def token_text(self, token_id: int) -> str:
+        """One token as the vocabulary spells it ("Ġthe" for " the"); "" for an id without a token."""
+        text = self._tokenizer.id_to_token(token_id)
+        return "" if text is None else text
+
+
+class ChatTemplate:
+    """A Jinja template as models bring it, in a sandbox. Any thread may render."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """ChatTemplateError when `source` is no template."""
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"The chat template cannot be read: {error}.") from error
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The chat as text, by default ready for the assistant's answer; ChatTemplateError when it is refused.
+
+        With `continue_final_message` the last message is the start of the answer: the text ends with its content.
+        That excludes `add_generation_prompt`.
+        """
+        if not continue_final_message:
+            return self._render(messages, tools, add_generation_prompt)
+        if add_generation_prompt:
+            raise ChatTemplateError("Either the final message is continued or a new one is begun, not both.")
+        if not messages or not isinstance(messages[-1].get("content"), str):
+            raise ChatTemplateError("There is no final message with a text to continue.")
+        content = messages[-1]["content"]
+        mark = secrets.token_hex(16)  # in no message; the space after it shows whether the template trims contents
+        marked = {**messages[-1], "content": f"{content}{mark} "}
+        text = self._render([*messages[:-1], marked], tools, add_generation_prompt=False)
+        end = text.rfind(mark)
+        if end < 0 or content.strip() not in text[:end]:
+            raise ChatTemplateError("The chat template does not keep the final message, so it cannot be continued.")
+        return text[:end] if text.startswith(mark + " ", end) else text[:end].rstrip()
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        try:
+            return self._template.render(
+                **{**self._special_tokens, "messages": messages, "tools": tools, "documents": None},
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            # A template is a program that a user's messages run through, so its own mistakes count as refusals too.
+            raise ChatTemplateError(f"The chat template refuses these messages: {error}.") from error
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %} marks what the assistant wrote, for training; when serving it only shows what is inside."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which would put &lt; into prompts."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def load_prompt_tokenizer(
+    model_path: Path, chat_template: str | None, vocab_size: int, *, may_stand_in: bool = False
+) -> PromptTokenizer:
+    """The tokenizer of a model folder, with the template in the file `chat_template` or the folder's own.
+
+    Where there is none, one of `vocab_size` ids that reads no texts, if it may stand in.
+
+    ValueError or OSError with one sentence when a file is missing or broken.
+    """
+    tokenizer_file = model_path / "tokenizer.json"
+    if not tokenizer_file.is_file():
+        if may_stand_in:
+            return PromptTokenizer(make_stand_in_tokenizer(vocab_size), None, vocab_size, is_stand_in=True)
+        raise ValueError(f"{tokenizer_file} is missing; the model needs a tokenizer")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches of one, in the caller's thread with its niceness
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"{tokenizer_file} cannot be read: {error}") from error
+    config = read_json(model_path / "tokenizer_config.json")
+    source: str | None
+    if chat_template is not None:
+        try:
+            source = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--chat-template: {chat_template} cannot be read: {error}") from error
+    else:
+        source = _own_template(model_path, config)
+    template = None if source is None else ChatTemplate(source, _special_tokens(config))
+    return PromptTokenizer(tokenizer, template, vocab_size)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty when there is none; ValueError when it is broken."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
+def _own_template(model_path: Path, config: Mapping[str, Any]) -> str | None:
+    """The folder's template: its own file, else the one in the tokenizer's configuration (of several the default)."""
+    file = model_path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        return named.get("default")
+    return template
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """The variables bos_token, eos_token … a template may use."""
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            tokens[name] = text
+    return tokens

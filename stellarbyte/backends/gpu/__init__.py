@@ -1,0 +1,1 @@
+"""The GPU backend: a model, its steps and their CUDA graphs."""

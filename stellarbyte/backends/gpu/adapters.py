@@ -1,0 +1,83 @@
+"""What adapters add to a step's products: each shared input is shrunk once, then expanded. Knows no layers.
+
+A step of few rows is over before two small kernels more for each product could go unnoticed. There both run beside the
+product, on a stream of their own, and what they make is added by the kernel that reads the product. Steps of many rows
+expand into the product in place.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank
+from stellarbyte.ops.triton.lora import Addend, LoraRows, LoraScratch, expand, segments, shrink
+
+# T tokens, K inputs, N outputs
+
+
+class BesideProducts:
+    """A stream, and memory for what is to be added. Made once: graphs keep the addresses."""
+
+    def __init__(self, bank: LoraBank, max_rows: int) -> None:
+        """For steps of up to `max_rows` rows."""
+        self.widths = {group.start: sum(out for out, _ in bank.shapes[group]) for group in SHARED_INPUTS}
+        self.numbers = bank.numbers_SF.new_empty(max_rows * max(self.widths.values()))
+        # Before products, which would otherwise take all multiprocessors first.
+        self.stream = torch.cuda.Stream(priority=-3) if self.numbers.is_cuda else None
+
+
+class Adapters:
+    """The adapters of one step's rows."""
+
+    def __init__(
+        self, bank: LoraBank, rows: LoraRows, scratch: LoraScratch, beside: BesideProducts | None = None
+    ) -> None:
+        self._bank = bank
+        self._rows = rows
+        self._scratch = scratch
+        self._beside = beside
+
+    @classmethod
+    def of_sequences(
+        cls, bank: LoraBank, slots: Sequence[int], scales: Sequence[float], lengths: Sequence[int]
+    ) -> "Adapters | None":
+        """For sequences of so many rows each, with bank slots and scales; None if none has an adapter."""
+        if not any(slots):
+            return None
+        device = bank.numbers_SF.device
+        slots_T = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+        scales = [scale if slot else 0.0 for scale, slot in zip(scales, slots, strict=True)]
+        scales_T = [scale for scale, length in zip(scales, lengths, strict=True) for _ in range(length)]
+        starts, counts, bank_slots = (
+            torch.tensor(part, dtype=torch.int32, device=device) for part in segments(slots_T)
+        )
+        rows = LoraRows(starts, counts, bank_slots, torch.tensor(scales_T, dtype=torch.float32, device=device))
+        return cls(bank, rows, LoraScratch.make(len(slots_T), bank.max_rank, device))
+
+    def begin(self, x_TK: torch.Tensor, layer: int, projections: slice) -> None:
+        """Before the product of projections that share the input x: what needs no product."""
+        if self._beside is None:
+            shrink(x_TK, self._scratch, self._rows, self._bank, layer, projections)
+            return
+        side = self._beside.stream
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            shrink(x_TK, self._scratch, self._rows, self._bank, layer, projections)
+            delta_TN = self._delta(len(x_TK), projections)
+            expand(self._scratch, delta_TN, self._rows, self._bank, layer, projections, adds=False)
+
+    def end(self, out_TN: torch.Tensor, layer: int, projections: slice) -> Addend | None:
+        """After the product: what its reader has to add, or None where it was added. To be read before the next
+        `begin`."""
+        if self._beside is None:
+            expand(self._scratch, out_TN, self._rows, self._bank, layer, projections)
+            return None
+        if self._beside.stream is not None:
+            torch.cuda.current_stream().wait_stream(self._beside.stream)
+        return Addend(self._delta(len(out_TN), projections), self._rows.scales_T)
+
+    def _delta(self, num_rows: int, projections: slice) -> torch.Tensor:
+        assert self._beside is not None
+        width = self._beside.widths[projections.start]
+        return self._beside.numbers[: num_rows * width].view(num_rows, width)

@@ -1,0 +1,168 @@
+"""Tokens of prompts on their way to the GPU: what a step computes of them, as one array. Knows no model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from stellarbyte.backends.gpu.slots import Integers
+from stellarbyte.ops.triton.attention import TILE_ROWS
+from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, LoraRows
+
+# T tokens, X tiles, R rows that sample, S segments
+
+_TOKEN_COUNTS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_SAMPLE_COUNTS = (0, 1, 8)
+_SPARE_PARTS = (1, 8, 64)  # tiles or segments beyond those of full length: sequences end between
+MAX_PADDED_TOKENS = _TOKEN_COUNTS[-1]
+MAX_PADDED_SAMPLES = _SAMPLE_COUNTS[-1]
+ODD_TOKENS = 2065  # of prompts that are not padded: a number for which kernels are compiled differently
+_FEWER_ODD_TOKENS = 1041  # with adapters: so few that programs share a segment (`lora.shrink`)
+_ALIGNMENT = 4  # numbers: a kernel is compiled once more for pointers that 16 bytes do not divide
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """Tokens of prompts, sequence after sequence, on the host. `slots` are those of `slots.SlotMemory`."""
+
+    token_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    tile_starts: list[int] = field(default_factory=list)
+    tile_counts: list[int] = field(default_factory=list)
+    sample_rows: list[int] = field(default_factory=list)  # tokens whose next token is wanted
+    sample_slots: list[int] = field(default_factory=list)
+    segment_starts: list[int] = field(default_factory=list)
+    segment_counts: list[int] = field(default_factory=list)
+    segment_slots: list[int] = field(default_factory=list)  # in the bank
+    scales: list[float] = field(default_factory=list)  # of every token
+
+    def add(
+        self, token_ids: list[int], first_position: int, slot: int, *, samples: bool, bank_slot: int, scale: float
+    ) -> None:
+        """Tokens of one sequence, from a position on.
+
+        Args:
+            samples: the last one's next token is wanted.
+            bank_slot: of the sequence's adapter; 0: it has none.
+        """
+        start, count = len(self.token_ids), len(token_ids)
+        self.token_ids += token_ids
+        self.positions += range(first_position, first_position + count)
+        self.slots += [slot] * count
+        self.scales += [scale if bank_slot else 0.0] * count
+        for first in range(0, count, TILE_ROWS):
+            self.tile_starts.append(start + first)
+            self.tile_counts.append(min(TILE_ROWS, count - first))
+        for first in range(0, count if bank_slot else 0, PROMPT_SEGMENT_ROWS):
+            self.segment_starts.append(start + first)
+            self.segment_counts.append(min(PROMPT_SEGMENT_ROWS, count - first))
+            self.segment_slots.append(bank_slot)
+        if samples:
+            self.sample_rows.append(start + count - 1)
+            self.sample_slots.append(slot)
+
+
+class PromptTensors(NamedTuple):
+    """The same on the device. Rows beyond the prompts are those of slot 0, which is nobody's."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    tile_starts_X: torch.Tensor
+    tile_counts_X: torch.Tensor
+    sample_rows_R: torch.Tensor
+    sample_slots_R: torch.Tensor
+    adapters: LoraRows | None
+
+
+class PromptShape(NamedTuple):
+    """How long the arrays are, and so where each begins in the one that carries them all."""
+
+    tokens: int
+    tiles: int
+    samples: int
+    segments: int  # 0: no token has an adapter
+
+    def pack(self, prompts: Prompts) -> Integers:
+        """One array of all of the prompts' numbers, each part filled up with zeros."""
+        parts: list[tuple[list[int] | Integers, int]] = [
+            (prompts.token_ids, self.tokens),
+            (prompts.positions, self.tokens),
+            (prompts.slots, self.tokens),
+            (prompts.tile_starts, self.tiles),
+            (prompts.tile_counts, self.tiles),
+            (prompts.sample_rows, self.samples),
+            (prompts.sample_slots, self.samples),
+        ]
+        if self.segments:
+            parts += [
+                (prompts.segment_starts, self.segments),
+                (prompts.segment_counts, self.segments),
+                (prompts.segment_slots, self.segments),
+            ]
+            parts.append((np.array(prompts.scales, np.float32).view(np.int32), self.tokens))
+        packed = np.zeros(sum(_aligned(size) for _, size in parts), np.int32)
+        start = 0
+        for values, size in parts:
+            packed[start : start + len(values)] = values
+            start += _aligned(size)
+        return packed
+
+    def unpack(self, packed: torch.Tensor) -> PromptTensors:
+        """Views of the array's parts."""
+        sizes = [self.tokens] * 3 + [self.tiles] * 2 + [self.samples] * 2
+        if self.segments:
+            sizes += [self.segments] * 3 + [self.tokens]
+        aligned = [_aligned(size) for size in sizes]
+        parts = [part[:size] for part, size in zip(packed[: sum(aligned)].split(aligned), sizes, strict=True)]
+        tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, *lora = parts
+        adapters = None
+        if self.segments:
+            starts, counts, bank_slots, scales = lora
+            adapters = LoraRows(starts, counts, bank_slots, scales.view(torch.float32), PROMPT_SEGMENT_ROWS)
+        return PromptTensors(tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, adapters)
+
+
+def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
+    """The exact shape, or the next of the few that steps of up to `MAX_PADDED_TOKENS` have."""
+    num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
+    num_tiles, num_segments = len(prompts.tile_starts), len(prompts.segment_starts)
+    if not padded:
+        return PromptShape(num_tokens, num_tiles, num_samples, num_segments)
+    tokens = _next(_TOKEN_COUNTS, num_tokens)
+    full_tiles, full_segments = -(-tokens // TILE_ROWS), -(-tokens // PROMPT_SEGMENT_ROWS)
+    return PromptShape(
+        tokens,
+        full_tiles + _next(_SPARE_PARTS, max(1, num_tiles - full_tiles)),
+        _next(_SAMPLE_COUNTS, num_samples),
+        full_segments + _next(_SPARE_PARTS, max(1, num_segments - full_segments)) if num_segments else 0,
+    )
+
+
+def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShape]:
+    """Padded shapes of steps of up to `max_tokens`: of a whole prompt, a part of one, two and several short ones; and a
+    longer one that stands for all that are not padded."""
+    first_tokens = [0, *_TOKEN_COUNTS]
+
+    def shape(tokens: int, spare: int, samples: int) -> PromptShape:
+        segments = -(-tokens // PROMPT_SEGMENT_ROWS) + spare if with_adapters else 0
+        return PromptShape(tokens, -(-tokens // TILE_ROWS) + spare, samples, segments)
+
+    for spare, samples in ((1, 1), (1, 0), (1, MAX_PADDED_SAMPLES), (_SPARE_PARTS[1], MAX_PADDED_SAMPLES)):
+        for before, tokens in zip(first_tokens, _TOKEN_COUNTS, strict=False):
+            if before < max_tokens:
+                yield shape(tokens, spare, samples)
+    for tokens in (_FEWER_ODD_TOKENS, ODD_TOKENS) if with_adapters else (ODD_TOKENS,):
+        if max_tokens >= tokens:
+            yield shape(tokens, 0, 1)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _next(sizes: tuple[int, ...], at_least: int) -> int:
+    return next((size for size in sizes if size >= at_least), at_least)

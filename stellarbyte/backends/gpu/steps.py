@@ -1,0 +1,251 @@
+"""Steps of a model over GPU-resident slots: decoding as graphs, prompts beside it. Knows slots, but no requests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from stellarbyte.backends.gpu.adapters import Adapters, BesideProducts
+from stellarbyte.backends.gpu.graphs import Graphs
+from stellarbyte.backends.gpu.model import TritonModel
+from stellarbyte.backends.gpu.prompts import (
+    MAX_PADDED_SAMPLES,
+    MAX_PADDED_TOKENS,
+    Prompts,
+    PromptShape,
+    PromptTensors,
+    shape_of,
+)
+from stellarbyte.backends.gpu.slots import (
+    NUM_FIELDS,
+    POSITION,
+    SlotMemory,
+    Upload,
+    begin_decode,
+    gather_fields,
+    sampling_rows,
+    store_tokens,
+)
+from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.ops.triton.attention import DecodeScratch, decode_attention, num_splits_for
+from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, Addend, LoraRows, LoraScratch
+from stellarbyte.ops.triton.paged import PagedRows
+from stellarbyte.ops.triton.sampler import SamplerScratch, sample
+
+# B rows of a decoding batch, T tokens of prompts, X tiles, R rows that sample, F fields, V vocabulary, C hidden size
+
+_ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+class Decoding(NamedTuple):
+    """Which program decodes a batch."""
+
+    rows: int  # one of `Steps.row_counts`
+    segments: int  # of rows with adapters, a power of two or all rows; 0: no row has one
+    truncates: bool  # some row has top_k, top_p or min_p
+
+
+class Prefill(NamedTuple):
+    """Which program computes prompts."""
+
+    shape: PromptShape
+    truncates: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """What a part of a step left on the device, valid until the next step."""
+
+    logits_RV: torch.Tensor  # of the rows that sample, before any adjustment
+    tokens_R: torch.Tensor  # int32, sampled from them
+    slots_R: torch.Tensor
+    hidden_TC: torch.Tensor | None = None  # of all tokens of prompts that were not run as a graph
+
+
+class Steps:
+    """Engine thread only, on one stream that is not the default one.
+
+    Args:
+        cache: with one block more than sequences may use; the last one takes what filling rows write.
+        max_rows: sequences that decode in one step, and slots.
+        max_tokens: of prompts in one step.
+        table_entries: of a sequence's block table (see `paged.PagedRows`).
+    """
+
+    def __init__(
+        self, model: TritonModel, cache: PagedKVCache, *, max_rows: int, max_tokens: int, table_entries: int
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.max_tokens = max_tokens
+        device, dtype = model.device, model.embedding_VC.dtype
+        config = model.config
+        furthest = max(window or config.max_position_embeddings for window in config.windows)
+        self._rotations = model.rotations(furthest + config.sink_tokens + 2 * cache.block_size)
+        self.row_counts = [count for count in _ROW_COUNTS if count < max_rows] + [max_rows]
+        self.memory = SlotMemory(max_rows, max_rows, table_entries, device)
+        self.memory.tables_SE.fill_(cache.keys_LBSKD.shape[1] - 1)
+        self._graphs = Graphs(device)
+        self._upload = Upload(device)
+        vocab_size = len(model.head_weight.matrix_NK)
+        self._x_BC = torch.empty(max_rows, config.hidden_size, dtype=dtype, device=device)
+        self._positions_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._fields_BF = torch.zeros(max_rows, NUM_FIELDS, dtype=torch.int32, device=device)
+        self._logits_BV = torch.empty(max_rows, vocab_size, dtype=dtype, device=device)
+        self._tokens_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        max_samples = max(max_rows, MAX_PADDED_SAMPLES)  # of prompts
+        self._prompt_fields_RF = torch.zeros(max_samples, NUM_FIELDS, dtype=torch.int32, device=device)
+        self._prompt_tokens_R = torch.zeros(max_samples, dtype=torch.int32, device=device)
+        most_parts = (
+            max_tokens // PROMPT_SEGMENT_ROWS + max_tokens + 128
+        )  # tiles or segments of sequences of any lengths
+        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 2 * max_samples + 5 * most_parts + 64
+        self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
+        self._attention_scratch = DecodeScratch.make(max_rows, model.heads, device)
+        self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
+        self._lora_scratch = self._beside = None
+        if model.bank.num_slots:
+            self._lora_scratch = LoraScratch.make(
+                max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank, device
+            )
+            self._beside = BesideProducts(model.bank, max_rows)
+
+    # Sequences that decode
+
+    def decode(self, num_rows: int, *, num_segments: int, truncates: bool) -> Computed:
+        """One token more for the first `num_rows` of the memory's rows.
+
+        Args:
+            num_segments: of rows with adapters, which the memory holds; 0: no row has one.
+            truncates: some row has top_k, top_p or min_p.
+        """
+        count = next(count for count in self.row_counts if count >= num_rows)
+        segments = min(1 << (num_segments - 1).bit_length(), count) if num_segments else 0
+        key = Decoding(count, segments, truncates)
+        self._graphs.run(key, lambda: self._decode(*key))
+        return Computed(
+            logits_RV=self._logits_BV[:num_rows],
+            tokens_R=self._tokens_B[:num_rows],
+            slots_R=self.memory.rows_B[:num_rows],
+        )
+
+    def _decode(self, count: int, segments: int, truncates: bool) -> None:
+        memory, model = self.memory, self.model
+        x_BC, positions_B = self._x_BC[:count], self._positions_B[:count]
+        fields_BF, logits_BV, tokens_B = self._fields_BF[:count], self._logits_BV[:count], self._tokens_B[:count]
+        begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC)
+        rows = PagedRows(positions_B, memory.rows_B[:count], memory.tables_SE)
+        lora = None
+        if segments:
+            lora = LoraRows(
+                memory.segment_starts_B[:segments],
+                memory.segment_counts_B[:segments],
+                memory.segment_slots_B[:segments],
+                memory.scales_B[:count],
+            )
+        num_splits = num_splits_for(count, model.heads.num_kv_heads)
+        hidden_BC = model.forward(
+            x_BC,
+            lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
+            self._adapters(lora, self._beside),
+        )
+        model.head(hidden_BC, out=logits_BV)
+        sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
+        store_tokens(memory, memory.rows_B[:count], tokens_B)
+
+    def _attend(
+        self, layer: int, qkv_BN: torch.Tensor, addend: Addend | None, rows: PagedRows, num_splits: int
+    ) -> torch.Tensor:
+        model, config = self.model, self.model.config
+        weights = model.layers[layer]
+        out_BA = qkv_BN.new_empty(len(qkv_BN), model.heads.num_heads * model.heads.head_dim)
+        decode_attention(
+            qkv_BN, out_BA, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows,
+            self._attention_scratch, self._rotations, model.heads, window=weights.window,
+            sink_tokens=config.sink_tokens, score_scale=model.score_scale, q_norm_D=weights.q_norm_D,
+            k_norm_D=weights.k_norm_D, norm_eps=config.rms_norm_eps, num_splits=num_splits,
+            addend=addend,
+        )  # fmt: skip
+        return out_BA
+
+    def replace_tokens(self, computed: Computed, rows: list[int], tokens_R: torch.Tensor) -> None:
+        """Let rows of a part of the running step have other tokens than those that were sampled."""
+        index_R = torch.tensor(rows, device=tokens_R.device)
+        computed.tokens_R[index_R] = tokens_R.int()
+        store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
+
+    def _adapters(self, rows: LoraRows | None, beside: BesideProducts | None) -> Adapters | None:
+        if rows is None:
+            return None
+        assert self._lora_scratch is not None
+        return Adapters(self.model.bank, rows, self._lora_scratch, beside)
+
+    # Prompts
+
+    def prefill(self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False) -> Computed:
+        """Compute tokens of prompts, and the next tokens of those that sample, which their slots then have.
+
+        Args:
+            truncates: some row that samples has top_k, top_p or min_p.
+            wants_hidden: the result is to have the hidden states.
+        """
+        num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
+        captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
+        key = Prefill(shape_of(prompts, padded=captured), truncates)
+        inputs = key.shape.unpack(self._upload.copy(key.shape.pack(prompts), self._prompt_numbers))
+
+        def program() -> tuple[torch.Tensor, torch.Tensor]:
+            return self._prefill(inputs, truncates)
+
+        hidden_TC, logits_RV = program() if not captured else self._graphs.run(key, program, will_recur=False)
+        return Computed(
+            logits_RV=logits_RV[:num_samples],
+            tokens_R=self._prompt_tokens_R[:num_samples],
+            slots_R=inputs.sample_slots_R[:num_samples],
+            hidden_TC=hidden_TC if wants_hidden else None,
+        )
+
+    def _prefill(self, inputs: PromptTensors, truncates: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model, memory = self.model, self.memory
+        rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
+        attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
+        x_TC = F.embedding(inputs.token_ids_T, model.embedding_VC)
+        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None))
+        num_samples = len(inputs.sample_rows_R)
+        logits_RV = model.head(hidden_TC[inputs.sample_rows_R])
+        if num_samples:
+            fields_RF, tokens_R = self._prompt_fields_RF[:num_samples], self._prompt_tokens_R[:num_samples]
+            gather_fields(memory, inputs.sample_slots_R, fields_RF)
+            sample(logits_RV, sampling_rows(fields_RF), tokens_R, self._sampler_scratch, truncates=truncates)
+            store_tokens(memory, inputs.sample_slots_R, tokens_R)
+        return hidden_TC, logits_RV
+
+    # Before there is anything to compute
+
+    def rehearse(self) -> None:
+        """Run the largest steps once, on nobody's slot: what memory they take can be measured then."""
+        prompts = Prompts()
+        prompts.add([0] * self.max_tokens, 0, 0, samples=True, bank_slot=0, scale=1.0)
+        self.prefill(prompts, truncates=False, wants_hidden=True)
+        self.decode(self.row_counts[-1], num_segments=0, truncates=False)
+
+    def run_program(self, key: Decoding | Prefill) -> None:
+        """Run a program for whatever the memory holds: what compiles its kernels, and those of a step around it."""
+        self.memory.update([self.memory.field_at(0, POSITION)], [0])
+        self._program(key)()
+
+    def note_compiled(self, key: Decoding | Prefill) -> None:
+        """Other steps of the same model and sizes have run this program. On any thread."""
+        self._graphs.note_compiled(key)
+
+    def capture(self, key: Decoding | Prefill) -> None:
+        """Capture a program that was noted as compiled, which computes nothing."""
+        self._graphs.capture(key, self._program(key))
+
+    def _program(self, key: Decoding | Prefill) -> Callable[[], object]:
+        if isinstance(key, Decoding):
+            return lambda: self._decode(*key)
+        inputs = key.shape.unpack(self._prompt_numbers)
+        return lambda: self._prefill(inputs, key.truncates)

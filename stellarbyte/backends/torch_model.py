@@ -1,0 +1,97 @@
+"""What the engine asks of a model, and the plain torch form of it. Knows no requests."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from stellarbyte.backends.paged_attention import PagedAttention
+from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.lora.bank import PROJECTIONS, LoraBank, module_name
+from stellarbyte.model.attention import plain_projection
+from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.sampling.adjustment import RowAdjustment, adjust_logits
+from stellarbyte.sampling.sampler import RowSampling, sample
+
+# T tokens of the step, C hidden size, R rows of some of them, V vocabulary
+
+
+class ServedModel(ABC):
+    """A model that runs serving steps. Engine thread only."""
+
+    @abstractmethod
+    def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        """Compute a step, writing its keys and values to the cache; [T, C] hidden states after the final norm."""
+
+    @abstractmethod
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        """[R, V] logits of what follows."""
+
+    def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
+        """Change float32 logits in place; see `stellarbyte.sampling.adjustment`."""
+        adjust_logits(logits_RV, rows)
+
+    @abstractmethod
+    def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
+        """The next token of each row of logits, or NO_TOKEN; see `stellarbyte.sampling.sampler`."""
+
+    def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        """Compute a step; [R, V] logits of the rows that sample."""
+        return self.head(self.hidden(batch, cache)[batch.logits_rows])
+
+
+class TorchModel(ServedModel):
+    """The reference: the model's own modules over `ops/reference.py`, on any device.
+
+    `config` is the one to serve with: its window and sinks may differ from those the checkpoint was saved with.
+    `bank` holds the adapters; None: there are none.
+    """
+
+    def __init__(self, model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank | None = None) -> None:
+        self.model = model
+        self.config = config
+        self.bank = LoraBank(config) if bank is None else bank
+        self._places = {
+            model.get_submodule(module_name(layer, projection)): (layer, projection)
+            for layer in range(config.num_hidden_layers)
+            for projection in range(len(PROJECTIONS))
+        }
+
+    def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        decoder = self.model.model
+        attend = PagedAttention(self.config, decoder.rotary, cache, batch)
+        project = _AdaptedProjection(self.bank, self._places, batch) if any(batch.adapter_slots) else plain_projection
+        return decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
+
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(hidden_RC)
+
+    def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
+        return sample(logits_RV, rows).tolist()
+
+
+class _AdaptedProjection:
+    """The `project` of one step: y = W x + scale · Bᵀ(A x), each row with its own sequence's adapter and scale."""
+
+    def __init__(self, bank: LoraBank, places: Mapping[nn.Module, tuple[int, int]], batch: ForwardBatch) -> None:
+        self.bank = bank
+        self.places = places
+        self.rows = [
+            (slice(batch.query_starts[i], batch.query_starts[i + 1]), slot, batch.adapter_scales[i])
+            for i, slot in enumerate(batch.adapter_slots)
+            if slot
+        ]
+
+    def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
+        outputs = plain_projection(x, *linears)
+        layer, first = self.places[linears[0]]
+        projections = slice(first, first + len(linears))
+        for rows, slot, scale in self.rows:
+            shrunk = scale * (x[rows] @ self.bank.a(slot, layer, projections).T)
+            ranks = self.bank.ranks_SLP[slot, layer, projections].tolist()
+            for i, hidden in enumerate(shrunk.split(ranks, dim=-1)):
+                outputs[i][rows] += hidden @ self.bank.b(slot, layer, first + i)
+        return outputs

@@ -1,0 +1,254 @@
+"""A GGUF file (llama, qwen2, qwen3) as a conversion plan: config and tensors. Knows nothing of tokenizers."""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.gguf.file import FLOATS, GGUFFile, open_gguf
+from stellarbyte.checkpoint.gguf.tokenizer import plan_tokenizer
+from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
+from stellarbyte.config import ByteModelConfig
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FREQS = "rope_freqs.weight"
+CHANGES_THE_MODEL = (  # metadata that other architectures' forks use; a value in a file we accept would be ignored
+    *("attention.scale", "attention.clamp_kqv", "attention.temperature_scale", "attention.max_alibi_bias"),
+    *("logit_scale", "residual_scale", "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping"),
+)
+
+
+def plan_gguf(path: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
+    """Read a file's metadata.
+
+    Args:
+        dtype: of the target; None: that of the matrices if all have one float type, float32 if any is quantised.
+
+    Raises:
+        CheckpointError: the file is corrupt, or something in it is not supported; the message names it.
+    """
+    file = open_gguf(path)
+    try:
+        return _plan(file, dtype)
+    except CheckpointError:
+        raise
+    except KeyError as error:
+        raise CheckpointError(f"{path} cannot be converted: it has no {error.args[0]}.") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        raise CheckpointError(f"{path} cannot be converted: {one_line(error)}.") from error
+
+
+def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
+    """`plan_gguf`; also raises KeyError for what is absent, and whatever values of a wrong kind lead to."""
+    path, metadata = file.path, file.metadata
+    architecture = metadata["general.architecture"]
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path} has the architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}."
+        )
+    if metadata.get("split.count", 1) > 1:
+        raise CheckpointError(
+            f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge first."
+        )
+    names = {name: _target_name(path, name) for name in file.tensors if name != ROPE_FREQS}
+    tokenizer = plan_tokenizer(path, metadata)
+    target_dtype = dtype if dtype is not None else _common_dtype(file)
+    config = _translate_config(file, architecture, target_dtype, tokenizer.token_ids)
+    return ConversionPlan(
+        source=path,
+        config=config,
+        generation=tokenizer.token_ids,
+        tensors={
+            target: PlannedTensor(
+                dtype=file.tensors[name].dtype,
+                shape=file.tensors[name].shape,
+                read=partial(_read_tensor, file, name, _rotated_heads(architecture, target, config)),
+            ).cast(target_dtype)
+            for name, target in names.items()
+        },
+        write_tokenizer=tokenizer.write,
+    )
+
+
+def _common_dtype(file: GGUFFile) -> torch.dtype:
+    types = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    return FLOATS.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+
+
+def _target_name(path: Path, name: str) -> str:
+    stem, _, kind = name.rpartition(".")
+    if kind in ("weight", "bias"):
+        if stem in TENSORS:
+            return f"{TENSORS[stem]}.{kind}"
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+        if layer and layer[2] in LAYER_TENSORS:
+            return f"model.layers.{int(layer[1])}.{LAYER_TENSORS[layer[2]]}.{kind}"
+    raise CheckpointError(f"{path} holds the tensor {name}, which is not supported.")
+
+
+def _translate_config(
+    file: GGUFFile, architecture: str, dtype: torch.dtype, token_ids: Mapping[str, Any]
+) -> ByteModelConfig:
+    """Raises KeyError for absent metadata and ValueError for what a ByteTransformer cannot be."""
+    metadata = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in file.metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    for name in CHANGES_THE_MODEL:
+        if metadata.get(name):
+            raise ValueError(f"{architecture}.{name} is not supported")
+    if metadata.get("expert_count"):
+        raise ValueError("it is a mixture of experts, which is not supported")
+    hidden, heads = (
+        _number(metadata, architecture, "embedding_length"),
+        _number(metadata, architecture, "attention.head_count"),
+    )
+    head_dim = metadata.get("attention.key_length", hidden // heads)
+    if metadata.get("attention.value_length", head_dim) != head_dim:
+        raise ValueError("keys and values of different width are not supported")
+    if metadata.get("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError("a rotation of only a part of each head is not supported")
+    layers = _number(metadata, architecture, "block_count")
+    found = len({name.split(".")[1] for name in file.tensors if name.startswith("blk.")})
+    if layers != found:
+        raise ValueError(f"{architecture}.block_count is {layers}, but there are tensors of {found} layers")
+    vocab_size = file.tensors["token_embd.weight"].shape[0]
+    context = _number(metadata, architecture, "context_length")
+    window = metadata.get("attention.sliding_window") or None
+    if window is not None and window >= context:
+        window = None
+    if window is not None and architecture != "llama":
+        raise ValueError(
+            f"{architecture}.attention.sliding_window is not supported: the file does not say in which layers"
+        )
+    return ByteModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=_number(metadata, architecture, "feed_forward_length"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=metadata.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=context,
+        rms_norm_eps=_shortest(_number(metadata, architecture, "attention.layer_norm_rms_epsilon")),
+        tie_word_embeddings="output.weight" not in file.tensors,
+        attention_bias="blk.0.attn_q.bias" in file.tensors,
+        attention_output_bias="blk.0.attn_output.bias" in file.tensors,
+        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        qk_norm=architecture == "qwen3",
+        sliding_window=window,
+        rope_parameters=_rope_parameters(file, metadata, head_dim),
+        use_xpos=False,
+        dtype=dtype,
+        **token_ids,
+    )
+
+
+def _number(metadata: Mapping[str, Any], architecture: str, name: str) -> Any:
+    if name not in metadata:
+        raise KeyError(f"{architecture}.{name}")
+    if not isinstance(metadata[name], int | float):
+        raise ValueError(f"{architecture}.{name} is {type(metadata[name]).__name__}, one number is supported")
+    return metadata[name]
+
+
+def _shortest(value: float) -> float:
+    """The decimal that a float32 was written from: 1e-05 instead of 9.999999747378752e-06."""
+    return float(f"{value:.7g}")
+
+
+def _rope_parameters(file: GGUFFile, metadata: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base", 10000.0)}
+    kind = metadata.get("rope.scaling.type", "none")
+    factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0))
+    if "rope.scaling.type" not in metadata and factor != 1.0:
+        kind = "linear"  # files from before rope.scaling.type
+    if kind == "linear":
+        rope |= {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn":
+        rope |= {"rope_type": "yarn", "factor": factor} | _yarn_parameters(metadata, factor)
+    elif kind != "none":
+        raise ValueError(f"rope.scaling.type {kind!r} is not supported")
+    if ROPE_FREQS in file.tensors:
+        if kind != "none":
+            raise ValueError(f"{ROPE_FREQS} together with rope.scaling.type {kind!r} is not supported")
+        rope |= _llama3_parameters(file.read(ROPE_FREQS).double(), rope["rope_theta"], head_dim)
+    return rope
+
+
+def _yarn_parameters(metadata: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    if metadata.get("rope.scaling.yarn_log_multiplier") or metadata.get("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
+        raise ValueError("rope.scaling.yarn_log_multiplier and yarn_ext_factor are not supported")
+    found: dict[str, Any] = {"original_max_position_embeddings": metadata["rope.scaling.original_context_length"]}
+    for name in ("beta_fast", "beta_slow"):
+        if f"rope.scaling.yarn_{name}" in metadata:
+            found[name] = metadata[f"rope.scaling.yarn_{name}"]
+    scale = metadata.get("rope.scaling.yarn_attn_factor", metadata.get("rope.scaling.attn_factor", 1.0))
+    if scale != 1.0:
+        found["attention_factor"] = scale * (1.0 + 0.1 * math.log(factor))
+    return found
+
+
+def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """The scaling whose divisors (float64 [head_dim / 2]) the file has baked in.
+
+    Only its results are stored. All Llama 3.1 to 3.3 models share every parameter but the factor, which is the
+    largest divisor; anything that these do not reproduce is refused.
+    """
+    if torch.all(divisors == 1):
+        return {}
+    factor = _shortest(divisors.max().item())
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    expected = 1 / (kept + (1 - kept) / factor)
+    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-5, atol=0):
+        raise ValueError(f"{ROPE_FREQS} holds a scaling that is not Llama 3's")
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
+
+
+def _rotated_heads(architecture: str, target: str, config: ByteModelConfig) -> int:
+    """Heads of a q or k projection that the file stores for interleaved rotation; 0 for other tensors."""
+    if architecture != "llama":
+        return 0
+    if ".q_proj." in target:
+        return config.num_attention_heads
+    return config.num_key_value_heads or 0 if ".k_proj." in target else 0
+
+
+def _read_tensor(file: GGUFFile, name: str, rotated_heads: int) -> torch.Tensor:
+    tensor = file.read(name)
+    return unpermute(tensor, rotated_heads) if rotated_heads else tensor
+
+
+def unpermute(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a q or k projection (weight or bias) from interleaved rotation order to rotate-half order.
+
+    llama.cpp rotates pairs (2j, 2j + 1) for this architecture, so its converter moves row j of each head to 2j and
+    row j + D/2 to 2j + 1; this moves them back.
+    """
+    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,300 @@
+"""Products of packed weights with a few tokens or many, on the CPU. Knows no model.
+
+A weight matrix is stored in panels of 16 rows, column by column, so that one vector register holds one column of a
+panel and a token's value is broadcast against it. Each panel is read from memory once for up to 6 tokens, at the
+machine's full read speed, which torch's products do not reach for small batches; for many tokens the same kernel runs
+at the speed of the multipliers. LLVM's vectoriser does not find this by itself, so the innermost loop is written as
+LLVM instructions.
+
+Weights are float32, int8 (a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and a minimum
+for every 32); activations are float32.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from stellarbyte.ops.cpu import KEEP_COMPILED
+from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, exp
+
+# T tokens, N rows, K columns, P panels of R rows
+
+PANEL_ROWS = LANES
+TOKENS_PER_TILE = 6  # 6 tokens × 16 rows are 12 AVX2 accumulators; weights and a broadcast take the other 4 registers
+INT8_GROUP = 64
+INT4_GROUP = 32
+
+NO_ACTIVATION, SILU, GELU, GELU_TANH = range(4)
+ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
+
+_FEW_TOKENS = 2
+_COLUMNS_AT_ONCE = 4
+
+Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
+Visit = Callable[[ir.Value, ir.Value], None]
+
+
+class _PanelEmitter(Emitter):
+    """LLVM instructions for the dot products of one panel with `num_tokens` rows of x."""
+
+    def __init__(self, builder: ir.IRBuilder, num_tokens: int) -> None:
+        super().__init__(builder)
+        self.sums = [self.zeros() for _ in range(num_tokens)]
+
+    def add_column(self, sums: list[ir.Value], weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
+        """sums[t] += weights · x[t, column]"""
+        for total, row in zip(sums, x_rows, strict=True):
+            self._add_product(total, weights, self.splat(self.builder.load(self.offset(row, column))))
+
+    def add_panel(
+        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
+    ) -> None:
+        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the rows of x added up over int4's groups."""
+        if panel.kind == types.float32 or len(x_rows) > _FEW_TOKENS:
+            self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
+        else:
+            self._add_groups(panel, num_columns, x_rows, sum_rows)
+
+    def for_each_column(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
+        """Emit a loop that calls visit(weights of a column as float32, its number)."""
+        if panel.kind == types.float32:
+            with cgutils.for_range(self.builder, num_columns) as loop:
+                visit(self.load(self.offset(panel.weights, self.times(loop.index, PANEL_ROWS)), FLOATS, 4), loop.index)
+            return
+        for group, columns in self._groups(panel, num_columns):
+            scale = self._of_group(panel.scales, group)
+            minimum = None if panel.kind == types.int8 else self._of_group(panel.minima, group)
+            for integers, column in columns:
+                if minimum is None:
+                    visit(self.builder.fmul(integers, scale), column)
+                else:
+                    visit(self.multiply_add(integers, scale, minimum), column)
+
+    def _add_groups(
+        self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
+    ) -> None:
+        """Σ (integer · scale + minimum) · x as scale · Σ integer · x + minimum · Σ x, group by group.
+
+        With so few tokens the next column would wait for the sum of the last one, so neighbours have sums of their own.
+        """
+        partial = [[self.zeros() for _ in x_rows] for _ in range(_COLUMNS_AT_ONCE)]
+        for group, columns in self._groups(panel, num_columns):
+            for total in (total for sums in partial for total in sums):
+                self.builder.store(ir.Constant(FLOATS, [0.0] * LANES), total)
+            for i, (integers, column) in enumerate(columns):
+                self.add_column(partial[i], integers, x_rows, column)
+            scale = self._of_group(panel.scales, group)
+            for t, total in enumerate(self.sums):
+                value = self.builder.load(partial[0][t])
+                for sums in partial[1:]:
+                    value = self.builder.fadd(value, self.builder.load(sums[t]))
+                self._add_product(total, scale, value)
+                if panel.kind != types.int8:
+                    x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
+                    self._add_product(total, self._of_group(panel.minima, group), x_sum)
+
+    def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
+        """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
+        size = INT8_GROUP if panel.kind == types.int8 else INT4_GROUP
+        columns_of = self._int8_columns if panel.kind == types.int8 else self._int4_columns
+        with cgutils.for_range(self.builder, self.builder.udiv(num_columns, ir.Constant(INT64, size))) as loop:
+            yield loop.index, columns_of(panel, self.times(loop.index, size))
+
+    def _int8_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            for place in range(_COLUMNS_AT_ONCE):
+                inside = self.builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, place))
+                column = self.builder.add(first, inside)
+                integers = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
+                yield self.builder.sitofp(self.builder.sext(integers, INTS), FLOATS), column
+
+    def _int4_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        builder, two = self.builder, ir.Constant(INT64, 2)
+        four, fifteen = (ir.Constant(BYTES, [n] * PANEL_ROWS) for n in (4, 15))
+        with cgutils.for_range(builder, ir.Constant(INT64, INT4_GROUP // _COLUMNS_AT_ONCE)) as loop:
+            for pair in range(_COLUMNS_AT_ONCE // 2):
+                inside = builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, 2 * pair))
+                column = builder.add(first, inside)
+                both = self.load(
+                    self.offset(panel.weights, self.times(builder.udiv(column, two), PANEL_ROWS)), BYTES, 1
+                )
+                for place, nibbles in enumerate((builder.and_(both, fifteen), builder.lshr(both, four))):
+                    values = builder.sitofp(builder.zext(nibbles, INTS), FLOATS)
+                    yield values, builder.add(column, ir.Constant(INT64, place))
+
+    def _of_group(self, numbers: ir.Value, group: ir.Value) -> ir.Value:
+        return self.load(self.offset(numbers, self.times(group, PANEL_ROWS)), FLOATS, 4)
+
+    def _add_product(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
+        self.builder.store(self.multiply_add(a, b, self.builder.load(total)), total)
+
+
+class _Panel:
+    """Where one panel of a packed weight lies: the first four arguments of an intrinsic are weight and panel number."""
+
+    def __init__(self, context, builder, signature, arguments) -> None:
+        self.kind = signature.args[0].dtype
+        self.weights, self.scales, self.minima = (
+            self._start(builder, context.make_array(signature.args[i])(context, builder, arguments[i]), arguments[3])
+            for i in range(3)
+        )
+
+    @staticmethod
+    def _start(builder: ir.IRBuilder, array, panel: ir.Value) -> ir.Value:
+        stride = cgutils.unpack_tuple(builder, array.strides)[0]
+        start = builder.gep(builder.bitcast(array.data, BYTE.as_pointer()), [builder.mul(panel, stride)])
+        return builder.bitcast(start, array.data.type)
+
+
+def _panel_product(num_tokens: int):  # numba's own typing takes its place
+    """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
+
+    @intrinsic
+    def product(typing_context, weights, scales, minima, panel, x, first, sums, x_sums):
+        signature = types.void(weights, scales, minima, types.intp, x, types.intp, sums, x_sums)
+
+        def generate(context, builder, signature, arguments):
+            tokens = [builder.add(arguments[5], ir.Constant(INT64, t)) for t in range(num_tokens)]
+
+            def rows_of(argument: int) -> tuple[list[ir.Value], ir.Value]:
+                array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+                width = cgutils.unpack_tuple(builder, array.shape)[1]
+                return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
+
+            (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
+            emitter = _PanelEmitter(builder, num_tokens)
+            panel = _Panel(context, builder, signature, arguments)
+            emitter.add_panel(panel, num_columns, x_rows, sum_rows)
+            sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
+            for t, total in enumerate(emitter.sums):
+                emitter.store(builder.load(total), builder.gep(sums, [ir.Constant(INT64, t * PANEL_ROWS)]))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return product
+
+
+_product_1, _product_2, _product_3 = _panel_product(1), _panel_product(2), _panel_product(3)
+_product_4, _product_5, _product_6 = _panel_product(4), _panel_product(5), _panel_product(6)
+
+
+@intrinsic
+def _unpack(typing_context, weights, scales, minima, panel, num_columns, out):
+    """Write a panel to `out` [1, K, R] as float32."""
+    signature = types.void(weights, scales, minima, types.intp, types.intp, out)
+
+    def generate(context, builder, signature, arguments):
+        target = context.make_array(signature.args[5])(context, builder, arguments[5]).data
+        emitter = _PanelEmitter(builder, 0)
+        panel = _Panel(context, builder, signature, arguments)
+        emitter.for_each_column(
+            panel,
+            arguments[4],
+            lambda w, column: emitter.store(w, emitter.offset(target, emitter.times(column, PANEL_ROWS))),
+        )
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@njit(inline="always")
+def _activate(x, activation):
+    if activation == SILU:
+        return x / (np.float32(1.0) + exp(-x))
+    if activation == GELU:
+        return np.float32(0.5) * x * np.float32(1.0 + math.erf(x * 0.7071067811865476))
+    inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
+    return x / (np.float32(1.0) + exp(np.float32(-2.0) * inner))  # 0.5 · (1 + tanh(y)) = 1 / (1 + e^(-2y))
+
+
+@njit(inline="always")
+def _product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+    if num_tokens == 6:
+        _product_6(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 1:
+        _product_1(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 2:
+        _product_2(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 3:
+        _product_3(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 4:
+        _product_4(weights, scales, minima, panel, x, first, sums, x_sums)
+    else:
+        _product_5(weights, scales, minima, panel, x, first, sums, x_sums)
+
+
+@njit(inline="always")
+def _write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
+    """Put a tile of sums where it belongs. With an activation, rows 0..7 of a panel are gates of rows 8..15."""
+    half = PANEL_ROWS // 2
+    row = panel * PANEL_ROWS
+    if len(bias):
+        for t in range(num_tokens):
+            for r in range(PANEL_ROWS):
+                sums[t * PANEL_ROWS + r] += bias[row + r]
+    if len(addend):
+        for t in range(num_tokens):
+            for r in range(PANEL_ROWS):
+                sums[t * PANEL_ROWS + r] += addend[first + t, row + r]
+    if activation == NO_ACTIVATION:
+        width = min(PANEL_ROWS, out.shape[1] - row)
+        for t in range(num_tokens):
+            for r in range(width):
+                out[first + t, row + r] = sums[t * PANEL_ROWS + r]
+    else:
+        width = min(half, out.shape[1] - panel * half)
+        for t in range(num_tokens):
+            for r in range(width):
+                gate, up = sums[t * PANEL_ROWS + r], sums[t * PANEL_ROWS + half + r]
+                out[first + t, panel * half + r] = _activate(gate, activation) * up
+
+
+@njit(fastmath=True, nogil=True)
+def _group_sums(x, num_groups):
+    """[T, num_groups] sums over int4's groups of columns; other formats have no groups with a minimum."""
+    sums = np.zeros((len(x), num_groups), np.float32)
+    for t in range(len(x)):
+        for group in range(num_groups):
+            for column in range(group * INT4_GROUP, (group + 1) * INT4_GROUP):
+                sums[t, group] += x[t, column]
+    return sums
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+def linear(x, weight, bias, addend, out, activation, num_threads):
+    """out = x · Wᵀ + bias + addend, or out = activation(gate) · up of that for a weight from `interleave_gated`.
+
+    Args:
+        x: [T, K] float32, contiguous.
+        weight: (weights, scales, minima) of a `PackedWeight`.
+        bias: [P · R] float32 in the weight's row order, or empty.
+        addend: [T, P · R] float32 in the weight's row order, or [0, 0].
+        out: [T, N] float32, N rows or pairs of rows; overwritten.
+        activation: NO_ACTIVATION, SILU, GELU or GELU_TANH.
+        num_threads: numba threads to use.
+    """
+    weights, scales, minima = weight
+    num_panels, num_tokens = weights.shape[0], x.shape[0]
+    # Unpacking costs about as much as a tile, so a few tokens take their weights straight from the packed form.
+    unpack_first = weights.itemsize == 1 and num_tokens > 2 * TOKENS_PER_TILE
+    x_sums = _group_sums(x, minima.shape[1])
+    per_thread = (num_panels + num_threads - 1) // num_threads
+    for thread in prange(num_threads):
+        sums = np.empty(TOKENS_PER_TILE * PANEL_ROWS, np.float32)
+        unpacked = np.empty((1, x.shape[1] if unpack_first else 0, PANEL_ROWS), np.float32)
+        for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread)):
+            if unpack_first:
+                _unpack(weights, scales, minima, panel, x.shape[1], unpacked)
+            for first in range(0, num_tokens, TOKENS_PER_TILE):
+                tile = min(TOKENS_PER_TILE, num_tokens - first)
+                if unpack_first:
+                    _product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums)
+                else:
+                    _product(weights, scales, minima, panel, x, first, tile, sums, x_sums)
+                _write_tile(sums, tile, first, panel, bias, addend, out, activation)

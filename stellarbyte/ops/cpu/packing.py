@@ -1,0 +1,72 @@
+"""Weights in the form the CPU kernels read: panels of 16 rows, float32 or quantized. Knows no model."""
+
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP, PANEL_ROWS
+
+# N rows, K columns, P panels of R rows, G columns that share a scale
+
+Floats = npt.NDArray[np.float32]
+Number = TypeVar("Number", bound=np.generic)
+
+
+class PackedWeight(NamedTuple):
+    """A matrix [N, K] for `linear.linear`; rows are padded with zeros to whole panels."""
+
+    weights: npt.NDArray[Any]  # [P, K, R] float32 or int8, or [P, K/2, R] uint8: columns 2i (low bits) and 2i+1
+    scales: Floats  # [P, K/G, R]; empty for float32
+    minima: Floats  # [P, K/G, R], int4 only
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weights.nbytes + self.scales.nbytes + self.minima.nbytes
+
+
+def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
+    """Pack a matrix as "none" (float32), "int8" or "int4".
+
+    int8: q · scale, scale = max|w| / 127 over 64 columns of a row. int4: q · scale + minimum, q = 0..15, over 32.
+
+    Raises:
+        ValueError: K is not a multiple of the quantization's group.
+    """
+    rows, columns = matrix_NK.shape
+    if rows % PANEL_ROWS:
+        matrix_NK = np.concatenate([matrix_NK, np.zeros((-rows % PANEL_ROWS, columns), np.float32)])
+    nothing = np.zeros((1, 0, PANEL_ROWS), np.float32)
+    if quantization == "none":
+        return PackedWeight(_panels(matrix_NK.astype(np.float32, copy=False)), nothing, nothing)
+    group = INT8_GROUP if quantization == "int8" else INT4_GROUP
+    if columns % group:
+        raise ValueError(
+            f"{quantization} needs matrices whose width is a multiple of {group}; one has {columns} columns"
+        )
+    groups_NGC = matrix_NK.reshape(len(matrix_NK), columns // group, group)
+    if quantization == "int8":
+        scale_NG = np.maximum(np.abs(groups_NGC).max(axis=-1), np.float32(1e-30)) / np.float32(127)
+        integers = np.rint(groups_NGC / scale_NG[..., None]).astype(np.int8)
+        return PackedWeight(_panels(integers.reshape(matrix_NK.shape)), _panels(scale_NG), nothing)
+    minimum_NG = groups_NGC.min(axis=-1)
+    scale_NG = np.maximum((groups_NGC.max(axis=-1) - minimum_NG) / np.float32(15), np.float32(1e-30))
+    nibbles = np.rint((groups_NGC - minimum_NG[..., None]) / scale_NG[..., None]).clip(0, 15).astype(np.uint8)
+    nibbles = nibbles.reshape(matrix_NK.shape)
+    pairs = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    return PackedWeight(_panels(pairs), _panels(scale_NG), _panels(minimum_NG))
+
+
+def interleave_gated(gate_NK: Floats, up_NK: Floats) -> Floats:
+    """Rows of gate and up in the order `linear` wants with an activation: 8 gates, their 8 ups, and so on."""
+    half = PANEL_ROWS // 2
+    missing = -len(gate_NK) % half
+    padding = np.zeros((missing, *gate_NK.shape[1:]), np.float32)
+    pairs = [np.concatenate([matrix, padding]).reshape(-1, half, *matrix.shape[1:]) for matrix in (gate_NK, up_NK)]
+    return np.stack(pairs, axis=1).reshape(-1, *gate_NK.shape[1:])
+
+
+def _panels(matrix: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """[N, K] → contiguous [N/R, K, R]."""
+    rows, columns = matrix.shape
+    return np.ascontiguousarray(matrix.reshape(rows // PANEL_ROWS, PANEL_ROWS, columns).transpose(0, 2, 1))

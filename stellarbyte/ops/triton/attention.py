@@ -1,0 +1,150 @@
+"""Attention of a step's queries over the paged cache: tiles of prompts, and newest tokens. Knows no model."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from stellarbyte.ops.triton.attention_kernels import decode_kernel, prefill_kernel
+from stellarbyte.ops.triton.lora import Addend
+from stellarbyte.ops.triton.overlap import overlapping
+from stellarbyte.ops.triton.paged import UNLIMITED, HeadShape, PagedRows, Rotations, ring_length
+from stellarbyte.ops.triton.rotate_write import write_kv as write_kv
+
+# T tokens, N = (H + 2K) · D packed row, A = H · D, H query heads, K kv heads, G = H/K, D head dim
+# X tiles of queries, B blocks, S block size, E entries of a block table, C programs of a decode launch
+
+TILE_ROWS = 64  # queries of a prefill program
+_TILE_KEYS = 64
+_TILE_BYTES = 16 * 1024  # of keys, and as many of values: a tile has fewer keys if they are long
+_BYTES_AHEAD = 32 * 1024  # of keys, and as many of values: what is being loaded while a tile is computed
+_MAX_TILES_AHEAD = 4
+_MAX_SPLITS = 32
+_NUM_WARPS = 4
+_DECODE_REGISTERS = 128  # of a thread: one program more fits on a multiprocessor than without a limit
+_LOG2_E = math.log2(math.e)
+
+
+class DecodeScratch(NamedTuple):
+    """Where programs that share a row leave their sums for the last of them. Made once: graphs keep the addresses."""
+
+    sums_CGD: torch.Tensor  # float32: Σ 2^(score - peak) · value
+    weights_CG: torch.Tensor  # float32: Σ 2^(score - peak)
+    peaks_CG: torch.Tensor  # float32
+    counters_TK: torch.Tensor  # int32: programs that are done; 0 between launches
+
+    @staticmethod
+    def make(max_rows: int, heads: HeadShape, device: torch.device) -> "DecodeScratch":
+        """For up to `max_rows` rows with the splits of `num_splits_for`."""
+        group = heads.num_heads // heads.num_kv_heads
+        most = max(rows * num_splits_for(rows, heads.num_kv_heads) for rows in range(1, max_rows + 1))
+        programs = most * heads.num_kv_heads
+        return DecodeScratch(
+            torch.empty(programs, group, heads.head_dim, device=device),
+            torch.empty(programs, group, device=device),
+            torch.empty(programs, group, device=device),
+            torch.zeros(max_rows, heads.num_kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+def num_splits_for(num_rows: int, num_kv_heads: int, num_multiprocessors: int = 132) -> int:
+    """How many programs share a row of `decode_attention` at most: all together about four for each multiprocessor."""
+    wanted = 4 * num_multiprocessors / (num_rows * num_kv_heads)
+    return min(_MAX_SPLITS, 1 << max(0, round(math.log2(wanted))))
+
+
+def prefill_attention(
+    qkv_TN: torch.Tensor,
+    out_TA: torch.Tensor,
+    keys_BSKD: torch.Tensor,
+    values_BSKD: torch.Tensor,
+    rows: PagedRows,
+    tile_starts_X: torch.Tensor,
+    tile_counts_X: torch.Tensor,
+    rotations: Rotations,
+    heads: HeadShape,
+    *,
+    window: int | None,
+    sink_tokens: int,
+    score_scale: float,
+    q_norm_D: torch.Tensor | None,
+    norm_eps: float,
+) -> None:
+    """out = attention of the rows of all tiles, whose keys `write_kv` has written. Other rows of out are left alone.
+
+    Args:
+        qkv_TN, out_TA: contiguous, float32 or bfloat16; queries neither normed nor rotated.
+        keys_BSKD, values_BSKD: in that dtype or in fp8 (e4m3).
+        tile_starts_X, tile_counts_X: int32; a tile is up to `TILE_ROWS` rows of one sequence with consecutive
+            positions, given by its first row and their number. A tile of 0 rows is none.
+        rotations: for every distance to a visible block's base, and for 0..TILE_ROWS-1.
+        window: tokens a query looks back, its own among them; 0 or None: all.
+    """
+    tables_NE, constants = rows.tables_NE, _constants(keys_BSKD, heads, sink_tokens)
+    # Eight warps hold two heads that share keys, or the long rows of queries and sums of one.
+    heads_together, num_warps = 1, _NUM_WARPS
+    if heads.head_dim * keys_BSKD.element_size() > 256:
+        num_warps = 2 * _NUM_WARPS
+    elif heads.num_heads // heads.num_kv_heads % 2 == 0:
+        heads_together, num_warps = 2, 2 * _NUM_WARPS
+    prefill_kernel[(len(tile_starts_X), heads.num_heads // heads_together)](
+        qkv_TN, out_TA, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
+        ring_length(rows, keys_BSKD.shape[1], sink_tokens), tile_starts_X, tile_counts_X, *rotations, q_norm_D,
+        norm_eps, score_scale * _LOG2_E, window or UNLIMITED, ROWS=TILE_ROWS,
+        HEADS=heads_together, **constants, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def decode_attention(
+    qkv_TN: torch.Tensor,
+    out_TA: torch.Tensor,
+    keys_BSKD: torch.Tensor,
+    values_BSKD: torch.Tensor,
+    rows: PagedRows,
+    scratch: DecodeScratch,
+    rotations: Rotations,
+    heads: HeadShape,
+    *,
+    window: int | None,
+    sink_tokens: int,
+    score_scale: float,
+    q_norm_D: torch.Tensor | None,
+    k_norm_D: torch.Tensor | None,
+    norm_eps: float,
+    num_splits: int,
+    addend: Addend | None = None,
+) -> None:
+    """Write the keys and values of rows that are each the newest token of a sequence; out = their attention.
+
+    `addend` belongs to the packed rows. Up to `num_splits` programs, a power of two, share the keys of a row. Otherwise
+    as `write_kv` and `prefill_attention`. Rows may share a sequence only if nobody reads what they give (rows that fill
+    up a batch).
+    """
+    num_programs = len(qkv_TN) * heads.num_kv_heads * num_splits
+    assert num_splits == 1 or (num_programs <= len(scratch.sums_CGD) and len(qkv_TN) <= len(scratch.counters_TK)), (
+        "more rows or splits than the scratch was made for"
+    )
+    tables_NE = rows.tables_NE
+    group = heads.num_heads // heads.num_kv_heads
+    decode_kernel[(len(qkv_TN), heads.num_kv_heads, num_splits)](
+        qkv_TN, *((None, None) if addend is None else addend), out_TA, keys_BSKD, values_BSKD, rows.positions_T,
+        rows.sequences_T, tables_NE, tables_NE.stride(0), ring_length(rows, keys_BSKD.shape[1], sink_tokens),
+        *scratch, *rotations, q_norm_D, k_norm_D, norm_eps, score_scale * _LOG2_E, window or UNLIMITED,
+        SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
+        **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 3 if keys_BSKD.element_size() == 1 else 2},
+        num_warps=_NUM_WARPS, maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),
+    )  # fmt: skip
+
+
+def _constants(keys_BSKD: torch.Tensor, heads: HeadShape, sink_tokens: int) -> dict[str, int]:
+    """What both kernels are compiled for. A block of more keys than a tile is several tiles."""
+    block_size, width = keys_BSKD.shape[1], max(16, triton.next_power_of_2(heads.head_dim))
+    key_bytes = width * keys_BSKD.element_size()
+    keys_per_tile = max(16, min(_TILE_KEYS, _TILE_BYTES // key_bytes, triton.next_power_of_2(block_size)))
+    return {
+        "NUM_HEADS": heads.num_heads, "NUM_KV_HEADS": heads.num_kv_heads, "HEAD_DIM": heads.head_dim,
+        "SINKS": sink_tokens, "BLOCK_SIZE": block_size, "KEYS": keys_per_tile, "WIDTH": width,
+        "PAIRS": max(16, triton.next_power_of_2(heads.head_dim // 2)),
+        "num_stages": 1 + min(_MAX_TILES_AHEAD, max(1, _BYTES_AHEAD // (keys_per_tile * key_bytes))),
+    }  # fmt: skip

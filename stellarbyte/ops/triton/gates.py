@@ -1,0 +1,61 @@
+"""The gates of the MLP, for kernels and as a kernel of its own. Knows no model."""
+
+import torch
+import triton
+import triton.language as tl
+
+from stellarbyte.ops.triton.lora import Addend
+from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
+
+# T tokens, I intermediate size
+
+GATES = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
+NO_GATE = 0
+_COLUMNS = 1024
+
+
+@triton.jit
+def activate(x, GATE: tl.constexpr):
+    """The gate's function of float32 numbers."""
+    if GATE == 1:
+        return x * tl.sigmoid(x)
+    elif GATE == 2:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:  # tanh(y) = 2 · sigmoid(2y) - 1
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2.0 * inner)
+
+
+def apply_gate(gate_up_TI: torch.Tensor, gate: int, addend: Addend | None = None) -> torch.Tensor:
+    """[T, gate | up] (+ addend) → activated gate · up, [T, I] contiguous."""
+    num_rows, width = len(gate_up_TI), gate_up_TI.shape[1] // 2
+    out_TI = gate_up_TI.new_empty(num_rows, width)
+    _gate_kernel[(num_rows, triton.cdiv(width, _COLUMNS))](
+        gate_up_TI,
+        out_TI,
+        width,
+        *((None, None) if addend is None else addend),
+        GATE=gate,
+        BLOCK=_COLUMNS,
+        **overlapping(gate_up_TI.device),
+    )
+    return out_TI
+
+
+@triton.jit
+def _gate_kernel(
+    gate_up, out, width, delta, delta_scales, GATE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):
+    wait_for_inputs(OVERLAPS)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gates = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        if tl.load(delta_scales + row) != 0:
+            gates += tl.load(delta + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+            ups += tl.load(delta + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    # Rounded between, as separate operators round.
+    gated = activate(gates, GATE).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * width + column, (gated * ups).to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,103 @@
+"""The residual stream on the GPU: add a branch, norm the sum, in one pass. Knows no attention."""
+
+import torch
+import triton
+import triton.language as tl
+
+from stellarbyte.ops.triton.lora import Addend
+from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
+
+# T tokens, C hidden size
+
+
+def add_norm(
+    x_TC: torch.Tensor,
+    branch_TC: torch.Tensor | None,
+    norm_C: torch.Tensor,
+    eps: float,
+    *,
+    branch_scale_C: torch.Tensor | None = None,
+    alpha: float | None = None,
+    addend: Addend | None = None,
+) -> torch.Tensor:
+    """x += scale · branch, in place; returns RMSNorm(x), statistics in float32.
+
+    With `alpha` (DeepNorm) it is x = RMSNorm(alpha · x + scale · branch), in place, and x is returned. Without a branch
+    x stays as it is. `addend` belongs to the branch.
+    """
+    normed_TC = x_TC if alpha is not None else torch.empty_like(x_TC)
+    _launch(x_TC, branch_TC, norm_C, normed_TC, eps, branch_scale_C, alpha, addend)
+    return normed_TC
+
+
+def add_branch(
+    x_TC: torch.Tensor,
+    branch_TC: torch.Tensor,
+    branch_scale_C: torch.Tensor | None,
+    alpha: float | None = None,
+    addend: Addend | None = None,
+) -> None:
+    """x = alpha · x + scale · branch, in place; alpha None: 1."""
+    _launch(x_TC, branch_TC, None, x_TC, 0.0, branch_scale_C, alpha, addend)
+
+
+def _launch(
+    x_TC: torch.Tensor,
+    branch_TC: torch.Tensor | None,
+    norm_C: torch.Tensor | None,
+    out_TC: torch.Tensor,
+    eps: float,
+    branch_scale_C: torch.Tensor | None,
+    alpha: float | None,
+    addend: Addend | None,
+) -> None:
+    width = x_TC.shape[1]
+    _add_norm_kernel[(len(x_TC),)](
+        x_TC,
+        x_TC if branch_TC is None else branch_TC,
+        x_TC if branch_scale_C is None else branch_scale_C,
+        x_TC if norm_C is None else norm_C,
+        out_TC,
+        width,
+        eps,
+        1.0 if alpha is None else alpha,
+        *((None, None) if addend is None else addend),
+        HAS_BRANCH=branch_TC is not None,
+        HAS_SCALE=branch_scale_C is not None,
+        HAS_NORM=norm_C is not None,
+        IN_PLACE=out_TC is x_TC,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=4 if width <= 4096 else 8,
+        **overlapping(x_TC.device),
+    )
+
+
+@triton.jit
+def _add_norm_kernel(
+    x, branch, scale, norm, out, width, eps, alpha, delta, delta_scales,
+    HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    element = x.dtype.element_ty
+    wait_for_inputs(OVERLAPS)
+    total = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        addend = tl.load(branch + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if delta is not None:
+            if tl.load(delta_scales + row) != 0:
+                addend += tl.load(delta + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            addend *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
+        total = alpha * total + addend
+        # The stream is kept in the model's dtype, and it is what the norm sees.
+        total = total.to(element).to(tl.float32)
+        if not IN_PLACE:
+            tl.store(x + row * width + column, total.to(element), mask=inside)
+    if HAS_NORM:
+        factor = tl.rsqrt(tl.sum(total * total, axis=0) / width + eps)
+        weight = tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)
+        total = (total * factor).to(element).to(tl.float32) * weight
+    tl.store(out + row * width + column, total.to(element), mask=inside)

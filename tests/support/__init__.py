@@ -1,0 +1,1 @@
+"""What tests share: servers, engines, models, oracles and files."""

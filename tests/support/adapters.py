@@ -1,0 +1,137 @@
+"""Adapters for tests: random ones with known answers, their files, and a store without threads."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stellarbyte import ByteModelConfig, ByteTransformer
+from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
+from stellarbyte.lora.bank import adaptable_modules
+from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
+from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
+from stellarbyte_server.engine.adapters.registry import Adapters
+from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
+
+NOWHERE = Path("nowhere")
+NO_FILES = AdapterFiles(config=NOWHERE, weights=NOWHERE, root=NOWHERE, asked="nowhere", shown="nowhere")
+
+
+@dataclass(frozen=True)
+class RandomAdapter:
+    """Random weights for some modules of a model, each with its own rank and scale."""
+
+    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → A [r, in], B [out, r]
+    scales: Mapping[str, float]
+
+
+def random_adapter(
+    config: ByteModelConfig, seed: int, ranks: tuple[int, ...] = (1, 4, 7, 16), share: float = 1.0, size: float = 0.3
+) -> RandomAdapter:
+    """Ranks are drawn from `ranks` for every module, and so is whether it is adapted, with chance `share`."""
+    numbers = torch.Generator().manual_seed(seed)
+    weights, scales = {}, {}
+    for module, (out, width) in adaptable_modules(config).items():
+        rank = ranks[int(torch.randint(len(ranks), (), generator=numbers))]
+        if torch.rand((), generator=numbers) > share:
+            continue
+        a = torch.randn(rank, width, generator=numbers) * width**-0.5
+        b = torch.randn(out, rank, generator=numbers) * size * rank**-0.5
+        weights[module], scales[module] = (a, b), 0.5 + float(torch.rand((), generator=numbers))
+    return RandomAdapter(weights, scales)
+
+
+def merged(model: ByteTransformer, adapter: RandomAdapter, scale: float = 1.0) -> ByteTransformer:
+    """A model of its own whose weights are W + scale · (alpha / r) · B A."""
+    copy = ByteTransformer(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for module, (a, b) in adapter.weights.items():
+            delta = (b.double() @ a.double()) * (scale * adapter.scales[module])
+            weight = copy.get_submodule(module).weight
+            weight.copy_((weight.double() + delta).float())
+    return copy
+
+
+def write_adapter(folder: Path, model: ByteTransformer, seed: int, rank: int = 4, size: float = 1.0) -> Path:
+    """A PEFT folder of a random adapter of all linear modules; `model` is left as it was."""
+    copy = ByteTransformer(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    apply_lora_to_model(copy, LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    numbers = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if ".lora_" in name:
+                spread = size * (parameter.shape[1] ** -0.5)
+                parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)
+    save_adapter(copy, folder)
+    return folder
+
+
+def touch_adapter(folder: Path) -> Path:
+    """Files with the names of an adapter's, for tests that read none."""
+    folder.mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (folder / name).touch()
+    return folder
+
+
+def listed(adapters: Adapters) -> tuple[AdapterCard, ...]:
+    """All cards, as of a folder that is looked at now, if its last look is old."""
+    replies = adapters.list_all("list") or adapters.collect()
+    (found,) = [reply for reply in replies if isinstance(reply, AdapterList)]
+    return found.cards
+
+
+@dataclass
+class FakeStore:
+    """Looks, reads and copies end when the test says so; what a file holds is its version's `files.shown`."""
+
+    looks: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = field(default_factory=list)
+    reads: list[AdapterVersion] = field(default_factory=list)
+    fills: list[tuple[AdapterVersion, int]] = field(default_factory=list)
+    in_memory: set[AdapterVersion] = field(default_factory=set)
+    in_slots: dict[int, AdapterVersion] = field(default_factory=dict)
+    content: Callable[[AdapterVersion], str] = lambda version: f"hash of {version.files.shown}"
+    errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be read
+    fill_errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be copied to a slot
+    wake_fd = None
+
+    def look(self, look: Callable[[], Any], note: Callable[[Any], Any]) -> None:
+        self.looks.append((look, note))
+
+    def read(self, version: AdapterVersion) -> None:
+        self.reads.append(version)
+
+    def fill(self, version: AdapterVersion, slot: int) -> None:
+        assert version in self.in_memory
+        self.fills.append((version, slot))
+
+    def clear(self, slot: int) -> None:
+        self.in_slots.pop(slot, None)
+
+    def forget(self, version: AdapterVersion) -> None:
+        self.in_memory.discard(version)
+
+    def finished(self) -> list[ReadDone | FillDone | Looked]:
+        """Everything that was started."""
+        done: list[ReadDone | FillDone | Looked] = [Looked(partial(note, look())) for look, note in self.looks]
+        for version in self.reads:
+            if error := self.errors.get(version.name):
+                done.append(ReadDone(version=version, seconds=0.01, error=error))
+                continue
+            self.in_memory.add(version)
+            content_hash = self.content(version)
+            done.append(ReadDone(version=version, seconds=0.01, content_hash=content_hash, num_bytes=100, rank=4))
+        for version, slot in self.fills:
+            if error := self.fill_errors.get(version.name):
+                done.append(FillDone(version=version, slot=slot, error=error))
+                continue
+            self.in_slots[slot] = version
+            done.append(FillDone(version=version, slot=slot))
+        self.looks, self.reads, self.fills = [], [], []
+        return done

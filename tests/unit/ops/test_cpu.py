@@ -1,0 +1,125 @@
+"""The CPU kernels against the float64 oracle and against plain products."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stellarbyte.backends.cpu_model import CpuModel, fits
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, SILU, linear
+from stellarbyte.ops.cpu.packing import interleave_gated, pack
+from tests.support import oracle
+from tests.support.engine import ModelEngine, make_request
+from tests.support.models import make_config, make_model, random_tokens
+from tests.unit.model.test_transformer import VARIANTS, W
+
+NO_ADDEND = np.zeros((0, 0), np.float32)
+float32 = partial(CpuModel, quantization="none", num_threads=2)
+TOLERANCE = {"none": 1e-6, "int8": 0.01, "int4": 0.15}  # of the largest output, for random weights
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("block_size", "chunk"), [(1, 7), (5, 64), (16, 1)])
+def test_every_kind_of_model_matches_the_oracle(variant: str, block_size: int, chunk: int) -> None:
+    model = make_model(**VARIANTS[variant])
+    tokens = random_tokens(4 * W + 3)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=float32, block_size=block_size, max_num_batched_tokens=chunk)
+    assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
+
+
+SHAPES = [
+    {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 80, "intermediate_size": 77, "vocab_size": 101},
+    {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64, "tie_word_embeddings": False},
+    {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": W},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_heads_and_matrices_of_any_size_match_the_oracle(shape: dict[str, Any], chunk: int) -> None:
+    model = make_model(initializer_range=0.1, **shape)
+    tokens = random_tokens(4 * W + 3)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=float32, block_size=4, max_num_batched_tokens=chunk)
+    assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
+
+
+def test_a_batch_gets_its_single_run_tokens() -> None:
+    model = make_model(**VARIANTS["xpos window sinks"])
+    requests = [
+        make_request(random_tokens(3 + 5 * i, seed=i), 20 + i, str(i), seed=i, temperature=float(i % 2))
+        for i in range(9)
+    ]
+    alone = [ModelEngine(model, backend=float32).generate([request])[0] for request in requests]
+    assert ModelEngine(model, backend=float32, max_num_batched_tokens=16).generate(requests) == alone
+
+
+@pytest.mark.parametrize("quantization", TOLERANCE)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (70, 128), (5, 192)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 13, 40])
+def test_products_of_every_size(tokens: int, rows: int, columns: int, quantization: str) -> None:
+    numbers = np.random.default_rng(tokens)
+    x, w, bias = (
+        numbers.standard_normal(shape, dtype=np.float32) for shape in ((tokens, columns), (rows, columns), rows)
+    )
+    out = np.full((tokens, rows), np.nan, np.float32)
+    padded_bias = np.pad(bias, (0, -rows % 16))
+    linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, 2)
+    expected = x.astype(np.float64) @ w.T + bias
+    assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
+
+
+def test_a_gated_product() -> None:
+    numbers = np.random.default_rng(0)
+    x, gate, up = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((9, 32), (20, 32), (20, 32)))
+    out = np.full((9, 20), np.nan, np.float32)
+    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), NO_ADDEND, out, SILU, 2)
+    g = torch.from_numpy(x @ gate.T)
+    np.testing.assert_allclose(
+        out, (torch.nn.functional.silu(g) * torch.from_numpy(x @ up.T)).numpy(), rtol=2e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_quantized_model_is_close_to_its_original(quantization: str) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    model = make_model(initializer_range=0.08, **shape)
+    tokens = random_tokens(40)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=partial(CpuModel, quantization=quantization, num_threads=2))
+    actual = engine.teacher_forced(tokens, 20).double()
+    divergence = (expected[19:].exp() * (expected[19:] - actual)).sum(dim=-1).mean().item()
+    assert 0 < divergence < {"int8": 1e-4, "int4": 2e-2}[quantization]
+
+
+def test_quantization_that_does_not_fit_says_so() -> None:
+    with pytest.raises(ValueError, match="int8 needs matrices whose width is a multiple of 64; one has 48 columns"):
+        CpuModel(make_model(), make_config(), quantization="int8", num_threads=2)
+
+
+def test_models_with_other_head_sizes_are_left_to_torch() -> None:
+    assert fits(make_config()) and not fits(make_config(head_dim=8))
+
+
+def test_where_nothing_can_be_kept_the_kernels_are_compiled_for_this_process_only(tmp_path: Path) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.write_text("")
+    program = """
+import torch
+from stellarbyte.ops.cpu import sampler
+from stellarbyte.ops.cpu import KEEP_COMPILED
+from stellarbyte.sampling.sampler import GREEDY
+print(KEEP_COMPILED, sampler.sample(torch.tensor([[0.0, 1.0]]), [GREEDY], 1))
+"""
+    environment = os.environ | {"STELLARBYTE_CACHE": str(no_folder)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False [1]\n"
+    assert "every start compiles them" in done.stderr

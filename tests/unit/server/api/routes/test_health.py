@@ -1,0 +1,37 @@
+"""GET /health and /ready of one HTTP process, over what its engine client says."""
+
+from types import SimpleNamespace
+
+import pytest
+from fastapi.testclient import TestClient
+
+from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.service import SamplingDefaults, Service
+from stellarbyte_server.config.settings import EngineSettings, ServerSettings
+from stellarbyte_server.http.app import create_app
+
+
+@pytest.mark.parametrize(
+    ("wrong", "is_draining", "statuses"),
+    [
+        (None, False, {"/health": 200, "/ready": 200}),
+        (None, True, {"/health": 200, "/ready": 503}),
+        ("It stands still.", False, {"/health": 503, "/ready": 503}),
+    ],
+)
+def test_health_is_of_the_engine_and_readiness_of_the_server(wrong, is_draining, statuses) -> None:
+    settings = ServerSettings(engine=EngineSettings(model="m"))
+    client = SimpleNamespace(health=lambda: wrong, is_admitting=not is_draining)
+    service = Service(
+        settings=settings, client=client, info=None, tokenizer=None, defaults=SamplingDefaults(), started_at=0
+    )
+    with TestClient(create_app(service, Keyring(settings)), base_url="http://127.0.0.1") as http:
+        for path, status in statuses.items():
+            answer = http.get(path)
+            assert answer.status_code == status
+            if status == 503:
+                error = answer.json()["error"]
+                assert error["type"] == "server_error"
+                assert error["code"] == ("shutting_down" if is_draining else "engine_unavailable")
+                assert error["message"] == wrong or is_draining
+                assert answer.headers["retry-after"]

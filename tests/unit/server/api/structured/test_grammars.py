@@ -1,0 +1,421 @@
+"""Schemas as grammars: what is refused, and that whatever a model samples under them is valid."""
+
+import asyncio
+import datetime
+import json
+import math
+import select
+import threading
+import time
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
+
+from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.api.structured import grammars as structured
+from stellarbyte_server.api.structured.grammars import checked, json_grammar, json_rule
+from stellarbyte_server.api.structured.json_schema import _COUNTS, _MANY, _NAMED, _NUMBERS, _ONE
+from stellarbyte_server.engine.grammar import vocabulary as grammar_vocabulary
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.protocol.grammar import LIMITS, check_grammar
+from stellarbyte_server.tokens.text_work import TextWork
+from tests.support.fake_engine import make_tokenizer
+from tests.support.random_schemas import RandomSchemas, WildModel
+
+FAKE = LLTokenizer(make_tokenizer().to_str(), eos_token=256)
+
+
+def accepts(schema: dict[str, Any] | bool, text: str) -> bool:
+    matcher = LLMatcher(FAKE, json_grammar(schema), log_level=0, limits=LIMITS)
+    assert not matcher.is_error(), matcher.get_error()
+    tokens = list(text.encode())
+    return matcher.validate_tokens([*tokens, 256]) == len(tokens) + 1
+
+
+def refusal(schema: Any) -> str:
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(checked(json_grammar(schema), "response_format", TextWork(), ""))
+    assert caught.value.status == 400 and caught.value.param == "response_format"
+    sentence = str(caught.value)
+    assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 400
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "keyword, value",
+    [
+        ("not", {}), ("if", {}), ("uniqueItems", True), ("contains", {}), ("propertyNames", {}), ("nullable", True),
+        ("dependentRequired", {}), ("unevaluatedProperties", False), ("$dynamicRef", "#"), ("$anchor", "a"),
+        ("x-guidance", {"whitespace_flexible": True}), ("maxLenght", 3), ("$schema", "x"), ("$id", "x"),
+    ],
+)  # fmt: skip
+def test_a_keyword_that_would_be_ignored_is_refused_by_its_name_and_place(keyword: str, value: Any) -> None:
+    inner = {"type": "object", "properties": {"tags": {keyword: value}}}
+    assert refusal(inner) == f"The schema's keyword '{keyword}' at #/properties/tags is not supported."
+    assert refusal({"anyOf": [True], "$defs": {"unused": inner}}).startswith(f"The schema's keyword '{keyword}' at ")
+
+
+MANY_NAMES = {"properties": {f"p{i}": {"minLength": 1} for i in range(600)}}
+CONSTRAINED = {"$ref": "#/$defs/a"}
+ANY_KIND = [None, True, 0, -1.5, "x", [], {}, [0], [None], [[]], [{}], {"x": 0}, {"x": []}, [["x"], {"x": {}}]]
+KEYWORDS = sorted(
+    (_ONE | _MANY | _NAMED | _COUNTS | _NUMBERS)
+    | set("$id $ref $schema const enum format pattern required type uniqueItems not if contains x-guidance".split())
+)
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+def test_a_keyword_with_a_value_of_any_kind_is_used_or_refused_by_its_name(keyword: str) -> None:
+    for value in ANY_KIND:
+        for schema in ({keyword: value}, {"properties": {"a": {"items": {keyword: value}}}}):
+            try:
+                asyncio.run(checked(json_grammar(schema), "response_format", TextWork(), ""))
+            except ApiError as error:
+                assert error.status == 400 and error.param == "response_format"
+                assert keyword in str(error), (schema, str(error))
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "schema, why",
+    [
+        (False, "allows no value"),
+        ({"type": "string", "format": "int32"}, 'format "int32" is not supported'),
+        ({"pattern": "(?=a)b"}, "look-around"),
+        ({"pattern": "(a)\\1"}, "backreferences"),
+        ({"pattern": "(a$|b)c"}, "lookarounds"),
+        ({"pattern": "[a&&b]"}, '"&&"'),
+        ({"pattern": "[[:alpha:]]"}, '"["'),
+        ({"pattern": "[\\x00-!]"}, "x00"),
+        ({"pattern": "\\P{P}"}, "{P}"),
+        ({"pattern": "[\\p{Cc}]"}, "{Cc}"),
+        ({"pattern": "a\\Z"}, '"\\\\Z"'),
+        ({"patternProperties": {"(?x) a": {}}}, '"(?x"'),
+        ({"$ref": "https://example.com/schema"}, "leads to no schema"),
+        ({"$ref": "#/$defs/a"}, "leads to no schema"),
+        ({"$ref": "#/title", "title": "a"}, "leads to no schema"),
+        ({"$ref": 5}, "leads to no schema"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#"}, "$schema"),
+        ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "oneOf"),
+        ({"type": "strnig"}, "strnig"),
+        ({"properties": []}, "must be an object"),
+        ({"anyOf": {}}, "must be a list"),
+        ({"items": 5}, "must be an object or a boolean"),
+        ({"minLength": -1}, "whole number"),
+        ({"maxItems": 2.5}, "whole number"),
+        ({"minProperties": 2}, "must be 0 or 1"),
+        ({"minimum": "5", "type": "integer"}, "must be a number"),
+        ({"minimum": 2**53 + 1}, "2**53"),
+        ({"enum": [[10**30]]}, "2**53"),
+        ({"multipleOf": 0}, "greater than 0"),
+        ({"const": "\x07"}, "control characters"),
+        ({"format": []}, "at #/format must be a string"),
+        ({"enum": {}}, "at #/enum must be a list"),
+        ({"enum": [{}] * 501}, "more than 500 objects"),
+        ({"required": {}}, "at #/required must be a list of strings"),
+        ({"allOf": [{"anyOf": [CONSTRAINED] * 490}] * 4, "$defs": {"a": MANY_NAMES}}, "too many combinations"),
+        ({"title": "\ud800"}, "JSON does not know"),
+        ({"default": math.nan}, "JSON does not know"),
+        ({"default": 10**5000}, "JSON does not know"),
+        ({"type": "integer", "minimum": 5, "maximum": 3}, "No value can satisfy the schema"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "string", "allOf": [{"$ref": "#"}]}}}, "circular"),
+    ],
+)  # fmt: skip
+def test_what_a_schema_asks_too_much_is_said_in_one_sentence(schema: Any, why: str) -> None:
+    assert why in refusal(schema)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def regex(seed: int) -> str:
+    return f"^(.*{chr(97 + seed)}.{{1,30}}|\\p{{L}}{{3,9}}{chr(98 + seed)})*$"
+
+
+def doubling(levels: int) -> dict[str, Any]:
+    definitions: dict[str, Any] = {
+        f"a{level}": {"allOf": [{"properties": {name: {"$ref": f"#/$defs/a{level + 1}"} for name in "xy"}}] * 2}
+        for level in range(levels)
+    }
+    return {"$ref": "#/$defs/a0", "$defs": {**definitions, f"a{levels}": {"type": "string"}}}
+
+
+HOSTILE = {
+    "nested": nested(100_000),
+    "wide": {"properties": {str(number): {} for number in range(100_000)}},
+    "long": {"title": "x" * 10_000_000},
+    "long constant": {"const": "x" * 60_000},
+    "properties": {"properties": {f"p{number}": {} for number in range(2_000)}},
+    "counted": {"properties": {f"p{number}": {} for number in range(500)}, "minProperties": 1},
+    "branches": {"anyOf": [{"properties": {"a": {"const": number}}} for number in range(600)]},
+    "patterns": {"allOf": [{"pattern": regex(number)} for number in range(6)]},
+    "patterns by reference": {
+        "$ref": "#/$defs/0",
+        "$defs": {str(number): {"pattern": regex(number), "$ref": f"#/$defs/{number + 1}"} for number in range(6)}
+        | {"6": {}},
+    },
+    "merged properties": {"allOf": [{"properties": {"a": {"pattern": regex(number)}}} for number in range(6)]},
+    "multiples": {"allOf": [{"type": "integer", "multipleOf": number} for number in (1009, 1013, 10007)]},
+    "pattern properties": {"patternProperties": {f"^p{number}x.*": {} for number in range(200)}},
+    "references": {
+        "$ref": "#/$defs/0",
+        "$defs": {str(number): {"$ref": f"#/$defs/{number + 1}"} for number in range(2_000)} | {"2000": {}},
+    },
+    "doubling": doubling(40),
+}
+COSTLY = {
+    "repeats": {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"},
+    "looking back": {"type": "string", "pattern": "^(.*a.{500}b.*c.{300})$"},
+    "lengths": {"type": "string", "minLength": 10**6, "maxLength": 10**9},
+    "items": {"type": "array", "minItems": 10**6, "maxItems": 10**9, "items": {"type": "array", "minItems": 10**6}},
+    "properties": {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(1_000)}},
+    "enum": {"enum": [f"value {number * 7919 % 10007}" for number in range(3_500)]},
+    "patterns": {"type": "string", "allOf": [{"pattern": regex(number)} for number in range(3)]},
+    "multiple": {"type": "integer", "multipleOf": 9973},
+    "either": {"anyOf": [{"type": "string", "pattern": regex(number), "maxLength": 90} for number in range(20)]},
+    "any of any": {"anyOf": [{"type": "array", "items": {}, "minItems": number} for number in range(500)]},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_schema_that_would_take_long_is_refused_at_once(name: str) -> None:
+    started_s = time.perf_counter()
+    refusal(HOSTILE[name])
+    assert time.perf_counter() - started_s < 3
+
+
+def test_whatever_passes_makes_its_masks_quickly(demo_tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(demo_tokenizer, frozenset({2}), demo_tokenizer.get_vocab_size())
+    compiler.prepare()
+    words = np.zeros((demo_tokenizer.get_vocab_size() + 31) // 32, np.uint32)
+    rng = np.random.default_rng(0)
+    for name, schema in COSTLY.items():
+        check_grammar(json_grammar(schema))
+        compiler.submit(name, json_grammar(schema))
+        started_s = time.perf_counter()
+        while not (done := compiler.collect()):
+            assert time.perf_counter() - started_s < 4, name
+            time.sleep(0.005)
+        grammar = done[0][1]
+        assert isinstance(grammar, TokenGrammar), (name, grammar)
+        slowest_s = 0.0
+        for _ in range(50):
+            started_s = time.perf_counter()
+            grammar.mask(words)
+            slowest_s = max(slowest_s, time.perf_counter() - started_s)
+            if grammar.error is not None or grammar.is_complete:
+                break
+            grammar.accept(int(rng.choice(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")))))
+        assert slowest_s < 0.3, (name, slowest_s)
+    compiler.close()
+
+
+def test_the_work_of_a_mask_does_not_grow_with_the_text_that_is_forced(
+    demo_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each mask tokenized all that was to come of constants: of 60,000 characters, 17 ms. The answer's tokens stay
+    those that the tokenizer makes of the whole text."""
+    tokenized: list[int] = []
+    encode = grammar_vocabulary._Tokens.__call__
+
+    def noted(tokens: grammar_vocabulary._Tokens, text: bytes | str) -> list[int]:
+        ids = encode(tokens, text)
+        tokenized.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(grammar_vocabulary._Tokens, "__call__", noted)
+    size = demo_tokenizer.get_vocab_size()
+    compiler = GrammarCompiler(demo_tokenizer, frozenset({2}), size)
+    words = np.zeros((size + 31) // 32, np.uint32)
+    for count in (3, 60):
+        constants = [f"The quick brown fox, number {i}, jumps over the lazy dog. " * 15 for i in range(count)]
+        compiler.submit("a", json_grammar({"const": constants}))
+        while not (done := compiler.collect()):
+            time.sleep(0.001)
+        grammar, tokens = done[0][1], []
+        assert isinstance(grammar, TokenGrammar)
+        tokenized.clear()
+        while not grammar.is_complete:
+            grammar.mask(words)
+            (token_id,) = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+            grammar.accept(token_id)
+            tokens.append(token_id)
+        assert tokens == demo_tokenizer.encode(json.dumps(constants), add_special_tokens=False).ids
+        assert max(tokenized) <= 500
+    compiler.close()
+
+
+def test_an_answer_has_no_room_for_endless_space() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "array"}, "b": {}}, "required": ["a", "b"]}
+    assert accepts(schema, '{"a": [1, 2, {"c": 3}], "b": null}')
+    for text in (
+        '{"a":[], "b": 1}',
+        '{"a": [],"b": 1}',
+        '{ "a": [], "b": 1}',
+        '{"a": [], "b": 1} ',
+        '{"a": [1,2], "b": 1}',
+    ):
+        assert not accepts(schema, text)
+
+
+def test_json_mode_allows_objects_only() -> None:
+    matcher = LLMatcher(FAKE, json_grammar({"type": "object"}), log_level=0)
+    assert matcher.validate_tokens(list(b'{"a": [1.5e3, {}]}')) == 18
+    assert matcher.validate_tokens(list(b"[]")) == 0
+
+
+def test_a_rule_can_be_part_of_a_larger_grammar() -> None:
+    description = 'a "quoted" // comment\n%ignore /x/ \u2028 é 😀'
+    grammar = 'start: "<call>" arguments "</call>"\n' + json_rule("arguments", {"type": "null", "title": description})
+    check_grammar(grammar)
+    matcher = LLMatcher(FAKE, grammar, log_level=0)
+    assert matcher.validate_tokens([*b"<call>null</call>", 256]) == 18
+
+
+@pytest.mark.parametrize(
+    "schema, valid, invalid",
+    [
+        # the same key in other letters would replace the value that its schema is for
+        (
+            {"type": "object", "properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "integer"}},
+            ['{"a": null, "b": 1}'],
+            ['{"\\u0061": 1}', '{"a": 1}', '{"b": 1, "a": null}'],
+        ),
+        ({"type": "string", "format": "date"}, ['"2024-02-29"'], ['"2023-02-29"', '"1900-02-29"', '"0000-01-01"']),
+        ({"format": "date", "pattern": "^2", "type": "string"}, ['"2024-01-31"'], ['"1024-01-31"', '"2024-02-30"']),
+        (
+            {"type": "string", "format": "date-time"},
+            ['"2000-02-29T23:59:59.5+01:00"'],
+            ['"2001-02-29T00:00:00Z"', '"2000-01-01T00:00:60Z"', '"2000-01-01T00:00:00"'],
+        ),
+        # sets without the quote and the backslash
+        ({"type": "string", "pattern": '^[^"]$'}, ['"a"', '"\\\\"', '"\\n"'], ['"\\""']),
+        ({"type": "string", "pattern": "^(a|[^\\\\])$"}, ['"a"', '"\\""', '"é"'], ['"\\\\"']),
+        ({"type": "string", "pattern": '^[^\\x00-\\x1f"\\\\]$'}, ['"a"'], ['"\\""', '"\\\\"', '"\\n"']),
+        ({"type": "object", "patternProperties": {'^[^"]$': {}}, "additionalProperties": False}, ['{"a": 1}'],
+         ['{"\\"": 1}']),
+        ({"type": "string", "maxLength": 1}, ['"é"', '"\\n"', '"😀"'], ['"ab"', '"\\ud800"']),
+        ({"$ref": "#/$defs/a%20b~1c", "$defs": {"a b/c": {"type": "null"}}}, ["null"], ["1"]),
+        ({"type": "array", "uniqueItems": False, "maxItems": 1}, ["[1]"], ["[1, 1]"]),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "$id": "https://a/b", "items": [{"type": "null"}],
+             "type": "array", "additionalItems": False},
+            ["[null]"], ["[1]", "[null, null]"],
+        ),
+        (True, ["1", '{"a": {}}'], ["nul", ""]),
+    ],
+)  # fmt: skip
+def test_an_answer_means_what_the_schema_says(schema: Any, valid: list[str], invalid: list[str]) -> None:
+    for text in valid:
+        assert accepts(schema, text), text
+    for text in invalid:
+        assert not accepts(schema, text), text
+
+
+def test_tagged_unions_work_as_libraries_write_them() -> None:
+    pets = {
+        name: {
+            "type": "object",
+            "properties": {"kind": {"const": name}, "legs": {"type": "integer"}},
+            "required": ["kind"],
+        }
+        for name in ("cat", "dog")
+    }
+    union = {"discriminator": {"propertyName": "kind"}, "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}]}
+    schema = {"$defs": pets, "type": "array", "items": union}
+    assert accepts(schema, '[{"kind": "dog", "legs": 4}, {"kind": "cat"}]')
+    assert not accepts(schema, '[{"kind": "cow"}]')
+    assert accepts({"$defs": pets, "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}]}, '{"kind": "cat"}')
+    del pets["cat"]["required"], pets["dog"]["required"]
+    assert "oneOf" in refusal(schema)
+
+
+def test_a_users_schema_is_left_as_it_is() -> None:
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"a": {"format": "date"}}}
+    before = json.dumps(schema)
+    json_grammar(schema)
+    assert json.dumps(schema) == before
+
+
+def test_a_verdict_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(structured, "check_grammar", lambda grammar: calls.append(grammar))
+
+    async def ask() -> None:
+        work = TextWork()
+        for _ in range(3):
+            assert await checked("start: /asked once/", "tools", work, "") == "start: /asked once/"
+        assert len(calls) == 1
+        for number in range(1_000):
+            await checked(f"start: /{number}/", "tools", work, "")
+
+    asyncio.run(ask())
+    assert len(structured._verdicts) <= structured.NUM_REMEMBERED_VERDICTS
+
+
+def test_checks_that_do_not_end_are_answered_and_keep_no_other_key_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+    monkeypatch.setattr(structured, "check_grammar", lambda grammar: grammar.startswith("slow") and may_end.wait(30))
+    monkeypatch.setattr(structured, "CHECK_LIMIT_S", 0.1)
+
+    async def ask() -> None:
+        work = TextWork()
+        slow = [checked(f"slow {number}", "a", work, "greedy") for number in range(3)]
+        errors = await asyncio.gather(*slow, return_exceptions=True)
+        assert [error.status for error in errors] == [503, 503, 503]
+        assert await checked("quick", "a", work, "other") == "quick"
+        may_end.set()
+
+    asyncio.run(ask())
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(resolve_model("demo") / "tokenizer.json"))
+
+
+def test_a_thousand_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: Tokenizer) -> None:
+    eos = 2
+    model = WildModel(demo_tokenizer, eos)
+    compiler = GrammarCompiler(demo_tokenizer, frozenset({eos}), demo_tokenizer.get_vocab_size())
+    num_ended = 0
+    for seed in range(500):
+        schema = RandomSchemas(seed).document()
+        grammar_text = json_grammar(schema)
+        check_grammar(grammar_text)
+        for key in ("first", "second"):
+            compiler.submit(key, grammar_text)
+        grammars: list[Any] = []
+        while len(grammars) < 2:
+            select.select([compiler.wake_fd], [], [], 1)
+            grammars += [grammar for _, grammar in compiler.collect()]
+        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        for grammar in grammars:
+            assert isinstance(grammar, TokenGrammar), (schema, grammar)
+            tokens = model.answer(grammar)
+            if tokens is None:
+                continue
+            num_ended += 1
+            answer = json.loads(demo_tokenizer.decode(tokens))
+            validator.validate(answer)
+            check_dates(schema, answer)
+    compiler.close()
+    assert num_ended >= 800
+
+
+def check_dates(schema: dict[str, Any], answer: Any) -> None:
+    """jsonschema looks at no date-time without further packages."""
+    if isinstance(answer, str) and schema.get("format") == "date-time":
+        datetime.datetime.fromisoformat(answer)
+    for name, inner in schema.get("properties", {}).items():
+        if isinstance(answer, dict) and name in answer:
+            check_dates(inner, answer[name])

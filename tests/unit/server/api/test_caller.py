@@ -1,0 +1,184 @@
+"""What a key adds to requests and takes from them, whatever the caller wrote."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stellarbyte_server.access.keys import Key, keys_of_flags, parse_keys
+from stellarbyte_server.api.caller import require_permitted, with_key
+from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.api.contract.responses_body import ResponsesBody
+from stellarbyte_server.api.contract.schemas import Body, ChatBody, CompletionBody, parse_body
+from stellarbyte_server.api.generation import Bounds
+from stellarbyte_server.api.routes.embeddings import EmbeddingsBody
+from stellarbyte_server.config.command_line import parse_settings
+from stellarbyte_server.config.setting_values import SettingsError
+from stellarbyte_server.config.settings import EngineSettings, ServerSettings
+from stellarbyte_server.protocol.messages import KeyLimits
+from tests.support.engine import make_request
+
+
+def http_with(key: Key | None) -> Any:
+    return SimpleNamespace(scope={"state": {} if key is None else {"key": key}})
+
+
+def make_key(name: str, **fields: Any) -> Key:
+    return Key(name=name, digest=name, limits=KeyLimits(key_name=name), **fields)
+
+
+def salt(key: Key | None, given: str = "") -> str:
+    (request,) = with_key(http_with(key), [make_request([1], cache_salt=given)])
+    return request.cache_salt
+
+
+def test_no_name_share_or_salt_makes_the_prefix_cache_of_one_key_that_of_another() -> None:
+    names = ["a", "b", "team", "share", "key"]
+    owners = [None, *map(make_key, names), *(make_key(f"of-{share}", share=share) for share in names)]
+    salts = ["", "a", "team", "key", '"', '", "', *(salt(owner) for owner in owners)]
+    salts += [salt(owner, given) for owner in owners for given in salts]
+    seen = {salt(owner, given) for owner in owners for given in salts}
+    assert len(seen) == len(owners) * len(set(salts))
+
+
+def test_keys_share_the_prefix_cache_if_they_say_so_and_send_the_same_salt() -> None:
+    first, second = make_key("a", share="team"), make_key("b", share="team")
+    for given in ("", "x"):
+        assert salt(first, given) == salt(second, given)
+    assert salt(first, "x") != salt(second, "y")
+
+
+BODIES: list[tuple[type[Body], dict[str, Any]]] = [
+    (CompletionBody, {"prompt": "a"}),
+    (ChatBody, {"messages": [{"role": "user", "content": "a"}]}),
+    (ResponsesBody, {"input": "a"}),
+    (EmbeddingsBody, {"input": "a"}),
+]
+
+
+def refusal(key: Key | None, **fields: Any) -> ApiError | None:
+    """What every way to use the model says to these fields."""
+    service: Any = SimpleNamespace(settings=ServerSettings(engine=EngineSettings(model="m"), served_model_name="base"))
+    refusals = []
+    for body_class, others in BODIES:
+        body, _ = parse_body(body_class, json.dumps(others | {"model": "base"} | fields).encode(), warn_unknown=False)
+        try:
+            require_permitted(http_with(key), service, body)
+        except ApiError as error:
+            refusals.append(error)
+    assert len(refusals) in (0, len(BODIES))
+    return refusals[0] if refusals else None
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30, 0.001, 0.5, 0.999, 1.001, 8])
+def test_a_scale_gives_no_key_the_answers_of_a_base_model_that_it_may_not_use(scale: float) -> None:
+    only_adapter, both = make_key("a", models=("pirate",)), make_key("b", models=("pirate", "base"))
+    for model in ("pirate", "pirate@0123"):
+        error = refusal(only_adapter, model=model, adapter_scale=scale)
+        assert error is not None and (error.status, error.param) == (403, "adapter_scale")
+        assert "'base'" in str(error) and str(error).count(".") == 1
+        for allowed in (1, 1.0, None):
+            assert refusal(only_adapter, model=model, adapter_scale=allowed) is None
+        for key in (both, make_key("c"), None):
+            assert refusal(key, model=model, adapter_scale=scale) is None
+
+
+def test_priorities_are_between_0_and_100_unless_the_file_of_keys_says_otherwise() -> None:
+    file = """
+        [plain]
+        key = "1"
+        [urgent]
+        key = "2"
+        min_priority = -5
+        max_priority = 5
+        [batch]
+        key = "3"
+        min_priority = 50
+    """
+    flags = ServerSettings(engine=EngineSettings(model="m"), api_key=("user",), admin_api_key="boss")
+    keys = {key.name: key for key in (*keys_of_flags(flags), *parse_keys(file))}
+    bounds: dict[Key | None, tuple[int, int]] = {
+        None: (0, 100),
+        keys["api-key-1"]: (0, 100),
+        keys["admin"]: (-100, 100),
+        keys["plain"]: (0, 100),
+        keys["urgent"]: (-5, 5),
+        keys["batch"]: (50, 100),
+    }
+    for key, (lowest, highest) in bounds.items():
+        for priority in (lowest, highest, None):
+            assert refusal(key, priority=priority) is None
+        for priority in {lowest - 1, highest + 1} & set(range(-100, 101)):
+            error = refusal(key, priority=priority)
+            assert error is not None and (error.status, error.param) == (400, "priority")
+            assert f"between {lowest} and {highest}" in str(error)
+        (request,) = with_key(http_with(key), [make_request([1])])
+        assert request.priority == min(max(0, lowest), highest), "of a request that does not say"
+
+
+def bounds(key: Key | None, *flags: str, **fields: Any) -> Bounds | ApiError:
+    service: Any = SimpleNamespace(settings=parse_settings(flags, {}), info=SimpleNamespace(max_model_len=1000))
+    body, _ = parse_body(
+        CompletionBody, json.dumps({"model": "m", "prompt": "a"} | fields).encode(), warn_unknown=False
+    )
+    try:
+        return Bounds.of(http_with(key), body, service)
+    except ApiError as error:
+        return error
+
+
+def test_neither_server_nor_key_lets_an_answer_be_longer_than_it_says() -> None:
+    short = make_key("short", max_tokens_per_request=50)
+    for key, flags, most in (
+        (None, (), None),
+        (None, ("--max-tokens-per-request", "100"), 100),
+        (short, (), 50),
+        (short, ("--max-tokens-per-request", "100"), 50),
+        (short, ("--max-tokens-per-request", "20"), 20),
+        (make_key("other"), ("--max-tokens-per-request", "100"), 100),
+    ):
+        found = bounds(key, *flags, max_tokens=most)
+        assert isinstance(found, Bounds) and found.answer == most
+        assert found.default_tokens(4096) == (4096 if most is None else most)
+        if most is not None:
+            error = bounds(key, *flags, max_tokens=most + 1)
+            assert isinstance(error, ApiError) and (error.status, error.param) == (400, "max_tokens")
+            assert f"at most {most} tokens" in str(error)
+
+
+def test_who_may_not_slide_is_refused_or_ends_with_the_context() -> None:
+    never, plain = make_key("never", may_slide=False), make_key("plain")
+    for key, flags, may in (
+        (None, (), True),
+        (plain, (), True),
+        (never, (), False),
+        (never, ("--context-overflow", "slide"), False),
+        (None, ("--no-allow-slide",), False),
+        (plain, ("--no-allow-slide",), False),
+    ):
+        asked = bounds(key, *flags, context_overflow="slide")
+        if may:
+            assert isinstance(asked, Bounds) and asked.overflow == "slide" and asked.context > 10**9
+        else:
+            assert isinstance(asked, ApiError) and (asked.status, asked.param) == (403, "context_overflow")
+            silent = bounds(key, *flags)
+            assert isinstance(silent, Bounds) and (silent.overflow, silent.context) == ("error", 1000)
+
+
+def test_settings_that_contradict_each_other_stop_the_start() -> None:
+    with pytest.raises(SettingsError, match="--no-allow-slide"):
+        parse_settings(("--context-overflow", "slide", "--no-allow-slide"), {})
+
+
+@pytest.mark.parametrize(
+    "line", ["slide = 1", "slide = 'no'", "max_tokens_per_request = 0", "max_tokens_per_request = true"]
+)
+def test_a_file_of_keys_with_wrong_bounds_is_refused(line: str) -> None:
+    with pytest.raises(SettingsError, match=line.split()[0]):
+        parse_keys(f"[a]\nkey = '1'\n{line}\n")
+
+
+def test_a_file_of_keys_bounds_answers() -> None:
+    (key,) = parse_keys("[a]\nkey = '1'\nslide = false\nmax_tokens_per_request = 7\n")
+    assert (key.may_slide, key.max_tokens_per_request) == (False, 7)

@@ -1,0 +1,154 @@
+"""Rows of many adapters in one batch against the same requests alone on merged float32 weights."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stellarbyte import ByteTransformer
+from stellarbyte.backends.cpu_model import CpuModel
+from stellarbyte.lora.bank import LoraBank, pack_adapter
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.packing import pack
+from stellarbyte_server.engine.run.cpu_runner import sampling_row
+from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.protocol.request import GenerationRequest
+from tests.support import oracle
+from tests.support.adapters import merged, random_adapter
+from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, is_complete, make_request
+from tests.support.models import make_config, make_model, random_tokens
+from tests.unit.model.test_transformer import VARIANTS
+
+MODELS = {
+    "gated parts of 8": {},
+    "biases, odd sizes": {"attention_bias": True, "mlp_bias": True, "intermediate_size": 77, "vocab_size": 101},
+    "parallel": VARIANTS["parallel"],
+    "deepnorm": VARIANTS["deepnorm"],
+    "window, sinks, XPos": VARIANTS["xpos window sinks"],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS)
+def test_every_token_of_an_adapted_request_matches_the_oracle(backend: Backend, shape: dict[str, Any]) -> None:
+    model = make_model(**shape)
+    adapter = random_adapter(model.config, seed=1, share=0.7)
+    tokens = random_tokens(60)
+    for scale in (1.0, 0.25, 3.0):
+        expected = oracle.logprobs(merged(model, adapter, scale).state_dict(), model.config, tokens)
+        engine = ModelEngine(model, backend=backend, adapters={"a": adapter}, max_num_batched_tokens=7)
+        found = engine.teacher_forced(tokens, 20, adapter="a", adapter_scale=scale)
+        assert (found - expected[19:]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Backend, seed: int) -> None:
+    """Greedy and seeded, 4 adapters and the base, ranks and scales of all sizes, chunked prefill, prefix cache on.
+
+    Tokens are those of the merged model, and log-probabilities within 1e-4 of the float64 oracle's on its weights.
+    """
+    model = make_model(seed)
+    adapters = {f"a{i}": random_adapter(model.config, seed=10 * seed + i, share=0.8) for i in range(4)}
+    names = [None, *adapters]
+    requests = [
+        make_request(
+            random_tokens(5 + 3 * i, seed=i // 3),  # some share a prompt, with other adapters or scales
+            12,
+            str(i),
+            seed=i,
+            temperature=0.8 * (i % 2),
+            adapter=names[i % 5],
+            adapter_scale=(1.0, 0.5, 2.0)[i % 3],
+        )
+        for i in range(15)
+    ]
+    engine = ModelEngine(model, backend=backend, adapters=adapters, max_num_batched_tokens=13, num_blocks=200)
+    together, logprobs = generate_with_logprobs(engine, requests)
+    assert engine.generate(requests) == together  # now with a warm cache
+    assert engine.scheduler.totals.prefix_hits > 0
+    for request, tokens, found in zip(requests, together, logprobs, strict=True):
+        alone = model if request.adapter is None else merged(model, adapters[request.adapter], request.adapter_scale)
+        prompt = list(request.prompt_token_ids)
+        expected = oracle.logprobs(alone.state_dict(), model.config, prompt + tokens)
+        assert (found - expected[len(prompt) - 1 : -1]).abs().max() <= 1e-4
+        plain = make_request(list(request.prompt_token_ids), 12, seed=request.sampling.seed,
+                             temperature=request.sampling.temperature)  # fmt: skip
+        assert ModelEngine(alone, backend=backend).generate([plain]) == [tokens]
+
+
+def generate_with_logprobs(
+    engine: ModelEngine, requests: list[GenerationRequest]
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """The tokens of requests that run together, and of each the log-probabilities that its tokens were drawn from."""
+    sequences = [engine.add(request) for request in requests]
+    rows: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
+    while engine.scheduler.has_work:
+        chunks = engine.scheduler.schedule()
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        logits_RV = engine.runner.logits(chunks)
+        for chunk, logits_V in zip(sampling, logits_RV, strict=True):
+            rows[chunk.sequence].append(logits_V.log_softmax(dim=-1))
+        sampled = (
+            engine.runner.model.sample(logits_RV, [sampling_row(chunk.sequence) for chunk in sampling])
+            if sampling
+            else []
+        )
+        for sequence, _ in engine.scheduler.apply(chunks, sampled):
+            if is_complete(sequence):
+                engine.scheduler.remove(sequence)
+    return [generated(sequence) for sequence in sequences], [torch.stack(rows[sequence]) for sequence in sequences]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: str) -> None:
+    """The same tokens as on float32 weights that were rounded as the quantization rounds, then merged."""
+    model = make_model(hidden_size=64, intermediate_size=128)
+    adapter = random_adapter(model.config, seed=3)
+    rounded = ByteTransformer(model.config).eval()
+    rounded.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, module in rounded.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.copy_(as_multiplied(module.weight, "int8" if name == "lm_head" else quantization))
+    engine = ModelEngine(
+        model, backend=partial(CpuModel, quantization=quantization, num_threads=2), adapters={"a": adapter}
+    )
+    expected = ModelEngine(merged(rounded, adapter)).teacher_forced(random_tokens(40), 20)
+    assert (engine.teacher_forced(random_tokens(40), 20, adapter="a") - expected).abs().max() <= 1e-4
+
+
+def as_multiplied(weight: torch.Tensor, quantization: str) -> torch.Tensor:
+    """The weight that the kernel multiplies by once it was packed: its product with the identity."""
+    rows, columns = weight.shape
+    out = np.zeros((columns, rows), np.float32)
+    nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+    packed = pack(weight.detach().numpy(), quantization)
+    linear(np.eye(columns, dtype=np.float32), tuple(packed), nothing, no_addend, out, NO_ACTIVATION, 2)
+    return torch.from_numpy(out.T.copy())
+
+
+def test_content_is_never_shared_across_adapters_or_scales() -> None:
+    model = make_model()
+    adapters = {name: random_adapter(model.config, seed=i) for i, name in enumerate("ab")}
+    engine = ModelEngine(model, adapters=adapters, num_blocks=200)
+    prompt = random_tokens(40)
+    hits = []
+    for adapter, scale in ((None, 1.0), ("a", 1.0), ("b", 1.0), ("a", 0.5), ("a", 1.0), (None, 1.0)):
+        before = engine.scheduler.totals.prefix_hits
+        engine.generate([make_request(prompt, 2, adapter=adapter, adapter_scale=scale)])
+        hits.append(engine.scheduler.totals.prefix_hits - before > 0)
+    assert hits == [False, False, False, False, True, True]
+
+
+def test_a_cleared_slot_adds_nothing_and_gives_its_memory_back() -> None:
+    config = make_config()
+    bank = LoraBank(config, 2, 16)
+    first, second = (random_adapter(config, seed=i) for i in range(2))
+    for slot, adapter in enumerate((first, second), 1):
+        bank.fill(slot, pack_adapter(adapter.weights, adapter.scales, config, torch.float32))
+    bank.clear(1)
+    assert bank.ranks_SLP[1].sum() == 0 and bank.ranks_SLP[2].sum() > 0
+    assert not bank.numbers_SF[1].any() and bank.numbers_SF[2].any()

@@ -1,0 +1,228 @@
+"""The threads that read and copy adapters, with real files and a real bank."""
+
+import os
+import select
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stellarbyte.lora.bank import LoraBank
+from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.memory import FillDone, ReadDone
+from stellarbyte_server.engine.run import adapter_store
+from stellarbyte_server.engine.run.adapter_store import AdapterStore
+from stellarbyte_server.engine.run.runner import DeviceLost
+from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from tests.support.adapters import write_adapter
+from tests.support.models import make_model
+
+
+@pytest.fixture
+def version(tmp_path: Path) -> AdapterVersion:
+    write_adapter(tmp_path / "a", make_model(), seed=1)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    return AdapterVersion(name="a", files=files)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait(store: AdapterStore) -> ReadDone | FillDone:
+    assert select.select([store.wake_fd], [], [], 10)[0]
+    (done,) = store.finished()
+    assert not select.select([store.wake_fd], [], [], 0)[0]
+    return done
+
+
+def test_an_adapter_goes_from_disk_to_a_slot_and_leaves_nothing(version: AdapterVersion) -> None:
+    bank = LoraBank(make_model().config, 2, 8)
+    store = AdapterStore(bank)
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and not done.error and len(done.content_hash) == 64
+    assert done.rank == 4 and done.num_bytes > 0 and done.matched and done.unmatched == ()
+    store.fill(version, 2)
+    assert wait(store) == FillDone(version=version, slot=2)
+    assert bank.ranks_SLP[2].max() == 4 and bank.numbers_SF[2].any()
+    store.clear(2)
+    store.forget(version)
+    assert not bank.ranks_SLP.any() and not bank.numbers_SF.any()
+
+
+def test_unloading_gives_back_the_bytes_that_the_registry_counts(tmp_path: Path) -> None:
+    model = make_model(hidden_size=512, intermediate_size=2048)
+    write_adapter(tmp_path / "a", model, seed=1, rank=64)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    version = AdapterVersion(name="a", files=files)
+    store = AdapterStore(LoraBank(model.config, 2, 64))
+    store.read(version)
+    done = wait(store)
+    store.fill(version, 1)
+    wait(store)
+    assert isinstance(done, ReadDone) and done.num_bytes > 7_000_000
+    before = resident_bytes()
+    store.clear(1)
+    store.forget(version)
+    deadline_s = time.monotonic() + 60  # the thread that copied may not have let go yet
+    while before - resident_bytes() < 0.95 * 2 * done.num_bytes and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert before - resident_bytes() > 0.95 * 2 * done.num_bytes
+
+
+def test_a_large_machine_reads_several_adapters_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on one core; the engine's own thread keeps all of its cores."""
+    model, num_threads_before = make_model(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    bank = LoraBank(model.config, 8, 8)
+    folder = AdapterFolder(str(tmp_path), {})
+    versions = []
+    for i in range(8):
+        write_adapter(tmp_path / f"a{i}", model, seed=i)
+        files = folder.offered(f"a{i}")
+        assert files is not None
+        versions.append(AdapterVersion(name=f"a{i}", files=files))
+    together, read_adapter = threading.Barrier(4, timeout=20), adapter_store.read_adapter
+    threads_in_readers: set[int] = set()
+
+    def wait_and_read(*arguments: Any, **options: Any) -> Any:
+        together.wait()
+        threads_in_readers.add(torch.get_num_threads())
+        return read_adapter(*arguments, **options)
+
+    monkeypatch.setattr(adapter_store, "read_adapter", wait_and_read)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    store = AdapterStore(bank)
+    try:
+        for version in versions:
+            store.read(version)
+        done: list[ReadDone | FillDone] = []
+        while len(done) < len(versions):
+            assert select.select([store.wake_fd], [], [], 20)[0]
+            done += store.finished()
+        assert {each.version for each in done} == set(versions)
+        assert all(isinstance(each, ReadDone) and not each.error for each in done)
+        for slot, version in enumerate(versions, 1):
+            store.fill(version, slot)
+            wait(store)
+        assert len({bank.a(slot, 0, slice(0, 3)).sum().item() for slot in range(1, 9)}) == len(versions)
+        assert threads_in_readers == {1} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(num_threads_before)  # for threads of other tests
+
+
+def test_numbers_that_overflow_once_they_are_scaled_are_refused(version: AdapterVersion) -> None:
+    config = version.files.config
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 1e300'))
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and "alpha / r" in done.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.AcceleratorError("CUDA error: no")])
+def test_a_copy_that_fails_is_heard_of(
+    version: AdapterVersion, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """Otherwise its requests would wait for ever. Of one adapter, unless the device is lost."""
+    bank = LoraBank(make_model().config, 1, 8)
+    store = AdapterStore(bank)
+    store.read(version)
+    wait(store)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(bank, "fill", fail)
+    store.fill(version, 1)
+    if isinstance(error, torch.AcceleratorError):
+        with pytest.raises(DeviceLost):
+            wait(store)
+    else:
+        done = wait(store)
+        assert isinstance(done, FillDone) and "could not be made ready" in done.error
+
+
+def test_an_adapter_that_cannot_be_read_for_no_reason_of_its_own_is_the_servers_fault(
+    version: AdapterVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(adapter_store, "read_adapter", fail)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and done.is_fault and "server's log" in done.error
+
+
+@pytest.mark.parametrize("priority", [0, 10])
+def test_threads_that_may_not_change_their_priority_work_on(
+    version: AdapterVersion, monkeypatch: pytest.MonkeyPatch, priority: int
+) -> None:
+    """A server that was started with `nice` hung: a thread must not become more important than its process."""
+    asked: list[int] = []
+
+    def refuse(*arguments: int) -> None:
+        asked.append(arguments[-1])
+        raise PermissionError
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    monkeypatch.setattr(os, "getpriority", lambda *_: priority)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    assert isinstance(wait(store), ReadDone)
+    assert min(asked) >= priority
+
+
+def test_slots_that_are_not_used_take_no_memory() -> None:
+    """Eight slots of rank 64 for a large model would otherwise take gigabytes."""
+    before = resident_bytes()
+    bank = LoraBank(make_model().config, 1000, 1024)
+    assert bank.numbers_SF.nbytes > 4 * 2**30
+    assert resident_bytes() - before < 64 * 2**20
+    bank.numbers_SF[7].fill_(1)
+    filled = resident_bytes()
+    bank.clear(7)
+    assert filled - resident_bytes() > 0.9 * bank.numbers_SF[7].nbytes
+
+
+def test_a_bank_may_hold_bfloat16(version: AdapterVersion) -> None:
+    bank = LoraBank(make_model().config, 1, 8, dtype=torch.bfloat16)
+    store = AdapterStore(bank)
+    store.read(version)
+    wait(store)
+    store.fill(version, 1)
+    wait(store)
+    assert bank.a(1, 0, slice(0, 3)).dtype == torch.bfloat16 and bank.a(1, 0, slice(0, 3)).shape[0] == 12
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_became_a_link_out_of_the_folder_is_not_read(
+    version: AdapterVersion, tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """It is the very file, so that nothing but where it lies speaks against it."""
+    outside = tmp_path_factory.mktemp("outside") / name
+    file = version.files.config.parent / name
+    file.rename(outside)
+    file.symlink_to(outside)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone) and f"{name} cannot be read" in done.error and not done.is_fault
+
+
+def test_looks_run_on_a_thread_and_a_look_that_fails_finds_nothing() -> None:
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    found: list[object] = []
+    store.look(threading.get_ident, lambda ident: found.append(ident) or [])
+    wait(store).note()
+    store.look(lambda: 1 // 0, lambda nothing: found.append(nothing) or [])
+    wait(store).note()
+    assert found[0] != threading.get_ident() and found[1] is None
