@@ -19,6 +19,7 @@ from mkdocs.utils.templates import TemplateContext
 from scripts.site.api_reference import api_markdown
 from scripts.site.flags_reference import flags_markdown
 from stellarbyte_server.api.contract.openapi import make_document
+from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.settings import DEMO_MODEL_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,9 @@ ELSEWHERE = {  # pages → where their text lies
 }
 RESULTS = "benchmarks/results/"  # its files are part of the site, as results/
 GENERATED = {
-    "<!-- The API reference. -->": lambda: api_markdown(make_document(DEMO_MODEL_NAME, allows_unknown_fields=False)),
+    "<!-- The API reference. -->": lambda: api_markdown(
+        make_document(OPERATIONS, DEMO_MODEL_NAME, allows_unknown_fields=False)
+    ),
     "<!-- The flags. -->": flags_markdown,
 }
 _OTHER_LANGUAGE = re.compile(r"^\[(简体中文|English)\]\(\S+\)\n", re.MULTILINE)  # the site has a switch for that

@@ -6,13 +6,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
-from stellarbyte_server.access.keys import Keyring
-from stellarbyte_server.access.rules import ACCESS, check_routes, routes_of
-from stellarbyte_server.api.service import SamplingDefaults, Service
-from stellarbyte_server.config.settings import EngineSettings, ServerSettings
-from stellarbyte_server.http.app import create_app
+from stellarbyte_server.access.rules import Access, allows, rules_of
+from tests.support.application import make_app
 from tests.support.server_process import FAKE, ServerProcess, running
 
 USER_KEYS = ("user-key-of-ann", "user-key-of-bob")
@@ -145,20 +142,26 @@ def test_behind_a_published_port_a_rebound_name_reads_and_runs_nothing(fake_mode
 
 @pytest.fixture
 def app() -> FastAPI:
-    settings = ServerSettings(engine=EngineSettings(model="m"))
-    service = Service(
-        settings=settings, client=None, info=None, tokenizer=None, defaults=SamplingDefaults(), started_at=0
-    )
-    return create_app(service, Keyring(settings))
+    return make_app()
 
 
 def test_the_application_has_the_routes_of_the_table(app: FastAPI) -> None:
-    assert routes_of(app) == ROUTES.keys()
-    assert {route: access.value for route, access in ACCESS.items()} == ROUTES
+    assert {route: access.value for route, access in rules_of(app).items()} == ROUTES
 
 
-def test_a_route_without_a_row_is_refused(app: FastAPI) -> None:
+def test_an_application_with_a_route_that_declares_no_rule_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    router = APIRouter()
+    router.get("/v1/secrets")(lambda: None)
+    monkeypatch.setattr("stellarbyte_server.http.app.ROUTERS", (router,))
+    with pytest.raises(AssertionError, match="/v1/secrets"):
+        make_app()
+
+
+def test_a_route_without_a_rule_of_its_own_is_refused(app: FastAPI) -> None:
     async def endpoint() -> None: ...
+
+    @allows(Access.OPEN)
+    async def declared() -> None: ...
 
     for add in (
         lambda: app.add_api_route("/v1/secrets", endpoint),
@@ -166,13 +169,15 @@ def test_a_route_without_a_row_is_refused(app: FastAPI) -> None:
         lambda: app.add_api_websocket_route("/v1/secrets", endpoint),
         lambda: app.mount("/v1/secrets", FastAPI()),
         lambda: app.add_api_route("/health", endpoint, methods=["POST"]),
+        lambda: app.add_api_route("/health", declared, methods=["GET"]),  # where there is one already
+        lambda: app.add_api_websocket_route("/v1/secrets", declared),
     ):
         kept = list(app.router.routes)
         add()
         with pytest.raises(AssertionError, match=r"/v1/secrets|/health"):
-            check_routes(app)
+            rules_of(app)
         app.router.routes[:] = kept
-    check_routes(app)
+    rules_of(app)
 
 
 def test_other_origins_may_call_only_when_they_are_named(fake_model: str, fake_server: ServerProcess) -> None:
@@ -215,11 +220,7 @@ def test_other_origins_may_call_only_when_they_are_named(fake_model: str, fake_s
 def test_an_unexpected_failure_has_the_headers_of_cors_too() -> None:
     from fastapi.testclient import TestClient
 
-    settings = ServerSettings(engine=EngineSettings(model="m"), cors_origin=("*",))
-    service = Service(
-        settings=settings, client=None, info=None, tokenizer=None, defaults=SamplingDefaults(), started_at=0
-    )
-    with TestClient(create_app(service, Keyring(settings)), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app(cors_origin=("*",)), base_url="http://127.0.0.1") as client:
         answer = client.get("/v1/models", headers={"Origin": "https://chat.example"})
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
     assert answer.headers["access-control-allow-origin"] == "*" and answer.headers["x-request-id"]

@@ -26,7 +26,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from stellarbyte_server.api.contract.openapi import OPERATIONS, Operation, make_document
+from stellarbyte_server.api.contract.openapi import make_document
+from stellarbyte_server.api.contract.operation import Operation
+from stellarbyte_server.api.endpoints import OPERATIONS
 from tests.integration.test_http_api import MODEL
 from tests.support.server_process import ServerProcess
 
@@ -59,7 +61,7 @@ _PROJECT = ProjectConfig(
     max_stream_events=10_000,  # it would read no more of an answer; how many a stream has depends on timing
 )
 _CONFIG = SchemathesisConfig(seed=1, projects=ProjectsConfig(default=_PROJECT))
-_DOCUMENT = make_document(MODEL, allows_unknown_fields=False)
+_DOCUMENT = make_document(OPERATIONS, MODEL, allows_unknown_fields=False)
 schema = schemathesis.openapi.from_dict(_DOCUMENT, config=_CONFIG)
 
 

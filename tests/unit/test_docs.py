@@ -11,7 +11,8 @@ import pytest
 from scripts.site.api_reference import api_markdown
 from scripts.site.flags_reference import flags_markdown
 from stellarbyte.cli.arguments import make_parser
-from stellarbyte_server.api.contract.openapi import OPERATIONS, make_document
+from stellarbyte_server.api.contract.openapi import make_document
+from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
 from tests.support.server_process import ROOT
 
@@ -138,7 +139,7 @@ def test_the_stellarbyte_command_understands_what_pages_show_of_it(capsys: pytes
 
 
 def test_the_api_reference_has_every_route_and_every_field() -> None:
-    document = make_document("a-model", allows_unknown_fields=False)
+    document = make_document(OPERATIONS, "a-model", allows_unknown_fields=False)
     text = api_markdown(document)
     for method, path in OPERATIONS:
         assert f"\n### {method.upper()} {path}\n" in text
@@ -153,7 +154,7 @@ def test_the_api_reference_has_every_route_and_every_field() -> None:
 
 
 def test_the_api_reference_leaves_nothing_of_a_schema_out() -> None:
-    document = make_document("a-model", allows_unknown_fields=False)
+    document = make_document(OPERATIONS, "a-model", allows_unknown_fields=False)
     document["components"]["schemas"]["Usage"]["properties"]["total_tokens"]["multipleOf"] = 2
     with pytest.raises(ValueError, match="multipleOf"):
         api_markdown(document)
@@ -161,6 +162,6 @@ def test_the_api_reference_leaves_nothing_of_a_schema_out() -> None:
 
 def test_links_inside_the_api_reference_lead_somewhere(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(api_markdown(make_document("a-model", allows_unknown_fields=False)))
+    page.write_text(api_markdown(make_document(OPERATIONS, "a-model", allows_unknown_fields=False)))
     targets = {anchor for _, anchor in _LINK.findall(page.read_text())}
     assert targets and targets <= set(anchors(page))

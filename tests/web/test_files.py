@@ -6,11 +6,8 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.api.contract.objects import ErrorBody
-from stellarbyte_server.api.service import SamplingDefaults, Service
-from stellarbyte_server.config.settings import EngineSettings, ServerSettings
-from stellarbyte_server.http.app import create_app
+from tests.support.application import make_app
 
 NAMES = sorted(entry.name for entry in files("stellarbyte_web").iterdir() if not entry.name.startswith("__"))
 PATHS = {"index.html": "/", "status.html": "/status"} | {
@@ -21,11 +18,7 @@ TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg":
 
 @pytest.fixture(scope="module")
 def client() -> TestClient:
-    settings = ServerSettings(engine=EngineSettings(model="m"), api_key=("a-key",))
-    service = Service(
-        settings=settings, client=None, info=None, tokenizer=None, defaults=SamplingDefaults(), started_at=0
-    )
-    return TestClient(create_app(service, Keyring(settings)), base_url="http://127.0.0.1")
+    return TestClient(make_app(api_key=("a-key",)), base_url="http://127.0.0.1")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,16 +54,7 @@ def test_a_file_that_the_browser_has_is_not_sent_again(client: TestClient) -> No
 
 
 def test_pages_work_below_a_path_that_a_proxy_takes_away_or_leaves() -> None:
-    service = Service(
-        settings=ServerSettings(engine=EngineSettings(model="m"), root_path="/llm"),
-        client=None,
-        info=None,
-        tokenizer=None,
-        defaults=SamplingDefaults(),
-        started_at=0,
-    )
-    app = create_app(service, Keyring(service.settings))
-    client = TestClient(app, base_url="http://127.0.0.1", root_path="/llm")
+    client = TestClient(make_app(root_path="/llm"), base_url="http://127.0.0.1", root_path="/llm")
     for path in PATHS.values():
         assert client.get(path).status_code == client.get(f"/llm{path}").status_code == 200
 

@@ -1,15 +1,16 @@
-"""Which requests may be made by whom: one table of all routes. Knows no keys and no settings.
+"""Access rules: each endpoint declares who may call it, and one table of all routes tells it for a path.
 
-What is not in the table is not served: an application with a route that has no row cannot be made.
+An application with a route whose endpoint declares no rule cannot be made.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from enum import Enum
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
-from starlette.routing import Mount, compile_path
+from starlette.routing import compile_path
 
 
 class Access(Enum):
@@ -18,81 +19,61 @@ class Access(Enum):
     ADMIN = "admin"  # for the admin key; with --allow-local-admin for this machine
 
 
-ACCESS: dict[tuple[str, str], Access] = {
-    ("POST", "/v1/completions"): Access.USER,
-    ("POST", "/v1/chat/completions"): Access.USER,
-    ("POST", "/v1/responses"): Access.USER,
-    ("POST", "/v1/embeddings"): Access.USER,
-    ("POST", "/tokenize"): Access.USER,
-    ("POST", "/detokenize"): Access.USER,
-    ("GET", "/v1/models"): Access.USER,
-    ("GET", "/v1/models/{name:path}"): Access.USER,
-    ("GET", "/v1/adapters"): Access.USER,
-    ("POST", "/v1/load_lora_adapter"): Access.ADMIN,
-    ("POST", "/v1/unload_lora_adapter"): Access.ADMIN,
-    ("GET", "/health"): Access.OPEN,
-    ("GET", "/ready"): Access.OPEN,
-    ("GET", "/version"): Access.OPEN,
-    ("GET", "/metrics"): Access.OPEN,
-    ("GET", "/openapi.json"): Access.USER,
-    ("HEAD", "/openapi.json"): Access.USER,
-    ("GET", "/docs"): Access.USER,
-    ("HEAD", "/docs"): Access.USER,
-    ("GET", "/docs/static/{path:path}"): Access.USER,
-    ("HEAD", "/docs/static/{path:path}"): Access.USER,
-    ("GET", "/"): Access.OPEN,  # a page asks for the key itself
-    ("HEAD", "/"): Access.OPEN,
-    ("GET", "/status"): Access.OPEN,
-    ("HEAD", "/status"): Access.OPEN,
-    ("GET", "/web/{path:path}"): Access.OPEN,
-    ("HEAD", "/web/{path:path}"): Access.OPEN,
-}
-
-_Methods = dict[str, Access]
-_EXACT: dict[str, _Methods] = {}
-_PATTERNS: dict[str, tuple[re.Pattern[str], _Methods]] = {}
-for (_method, _path), _access in ACCESS.items():
-    if "{" in _path:
-        _PATTERNS.setdefault(_path, (compile_path(_path)[0], {}))[1][_method] = _access
-    else:
-        _EXACT.setdefault(_path, {})[_method] = _access
+EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
+_RULE = "access_rule"  # the attribute of an endpoint
 
 
-def methods_of(path: str) -> _Methods:
-    """What may be asked of a path, and by whom; nothing when there is no such route."""
-    methods = _EXACT.get(path)
-    if methods is not None:
-        return methods
-    return next((methods for pattern, methods in _PATTERNS.values() if pattern.match(path)), {})
+def allows(access: Access) -> Callable[[EndpointT], EndpointT]:
+    """Declare who may call an endpoint: a decorator below the router's."""
+
+    def declare(endpoint: EndpointT) -> EndpointT:
+        setattr(endpoint, _RULE, access)
+        return endpoint
+
+    return declare
 
 
-def route_of(path: str) -> str | None:
-    """The row of the table that a path belongs to, as it is written there."""
-    if path in _EXACT:
-        return path
-    return next((template for template, (pattern, _) in _PATTERNS.items() if pattern.match(path)), None)
+class RouteTable:
+    """The access rule of every method and path that an application serves."""
+
+    def __init__(self, rules: Mapping[tuple[str, str], Access]) -> None:
+        """`rules` are those of method and path, the path as the router has it ("/v1/models/{name:path}")."""
+        self._exact: dict[str, dict[str, Access]] = {}
+        self._patterns: dict[str, tuple[re.Pattern[str], dict[str, Access]]] = {}
+        for (method, path), access in rules.items():
+            if "{" in path:
+                self._patterns.setdefault(path, (compile_path(path)[0], {}))[1][method] = access
+            else:
+                self._exact.setdefault(path, {})[method] = access
+
+    def methods_of(self, path: str) -> Mapping[str, Access]:
+        """The methods of a path with their access rules; empty if there is no such route."""
+        methods = self._exact.get(path)
+        if methods is not None:
+            return methods
+        return next((methods for pattern, methods in self._patterns.values() if pattern.match(path)), {})
+
+    def route_of(self, path: str) -> str | None:
+        """The route that a path belongs to, as the router has it."""
+        if path in self._exact:
+            return path
+        return next((template for template, (pattern, _) in self._patterns.items() if pattern.match(path)), None)
 
 
-def routes_of(app: FastAPI) -> set[tuple[str, str]]:
-    """Method and path of everything that an application serves; "*" for what takes any method."""
-    found: set[tuple[str, str]] = set()
+def rules_of(app: FastAPI) -> dict[tuple[str, str], Access]:
+    """The access rule of each method and path of an application.
+
+    Raises:
+        AssertionError: a route has no rule (mounts and WebSockets never have one), or two routes have one method and
+            path.
+    """
+    rules: dict[tuple[str, str], Access] = {}
     for route in iter_route_contexts(app.routes):
-        if isinstance(route.original_route, Mount):
-            path, methods = f"{route.original_route.path}/{{path:path}}", {"GET", "HEAD"}  # of files, which check it
-        else:
-            path, methods = str(route.path), set(route.methods or ("*",))
-        found |= {(method, path) for method in methods}
-    return found
-
-
-def check_routes(app: FastAPI) -> None:
-    """AssertionError unless the application's routes are those of the table."""
-    _check(routes_of(app))
-
-
-def _check(routes: Iterable[tuple[str, str]]) -> None:
-    differing = sorted(set(routes) ^ ACCESS.keys())
-    if differing:
-        raise AssertionError(
-            f"server/stellarbyte_server/access/rules.py and the application differ about who may call {differing}"
-        )
+        access = getattr(route.endpoint, _RULE, None)
+        if access is None or route.path is None or not route.methods:
+            raise AssertionError(f"the route {route.path} does not declare who may call it (access/rules.py: allows)")
+        for method in route.methods:
+            if (method, route.path) in rules:
+                raise AssertionError(f"there are two routes for {method} {route.path}")
+            rules[method, route.path] = access
+    return rules

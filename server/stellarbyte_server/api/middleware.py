@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stellarbyte_server.access.rules import RouteTable
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.rejections import rejection_reason
 from stellarbyte_server.api.service import Service
@@ -34,8 +35,9 @@ class RequestLog:
     A client's own X-Request-Id is used if it is one that can stand anywhere.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, tracing: Tracing | None) -> None:
+    def __init__(self, app: ASGIApp, routes: RouteTable, service: Service, tracing: Tracing | None) -> None:
         self._app = app
+        self._routes = routes
         self._service = service
         self._tracing = tracing
 
@@ -56,12 +58,12 @@ class RequestLog:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            reason = rejection_reason(scope, record.status, record)
+            reason = rejection_reason(scope, self._routes, record.status, record)
             if reason is not None:
                 self._service.client.observer.note_rejected(reason)
             _log(scope, record.status, record)
             if self._tracing is not None:
-                self._tracing.note(scope, record.status, record)
+                self._tracing.note(scope, self._routes, record.status, record)
 
 
 def request_id_for(headers: Headers) -> str:

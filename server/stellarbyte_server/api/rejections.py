@@ -3,19 +3,19 @@
 from starlette._utils import get_route_path
 from starlette.types import Scope
 
-from stellarbyte_server.access.rules import Access, methods_of
+from stellarbyte_server.access.rules import Access, RouteTable
 from stellarbyte_server.api.disconnect import CLIENT_CLOSED_REQUEST
 from stellarbyte_server.observe.reasons import reason_of_error
 from stellarbyte_server.observe.record import RequestRecord
 
 
-def rejection_reason(scope: Scope, status: int | None, record: RequestRecord) -> str | None:
+def rejection_reason(scope: Scope, routes: RouteTable, status: int | None, record: RequestRecord) -> str | None:
     """One of REASONS; None for what was answered, what the engine began to work on, and routes that are not for users.
 
     `status` is what the client was sent (None: nothing).
     """
     if status is None or status < 400 or status == CLIENT_CLOSED_REQUEST or record.streams:
         return None
-    if scope["method"] != "POST" or methods_of(get_route_path(scope)).get("POST") is not Access.USER:
+    if scope["method"] != "POST" or routes.methods_of(get_route_path(scope)).get("POST") is not Access.USER:
         return None
     return reason_of_error(status, record.error_code)

@@ -1,5 +1,6 @@
 """The HTTP application: routes, errors and middleware around one engine client. Never imports torch."""
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,18 +8,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from stellarbyte_server.access.keys import Keyring
-from stellarbyte_server.access.rules import check_routes
+from stellarbyte_server.access.rules import RouteTable, rules_of
 from stellarbyte_server.api.contract.errors import (
     ApiError,
     answer_api_error,
     answer_http_exception,
     answer_no_tokenizer,
 )
-from stellarbyte_server.api.contract.openapi import describe
+from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.disconnect import ClientLeft, answer_client_left
+from stellarbyte_server.api.endpoints import OPERATIONS, ROUTERS
 from stellarbyte_server.api.key_rate import RefusalRate
 from stellarbyte_server.api.middleware import BodyBounds, Cors, RequestLog, Unexpected
-from stellarbyte_server.api.routes import adapters, chat, completions, embeddings, health, models, responses, tokenize
 from stellarbyte_server.api.routes.docs import add_docs
 from stellarbyte_server.api.routes.pages import add_pages
 from stellarbyte_server.api.service import Service
@@ -34,16 +35,16 @@ _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_c
 
 
 def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = None) -> FastAPI:
-    """An application for a service whose engine is ready; AssertionError when a route is in no row of access.py."""
+    """An application for a service whose engine is ready; AssertionError when a route declares no access rule."""
     settings = service.settings
-    app = FastAPI(title="StellarByte", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
+    app = FastAPI(title="StellarByte", openapi_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
     app.state.service = service
-    for module in (completions, chat, responses, embeddings, tokenize, models, adapters, health):
-        app.include_router(module.router)
-    describe(app, settings.model_name, allows_unknown_fields=settings.unknown_fields == "warn")
-    add_docs(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    allows_unknown_fields = settings.unknown_fields == "warn"
+    add_docs(app, partial(make_document, OPERATIONS, settings.model_name, allows_unknown_fields=allows_unknown_fields))
     add_pages(app)
-    check_routes(app)
+    routes = RouteTable(rules_of(app))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(NoTokenizerError, answer_no_tokenizer)
     app.add_exception_handler(HTTPException, answer_http_exception)
@@ -52,7 +53,7 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
     # Each is around those before it.
     app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
     app.add_middleware(RefusalRate, service=service)
-    app.add_middleware(Gate, keyring=keyring, settings=settings)
+    app.add_middleware(Gate, routes=routes, keyring=keyring, settings=settings)
     app.add_middleware(Unexpected)
     if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors
         app.add_middleware(
@@ -62,5 +63,5 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
             allow_headers=("*",),
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(RequestLog, service=service, tracing=tracing)
+    app.add_middleware(RequestLog, routes=routes, service=service, tracing=tracing)
     return app

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stellarbyte_server.access.keys import Key, Keyring
-from stellarbyte_server.access.rules import Access, methods_of
+from stellarbyte_server.access.rules import Access, RouteTable
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, method_not_allowed, no_route
 from stellarbyte_server.config.setting_values import is_address, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
@@ -19,10 +19,11 @@ _ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
 
 
 class Gate:
-    """Lets through what the table of routes (access.py) and the keys allow; `state.key` is then the request's `Key`."""
+    """Lets through what the table of routes and the keys allow; `state.key` is then the request's `Key`."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, settings: ServerSettings) -> None:
+    def __init__(self, app: ASGIApp, routes: RouteTable, keyring: Keyring, settings: ServerSettings) -> None:
         self._app = app
+        self._routes = routes
         self._cors_origins = settings.cors_origin
         self._keyring = keyring
         self._is_local = is_loopback(settings.host)
@@ -50,7 +51,7 @@ class Gate:
                 " that --allowed-host gives.",
             )
         path, method = get_route_path(scope), scope["method"]
-        methods = methods_of(path)
+        methods = self._routes.methods_of(path)
         access = methods.get(method, Access.USER)
         if access is not Access.OPEN:
             key = self._key(headers)

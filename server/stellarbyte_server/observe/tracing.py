@@ -15,7 +15,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from stellarbyte_server.access.rules import Access, methods_of, route_of
+from stellarbyte_server.access.rules import Access, RouteTable
 from stellarbyte_server.config.setting_values import SettingsError
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.observe.record import RequestRecord
@@ -88,15 +88,15 @@ class Tracing:
         self._tracer = provider.get_tracer("stellarbyte")
         self._model_name = model_name
 
-    def note(self, scope: Scope, status: int | None, record: RequestRecord) -> None:
+    def note(self, scope: Scope, routes: RouteTable, status: int | None, record: RequestRecord) -> None:
         """A request ended, now. Probes and scrapes get no span."""
         from opentelemetry import propagate
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         path, method = get_route_path(scope), scope["method"]
-        if methods_of(path).get(method, Access.USER) is Access.OPEN:
+        if routes.methods_of(path).get(method, Access.USER) is Access.OPEN:
             return
-        route = route_of(path)
+        route = routes.route_of(path)
         ended_s = time.monotonic()
         offset_ns = time.time_ns() - int(ended_s * 1e9)
 

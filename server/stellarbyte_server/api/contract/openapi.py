@@ -1,30 +1,21 @@
-"""The document at /openapi.json: what each route takes and answers, errors included. Knows no engine.
+"""The document at /openapi.json describes what each route takes and answers, errors included."""
 
-Routes read their bodies themselves, so the framework cannot know any of this. A route is described by its row in
-`OPERATIONS`; a test fails for a route without one.
-"""
-
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
-from fastapi import FastAPI
-from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
 from pydantic_core import core_schema
 
-from stellarbyte_server.access.rules import ACCESS, Access
-from stellarbyte_server.api.contract import objects, response_objects, responses_body, schemas
+from stellarbyte_server.access.rules import Access
+from stellarbyte_server.api.contract import objects, schemas
 from stellarbyte_server.api.contract.field_notes import add_notes
-from stellarbyte_server.api.routes import adapters, embeddings, tokenize
+from stellarbyte_server.api.contract.operation import Model, Operation
 
 Schema = dict[str, Any]
-Model = type[BaseModel]
 Refs = dict[Model, Schema]
 
 _EVERYWHERE = (403, 500, 503)
-_BODY_REFUSED = (400, 408, 413)
-_GENERATION = (*_BODY_REFUSED, 404, 429)
 
 _ERRORS = {
     400: "The request is not valid; `param` names the field.",
@@ -38,122 +29,19 @@ _ERRORS = {
     503: "The engine is gone or does not answer, the server is shutting down, or the request waited too long.",
 }
 _RETRY_AFTER = {429, 503}
-_ROUTE_PATHS = {"/v1/models/{name}": "/v1/models/{name:path}"}  # where the framework writes a path in another way
 
 
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """What one method of one route takes and answers."""
-
-    summary: str
-    tag: str
-    answer: Model | str  # a media type: text
-    bodies: tuple[Model, ...] = ()  # one of them is the request's JSON
-    event: Model | None = None  # of the stream that a body with `stream` gets instead
-    ends_with_done: bool = True  # the stream's last event is [DONE]
-    errors: tuple[int, ...] = ()
-    path_parameters: tuple[tuple[str, str], ...] = ()  # name, description
-
-
-OPERATIONS: dict[tuple[str, str], Operation] = {
-    ("post", "/v1/completions"): Operation(
-        summary="Continue a prompt",
-        tag="Generation",
-        bodies=(schemas.CompletionBody,),
-        answer=objects.Completion,
-        event=objects.CompletionChunk,
-        errors=_GENERATION,
-    ),
-    ("post", "/v1/chat/completions"): Operation(
-        summary="Answer a chat",
-        tag="Generation",
-        bodies=(schemas.ChatBody,),
-        answer=objects.ChatCompletion,
-        event=objects.ChatCompletionChunk,
-        errors=_GENERATION,
-    ),
-    ("post", "/v1/responses"): Operation(
-        summary="Answer a chat, in the form of OpenAI's Responses API",
-        tag="Generation",
-        bodies=(responses_body.ResponsesBody,),
-        answer=response_objects.Response,
-        event=response_objects.ResponseEvent,
-        ends_with_done=False,
-        errors=_GENERATION,
-    ),
-    ("post", "/v1/embeddings"): Operation(
-        summary="Turn texts into vectors",
-        tag="Generation",
-        bodies=(embeddings.EmbeddingsBody,),
-        answer=objects.EmbeddingList,
-        errors=_GENERATION,
-    ),
-    ("get", "/v1/models"): Operation(summary="List the model and its adapters", tag="Models", answer=objects.ModelList),
-    ("get", "/v1/models/{name}"): Operation(
-        summary="Describe the model or one adapter",
-        tag="Models",
-        answer=objects.ModelCard,
-        errors=(404,),
-        path_parameters=(("name", "A name, or NAME@CONTENT_HASH."),),
-    ),
-    ("post", "/v1/load_lora_adapter"): Operation(
-        summary="Load an adapter",
-        tag="Adapters",
-        bodies=(adapters.LoadBody,),
-        answer=objects.LoadedAdapter,
-        errors=(*_BODY_REFUSED, 404),
-    ),
-    ("post", "/v1/unload_lora_adapter"): Operation(
-        summary="Unload an adapter",
-        tag="Adapters",
-        bodies=(adapters.UnloadBody,),
-        answer=objects.UnloadedAdapter,
-        errors=(*_BODY_REFUSED, 404),
-    ),
-    ("get", "/v1/adapters"): Operation(
-        summary="List adapters and their state", tag="Adapters", answer=objects.AdapterEntries
-    ),
-    ("post", "/tokenize"): Operation(
-        summary="Turn a prompt or a chat into tokens",
-        tag="Tokens",
-        bodies=(tokenize.TokenizePromptBody, tokenize.TokenizeChatBody),
-        answer=objects.Tokenized,
-        errors=(*_BODY_REFUSED, 404),
-    ),
-    ("post", "/detokenize"): Operation(
-        summary="Turn tokens into text",
-        tag="Tokens",
-        bodies=(tokenize.DetokenizeBody,),
-        answer=objects.Detokenized,
-        errors=(*_BODY_REFUSED, 404),
-    ),
-    ("get", "/health"): Operation(summary="Whether the engine makes progress", tag="Server", answer=objects.Health),
-    ("get", "/ready"): Operation(summary="Whether requests can be answered", tag="Server", answer=objects.Ready),
-    ("get", "/version"): Operation(summary="The server's version", tag="Server", answer=objects.Version),
-    ("get", "/metrics"): Operation(summary="Metrics for Prometheus", tag="Server", answer="text/plain"),
-}
-
-
-def describe(app: FastAPI, model_name: str, *, allows_unknown_fields: bool) -> None:
-    """Let the application's document be ours; it is made when it is first asked for."""
-
-    def openapi() -> Schema:
-        if app.openapi_schema is None:
-            app.openapi_schema = make_document(model_name, allows_unknown_fields=allows_unknown_fields)
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def make_document(model_name: str, *, allows_unknown_fields: bool) -> Schema:
-    """An OpenAPI 3.1 document of all rows, for a server of that model."""
-    refs, models = _models(_LenientSchemas if allows_unknown_fields else _Schemas)
-    add_notes(models, {body.__name__ for operation in OPERATIONS.values() for body in operation.bodies})
+def make_document(
+    operations: Mapping[tuple[str, str], Operation], model_name: str, *, allows_unknown_fields: bool
+) -> Schema:
+    """An OpenAPI 3.1 document of all operations (by method and path), for a server of that model."""
+    refs, models = _models(operations.values(), _LenientSchemas if allows_unknown_fields else _Schemas)
+    add_notes(models, {body.__name__ for operation in operations.values() for body in operation.bodies})
     for schema in models.values():
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"]["examples"] = [model_name]
     paths: dict[str, Schema] = {}
-    for (method, path), operation in OPERATIONS.items():
+    for (method, path), operation in operations.items():
         paths.setdefault(path, {})[method] = _operation(method, path, operation, refs)
     return {
         "openapi": "3.1.0",
@@ -201,10 +89,10 @@ class _LenientSchemas(_Schemas):
     unknown_fields = True
 
 
-def _models(schemas_class: type[_Schemas]) -> tuple[Refs, dict[str, Schema]]:
-    """A reference to each model that a row names, and all models by the names in these references."""
+def _models(operations: Iterable[Operation], schemas_class: type[_Schemas]) -> tuple[Refs, dict[str, Schema]]:
+    """A reference to each model that an operation names, and all models by the names in these references."""
     named: set[Model] = {objects.ErrorBody}
-    for operation in OPERATIONS.values():
+    for operation in operations:
         named.update(operation.bodies)
         named.update(model for model in (operation.answer, operation.event) if isinstance(model, type))
     inputs: list[tuple[Model, Literal["validation"]]] = [
@@ -217,7 +105,7 @@ def _models(schemas_class: type[_Schemas]) -> tuple[Refs, dict[str, Schema]]:
 
 
 def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Schema:
-    access = ACCESS[method.upper(), _ROUTE_PATHS.get(path, path)]
+    access = operation.access
     statuses = sorted({*operation.errors, *_EVERYWHERE, *(() if access is Access.OPEN else (401,))})
     described: Schema = {
         "operationId": "_".join([method, *path.replace("{", "").replace("}", "").strip("/").split("/")]),

@@ -7,8 +7,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.caller import may_use
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.contract.schemas import parse_plain_body
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.service import Service, ServiceOfRequest
@@ -38,6 +41,14 @@ class UnloadBody(BaseModel):
 
 
 @router.post("/v1/load_lora_adapter")
+@Operation(
+    access=Access.ADMIN,
+    summary="Load an adapter",
+    tag="Adapters",
+    bodies=(LoadBody,),
+    answer=objects.LoadedAdapter,
+    errors=(*BODY_REFUSED, 404),
+)
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
@@ -57,6 +68,14 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
 
 
 @router.post("/v1/unload_lora_adapter")
+@Operation(
+    access=Access.ADMIN,
+    summary="Unload an adapter",
+    tag="Adapters",
+    bodies=(UnloadBody,),
+    answer=objects.UnloadedAdapter,
+    errors=(*BODY_REFUSED, 404),
+)
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, UnloadBody))
     try:
@@ -67,6 +86,7 @@ async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, 
 
 
 @router.get("/v1/adapters")
+@Operation(access=Access.USER, summary="List adapters and their state", tag="Adapters", answer=objects.AdapterEntries)
 async def list_adapters(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     cards = (await adapters_of(service)).cards
     return {"object": "list", "data": [_entry(card, service) for card in cards if may_use(http, service, card.name)]}

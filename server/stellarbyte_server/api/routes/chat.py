@@ -6,12 +6,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, answer
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.caller import owner_of
 from stellarbyte_server.api.chat_prompt import chat_encoder, check_continuation, content_characters
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
 from stellarbyte_server.api.contract.schemas import ChatBody, ResponseFormat
 from stellarbyte_server.api.generation import (
     MAX_TOKENS_AT_ONCE,
@@ -36,6 +39,15 @@ DEFAULT_SLIDING_MAX_TOKENS = 4096
 
 
 @router.post("/v1/chat/completions")
+@Operation(
+    access=Access.USER,
+    summary="Answer a chat",
+    tag="Generation",
+    bodies=(ChatBody,),
+    answer=objects.ChatCompletion,
+    event=objects.ChatCompletionChunk,
+    errors=GENERATION_REFUSED,
+)
 async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ChatBody)
     plan = await plan_chat(http, body, service)

@@ -5,9 +5,12 @@ from functools import partial
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, answer
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader, PromptEcho
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
 from stellarbyte_server.api.contract.prompt_input import PromptInput
 from stellarbyte_server.api.contract.schemas import CompletionBody
 from stellarbyte_server.api.generation import (
@@ -30,6 +33,15 @@ DEFAULT_MAX_TOKENS = 16
 
 
 @router.post("/v1/completions")
+@Operation(
+    access=Access.USER,
+    summary="Continue a prompt",
+    tag="Generation",
+    bodies=(CompletionBody,),
+    answer=objects.Completion,
+    event=objects.CompletionChunk,
+    errors=GENERATION_REFUSED,
+)
 async def create_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, CompletionBody)
     check_body(body, len(body.prompt), service)

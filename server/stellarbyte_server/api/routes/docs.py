@@ -1,14 +1,20 @@
-"""GET /docs: a page to try the API on, made of files this server brings, so that it asks no other host."""
+"""GET /openapi.json describes the API; GET /docs is a page to try it on, made of files that this server brings."""
 
+import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
+from stellarbyte_server.access.rules import Access, allows
+
+DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
 FILES_PATH = "/docs/static"
 # Whatever those files may try, the browser talks to this server only. The page has a script of its own in it.
@@ -18,14 +24,25 @@ _POLICY = (
 )
 
 
-def add_docs(app: FastAPI) -> None:
-    """Add the page, and below it Swagger UI's files out of the package fastapi-offline, whose code is not used."""
+def add_docs(app: FastAPI, make_document: Callable[[], dict[str, Any]]) -> None:
+    """Add the document, the page, and Swagger UI's files out of the package fastapi-offline, whose code is not used.
 
+    The document is made when it is first asked for.
+    """
+    document = functools.cache(make_document)
+    static = StaticFiles(directory=_files())
+
+    @allows(Access.USER)
+    async def openapi(request: Request) -> JSONResponse:
+        root = _root(request)
+        return JSONResponse({**document(), "servers": [{"url": root}]} if root else document())
+
+    @allows(Access.USER)
     async def page(request: Request) -> HTMLResponse:
-        root = request.scope.get("root_path", "").rstrip("/")
+        root = _root(request)
         files = f"{root}{FILES_PATH}"
         response = get_swagger_ui_html(
-            openapi_url=f"{root}{app.openapi_url}",
+            openapi_url=f"{root}{DOCUMENT_PATH}",
             title=app.title,
             swagger_js_url=f"{files}/swagger-ui-bundle.js",
             swagger_css_url=f"{files}/swagger-ui.css",
@@ -35,8 +52,18 @@ def add_docs(app: FastAPI) -> None:
         response.headers["Content-Security-Policy"] = _POLICY
         return response
 
+    @allows(Access.USER)
+    async def file(request: Request) -> Response:
+        return await static.get_response(request.path_params["path"], request.scope)
+
+    app.add_route(DOCUMENT_PATH, openapi, include_in_schema=False)
     app.add_route(PAGE_PATH, page, include_in_schema=False)
-    app.mount(FILES_PATH, StaticFiles(directory=_files()))
+    app.add_route(f"{FILES_PATH}/{{path:path}}", file, include_in_schema=False)
+
+
+def _root(request: Request) -> str:
+    root: str = request.scope.get("root_path", "")
+    return root.rstrip("/")
 
 
 def _files() -> Path:

@@ -12,8 +12,11 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import count_tokens, note_adapter, read_deltas
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
 from stellarbyte_server.api.contract.prompt_input import PromptInput, prompts_at_most
 from stellarbyte_server.api.contract.schemas import AdapterScale, Body, CacheSalt, Priority
 from stellarbyte_server.api.disconnect import unless_client_leaves
@@ -53,6 +56,14 @@ class EmbeddingsBody(Body):
 
 
 @router.post("/v1/embeddings")
+@Operation(
+    access=Access.USER,
+    summary="Turn texts into vectors",
+    tag="Generation",
+    bodies=(EmbeddingsBody,),
+    answer=objects.EmbeddingList,
+    errors=GENERATION_REFUSED,
+)
 async def create_embeddings(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, EmbeddingsBody)
     size = service.info.hidden_size

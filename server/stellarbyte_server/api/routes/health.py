@@ -8,7 +8,10 @@ from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.errors import from_engine, unavailable
+from stellarbyte_server.api.contract.operation import Operation
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.client.engine_client import DRAINING, STATS_LIMIT_S, EngineDead
 from stellarbyte_server.observe.metrics import render_metrics
@@ -18,6 +21,7 @@ router = APIRouter()
 
 
 @router.get("/health")
+@Operation(access=Access.OPEN, summary="Whether the engine makes progress", tag="Server", answer=objects.Health)
 async def health(service: ServiceOfRequest) -> dict[str, str]:
     """200 while the engine makes progress."""
     _require_healthy(service)
@@ -25,6 +29,7 @@ async def health(service: ServiceOfRequest) -> dict[str, str]:
 
 
 @router.get("/ready")
+@Operation(access=Access.OPEN, summary="Whether requests can be answered", tag="Server", answer=objects.Ready)
 async def ready(service: ServiceOfRequest) -> dict[str, str]:
     """200 when requests can be answered. Routes exist only once the model is loaded."""
     _require_healthy(service)
@@ -34,11 +39,13 @@ async def ready(service: ServiceOfRequest) -> dict[str, str]:
 
 
 @router.get("/version")
+@Operation(access=Access.OPEN, summary="The server's version", tag="Server", answer=objects.Version)
 async def get_version() -> dict[str, str]:
     return {"version": version("stellarbyte")}
 
 
 @router.get("/metrics")
+@Operation(access=Access.OPEN, summary="Metrics for Prometheus", tag="Server", answer="text/plain")
 async def metrics(service: ServiceOfRequest) -> Response:
     totals = await service.client.fresh_totals()
     if totals is None:

@@ -4,8 +4,11 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.caller import may_use, require_model
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.errors import from_engine
+from stellarbyte_server.api.contract.operation import Operation
 from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.protocol.messages import AdapterCard
@@ -15,12 +18,21 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
+@Operation(access=Access.USER, summary="List the model and its adapters", tag="Models", answer=objects.ModelList)
 async def list_models(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     cards = await _cards(service)
     return {"object": "list", "data": [card for card in cards if may_use(http, service, card["id"])]}
 
 
 @router.get("/v1/models/{name:path}")
+@Operation(
+    access=Access.USER,
+    summary="Describe the model or one adapter",
+    tag="Models",
+    answer=objects.ModelCard,
+    errors=(404,),
+    path_parameters=(("name", "A name, or NAME@CONTENT_HASH."),),
+)
 async def get_model(name: str, http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     require_model(http, service, name)
     for card in await _cards(service):

@@ -1,4 +1,4 @@
-"""GET / and /status: the pages for people, made of files this server brings. Knows no model: they ask the API."""
+"""GET / and /status answer with the pages for people, which are made of files this server brings."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access, allows
 from stellarbyte_server.api.contract.errors import no_route
 
 FILES_PATH = "/web/{path:path}"
@@ -49,6 +50,7 @@ def add_pages(app: FastAPI) -> None:
     known = _read_files()
 
     def add_page(path: str, file: _File) -> None:
+        @allows(Access.OPEN)  # a page asks for the key itself
         async def page(request: Request) -> Response:
             return file.answer(request)
 
@@ -57,6 +59,8 @@ def add_pages(app: FastAPI) -> None:
     for path, name in _PAGES.items():
         add_page(path, known.pop(name))
 
+    @allows(Access.OPEN)
+    @allows(Access.OPEN)
     async def static(request: Request) -> Response:
         file = known.get(request.path_params["path"])
         if file is None:

@@ -8,10 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
 from stellarbyte_server.api.answers.choices import Fragment
 from stellarbyte_server.api.answers.sse import DeltaStreamResponse, encode_json
+from stellarbyte_server.api.contract import response_objects
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
+from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
 from stellarbyte_server.api.contract.responses_body import LOGPROBS, ResponsesBody
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.generation import read_body
@@ -36,6 +39,16 @@ _PARAMS = {
 
 
 @router.post("/v1/responses")
+@Operation(
+    access=Access.USER,
+    summary="Answer a chat, in the form of OpenAI's Responses API",
+    tag="Generation",
+    bodies=(ResponsesBody,),
+    answer=response_objects.Response,
+    event=response_objects.ResponseEvent,
+    ends_with_done=False,
+    errors=GENERATION_REFUSED,
+)
 async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ResponsesBody)
     if body.previous_response_id is not None:

@@ -8,10 +8,13 @@ from fastapi import APIRouter, Request
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from starlette.responses import Response
 
+from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.sse import encode_json
 from stellarbyte_server.api.chat_prompt import chat_encoder, check_continuation
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.bounds import AtMost
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.contract.schemas import MAX_TOKEN_ID, Body, Messages, TokenId
 from stellarbyte_server.api.generation import check_token_ids, off_loop, read_body
 from stellarbyte_server.api.key_rate import charge
@@ -83,6 +86,14 @@ class DetokenizeBody(Body):
 
 
 @router.post("/tokenize")
+@Operation(
+    access=Access.USER,
+    summary="Turn a prompt or a chat into tokens",
+    tag="Tokens",
+    bodies=(TokenizePromptBody, TokenizeChatBody),
+    answer=objects.Tokenized,
+    errors=(*BODY_REFUSED, 404),
+)
 async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
     await charge(http, service)
     body, headers = await read_body(http, service, TokenizeBody)
@@ -90,6 +101,14 @@ async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
 
 
 @router.post("/detokenize")
+@Operation(
+    access=Access.USER,
+    summary="Turn tokens into text",
+    tag="Tokens",
+    bodies=(DetokenizeBody,),
+    answer=objects.Detokenized,
+    errors=(*BODY_REFUSED, 404),
+)
 async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
     await charge(http, service)
     body, headers = await read_body(http, service, DetokenizeBody)

@@ -5,11 +5,12 @@ import pytest
 from stellarbyte_server.api.rejections import rejection_reason
 from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.observe.record import RequestRecord
+from tests.support.application import route_table
 
 
 def reason(status: int | None, code: str | None = None, method: str = "POST", path: str = "/v1/completions"):
     record = RequestRecord(request_id="r", error_code=code)
-    return rejection_reason({"type": "http", "method": method, "path": path}, status, record)
+    return rejection_reason({"type": "http", "method": method, "path": path}, route_table(), status, record)
 
 
 @pytest.mark.parametrize(
@@ -56,4 +57,5 @@ def test_what_is_no_rejection_of_a_users_request(answered: dict) -> None:
 def test_an_answer_that_fails_once_it_runs_is_no_rejection() -> None:
     """The engine counts it as aborted."""
     record = RequestRecord(request_id="r", streams=[object()])
-    assert rejection_reason({"type": "http", "method": "POST", "path": "/v1/completions"}, 500, record) is None
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    assert rejection_reason(scope, route_table(), 500, record) is None

@@ -9,6 +9,7 @@ import pytest
 from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
 from stellarbyte_server.http.gate import Gate
+from tests.support.application import route_table
 
 JSON = {"content-type": "application/json; charset=utf-8", "host": "127.0.0.1:8000"}
 LOAD = "/v1/load_lora_adapter"
@@ -42,7 +43,7 @@ def answer(
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs],
         "state": {},
     }
-    asyncio.run(Gate(through, Keyring(settings), settings)(scope, None, send))
+    asyncio.run(Gate(through, route_table(), Keyring(settings), settings)(scope, None, send))
     start, body = sent
     return (
         start["status"],
@@ -187,7 +188,7 @@ def test_a_page_that_cors_allows_is_still_no_operator() -> None:
     assert status(JSON | {"origin": "http://localhost:8000"}, allow_local_admin=True, **options) == 200
 
 
-def test_what_is_in_no_row_is_refused_after_the_key_was_asked_for() -> None:
+def test_what_is_no_route_is_refused_after_the_key_was_asked_for() -> None:
     keys = {"api_key": ("user",)}
     user = JSON | {"authorization": "Bearer user"}
     assert status(JSON, path="/no/such", **keys) == 401

@@ -13,12 +13,14 @@ from stellarbyte_server.config.settings import EngineSettings, ServerSettings
 from stellarbyte_server.observe import tracing
 from stellarbyte_server.observe.record import RequestRecord, TokenCount
 from stellarbyte_server.observe.tracing import check_tracing, is_wanted, make_tracing
+from tests.support.application import route_table
 from tests.support.server_process import ROOT
 
 SETTINGS = ServerSettings(engine=EngineSettings(model="m"))
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
+ROUTES = route_table()
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def spans_of(scope: dict, status: int | None, record: RequestRecord) -> list:
 
     exporter, provider = InMemorySpanExporter(), tracing.make_provider({})
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing.Tracing(provider, "m").note(scope, status, record)
+    tracing.Tracing(provider, "m").note(scope, ROUTES, status, record)
     return list(exporter.get_finished_spans())
 
 

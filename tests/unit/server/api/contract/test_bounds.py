@@ -14,13 +14,14 @@ from pydantic import BaseModel
 from stellarbyte_server.api.contract import bounds
 from stellarbyte_server.api.contract.bounds import MAX_CONTAINERS, MAX_FIELDS, MAX_MEMBERS, too_large
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.contract.openapi import OPERATIONS, make_document
+from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.contract.schemas import Body, ChatBody, CompletionBody, parse_body, parse_plain_body
+from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.routes.tokenize import DetokenizeBody
 from stellarbyte_server.tokens.text_work import TextWork
 
-PARTS = make_document("m", allows_unknown_fields=False)["components"]["schemas"]
+PARTS = make_document(OPERATIONS, "m", allows_unknown_fields=False)["components"]["schemas"]
 ANYTHING = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # never looked at
 BODIES = sorted(
     {body for operation in OPERATIONS.values() for body in operation.bodies}, key=lambda body: body.__name__

@@ -13,18 +13,17 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.api.contract import objects, response_objects, schemas
 from stellarbyte_server.api.contract.errors import ApiError, error_content
 from stellarbyte_server.api.contract.field_notes import NOTES
 from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.contract.schemas import parse_body, parse_plain_body
+from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.api.routes import adapters, tokenize
-from stellarbyte_server.api.service import SamplingDefaults, Service
-from stellarbyte_server.config.settings import EngineSettings, ServerSettings
-from stellarbyte_server.http.app import create_app
+from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.tokens.tokenizer import load_prompt_tokenizer
+from tests.support.application import make_app
 from tests.support.fake_engine import make_model_folder
 
 MODEL = "a-model"
@@ -48,15 +47,12 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
         kv_cache_dtype="float32",
         weights_hash="0" * 64,
     )
-    service = Service(
-        settings=ServerSettings(engine=EngineSettings(model=str(folder)), served_model_name=MODEL),
-        client=None,
+    return make_app(
         info=info,
         tokenizer=load_prompt_tokenizer(folder, None, 259),
-        defaults=SamplingDefaults(),
-        started_at=0,
+        engine=EngineSettings(model=str(folder)),
+        served_model_name=MODEL,
     )
-    return create_app(service, Keyring(service.settings))
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +184,8 @@ def test_a_body_is_accepted_if_and_only_if_the_document_says_so(document, body_c
 
 def test_a_server_that_ignores_unknown_fields_says_so():
     body = {"model": "m", "prompt": "a", "mood": "good"}
-    assert conforms(make_document("m", allows_unknown_fields=True), "CompletionBody", body)
-    assert not conforms(make_document("m", allows_unknown_fields=False), "CompletionBody", body)
+    assert conforms(make_document(OPERATIONS, "m", allows_unknown_fields=True), "CompletionBody", body)
+    assert not conforms(make_document(OPERATIONS, "m", allows_unknown_fields=False), "CompletionBody", body)
 
 
 USAGE = {

@@ -5,10 +5,7 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
-from stellarbyte_server.access.keys import Keyring
-from stellarbyte_server.api.service import SamplingDefaults, Service
-from stellarbyte_server.config.settings import EngineSettings, ServerSettings
-from stellarbyte_server.http.app import create_app
+from tests.support.application import make_app
 
 
 @pytest.mark.parametrize(
@@ -20,12 +17,8 @@ from stellarbyte_server.http.app import create_app
     ],
 )
 def test_health_is_of_the_engine_and_readiness_of_the_server(wrong, is_draining, statuses) -> None:
-    settings = ServerSettings(engine=EngineSettings(model="m"))
     client = SimpleNamespace(health=lambda: wrong, is_admitting=not is_draining)
-    service = Service(
-        settings=settings, client=client, info=None, tokenizer=None, defaults=SamplingDefaults(), started_at=0
-    )
-    with TestClient(create_app(service, Keyring(settings)), base_url="http://127.0.0.1") as http:
+    with TestClient(make_app(client), base_url="http://127.0.0.1") as http:
         for path, status in statuses.items():
             answer = http.get(path)
             assert answer.status_code == status
