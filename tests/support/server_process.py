@@ -15,7 +15,7 @@ import httpx
 
 ROOT = Path(__file__).parent.parent.parent
 FAKE = "tests.support.fake_server"  # the real HTTP process in front of the fake engine
-REAL = "server"
+REAL = "stellarbyte_server"
 
 
 def free_port() -> int:
