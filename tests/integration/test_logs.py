@@ -123,7 +123,7 @@ def test_what_is_refused_as_it_comes_has_its_line_and_its_id(
     (line,) = lines
     wanted = {"method": None, "path": None, "error": None, "request_id": request_id.decode()} | expected
     assert {name: line.get(name) for name in wanted} == wanted
-    assert line["logger"] == "stellarbyte_server.access.rules" and "hidden" not in impatient.log()
+    assert line["logger"] == "server.access" and "hidden" not in impatient.log()
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_the_stellarbyte_command_understands_what_pages_show_of_it(capsys: pytes
                 if exit.code and not (kind == "mention" and "arguments are required" in said):
                     wrong.append(f"{name_of(page)}: stellarbyte {line}: {said.splitlines()[-1]}")
     assert wrong == []
-    assert {f"stellarbyte.cli.main.{name}" for name in ("adapters", "bench", "chat", "convert", "info")} <= seen
+    assert {f"stellarbyte.cli.{name}" for name in ("adapters", "bench", "chat", "convert", "info")} <= seen
 
 
 def test_the_api_reference_has_every_route_and_every_field() -> None:

@@ -34,7 +34,7 @@ from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import MAX_PRIORITY
 
-logger = logging.getLogger("stellarbyte_server.access.keys")
+logger = logging.getLogger("server.keys")
 
 ADMIN_NAME = "admin"
 _OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags

@@ -23,7 +23,7 @@ from stellarbyte_server.logs import fields_of_line
 from stellarbyte_server.observe.record import RequestRecord
 from stellarbyte_server.observe.tracing import Tracing
 
-logger = logging.getLogger("stellarbyte_server.access.rules")
+logger = logging.getLogger("server.access")
 
 BODY_ERROR = "body_error"  # in a scope's state: the ApiError for what is wrong with the body that is being received
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")

@@ -40,7 +40,7 @@ from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.block_pool import BlockPool
 from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 # On two cores a chunk of the demo model takes twice as long after 1,000 tokens of context, three times after 2,000.
 CONTEXT_LIKE_A_TOKEN = 1000

@@ -38,7 +38,7 @@ from stellarbyte_server.protocol.messages import (
 )
 from stellarbyte_server.protocol.request import INTERNAL_ERROR, GenerationRequest, RequestRejected
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 PEER_SILENCE_LIMIT_S = 5.0
 PREPARATION_INTERVAL_MS = 5  # between two pieces of it, while there is nothing else to do

@@ -25,7 +25,7 @@ from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.logs import configure_logging
 from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 SEND_QUEUE_MESSAGES = 10_000  # what may wait for an HTTP process that does not read
 LINGER_MS = 1000  # time for last messages to leave when the process ends

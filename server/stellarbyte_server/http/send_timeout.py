@@ -5,7 +5,7 @@ import logging
 import socket
 import struct
 
-logger = logging.getLogger("stellarbyte_server.access.rules")
+logger = logging.getLogger("server.access")
 
 
 class SendTimeout:

@@ -25,7 +25,7 @@ from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, 
 from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.protocol.messages import EngineInfo
 
-logger = logging.getLogger("stellarbyte_server.http.supervisor")
+logger = logging.getLogger("server.supervisor")
 
 WORKER_MODULE = "stellarbyte_server.http.worker"
 _KILL_AFTER_S = 3.0  # beyond the time a worker may take to stop

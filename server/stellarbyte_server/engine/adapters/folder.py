@@ -14,7 +14,7 @@ from pathlib import Path
 from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -35,7 +35,7 @@ from stellarbyte_server.protocol.request import (
     model_not_found,
 )
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
 MIN_PIN_DIGITS = 8  # of a hash that pins a version

@@ -24,7 +24,7 @@ from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.grammar import LIMITS, TOO_COMPLEX, GrammarRefused, grammar_end, grammar_refusal
 from stellarbyte_server.protocol.request import GRAMMARS_BUSY
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 COMPILE_LIMIT_S = 5.0
 MAX_ABANDONED, MAX_ABANDONED_OF_ONE = 3, 2  # of all owners, of one

@@ -25,7 +25,7 @@ from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.messages import Reply
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 T = TypeVar("T")
 MAX_READERS = 6  # a core reads, checks and packs some 400 MB a second; more get into each other's way

@@ -17,7 +17,7 @@ from stellarbyte_server.engine.run.gpu_runner import GpuRunner
 from stellarbyte_server.engine.run.plan import CachePlan
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 # For what is not seen by measuring: captured graphs, libraries' workspaces of other shapes, fragments.
 RESERVE_BYTES = 512 * 2**20

@@ -17,7 +17,7 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
