@@ -16,7 +16,7 @@ import pytest
 
 import stellarbyte_client
 from stellarbyte_client import AsyncStellarByte, ConnectionFailed, Health, ServerError, StellarByte
-from stellarbyte_server.api.contract import objects
+from stellarbyte_server.api.contract import adapter_objects, objects
 from tests.clients.conftest import ADMIN_KEY, USER_KEY, Connect, Stub
 from tests.clients.either import Blocking
 from tests.support.fake_engine import CRASH, make_model_folder
@@ -82,9 +82,9 @@ def test_models_and_adapters_are_those_of_the_server(client: Any, adapter_server
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (stellarbyte_client.Adapter, objects.AdapterEntry),
-        (stellarbyte_client.LoadedAdapter, objects.LoadedAdapter),
-        (stellarbyte_client.UnloadedAdapter, objects.UnloadedAdapter),
+        (stellarbyte_client.Adapter, adapter_objects.AdapterEntry),
+        (stellarbyte_client.LoadedAdapter, adapter_objects.LoadedAdapter),
+        (stellarbyte_client.UnloadedAdapter, adapter_objects.UnloadedAdapter),
         (stellarbyte_client.Model, objects.ModelCard),
         (stellarbyte_client.Tokenized, objects.Tokenized),
     ],

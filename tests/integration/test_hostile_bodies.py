@@ -8,11 +8,13 @@ from collections import Counter
 import httpx
 import pytest
 
+from stellarbyte_server.api.contract.bodies.body import parse_body
+from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.bodies.completion import CompletionBody
+from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
+from stellarbyte_server.api.contract.bodies.tokenize import DetokenizeBody
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.contract.responses_body import ResponsesBody
-from stellarbyte_server.api.contract.schemas import ChatBody, CompletionBody, parse_body
 from stellarbyte_server.api.routes.embeddings import EmbeddingsBody
-from stellarbyte_server.api.routes.tokenize import DetokenizeBody
 from tests.support.server_process import ServerProcess
 
 MUTATIONS = 20_000

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from stellarbyte_server.api.contract.bodies.chat import Message
+from stellarbyte_server.api.contract.bodies.tools import FunctionTool
 from stellarbyte_server.api.contract.errors import bad_request
-from stellarbyte_server.api.contract.schemas import Message
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.api.tool_messages import messages_for_template
-from stellarbyte_server.api.tools import FunctionTool, Toolbox
+from stellarbyte_server.api.tools import Toolbox
 
 
 class ChatInput(Protocol):

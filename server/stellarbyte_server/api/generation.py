@@ -11,8 +11,9 @@ from fastapi import Request
 
 from stellarbyte_server.api.answers.choices import PromptEcho
 from stellarbyte_server.api.caller import most_tokens, overflow_for, owner_of, require_permitted
+from stellarbyte_server.api.contract.bodies.body import BodyT, parse_body
+from stellarbyte_server.api.contract.bodies.generation import MAX_CHOICES, GenerationBody
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
-from stellarbyte_server.api.contract.schemas import MAX_CHOICES, BodyT, GenerationBody, parse_body
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, SamplingParams

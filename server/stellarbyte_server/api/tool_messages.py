@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
+from stellarbyte_server.api.contract.bodies.tools import FunctionTool, ToolCall
 from stellarbyte_server.api.contract.errors import bad_request
-from stellarbyte_server.api.tools import HERMES, FunctionTool, Toolbox, ToolCall, describe_tool, template_takes_tools
+from stellarbyte_server.api.tools import HERMES, Toolbox, describe_tool, template_takes_tools
 
 
 class ChatMessage(Protocol):

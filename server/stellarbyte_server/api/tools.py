@@ -1,4 +1,4 @@
-"""Tools of a chat: what may be offered, and how a model is held to them. Knows no engine, no routes.
+"""Tools of a chat: what may be offered, and how a model is held to them.
 
 A model writes its calls in the format that its chat template shows. A template that shows none that is known here gets
 our own instructions in HERMES; so do Mistral's templates, because their calls begin with a special token, which is no
@@ -10,82 +10,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
-from stellarbyte_server.api.contract.bounds import AtMost
+from stellarbyte_server.api.contract.bodies.tools import Choice, FunctionTool, NamedTool
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.structured.grammars import json_rule
 
-MAX_TOOLS = 128
-MAX_NAME_CHARACTERS = 64
-MAX_KEYWORDS = 1000  # of a schema itself, those that only describe it included
-
-_NAME_PATTERN = f"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARACTERS}}}$"
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-Name = Annotated[str, Field(pattern=_NAME_PATTERN)]
-Schema = Annotated[dict[str, Any], AtMost(MAX_KEYWORDS)]  # a JSON schema, which is checked where it is enforced
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
-
-
-class Function(_Part):
-    name: Name
-    description: str | None = None
-    parameters: Schema | None = None  # a JSON schema; absent: it takes none
-    strict: bool | None = None  # every call is held to the schema, whatever this says
-
-
-class FunctionTool(_Part):
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(_Part):
-    name: Name
-
-
-class NamedTool(_Part):
-    type: Literal["function"]
-    function: FunctionName
-
-
-class FunctionCall(_Part):
-    name: Name
-    arguments: str
-
-
-class ToolCall(_Part):
-    id: Annotated[str, Field(min_length=1, max_length=256)]
-    type: Literal["function"]
-    function: FunctionCall
-
-
-def _choice(value: object) -> object:
-    """Refuses here what is no choice, because the error of a union would name no field."""
-    if value is None or value in ("none", "auto", "required"):
-        return value
-    if isinstance(value, dict) and value.get("type") == "function":
-        function = value.get("function")
-        if (
-            isinstance(function, dict)
-            and isinstance(name := function.get("name"), str)
-            and re.fullmatch(_NAME_PATTERN, name)
-        ):
-            return value
-    raise PydanticCustomError("value", "it must be none, auto, required or a function by its name")
-
-
-Choice = Literal["none", "auto", "required"] | NamedTool
-ToolChoice = Annotated[Choice, BeforeValidator(_choice)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from stellarbyte_server.api.tools import MAX_NAME_CHARACTERS, ToolFormat
+from stellarbyte_server.api.contract.bodies.tools import MAX_NAME_CHARACTERS
+from stellarbyte_server.api.tools import ToolFormat
 
 _SPACE = " \t\n\r"
 _NAME_CHARACTER = re.compile("[a-zA-Z0-9_-]")

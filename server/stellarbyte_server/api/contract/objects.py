@@ -1,7 +1,8 @@
 """Every object the API answers with, as models: for the document at /openapi.json and for tests.
 
 Answers are never made of them, because making bytes directly is much faster. `Left` marks a field that is left out
-when there is nothing to say; any other field is always there. The objects of /v1/responses are in response_objects.py.
+when there is nothing to say; any other field is always there. The objects of
+/v1/responses and those of adapters are in files of their own.
 """
 
 from typing import Annotated, Literal, TypeVar
@@ -219,7 +220,7 @@ class EmbeddingList(AnswerObject):
     usage: EmbeddingUsage
 
 
-# Models, adapters, tokens, state
+# Models, tokens, state
 
 
 class ModelCard(AnswerObject):
@@ -236,42 +237,6 @@ class ModelCard(AnswerObject):
 class ModelList(AnswerObject):
     object: Literal["list"]
     data: list[ModelCard]
-
-
-class LoadedAdapter(AnswerObject):
-    lora_name: str
-    content_hash: str
-    rank: int
-    bytes: int
-    matched: Annotated[list[str], Field(description="Modules it changes.")]
-    unmatched: Annotated[list[str], Field(description="Targets its configuration names that it has no weights for.")]
-
-
-class UnloadedAdapter(AnswerObject):
-    lora_name: str
-    freed_bytes: int
-
-
-class AdapterEntry(AnswerObject):
-    id: str
-    object: Literal["adapter"]
-    state: Literal["loading", "ready", "draining", "failed"]
-    error: str | None
-    tier: Annotated[Literal["gpu", "slot", "cpu", "disk"], Field(description="slot: where it is computed, on a CPU.")]
-    content_hash: str | None
-    root: str
-    rank: int | None
-    bytes: Count
-    refcount: Count
-    running: Count
-    waiting: Count
-    requests: Count
-    tokens: Count
-
-
-class AdapterEntries(AnswerObject):
-    object: Literal["list"]
-    data: list[AdapterEntry]
 
 
 class Tokenized(AnswerObject):

@@ -8,8 +8,8 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import core_schema
 
 from stellarbyte_server.access.rules import Access
-from stellarbyte_server.api.contract import objects, schemas
-from stellarbyte_server.api.contract.field_notes import add_notes
+from stellarbyte_server.api.contract import objects
+from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.operation import Model, Operation
 
 Schema = dict[str, Any]
@@ -36,7 +36,6 @@ def make_document(
 ) -> Schema:
     """An OpenAPI 3.1 document of all operations (by method and path), for a server of that model."""
     refs, models = _models(operations.values(), _LenientSchemas if allows_unknown_fields else _Schemas)
-    add_notes(models, {body.__name__ for operation in operations.values() for body in operation.bodies})
     for schema in models.values():
         if "model" in schema.get("properties", {}):
             schema["properties"]["model"]["examples"] = [model_name]
@@ -139,7 +138,7 @@ def _answer(operation: Operation, refs: Refs) -> Schema:
     headers = ["X-Request-Id"]
     if operation.event is not None:
         content["text/event-stream"] = {"schema": _event(operation.event, operation.ends_with_done, refs)}
-    if any(issubclass(body, schemas.Body) for body in operation.bodies):
+    if any(issubclass(body, Body) for body in operation.bodies):
         headers.append("X-Ignored-Fields")
     return {"description": "The answer.", "headers": _header_refs(headers), "content": content}
 

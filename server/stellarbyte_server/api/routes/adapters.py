@@ -2,17 +2,17 @@
 
 import asyncio
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.caller import may_use
-from stellarbyte_server.api.contract import objects
+from stellarbyte_server.api.contract import adapter_objects
+from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
+from stellarbyte_server.api.contract.bodies.body import parse_plain_body
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
-from stellarbyte_server.api.contract.schemas import parse_plain_body
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.client.engine_client import EngineDead
@@ -22,22 +22,7 @@ from stellarbyte_server.protocol.request import RequestRejected
 
 router = APIRouter()
 
-MAX_TEXT = 4096
 LIST_LIMIT_S = 10.0
-
-
-class LoadBody(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-    lora_path: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
-    load_inplace: bool | None = None
-
-
-class UnloadBody(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    lora_name: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
 @router.post("/v1/load_lora_adapter")
@@ -46,7 +31,7 @@ class UnloadBody(BaseModel):
     summary="Load an adapter",
     tag="Adapters",
     bodies=(LoadBody,),
-    answer=objects.LoadedAdapter,
+    answer=adapter_objects.LoadedAdapter,
     errors=(*BODY_REFUSED, 404),
 )
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
@@ -73,7 +58,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     summary="Unload an adapter",
     tag="Adapters",
     bodies=(UnloadBody,),
-    answer=objects.UnloadedAdapter,
+    answer=adapter_objects.UnloadedAdapter,
     errors=(*BODY_REFUSED, 404),
 )
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
@@ -86,7 +71,9 @@ async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, 
 
 
 @router.get("/v1/adapters")
-@Operation(access=Access.USER, summary="List adapters and their state", tag="Adapters", answer=objects.AdapterEntries)
+@Operation(
+    access=Access.USER, summary="List adapters and their state", tag="Adapters", answer=adapter_objects.AdapterEntries
+)
 async def list_adapters(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     cards = (await adapters_of(service)).cards
     return {"object": "list", "data": [_entry(card, service) for card in cards if may_use(http, service, card.name)]}

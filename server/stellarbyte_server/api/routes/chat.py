@@ -13,9 +13,9 @@ from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.caller import owner_of
 from stellarbyte_server.api.chat_prompt import chat_encoder, check_continuation, content_characters
 from stellarbyte_server.api.contract import objects
+from stellarbyte_server.api.contract.bodies.chat import ChatBody, ResponseFormat
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
-from stellarbyte_server.api.contract.schemas import ChatBody, ResponseFormat
 from stellarbyte_server.api.generation import (
     MAX_TOKENS_AT_ONCE,
     Bounds,

@@ -9,10 +9,10 @@ from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, answer
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader, PromptEcho
 from stellarbyte_server.api.contract import objects
+from stellarbyte_server.api.contract.bodies.completion import CompletionBody
+from stellarbyte_server.api.contract.bodies.prompt_input import PromptInput
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
-from stellarbyte_server.api.contract.prompt_input import PromptInput
-from stellarbyte_server.api.contract.schemas import CompletionBody
 from stellarbyte_server.api.generation import (
     Bounds,
     Prompt,

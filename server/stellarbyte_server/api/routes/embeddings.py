@@ -4,21 +4,19 @@ import asyncio
 import base64
 import secrets
 from functools import partial
-from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 from fastapi import APIRouter, Request
-from pydantic import Field
 from starlette.responses import Response
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import count_tokens, note_adapter, read_deltas
 from stellarbyte_server.api.contract import objects
+from stellarbyte_server.api.contract.bodies.embeddings import EmbeddingsBody
+from stellarbyte_server.api.contract.bodies.prompt_input import PromptInput
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
-from stellarbyte_server.api.contract.prompt_input import PromptInput, prompts_at_most
-from stellarbyte_server.api.contract.schemas import AdapterScale, Body, CacheSalt, Priority
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.generation import (
     adapter_of,
@@ -37,22 +35,8 @@ from stellarbyte_server.tokens.tokenizer import UnembeddableTokenError
 
 router = APIRouter()
 
-MAX_INPUTS = 2048
 _AT_ONCE = 32  # inputs that one request has in the engine at the same time, so that it leaves others room
 _NOTHING = SamplingParams(max_tokens=0, seed=0)
-
-
-class EmbeddingsBody(Body):
-    model: str
-    input: Annotated[list[PromptInput], *prompts_at_most(MAX_INPUTS)]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    pooling: Literal["last", "mean"] | None = None
-    add_special_tokens: bool | None = None
-    priority: Priority | None = None
-    cache_salt: CacheSalt | None = None
-    adapter_scale: AdapterScale | None = None
-    user: str | None = None  # of no effect
 
 
 @router.post("/v1/embeddings")

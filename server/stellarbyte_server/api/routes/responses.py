@@ -13,9 +13,9 @@ from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note
 from stellarbyte_server.api.answers.choices import Fragment
 from stellarbyte_server.api.answers.sse import DeltaStreamResponse, encode_json
 from stellarbyte_server.api.contract import response_objects
+from stellarbyte_server.api.contract.bodies.responses import LOGPROBS, ResponsesBody
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
-from stellarbyte_server.api.contract.responses_body import LOGPROBS, ResponsesBody
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.generation import read_body
 from stellarbyte_server.api.routes.chat import plan_chat

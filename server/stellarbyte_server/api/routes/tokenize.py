@@ -2,87 +2,32 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from starlette.responses import Response
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.sse import encode_json
 from stellarbyte_server.api.chat_prompt import chat_encoder, check_continuation
 from stellarbyte_server.api.contract import objects
-from stellarbyte_server.api.contract.bounds import AtMost
+from stellarbyte_server.api.contract.bodies.tokenize import (
+    DetokenizeBody,
+    TokenizeBody,
+    TokenizeChatBody,
+    TokenizePromptBody,
+)
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
-from stellarbyte_server.api.contract.schemas import MAX_TOKEN_ID, Body, Messages, TokenId
 from stellarbyte_server.api.generation import check_token_ids, off_loop, read_body
 from stellarbyte_server.api.key_rate import charge
 from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.submission import record_of
-from stellarbyte_server.api.tools import MAX_TOOLS, FunctionTool, Toolbox
+from stellarbyte_server.api.tools import Toolbox
 from stellarbyte_server.protocol.request import model_not_found
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
 router = APIRouter()
-
-MAX_TOKENS = 2**20
-MAX_CHARACTERS = 2**22
-
-
-class TokenizeBody(Body):
-    """What both kinds of it share."""
-
-    model: str | None = None
-    return_token_strs: bool | None = None
-
-    @classmethod
-    def class_for(cls, content: dict[str, Any]) -> type[Any]:
-        if content.get("messages") is None:
-            return TokenizePromptBody
-        if content.get("prompt") is not None:
-            raise bad_request("Give 'prompt' or 'messages', not both.", "messages")
-        return TokenizeChatBody
-
-    def encoder(self, service: Service) -> Callable[[], list[int]]:
-        """Makes the tokens, in a thread."""
-        raise NotImplementedError
-
-
-class TokenizePromptBody(TokenizeBody):
-    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)]
-    messages: None = None
-    add_special_tokens: bool | None = None  # true
-
-    def encoder(self, service: Service) -> Callable[[], list[int]]:
-        return partial(service.tokenizer.encode, self.prompt, self.add_special_tokens is not False)
-
-
-class TokenizeChatBody(TokenizeBody):
-    prompt: None = None
-    messages: Messages
-    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = None
-    add_generation_prompt: bool | None = None  # true, unless the final message is continued
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None  # false: the template writes them
-
-    def encoder(self, service: Service) -> Callable[[], list[int]]:
-        check_continuation(self)
-        toolbox = Toolbox.of(self.tools, None, None, service.tokenizer.chat_template_source)
-        return chat_encoder(self, service, toolbox)
-
-
-def _fast(value: Any, slow: ValidatorFunctionWrapHandler) -> Any:
-    """Token ids as `slow` checks them one by one, which takes three times as long but names the wrong one."""
-    is_list = isinstance(value, list) and 0 < len(value) <= MAX_TOKENS
-    is_right = is_list and {*map(type, value)} == {int} and 0 <= min(value) and max(value) <= MAX_TOKEN_ID
-    return value if is_right else slow(value)
-
-
-class DetokenizeBody(Body):
-    model: str | None = None
-    tokens: Annotated[list[TokenId], AtMost(MAX_TOKENS), WrapValidator(_fast)]
 
 
 @router.post("/tokenize")
@@ -97,7 +42,7 @@ class DetokenizeBody(Body):
 async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
     await charge(http, service)
     body, headers = await read_body(http, service, TokenizeBody)
-    return await _answer(http, body, service, headers, body.encoder(service))
+    return await _answer(http, body, service, headers, _encoder(body, service))
 
 
 @router.post("/detokenize")
@@ -119,6 +64,16 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
         return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
+
+
+def _encoder(body: TokenizeBody, service: Service) -> Callable[[], list[int]]:
+    """Makes the tokens, in a thread."""
+    if isinstance(body, TokenizePromptBody):
+        return partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False)
+    assert isinstance(body, TokenizeChatBody)
+    check_continuation(body)
+    toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
+    return chat_encoder(body, service, toolbox)
 
 
 async def _answer(

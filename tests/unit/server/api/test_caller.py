@@ -8,9 +8,11 @@ import pytest
 
 from stellarbyte_server.access.keys import Key, keys_of_flags, parse_keys
 from stellarbyte_server.api.caller import require_permitted, with_key
+from stellarbyte_server.api.contract.bodies.body import Body, parse_body
+from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.bodies.completion import CompletionBody
+from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.contract.responses_body import ResponsesBody
-from stellarbyte_server.api.contract.schemas import Body, ChatBody, CompletionBody, parse_body
 from stellarbyte_server.api.generation import Bounds
 from stellarbyte_server.api.routes.embeddings import EmbeddingsBody
 from stellarbyte_server.config.command_line import parse_settings

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from stellarbyte_server.api.contract.bodies.completion import CompletionBody
+from stellarbyte_server.api.contract.bodies.generation import MAX_BIASED_TOKENS
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.contract.schemas import MAX_BIASED_TOKENS, CompletionBody
 from stellarbyte_server.api.generation import MAX_BIASES_AT_ONCE, MAX_GRAMMARS_AT_ONCE, Prompt, _check_amounts
 
 

@@ -215,5 +215,5 @@ def test_a_token_on_its_way_out_builds_no_pydantic_object(kind: str) -> None:
         streamed([Stream("x" * 500)], plan(kind, 1, form, include_usage=True))
     finally:
         sys.setprofile(None)
-    assert seen["server"] > 1000
+    assert seen["stellarbyte_server"] > 1000
     assert not any(name.startswith("pydantic") for name in seen)

@@ -13,13 +13,15 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from stellarbyte_server.api.contract import objects, response_objects, schemas
+from stellarbyte_server.api.contract import objects, response_objects
+from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
+from stellarbyte_server.api.contract.bodies.body import Body, parse_body, parse_plain_body
+from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.bodies.completion import CompletionBody
+from stellarbyte_server.api.contract.bodies.tokenize import DetokenizeBody, TokenizeChatBody, TokenizePromptBody
 from stellarbyte_server.api.contract.errors import ApiError, error_content
-from stellarbyte_server.api.contract.field_notes import NOTES
 from stellarbyte_server.api.contract.openapi import make_document
-from stellarbyte_server.api.contract.schemas import parse_body, parse_plain_body
 from stellarbyte_server.api.endpoints import OPERATIONS
-from stellarbyte_server.api.routes import adapters, tokenize
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.tokens.tokenizer import load_prompt_tokenizer
@@ -99,7 +101,7 @@ def test_no_name_tells_where_a_class_lies(document):
     assert not [name for name in document["components"]["schemas"] if "__" in name or name.startswith("_")]
 
 
-def test_every_field_of_a_request_has_a_sentence_and_no_sentence_is_without_a_field(document):
+def test_every_field_of_a_request_has_a_sentence(document):
     schemas = document["components"]["schemas"]
     contents = [item["post"]["requestBody"]["content"] for item in document["paths"].values() if "post" in item]
     parts = set(names := re.findall(r"schemas/(\w+)", json_text(contents)))
@@ -109,7 +111,6 @@ def test_every_field_of_a_request_has_a_sentence_and_no_sentence_is_without_a_fi
         parts.update(found)
     fields = {(part, name): field for part in schemas for name, field in schemas[part].get("properties", {}).items()}
     assert [key for key, field in fields.items() if key[0] in parts and "description" not in field] == []
-    assert NOTES.keys() <= {key for part, name in fields for key in (name, f"{part}.{name}")}
 
 
 def test_the_served_model_is_the_example_for_model(document):
@@ -133,38 +134,38 @@ def test_errors_are_as_described(document, status):
 
 
 BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
-    (schemas.CompletionBody, {"model": "m", "prompt": "a"}),
-    (schemas.CompletionBody, {"model": "m", "prompt": [1, 2]}),
-    (schemas.CompletionBody, {"model": "m", "prompt": ["a"]}),
-    (schemas.CompletionBody, {"model": "m", "prompt": []}),
-    (schemas.CompletionBody, {"model": "m", "prompt": [1, "a"]}),
-    (schemas.CompletionBody, {"model": "m", "prompt": None}),
-    (schemas.CompletionBody, {"prompt": "a"}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "max_tokens": None, "mood": None, "user": [1]}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "mood": "good"}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "stop": "x"}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "stop": ["x"] * 4}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "stop": ["x"] * 5}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "stop": ""}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "temperature": 2.1}),
-    (schemas.CompletionBody, {"model": "m", "prompt": "a", "stream": True, "stream_options": {"include_usage": True}}),
-    (schemas.ChatBody, {"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
-    (schemas.ChatBody, {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}),
-    (schemas.ChatBody, {"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
-    (schemas.ChatBody, {"model": "m", "messages": [{"role": "user", "content": 3}]}),
-    (schemas.ChatBody, {"model": "m", "messages": [{"role": "user", "content": "hi", "mood": "good"}]}),
-    (schemas.ChatBody, {"model": "m", "messages": []}),
-    (tokenize.TokenizePromptBody, {"prompt": "a"}),
-    (tokenize.TokenizePromptBody, {"prompt": None}),
-    (tokenize.TokenizeChatBody, {"messages": [{"role": "user", "content": "hi"}], "prompt": None}),
-    (tokenize.TokenizeChatBody, {"messages": [{"role": "user", "content": "hi"}], "prompt": "a"}),
-    (tokenize.TokenizeChatBody, {"messages": []}),
-    (tokenize.DetokenizeBody, {"tokens": []}),
-    (tokenize.DetokenizeBody, {"tokens": [-1]}),
-    (tokenize.DetokenizeBody, {"tokens": "1"}),
-    (adapters.LoadBody, {"lora_name": "a", "lora_path": "b"}),
-    (adapters.LoadBody, {"lora_name": "a", "lora_path": "b", "mood": None}),
-    (adapters.UnloadBody, {"lora_name": ""}),
+    (CompletionBody, {"model": "m", "prompt": "a"}),
+    (CompletionBody, {"model": "m", "prompt": [1, 2]}),
+    (CompletionBody, {"model": "m", "prompt": ["a"]}),
+    (CompletionBody, {"model": "m", "prompt": []}),
+    (CompletionBody, {"model": "m", "prompt": [1, "a"]}),
+    (CompletionBody, {"model": "m", "prompt": None}),
+    (CompletionBody, {"prompt": "a"}),
+    (CompletionBody, {"model": "m", "prompt": "a", "max_tokens": None, "mood": None, "user": [1]}),
+    (CompletionBody, {"model": "m", "prompt": "a", "mood": "good"}),
+    (CompletionBody, {"model": "m", "prompt": "a", "stop": "x"}),
+    (CompletionBody, {"model": "m", "prompt": "a", "stop": ["x"] * 4}),
+    (CompletionBody, {"model": "m", "prompt": "a", "stop": ["x"] * 5}),
+    (CompletionBody, {"model": "m", "prompt": "a", "stop": ""}),
+    (CompletionBody, {"model": "m", "prompt": "a", "temperature": 2.1}),
+    (CompletionBody, {"model": "m", "prompt": "a", "stream": True, "stream_options": {"include_usage": True}}),
+    (ChatBody, {"model": "m", "messages": [{"role": "user", "content": "hi"}]}),
+    (ChatBody, {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]}),
+    (ChatBody, {"model": "m", "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    (ChatBody, {"model": "m", "messages": [{"role": "user", "content": 3}]}),
+    (ChatBody, {"model": "m", "messages": [{"role": "user", "content": "hi", "mood": "good"}]}),
+    (ChatBody, {"model": "m", "messages": []}),
+    (TokenizePromptBody, {"prompt": "a"}),
+    (TokenizePromptBody, {"prompt": None}),
+    (TokenizeChatBody, {"messages": [{"role": "user", "content": "hi"}], "prompt": None}),
+    (TokenizeChatBody, {"messages": [{"role": "user", "content": "hi"}], "prompt": "a"}),
+    (TokenizeChatBody, {"messages": []}),
+    (DetokenizeBody, {"tokens": []}),
+    (DetokenizeBody, {"tokens": [-1]}),
+    (DetokenizeBody, {"tokens": "1"}),
+    (LoadBody, {"lora_name": "a", "lora_path": "b"}),
+    (LoadBody, {"lora_name": "a", "lora_path": "b", "mood": None}),
+    (UnloadBody, {"lora_name": ""}),
 ]
 
 
@@ -172,7 +173,7 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
 def test_a_body_is_accepted_if_and_only_if_the_document_says_so(document, body_class, value):
     content = json_text(value).encode()
     try:
-        if issubclass(body_class, schemas.Body):
+        if issubclass(body_class, Body):
             parse_body(body_class, content, warn_unknown=False)
         else:
             parse_plain_body(body_class, content)

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from stellarbyte_server.api.contract import bounds
-from stellarbyte_server.api.contract.bounds import MAX_CONTAINERS, MAX_FIELDS, MAX_MEMBERS, too_large
+from stellarbyte_server.api.contract.bodies import bounds
+from stellarbyte_server.api.contract.bodies.body import Body, parse_body, parse_plain_body
+from stellarbyte_server.api.contract.bodies.bounds import MAX_CONTAINERS, MAX_FIELDS, MAX_MEMBERS, too_large
+from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.bodies.completion import CompletionBody
+from stellarbyte_server.api.contract.bodies.tokenize import DetokenizeBody
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.contract.openapi import make_document
-from stellarbyte_server.api.contract.schemas import Body, ChatBody, CompletionBody, parse_body, parse_plain_body
 from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.api.generation import parse_apart
-from stellarbyte_server.api.routes.tokenize import DetokenizeBody
 from stellarbyte_server.tokens.text_work import TextWork
 
 PARTS = make_document(OPERATIONS, "m", allows_unknown_fields=False)["components"]["schemas"]
@@ -144,7 +146,7 @@ def test_only_the_first_wrong_item_of_a_list_is_looked_at(monkeypatch) -> None:
         seen.append(error.error_count())
         raise ApiError(400, "seen")
 
-    monkeypatch.setattr("stellarbyte_server.api.contract.schemas.from_validation", count)
+    monkeypatch.setattr("stellarbyte_server.api.contract.bodies.body.from_validation", count)
     for body, field, value in [
         (ChatBody, "messages", [{}] * 10_000),
         (ChatBody, "tools", [{}] * 128),

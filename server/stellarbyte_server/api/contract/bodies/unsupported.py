@@ -1,4 +1,4 @@
-"""Fields that are known but not supported, with the values that ask for nothing. Knows no routes.
+"""Fields that are known but not supported, with the values that ask for nothing.
 
 A body keeps what its class does not declare; here it is decided what of that is refused.
 """

@@ -1,9 +1,10 @@
-"""Types of OpenAI's fields that have no effect here: a value that OpenAI would refuse is refused. Knows no routes."""
+"""Types of OpenAI's fields that have no effect here: a value that OpenAI would refuse is refused."""
 
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
+
+from stellarbyte_server.api.contract.bodies.bounds import wrong
 
 MAX_METADATA = 16  # pairs
 MAX_METADATA_KEY = 64  # characters
@@ -26,7 +27,7 @@ def _metadata(value: object) -> object:
     elif max(map(len, value.values()), default=0) > MAX_METADATA_VALUE:
         problem = f"its values may have at most {MAX_METADATA_VALUE} characters"
     if problem is not None:
-        raise PydanticCustomError("value", "{message}", {"message": problem})
+        raise wrong(problem)
     return value
 
 

@@ -1,10 +1,10 @@
-"""Prompts as /v1/completions and /v1/embeddings take them: each is text or token ids. Knows no tokenizer."""
+"""Prompts as /v1/completions and /v1/embeddings take them: each is text or token ids."""
 
 from typing import Any, TypeGuard
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from stellarbyte_server.api.contract.bounds import wrong
+from stellarbyte_server.api.contract.bodies.bounds import wrong
 
 MAX_PROMPT_TOKENS = 2**20  # that are given as token ids
 

@@ -1,0 +1,1 @@
+"""The bodies of requests: their fields, what each may hold, and what it means."""

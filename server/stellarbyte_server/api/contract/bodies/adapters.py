@@ -1,0 +1,27 @@
+"""The bodies of POST /v1/load_lora_adapter and /v1/unload_lora_adapter."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stellarbyte_server.api.contract.bodies.fields import optional, required
+
+MAX_TEXT = 4096
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+_NAME = "The adapter's name."
+
+
+class LoadBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    lora_name: Text = required(_NAME)
+    lora_path: Text = required("A folder inside --adapter-dir, or the path of one of --lora-modules.")
+    load_inplace: bool | None = optional(
+        "Replace an adapter of this name. Default: false, which refuses a name that is taken."
+    )
+
+
+class UnloadBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    lora_name: Text = required(_NAME)

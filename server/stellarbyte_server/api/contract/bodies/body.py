@@ -1,0 +1,71 @@
+"""Bodies of requests are read and checked; a body that cannot be used is an ApiError.
+
+A field that is known but not supported, and one that is unknown, is an error unless its value asks for nothing (see
+`unsupported`). Those of `unused` have OpenAI's types and no effect. null means absent everywhere.
+"""
+
+from itertools import islice
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
+
+from stellarbyte_server.api.contract.bodies import unsupported
+from stellarbyte_server.api.contract.bodies.bounds import MAX_FIELDS, too_large
+from stellarbyte_server.api.contract.errors import bad_request, from_validation
+
+MAX_IGNORED = 1000  # fields that an answer can name
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def class_for(cls, content: dict[str, Any]) -> type[Self]:
+        """The class that checks a body of this kind with that content."""
+        del content
+        return cls
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+PlainBodyT = TypeVar("PlainBodyT", bound=BaseModel)
+
+
+def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
+    """A checked body, and the fields that were ignored (none unless `warn_unknown`); ApiError when it is refused."""
+    content = _content_of(text)
+    parsed = _checked(body_class.class_for(content), content)
+    refused = islice(unsupported.refused_fields(parsed), MAX_IGNORED)
+    if warn_unknown:
+        return parsed, [path for path, _ in refused]
+    for path, known in refused:
+        reason = "is not supported" if known else "is unknown"
+        raise bad_request(f"The field '{path}' {reason}.", path)
+    return parsed, []
+
+
+def parse_plain_body(body_class: type[PlainBodyT], text: bytes) -> PlainBodyT:
+    """A checked body, whatever other fields it has unless its class forbids them; ApiError when it is refused."""
+    return _checked(body_class, _content_of(text))
+
+
+def _content_of(text: bytes) -> dict[str, Any]:
+    """The fields of a body, as many as are checked in a short time; ApiError."""
+    if (reason := too_large(text)) is not None:
+        raise bad_request(reason)
+    try:
+        content = from_json(text, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"The body is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise bad_request("The body must be a JSON object.")
+    if len(content) > MAX_FIELDS:
+        raise bad_request(f"The body has {len(content)} fields; at most {MAX_FIELDS} are allowed.")
+    return content
+
+
+def _checked(body_class: type[PlainBodyT], content: dict[str, Any]) -> PlainBodyT:
+    try:
+        return body_class.model_validate(content)
+    except ValidationError as error:
+        raise from_validation(error) from None

@@ -1,0 +1,130 @@
+"""The body of POST /v1/chat/completions."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+
+from stellarbyte_server.api.contract.bodies import unsupported
+from stellarbyte_server.api.contract.bodies.body import Body
+from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
+from stellarbyte_server.api.contract.bodies.fields import MaxTokens, SchemaName, optional, required
+from stellarbyte_server.api.contract.bodies.generation import GenerationBody
+from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, FunctionTool, Schema, ToolCall, ToolChoice
+
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of one message's content
+
+_TEXT_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text", None]}, "text": {"type": "string"}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": _TEXT_PART_SCHEMA, "maxItems": MAX_PARTS},
+        {"type": "null"},
+    ]
+}
+
+
+def _content(value: object) -> str | None:
+    """A message's text; text parts are joined by newlines."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong("it must be a string or a list of text parts")
+    if len(value) > MAX_PARTS:
+        raise wrong(f"it has {len(value)} parts; at most {MAX_PARTS} are allowed")
+    for i, part in enumerate(value):
+        if (
+            not isinstance(part, dict)
+            or part.get("type") not in ("text", None)
+            or not isinstance(part.get("text"), str)
+        ):
+            raise wrong(f"part {i} is not a text part, and only those are supported")
+        unknown = part.keys() - {"type", "text"}
+        if unknown:
+            raise wrong(f"part {i} has the unknown field {min(unknown)!r}")
+    return "\n".join(part["text"] for part in value)
+
+
+class Message(Body):
+    not_supported: ClassVar = unsupported.OF_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant", "tool"] = required("Who says it.")
+    content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = optional(
+        "A text, or parts of text, which are joined by newlines. Only the assistant's may have none."
+    )
+    name: Annotated[str, Field(max_length=256)] | None = optional("Who it is by, where the chat template shows that.")
+    tool_calls: Annotated[list[ToolCall], AtMost(MAX_TOOLS)] | None = optional("Calls that the assistant made.")
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = optional(
+        "Which call a tool's message answers."
+    )
+
+    @model_validator(mode="after")
+    def _fits_role(self) -> "Message":
+        if self.tool_calls and self.role != "assistant":
+            raise wrong("only a message of the assistant has tool_calls")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise wrong("a message has a tool_call_id exactly if its role is tool")
+        if self.content is None and self.role != "assistant":
+            raise wrong("it has no content")
+        return self
+
+
+class JsonSchema(Body):
+    name: SchemaName = required("A name for it; the model does not see it.")
+    description: str | None = optional("For people; the model does not see it.")
+    schema_: Schema | None = Field(
+        default=None, alias="schema", description="The JSON Schema of the answer. Default: any JSON."
+    )
+    strict: bool | None = optional("An answer always follows its schema, whatever this says.")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"] = required(
+        "Any text, any JSON object, or what json_schema says."
+    )
+    json_schema: JsonSchema | None = optional("Exactly if the type is json_schema.")
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise wrong("it has a json_schema exactly if its type is json_schema")
+        return self
+
+
+Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES)]
+MESSAGES = "The chat so far, oldest message first."
+TOOLS = "Functions that the model may call."
+
+
+class ChatBody(GenerationBody):
+    not_supported: ClassVar = unsupported.OF_CHATS
+
+    max_tokens: MaxTokens | None = optional(
+        "Most tokens of the answer. Default: to the context's end; 4096 where the context slides."
+    )
+    add_special_tokens: bool | None = optional(
+        "The same on top of the chat template, which writes its own. Default: false."
+    )
+    messages: Messages = required(MESSAGES)
+    max_completion_tokens: MaxTokens | None = optional("The same as max_tokens, under its newer name.")
+    logprobs: bool | None = optional("Log-probabilities of the answer's tokens. Default: false.")
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = optional(
+        "With so many of the likeliest tokens beside each. Default: 0."
+    )
+    response_format: ResponseFormat | None = optional("What form the answer must have. Default: any text.")
+    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
+    tool_choice: ToolChoice | None = optional(
+        "Call none, as the model likes, at least one, or this one. Default: auto."
+    )
+    parallel_tool_calls: bool | None = optional("Whether one answer may have several calls. Default: true.")
+    add_generation_prompt: bool | None = optional(
+        "Begin the assistant's message. Default: true, unless the last one is continued."
+    )
+    continue_final_message: bool | None = optional(
+        "Go on with the last message, which is the assistant's. Default: false."
+    )

@@ -1,0 +1,73 @@
+"""Types of fields that several bodies have."""
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+
+from stellarbyte_server.api.contract.bodies.bounds import wrong
+from stellarbyte_server.protocol.request import MAX_PRIORITY
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 1000
+MAX_TOKEN_ID = 2**31 - 1
+
+ONLY_KIND = "The only kind there is."
+UNUSED = "Has no effect."
+MODEL = "The served model's name; an adapter's name; or NAME@HASH, an adapter in one version."
+
+T = TypeVar("T")
+OF_MODEL = object()  # in the metadata of a field
+OfModel = Annotated[T | None, OF_MODEL]  # the model's generation_config.json sets it where a request does not
+
+
+def of_model(meaning: str, otherwise: object) -> Any:
+    """An `OfModel` field; `otherwise` is its value where the file does not set it either, as users read it."""
+    return Field(
+        default=None, description=f"{meaning} Default: as the model's generation_config.json says, else {otherwise}."
+    )
+
+
+def optional(meaning: str) -> Any:
+    """A field that may be absent or null, which mean the same."""
+    return Field(default=None, description=meaning)
+
+
+def required(meaning: str) -> Any:
+    return Field(description=meaning)
+
+
+SchemaName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda top_k: max(0, top_k))]  # -1 and 0: all
+MinP = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
+AdapterScale = Annotated[float, Field(ge=0, le=8)]
+MaxTokens = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+def _stop_strings(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, tuple) else value
+    if isinstance(texts, list) and len(texts) > MAX_STOP_STRINGS:
+        raise wrong(f"there may be at most {MAX_STOP_STRINGS} stop strings")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise wrong("it must be a string or a list of strings")
+    if not all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in texts):
+        raise wrong(f"a stop string must have 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(texts)
+
+
+_STOP_STRING_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOP_SCHEMA = {
+    "anyOf": [
+        _STOP_STRING_SCHEMA,
+        {"type": "array", "items": _STOP_STRING_SCHEMA, "maxItems": MAX_STOP_STRINGS},
+        {"type": "null"},
+    ]
+}
+StopStrings = Annotated[tuple[str, ...] | None, BeforeValidator(_stop_strings), WithJsonSchema(_STOP_SCHEMA)]

@@ -1,0 +1,62 @@
+"""The bodies of POST /tokenize and /detokenize."""
+
+from typing import Annotated, Any
+
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
+
+from stellarbyte_server.api.contract.bodies.body import Body
+from stellarbyte_server.api.contract.bodies.bounds import AtMost
+from stellarbyte_server.api.contract.bodies.chat import MESSAGES, TOOLS, Messages
+from stellarbyte_server.api.contract.bodies.fields import MAX_TOKEN_ID, TokenId, optional, required
+from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, FunctionTool
+from stellarbyte_server.api.contract.errors import bad_request
+
+MAX_TOKENS = 2**20
+MAX_CHARACTERS = 2**22
+
+_MODEL = "As elsewhere; all have one tokenizer. Default: the served model."
+_ABSENT = "Absent: a body has a prompt or messages."
+
+
+class TokenizeBody(Body):
+    """What both kinds of it share."""
+
+    model: str | None = optional(_MODEL)
+    return_token_strs: bool | None = optional("Also answer with each token's text. Default: false.")
+
+    @classmethod
+    def class_for(cls, content: dict[str, Any]) -> type[Any]:
+        if content.get("messages") is None:
+            return TokenizePromptBody
+        if content.get("prompt") is not None:
+            raise bad_request("Give 'prompt' or 'messages', not both.", "messages")
+        return TokenizeChatBody
+
+
+class TokenizePromptBody(TokenizeBody):
+    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] = required("The text.")
+    messages: None = optional(_ABSENT)
+    add_special_tokens: bool | None = optional(
+        "Add what the tokenizer adds to a text, such as a first token. Default: true."
+    )
+
+
+class TokenizeChatBody(TokenizeBody):
+    prompt: None = optional(_ABSENT)
+    messages: Messages = required(MESSAGES)
+    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
+    add_generation_prompt: bool | None = optional("As for chats. Default: true, unless the last message is continued.")
+    continue_final_message: bool | None = optional("As for chats. Default: false.")
+    add_special_tokens: bool | None = optional("As for chats. Default: false.")
+
+
+def _fast(value: Any, slow: ValidatorFunctionWrapHandler) -> Any:
+    """Token ids as `slow` checks them one by one, which takes three times as long but names the wrong one."""
+    is_list = isinstance(value, list) and 0 < len(value) <= MAX_TOKENS
+    is_right = is_list and {*map(type, value)} == {int} and 0 <= min(value) and max(value) <= MAX_TOKEN_ID
+    return value if is_right else slow(value)
+
+
+class DetokenizeBody(Body):
+    model: str | None = optional(_MODEL)
+    tokens: Annotated[list[TokenId], AtMost(MAX_TOKENS), WrapValidator(_fast)] = required("Token ids.")
