@@ -39,6 +39,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.load import build_core
 from stellarbyte_server.garbage import keep_for_good
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
@@ -100,7 +101,7 @@ def make_requests(work: Work, vocab_size: int, seed: int) -> list[GenerationRequ
             request_id=f"{seed}-{number}",
             prompt_token_ids=tuple(random_prompt(prompt, vocab_size, seed * 100_003 + number)),
             sampling=SamplingParams(max_tokens=output, temperature=0.6, seed=number, ignore_eos=True),
-            adapter=f"a{number % work.adapters:02}" if work.adapters else None,
+            adapter=AdapterReference(f"a{number % work.adapters:02}") if work.adapters else None,
             context_overflow="slide" if work.loads_adapters else "error",
         )
         for number, (prompt, output) in enumerate(work.lengths(seed=0))

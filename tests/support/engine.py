@@ -22,6 +22,7 @@ from stellarbyte_server.engine.schedule.shares import ShareLimits
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 from tests.support.adapters import NO_FILES, RandomAdapter
 
@@ -38,6 +39,8 @@ def make_request(
 ) -> GenerationRequest:
     """Greedy unless a temperature is given; `fields` are those of the request and of its sampling."""
     own = {name: fields.pop(name) for name in OF_REQUEST if name in fields}
+    if isinstance(own.get("adapter"), str):
+        own["adapter"] = AdapterReference.parse(own["adapter"])
     params = SamplingParams(max_tokens=max_tokens, seed=seed, **({"temperature": 0.0} | fields))
     return GenerationRequest(request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params, **own)
 
@@ -168,7 +171,7 @@ class ModelEngine:
         self.runner = ModelRunner(backend(model, config, bank), cache)
 
     def add(self, request: GenerationRequest) -> Sequence:
-        return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter])
+        return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter.name])
 
     def teacher_forced(self, tokens: list[int], first: int, **fields: Any) -> torch.Tensor:
         """log p(next token) after tokens first-1, first, ..., each computed by the step that would sample there.

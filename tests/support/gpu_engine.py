@@ -86,7 +86,7 @@ class GpuEngine:
         return self.scheduler.has_work or self._in_flight is not None
 
     def add(self, request: GenerationRequest) -> Sequence:
-        return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter])
+        return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter.name])
 
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence, whether it waits, runs or has ended."""

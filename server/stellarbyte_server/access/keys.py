@@ -31,6 +31,7 @@ import msgspec
 
 from stellarbyte_server.config.setting_values import SettingsError, secret
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import MAX_PRIORITY
 
@@ -62,10 +63,10 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     is_admin: bool = False
 
     def allows(self, model: str, served_model: str) -> bool:
-        """Whether a request may name `model`: the served model, NAME or NAME@VERSION of an adapter."""
+        """Whether a request may name `model`: the served model, or a reference to an adapter."""
         if self.models is None:
             return True
-        return (model if model == served_model else model.partition("@")[0]) in self.models
+        return (model if model == served_model else AdapterReference.parse(model).name) in self.models
 
 
 class Keyring:

@@ -16,6 +16,7 @@ from stellarbyte_server.api.contract.bodies.generation import MAX_CHOICES, Gener
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.service import Service
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, SamplingParams
 from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
@@ -80,9 +81,9 @@ def _too_much(error: TooMuchText) -> ApiError:
     return ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"})
 
 
-def adapter_of(model: str, scale: float | None, service: Service) -> tuple[str | None, float]:
+def adapter_of(model: str, scale: float | None, service: Service) -> tuple[AdapterReference | None, float]:
     """The adapter that a request's `model` means, and how strongly it acts; ApiError for a scale without one."""
-    adapter = None if model == service.settings.model_name else model
+    adapter = None if model == service.settings.model_name else AdapterReference.parse(model)
     if adapter is None and scale not in (None, 1):
         raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
     return adapter, 1.0 if scale is None else float(scale)

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
+
 # Most tokens of prompt and answer together when the context slides: positions fit 32 bits.
 MAX_SLIDING_TOKENS = 2**31 - 1
 MAX_PRIORITY = 100  # either way: what keeps any request from waiting for ever
@@ -61,7 +63,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     priority: int = 0  # lower runs first; -MAX_PRIORITY..MAX_PRIORITY
     context_overflow: Literal["error", "slide"] = "error"  # at the context's end: refuse, or let the oldest tokens go
-    adapter: str | None = None  # NAME, or NAME@HASH for one version of it
+    adapter: AdapterReference | None = None
     adapter_scale: float = 1.0  # how strongly it acts, beside its own alpha / r
     cache_salt: str = ""  # content is shared only between requests with the same one
     follows: str | None = None  # id of an earlier request with the same prompt, which computes it for both
@@ -83,5 +85,5 @@ class RequestRejected(Exception):
         self.retry_after_s = retry_after_s
 
 
-def model_not_found(name: str) -> RequestRejected:
-    return RequestRejected(f"The model {name!r:.200} does not exist.", MODEL_NOT_FOUND, "model")
+def model_not_found(name: str | AdapterReference) -> RequestRejected:
+    return RequestRejected(f"The model {str(name)!r:.200} does not exist.", MODEL_NOT_FOUND, "model")

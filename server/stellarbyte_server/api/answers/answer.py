@@ -18,6 +18,7 @@ from stellarbyte_server.api.submission import record_of, submit
 from stellarbyte_server.client.delta_stream import DeltaStream
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.observe.record import TokenCount
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected
 
@@ -89,7 +90,7 @@ def note_adapter(http: Request, request: GenerationRequest, streams: Sequence[De
     if request.adapter is None:
         return ""
     adapter_hash = next(stream.adapter_hash for stream in streams if stream.accepted.done())
-    record_of(http).adapter = f"{request.adapter.partition('@')[0]}@{adapter_hash[:12]}"
+    record_of(http).adapter = str(AdapterReference(request.adapter.name, adapter_hash[:12]))
     return adapter_hash
 
 

@@ -11,6 +11,7 @@ from stellarbyte_server.api.contract.errors import from_engine
 from stellarbyte_server.api.contract.operation import Operation
 from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import AdapterCard
 from stellarbyte_server.protocol.request import model_not_found
 
@@ -35,8 +36,9 @@ async def list_models(http: Request, service: ServiceOfRequest) -> dict[str, Any
 )
 async def get_model(name: str, http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     require_model(http, service, name)
+    reference = AdapterReference.parse(name)
     for card in await _cards(service):
-        if name in (card["id"], f"{card['id']}@{card['content_hash']}"):
+        if card["id"] == name or reference == AdapterReference(card["id"], card["content_hash"]):
             return card
     raise from_engine(model_not_found(name))
 

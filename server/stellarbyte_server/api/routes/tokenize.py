@@ -24,6 +24,7 @@ from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.submission import record_of
 from stellarbyte_server.api.tools import Toolbox
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import model_not_found
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
@@ -110,15 +111,15 @@ def _json(content: bytes, headers: dict[str, str]) -> Response:
 
 
 async def _require_model(model: str | None, service: Service) -> None:
-    """ApiError unless `model` is the served model, one of its adapters (NAME or NAME@HASH), or left out.
+    """ApiError unless `model` is the served model, one of its adapters, or left out.
 
     All of them share one tokenizer.
     """
     if model is None or model == service.settings.model_name:
         return
-    name, at, pin = model.partition("@")
+    reference = AdapterReference.parse(model)
     for card in (await adapters_of(service)).cards:
-        is_served = card.is_current and card.state != "failed" and card.name == name
-        if is_served and (not at or (pin and (card.content_hash or pin).startswith(pin))):
+        is_served = card.is_current and card.state != "failed" and card.name == reference.name
+        if is_served and reference.selects(card.content_hash):
             return
     raise from_engine(model_not_found(model))

@@ -18,6 +18,7 @@ from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStor
 from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.histogram import Histogram
 from stellarbyte_server.protocol.messages import (
     AdapterCard,
@@ -38,7 +39,6 @@ from stellarbyte_server.protocol.request import (
 logger = logging.getLogger("server.engine")
 
 RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
-MIN_PIN_DIGITS = 8  # of a hash that pins a version
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -81,14 +81,14 @@ class Adapters:
 
     # Requests
 
-    def bind(self, reference: str) -> AdapterVersion:
-        """The version that a new request for NAME or NAME@HASH runs on, counted as used by it until `release`.
+    def bind(self, reference: AdapterReference) -> AdapterVersion:
+        """The version that a new request for an adapter runs on, counted as used by it until `release`.
 
         Raises:
             RequestRejected: there can be no such adapter, or it could not be read. One that is looked for may turn out
                 not to be there: see `refusal`.
         """
-        version = self._find(reference.partition("@")[0])
+        version = self._find(reference.name)
         if version is None:
             raise model_not_found(reference)
         refusal = _refusal(version, reference)
@@ -390,13 +390,10 @@ def _unread(version: AdapterVersion) -> AdapterVersion:
     return AdapterVersion(name=version.name, files=version.files, totals=version.totals)
 
 
-def _refusal(version: AdapterVersion, reference: str) -> RequestRejected | None:
-    """Why a version does not serve requests for NAME or NAME@HASH, as far as is known before it was read."""
+def _refusal(version: AdapterVersion, reference: AdapterReference) -> RequestRejected | None:
+    """Why a version does not serve requests for a reference, as far as is known before it was read."""
     if version.state == "failed" and version.files is None:
         return model_not_found(reference)
     if version.state == "failed":
         return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
-    _, at, pin = reference.partition("@")
-    if at and (len(pin) < MIN_PIN_DIGITS or (version.content_hash and not version.content_hash.startswith(pin))):
-        return model_not_found(reference)
-    return None
+    return None if reference.selects(version.content_hash) else model_not_found(reference)

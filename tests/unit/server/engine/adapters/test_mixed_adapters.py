@@ -70,7 +70,9 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
     assert engine.generate(requests) == together  # now with a warm cache
     assert engine.scheduler.totals.prefix_hits > 0
     for request, tokens, found in zip(requests, together, logprobs, strict=True):
-        alone = model if request.adapter is None else merged(model, adapters[request.adapter], request.adapter_scale)
+        alone = (
+            model if request.adapter is None else merged(model, adapters[request.adapter.name], request.adapter_scale)
+        )
         prompt = list(request.prompt_token_ids)
         expected = oracle.logprobs(alone.state_dict(), model.config, prompt + tokens)
         assert (found - expected[len(prompt) - 1 : -1]).abs().max() <= 1e-4

@@ -11,6 +11,7 @@ from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S, Adapters
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterLoaded, AdapterUnloaded, CallFailed
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.adapters import FakeStore, touch_adapter
@@ -36,7 +37,7 @@ class Engine:
         self.replies: list[object] = []
 
     def submit(self, adapter: str | None, max_tokens: int = 4, **fields: object) -> Sequence:
-        version = None if adapter is None else self.adapters.bind(adapter)
+        version = None if adapter is None else self.adapters.bind(AdapterReference.parse(adapter))
         return self.scheduler.add(make_request([1, 2, 3], max_tokens, adapter=adapter, **fields), version)
 
     def step(self) -> list[Sequence]:
