@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.access.rules import RouteTable, rules_of
-from stellarbyte_server.api.service import SamplingDefaults, Service
+from stellarbyte_server.api.service import Service
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
 from stellarbyte_server.http.app import create_app
 
@@ -19,7 +19,7 @@ def make_app(client: Any = None, info: Any = None, tokenizer: Any = None, **sett
         client=client,
         info=info,
         tokenizer=tokenizer,
-        defaults=SamplingDefaults(),
+        sampling_defaults={},
         started_at=0,
     )
     return create_app(service, Keyring(service.settings))

@@ -1,12 +1,13 @@
 """What all ways to generate share: from a checked body to the engine's requests. Knows no answers."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import quote
 
+import msgspec
 from fastapi import Request
 
 from stellarbyte_server.api.answers.choices import PromptEcho
@@ -15,9 +16,10 @@ from stellarbyte_server.api.contract.bodies.body import BodyT, parse_body
 from stellarbyte_server.api.contract.bodies.generation import MAX_CHOICES, GenerationBody
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.disconnect import unless_client_leaves
+from stellarbyte_server.api.sampling import sampling_params
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
-from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, SamplingParams
+from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest
 from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they hold up no stream
@@ -99,7 +101,7 @@ def check_characters(num_characters: int, limit: int, service: Service, param: s
         )
 
 
-def check_token_ids(token_ids: list[int], service: Service, param: str) -> None:
+def check_token_ids(token_ids: Sequence[int], service: Service, param: str) -> None:
     """ApiError when one of them is not in the vocabulary."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < service.info.vocab_size:
@@ -177,13 +179,28 @@ def make_requests(
     """For every prompt one request for each answer that is to be generated, in order; ApiError."""
     _check_amounts(body, prompts, logprobs, grammar)
     adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
-    bias = {} if body.logit_bias is None else {int(token): float(value) for token, value in body.logit_bias.items()}
+    bias = {} if body.logit_bias is None else {int(token): value for token, value in body.logit_bias.items()}
     check_token_ids(list(bias), service, "logit_bias")
-    logit_bias = tuple(bias.items())
+    stop_token_ids = () if body.stop_token_ids is None else tuple(body.stop_token_ids)
+    check_token_ids(stop_token_ids, service, "stop_token_ids")
     requests: list[GenerationRequest] = []
     for prompt in prompts:
-        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
-        sampling = _sampling(body, service, prompt.max_tokens, seed, logit_bias, logprobs, prompt_logprobs, grammar)
+        if body.min_tokens is not None and body.min_tokens > prompt.max_tokens:
+            raise bad_request(
+                f"The field 'min_tokens' is more than the {prompt.max_tokens} tokens of the answer.", "min_tokens"
+            )
+        sampling = sampling_params(
+            body,
+            service.sampling_defaults,
+            max_tokens=prompt.max_tokens,
+            seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
+            logit_bias=tuple(bias.items()),
+            stop_token_ids=stop_token_ids,
+            include_stop=bool(body.include_stop_str_in_output),
+            grammar=grammar,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
         prompt_token_ids = tuple(prompt.token_ids)
         first_id = secrets.token_hex(12)
         for choice in range(body.num_candidates):
@@ -192,7 +209,7 @@ def make_requests(
                 GenerationRequest(
                     request_id=secrets.token_hex(12) if choice else first_id,
                     prompt_token_ids=prompt_token_ids,
-                    sampling=sampling(choice),
+                    sampling=msgspec.structs.replace(sampling, choice=choice),
                     priority=0 if body.priority is None else body.priority,
                     context_overflow=bounds.overflow,
                     adapter=adapter,
@@ -236,49 +253,3 @@ def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | 
             " allowed.",
             several,
         )
-
-
-def _sampling(
-    body: GenerationBody,
-    service: Service,
-    max_tokens: int,
-    seed: int,
-    logit_bias: tuple[tuple[int, float], ...],
-    logprobs: int | None,
-    prompt_logprobs: int | None,
-    grammar: str | None,
-) -> Callable[[int], SamplingParams]:
-    """Makes the parameters of each choice."""
-
-    def chosen(name: str) -> Any:
-        value = getattr(body, name)
-        return getattr(service.defaults, name) if value is None else value
-
-    stop_token_ids = [] if body.stop_token_ids is None else body.stop_token_ids
-    check_token_ids(stop_token_ids, service, "stop_token_ids")
-    min_tokens = 0 if body.min_tokens is None else body.min_tokens
-    if min_tokens > max_tokens:
-        raise bad_request(f"The field 'min_tokens' is more than the {max_tokens} tokens of the answer.", "min_tokens")
-    return lambda choice: SamplingParams(
-        max_tokens=max_tokens,
-        temperature=float(chosen("temperature")),
-        top_p=float(chosen("top_p")),
-        top_k=max(0, int(chosen("top_k"))),
-        min_p=float(chosen("min_p")),
-        seed=seed,
-        choice=choice,
-        repetition_penalty=float(chosen("repetition_penalty")),
-        presence_penalty=0.0 if body.presence_penalty is None else float(body.presence_penalty),
-        frequency_penalty=0.0 if body.frequency_penalty is None else float(body.frequency_penalty),
-        logit_bias=logit_bias,
-        min_tokens=min_tokens,
-        stop=() if body.stop is None else body.stop,
-        stop_token_ids=tuple(stop_token_ids),
-        include_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
-        skip_special_tokens=body.skip_special_tokens is not False,
-        grammar=grammar,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        return_token_ids=bool(body.return_token_ids),
-    )

@@ -1,40 +1,18 @@
-"""What every route needs, made once when the engine is ready. Knows no routes."""
+"""The service holds what every route needs; it is made once, when the engine is ready."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from stellarbyte_server.api.sampling import read_defaults
 from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.tokens.text_work import TextWork
-from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer, read_json
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingDefaults:
-    """What a request that does not say gets; from the model's generation_config.json."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def load(cls, model_path: Path) -> "SamplingDefaults":
-        """ValueError when the file is broken or a value makes no sense."""
-        file = model_path / "generation_config.json"
-        config = read_json(file)
-        defaults = cls(**{name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None})
-        for name, value in vars(defaults).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ValueError(f"{file}: {name} is {value!r}, which is no number of at least 0")
-        if defaults.repetition_penalty == 0:
-            raise ValueError(f"{file}: repetition_penalty is 0, by which nothing can be divided")
-        return defaults
+from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +23,7 @@ class Service:
     client: EngineClient
     info: EngineInfo
     tokenizer: PromptTokenizer
-    defaults: SamplingDefaults
+    sampling_defaults: Mapping[str, Any]  # of the model, for requests that do not say
     started_at: int  # Unix seconds, the same in all HTTP processes
     text_work: TextWork = field(default_factory=TextWork)
 
@@ -75,7 +53,7 @@ def load_service(settings: ServerSettings, client: EngineClient, started_at: int
             client.info.vocab_size,
             may_stand_in=settings.engine.load_format == "dummy",
         ),
-        defaults=SamplingDefaults.load(model_path),
+        sampling_defaults=read_defaults(model_path),
         started_at=started_at,
     )
 

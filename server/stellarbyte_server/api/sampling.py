@@ -1,0 +1,41 @@
+"""Sampling parameters of the engine are made of a request's fields and of the model's defaults, which share names."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stellarbyte_server.api.contract.bodies.fields import OF_MODEL
+from stellarbyte_server.api.contract.bodies.generation import GenerationBody
+from stellarbyte_server.protocol.request import SamplingParams
+from stellarbyte_server.tokens.tokenizer import read_json
+
+_NEUTRAL = SamplingParams(max_tokens=0, seed=0)
+_OF_MODEL = tuple(name for name, field in GenerationBody.model_fields.items() if OF_MODEL in field.metadata)
+_OF_BODY = tuple(name for name in SamplingParams.__struct_fields__ if name in GenerationBody.model_fields)
+
+
+def read_defaults(model_path: Path) -> dict[str, Any]:
+    """What the model's generation_config.json sets for requests that do not say.
+
+    Raises:
+        ValueError: the file is broken, or a value makes no sense.
+    """
+    file = model_path / "generation_config.json"
+    config = read_json(file)
+    defaults: dict[str, Any] = {}
+    for name in _OF_MODEL:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ValueError(f"{file}: {name} must be a number ≥ 0, not {value!r}")
+        if name == "repetition_penalty" and value == 0:
+            raise ValueError(f"{file}: {name} must be > 0, because logits are divided by it")
+        defaults[name] = type(getattr(_NEUTRAL, name))(value)
+    return defaults
+
+
+def sampling_params(body: GenerationBody, defaults: Mapping[str, Any], **computed: Any) -> SamplingParams:
+    """The fields of a body, then the model's defaults, then those of SamplingParams; `computed` wins over all."""
+    given = {name: value for name in _OF_BODY if (value := getattr(body, name)) is not None}
+    return SamplingParams(**{**defaults, **given, **computed})
