@@ -38,7 +38,7 @@ async function refresh() {
 }
 
 async function readAll() {
-  const [metrics, entries, readiness] = await Promise.allSettled([stellarbyte_server.observe.metrics(), server.adapters(), server.ready()]);
+  const [metrics, entries, readiness] = await Promise.allSettled([server.metrics(), server.adapters(), server.ready()]);
   dashboard.add(Date.now(), metrics.status === "fulfilled" ? parseMetrics(metrics.value) : null);
   if (entries.status === "fulfilled") {
     adapters = entries.value;

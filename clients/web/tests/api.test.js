@@ -123,7 +123,7 @@ test("an error that is not the server's own is still told", async () => {
 
 test("nothing that answers is a server that is gone", async () => {
   const { server } = fakeServer(() => Promise.reject(new TypeError("Failed to fetch")));
-  for (const request of [server.models(), server.adapters(), stellarbyte_server.observe.metrics(), server.ready(), all(chat(server))]) {
+  for (const request of [server.models(), server.adapters(), server.metrics(), server.ready(), all(chat(server))]) {
     await assert.rejects(request, ServerGone);
   }
   await assert.rejects(fakeServer(() => new Response("no JSON")).server.models(), ServerGone);
@@ -164,7 +164,7 @@ test("what is only read has a time limit, so that a server that hangs is told", 
     return new Response("{}");
   };
   const server = new Server("http://h/", () => "", fetcher);
-  await stellarbyte_server.observe.metrics();
+  await server.metrics();
   await server.adapters();
   await server.unloadAdapter("mine");
   assert.deepEqual(signals, [true, true, false]);
