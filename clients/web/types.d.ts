@@ -1,5 +1,7 @@
 // The shapes that the page's modules share. Not served: only tsc and editors read it.
 
+import type { SAMPLING_FIELDS } from "./stellarbyte_web/sampling-fields.js";
+
 // Markdown
 
 export type Alignment = "left" | "center" | "right" | null;
@@ -108,17 +110,7 @@ export interface LoadedAdapter {
 }
 
 /** What the sampling controls set; a field that was left empty is not there, so that the server's default counts. */
-export interface Sampling {
-  temperature?: number;
-  top_p?: number;
-  top_k?: number;
-  min_p?: number;
-  max_tokens?: number;
-  seed?: number;
-  repetition_penalty?: number;
-  stop?: string[];
-  context_overflow?: string;
-}
+export type Sampling = { [Name in (typeof SAMPLING_FIELDS)[number]["name"]]?: number | string | string[] };
 
 export interface ChatBody extends Sampling {
   model: string;
@@ -174,8 +166,8 @@ export interface Column {
 
 export type SamplingField = { name: keyof Sampling } & (
   | { kind: "number" | "integer"; min: number; max: number; isAbove?: true }
-  | { kind: "lines" }
-  | { kind: "choice"; choices: string[] }
+  | { kind: "lines"; maxLines: number; maxCharacters: number }
+  | { kind: "choice"; choices: readonly string[] }
 );
 
 export interface Problem {

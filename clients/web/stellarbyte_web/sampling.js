@@ -1,23 +1,11 @@
-// The sampling controls: which there are, what may stand in them, and what they make of a request. Knows no page.
+// The sampling controls: how their texts are read, and what they make of a request.
+
+import { SAMPLING_FIELDS } from "./sampling-fields.js";
 
 /** @import { Problem, Sampling, SamplingField } from "../types.js" */
 
-const MAX_STOP_STRINGS = 4;
-const MAX_STOP_CHARACTERS = 1000;
-const MAX_SEED = Number.MAX_SAFE_INTEGER;
-
-/** @type {readonly SamplingField[]} Bounds are the server's. */
-export const FIELDS = [
-  { name: "temperature", kind: "number", min: 0, max: 2 },
-  { name: "top_p", kind: "number", min: 0, max: 1, isAbove: true },
-  { name: "top_k", kind: "integer", min: -1, max: 2 ** 31 - 1 },
-  { name: "min_p", kind: "number", min: 0, max: 1 },
-  { name: "max_tokens", kind: "integer", min: 1, max: MAX_SEED },
-  { name: "seed", kind: "integer", min: -MAX_SEED, max: MAX_SEED },
-  { name: "repetition_penalty", kind: "number", min: 0.01, max: 100 },
-  { name: "stop", kind: "lines" },
-  { name: "context_overflow", kind: "choice", choices: ["error", "slide"] },
-];
+/** @type {readonly SamplingField[]} */
+export const FIELDS = SAMPLING_FIELDS;
 
 /**
  * What was typed into a field: its value, undefined when it is empty, or what is wrong with it.
@@ -26,7 +14,7 @@ export const FIELDS = [
  * @returns {{ value: number | string | string[] | undefined } | { problem: Problem }}
  */
 export function readField(field, text) {
-  if (field.kind === "lines") return readLines(text);
+  if (field.kind === "lines") return readLines(field, text);
   const trimmed = text.trim();
   if (trimmed === "") return { value: undefined };
   if (field.kind === "choice") return { value: trimmed };
@@ -43,17 +31,18 @@ export function readField(field, text) {
 
 /**
  * Stop strings, one a line; \n, \t and \\ stand for what cannot be typed there.
+ * @param {{ maxLines: number, maxCharacters: number }} field
  * @param {string} text
  * @returns {{ value: string[] | undefined } | { problem: Problem }}
  */
-function readLines(text) {
+function readLines(field, text) {
   const escapes = /** @type {Record<string, string>} */ ({ n: "\n", t: "\t", "\\": "\\" });
   const lines = text.split("\n").filter((line) => line !== "");
   if (lines.length === 0) return { value: undefined };
-  if (lines.length > MAX_STOP_STRINGS) return { problem: { key: "tooManyLines", values: { max: MAX_STOP_STRINGS } } };
+  if (lines.length > field.maxLines) return { problem: { key: "tooManyLines", values: { max: field.maxLines } } };
   const value = lines.map((line) => line.replace(/\\([nt\\])/g, (_, letter) => escapes[letter] ?? ""));
-  if (value.some((line) => [...line].length > MAX_STOP_CHARACTERS)) {
-    return { problem: { key: "tooLong", values: { max: MAX_STOP_CHARACTERS } } };
+  if (value.some((line) => [...line].length > field.maxCharacters)) {
+    return { problem: { key: "tooLong", values: { max: field.maxCharacters } } };
   }
   return { value };
 }

@@ -8,6 +8,8 @@ from datetime import datetime
 from enum import Enum
 from typing import Any
 
+from stellarbyte_client.terminal.sampling_fields import SAMPLING_FIELDS
+
 
 @dataclass(frozen=True)
 class Field:
@@ -15,12 +17,6 @@ class Field:
 
     kind: str  # for people
     read: Callable[[str], object]  # ValueError when a text is not of this kind
-
-
-def _overflow(text: str) -> str:
-    if text not in ("error", "slide"):
-        raise ValueError(text)
-    return text
 
 
 def finite(text: str) -> float:
@@ -31,20 +27,22 @@ def finite(text: str) -> float:
     return value
 
 
-_COUNT, _NUMBER = Field("a whole number", int), Field("a number", finite)
+def _field(kind: str | tuple[str, ...]) -> Field:
+    if kind == "integer":
+        return Field("a whole number", int)
+    if kind == "number":
+        return Field("a number", finite)
+    words = (kind,) if isinstance(kind, str) else kind
 
-FIELDS = {
-    "max_tokens": _COUNT,
-    "temperature": _NUMBER,
-    "top_p": _NUMBER,
-    "top_k": _COUNT,
-    "min_p": _NUMBER,
-    "repetition_penalty": _NUMBER,
-    "presence_penalty": _NUMBER,
-    "frequency_penalty": _NUMBER,
-    "seed": _COUNT,
-    "context_overflow": Field("error or slide", _overflow),
-}
+    def one_of(text: str) -> str:
+        if text not in words:
+            raise ValueError(text)
+        return text
+
+    return Field(" or ".join(words), one_of)
+
+
+FIELDS = {name: _field(kind) for name, kind in SAMPLING_FIELDS.items()}
 
 
 class Ending(Enum):
