@@ -6,7 +6,7 @@ from multiprocessing import get_context
 import pytest
 
 from stellarbyte_server.api.answers.logprobs import ShownToken, TokenAligner
-from stellarbyte_server.api.tool_messages import with_tool_prompt
+from stellarbyte_server.api.chat.messages import with_tool_prompt
 from stellarbyte_server.protocol.messages import TokenLogprob
 
 LIMIT_S = 30.0

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from stellarbyte_server.api.contract.bodies.tools import MAX_NAME_CHARACTERS
-from stellarbyte_server.api.tools import ToolFormat
+from stellarbyte_server.api.structured.tool_calls import ToolFormat
 
 _SPACE = " \t\n\r"
 _NAME_CHARACTER = re.compile("[a-zA-Z0-9_-]")

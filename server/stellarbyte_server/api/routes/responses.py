@@ -12,13 +12,13 @@ from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
 from stellarbyte_server.api.answers.choices import Fragment
 from stellarbyte_server.api.answers.sse import DeltaStreamResponse, encode_json
+from stellarbyte_server.api.chat.plan import plan_chat
 from stellarbyte_server.api.contract import response_objects
 from stellarbyte_server.api.contract.bodies.responses import LOGPROBS, ResponsesBody
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.generation import read_body
-from stellarbyte_server.api.routes.chat import plan_chat
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.submission import submit
 from stellarbyte_server.client.delta_stream import DeltaStream

@@ -8,7 +8,8 @@ from starlette.responses import Response
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.sse import encode_json
-from stellarbyte_server.api.chat_prompt import chat_encoder, check_continuation
+from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation
+from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.bodies.tokenize import (
     DetokenizeBody,
@@ -23,7 +24,6 @@ from stellarbyte_server.api.key_rate import charge
 from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.submission import record_of
-from stellarbyte_server.api.tools import Toolbox
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import model_not_found
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError

@@ -17,7 +17,7 @@ from stellarbyte_server.api.answers.logprobs import ShownToken, TokenAligner
 from stellarbyte_server.api.answers.sse import ChunkWriter
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.tools import HERMES
+from stellarbyte_server.api.structured.tool_calls import HERMES
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 from stellarbyte_server.tokens.token_bytes import TokenBytes

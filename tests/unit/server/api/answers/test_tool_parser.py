@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser, new_call_id
-from stellarbyte_server.api.tools import HERMES, LLAMA
+from stellarbyte_server.api.structured.tool_calls import HERMES, LLAMA
 
 NAMES = ("f", "get_weather")
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'

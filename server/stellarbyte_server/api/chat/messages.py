@@ -1,4 +1,4 @@
-"""Messages of a chat as its template knows them, with tools, calls and their results. Knows no engine, no routes."""
+"""Messages of a chat as its template knows them, with tools, calls and their results."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
+from stellarbyte_server.api.chat.tools import Toolbox, describe_tool, template_takes_tools
 from stellarbyte_server.api.contract.bodies.tools import FunctionTool, ToolCall
 from stellarbyte_server.api.contract.errors import bad_request
-from stellarbyte_server.api.tools import HERMES, Toolbox, describe_tool, template_takes_tools
+from stellarbyte_server.api.structured.tool_calls import HERMES
 
 
 class ChatMessage(Protocol):

@@ -1,14 +1,14 @@
-"""A chat as the tokens of a prompt: what generating from one and counting one share. Knows no engine."""
+"""A chat as the tokens of a prompt: what generating from one and counting one share."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from stellarbyte_server.api.chat.messages import messages_for_template
+from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import Message
 from stellarbyte_server.api.contract.bodies.tools import FunctionTool
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.service import Service
-from stellarbyte_server.api.tool_messages import messages_for_template
-from stellarbyte_server.api.tools import Toolbox
 
 
 class ChatInput(Protocol):

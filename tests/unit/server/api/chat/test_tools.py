@@ -10,19 +10,12 @@ from llguidance import LLMatcher, LLTokenizer
 from pydantic import TypeAdapter, ValidationError
 
 from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser
+from stellarbyte_server.api.chat.messages import messages_for_template, with_parsed_arguments, with_tool_prompt
+from stellarbyte_server.api.chat.tools import Toolbox, check_tools, template_takes_tools, tool_format
 from stellarbyte_server.api.contract.bodies.tools import FunctionTool, NamedTool, ToolCall, ToolChoice
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured.grammars import json_rule
-from stellarbyte_server.api.tool_messages import messages_for_template, with_parsed_arguments, with_tool_prompt
-from stellarbyte_server.api.tools import (
-    HERMES,
-    LLAMA,
-    Toolbox,
-    check_tools,
-    template_takes_tools,
-    tool_format,
-    tools_grammar,
-)
+from stellarbyte_server.api.structured.tool_calls import HERMES, LLAMA, tools_grammar
 from stellarbyte_server.tokens.tokenizer import ChatTemplate
 from tests.support.fake_engine import CHAT_TEMPLATE, make_tokenizer
 

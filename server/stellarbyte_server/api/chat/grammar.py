@@ -1,0 +1,56 @@
+"""The grammar that an answer to a chat must follow, out of its response format and its tools."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from fastapi import Request
+
+from stellarbyte_server.api.caller import owner_of
+from stellarbyte_server.api.chat.tools import Toolbox
+from stellarbyte_server.api.contract.bodies.chat import ResponseFormat
+from stellarbyte_server.api.contract.bodies.tools import Schema
+from stellarbyte_server.api.generation import off_loop
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.api.structured.grammars import checked, json_grammar, json_rule
+from stellarbyte_server.api.submission import record_of
+
+
+class ChatGrammar(NamedTuple):
+    text: str | None = None  # in llguidance's Lark; None: the answer is free
+    param: str | None = None  # the field that asks for it
+
+
+async def chat_grammar(
+    http: Request, service: Service, wanted: ResponseFormat | None, toolbox: Toolbox | None
+) -> ChatGrammar:
+    """ApiError when it cannot be enforced, which names the field."""
+    schema = _schema(wanted)
+    if toolbox is not None and toolbox.names:
+        if schema is not None:  # by itself first: an error should name the field that it is in
+            await _enforceable(http, service, partial(json_grammar, schema), "response_format")
+        return await _enforceable(http, service, partial(_tools_grammar, toolbox, schema), "tools")
+    if schema is not None:
+        return await _enforceable(http, service, partial(json_grammar, schema), "response_format")
+    return ChatGrammar()
+
+
+async def _enforceable(http: Request, service: Service, make: Callable[[], str], param: str) -> ChatGrammar:
+    """What `make` makes, in a thread because schemas may be large, once it is known that the engine can use it."""
+    text = await off_loop(http, service, make, record_of(http).body_bytes)
+    return ChatGrammar(await checked(text, param, service.text_work, owner_of(http)), param)
+
+
+def _tools_grammar(toolbox: Toolbox, schema: Schema | None) -> str:
+    text = toolbox.grammar(None if schema is None else json_rule("content", schema))
+    assert text is not None, "there is a tool that may be called"
+    return text
+
+
+def _schema(wanted: ResponseFormat | None) -> Schema | None:
+    """The JSON schema of the answer's text; None: any text."""
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.json_schema is None:
+        return {"type": "object"}
+    return {} if wanted.json_schema.schema_ is None else wanted.json_schema.schema_

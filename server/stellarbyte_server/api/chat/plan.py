@@ -1,0 +1,99 @@
+"""A chat becomes the engine's requests and a plan of how they are answered."""
+
+from functools import partial
+
+from fastapi import Request
+
+from stellarbyte_server.api.answers.answer import AnswerPlan
+from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
+from stellarbyte_server.api.answers.tool_parser import ToolCallParser
+from stellarbyte_server.api.chat.grammar import chat_grammar
+from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation, content_characters
+from stellarbyte_server.api.chat.tools import Toolbox
+from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.generation import (
+    MAX_TOKENS_AT_ONCE,
+    Bounds,
+    Prompt,
+    check_body,
+    check_characters,
+    check_prompt,
+    make_requests,
+    off_loop,
+)
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.api.submission import record_of
+from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
+
+DEFAULT_SLIDING_MAX_TOKENS = 4096
+
+
+async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
+    """What to run for a chat and how to answer it; ApiError."""
+    _check(body, service)
+    bounds = Bounds.of(http, body, service)
+    toolbox = Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, service.tokenizer.chat_template_source)
+    grammar = await chat_grammar(http, service, body.response_format, toolbox)
+    token_ids = await _encode(http, body, service, toolbox, bounds.context)
+    prompt = Prompt(token_ids=token_ids, max_tokens=_max_tokens(body, bounds, token_ids))
+    alternatives = 0 if body.top_logprobs is None else body.top_logprobs
+    logprobs = alternatives if body.logprobs else None
+    form = ChoiceForm(
+        kind="chat",
+        logprobs=logprobs,
+        prompt_token_ids=token_ids if body.return_token_ids else None,
+        with_tools=toolbox is not None,
+    )
+    return AnswerPlan(
+        kind="chat",
+        model=body.model,
+        requests=make_requests(body, service, [prompt], bounds, logprobs=logprobs, grammar=grammar.text),
+        grammar_param=grammar.param,
+        candidates=body.num_candidates,
+        choices=body.num_choices,
+        reader=partial(_reader, form, service, toolbox),
+        stream=bool(body.stream),
+        include_usage=body.include_usage,
+    )
+
+
+def _check(body: ChatBody, service: Service) -> None:
+    """ApiError when fields do not fit each other."""
+    check_body(body, 1, service)
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise bad_request("'max_tokens' and 'max_completion_tokens' differ; give one of them.", "max_tokens")
+    if body.top_logprobs and not body.logprobs:
+        raise bad_request("The field 'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    check_continuation(body)
+    wanted = body.response_format
+    if body.continue_final_message and wanted is not None and wanted.type != "text":
+        raise bad_request(
+            "'continue_final_message' cannot be combined with 'response_format': a begun answer is not looked at.",
+            "continue_final_message",
+        )
+
+
+async def _encode(http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None, limit: int) -> list[int]:
+    """The chat as token ids; ApiError when the template refuses it, or the model cannot read it."""
+    check_characters(content_characters(body), limit, service, "messages")
+    try:
+        return await off_loop(http, service, chat_encoder(body, service, toolbox), record_of(http).body_bytes)
+    except (ChatTemplateError, UnembeddableTokenError) as error:
+        raise bad_request(str(error), "messages") from None
+
+
+def _max_tokens(body: ChatBody, bounds: Bounds, token_ids: list[int]) -> int:
+    """Most tokens of each answer; ApiError when the prompt leaves no room for one."""
+    room = check_prompt(token_ids, bounds.context, "messages")
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if wanted is None:  # to the end of the context, if it has one
+        wanted = bounds.default_tokens(DEFAULT_SLIDING_MAX_TOKENS if bounds.overflow == "slide" else room)
+        wanted = min(wanted, MAX_TOKENS_AT_ONCE // (body.num_candidates * (1 + (body.top_logprobs or 0))))
+    return min(wanted, room)
+
+
+def _reader(form: ChoiceForm, service: Service, toolbox: Toolbox | None, _number: int) -> ChoiceReader:
+    """Reads the answer to one of the requests."""
+    parser = None if toolbox is None else ToolCallParser(toolbox.format, toolbox.names)
+    return ChoiceReader(form, service.tokenizer.token_bytes, parser)
