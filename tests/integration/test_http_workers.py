@@ -82,10 +82,7 @@ def test_streams_on_both_workers_get_their_own_text_and_every_route_answers_the_
             assert stream.read() == "data: [DONE]"
             assert stream.text == (f"{SLOW} {i:02} " * 10)[:60]
         deadline_s = time.monotonic() + 60
-        while (
-            len(streamed_by := re.findall(r"INFO (http-\d) server.access: POST", server.log()))
-            < NUM_CONNECTIONS
-        ):
+        while len(streamed_by := re.findall(r"INFO (http-\d) server.access: POST", server.log())) < NUM_CONNECTIONS:
             assert time.monotonic() < deadline_s, "a request is in no log"  # its line comes after its last byte
             time.sleep(0.05)
         assert len(streamed_by) == NUM_CONNECTIONS
