@@ -68,9 +68,7 @@ def assert_rate_limited(answer: httpx.Response, used_at_s: float = -math.inf) ->
 
 def workers_of(server: ServerProcess) -> set[str]:
     """The HTTP processes that answered completions."""
-    return set(
-        re.findall(r"INFO (http(?:-\d)?) server.access: POST /v1/completions 200", server.log())
-    )
+    return set(re.findall(r"INFO (http(?:-\d)?) server.access: POST /v1/completions 200", server.log()))
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])

@@ -10,6 +10,7 @@ import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
 from tests.support.bad_adapters import REFUSED, write_adapter
+from tests.support.processes import resident_bytes
 from tests.support.server_process import REAL, running
 from tests.support.tiny_models import END, tiny_tokenizer
 
@@ -62,10 +63,6 @@ class Traffic:
         self._stop.set()
         self._thread.join()
         self._http.close()
-
-
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 @pytest.fixture
