@@ -27,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from stellarbyte_server.api.contract.openapi import OPERATIONS, Operation, make_document
-from tests.integration.test_http_api import MODEL
+from tests.support.server_process import FAKE_MODEL as MODEL
 from tests.support.server_process import ServerProcess
 
 CHECKS = [

@@ -9,9 +9,8 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.test_startup_errors import the_error_line
 from tests.support.certificates import make_certificate
-from tests.support.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.server_process import FAKE, REAL, ServerProcess, running, the_error_line
 
 
 @pytest.fixture

@@ -13,16 +13,8 @@ from scripts.site.flags_reference import flags_markdown
 from stellarbyte.cli.arguments import make_parser
 from stellarbyte_server.api.contract.openapi import OPERATIONS, make_document
 from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
+from tests.support.pages import PAGES, TRANSLATED, name_of
 from tests.support.server_process import ROOT
-
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/**/*.md", "clients/**/*.md")
-    for path in ROOT.glob(pattern)
-    if "node_modules" not in path.parts
-)
-TRANSLATED = [(path, path.with_name(path.name.replace(".zh.md", ".md"))) for path in PAGES if path.match("*.zh.md")]
-TRANSLATED.append((ROOT / "README.zh-CN.md", ROOT / "README.md"))
 
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -30,10 +22,6 @@ _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
 _COMMAND = re.compile(r"(?:^ *|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
 _OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m stellarbyte_server)\b[^\n`]*")
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def text_without_code(path: Path) -> str:
