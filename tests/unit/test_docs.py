@@ -1,5 +1,6 @@
 """What the documents say is there: links lead somewhere, flags exist, both languages show the same commands."""
 
+import importlib
 import itertools
 import re
 import shlex
@@ -75,6 +76,18 @@ def test_translated_pages_link_to_translated_pages() -> None:
     for page, _ in TRANSLATED:
         _, *links = _LINK.findall(text_without_code(page))  # the first one leads to the English page
         assert [target for target, _ in links if Path(target).name in translated] == [], page
+
+
+def test_the_path_of_a_completion_names_at_most_12_modules_that_can_be_imported() -> None:
+    def files(page: str, heading: str) -> list[str]:
+        section = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+        return re.findall(r"(?m)^\d+\. `(\S+)\.py`", section.partition("\n## ")[0])
+
+    path = files("how-it-works.md", "The path of a completion")
+    assert 0 < len(path) <= 12
+    for file in path:
+        importlib.import_module("stellarbyte_server." + file.replace("/", "."))
+    assert files("how-it-works.zh.md", "一次补全的路径") == path
 
 
 def test_the_tables_of_flags_have_all_of_them_with_their_variables() -> None:
