@@ -54,7 +54,7 @@ def test_certificates_that_cannot_be_used_stop_the_start_with_one_line(tmp_path:
         (["--ssl-certfile", str(certificate)], "PEM files of a certificate and an RSA or EC key are needed"),
         (["--ssl-certfile", str(certificate), "--ssl-keyfile", str(other_key)], "the key is that of another"),
         (["--ssl-certfile", str(locked), "--ssl-keyfile", str(locked_key)], "the key is encrypted with a password"),
-        (["--root-path", "llm/"], "--root-path: 'llm/' is not a path such as /llm"),
+        (["--root-path", "llm/"], "--root-path: 'llm/' must be a path such as /llm"),
     ]
     servers = [ServerProcess(REAL, *flags) for flags, _ in cases]
     try:
