@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.support.server_process import REAL, ROOT, ServerProcess
-from tests.terminal.screen import Terminal
+from tests.support.terminal import Terminal
 
 PICTURE = ROOT / "docs/pictures/terminal.svg"
 ROWS, COLUMNS = 32, 96

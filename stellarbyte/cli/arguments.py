@@ -1,6 +1,6 @@
-"""What the `stellarbyte` command understands. Imports nothing that takes time; runs nothing.
+"""The arguments of the `stellarbyte` command. Imports only the standard library, so that --help is quick.
 
-Every command sets `module`: whose `run(options)` does it.
+Every command sets `module`, whose `run(options)` executes it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ _Commands = Any  # argparse has no public name for what add_subparsers returns
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of one command. What follows `serve` is left to the server, as `flags`."""
+    """The options of one command; those after `serve` are passed to the server, as `flags`."""
     parser = make_parser()
     options, flags = parser.parse_known_args(arguments)
     if options.module == SERVE:
@@ -53,7 +53,7 @@ def _add_convert(commands: _Commands) -> None:
 
 
 def _add_info(commands: _Commands) -> None:
-    command = commands.add_parser("info", help="print a checkpoint's architecture, size and memory")
+    command = commands.add_parser("info", help="print a checkpoint's architecture, size and memory use")
     command.add_argument("model", metavar="PATH", help="checkpoint folder, or demo")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(module="stellarbyte.cli.info")
@@ -67,7 +67,7 @@ def _add_generate(commands: _Commands) -> None:
     command.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): greedy")
     command.add_argument("--top-p", type=_probability, default=1.0, metavar="P", help="default: %(default)s")
     command.add_argument("--seed", type=_seed, metavar="N", help="makes sampling repeatable; 0 to 4294967295")
-    command.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    command.add_argument("--raw", action="store_true", help="continue the prompt verbatim, without the chat template")
     command.set_defaults(module="stellarbyte.cli.generate")
 
 
@@ -75,9 +75,9 @@ def _add_chat(commands: _Commands) -> None:
     command = commands.add_parser(
         "chat",
         parents=[_connection()],
-        help="talk to a model on a server",
-        description="Talk to a model on a server. With PROMPT, or when standard input is not a terminal, print the"
-        " answer to that one question and exit.",
+        help="chat with a model on a server",
+        description="Chat with a model on a server. With PROMPT, or without a terminal on stdin, print one answer"
+        " and exit.",
     )
     command.add_argument(
         "prompt", type=_text, nargs="?", metavar="PROMPT", help="one question; without it, a conversation"
@@ -86,13 +86,13 @@ def _add_chat(commands: _Commands) -> None:
         "--model", type=_text, metavar="NAME", help="the model or an adapter; default: the server's model"
     )
     command.add_argument("--system", type=_text, metavar="TEXT", help="system message")
-    command.add_argument("--adapter-scale", type=_number, metavar="X", help="how strongly an adapter acts, 0 to 8")
-    command.add_argument("--plain", action="store_true", help="show answers as they are, not as Markdown")
-    command.add_argument("--quiet", action="store_true", help="no line with tokens and times after an answer")
-    command.add_argument("--no-history", action="store_true", help="do not keep questions in ~/.local/state")
-    sampling = command.add_argument_group("sampling", "What is not given is up to the server and the model.")
-    sampling.add_argument("--max-tokens", type=_positive_int, metavar="N", help="longest answer")
-    sampling.add_argument("--temperature", type=_temperature, metavar="T", help="0: always the likeliest token")
+    command.add_argument("--adapter-scale", type=_number, metavar="X", help="strength of the adapter, 0 to 8")
+    command.add_argument("--plain", action="store_true", help="print answers as plain text, not as rendered Markdown")
+    command.add_argument("--quiet", action="store_true", help="omit the line with tokens and times after an answer")
+    command.add_argument("--no-history", action="store_true", help="do not store questions in ~/.local/state")
+    sampling = command.add_argument_group("sampling", "Defaults come from the server and the model.")
+    sampling.add_argument("--max-tokens", type=_positive_int, metavar="N", help="maximum tokens of the answer")
+    sampling.add_argument("--temperature", type=_temperature, metavar="T", help="0: greedy")
     sampling.add_argument("--top-p", type=_probability, metavar="P")
     sampling.add_argument("--top-k", type=_whole, metavar="N")
     sampling.add_argument("--min-p", type=_number, metavar="P")
@@ -103,7 +103,7 @@ def _add_chat(commands: _Commands) -> None:
     sampling.add_argument(
         "--context-overflow",
         choices=("error", "slide"),
-        help="what happens at the end of the context: an error, or the oldest tokens go out of sight",
+        help="at the end of the context: error fails the request; slide evicts its oldest tokens",
     )
     command.set_defaults(module="stellarbyte.cli.chat")
 
@@ -113,13 +113,15 @@ def _add_adapters(commands: _Commands) -> None:
     actions = command.add_subparsers(required=True, metavar="ACTION", dest="action")
     connection = _connection(is_admin=True)
 
-    action = actions.add_parser("list", parents=[connection], help="print the adapters as they are now")
-    action.add_argument("--json", action="store_true", help="print JSON, with all that the server tells")
+    action = actions.add_parser("list", parents=[connection], help="print the adapters")
+    action.add_argument("--json", action="store_true", help="print all fields as JSON")
 
-    action = actions.add_parser("load", parents=[connection], help="load an adapter, or replace one while it is used")
-    action.add_argument("name", type=_text, metavar="NAME", help="what requests will call it")
+    action = actions.add_parser("load", parents=[connection], help="load an adapter, or replace one in place")
+    action.add_argument("name", type=_text, metavar="NAME", help="name in requests")
     action.add_argument("path", type=_text, metavar="PATH", help="its folder, inside the server's --adapter-dir")
-    action.add_argument("--replace", action="store_true", help="of a name that exists: give new requests this version")
+    action.add_argument(
+        "--replace", action="store_true", help="replace the adapter of that name; running requests keep the old version"
+    )
 
     action = actions.add_parser("unload", parents=[connection], help="unload an adapter once its requests have ended")
     action.add_argument("name", type=_text, metavar="NAME")
@@ -135,17 +137,16 @@ def _add_bench(commands: _Commands) -> None:
     command = commands.add_parser(
         "bench",
         parents=[_connection()],
-        help="measure a server's speed with some numbers of streams",
-        description="Measure a server's speed: for each number of streams, that many requests are kept running at once."
-        " Prompts are random token ids, so that no prompt is found in the prefix cache, and answers all have the same"
-        " length.",
+        help="measure a server's throughput and latency",
+        description="Measure throughput and latency: for each number of streams, keep that many requests running."
+        " Prompts are random token ids, so that the prefix cache does not help, and all answers have the same length.",
     )
     command.add_argument(
         "--model",
         type=_names,
         dest="models",
         metavar="NAME[,NAME...]",
-        help="the model or adapters, of which each stream takes the next; default: the server's model",
+        help="model or adapters, assigned to streams in turn; default: the server's model",
     )
     command.add_argument(
         "--streams", type=_counts, default=[1, 8, 32], metavar="N[,N...]", help="requests at once; default: 1,8,32"
@@ -158,27 +159,27 @@ def _add_bench(commands: _Commands) -> None:
     )
     command.add_argument("--prompt-tokens", type=_positive_int, default=128, metavar="N", help="default: %(default)s")
     command.add_argument(
-        "--max-tokens", type=_positive_int, default=64, metavar="N", help="of each answer; default: %(default)s"
+        "--max-tokens", type=_positive_int, default=64, metavar="N", help="tokens of each answer; default: %(default)s"
     )
-    command.add_argument("--json", metavar="FILE", help="also write everything measured as JSON")
+    command.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
     command.set_defaults(module="stellarbyte.cli.bench")
 
 
 def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
-    """Where the server is and what opens it: what all commands that talk to one have in common."""
+    """The address and keys of the server: options that all its commands share."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("server")
     group.add_argument(
         "--url",
         default=os.environ.get("STELLARBYTE_URL") or DEFAULT_URL,
-        help=f"its address; default: $STELLARBYTE_URL, or {DEFAULT_URL}",
+        help=f"address; default: $STELLARBYTE_URL, or {DEFAULT_URL}",
     )
     group.add_argument(
         "--api-key",
         type=_key,
         default=next(iter(os.environ.get("STELLARBYTE_API_KEY", "").split()), None),  # a server takes several there
         metavar="KEY",
-        help="default: the first in $STELLARBYTE_API_KEY, which other users of this machine cannot see",
+        help="default: the first key in $STELLARBYTE_API_KEY, which other users cannot see",
     )
     if is_admin:
         group.add_argument(
@@ -192,13 +193,13 @@ def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
 
 
 def _text(text: str) -> str:
-    """What goes into a request: bytes that are no UTF-8, which Python keeps as surrogates, become replacement signs."""
+    """Text for a request: invalid UTF-8, which Python keeps as surrogates, becomes replacement characters."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _key(text: str) -> str:
     if not (text.isascii() and text.isprintable()):
-        raise argparse.ArgumentTypeError("a key has printable ASCII characters only")  # and is shown nowhere
+        raise argparse.ArgumentTypeError("a key must consist of printable ASCII characters")  # it is never shown
     return text
 
 
@@ -206,20 +207,20 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer") from None
 
 
 def _positive_int(text: str) -> int:
     value = _whole(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be ≥ 1")
     return value
 
 
 def _seed(text: str) -> int:
     value = _whole(text)
     if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not from 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r} must be from 0 to {2**32 - 1}")
     return value
 
 
@@ -229,35 +230,35 @@ def _number(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
     return value
 
 
 def _positive(text: str) -> float:
     value = _number(text)
     if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be > 0")
     return value
 
 
 def _temperature(text: str) -> float:
     value = _number(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be ≥ 0")
     return value
 
 
 def _probability(text: str) -> float:
     value = _number(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not more than 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} must be > 0 and ≤ 1")
     return value
 
 
 def _names(text: str) -> list[str]:
     names = _text(text).split(",")
     if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r} has an empty name")
+        raise argparse.ArgumentTypeError(f"{text!r} contains an empty name")
     return names
 
 
@@ -265,4 +266,4 @@ def _counts(text: str) -> list[int]:
     try:
         return [_positive_int(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 on, such as 1,8,32") from None
+        raise argparse.ArgumentTypeError(f"{text!r} must be a list of integers ≥ 1, such as 1,8,32") from None

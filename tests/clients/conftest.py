@@ -2,8 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -12,21 +11,12 @@ import pytest
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte_client import AsyncStellarByte, StellarByte
-from tests.clients.either import Blocking
+from tests.clients.either import Blocking, Connect
+from tests.clients.keys import ADMIN_KEY, KEYS, USER_KEY
 from tests.support.adapters import write_adapter
+from tests.support.http_stub import Asked, Stub
 from tests.support.server_process import REAL, ServerProcess, running
 from tests.support.tiny_models import tiny_llama
-
-ADMIN_KEY, USER_KEY, LIMITED_KEY = "key-admin", "key-user", "key-limited"
-Connect = Callable[..., Any]  # the arguments of StellarByte; its methods
-
-KEYS = f"""
-[user]
-key = "{USER_KEY}"
-[limited]
-key = "{LIMITED_KEY}"
-requests_per_minute = 1
-"""
 
 
 @pytest.fixture(scope="session")
@@ -42,34 +32,6 @@ def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerP
     flags = ["--adapter-dir", str(folder / "adapters"), "--keys", str(keys), "--admin-api-key", ADMIN_KEY]
     with running(REAL, "--model", str(model), *flags, limit_s=120) as server:
         yield server
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a client sent."""
-
-    method: str
-    path: str
-    headers: dict[str, str]  # names in lower case
-    body: bytes
-
-
-@dataclass
-class Stub:
-    """Answers whatever it is asked with the next of `answers`; the last stays."""
-
-    url: str
-    answers: list[tuple[int, dict[str, str], bytes]] = field(default_factory=list)
-    asked: list[Asked] = field(default_factory=list)
-
-    def answer(self, body: str, status: int = 200, **headers: str) -> None:
-        """The next answer; `headers` have _ for -."""
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.answers.append((status, names, body.encode()))
-
-    def next_answer(self, asked: Asked) -> tuple[int, dict[str, str], bytes]:
-        self.asked.append(asked)
-        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
 @pytest.fixture

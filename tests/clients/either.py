@@ -2,10 +2,12 @@
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 from stellarbyte_client.async_client import AsyncAdapters
+
+Connect = Callable[..., Any]  # the arguments of StellarByte; its methods
 
 
 class Blocking:

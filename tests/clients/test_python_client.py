@@ -17,9 +17,10 @@ import pytest
 import stellarbyte_client
 from stellarbyte_client import AsyncStellarByte, ConnectionFailed, Health, ServerError, StellarByte
 from stellarbyte_server.api.contract import adapter_objects, objects
-from tests.clients.conftest import ADMIN_KEY, USER_KEY, Connect, Stub
-from tests.clients.either import Blocking
+from tests.clients.either import Blocking, Connect
+from tests.clients.keys import ADMIN_KEY, USER_KEY
 from tests.support.fake_engine import CRASH, make_model_folder
+from tests.support.http_stub import Stub
 from tests.support.server_process import FAKE, ROOT, ServerProcess, running
 
 CHAT = [{"role": "user", "content": "the capital of France"}]

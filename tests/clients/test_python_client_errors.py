@@ -15,7 +15,9 @@ import pytest
 
 from stellarbyte_client import ConnectionFailed, ServerError, UnexpectedAnswer
 from stellarbyte_client.errors import server_error
-from tests.clients.conftest import ADMIN_KEY, LIMITED_KEY, USER_KEY, Connect, Stub
+from tests.clients.either import Connect
+from tests.clients.keys import ADMIN_KEY, LIMITED_KEY, USER_KEY
+from tests.support.http_stub import Stub
 from tests.support.server_process import ServerProcess, free_port
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import ADMIN_KEY, USER_KEY
+from tests.clients.keys import ADMIN_KEY, USER_KEY
 from tests.support.node_packages import copy_installed
 from tests.support.server_process import ROOT, ServerProcess
 

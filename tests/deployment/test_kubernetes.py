@@ -13,7 +13,7 @@ from stellarbyte_server.api.routes.health import router
 from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.engine.run.plan import concurrency_of
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
-from tests.deployment.metrics import GAUGES
+from tests.support.metric_names import GAUGES
 from tests.support.server_process import ROOT
 
 KUBERNETES = DOCKER / "kubernetes"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.deployment.files import DOCKER, read_yaml
-from tests.deployment.metrics import COUNTERS, GAUGES, HISTOGRAMS, series_in, wrong_with
+from tests.support.metric_names import COUNTERS, GAUGES, HISTOGRAMS, series_in, wrong_with
 from tests.support.server_process import ROOT
 
 ALERTS = DOCKER / "prometheus" / "alerts.yml"

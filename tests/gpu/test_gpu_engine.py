@@ -36,12 +36,12 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support import oracle
 from tests.support.adapters import RandomAdapter, random_adapter
 from tests.support.engine import ModelEngine, generated, make_request
+from tests.support.engine_core import VOCABULARY as BYTES
+from tests.support.engine_core import drain, model_core
 from tests.support.gpu_engine import GpuEngine, own_stream
 from tests.support.models import make_model, random_tokens
+from tests.support.schemas import SCHEMAS
 from tests.support.tiny_models import tiny_llama, tiny_mistral, tiny_qwen3
-from tests.unit.server.engine.grammar.test_requests import SCHEMAS, drain
-from tests.unit.server.engine.grammar.test_requests import VOCABULARY as BYTES
-from tests.unit.server.engine.test_answers import model_core
 
 pytestmark = pytest.mark.gpu
 

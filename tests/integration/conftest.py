@@ -10,8 +10,6 @@ from tests.integration.references import Reference, transformers_answers
 from tests.support.fake_engine import make_model_folder
 from tests.support.server_process import FAKE, REAL, ServerProcess, running
 
-MODEL_NAME = "SmolLM2-135M-Instruct"
-
 
 @pytest.fixture(scope="session")
 def demo_server() -> Iterator[ServerProcess]:

@@ -3,7 +3,7 @@
 import httpx
 import openai
 
-from tests.integration.conftest import MODEL_NAME
+from tests.integration.references import MODEL_NAME
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPT = "The sky is"

@@ -56,17 +56,6 @@ def error_of(answer: bytes) -> dict[str, str]:
     return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
 
 
-def resident_bytes(server: ServerProcess, name: str = "VmRSS") -> int:
-    status = Path(f"/proc/{server.process.pid}/status").read_text()
-    return int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) * 1024
-
-
-def peak_from_now_on(server: ServerProcess) -> int:
-    """What is resident; from now on VmHWM is the most there was since."""
-    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")
-    return resident_bytes(server)
-
-
 def open_files(server: ServerProcess) -> int:
     return sum(1 for _ in Path(f"/proc/{server.process.pid}/fd").iterdir())
 

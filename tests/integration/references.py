@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_config, load_model
 
+MODEL_NAME = "SmolLM2-135M-Instruct"  # under which the server offers it
 NUM_TOKENS = 64
 PROMPTS = [
     "The capital of France is",

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from tests.deployment.metrics import check_exposition
 from tests.support.adapter_server import NUM_TOKENS, PROMPT, KnownModel, completion
+from tests.support.metric_names import check_exposition
 from tests.support.server_process import FAKE, REAL, ServerProcess, running
 
 LONG = 400  # tokens; fits in the context of 512

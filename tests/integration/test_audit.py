@@ -231,7 +231,7 @@ SEEN = {
 def test_the_watch_sees_what_it_is_for_in_libraries_too(tmp_path: Path) -> None:
     """Else all of the above would pass with a hook that sees nothing."""
     imports = "contextlib, io, jinja2, marshal, os, pickle, socket, subprocess, urllib.request"
-    program = f"from tests import audit\nimport {imports}\naudit.install()\n"
+    program = f"from tests.support import audit\nimport {imports}\naudit.install()\n"
     program += "".join(f"with contextlib.suppress(OSError): {statement}\n" for statement in SEEN)
     program += "import this_module_is_made_of_a_file\n"
     (tmp_path / "this_module_is_made_of_a_file.py").write_text("exec('1')")

@@ -11,9 +11,9 @@ from langchain_core.messages import ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
-from tests.integration.conftest import MODEL_NAME
-from tests.integration.test_examples import run
+from tests.integration.references import MODEL_NAME
 from tests.support.node_packages import copy_installed
+from tests.support.over_http import run
 from tests.support.server_process import ROOT, free_port
 
 QUESTION = "What is the capital of France?"

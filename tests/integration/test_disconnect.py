@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.support.fake_engine import CRASH, SLOW
+from tests.support.over_http import wait_until_idle
 from tests.support.server_process import FAKE, ServerProcess, running
 
 
@@ -23,13 +24,6 @@ def post_and_leave(server: ServerProcess, body: dict, after_s: float) -> None:
         connection.sendall(head.encode() + content)
         if after_s:
             time.sleep(after_s)
-
-
-def wait_until_idle(server: ServerProcess, limit_s: float = 60) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
-        assert time.monotonic() < deadline_s, "requests of clients that left are still running"
-        time.sleep(0.05)
 
 
 def num_left(server: ServerProcess) -> int:

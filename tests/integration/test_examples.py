@@ -1,14 +1,7 @@
 """Commands that users are told to run, run against the real server; client programs: test_client_examples.py."""
 
-import os
-import subprocess
-
+from tests.support.over_http import run
 from tests.support.server_process import ROOT
-
-
-def run(url: str, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"STELLARBYTE_URL": url}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_the_curl_line_printed_at_start_works_as_it_is(demo_server) -> None:

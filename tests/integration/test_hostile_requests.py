@@ -14,10 +14,10 @@ from tests.integration.raw_http import (
     connect,
     open_files,
     read_all,
-    resident_bytes,
     statuses,
     wait_until_closed,
 )
+from tests.support.processes import resident_bytes
 from tests.support.server_process import FAKE, ServerProcess, running
 
 NUM_HOSTILE = 2000
@@ -125,11 +125,11 @@ def test_two_thousand_hostile_requests_leave_nothing_behind(server: ServerProces
     chance = random.Random(0)
     files_before = open_files(server)
     send_hostile(server, chance, AT_ONCE)  # what is made once is made
-    before = resident_bytes(server)
+    before = resident_bytes(server.process.pid)
     seen: Counter[int] = Counter()
     for _ in range(NUM_HOSTILE // AT_ONCE):
         seen += send_hostile(server, chance, AT_ONCE)
     assert seen[200] > NUM_HOSTILE / 10 and seen[400] > NUM_HOSTILE / 10 and seen[408] > NUM_HOSTILE / 100, seen
     assert_healthy(server)
     wait_until_closed(server, files_before)
-    assert resident_bytes(server) - before < GROWTH_LIMIT_BYTES
+    assert resident_bytes(server.process.pid) - before < GROWTH_LIMIT_BYTES

@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from tests.support.fake_engine import MAX_MODEL_LEN, REJECT
+from tests.support.over_http import assert_error
 from tests.support.server_process import FAKE, ServerProcess, running
-
-MODEL = "fake"
+from tests.support.server_process import FAKE_MODEL as MODEL
 
 
 def complete(server: ServerProcess, **fields) -> httpx.Response:
@@ -32,17 +32,6 @@ def events(response: httpx.Response) -> list:
         assert block.startswith("data: ")
         found.append(block[6:] if block == "data: [DONE]" else json.loads(block[6:]))
     return found
-
-
-def assert_error(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> dict:
-    assert response.status_code == status
-    (name,) = response.json()
-    error = response.json()[name]
-    assert name == "error"
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert (error["param"], error["code"]) == (param, code)
-    assert error["message"].endswith(".")
-    return error
 
 
 def test_a_completion_has_the_text_usage_and_identity(fake_server):

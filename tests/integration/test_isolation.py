@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from tests.integration.conftest import MODEL_NAME
-from tests.integration.references import PROMPTS
-from tests.integration.test_disconnect import wait_until_idle
+from tests.integration.references import MODEL_NAME, PROMPTS
+from tests.support.over_http import wait_until_idle
 
 NUM_CLIENTS = 16
 MAX_TOKENS = 24

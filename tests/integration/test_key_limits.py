@@ -68,9 +68,7 @@ def assert_rate_limited(answer: httpx.Response, used_at_s: float = -math.inf) ->
 
 def workers_of(server: ServerProcess) -> set[str]:
     """The HTTP processes that answered completions."""
-    return set(
-        re.findall(r"INFO (http(?:-\d)?) server.access: POST /v1/completions 200", server.log())
-    )
+    return set(re.findall(r"INFO (http(?:-\d)?) server.access: POST /v1/completions 200", server.log()))
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
@@ -254,7 +252,7 @@ def test_a_hangup_signal_reads_the_file_again(fake_model: str, tmp_path: Path, w
         wait_for(lambda: statuses(server) == {"key-alice": {401}, "key-bob": {200}, "key-admin": {200}})
         keys_file(tmp_path, "[alice]\nkey = 'key-alice")
         os.kill(server.process.pid, signal.SIGHUP)
-        wait_for(lambda: "the keys stay as they were" in server.log())
+        wait_for(lambda: "keeping the previous keys" in server.log())
         assert statuses(server) == {"key-alice": {401}, "key-bob": {200}, "key-admin": {200}}
         assert server.log().count("ERROR") == 1
         keys_file(tmp_path, bob.replace("\n", "\nmodels = []\n", 1))

@@ -11,9 +11,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.deployment.metrics import check_exposition
-from tests.integration.test_http_workers import engine_pid, get_often, worker_pids
 from tests.support.fake_engine import CRASH, HANG, REJECT, SLOW
+from tests.support.metric_names import check_exposition
+from tests.support.over_http import get_often
+from tests.support.processes import engine_pid, worker_pids
 from tests.support.server_process import FAKE, ServerProcess, running
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -11,8 +11,8 @@ import openai
 import pydantic
 import pytest
 
-from tests.integration.conftest import MODEL_NAME
 from tests.integration.openai_client import QUESTION, chat, strict_client
+from tests.integration.references import MODEL_NAME
 
 WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 

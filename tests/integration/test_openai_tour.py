@@ -9,8 +9,8 @@ import math
 import openai
 import pytest
 
-from tests.integration.conftest import MODEL_NAME
 from tests.integration.openai_client import QUESTION, chat, complete, lenient, post, strict_client, token_ids
+from tests.integration.references import MODEL_NAME
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,7 @@ import httpx
 import pytest
 import torch
 
-from tests.integration.conftest import MODEL_NAME
-from tests.integration.references import PROMPTS, transformers_model
+from tests.integration.references import MODEL_NAME, PROMPTS, transformers_model
 
 LONG = " ".join(PROMPTS) * 2  # several chunks of a prompt that is scored
 UNICODE = "Ein naïver Café-Besuch 漢字 👋🏽 – fin.\n\tEnde"

@@ -4,8 +4,7 @@ import httpx
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
-from tests.integration.test_startup_errors import the_error_line
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.server_process import REAL, ServerProcess, running, the_error_line
 from tests.support.tiny_models import tiny_llama
 
 

@@ -29,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
 from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.contract.operation import Operation
 from stellarbyte_server.api.endpoints import OPERATIONS
-from tests.integration.test_http_api import MODEL
+from tests.support.server_process import FAKE_MODEL as MODEL
 from tests.support.server_process import ServerProcess
 
 CHECKS = [

@@ -7,18 +7,7 @@ import time
 import pytest
 
 from tests.support.fake_engine import make_model_folder
-from tests.support.server_process import FAKE, REAL, ServerProcess, free_port
-
-
-def the_error_line(server: ServerProcess) -> str:
-    """The one line a failed start prints for the user."""
-    assert server.wait(60) in (1, 2)
-    log = server.log()
-    assert "Traceback" not in log
-    lines = log.splitlines()
-    assert lines[-1].startswith("error: ")
-    assert sum(line.startswith("error: ") for line in lines) == 1
-    return lines[-1]
+from tests.support.server_process import FAKE, REAL, ServerProcess, free_port, the_error_line
 
 
 @pytest.mark.parametrize(

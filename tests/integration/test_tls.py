@@ -9,9 +9,8 @@ import httpx
 import openai
 import pytest
 
-from tests.integration.test_startup_errors import the_error_line
 from tests.support.certificates import make_certificate
-from tests.support.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.server_process import FAKE, REAL, ServerProcess, running, the_error_line
 
 
 @pytest.fixture
@@ -54,8 +53,8 @@ def test_certificates_that_cannot_be_used_stop_the_start_with_one_line(tmp_path:
         (["--ssl-keyfile", str(key)], "--ssl-keyfile needs --ssl-certfile"),
         (["--ssl-certfile", str(certificate)], "PEM files of a certificate and an RSA or EC key are needed"),
         (["--ssl-certfile", str(certificate), "--ssl-keyfile", str(other_key)], "the key is that of another"),
-        (["--ssl-certfile", str(locked), "--ssl-keyfile", str(locked_key)], "the key has a password"),
-        (["--root-path", "llm/"], "--root-path: 'llm/' is not a path such as /llm"),
+        (["--ssl-certfile", str(locked), "--ssl-keyfile", str(locked_key)], "the key is encrypted with a password"),
+        (["--root-path", "llm/"], "--root-path: 'llm/' must be a path such as /llm"),
     ]
     servers = [ServerProcess(REAL, *flags) for flags, _ in cases]
     try:

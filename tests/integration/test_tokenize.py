@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.integration.test_http_api import MODEL, assert_error
 from tests.support.fake_engine import MAX_MODEL_LEN, make_tokenizer
+from tests.support.over_http import assert_error
 from tests.support.server_process import FAKE, running
+from tests.support.server_process import FAKE_MODEL as MODEL
 
 START, END = make_tokenizer().token_to_id("<|im_start|>"), make_tokenizer().token_to_id("<|im_end|>")
 CHAT = [{"role": "user", "content": "hi"}]

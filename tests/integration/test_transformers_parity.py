@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from tests.integration.conftest import MODEL_NAME
-from tests.integration.references import NUM_TOKENS, PROMPTS
+from tests.integration.references import MODEL_NAME, NUM_TOKENS, PROMPTS
 
 NEAR_TIE = 1e-3
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.reliability.test_corrupt_adapters import resident_bytes
 from tests.support.adapter_server import NUM_TOKENS, KnownModel, completion
+from tests.support.processes import resident_bytes
 from tests.support.server_process import REAL, ServerProcess, running
 
 NUM_ADAPTERS, NUM_SLOTS, NUM_CLIENTS = 64, 4, 32

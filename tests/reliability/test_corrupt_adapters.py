@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
+from tests.support.bad_adapters import REFUSED, write_adapter
+from tests.support.processes import resident_bytes
 from tests.support.server_process import REAL, running
 from tests.support.tiny_models import END, tiny_tokenizer
-from tests.unit.lora.test_peft_refusals import REFUSED, write_adapter
 
 MAX_GROWTH_BYTES = 16 * 2**20
 NUM_TOKENS = 20
@@ -62,10 +63,6 @@ class Traffic:
         self._stop.set()
         self._thread.join()
         self._http.close()
-
-
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 @pytest.fixture

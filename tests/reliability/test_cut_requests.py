@@ -14,10 +14,10 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.support.processes import held_by, settled
 from tests.support.server_process import REAL, ServerProcess, running
 
 AT_ONCE = 64
@@ -36,24 +36,6 @@ def server(tiny_model: str) -> Iterator[ServerProcess]:
     flags = ["--api-key", KEY, "--cors-origin", "https://chat.example", "--max-num-seqs", "16"]
     with running(REAL, "--model", tiny_model, *flags) as process:
         yield process
-
-
-def held_by(server: ServerProcess) -> dict[str, int]:
-    """Descriptors and threads of both processes."""
-    held = {}
-    for name, pid in (("http", server.process.pid), ("engine", server.engine_pid())):
-        held[f"{name} descriptors"] = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        held[f"{name} threads"] = len(list(Path(f"/proc/{pid}/task").iterdir()))
-    return held
-
-
-def settled(server: ServerProcess) -> dict[str, int]:
-    """`held_by`, when what was closed a moment ago is gone."""
-    held, before = held_by(server), {}
-    while held != before:
-        time.sleep(1)
-        held, before = held_by(server), held
-    return held
 
 
 def left_over(server: ServerProcess, before: dict[str, int]) -> dict[str, float]:

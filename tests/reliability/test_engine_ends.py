@@ -15,9 +15,8 @@ import httpx
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
-from tests.integration.test_http_workers import child_pids
 from tests.reliability.load import Ended, Progress, ask
-from tests.reliability.test_shutdown import descendants, is_alive
+from tests.support.processes import child_pids, descendants, is_alive
 from tests.support.server_process import REAL, ServerProcess, running
 from tests.support.tiny_models import tiny_llama
 

@@ -22,6 +22,7 @@ from tests.support.adapter_server import PROMPT, KnownModel
 from tests.support.engine import ModelEngine, make_request
 from tests.support.faulty_engine import FAULTY_COPY, FAULTY_READ, PLANTED, Fault
 from tests.support.faulty_server import UNREADABLE, UNSENDABLE
+from tests.support.over_http import wait_until_idle
 from tests.support.server_process import ServerProcess, running
 
 NUM_NEIGHBOURS, NUM_TOKENS = 8, 40
@@ -158,13 +159,6 @@ def test_only_the_request_with_the_fault_fails(server: ServerProcess, folder: Fo
     wait_until_idle(server)
     took_s = time.perf_counter() - started_s
     print(f"{place}: {number} faults, {neighbours.num_answers} neighbours' answers all the same, {took_s:.1f} s")
-
-
-def wait_until_idle(server: ServerProcess, limit_s: float = 60) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
-        assert time.monotonic() < deadline_s, "something is held by requests that are over"
-        time.sleep(0.05)
 
 
 def test_a_swap_of_tokens_would_be_noticed(server: ServerProcess, folder: Folder) -> None:

@@ -4,12 +4,10 @@ Run with `--slow` for the long form (20 times); without it there are two.
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +15,7 @@ import pytest
 
 from tests.reliability.load import Ended, Progress, ask
 from tests.support.fake_engine import SLOW, make_model_folder
+from tests.support.processes import descendants, is_alive
 from tests.support.server_process import FAKE, ServerProcess
 
 SHORT, LONG = 100, 100_000  # tokens: with 20 ms for each 2 s, and longer than any shutdown waits
@@ -46,20 +45,6 @@ def a_body(number: int, max_tokens: int, **fields: Any) -> dict[str, Any]:
 def expected_text(number: int) -> str:
     script = f"{SLOW} {number:02} "
     return (script * SHORT)[:SHORT]
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below one."""
-    with contextlib.suppress(FileNotFoundError):
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return [*children, *(below for child in children for below in descendants(child))]
-    return []
-
-
-def is_alive(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    return False
 
 
 async def newcomers(url: str, told_at_s: float, server: ServerProcess) -> list[tuple[float, str]]:

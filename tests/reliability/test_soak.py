@@ -9,13 +9,13 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.reliability.test_cut_requests import settled
 from tests.support.adapter_server import NUM_TOKENS, KnownModel, completion
+from tests.support.over_http import wait_until_idle
+from tests.support.processes import resident_bytes, settled
 from tests.support.server_process import REAL, ServerProcess, running
 
 NUM_CLIENTS = 12
@@ -114,18 +114,9 @@ async def soak(server: ServerProcess, texts: dict[str, str], seconds: float) -> 
         return state
 
 
-def resident_bytes(server: ServerProcess) -> int:
-    """Of both processes."""
-    pids = (server.process.pid, server.engine_pid())
-    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in pids)
-
-
-def wait_until_idle(server: ServerProcess, limit_s: float = 10) -> None:
-    deadline_s = time.monotonic() + limit_s
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    while left := {name: value for name in names if (value := server.metric(name))}:
-        assert time.monotonic() < deadline_s, left
-        time.sleep(0.05)
+def resident(server: ServerProcess) -> int:
+    """Bytes of both processes."""
+    return resident_bytes(server.process.pid) + resident_bytes(server.engine_pid())
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +137,11 @@ def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
     flags, texts = known
     with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
         asyncio.run(soak(server, texts, WARM_UP_SHARE * seconds))
-        held, size = settled(server), resident_bytes(server)
+        held, size = settled(server), resident(server)
         state = asyncio.run(soak(server, texts, (1 - WARM_UP_SHARE) * seconds))
-        wait_until_idle(server)
+        wait_until_idle(server, limit_s=10)
         more = {name: count - held[name] for name, count in settled(server).items()}
-        growth = resident_bytes(server) - size
+        growth = resident(server) - size
         log = server.log()
     print(
         f"\n{state.right.total()} right, {len(state.wrong)} wrong, {state.left.total()} left,"

@@ -21,7 +21,7 @@ from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.adapters import NO_FILES, RandomAdapter
 from tests.support.engine import generated, is_complete, make_request, make_scheduler
-from tests.unit.server.engine.test_answers import make_core
+from tests.support.engine_core import make_core
 
 
 @contextmanager

@@ -8,6 +8,24 @@ import torch
 from stellarbyte import ByteModelConfig, ByteTransformer
 
 VOCABULARY = 97
+W = 12  # the window of those that have one
+VARIANTS = {
+    "llama": {"use_xpos": False, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "mistral": {"use_xpos": False, "sliding_window": W},
+    "qwen2": {
+        "use_xpos": False,
+        "attention_bias": True,
+        "sliding_window": W,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "qwen3": {"use_xpos": False, "qk_norm": True, "tie_word_embeddings": True},
+    "xpos": {"hidden_act": "gelu"},
+    "xpos window sinks": {"sliding_window": W, "sink_tokens": 4, "hidden_act": "gelu_tanh"},
+    "layer scale": {"layer_scale_init": 0.1},
+    "parallel": {"parallel_residual": True, "layer_scale_init": 0.1},
+    "deepnorm": {"deepnorm": True},
+    "deepnorm parallel": {"deepnorm": True, "parallel_residual": True},
+}
 
 
 def make_config(**overrides: Any) -> ByteModelConfig:

@@ -15,6 +15,7 @@ import httpx
 
 ROOT = Path(__file__).parent.parent.parent
 FAKE = "tests.support.fake_server"  # the real HTTP process in front of the fake engine
+FAKE_MODEL = "fake"  # the name of the fake engine's model
 REAL = "stellarbyte_server"
 
 
@@ -97,3 +98,14 @@ def running(module: str, *flags: str, limit_s: float = 30) -> Iterator[ServerPro
         yield server.wait_ready(limit_s)
     finally:
         server.stop()
+
+
+def the_error_line(server: ServerProcess) -> str:
+    """The one line a failed start prints for the user."""
+    assert server.wait(60) in (1, 2)
+    log = server.log()
+    assert "Traceback" not in log
+    lines = log.splitlines()
+    assert lines[-1].startswith("error: ")
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    return lines[-1]

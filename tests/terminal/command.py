@@ -1,10 +1,12 @@
 """The `stellarbyte` command run in this process, which has imported already what each start would import anew."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from stellarbyte.cli.main import main
+from tests.support.server_process import ServerProcess
 
 
 @dataclass(frozen=True)
@@ -22,3 +24,9 @@ class Command:
         self._capsys.readouterr()
         status = main(list(arguments))
         return Result(status, *self._capsys.readouterr())
+
+
+@dataclass
+class Adapted:
+    server: ServerProcess
+    folder: Path  # --adapter-dir, with the adapters a0 and a1 of a tiny model

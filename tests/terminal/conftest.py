@@ -1,15 +1,13 @@
 """Servers that are talked to from terminals, each started once for all tests here."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from tests.support.adapter_server import KnownModel
 from tests.support.fake_engine import make_model_folder
 from tests.support.server_process import FAKE, REAL, ServerProcess, running
-from tests.terminal.command import Command
+from tests.terminal.command import Adapted, Command
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +31,6 @@ def fake_server(fake_model: str) -> Iterator[ServerProcess]:
     """Answers repeat the conversation, as the template writes it, without end."""
     with running(FAKE, "--model", fake_model) as server:
         yield server
-
-
-@dataclass
-class Adapted:
-    server: ServerProcess
-    folder: Path  # --adapter-dir, with the adapters a0 and a1 of a tiny model
 
 
 @pytest.fixture(scope="session")

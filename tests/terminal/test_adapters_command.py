@@ -7,9 +7,8 @@ import httpx
 import pytest
 
 from tests.support.server_process import FAKE, running
-from tests.terminal.command import Command, Result
-from tests.terminal.conftest import Adapted
-from tests.terminal.screen import CTRL_C, Terminal
+from tests.support.terminal import CTRL_C, Terminal
+from tests.terminal.command import Adapted, Command, Result
 
 
 def test_adapters_are_loaded_listed_replaced_and_unloaded(stellarbyte: Command, adapted: Adapted) -> None:

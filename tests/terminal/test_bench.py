@@ -11,10 +11,9 @@ from stellarbyte_client.terminal.bench import make_row, percentiles_ms
 from stellarbyte_client.terminal.connection import Connection
 from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
 from tests.support.server_process import ServerProcess
-from tests.terminal.command import Command, Result
-from tests.terminal.conftest import Adapted
+from tests.support.terminal import CTRL_C, Terminal
+from tests.terminal.command import Adapted, Command, Result
 from tests.terminal.failing_server import Prepared, answering
-from tests.terminal.screen import CTRL_C, Terminal
 
 SIZES = ["--requests", "6", "--prompt-tokens", "20", "--max-tokens", "10"]
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.support.fake_engine import SLOW
 from tests.support.server_process import FAKE, ServerProcess, free_port
-from tests.terminal.conftest import Adapted
-from tests.terminal.screen import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
+from tests.support.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
+from tests.terminal.command import Adapted
 
 PROMPT = r"^❯$"  # an empty line waits for a question
 FIGURES = r"\d+ tokens · (\S+ tokens/s · )?first after \S+ s · \d+ of \d+ prompt tokens cached"

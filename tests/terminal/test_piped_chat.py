@@ -11,9 +11,9 @@ import pytest
 
 from tests.support.fake_engine import SLOW
 from tests.support.server_process import ROOT, ServerProcess
+from tests.support.terminal import CTRL_C, LIMIT_S, Terminal
 from tests.terminal.command import Command, Result
 from tests.terminal.failing_server import Prepared, answering, text_event
-from tests.terminal.screen import CTRL_C, LIMIT_S, Terminal
 
 
 def piped(command: str) -> tuple[int, str, str]:

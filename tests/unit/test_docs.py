@@ -1,5 +1,6 @@
 """What the documents say is there: links lead somewhere, flags exist, both languages show the same commands."""
 
+import importlib
 import itertools
 import re
 import shlex
@@ -14,16 +15,8 @@ from stellarbyte.cli.arguments import make_parser
 from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
+from tests.support.pages import PAGES, TRANSLATED, name_of
 from tests.support.server_process import ROOT
-
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/**/*.md", "clients/**/*.md")
-    for path in ROOT.glob(pattern)
-    if "node_modules" not in path.parts
-)
-TRANSLATED = [(path, path.with_name(path.name.replace(".zh.md", ".md"))) for path in PAGES if path.match("*.zh.md")]
-TRANSLATED.append((ROOT / "README.zh-CN.md", ROOT / "README.md"))
 
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
@@ -31,10 +24,6 @@ _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
 _COMMAND = re.compile(r"(?:^ *|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
 _OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m stellarbyte_server)\b[^\n`]*")
-
-
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
 
 
 def text_without_code(path: Path) -> str:
@@ -88,6 +77,18 @@ def test_translated_pages_link_to_translated_pages() -> None:
     for page, _ in TRANSLATED:
         _, *links = _LINK.findall(text_without_code(page))  # the first one leads to the English page
         assert [target for target, _ in links if Path(target).name in translated] == [], page
+
+
+def test_the_path_of_a_completion_names_at_most_12_modules_that_can_be_imported() -> None:
+    def files(page: str, heading: str) -> list[str]:
+        section = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+        return re.findall(r"(?m)^\d+\. `(\S+)\.py`", section.partition("\n## ")[0])
+
+    path = files("how-it-works.md", "The path of a completion")
+    assert 0 < len(path) <= 12
+    for file in path:
+        importlib.import_module("stellarbyte_server." + file.replace("/", "."))
+    assert files("how-it-works.zh.md", "一次补全的路径") == path
 
 
 def test_the_tables_of_flags_have_all_of_them_with_their_variables() -> None:

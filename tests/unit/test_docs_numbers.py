@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.documented_figures import Block, blocks_of, numbers_in, problems_of, results_linked
+from tests.support.pages import TRANSLATED, name_of
 from tests.support.server_process import ROOT
-from tests.unit.test_docs import TRANSLATED, name_of
 
 RESULTS = ROOT / "benchmarks" / "results"
 TRANSLATIONS = [translation for translation, _ in TRANSLATED]

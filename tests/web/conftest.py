@@ -1,25 +1,20 @@
 """A browser for the tests of the pages, and the servers that they are of. Whatever a page does, it is watched."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
 from tests.support.adapters import write_adapter
+from tests.support.chat_page import ADMIN_KEY, API_KEY, OpenPage, WatchedPage
 from tests.support.fake_engine import make_model_folder
 from tests.support.server_process import FAKE, REAL, ServerProcess, running
 from tests.support.tiny_models import tiny_llama
 from tests.web.chromium import FLAGS, find_chromium
-
-API_KEY, ADMIN_KEY = "key-of-a-user", "key-of-the-operator"
-LIMIT_MS = 20_000
-
-OpenPage = Callable[..., "WatchedPage"]
 
 
 @pytest.fixture(scope="package")
@@ -31,35 +26,6 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser
         browser.close()
-
-
-class WatchedPage:
-    """A page of one server, and everything that was wrong with it."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.page = page
-        self.url = url
-        self.wrong: list[str] = []
-        self.expected: list[str] = []  # patterns of what a test is about
-        page.set_default_timeout(LIMIT_MS)
-        page.on("console", self._on_console)
-        page.on("pageerror", lambda error: self._note(f"uncaught: {error}"))
-        page.on("request", self._on_request)
-        page.on("popup", lambda popup: self._note(f"a window opened: {popup.url}"))
-        page.on("dialog", lambda dialog: self._note(f"a dialog: {dialog.message}"))
-
-    def _note(self, what: str) -> None:
-        if not any(re.search(pattern, what) for pattern in self.expected):
-            self.wrong.append(what)
-
-    def _on_console(self, message: ConsoleMessage) -> None:
-        """Errors, and what the browser says of the content security policy."""
-        if message.type in ("error", "warning"):
-            self._note(f"{message.type}: {message.text}")
-
-    def _on_request(self, request: Request) -> None:
-        if not request.url.startswith((f"{self.url}/", "data:")):
-            self._note(f"another origin: {request.url}")
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.support.chat_page import LIMIT_MS, OpenPage
 from tests.support.server_process import ServerProcess
-from tests.web.conftest import LIMIT_MS, OpenPage
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France?"

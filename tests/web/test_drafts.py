@@ -3,9 +3,8 @@
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from tests.support.chat_page import LIMIT_MS, OpenPage, ask
 from tests.support.server_process import ServerProcess
-from tests.web.conftest import LIMIT_MS, OpenPage
-from tests.web.test_failures import ask
 
 expect.set_options(timeout=LIMIT_MS)
 DRAFT = "a long and thoughtful edit"

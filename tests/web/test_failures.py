@@ -6,24 +6,10 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from tests.support.chat_page import API_KEY, GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
 from tests.support.server_process import FAKE, ServerProcess, running
-from tests.web.conftest import API_KEY, LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)
-# What the browser itself writes for an answer that is an error, or for none.
-STATUS_IN_CONSOLE = r"Failed to load resource: the server responded with a status of (4\d\d|5\d\d)"
-GONE_IN_CONSOLE = r"Failed to load resource: net::ERR_"
-
-
-def ask(page: Page, question: str, max_tokens: int | None = None) -> None:
-    if max_tokens is not None:
-        if page.locator("#settings").is_hidden():
-            page.click("#settings-toggle")
-        page.fill("#sampling-max_tokens", str(max_tokens))
-        page.click("#settings-close")
-    expect(page.locator("#connection")).to_have_text("Ready")
-    page.fill("#question", question)
-    page.press("#question", "Enter")
 
 
 @pytest.mark.parametrize("way", ["button", "Escape"])

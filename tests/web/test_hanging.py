@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.support.chat_page import GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
 from tests.support.server_process import FAKE, ServerProcess, running
-from tests.web.conftest import LIMIT_MS, OpenPage
-from tests.web.test_failures import GONE_IN_CONSOLE, STATUS_IN_CONSOLE, ask
 
 expect.set_options(timeout=LIMIT_MS)
 SILENT = re.compile(r"^Nothing has come for \d+ s\. The server may be busy, or may hang; Stop ends the wait\.$")

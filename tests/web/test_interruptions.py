@@ -4,9 +4,8 @@ import re
 
 from playwright.sync_api import expect
 
+from tests.support.chat_page import LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
 from tests.support.server_process import ServerProcess
-from tests.web.conftest import LIMIT_MS, OpenPage
-from tests.web.test_failures import STATUS_IN_CONSOLE, ask
 
 expect.set_options(timeout=LIMIT_MS)
 

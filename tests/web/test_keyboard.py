@@ -6,9 +6,8 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.support.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage, ask
 from tests.support.server_process import ServerProcess
-from tests.web.conftest import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
-from tests.web.test_failures import ask
 
 expect.set_options(timeout=LIMIT_MS)
 BOTH = {"key": API_KEY, "admin-key": ADMIN_KEY}

@@ -6,8 +6,8 @@ import math
 import pytest
 from playwright.sync_api import Page, Route, expect
 
+from tests.support.chat_page import LIMIT_MS, OpenPage
 from tests.support.server_process import ServerProcess
-from tests.web.conftest import LIMIT_MS, OpenPage
 
 expect.set_options(timeout=LIMIT_MS)
 TEXT = "# Answer\n\n- It is **Paris**."

@@ -118,12 +118,12 @@ def read_keys(settings: ServerSettings) -> tuple[Key, ...]:
                 logger.warning("--keys: every user of this machine can read %s; chmod o-r it", settings.keys)
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
-            raise SettingsError(f"it has more than {_MAX_FILE_BYTES} bytes")
+            raise SettingsError(f"the file is larger than {_MAX_FILE_BYTES} bytes")
         return parse_keys(content.decode(), taken=keys_of_flags(settings))
     except OSError as error:
         raise SettingsError(f"--keys: cannot read {settings.keys}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"--keys: {settings.keys}: it is not UTF-8") from None
+        raise SettingsError(f"--keys: {settings.keys}: the file is not UTF-8") from None
     except SettingsError as error:
         raise SettingsError(f"--keys: {settings.keys}: {error}") from None
 
@@ -133,7 +133,7 @@ def read_keys_again(settings: ServerSettings, present: Sequence[Key]) -> tuple[K
     try:
         keys = read_keys(settings)
     except SettingsError as error:
-        logger.error("%s; the keys stay as they were", error)
+        logger.error("%s; keeping the previous keys", error)
         return tuple(present)
     if keys != tuple(present):
         logger.info("--keys: read %d keys from %s", len(keys), settings.keys)
@@ -156,14 +156,14 @@ def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         place = re.search(r"\(at .*\)$", str(error))  # what comes before it may show a part of a key
-        raise SettingsError(f"it is not valid TOML {'' if place is None else place[0]}".rstrip()) from None
+        raise SettingsError(f"invalid TOML {'' if place is None else place[0]}".rstrip()) from None
     names: dict[str, str] = {}  # in small letters → as in the file
     owners = {key.digest: key.name for key in taken}
     keys: list[Key] = []
     for name, table in tables.items():
         key = _key(name, table)
         if (other := names.setdefault(name.lower(), name)) != name:
-            raise SettingsError(f"[{other}] and [{name}] differ only in small and capital letters")
+            raise SettingsError(f"[{other}] and [{name}] differ only in case")
         if key.digest in owners:
             raise SettingsError(f"{owners[key.digest]!r} and {name!r} have the same key")
         owners[key.digest] = name
@@ -174,15 +174,15 @@ def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
 def _key(name: str, table: Any) -> Key:
     if not isinstance(table, dict):
         # Not named: `key = "…"` above all tables would be one, but so would a key in place of a field's name.
-        raise SettingsError("every line must be in a table such as [alice], whose name names the key")
+        raise SettingsError("every line must be in a table such as [alice], named after the key")
     if _NAME.fullmatch(name) is None:
-        raise SettingsError(f"[{name[:64]!r}] is not a name of 1 to 64 letters, digits and . _ -")
+        raise SettingsError(f"[{name[:64]!r}] must be a name of 1 to 64 letters, digits and . _ -")
     if _OF_FLAGS.fullmatch(name) is not None:  # given or not: one day it may be, and old lines of the log stay
-        raise SettingsError(f"[{name}] is a name of keys that are given as flags; choose another")
+        raise SettingsError(f"[{name}] is reserved for keys given as flags; choose another name")
     for field in table:
         if field not in _FIELDS:
             shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # else it may be a misplaced key
-            raise SettingsError(f"[{name}] has an unknown field{shown}; there are {', '.join(_FIELDS)}")
+            raise SettingsError(f"[{name}] has an unknown field{shown}; known fields are {', '.join(_FIELDS)}")
     limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
     lowest, highest = _priorities(name, table)
     return Key(
@@ -200,14 +200,14 @@ def _key(name: str, table: Any) -> Key:
 
 def _digest_of(name: str, table: dict[str, Any]) -> str:
     if ("key" in table) == ("sha256" in table):
-        raise SettingsError(f"[{name}] needs either 'key' or 'sha256'")
+        raise SettingsError(f"[{name}] must have either 'key' or 'sha256'")
     if "sha256" in table:
         digest = table["sha256"]
         if not isinstance(digest, str) or re.fullmatch(r"[0-9A-Fa-f]{64}", digest) is None:
-            raise SettingsError(f"[{name}] sha256 must be a text of 64 hexadecimal digits")
+            raise SettingsError(f"[{name}] sha256 must be a string of 64 hexadecimal digits")
         return digest.lower()
     if not isinstance(table["key"], str):
-        raise SettingsError(f"[{name}] key must be a text")
+        raise SettingsError(f"[{name}] key must be a string")
     try:
         return _digest(secret(table["key"]))
     except SettingsError as error:
@@ -218,7 +218,7 @@ def _models(name: str, given: Any) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(model, str) and model for model in given):
         raise SettingsError(f"[{name}] models must be a list of names")
     if len(set(given)) < len(given):
-        raise SettingsError(f"[{name}] models has a name twice")
+        raise SettingsError(f"[{name}] models contains a duplicate name")
     return tuple(given)
 
 
@@ -226,9 +226,9 @@ def _priorities(name: str, table: dict[str, Any]) -> tuple[int, int]:
     lowest, highest = (table.get(field, default) for field, default in _PRIORITIES.items())
     for field, value in zip(_PRIORITIES, (lowest, highest), strict=True):
         if type(value) is not int or abs(value) > MAX_PRIORITY:
-            raise SettingsError(f"[{name}] {field} must be a whole number between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+            raise SettingsError(f"[{name}] {field} must be an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}")
     if lowest > highest:
-        raise SettingsError(f"[{name}] min_priority is more than max_priority")
+        raise SettingsError(f"[{name}] min_priority must be ≤ max_priority")
     return lowest, highest
 
 
@@ -240,7 +240,7 @@ def _share(name: str, given: Any) -> str:
 
 def _limit(name: str, field: str, given: Any) -> int:
     if type(given) is not int or not 1 <= given <= _MAX_LIMIT:
-        raise SettingsError(f"[{name}] {field} must be a whole number between 1 and {_MAX_LIMIT}")
+        raise SettingsError(f"[{name}] {field} must be an integer from 1 to {_MAX_LIMIT}")
     return given
 
 

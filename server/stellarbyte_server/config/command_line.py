@@ -1,4 +1,4 @@
-"""Settings out of flags and environment variables: the flag wins. Knows the settings by their fields only."""
+"""Parse settings from flags and environment variables; a flag overrides its variable."""
 
 import argparse
 import dataclasses
@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback, switch
 from stellarbyte_server.config.settings import DEMO_MODEL, EngineSettings, ServerSettings
 
-OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache's folder, and of clients
-# What Kubernetes tells containers of a Service whose name begins so.
+OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # the cache folder, and clients
+# Kubernetes sets these for a Service whose name begins so.
 _SERVICE_LINK = re.compile(r"STELLARBYTE_([A-Z0-9_]+_)?(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_\d+_.*)?)")
 
 
@@ -32,7 +32,7 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
 
 
 def off_flag_of(field: dataclasses.Field[Any]) -> str | None:
-    """What turns a switch off; None for what is no switch."""
+    """The flag that turns a switch off; None for other fields."""
     return flag_of(field).replace("--", "--no-", 1) if field.metadata["parse"] is switch else None
 
 
@@ -41,7 +41,7 @@ def variable_of(field: dataclasses.Field[Any]) -> str:
 
 
 def help_of(field: dataclasses.Field[Any]) -> str:
-    """What `--help` says of a flag, with its default."""
+    """The help text of a flag, with its default."""
     text: str = field.metadata["help"]
     default = DEMO_MODEL if field.name == "model" else field.default
     return text if default in (None, (), "") or "(default:" in text else f"{text} (default: {default})"
@@ -51,7 +51,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="stellarbyte-server",
         description="Serve a model over an OpenAI-compatible HTTP API.",
-        epilog="Each flag is also an environment variable: --port is STELLARBYTE_PORT. The flag wins.",
+        epilog="Each flag is also an environment variable: --port is STELLARBYTE_PORT. Flags override variables.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -66,27 +66,27 @@ def _make_parser() -> argparse.ArgumentParser:
                 group.add_argument(flag, metavar=field.metadata["metavar"], help=text)
             else:
                 group.add_argument(flag, dest=field.name, action="store_const", const="true", help=text)
-                group.add_argument(off, dest=field.name, action="store_const", const="false", help="do not")
+                group.add_argument(off, dest=field.name, action="store_const", const="false", help=f"disable {flag}")
     return parser
 
 
 def _shown(others: Sequence[str], arguments: Sequence[str]) -> str:
-    """Arguments that nobody asked for, without what may be a key: the value of a misspelt flag, or half a key."""
+    """Unrecognized arguments, without possible keys: the value of a misspelt flag, or half a key."""
     names = [text.partition("=")[0] for text in others if text.startswith("--")]
     if names:
         return " ".join(names)
     secret_flags = {flag_of(field) for field in options(ServerSettings) if field.metadata["is_secret"]}
     if any(argument.partition("=")[0] in secret_flags for argument in arguments):
-        return f"{len(others)} that follow no flag"
+        return f"{len(others)} without a flag"
     return " ".join(others)
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    """SettingsError when a variable looks like a setting and is none: a misspelt key would leave the server open."""
+    """SettingsError for an unknown STELLARBYTE_ variable: a misspelt key would leave the server open."""
     known = {variable_of(field) for _, settings_class in GROUPS for field in options(settings_class)}
     for name in sorted(environment.keys() - known - OTHER_VARIABLES):
         if name.startswith("STELLARBYTE_") and _SERVICE_LINK.fullmatch(name) is None:
-            raise SettingsError(f"{name}: there is no such setting (--help lists the flags)")
+            raise SettingsError(f"{name}: unknown setting (--help lists the flags)")
 
 
 def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
@@ -122,18 +122,18 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     settings = ServerSettings(engine=engine, **values(ServerSettings))
     if engine.max_cpu_loras is not None and engine.max_cpu_loras <= engine.max_loras:
         raise SettingsError(
-            f"--max-cpu-loras: {engine.max_cpu_loras} is not more than --max-loras ({engine.max_loras})"
+            f"--max-cpu-loras: {engine.max_cpu_loras} must be greater than --max-loras ({engine.max_loras})"
         )
     if settings.context_overflow == "slide" and not settings.allow_slide:
-        raise SettingsError("--no-allow-slide: --context-overflow slide lets every request slide")
+        raise SettingsError("--no-allow-slide: contradicts --context-overflow slide")
     if settings.model_name in dict(engine.lora_modules):
-        raise SettingsError(f"--lora-modules: {settings.model_name!r} is the name of the model itself")
+        raise SettingsError(f"--lora-modules: {settings.model_name!r} is already the name of the model")
     if settings.admin_api_key is not None and settings.admin_api_key in settings.api_key:
-        raise SettingsError("--admin-api-key: the key is one of --api-key")
+        raise SettingsError("--admin-api-key: must differ from every --api-key")
     if settings.allow_local_admin and (settings.api_key or settings.keys or settings.admin_api_key):
-        raise SettingsError("--allow-local-admin: it is for servers without keys; with keys, --admin-api-key does this")
+        raise SettingsError("--allow-local-admin: only for servers without keys; use --admin-api-key")
     if settings.allow_local_admin and not is_loopback(settings.host):
         raise SettingsError(
-            f"--allow-local-admin: --host {settings.host} is not this machine's loopback; use --admin-api-key"
+            f"--allow-local-admin: --host {settings.host} is not a loopback address; use --admin-api-key"
         )
     return settings

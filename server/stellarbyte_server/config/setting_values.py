@@ -1,4 +1,4 @@
-"""What the values of flags and variables may be: each function makes a value of a text, or says what would be right."""
+"""Parsers of setting values. Each takes the text of a flag or variable and raises SettingsError."""
 
 import ipaddress
 import re
@@ -19,8 +19,8 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
         if value is None or value < minimum or (maximum is not None and value > maximum):
-            limit = f"of at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
-            raise SettingsError(f"{text!r} is not a whole number {limit}")
+            limit = f"≥ {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise SettingsError(f"{text!r} must be an integer {limit}")
         return value
 
     return parse
@@ -29,7 +29,7 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
 def one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
-            raise SettingsError(f"{text!r} is not one of {', '.join(choices)}")
+            raise SettingsError(f"{text!r} must be one of {', '.join(choices)}")
         return text
 
     return parse
@@ -48,7 +48,7 @@ def share(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 < value <= 1:
-        raise SettingsError(f"{text!r} is not a number above 0 and up to 1")
+        raise SettingsError(f"{text!r} must be a number > 0 and ≤ 1")
     return value
 
 
@@ -58,14 +58,14 @@ def seconds(text: str) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 86_400:
-        raise SettingsError(f"{text!r} is not a number of seconds between 0 and 86400")
+        raise SettingsError(f"{text!r} must be a number of seconds from 0 to 86400")
     return value
 
 
 def some_seconds(text: str) -> float:
     value = seconds(text)
     if value < 0.1:
-        raise SettingsError(f"{text!r} is less than 0.1 seconds")
+        raise SettingsError(f"{text!r} must be ≥ 0.1 seconds")
     return value
 
 
@@ -74,7 +74,7 @@ def byte_count(text: str) -> int:
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([A-Za-z]*)", text.strip())
     unit = _BYTE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None or float(match[1]) * unit < 1:
-        raise SettingsError(f"{text!r} is not a number of bytes (such as 500000000, 512MiB or 2GiB)")
+        raise SettingsError(f"{text!r} must be a number of bytes, such as 500000000, 512MiB or 2GiB")
     return int(float(match[1]) * unit)
 
 
@@ -84,14 +84,14 @@ def byte_count_or_auto(text: str) -> int | None:
 
 def existing_file(text: str) -> str:
     if not Path(text).is_file():
-        raise SettingsError(f"there is no file {text!r}")
+        raise SettingsError(f"file {text!r} does not exist")
     return text
 
 
 def switch(text: str) -> bool:
     """Such a field has the flags --name and --no-name and takes no value; its variable is true or false."""
     if text.lower() not in ("true", "false", "1", "0"):
-        raise SettingsError(f"{text!r} is not true or false")
+        raise SettingsError(f"{text!r} must be true or false")
     return text.lower() in ("true", "1")
 
 
@@ -101,7 +101,7 @@ def window_size(text: str) -> int | None:
 
 def existing_folder(text: str) -> str:
     if not Path(text).is_dir():
-        raise SettingsError(f"there is no folder {text!r}")
+        raise SettingsError(f"folder {text!r} does not exist")
     return text
 
 
@@ -111,10 +111,10 @@ def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     for text in texts:
         name, _, path = text.partition("=")
         if not path or not is_adapter_name(name):
-            raise SettingsError(f"{text!r} is not NAME=PATH with {ADAPTER_NAME_RULE}")
+            raise SettingsError(f"{text!r} must be NAME=PATH with {ADAPTER_NAME_RULE}")
         pairs.append((name, path))
     if len(dict(pairs)) < len(pairs):
-        raise SettingsError("a name is given twice")
+        raise SettingsError("duplicate name")
     return tuple(pairs)
 
 
@@ -124,9 +124,9 @@ def is_adapter_name(text: str) -> bool:
 
 
 def secret(text: str) -> str:
-    """A key as a header can carry it. What is wrong is said without showing it."""
+    """A key that a header can carry. Errors do not show it."""
     if re.fullmatch(r"[!-~]{1,1024}", text) is None:
-        raise SettingsError("a key is 1 to 1024 letters, digits and signs of ASCII, without spaces")
+        raise SettingsError("a key must be 1 to 1024 printable ASCII characters without spaces")
     return text
 
 
@@ -135,13 +135,13 @@ def secrets(texts: Sequence[str]) -> tuple[str, ...]:
     if not keys:
         raise SettingsError("the value is empty")
     if len(set(keys)) < len(keys):
-        raise SettingsError("a key is given twice")
+        raise SettingsError("duplicate key")
     return keys
 
 
 def http_url(text: str) -> str:
     if re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[!-~]*)?", text) is None:
-        raise SettingsError(f"{text!r} is not a URL such as http://127.0.0.1:4318")
+        raise SettingsError(f"{text!r} must be a URL such as http://127.0.0.1:4318")
     return text
 
 
@@ -149,7 +149,7 @@ def origins(texts: Sequence[str]) -> tuple[str, ...]:
     """*, or origins as browsers send them: a scheme and a host, and a port that is not the scheme's own."""
     for text in texts:
         if text != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", text) is None:
-            raise SettingsError(f"{text!r} is not * or an origin such as https://chat.example, in small letters")
+            raise SettingsError(f"{text!r} must be * or an origin such as https://chat.example, in lower case")
     return tuple(texts)
 
 
@@ -157,13 +157,13 @@ def host_names(texts: Sequence[str]) -> tuple[str, ...]:
     """Hosts as the header Host has them, without a port; in small letters, and IPv6 addresses without brackets."""
     for text in texts:
         if re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]{0,252}", text) is None:
-            raise SettingsError(f"{text!r} is not a host name such as llm.example, without a port")
+            raise SettingsError(f"{text!r} must be a host name without a port, such as llm.example")
     return tuple(text.strip("[]").lower() for text in texts)
 
 
 def path_prefix(text: str) -> str:
     if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", text) is None:
-        raise SettingsError(f"{text!r} is not a path such as /llm, without a slash at its end")
+        raise SettingsError(f"{text!r} must be a path such as /llm, without a trailing slash")
     return text
 
 

@@ -1,4 +1,4 @@
-"""The server's settings: frozen, made once from flags and environment, never changed after. Knows no torch.
+"""The server's settings: frozen, made once from flags and environment variables.
 
 Every field of `EngineSettings` and `ServerSettings` but `engine` is a flag (`max_model_len` is `--max-model-len`) and a
 variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
@@ -57,108 +57,109 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What the engine process needs to load a model and run it.
+    """Settings that the engine process needs to load a model and run it.
 
     None means "decide from the model or the machine"; what was decided is reported in `EngineInfo`, never written here.
     """
 
     model: str = option(
-        not_empty, "PATH|demo", "folder of a converted model; demo: a small model that comes with the install"
+        not_empty, "PATH|demo", "folder of a converted model; demo: the small model that is installed with the package"
     )
-    device: str = option(one_of("auto", "cpu", "cuda"), "auto|cpu|cuda", "where the model runs", "auto")
+    device: str = option(one_of("auto", "cpu", "cuda"), "auto|cpu|cuda", "device that runs the model", "auto")
     dtype: str = option(
-        one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "number format of weights and cache", "auto"
+        one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "data type of weights and KV cache", "auto"
     )
     quantization: str = option(
         one_of("none", "int8", "int4", "fp8"),
         "none|int8|int4|fp8",
-        "number format of the weights: int8 anywhere, int4 on a CPU, fp8 on a GPU",
+        "weight quantization: int8 on any device, int4 on a CPU, fp8 on a GPU",
         "none",
     )
     kv_cache_dtype: str = option(
         one_of("auto", "fp8"),
         "auto|fp8",
-        "number format of the cache: auto: as --dtype; fp8, on a GPU: half the memory and less to read",
+        "data type of the KV cache; auto: as --dtype; fp8 (GPU only): half the memory and bandwidth",
         "auto",
     )
     load_format: str = option(
         one_of("auto", "dummy"),
         "auto|dummy",
-        "dummy: random weights for a folder with at least a config.json, for benchmarks",
+        "dummy: random weights in the shape of config.json, for benchmarks",
         "auto",
     )
     max_model_len: int | None = option(
-        whole_number(1), "N", "most tokens of prompt and answer together (default: the model's own limit)", None
+        whole_number(1), "N", "maximum tokens of prompt and answer together (default: the model's context length)", None
     )
     max_num_seqs: int | None = option(
-        whole_number(1), "N", "most requests that run at once (default: 256, on a CPU 64)", None
+        whole_number(1), "N", "maximum requests in one batch (default: 256, on a CPU 64)", None
     )
     max_num_batched_tokens: int | None = option(
-        whole_number(1), "N", "most tokens computed in one step (default: 8192, on a CPU 128)", None
+        whole_number(1), "N", "maximum tokens in one step (default: 8192, on a CPU 128)", None
     )
     max_prefill_tokens: int | None = option(
         whole_number(1),
         "N",
-        "most of them that prompts take while other requests generate (default: no limit, on a CPU 32)",
+        "maximum prefill tokens in a step that also decodes (default: no limit, on a CPU 32)",
         None,
     )
     kv_cache_memory: int | None = option(
-        byte_count_or_auto, "BYTES|auto", "memory for keys and values, such as 2GiB (default: by what is free)", None
+        byte_count_or_auto, "BYTES|auto", "memory of the KV cache, such as 2GiB (default: from the free memory)", None
     )
     gpu_memory_utilization: float = option(
-        share, "SHARE", "share of the GPU's memory to use when --kv-cache-memory is auto", 0.9
+        share, "SHARE", "fraction of GPU memory to use if --kv-cache-memory is auto", 0.9
     )
     block_size: int | None = option(
-        whole_number(1, 1024), "N", "tokens in one block of the cache (default: 64, on a CPU 16)", None
+        whole_number(1, 1024), "N", "tokens in a KV cache block (default: 64, on a CPU 16)", None
     )
     sliding_window: int | str | None = option(
-        window_size, "N|none", "tokens each layer looks back (default: as the model says)", "model"
+        window_size, "N|none", "sliding window of every layer in tokens (default: the model's)", "model"
     )  # "model": as the checkpoint says; None: no window
     sink_tokens: int | None = option(
         whole_number(0),
         "N",
-        "first tokens that stay in view when the context slides (default: as the model says, or 4 if no layer has a"
-        " window)",
+        "attention sinks: first tokens that stay visible when the context slides (default: the model's, or 4 if no"
+        " layer has a window)",
         None,
     )
-    enable_prefix_caching: bool = option(
-        switch, "", "keep computed tokens for later requests that begin with the same ones", True
-    )
+    enable_prefix_caching: bool = option(switch, "", "reuse the KV cache of common prefixes", True)
     adapter_dir: str | None = option(
-        existing_folder, "DIR", "folder whose adapter folders are offered by their names, read on first use", None
+        existing_folder, "DIR", "folder of adapters; each subfolder is served by its name and loaded on first use", None
     )
     lora_modules: tuple[tuple[str, str], ...] = option(
         named_paths,
         "NAME=PATH",
-        "adapters to load at the start, wherever they lie; its variable takes paths without spaces",
+        "adapters to load at startup, from any folder; the variable takes paths without spaces",
         (),
         many=True,
     )
-    max_loras: int = option(whole_number(1, 1000), "N", "most adapters that one step can use", 8)
-    max_lora_rank: int = option(whole_number(1, 1024), "N", "largest rank of an adapter", 64)
+    max_loras: int = option(whole_number(1, 1000), "N", "maximum adapters in one step", 8)
+    max_lora_rank: int = option(whole_number(1, 1024), "N", "maximum rank of an adapter", 64)
     max_cpu_loras: int | None = option(
-        whole_number(2), "N", "most adapters kept in CPU memory, over --max-loras (default: 4 times --max-loras)", None
+        whole_number(2),
+        "N",
+        "maximum adapters in CPU memory, more than --max-loras (default: 4 times --max-loras)",
+        None,
     )
     max_queued_requests: int = option(
-        whole_number(0), "N", "most requests beyond --max-num-seqs; more are answered with 429", 1024
+        whole_number(0), "N", "maximum waiting requests beyond --max-num-seqs; further ones get 429", 1024
     )
     queue_timeout: float | None = option(
-        seconds, "SECONDS", "most time a request waits before it is answered with 503 (default: no limit)", None
+        seconds, "SECONDS", "maximum time in the queue before a request gets 503 (default: no limit)", None
     )
 
     @property
     def serves_adapters(self) -> bool:
-        """Whether there is a place to read adapters from."""
+        """Whether adapters can be loaded."""
         return self.adapter_dir is not None or bool(self.lora_modules)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What the HTTP process needs, and the engine's settings."""
+    """Settings of the HTTP process, and the engine's."""
 
     engine: EngineSettings
     served_model_name: str | None = option(
-        not_empty, "NAME", "name of the model in the API (default: its folder's name)", None
+        not_empty, "NAME", "model name in the API (default: the folder's name)", None
     )
     host: str = option(not_empty, "HOST", "address to listen on", "127.0.0.1")
     port: int = option(whole_number(1, 65535), "PORT", "port to listen on", 8000)
@@ -166,23 +167,26 @@ class ServerSettings:
     context_overflow: Literal["error", "slide"] = option(
         one_of("error", "slide"),
         "error|slide",
-        "requests longer than --max-model-len: refuse them, or let their oldest tokens go out of sight",
+        "requests longer than --max-model-len: error refuses them; slide evicts their oldest tokens",
         "error",
     )
     allow_slide: bool = option(
-        switch, "", "let requests slide: without it no answer goes on beyond the context (default: allowed)", True
+        switch,
+        "",
+        "allow context_overflow slide, so that answers may go on beyond the context (default: allowed)",
+        True,
     )
     max_tokens_per_request: int | None = option(
         whole_number(1),
         "N",
-        "most tokens of one answer (default: those of the context; no limit if it slides)",
+        "maximum tokens of an answer (default: the context length; no limit with slide)",
         None,
     )
     chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
     api_key: tuple[str, ...] = option(
         secrets,
         "KEY",
-        "keys of which requests need one as a bearer token (better as the variable, which other users cannot see)",
+        "API keys; requests need one as a bearer token (prefer the variable, which other users cannot see)",
         (),
         many=True,
         is_secret=True,
@@ -190,70 +194,72 @@ class ServerSettings:
     admin_api_key: str | None = option(
         secret,
         "KEY",
-        "what loading and unloading adapters needs as a bearer token, good for all else, too (better as the variable)",
+        "key that may load and unload adapters, and everything else (prefer the variable)",
         None,
         is_secret=True,
     )
     keys: str | None = option(
-        existing_file, "FILE", "TOML file of further keys with names and limits; SIGHUP reads it again", None
+        existing_file, "FILE", "TOML file of further API keys with names and limits; SIGHUP reloads it", None
     )
     allow_local_admin: bool = option(
         switch,
         "",
-        "let programs of this machine load and unload adapters without a key; not where a proxy or tunnel leads here",
+        "allow local programs to load and unload adapters without a key; unsafe behind a proxy or tunnel",
         False,
     )
     allowed_host: tuple[str, ...] = option(
         host_names,
         "NAME",
-        "host names that requests without a key may use to reach the server, beside localhost and IP addresses",
+        "further host names, besides localhost and IP addresses, that are accepted without a key",
         (),
         many=True,
     )
     cors_origin: tuple[str, ...] = option(
-        origins, "ORIGIN", "origins whose web pages may call the API, or * for all (default: none)", (), many=True
+        origins, "ORIGIN", "origins whose web pages may call the API, or * for all (CORS; default: none)", (), many=True
     )
-    ssl_certfile: str | None = option(existing_file, "FILE", "certificate, in PEM: the server speaks HTTPS only", None)
-    ssl_keyfile: str | None = option(existing_file, "FILE", "its key, in PEM, if it is not in the same file", None)
-    root_path: str = option(
-        path_prefix, "PATH", "what a proxy puts before all paths, and takes away again, such as /llm", ""
+    ssl_certfile: str | None = option(
+        existing_file, "FILE", "TLS certificate in PEM; the server then speaks HTTPS only", None
     )
-    max_body_bytes: int = option(byte_count, "BYTES", "largest request body", 2 * 2**20)
+    ssl_keyfile: str | None = option(
+        existing_file, "FILE", "private key in PEM, if it is not in the certificate's file", None
+    )
+    root_path: str = option(path_prefix, "PATH", "path prefix that a proxy strips, such as /llm", "")
+    max_body_bytes: int = option(byte_count, "BYTES", "maximum size of a request body", 2 * 2**20)
     receive_timeout: float = option(
         some_seconds,
         "SECONDS",
-        "time in which a request's header, and then its body, must come; a quarter of it without a byte is too long",
+        "time limit for a request's header, and again for its body; a quarter of it without a byte also ends them",
         60.0,
     )
     send_timeout: float = option(
-        some_seconds, "SECONDS", "time after which a client that does not read its answer is cut off", 30.0
+        some_seconds, "SECONDS", "time after which a client that does not read its answer is disconnected", 30.0
     )
-    shutdown_timeout: float = option(seconds, "SECONDS", "time that running requests get to finish at shutdown", 30.0)
+    shutdown_timeout: float = option(seconds, "SECONDS", "time for running requests to finish at shutdown", 30.0)
     restart_engine: int = option(
         whole_number(0, 1000),
         "N",
-        "times in a row that an engine process which has ended, or made no progress for 10 s, is followed by another,"
-        " before the server ends",
+        "maximum restarts in a row of an engine process that exited or made no progress for 10 s, before the server"
+        " exits",
         0,
     )
     unknown_fields: str = option(
         one_of("error", "warn"),
         "error|warn",
-        "a request field that is unknown or not supported: refuse the request, or answer and name it in a header",
+        "unknown or unsupported request fields: error refuses the request; warn names them in a response header",
         "error",
     )
     otlp_endpoint: str | None = option(
         http_url,
         "URL",
-        "OpenTelemetry collector that gets a trace of each request, such as http://127.0.0.1:4318 (default: as"
-        " OTEL_EXPORTER_OTLP_ENDPOINT says, else none)",
+        "OpenTelemetry collector for request traces, such as http://127.0.0.1:4318 (default:"
+        " OTEL_EXPORTER_OTLP_ENDPOINT, else none)",
         None,
     )
     log_format: Literal["text", "json"] = option(
-        one_of("text", "json"), "text|json", "log lines for people, or one JSON object a line", "text"
+        one_of("text", "json"), "text|json", "format of log lines; json: one object per line", "text"
     )
     log_level: str = option(
-        one_of("debug", "info", "warning", "error"), "debug|info|warning|error", "least important message shown", "info"
+        one_of("debug", "info", "warning", "error"), "debug|info|warning|error", "minimum level of log messages", "info"
     )
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Moves messages between HTTP processes and an engine core, and steps the core. Knows no HTTP and no model."""
+"""The engine loop: receives commands from HTTP processes, steps the core, sends deltas back."""
 
 import logging
 import math
@@ -42,11 +42,11 @@ logger = logging.getLogger("server.engine")
 
 PEER_SILENCE_LIMIT_S = 5.0
 PREPARATION_INTERVAL_MS = 5  # between two pieces of it, while there is nothing else to do
-CALL_FAILED = "The engine failed to do this; the server's log says why."
+CALL_FAILED = "The engine failed to execute this call; see the server's log."
 
 
 class Core(Protocol):
-    """What the process needs of an engine core; called from one thread only."""
+    """The interface of an engine core. Called from one thread only."""
 
     def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
         """Queue a request of an account (None: it came without a key); RequestRejected when it cannot run."""
@@ -59,27 +59,27 @@ class Core(Protocol):
 
     @property
     def is_blocked(self) -> bool:
-        """All there is to do waits: for what `wake_fds` will announce, or until `patience_s` have passed."""
+        """Nothing can run before a wake-up of `wake_fds`, or before `patience_s` have passed."""
 
     @property
     def patience_s(self) -> float | None:
-        """After which time there is something to do that nothing announces; None: there is nothing of that kind."""
+        """Seconds until work becomes possible without a wake-up; None: never."""
 
     @property
     def wake_fds(self) -> tuple[int, ...]:
-        """One becomes readable when there is something to do that no command brought."""
+        """File descriptors, one of which becomes readable when there is work that no command brought."""
 
     def prepare(self) -> bool:
-        """Do a little of what later steps would have to do first; whether there is more, now or in a moment."""
+        """Do one piece of preparation for later steps; returns whether more is left."""
 
     def call(self, call: Call) -> None:
-        """Do what the operator asks, which `take_replies` will answer."""
+        """Execute an operator's call; `take_replies` returns its answer."""
 
     def take_replies(self) -> list[Reply]:
-        """The answers to calls since the last time."""
+        """Answers to calls since the last `take_replies`."""
 
     def step(self) -> list[News]:
-        """One forward pass; which requests began to run or never will, and what it added to the others.
+        """Run one forward pass; returns acceptances, rejections and deltas.
 
         A request is accepted, or rejected, before its first delta.
         """
@@ -94,7 +94,7 @@ class _Peer:
     heard_at_s: float
     told_at_s: float = 0.0
     request_ids: set[str] = field(default_factory=set)
-    undelivered: list[Delta] = field(default_factory=list)  # errors it has to hear of when it reads again
+    undelivered: list[Delta] = field(default_factory=list)  # errors to deliver once it reads again
 
 
 class EngineLoop:
@@ -117,7 +117,7 @@ class EngineLoop:
             self._poller.register(wake_fd, zmq.POLLIN)
 
     def run(self) -> None:
-        """Serve until a step fails; that exception is raised once every running request has been told."""
+        """Serve until a step fails; the exception is raised after every running request was failed."""
         stats_before = self._core.stats()
         while True:
             if self._poller.poll(self._patience_ms()):
@@ -142,7 +142,7 @@ class EngineLoop:
                 self._answer_calls()
 
     def _patience_ms(self) -> int:
-        """How long the loop may wait for something to happen."""
+        """How long the loop may wait for commands."""
         if self._core.has_work and not self._core.is_blocked:
             return 0
         patience_ms = PREPARATION_INTERVAL_MS if self._core.prepare() else int(HEARTBEAT_INTERVAL_S * 1000)
@@ -164,7 +164,7 @@ class EngineLoop:
             try:
                 command = self._decoder.decode(payload)
             except msgspec.DecodeError as error:
-                logger.error("dropped a message that is no command: %s", error)
+                logger.error("dropped an invalid command: %s", error)
                 continue
             if isinstance(command, Heartbeat):
                 peer_id = command.peer_id
@@ -246,7 +246,7 @@ class EngineLoop:
         self._totals.note_queued(submit.requests, arrived_s, sent_s)
 
     def _deliver(self, news: Iterable[News], stats: EngineStats, started_s: float, now_s: float) -> None:
-        """Verdicts one by one, then one message for each peer that has deltas, of the step between the two times."""
+        """Send acceptances and rejections one by one, then one message of deltas for each peer."""
         by_peer: defaultdict[bytes, list[Delta]] = defaultdict(list)
         for item in news:
             peer_id = self._owner.get(item.request_id)
@@ -272,7 +272,7 @@ class EngineLoop:
             self._send(peer_id, StepOutput(tuple(deltas), stats, now_s))
 
     def _tell_stats(self, now_s: float) -> None:
-        """Let peers that had no message lately hear from the engine, so that they know it is alive."""
+        """Send a heartbeat to peers that got no message lately."""
         for peer_id, peer in list(self._peers.items()):
             if now_s - peer.told_at_s >= HEARTBEAT_INTERVAL_S:
                 self._send(peer_id, StepOutput((), self._core.stats(), now_s))
@@ -285,11 +285,11 @@ class EngineLoop:
     def _leave_silent_peers(self, now_s: float) -> None:
         for peer in self._peers.values():
             if peer.request_ids and now_s - peer.heard_at_s > PEER_SILENCE_LIMIT_S:
-                logger.warning("an HTTP process fell silent; aborting its %d requests", len(peer.request_ids))
+                logger.warning("no heartbeat from an HTTP process; aborting its %d requests", len(peer.request_ids))
                 self._abort_all(peer)
 
     def _send(self, peer_id: bytes, event: Event) -> None:
-        """Send without waiting. A peer that is gone or does not read loses its requests; it never holds up a step."""
+        """Send without blocking. A peer that is gone or does not read loses its requests."""
         peer = self._peers.get(peer_id)
         if peer is None:
             return  # found gone while it was being answered
@@ -310,15 +310,15 @@ class EngineLoop:
             del self._peers[peer_id]
 
     def _send_rest(self, peer_id: bytes, event: Event) -> None:
-        """Of a message that cannot be written, send what can: a request whose part it is not ends with an error."""
+        """Send a message that cannot be encoded delta by delta; requests whose delta cannot be encoded fail."""
         if isinstance(event, StepOutput) and len(event.deltas) > 1:
             for delta in event.deltas:
                 self._send(peer_id, StepOutput((delta,), event.stats, event.ended_s))
             return
         if not isinstance(event, StepOutput) or not event.deltas:
-            raise TypeError(f"{type(event).__name__} cannot be written")
+            raise TypeError(f"{type(event).__name__} cannot be encoded")
         request_id = event.deltas[0].request_id
-        logger.exception("what request %s generated cannot be written; ending it", request_id)
+        logger.exception("the delta of request %s cannot be encoded; ending the request", request_id)
         if request_id in self._owner:
             self._forget(request_id)
             self._totals.note_aborted(request_id, REQUEST_FAILED)

@@ -28,7 +28,7 @@ def server_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    raise ValueError("the key has a password, which nobody could be asked for")
+    raise ValueError("the key is encrypted with a password, which is not supported")
 
 
 def _reason(error: Exception) -> str:

@@ -7,28 +7,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stellarbyte import ByteConfig, ByteModelConfig, ByteTransformer
 from stellarbyte.cache.relative import RelativeCache
 from tests.support import oracle
-from tests.support.models import VOCABULARY, make_config, make_model, random_tokens
+from tests.support.models import VARIANTS, VOCABULARY, W, make_config, make_model, random_tokens
 
-W = 12
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]
 POSITIONS = {"xpos": {"use_xpos": True}, "rope": {"use_xpos": False}}
-VARIANTS = {
-    "llama": {"use_xpos": False, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
-    "mistral": {"use_xpos": False, "sliding_window": W},
-    "qwen2": {
-        "use_xpos": False,
-        "attention_bias": True,
-        "sliding_window": W,
-        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-    },
-    "qwen3": {"use_xpos": False, "qk_norm": True, "tie_word_embeddings": True},
-    "xpos": {"hidden_act": "gelu"},
-    "xpos window sinks": {"sliding_window": W, "sink_tokens": 4, "hidden_act": "gelu_tanh"},
-    "layer scale": {"layer_scale_init": 0.1},
-    "parallel": {"parallel_residual": True, "layer_scale_init": 0.1},
-    "deepnorm": {"deepnorm": True},
-    "deepnorm parallel": {"deepnorm": True, "parallel_residual": True},
-}
 
 
 def assert_matches_oracle(model: ByteTransformer, tokens: list[int], logits_TV: torch.Tensor) -> None:

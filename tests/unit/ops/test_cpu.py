@@ -16,8 +16,7 @@ from stellarbyte.ops.cpu.linear import NO_ACTIVATION, SILU, linear
 from stellarbyte.ops.cpu.packing import interleave_gated, pack
 from tests.support import oracle
 from tests.support.engine import ModelEngine, make_request
-from tests.support.models import make_config, make_model, random_tokens
-from tests.unit.model.test_transformer import VARIANTS, W
+from tests.support.models import VARIANTS, W, make_config, make_model, random_tokens
 
 NO_ADDEND = np.zeros((0, 0), np.float32)
 float32 = partial(CpuModel, quantization="none", num_threads=2)

@@ -15,8 +15,8 @@ from stellarbyte_server.client.launch import EngineProcess, EngineStartError
 from stellarbyte_server.client.restart import AttachedEngine, EngineEnded, EngineGone
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.loop import PEER_SILENCE_LIMIT_S
-from stellarbyte_server.protocol.messages import Delta
-from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected, SamplingParams
+from stellarbyte_server.protocol.request import RequestRejected
+from tests.support.engine_client import a_request, read, until
 from tests.support.fake_engine import CRASH, HANG, LONG, REJECT, SLOW, make_model_folder
 from tests.support.server_process import ROOT
 
@@ -30,11 +30,6 @@ def at_root(monkeypatch):
 @pytest.fixture
 def settings(tmp_path) -> EngineSettings:
     return EngineSettings(model=str(make_model_folder(tmp_path / "model")))
-
-
-def a_request(text: str, request_id: str = "r", max_tokens: int = 10) -> GenerationRequest:
-    sampling = SamplingParams(max_tokens=max_tokens, seed=1)
-    return GenerationRequest(request_id=request_id, prompt_token_ids=tuple(text.encode()), sampling=sampling)
 
 
 def with_engine(settings: EngineSettings, use) -> None:
@@ -53,17 +48,6 @@ def with_engine(settings: EngineSettings, use) -> None:
             process.stop()
 
     asyncio.run(asyncio.wait_for(run(), 120))
-
-
-async def read(stream) -> tuple[str, list[Delta]]:
-    deltas = [delta async for delta in stream]
-    return "".join(delta.text for delta in deltas), deltas
-
-
-async def until(condition, limit_s: float = 60.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def test_many_streams_at_once_get_their_own_text(settings):

@@ -22,9 +22,9 @@ from stellarbyte_server.client.restart import (
     serves_the_same,
 )
 from stellarbyte_server.config.settings import EngineSettings
+from tests.support.engine_client import a_request, read, until
 from tests.support.fake_engine import CRASH, HANG, SLOW, build_fake_core, make_model_folder
 from tests.support.server_process import ROOT
-from tests.unit.server.client.test_engine_client import a_request, read, until
 
 
 @pytest.fixture

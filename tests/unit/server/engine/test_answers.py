@@ -1,6 +1,5 @@
 """What a request may ask of its answer, over the real scheduler and, where numbers matter, a real model."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -8,60 +7,13 @@ import pytest
 import torch
 
 from stellarbyte import ByteTransformer
-from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte_server.engine.adapters.registry import no_adapters
 from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
-from stellarbyte_server.engine.run.cpu_runner import ModelRunner
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
 from stellarbyte_server.protocol.messages import Accepted, Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support import oracle
-from tests.support.engine import BACKENDS, Backend, ComputedStep, make_request, make_scheduler
-from tests.support.fake_engine import make_tokenizer
+from tests.support.engine import BACKENDS, Backend, make_request
+from tests.support.engine_core import END, Script, make_core, model_core
 from tests.support.models import make_model, random_tokens
-
-END = 256
-
-
-class Script:
-    """Samples the bytes of a text, round and round; the end-of-sequence token for "$"."""
-
-    num_steps_ahead = 0
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def recover(self, sequences: Iterable[Sequence]) -> None:
-        pass
-
-    def prepare(self) -> bool:
-        return False
-
-    def start(self, chunks: list[Chunk]) -> ComputedStep:
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        return ComputedStep(StepResult(tokens=[self._next(sequence.num_generated) for sequence in sequences]))
-
-    def _next(self, number: int) -> int:
-        character = self._text[number % len(self._text)]
-        return END if character == "$" else ord(character)
-
-
-def make_core(runner: Any, vocab_size: int = 259, **options: Any) -> EngineCore:
-    tokenizer, ends = make_tokenizer(), frozenset({END})
-    grammars = GrammarCompiler(tokenizer, ends, vocab_size)
-    return EngineCore(make_scheduler(**options), runner, tokenizer, ends, no_adapters(), grammars)
-
-
-def model_core(model: ByteTransformer, backend: Backend, device: str = "cpu", **options: Any) -> EngineCore:
-    scheduler = make_scheduler(**options)
-    pool, layout = scheduler.pool, scheduler.layout
-    cache = PagedKVCache(model.config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
-    cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
-    cache.values_LBSKD.fill_(float("nan"))
-    core = make_core(ModelRunner(backend(model, model.config, None), cache), model.config.vocab_size)
-    core.scheduler = scheduler
-    return core
 
 
 def final_hidden(model: ByteTransformer, tokens: list[int]) -> torch.Tensor:

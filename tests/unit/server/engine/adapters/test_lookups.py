@@ -11,8 +11,8 @@ from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S, LISTING_
 from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S
 from stellarbyte_server.protocol.messages import AdapterUnloaded, CallFailed
 from stellarbyte_server.protocol.request import RequestRejected
+from tests.support.adapter_engine import AdapterEngine
 from tests.support.adapters import touch_adapter
-from tests.unit.server.engine.adapters.test_registry import Engine
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ FILE_CALLS = ("stat", "lstat", "listdir", "scandir", "open", "readlink")
 
 def test_the_engines_thread_looks_at_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk may take any time, and a folder hold thousands of adapters: steps must not wait for either."""
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the engine's thread looked at a file")
@@ -54,7 +54,7 @@ def test_the_engines_thread_looks_at_no_file(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_is_not_there_is_not_found_once_the_disk_was_asked(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     sequence = engine.submit("unknown")
     assert engine.adapters.refusal(sequence) is None
     engine.step()
@@ -71,7 +71,7 @@ def test_a_model_that_is_not_there_is_not_found_once_the_disk_was_asked(folder: 
 
 def test_names_that_are_not_there_take_no_slot_and_no_memory_from_others(folder: Path) -> None:
     """They are more important than the one request for an adapter that is there, and more than there are slots."""
-    engine = Engine(folder, num_slots=2)
+    engine = AdapterEngine(folder, num_slots=2)
     for i in range(20):
         engine.submit(f"unknown-{i}", priority=-100)
     waiting = engine.submit("a")
@@ -83,7 +83,7 @@ def test_names_that_are_not_there_take_no_slot_and_no_memory_from_others(folder:
 
 
 def test_a_list_waits_for_one_look_and_not_for_a_disk_that_hangs(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     assert engine.adapters.list_all("1") == engine.adapters.list_all("2") == []
     assert len(engine.store.looks) == 1
     first, second = engine.adapters.collect()
@@ -101,7 +101,7 @@ def test_a_list_waits_for_one_look_and_not_for_a_disk_that_hangs(folder: Path) -
 
 
 def test_a_name_without_a_folder_that_was_unloaded_is_free_for_one_that_comes_later(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.load("x", "a")
     assert isinstance(engine.unload("x"), AdapterUnloaded)
     engine.adapters.collect()
@@ -114,7 +114,7 @@ def test_a_name_without_a_folder_that_was_unloaded_is_free_for_one_that_comes_la
 
 def test_a_failed_adapter_whose_folder_is_a_link_now_is_read_from_where_that_leads(folder: Path) -> None:
     """So are releases put in place. A link that came meanwhile is not followed, but the next try looks anew."""
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.store.errors["a"] = "a link is in its place"
     failed = engine.submit("a")
     engine.step()

@@ -18,8 +18,7 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support import oracle
 from tests.support.adapters import merged, random_adapter
 from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, is_complete, make_request
-from tests.support.models import make_config, make_model, random_tokens
-from tests.unit.model.test_transformer import VARIANTS
+from tests.support.models import VARIANTS, make_config, make_model, random_tokens
 
 MODELS = {
     "gated parts of 8": {},

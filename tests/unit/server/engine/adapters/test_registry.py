@@ -5,89 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from stellarbyte_server.engine.adapters.folder import AdapterFolder
-from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S
-from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S, Adapters
+from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
-from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Sequence
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
-from stellarbyte_server.protocol.messages import AdapterCard, AdapterLoaded, AdapterUnloaded, CallFailed
+from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.adapters import FakeStore, touch_adapter
-from tests.support.engine import make_request, make_scheduler
-
-
-class Engine:
-    """Scheduler and registry without a model: every scheduled token is 7."""
-
-    def __init__(self, folder: Path, num_slots: int = 2, max_in_memory: int = 4, **options: object) -> None:
-        self.now_s = 0.0
-        self.store = FakeStore()
-        self.adapters = Adapters(
-            AdapterFolder(str(folder), {}),
-            self.store,
-            num_slots=num_slots,
-            max_in_memory=max_in_memory,
-            clock=lambda: self.now_s,
-        )
-        self.scheduler: Scheduler = make_scheduler(
-            num_blocks=5000, adapters=self.adapters, clock=lambda: self.now_s, **options
-        )
-        self.replies: list[object] = []
-
-    def submit(self, adapter: str | None, max_tokens: int = 4, **fields: object) -> Sequence:
-        version = None if adapter is None else self.adapters.bind(AdapterReference.parse(adapter))
-        return self.scheduler.add(make_request([1, 2, 3], max_tokens, adapter=adapter, **fields), version)
-
-    def step(self) -> list[Sequence]:
-        """One step; the sequences that were in it."""
-        self.replies += self.adapters.collect()
-        chunks = self.scheduler.schedule()
-        for chunk in chunks:
-            if chunk.sequence.adapter is not None:
-                assert self.store.in_slots[chunk.sequence.adapter_slot] is chunk.sequence.adapter
-        for sequence, _ in self.scheduler.apply(chunks, [7] * sum(chunk.samples for chunk in chunks)):
-            if sequence.num_generated >= sequence.request.sampling.max_tokens:
-                self.end(sequence)
-        return [chunk.sequence for chunk in chunks]
-
-    def end(self, sequence: Sequence) -> None:
-        self.scheduler.remove(sequence)
-        if sequence.adapter is not None:
-            self.replies += self.adapters.release(sequence.adapter)
-
-    def run(self) -> None:
-        for _ in range(1000):
-            if not self.scheduler.has_work:
-                return
-            self.step()
-        raise AssertionError("there is still work")
-
-    def load(self, name: str, path: str, in_place: bool = False) -> object:
-        refusal = self.adapters.load(f"load {name}", name, path, in_place)
-        return self.answer([] if refusal is None else [refusal], f"load {name}")
-
-    def unload(self, name: str) -> object:
-        return self.answer(self.adapters.unload(f"unload {name}", name), f"unload {name}")
-
-    def answer(self, replies: list[object], call_id: str) -> object:
-        """The reply to a call, now or after what other threads do."""
-        for _ in range(4):
-            for reply in replies:
-                if reply.call_id == call_id:
-                    return reply
-            self.replies += replies
-            replies = self.adapters.collect()
-        raise AssertionError("there was no answer")
-
-    def cards(self) -> tuple[AdapterCard, ...]:
-        self.now_s += LISTING_LASTS_S
-        return self.answer(self.adapters.list_all("list"), "list").cards
-
-    def card(self, name: str, state: str = "ready") -> AdapterCard:
-        (found,) = [c for c in self.cards() if c.name == name and c.state == state]
-        return found
+from tests.support.adapter_engine import AdapterEngine
+from tests.support.adapters import touch_adapter
 
 
 @pytest.fixture
@@ -98,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_offered_read_on_first_use_and_stays_in_its_slot(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     assert engine.card("a").tier == "disk" and engine.card("a").content_hash == ""
     engine.submit("a")
     assert engine.step() == []  # it is being read
@@ -110,7 +34,7 @@ def test_a_folder_is_offered_read_on_first_use_and_stays_in_its_slot(folder: Pat
 
 
 def test_what_was_used_least_recently_goes_down_a_tier(folder: Path) -> None:
-    engine = Engine(folder, num_slots=2, max_in_memory=3)
+    engine = AdapterEngine(folder, num_slots=2, max_in_memory=3)
     for name in "abcd":
         engine.submit(name)
         engine.run()
@@ -122,7 +46,7 @@ def test_what_was_used_least_recently_goes_down_a_tier(folder: Path) -> None:
 
 
 def test_a_request_that_waits_for_a_slot_holds_up_nobody(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1)
+    engine = AdapterEngine(folder, num_slots=1)
     endless = engine.submit("a", 5_000)
     while not endless.is_running:
         engine.step()
@@ -135,7 +59,7 @@ def test_a_request_that_waits_for_a_slot_holds_up_nobody(folder: Path) -> None:
 
 def test_newcomers_do_not_keep_a_claimed_slot_busy(folder: Path) -> None:
     """Without claims, a stream of requests for one adapter would starve those for another for ever."""
-    engine = Engine(folder, num_slots=1)
+    engine = AdapterEngine(folder, num_slots=1)
     for _ in range(3):
         engine.submit("a", 20)
     engine.step()
@@ -150,7 +74,7 @@ def test_newcomers_do_not_keep_a_claimed_slot_busy(folder: Path) -> None:
 
 
 def test_after_its_patience_a_request_gets_the_slot_of_endless_ones(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1)
+    engine = AdapterEngine(folder, num_slots=1)
     endless = engine.submit("a", 5000)
     for _ in range(5):
         engine.step()
@@ -166,7 +90,7 @@ def test_after_its_patience_a_request_gets_the_slot_of_endless_ones(folder: Path
 
 
 def test_two_endless_requests_share_one_slot_in_turns(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1)
+    engine = AdapterEngine(folder, num_slots=1)
     first, second = engine.submit("a", 8000), engine.submit("b", 8000)
     for _ in range(400):
         engine.now_s += PATIENCE_S / 20
@@ -175,7 +99,7 @@ def test_two_endless_requests_share_one_slot_in_turns(folder: Path) -> None:
 
 
 def test_a_replacement_takes_effect_between_two_steps_and_running_requests_end_on_the_old_version(folder: Path) -> None:
-    engine = Engine(folder, num_slots=3)
+    engine = AdapterEngine(folder, num_slots=3)
     assert isinstance(engine.load("x", "a"), AdapterLoaded)
     old = engine.submit("x", 30)
     queued = engine.submit("x", 3)
@@ -194,7 +118,7 @@ def test_a_replacement_takes_effect_between_two_steps_and_running_requests_end_o
 
 
 def test_the_same_content_again_changes_nothing(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.load("x", "a")
     version = engine.submit("x").adapter
     engine.load("x", "a", in_place=True)
@@ -204,7 +128,7 @@ def test_the_same_content_again_changes_nothing(folder: Path) -> None:
 
 
 def test_unloading_waits_for_requests_and_says_what_it_gave_back(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.load("x", "a")
     running = engine.submit("x", 10)
     engine.step()
@@ -218,7 +142,7 @@ def test_unloading_waits_for_requests_and_says_what_it_gave_back(folder: Path) -
 
 
 def test_an_unloaded_folder_is_offered_again_once_it_was_loaded(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     assert engine.unload("a") == AdapterUnloaded("unload a", 0)
     with pytest.raises(RequestRejected):
         engine.submit("a")
@@ -230,7 +154,7 @@ def test_an_unloaded_folder_is_offered_again_once_it_was_loaded(folder: Path) ->
 
 
 def test_a_version_can_be_pinned(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.load("x", "a")
     engine.submit("x@hash of a")
     with pytest.raises(RequestRejected, match="'x@hash of b' does not exist"):
@@ -242,7 +166,7 @@ def test_a_version_can_be_pinned(folder: Path) -> None:
 
 
 def test_an_adapter_that_cannot_be_read_is_refused_and_tried_again_later(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.store.errors["a"] = "The adapter 'a' cannot be loaded: it is broken."
     sequence = engine.submit("a")
     engine.step()
@@ -260,7 +184,7 @@ def test_an_adapter_that_cannot_be_read_is_refused_and_tried_again_later(folder:
 
 
 def test_a_failed_replacement_leaves_the_old_version(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.load("x", "a")
     engine.store.errors["x"] = "broken"
     assert isinstance(engine.load("x", "b", in_place=True), CallFailed)
@@ -270,7 +194,7 @@ def test_a_failed_replacement_leaves_the_old_version(folder: Path) -> None:
 
 
 def test_content_that_changed_on_disk_is_not_served_to_those_who_were_promised_the_old(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    engine = AdapterEngine(folder, num_slots=1, max_in_memory=2)
     for name in "abc":  # c pushes a out of memory
         engine.submit(name)
         engine.run()
@@ -288,7 +212,7 @@ def test_content_that_changed_on_disk_is_not_served_to_those_who_were_promised_t
 
 def test_a_name_that_could_not_be_read_again_is_read_from_the_same_place_later(folder: Path) -> None:
     """It was then read from the folder of its own name, or gone if there was none."""
-    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    engine = AdapterEngine(folder, num_slots=1, max_in_memory=2)
     engine.load("a", "b", in_place=True)
     engine.load("other", "c")
     for name in "def":
@@ -309,7 +233,7 @@ def test_a_name_that_could_not_be_read_again_is_read_from_the_same_place_later(f
 
 
 def test_no_more_than_the_limit_stay_in_memory_however_many_are_loaded_at_once(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    engine = AdapterEngine(folder, num_slots=1, max_in_memory=2)
     for name in "abcdefgh":
         engine.adapters.load(name, f"x{name}", name, False)
     for _ in range(2):
@@ -318,7 +242,7 @@ def test_no_more_than_the_limit_stay_in_memory_however_many_are_loaded_at_once(f
 
 
 def test_a_running_requests_copy_stays_in_memory_so_that_it_can_go_on_after_a_move(folder: Path) -> None:
-    engine = Engine(folder, num_slots=1, max_in_memory=2)
+    engine = AdapterEngine(folder, num_slots=1, max_in_memory=2)
     endless = engine.submit("a", 5000)
     for _ in range(5):
         engine.step()
@@ -338,13 +262,13 @@ def test_a_running_requests_copy_stays_in_memory_so_that_it_can_go_on_after_a_mo
 
 
 def test_listing_loads_nothing_and_changes_no_answer(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     assert engine.card("a").tier == "disk"
     assert isinstance(engine.load("a", "a"), AdapterLoaded)
 
 
 def test_a_version_that_was_replaced_before_it_was_read_drains(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.submit("a")
     engine.load("a", "b", in_place=True)
     states = [card.state for card in engine.cards() if card.name == "a" and card.is_current]
@@ -354,7 +278,7 @@ def test_a_version_that_was_replaced_before_it_was_read_drains(folder: Path) -> 
 
 
 def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     engine.load("x", "a")
     old = engine.submit("x").adapter
     engine.load("x", "b", in_place=True)
@@ -363,7 +287,7 @@ def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
 
 
 def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
-    engine = Engine(folder)
+    engine = AdapterEngine(folder)
     assert engine.adapters.load("1", "x", "a", False) is None
     assert "being loaded already" in engine.adapters.load("2", "x", "b", True).message
 
@@ -374,7 +298,7 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
     chance = random.Random(seed)
     num_slots = chance.choice([1, 2, 3])
     max_in_memory = num_slots + chance.choice([1, 2, 5])
-    engine = Engine(folder, num_slots=num_slots, max_in_memory=max_in_memory, max_num_seqs=6)
+    engine = AdapterEngine(folder, num_slots=num_slots, max_in_memory=max_in_memory, max_num_seqs=6)
     live: list[Sequence] = []
     for _ in range(300):
         engine.now_s += chance.random()

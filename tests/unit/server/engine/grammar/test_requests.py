@@ -1,57 +1,19 @@
 """Requests whose answers follow a grammar, beside others, over the real scheduler, model and grammar library."""
 
 import json
-import time
 from typing import Any
 
 import jsonschema
 import pytest
 
 from stellarbyte_server.api.structured.grammars import json_grammar
-from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import TokenGrammar
 from stellarbyte_server.protocol.messages import Delta, Rejected
-from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected
+from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engine import BACKENDS, Backend, make_request
+from tests.support.engine_core import VOCABULARY, Script, drain, make_core, model_core, text_of
 from tests.support.models import make_model, random_tokens
-from tests.unit.server.engine.test_answers import Script, make_core, model_core
-
-VOCABULARY = 259
-SCHEMAS: list[dict[str, Any]] = [
-    {
-        "type": "object",
-        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
-        "required": ["n"],
-        "additionalProperties": False,
-    },
-    {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 1, "maxItems": 3},
-    {"type": "string", "pattern": "^[a-c]{2,5}$"},
-]
-
-
-def drain(core: EngineCore, *requests: GenerationRequest, limit_s: float = 60) -> dict[str, list[Any]]:
-    """All that is said of the requests, until each has ended."""
-    for request in requests:
-        core.submit(request)
-    said: dict[str, list[Any]] = {request.request_id: [] for request in requests}
-    deadline_s = time.monotonic() + limit_s
-    while any(not said[r.request_id] or not ended(said[r.request_id][-1]) for r in requests):
-        assert time.monotonic() < deadline_s
-        core.take_replies()
-        if not core.has_work:
-            time.sleep(0.001)  # a grammar is being compiled
-            continue
-        for item in core.step():
-            said.setdefault(item.request_id, []).append(item)
-    return said
-
-
-def ended(item: Any) -> bool:
-    return isinstance(item, Rejected) or (isinstance(item, Delta) and item.finish_reason is not None)
-
-
-def text_of(items: list[Any]) -> str:
-    return "".join(item.text for item in items if isinstance(item, Delta))
+from tests.support.schemas import SCHEMAS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,9 +17,9 @@ from stellarbyte_server.engine.grammar.compiler import TokenGrammar
 from stellarbyte_server.engine.grammar.mask_workers import QUICK_MASK_S, QUICK_MASKS_S, MaskWorkers
 from stellarbyte_server.protocol.messages import Delta
 from tests.support.engine import Ahead, make_request
+from tests.support.engine_core import VOCABULARY, drain, ended, model_core, text_of
 from tests.support.models import make_model
-from tests.unit.server.engine.grammar.test_requests import SCHEMAS, VOCABULARY, drain, ended, text_of
-from tests.unit.server.engine.test_answers import model_core
+from tests.support.schemas import SCHEMAS
 
 
 class SlowMasks:

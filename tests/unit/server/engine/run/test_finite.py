@@ -12,9 +12,8 @@ from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte_server.engine.core import NOT_FINITE, EngineCore
 from stellarbyte_server.protocol.messages import Delta, merged
 from tests.support.engine import BACKENDS, Ahead, make_request
+from tests.support.engine_core import drain, model_core
 from tests.support.models import make_model
-from tests.unit.server.engine.grammar.test_requests import drain
-from tests.unit.server.engine.test_answers import model_core
 
 BAD = 90  # the token whose embedding is NaN
 KINDS: list[dict[str, Any]] = [

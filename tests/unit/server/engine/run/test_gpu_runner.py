@@ -23,12 +23,12 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support import oracle
 from tests.support.adapters import random_adapter
 from tests.support.engine import ModelEngine, generated, make_request
+from tests.support.engine_core import VOCABULARY as BYTES
+from tests.support.engine_core import drain, model_core
+from tests.support.faulty_runner import FaultyRunner
 from tests.support.gpu_engine import GpuEngine, own_stream
 from tests.support.models import make_model
-from tests.unit.server.engine.grammar.test_requests import SCHEMAS, drain
-from tests.unit.server.engine.grammar.test_requests import VOCABULARY as BYTES
-from tests.unit.server.engine.run.test_isolation import FaultyRunner
-from tests.unit.server.engine.test_answers import model_core
+from tests.support.schemas import SCHEMAS
 
 VOCABULARY = 50
 WINDOW = {"sliding_window": 7, "sink_tokens": 2}

@@ -11,66 +11,25 @@ from hypothesis import strategies as st
 from stellarbyte_server.engine.core import NO_MEMORY
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.isolation import EngineBroken, isolate
-from stellarbyte_server.engine.run.runner import DeviceLost, OutOfDeviceMemory, Runner, RunningStep
+from stellarbyte_server.engine.run.runner import DeviceLost, OutOfDeviceMemory, RunningStep
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
 from stellarbyte_server.protocol.messages import FAILED, Delta, merged
+from tests.support.checked_engine import CheckedEngine
 from tests.support.engine import make_request
-from tests.unit.server.engine.run.test_steps_ahead import Engine
+from tests.support.faulty_runner import FaultyRunner
 
 MOMENTS = ("start", "finish", "result")
 
 
-class FaultyRunner:
-    """Fails whenever it is given a request that is due to fail: `due` names requests, with the token of the answer."""
-
-    def __init__(self, runner: Runner, due: dict[str, int], moment: str, error: type[Exception] = ValueError) -> None:
-        self.num_steps_ahead = runner.num_steps_ahead
-        self.num_runs = 0
-        self._runner, self._due, self._moment, self._error = runner, due, moment, error
-
-    def prepare(self) -> bool:
-        return False
-
-    def recover(self, sequences: Iterable[Sequence]) -> None:
-        self._runner.recover(sequences)
-
-    def start(self, chunks: list[Chunk]) -> RunningStep:
-        self.num_runs += 1
-        step = self._runner.start(chunks)
-        fails = any(
-            chunk.start + chunk.length >= chunk.sequence.num_prompt + due
-            for chunk in chunks
-            if (due := self._due.get(chunk.sequence.request.request_id, self._due.get("all"))) is not None
-        )
-        if fails and self._moment == "start":
-            raise self._error("planted")
-        return _Step(step, self._error if fails else None, self._moment)
-
-
-class _Step:
-    def __init__(self, step: RunningStep, error: type[Exception] | None, moment: str) -> None:
-        self._step, self._error, self._moment = step, error, moment
-
-    def finish(self) -> None:
-        if self._error is not None and self._moment == "finish":
-            raise self._error("planted")
-        self._step.finish()
-
-    def result(self) -> StepResult:
-        if self._error is not None and self._moment == "result":
-            raise self._error("planted")
-        return self._step.result()
-
-
 def faulty_engine(
     due: dict[str, int], moment: str, num_steps_ahead: int = 0, error: type[Exception] = ValueError, **options: Any
-) -> Engine:
-    engine = Engine(num_steps_ahead, num_blocks=120, **options)
+) -> CheckedEngine:
+    engine = CheckedEngine(num_steps_ahead, num_blocks=120, **options)
     engine.core.runner = FaultyRunner(engine.core.runner, due, moment, error)
     return engine
 
 
-def answer(engine: Engine, request_id: str) -> tuple[Any, ...]:
+def answer(engine: CheckedEngine, request_id: str) -> tuple[Any, ...]:
     delta = merged(engine.said[request_id])
     return delta.text, delta.token_ids, delta.finish_reason
 
@@ -91,7 +50,7 @@ def test_only_the_requests_at_fault_end_whenever_their_steps_fail(data: st.DataO
     if data.draw(st.booleans(), "window"):
         options |= {"window": 12, "sink_tokens": 3}
 
-    sound = Engine(ahead, num_blocks=120, **options)
+    sound = CheckedEngine(ahead, num_blocks=120, **options)
     sound.drain(*requests)
     engine = faulty_engine(due, moment, ahead, **options)
     engine.drain(*requests)
@@ -185,7 +144,7 @@ def test_a_fault_that_does_not_come_again_ends_nobody(caplog: pytest.LogCaptureF
 
 
 def test_an_answer_that_cannot_be_made_into_text_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(0, num_blocks=120)
+    engine = CheckedEngine(0, num_blocks=120)
     for i in range(3):
         engine.core.submit(make_request([1, 2, 3], 5, str(i)))
 

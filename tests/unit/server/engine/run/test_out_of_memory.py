@@ -10,9 +10,8 @@ from stellarbyte_server.engine.run.runner import OutOfDeviceMemory, Runner, Runn
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, merged
 from tests.support.engine import Ahead, make_request
+from tests.support.engine_core import VOCABULARY, drain, model_core
 from tests.support.models import make_model, random_tokens
-from tests.unit.server.engine.grammar.test_requests import VOCABULARY, drain
-from tests.unit.server.engine.test_answers import model_core
 
 
 class SmallDevice:

@@ -4,8 +4,7 @@ import pytest
 
 from tests.support import oracle
 from tests.support.engine import BACKENDS, Backend, ModelEngine, make_request
-from tests.support.models import make_model, random_tokens
-from tests.unit.model.test_transformer import VARIANTS
+from tests.support.models import VARIANTS, make_model, random_tokens
 
 W = 12
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]

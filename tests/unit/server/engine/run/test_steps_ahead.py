@@ -1,6 +1,5 @@
 """A step is scheduled while the one before it runs: whoever asks must not be able to tell, and nothing may be left."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,116 +13,19 @@ from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.state.block_pool import CacheLayout
-from stellarbyte_server.engine.state.kept_blocks import salt_of
-from stellarbyte_server.engine.state.prefix_cache import BlockKeys
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, StepResult
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.adapters import FakeStore, listed, touch_adapter
+from tests.support.checked_engine import GRAMMARS, TOKENIZER, CheckedEngine
 from tests.support.engine import BACKENDS, Ahead, Backend, ComputedStep, make_request, make_scheduler
-from tests.support.fake_engine import make_tokenizer
+from tests.support.engine_core import VOCABULARY, drain, model_core
 from tests.support.models import make_model, random_tokens
-from tests.support.symbolic_cache import SymbolicRunner, continuation
-from tests.unit.server.engine.grammar.test_requests import SCHEMAS, VOCABULARY, drain
-from tests.unit.server.engine.test_answers import model_core
+from tests.support.schemas import SCHEMAS
+from tests.support.symbolic_cache import continuation
 
-TOKENIZER = make_tokenizer()
-GRAMMARS = GrammarCompiler(TOKENIZER, frozenset(), VOCABULARY)  # one for all: each keeps two files open
 MAX_MODEL_LEN = 90
-
-
-class CheckedStep(ComputedStep):
-    chunks: list[Chunk]
-
-    def finish(self) -> None:
-        """Whatever is sampled now may depend on all tokens before."""
-        for sequence, start, length, samples in self.chunks:
-            assert not samples or sequence.is_over or len(sequence.tokens) == start + length
-
-
-class CheckedRunner:
-    """Samples what a symbolic cache says, and sees that no chunk goes further than its request."""
-
-    num_steps_ahead = 0
-
-    def __init__(self, layout: CacheLayout, budget: int, store: FakeStore | None = None) -> None:
-        self._layout = layout
-        self._budget = budget
-        self._store = store
-        self._cache = SymbolicRunner(layout)
-        self.seen: set[Sequence] = set()
-        self.most_blocks = 0  # of a sequence that decodes
-        self.num_sampled = 0
-
-    def recover(self, sequences: Iterable[Sequence]) -> None:
-        pass
-
-    def prepare(self) -> bool:
-        return False
-
-    def start(self, chunks: list[Chunk]) -> CheckedStep:
-        for sequence, start, length, samples in chunks:
-            self.seen.add(sequence)
-            assert start + length + samples <= sequence.num_prompt + sequence.request.sampling.max_tokens
-            num_blocks = len(sequence.table.entries())
-            assert num_blocks <= self._layout.peak_blocks(start + length, self._budget)
-            if start >= sequence.num_prompt:
-                self.most_blocks = max(self.most_blocks, num_blocks)
-            if sequence.adapter is not None:
-                assert self._store is not None and self._store.in_slots[sequence.adapter_slot] is sequence.adapter
-        step = CheckedStep(StepResult(tokens=self._cache.run(chunks)))
-        step.chunks = chunks
-        self.num_sampled += len(step.computed.tokens)
-        return step
-
-
-class Engine:
-    """A core without a model, whose tokens follow from its requests alone."""
-
-    def __init__(
-        self, num_steps_ahead: int, adapters: Adapters | None = None, store: FakeStore | None = None, **options: Any
-    ) -> None:
-        adapters = no_adapters() if adapters is None else adapters
-        self.scheduler = make_scheduler(num_steps_ahead=num_steps_ahead, adapters=adapters, **options)
-        layout, budget = self.scheduler.layout, self.scheduler.limits.max_num_batched_tokens
-        self.runner = CheckedRunner(layout, budget, store)
-        runner = Ahead(self.runner) if num_steps_ahead else self.runner
-        self.core = EngineCore(self.scheduler, runner, TOKENIZER, frozenset(), adapters, GRAMMARS)
-        self.said: dict[str, list[Delta]] = {}
-
-    def step(self) -> None:
-        assert self.core.has_work
-        for item in self.core.step():
-            if isinstance(item, Delta):
-                self.said.setdefault(item.request_id, []).append(item)
-
-    def drain(self, *requests: GenerationRequest) -> None:
-        for request in requests:
-            self.core.submit(request)
-        for _ in range(5000):
-            if not self.core.has_work:
-                return
-            self.step()
-        raise AssertionError("there is still work")
-
-    def answer(self, request_id: str = "r") -> tuple[list[int], str | None]:
-        """The tokens and why they end."""
-        found = merged(self.said[request_id])
-        return list(found.token_ids), found.finish_reason
-
-    def check_nothing_is_left(self) -> None:
-        """No work, no block in use, and in the prefix cache only blocks of tokens that requests got and computed."""
-        assert not self.core.has_work and self.scheduler.pool.num_used == 0
-        known: set[bytes] = set()
-        for sequence in self.runner.seen:
-            keys = BlockKeys(self.scheduler.layout, salt_of(sequence))
-            keys.extend(sequence.tokens, max(sequence.num_prompt, len(sequence.tokens) - 1))
-            known.update(keys.keys)
-        assert {key for key in self.scheduler.pool._keys if key is not None} <= known
-        num_tokens = sum(delta.num_tokens for deltas in self.said.values() for delta in deltas)
-        assert self.core.stats().generation_tokens_total == num_tokens
 
 
 @st.composite
@@ -148,8 +50,8 @@ def traffic(draw):
     return sorted(requests, key=lambda item: item[0])
 
 
-def play(requests: list[tuple[int, GenerationRequest, int | None]], **options: Any) -> Engine:
-    engine = Engine(max_model_len=MAX_MODEL_LEN, **options)
+def play(requests: list[tuple[int, GenerationRequest, int | None]], **options: Any) -> CheckedEngine:
+    engine = CheckedEngine(max_model_len=MAX_MODEL_LEN, **options)
     arriving = list(requests)
     for step in range(5000):
         while arriving and arriving[0][0] == step:
@@ -220,7 +122,7 @@ def test_a_token_past_a_stop_is_computed_and_dropped(block_size: int) -> None:
     expected = continuation(request)
     last = expected[7]
     number = expected.index(last) + 1
-    engine = Engine(1, block_size=block_size)
+    engine = CheckedEngine(1, block_size=block_size)
     engine.drain(make_request([0] * 6, 20, return_token_ids=True, stop_token_ids=(last,)))
     assert engine.answer() == (expected[:number], "stop")
     assert engine.runner.num_sampled == number + 1
@@ -228,7 +130,7 @@ def test_a_token_past_a_stop_is_computed_and_dropped(block_size: int) -> None:
 
 
 def test_nothing_is_computed_past_max_tokens() -> None:
-    engine = Engine(1)
+    engine = CheckedEngine(1)
     engine.drain(make_request([0] * 6, 5, "answer"), make_request([0] * 6, 0, "prompt"))
     assert engine.runner.num_sampled == 5
     assert [delta.finish_reason for delta in engine.said["prompt"]] == ["length"]
@@ -236,7 +138,7 @@ def test_nothing_is_computed_past_max_tokens() -> None:
 
 
 def test_choices_wait_until_the_prompt_they_share_is_known_to_be_computed() -> None:
-    engine = Engine(1, max_num_batched_tokens=1000)
+    engine = CheckedEngine(1, max_num_batched_tokens=1000)
     prompt = [0, 1] * 20
     engine.drain(*(make_request(prompt, 3, str(i), choice=i, follows="0" if i else None) for i in range(4)))
     assert [engine.said[str(i)][-1].cached_tokens for i in range(4)] == [0, 36, 36, 36]
@@ -244,7 +146,7 @@ def test_choices_wait_until_the_prompt_they_share_is_known_to_be_computed() -> N
 
 
 def test_a_sequence_preempted_while_a_step_runs_gets_that_steps_token_once() -> None:
-    engine = Engine(1, num_blocks=6, block_size=4)
+    engine = CheckedEngine(1, num_blocks=6, block_size=4)
     old = make_request([0] * 8, 10, "old", cache_salt="a", return_token_ids=True)
     young = make_request([0] * 8, 10, "young", return_token_ids=True)
     for request in (old, young):
@@ -270,7 +172,7 @@ def test_a_stream_holds_a_block_more_and_runs_in_the_smallest_pool(
     """A long prompt took every block for the step in flight, found none for the next one, and preempted itself."""
     layout = CacheLayout(block_size=block_size, window=12, sink_tokens=sink_tokens, num_steps_ahead=1)
     request = make_request([0] * 60, 100, return_token_ids=True, context_overflow="slide")
-    engine = Engine(
+    engine = CheckedEngine(
         1,
         num_blocks=layout.steady_blocks,
         block_size=block_size,
@@ -293,7 +195,7 @@ def test_a_slot_moves_to_another_adapter_while_a_step_runs(tmp_path: Path) -> No
     now_s = [0.0]
     store = FakeStore()
     adapters = Adapters(AdapterFolder(str(tmp_path), {}), store, num_slots=1, max_in_memory=3, clock=lambda: now_s[0])
-    engine = Engine(1, adapters, store, num_blocks=200, clock=lambda: now_s[0])
+    engine = CheckedEngine(1, adapters, store, num_blocks=200, clock=lambda: now_s[0])
     requests = [make_request([0] * 5, 60, name, adapter=name, return_token_ids=True) for name in "ab"]
     for request in requests:
         engine.core.submit(request)

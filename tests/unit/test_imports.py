@@ -1,0 +1,36 @@
+"""Test modules share through tests/support and through helpers without tests, never through each other."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.server_process import ROOT
+
+MODULES = frozenset((ROOT / "tests").rglob("*.py"))
+
+
+def names_imported(module: Path) -> Iterator[str]:
+    """Every module that the file may import, also within functions: `from a import b` may be a.b."""
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{module} has a relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def holds_tests(name: str) -> bool:
+    """Whether a dotted name is one of our test modules or conftest files."""
+    path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+    return path.name.startswith(("test_", "conftest.")) and path in MODULES
+
+
+def test_a_module_with_tests_is_known_as_one() -> None:
+    assert holds_tests("tests.unit.test_imports") and holds_tests("tests.web.conftest")
+    assert not holds_tests("tests.support.engine") and not holds_tests("pytest")
+
+
+def test_no_module_imports_one_with_tests() -> None:
+    found = {str(module.relative_to(ROOT)): set(filter(holds_tests, names_imported(module))) for module in MODULES}
+    assert {module: names for module, names in found.items() if names} == {}
