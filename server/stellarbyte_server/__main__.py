@@ -5,6 +5,7 @@ nothing itself: it starts the HTTP processes and watches them (supervisor.py).
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stellarbyte_server.access.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
@@ -33,62 +34,75 @@ ENGINE_MODULE = "stellarbyte_server.engine.process"
 SEND_BUFFER_BYTES = 64 * 1024
 
 
+class StartError(Exception):
+    """The server cannot start or go on; str() is one sentence for the user."""
+
+
 def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MODULE) -> int:
     """Run the server; returns the exit status. `engine_module` is what the engine process runs."""
+    log_format: LogFormat = "text"
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
+        log_format = settings.log_format
+        configure_logging(settings.log_level, "http", log_format)
+        return _run(settings, _checked_keys(settings), engine_module)
     except SettingsError as error:
-        return _refuse(str(error), 2)
-    configure_logging(settings.log_level, "http", settings.log_format)
-    try:
-        check_certificate(settings)
-        if settings.otlp_endpoint is not None or any(name.startswith("OTEL_") for name in os.environ):
-            from stellarbyte_server.observe.tracing import check_tracing
-
-            check_tracing(settings, os.environ)
-        keys = read_keys(settings)
-    except SettingsError as error:
-        return _refuse(str(error), 2, settings.log_format)
-    try:
-        listeners = _bind(settings.host, settings.port, settings.http_workers)
-    except OSError as error:
-        return _refuse(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}", 1, settings.log_format
-        )
-    try:
-        return _run(settings, keys, listeners, engine_module)
-    finally:
-        _close_all(listeners)
+        message, status = str(error), 2
+    except StartError as error:
+        message, status = str(error), 1
+    if log_format == "json":
+        logger.error("%s", message)
+    else:
+        sys.stderr.write(f"error: {message}\n")
+    return status
 
 
-def _run(settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine_module: str) -> int:
-    """The engine process and all HTTP, from start to end; one listener for each HTTP process."""
+def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
+    """The keys of the file --keys; SettingsError when a file that a setting names cannot be used."""
+    check_certificate(settings)
+    if settings.otlp_endpoint is not None or any(name.startswith("OTEL_") for name in os.environ):
+        from stellarbyte_server.observe.tracing import check_tracing
+
+        check_tracing(settings, os.environ)
+    return read_keys(settings)
+
+
+def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
+    """The engine process and all HTTP, from start to end; StartError."""
     from stellarbyte_server.client.launch import EngineProcess, EngineStartError
     from stellarbyte_server.client.restart import RestartingEngine
 
-    on_stop_signals(exit_quietly)
-    if settings.keys is not None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again when the model is loaded
-    logger.info("starting the engine on %s", settings.engine.model)
-    try:
-        engine = RestartingEngine(
-            lambda: EngineProcess(settings.engine, settings.log_level, engine_module, settings.log_format),
-            settings.restart_engine,
-        )
-    except (EngineStartError, OSError) as error:
-        return _refuse(f"cannot start the engine process: {error}", 1, settings.log_format)
-    started_at = int(time.time())
-    try:
-        if settings.http_workers == 1:
-            return asyncio.run(_serve(settings, keys, listeners[0], engine, started_at))
-        from stellarbyte_server.http.supervisor import supervise
+    with _listening(settings) as listeners:
+        on_stop_signals(exit_quietly)
+        if settings.keys is not None:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again when the model is loaded
+        logger.info("starting the engine on %s", settings.engine.model)
+        try:
+            engine = RestartingEngine(
+                lambda: EngineProcess(settings.engine, settings.log_level, engine_module, settings.log_format),
+                settings.restart_engine,
+            )
+        except (EngineStartError, OSError) as error:
+            raise StartError(f"cannot start the engine process: {error}") from None
+        try:
+            return asyncio.run(_serve_all(settings, keys, listeners, engine))
+        except (EngineStartError, ValueError, OSError) as error:
+            raise StartError(str(error)) from None
+        finally:
+            on_stop_signals(signal.SIG_IGN)  # all that is left takes moments
+            engine.stop()
 
-        return asyncio.run(supervise(settings, keys, listeners, engine, started_at, lambda: _announce(settings)))
-    except (EngineStartError, ValueError, OSError) as error:
-        return _refuse(str(error), 1, settings.log_format)
-    finally:
-        on_stop_signals(signal.SIG_IGN)  # all that is left takes moments
-        engine.stop()
+
+async def _serve_all(
+    settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine: "RestartingEngine"
+) -> int:
+    """One HTTP process for each listener: this one, or others that this one watches."""
+    started_at = int(time.time())
+    if len(listeners) == 1:
+        return await _serve(settings, keys, listeners[0], engine, started_at)
+    from stellarbyte_server.http.supervisor import Supervisor
+
+    return await Supervisor(settings, keys, listeners, engine, started_at).run(lambda: _announce(settings))
 
 
 async def _serve(
@@ -148,43 +162,40 @@ def _announce(settings: ServerSettings) -> None:
     sys.stderr.flush()
 
 
-def _refuse(message: str, status: int, log_format: LogFormat = "text") -> int:
-    if log_format == "json":
-        logger.error("%s", message)
-    else:
-        sys.stderr.write(f"error: {message}\n")
-    return status
+@contextlib.contextmanager
+def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
+    """The port is taken meanwhile, by a listener for each HTTP process; StartError when it cannot be."""
+    listeners: list[socket.socket] = []
+    try:
+        try:
+            _bind(settings.host, settings.port, settings.http_workers, listeners)
+        except OSError as error:
+            reason = error.strerror or error
+            raise StartError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from None
+        yield listeners
+    finally:
+        for listener in listeners:
+            listener.close()
 
 
-def _bind(host: str, port: int, number: int) -> list[socket.socket]:
-    """Take the port before a model is loaded; connections are accepted only once it is ready.
+def _bind(host: str, port: int, number: int, listeners: list[socket.socket]) -> None:
+    """Take the port before a model is loaded; connections are accepted only once it is ready. Adds to `listeners`.
 
     Of several sockets each is for one HTTP process, and Linux spreads connections evenly over them. (Processes that
     accept from one socket get very unequal shares.) Only the later ones are bound with SO_REUSEPORT: so a port that is
     in use is found, even by a server that shares it in the same way.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listeners: list[socket.socket] = []
-    try:
-        for index in range(number):
-            listener = socket.socket(family, kind, protocol)
-            listeners.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
-            if index > 0:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            listener.bind(address)
-            if number > 1:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    except OSError:
-        _close_all(listeners)
-        raise
-    return listeners
-
-
-def _close_all(listeners: list[socket.socket]) -> None:
-    for listener in listeners:
-        listener.close()
+    for index in range(number):
+        listener = socket.socket(family, kind, protocol)
+        listeners.append(listener)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
+        if index > 0:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+        if number > 1:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ async def serve(
             server_header=False,
             timeout_graceful_shutdown=math.ceil(LAST_WORDS_S),
         )
-        await _run_until_stopped(_Server(config), listener, settings, client, on_started)
+        await _run_until_stopped(_Server(config), listener, client, settings.shutdown_timeout, on_started)
         return 1 if client.dead.is_set() else 0
     finally:
         await client.close()
@@ -101,8 +101,8 @@ async def serve(
 async def _run_until_stopped(
     server: uvicorn.Server,
     listener: socket.socket,
-    settings: ServerSettings,
     client: EngineClient,
+    shutdown_timeout_s: float,
     on_started: Callable[[], None],
 ) -> None:
     """Serve; when told to stop, let running requests finish in time and give the others an error as their end."""
@@ -126,7 +126,7 @@ async def _run_until_stopped(
         await told.wait()
         client.stop_admission()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(settings.shutdown_timeout):
+            async with asyncio.timeout(shutdown_timeout_s):
                 while server.server_state.tasks and not told_again.is_set():
                     await asyncio.sleep(_POLL_S)
         client.end_streams(SHUTTING_DOWN)

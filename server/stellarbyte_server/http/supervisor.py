@@ -35,26 +35,9 @@ class WorkerStartError(ValueError):
     """A worker did not start; str() is one sentence for the user."""
 
 
-async def supervise(
-    settings: ServerSettings,
-    keys: tuple[Key, ...],
-    listeners: list[socket.socket],
-    engine: RestartingEngine,
-    started_at: int,
-    on_started: Callable[[], None],
-) -> int:
-    """Run a worker for each listener until a signal or the engine's end; else as `serving.serve`.
+class Supervisor:
+    """A worker for each listener, all on one engine."""
 
-    Raises EngineStartError, WorkerStartError or OSError when the server could not start.
-    """
-    supervisor = _Supervisor(settings, keys, listeners, engine, started_at)
-    try:
-        return await supervisor.run(on_started)
-    finally:
-        await supervisor.end_workers()
-
-
-class _Supervisor:
     def __init__(
         self,
         settings: ServerSettings,
@@ -74,15 +57,22 @@ class _Supervisor:
         self._is_stopping = False
 
     async def run(self, on_started: Callable[[], None]) -> int:
-        numbers = list(self._listeners)
-        for number in numbers:
-            await self._launch(number)  # they import what they need while the engine loads
+        """Until a signal or the engine's end; called once, else as `serving.serve`.
+
+        Raises:
+            EngineStartError, WorkerStartError, OSError: the server could not start.
+        """
         client = EngineClient(self._engine, self._hear_of_engine)
-        info = await client.start()
         try:
-            return await self._run_with(client, info, on_started)
+            for number in self._listeners:
+                await self._launch(number)  # they import what they need while the engine loads
+            info = await client.start()
+            try:
+                return await self._run_with(client, info, on_started)
+            finally:
+                await client.close()
         finally:
-            await client.close()
+            await self._end_workers()
 
     async def _run_with(self, client: EngineClient, info: EngineInfo, on_started: Callable[[], None]) -> int:
         numbers = list(self._listeners)
@@ -192,7 +182,7 @@ class _Supervisor:
             if worker.returncode is None:
                 worker.terminate()
 
-    async def end_workers(self) -> None:
+    async def _end_workers(self) -> None:
         """Kill those that are left."""
         for worker in self._workers.values():
             with contextlib.suppress(ProcessLookupError):
