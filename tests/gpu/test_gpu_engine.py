@@ -29,7 +29,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.sampling.sampler import RowSampling, sample
 from stellarbyte_server.api.structured.grammars import json_grammar
-from stellarbyte_server.engine.run.gpu_runner import GpuStep
+from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -288,9 +288,9 @@ class NewestLogits:
     def __init__(self) -> None:
         self.logits_V = torch.empty(0)
 
-    def __call__(self, step: GpuStep) -> None:
+    def __call__(self, step: SlotStep) -> None:
         for part in step.parts:
-            if part.sequences:
+            if part.rows:
                 self.logits_V = part.computed.logits_RV[0].clone()
 
 

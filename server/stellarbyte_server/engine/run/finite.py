@@ -1,11 +1,14 @@
-"""Whose numbers a step computed are not finite. Plain Python over its results; decides nothing."""
+"""The sequences for which a step computed numbers that are not finite."""
 
 from math import isnan
 
 import numpy as np
 
 from stellarbyte.sampling.sampler import NO_TOKEN
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+
+_NONE_SAMPLED = [NO_TOKEN]
 
 
 def not_finite(chunks: list[Chunk], result: StepResult) -> list[Sequence]:
@@ -13,13 +16,12 @@ def not_finite(chunks: list[Chunk], result: StepResult) -> list[Sequence]:
 
     A step that asks for tokens only pays for one look at their list.
     """
-    if NO_TOKEN not in result.tokens and not (result.logprobs or result.prompt_logprobs or result.pooled):
+    is_sampled = _NONE_SAMPLED not in result.tokens
+    if is_sampled and not (result.logprobs or result.prompt_logprobs or result.pooled):
         return []
-    broken: list[Sequence] = []
-    if NO_TOKEN in result.tokens:
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        broken += [s for s, token in zip(sampling, result.tokens, strict=True) if token == NO_TOKEN]
-    broken += [s for s, entry in result.logprobs.items() if isnan(entry.logprob)]
-    broken += [s for s, entries in result.prompt_logprobs.items() if any([isnan(e.logprob) for e in entries])]
-    broken += [s for s, hidden_C in result.pooled.items() if not np.isfinite(hidden_C).all()]
-    return [sequence for sequence in dict.fromkeys(broken) if not sequence.is_over]
+    broken = [] if is_sampled else [row for row, tokens in enumerate(result.tokens) if NO_TOKEN in tokens]
+    for of_rows in (result.logprobs, result.prompt_logprobs):
+        broken += [row for row, entries in of_rows.items() if any([isnan(entry.logprob) for entry in entries])]
+    broken += [row for row, pooled in result.pooled.items() if not np.isfinite(np.frombuffer(pooled, np.float32)).all()]
+    sequences = [chunks[row].sequence for row in broken]
+    return [sequence for sequence in dict.fromkeys(sequences) if not sequence.is_over]
