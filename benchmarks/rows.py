@@ -146,7 +146,7 @@ class _Rows:
         result = step.result()
         for i, (sequence, answer, tokens) in enumerate(zip(self.sequences, self.answers, result.tokens, strict=True)):
             sequence.tokens.extend(tokens)
-            answer.push(tokens, result.logprobs.get(i))
+            answer.push_all(tokens, result.logprobs.get(i))
         return (time.perf_counter() - started_s) / len(chunks)
 
 

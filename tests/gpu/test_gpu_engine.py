@@ -23,7 +23,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from transformers import AutoModelForCausalLM
 
 from stellarbyte import ByteTransformer
-from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
@@ -162,15 +161,18 @@ def report_near_ties(num_near_ties: int, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("shape", [{}, WINDOW, QWEN3, DEEPNORM], ids=str)
 def test_logprobs_equal_the_oracles(shape: dict[str, Any]) -> None:
-    """In float32, a token at a time by the graphs that decode, and by steps of any shape, in chunks of 13."""
+    """In float32, a token at a time by the graphs that decode, and as a prompt in chunks of 13."""
     model, tokens = make_model(**shape), random_tokens(51)
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)[19:]
     engine = gpu_engine(model)
     assert (engine.teacher_forced(tokens, 20) - expected).abs().max() <= 1e-4
     engine.check_nothing_is_left()
-    on_card = copy.deepcopy(model).requires_grad_(False).to(DEVICE)
-    any_shape = ModelEngine(on_card, backend=TritonModel, device="cuda", block_size=16, max_num_batched_tokens=13)
-    assert (any_shape.teacher_forced(tokens, 20).cpu() - expected).abs().max() <= 1e-4
+    core = gpu_engine(model, max_num_batched_tokens=13).core()
+    said = drain(core, make_request(tokens, 0, prompt_logprobs=0))["r"]
+    found = merged([item for item in said if isinstance(item, Delta)]).prompt_logprobs
+    every_V = oracle.logprobs(model.state_dict(), model.config, tokens)
+    wanted = [every_V[i, token].item() for i, token in enumerate(tokens[1:])]
+    assert [entry.logprob for entry in found] == pytest.approx(wanted, abs=1e-4)
 
 
 @torch.no_grad()

@@ -71,25 +71,23 @@ class Answer:
             embedding=None if self._pooled is None else _unit(self._pooled).tobytes(),
         )
 
-    def push(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> Delta:
-        """What the newest tokens, which the sequence already has, add to the answer. Those after its end are dropped.
+    def push_all(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> Delta:
+        """What the newest tokens, which the sequence already has, add to the answer; those after its end are dropped.
 
         `logprobs` has an entry for each token, if they are wanted.
         """
-        num_before = self.sequence.num_generated - len(tokens)
-        if len(tokens) == 1:
-            return self._push(tokens[0], num_before + 1, None if logprobs is None else logprobs[0])
         deltas: list[Delta] = []
-        for i, token in enumerate(tokens):
-            deltas.append(self._push(token, num_before + i + 1, None if logprobs is None else logprobs[i]))
+        for i, token in enumerate(tokens, 1):
+            logprob = None if logprobs is None else logprobs[i - 1]
+            deltas.append(self.push(token, logprob, num_later=len(tokens) - i))
             if deltas[-1].finish_reason is not None:
                 break
         return merged(deltas)
 
-    def _push(self, token: int, num_generated: int, logprob: TokenLogprob | None) -> Delta:
-        """What a token adds, which is the last of the first `num_generated` ones."""
+    def push(self, token: int, logprob: TokenLogprob | None = None, num_later: int = 0) -> Delta:
+        """What a token adds to the answer, after which the sequence has so many more already."""
         offset = self._text.num_decoded
-        text, finish_reason = self._read(token, num_generated)
+        text, finish_reason = self._read(token, num_later)
         return Delta(
             request_id=self.sequence.request.request_id,
             text=text,
@@ -103,9 +101,9 @@ class Answer:
             code=GRAMMAR_REFUSED if finish_reason == "error" else None,
         )
 
-    def _read(self, token: int, num_generated: int) -> tuple[str, str | None]:
+    def _read(self, token: int, num_later: int) -> tuple[str, str | None]:
         """The text that is ready, and the finish reason if the token is the last one."""
-        sampling = self._sampling
+        sampling, num_generated = self._sampling, self.sequence.num_generated - num_later
         if self._grammar is not None and self._grammar.error is not None:
             return "", "error"  # its mask meant nothing, so the token means nothing
         if token in self.sequence.end_token_ids:

@@ -266,8 +266,11 @@ class EngineCore:
         grown = self.scheduler.apply(chunks, result.tokens)
         self._num_steps += 1
         self._num_step_tokens += sum([chunk.length for chunk in chunks])
-        logprobs = {chunks[number].sequence: entries for number, entries in result.logprobs.items()}
-        deltas = [self._deliver(sequence, tokens, logprobs.get(sequence)) for sequence, tokens in grown]
+        if result.logprobs:
+            logprobs = {chunks[number].sequence: entries for number, entries in result.logprobs.items()}
+            deltas = [self._deliver(sequence, tokens, logprobs.get(sequence)) for sequence, tokens in grown]
+        else:
+            deltas = [self._deliver(sequence, tokens) for sequence, tokens in grown]
         return [delta for delta in deltas if delta is not None]
 
     def stats(self) -> EngineStats:
@@ -313,11 +316,16 @@ class EngineCore:
             if (pooled := result.pooled.get(number)) is not None:
                 answer.add_pooled(start, pooled)
 
-    def _deliver(self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None) -> Delta | None:
+    def _deliver(
+        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None = None
+    ) -> Delta | None:
         """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
         answer = self._live[sequence.request.request_id]
         try:
-            delta = answer.push(tokens, logprobs) if tokens else answer.end_of_prompt()
+            if len(tokens) == 1 and logprobs is None:
+                delta = answer.push(tokens[0])
+            else:
+                delta = answer.push_all(tokens, logprobs) if tokens else answer.end_of_prompt()
         except Exception as error:  # its text, its grammar: of no other request
             self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
             return None

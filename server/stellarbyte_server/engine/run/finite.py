@@ -4,22 +4,18 @@ from math import isnan
 
 import numpy as np
 
-from stellarbyte.sampling.sampler import NO_TOKEN
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
-
-_NONE_SAMPLED = [NO_TOKEN]
 
 
 def not_finite(chunks: list[Chunk], result: StepResult) -> list[Sequence]:
     """The sequences, not over yet, that got no token, no log-probability or no vector that means anything.
 
-    A step that asks for tokens only pays for one look at their list.
+    A step that asks for tokens only pays nothing for it.
     """
-    is_sampled = _NONE_SAMPLED not in result.tokens
-    if is_sampled and not (result.logprobs or result.prompt_logprobs or result.pooled):
+    if not (result.not_sampled or result.logprobs or result.prompt_logprobs or result.pooled):
         return []
-    broken = [] if is_sampled else [row for row, tokens in enumerate(result.tokens) if NO_TOKEN in tokens]
+    broken = list(result.not_sampled)
     for of_rows in (result.logprobs, result.prompt_logprobs):
         broken += [row for row, entries in of_rows.items() if any([isnan(entry.logprob) for entry in entries])]
     broken += [row for row, pooled in result.pooled.items() if not np.isfinite(np.frombuffer(pooled, np.float32)).all()]

@@ -8,6 +8,7 @@ import torch
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.forward_batch import ForwardBatch
+from stellarbyte.sampling.sampler import NO_TOKEN
 from stellarbyte_server.engine.run.device_errors import device_errors, require_device
 from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
@@ -129,7 +130,10 @@ class HostStep:
         model.adjust(logits_RV, adjustments)
         tokens = model.sample(logits_RV, [sampling_row(slot.sampling, len(slot.tokens)) for _, slot in sampling])
         for (row, slot), token in zip(sampling, tokens, strict=True):
-            slot.tokens.append(max(0, token))  # NO_TOKEN ends the sequence; a step ahead computes on
+            if token == NO_TOKEN:
+                result.not_sampled.append(row)
+                token = 0  # the sequence ends; a step ahead computes on
+            slot.tokens.append(token)
             result.tokens[row].append(token)
         if scored_RV is not None:
             rows = [sampling[i][0] for i in scored]

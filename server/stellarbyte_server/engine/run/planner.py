@@ -55,6 +55,7 @@ class PlannedStep(NamedTuple):
             tokens[number] = result.tokens[row]
         return StepResult(
             tokens=tokens,
+            not_sampled=[order[row] for row in result.not_sampled],
             logprobs={order[row]: found for row, found in result.logprobs.items()},
             prompt_logprobs={order[row]: found for row, found in result.prompt_logprobs.items()},
             pooled={order[row]: pooled for row, pooled in result.pooled.items()},

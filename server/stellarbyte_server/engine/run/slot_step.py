@@ -6,7 +6,7 @@ import torch
 
 from stellarbyte.backends.gpu.steps import Computed, Steps
 from stellarbyte.sampling.adjustment import adjust_logits
-from stellarbyte.sampling.sampler import sample
+from stellarbyte.sampling.sampler import NO_TOKEN, sample
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
 from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
@@ -83,12 +83,15 @@ class SlotStep:
         start = 0
         for part in self.parts:
             sampled = self._pinned[start : start + len(part.rows)].tolist()
+            if NO_TOKEN in sampled:  # their sequences end; a step ahead computes on, with token 0
+                self._result.not_sampled += [part.rows[i] for i, token in enumerate(sampled) if token == NO_TOKEN]
+                sampled = [max(0, token) for token in sampled]
             for row, token in zip(part.rows, sampled, strict=True):
                 tokens[row] = [token]
             if part.needs_host:
                 for slot, token in zip(part.sampling, sampled, strict=True):
                     if slot.needs_host:
-                        slot.tokens.append(max(0, token))  # NO_TOKEN ends the sequence
+                        slot.tokens.append(token)
             start += len(part.rows)
         return self._result
 

@@ -81,7 +81,8 @@ class Finish(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class StepResult(msgspec.Struct, array_like=True, kw_only=True):
     """What a step computed, by row; rows are in the dictionaries if their requests ask for that."""
 
-    tokens: list[list[int]]  # those sampled, or NO_TOKEN; empty for a row that does not sample
+    tokens: list[list[int]]  # those sampled; none for a row that does not sample
+    not_sampled: list[int] = []  # rows of which nothing could be sampled: their numbers are not finite
     logprobs: dict[int, list[TokenLogprob]] = {}  # of these tokens
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}  # of the prompt's tokens after the chunk's first one
     pooled: dict[int, bytes] = {}  # float32 [C]: sum of the chunk's hidden states, or the last one

@@ -308,9 +308,10 @@ class Scheduler:
                 continue
             # One that was preempted while the step ran has lost its blocks, but gets the step's tokens.
             if samples:
-                for token in tokens:
-                    sequence.tokens.append(token)
-                if len(tokens) > 1:
+                if len(tokens) == 1:
+                    sequence.tokens.append(tokens[0])
+                else:
+                    sequence.tokens.extend(tokens)
                     sequence.num_tokens += len(tokens) - 1  # one was counted when the step was scheduled
                 grown.append((sequence, tokens))
             elif computed == len(sequence.tokens):
