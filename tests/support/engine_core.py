@@ -14,6 +14,7 @@ from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, Rejected
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -48,10 +49,13 @@ class Script:
         return END if character == "$" else ord(character)
 
 
-def make_core(runner: Any, vocab_size: int = VOCABULARY, **options: Any) -> EngineCore:
+def make_core(
+    runner: Any, vocab_size: int = VOCABULARY, scheduler: Scheduler | None = None, **options: Any
+) -> EngineCore:
     tokenizer, ends = make_tokenizer(), frozenset({END})
     grammars = GrammarCompiler(tokenizer, ends, vocab_size)
-    return EngineCore(make_scheduler(**options), runner, tokenizer, ends, no_adapters(), grammars)
+    scheduler = make_scheduler(**options) if scheduler is None else scheduler
+    return EngineCore(scheduler, runner, tokenizer, ends, no_adapters(), grammars)
 
 
 def model_core(model: ByteTransformer, backend: Backend, device: str = "cpu", **options: Any) -> EngineCore:
@@ -61,9 +65,7 @@ def model_core(model: ByteTransformer, backend: Backend, device: str = "cpu", **
     cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
     cache.values_LBSKD.fill_(float("nan"))
     executor = HostExecutor(backend(model, model.config, None), cache, layout)
-    core = make_core(PlanRunner(executor), model.config.vocab_size)
-    core.scheduler = scheduler
-    return core
+    return make_core(PlanRunner(executor), model.config.vocab_size, scheduler)
 
 
 def drain(core: EngineCore, *requests: GenerationRequest, limit_s: float = 60) -> dict[str, list[Any]]:

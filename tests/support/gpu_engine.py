@@ -167,9 +167,7 @@ class GpuEngine:
 
     def core(self) -> EngineCore:
         """An `EngineCore` over the runner and the scheduler, for requests whose answers are more than tokens."""
-        core = make_core(self.runner, self.steps.model.config.vocab_size)
-        core.scheduler = self.scheduler
-        return core
+        return make_core(self.runner, self.steps.model.config.vocab_size, self.scheduler)
 
     def check_nothing_is_left(self) -> None:
         """Every block is free, and every slot, once."""

@@ -2,19 +2,16 @@
 
 import logging
 
-import msgspec
 import tokenizers
 
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
-from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
-from stellarbyte_server.engine.run.finite import not_finite
-from stellarbyte_server.engine.run.isolation import Fault
+from stellarbyte_server.engine.live_answers import LiveAnswers
+from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.run.recovery import compute_again, require_sound
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
-from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
@@ -29,12 +26,10 @@ from stellarbyte_server.protocol.messages import (
     News,
     Rejected,
     Reply,
-    TokenLogprob,
     UnloadAdapter,
     failure,
 )
 from stellarbyte_server.protocol.request import (
-    GRAMMAR_REFUSED,
     QUEUE_FULL,
     QUEUE_TIMEOUT,
     GenerationRequest,
@@ -42,9 +37,6 @@ from stellarbyte_server.protocol.request import (
 )
 
 logger = logging.getLogger("server.engine")
-
-NO_MEMORY = "There is too little memory left for this request."
-NOT_FINITE = "The model computed numbers that are not finite (NaN or infinity) for this request; it cannot go on."
 
 
 class EngineCore:
@@ -65,22 +57,17 @@ class EngineCore:
         self.grammars = grammars
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self._live: dict[str, Answer] = {}
+        self.answers = LiveAnswers(scheduler, adapters)
         self._compiling = CompilingRequests(grammars)
         self._rejected: list[Rejected] = []  # since the last step
-        self._num_steps = 0
-        self._num_step_tokens = 0
         self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._failed: list[Delta] = []  # ends of requests that failed since the last step
         self._in_flight: tuple[list[Chunk], RunningStep] | None = None  # between two calls of `step`
-        self._replies: list[Reply] = []
         self._had_nothing_to_run = False  # in the last step
         self._num_reads = 0  # of adapters, when requests were last looked at
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._rejected or self._failed) or self._in_flight is not None
+        return self.scheduler.has_work or bool(self._rejected or self.answers.failed) or self._in_flight is not None
 
     @property
     def is_blocked(self) -> bool:
@@ -111,26 +98,25 @@ class EngineCore:
 
     def _queue(self, request: GenerationRequest, account: Account | None, grammar: TokenGrammar | None = None) -> None:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter)
-        leader = self._live.get(request.follows) if request.follows is not None else None
+        leader = self.answers.sequence(request.follows)
         try:
-            sequence = self.scheduler.add(request, adapter, None if leader is None else leader.sequence, account)
+            sequence = self.scheduler.add(request, adapter, leader, account)
         except Exception:
             if adapter is not None:
-                self._replies += self.adapters.release(adapter)
+                self.answers.replies += self.adapters.release(adapter)
             raise
         if adapter is not None:
             adapter.totals.num_requests += 1
         ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         sequence.end_token_ids = ends | frozenset(request.sampling.stop_token_ids)
         sequence.grammar = grammar
-        self._live[request.request_id] = Answer(sequence, self.tokenizer, grammar)
+        self.answers.add(Answer(sequence, self.tokenizer, grammar))
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free its blocks; unknown ids are fine (it may just have ended)."""
-        answer = self._live.get(request_id)
-        if answer is not None:
-            self.scheduler.remove(answer.sequence)
-            self._forget(answer.sequence)
+        sequence = self.answers.sequence(request_id)
+        if sequence is not None:
+            self.answers.end(sequence)
         else:
             self._compiling.drop(request_id, self.scheduler)
 
@@ -142,17 +128,17 @@ class EngineCore:
         """Do what the operator asks; the answer is among `take_replies`, now or after a later step."""
         if isinstance(call, LoadAdapter):
             refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place)
-            self._replies += [] if refusal is None else [refusal]
+            self.answers.replies += [] if refusal is None else [refusal]
         elif isinstance(call, UnloadAdapter):
-            self._replies += self.adapters.unload(call.call_id, call.name)
+            self.answers.replies += self.adapters.unload(call.call_id, call.name)
         else:
-            self._replies += self.adapters.list_all(call.call_id)
+            self.answers.replies += self.adapters.list_all(call.call_id)
 
     def take_replies(self) -> list[Reply]:
         """The answers to calls since the last time; also takes note of what other threads have finished."""
-        self._replies += self.adapters.collect()
+        self.answers.replies += self.adapters.collect()
         self._queue_compiled()
-        replies, self._replies = self._replies, []
+        replies, self.answers.replies = self.answers.replies, []
         return replies
 
     def step(self) -> list[News]:
@@ -165,7 +151,7 @@ class EngineCore:
         Raises:
             DeviceLost, EngineBroken: whatever is computed fails.
         """
-        self._replies += self.adapters.collect()
+        self.answers.replies += self.adapters.collect()
         self._queue_compiled()
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
@@ -186,8 +172,8 @@ class EngineCore:
             self._in_flight = (chunks, step)
         elif step is not None:
             news += self._receive(chunks, step)
-        news += self._failed
-        self._failed = []
+        news += self.answers.failed
+        self.answers.failed = []
         return news
 
     def _start(self, chunks: list[Chunk]) -> RunningStep | Exception | None:
@@ -215,35 +201,10 @@ class EngineCore:
         """
         findings = compute_again(self.runner, chunks, error)
         for fault in findings.faults:
-            self._end_faulty(fault)
+            self.answers.end_faulty(fault)
         if findings.faults and not findings.computed:
             require_sound(self.runner, self.scheduler)
-        return [delta for part, result in findings.computed for delta in self._record(part, result)]
-
-    def _end_faulty(self, fault: Fault) -> None:
-        """End the request that makes steps fail."""
-        if isinstance(fault.error, OutOfDeviceMemory):
-            self._fail(fault.chunk.sequence, NO_MEMORY, "out of memory for request %s alone; ending it")
-        else:
-            self._fail(fault.chunk.sequence, FAILED, "request %s makes steps fail; ending it", fault.error)
-
-    def _fail(
-        self, sequence: Sequence, message: str, log: str, error: Exception | None = None, code: str | None = None
-    ) -> None:
-        """End a request with an error; `log` has a place for its id. Others do not share what was computed of it."""
-        request_id = sequence.request.request_id
-        logger.error(log, request_id, exc_info=error)
-        self.scheduler.remove(sequence, keep_content=False)
-        self._forget(sequence)
-        self._failed.append(failure(request_id, message, code))
-
-    def _fail_not_finite(self, sequence: Sequence) -> None:
-        """End a request whose numbers allow no choice: those of the model, or a grammar that could allow no token."""
-        refusal = self._live[sequence.request.request_id].grammar_error
-        if refusal is None:
-            self._fail(sequence, NOT_FINITE, "the numbers of request %s are not finite; ending it")
-        else:
-            self._fail(sequence, refusal, "the grammar of request %s allows no token; ending it", code=GRAMMAR_REFUSED)
+        return [delta for part, result in findings.computed for delta in self.answers.record(part, result)]
 
     def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
         """Wait for a step and turn what it computed into deltas."""
@@ -255,23 +216,7 @@ class EngineCore:
             if self.runner.num_steps_ahead:  # the one that was started meanwhile went on from it
                 raise
             return self._compute_again(chunks, error)
-        return self._record(chunks, result)
-
-    def _record(self, chunks: list[Chunk], result: StepResult) -> list[Delta]:
-        """Note what a step computed; the deltas that come of it."""
-        for sequence in not_finite(chunks, result):
-            self._fail_not_finite(sequence)
-        if result.prompt_logprobs or result.pooled:
-            self._note_prompts(chunks, result)
-        grown = self.scheduler.apply(chunks, result.tokens)
-        self._num_steps += 1
-        self._num_step_tokens += sum([chunk.length for chunk in chunks])
-        if result.logprobs:
-            logprobs = {chunks[number].sequence: entries for number, entries in result.logprobs.items()}
-            deltas = [self._deliver(sequence, tokens, logprobs.get(sequence)) for sequence, tokens in grown]
-        else:
-            deltas = [self._deliver(sequence, tokens) for sequence, tokens in grown]
-        return [delta for delta in deltas if delta is not None]
+        return self.answers.record(chunks, result)
 
     def stats(self) -> EngineStats:
         pool, totals = self.scheduler.pool, self.scheduler.totals
@@ -281,14 +226,14 @@ class EngineCore:
             kv_cache_usage=pool.num_used / pool.num_blocks,
             num_blocks_used=pool.num_used,
             prompt_tokens_total=self._num_prompt_tokens,
-            generation_tokens_total=self._num_generated_tokens,
+            generation_tokens_total=self.answers.num_generated_tokens,
             num_preemptions_total=totals.num_preemptions,
-            num_steps_total=self._num_steps,
+            num_steps_total=self.answers.num_steps,
             num_blocked=self.scheduler.num_blocked + len(self._compiling),
             prefix_cache_queries_total=totals.prefix_queries,
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=self.scheduler.num_evicted,
-            step_tokens_total=self._num_step_tokens,
+            step_tokens_total=self.answers.num_step_tokens,
         )
 
     def _queue_compiled(self) -> None:
@@ -304,39 +249,7 @@ class EngineCore:
                 self._rejected.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
             except Exception:
                 logger.exception("request %s could not be queued", request_id)
-                self._failed.append(failure(request_id, FAILED))
-
-    def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
-        for number, (sequence, start, _, _) in enumerate(chunks):
-            if sequence.is_over:
-                continue
-            answer = self._live[sequence.request.request_id]
-            if (logprobs := result.prompt_logprobs.get(number)) is not None:
-                answer.add_prompt_logprobs(start, logprobs)
-            if (pooled := result.pooled.get(number)) is not None:
-                answer.add_pooled(start, pooled)
-
-    def _deliver(
-        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None = None
-    ) -> Delta | None:
-        """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
-        answer = self._live[sequence.request.request_id]
-        try:
-            if len(tokens) == 1 and logprobs is None:
-                delta = answer.push(tokens[0])
-            else:
-                delta = answer.push_all(tokens, logprobs) if tokens else answer.end_of_prompt()
-        except Exception as error:  # its text, its grammar: of no other request
-            self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
-            return None
-        self._num_generated_tokens += delta.num_tokens
-        if sequence.adapter is not None:
-            sequence.adapter.totals.num_tokens += delta.num_tokens
-        if delta.finish_reason is None:
-            return delta
-        evicted_tokens = self.scheduler.evicted_tokens(sequence)
-        self.abort(sequence.request.request_id)
-        return msgspec.structs.replace(delta, cached_tokens=sequence.num_cached, evicted_tokens=evicted_tokens)
+                self.answers.failed.append(failure(request_id, FAILED))
 
     def _accept(self, sequence: Sequence) -> Accepted:
         self._num_prompt_tokens += sequence.num_prompt
@@ -361,19 +274,14 @@ class EngineCore:
                 news.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
         return news
 
-    def _forget(self, sequence: Sequence) -> None:
-        del self._live[sequence.request.request_id]
-        if sequence.adapter is not None:
-            self._replies += self.adapters.release(sequence.adapter)
-
     def _displace(self, sequence: Sequence) -> Rejected:
         """The queue was full, and another key had a smaller part of it."""
         request_id = sequence.request.request_id
-        self._forget(sequence)
+        self.answers.forget(sequence)
         return Rejected(request_id, "Too many requests of this key are waiting already; try again later.", QUEUE_FULL)
 
     def _expire(self, sequence: Sequence) -> Rejected:
         request_id = sequence.request.request_id
-        self._forget(sequence)
+        self.answers.forget(sequence)
         message = f"The request waited for more than {self.scheduler.limits.queue_timeout_s:g} s; try again later."
         return Rejected(request_id, message, QUEUE_TIMEOUT)

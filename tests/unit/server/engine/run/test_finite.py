@@ -9,7 +9,8 @@ import torch
 
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.torch_model import TorchModel
-from stellarbyte_server.engine.core import NOT_FINITE, EngineCore
+from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.live_answers import NOT_FINITE
 from stellarbyte_server.protocol.messages import Delta, merged
 from tests.support.engine import BACKENDS, Ahead, make_request
 from tests.support.engine_core import drain, model_core

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stellarbyte_server.engine.core import NO_MEMORY
+from stellarbyte_server.engine.live_answers import NO_MEMORY
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 from stellarbyte_server.engine.run.isolation import EngineBroken, isolate
@@ -153,7 +153,7 @@ def test_an_answer_that_cannot_be_made_into_text_ends_alone(monkeypatch: pytest.
     def push(*_: object) -> Delta:
         raise UnicodeError
 
-    monkeypatch.setattr(engine.core._live["1"], "push", push)
+    monkeypatch.setattr(engine.core.answers._live["1"], "push", push)
     engine.drain()
     assert [engine.said[str(i)][-1].finish_reason for i in range(3)] == ["length", "error", "length"]
     assert engine.core.stats().num_blocks_used == 0

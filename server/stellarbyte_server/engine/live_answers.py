@@ -1,0 +1,128 @@
+"""The answers of requests that were queued and have not ended: what steps compute becomes their deltas."""
+
+import logging
+
+import msgspec
+
+from stellarbyte_server.engine.adapters.registry import Adapters
+from stellarbyte_server.engine.answer import Answer
+from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
+from stellarbyte_server.engine.run.finite import not_finite
+from stellarbyte_server.engine.run.isolation import Fault
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from stellarbyte_server.protocol.messages import FAILED, Delta, Reply, TokenLogprob, failure
+from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+NO_MEMORY = "There is too little memory left for this request."
+NOT_FINITE = "The model computed numbers that are not finite (NaN or infinity) for this request; it cannot go on."
+
+
+class LiveAnswers:
+    """Engine thread only."""
+
+    def __init__(self, scheduler: Scheduler, adapters: Adapters) -> None:
+        self.failed: list[Delta] = []  # ends of requests that failed since the last step
+        self.replies: list[Reply] = []  # to calls
+        self.num_steps = 0
+        self.num_step_tokens = 0
+        self.num_generated_tokens = 0
+        self._scheduler = scheduler
+        self._adapters = adapters
+        self._live: dict[str, Answer] = {}
+
+    def add(self, answer: Answer) -> None:
+        """Follow the answer of a request that was queued."""
+        self._live[answer.sequence.request.request_id] = answer
+
+    def sequence(self, request_id: str | None) -> Sequence | None:
+        """The sequence of a request; None: there is no such request, or it has ended."""
+        answer = None if request_id is None else self._live.get(request_id)
+        return None if answer is None else answer.sequence
+
+    def end(self, sequence: Sequence) -> None:
+        """Free what a request holds, and forget it."""
+        self._scheduler.remove(sequence)
+        self.forget(sequence)
+
+    def record(self, chunks: list[Chunk], result: StepResult) -> list[Delta]:
+        """Note what a step computed; the deltas that come of it."""
+        for sequence in not_finite(chunks, result):
+            self._fail_not_finite(sequence)
+        if result.prompt_logprobs or result.pooled:
+            self._note_prompts(chunks, result)
+        grown = self._scheduler.apply(chunks, result.tokens)
+        self.num_steps += 1
+        self.num_step_tokens += sum([chunk.length for chunk in chunks])
+        if result.logprobs:
+            logprobs = {chunks[number].sequence: entries for number, entries in result.logprobs.items()}
+            deltas = [self._deliver(sequence, tokens, logprobs.get(sequence)) for sequence, tokens in grown]
+        else:
+            deltas = [self._deliver(sequence, tokens) for sequence, tokens in grown]
+        return [delta for delta in deltas if delta is not None]
+
+    def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
+        for number, (sequence, start, _, _) in enumerate(chunks):
+            if sequence.is_over:
+                continue
+            answer = self._live[sequence.request.request_id]
+            if (logprobs := result.prompt_logprobs.get(number)) is not None:
+                answer.add_prompt_logprobs(start, logprobs)
+            if (pooled := result.pooled.get(number)) is not None:
+                answer.add_pooled(start, pooled)
+
+    def _deliver(
+        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None = None
+    ) -> Delta | None:
+        """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
+        answer = self._live[sequence.request.request_id]
+        try:
+            if len(tokens) == 1 and logprobs is None:
+                delta = answer.push(tokens[0])
+            else:
+                delta = answer.push_all(tokens, logprobs) if tokens else answer.end_of_prompt()
+        except Exception as error:  # its text, its grammar: of no other request
+            self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
+            return None
+        self.num_generated_tokens += delta.num_tokens
+        if sequence.adapter is not None:
+            sequence.adapter.totals.num_tokens += delta.num_tokens
+        if delta.finish_reason is None:
+            return delta
+        evicted_tokens = self._scheduler.evicted_tokens(sequence)
+        self.end(sequence)
+        return msgspec.structs.replace(delta, cached_tokens=sequence.num_cached, evicted_tokens=evicted_tokens)
+
+    def end_faulty(self, fault: Fault) -> None:
+        """End the request that makes steps fail."""
+        if isinstance(fault.error, OutOfDeviceMemory):
+            self._fail(fault.chunk.sequence, NO_MEMORY, "out of memory for request %s alone; ending it")
+        else:
+            self._fail(fault.chunk.sequence, FAILED, "request %s makes steps fail; ending it", fault.error)
+
+    def _fail(
+        self, sequence: Sequence, message: str, log: str, error: Exception | None = None, code: str | None = None
+    ) -> None:
+        """End a request with an error; `log` has a place for its id. Others do not share what was computed of it."""
+        request_id = sequence.request.request_id
+        logger.error(log, request_id, exc_info=error)
+        self._scheduler.remove(sequence, keep_content=False)
+        self.forget(sequence)
+        self.failed.append(failure(request_id, message, code))
+
+    def _fail_not_finite(self, sequence: Sequence) -> None:
+        """End a request whose numbers allow no choice: those of the model, or a grammar that could allow no token."""
+        refusal = self._live[sequence.request.request_id].grammar_error
+        if refusal is None:
+            self._fail(sequence, NOT_FINITE, "the numbers of request %s are not finite; ending it")
+        else:
+            self._fail(sequence, refusal, "the grammar of request %s allows no token; ending it", code=GRAMMAR_REFUSED)
+
+    def forget(self, sequence: Sequence) -> None:
+        """No more is said of a request that the scheduler has let go."""
+        del self._live[sequence.request.request_id]
+        if sequence.adapter is not None:
+            self.replies += self._adapters.release(sequence.adapter)
