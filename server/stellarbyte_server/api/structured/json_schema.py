@@ -1,4 +1,4 @@
-"""Which JSON schemas can be enforced, and a 400 that says what others ask too much. Knows no model and no routes.
+"""JSON schemas that cannot be enforced are refused with a 400 that names the reason.
 
 llguidance implements most of JSON Schema and bounds most of its own work. What it would ignore, answer wrongly or take
 minutes for is refused or said differently here, so that every answer is valid and no grammar holds up a server:
