@@ -76,7 +76,8 @@ def _resident_mib() -> float:
 def keep_samples(core: EngineCore, every: int) -> dict[int, torch.Tensor]:
     """A dictionary that fills with the log-probabilities [V] after every so many positions, as they are computed."""
     samples: dict[int, torch.Tensor] = {}
-    start, head = core.runner.start, core.runner.model.head
+    model = core.runner.executor.model
+    start, head = core.runner.start, model.head
     position = 0
 
     def note_position(chunks: list[Chunk]) -> RunningStep:
@@ -90,7 +91,7 @@ def keep_samples(core: EngineCore, every: int) -> dict[int, torch.Tensor]:
             samples[position] = logits_RV[-1].log_softmax(dim=-1)
         return logits_RV
 
-    core.runner.start, core.runner.model.head = note_position, keep_logits
+    core.runner.start, model.head = note_position, keep_logits
     return samples
 
 

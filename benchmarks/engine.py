@@ -2,8 +2,8 @@
 
     python -m benchmarks.engine                        256 sequences, the demo model's tokenizer
 
-The real loop, scheduler, text and encoding run; the runner returns made-up tokens at once and the socket throws away
-what it is given. The target is 1 ms for a step of 256 sequences.
+The real loop, scheduler, planner, text and encoding run; the executor returns made-up tokens at once and the socket
+throws away what it is given. The target is 1 ms for a step of 256 sequences.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,10 +27,11 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.loop import EngineLoop
 from stellarbyte_server.engine.run.plan import share_limits
+from stellarbyte_server.engine.run.runner import PlanRunner
+from stellarbyte_server.engine.run.step_plan import Finish, StepPlan, StepResult
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
 from stellarbyte_server.protocol.messages import Submit
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
@@ -40,29 +41,33 @@ BLOCK_SIZE = 16
 WARM_UP_STEPS = 50
 
 
-class _Runner:
+class _Executor:
     """Random tokens at no cost."""
 
     def __init__(self, vocab_size: int, num_steps_ahead: int) -> None:
         chance = random.Random(0)
         self.num_steps_ahead = num_steps_ahead
+        self._num_decoding = 0
         self._tokens = itertools.cycle([chance.randrange(vocab_size) for _ in range(10_007)])
 
     def prepare(self) -> bool:
         return False
 
-    def recover(self, sequences: Iterable[Sequence]) -> None:
+    def recover(self) -> None:
         pass
 
-    def start(self, chunks: list[Chunk]) -> "_Step":
-        return _Step(list(itertools.islice(self._tokens, sum(chunk.samples for chunk in chunks))))
+    def start(self, plan: StepPlan) -> "_Step":
+        if plan.decode_slots is not None:
+            self._num_decoding = len(plan.decode_slots)
+        samples = [True] * self._num_decoding + [chunk.samples for chunk in plan.chunks]
+        return _Step([[token] * each for each, token in zip(samples, self._tokens, strict=False)])
 
 
 class _Step:
-    def __init__(self, tokens: list[int]) -> None:
+    def __init__(self, tokens: list[list[int]]) -> None:
         self._tokens = tokens
 
-    def finish(self) -> None:
+    def finish(self, _: Finish) -> None:
         pass
 
     def result(self) -> StepResult:
@@ -128,7 +133,10 @@ def measure(
     scheduler = Scheduler(limits, layout, BlockPool(num_sequences * (length // BLOCK_SIZE + 2)))
     vocab_size, no_ends = tokenizer.get_vocab_size(), frozenset[int]()
     grammars = GrammarCompiler(tokenizer, no_ends, vocab_size)
-    runner = _Runner(vocab_size, num_steps_ahead)
+    stopwatch = _Stopwatch()
+    executor = _Executor(vocab_size, num_steps_ahead)
+    executor.start = stopwatch.wrap("runner", executor.start)
+    runner = PlanRunner(executor)
     core = EngineCore(scheduler, runner, tokenizer, no_ends, no_adapters(), grammars)
     chance = random.Random(1)
     requests = [
@@ -139,7 +147,6 @@ def measure(
         )
         for i in range(num_sequences)
     ]
-    stopwatch = _Stopwatch()
     turns_s: list[float] = []
 
     def on_turn() -> None:
@@ -148,7 +155,7 @@ def measure(
             raise _Finished
 
     scheduler.schedule = stopwatch.wrap("schedule", scheduler.schedule)
-    core.runner.start = stopwatch.wrap("runner", core.runner.start)
+    runner.start = stopwatch.wrap("plan", runner.start)
     scheduler.apply = stopwatch.wrap("apply", scheduler.apply)
     core.step = stopwatch.wrap("step", core.step)
     socket = _Socket(requests, on_turn)
@@ -162,8 +169,9 @@ def measure(
 
     whole = [(after - before) * 1000 for before, after in itertools.pairwise(turns_s)][WARM_UP_STEPS:]
     parts = {name: [s * 1000 for s in seconds][-len(whole) :] for name, seconds in stopwatch.seconds.items()}
-    inner = zip(parts["step"], parts["schedule"], parts["runner"], parts["apply"], strict=True)
-    parts["text"] = [step - schedule - runner - apply for step, schedule, runner, apply in inner]
+    parts["plan"] = list(map(float.__sub__, parts["plan"], parts["runner"]))
+    inner = zip(parts["step"], parts["schedule"], parts["plan"], parts["runner"], parts["apply"], strict=True)
+    parts["text"] = [step - sum(others) for step, *others in inner]
     parts["encode"] = [turn - step for turn, step in zip(whole, parts.pop("step"), strict=True)]
     ms = {name: round(statistics.median(values), 3) for name, values in parts.items()}
     ms["all_but_runner"] = round(statistics.median(map(float.__sub__, whole, parts["runner"])), 3)

@@ -15,7 +15,13 @@ from benchmarks.gpu_workloads import Row
 from benchmarks.record import ROOT, read_results
 
 PICTURES = ROOT / "docs" / "pictures"
-PARTS = ("schedule", "apply", "text", "encode")  # of a step, in the order they happen; the runner is not ours
+PARTS = (
+    "schedule",
+    "plan",
+    "apply",
+    "text",
+    "encode",
+)  # of a step; older results have no "plan"
 
 Result = dict[str, Any]
 
@@ -27,7 +33,7 @@ def draw_engine(result: Result) -> None:
     labels = [f"{row['sequences']} sequences" for row in rows]
     left = [0.0] * len(rows)
     for part in PARTS:
-        widths = [row["ms_per_step"][part] for row in rows]
+        widths = [row["ms_per_step"].get(part, 0.0) for row in rows]
         axes.barh(labels, widths, left=left, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.axvline(1.0, color="black", linestyle="--", linewidth=1)

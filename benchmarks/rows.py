@@ -20,7 +20,10 @@ import torch
 
 from benchmarks.record import write_result
 from stellarbyte.backends.torch_model import ServedModel
+from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.ops.cpu.adjustment import adjust_logits
 from stellarbyte.ops.cpu.sampler import sample
 from stellarbyte.sampling.adjustment import RowAdjustment
@@ -28,8 +31,8 @@ from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
-from stellarbyte_server.engine.run.adjustments import Adjustments
-from stellarbyte_server.engine.run.cpu_runner import ModelStep, make_batch
+from stellarbyte_server.engine.run.host_executor import HostExecutor
+from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.state.block_pool import BlockTable, CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
@@ -51,6 +54,9 @@ class _Logits:
     def renew(self) -> None:
         """Before each step, which may change them."""
         self._logits_RV.copy_(self._source_RV)
+
+    def hidden(self, batch: ForwardBatch, _: PagedKVCache) -> torch.Tensor:
+        return torch.zeros(len(batch.token_ids_T), 8)
 
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         return self._logits_RV[: len(hidden_RC)]
@@ -115,7 +121,8 @@ class _Rows:
         num_tokens = fields.pop("prompt_tokens", 16)
         chance = np.random.default_rng(3)
         self.model = model
-        self.adjustments = Adjustments(torch.device("cpu"))
+        cache = PagedKVCache(ByteModelConfig(), 1, LAYOUT.block_size, torch.float32, torch.device("cpu"))
+        self.runner = PlanRunner(HostExecutor(cast(ServedModel, model), cache, LAYOUT))
         self.sequences = []
         for i in range(NUM_ROWS):
             prompt = tuple(chance.integers(vocab_size, size=num_tokens).tolist())
@@ -123,7 +130,7 @@ class _Rows:
                 request_id=str(i), prompt_token_ids=prompt, sampling=SamplingParams(seed=i, **fields)
             )
             sequence = Sequence(request=request, table=BlockTable(LAYOUT), rank=(0, i), arrived_s=0.0)
-            sequence.table.start_after((), num_tokens // 16, (1,))
+            sequence.table.start_after((), (num_tokens - 1) // 16, [0] * 1000)  # nothing is written to the cache
             sequence.is_running = True
             sequence.end_token_ids = frozenset(request.sampling.stop_token_ids)
             self.sequences.append(sequence)
@@ -131,16 +138,15 @@ class _Rows:
 
     def step(self) -> float:
         """Seconds a row."""
-        chunks = [Chunk(s, s.num_prompt // 16 * 16, 1, True) for s in self.sequences]
-        batch = make_batch(chunks, torch.device("cpu"))
+        chunks = [Chunk(s, len(s.tokens) - 1, 1, True) for s in self.sequences]
         self.model.renew()
-        step = ModelStep(cast(ServedModel, self.model), chunks, batch, torch.zeros(len(chunks), 8), self.adjustments)
+        step = self.runner.start(chunks)
         started_s = time.perf_counter()
         step.finish()
         result = step.result()
-        for sequence, answer, token in zip(self.sequences, self.answers, result.tokens, strict=True):
-            sequence.tokens.append(token)
-            answer.push(token, result.logprobs.get(sequence))
+        for i, (sequence, answer, tokens) in enumerate(zip(self.sequences, self.answers, result.tokens, strict=True)):
+            sequence.tokens.extend(tokens)
+            answer.push_all(tokens, result.logprobs.get(i))
         return (time.perf_counter() - started_s) / len(chunks)
 
 

@@ -80,12 +80,17 @@ class LogitAdjustment:
             allowed_W = left_W if left_W.any() else allowed_W
         return RowAdjustment(self, allowed_W)
 
+    def rewind(self, num_tokens: int) -> None:
+        """The sequence was cut to its first tokens: what was counted beyond them is counted again."""
+        if num_tokens < self._num_counted:
+            self._forget()
+
     def _count(self, tokens: "array[int]") -> None:
         """Take note of the tokens since the last time; of all, if it is not the same sequence, or a shorter part."""
         counted = self._num_counted
         if len(tokens) < counted or (counted and tokens[counted - 1] != self._last):
             self._forget()
-            counted = 0
+            counted = self._num_counted
         new = tokens[counted:]
         if not new:
             return
@@ -99,6 +104,7 @@ class LogitAdjustment:
             _put(self.deduction_V, changed, [self._presence + self._frequency * self._occurrences[t] for t in changed])
 
     def _forget(self) -> None:
+        self._num_counted = 0
         self._occurrences.clear()
         if self.divisor_V is not None:
             self.divisor_V.fill_(1)

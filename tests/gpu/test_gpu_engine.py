@@ -23,13 +23,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from transformers import AutoModelForCausalLM
 
 from stellarbyte import ByteTransformer
-from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.sampling.sampler import RowSampling, sample
 from stellarbyte_server.api.structured.grammars import json_grammar
-from stellarbyte_server.engine.run.gpu_runner import GpuStep
+from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -162,15 +161,18 @@ def report_near_ties(num_near_ties: int, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("shape", [{}, WINDOW, QWEN3, DEEPNORM], ids=str)
 def test_logprobs_equal_the_oracles(shape: dict[str, Any]) -> None:
-    """In float32, a token at a time by the graphs that decode, and by steps of any shape, in chunks of 13."""
+    """In float32, a token at a time by the graphs that decode, and as a prompt in chunks of 13."""
     model, tokens = make_model(**shape), random_tokens(51)
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)[19:]
     engine = gpu_engine(model)
     assert (engine.teacher_forced(tokens, 20) - expected).abs().max() <= 1e-4
     engine.check_nothing_is_left()
-    on_card = copy.deepcopy(model).requires_grad_(False).to(DEVICE)
-    any_shape = ModelEngine(on_card, backend=TritonModel, device="cuda", block_size=16, max_num_batched_tokens=13)
-    assert (any_shape.teacher_forced(tokens, 20).cpu() - expected).abs().max() <= 1e-4
+    core = gpu_engine(model, max_num_batched_tokens=13).core()
+    said = drain(core, make_request(tokens, 0, prompt_logprobs=0))["r"]
+    found = merged([item for item in said if isinstance(item, Delta)]).prompt_logprobs
+    every_V = oracle.logprobs(model.state_dict(), model.config, tokens)
+    wanted = [every_V[i, token].item() for i, token in enumerate(tokens[1:])]
+    assert [entry.logprob for entry in found] == pytest.approx(wanted, abs=1e-4)
 
 
 @torch.no_grad()
@@ -288,9 +290,9 @@ class NewestLogits:
     def __init__(self) -> None:
         self.logits_V = torch.empty(0)
 
-    def __call__(self, step: GpuStep) -> None:
+    def __call__(self, step: SlotStep) -> None:
         for part in step.parts:
-            if part.sequences:
+            if part.rows:
                 self.logits_V = part.computed.logits_RV[0].clone()
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 POISON = """
 import torch
 from stellarbyte_server.engine.run.device_errors import device_errors, require_device
-from stellarbyte_server.engine.run.runner import DeviceLost
+from stellarbyte_server.engine.run.executor import DeviceLost
 
 require_device()
 torch.zeros(1, device="cuda")[torch.tensor([10**6], device="cuda")]  # asserts on the card, told by a later call

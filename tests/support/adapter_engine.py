@@ -42,7 +42,7 @@ class AdapterEngine:
         for chunk in chunks:
             if chunk.sequence.adapter is not None:
                 assert self.store.in_slots[chunk.sequence.adapter_slot] is chunk.sequence.adapter
-        for sequence, _ in self.scheduler.apply(chunks, [7] * sum(chunk.samples for chunk in chunks)):
+        for sequence, _ in self.scheduler.apply(chunks, [[7] * chunk.samples for chunk in chunks]):
             if sequence.num_generated >= sequence.request.sampling.max_tokens:
                 self.end(sequence)
         return [chunk.sequence for chunk in chunks]

@@ -6,10 +6,11 @@ from typing import Any
 from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.kept_blocks import salt_of
 from stellarbyte_server.engine.state.prefix_cache import BlockKeys
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.adapters import FakeStore
@@ -63,7 +64,7 @@ class CheckedRunner:
                 assert self._store is not None and self._store.in_slots[sequence.adapter_slot] is sequence.adapter
         step = CheckedStep(StepResult(tokens=self._cache.run(chunks)))
         step.chunks = chunks
-        self.num_sampled += len(step.computed.tokens)
+        self.num_sampled += sum(map(len, step.computed.tokens))
         return step
 
 

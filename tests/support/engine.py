@@ -1,6 +1,7 @@
 """An engine for tests: real scheduler, pool and, where wanted, model; no sockets, no tokenizer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -14,14 +15,16 @@ from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.lora.bank import LoraBank, pack_adapter
-from stellarbyte_server.engine.run.cpu_runner import ModelRunner
-from stellarbyte_server.engine.run.runner import Runner, RunningStep
+from stellarbyte.sampling.sampler import RowSampling
+from stellarbyte_server.engine.run.host_executor import HostExecutor
+from stellarbyte_server.engine.run.runner import PlanRunner, Runner, RunningStep
+from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.schedule.shares import ShareLimits
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 from tests.support.adapters import NO_FILES, RandomAdapter
@@ -115,7 +118,7 @@ class Ahead:
         finally:
             for sequence in unread:
                 sequence.tokens.pop()
-        return _StepAhead(step, [chunk.sequence for chunk in chunks if chunk.samples], self._note)
+        return _StepAhead(step, [chunk.sequence for chunk in chunks], self._note)
 
     def _note(self, sampled: dict[Sequence, int]) -> None:
         self._sampled = sampled
@@ -124,15 +127,17 @@ class Ahead:
 @dataclass
 class _StepAhead:
     step: RunningStep
-    sampling: list[Sequence]
+    sequences: list[Sequence]
     note: Callable[[dict[Sequence, int]], None]
 
     def finish(self) -> None:
         self.step.finish()
-        self.note(dict(zip(self.sampling, self.result().tokens, strict=True)))
+        self.computed = self.step.result()
+        sampled = zip(self.sequences, self.computed.tokens, strict=True)
+        self.note({sequence: tokens[-1] for sequence, tokens in sampled if tokens})
 
     def result(self) -> StepResult:
-        return self.step.result()
+        return self.computed
 
 
 class ModelEngine:
@@ -168,7 +173,8 @@ class ModelEngine:
             bank.fill(slot, pack_adapter(adapter.weights, adapter.scales, config, torch.float32))
             version = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
             self.versions[name] = version
-        self.runner = ModelRunner(backend(model, config, bank), cache)
+        self.executor = HostExecutor(backend(model, config, bank), cache, layout)
+        self.runner = PlanRunner(self.executor)
 
     def add(self, request: GenerationRequest) -> Sequence:
         return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter.name])
@@ -179,16 +185,19 @@ class ModelEngine:
         `fields` are those of the request; what the step before it left in the cache is used.
         """
         sequence = self.add(make_request(tokens[:first], max_tokens=len(tokens) - first + 1, **fields))
-        rows = []
-        while len(sequence.tokens) <= len(tokens):
-            chunks = self.scheduler.schedule()
-            logits_RV = self.runner.logits(chunks)
-            if chunks[0].samples:
-                rows.append(logits_RV[0].log_softmax(dim=-1))
-            following = tokens[len(sequence.tokens)] if len(sequence.tokens) < len(tokens) else 0
-            self.scheduler.apply(chunks, [following])
-        self.scheduler.remove(sequence)
-        return torch.stack(rows)
+        following = iter([*tokens[first:], 0])
+        rows_V: list[torch.Tensor] = []
+
+        def force(logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
+            assert len(rows) == 1, "no other sequence may run"
+            rows_V.append(logits_RV[0].log_softmax(dim=-1))
+            return [next(following)]
+
+        with sampling_by(self.executor, force):
+            while self.scheduler.has_work:
+                self.step()
+        assert sequence.tokens[:-1].tolist() == tokens
+        return torch.stack(rows_V)
 
     def generate(self, requests: list[GenerationRequest]) -> list[list[int]]:
         """The generated tokens of every request, all queued at once."""
@@ -205,6 +214,18 @@ class ModelEngine:
             if is_complete(sequence):
                 self.scheduler.remove(sequence)
         return chunks
+
+
+@contextmanager
+def sampling_by(
+    executor: HostExecutor, sample: Callable[[torch.Tensor, list[RowSampling]], list[int]]
+) -> Iterator[None]:
+    """Let another function sample for a while: it gets adjusted logits [R, V] and the rows' parameters."""
+    executor.model.sample = sample  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del executor.model.sample
 
 
 def generated(sequence: Sequence) -> list[int]:

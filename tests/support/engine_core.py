@@ -11,8 +11,10 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte_server.engine.adapters.registry import no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
-from stellarbyte_server.engine.run.cpu_runner import ModelRunner
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.run.host_executor import HostExecutor
+from stellarbyte_server.engine.run.runner import PlanRunner
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, Rejected
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engine import Backend, ComputedStep, make_scheduler
@@ -37,8 +39,9 @@ class Script:
         return False
 
     def start(self, chunks: list[Chunk]) -> ComputedStep:
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        return ComputedStep(StepResult(tokens=[self._next(sequence.num_generated) for sequence in sequences]))
+        return ComputedStep(
+            StepResult(tokens=[[self._next(sequence.num_generated)] * samples for sequence, _, _, samples in chunks])
+        )
 
     def _next(self, number: int) -> int:
         character = self._text[number % len(self._text)]
@@ -57,7 +60,8 @@ def model_core(model: ByteTransformer, backend: Backend, device: str = "cpu", **
     cache = PagedKVCache(model.config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
     cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
     cache.values_LBSKD.fill_(float("nan"))
-    core = make_core(ModelRunner(backend(model, model.config, None), cache), model.config.vocab_size)
+    executor = HostExecutor(backend(model, model.config, None), cache, layout)
+    core = make_core(PlanRunner(executor), model.config.vocab_size)
     core.scheduler = scheduler
     return core
 

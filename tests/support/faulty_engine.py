@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -19,9 +20,11 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.load import build_core
 from stellarbyte_server.engine.run import adapter_store
 from stellarbyte_server.engine.run.device_errors import device_errors
-from stellarbyte_server.engine.run.runner import OutOfDeviceMemory, Runner, RunningStep
+from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
+from stellarbyte_server.engine.run.runner import Runner, RunningStep
+from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import EngineInfo, Event, StepOutput
 from stellarbyte_server.protocol.request import GenerationRequest
 
@@ -86,18 +89,20 @@ class FaultyRunner:
 
 class _FaultyStep:
     def __init__(self, step: RunningStep, chunks: list[Chunk]) -> None:
-        self._step, self._sampling = step, [chunk.sequence for chunk in chunks if chunk.samples]
+        self._step, self._chunks = step, chunks
 
     def finish(self) -> None:
         self._step.finish()
-        if any(Fault.SAMPLE.is_of(sequence) and sequence.num_generated >= 2 for sequence in self._sampling):
+        sampling = [chunk.sequence for chunk in self._chunks if chunk.samples]
+        if any(Fault.SAMPLE.is_of(sequence) and sequence.num_generated >= 2 for sequence in sampling):
             raise PlantedError
 
     def result(self) -> StepResult:
         result = self._step.result()
-        for i, sequence in enumerate(self._sampling[:-1]):
-            if Fault.SWAP.is_of(sequence):
-                result.tokens[i], result.tokens[i + 1] = result.tokens[i + 1], result.tokens[i]
+        sampling = [i for i, chunk in enumerate(self._chunks) if chunk.samples]
+        for i, following in pairwise(sampling):
+            if Fault.SWAP.is_of(self._chunks[i].sequence):
+                result.tokens[i], result.tokens[following] = result.tokens[following], result.tokens[i]
         return result
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 
 class FaultyRunner:

@@ -15,7 +15,9 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank, pack_adapter
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.run.gpu_runner import GpuRunner, GpuStep
+from stellarbyte_server.engine.run.runner import PlanRunner, PlanStep
+from stellarbyte_server.engine.run.slot_executor import SlotExecutor
+from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -57,7 +59,7 @@ class GpuEngine:
         self.scheduler = make_scheduler(
             window=max(windows) if all(windows) else None,
             sink_tokens=config.sink_tokens if any(windows) else 0,
-            num_steps_ahead=GpuRunner.num_steps_ahead,
+            num_steps_ahead=SlotExecutor.num_steps_ahead,
             **options,
         )
         layout, limits = self.scheduler.layout, self.scheduler.limits
@@ -78,8 +80,9 @@ class GpuEngine:
             max_tokens=limits.max_num_batched_tokens,
             table_entries=layout.peak_blocks(limits.max_model_len, limits.max_num_batched_tokens) + 1,
         )
-        self.runner = GpuRunner(self.steps, layout, limits.max_num_seqs)
-        self._in_flight: tuple[list[Chunk], GpuStep] | None = None
+        self.executor = SlotExecutor(self.steps, layout, limits.max_num_seqs)
+        self.runner = PlanRunner(self.executor)
+        self._in_flight: tuple[list[Chunk], PlanStep] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -93,24 +96,28 @@ class GpuEngine:
         if not sequence.is_over:
             self.scheduler.remove(sequence)
 
-    def step(self, intervene: Callable[[GpuStep], None] | None = None) -> list[Chunk]:
+    def step(self, intervene: Callable[[SlotStep], None] | None = None) -> list[Chunk]:
         """Start a step, then read the one before, as `EngineCore.step` does; the chunks of the step that was started.
 
         `intervene` is called with it before its tokens are final.
         """
         chunks = self.scheduler.schedule()
         step = self.runner.start(chunks) if chunks else None
+        self.read()
+        if step is not None:
+            if intervene is not None:
+                intervene(step.step)
+            step.finish()
+            self._in_flight = (chunks, step)
+        return chunks
+
+    def read(self) -> None:
+        """Read the step in flight, if there is one."""
         before, self._in_flight = self._in_flight, None
         if before is not None:
             for sequence, _ in self.scheduler.apply(before[0], before[1].result().tokens):
                 if is_complete(sequence):
                     self.scheduler.remove(sequence)
-        if step is not None:
-            if intervene is not None:
-                intervene(step)
-            step.finish()
-            self._in_flight = (chunks, step)
-        return chunks
 
     def drain(self) -> None:
         while self.has_work:
@@ -132,9 +139,9 @@ class GpuEngine:
         rows_V: list[torch.Tensor] = []
 
         @torch.inference_mode()
-        def force(step: GpuStep) -> None:
+        def force(step: SlotStep) -> None:
             for part in step.parts:
-                if part.sequences:
+                if part.rows:
                     rows_V.append(part.computed.logits_RV[0].double().log_softmax(dim=-1).cpu())
                     forced_R = torch.tensor([next(following)], device=part.computed.tokens_R.device)
                     self.steps.replace_tokens(part.computed, [0], forced_R)
@@ -167,5 +174,7 @@ class GpuEngine:
     def check_nothing_is_left(self) -> None:
         """Every block is free, and every slot, once."""
         assert not self.has_work and self.scheduler.pool.num_used == 0
-        self.runner._release_ended()
-        assert sorted(self.runner._free) == list(range(1, self.scheduler.limits.max_num_seqs + 1))
+        planner = self.runner._planner
+        planner.release_ended()
+        assert sorted(planner._free) == list(range(1, planner._num_slots + 1))
+        assert planner._num_slots <= self.scheduler.limits.max_num_seqs

@@ -36,7 +36,8 @@ class SymbolicRunner:
         self._slots: dict[tuple[int, int], int] = {}  # (block, offset) → name
         self.num_computed = 0
 
-    def run(self, chunks: list[Chunk]) -> list[int]:
+    def run(self, chunks: list[Chunk]) -> list[list[int]]:
+        """The tokens of each chunk."""
         written: set[tuple[int, int]] = set()
         for chunk in chunks:
             sequence = chunk.sequence
@@ -50,9 +51,8 @@ class SymbolicRunner:
         for chunk in chunks:
             self._check(chunk)
         return [
-            next_token(chunk.sequence.request.cache_salt, chunk.sequence.tokens.tolist())
+            [next_token(chunk.sequence.request.cache_salt, chunk.sequence.tokens.tolist())] if chunk.samples else []
             for chunk in chunks
-            if chunk.samples
         ]
 
     def _check(self, chunk: Chunk) -> None:

@@ -1,4 +1,4 @@
-"""The answer to one request as it grows: tokens become deltas, and end where the request says. Knows no scheduling."""
+"""The answer to one request as it grows: tokens become deltas, and end where the request says."""
 
 from typing import Protocol
 
@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from stellarbyte_server.engine.state.sequence import Sequence, TokenMask
 from stellarbyte_server.engine.text import TextStream
-from stellarbyte_server.protocol.messages import Delta, TokenLogprob
+from stellarbyte_server.protocol.messages import Delta, TokenLogprob, merged
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 
 
@@ -54,10 +54,11 @@ class Answer:
         """Of the prompt's tokens from number start + 1 on; a request that starts anew replaces what there was."""
         self._prompt_logprobs[start:] = logprobs
 
-    def add_pooled(self, start: int, hidden_C: np.ndarray) -> None:
-        """The sum of the prompt's hidden states from number `start` on, or the last of them."""
-        adds_up = self.sequence.request.pooling == "mean" and self._pooled is not None and start > 0
-        self._pooled = self._pooled + hidden_C if adds_up else hidden_C
+    def add_pooled(self, start: int, pooled: bytes) -> None:
+        """The sum of the prompt's hidden states from number `start` on, or the last of them: float32 [C]."""
+        hidden_C = np.frombuffer(pooled, np.float32)
+        goes_on = self.sequence.request.pooling == "mean" and start > 0
+        self._pooled = self._pooled + hidden_C if goes_on and self._pooled is not None else hidden_C
 
     def end_of_prompt(self) -> Delta:
         """The only delta of a request that is only a prompt."""
@@ -70,10 +71,23 @@ class Answer:
             embedding=None if self._pooled is None else _unit(self._pooled).tobytes(),
         )
 
-    def push(self, token: int, logprob: TokenLogprob | None) -> Delta:
-        """What the newest token, which the sequence already has, adds to the answer."""
+    def push_all(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> Delta:
+        """What the newest tokens, which the sequence already has, add to the answer; those after its end are dropped.
+
+        `logprobs` has an entry for each token, if they are wanted.
+        """
+        deltas: list[Delta] = []
+        for i, token in enumerate(tokens, 1):
+            logprob = None if logprobs is None else logprobs[i - 1]
+            deltas.append(self.push(token, logprob, num_later=len(tokens) - i))
+            if deltas[-1].finish_reason is not None:
+                break
+        return merged(deltas)
+
+    def push(self, token: int, logprob: TokenLogprob | None = None, num_later: int = 0) -> Delta:
+        """What a token adds to the answer, after which the sequence has so many more already."""
         offset = self._text.num_decoded
-        text, finish_reason = self._read(token)
+        text, finish_reason = self._read(token, num_later)
         return Delta(
             request_id=self.sequence.request.request_id,
             text=text,
@@ -87,9 +101,9 @@ class Answer:
             code=GRAMMAR_REFUSED if finish_reason == "error" else None,
         )
 
-    def _read(self, token: int) -> tuple[str, str | None]:
+    def _read(self, token: int, num_later: int) -> tuple[str, str | None]:
         """The text that is ready, and the finish reason if the token is the last one."""
-        sampling, num_generated = self._sampling, self.sequence.num_generated
+        sampling, num_generated = self._sampling, self.sequence.num_generated - num_later
         if self._grammar is not None and self._grammar.error is not None:
             return "", "error"  # its mask meant nothing, so the token means nothing
         if token in self.sequence.end_token_ids:

@@ -1,20 +1,23 @@
-"""The engine: one step after another over scheduler, model and text. Knows no sockets and no HTTP."""
+"""The engine core: it steps scheduler, runner and answers, one step after another."""
 
 import logging
-from functools import partial
 
 import msgspec
 import tokenizers
 
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
+from stellarbyte_server.engine.compiling import CompilingRequests
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 from stellarbyte_server.engine.run.finite import not_finite
-from stellarbyte_server.engine.run.isolation import EngineBroken, Fault, isolate
-from stellarbyte_server.engine.run.runner import DeviceLost, OutOfDeviceMemory, Runner, RunningStep, compute
+from stellarbyte_server.engine.run.isolation import Fault
+from stellarbyte_server.engine.run.recovery import compute_again, require_sound
+from stellarbyte_server.engine.run.runner import Runner, RunningStep
+from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.account import Account
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.grammar import GrammarRefused
 from stellarbyte_server.protocol.messages import (
     FAILED,
@@ -36,7 +39,6 @@ from stellarbyte_server.protocol.request import (
     QUEUE_TIMEOUT,
     GenerationRequest,
     RequestRejected,
-    SamplingParams,
 )
 
 logger = logging.getLogger("server.engine")
@@ -64,7 +66,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self._live: dict[str, Answer] = {}
-        self._compiling: dict[str, tuple[GenerationRequest, Account | None]] = {}  # those whose grammars are not ready
+        self._compiling = CompilingRequests(grammars)
         self._rejected: list[Rejected] = []  # since the last step
         self._num_steps = 0
         self._num_step_tokens = 0
@@ -104,16 +106,8 @@ class EngineCore:
         """
         if request.sampling.grammar is None:
             self._queue(request, account)
-            return
-        self.scheduler.reserve(account)
-        self._compiling[request.request_id] = request, account
-        # Further answers to one prompt let the grammars of other requests go first.
-        self.grammars.submit(
-            request.request_id,
-            request.sampling.grammar,
-            can_wait=request.follows is not None,
-            owner="" if account is None else account.name,
-        )
+        else:
+            self._compiling.add(request, request.sampling.grammar, account, self.scheduler)
 
     def _queue(self, request: GenerationRequest, account: Account | None, grammar: TokenGrammar | None = None) -> None:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter)
@@ -137,9 +131,8 @@ class EngineCore:
         if answer is not None:
             self.scheduler.remove(answer.sequence)
             self._forget(answer.sequence)
-        elif (compiling := self._compiling.pop(request_id, None)) is not None:
-            self.grammars.cancel(request_id)
-            self.scheduler.give_up_place(compiling[1])
+        else:
+            self._compiling.drop(request_id, self.scheduler)
 
     def prepare(self) -> bool:
         """Use a moment without work; whether another one would be of use."""
@@ -215,37 +208,17 @@ class EngineCore:
         return step
 
     def _compute_again(self, chunks: list[Chunk], error: Exception) -> list[Delta]:
-        """Compute a step that failed again, in parts, without the requests that make it fail, and end those.
+        """Compute a step that failed again, without the requests that make it fail, and end those.
 
         Raises:
             DeviceLost, EngineBroken
         """
-        chunks = [chunk for chunk in chunks if not chunk.sequence.is_over]
-        self.runner.recover([chunk.sequence for chunk in chunks])
-        findings = isolate(chunks, partial(compute, self.runner))
-        if isinstance(error, OutOfDeviceMemory):
-            logger.warning("out of memory in a step of %d requests: computed in parts", len(chunks))
-        elif not findings.faults:
-            logger.warning("a step failed and went well when it was computed again", exc_info=error)
+        findings = compute_again(self.runner, chunks, error)
         for fault in findings.faults:
             self._end_faulty(fault)
         if findings.faults and not findings.computed:
-            self._require_sound()
+            require_sound(self.runner, self.scheduler)
         return [delta for part, result in findings.computed for delta in self._record(part, result)]
-
-    def _require_sound(self) -> None:
-        """EngineBroken when a step fails that has no request in it. Called after some were ended: a block is free."""
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
-        request = GenerationRequest(request_id="", prompt_token_ids=(0,), sampling=sampling)
-        with self.scheduler.outsider(request) as chunk:
-            try:
-                compute(self.runner, [chunk])
-            except DeviceLost:
-                raise
-            except OutOfDeviceMemory:
-                return  # somebody else may have it just now
-            except Exception as error:
-                raise EngineBroken("steps fail whatever is in them") from error
 
     def _end_faulty(self, fault: Fault) -> None:
         """End the request that makes steps fail."""
@@ -293,7 +266,11 @@ class EngineCore:
         grown = self.scheduler.apply(chunks, result.tokens)
         self._num_steps += 1
         self._num_step_tokens += sum([chunk.length for chunk in chunks])
-        deltas = [self._deliver(sequence, token, result.logprobs.get(sequence)) for sequence, token in grown]
+        if result.logprobs:
+            logprobs = {chunks[number].sequence: entries for number, entries in result.logprobs.items()}
+            deltas = [self._deliver(sequence, tokens, logprobs.get(sequence)) for sequence, tokens in grown]
+        else:
+            deltas = [self._deliver(sequence, tokens) for sequence, tokens in grown]
         return [delta for delta in deltas if delta is not None]
 
     def stats(self) -> EngineStats:
@@ -316,12 +293,8 @@ class EngineCore:
 
     def _queue_compiled(self) -> None:
         """Queue the requests whose grammars are ready."""
-        for request_id, grammar in self.grammars.collect():
-            compiling = self._compiling.pop(request_id, None)
-            if compiling is None:
-                continue  # aborted meanwhile
-            request, account = compiling
-            self.scheduler.give_up_place(account)  # the request takes it at once, if it can be queued at all
+        for request, account, grammar in self._compiling.collect(self.scheduler):
+            request_id = request.request_id
             if isinstance(grammar, GrammarRefused):
                 self._rejected.append(Rejected(request_id, str(grammar), grammar.code))
                 continue
@@ -334,27 +307,31 @@ class EngineCore:
                 self._failed.append(failure(request_id, FAILED))
 
     def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
-        for sequence, start, _, _ in chunks:
+        for number, (sequence, start, _, _) in enumerate(chunks):
             if sequence.is_over:
                 continue
             answer = self._live[sequence.request.request_id]
-            if (logprobs := result.prompt_logprobs.get(sequence)) is not None:
+            if (logprobs := result.prompt_logprobs.get(number)) is not None:
                 answer.add_prompt_logprobs(start, logprobs)
-            if (hidden_C := result.pooled.get(sequence)) is not None:
-                answer.add_pooled(start, hidden_C)
+            if (pooled := result.pooled.get(number)) is not None:
+                answer.add_pooled(start, pooled)
 
-    def _deliver(self, sequence: Sequence, token: int | None, logprob: TokenLogprob | None) -> Delta | None:
+    def _deliver(
+        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None = None
+    ) -> Delta | None:
         """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
         answer = self._live[sequence.request.request_id]
         try:
-            delta = answer.end_of_prompt() if token is None else answer.push(token, logprob)
+            if len(tokens) == 1 and logprobs is None:
+                delta = answer.push(tokens[0])
+            else:
+                delta = answer.push_all(tokens, logprobs) if tokens else answer.end_of_prompt()
         except Exception as error:  # its text, its grammar: of no other request
             self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
             return None
-        if token is not None:
-            self._num_generated_tokens += 1
-            if sequence.adapter is not None:
-                sequence.adapter.totals.num_tokens += 1
+        self._num_generated_tokens += delta.num_tokens
+        if sequence.adapter is not None:
+            sequence.adapter.totals.num_tokens += delta.num_tokens
         if delta.finish_reason is None:
             return delta
         evicted_tokens = self.scheduler.evicted_tokens(sequence)

@@ -23,7 +23,8 @@ from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
-from stellarbyte_server.engine.run.cpu_runner import ModelRunner
+from stellarbyte_server.engine.run.executor import Executor
+from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.model_folder import open_model_folder
 from stellarbyte_server.engine.run.plan import (
     CachePlan,
@@ -34,7 +35,7 @@ from stellarbyte_server.engine.run.plan import (
     share_limits,
     tokens_a_step,
 )
-from stellarbyte_server.engine.run.runner import Runner
+from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.block_pool import BlockPool
@@ -65,9 +66,9 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
     model = folder.language_model(dtype, device)
     adapters = _load_adapters(settings, bank)
-    make_runner = _make_cpu_runner if device.type == "cpu" else _make_gpu_runner
+    make_executor = _make_cpu_executor if device.type == "cpu" else _make_gpu_executor
     cache_dtype = _cache_dtype(settings, dtype, device)
-    runner, plan = make_runner(settings, model, config, bank, cache_dtype)
+    executor, plan = make_executor(settings, model, config, bank, cache_dtype)
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
     logger.info(
@@ -101,7 +102,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
             prefix_caching=settings.enable_prefix_caching,
             adapters=adapters,
         ),
-        runner,
+        PlanRunner(executor),
         tokenizer,
         eos_token_ids,
         adapters,
@@ -124,13 +125,13 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     return core, info
 
 
-def _make_cpu_runner(
+def _make_cpu_executor(
     settings: EngineSettings,
     model: ByteLanguageModel,
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Runner, CachePlan]:
+) -> tuple[Executor, CachePlan]:
     served = _cpu_model(model, config, bank, settings.quantization)
     step_tokens, _ = tokens_a_step(settings, "cpu")
     budget = settings.kv_cache_memory
@@ -138,30 +139,30 @@ def _make_cpu_runner(
         budget = int(_available_memory() * AUTO_CPU_SHARE)
     plan = plan_cache(config, settings, cache_dtype, step_tokens, budget)
     cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, cache_dtype, torch.device("cpu"))
-    return ModelRunner(served, cache), plan
+    return HostExecutor(served, cache, plan.layout), plan
 
 
-def _make_gpu_runner(
+def _make_gpu_executor(
     settings: EngineSettings,
     model: ByteLanguageModel,
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Runner, CachePlan]:
+) -> tuple[Executor, CachePlan]:
     _require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
-    from stellarbyte_server.engine.run.gpu_engine import make_gpu_runner  # Triton is not needed on a CPU
-    from stellarbyte_server.engine.run.gpu_runner import GpuRunner
+    from stellarbyte_server.engine.run.gpu_engine import make_gpu_executor  # Triton is not needed on a CPU
+    from stellarbyte_server.engine.run.slot_executor import SlotExecutor
 
     if settings.quantization == "int4":
         raise StartupError("--quantization int4 needs --device cpu; a GPU takes int8 and fp8.")
     step_tokens, _ = tokens_a_step(settings, "cuda")
-    ahead = GpuRunner.num_steps_ahead
+    ahead = SlotExecutor.num_steps_ahead
 
     def plan_for(budget: int) -> CachePlan:
         return plan_cache(config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead)
 
-    return make_gpu_runner(
+    return make_gpu_executor(
         TritonModel(model, config, bank, quantization=settings.quantization),
         plan_for,
         cache_dtype=cache_dtype,

@@ -5,12 +5,10 @@ product, on a stream of their own, and what they make is added by the kernel tha
 expand into the product in place.
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank
-from stellarbyte.ops.triton.lora import Addend, LoraRows, LoraScratch, expand, segments, shrink
+from stellarbyte.ops.triton.lora import Addend, LoraRows, LoraScratch, expand, shrink
 
 # T tokens, K inputs, N outputs
 
@@ -36,23 +34,6 @@ class Adapters:
         self._rows = rows
         self._scratch = scratch
         self._beside = beside
-
-    @classmethod
-    def of_sequences(
-        cls, bank: LoraBank, slots: Sequence[int], scales: Sequence[float], lengths: Sequence[int]
-    ) -> "Adapters | None":
-        """For sequences of so many rows each, with bank slots and scales; None if none has an adapter."""
-        if not any(slots):
-            return None
-        device = bank.numbers_SF.device
-        slots_T = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-        scales = [scale if slot else 0.0 for scale, slot in zip(scales, slots, strict=True)]
-        scales_T = [scale for scale, length in zip(scales, lengths, strict=True) for _ in range(length)]
-        starts, counts, bank_slots = (
-            torch.tensor(part, dtype=torch.int32, device=device) for part in segments(slots_T)
-        )
-        rows = LoraRows(starts, counts, bank_slots, torch.tensor(scales_T, dtype=torch.float32, device=device))
-        return cls(bank, rows, LoraScratch.make(len(slots_T), bank.max_rank, device))
 
     def begin(self, x_TK: torch.Tensor, layer: int, projections: slice) -> None:
         """Before the product of projections that share the input x: what needs no product."""

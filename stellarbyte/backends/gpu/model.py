@@ -2,21 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 
 from stellarbyte.backends.gpu.adapters import Adapters
-from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank
 from stellarbyte.model.decoder import ByteDecoderLayer, ByteLanguageModel
 from stellarbyte.model.residual import deepnorm_alpha
-from stellarbyte.ops.triton.attention import TILE_ROWS, prefill_attention, write_kv
+from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.gates import GATES, apply_gate
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
@@ -24,9 +21,8 @@ from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
-from stellarbyte.sampling.sampler import RowSampling, sample
 
-# T tokens, C hidden size, R rows that sample, V vocabulary, A = heads · head dim, N = A + keys and values
+# T tokens, C hidden size, R rows of some of them, V vocabulary, A = heads · head dim, N = A + keys and values
 
 Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, packed q|k|v [T, N] → [T, A]
 
@@ -50,7 +46,7 @@ class Layer:
     window: int | None
 
 
-class TritonModel(ServedModel):
+class TritonModel:
     """The weights of a `ByteLanguageModel`, packed; quantized, its own matrices are gone after. Engine thread only.
 
     Args:
@@ -88,21 +84,9 @@ class TritonModel(ServedModel):
         self._rotary = decoder.rotary
         self._rotations: Rotations | None = None
 
-    # Serving steps of any shape
-
-    def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
-        rows = self._paged_rows(batch, cache.block_size)
-        starts, counts = tiles(batch.query_starts)
-        attend = self.prefill(cache, rows, self._integers(starts), self._integers(counts), self.rotations(batch.reach))
-        lengths = [stop - start for start, stop in pairwise(batch.query_starts)]
-        adapters = Adapters.of_sequences(self.bank, batch.adapter_slots, batch.adapter_scales, lengths)
-        return self.forward(F.embedding(batch.token_ids_T, self.embedding_VC), attend, adapters)
-
     def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, V] logits of what follows, in `out` if it is given."""
         return _apply(hidden_RC.contiguous(), self.head_weight, out)
-
-    def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
-        return sample(logits_RV, rows).tolist()
 
     def rotations(self, distance: int) -> Rotations:
         """Tables for distances up to `distance`."""
@@ -201,43 +185,6 @@ class TritonModel(ServedModel):
         adapters.begin(x_TK, layer, projections)
         out_TN = _apply(x_TK, weight)
         return out_TN, adapters.end(out_TN, layer, projections)
-
-    # What a batch becomes
-
-    def _integers(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
-
-    def _paged_rows(self, batch: ForwardBatch, block_size: int) -> PagedRows:
-        """A batch's tables as rings: see `paged.PagedRows`."""
-        sinks = self.config.sink_tokens
-        num_sink_blocks = -(-sinks // block_size)
-        tables, bases = batch.block_tables_NM.tolist(), batch.block_bases_NM.tolist()
-        ring = max(1, batch.block_tables_NM.shape[1])
-        rings = []
-        for i, (blocks, positions) in enumerate(zip(tables, bases, strict=True)):
-            entries = [0] * (num_sink_blocks + ring)
-            for j in range(batch.num_blocks[i]):
-                number = (positions[j] - sinks) // block_size % ring
-                entries[j if j < batch.num_sink_blocks[i] else num_sink_blocks + number] = blocks[j]
-            rings.append(entries)
-        lengths = [stop - start for start, stop in pairwise(batch.query_starts)]
-        sequences = [i for i, length in enumerate(lengths) for _ in range(length)]
-        return PagedRows(
-            batch.positions_T.int(),
-            self._integers(sequences),
-            torch.tensor(rings, dtype=torch.int32, device=self.device),
-        )
-
-
-def tiles(query_starts: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """First row and number of rows of each tile of `prefill_attention`."""
-    starts: list[int] = []
-    counts: list[int] = []
-    for start, stop in pairwise(query_starts):
-        for first in range(start, stop, TILE_ROWS):
-            starts.append(first)
-            counts.append(min(TILE_ROWS, stop - first))
-    return starts, counts
 
 
 def _apply(x_TK: torch.Tensor, weight: Weight, out_TN: torch.Tensor | None = None) -> torch.Tensor:

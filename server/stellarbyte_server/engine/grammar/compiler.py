@@ -47,6 +47,7 @@ class TokenGrammar:
         self._matcher = compiled.matcher
         self._workers = workers
         self._vocab_size = vocab_size
+        self.num_words = (vocab_size + 31) // 32
         # A tokenizer may know more tokens than the model computes logits for, and the library gives words beyond both.
         self._words = np.frombuffer(compiled.first_mask, np.uint32)[:num_words].copy()
         self._is_computed = True
@@ -57,9 +58,9 @@ class TokenGrammar:
     def mask(self, out: NDArray[np.uint32]) -> None:
         """Write which tokens may come next: bit i % 32 of word i // 32 is token i; everything past the vocabulary is 0.
 
-        `out` has ceil(vocab_size / 32) contiguous words. Look at `error` afterwards: with one, the mask means nothing.
+        `out` has `num_words` contiguous words. Look at `error` afterwards: with one, the mask means nothing.
         """
-        assert out.dtype == np.uint32 and out.shape == ((self._vocab_size + 31) // 32,) and out.flags.c_contiguous
+        assert out.dtype == np.uint32 and out.shape == (self.num_words,) and out.flags.c_contiguous
         self._settle()
         if not self._is_computed:
             self._compute()
@@ -72,6 +73,12 @@ class TokenGrammar:
         self._settle()
         self._is_computed = False
         self._matcher.consume_token(token_id)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Go back to where it was before the last `num_tokens` that it accepted."""
+        self._settle()
+        self._is_computed = False
+        self._matcher.rollback(num_tokens)
 
     def begin_mask(self) -> None:
         """Compute the mask after the token that was accepted on another thread, if it is expected to take long."""

@@ -20,7 +20,7 @@ from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pa
 from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
 from stellarbyte_server.engine.run.device_errors import device_errors
-from stellarbyte_server.engine.run.runner import DeviceLost
+from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.messages import Reply

@@ -1,64 +1,50 @@
-"""What sequences ask to be done to their logits, kept while they run. Knows no sampling and no kernels."""
+"""The logit adjustments of a slot's sequence, kept from token to token."""
 
-from collections.abc import Iterable
+from array import array
 
 import numpy as np
 import torch
 
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
-from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.engine.run.step_plan import SlotBegin, adjusts
 
 
-class Adjustments:
-    """A runner's; engine thread only. What a sequence's penalties hold takes 8 bytes a token of the vocabulary."""
+class SlotAdjustment:
+    """Made when it is first used. What penalties hold takes 8 bytes a token of the vocabulary."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, begin: SlotBegin, device: torch.device) -> None:
+        self._begin = begin
         self._device = device
-        self._made: dict[Sequence, LogitAdjustment] = {}
+        self._adjusts = adjusts(begin.sampling, begin.has_grammar)
+        self._made: LogitAdjustment | None = None
 
-    def of(self, sequence: Sequence, vocab_size: int) -> RowAdjustment | None:
-        """What is done before its next token is sampled, the last one in `tokens` being known; None: nothing."""
-        if not adjusts(sequence):
+    def before(self, tokens: "array[int]", mask: bytes | None, vocab_size: int) -> RowAdjustment | None:
+        """What is done before the token after `tokens`, prompt and answer, is sampled; None: nothing.
+
+        `mask` is the grammar's; it must be given where there is a grammar.
+        """
+        if not self._adjusts:
             return None
-        adjustment = self._made.get(sequence)
-        if adjustment is None:
-            adjustment = self._make(sequence, vocab_size)
-        allowed_W = None
-        if sequence.grammar is not None:
-            allowed_W = np.zeros(-(-vocab_size // 32), np.uint32)
-            sequence.grammar.mask(allowed_W)
-        bans = sequence.num_generated < sequence.request.sampling.min_tokens
-        return adjustment.before(sequence.tokens, allowed_W, bans=bans)
+        if self._made is None:
+            self._made = self._make(vocab_size)
+        allowed_W = None if mask is None else np.frombuffer(bytearray(mask), np.uint32)
+        bans = len(tokens) - self._begin.num_prompt < self._begin.sampling.min_tokens
+        return self._made.before(tokens, allowed_W, bans=bans)
 
-    def forget(self, sequences: Iterable[Sequence]) -> None:
-        """Begin anew with them: a step failed, and how far it got is not known."""
-        for sequence in sequences:
-            self._made.pop(sequence, None)
+    def rewind(self, num_tokens: int) -> None:
+        """The sequence was cut to its first tokens."""
+        if self._made is not None:
+            self._made.rewind(num_tokens)
 
-    def _make(self, sequence: Sequence, vocab_size: int) -> LogitAdjustment:
-        self.forget([other for other in self._made if not other.is_running])
-        sampling = sequence.request.sampling
-        banned = sequence.end_token_ids if sampling.min_tokens else ()
-        adjustment = self._made[sequence] = LogitAdjustment(
+    def _make(self, vocab_size: int) -> LogitAdjustment:
+        sampling = self._begin.sampling
+        return LogitAdjustment(
             vocab_size,
             self._device,
-            banned=[token_id for token_id in banned if token_id < vocab_size],
+            banned=[token_id for token_id in self._begin.end_token_ids if token_id < vocab_size],
             bias=sampling.logit_bias,
             repetition_penalty=sampling.repetition_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            num_prompt=sequence.num_prompt,
+            num_prompt=self._begin.num_prompt,
         )
-        return adjustment
-
-
-def adjusts(sequence: Sequence) -> bool:
-    """Whether its request or its grammar changes logits, now or at another token."""
-    sampling = sequence.request.sampling
-    return (
-        sequence.grammar is not None
-        or bool(sampling.logit_bias)
-        or sampling.min_tokens > 0
-        or sampling.repetition_penalty != 1
-        or bool(sampling.presence_penalty or sampling.frequency_penalty)
-    )

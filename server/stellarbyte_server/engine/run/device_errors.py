@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from stellarbyte_server.engine.run.runner import DeviceLost, OutOfDeviceMemory
+from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 
 
 @contextlib.contextmanager

@@ -1,25 +1,23 @@
-"""Whose numbers a step computed are not finite. Plain Python over its results; decides nothing."""
+"""The sequences for which a step computed numbers that are not finite."""
 
 from math import isnan
 
 import numpy as np
 
-from stellarbyte.sampling.sampler import NO_TOKEN
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 
 def not_finite(chunks: list[Chunk], result: StepResult) -> list[Sequence]:
     """The sequences, not over yet, that got no token, no log-probability or no vector that means anything.
 
-    A step that asks for tokens only pays for one look at their list.
+    A step that asks for tokens only pays nothing for it.
     """
-    if NO_TOKEN not in result.tokens and not (result.logprobs or result.prompt_logprobs or result.pooled):
+    if not (result.not_sampled or result.logprobs or result.prompt_logprobs or result.pooled):
         return []
-    broken: list[Sequence] = []
-    if NO_TOKEN in result.tokens:
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        broken += [s for s, token in zip(sampling, result.tokens, strict=True) if token == NO_TOKEN]
-    broken += [s for s, entry in result.logprobs.items() if isnan(entry.logprob)]
-    broken += [s for s, entries in result.prompt_logprobs.items() if any([isnan(e.logprob) for e in entries])]
-    broken += [s for s, hidden_C in result.pooled.items() if not np.isfinite(hidden_C).all()]
-    return [sequence for sequence in dict.fromkeys(broken) if not sequence.is_over]
+    broken = list(result.not_sampled)
+    for of_rows in (result.logprobs, result.prompt_logprobs):
+        broken += [row for row, entries in of_rows.items() if any([isnan(entry.logprob) for entry in entries])]
+    broken += [row for row, pooled in result.pooled.items() if not np.isfinite(np.frombuffer(pooled, np.float32)).all()]
+    sequences = [chunks[row].sequence for row in broken]
+    return [sequence for sequence in dict.fromkeys(sequences) if not sequence.is_over]

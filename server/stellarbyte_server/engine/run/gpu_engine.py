@@ -1,4 +1,4 @@
-"""From a model on a GPU to a runner: measures what steps take of its memory, and gives the rest to the cache."""
+"""From a model on a GPU to an executor: measures what steps take of its memory, and gives the rest to the cache."""
 
 import dataclasses
 import logging
@@ -13,8 +13,8 @@ from stellarbyte.backends.gpu.preparation import Preparation, first_programs
 from stellarbyte.backends.gpu.prompts import ODD_TOKENS
 from stellarbyte.backends.gpu.steps import Decoding, Prefill, Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte_server.engine.run.gpu_runner import GpuRunner
 from stellarbyte_server.engine.run.plan import CachePlan
+from stellarbyte_server.engine.run.slot_executor import SlotExecutor
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 
 logger = logging.getLogger("server.engine")
@@ -24,7 +24,7 @@ RESERVE_BYTES = 512 * 2**20
 NUM_COMPILERS = 4
 
 
-def make_gpu_runner(
+def make_gpu_executor(
     model: TritonModel,
     plan_for: Callable[[int], CachePlan],
     *,
@@ -33,8 +33,8 @@ def make_gpu_runner(
     step_tokens: int,
     gpu_memory_utilization: float,
     kv_cache_memory: int | None,
-) -> tuple[GpuRunner, CachePlan]:
-    """A runner with its cache, and the plan of that.
+) -> tuple[SlotExecutor, CachePlan]:
+    """An executor with its cache, and the plan of that.
 
     From here on the calling thread, which is to be the engine's, works on a CUDA stream of its own.
 
@@ -56,7 +56,7 @@ def make_gpu_runner(
     steps = sizes.steps(plan.num_blocks)
     preparation = Preparation(steps, sizes.rehearsal())
     preparation.start()
-    return GpuRunner(steps, plan.layout, max_num_seqs, preparation), plan
+    return SlotExecutor(steps, plan.layout, max_num_seqs, preparation), plan
 
 
 @dataclass(frozen=True, kw_only=True)

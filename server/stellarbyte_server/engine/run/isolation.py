@@ -1,10 +1,11 @@
-"""Finds the requests that make a step fail, by computing parts of it again. Knows no scheduler, no tensors, no text."""
+"""The search for the requests that make a step fail, by computing parts of it again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from stellarbyte_server.engine.run.runner import DeviceLost
-from stellarbyte_server.engine.state.sequence import Chunk, StepResult
+from stellarbyte_server.engine.run.executor import DeviceLost
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk
 
 
 class EngineBroken(Exception):

@@ -1,21 +1,16 @@
-"""What the engine asks of whatever computes its steps. Knows no device."""
+"""The runner of scheduled chunks: it plans steps of them, and has an executor compute the plans."""
 
 from collections.abc import Iterable
 from typing import Protocol
 
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
-
-
-class OutOfDeviceMemory(Exception):
-    """A step needs more memory than there is; nothing that it was to compute counts."""
-
-
-class DeviceLost(Exception):
-    """The device will not compute anything any more, whatever it is given: only a new process gets it back."""
+from stellarbyte_server.engine.run.executor import Executor, ExecutorStep
+from stellarbyte_server.engine.run.planner import PlannedStep, Planner
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 
 class RunningStep(Protocol):
-    """A step that was started and not read yet."""
+    """A step of chunks that was started and not read yet."""
 
     def finish(self) -> None:
         """Sample what needs the host. Called once, when the results of all earlier steps have been applied: every
@@ -26,17 +21,19 @@ class RunningStep(Protocol):
         """
 
     def result(self) -> StepResult:
-        """Wait for the step. Called after `finish`; one token for each chunk that samples, whatever became of it."""
+        """Wait for the step: what it computed, by number of chunk. Called once, after `finish`."""
         ...
 
 
 class Runner(Protocol):
+    """Computes chunks of sequences, whose block tables are those of now. Engine thread only."""
+
     num_steps_ahead: int
-    """0: a step's tokens must be known before the next is scheduled. 1: one step may be in flight meanwhile."""
+    """As an executor's."""
 
     def start(self, chunks: list[Chunk]) -> RunningStep:
-        """Begin to compute the chunks, whose block tables are those of now. The last token of a sequence may be one
-        that only the runner knows: the one that the step before samples for it.
+        """Begin to compute the chunks. The last token of a sequence may be one that only the executor knows: the one
+        that the step before samples for it.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
@@ -53,9 +50,42 @@ class Runner(Protocol):
         ...
 
     def prepare(self) -> bool:
-        """Do a little of what later steps would have to do first; whether there is more, now or in a moment. Called
-        when no step is in flight."""
+        """See `Executor.prepare`."""
         ...
+
+
+class PlanRunner:
+    """Runs any chunks of sequences by one executor."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.num_steps_ahead = executor.num_steps_ahead
+        self._planner = Planner()
+
+    def start(self, chunks: list[Chunk]) -> "PlanStep":
+        planned = self._planner.plan(chunks)
+        return PlanStep(planned, self.executor.start(planned.plan))
+
+    def recover(self, sequences: Iterable[Sequence]) -> None:
+        self._planner.recover(sequences)
+        self.executor.recover()
+
+    def prepare(self) -> bool:
+        return self.executor.prepare()
+
+
+class PlanStep:
+    """A step of chunks, over one of a plan."""
+
+    def __init__(self, planned: PlannedStep, step: ExecutorStep) -> None:
+        self._planned = planned
+        self.step = step
+
+    def finish(self) -> None:
+        self.step.finish(self._planned.finish())
+
+    def result(self) -> StepResult:
+        return self._planned.by_chunk(self.step.result())
 
 
 def compute(runner: Runner, chunks: list[Chunk]) -> StepResult:

@@ -117,7 +117,7 @@ class Admission:
         move = adapters.place(self.waiting)
         if move is not None:
             for sequence in [s for s in self.running if s.adapter is not None and s.adapter.slot == move.slot]:
-                self._preempt(sequence)
+                self.preempt(sequence)
             adapters.finish_move(move)
 
     def _make_room(self) -> None:
@@ -137,7 +137,7 @@ class Admission:
             if not given_up.sequences and newcomer.account.num_running == 0 and now_s - newcomer.queued_s >= TURN_S:
                 self._made_room_for = newcomer  # nobody else takes what the others leave
         for sequence in given_up.sequences:
-            self._preempt(sequence, is_turn_over=given_up.turns_are_over)
+            self.preempt(sequence, is_turn_over=given_up.turns_are_over)
             self._made_room_for = newcomer
 
     def _first_newcomer(self) -> Sequence | None:
@@ -196,7 +196,7 @@ class Admission:
             least = least_entitled(self.running)
             if least is sequence and sequence.num_computed < launched:
                 return 0
-            self._preempt(least)
+            self.preempt(least)
             if not sequence.is_running:
                 return 0
             length = 1
@@ -265,7 +265,7 @@ class Admission:
                 claimed += max(0, self.layout.peak_blocks(len(sequence.tokens), 1) - num_blocks(sequence))
         return claimed
 
-    def _preempt(self, sequence: Sequence, *, is_turn_over: bool = False) -> None:
+    def preempt(self, sequence: Sequence, *, is_turn_over: bool = False) -> None:
         """Stop a sequence; it runs again later, from what the cache still holds of it then.
 
         When its turn is over it goes behind all that wait now.

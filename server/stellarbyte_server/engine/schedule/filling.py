@@ -1,5 +1,6 @@
 """The chunks of one step while they are given out: rows first, then prompts. Plain Python over counts of tokens."""
 
+from functools import partial
 from operator import attrgetter
 
 from stellarbyte_server.engine.schedule.admission import Admission
@@ -9,6 +10,7 @@ from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 _rank = attrgetter("rank")
+_new_chunk = partial(tuple.__new__, Chunk)  # half the time of Chunk(...), which every row of every step would take
 
 MAX_SCORED_TOKENS = 256  # of a prompt in one step, where each needs a row of logits
 
@@ -38,7 +40,7 @@ class Filling:
                 samples = sequence.samples
                 sequence.num_launched = launched + 1
                 sequence.num_tokens += samples
-                chunks.append(Chunk(sequence, launched, 1, samples))
+                chunks.append(_new_chunk((sequence, launched, 1, samples)))
         return len(chunks)
 
     def add_prompts(self, prefills: list[Sequence], newcomers_of: list[Account], budget: int) -> None:

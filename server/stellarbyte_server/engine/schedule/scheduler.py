@@ -288,32 +288,37 @@ class Scheduler:
             settle(used, self.limits.shares)
             self._shared_until_s = self._clock() + SHARED_FOR_S
 
-    def apply(self, chunks: list[Chunk], sampled: list[int]) -> list[tuple[Sequence, int | None]]:
-        """Record a finished step; `sampled` has one token for each chunk that samples, in order.
+    def apply(self, chunks: list[Chunk], sampled: list[list[int]]) -> list[tuple[Sequence, list[int]]]:
+        """Record a finished step; `sampled` has the tokens of each chunk, none where it does not sample.
 
         Steps are recorded in the order in which they were scheduled. Blocks are named and freed here and not before,
         since only now their tokens are known; what was sampled for a sequence that is over is dropped.
 
-        Returns the sequences that got a token, with the token, and with None those that are only a prompt when it has
+        Returns the sequences that got tokens, with the tokens, and without any those that are only a prompt when it has
         been computed. Ending them is the caller's decision (`remove`).
         """
-        tokens = iter(sampled)
-        grown: list[tuple[Sequence, int | None]] = []
-        for sequence, start, length, samples in chunks:
+        grown: list[tuple[Sequence, list[int]]] = []
+        for (sequence, start, length, samples), tokens in zip(chunks, sampled, strict=True):
             computed = start + length
             if sequence.is_running:
                 sequence.num_computed = computed
                 if computed >= sequence.next_full_at:
                     self._admission.kept.settle(sequence)
             elif sequence.is_over:
-                if samples:
-                    next(tokens)
                 continue
-            # One that was preempted while the step ran has lost its blocks, but gets the step's token.
+            # One that was preempted while the step ran has lost its blocks, but gets the step's tokens.
             if samples:
-                token = next(tokens)
-                sequence.tokens.append(token)
-                grown.append((sequence, token))
+                if len(tokens) == 1:
+                    sequence.tokens.append(tokens[0])
+                else:
+                    sequence.tokens.extend(tokens)
+                    sequence.num_tokens += len(tokens) - 1  # one was counted when the step was scheduled
+                grown.append((sequence, tokens))
             elif computed == len(sequence.tokens):
-                grown.append((sequence, None))
+                grown.append((sequence, tokens))
         return grown
+
+    def rewind(self, sequence: Sequence, count: int) -> None:
+        """Take back the last `count` tokens of an answer, as if they had never been there; see `Sequence.rewind`."""
+        if not self._admission.kept.rewind(sequence, count) and sequence.is_running:
+            self._admission.preempt(sequence)

@@ -138,6 +138,13 @@ class BlockPool:
             self._block_of[key] = block
             self._keys[block] = key
 
+    def unname(self, block: int) -> bool:
+        """Take away a block's key, since other content will be written to it; False where others hold it as well."""
+        if self._holders[block] > 1:
+            return False
+        self._forget(block)
+        return True
+
     def give_back(self, blocks: Iterable[int], *, keep_content: bool = True) -> None:
         """Remove a holder of each block; the first of them is forgotten first.
 
@@ -175,6 +182,9 @@ class BlockTable:
         self.num_freed = 0  # blocks after the sinks that were freed; blocks[0] is number num_freed of them
         self.capacity = 0  # positions below it have, or had, a slot
         self.generation = 0  # how often it was emptied
+        self.changes = 0  # how often it was changed
+        self._num_told_sinks = 0  # of `sink_blocks`: those that `take_untold` has returned
+        self._num_told = 0  # of the others, freed ones included
 
     @property
     def _num_blocks(self) -> int:
@@ -193,11 +203,13 @@ class BlockTable:
         self.sink_blocks += blocks[:sinks]
         self.blocks += blocks[sinks:]
         self.capacity = self.capacity_with(0)
+        self.changes += 1
 
     def start_after(self, sink_blocks: Iterable[int], num_freed: int, blocks: Iterable[int]) -> None:
         """Make a new table that of a sequence whose first blocks were found in the cache, some of them out of sight."""
         self.sink_blocks, self.num_freed, self.blocks = list(sink_blocks), num_freed, list(blocks)
         self.capacity = self.capacity_with(0)
+        self.changes += 1
 
     def block(self, number: int) -> int:
         """The id of live block `number` of the sequence."""
@@ -227,11 +239,36 @@ class BlockTable:
         freed = self.blocks[:dead]
         del self.blocks[:dead]
         self.num_freed += dead
+        self.changes += 1
         return freed
+
+    def pop_after(self, num_tokens: int) -> list[int]:
+        """Remove and return the blocks that no position below `num_tokens` is in, last positions first."""
+        num_blocks = self.layout.blocks_for(num_tokens)
+        kept = max(0, num_blocks - self.layout.num_sink_blocks - self.num_freed)
+        popped = self.blocks[kept:][::-1] + self.sink_blocks[num_blocks:][::-1]
+        del self.blocks[kept:], self.sink_blocks[num_blocks:]
+        self.capacity = self.capacity_with(0)
+        self._num_told = min(self._num_told, self.num_freed + len(self.blocks))
+        self._num_told_sinks = min(self._num_told_sinks, len(self.sink_blocks))
+        self.changes += 1
+        return popped
 
     def pop_all(self) -> list[int]:
         """Remove and return every block, last positions first and sinks last; the table is as new."""
         blocks = self.blocks[::-1] + self.sink_blocks[::-1]
         self.sink_blocks, self.blocks, self.num_freed, self.capacity = [], [], 0, 0
         self.generation += 1
+        self.changes += 1
         return blocks
+
+    def take_untold(self) -> tuple[int, list[int], int, list[int], int]:
+        """What was added since the last call: number of the first sink block, sink blocks, number of the first other
+        block, other blocks; and `num_freed`."""
+        first_sink, first = self._num_told_sinks, max(self._num_told, self.num_freed)
+        self._num_told_sinks, self._num_told = len(self.sink_blocks), self.num_freed + len(self.blocks)
+        return first_sink, self.sink_blocks[first_sink:], first, self.blocks[first - self.num_freed :], self.num_freed
+
+    def forget_told(self) -> None:
+        """The next `take_untold` returns all blocks."""
+        self._num_told_sinks = self._num_told = 0

@@ -42,6 +42,26 @@ class KeptBlocks:
         for number, block in enumerate(table.pop_unseen(last_end), first):
             self._pool.give_back((block,), keep_content=layout.block_end(number) <= sequence.num_prompt)
 
+    def rewind(self, sequence: Sequence, count: int) -> bool:
+        """Take back a sequence's last `count` tokens and the blocks that are unused then.
+
+        A block that it will write to again loses its name; where others hold it, its tokens are computed anew in
+        another block. False where the window of the next token has lost blocks: it cannot go on from there.
+        """
+        table, last_full = sequence.table, sequence.num_full
+        self._pool.give_back(sequence.rewind(count))
+        if not self._holds_window(sequence):
+            return False
+        if sequence.num_full < last_full and table.capacity > sequence.num_computed:
+            if not self._pool.unname(table.block(sequence.num_full)):
+                start = self._layout.capacity(sequence.num_full)
+                self._pool.give_back(sequence.compute_again(start))
+        return self._holds_window(sequence)
+
+    def _holds_window(self, sequence: Sequence) -> bool:
+        """Whether no block is freed that the next query sees."""
+        return sequence.table.num_freed <= self._layout.num_unseen_blocks(sequence.num_computed)
+
     def count_evicted(self, sequence: Sequence) -> None:
         """Add what has gone out of sight since the last time; what a preempted sequence computes again counts once."""
         evicted = max(sequence.num_evicted, self._layout.evicted_tokens(sequence.num_computed + 1))

@@ -20,7 +20,7 @@ class BlockKeys:
 
     def __init__(self, layout: CacheLayout, salt: bytes) -> None:
         self._layout = layout
-        self._parent = hashlib.sha256(salt).digest()
+        self._root = self._parent = hashlib.sha256(salt).digest()
         self._start = 0  # of the first block without a key
         self.next_end = layout.block_end(0)
         self.keys: list[bytes] = []
@@ -32,6 +32,13 @@ class BlockKeys:
             self._parent = hashlib.sha256(self._parent + content).digest()
             self.keys.append(self._parent)
             self._start, self.next_end = self.next_end, self._layout.block_end(len(self.keys))
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the keys of blocks that end after the first `num_tokens`: other tokens will fill them."""
+        while self._start > num_tokens:
+            self.keys.pop()
+            self._start, self.next_end = self._layout.block_end(len(self.keys) - 1) if self.keys else 0, self._start
+        self._parent = self.keys[-1] if self.keys else self._root
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""One request on its way through the engine, and the part of it that a step computes. Plain Python; decides nothing."""
+"""One request on its way through the engine, and the part of it that a step computes."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import BlockTable
 from stellarbyte_server.engine.state.prefix_cache import BlockKeys
-from stellarbyte_server.protocol.messages import TokenLogprob
 from stellarbyte_server.protocol.request import GenerationRequest
 
 
 class TokenMask(Protocol):
     """What may follow: the part of a grammar's state that sampling asks for."""
+
+    num_words: int
+    """Of a mask: one for 32 tokens of the vocabulary, rounded up."""
 
     def mask(self, out: np.ndarray) -> None:
         """Set bit v % 32 of the uint32 word v // 32 for every token v that may follow, and clear all others."""
@@ -27,6 +29,9 @@ class TokenMask(Protocol):
     @property
     def is_slow(self) -> bool:
         """Its masks are computed by another thread, each after the token before it is known."""
+
+    def rewind(self, num_tokens: int) -> None:
+        """Go back to where it was before the last `num_tokens` that it accepted."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -63,6 +68,7 @@ class Sequence:
     samples: bool = field(init=False)  # it has an answer, and is not only a prompt
     reads_cache: bool = field(init=False)  # it does not need to see every token of its prompt
     is_over: bool = False  # it was taken out of the scheduler
+    is_rewound: bool = False  # tokens were taken back, and the executor was not told yet
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)
@@ -108,15 +114,32 @@ class Sequence:
         grammar = self.grammar
         return grammar is not None and (not grammar.is_ready or (grammar.is_slow and self.num_unread > 0))
 
+    def rewind(self, count: int) -> list[int]:
+        """Take back the last `count` tokens of the answer, and all that is kept of them.
 
-@dataclass(kw_only=True)
-class StepResult:
-    """What a step computed. Only sequences whose request asks for them are in the dictionaries."""
+        No step with it may be in flight. Its grammar must have accepted these tokens, if it has one. Its newest token
+        is computed next; what is in the cache of the tokens before it counts.
 
-    tokens: list[int] = field(default_factory=list)  # the next of each chunk that samples, in order, or NO_TOKEN
-    logprobs: dict[Sequence, TokenLogprob] = field(default_factory=dict)  # of those tokens
-    prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)  # as far as the chunk goes
-    pooled: dict[Sequence, np.ndarray] = field(default_factory=dict)  # sum of its hidden states, or the last
+        Returns the blocks that it does not need any more, last positions first, for the pool.
+        """
+        assert 0 < count <= self.num_generated and not self.num_unread
+        del self.tokens[-count:]
+        self.num_tokens = len(self.tokens)
+        self.is_rewound = True
+        if self.grammar is not None:
+            self.grammar.rewind(count)
+        return self.compute_again(self.num_tokens - 1)
+
+    def compute_again(self, start: int) -> list[int]:
+        """Let nothing count as computed from position `start` on; the blocks that are unused then."""
+        layout = self.table.layout
+        self.num_computed = self.num_launched = min(self.num_computed, start)
+        while self.num_full and layout.block_end(self.num_full - 1) > self.num_computed:
+            self.num_full -= 1
+        self.next_full_at = layout.block_end(self.num_full)
+        if self.keys is not None:
+            self.keys.rewind(self.num_computed)
+        return self.table.pop_after(self.num_computed)
 
 
 class Chunk(NamedTuple):

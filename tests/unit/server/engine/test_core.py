@@ -9,8 +9,9 @@ from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
-from stellarbyte_server.protocol.messages import FAILED, Accepted, Delta, Rejected
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from stellarbyte_server.protocol.messages import FAILED, Accepted, Delta, Rejected, merged
 from tests.support.adapters import FakeStore, listed, touch_adapter
 from tests.support.engine import ComputedStep, make_request, make_scheduler
 from tests.support.fake_engine import make_tokenizer
@@ -28,7 +29,7 @@ class ScriptedRunner:
         return False
 
     def start(self, chunks: list[Chunk]) -> ComputedStep:
-        return ComputedStep(StepResult(tokens=[ord("a")] * sum(chunk.samples for chunk in chunks)))
+        return ComputedStep(StepResult(tokens=[[ord("a")] * chunk.samples for chunk in chunks]))
 
 
 def make_core(adapters: Adapters | None = None, **options) -> EngineCore:
@@ -68,6 +69,34 @@ def test_tokens_of_steps_are_those_of_prompts_and_of_answers_but_the_last() -> N
     stats = core.stats()
     assert stats.step_tokens_total == sum(10 + i + 3 - 1 for i in range(5))
     assert stats.num_steps_total >= stats.step_tokens_total / 7
+
+
+class Drafting(ScriptedRunner):
+    """Rows that sample get the next three letters at once."""
+
+    def start(self, chunks: list[Chunk]) -> ComputedStep:
+        letters = [ord("a") + i for i in range(26)]
+        numbers = [chunk.sequence.num_generated for chunk in chunks]
+        return ComputedStep(
+            StepResult(tokens=[letters[i : i + 3] * chunk.samples for i, chunk in zip(numbers, chunks, strict=True)])
+        )
+
+
+def test_rows_that_get_several_tokens_a_step_end_where_they_would_with_one() -> None:
+    core = make_core()
+    core.runner = Drafting()
+    core.submit(make_request([1] * 5, 7, "length", return_token_ids=True))
+    core.submit(make_request([2] * 5, 9, "stop", stop=("e",)))
+    core.submit(make_request([3] * 5, 9, "token", stop_token_ids=(ord("h"),), min_tokens=2))
+    news = news_of(core)
+    assert [delta.num_tokens for delta in news["length"][1:]] == [3, 3, 1]
+    answers = {name: merged(deltas[1:]) for name, deltas in news.items()}
+    found = {name: (d.text, d.num_tokens, d.finish_reason) for name, d in answers.items()}
+    assert found == {
+        "length": ("abcdefg", 7, "length"), "stop": ("abcd", 5, "stop"), "token": ("abcdefg", 8, "stop"),
+    }  # fmt: skip
+    assert answers["length"].token_ids == tuple(b"abcdefg")
+    assert core.stats().generation_tokens_total == 7 + 5 + 8 and core.stats().num_blocks_used == 0
 
 
 def test_a_request_that_may_not_wait_runs_at_once_or_is_rejected() -> None:

@@ -12,12 +12,11 @@ from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.lora.bank import LoraBank, pack_adapter
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.packing import pack
-from stellarbyte_server.engine.run.cpu_runner import sampling_row
-from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support import oracle
 from tests.support.adapters import merged, random_adapter
-from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, is_complete, make_request
+from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, make_request, sampling_by
 from tests.support.models import VARIANTS, make_config, make_model, random_tokens
 
 MODELS = {
@@ -83,24 +82,21 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
 def generate_with_logprobs(
     engine: ModelEngine, requests: list[GenerationRequest]
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """The tokens of requests that run together, and of each the log-probabilities that its tokens were drawn from."""
+    """The tokens of requests that run together, no two with one seed, and of each the log-probabilities that its tokens
+    were drawn from."""
     sequences = [engine.add(request) for request in requests]
-    rows: dict[Sequence, list[torch.Tensor]] = {sequence: [] for sequence in sequences}
-    while engine.scheduler.has_work:
-        chunks = engine.scheduler.schedule()
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        logits_RV = engine.runner.logits(chunks)
-        for chunk, logits_V in zip(sampling, logits_RV, strict=True):
-            rows[chunk.sequence].append(logits_V.log_softmax(dim=-1))
-        sampled = (
-            engine.runner.model.sample(logits_RV, [sampling_row(chunk.sequence) for chunk in sampling])
-            if sampling
-            else []
-        )
-        for sequence, _ in engine.scheduler.apply(chunks, sampled):
-            if is_complete(sequence):
-                engine.scheduler.remove(sequence)
-    return [generated(sequence) for sequence in sequences], [torch.stack(rows[sequence]) for sequence in sequences]
+    rows: dict[int, list[torch.Tensor]] = {request.sampling.seed: [] for request in requests}
+    sample = engine.executor.model.sample
+
+    def note(logits_RV: torch.Tensor, sampling: list[RowSampling]) -> list[int]:
+        for row, logits_V in zip(sampling, logits_RV, strict=True):
+            rows[row.seed].append(logits_V.log_softmax(dim=-1))
+        return sample(logits_RV, sampling)
+
+    with sampling_by(engine.executor, note):
+        while engine.scheduler.has_work:
+            engine.step()
+    return [generated(sequence) for sequence in sequences], [torch.stack(rows[r.sampling.seed]) for r in requests]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

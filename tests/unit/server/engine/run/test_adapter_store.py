@@ -15,7 +15,7 @@ from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.memory import FillDone, ReadDone
 from stellarbyte_server.engine.run import adapter_store
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
-from stellarbyte_server.engine.run.runner import DeviceLost
+from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from tests.support.adapters import write_adapter
 from tests.support.models import make_model

@@ -5,9 +5,9 @@ The interpreter takes milliseconds for every program of a kernel: models, batche
 
 import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,16 +18,20 @@ from stellarbyte.backends.gpu import slots, steps
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.ops.triton.attention import num_splits_for
 from stellarbyte_server.api.structured.grammars import json_grammar
+from stellarbyte_server.engine.run.runner import PlanRunner
+from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support import oracle
 from tests.support.adapters import random_adapter
+from tests.support.answers import assert_same
 from tests.support.engine import ModelEngine, generated, make_request
 from tests.support.engine_core import VOCABULARY as BYTES
 from tests.support.engine_core import drain, model_core
 from tests.support.faulty_runner import FaultyRunner
 from tests.support.gpu_engine import GpuEngine, own_stream
 from tests.support.models import make_model
+from tests.support.recorded_plans import RecordingExecutor, replay
 from tests.support.schemas import SCHEMAS
 
 VOCABULARY = 50
@@ -150,18 +154,6 @@ def test_what_the_host_has_a_say_in_is_as_on_the_cpu_and_the_rows_beside_it_too(
     gpu.check_nothing_is_left()
 
 
-def assert_same(found: Delta, expected: Delta) -> None:
-    for name in ("text", "token_ids", "finish_reason", "num_tokens"):
-        assert getattr(found, name) == getattr(expected, name)
-    for name in ("logprobs", "prompt_logprobs"):
-        ours, theirs = getattr(found, name), getattr(expected, name)
-        assert [entry.token_id for entry in ours] == [entry.token_id for entry in theirs]
-        assert [[i for i, _ in entry.top] for entry in ours] == [[i for i, _ in entry.top] for entry in theirs]
-        assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-4)
-    vectors = [np.frombuffer(delta.embedding or b"", np.float32) for delta in (found, expected)]
-    np.testing.assert_allclose(*vectors, atol=1e-4)
-
-
 def test_a_step_with_the_batch_of_the_one_before_uploads_nothing(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +199,54 @@ def test_a_step_that_fails_is_computed_again_without_the_request_at_fault(device
 
 def tokens_of(items: list[Any]) -> tuple[int, ...]:
     return merged([item for item in items if isinstance(item, Delta)]).token_ids
+
+
+def test_a_run_is_the_same_by_messages_and_from_a_file(device: torch.device, tmp_path: Path) -> None:
+    model = tiny_model(BYTES)
+    kinds: list[dict[str, Any]] = [WISHES[0], WISHES[1], WISHES[3], {"temperature": 0.9, "top_p": 0.9}]
+    requests = [
+        make_request(prompt_of(2 + 3 * i, seed=i), 3, str(i), seed=i, return_token_ids=True, **kind)
+        for i, kind in enumerate(kinds)
+    ]
+    expected = drain(model_core(model, TorchModel), *requests)
+    engine = GpuEngine(model, device, max_num_batched_tokens=13, max_num_seqs=4)
+    recorder = RecordingExecutor(engine.executor)
+    engine.runner = PlanRunner(recorder)
+    core = engine.core()
+    said = drain(core, *requests)
+    while core.has_work:
+        core.step()
+    for name, items in expected.items():
+        ours, theirs = (merged([item for item in of if isinstance(item, Delta)]) for of in (said[name], items))
+        assert_same(ours, theirs)
+    recorder.save(tmp_path / "plans")
+    fresh = GpuEngine(model, device, max_num_batched_tokens=13, max_num_seqs=4)
+    assert replay(tmp_path / "plans", fresh.executor) == core.stats().num_steps_total
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "frequency_penalty": 0.9, "presence_penalty": 0.5}], ids=str)
+@pytest.mark.parametrize("shape", [{}, WINDOW], ids=["full", "window"])
+def test_a_rewind_leaves_no_trace(device: torch.device, shape: dict, kind: dict[str, Any]) -> None:
+    """Of tokens that were forced, or with penalties sampled; back over the border of a block."""
+    model, request = tiny_model(**shape), make_request(prompt_of(6), 7, seed=2, **kind)
+    expected = ModelEngine(model).generate([request])
+    engine = GpuEngine(model, device, max_num_seqs=2)
+    sequence = engine.add(request)
+
+    @torch.inference_mode()
+    def astray(step: SlotStep) -> None:
+        for part in step.parts:
+            if sequence.num_tokens > 8:
+                forced_R = (part.computed.tokens_R + 1) % VOCABULARY
+                engine.steps.replace_tokens(part.computed, [0], forced_R)
+
+    while sequence.num_generated < 5:
+        engine.step(astray)
+    engine.read()
+    engine.scheduler.rewind(sequence, sequence.num_generated - 2)
+    engine.drain()
+    assert [generated(sequence)] == expected
+    engine.check_nothing_is_left()
 
 
 def test_slots_of_sequences_that_ended_are_used_again(device: torch.device) -> None:

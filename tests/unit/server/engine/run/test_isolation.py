@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from stellarbyte_server.engine.core import NO_MEMORY
 from stellarbyte_server.engine.run.device_errors import device_errors
+from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 from stellarbyte_server.engine.run.isolation import EngineBroken, isolate
-from stellarbyte_server.engine.run.runner import DeviceLost, OutOfDeviceMemory, RunningStep
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence, StepResult
+from stellarbyte_server.engine.run.runner import RunningStep
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import FAILED, Delta, merged
 from tests.support.checked_engine import CheckedEngine
 from tests.support.engine import make_request
@@ -173,7 +175,7 @@ def test_faults_are_found_in_few_runs(number: int, bad: set[int]) -> None:
         runs.append(part)
         if any(chunk.start in bad for chunk in part):
             raise ValueError
-        return StepResult()
+        return StepResult(tokens=[])
 
     findings = isolate(chunks, compute)
     assert {fault.chunk.start for fault in findings.faults} == {i for i in bad if i < number}

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from stellarbyte.backends.torch_model import TorchModel
-from stellarbyte_server.engine.run.runner import OutOfDeviceMemory, Runner, RunningStep
+from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
+from stellarbyte_server.engine.run.runner import Runner, RunningStep
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, merged
 from tests.support.engine import Ahead, make_request

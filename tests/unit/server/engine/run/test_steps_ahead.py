@@ -13,8 +13,9 @@ from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.block_pool import CacheLayout
-from stellarbyte_server.engine.state.sequence import Chunk, StepResult
+from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.adapters import FakeStore, listed, touch_adapter
@@ -228,7 +229,7 @@ def test_one_step_is_in_flight_and_the_engine_does_not_rest_meanwhile() -> None:
             return False
 
         def start(self, chunks: list[Chunk]) -> Step:
-            step = Step(StepResult(tokens=[97] * len(chunks)))
+            step = Step(StepResult(tokens=[[97]] * len(chunks)))
             step.number, self.num_started = self.num_started, self.num_started + 1
             events.append(f"start {step.number}")
             return step

@@ -87,7 +87,7 @@ class World:
         self.step_tokens.append(num_tokens)
         self.now_s += self.device.base_s + self.device.token_s * num_tokens
         self.num_tokens_of_attacker += sum(c.length for c in chunks if c.sequence.account is self.attacker)
-        for sequence, _ in self.scheduler.apply(chunks, [1] * sum(chunk.samples for chunk in chunks)):
+        for sequence, _ in self.scheduler.apply(chunks, [[1] * chunk.samples for chunk in chunks]):
             client = next((c for c in self.clients if c.current is sequence), None)
             if client is not None:
                 client.num_tokens += 1
@@ -167,7 +167,7 @@ def test_when_all_are_over_their_rates_the_engine_waits_for_the_first_and_is_not
     world.ask(slow, 1, 100)
     slow.bucket.take(6, world.now_s)
     assert world.scheduler.schedule() == [Chunk(world.scheduler.running[0], 0, 1, True)], "its prompt was paid for"
-    world.scheduler.apply([Chunk(world.scheduler.running[0], 0, 1, True)], [1])
+    world.scheduler.apply([Chunk(world.scheduler.running[0], 0, 1, True)], [[1]])
     assert world.scheduler.schedule() == [] and world.scheduler.num_blocked == 1
     wait_s = world.scheduler.seconds_until_allowed()
     assert wait_s == pytest.approx(10)
@@ -274,7 +274,7 @@ def test_who_used_whole_steps_alone_has_no_credit_left_when_others_come() -> Non
 def test_priority_counts_among_prompts_that_run() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8, prefix_caching=False, num_blocks=200)
     scheduler.add(make_request([0] * 100, request_id="first"))
-    scheduler.apply(scheduler.schedule(), [])
+    scheduler.apply(scheduler.schedule(), [[]])
     scheduler.add(make_request([0] * 200, request_id="urgent", priority=-50))
     chunks = {chunk.sequence.request.request_id: chunk.length for chunk in scheduler.schedule()}
     assert chunks == {"urgent": 8}

@@ -25,7 +25,7 @@ class Clock:
 def run_step(scheduler: Scheduler, runner: SymbolicRunner | None = None) -> tuple[list[Chunk], list[Sequence]]:
     """One step; its chunks and the sequences that ended. Without a runner the sampled tokens are all 1."""
     chunks = scheduler.schedule()
-    sampled = [1] * sum(chunk.samples for chunk in chunks) if runner is None else runner.run(chunks)
+    sampled = [[1] * chunk.samples for chunk in chunks] if runner is None else runner.run(chunks)
     ended = [sequence for sequence, _ in scheduler.apply(chunks, sampled) if is_complete(sequence)]
     for sequence in ended:
         scheduler.remove(sequence)

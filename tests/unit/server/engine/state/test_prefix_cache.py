@@ -174,5 +174,5 @@ def test_an_endless_stream_uses_the_same_few_blocks_over_and_over() -> None:
     while not is_complete(stream):
         chunks = scheduler.schedule()
         used |= {block for block, _ in stream.table.entries()}
-        scheduler.apply(chunks, [1] * sum(chunk.samples for chunk in chunks))
+        scheduler.apply(chunks, [[1] * chunk.samples for chunk in chunks])
     assert len(used) < 12

@@ -1,0 +1,39 @@
+"""The state that an executor keeps of a slot's sequence, whatever computes it."""
+
+from array import array
+
+import torch
+
+from stellarbyte_server.engine.run.adjustments import SlotAdjustment
+from stellarbyte_server.engine.run.outputs import Head, pooled_hidden, prompt_logprobs
+from stellarbyte_server.engine.run.step_plan import Rewind, SlotBegin, StepResult
+
+# T tokens of a chunk, C hidden size
+
+
+class ExecutorSlot:
+    """Made anew with every `SlotBegin`: a step in flight keeps the one that it was started with."""
+
+    def __init__(self, begin: SlotBegin, device: torch.device) -> None:
+        self.begin = begin
+        self.sampling = begin.sampling
+        self.tokens = array("I", begin.token_ids)
+        self.adjustment = SlotAdjustment(begin, device)
+
+    def rewind(self, rewind: Rewind) -> None:
+        """Forget the tokens after the first `num_tokens`."""
+        del self.tokens[rewind.num_tokens :]
+        self.adjustment.rewind(rewind.num_tokens)
+
+    @property
+    def wants_hidden(self) -> bool:
+        """More than logits is made of its prompt's hidden states."""
+        return self.sampling.prompt_logprobs is not None or self.begin.pooling is not None
+
+    def read_prompt(self, result: StepResult, row: int, model: Head, start: int, chunk_TC: torch.Tensor) -> None:
+        """Enter what is wanted of a chunk's hidden states."""
+        if self.sampling.prompt_logprobs is not None:
+            following = self.tokens[start + 1 : min(start + len(chunk_TC) + 1, self.begin.num_prompt)].tolist()
+            result.prompt_logprobs[row] = prompt_logprobs(model, chunk_TC, following, self.sampling.prompt_logprobs)
+        if self.begin.pooling is not None:
+            result.pooled[row] = pooled_hidden(self.begin.pooling, chunk_TC)

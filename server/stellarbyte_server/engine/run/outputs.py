@@ -1,0 +1,63 @@
+"""The outputs of a step that every executor computes alike: log-probabilities, pooled hidden states, sampling rows."""
+
+from typing import Literal, Protocol
+
+import torch
+
+from stellarbyte.sampling.logprobs import token_logprobs
+from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling
+from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.protocol.messages import TokenLogprob
+from stellarbyte_server.protocol.request import SamplingParams
+
+# T tokens of a chunk, C hidden size, R rows that sample, V vocabulary
+
+
+class Head(Protocol):
+    """The last part of a model."""
+
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        """[R, V] logits of what follows."""
+        ...
+
+
+def sampling_row(sampling: SamplingParams, position: int) -> RowSampling:
+    """How the token at `position` is sampled."""
+    return RowSampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        choice=sampling.choice,
+        position=position,
+    )
+
+
+def add_logprobs(
+    result: StepResult, rows: list[int], num_top: list[int], logits_RV: torch.Tensor, tokens: list[int]
+) -> None:
+    """Enter the log-probabilities of tokens that were sampled for rows, with so many alternatives; NO_TOKEN has none.
+
+    The logits are the model's own, before any adjustment.
+    """
+    found = [i for i, token in enumerate(tokens) if token != NO_TOKEN]
+    if not found:
+        return
+    entries = token_logprobs(logits_RV[found], [tokens[i] for i in found], [num_top[i] for i in found])
+    for i, entry in zip(found, entries, strict=True):
+        result.logprobs[rows[i]] = [TokenLogprob(tokens[i], *entry)]
+
+
+def prompt_logprobs(model: Head, chunk_TC: torch.Tensor, following: list[int], num_top: int) -> list[TokenLogprob]:
+    """Log-probabilities of the tokens that follow those of a chunk, as far as they are given."""
+    if not following:
+        return []
+    found = token_logprobs(model.head(chunk_TC[: len(following)]), following, [num_top] * len(following))
+    return [TokenLogprob(token_id, *entry) for token_id, entry in zip(following, found, strict=True)]
+
+
+def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> bytes:
+    """A chunk's part of its prompt's vector, float32 [C]; see `Answer.add_pooled`."""
+    pooled_C = chunk_TC[-1] if pooling == "last" else chunk_TC.sum(dim=0)
+    return pooled_C.float().numpy(force=True).tobytes()

@@ -1,0 +1,51 @@
+"""Recovery from a step that failed: which parts of it can be computed, and whether anything can."""
+
+import logging
+from functools import partial
+
+from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
+from stellarbyte_server.engine.run.isolation import EngineBroken, Findings, isolate
+from stellarbyte_server.engine.run.runner import Runner, compute
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.state.sequence import Chunk
+from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
+
+logger = logging.getLogger("stellarbyte_server.engine")
+
+
+def compute_again(runner: Runner, chunks: list[Chunk], error: Exception) -> Findings:
+    """Compute a step that failed with `error` again, in parts, without the chunks that make it fail.
+
+    No step is in flight; chunks of sequences that are over are left out.
+
+    Raises:
+        DeviceLost
+    """
+    chunks = [chunk for chunk in chunks if not chunk.sequence.is_over]
+    runner.recover([chunk.sequence for chunk in chunks])
+    findings = isolate(chunks, partial(compute, runner))
+    if isinstance(error, OutOfDeviceMemory):
+        logger.warning("out of memory in a step of %d requests: computed in parts", len(chunks))
+    elif not findings.faults:
+        logger.warning("a step failed and went well when it was computed again", exc_info=error)
+    return findings
+
+
+def require_sound(runner: Runner, scheduler: Scheduler) -> None:
+    """Compute a step that has no request in it. There must be free blocks.
+
+    Raises:
+        EngineBroken: it fails.
+        DeviceLost
+    """
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, seed=0)
+    request = GenerationRequest(request_id="", prompt_token_ids=(0,), sampling=sampling)
+    with scheduler.outsider(request) as chunk:
+        try:
+            compute(runner, [chunk])
+        except DeviceLost:
+            raise
+        except OutOfDeviceMemory:
+            return  # somebody else may have it just now
+        except Exception as error:
+            raise EngineBroken("steps fail whatever is in them") from error

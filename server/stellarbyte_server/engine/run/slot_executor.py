@@ -1,0 +1,185 @@
+"""The executor of plans for a GPU, where sequences that decode are resident in slots.
+
+A slot's newest token and position are on the GPU before the host knows them, so the next step can be launched while one
+runs. The host uploads only changes: new sequences, new blocks, another batch.
+"""
+
+import torch
+
+from stellarbyte.backends.gpu import slots
+from stellarbyte.backends.gpu.preparation import Preparation
+from stellarbyte.backends.gpu.prompts import Prompts
+from stellarbyte.backends.gpu.slots import float_bits
+from stellarbyte.backends.gpu.steps import Steps
+from stellarbyte.ops.triton.lora import segments
+from stellarbyte.sampling.sampler import choice_state
+from stellarbyte_server.engine.run.device_errors import device_errors, require_device
+from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
+from stellarbyte_server.engine.run.slot_step import ResidentSlot, SlotStep
+from stellarbyte_server.engine.run.step_plan import SlotBegin, StepPlan, TableChange
+from stellarbyte_server.engine.state.block_pool import CacheLayout
+from stellarbyte_server.garbage import keep_for_good
+
+_WORD = 0xFFFFFFFF
+
+
+class SlotExecutor:
+    """Engine thread only."""
+
+    num_steps_ahead = 1
+
+    def __init__(
+        self, steps: Steps, layout: CacheLayout, max_rows: int, preparation: Preparation | None = None
+    ) -> None:
+        self._steps = steps
+        self._preparation = preparation
+        self._num_sink_blocks = layout.num_sink_blocks
+        self._ring = steps.memory.tables_SE.shape[1] - layout.num_sink_blocks
+        self._slots: dict[int, ResidentSlot] = {}
+        self._rows: list[ResidentSlot] = []  # that decode, in the order of the plan
+        self._order: list[int] = []  # row of the batch → place among them
+        self._num_segments = 0  # of rows with adapters
+        self._truncates = self._needs_host = False  # some of them
+        self._indices: list[int] = []
+        self._values: list[int] = []
+        self._pinned = [_pinned(2 * max_rows) for _ in range(self.num_steps_ahead + 1)]
+
+    def start(self, plan: StepPlan) -> "SlotStep":
+        """Launch a step; nothing here waits for the GPU.
+
+        Raises:
+            OutOfDeviceMemory, DeviceLost
+        """
+        try:
+            with device_errors(), torch.inference_mode():
+                return self._start(plan)
+        except OutOfDeviceMemory:
+            self._forget_batch()
+            raise
+
+    def recover(self) -> None:
+        require_device()
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        """It is not known how far the rows and the uploads got."""
+        self._rows, self._indices, self._values = [], [], []
+
+    def prepare(self) -> bool:
+        """Capture a graph that later steps will run."""
+        if self._preparation is None:
+            return False
+        try:
+            goes_on = self._preparation.capture_next()
+        except torch.OutOfMemoryError:  # the rest is captured when there is a use for it
+            goes_on = False
+        if not goes_on:
+            self._preparation = None
+            keep_for_good()  # compiling leaves much behind
+        return goes_on
+
+    def _start(self, plan: StepPlan) -> "SlotStep":
+        self._note(plan)
+        decoding = self._rows
+        prompts, prompt_slots = Prompts(), [self._slots[chunk.slot] for chunk in plan.chunks]
+        for slot, chunk in zip(prompt_slots, plan.chunks, strict=True):
+            if chunk.samples:
+                self._set(chunk.slot, slots.POSITION, chunk.start + chunk.length)
+            prompts.add(
+                slot.tokens[chunk.start : chunk.start + chunk.length].tolist(), chunk.start, chunk.slot,
+                samples=chunk.samples, bank_slot=slot.begin.adapter_slot, scale=slot.begin.adapter_scale,
+            )  # fmt: skip
+        self._steps.memory.update(self._indices, self._values)
+        self._indices, self._values = [], []
+        step = SlotStep(self._steps, self._pinned[0], len(decoding) + len(prompt_slots))
+        self._pinned.append(self._pinned.pop(0))
+        if decoding:
+            computed = self._steps.decode(len(decoding), num_segments=self._num_segments, truncates=self._truncates)
+            step.add_part(computed, [decoding[i] for i in self._order], self._order, self._needs_host)
+        if prompt_slots:  # after decoding: graphs share memory, and this one's logits are among it
+            sampling = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
+            wants_hidden = any([slot.wants_hidden for slot in prompt_slots])
+            computed = self._steps.prefill(
+                prompts, truncates=any([prompt_slots[i].truncates for i in sampling]), wants_hidden=wants_hidden
+            )
+            sampled = [prompt_slots[i] for i in sampling]
+            needs_host = any([slot.needs_host for slot in sampled])
+            step.add_part(computed, sampled, [len(decoding) + i for i in sampling], needs_host)
+            if wants_hidden:
+                step.prompts = list(zip(prompt_slots, plan.chunks, strict=True))
+        return step
+
+    def _note(self, plan: StepPlan) -> None:
+        """Take note of a plan's changes, and enter those that the GPU has to know."""
+        for number in plan.ended:
+            self._slots.pop(number, None)
+        for begin in plan.begins:
+            self._begin(begin)
+        for rewind in plan.rewinds:
+            self._slots[rewind.slot].rewind(rewind)
+            self._set(rewind.slot, slots.POSITION, rewind.num_tokens - 1)
+            self._set(rewind.slot, slots.TOKEN, rewind.last_token_id)
+        for change in plan.tables:
+            self._change_table(change)
+        if plan.decode_slots is not None:
+            self._set_rows(plan.decode_slots, plan.decode_starts)
+
+    def _set(self, slot: int, field: int, value: int) -> None:
+        self._indices.append(self._steps.memory.field_at(slot, field))
+        self._values.append(value)
+
+    def _begin(self, begin: SlotBegin) -> None:
+        """Enter what a sequence's sampling needs."""
+        slot = self._slots[begin.slot] = ResidentSlot(begin, self._steps.model.device)
+        sampling, is_random = slot.sampling, slot.is_random
+        state = choice_state(sampling.seed, sampling.choice)
+        for place, value in (
+            (slots.TEMPERATURE, float_bits(sampling.temperature)),
+            (slots.TOP_K, sampling.top_k if is_random else 0),
+            (slots.TOP_P, float_bits(sampling.top_p if is_random else 1.0)),
+            (slots.MIN_P, float_bits(sampling.min_p if is_random else 0.0)),
+            (slots.STATE_LOW, state & _WORD),
+            (slots.STATE_HIGH, state >> 32),
+        ):
+            self._set(begin.slot, place, value)
+
+    def _change_table(self, change: TableChange) -> None:
+        """Enter new blocks. Those that are gone stay: no query looks at them."""
+        memory = self._steps.memory
+        for entry, block in enumerate(change.sink_blocks, change.first_sink):
+            self._indices.append(memory.table_at(change.slot, entry))
+            self._values.append(block)
+        for number, block in enumerate(change.blocks, change.first):
+            self._indices.append(memory.table_at(change.slot, self._num_sink_blocks + number % self._ring))
+            self._values.append(block)
+
+    def _set_rows(self, numbers: list[int], starts: list[int]) -> None:
+        """Make these the rows of the batch, those with one adapter beside each other."""
+        self._rows = decoding = [self._slots[number] for number in numbers]
+        self._truncates = any([slot.truncates for slot in decoding])
+        self._needs_host = any([slot.needs_host for slot in decoding])
+        bank_slots = [slot.begin.adapter_slot for slot in decoding]
+        # Long sequences first: what is begun last should not take longest.
+        order = sorted(range(len(decoding)), key=lambda i: (bank_slots[i], -starts[i]))
+        self._order, self._num_segments = order, 0
+        memory = self._steps.memory
+        count = next((n for n in self._steps.row_counts if n >= len(decoding)), 0)
+        self._fill(memory.rows_at, [numbers[i] for i in order], count)
+        if any(bank_slots):
+            first, counts, ids = segments([bank_slots[i] for i in order])
+            self._num_segments = len(first)
+            self._fill(memory.starts_at, first, count)
+            self._fill(memory.counts_at, counts, count)
+            self._fill(memory.bank_slots_at, ids, count)
+            scales = [float_bits(decoding[i].begin.adapter_scale if bank_slots[i] else 0.0) for i in order]
+            self._fill(memory.scales_at, scales, count)
+
+    def _fill(self, start: int, values: list[int], count: int) -> None:
+        """Numbers from `start` on, zeros up to `count`."""
+        self._indices += range(start, start + count)
+        self._values += values
+        self._values += [0] * (count - len(values))
+
+
+def _pinned(count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, pin_memory=torch.cuda.is_available())

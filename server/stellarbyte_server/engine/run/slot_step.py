@@ -1,0 +1,128 @@
+"""A step of the slot-resident executor on its way: what the host samples of it, and how its tokens come back."""
+
+from dataclasses import dataclass
+
+import torch
+
+from stellarbyte.backends.gpu.steps import Computed, Steps
+from stellarbyte.sampling.adjustment import adjust_logits
+from stellarbyte.sampling.sampler import NO_TOKEN, sample
+from stellarbyte_server.engine.run.device_errors import device_errors
+from stellarbyte_server.engine.run.executor_slot import ExecutorSlot
+from stellarbyte_server.engine.run.outputs import add_logprobs, sampling_row
+from stellarbyte_server.engine.run.step_plan import Finish, PlannedChunk, SlotBegin, StepResult, needs_host
+
+# R rows that sample, V vocabulary
+
+
+class ResidentSlot(ExecutorSlot):
+    """A sequence on the GPU. `tokens` are those of its begin, and if the host has a say in them all that were read."""
+
+    def __init__(self, begin: SlotBegin, device: torch.device) -> None:
+        super().__init__(begin, device)
+        sampling = begin.sampling
+        self.is_random = sampling.temperature > 0
+        self.truncates = self.is_random and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
+        self.needs_host = needs_host(sampling, begin.has_grammar)
+
+
+@dataclass(slots=True)
+class StepPart:
+    """What was launched together: decoding sequences, or prompts."""
+
+    computed: Computed
+    sampling: list[ResidentSlot]  # those that sample, in order
+    rows: list[int]  # of the plan
+    needs_host: bool
+
+
+class SlotStep:
+    """A step on its way."""
+
+    def __init__(self, steps: Steps, pinned: torch.Tensor, num_rows: int) -> None:
+        self._steps = steps
+        self._pinned = pinned
+        self._done: torch.cuda.Event | None = None
+        self._result = StepResult(tokens=[[]] * num_rows)
+        self.parts: list[StepPart] = []
+        self.prompts: list[tuple[ResidentSlot, PlannedChunk]] = []  # if their hidden states are wanted
+
+    def add_part(self, computed: Computed, sampling: list[ResidentSlot], rows: list[int], needs_host: bool) -> None:
+        self.parts.append(StepPart(computed, sampling, rows, needs_host))
+
+    def finish(self, finish: Finish) -> None:
+        """Sample what needs tokens that the host knows by now, and let the tokens come back.
+
+        Raises:
+            OutOfDeviceMemory, DeviceLost
+        """
+        with device_errors(), torch.inference_mode():
+            self._finish(finish)
+
+    def _finish(self, finish: Finish) -> None:
+        for part in self.parts:
+            if part.needs_host:
+                self._sample_by_host(part, finish)
+        if self.prompts:
+            self._read_prompts()
+        start = 0
+        for part in self.parts:
+            count = len(part.rows)
+            self._pinned[start : start + count].copy_(part.computed.tokens_R, non_blocking=True)
+            start += count
+        if self._pinned.is_pinned():
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def result(self) -> StepResult:
+        """Wait for the step; DeviceLost."""
+        if self._done is not None:
+            with device_errors():
+                self._done.synchronize()
+        tokens = self._result.tokens
+        start = 0
+        for part in self.parts:
+            sampled = self._pinned[start : start + len(part.rows)].tolist()
+            if NO_TOKEN in sampled:  # their sequences end; a step ahead computes on, with token 0
+                self._result.not_sampled += [part.rows[i] for i, token in enumerate(sampled) if token == NO_TOKEN]
+                sampled = [max(0, token) for token in sampled]
+            for row, token in zip(part.rows, sampled, strict=True):
+                tokens[row] = [token]
+            if part.needs_host:
+                for slot, token in zip(part.sampling, sampled, strict=True):
+                    if slot.needs_host:
+                        slot.tokens.append(token)
+            start += len(part.rows)
+        return self._result
+
+    def _sample_by_host(self, part: StepPart, finish: Finish) -> None:
+        logits_RV, vocab_size = part.computed.logits_RV, part.computed.logits_RV.shape[-1]
+        over = set(finish.over)
+        adjustments = [
+            None if row in over else slot.adjustment.before(slot.tokens, finish.masks.get(row), vocab_size)
+            for row, slot in zip(part.rows, part.sampling, strict=True)
+        ]
+        adjusted = [i for i, wanted in enumerate(adjustments) if wanted is not None]
+        if adjusted:
+            adjusted_RV = logits_RV[adjusted].float()
+            adjust_logits(adjusted_RV, [adjustments[i] for i in adjusted])
+            sampled = [part.sampling[i] for i in adjusted]
+            tokens_R = sample(adjusted_RV, [sampling_row(slot.sampling, len(slot.tokens)) for slot in sampled])
+            self._steps.replace_tokens(part.computed, adjusted, tokens_R)
+        scored = [
+            i for i, slot in enumerate(part.sampling)
+            if slot.sampling.logprobs is not None and part.rows[i] not in over
+        ]  # fmt: skip
+        if scored:
+            tokens = part.computed.tokens_R[scored].tolist()
+            num_top = [part.sampling[i].sampling.logprobs or 0 for i in scored]
+            add_logprobs(self._result, [part.rows[i] for i in scored], num_top, logits_RV[scored], tokens)
+
+    def _read_prompts(self) -> None:
+        hidden_TC = self.parts[-1].computed.hidden_TC
+        assert hidden_TC is not None
+        first_row = len(self._result.tokens) - len(self.prompts)
+        start = 0
+        for row, (slot, chunk) in enumerate(self.prompts, first_row):
+            slot.read_prompt(self._result, row, self._steps.model, chunk.start, hidden_TC[start : start + chunk.length])
+            start += chunk.length
