@@ -1,4 +1,4 @@
-"""Access rules: each endpoint declares who may call it, and one table of all routes tells it for a path.
+"""Each endpoint declares its access rule; one table of all routes gives the rule of a method and path.
 
 An application with a route whose endpoint declares no rule cannot be made.
 """

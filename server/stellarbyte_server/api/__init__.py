@@ -1,1 +1,1 @@
-"""The HTTP API. Knows the engine only through its client."""
+"""The HTTP API."""

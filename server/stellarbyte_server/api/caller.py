@@ -1,4 +1,4 @@
-"""What the key of a request allows beyond its route: which models, and how much of them. Knows no routes."""
+"""A request's key limits the models it may use, and how much of them."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Work that is given up when the client leaves. Knows nothing of what the work is."""
+"""Work is cancelled when its client disconnects."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -1,4 +1,4 @@
-"""What all ways to generate share: from a checked body to the engine's requests. Knows no answers."""
+"""A checked body becomes requests to the engine; completions, chats, responses and embeddings share this."""
 
 import secrets
 from collections.abc import Callable, Sequence

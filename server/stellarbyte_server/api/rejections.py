@@ -1,4 +1,4 @@
-"""Why a request got an error in place of an answer, as one of a few words that may label a metric."""
+"""A rejected request has one of a few reasons, which label a metric."""
 
 from starlette._utils import get_route_path
 from starlette.types import Scope

@@ -1,4 +1,4 @@
-"""Requests on their way to the engine, noted in the record of the HTTP request that they belong to."""
+"""Requests are submitted to the engine and noted in the record of their HTTP request."""
 
 import asyncio
 

@@ -1,1 +1,1 @@
-"""From deltas of the engine to bytes of an answer."""
+"""Answers are written from the engine's deltas."""

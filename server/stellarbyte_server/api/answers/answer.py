@@ -1,4 +1,4 @@
-"""From the engine's requests to an HTTP answer, streamed or whole. Knows no bodies' fields and no prompts' origin."""
+"""An answer runs the engine's requests and returns their text, streamed or whole."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""One choice of an answer: deltas of the engine become fragments, and fragments the whole. Knows no HTTP.
+"""Deltas of the engine become fragments of a choice, and fragments the whole choice.
 
 A streamed choice sends its fragments, one that is not streamed their sum; so both say the same.
 """

@@ -1,4 +1,4 @@
-"""Log-probabilities as answers show them, token by token beside the text they belong to. Knows no engine.
+"""Log-probabilities are shown token by token, beside the text they belong to.
 
 A token is shown once its text is. Tokens whose text a stop string has cut away are never shown.
 """

@@ -1,4 +1,4 @@
-"""Streamed answers: chunks as ready bytes, and the response that sends them. Knows no requests.
+"""Streamed answers are written as ready bytes and sent as server-sent events.
 
 A chunk's JSON is made once per choice; for every delta that only has text, that text is escaped and set in, which is
 what lets one process carry hundreds of fast streams.

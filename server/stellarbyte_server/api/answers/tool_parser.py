@@ -1,4 +1,4 @@
-"""The text of an answer, as it comes, to content and tool calls. Knows no tokens, no grammar and no HTTP.
+"""The tool parser divides the text of an answer into content and tool calls, as it arrives.
 
 Every character is looked at a bounded number of times, and none is held back but what may still become a call.
 """

@@ -1,1 +1,1 @@
-"""A chat becomes requests: its tools, its grammar, its messages as a prompt."""
+"""A chat becomes requests to the engine."""

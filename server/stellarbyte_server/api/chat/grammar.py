@@ -1,4 +1,4 @@
-"""The grammar that an answer to a chat must follow, out of its response format and its tools."""
+"""The response format and the tools of a chat give the grammar of its answer."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Messages of a chat as its template knows them, with tools, calls and their results."""
+"""Messages are converted to the form that a chat template reads, with tools, calls and results."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

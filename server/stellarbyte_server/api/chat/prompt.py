@@ -1,4 +1,4 @@
-"""A chat as the tokens of a prompt: what generating from one and counting one share."""
+"""A chat is rendered by its template and tokenized, to generate from it or to count its tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Tools of a chat: which are offered, and in which format its model writes calls of them.
+"""The tools of a chat are checked, and the format in which its model writes calls is found.
 
 A model writes its calls in the format that its chat template shows. A template that shows none that is known here gets
 our own instructions in HERMES; so do Mistral's templates, because their calls begin with a special token, which is no

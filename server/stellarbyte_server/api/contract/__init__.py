@@ -1,1 +1,1 @@
-"""Requests and answers as the API documents them."""
+"""The contract defines requests and answers as the API documents them."""

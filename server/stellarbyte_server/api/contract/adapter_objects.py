@@ -1,4 +1,4 @@
-"""The objects that the API answers with about adapters, as models: for the document and for tests, as objects.py."""
+"""These models describe answers about adapters, for the document and for tests (see objects.py)."""
 
 from typing import Annotated, Literal
 

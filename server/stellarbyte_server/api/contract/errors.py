@@ -1,4 +1,4 @@
-"""Errors as the API shows them: always and only {"error": {message, type, param, code}}."""
+"""Errors have one form: {"error": {message, type, param, code}}."""
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus

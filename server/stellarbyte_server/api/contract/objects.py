@@ -1,4 +1,4 @@
-"""Every object the API answers with, as models: for the document at /openapi.json and for tests.
+"""These models describe the objects of answers, for the document at /openapi.json and for tests.
 
 Answers are never made of them, because making bytes directly is much faster. `Left` marks a field that is left out
 when there is nothing to say; any other field is always there. The objects of

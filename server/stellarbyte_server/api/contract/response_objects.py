@@ -1,4 +1,4 @@
-"""The objects of /v1/responses as models, text only: for the document at /openapi.json and for tests, as objects.py."""
+"""These models describe answers of /v1/responses, text only, for the document and for tests (see objects.py)."""
 
 from typing import Annotated, Any, Literal
 

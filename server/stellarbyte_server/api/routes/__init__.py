@@ -1,1 +1,1 @@
-"""One file for each endpoint."""
+"""Each file defines one endpoint, or a few that belong together."""

@@ -1,1 +1,1 @@
-"""JSON schemas as grammars."""
+"""JSON schemas and tool calls are enforced by grammars."""

@@ -1,4 +1,4 @@
-"""JSON schemas as grammars in llguidance's language, checked before a request is queued. Knows no model."""
+"""JSON schemas become grammars in llguidance's language, checked before a request is queued."""
 
 import asyncio
 import hashlib

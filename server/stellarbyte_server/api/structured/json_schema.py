@@ -1,4 +1,4 @@
-"""Which JSON schemas can be enforced, and a 400 that says what others ask too much. Knows no model and no routes.
+"""JSON schemas that cannot be enforced are refused with a 400 that names the reason.
 
 llguidance implements most of JSON Schema and bounds most of its own work. What it would ignore, answer wrongly or take
 minutes for is refused or said differently here, so that every answer is valid and no grammar holds up a server:
@@ -169,31 +169,19 @@ class EnforceableSchema:
         self._num_pattern_properties += len(value) if keyword == "patternProperties" else 0
 
     def _check_keyword(self, keyword: str, value: Any, path: str) -> None:
+        """Of a keyword that has no schemas in it."""
         place = f"{path}/{keyword}"
         if keyword in _COUNTS:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
-                raise self._refuse(f"must be a whole number from 0 to {MAX_COUNT}", place)
-            if keyword == "minProperties" and value > 1:
-                raise self._refuse("must be 0 or 1; more is not supported", place)
-            self._counts_properties |= keyword == "maxProperties" or (keyword == "minProperties" and value > 0)
+            self._check_count(keyword, value, place)
         elif keyword in _NUMBERS:
-            self._check_literal(value, place)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise self._refuse("must be a number", place)
-            if keyword == "multipleOf":
-                self._multiples.add(self._digits(value, place))
+            self._check_number(keyword, value, place)
         elif keyword in ("const", "enum"):
-            if keyword == "enum" and not (isinstance(value, list) and value):
-                raise self._refuse("must be a list of at least one value", place)
-            if keyword == "enum" and sum(isinstance(entry, dict | list) for entry in value) > MAX_BRANCHES:
-                raise self._refuse(f"has more than {MAX_BRANCHES} objects and lists", place)
-            self._check_literal(value, place)
+            self._check_values(keyword, value, place)
         elif keyword == "type":
-            names = value if isinstance(value, list) else [value]
-            if not names or not all(isinstance(name, str) for name in names):
+            if value == [] or not _is_texts(value if isinstance(value, list) else [value]):
                 raise self._refuse("must be a string or a list of strings", place)
         elif keyword == "required":
-            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            if not isinstance(value, list) or not _is_texts(value):
                 raise self._refuse("must be a list of strings", place)
         elif keyword == "pattern":
             self._check_pattern(value, place)
@@ -204,6 +192,27 @@ class EnforceableSchema:
                 raise bad_request(f"The schema's format {json.dumps(value)[:80]} is not supported.", self._param)
         elif keyword != "$ref" and not (keyword == "uniqueItems" and value is False):  # see _check_reference
             raise bad_request(f"The schema's keyword '{keyword[:80]}'{_at(path)} is not supported.", self._param)
+
+    def _check_count(self, keyword: str, value: Any, place: str) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+            raise self._refuse(f"must be a whole number from 0 to {MAX_COUNT}", place)
+        if keyword == "minProperties" and value > 1:
+            raise self._refuse("must be 0 or 1; more is not supported", place)
+        self._counts_properties |= keyword == "maxProperties" or (keyword == "minProperties" and value > 0)
+
+    def _check_number(self, keyword: str, value: Any, place: str) -> None:
+        self._check_literal(value, place)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self._refuse("must be a number", place)
+        if keyword == "multipleOf":
+            self._multiples.add(self._digits(value, place))
+
+    def _check_values(self, keyword: str, value: Any, place: str) -> None:
+        if keyword == "enum" and not (isinstance(value, list) and value):
+            raise self._refuse("must be a list of at least one value", place)
+        if keyword == "enum" and sum(isinstance(entry, dict | list) for entry in value) > MAX_BRANCHES:
+            raise self._refuse(f"has more than {MAX_BRANCHES} objects and lists", place)
+        self._check_literal(value, place)
 
     def _digits(self, multiple: float, place: str) -> int:
         """The digits of a multipleOf as a whole number: 25 for 2.5."""
@@ -341,6 +350,10 @@ def _at(path: str) -> str:
 def _says_nothing(keyword: str) -> bool:
     """Whether it only describes. x-guidance does not: it would change what is written above."""
     return keyword in _ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance")
+
+
+def _is_texts(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _inner(value: Any) -> list[Any]:

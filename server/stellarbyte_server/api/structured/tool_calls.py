@@ -1,4 +1,4 @@
-"""Calls of tools: the formats in which models write them, and the grammar that lets a model write nothing else.
+"""A grammar restricts calls of tools to the format that the model knows.
 
 A grammar (llguidance's Lark) lets the model write nothing but text and calls of the offered tools.
 """

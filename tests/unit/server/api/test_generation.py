@@ -1,5 +1,6 @@
-"""What one request may ask of all its answers together."""
+"""The engine's requests that a body becomes, and what it may ask of all its answers together."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,16 @@ import pytest
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
 from stellarbyte_server.api.contract.bodies.generation import MAX_BIASED_TOKENS
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.generation import MAX_BIASES_AT_ONCE, MAX_GRAMMARS_AT_ONCE, Prompt, _check_amounts
+from stellarbyte_server.api.generation import (
+    MAX_BIASES_AT_ONCE,
+    MAX_GRAMMARS_AT_ONCE,
+    Bounds,
+    Prompt,
+    _check_amounts,
+    make_requests,
+)
+from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.request import GenerationRequest
 
 
 def check(num_prompts: int, grammar: str | None = None, **fields: Any) -> None:
@@ -31,3 +41,49 @@ def test_what_each_answer_carries_is_bounded_over_all_answers(fields: dict[str, 
         with pytest.raises(ApiError, match=why) as refusal:
             check(num_prompts, n=choices, **fields)
         assert (refusal.value.status, refusal.value.param) == (400, param)
+
+
+def requests_for(num_prompts: int = 1, **fields: Any) -> tuple[GenerationRequest, ...]:
+    body = CompletionBody.model_validate({"model": "base", "prompt": ["a"] * num_prompts, **fields})
+    service = SimpleNamespace(
+        settings=SimpleNamespace(model_name="base"), info=SimpleNamespace(vocab_size=100), sampling_defaults={}
+    )
+    prompts = [Prompt(token_ids=[number], max_tokens=4) for number in range(num_prompts)]
+    return make_requests(body, service, prompts, Bounds(overflow="error", context=100, answer=None))
+
+
+def test_what_is_computed_from_fields_reaches_the_engine() -> None:
+    (request,) = requests_for(
+        logit_bias={"7": 2, "1": -0.5}, stop="x", stop_token_ids=[3, 4], include_stop_str_in_output=True, seed=-1
+    )
+    sampling = request.sampling
+    assert (sampling.logit_bias, sampling.stop, sampling.stop_token_ids) == (((7, 2.0), (1, -0.5)), ("x",), (3, 4))
+    assert (sampling.include_stop, sampling.seed, sampling.max_tokens) == (True, 2**64 - 1, 4)
+    assert request.adapter is None and request.adapter_scale == 1
+
+
+def test_answers_to_one_prompt_differ_in_their_numbers_only_and_share_its_computation() -> None:
+    requests = requests_for(num_prompts=2, n=2, seed=5, model="a@01234567", adapter_scale=2)
+    assert [(request.prompt_token_ids, request.sampling.choice) for request in requests] == [
+        ((0,), 0), ((0,), 1), ((1,), 0), ((1,), 1)
+    ]  # fmt: skip
+    assert {request.sampling.seed for request in requests} == {5}
+    assert [request.follows for request in requests] == [None, requests[0].request_id, None, requests[2].request_id]
+    assert {(request.adapter, request.adapter_scale) for request in requests} == {
+        (AdapterReference("a", "01234567"), 2.0)
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logit_bias": {"100": 1}}, "logit_bias"),
+        ({"stop_token_ids": [100]}, "stop_token_ids"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"adapter_scale": 2}, "adapter_scale"),
+    ],
+)
+def test_a_field_that_does_not_fit_the_model_or_the_answer_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as refusal:
+        requests_for(**fields)
+    assert (refusal.value.status, refusal.value.param) == (400, param)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.bodies.generation import GenerationBody
 from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
 from stellarbyte_server.api.sampling import read_defaults, sampling_params
 from stellarbyte_server.protocol.request import SamplingParams
@@ -25,12 +26,18 @@ FIELDS = {
     "return_token_ids": True,
 }
 OF_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+ELSEWHERE = {"max_tokens", "seed", "logit_bias", "stop", "stop_token_ids"}  # see the tests of what computes them
 NEUTRAL = SamplingParams(max_tokens=9, seed=5)
 
 
 def sampled(defaults: dict[str, Any] | None = None, **fields: Any) -> SamplingParams:
     body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": "a"}], **fields})
     return sampling_params(body, {} if defaults is None else defaults, max_tokens=9, seed=5)
+
+
+def test_every_field_that_a_body_and_the_engine_share_is_seen_here() -> None:
+    shared = {name for name in SamplingParams.__struct_fields__ if name in GenerationBody.model_fields}
+    assert shared == FIELDS.keys() | ELSEWHERE
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -1,1 +1,1 @@
-"""The bodies of requests: their fields, what each may hold, and what it means."""
+"""Bodies define the fields of requests, with their bounds and meanings."""

@@ -1,4 +1,4 @@
-"""How much the JSON of a request may hold: checked before anything is made of it.
+"""The size of a request's JSON is bounded before it is parsed.
 
 Python lets no other thread run while a JSON text is read or a body is checked, so what either may take is bounded here:
 a body of 2 MiB that is nothing but brackets would take half a second, and every item of a list that is wrong an error.

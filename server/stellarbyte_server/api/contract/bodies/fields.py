@@ -1,4 +1,4 @@
-"""Types of fields that several bodies have."""
+"""These types are shared by fields of several bodies."""
 
 from typing import Annotated, Any, TypeVar
 

@@ -1,4 +1,4 @@
-"""The fields that requests to generate share: each is declared here once, with its bounds and its meaning."""
+"""Fields that requests to generate share are declared here once, with their bounds and meanings."""
 
 from typing import Annotated, ClassVar, Literal
 

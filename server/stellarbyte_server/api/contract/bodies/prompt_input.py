@@ -1,4 +1,4 @@
-"""Prompts as /v1/completions and /v1/embeddings take them: each is text or token ids."""
+"""A prompt of /v1/completions or /v1/embeddings is text or token ids."""
 
 from typing import Any, TypeGuard
 

@@ -1,4 +1,4 @@
-"""Fields that are known but not supported, with the values that ask for nothing.
+"""Known fields that are not supported are listed here, with the values that ask for nothing.
 
 A body keeps what its class does not declare; here it is decided what of that is refused.
 """

@@ -1,4 +1,4 @@
-"""Types of OpenAI's fields that have no effect here: a value that OpenAI would refuse is refused."""
+"""OpenAI's fields without an effect here have OpenAI's types, so that wrong values are refused."""
 
 from typing import Annotated, Literal
 
