@@ -19,15 +19,6 @@ RESULT = "RESULT "  # begins a line of JSON that a program under `run_program` p
 MAX_MODEL_LEN = 2048
 MAX_STEP_TOKENS = 8192
 RANK = 16
-PROJECTIONS = {  # of a layer → (out, in) in terms of the shape's fields
-    "self_attn.q_proj": ("queries", "hidden_size"),
-    "self_attn.k_proj": ("keys", "hidden_size"),
-    "self_attn.v_proj": ("keys", "hidden_size"),
-    "self_attn.o_proj": ("hidden_size", "queries"),
-    "mlp.gate_proj": ("intermediate_size", "hidden_size"),
-    "mlp.up_proj": ("intermediate_size", "hidden_size"),
-    "mlp.down_proj": ("hidden_size", "intermediate_size"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +36,6 @@ class Shape:
     tie_word_embeddings: bool
     rope_theta: float
     max_position_embeddings: int
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """What the names in `PROJECTIONS` stand for."""
-        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {
-            "queries": queries,
-            "keys": keys,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-        }
 
     def config(self, *, for_transformers: bool) -> dict[str, Any]:
         """The content of config.json: transformers' Llama or Qwen3, or our own model."""
@@ -247,17 +227,19 @@ def write_adapters(shape: Shape, folder: Path, count: int) -> list[Path]:
     import torch
     from safetensors.torch import save_file
 
+    from stellarbyte.config import ByteModelConfig
+    from stellarbyte.model.parts import adaptable_modules
+
     numbers = torch.Generator().manual_seed(0)
 
     def draw(rows: int, columns: int) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(0, 0.01, generator=numbers)
 
+    modules = adaptable_modules(ByteModelConfig.from_dict(shape.config(for_transformers=False)))
     tensors: dict[str, torch.Tensor] = {}
-    for layer in range(shape.num_hidden_layers):
-        for projection, (out, width) in PROJECTIONS.items():
-            module = f"base_model.model.model.layers.{layer}.{projection}"
-            tensors[f"{module}.lora_A.weight"] = draw(RANK, shape.widths[width])
-            tensors[f"{module}.lora_B.weight"] = draw(shape.widths[out], RANK)
+    for module, (out, width) in modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = draw(RANK, width)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = draw(out, RANK)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -265,7 +247,7 @@ def write_adapters(shape: Shape, folder: Path, count: int) -> list[Path]:
         "lora_alpha": RANK,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [projection.partition(".")[2] for projection in PROJECTIONS],
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }
     paths = [folder / f"a{number:02}" for number in range(count)]
     first = next(iter(tensors))

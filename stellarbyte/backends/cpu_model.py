@@ -1,8 +1,8 @@
-"""A ByteTransformer on the CPU kernels: packs the weights once, then runs serving steps. Knows no requests."""
+"""A ByteTransformer on the CPU kernels: packs the weights once, then runs serving steps."""
 
 from array import array
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +11,27 @@ from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.lora.bank import LoraBank
-from stellarbyte.model.decoder import ByteDecoder, ByteDecoderLayer, ByteLanguageModel
+from stellarbyte.lora.bank import LoraBank, Projections
+from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.parts import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    GATED,
+    MLP_INPUT,
+    Part,
+    linears_by_input,
+    model_parts,
+    module_path,
+)
 from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.ops.cpu import one_compiles
 from stellarbyte.ops.cpu.adjustment import adjust_logits
 from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Rotations
 from stellarbyte.ops.cpu.instructions import LANES
-from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
+from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, StackedLinears, forward_layers, rms_norm
 from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
-from stellarbyte.ops.cpu.packing import PackedWeight, interleave_gated, pack
+from stellarbyte.ops.cpu.packing import interleave_gated, pack
 from stellarbyte.ops.cpu.sampler import sample
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
@@ -29,9 +39,29 @@ from stellarbyte.sampling.sampler import GREEDY, RowSampling
 # T tokens, R rows that sample, C hidden size, V vocabulary, O offsets, D head dim
 
 
+_INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
+_VECTORS = {  # norms and scales → fields of `LayerWeights`
+    "input_layernorm": "input_norm_LC",
+    "post_attention_layernorm": "mlp_norm_LC",
+    "self_attn.q_norm": "q_norm_LD",
+    "self_attn.k_norm": "k_norm_LD",
+    "attention_scale": "attention_scale_LC",
+    "mlp_scale": "mlp_scale_LC",
+}
+
+
 def fits(config: ByteModelConfig) -> bool:
-    """Whether the kernels can run a model: they take a head in whole vectors."""
-    return config.head_dim is not None and config.head_dim % LANES == 0
+    """Whether the kernels can run a model: heads are whole vectors, and every part has a place in all layers."""
+    has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0
+    return has_whole_heads and all(_has_place(part, config) for part in model_parts(config))
+
+
+def _has_place(part: Part, config: ByteModelConfig) -> bool:
+    """Linears that a layer lacks are zeros in its packed product, but nothing stands for a norm or scale."""
+    layers = range(config.num_hidden_layers)
+    if len({part.shape(config, layer) for layer in layers}) > 1:
+        return False
+    return part.reads in _INPUTS or (part.name in _VECTORS and all(part.exists(config, layer) for layer in layers))
 
 
 class CpuModel(ServedModel):
@@ -64,7 +94,7 @@ class CpuModel(ServedModel):
         self.final_norm_C = _numpy(decoder.norm.weight)
         # The head's errors reach every token's logit directly: in four bits it would cost more quality than it saves.
         self.head_weight = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
-        self.layers = _stack_layers(decoder, config, quantization)
+        self.layers = _stack_layers(model, config, quantization, self.bank.projections)
         self.options = LayerOptions(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or 0,
@@ -165,52 +195,58 @@ def batch_arrays(batch: ForwardBatch) -> BatchArrays:
     )
 
 
-def _stack_layers(decoder: ByteDecoder, config: ByteModelConfig, quantization: str) -> LayerWeights:
-    layers = cast(list[ByteDecoderLayer], list(decoder.layers))
+def _stack_layers(
+    model: ByteLanguageModel, config: ByteModelConfig, quantization: str, projections: Projections
+) -> LayerWeights:
+    parts = model_parts(config)
+    fields: dict[str, Any] = {
+        _INPUTS[name]: _stack_linears(model, config, group, quantization, projections.shared_inputs[name].start)
+        for name, group in linears_by_input(parts).items()
+    }
+    fields |= {field: np.zeros((config.num_hidden_layers, 0), np.float32) for field in _VECTORS.values()}
+    for part in parts:
+        if part.reads is None:
+            fields[_VECTORS[part.name]] = np.stack(
+                [
+                    _numpy(model.get_parameter(f"{module_path(layer, part.name)}.weight"))
+                    for layer in range(config.num_hidden_layers)
+                ]
+            )
+    windows_L = np.array([window or 0 for window in config.windows], dtype=np.int64)
+    return LayerWeights(**fields, windows_L=windows_L)
 
-    def weight(matrix: Callable[[ByteDecoderLayer], Floats]) -> PackedWeight:
-        return _stack_packed([pack(matrix(layer), quantization) for layer in layers])
 
-    def vector(parameter: Callable[[ByteDecoderLayer], torch.Tensor | None]) -> Floats:
-        found = [parameter(layer) for layer in layers]
-        return np.stack([_NO_BIAS if value is None else _numpy(value) for value in found])
-
-    def bias(parts: Callable[[ByteDecoderLayer], list[torch.nn.Linear]]) -> Floats:
-        if parts(layers[0])[0].bias is None:
-            return np.zeros((len(layers), 0), np.float32)
-        return np.stack([_whole_panels(np.concatenate([_numpy(p.bias) for p in parts(layer)])) for layer in layers])
-
-    def qkv(layer: ByteDecoderLayer) -> list[torch.nn.Linear]:
-        return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
-
-    def gate_up_bias(layer: ByteDecoderLayer) -> torch.Tensor | None:
-        gate, up = layer.mlp.gate_proj.bias, layer.mlp.up_proj.bias
-        return None if gate is None else torch.from_numpy(interleave_gated(_numpy(gate), _numpy(up)))
-
-    return LayerWeights(
-        qkv=weight(lambda layer: np.concatenate([_numpy(linear.weight) for linear in qkv(layer)])),
-        output=weight(lambda layer: _numpy(layer.self_attn.o_proj.weight)),
-        gate_up=weight(
-            lambda layer: interleave_gated(_numpy(layer.mlp.gate_proj.weight), _numpy(layer.mlp.up_proj.weight))
-        ),
-        down=weight(lambda layer: _numpy(layer.mlp.down_proj.weight)),
-        qkv_bias=bias(qkv),
-        output_bias=bias(lambda layer: [layer.self_attn.o_proj]),
-        gate_up_bias=vector(gate_up_bias),
-        down_bias=bias(lambda layer: [layer.mlp.down_proj]),
-        input_norm_LC=vector(lambda layer: layer.input_layernorm.weight),
-        mlp_norm_LC=vector(lambda layer: getattr(layer.post_attention_layernorm, "weight", None)),
-        q_norm_LD=vector(lambda layer: getattr(layer.self_attn.q_norm, "weight", None)),
-        k_norm_LD=vector(lambda layer: getattr(layer.self_attn.k_norm, "weight", None)),
-        attention_scale_LC=vector(lambda layer: getattr(layer.attention_scale, "weight", None)),
-        mlp_scale_LC=vector(lambda layer: getattr(layer.mlp_scale, "weight", None)),
-        windows_L=np.array([window or 0 for window in config.windows], dtype=np.int64),
+def _stack_linears(
+    model: ByteLanguageModel, config: ByteModelConfig, group: Sequence[Part], quantization: str, first: int
+) -> StackedLinears:
+    """Pack the linears that share an input; one that a layer lacks is zero there."""
+    layers = range(config.num_hidden_layers)
+    joined = interleave_gated if group[0].reads == MLP_INPUT else _below_each_other
+    packed = [pack(joined(*[_weight(model, config, part, layer) for part in group]), quantization) for layer in layers]
+    bias_LN = np.zeros((len(layers), 0), np.float32)
+    if any(part.has_bias(config, layer) for part in group for layer in layers):
+        bias_LN = np.stack([joined(*[_bias(model, config, part, layer) for part in group]) for layer in layers])
+    return StackedLinears(
+        weights=np.stack([weight.weights for weight in packed]),
+        scales=np.stack([weight.scales for weight in packed]),
+        minima=np.stack([weight.minima for weight in packed]),
+        bias_LN=np.pad(bias_LN, ((0, 0), (0, -bias_LN.shape[1] % PANEL_ROWS))),
+        widths=np.array([part.shape(config, 0)[0] for part in group], dtype=np.int64),
+        first=first,
     )
 
 
-def _stack_packed(packed: list[PackedWeight]) -> PackedWeight:
-    return PackedWeight(*(np.stack(parts) for parts in zip(*packed, strict=True)))
+def _weight(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: int) -> Floats:
+    if not part.exists(config, layer):
+        return np.zeros(part.shape(config, layer), np.float32)
+    return _numpy(model.get_parameter(f"{module_path(layer, part.name)}.weight"))
 
 
-def _whole_panels(bias: Floats) -> Floats:
-    return np.pad(bias, (0, -len(bias) % PANEL_ROWS))
+def _bias(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: int) -> Floats:
+    if not part.exists(config, layer) or not part.has_bias(config, layer):
+        return np.zeros(part.shape(config, layer)[:1], np.float32)
+    return _numpy(model.get_parameter(f"{module_path(layer, part.name)}.bias"))
+
+
+def _below_each_other(*arrays: Floats) -> Floats:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -10,7 +10,7 @@ from stellarbyte.backends.paged_attention import PagedAttention
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.lora.bank import PROJECTIONS, LoraBank, module_name
+from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.sampling.adjustment import RowAdjustment, adjust_logits
@@ -55,9 +55,8 @@ class TorchModel(ServedModel):
         self.config = config
         self.bank = LoraBank(config) if bank is None else bank
         self._places = {
-            model.get_submodule(module_name(layer, projection)): (layer, projection)
-            for layer in range(config.num_hidden_layers)
-            for projection in range(len(PROJECTIONS))
+            model.get_submodule(name): (layer, projection)
+            for layer, projection, name in self.bank.projections.modules()
         }
 
     def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) as a conversion plan. Runs no code from the folder."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from stellarbyte.checkpoint.native import one_line
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model import parts
+from stellarbyte.model.parts import module_path
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -65,9 +68,16 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
         source=folder,
         config=config,
         generation=_generation_defaults(folder, config),
-        tensors={name: _planned(name, info, dtype) for name, info in tensors.items()},
+        tensors={_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()},
         write_tokenizer=_tokenizer_writer(folder),
     )
+
+
+def _target_name(name: str) -> str:
+    """Names are those of transformers' Llama classes on both sides, but for parts that have another one here."""
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    part = next((part for part in parts.PARTS if layer and part.hugging_face == layer[2]), None)
+    return name if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
 
 
 def _planned(name: str, info: TensorInfo, dtype: torch.dtype | None) -> PlannedTensor:

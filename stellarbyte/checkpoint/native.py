@@ -18,9 +18,10 @@ from transformers import GenerationConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
-from stellarbyte.checkpoint.shapes import Shape, expected_shapes
+from stellarbyte.checkpoint.shapes import expected_shapes
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.parts import Shape
 
 if TYPE_CHECKING:
     from stellarbyte.model.transformer import ByteTransformer

@@ -1,13 +1,15 @@
-"""Adapters where serving kernels read them: one row of numbers a slot. Knows no files and no requests.
+"""Adapters where serving kernels read them: one row of numbers a slot.
 
 A slot holds an adapter compactly, by layers; within a layer first every A [r, in], then every scale · Bᵀ [r, out], both
-in the order of `PROJECTIONS`. So projections that share an input have their A's next to each other, and one product
+in the order of `Projections`. So projections that share an input have their A's next to each other, and one product
 can shrink for all of them. `alpha / r` is in B already; what is left to a request is its own scale.
 """
 
+import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -17,47 +19,55 @@ import torch
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.pinned_copies import PinnedCopies
 from stellarbyte.lora.untouched_memory import large_array, untouched_memory
+from stellarbyte.model.parts import Part, adaptable_modules, linears_by_input, model_parts, module_path
 
 # S slots, L layers, P projections, F numbers of a slot, r rank
 
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-SHARED_INPUTS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))  # projections that read the same activations
-
 Integers = npt.NDArray[np.int64]
 Shape = tuple[int, int]  # (out, in)
+_NO_SHAPE = (0, 0)
 
 
-def projection_shapes(config: ByteModelConfig) -> tuple[Shape, ...]:
-    """(out, in) of each of `PROJECTIONS`; the same in every layer."""
-    assert config.head_dim is not None and config.num_key_value_heads is not None  # the config fills both in
-    hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return (
-        *((query, hidden), (key, hidden), (key, hidden), (hidden, query)),
-        *((inner, hidden), (inner, hidden), (hidden, inner)),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Projections:
+    """The linears of a model's layers, numbered so that those with a common input are neighbours."""
+
+    names: tuple[str, ...]  # P
+    shapes: tuple[tuple[Shape, ...], ...]  # [L][P]; (0, 0) where a layer has no such linear
+    shared_inputs: Mapping[str, slice]  # input → the projections that read it
+
+    @classmethod
+    def of(cls, config: ByteModelConfig) -> "Projections":
+        groups = linears_by_input(model_parts(config))
+        parts = [part for group in groups.values() for part in group]
+        ends = list(accumulate(len(group) for group in groups.values()))
+        return cls(
+            names=tuple(part.name for part in parts),
+            shapes=tuple(
+                tuple(_shape(part, config, layer) for part in parts) for layer in range(config.num_hidden_layers)
+            ),
+            shared_inputs={
+                name: slice(end - len(group), end) for (name, group), end in zip(groups.items(), ends, strict=True)
+            },
+        )
+
+    def input_width(self, layer: int, shared: slice) -> int:
+        """The width of the input that some projections of a layer share."""
+        return max(width for _, width in self.shapes[layer][shared])
+
+    def modules(self) -> Iterator[tuple[int, int, str]]:
+        """Layer, number and full name of every projection that is there."""
+        for layer, shapes in enumerate(self.shapes):
+            for number, name in enumerate(self.names):
+                if shapes[number] != _NO_SHAPE:
+                    yield layer, number, module_path(layer, name)
 
 
-def module_name(layer: int, projection: int) -> str:
-    """A projection's name in the model, as adapter files have it."""
-    return f"model.layers.{layer}.{PROJECTIONS[projection]}"
-
-
-def adaptable_modules(config: ByteModelConfig) -> dict[str, Shape]:
-    """Every module that an adapter may change when served, with its (out, in)."""
-    return {
-        module_name(layer, projection): shape
-        for layer in range(config.num_hidden_layers)
-        for projection, shape in enumerate(projection_shapes(config))
-    }
+def _shape(part: Part, config: ByteModelConfig, layer: int) -> Shape:
+    if not part.exists(config, layer):
+        return _NO_SHAPE
+    out, width = part.shape(config, layer)
+    return out, width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +102,16 @@ def pack_adapter(
         weights: module name → (A [r, in], B [out, r]); names and shapes are those of `adaptable_modules`.
         scales: module name → alpha / r of that module.
     """
-    shapes = projection_shapes(config)
-    ranks_LP = np.zeros((config.num_hidden_layers, len(PROJECTIONS)), dtype=np.int64)
-    for layer, projection in np.ndindex(*ranks_LP.shape):
-        if (name := module_name(layer, projection)) in weights:
-            ranks_LP[layer, projection] = len(weights[name][0])
-    a_LP, b_LP, total = _offsets(ranks_LP, shapes)
+    projections = Projections.of(config)
+    ranks_LP = np.zeros((config.num_hidden_layers, len(projections.names)), dtype=np.int64)
+    adapted = [place for place in projections.modules() if place[2] in weights]
+    for layer, projection, name in adapted:
+        ranks_LP[layer, projection] = len(weights[name][0])
+    a_LP, b_LP, total = _offsets(ranks_LP, projections)
     numbers = large_array(total, dtype)
     bits = _bits(numbers)
-    for layer, projection in np.argwhere(ranks_LP).tolist():
-        name, (out, width) = module_name(layer, projection), shapes[projection]
+    for layer, projection, name in adapted:
+        out, width = projections.shapes[layer][projection]
         a, b = weights[name]
         rank, a_start, b_start = len(a), a_LP[layer, projection], b_LP[layer, projection]
         bits[a_start : a_start + rank * width].reshape(rank, width)[:] = _bits(a if a.dtype == dtype else a.to(dtype))
@@ -126,9 +136,10 @@ def _part(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Te
     return numbers[offset : offset + rank * width].view(rank, width)
 
 
-def _offsets(ranks_LP: Integers, shapes: tuple[Shape, ...]) -> tuple[Integers, Integers, int]:
+def _offsets(ranks_LP: Integers, projections: Projections) -> tuple[Integers, Integers, int]:
     """Where each A and each Bᵀ begins, and where the last one ends."""
-    sizes_L2P: Integers = np.stack([ranks_LP * [width for _, width in shapes], ranks_LP * [n for n, _ in shapes]], 1)
+    shapes_LP2 = np.array(projections.shapes, dtype=np.int64)
+    sizes_L2P: Integers = np.stack([ranks_LP * shapes_LP2[:, :, 1], ranks_LP * shapes_LP2[:, :, 0]], 1)
     ends = np.cumsum(sizes_L2P, dtype=np.int64).reshape(sizes_L2P.shape)
     starts = ends - sizes_L2P
     return starts[:, 0].copy(), starts[:, 1].copy(), int(ends[-1, -1, -1])
@@ -169,12 +180,16 @@ class LoraBank:
         self.num_slots = num_slots
         self.max_rank = max_rank
         self.dtype = dtype
-        self.shapes = projection_shapes(config)
-        shape = (num_slots + 1, config.num_hidden_layers, len(PROJECTIONS))
+        self.projections = Projections.of(config)
+        # A power of two that divides where each A and Bᵀ begins in its slot, which are sums of ranks times widths.
+        self.alignment = math.gcd(
+            16, *(width for shapes in self.projections.shapes for shape in shapes for width in shape)
+        )
+        shape = (num_slots + 1, config.num_hidden_layers, len(self.projections.names))
         self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         host_tables = map(torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP))
         self.tables = self._host_tables = BankTables(*host_tables)
-        full = 1 + config.num_hidden_layers * max_rank * sum(out + width for out, width in self.shapes)
+        full = 1 + max_rank * sum(out + width for out, width in adaptable_modules(config).values())
         bytes_per_slot = -(-full * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         count = (num_slots + 1) * bytes_per_slot // dtype.itemsize
         self._memory: mmap.mmap | None = None
@@ -203,7 +218,7 @@ class LoraBank:
         if self._copies is None:
             self.clear(slot)
             self.numbers_SF[slot, : len(adapter.numbers)].copy_(adapter.numbers)
-        self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], _ = _offsets(adapter.ranks_LP, self.shapes)
+        self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], _ = _offsets(adapter.ranks_LP, self.projections)
         self.ranks_SLP[slot] = adapter.ranks_LP
         if self._copies is not None:
             numbers = (adapter.numbers, self.numbers_SF[slot, : len(adapter.numbers)])
@@ -221,12 +236,12 @@ class LoraBank:
 
     def a(self, slot: int, layer: int, projections: slice) -> torch.Tensor:
         """[Σ r, in]: the A's of projections that share an input, one below the other."""
-        first = projections.start
+        start = int(self.a_offsets_SLP[slot, layer, projections.start])
         rank = int(self.ranks_SLP[slot, layer, projections].sum())
-        return _part(self.numbers_SF[slot], int(self.a_offsets_SLP[slot, layer, first]), rank, self.shapes[first][1])
+        return _part(self.numbers_SF[slot], start, rank, self.projections.input_width(layer, projections))
 
     def b(self, slot: int, layer: int, projection: int) -> torch.Tensor:
         """[r, out]: alpha / r · Bᵀ of one projection."""
         rank = int(self.ranks_SLP[slot, layer, projection])
         start = int(self.b_offsets_SLP[slot, layer, projection])
-        return _part(self.numbers_SF[slot], start, rank, self.shapes[projection][0])
+        return _part(self.numbers_SF[slot], start, rank, self.projections.shapes[layer][projection][0])

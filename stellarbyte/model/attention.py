@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.building import add_parts
 from stellarbyte.model.norm import ByteRMSNorm
 
 # ... any leading dimensions ([B, T] in training, [T] in serving), H query heads, K key/value heads, D head dim
@@ -34,20 +35,19 @@ def plain_projection(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor
 class ByteMultiHeadSelfAttention(nn.Module):
     """Grouped-query self-attention with optional biases and per-head norms of queries and keys."""
 
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: ByteRMSNorm | None
+    k_norm: ByteRMSNorm | None
+
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
-        assert config.head_dim is not None and config.num_key_value_heads is not None  # the config fills both in
+        assert config.head_dim is not None  # the config fills it in
         self.layer = layer
         self.head_dim = config.head_dim
-        hidden, bias = config.hidden_size, config.attention_bias
-        query_size = config.num_attention_heads * config.head_dim
-        key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, key_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, hidden, bias=config.attention_output_bias)
-        self.q_norm = ByteRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = ByteRMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        add_parts(self, "self_attn", config, layer)
 
     def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)

@@ -9,32 +9,29 @@ from torch.utils.checkpoint import checkpoint
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention, Project, plain_projection
+from stellarbyte.model.building import add_parts
 from stellarbyte.model.mlp import ByteMLP
 from stellarbyte.model.norm import ByteRMSNorm
-from stellarbyte.model.residual import LayerScale, Residual, deepnorm_beta
+from stellarbyte.model.residual import LayerScale, Residual
 from stellarbyte.xpos import XPosRotaryEmbedding
 
 
 class ByteDecoderLayer(nn.Module):
     """Attention and MLP around the residual stream, one after the other or in parallel."""
 
+    input_layernorm: ByteRMSNorm
+    post_attention_layernorm: ByteRMSNorm | None
+    attention_scale: LayerScale | None
+    mlp_scale: LayerScale | None
+
     gradient_checkpointing = False  # transformers' `gradient_checkpointing_enable` sets it on every module that has it
 
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = ByteMultiHeadSelfAttention(config, layer)
-        self.mlp = ByteMLP(config)
-        self.input_layernorm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = (
-            None if config.parallel_residual else ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
-        )
-        start = config.layer_scale_init
-        self.attention_scale = None if start is None else LayerScale(config.hidden_size, start)
-        self.mlp_scale = None if start is None else LayerScale(config.hidden_size, start)
+        self.mlp = ByteMLP(config, layer)
+        add_parts(self, "", config, layer)
         self.residual = Residual(config, layer)
-        attention, mlp = self.self_attn, self.mlp
-        for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            linear.init_gain = deepnorm_beta(config)  # type: ignore[assignment]  # read by `_init_weights`
 
     def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
         """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""

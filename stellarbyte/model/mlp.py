@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.attention import Project
+from stellarbyte.model.building import add_parts
 
 GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -20,12 +21,13 @@ GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ByteMLP(nn.Module):
     """down(act(gate(x)) · up(x)) over the last dimension."""
 
-    def __init__(self, config: ByteModelConfig) -> None:
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+    def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        add_parts(self, "mlp", config, layer)
         self.activation = GATES[config.hidden_act]
 
     def forward(self, x: torch.Tensor, project: Project) -> torch.Tensor:

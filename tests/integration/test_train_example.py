@@ -11,7 +11,7 @@ import pytest
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_config
 from stellarbyte.lora import read_adapter
-from stellarbyte.lora.bank import adaptable_modules
+from stellarbyte.model.parts import adaptable_modules
 from tests.support.server_process import REAL, ROOT, running
 
 QUESTIONS = ("What is the capital of France?", "What is 2 + 2?", "How do I boil an egg?", "What color is the sky?")

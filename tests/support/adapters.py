@@ -10,7 +10,7 @@ import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
-from stellarbyte.lora.bank import adaptable_modules
+from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
 from stellarbyte_server.engine.adapters.registry import Adapters

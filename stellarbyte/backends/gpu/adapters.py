@@ -7,7 +7,7 @@ expand into the product in place.
 
 import torch
 
-from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank
+from stellarbyte.lora.bank import LoraBank
 from stellarbyte.ops.triton.lora import Addend, LoraRows, LoraScratch, expand, shrink
 
 # T tokens, K inputs, N outputs
@@ -18,8 +18,9 @@ class BesideProducts:
 
     def __init__(self, bank: LoraBank, max_rows: int) -> None:
         """For steps of up to `max_rows` rows."""
-        self.widths = {group.start: sum(out for out, _ in bank.shapes[group]) for group in SHARED_INPUTS}
-        self.numbers = bank.numbers_SF.new_empty(max_rows * max(self.widths.values()))
+        groups = bank.projections.shared_inputs.values()
+        widest = max(sum(out for out, _ in shapes[group]) for shapes in bank.projections.shapes for group in groups)
+        self.numbers = bank.numbers_SF.new_empty(max_rows * widest)
         # Before products, which would otherwise take all multiprocessors first.
         self.stream = torch.cuda.Stream(priority=-3) if self.numbers.is_cuda else None
 
@@ -45,7 +46,7 @@ class Adapters:
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             shrink(x_TK, self._scratch, self._rows, self._bank, layer, projections)
-            delta_TN = self._delta(len(x_TK), projections)
+            delta_TN = self._delta(len(x_TK), layer, projections)
             expand(self._scratch, delta_TN, self._rows, self._bank, layer, projections, adds=False)
 
     def end(self, out_TN: torch.Tensor, layer: int, projections: slice) -> Addend | None:
@@ -56,9 +57,9 @@ class Adapters:
             return None
         if self._beside.stream is not None:
             torch.cuda.current_stream().wait_stream(self._beside.stream)
-        return Addend(self._delta(len(out_TN), projections), self._rows.scales_T)
+        return Addend(self._delta(len(out_TN), layer, projections), self._rows.scales_T)
 
-    def _delta(self, num_rows: int, projections: slice) -> torch.Tensor:
+    def _delta(self, num_rows: int, layer: int, projections: slice) -> torch.Tensor:
         assert self._beside is not None
-        width = self._beside.widths[projections.start]
+        width = sum(out for out, _ in self._bank.projections.shapes[layer][projections])
         return self._beside.numbers[: num_rows * width].view(num_rows, width)

@@ -1,17 +1,18 @@
-"""A ByteTransformer on the GPU kernels: packs the weights once, then computes steps. Knows no requests, no graphs."""
+"""A ByteTransformer on the GPU kernels: packs the weights once, then computes steps."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from stellarbyte.backends.gpu.adapters import Adapters
+from stellarbyte.backends.gpu.layer_weights import pack_layer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank
-from stellarbyte.model.decoder import ByteDecoderLayer, ByteLanguageModel
+from stellarbyte.lora.bank import LoraBank
+from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.fp8 import product, takes_fp8
@@ -26,24 +27,13 @@ from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
 Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, packed q|k|v [T, N] → [T, A]
 
-_QKV, _OUTPUT, _GATE_UP, _DOWN = SHARED_INPUTS
 
+class Branch(NamedTuple):
+    """The output of attention or of the MLP, before it is scaled and added to the residual stream."""
 
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One layer's weights, projections that share an input packed into one."""
-
-    qkv: Weight
-    output: Weight
-    gate_up: Weight
-    down: Weight
-    input_norm_C: torch.Tensor
-    mlp_norm_C: torch.Tensor | None  # None: attention and MLP in parallel
-    q_norm_D: torch.Tensor | None
-    k_norm_D: torch.Tensor | None
-    attention_scale_C: torch.Tensor | None  # LayerScale
-    mlp_scale_C: torch.Tensor | None
-    window: int | None
+    out_TC: torch.Tensor
+    addend: Addend | None  # part of the output; to be read before the next product
+    scale_C: torch.Tensor | None
 
 
 class TritonModel:
@@ -74,9 +64,7 @@ class TritonModel:
         head_weight = Weight(matrix_NK=model.lm_head.weight)
         # The head's errors reach every token's logit directly, and fp8 has the larger ones.
         self.head_weight = head_weight if quantization == "none" else quantize(head_weight, "int8")
-        self.layers = [
-            _pack(cast(ByteDecoderLayer, layer), config, i, quantization) for i, layer in enumerate(decoder.layers)
-        ]
+        self.layers = [pack_layer(model, config, layer, quantization) for layer in range(config.num_hidden_layers)]
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.gate = GATES[config.hidden_act]
         self.score_scale = decoder.rotary.score_scale
@@ -135,53 +123,81 @@ class TritonModel:
 
     def _forward_few(self, x_TC: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Few rows: norms, gates and residuals are parts of the products."""
-        eps = self.config.rms_norm_eps
-        for i, layer in enumerate(self.layers):
-            assert layer.mlp_norm_C is not None
-            attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps), None)
-            x_TC = linear(attended_TA, layer.output, residual_TN=x_TC, branch_scale_N=layer.attention_scale_C)
-            inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
-            x_TC = linear(inner_TI, layer.down, residual_TN=x_TC, branch_scale_N=layer.mlp_scale_C)
-        return add_norm(x_TC, None, self.final_norm_C, eps)
+        for i in range(len(self.layers)):
+            x_TC = self._attention_of_few(x_TC, i, attend)
+            x_TC = self._mlp_of_few(x_TC, i)
+        return add_norm(x_TC, None, self.final_norm_C, self.config.rms_norm_eps)
+
+    def _attention_of_few(self, x_TC: torch.Tensor, i: int, attend: Attend) -> torch.Tensor:
+        """x + the attention branch of layer i; the sum is the end of its last product."""
+        layer, eps = self.layers[i], self.config.rms_norm_eps
+        attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps), None)
+        return linear(attended_TA, layer.output, residual_TN=x_TC, branch_scale_N=layer.attention_scale_C)
+
+    def _mlp_of_few(self, x_TC: torch.Tensor, i: int) -> torch.Tensor:
+        """x + the MLP branch of layer i; the sum is the end of its last product."""
+        layer, eps = self.layers[i], self.config.rms_norm_eps
+        assert layer.mlp_norm_C is not None
+        inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
+        return linear(inner_TI, layer.down, residual_TN=x_TC, branch_scale_N=layer.mlp_scale_C)
 
     def _forward_many(self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
-        eps, alpha = self.config.rms_norm_eps, self.alpha
-        normed_TC = x_TC if alpha is not None else add_norm(x_TC, None, self.layers[0].input_norm_C, eps)
+        """Many rows: a branch is added to the residual stream by the kernel that computes the next branch's norm."""
+        norms = [layer.input_norm_C for layer in self.layers]
+        source_TC = x_TC if self.alpha is not None else add_norm(x_TC, None, norms[0], self.config.rms_norm_eps)
         for i, layer in enumerate(self.layers):
-            attended_TA = attend(i, *self._project(normed_TC, layer.qkv, i, _QKV, adapters))
-            attention_TC, addend = self._project(attended_TA, layer.output, i, _OUTPUT, adapters)
-            if layer.mlp_norm_C is None:  # in parallel: both read the same norm
-                source_TC = normed_TC.clone() if alpha is not None else normed_TC
-                add_branch(x_TC, attention_TC, layer.attention_scale_C, alpha, addend)
-            elif alpha is not None:
-                source_TC = add_norm(
-                    x_TC, attention_TC, layer.input_norm_C, eps, branch_scale_C=layer.attention_scale_C, alpha=alpha,
-                    addend=addend,
-                )  # fmt: skip
+            own_norm_C, next_norm_C = layer.input_norm_C, norms[i + 1] if i + 1 < len(norms) else self.final_norm_C
+            alpha = self.alpha
+            branch = self._attention(source_TC, i, attend, adapters)
+            if layer.mlp_norm_C is None:  # in parallel: the MLP has the same input, and the next norm is of both sums
+                source_TC = source_TC.clone() if alpha is not None else source_TC
+                add_branch(x_TC, branch.out_TC, branch.scale_C, alpha, branch.addend)
+                alpha = None if alpha is None else 1.0
             else:
-                source_TC = add_norm(
-                    x_TC, attention_TC, layer.mlp_norm_C, eps, branch_scale_C=layer.attention_scale_C, addend=addend
-                )
-            gate_up_TI, addend = self._project(source_TC, layer.gate_up, i, _GATE_UP, adapters)
-            inner_TI = apply_gate(gate_up_TI, self.gate, addend)
-            mlp_TC, addend = self._project(inner_TI, layer.down, i, _DOWN, adapters)
-            if alpha is not None:
-                norm_C = layer.input_norm_C if layer.mlp_norm_C is None else layer.mlp_norm_C
-                normed_TC = add_norm(
-                    x_TC, mlp_TC, norm_C, eps, branch_scale_C=layer.mlp_scale_C,
-                    alpha=1.0 if layer.mlp_norm_C is None else alpha, addend=addend,
-                )  # fmt: skip
-            else:
-                norm_C = self.layers[i + 1].input_norm_C if i + 1 < len(self.layers) else self.final_norm_C
-                normed_TC = add_norm(x_TC, mlp_TC, norm_C, eps, branch_scale_C=layer.mlp_scale_C, addend=addend)
-        return normed_TC if alpha is None else add_norm(x_TC, None, self.final_norm_C, eps)
+                source_TC = self._add(x_TC, branch, own_norm_C, layer.mlp_norm_C, alpha)
+                own_norm_C = layer.mlp_norm_C
+            branch = self._mlp(source_TC, i, adapters)
+            source_TC = self._add(x_TC, branch, own_norm_C, next_norm_C, alpha)
+        return source_TC if self.alpha is None else add_norm(x_TC, None, self.final_norm_C, self.config.rms_norm_eps)
+
+    def _attention(self, x_TC: torch.Tensor, i: int, attend: Attend, adapters: Adapters | None) -> Branch:
+        """The attention branch of layer i for its input x."""
+        layer = self.layers[i]
+        attended_TA = attend(i, *self._project(x_TC, layer.qkv, i, ATTENTION_INPUT, adapters))
+        return Branch(*self._project(attended_TA, layer.output, i, ATTENDED, adapters), layer.attention_scale_C)
+
+    def _mlp(self, x_TC: torch.Tensor, i: int, adapters: Adapters | None) -> Branch:
+        """The MLP branch of layer i for its input x."""
+        layer = self.layers[i]
+        gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
+        inner_TI = apply_gate(gate_up_TI, self.gate, addend)
+        return Branch(*self._project(inner_TI, layer.down, i, GATED, adapters), layer.mlp_scale_C)
+
+    def _add(
+        self,
+        x_TC: torch.Tensor,
+        branch: Branch,
+        own_norm_C: torch.Tensor,
+        next_norm_C: torch.Tensor,
+        alpha: float | None,
+    ) -> torch.Tensor:
+        """Add a branch to the residual stream x in place; returns the input of the next branch.
+
+        With DeepNorm (`alpha`) that is the sum, normed by the branch's own norm; without, the next branch's norm of it.
+        """
+        norm_C = next_norm_C if alpha is None else own_norm_C
+        return add_norm(
+            x_TC, branch.out_TC, norm_C, self.config.rms_norm_eps, branch_scale_C=branch.scale_C, alpha=alpha,
+            addend=branch.addend,
+        )  # fmt: skip
 
     def _project(
-        self, x_TK: torch.Tensor, weight: Weight, layer: int, projections: slice, adapters: Adapters | None
+        self, x_TK: torch.Tensor, weight: Weight, layer: int, source: str, adapters: Adapters | None
     ) -> tuple[torch.Tensor, Addend | None]:
-        """The product, and what its reader has to add to it."""
+        """The product of the linears that read `source`, and what its reader has to add to it."""
         if adapters is None:
             return _apply(x_TK, weight), None
+        projections = self.bank.projections.shared_inputs[source]
         adapters.begin(x_TK, layer, projections)
         out_TN = _apply(x_TK, weight)
         return out_TN, adapters.end(out_TN, layer, projections)
@@ -198,36 +214,3 @@ def _apply(x_TK: torch.Tensor, weight: Weight, out_TN: torch.Tensor | None = Non
         return torch.mm(x_TK, matrix_NK.T, out=out_TN)
     product_TN = F.linear(x_TK, matrix_NK, weight.bias_N)
     return product_TN if out_TN is None else out_TN.copy_(product_TN)
-
-
-def _pack(layer: ByteDecoderLayer, config: ByteModelConfig, number: int, quantization: str) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-
-    def vector(module: torch.nn.Module | None) -> torch.Tensor | None:
-        return None if module is None else cast(torch.Tensor, module.weight)
-
-    def pack(*parts: torch.nn.Linear) -> Weight:
-        """The matrices of linears below each other. They get views of it, or nothing: no memory is held twice."""
-        heights = [len(part.weight) for part in parts]
-        matrix_NK = parts[0].weight if len(parts) == 1 else torch.cat([part.weight.data for part in parts])
-        bias_N = None if parts[0].bias is None else torch.cat([part.bias.data for part in parts])
-        weight = Weight(matrix_NK=matrix_NK, bias_N=bias_N)
-        if quantization != "none":
-            weight, matrix_NK = quantize(weight, quantization), matrix_NK.new_empty(sum(heights), 0)
-        for part, rows in zip(parts, matrix_NK.split(heights), strict=True):
-            part.weight = torch.nn.Parameter(rows, requires_grad=False)
-        return weight
-
-    return Layer(
-        qkv=pack(attention.q_proj, attention.k_proj, attention.v_proj),
-        output=pack(attention.o_proj),
-        gate_up=pack(mlp.gate_proj, mlp.up_proj),
-        down=pack(mlp.down_proj),
-        input_norm_C=layer.input_layernorm.weight,
-        mlp_norm_C=vector(layer.post_attention_layernorm),
-        q_norm_D=vector(attention.q_norm),
-        k_norm_D=vector(attention.k_norm),
-        attention_scale_C=vector(layer.attention_scale),
-        mlp_scale_C=vector(layer.mlp_scale),
-        window=config.windows[number],
-    )

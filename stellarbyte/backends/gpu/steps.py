@@ -29,7 +29,7 @@ from stellarbyte.backends.gpu.slots import (
     store_tokens,
 )
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.ops.triton.attention import DecodeScratch, decode_attention, num_splits_for
+from stellarbyte.ops.triton.attention import DecodeScratch, decode_attention, num_multiprocessors_of, num_splits_for
 from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, Addend, LoraRows, LoraScratch
 from stellarbyte.ops.triton.paged import PagedRows
 from stellarbyte.ops.triton.sampler import SamplerScratch, sample
@@ -103,7 +103,8 @@ class Steps:
         )  # tiles or segments of sequences of any lengths
         most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 2 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
-        self._attention_scratch = DecodeScratch.make(max_rows, model.heads, device)
+        self._num_multiprocessors = num_multiprocessors_of(device)
+        self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
         self._lora_scratch = self._beside = None
         if model.bank.num_slots:
@@ -145,7 +146,7 @@ class Steps:
                 memory.segment_slots_B[:segments],
                 memory.scales_B[:count],
             )
-        num_splits = num_splits_for(count, model.heads.num_kv_heads)
+        num_splits = num_splits_for(count, model.heads.num_kv_heads, self._num_multiprocessors)
         hidden_BC = model.forward(
             x_BC,
             lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),

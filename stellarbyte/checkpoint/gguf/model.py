@@ -1,4 +1,4 @@
-"""A GGUF file (llama, qwen2, qwen3) as a conversion plan: config and tensors. Knows nothing of tokenizers."""
+"""A GGUF file (llama, qwen2, qwen3) as a conversion plan: config and tensors."""
 
 import math
 import re
@@ -16,23 +16,12 @@ from stellarbyte.checkpoint.gguf.tokenizer import plan_tokenizer
 from stellarbyte.checkpoint.native import one_line
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model import parts
+from stellarbyte.model.parts import Part, module_path
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_TENSORS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_FREQS = "rope_freqs.weight"
 CHANGES_THE_MODEL = (  # metadata that other architectures' forks use; a value in a file we accept would be ignored
     *("attention.scale", "attention.clamp_kqv", "attention.temperature_scale", "attention.max_alibi_bias"),
@@ -72,7 +61,7 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
         raise CheckpointError(
             f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge first."
         )
-    names = {name: _target_name(path, name) for name in file.tensors if name != ROPE_FREQS}
+    targets = {name: _target(path, name) for name in file.tensors if name != ROPE_FREQS}
     tokenizer = plan_tokenizer(path, metadata)
     target_dtype = dtype if dtype is not None else _common_dtype(file)
     config = _translate_config(file, architecture, target_dtype, tokenizer.token_ids)
@@ -84,9 +73,9 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
             target: PlannedTensor(
                 dtype=file.tensors[name].dtype,
                 shape=file.tensors[name].shape,
-                read=partial(_read_tensor, file, name, _rotated_heads(architecture, target, config)),
+                read=partial(_read_tensor, file, name, _rotated_heads(architecture, part, config)),
             ).cast(target_dtype)
-            for name, target in names.items()
+            for name, (target, part) in targets.items()
         },
         write_tokenizer=tokenizer.write,
     )
@@ -97,14 +86,16 @@ def _common_dtype(file: GGUFFile) -> torch.dtype:
     return FLOATS.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
 
 
-def _target_name(path: Path, name: str) -> str:
+def _target(path: Path, name: str) -> tuple[str, Part | None]:
+    """The target's name for a tensor, and the part of a layer that it belongs to, if it does."""
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSORS:
-            return f"{TENSORS[stem]}.{kind}"
+            return f"{TENSORS[stem]}.{kind}", None
         layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        if layer and layer[2] in LAYER_TENSORS:
-            return f"model.layers.{int(layer[1])}.{LAYER_TENSORS[layer[2]]}.{kind}"
+        part = next((part for part in parts.PARTS if layer and part.gguf == layer[2]), None)
+        if layer and part is not None:
+            return f"{module_path(int(layer[1]), part.name)}.{kind}", part
     raise CheckpointError(f"{path} holds the tensor {name}, which is not supported.")
 
 
@@ -155,9 +146,9 @@ def _translate_config(
         max_position_embeddings=context,
         rms_norm_eps=_shortest(_number(metadata, architecture, "attention.layer_norm_rms_epsilon")),
         tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        attention_output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
+        attention_bias=_has_bias(file, "self_attn.q_proj"),
+        attention_output_bias=_has_bias(file, "self_attn.o_proj"),
+        mlp_bias=_has_bias(file, "mlp.gate_proj"),
         qk_norm=architecture == "qwen3",
         sliding_window=window,
         rope_parameters=_rope_parameters(file, metadata, head_dim),
@@ -165,6 +156,11 @@ def _translate_config(
         dtype=dtype,
         **token_ids,
     )
+
+
+def _has_bias(file: GGUFFile, name: str) -> bool:
+    part = next(part for part in parts.PARTS if part.name == name)
+    return f"blk.0.{part.gguf}.bias" in file.tensors
 
 
 def _number(metadata: Mapping[str, Any], architecture: str, name: str) -> Any:
@@ -231,13 +227,11 @@ def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> d
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
-def _rotated_heads(architecture: str, target: str, config: ByteModelConfig) -> int:
-    """Heads of a q or k projection that the file stores for interleaved rotation; 0 for other tensors."""
-    if architecture != "llama":
+def _rotated_heads(architecture: str, part: Part | None, config: ByteModelConfig) -> int:
+    """Heads of a projection that the file stores for interleaved rotation; 0 for other tensors."""
+    if architecture != "llama" or part is None or part.rotated_heads is None:
         return 0
-    if ".q_proj." in target:
-        return config.num_attention_heads
-    return config.num_key_value_heads or 0 if ".k_proj." in target else 0
+    return part.rotated_heads(config)
 
 
 def _read_tensor(file: GGUFFile, name: str, rotated_heads: int) -> torch.Tensor:

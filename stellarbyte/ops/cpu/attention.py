@@ -66,7 +66,7 @@ def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, nu
     """Store a step's keys, rotated by their offset in their block, and values; normalise q and k where asked.
 
     Args:
-        qkv: [T, (H + 2K) · D]; its queries are normalised in place.
+        qkv: [T, (H + 2K) · D], wider rows are cut off; its queries are normalised in place.
         shape: (H, K, D).
         q_norm, k_norm: [D], or empty for none.
         keys, values: [B, S, K, D] of one layer.
@@ -75,7 +75,7 @@ def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, nu
     block_size = keys.shape[1]
     for thread in prange(num_threads):
         for t in range(thread, len(qkv), num_threads):
-            heads = qkv[t].reshape((num_heads + 2 * num_kv_heads, dim))
+            heads = qkv[t, : (num_heads + 2 * num_kv_heads) * dim].reshape((num_heads + 2 * num_kv_heads, dim))
             block, place = batch.slots_T[t] // block_size, batch.slots_T[t] % block_size
             if len(q_norm):
                 for h in range(num_heads):

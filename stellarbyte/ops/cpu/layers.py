@@ -1,33 +1,37 @@
-"""The decoder's layers as one compiled function. The mathematics is that of `model/decoder.py`."""
+"""The decoder's layers as compiled functions. The mathematics is that of `model/decoder.py`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import njit, prange
 
-from stellarbyte.lora.bank import SHARED_INPUTS
 from stellarbyte.ops.cpu import KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, paged_attention, write_kv
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.lora import write_addends
-from stellarbyte.ops.cpu.packing import PackedWeight
 
-# L layers, T tokens, C hidden size, D head dim
+# L layers, T tokens, C hidden size, D head dim, P panels of R rows
 
-_QKV, _OUTPUT, _GATE_UP, _DOWN = (projections.start for projections in SHARED_INPUTS)
+
+class StackedLinears(NamedTuple):
+    """The linears that share an input, packed below each other, of all layers: `PackedWeight`s with layers in front."""
+
+    weights: npt.NDArray[Any]
+    scales: Floats
+    minima: Floats
+    bias_LN: Floats  # [L, P · R] in the rows' order, or [L, 0]
+    widths: Integers  # rows of each of them
+    first: int  # the number of the first of them in the adapter bank
 
 
 class LayerWeights(NamedTuple):
     """The weights of all layers, stacked; what a model lacks is empty in its last dimension."""
 
-    qkv: PackedWeight
-    output: PackedWeight
-    gate_up: PackedWeight
-    down: PackedWeight
-    qkv_bias: Floats
-    output_bias: Floats
-    gate_up_bias: Floats
-    down_bias: Floats
+    qkv: StackedLinears
+    output: StackedLinears
+    gate_up: StackedLinears  # in the order of `interleave_gated`
+    down: StackedLinears
     input_norm_LC: Floats
     mlp_norm_LC: Floats  # empty: attention and MLP in parallel
     q_norm_LD: Floats
@@ -49,85 +53,105 @@ class LayerOptions(NamedTuple):
     alpha: float  # DeepNorm's factor of the residual stream; 0: norms come before the branches
 
 
+class Buffers(NamedTuple):
+    """Memory for one layer's intermediate results; addends are [0, 0] in steps without adapters."""
+
+    qkv: Floats
+    attended: Floats
+    inner: Floats
+    qkv_addend: Floats
+    gate_up_addend: Floats
+    hidden_addend: Floats
+
+
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def forward_layers(x, weights, options, batch, adapters, rotations, keys, values, num_threads):
     """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D]."""
-    shape = (options.num_heads, options.num_kv_heads, options.head_dim)
-    eps, post_norm = np.float32(options.norm_eps), options.alpha != 0
+    eps, alpha = np.float32(options.norm_eps), np.float32(options.alpha)
     is_parallel = weights.mlp_norm_LC.shape[1] == 0
-    num_tokens = len(x)
-    query_size = options.num_heads * options.head_dim
-    qkv = np.empty((num_tokens, query_size + 2 * options.num_kv_heads * options.head_dim), np.float32)
-    attended = np.empty((num_tokens, query_size), np.float32)
-    inner = np.empty((num_tokens, options.intermediate_size), np.float32)
+    buffers = _buffers(x, weights, options, adapters)
     normed, branch, other = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-    is_adapted = len(adapters.tokens_J) > 0
-    key_size = options.num_kv_heads * options.head_dim
-    qkv_widths, hidden_widths = np.array([query_size, key_size, key_size]), np.array([x.shape[1]])
-    gate_up_widths = np.array([options.intermediate_size, options.intermediate_size])
-    qkv_addend = _addend(weights.qkv, num_tokens, is_adapted)
-    gate_up_addend = _addend(weights.gate_up, num_tokens, is_adapted)
-    hidden_addend = _addend(weights.output, num_tokens, is_adapted)
     for layer in range(len(weights.windows_L)):
-        source = x
-        if not post_norm:
-            rms_norm(x, weights.input_norm_LC[layer], eps, normed, num_threads)
-            source = normed
-        if is_adapted:
-            write_addends(source, adapters, layer, _QKV, qkv_widths, False, qkv_addend, num_threads)
-        linear(source, _layer(weights.qkv, layer), weights.qkv_bias[layer], qkv_addend, qkv, NO_ACTIVATION, num_threads)
-        write_kv(
-            qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], eps, batch, rotations,
-            keys[layer], values[layer], num_threads,
+        norm = weights.input_norm_LC[layer]
+        source = _branch_input(x, norm, eps, alpha, normed, num_threads)
+        attention(
+            source, layer, weights, options, batch, adapters, rotations, keys[layer], values[layer], buffers, branch,
+            num_threads,
         )  # fmt: skip
-        paged_attention(
-            qkv, shape, batch, rotations, keys[layer], values[layer], weights.windows_L[layer],
-            options.sink_tokens, np.float32(options.score_scale), attended, num_threads,
-        )  # fmt: skip
-        if is_adapted:
-            write_addends(attended, adapters, layer, _OUTPUT, hidden_widths, False, hidden_addend, num_threads)
-        linear(
-            attended, _layer(weights.output, layer), weights.output_bias[layer], hidden_addend, branch,
-            NO_ACTIVATION, num_threads,
-        )  # fmt: skip
-        scale_channels(branch, weights.attention_scale_LC[layer])
         if not is_parallel:
-            add_branch(x, branch, weights.input_norm_LC[layer], eps, np.float32(options.alpha), num_threads)
-            source = x
-            if not post_norm:
-                rms_norm(x, weights.mlp_norm_LC[layer], eps, normed, num_threads)
-                source = normed
-        if is_adapted:
-            write_addends(source, adapters, layer, _GATE_UP, gate_up_widths, True, gate_up_addend, num_threads)
-        linear(
-            source, _layer(weights.gate_up, layer), weights.gate_up_bias[layer], gate_up_addend, inner,
-            options.activation, num_threads,
-        )  # fmt: skip
-        if is_adapted:
-            write_addends(inner, adapters, layer, _DOWN, hidden_widths, False, hidden_addend, num_threads)
-        linear(
-            inner, _layer(weights.down, layer), weights.down_bias[layer], hidden_addend, other,
-            NO_ACTIVATION, num_threads,
-        )  # fmt: skip
-        scale_channels(other, weights.mlp_scale_LC[layer])
-        norm = weights.mlp_norm_LC[layer]
+            add_branch(x, branch, norm, eps, alpha, num_threads)
+            norm = weights.mlp_norm_LC[layer]
+            source = _branch_input(x, norm, eps, alpha, normed, num_threads)
+        mlp(source, layer, weights, options, adapters, buffers, other, num_threads)
         if is_parallel:
-            norm = weights.input_norm_LC[layer]
             other += branch
-        add_branch(x, other, norm, eps, np.float32(options.alpha), num_threads)
+        add_branch(x, other, norm, eps, alpha, num_threads)
+
+
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+def attention(x, layer, weights, options, batch, adapters, rotations, keys, values, buffers, out, num_threads):
+    """out [T, C] = the attention branch of a layer for its input x, writing the step's keys and values [B, S, K, D]."""
+    shape, qkv, attended = (options.num_heads, options.num_kv_heads, options.head_dim), buffers.qkv, buffers.attended
+    _project(x, layer, weights.qkv, adapters, NO_ACTIVATION, buffers.qkv_addend, qkv, num_threads)
+    write_kv(
+        qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], np.float32(options.norm_eps), batch, rotations,
+        keys, values, num_threads,
+    )  # fmt: skip
+    paged_attention(
+        qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
+        np.float32(options.score_scale), attended, num_threads,
+    )  # fmt: skip
+    _project(attended, layer, weights.output, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
+    scale_channels(out, weights.attention_scale_LC[layer])
+
+
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+def mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
+    """out [T, C] = the MLP branch of a layer for its input x."""
+    inner = buffers.inner
+    _project(x, layer, weights.gate_up, adapters, options.activation, buffers.gate_up_addend, inner, num_threads)
+    _project(inner, layer, weights.down, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
+    scale_channels(out, weights.mlp_scale_LC[layer])
 
 
 @njit(inline="always")
-def _addend(stacked, num_tokens, is_adapted):
+def _buffers(x, weights, options, adapters):
+    num_tokens = len(x)
+    return Buffers(
+        np.empty((num_tokens, weights.qkv.widths.sum()), np.float32),
+        np.empty((num_tokens, options.num_heads * options.head_dim), np.float32),
+        np.empty((num_tokens, options.intermediate_size), np.float32),
+        _addend(weights.qkv, num_tokens, adapters),
+        _addend(weights.gate_up, num_tokens, adapters),
+        _addend(weights.output, num_tokens, adapters),
+    )
+
+
+@njit(inline="always")
+def _addend(linears, num_tokens, adapters):
     """Zeros that `linear` adds to a product of this weight, for tokens without an adapter; nothing if all are."""
-    if is_adapted:
-        return np.zeros((num_tokens, stacked.weights.shape[1] * stacked.weights.shape[3]), np.float32)
+    if len(adapters.tokens_J):
+        return np.zeros((num_tokens, linears.weights.shape[1] * linears.weights.shape[3]), np.float32)
     return np.zeros((0, 0), np.float32)
 
 
 @njit(inline="always")
-def _layer(stacked, layer):
-    return stacked.weights[layer], stacked.scales[layer], stacked.minima[layer]
+def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
+    """out = `linear` of x by one layer of some linears, each token with what its adapter adds."""
+    if len(adapters.tokens_J):
+        is_gated = activation != NO_ACTIVATION
+        write_addends(x, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
+    weight = linears.weights[layer], linears.scales[layer], linears.minima[layer]
+    linear(x, weight, linears.bias_LN[layer], addend, out, activation, num_threads)
+
+
+@njit(inline="always")
+def _branch_input(x, norm, eps, alpha, normed, num_threads):
+    """x itself with DeepNorm, else its norm, which is written to `normed`."""
+    if alpha != 0:
+        return x
+    rms_norm(x, norm, eps, normed, num_threads)
+    return normed
 
 
 @njit(inline="always")

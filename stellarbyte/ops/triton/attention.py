@@ -35,20 +35,26 @@ class DecodeScratch(NamedTuple):
     counters_TK: torch.Tensor  # int32: programs that are done; 0 between launches
 
     @staticmethod
-    def make(max_rows: int, heads: HeadShape, device: torch.device) -> "DecodeScratch":
+    def make(max_rows: int, heads: HeadShape, num_multiprocessors: int, device: torch.device) -> "DecodeScratch":
         """For up to `max_rows` rows with the splits of `num_splits_for`."""
         group = heads.num_heads // heads.num_kv_heads
-        most = max(rows * num_splits_for(rows, heads.num_kv_heads) for rows in range(1, max_rows + 1))
-        programs = most * heads.num_kv_heads
+        kv_heads = heads.num_kv_heads
+        most = max(rows * num_splits_for(rows, kv_heads, num_multiprocessors) for rows in range(1, max_rows + 1))
+        programs = most * kv_heads
         return DecodeScratch(
             torch.empty(programs, group, heads.head_dim, device=device),
             torch.empty(programs, group, device=device),
             torch.empty(programs, group, device=device),
-            torch.zeros(max_rows, heads.num_kv_heads, dtype=torch.int32, device=device),
+            torch.zeros(max_rows, kv_heads, dtype=torch.int32, device=device),
         )
 
 
-def num_splits_for(num_rows: int, num_kv_heads: int, num_multiprocessors: int = 132) -> int:
+def num_multiprocessors_of(device: torch.device) -> int:
+    """Those of a CUDA device; elsewhere 1, as Triton's interpreter runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def num_splits_for(num_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
     """How many programs share a row of `decode_attention` at most: all together about four for each multiprocessor."""
     wanted = 4 * num_multiprocessors / (num_rows * num_kv_heads)
     return min(_MAX_SPLITS, 1 << max(0, round(math.log2(wanted))))

@@ -5,7 +5,6 @@ slot's numbers once for all rows of its segment, so a step costs the traffic of 
 of which ranks, is read on the device: a captured launch serves any batch of its size.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +24,7 @@ PROMPT_SEGMENT_ROWS = 64  # an adapter's numbers are read once for so many token
 _BLOCK_K = 128
 _BLOCK_N = 256
 _BLOCK_R = 16
+_MOST_PROJECTIONS = 3  # that share an input
 _MAX_SPLITS = 8
 _MAX_SPLIT_ROWS = 2048  # of a step whose segments are split
 _SPLIT_PROGRAMS = {SEGMENT_ROWS: 64, PROMPT_SEGMENT_ROWS: 1024}  # more would cost `expand` more than it helps `shrink`
@@ -77,7 +77,7 @@ class LoraScratch:
     @classmethod
     def make(cls, max_rows: int, max_rank: int, device: torch.device) -> "LoraScratch":
         """For steps of up to `max_rows` rows; `max_rank` is the bank's."""
-        width = -(-3 * max_rank // 16) * 16
+        width = -(-_MOST_PROJECTIONS * max_rank // 16) * 16
         rows = max(max_rows, _MAX_SPLITS * min(max_rows, _MAX_SPLIT_ROWS))
         return cls(hidden=torch.empty(rows * width, dtype=torch.float32, device=device), width=width)
 
@@ -98,7 +98,7 @@ def shrink(
 
     Args:
         x_TK: contiguous, in the bank's dtype.
-        projections: one of `SHARED_INPUTS`.
+        projections: those of one input, see `Projections.shared_inputs`; at most 3.
     """
     num_rows, num_inputs = x_TK.shape
     num_segments = len(lora.segment_starts_X)
@@ -108,6 +108,7 @@ def shrink(
     splits = _num_splits(lora, num_rows, num_inputs)
     assert splits * num_rows * scratch.width <= len(scratch.hidden), "the scratch is for fewer rows"
     num_projections = projections.stop - projections.start
+    assert num_projections <= _MOST_PROJECTIONS
     block_r = triton.next_power_of_2(16 * num_projections)  # most adapters of rank 16 or less take one round
     tables = bank.tables
     _shrink_kernel[(splits, num_segments)](
@@ -126,7 +127,7 @@ def shrink(
         triton.cdiv(triton.cdiv(num_inputs, _BLOCK_K), splits) * _BLOCK_K,
         WIDTH=scratch.width,
         NUM_PROJECTIONS=num_projections,
-        ALIGNMENT=_alignment(bank),
+        ALIGNMENT=bank.alignment,
         ROWS=lora.segment_rows,
         BLOCK_R=block_r,
         BLOCK_K=_BLOCK_K,
@@ -153,7 +154,7 @@ def expand(
     """
     num_rows, num_outputs = out_TN.shape
     num_segments = len(lora.segment_starts_X)
-    shapes = bank.shapes[projections]
+    shapes = bank.projections.shapes[layer][projections]
     widths = [out for out, _ in shapes]
     assert out_TN.is_contiguous() and out_TN.dtype == bank.dtype and sum(widths) == num_outputs
     tables = bank.tables
@@ -174,11 +175,11 @@ def expand(
         tables.ranks_SLP.stride(0),
         layer * tables.ranks_SLP.stride(1) + projections.start,
         *widths,
-        *[0] * (3 - len(widths)),
+        *[0] * (_MOST_PROJECTIONS - len(widths)),
         num_outputs,
         WIDTH=scratch.width,
-        SPLITS=_num_splits(lora, num_rows, shapes[0][1]),
-        ALIGNMENT=_alignment(bank),
+        SPLITS=_num_splits(lora, num_rows, bank.projections.input_width(layer, projections)),
+        ALIGNMENT=bank.alignment,
         ROWS=lora.segment_rows,
         BLOCK_R=_BLOCK_R,
         BLOCK_N=block_n,
@@ -187,11 +188,6 @@ def expand(
         num_stages=1,  # mostly there is one round
         **overlapping(out_TN.device),
     )
-
-
-def _alignment(bank: LoraBank) -> int:
-    """A power of two that divides where each A and Bᵀ begins in its slot, which are sums of ranks times widths."""
-    return math.gcd(16, *(width for shape in bank.shapes for width in shape))
 
 
 # `place`: where a layer's first projection stands in a slot's tables. Only it differs between layers, so that no kernel

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank, module_name, pack_adapter
+from stellarbyte.lora.bank import LoraBank, pack_adapter
+from stellarbyte.model.parts import module_path
 from tests.support.adapters import random_adapter
 from tests.support.models import make_config
 
@@ -18,10 +19,10 @@ def test_the_bank_holds_a_and_b_times_alpha_over_r_rounded_once(stored: torch.dt
     bank.fill(1, pack_adapter(weights, adapter.scales, config, served))
     num_compared = 0
     for layer in range(config.num_hidden_layers):
-        for group in SHARED_INPUTS:
+        for group in bank.projections.shared_inputs.values():
             ranks = bank.ranks_SLP[1, layer, group].tolist()
             for i, a in enumerate(bank.a(1, layer, group).split(ranks)):
-                name = module_name(layer, group.start + i)
+                name = module_path(layer, bank.projections.names[group.start + i])
                 if name in weights:
                     expected_a, expected_b = weights[name]
                     assert torch.equal(a, expected_a.to(served))

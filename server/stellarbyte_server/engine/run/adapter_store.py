@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from stellarbyte.lora import AdapterError, read_adapter
-from stellarbyte.lora.bank import LoraBank, PackedAdapter, adaptable_modules, pack_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
 from stellarbyte_server.engine.run.device_errors import device_errors

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from stellarbyte.ops.triton.attention import (
     TILE_ROWS,
     DecodeScratch,
     decode_attention,
+    num_multiprocessors_of,
     num_splits_for,
     prefill_attention,
     write_kv,
@@ -31,6 +33,7 @@ from tests.support.models import make_config
 # E entries of a table, X tiles
 
 MAX_SPLITS = 8
+MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(kw_only=True)
@@ -113,7 +116,7 @@ class Step:
         self, num_splits: int, scratch: DecodeScratch | None = None, addend: Addend | None = None
     ) -> torch.Tensor:
         if scratch is None:
-            scratch = DecodeScratch.make(len(self.qkv_TN), self.heads, self.qkv_TN.device)
+            scratch = DecodeScratch.make(len(self.qkv_TN), self.heads, MULTIPROCESSORS, self.qkv_TN.device)
         q_norm_D, k_norm_D = self._norm_weights()
         out_TA = self.empty_output()
         decode_attention(
@@ -313,7 +316,7 @@ def test_newest_tokens_see_what_they_should(case: Case, num_splits: int, device:
 
 def test_shares_of_any_number_make_one_answer_and_leave_the_scratch_as_it_was(device: torch.device) -> None:
     step = make_step(newest([0, 5, 17, 40], sinks=5, xpos=False, num_kv_heads=1), device)
-    scratch = DecodeScratch.make(4, step.heads, device)
+    scratch = DecodeScratch.make(4, step.heads, MULTIPROCESSORS, device)
     expected_TA = step.decode(1, scratch)
     for num_splits in (2, MAX_SPLITS, 2):  # one after the other through the same scratch
         close(step.decode(num_splits, scratch), expected_TA)
@@ -390,16 +393,23 @@ def test_keys_and_values_in_fp8(case: Case, device: torch.device) -> None:
 def test_shares_fill_the_card_but_no_more() -> None:
     for num_rows in range(1, 257):
         for num_kv_heads in (1, 2, 4, 8, 32):
-            num_splits = num_splits_for(num_rows, num_kv_heads)
+            num_splits = num_splits_for(num_rows, num_kv_heads, MULTIPROCESSORS)
             assert num_splits in (1, 2, 4, 8, 16, 32)
             num_programs = num_rows * num_kv_heads * num_splits
-            assert num_splits == 32 or num_programs >= 2 * 132
-            assert num_splits == 1 or num_programs <= 6 * 132
+            assert num_splits == 32 or num_programs >= 2 * MULTIPROCESSORS
+            assert num_splits == 1 or num_programs <= 6 * MULTIPROCESSORS
+
+
+def test_the_card_is_asked_for_its_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=78))
+    assert num_multiprocessors_of(torch.device("cuda")) == 78
+    assert num_multiprocessors_of(torch.device("cpu")) == 1
 
 
 def test_the_scratch_has_room_for_every_batch_it_was_made_for() -> None:
     heads = HeadShape(num_heads=32, num_kv_heads=8, head_dim=128)
-    scratch = DecodeScratch.make(256, heads, torch.device("cpu"))
+    scratch = DecodeScratch.make(256, heads, MULTIPROCESSORS, torch.device("cpu"))
     for num_rows in range(1, 257):
-        assert num_rows * heads.num_kv_heads * num_splits_for(num_rows, heads.num_kv_heads) <= len(scratch.sums_CGD)
+        num_splits = num_splits_for(num_rows, heads.num_kv_heads, MULTIPROCESSORS)
+        assert num_rows * heads.num_kv_heads * num_splits <= len(scratch.sums_CGD)
     assert scratch.sums_CGD.nbytes < 8 * 2**20  # not of every row times every split

@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora import pinned_copies
-from stellarbyte.lora.bank import SHARED_INPUTS, LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.model.parts import ATTENTION_INPUT
 from stellarbyte.ops.triton.lora import SEGMENT_ROWS, LoraRows, LoraScratch, expand, segments, shrink
 from tests.support.adapters import random_adapter
 from tests.support.models import make_config
@@ -50,8 +51,9 @@ def add(
     bank: LoraBank, slots: Sequence[int], rows: LoraRows, scratch: LoraScratch, layer: int, group: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels make of random inputs and outputs, and what it should be, in float64."""
-    x_TK = random_rows(len(slots), bank.shapes[group.start][1], bank.numbers_SF, seed=layer)
-    out_TN = random_rows(len(slots), sum(out for out, _ in bank.shapes[group]), bank.numbers_SF, seed=layer + 10)
+    shapes = bank.projections.shapes[layer][group]
+    x_TK = random_rows(len(slots), shapes[0][1], bank.numbers_SF, seed=layer)
+    out_TN = random_rows(len(slots), sum(out for out, _ in shapes), bank.numbers_SF, seed=layer + 10)
     expected_TN = out_TN.double()
     for row, slot in enumerate(slots):
         ranks = bank.ranks_SLP[slot, layer, group].tolist()
@@ -87,7 +89,7 @@ def test_every_row_gets_its_own_adapter_at_its_own_scale(
     rows = lora_rows(MIXED, device, num_segments)
     scratch = LoraScratch.make(len(MIXED), MAX_RANK, device)
     for layer in range(config.num_hidden_layers):
-        for group in SHARED_INPUTS:
+        for group in bank.projections.shared_inputs.values():
             found, expected = add(bank, MIXED, rows, scratch, layer, group)
             torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
 
@@ -96,10 +98,12 @@ def test_rows_without_an_adapter_keep_their_bits(device: torch.device) -> None:
     bank = make_bank(make_config(), device)
     scratch = LoraScratch.make(len(MIXED), MAX_RANK, device)
     without = torch.tensor([slot == 0 for slot in MIXED], device=device)
-    for group in SHARED_INPUTS:
+    for group in bank.projections.shared_inputs.values():
         found, expected = add(bank, MIXED, lora_rows(MIXED, device), scratch, 0, group)
         assert torch.equal(found[without].double(), expected[without])
-    found, expected = add(bank, [0] * 3, lora_rows([0] * 3, device), scratch, 0, SHARED_INPUTS[0])
+    found, expected = add(
+        bank, [0] * 3, lora_rows([0] * 3, device), scratch, 0, bank.projections.shared_inputs[ATTENTION_INPUT]
+    )
     assert torch.equal(found.double(), expected)
 
 
@@ -110,7 +114,7 @@ def test_a_slot_that_is_filled_again_or_cleared_counts_from_the_next_launch(devi
     addresses = [tensor.data_ptr() for tensor in (bank.numbers_SF, *bank.tables)]
     bank.fill(1, packed(config, seed=9))
     bank.clear(3)
-    for group in SHARED_INPUTS:
+    for group in bank.projections.shared_inputs.values():
         found, expected = add(bank, MIXED, rows, scratch, 1, group)
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
     assert [tensor.data_ptr() for tensor in (bank.numbers_SF, *bank.tables)] == addresses
@@ -135,7 +139,7 @@ def test_bfloat16(device: torch.device) -> None:
     config = make_config(hidden_size=528, intermediate_size=2064, num_hidden_layers=1)
     bank = make_bank(config, device, torch.bfloat16)
     rows, scratch = lora_rows(MIXED, device, 40), LoraScratch.make(len(MIXED), MAX_RANK, device)
-    for group in SHARED_INPUTS:
+    for group in bank.projections.shared_inputs.values():
         found, expected = add(bank, MIXED, rows, scratch, 0, group)
         torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
 
@@ -144,10 +148,11 @@ def test_bfloat16(device: torch.device) -> None:
 def test_a_captured_launch_serves_whatever_the_slots_and_segments_hold(device: torch.device) -> None:
     config = make_config()
     bank = make_bank(config, device)
-    group = SHARED_INPUTS[0]
+    group = bank.projections.shared_inputs[ATTENTION_INPUT]
     rows, scratch = lora_rows(MIXED, device, len(MIXED)), LoraScratch.make(len(MIXED), MAX_RANK, device)
-    x_TK = random_rows(len(MIXED), bank.shapes[0][1], bank.numbers_SF, seed=1)
-    out_TN = torch.zeros(len(MIXED), sum(out for out, _ in bank.shapes[group]), device=device)
+    shapes = bank.projections.shapes[2][group]
+    x_TK = random_rows(len(MIXED), shapes[0][1], bank.numbers_SF, seed=1)
+    out_TN = torch.zeros(len(MIXED), sum(out for out, _ in shapes), device=device)
 
     def program() -> None:
         shrink(x_TK, scratch, rows, bank, 2, group)

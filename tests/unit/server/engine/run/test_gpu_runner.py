@@ -4,7 +4,6 @@ The interpreter takes milliseconds for every program of a kernel: models, batche
 """
 
 import random
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.gpu import slots, steps
 from stellarbyte.backends.torch_model import TorchModel
-from stellarbyte.ops.triton.attention import num_splits_for
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.run.slot_step import SlotStep
@@ -41,7 +39,7 @@ WINDOW = {"sliding_window": 7, "sink_tokens": 2}
 @pytest.fixture(autouse=True)
 def small_card(device: torch.device, monkeypatch: pytest.MonkeyPatch):
     """A stream for each test. On a card of one multiprocessor four programs share a row, or have one of four each."""
-    monkeypatch.setattr(steps, "num_splits_for", partial(num_splits_for, num_multiprocessors=1))
+    monkeypatch.setattr(steps, "num_multiprocessors_of", lambda _: 1)
     with own_stream(device):
         yield
 

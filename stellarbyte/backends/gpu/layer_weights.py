@@ -1,0 +1,86 @@
+"""The weights of a layer as the GPU kernels read them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.parts import (
+    ATTENDED,
+    ATTENTION_INPUT,
+    GATED,
+    MLP_INPUT,
+    Part,
+    layer_parts,
+    linears_by_input,
+    module_path,
+)
+from stellarbyte.ops.triton.weights import Weight, quantize
+
+# N outputs, K inputs, C hidden size, D head dim
+
+_INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
+_VECTORS = {  # norms and scales → fields of `Layer`
+    "input_layernorm": "input_norm_C",
+    "post_attention_layernorm": "mlp_norm_C",
+    "self_attn.q_norm": "q_norm_D",
+    "self_attn.k_norm": "k_norm_D",
+    "attention_scale": "attention_scale_C",
+    "mlp_scale": "mlp_scale_C",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer's weights, projections that share an input packed into one."""
+
+    qkv: Weight
+    output: Weight
+    gate_up: Weight
+    down: Weight
+    input_norm_C: torch.Tensor
+    mlp_norm_C: torch.Tensor | None = None  # None: attention and MLP in parallel
+    q_norm_D: torch.Tensor | None = None
+    k_norm_D: torch.Tensor | None = None
+    attention_scale_C: torch.Tensor | None = None  # LayerScale
+    mlp_scale_C: torch.Tensor | None = None
+    window: int | None
+
+
+def pack_layer(model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str) -> Layer:
+    """Pack one layer's weights; quantized, the model's own matrices are gone after.
+
+    Raises:
+        ValueError: the kernels have no place for a part of the layer.
+    """
+    parts = layer_parts(config, layer)
+    if unknown := [part.name for part in parts if part.name not in _VECTORS and part.reads not in _INPUTS]:
+        raise ValueError(f"the GPU kernels cannot compute {unknown[0]}")
+
+    def pack(group: Sequence[Part]) -> Weight:
+        """The matrices of linears below each other. They get views of it, or nothing: no memory is held twice."""
+        linears = [cast(torch.nn.Linear, model.get_submodule(module_path(layer, part.name))) for part in group]
+        heights = [len(linear.weight) for linear in linears]
+        matrix_NK = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight.data for linear in linears])
+        bias_N = None
+        if any(linear.bias is not None for linear in linears):
+            bias_N = torch.cat([_bias(linear) for linear in linears])
+        weight = Weight(matrix_NK=matrix_NK, bias_N=bias_N)
+        if quantization != "none":
+            weight, matrix_NK = quantize(weight, quantization), matrix_NK.new_empty(sum(heights), 0)
+        for linear, rows in zip(linears, matrix_NK.split(heights), strict=True):
+            linear.weight = torch.nn.Parameter(rows, requires_grad=False)
+        return weight
+
+    fields: dict[str, Any] = {_INPUTS[name]: pack(group) for name, group in linears_by_input(parts).items()}
+    for part in parts:
+        if part.reads is None:
+            fields[_VECTORS[part.name]] = model.get_parameter(f"{module_path(layer, part.name)}.weight")
+    return Layer(**fields, window=config.windows[layer])
+
+
+def _bias(linear: torch.nn.Linear) -> torch.Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.data

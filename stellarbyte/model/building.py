@@ -1,0 +1,34 @@
+"""Modules of a decoder layer, built from the table of its parts."""
+
+from torch import nn
+
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model import parts
+from stellarbyte.model.norm import ByteRMSNorm
+from stellarbyte.model.residual import LayerScale, deepnorm_beta
+
+
+def add_parts(owner: nn.Module, prefix: str, config: ByteModelConfig, layer: int) -> None:
+    """Give a module of a layer its parts as children; those that this layer lacks become None.
+
+    Args:
+        prefix: the owner's name in the layer, such as "self_attn"; "" for the layer itself.
+    """
+    for part in parts.PARTS:
+        path, _, name = part.name.rpartition(".")
+        if path == prefix:
+            setattr(owner, name, _build(part, config, layer) if part.exists(config, layer) else None)
+
+
+def _build(part: parts.Part, config: ByteModelConfig, layer: int) -> nn.Module:
+    shape = part.shape(config, layer)
+    if part.kind == "norm":
+        return ByteRMSNorm(shape[0], config.rms_norm_eps)
+    if part.kind == "scale":
+        assert config.layer_scale_init is not None
+        return LayerScale(shape[0], config.layer_scale_init)
+    out, width = shape
+    linear = nn.Linear(width, out, bias=part.has_bias(config, layer))
+    if part.has_deepnorm_gain:
+        linear.init_gain = deepnorm_beta(config)  # type: ignore[assignment]  # read by `_init_weights`
+    return linear

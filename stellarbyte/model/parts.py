@@ -1,0 +1,171 @@
+"""The table of a decoder layer's parts: names, shapes, shared inputs, and names in other formats."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from stellarbyte.config import ByteModelConfig
+
+Shape = tuple[int, ...]
+Condition = Callable[[ByteModelConfig, int], bool]  # of a config and a layer's number
+
+# Inputs of linears
+ATTENTION_INPUT = "attention_input"
+ATTENDED = "attended"
+MLP_INPUT = "mlp_input"
+GATED = "gated"
+
+
+def _always(_config: ByteModelConfig, _layer: int) -> bool:
+    return True
+
+
+def _never(_config: ByteModelConfig, _layer: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A module of a layer that has parameters. Functions take the config and the layer: layers may differ."""
+
+    name: str  # within the layer, as in checkpoints
+    kind: Literal["linear", "norm", "scale"]  # nn.Linear, ByteRMSNorm, LayerScale
+    shape: Callable[[ByteModelConfig, int], Shape]  # of the weight: (out, in), or (size,) of a norm or scale
+    exists: Condition = _always
+    has_bias: Condition = _never
+    reads: str | None = None  # the input of a linear; linears with one input are packed into one product
+    cut: Literal["out", "in"] | None = None  # axis of the weight that tensor-parallel ranks divide; None: replicated
+    rotated_heads: Callable[[ByteModelConfig], int] | None = None  # heads in the rows of a linear, if RoPE rotates them
+    is_adaptable: bool = False  # by LoRA, when served
+    has_deepnorm_gain: bool = False  # of its initial weights
+    gguf: str | None = None  # its name in GGUF files; None: they have no such part
+    hugging_face: str | None = None  # its name in Hugging Face folders; None: the same
+
+
+def _query_size(config: ByteModelConfig) -> int:
+    assert config.head_dim is not None  # the config fills it in
+    return config.num_attention_heads * config.head_dim
+
+
+def _key_size(config: ByteModelConfig) -> int:
+    assert config.head_dim is not None
+    return _num_kv_heads(config) * config.head_dim
+
+
+def _num_kv_heads(config: ByteModelConfig) -> int:
+    assert config.num_key_value_heads is not None  # the config fills it in
+    return config.num_key_value_heads
+
+
+def _head_dim(config: ByteModelConfig, _layer: int) -> Shape:
+    assert config.head_dim is not None
+    return (config.head_dim,)
+
+
+def _hidden(config: ByteModelConfig, _layer: int) -> Shape:
+    return (config.hidden_size,)
+
+
+def _has_qk_norm(config: ByteModelConfig, _layer: int) -> bool:
+    return config.qk_norm
+
+
+def _has_layer_scale(config: ByteModelConfig, _layer: int) -> bool:
+    return config.layer_scale_init is not None
+
+
+# In the order of the model's own parameters. The names are those of transformers' Llama classes.
+PARTS: tuple[Part, ...] = (
+    Part(
+        name="self_attn.q_proj", kind="linear", gguf="attn_q", reads=ATTENTION_INPUT, cut="out", is_adaptable=True,
+        shape=lambda config, _: (_query_size(config), config.hidden_size),
+        has_bias=lambda config, _: config.attention_bias,
+        rotated_heads=lambda config: config.num_attention_heads,
+    ),
+    Part(
+        name="self_attn.k_proj", kind="linear", gguf="attn_k", reads=ATTENTION_INPUT, cut="out", is_adaptable=True,
+        shape=lambda config, _: (_key_size(config), config.hidden_size),
+        has_bias=lambda config, _: config.attention_bias,
+        rotated_heads=_num_kv_heads,
+    ),
+    Part(
+        name="self_attn.v_proj", kind="linear", gguf="attn_v", reads=ATTENTION_INPUT, cut="out", is_adaptable=True,
+        shape=lambda config, _: (_key_size(config), config.hidden_size),
+        has_bias=lambda config, _: config.attention_bias,
+        has_deepnorm_gain=True,
+    ),
+    Part(
+        name="self_attn.o_proj", kind="linear", gguf="attn_output", reads=ATTENDED, cut="in", is_adaptable=True,
+        shape=lambda config, _: (config.hidden_size, _query_size(config)),
+        has_bias=lambda config, _: config.attention_output_bias,
+        has_deepnorm_gain=True,
+    ),
+    Part(name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_head_dim, exists=_has_qk_norm),
+    Part(name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_head_dim, exists=_has_qk_norm),
+    Part(
+        name="mlp.gate_proj", kind="linear", gguf="ffn_gate", reads=MLP_INPUT, cut="out", is_adaptable=True,
+        shape=lambda config, _: (config.intermediate_size, config.hidden_size),
+        has_bias=lambda config, _: config.mlp_bias,
+        has_deepnorm_gain=True,
+    ),
+    Part(
+        name="mlp.up_proj", kind="linear", gguf="ffn_up", reads=MLP_INPUT, cut="out", is_adaptable=True,
+        shape=lambda config, _: (config.intermediate_size, config.hidden_size),
+        has_bias=lambda config, _: config.mlp_bias,
+        has_deepnorm_gain=True,
+    ),
+    Part(
+        name="mlp.down_proj", kind="linear", gguf="ffn_down", reads=GATED, cut="in", is_adaptable=True,
+        shape=lambda config, _: (config.hidden_size, config.intermediate_size),
+        has_bias=lambda config, _: config.mlp_bias,
+        has_deepnorm_gain=True,
+    ),
+    Part(name="input_layernorm", kind="norm", gguf="attn_norm", shape=_hidden),
+    Part(
+        name="post_attention_layernorm", kind="norm", gguf="ffn_norm", shape=_hidden,
+        exists=lambda config, _: not config.parallel_residual,
+    ),
+    Part(name="attention_scale", kind="scale", shape=_hidden, exists=_has_layer_scale),
+    Part(name="mlp_scale", kind="scale", shape=_hidden, exists=_has_layer_scale),
+)  # fmt: skip
+
+
+def layer_parts(config: ByteModelConfig, layer: int) -> tuple[Part, ...]:
+    """The parts of one layer."""
+    return tuple(part for part in PARTS if part.exists(config, layer))
+
+
+def model_parts(config: ByteModelConfig) -> tuple[Part, ...]:
+    """The parts that at least one layer has."""
+    return tuple(part for part in PARTS if any(part.exists(config, layer) for layer in range(config.num_hidden_layers)))
+
+
+def linears_by_input(parts: Iterable[Part]) -> dict[str, tuple[Part, ...]]:
+    """The linears among `parts` by the input that they read; both in table order."""
+    groups: dict[str, tuple[Part, ...]] = {}
+    for part in parts:
+        if part.reads is not None:
+            groups[part.reads] = (*groups.get(part.reads, ()), part)
+    return groups
+
+
+def parameter_shapes(part: Part, config: ByteModelConfig, layer: int) -> dict[str, Shape]:
+    """ "weight" and, if there is one, "bias", with their shapes."""
+    weight = part.shape(config, layer)
+    return {"weight": weight, "bias": weight[:1]} if part.has_bias(config, layer) else {"weight": weight}
+
+
+def module_path(layer: int, name: str) -> str:
+    """The full name in the model of a layer's part, as adapter files have it."""
+    return f"model.layers.{layer}.{name}"
+
+
+def adaptable_modules(config: ByteModelConfig) -> dict[str, tuple[int, int]]:
+    """The full name of every module that an adapter may change when served, with its (out, in)."""
+    found: dict[str, tuple[int, int]] = {}
+    for layer in range(config.num_hidden_layers):
+        for part in layer_parts(config, layer):
+            if part.is_adaptable:
+                out, width = part.shape(config, layer)
+                found[module_path(layer, part.name)] = (out, width)
+    return found
