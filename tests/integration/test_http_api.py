@@ -12,13 +12,16 @@ from tests.support.over_http import assert_error
 from tests.support.server_process import FAKE, ServerProcess, running
 from tests.support.server_process import FAKE_MODEL as MODEL
 
+QUESTION = [{"role": "user", "content": "hé"}]
+TOOL = {"type": "function", "function": {"name": "get"}}
+
 
 def complete(server: ServerProcess, **fields) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json={"model": MODEL, "prompt": "ab"} | fields, timeout=30)
 
 
 def chat(server: ServerProcess, **fields) -> httpx.Response:
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "hé"}]} | fields
+    body = {"model": MODEL, "messages": QUESTION} | fields
     return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
 
 
@@ -125,7 +128,6 @@ def test_what_the_engine_refuses_is_refused_before_any_header_of_a_stream(fake_s
         ({"prompt": [1, 259]}, "prompt", None),
         ({"prompt": [-1]}, "prompt", None),
         ({"prompt": [10**30]}, "prompt", None),
-        ({"temperature": "hot"}, "temperature", None),
         ({"no_such_field": 1}, "no_such_field", None),
     ],
 )
@@ -150,6 +152,10 @@ def test_a_completion_that_cannot_run_is_refused(fake_server, fields, param, cod
         ("embeddings", {"input": "a", "dimensions": 3}, "dimensions"),
         ("responses", {"input": "a", "top_logprobs": 5}, "top_logprobs"),
         ("responses", {"input": "a", "previous_response_id": "r"}, "previous_response_id"),
+        ("chat/completions", {"messages": QUESTION, "tools": [TOOL, TOOL]}, "tools[1].function.name"),
+        ("chat/completions", {"messages": QUESTION, "continue_final_message": True}, "continue_final_message"),
+        ("chat/completions", {"messages": QUESTION, "top_logprobs": 2}, "top_logprobs"),
+        ("chat/completions", {"messages": QUESTION, "stream_options": {"include_usage": True}}, "stream_options"),
     ],
 )
 def test_what_asks_for_too_much_or_contradicts_itself_is_refused_by_name(fake_server, route, fields, param):

@@ -8,7 +8,6 @@ import signal
 import time
 
 import httpx
-import pytest
 
 from tests.support.fake_engine import SLOW, make_model_folder
 from tests.support.over_http import NUM_CONNECTIONS, get_often
@@ -120,50 +119,6 @@ def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
         assert 0 < complete == running_now < len(streams)
         for end in ends:
             assert end == "data: [DONE]" or json.loads(end.removeprefix("data: "))["error"]["type"] == "server_error"
-
-
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_running_requests_finish_and_ends_with_zero(fake_model, signal_number):
-    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
-        pids = [*worker_pids(server), engine_pid(server)]
-        streams = open_streams(stack, server, max_tokens=80)
-        server.process.send_signal(signal_number)
-        assert {stream.read() for stream in streams} == {"data: [DONE]"}
-        assert [stream.text for stream in streams] == [(f"{SLOW} {i:02} " * 10)[:80] for i in range(NUM_CONNECTIONS)]
-        assert server.wait() == 0
-        assert_gone(pids)
-        assert "Traceback" not in server.log()
-        assert "starting another" not in server.log()
-
-
-@pytest.mark.parametrize("how", ["time-out", "second Ctrl-C"])
-def test_requests_that_take_too_long_end_with_an_error(fake_model, how):
-    with (
-        two_workers(fake_model, "--shutdown-timeout", "1" if how == "time-out" else "60") as server,
-        contextlib.ExitStack() as stack,
-    ):
-        streams = open_streams(stack, server, max_tokens=2000)
-        server.process.send_signal(signal.SIGINT)
-        if how == "second Ctrl-C":
-            time.sleep(0.3)
-            server.process.send_signal(signal.SIGINT)
-        for stream in streams:
-            assert "shut down" in json.loads(stream.read().removeprefix("data: "))["error"]["message"]
-        assert server.wait(5) == 0
-
-
-def test_a_dead_engine_ends_all_streams_and_then_the_server(fake_model):
-    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
-        streams = open_streams(stack, server, max_tokens=2000)
-        pids = worker_pids(server)
-        os.kill(engine_pid(server), signal.SIGKILL)
-        died_at_s = time.monotonic()
-        for stream in streams:
-            assert json.loads(stream.read().removeprefix("data: "))["error"]["type"] == "server_error"
-        assert time.monotonic() - died_at_s < 2
-        assert {answer.status_code for answer in get_often(server, "/health")} == {503}
-        assert server.wait() == 1
-        assert_gone(pids)
 
 
 def test_workers_never_outlive_their_parent(fake_model):

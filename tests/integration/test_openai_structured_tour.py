@@ -201,23 +201,6 @@ def test_the_client_parses_the_arguments_of_a_call(client) -> None:
     assert isinstance(call.function.parsed_arguments, Capital)
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools[1].function.name"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_rich"}}}, "tool_choice"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"functions": [TOOLS[0]["function"]]}, "functions"),
-    ],
-    ids=["two of one name", "nothing to call", "no such tool", "no schema", "the old form"],
-)
-def test_what_cannot_be_asked_for_is_named(client, fields, param) -> None:
-    with pytest.raises(openai.BadRequestError) as error:
-        chat(client, **fields)
-    assert error.value.param == param
-
-
 # Responses
 
 

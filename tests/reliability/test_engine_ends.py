@@ -81,6 +81,9 @@ async def end_engine(server: ServerProcess, module: str, how: str, expected: lis
         for ended in ends:
             assert ended.is_honest_failure, ended
         if expected is None:
+            assert (await http.get("/health")).json()["error"]["message"] == "The engine process ended."
+            assert await status("/ready") == 503
+            assert (await http.post("/v1/completions", json=a_body())).status_code == 503
             return figures
         answer = await http.post("/v1/completions", json=a_body())
         if answer.status_code == 200:  # the next one may be fast
@@ -130,13 +133,18 @@ async def one_answer(server: ServerProcess) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_after_the_last_restart_the_server_ends(tiny_model: str, workers: str) -> None:
-    flags = ["--restart-engine", "1", "--http-workers", workers]
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_without_a_restart_left_the_server_ends(tiny_model: str, restarts: int, workers: str) -> None:
+    flags = ["--http-workers", workers] + (["--restart-engine", str(restarts)] if restarts else [])
     with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
         expected = asyncio.run(one_answer(server))
-        asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, expected))
+        for _ in range(restarts):
+            asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, expected))
+        pids = descendants(server.process.pid)
         asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, None))
         assert server.wait(20) == 1
+        assert not [pid for pid in pids if is_alive(pid)]
+        assert "Traceback" not in server.log()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -1,4 +1,4 @@
-"""SIGTERM under load: nobody new is let in, those who can finish do, the others hear of it, nothing is left.
+"""SIGTERM or SIGINT under load: nobody new is let in, those who can finish do, the others hear of it, nothing is left.
 
 Run with `--slow` for the long form (20 times); without it there are two.
 """
@@ -22,6 +22,7 @@ SHORT, LONG = 100, 100_000  # tokens: with 20 ms for each 2 s, and longer than a
 NUM_SHORT, NUM_LONG = 24, 8
 SHUTDOWN_TIMEOUT_S = 8.0
 ADMISSION_ENDS_S = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LIMIT_S = SHUTDOWN_TIMEOUT_S + 6.0  # from the signal to the end of the server's process
 
 
@@ -106,7 +107,7 @@ def check_newcomers(heard: list[tuple[float, str]]) -> None:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_sigterm_with_thirty_two_streams(model: str, workers: str, times: int) -> None:
+def test_a_signal_with_thirty_two_streams(model: str, workers: str, times: int) -> None:
     outcomes: Counter[str] = Counter()
     most_s = 0.0
     for i in range(times):
@@ -115,7 +116,7 @@ def test_sigterm_with_thirty_two_streams(model: str, workers: str, times: int) -
             pids = descendants(server.process.pid)
             assert len(pids) == (1 if workers == "1" else 1 + int(workers))
             began_s = time.monotonic()
-            ends, heard = asyncio.run(shut_down(server, (signal.SIGTERM, signal.SIGINT)[i % 2]))
+            ends, heard = asyncio.run(shut_down(server, SIGNALS[(i + int(workers)) % 2]))
             assert server.wait(LIMIT_S) == 0
             most_s = max(most_s, time.monotonic() - began_s)
             check_ends(ends)
@@ -126,7 +127,7 @@ def test_sigterm_with_thirty_two_streams(model: str, workers: str, times: int) -
             while alive := [pid for pid in pids if is_alive(pid)]:
                 assert time.monotonic() < deadline_s, f"processes {alive} are still there"
                 time.sleep(0.05)
-            assert "Traceback" not in server.log()
+            assert "Traceback" not in server.log() and "starting another" not in server.log()
         finally:
             server.process.kill()
     print(
@@ -134,8 +135,8 @@ def test_sigterm_with_thirty_two_streams(model: str, workers: str, times: int) -
     )
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_second_sigterm_ends_it_now(model: str, workers: str) -> None:
+@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGTERM), ("2", signal.SIGINT)])
+def test_a_second_signal_ends_it_now(model: str, workers: str, number: signal.Signals) -> None:
     server = start(model, workers)
     try:
 
@@ -144,14 +145,16 @@ def test_a_second_sigterm_ends_it_now(model: str, workers: str) -> None:
                 progress = Progress()
                 stream = asyncio.create_task(ask(http, a_body(0, LONG), progress))
                 await begun([progress])
-                server.process.send_signal(signal.SIGTERM)
+                server.process.send_signal(number)
                 await asyncio.sleep(0.5)
                 assert not stream.done()
-                server.process.send_signal(signal.SIGTERM)
+                server.process.send_signal(number)
                 return await asyncio.wait_for(stream, 15)
 
-        assert asyncio.run(stop_twice()).is_honest_failure
+        ended = asyncio.run(stop_twice())
+        assert ended.is_honest_failure and "shut down" in (ended.error or {})["message"]
         assert server.wait(5) == 0
+        assert "Traceback" not in server.log()
     finally:
         server.process.kill()
 

@@ -90,8 +90,6 @@ TIME = hermes("get_time", "{}")
 @pytest.mark.parametrize(
     ("tool", "field"),
     [
-        ({"type": "function"}, "function"),
-        ({"type": "retrieval", "function": {"name": "f"}}, "type"),
         ({"type": "function", "function": {"name": "a b"}}, "name"),
         ({"type": "function", "function": {"name": "f\n"}}, "name"),
         ({"type": "function", "function": {"name": "x" * 65}}, "name"),

@@ -141,6 +141,8 @@ def test_a_wrong_or_unsupported_field_is_refused_by_name(field, value):
         ({"n": 200}, "n"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"stream": True, "stream_options": {"no_such": 1}}, "stream_options.no_such"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"functions": [{"name": "f"}]}, "functions"),
     ],
 )
 def test_nested_fields_are_named_by_their_path(fields, param):
