@@ -1,6 +1,7 @@
 """The scheduler and the registry of adapters without a model."""
 
 from pathlib import Path
+from typing import Any
 
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S
@@ -8,7 +9,7 @@ from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
-from stellarbyte_server.protocol.messages import AdapterCard
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, Reply
 from tests.support.adapters import FakeStore
 from tests.support.engine import make_request, make_scheduler
 
@@ -16,7 +17,7 @@ from tests.support.engine import make_request, make_scheduler
 class AdapterEngine:
     """Scheduler and registry without a model: every scheduled token is 7."""
 
-    def __init__(self, folder: Path, num_slots: int = 2, max_in_memory: int = 4, **options: object) -> None:
+    def __init__(self, folder: Path, num_slots: int = 2, max_in_memory: int = 4, **options: Any) -> None:
         self.now_s = 0.0
         self.store = FakeStore()
         self.adapters = Adapters(
@@ -29,9 +30,9 @@ class AdapterEngine:
         self.scheduler: Scheduler = make_scheduler(
             num_blocks=5000, adapters=self.adapters, clock=lambda: self.now_s, **options
         )
-        self.replies: list[object] = []
+        self.replies: list[Reply] = []
 
-    def submit(self, adapter: str | None, max_tokens: int = 4, **fields: object) -> Sequence:
+    def submit(self, adapter: str | None, max_tokens: int = 4, **fields: Any) -> Sequence:
         version = None if adapter is None else self.adapters.bind(AdapterReference.parse(adapter))
         return self.scheduler.add(make_request([1, 2, 3], max_tokens, adapter=adapter, **fields), version)
 
@@ -59,14 +60,14 @@ class AdapterEngine:
             self.step()
         raise AssertionError("there is still work")
 
-    def load(self, name: str, path: str, in_place: bool = False) -> object:
+    def load(self, name: str, path: str, in_place: bool = False) -> Reply:
         refusal = self.adapters.load(f"load {name}", name, path, in_place)
         return self.answer([] if refusal is None else [refusal], f"load {name}")
 
-    def unload(self, name: str) -> object:
+    def unload(self, name: str) -> Reply:
         return self.answer(self.adapters.unload(f"unload {name}", name), f"unload {name}")
 
-    def answer(self, replies: list[object], call_id: str) -> object:
+    def answer(self, replies: list[Reply], call_id: str) -> Reply:
         """The reply to a call, now or after what other threads do."""
         for _ in range(4):
             for reply in replies:
@@ -78,7 +79,9 @@ class AdapterEngine:
 
     def cards(self) -> tuple[AdapterCard, ...]:
         self.now_s += LISTING_LASTS_S
-        return self.answer(self.adapters.list_all("list"), "list").cards
+        listed = self.answer(self.adapters.list_all("list"), "list")
+        assert isinstance(listed, AdapterList)
+        return listed.cards
 
     def card(self, name: str, state: str = "ready") -> AdapterCard:
         (found,) = [c for c in self.cards() if c.name == name and c.state == state]

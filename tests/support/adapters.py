@@ -87,6 +87,11 @@ def listed(adapters: Adapters) -> tuple[AdapterCard, ...]:
     return found.cards
 
 
+def _shown(version: AdapterVersion) -> str:
+    assert version.files is not None
+    return version.files.shown
+
+
 @dataclass
 class FakeStore:
     """Looks, reads and copies end when the test says so; what a file holds is its version's `files.shown`."""
@@ -96,7 +101,7 @@ class FakeStore:
     fills: list[tuple[AdapterVersion, int]] = field(default_factory=list)
     in_memory: set[AdapterVersion] = field(default_factory=set)
     in_slots: dict[int, AdapterVersion] = field(default_factory=dict)
-    content: Callable[[AdapterVersion], str] = lambda version: f"hash of {version.files.shown}"
+    content: Callable[[AdapterVersion], str] = lambda version: f"hash of {_shown(version)}"
     errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be read
     fill_errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be copied to a slot
     wake_fd = None

@@ -147,8 +147,8 @@ def problems_of(block: Block, results: Path) -> Iterator[str]:
             if len(numbers) != len(paths) and (numbers or i in in_rows):
                 yield f"{numbers} in row {i + 1}, column {column + 1} have {len(paths)} paths"
             for number, (path, figures) in zip(numbers, paths, strict=False):
-                for place, cell in enumerate(row):
-                    path = path.replace(f"{{{place + 1}}}", cell.strip("`"))
+                for cell_number, cell in enumerate(row, 1):
+                    path = path.replace(f"{{{cell_number}}}", cell.strip("`"))
                 yield from _difference(number, path, figures)
     yield from (f"row {i + 1} has paths without numbers" for i, paths in in_rows.items() if paths)
 

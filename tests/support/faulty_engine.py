@@ -10,15 +10,19 @@ from collections.abc import Iterable
 from enum import Enum
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import msgspec
 import torch
 
+from stellarbyte.lora import read_adapter
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine import process
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.load import build_core
+from stellarbyte_server.engine.loop import Core, EngineLoop
 from stellarbyte_server.engine.run import adapter_store
+from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
@@ -106,13 +110,13 @@ class _FaultyStep:
         return result
 
 
-class FaultyLoop(process.EngineLoop):
+class FaultyLoop(EngineLoop):
     """Cannot write the deltas of some requests."""
 
-    def __init__(self, core: process.Core, *rest: Any) -> None:
+    def __init__(self, core: Core, *rest: Any) -> None:
         super().__init__(core, *rest)
         self._unwritable: set[str] = set()
-        self._encoder = self  # type: ignore[assignment]
+        self._encoder: Any = self
 
     def encode(self, event: Event) -> bytes:
         for delta in event.deltas if isinstance(event, StepOutput) else ():
@@ -134,25 +138,25 @@ def plant_in_core(core: EngineCore) -> None:
             raise PlantedError
         return queue(request, *rest)
 
-    core.scheduler.add = add  # type: ignore[method-assign]
+    mock.patch.object(core.scheduler, "add", add).start()
 
 
 def plant_in_adapters() -> None:
     """Before the registry is made."""
-    read, fill = adapter_store.read_adapter, adapter_store.AdapterStore.fill
+    read, fill = read_adapter, AdapterStore.fill
 
     def faulty_read(config: Any, *rest: Any, **options: Any) -> Any:
         if config.parent.name.startswith(FAULTY_READ):
             raise PlantedError
         return read(config, *rest, **options)
 
-    def faulty_fill(self: adapter_store.AdapterStore, version: AdapterVersion, slot: int) -> None:
+    def faulty_fill(self: AdapterStore, version: AdapterVersion, slot: int) -> None:
         if version.name.startswith(FAULTY_COPY):
             self._packed[version] = None  # type: ignore[assignment]
         fill(self, version, slot)
 
-    adapter_store.read_adapter = faulty_read  # type: ignore[assignment]
-    adapter_store.AdapterStore.fill = faulty_fill  # type: ignore[method-assign]
+    mock.patch.object(adapter_store, "read_adapter", faulty_read).start()
+    mock.patch.object(AdapterStore, "fill", faulty_fill).start()
 
 
 def build_faulty_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
@@ -163,5 +167,5 @@ def build_faulty_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]
 
 
 if __name__ == "__main__":
-    process.EngineLoop = FaultyLoop  # type: ignore[misc]
+    mock.patch.object(process, "EngineLoop", FaultyLoop).start()
     sys.exit(process.main(build_faulty_core))

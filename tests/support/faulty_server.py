@@ -6,6 +6,7 @@ the `cache_salt` `UNSENDABLE` break off after their first part.
 
 import sys
 from typing import Any
+from unittest import mock
 
 from stellarbyte_server.__main__ import main
 from stellarbyte_server.client.delta_stream import DeltaStream
@@ -40,9 +41,9 @@ def plant() -> None:
             begun.add(self.request_id)
         return delta
 
-    PromptTokenizer.encode = faulty_encode  # type: ignore[method-assign]
-    EngineClient.submit = noting_submit  # type: ignore[method-assign]
-    DeltaStream.__anext__ = faulty_anext  # type: ignore[method-assign]
+    mock.patch.object(PromptTokenizer, "encode", faulty_encode).start()
+    mock.patch.object(EngineClient, "submit", noting_submit).start()
+    mock.patch.object(DeltaStream, "__anext__", faulty_anext).start()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from stellarbyte.backends.gpu.steps import Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank, pack_adapter
-from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.run.runner import PlanRunner, PlanStep
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
@@ -47,7 +47,7 @@ class GpuEngine:
 
     def __init__(
         self,
-        model: ByteLanguageModel,
+        model: ByteTransformer,
         device: torch.device,
         config: ByteModelConfig | None = None,
         dtype: torch.dtype = torch.float32,

@@ -1,11 +1,12 @@
 """`python -m tests.support.lying_server FLAGS`: a server that calls cut answers complete, to test the tests."""
 
 import sys
+from unittest import mock
 
 import msgspec
 
 from stellarbyte_server.__main__ import main
-from stellarbyte_server.client import engine_client as client
+from stellarbyte_server.client import engine_client
 from stellarbyte_server.protocol.messages import Delta, failure
 
 
@@ -14,5 +15,5 @@ def false_end(request_id: str, message: str, code: str | None = None, param: str
 
 
 if __name__ == "__main__":
-    client.failure = false_end
+    mock.patch.object(engine_client, "failure", false_end).start()
     sys.exit(main())

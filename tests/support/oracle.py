@@ -72,14 +72,15 @@ def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, att
 
 
 def _attention(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-    length, dim = len(x), config.head_dim
+    length, dim, num_kv_heads = len(x), _head_dim(config), config.num_key_value_heads
+    assert num_kv_heads is not None  # the config fills it in
     q = _linear(w, "self_attn.q_proj", x).view(length, config.num_attention_heads, dim)
-    k = _linear(w, "self_attn.k_proj", x).view(length, config.num_key_value_heads, dim)
-    v = _linear(w, "self_attn.v_proj", x).view(length, config.num_key_value_heads, dim)
+    k = _linear(w, "self_attn.k_proj", x).view(length, num_kv_heads, dim)
+    v = _linear(w, "self_attn.v_proj", x).view(length, num_kv_heads, dim)
     if config.qk_norm:
         q = _rms_norm(q, w["self_attn.q_norm.weight"], config.rms_norm_eps)
         k = _rms_norm(k, w["self_attn.k_norm.weight"], config.rms_norm_eps)
-    groups = config.num_attention_heads // config.num_key_value_heads
+    groups = config.num_attention_heads // num_kv_heads
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return _linear(w, "self_attn.o_proj", attend(config, config.windows[layer], q, k, v).flatten(1))
 
@@ -88,7 +89,7 @@ def _attend(
     config: ByteModelConfig, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     """Every pair (m, n): Re[q_m · conj(k_n) · e^{i·distance·θ}] · ζ^(distance/b)."""
-    length, dim, sinks = len(q), config.head_dim, config.sink_tokens
+    length, dim, sinks = len(q), _head_dim(config), config.sink_tokens
     m, n = torch.arange(length)[:, None], torch.arange(length)[None, :]
     distance, visible = m - n, n <= m
     if window is not None:
@@ -130,12 +131,12 @@ def _scores(
 ) -> torch.Tensor:
     """[H, M, N] scores of queries at m and keys at n, both small: float64 holds ζ to the power of either."""
     turned = [_turn(config, t, positions, sign).transpose(0, 1) for t, positions, sign in ((q, m, 1), (k, n, -1))]
-    return turned[0] @ turned[1].transpose(1, 2) / math.sqrt(config.head_dim)
+    return turned[0] @ turned[1].transpose(1, 2) / math.sqrt(_head_dim(config))
 
 
 def _turn(config: ByteModelConfig, t: torch.Tensor, positions: torch.Tensor, sign: int) -> torch.Tensor:
     """The textbook's absolute form: t · e^{i·position·θ} · ζ^(±position/b), as pairs of reals."""
-    half = config.head_dim // 2
+    half = _head_dim(config) // 2
     theta, zeta = _frequencies(config)
     turns = torch.polar(zeta ** (sign * positions[:, None] / config.xpos_scale_base), positions[:, None] * theta)
     turned = torch.complex(t[..., :half], t[..., half:]) * turns[:, None]
@@ -144,10 +145,17 @@ def _turn(config: ByteModelConfig, t: torch.Tensor, positions: torch.Tensor, sig
 
 def _frequencies(config: ByteModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """θ_j and ζ_j (1 without XPos)."""
-    j = torch.arange(config.head_dim // 2, dtype=torch.float64)
-    theta = config.rope_parameters["rope_theta"] ** (-2 * j / config.head_dim)
-    zeta = (2 * j / config.head_dim + config.xpos_gamma) / (1 + config.xpos_gamma)
+    dim = _head_dim(config)
+    j = torch.arange(dim // 2, dtype=torch.float64)
+    assert config.rope_parameters is not None  # the config fills it in
+    theta = config.rope_parameters["rope_theta"] ** (-2 * j / dim)
+    zeta = (2 * j / dim + config.xpos_gamma) / (1 + config.xpos_gamma)
     return theta, zeta if config.use_xpos else torch.ones_like(zeta)
+
+
+def _head_dim(config: ByteModelConfig) -> int:
+    assert config.head_dim is not None  # the config fills it in
+    return config.head_dim
 
 
 def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Random JSON schemas, and a model that writes whatever a grammar lets it, for tests of structured output."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ class RandomSchemas:
         return schema
 
     def any(self, depth: int, refer: bool = True) -> dict[str, Any]:
+        kinds: list[Callable[[int, bool], dict[str, Any]]]
         kinds = [self.string, self.string, self.integer, self.number, self.enum, self.constant, self.simple]
         if depth > 0:
             kinds += [self.union, self.merged]

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
@@ -24,7 +25,7 @@ class Terminal:
     """`command` is what follows `stellarbyte`; use in a `with` statement. `home` takes the place of the user's own."""
 
     def __init__(self, *command: str, home: Path, rows: int = 24, columns: int = 140, **environment: str) -> None:
-        self._screen = _Screen(columns, rows, history=10_000)
+        self._screen = _Screen(columns, rows, self.type)
         self._stream = pyte.ByteStream(self._screen)
         # pytest-xdist's processes are told of a size that is not this terminal's.
         own = ("STELLARBYTE_", "COLUMNS", "LINES")
@@ -38,7 +39,6 @@ class Terminal:
             | environment,
             timeout=LIMIT_S,
         )  # fmt: skip
-        self._screen.write_process_input = self.type
         self.raw = b""  # everything that the program has written
 
     def __enter__(self) -> "Terminal":
@@ -134,4 +134,9 @@ def _color(name: str) -> str | None:
 class _Screen(pyte.HistoryScreen):
     """pyte knows what to answer when a program asks where the cursor is, and leaves sending it to us."""
 
-    write_process_input = None
+    def __init__(self, columns: int, rows: int, answer: Callable[[str], None]) -> None:
+        super().__init__(columns, rows, history=10_000)
+        self._answer = answer
+
+    def write_process_input(self, data: str) -> None:
+        self._answer(data)
