@@ -1,16 +1,30 @@
 """Options of the test suite: what takes minutes runs only when asked for. Where GPU kernels run is decided here."""
 
-import functools
 import os
+import ssl
+from collections.abc import Callable
+from typing import Any
 
-import httpx._transports.default as httpx_transport
+import certifi
 import pytest
 import torch
 
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)
-# httpx reads all root certificates for every client, 40 ms each, also for `httpx.get` of plain http on 127.0.0.1.
-httpx_transport.create_ssl_context = functools.cache(httpx_transport.create_ssl_context)
+
+
+def _roots_read_once(create: Callable[..., ssl.SSLContext]) -> Callable[..., ssl.SSLContext]:
+    """httpx reads all root certificates for every client, 40 ms each, also for `httpx.get` of http on 127.0.0.1."""
+    of_roots = {"cafile": os.environ.get("SSL_CERT_FILE") or certifi.where()}
+    roots = create(**of_roots)
+
+    def create_or_reuse(*args: Any, **kwargs: Any) -> ssl.SSLContext:
+        return roots if not args and kwargs == of_roots else create(*args, **kwargs)
+
+    return create_or_reuse
+
+
+ssl.create_default_context = _roots_read_once(ssl.create_default_context)
 
 if not torch.cuda.is_available():
     # By Triton's interpreter; read when Triton is first imported, which other libraries do as well.

@@ -1,4 +1,4 @@
-"""Test modules share through tests/support and through helpers without tests, never through each other."""
+"""Which modules may be imported: none with tests, and of libraries none that is private."""
 
 import ast
 from collections.abc import Iterator
@@ -34,3 +34,20 @@ def test_a_module_with_tests_is_known_as_one() -> None:
 def test_no_module_imports_one_with_tests() -> None:
     found = {str(module.relative_to(ROOT)): set(filter(holds_tests, names_imported(module))) for module in MODULES}
     assert {module: names for module, names in found.items() if names} == {}
+
+
+PRIVATE = "server/stellarbyte_server/http/uvicorn_private.py"  # says what of a library is used without a promise
+UNDOCUMENTED = ("uvicorn.protocols.",)
+
+
+def is_private(name: str) -> bool:
+    own = ("stellarbyte", "tests.", "benchmarks.", "scripts.", "__future__")
+    inner = name.split(".")[1:]
+    return not name.startswith(own) and (name.startswith(UNDOCUMENTED) or any(part.startswith("_") for part in inner))
+
+
+def test_private_parts_of_libraries_are_imported_in_one_place_only() -> None:
+    folders = ("stellarbyte", "server", "clients/python", "benchmarks", "scripts", "tests")
+    modules = {str(path.relative_to(ROOT)): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    found = {module: set(filter(is_private, names_imported(path))) for module, path in modules.items()}
+    assert {module for module, names in found.items() if names} == {PRIVATE}

@@ -1,8 +1,8 @@
 """A rejected request has one of a few reasons, which label a metric."""
 
-from starlette._utils import get_route_path
 from starlette.types import Scope
 
+from stellarbyte_server.access.paths import path_of
 from stellarbyte_server.access.rules import Access, RouteTable
 from stellarbyte_server.api.disconnect import CLIENT_CLOSED_REQUEST
 from stellarbyte_server.observe.reasons import reason_of_error
@@ -16,6 +16,6 @@ def rejection_reason(scope: Scope, routes: RouteTable, status: int | None, recor
     """
     if status is None or status < 400 or status == CLIENT_CLOSED_REQUEST or record.streams:
         return None
-    if scope["method"] != "POST" or routes.methods_of(get_route_path(scope)).get("POST") is not Access.USER:
+    if scope["method"] != "POST" or routes.methods_of(path_of(scope)).get("POST") is not Access.USER:
         return None
     return reason_of_error(status, record.error_code)

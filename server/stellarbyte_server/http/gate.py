@@ -3,11 +3,11 @@
 import re
 from http import HTTPStatus
 
-from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stellarbyte_server.access.keys import Key, Keyring
+from stellarbyte_server.access.paths import path_of
 from stellarbyte_server.access.rules import Access, RouteTable
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, method_not_allowed, no_route
 from stellarbyte_server.config.setting_values import is_address, is_loopback
@@ -50,7 +50,7 @@ class Gate:
                 f"Without --api-key this server answers only under the host name localhost, {addresses}, and names"
                 " that --allowed-host gives.",
             )
-        path, method = get_route_path(scope), scope["method"]
+        path, method = path_of(scope), scope["method"]
         methods = self._routes.methods_of(path)
         access = methods.get(method, Access.USER)
         if access is not Access.OPEN:

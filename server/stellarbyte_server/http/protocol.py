@@ -10,18 +10,19 @@ the server's sockets are made.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, ClassVar
 from urllib.parse import unquote_to_bytes
 
 import httptools
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.middleware import BODY_ERROR, log_request, request_id_for
 from stellarbyte_server.http.connection_limit import too_many_connections
 from stellarbyte_server.http.send_timeout import SendTimeout
+from stellarbyte_server.http.uvicorn_private import HttpToolsProtocol
 from stellarbyte_server.observe.reasons import reason_of_error
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too
@@ -235,7 +236,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if is_answered:
             response = error.response()
             response.headers.update({"Connection": "close", "X-Request-Id": request_id})
-            head = [STATUS_LINE[error.status], *(b"%s: %s\r\n" % field for field in response.raw_headers)]
+            status = b"HTTP/1.1 %d %s\r\n" % (error.status, HTTPStatus(error.status).phrase.encode())
+            head = [status, *(b"%s: %s\r\n" % field for field in response.raw_headers)]
             self.transport.write(b"".join([*head, b"\r\n", response.body]))
             self._close()
 

@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from stellarbyte_server.access.paths import path_of
 from stellarbyte_server.access.rules import Access, RouteTable
 from stellarbyte_server.config.setting_values import SettingsError
 from stellarbyte_server.config.settings import ServerSettings
@@ -93,7 +93,7 @@ class Tracing:
         from opentelemetry import propagate
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
-        path, method = get_route_path(scope), scope["method"]
+        path, method = path_of(scope), scope["method"]
         if routes.methods_of(path).get(method, Access.USER) is Access.OPEN:
             return
         route = routes.route_of(path)

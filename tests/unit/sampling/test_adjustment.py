@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from stellarbyte.ops.cpu import adjustment as compiled
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment, adjust_logits
@@ -89,12 +89,12 @@ def test_every_adjustment_equals_the_reference_after_any_number_of_tokens(adjust
             tokens += [chance.randrange(VOCABULARY) for _ in range(chance.choice([0, 1, 1, 1, 4]))]
 
 
-class Elements(TorchDispatchMode):
+class Elements(TorchFunctionMode):
     """Counts the elements of all tensors that operations return."""
 
     count = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = operation(*args, **(kwargs or {}))
         if isinstance(returned, torch.Tensor):
             self.count += returned.numel()

@@ -1,0 +1,12 @@
+"""The path of a request below --root-path."""
+
+from starlette.types import Scope
+
+
+def path_of(scope: Scope) -> str:
+    """The path that routes are matched with: ASGI's `path` without its `root_path`."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if path == root or path.startswith(f"{root}/"):
+        return path[len(root) :]
+    return path
