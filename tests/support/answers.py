@@ -15,5 +15,5 @@ def assert_same(found: Delta, expected: Delta) -> None:
         assert [entry.token_id for entry in ours] == [entry.token_id for entry in theirs]
         assert [[i for i, _ in entry.top] for entry in ours] == [[i for i, _ in entry.top] for entry in theirs]
         assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-4)
-    vectors = [np.frombuffer(delta.embedding or b"", np.float32) for delta in (found, expected)]
-    np.testing.assert_allclose(*vectors, atol=1e-4)
+    our_vector, their_vector = (np.frombuffer(delta.embedding or b"", np.float32) for delta in (found, expected))
+    np.testing.assert_allclose(our_vector, their_vector, atol=1e-4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -221,11 +222,8 @@ def sampling_by(
     executor: HostExecutor, sample: Callable[[torch.Tensor, list[RowSampling]], list[int]]
 ) -> Iterator[None]:
     """Let another function sample for a while: it gets adjusted logits [R, V] and the rows' parameters."""
-    executor.model.sample = sample  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(executor.model, "sample", sample):
         yield
-    finally:
-        del executor.model.sample
 
 
 def generated(sequence: Sequence) -> list[int]:

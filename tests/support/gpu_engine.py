@@ -106,6 +106,7 @@ class GpuEngine:
         self.read()
         if step is not None:
             if intervene is not None:
+                assert isinstance(step.step, SlotStep)
                 intervene(step.step)
             step.finish()
             self._in_flight = (chunks, step)

@@ -82,5 +82,5 @@ def assert_same(found: StepResult, expected: StepResult) -> None:
             np.testing.assert_allclose([e.logprob for e in entries], [e.logprob for e in theirs[row]], atol=1e-5)
     assert found.pooled.keys() == expected.pooled.keys()
     for row, pooled in found.pooled.items():
-        vectors = [np.frombuffer(vector, np.float32) for vector in (pooled, expected.pooled[row])]
-        np.testing.assert_allclose(*vectors, atol=1e-5)
+        our_vector, their_vector = (np.frombuffer(vector, np.float32) for vector in (pooled, expected.pooled[row]))
+        np.testing.assert_allclose(our_vector, their_vector, atol=1e-5)

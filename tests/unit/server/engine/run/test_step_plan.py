@@ -16,10 +16,10 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.adapters import random_adapter
 from tests.support.answers import assert_same
 from tests.support.engine import ModelEngine, make_request
+from tests.support.engine_core import VOCABULARY, drain, model_core
 from tests.support.models import make_model, random_tokens
 from tests.support.recorded_plans import RecordingExecutor, replay
-from tests.unit.server.engine.grammar.test_requests import SCHEMAS, VOCABULARY, drain
-from tests.unit.server.engine.test_answers import model_core
+from tests.support.schemas import SCHEMAS
 
 WISHES: list[dict[str, Any]] = [
     {"grammar": json_grammar(SCHEMAS[0]), "temperature": 1.0},
