@@ -29,9 +29,9 @@ from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.load import build_core
-from stellarbyte_server.engine.run.plan import serving_config
 from stellarbyte_server.engine.run.runner import RunningStep
+from stellarbyte_server.engine.start.load import build_core
+from stellarbyte_server.engine.start.serving_plan import serving_config
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams

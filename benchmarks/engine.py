@@ -26,11 +26,11 @@ from stellarbyte_server.engine.adapters.registry import no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.loop import EngineLoop
-from stellarbyte_server.engine.run.plan import share_limits
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.run.step_plan import Finish, StepPlan, StepResult
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.start.serving_plan import share_limits
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
 from stellarbyte_server.protocol.messages import Submit
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams

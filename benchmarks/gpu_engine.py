@@ -1,4 +1,4 @@
-"""Workloads on our engine without HTTP, in one process: started by benchmarks.gpu for each loaded model. Knows no peer.
+"""Workloads on our engine without HTTP, in one process: started by benchmarks.gpu for each loaded model.
 
     python -m benchmarks.gpu_engine --engine 0.6b --device cuda --folder TMP 0.6b/1 0.6b/64
 
@@ -37,7 +37,7 @@ from benchmarks.gpu_workloads import (
 )
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.load import build_core
+from stellarbyte_server.engine.start.load import build_core
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected

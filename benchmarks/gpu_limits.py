@@ -1,4 +1,4 @@
-"""What the card can do at most: reading and copying memory, bf16 matrix products. Knows no model.
+"""What the card can do at most: reading and copying memory, bf16 matrix products.
 
 python -m benchmarks.gpu_limits --device cuda
 """

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the device's kernels by name, and how long it had nothing to do. Knows no engine."""
+"""Where the time of a step goes: the device's kernels by name, and how long it had nothing to do."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable

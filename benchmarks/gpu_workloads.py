@@ -1,4 +1,4 @@
-"""What benchmarks.gpu runs: shapes of models, engines, workloads, and what a peer reached. Knows no engine.
+"""What benchmarks.gpu runs: shapes of models, engines, workloads, and what a peer reached.
 
 The peer's figures are notes of what vLLM 0.22.1 (torch 2.11.0+cu130) reached on another H100 80GB HBM3 before, in bf16,
 with random weights and token ids, temperature 0.6, ignore_eos; there is no file of results. Where vLLM is installed,

@@ -1,4 +1,4 @@
-"""The shape of a ByteTransformer. Knows nothing of weights, devices or serving."""
+"""The shape of a ByteTransformer."""
 
 from typing import Any
 

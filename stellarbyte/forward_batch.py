@@ -1,4 +1,4 @@
-"""One serving step as the model sees it: tokens of many sequences in a flat row. Knows no requests."""
+"""One serving step as the model sees it: tokens of many sequences in a flat row."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""XPos and RoPE rotations by relative offset (numerics: "XPos"). Knows nothing of caches or batches.
+"""XPos and RoPE rotations by relative offset (numerics: "XPos").
 
 Both position encodings depend on distances only, so queries and keys are rotated by their offset from a nearby
 base position instead of by absolute position: the XPos factors stay near 1 and every float format is exact enough

@@ -1,4 +1,4 @@
-"""Keeps Python's garbage collector from halting streams. Knows nothing of what there is."""
+"""Keeps Python's garbage collector from halting streams."""
 
 import gc
 

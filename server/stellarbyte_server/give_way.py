@@ -1,4 +1,4 @@
-"""How threads beside the engine's own leave the cores to it. Knows nothing of what they do."""
+"""How threads beside the engine's own leave the cores to it."""
 
 import contextlib
 import os

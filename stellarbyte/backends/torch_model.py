@@ -1,4 +1,4 @@
-"""What the engine asks of a model, and the plain torch form of it. Knows no requests."""
+"""What the engine asks of a model, and the plain torch form of it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Conversion of a Hugging Face folder or a GGUF file into a ByteTransformer checkpoint. Knows no command line."""
+"""Conversion of a Hugging Face folder or a GGUF file into a ByteTransformer checkpoint."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Random weights of the shape that a config.json describes, for benchmarks. Knows no weight files."""
+"""Random weights of the shape that a config.json describes, for benchmarks."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A ByteTransformer checkpoint folder: checked before it is read, loaded. Knows no other format.
+"""A ByteTransformer checkpoint folder: checked before it is read, loaded.
 
 config.json  generation_config.json  model.safetensors (or shards and model.safetensors.index.json)
 tokenizer.json  tokenizer_config.json  chat_template.jinja (where the model has one)

@@ -1,4 +1,4 @@
-"""What a conversion will write, decided before a byte is written. Knows no source format."""
+"""What a conversion will write, decided before a byte is written."""
 
 import math
 from collections.abc import Callable, Mapping

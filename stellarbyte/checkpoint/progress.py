@@ -1,4 +1,4 @@
-"""How far a conversion is. Knows nothing of what is converted."""
+"""How far a conversion is."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The safetensors format: strict headers, and writing tensor by tensor. Knows no model.
+"""The safetensors format: strict headers, and writing tensor by tensor.
 
 The safetensors package reads tensors lazily but writes a file only from tensors that are all in memory; the format
 (8 bytes of length, a JSON header, the bytes) is small enough to stream.

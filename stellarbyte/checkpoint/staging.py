@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all. Knows nothing of what is in it."""
+"""A folder that appears whole or not at all."""
 
 import secrets
 import shutil

@@ -1,4 +1,4 @@
-"""Whether a tokenizer and an embedding fit each other. Knows no files."""
+"""Whether a tokenizer and an embedding fit each other."""
 
 from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""What a LoRA adapter changes and how strongly (Hu et al. 2021). Knows no weights and no files."""
+"""What a LoRA adapter changes and how strongly (Hu et al. 2021)."""
 
 import math
 import re

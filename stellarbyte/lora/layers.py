@@ -1,4 +1,4 @@
-"""Linear layers with low-rank adapters, and the functions that put them into a model. Knows nothing of files.
+"""Linear layers with low-rank adapters, and the functions that put them into a model.
 
 Adapters have names. They live in `LoRALinear` modules that stand where the linear layers stood; while LoRA is
 deactivated the original layers stand there again and the wrappers wait in the model's plain attribute `_lora_aside`, a

@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json, to and from `LoRAConfig`. Knows no tensors.
+"""PEFT's adapter_config.json, to and from `LoRAConfig`.
 
 A file may come from anyone: no regular expression of it is run unless it is bound to be fast, and what would change the
 outputs in a way that is not implemented is refused by name.

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's files, read for serving, and read and written for a model at hand. Knows no server.
+"""Adapters in PEFT's files, read for serving, and read and written for a model at hand.
 
 Reading trusts nothing: nothing is unpickled, a header is checked before a tensor is read, and no message has a folder
 in it.

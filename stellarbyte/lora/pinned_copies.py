@@ -1,4 +1,4 @@
-"""Copies from CPU memory to a CUDA device beside its running kernels. Knows not what is copied.
+"""Copies from CPU memory to a CUDA device beside its running kernels.
 
 They go through two page-locked buffers made once. Locking each source's own pages would let copies run without the CPU,
 but it takes as long as the copy, needs locked memory for all that may ever be copied, and may halt the device.

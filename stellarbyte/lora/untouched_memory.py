@@ -1,4 +1,4 @@
-"""CPU memory for large arrays that come and go. Knows not what is in them."""
+"""CPU memory for large arrays that come and go."""
 
 import mmap
 

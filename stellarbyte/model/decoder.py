@@ -1,4 +1,4 @@
-"""The decoder and its language-model head as plain modules. Knows neither transformers' model classes nor caches.
+"""The decoder and its language-model head as plain modules.
 
 Serving runs these directly: importing transformers' model classes costs seconds of a start.
 """

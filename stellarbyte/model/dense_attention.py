@@ -1,4 +1,4 @@
-"""Attention over whole sequences, for training, `forward` and `generate`. Knows no paged cache.
+"""Attention over whole sequences, for training, `forward` and `generate`.
 
 Visibility and distances are those of the numerics: a query at m sees the keys n ≤ m inside the layer's window and
 the first `sink_tokens` of the sequence, whose distance never exceeds what the window allows.

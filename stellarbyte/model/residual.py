@@ -1,4 +1,4 @@
-"""How a branch is added to the residual stream: LayerScale, DropPath, DeepNorm. Knows no attention."""
+"""How a branch is added to the residual stream: LayerScale, DropPath, DeepNorm."""
 
 from collections.abc import Callable
 

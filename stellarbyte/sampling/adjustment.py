@@ -1,4 +1,4 @@
-"""What requests ask to be done to logits before a token is sampled. Knows no requests and no randomness.
+"""What requests ask to be done to logits before a token is sampled.
 
 On a CPU `ops/cpu/adjustment.py` does the same faster.
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens as the API means them: of the model's own distribution. Knows no requests."""
+"""Log-probabilities of tokens as the API means them: of the model's own distribution."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

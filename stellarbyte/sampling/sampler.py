@@ -1,4 +1,4 @@
-"""Choosing the next token of many sequences at once. Knows no requests: parameters come as one row a sequence.
+"""Choosing the next token of many sequences at once.
 
 The order is that of the numerics: temperature, top_k, top_p, min_p, then the Gumbel-max rule with noise from a
 counter-based generator, so that a seeded request draws the same noise whatever else is in the batch.

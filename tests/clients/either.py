@@ -1,4 +1,4 @@
-"""Both Python clients behind one face, so that each test is for both. Knows no server."""
+"""Both Python clients behind one face, so that each test is for both."""
 
 import asyncio
 import inspect

@@ -11,7 +11,7 @@ import yaml
 
 from stellarbyte_server.api.routes.health import router
 from stellarbyte_server.config.command_line import parse_settings
-from stellarbyte_server.engine.run.plan import concurrency_of
+from stellarbyte_server.engine.start.serving_plan import concurrency_of
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
 from tests.support.metric_names import GAUGES
 from tests.support.server_process import ROOT

@@ -1,4 +1,4 @@
-"""The GPU engine on the card against the float64 oracle, transformers and the CPU engine. Knows no speeds.
+"""The GPU engine on the card against the float64 oracle, transformers and the CPU engine.
 
 Where tokens are compared, equal means: identical up to the first place where the reference itself is within 1e-3 of
 choosing the other token (matrix products change in their last bits with the batch's shape). Such places are printed,

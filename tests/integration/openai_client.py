@@ -1,4 +1,4 @@
-"""The official openai client, strict about what it gets, and short ways to ask with it. Knows no tests."""
+"""The official openai client, strict about what it gets, and short ways to ask with it."""
 
 import httpx
 import openai

@@ -1,4 +1,4 @@
-"""HTTP byte by byte over a socket, and what a server holds meanwhile. Knows no tests."""
+"""HTTP byte by byte over a socket, and what a server holds meanwhile."""
 
 import json
 import re

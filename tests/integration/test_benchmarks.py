@@ -9,7 +9,7 @@ import pytest
 from benchmarks import endless
 from benchmarks.endless import broken_bounds
 from stellarbyte_server.config.settings import EngineSettings
-from stellarbyte_server.engine.load import build_core
+from stellarbyte_server.engine.start.load import build_core
 from tests.support.server_process import ROOT
 
 

@@ -1,4 +1,4 @@
-"""A hook that writes down what a process does of that which a server should never do. Knows no server.
+"""A hook that writes down what a process does of that which a server should never do.
 
 The interpreter tells of every file it opens, every connection, every class that is unpickled and all code that is made
 at run time (PEP 578), by whichever library. Lines go to the file that the variable AUDIT_FILE names. Left out is what

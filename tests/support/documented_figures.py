@@ -1,4 +1,4 @@
-"""Figures in Markdown pages, beside the values of the results files that they come from. Knows no page by name.
+"""Figures in Markdown pages, beside the values of the results files that they come from.
 
 After a paragraph or table an HTML comment says where its numbers come from, so that readers see none of it:
 

@@ -19,7 +19,6 @@ from stellarbyte.lora import read_adapter
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine import process
 from stellarbyte_server.engine.core import EngineCore
-from stellarbyte_server.engine.load import build_core
 from stellarbyte_server.engine.loop import Core, EngineLoop
 from stellarbyte_server.engine.run import adapter_store
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
@@ -27,6 +26,7 @@ from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
 from stellarbyte_server.engine.run.step_plan import StepResult
+from stellarbyte_server.engine.start.load import build_core
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import EngineInfo, Event, StepOutput

@@ -1,4 +1,4 @@
-"""The GPU engine for tests: real scheduler, runner, steps and kernels. Knows no sockets and no text."""
+"""The GPU engine for tests: real scheduler, runner, steps and kernels."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping

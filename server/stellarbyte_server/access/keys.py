@@ -1,4 +1,4 @@
-"""The keys that requests may carry, and the file some of them come from. Knows no HTTP and no routes.
+"""The keys that requests may carry, and the file some of them come from.
 
 Of a key only its SHA-256 is kept here, and a name that may be logged.
 

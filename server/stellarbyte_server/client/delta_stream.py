@@ -1,4 +1,4 @@
-"""The answer to one request as it comes: an async iterator of deltas. Knows no HTTP and no engine."""
+"""The answer to one request as it comes: an async iterator of deltas."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""What an HTTP process sees of the engine: requests go in, streams of deltas come out. Knows no HTTP and no model.
+"""What an HTTP process sees of the engine: requests go in, streams of deltas come out.
 
 Everything here runs on one event loop, heartbeats apart. One task reads all messages and hands each stream its deltas;
 a stream that is read slowly gets several deltas merged into one.

@@ -1,4 +1,4 @@
-"""Tells the engine that an HTTP process lives, from a thread that its event loop does not hold up. Knows no requests.
+"""Tells the engine that an HTTP process lives, from a thread that its event loop does not hold up.
 
 The rule: the engine drops the requests of a process from which it has heard nothing for `PEER_SILENCE_LIMIT_S`. A
 process that was stopped falls silent at once; one whose event loop does not turn goes on for `LOOP_LIMIT_S` first, in

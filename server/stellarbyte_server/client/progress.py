@@ -1,4 +1,4 @@
-"""Whether the engine makes progress, by what it says of itself. Knows no messages and no sockets."""
+"""Whether the engine makes progress, by what it says of itself."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""An engine whose process is replaced when it fails, and how its owner tells others. Knows no requests and no HTTP."""
+"""An engine whose process is replaced when it fails, and how its owner tells others."""
 
 import asyncio
 import logging

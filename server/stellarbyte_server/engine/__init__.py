@@ -1,1 +1,1 @@
-"""The engine: scheduling, the model and text. Knows nothing of HTTP."""
+"""The engine: scheduling, the model and text."""

@@ -7,10 +7,10 @@ import tokenizers
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
+from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.live_answers import LiveAnswers
 from stellarbyte_server.engine.run.executor import DeviceLost
-from stellarbyte_server.engine.run.recovery import compute_again, require_sound
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.account import Account

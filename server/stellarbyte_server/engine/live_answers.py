@@ -6,9 +6,9 @@ import msgspec
 
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
+from stellarbyte_server.engine.faults.finite import not_finite
+from stellarbyte_server.engine.faults.isolation import Fault
 from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
-from stellarbyte_server.engine.run.finite import not_finite
-from stellarbyte_server.engine.run.isolation import Fault
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence

@@ -1,4 +1,4 @@
-"""The engine process: builds the core, then serves HTTP processes until it fails or its parent ends. Knows no HTTP.
+"""The engine process: builds the core, then serves HTTP processes until it fails or its parent ends.
 
 Run as `python -m stellarbyte_server.engine.process` by `launch.EngineProcess`. One thread steps; a second one only
 waits for the end of stdin, which means that the parent is done or gone, and ends the process: an engine never outlives
@@ -34,7 +34,7 @@ BuildCore = Callable[[EngineSettings], tuple[Core, EngineInfo]]
 
 
 def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:
-    from stellarbyte_server.engine.load import build_core  # imports torch: not before the parent's end is watched
+    from stellarbyte_server.engine.start.load import build_core  # imports torch: not before the parent's end is watched
 
     return build_core(settings)
 

@@ -1,4 +1,4 @@
-"""What the engine process counts for its metrics: the lives of requests, and steps. Knows no clock and no sockets.
+"""What the engine process counts for its metrics: the lives of requests, and steps.
 
 Every request that was queued ends as one that finished or as one that was aborted, or the engine refuses it before it
 runs. Counted is what is delivered: a token costs one bucket of one histogram, and nothing here is a Prometheus object.

@@ -1,4 +1,4 @@
-"""From tokens to text that can be sent: whole characters only, stop strings found and cut. Knows no model."""
+"""From tokens to text that can be sent: whole characters only, stop strings found and cut."""
 
 from tokenizers import Tokenizer
 

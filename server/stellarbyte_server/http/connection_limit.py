@@ -1,4 +1,4 @@
-"""How many connections an HTTP process may hold, and what one too many hears. Knows no protocol."""
+"""How many connections an HTTP process may hold, and what one too many hears."""
 
 import resource
 

@@ -1,8 +1,7 @@
 """uvicorn's HTTP connection with bounds: how large a header may be, how long a client may take, how many there may be.
 
 uvicorn's own time-out covers idle connections between requests only, and its parser has no limits. The body of a
-request that is being answered has its bounds in `api/middleware.py`. Knows no routes.
-
+request that is being answered has its bounds in `api/middleware.py`.
 Of what a client does not read, asyncio keeps 64 KiB and then lets the answer wait; what the kernel keeps is set where
 the server's sockets are made.
 """

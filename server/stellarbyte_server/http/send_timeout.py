@@ -1,4 +1,4 @@
-"""Cuts off a client that leaves unread what is sent to it. Knows no HTTP, and of TLS only that it lies on TCP."""
+"""Cuts off a client that leaves unread what is sent to it."""
 
 import asyncio
 import logging

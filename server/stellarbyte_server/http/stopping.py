@@ -1,4 +1,4 @@
-"""How the server's processes are told to stop and how long that may take. Imports nothing that is slow to import."""
+"""How the server's processes are told to stop and how long that may take."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The certificate that HTTPS is served with, checked before a model is loaded for nothing. Knows no sockets."""
+"""The certificate that HTTPS is served with, checked before a model is loaded for nothing."""
 
 import ssl
 

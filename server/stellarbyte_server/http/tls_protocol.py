@@ -1,4 +1,4 @@
-"""A connection until its TLS handshake is done, which counts as one from its beginning. Knows no requests.
+"""A connection until its TLS handshake is done, which counts as one from its beginning.
 
 Of connections over TLS that asyncio's servers make, a protocol hears only when the handshake is over.
 """

@@ -1,7 +1,6 @@
 """The server's metrics in Prometheus' text format, under vLLM's names where it has them: dashboards for it work.
 
-Made from what the engine process has counted, whichever HTTP process is asked. Knows no requests.
-"""
+Made from what the engine process has counted, whichever HTTP process is asked."""
 
 import itertools
 import time

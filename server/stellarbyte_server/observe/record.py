@@ -1,4 +1,4 @@
-"""What is noted of one HTTP request for its line in the log, its trace and the metrics. Knows no bodies."""
+"""What is noted of one HTTP request for its line in the log, its trace and the metrics."""
 
 import time
 from dataclasses import dataclass, field

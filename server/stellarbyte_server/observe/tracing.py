@@ -1,7 +1,7 @@
 """Optional traces by OpenTelemetry: a span for each request, sent to an endpoint that the operator names.
 
-Off by default, and then nothing of OpenTelemetry's SDK is imported. Knows no bodies: a span says when things happened
-to a request and how much of it there was, never what was asked or answered, nor with which key.
+Off by default, and then nothing of OpenTelemetry's SDK is imported. A span says when things happened to a request and
+how large it was, never its text nor its key.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Histograms as Prometheus has them, cheap to count and fit to be sent. Knows neither clocks nor what is counted."""
+"""Histograms as Prometheus has them, cheap to count and fit to be sent."""
 
 from bisect import bisect_left
 

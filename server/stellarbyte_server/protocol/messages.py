@@ -1,4 +1,4 @@
-"""What the HTTP processes and the engine process say to each other, as msgpack. Knows only requests.
+"""What the HTTP processes and the engine process say to each other, as msgpack.
 
 An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
 each direction. Everything is plain data: nothing that is received can run code.

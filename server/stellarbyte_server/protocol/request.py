@@ -1,4 +1,4 @@
-"""What a user asks of the engine. Knows nothing of torch, HTTP or how the work is done."""
+"""What a user asks of the engine."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""From tokens to whole characters, one token at a time. Knows no stop strings and no requests.
+"""From tokens to whole characters, one token at a time.
 
 tokenizers' own DecodeStream is not used: it raises on some token sequences a model may well produce (bytes that are
 not UTF-8), has no way to get at an unfinished last character, and slows down as such bytes pile up.

@@ -1,4 +1,4 @@
-"""A tokenizer for a model that has none: every id has a text, but no text has ids. Knows no files.
+"""A tokenizer for a model that has none: every id has a text, but no text has ids.
 
 With --load-format dummy a folder needs nothing but config.json; answers shall still be texts of a usual length.
 """

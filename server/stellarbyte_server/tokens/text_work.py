@@ -1,4 +1,4 @@
-"""Work on texts beside the event loop: in few threads, of which every caller gets its share. Knows no HTTP.
+"""Work on texts beside the event loop: in few threads, of which every caller gets its share.
 
 Short texts have threads of their own, so they wait for no long one, whoever sent it. Among texts that wait for a thread
 those go first whose owner has had the least, counted in characters, since it began to wait. Event loop thread only.

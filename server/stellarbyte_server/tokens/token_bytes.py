@@ -1,4 +1,4 @@
-"""What every token of a vocabulary stands for, in bytes. Knows no model and no requests."""
+"""What every token of a vocabulary stands for, in bytes."""
 
 import re
 from collections.abc import Mapping

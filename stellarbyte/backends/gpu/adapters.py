@@ -1,4 +1,4 @@
-"""What adapters add to a step's products: each shared input is shrunk once, then expanded. Knows no layers.
+"""What adapters add to a step's products: each shared input is shrunk once, then expanded.
 
 A step of few rows is over before two small kernels more for each product could go unnoticed. There both run beside the
 product, on a stream of their own, and what they make is added by the kernel that reads the product. Steps of many rows

@@ -1,4 +1,4 @@
-"""CUDA graphs of programs that run again and again. Knows nothing of what they compute."""
+"""CUDA graphs of programs that run again and again."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""Compiles and captures what steps will run, beside the engine's own thread. Knows no requests.
+"""Compiles and captures what steps will run, beside the engine's own thread.
 
 Triton compiles a kernel when it is first launched, which takes up to a second, and a stream that waits for it stands
 still. So the programs of usual steps are run once on a thread, over other slots and another cache; the engine's thread

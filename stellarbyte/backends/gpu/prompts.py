@@ -1,4 +1,4 @@
-"""Tokens of prompts on their way to the GPU: what a step computes of them, as one array. Knows no model."""
+"""Tokens of prompts on their way to the GPU: what a step computes of them, as one array."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

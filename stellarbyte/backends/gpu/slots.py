@@ -1,4 +1,4 @@
-"""What running sequences need on the GPU: a row of 32-bit numbers a slot, which steps read and move on. Knows no model.
+"""What running sequences need on the GPU: a row of 32-bit numbers a slot, which steps read and move on.
 
 The host changes it by pairs of (index, value), all of a step's in one copy; a step whose batch is the one before has
 none. Slot 0 is nobody's: rows that only fill up a batch use it, and their keys go to a block of the cache that no

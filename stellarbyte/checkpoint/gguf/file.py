@@ -1,4 +1,4 @@
-"""Reads a GGUF file (versions 2 and 3, little-endian) strictly. Knows no architecture.
+"""Reads a GGUF file (versions 2 and 3, little-endian) strictly.
 
 The gguf package's own reader checks no bounds: a file that is cut short gives IndexErrors, or arrays that are too
 short. It also makes two numpy views for every token of a vocabulary, which takes seconds. This one reads the same

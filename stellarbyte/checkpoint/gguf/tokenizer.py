@@ -1,4 +1,4 @@
-"""Rebuilds a tokenizer from GGUF metadata, as llama.cpp would use it. Knows no tensors.
+"""Rebuilds a tokenizer from GGUF metadata, as llama.cpp would use it.
 
 transformers can do this too, but takes a pre-tokenizer that it does not know for GPT-2's: SmolLM2 would then read
 "2024" as one piece where it was trained on four. Here an unknown one is refused by name.

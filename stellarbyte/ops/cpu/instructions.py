@@ -1,4 +1,4 @@
-"""Vector instructions for the CPU kernels, where LLVM's vectoriser would not find them. Knows no matrices.
+"""Vector instructions for the CPU kernels, where LLVM's vectoriser would not find them.
 
 Vectors have 16 lanes of float32: two AVX2 registers, one of AVX-512, four of NEON; LLVM splits them as the machine has.
 """

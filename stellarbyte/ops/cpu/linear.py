@@ -1,4 +1,4 @@
-"""Products of packed weights with a few tokens or many, on the CPU. Knows no model.
+"""Products of packed weights with a few tokens or many, on the CPU.
 
 A weight matrix is stored in panels of 16 rows, column by column, so that one vector register holds one column of a
 panel and a token's value is broadcast against it. Each panel is read from memory once for up to 6 tokens, at the

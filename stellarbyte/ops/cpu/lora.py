@@ -1,4 +1,4 @@
-"""What adapters add to the packed products, on the CPU: scale · Bᵀ(A x), row by row. Knows no files and no requests.
+"""What adapters add to the packed products, on the CPU: scale · Bᵀ(A x), row by row.
 
 A decoding step reads an adapter's numbers once for each of its tokens, which is what it costs. So a thread takes tokens
 whole, those of one adapter next to each other, and needs no barrier between A and B.

@@ -1,4 +1,4 @@
-"""Weights in the form the CPU kernels read: panels of 16 rows, float32 or quantized. Knows no model."""
+"""Weights in the form the CPU kernels read: panels of 16 rows, float32 or quantized."""
 
 from typing import Any, NamedTuple, TypeVar
 

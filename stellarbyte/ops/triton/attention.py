@@ -1,4 +1,4 @@
-"""Attention of a step's queries over the paged cache: tiles of prompts, and newest tokens. Knows no model."""
+"""Attention of a step's queries over the paged cache: tiles of prompts, and newest tokens."""
 
 import math
 from typing import NamedTuple

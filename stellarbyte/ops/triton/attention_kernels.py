@@ -1,4 +1,4 @@
-"""The kernels of paged attention, which `attention` launches. Know neither batches nor the length of anything.
+"""The kernels of paged attention, which `attention` launches.
 
 Keys lie in the cache rotated relative to their block's base P, so queries at m are rotated by m - P for each block that
 they meet (numerics: "Keys are stored relative to their block"). Rotations, scores and sums are float32; products are of

@@ -1,4 +1,4 @@
-"""Products of many rows on fp8 weights: the rows become fp8 as well, a scale for each. Knows no layers.
+"""Products of many rows on fp8 weights: the rows become fp8 as well, a scale for each.
 
 The matrix units multiply fp8 numbers twice as fast as bfloat16 ones, and nothing is taken apart in memory.
 docs/benchmarks.md has what it costs in quality.

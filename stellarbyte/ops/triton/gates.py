@@ -1,4 +1,4 @@
-"""The gates of the MLP, for kernels and as a kernel of its own. Knows no model."""
+"""The gates of the MLP, for kernels and as a kernel of its own."""
 
 import torch
 import triton

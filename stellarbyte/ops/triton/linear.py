@@ -2,8 +2,7 @@
 
 A step that decodes few sequences is as fast as its weights come from memory. cuBLAS leaves much of the card idle there,
 and every small kernel between two products costs microseconds: so the norm before a product, the gate and the residual
-after it are part of it. Knows no layers.
-"""
+after it are part of it."""
 
 import torch
 import triton

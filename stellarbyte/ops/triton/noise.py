@@ -1,4 +1,4 @@
-"""Gumbel noise from counters, inside kernels: the numbers of `sampling.py`, up to rounding. Knows no logits."""
+"""Gumbel noise from counters, inside kernels: the numbers of `sampling.py`, up to rounding."""
 
 import math
 

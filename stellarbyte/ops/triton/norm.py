@@ -1,4 +1,4 @@
-"""The residual stream on the GPU: add a branch, norm the sum, in one pass. Knows no attention."""
+"""The residual stream on the GPU: add a branch, norm the sum, in one pass."""
 
 import torch
 import triton

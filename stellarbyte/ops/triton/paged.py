@@ -1,4 +1,4 @@
-"""What attention over a paged cache is given, and where a token lies in the cache. Knows no arithmetic of attention."""
+"""What attention over a paged cache is given, and where a token lies in the cache."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Norms and rotates heads; writes a step's keys and values to the paged cache. Knows nothing of scores.
+"""Norms and rotates heads; writes a step's keys and values to the paged cache.
 
 Heads are held as two halves of D/2 each, since rotations turn the pairs (j, j + D/2).
 """

@@ -1,4 +1,4 @@
-"""Who stays under top_k, top_p and min_p, without sorting a vocabulary: kernels of the sampler. Knows no host.
+"""Who stays under top_k, top_p and min_p, without sorting a vocabulary: kernels of the sampler.
 
 Distances, of a logit from the row's largest at the row's temperature, decide. Their counts in 256 bins bound how far
 down a token that stays can lie; those up to there are listed, and a bisection over them finds the exact edge. Masses of

@@ -1,4 +1,4 @@
-"""Matrices as the GPU's products read them, whole or in 8 bits. Knows no kernels, and needs no Triton."""
+"""Matrices as the GPU's products read them, whole or in 8 bits."""
 
 from dataclasses import dataclass
 

@@ -12,7 +12,7 @@ from stellarbyte.checkpoint import weights_hash as module
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import open_checkpoint
-from stellarbyte_server.engine.run.model_folder import open_model_folder
+from stellarbyte_server.engine.start.model_folder import open_model_folder
 from tests.support.models import make_model
 from tests.support.tiny_models import tiny_qwen2
 

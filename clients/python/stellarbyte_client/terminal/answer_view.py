@@ -1,4 +1,4 @@
-"""Shows an answer while it grows, without flicker, however long it becomes. Knows no server.
+"""Shows an answer while it grows, without flicker, however long it becomes.
 
 What is finished is printed once and never touched again; only the last block of Markdown is drawn anew. Of a block that
 is higher than the screen its end is shown until it is finished.

@@ -1,4 +1,4 @@
-"""Asks a server for one answer through OpenAI's client, and says in one sentence what went wrong. Knows no screen."""
+"""Asks a server for one answer through OpenAI's client, and says in one sentence what went wrong."""
 
 import time
 from collections.abc import Callable

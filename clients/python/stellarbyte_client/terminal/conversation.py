@@ -1,4 +1,4 @@
-"""A conversation: what was said, and what the next request will say. Knows no server and no screen."""
+"""A conversation: what was said, and what the next request will say."""
 
 import json
 import math

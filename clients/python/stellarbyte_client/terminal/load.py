@@ -1,4 +1,4 @@
-"""Load on a server: streaming completions, some at once, each of them timed. Knows no screen.
+"""Load on a server: streaming completions, some at once, each of them timed.
 
 One process and httpx: enough for some thousand tokens a second. What a server with a large GPU can do at its most needs
 a sender with several processes.

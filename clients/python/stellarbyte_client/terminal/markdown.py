@@ -1,4 +1,4 @@
-"""Answers in Markdown as rich shows them, whole or as they grow. Knows no live display and no server."""
+"""Answers in Markdown as rich shows them, whole or as they grow."""
 
 import itertools
 import re

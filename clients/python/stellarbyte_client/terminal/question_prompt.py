@@ -1,4 +1,4 @@
-"""Reads questions from a terminal: several lines, history, completion. Knows no commands and no server."""
+"""Reads questions from a terminal: several lines, history, completion."""
 
 import contextlib
 import os

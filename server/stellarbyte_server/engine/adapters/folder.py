@@ -1,4 +1,4 @@
-"""Where adapters may be read from: --adapter-dir and the places --lora-modules names. Knows no formats.
+"""Where adapters may be read from: --adapter-dir and the places --lora-modules names.
 
 A path is resolved, links included, before it is compared, and what is absent and what is forbidden look the same. All
 that looks at files may take as long as a disk or a network does: never on the engine's thread.

@@ -1,4 +1,4 @@
-"""The adapters in CPU memory: which come and which go. Knows no names, no requests and no tensors."""
+"""The adapters in CPU memory: which come and which go."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass

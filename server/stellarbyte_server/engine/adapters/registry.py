@@ -1,4 +1,4 @@
-"""The registry of adapters: names, versions, who uses them, in which memory they lie. Knows no tensors, no formats.
+"""The registry of adapters: names, versions, who uses them, in which memory they lie.
 
 A name has one current version. Finding, reading and checking it is done on other threads (`AdapterStore`); everything
 here happens on the engine's thread, between two steps, and looks at no file. A version that is replaced or unloaded

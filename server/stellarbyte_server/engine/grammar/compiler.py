@@ -1,7 +1,4 @@
-"""Grammars as masks over the vocabulary: compiled on a thread of their own, followed token by token.
-
-Knows no requests, no HTTP and no JSON schema: what a grammar describes is said in llguidance's own language.
-"""
+"""Grammars as masks over the vocabulary: compiled on a thread of their own, followed token by token."""
 
 import contextlib
 import logging

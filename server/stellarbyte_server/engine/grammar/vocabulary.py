@@ -1,4 +1,4 @@
-"""A model's tokens as the grammar library wants them. Knows no grammar."""
+"""A model's tokens as the grammar library wants them."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Moves adapters between disk, CPU memory and slots on threads of its own. Knows no requests and decides nothing.
+"""Moves adapters between disk, CPU memory and slots on threads of its own.
 
 The threads are as unimportant as the system lets them be, so that running streams keep their pace.
 """

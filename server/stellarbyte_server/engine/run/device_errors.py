@@ -1,4 +1,4 @@
-"""Which of torch's errors mean that the device has no memory left, or is lost. Knows no steps and no requests."""
+"""Which of torch's errors mean that the device has no memory left, or is lost."""
 
 import contextlib
 from collections.abc import Iterator

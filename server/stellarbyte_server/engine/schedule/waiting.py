@@ -1,4 +1,4 @@
-"""The requests that do not run: in which order they will, and which have waited too long. Knows no blocks."""
+"""The requests that do not run: in which order they will, and which have waited too long."""
 
 from bisect import bisect_left, insort
 from collections import OrderedDict

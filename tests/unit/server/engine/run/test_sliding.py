@@ -7,7 +7,7 @@ import torch
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte_server.config.settings import EngineSettings
-from stellarbyte_server.engine.run.plan import StartupError, plan_cache, serving_config, tokens_a_step
+from stellarbyte_server.engine.start.serving_plan import StartupError, plan_cache, serving_config, tokens_a_step
 from tests.support import oracle
 from tests.support.engine import ModelEngine
 from tests.support.models import make_config, make_model, random_tokens

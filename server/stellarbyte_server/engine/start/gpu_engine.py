@@ -13,8 +13,8 @@ from stellarbyte.backends.gpu.preparation import Preparation, first_programs
 from stellarbyte.backends.gpu.prompts import ODD_TOKENS
 from stellarbyte.backends.gpu.steps import Decoding, Prefill, Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte_server.engine.run.plan import CachePlan
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
+from stellarbyte_server.engine.start.serving_plan import CachePlan
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 
 logger = logging.getLogger("server.engine")

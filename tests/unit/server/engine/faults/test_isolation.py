@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stellarbyte_server.engine.faults.isolation import EngineBroken, isolate
 from stellarbyte_server.engine.live_answers import NO_MEMORY
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
-from stellarbyte_server.engine.run.isolation import EngineBroken, isolate
 from stellarbyte_server.engine.run.runner import RunningStep
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence

@@ -1,4 +1,4 @@
-"""What the engine reads of a model's folder: config, weights, tokenizer, ends. Knows no settings and no serving."""
+"""What the engine reads of a model's folder: config, weights, tokenizer, ends."""
 
 import logging
 from collections.abc import Mapping

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from stellarbyte_server.engine.load import _require_triton
-from stellarbyte_server.engine.run.plan import StartupError
+from stellarbyte_server.engine.start.load import _require_triton
+from stellarbyte_server.engine.start.serving_plan import StartupError
 
 
 def test_a_gpu_needs_triton_and_a_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

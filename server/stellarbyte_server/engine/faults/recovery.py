@@ -3,8 +3,8 @@
 import logging
 from functools import partial
 
+from stellarbyte_server.engine.faults.isolation import EngineBroken, Findings, isolate
 from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
-from stellarbyte_server.engine.run.isolation import EngineBroken, Findings, isolate
 from stellarbyte_server.engine.run.runner import Runner, compute
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Chunk

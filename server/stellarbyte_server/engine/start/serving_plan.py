@@ -1,7 +1,4 @@
-"""What to serve with, decided from settings and model: windows, step sizes, how the cache's memory is divided.
-
-Knows no device and loads nothing.
-"""
+"""What to serve with, decided from settings and model: windows, step sizes, how the cache's memory is divided."""
 
 from dataclasses import dataclass
 

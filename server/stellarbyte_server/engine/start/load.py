@@ -1,4 +1,4 @@
-"""From settings to a running engine: loads the model, plans the cache's memory. Knows no sockets."""
+"""From settings to a running engine: loads the model, plans the cache's memory."""
 
 import importlib.util
 import logging
@@ -25,8 +25,11 @@ from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.executor import Executor
 from stellarbyte_server.engine.run.host_executor import HostExecutor
-from stellarbyte_server.engine.run.model_folder import open_model_folder
-from stellarbyte_server.engine.run.plan import (
+from stellarbyte_server.engine.run.runner import PlanRunner
+from stellarbyte_server.engine.schedule.limits import SchedulerLimits
+from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.start.model_folder import open_model_folder
+from stellarbyte_server.engine.start.serving_plan import (
     CachePlan,
     StartupError,
     concurrency_of,
@@ -35,9 +38,6 @@ from stellarbyte_server.engine.run.plan import (
     share_limits,
     tokens_a_step,
 )
-from stellarbyte_server.engine.run.runner import PlanRunner
-from stellarbyte_server.engine.schedule.limits import SchedulerLimits
-from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.block_pool import BlockPool
 from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
 
@@ -151,8 +151,8 @@ def _make_gpu_executor(
 ) -> tuple[Executor, CachePlan]:
     _require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
-    from stellarbyte_server.engine.run.gpu_engine import make_gpu_executor  # Triton is not needed on a CPU
     from stellarbyte_server.engine.run.slot_executor import SlotExecutor
+    from stellarbyte_server.engine.start.gpu_engine import make_gpu_executor  # Triton is not needed on a CPU
 
     if settings.quantization == "int4":
         raise StartupError("--quantization int4 needs --device cpu; a GPU takes int8 and fp8.")

@@ -1,0 +1,1 @@
+"""Steps that fail: which requests are at fault, and how the others go on."""

@@ -1,0 +1,1 @@
+"""From settings to a running engine: the model, its cache and its executor."""
