@@ -189,7 +189,7 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
                     request_id=reply.card.name,
                     prompt_token_ids=tuple(range(10, 26)),
                     sampling=SamplingParams(max_tokens=1, seed=0, ignore_eos=True),
-                    adapter=reply.card.name,
+                    adapter=AdapterReference(reply.card.name),
                 )
             )
         step(core, run)

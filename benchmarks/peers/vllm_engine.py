@@ -1,4 +1,4 @@
-"""benchmarks.gpu's workloads on vLLM's engine, without HTTP, for the same table. Needs vllm; knows nothing of ours.
+"""benchmarks.gpu's workloads on vLLM's engine, without HTTP, for the same table. Needs vllm.
 
 python -m benchmarks.peers.vllm_engine --engine 0.6b --folder TMP 0.6b/1 0.6b/64
 """

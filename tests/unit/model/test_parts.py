@@ -124,7 +124,9 @@ def test_the_cpu_packs_the_part_below_those_that_read_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "unknown", [{"reads": "elsewhere"}, {"kind": "norm", "reads": None, "shape": lambda *_: (48,)}], ids=str
+    "unknown",
+    [{"reads": "elsewhere"}, {"kind": "norm", "reads": None, "shape": lambda *_: (48,)}],
+    ids=["input", "norm"],
 )
 def test_what_the_cpu_kernels_have_no_place_for_is_left_to_torch(
     unknown: dict[str, object], with_part: Callable[[Part], None]
