@@ -32,6 +32,7 @@ from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.start.serving_plan import share_limits
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.protocol.messages import Submit
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
@@ -161,6 +162,7 @@ def measure(
     socket = _Socket(requests, on_turn)
     loop = EngineLoop(core, socket)
     loop._poller = socket
+    keep_for_good()  # as the engine's process does: else full collections of the imported modules are measured
     try:
         loop.run()
     except _Finished:

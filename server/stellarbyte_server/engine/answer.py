@@ -34,8 +34,10 @@ class Answer:
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, grammar: Grammar | None = None) -> None:
         self.sequence = sequence
+        self._request_id = sequence.request.request_id
         self._grammar = grammar
         self._sampling = sampling = sequence.request.sampling
+        self._is_text_only = not sampling.return_token_ids and sampling.prompt_logprobs is None
         self._text = TextStream(
             tokenizer,
             sampling.stop,
@@ -63,7 +65,7 @@ class Answer:
     def end_of_prompt(self) -> Delta:
         """The only delta of a request that is only a prompt."""
         return Delta(
-            request_id=self.sequence.request.request_id,
+            request_id=self._request_id,
             text="",
             num_tokens=0,
             finish_reason="length",
@@ -88,8 +90,10 @@ class Answer:
         """What a token adds to the answer, after which the sequence has so many more already."""
         offset = self._text.num_decoded
         text, finish_reason = self._read(token, num_later)
+        if finish_reason is None and logprob is None and self._is_text_only:
+            return Delta(request_id=self._request_id, text=text, num_tokens=1)  # nearly all, and fields take time
         return Delta(
-            request_id=self.sequence.request.request_id,
+            request_id=self._request_id,
             text=text,
             num_tokens=1,
             token_ids=(token,) if self._sampling.return_token_ids else (),
