@@ -2,6 +2,8 @@
 
 import gc
 
+YOUNG_OBJECTS = 10_000  # more than a step of many streams makes and drops, so that not every step has a collection
+
 
 def keep_for_good() -> None:
     """Whatever exists now stays until the process ends, so the collector looks at it no more.
@@ -11,3 +13,4 @@ def keep_for_good() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS)
