@@ -15,7 +15,7 @@ from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import FAILED, Delta, Reply, TokenLogprob, failure
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 NO_MEMORY = "There is too little memory left for this request."
 NOT_FINITE = "The model computed numbers that are not finite (NaN or infinity) for this request; it cannot go on."

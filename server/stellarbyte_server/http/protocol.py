@@ -62,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_fields = 0
         self._held_bytes = 0  # that came since the parser last said what it had found: it may have to keep them
         self._is_too_large = False
-        self._is_refused = False  # what still comes is for nobody
+        self._is_refused = False  # discard further input
         self._timer: asyncio.TimerHandle | None = None  # set while something of the client is waited for
         self._waiting_since_s = 0.0
         self._heard_at_s = 0.0

@@ -9,7 +9,7 @@ from stellarbyte_server.engine.state.sequence import Chunk
 
 
 class EngineBroken(Exception):
-    """Steps fail whatever is in them, so no request is at fault."""
+    """Even an empty probe step fails, so no request is at fault."""
 
 
 @dataclass(frozen=True, kw_only=True)

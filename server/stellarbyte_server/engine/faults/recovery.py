@@ -10,7 +10,7 @@ from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
-logger = logging.getLogger("stellarbyte_server.engine")
+logger = logging.getLogger("server.engine")
 
 
 def compute_again(runner: Runner, chunks: list[Chunk], error: Exception) -> Findings:
@@ -25,9 +25,9 @@ def compute_again(runner: Runner, chunks: list[Chunk], error: Exception) -> Find
     runner.recover([chunk.sequence for chunk in chunks])
     findings = isolate(chunks, partial(compute, runner))
     if isinstance(error, OutOfDeviceMemory):
-        logger.warning("out of memory in a step of %d requests: computed in parts", len(chunks))
+        logger.warning("out of memory in a step of %d requests: computed it in parts", len(chunks))
     elif not findings.faults:
-        logger.warning("a step failed and went well when it was computed again", exc_info=error)
+        logger.warning("a step failed and succeeded when it was computed again", exc_info=error)
     return findings
 
 
@@ -48,4 +48,4 @@ def require_sound(runner: Runner, scheduler: Scheduler) -> None:
         except OutOfDeviceMemory:
             return  # somebody else may have it just now
         except Exception as error:
-            raise EngineBroken("steps fail whatever is in them") from error
+            raise EngineBroken("even an empty probe step fails") from error

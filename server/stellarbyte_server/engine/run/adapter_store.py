@@ -120,7 +120,7 @@ class AdapterStore:
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
             packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
             if not packed.is_finite():
-                raise AdapterError("its weights times alpha / r leave the number format that it is served in.")
+                raise AdapterError("its weights times alpha / r overflow the serving dtype.")
         except AdapterError as error:
             return self._failed(version, started_s, str(error))
         except Exception:  # whatever it is, it must not take the engine along
