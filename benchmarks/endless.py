@@ -35,7 +35,7 @@ from stellarbyte_server.engine.start.serving_plan import serving_config
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
-from tests.support import oracle
+from tests.support.models import oracle
 
 INTERVAL = 1000  # tokens
 MAX_GROWTH_MIB = 20.0

@@ -21,7 +21,7 @@ import httpx
 from benchmarks.attacks import ATTACKS, Attack
 from benchmarks.record import write_result
 from stellarbyte.checkpoint.demo import DEMO_NAME
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 ORDINARY = ("alice", "bob", "carol")
 ATTACKER = "mallory"

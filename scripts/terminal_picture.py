@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.support.server_process import REAL, ROOT, ServerProcess
+from tests.support.servers.server_process import REAL, ROOT, ServerProcess
 from tests.support.terminal import Terminal
 
 PICTURE = ROOT / "docs/pictures/terminal.svg"

@@ -13,10 +13,10 @@ from stellarbyte.checkpoint.native import load_model
 from stellarbyte_client import AsyncStellarByte, StellarByte
 from tests.clients.either import Blocking, Connect
 from tests.clients.keys import ADMIN_KEY, KEYS, USER_KEY
-from tests.support.adapters import write_adapter
-from tests.support.http_stub import Asked, Stub
-from tests.support.server_process import REAL, ServerProcess, running
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.adapters import write_adapter
+from tests.support.models.hugging_face import tiny_llama
+from tests.support.servers.http_stub import Asked, Stub
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 
 @pytest.fixture(scope="session")

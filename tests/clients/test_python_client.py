@@ -19,9 +19,9 @@ from stellarbyte_client import AsyncStellarByte, ConnectionFailed, Health, Serve
 from stellarbyte_server.api.contract import adapter_objects, objects
 from tests.clients.either import Blocking, Connect
 from tests.clients.keys import ADMIN_KEY, USER_KEY
-from tests.support.fake_engine import CRASH, make_model_folder
-from tests.support.http_stub import Stub
-from tests.support.server_process import FAKE, ROOT, ServerProcess, running
+from tests.support.servers.fake_engine import CRASH, make_model_folder
+from tests.support.servers.http_stub import Stub
+from tests.support.servers.server_process import FAKE, ROOT, ServerProcess, running
 
 CHAT = [{"role": "user", "content": "the capital of France"}]
 

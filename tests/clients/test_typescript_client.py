@@ -8,7 +8,7 @@ import pytest
 
 from tests.clients.keys import ADMIN_KEY, USER_KEY
 from tests.support.node_packages import copy_installed
-from tests.support.server_process import ROOT, ServerProcess
+from tests.support.servers.server_process import ROOT, ServerProcess
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from tests.deployment.files import image_environment, read_dockerfile
-from tests.support.server_process import ROOT, ServerProcess, free_port
+from tests.support.servers.server_process import ROOT, ServerProcess, free_port
 
 MODEL = "/tmp/model"  # where a model folder is mounted
 

@@ -7,7 +7,7 @@ import yaml
 from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.config.settings import ServerSettings
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 
 class ComposeLoader(yaml.SafeLoader):

@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from tests.deployment.container import MODEL, ContainerProcess, why_not
-from tests.support import server_process
-from tests.support.fake_engine import make_model_folder
-from tests.support.server_process import ROOT, free_port
+from tests.support.servers import server_process
+from tests.support.servers.fake_engine import make_model_folder
+from tests.support.servers.server_process import ROOT, free_port
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def check_health(**variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_serves_from_a_read_only_file_system_and_ends_when_told(root: Path, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
-    server = ContainerProcess(root, ["-m", "tests.support.fake_server"], model, STELLARBYTE_MODEL=MODEL)
+    server = ContainerProcess(root, ["-m", "tests.support.servers.fake_server"], model, STELLARBYTE_MODEL=MODEL)
     with running(server, 30):
         body = {"model": "model", "prompt": "abc", "max_tokens": 3}
         assert httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"] == "abc"
@@ -72,7 +72,7 @@ def test_it_serves_from_a_read_only_file_system_and_ends_when_told(root: Path, t
 def test_a_start_can_be_stopped_as_well(root: Path, tmp_path: Path) -> None:
     """Process 1 gets no signal that it has no handler for, so without one `docker stop` would wait and kill."""
     model = make_model_folder(tmp_path / "model")
-    server = ContainerProcess(root, ["-m", "tests.support.fake_server"], model, STELLARBYTE_MODEL=MODEL)
+    server = ContainerProcess(root, ["-m", "tests.support.servers.fake_server"], model, STELLARBYTE_MODEL=MODEL)
     try:
         while "starting the engine" not in server.log():
             assert server.process.poll() is None, server.log()

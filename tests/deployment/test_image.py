@@ -8,7 +8,7 @@ import pytest
 
 from stellarbyte_server.config.command_line import parse_settings
 from tests.deployment.files import image_environment, read_dockerfile
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 VARIANTS = ("cuda", "cpu")
 

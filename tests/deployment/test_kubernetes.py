@@ -14,7 +14,7 @@ from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.engine.start.serving_plan import concurrency_of
 from tests.deployment.files import DOCKER, image_environment, read_dockerfile, read_yaml
 from tests.support.metric_names import GAUGES
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 KUBERNETES = DOCKER / "kubernetes"
 BASE = KUBERNETES / "base"

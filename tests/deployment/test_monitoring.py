@@ -10,7 +10,7 @@ import pytest
 
 from tests.deployment.files import DOCKER, read_yaml
 from tests.support.metric_names import COUNTERS, GAUGES, HISTOGRAMS, series_in, wrong_with
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 ALERTS = DOCKER / "prometheus" / "alerts.yml"
 DASHBOARD = json.loads((DOCKER / "grafana" / "stellarbyte.json").read_text())

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stellarbyte.lora.bank import LoraBank, pack_adapter
-from tests.support.adapters import random_adapter
-from tests.support.models import make_config
+from tests.support.models.adapters import random_adapter
+from tests.support.models.byte_transformer import make_config
 
 pytestmark = [
     pytest.mark.gpu,

@@ -32,15 +32,15 @@ from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support import oracle
-from tests.support.adapters import RandomAdapter, random_adapter
-from tests.support.engine import ModelEngine, generated, make_request
-from tests.support.engine_core import VOCABULARY as BYTES
-from tests.support.engine_core import drain, model_core
-from tests.support.gpu_engine import GpuEngine, own_stream
-from tests.support.models import make_model, random_tokens
+from tests.support.engines.engine import ModelEngine, generated, make_request
+from tests.support.engines.engine_core import VOCABULARY as BYTES
+from tests.support.engines.engine_core import drain, model_core
+from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.models import oracle
+from tests.support.models.adapters import RandomAdapter, random_adapter
+from tests.support.models.byte_transformer import make_model, random_tokens
+from tests.support.models.hugging_face import tiny_llama, tiny_mistral, tiny_qwen3
 from tests.support.schemas import SCHEMAS
-from tests.support.tiny_models import tiny_llama, tiny_mistral, tiny_qwen3
 
 pytestmark = pytest.mark.gpu
 

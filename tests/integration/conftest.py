@@ -6,9 +6,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stellarbyte.checkpoint.demo import resolve_model
-from tests.integration.references import Reference, transformers_answers
-from tests.support.fake_engine import make_model_folder
-from tests.support.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.models.references import Reference, transformers_answers
+from tests.support.servers.fake_engine import make_model_folder
+from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running
 
 
 @pytest.fixture(scope="session")

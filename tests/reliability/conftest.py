@@ -3,7 +3,7 @@
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.hugging_face import tiny_llama
 
 
 @pytest.fixture(scope="session")

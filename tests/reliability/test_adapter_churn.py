@@ -13,9 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.adapter_server import NUM_TOKENS, KnownModel, completion
-from tests.support.processes import resident_bytes
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.adapter_server import NUM_TOKENS, KnownModel, completion
+from tests.support.servers.processes import resident_bytes
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NUM_ADAPTERS, NUM_SLOTS, NUM_CLIENTS = 64, 4, 32
 MIN_TOKENS = 6  # of an answer: enough to tell whose it is

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
-from tests.support.bad_adapters import REFUSED, write_adapter
-from tests.support.processes import resident_bytes
-from tests.support.server_process import REAL, running
-from tests.support.tiny_models import END, tiny_tokenizer
+from tests.support.models.bad_adapters import REFUSED, write_adapter
+from tests.support.models.hugging_face import END, tiny_tokenizer
+from tests.support.servers.processes import resident_bytes
+from tests.support.servers.server_process import REAL, running
 
 MAX_GROWTH_BYTES = 16 * 2**20
 NUM_TOKENS = 20

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.processes import held_by, settled
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.processes import held_by, settled
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 AT_ONCE = 64
 SHARE_CUT = 0.6

@@ -16,9 +16,9 @@ import pytest
 
 from stellarbyte.checkpoint.convert import convert
 from tests.reliability.load import Ended, Progress, ask
-from tests.support.processes import child_pids, descendants, is_alive
-from tests.support.server_process import REAL, ServerProcess, running
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.hugging_face import tiny_llama
+from tests.support.servers.processes import child_pids, descendants, is_alive
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NUM_STREAMS = 16
 KILLED, STALLED = "killed", "stalled"
@@ -166,7 +166,7 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str,
 
 def test_an_answer_that_is_falsely_called_complete_would_be_noticed(tiny_model: str) -> None:
     """The control: a server that ends cut-off streams with a finish reason and [DONE]."""
-    with running("tests.support.lying_server", "--model", tiny_model, limit_s=120) as server:
+    with running("tests.support.servers.lying_server", "--model", tiny_model, limit_s=120) as server:
         with pytest.raises(AssertionError, match="is_done=True"):
             asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, None))
 

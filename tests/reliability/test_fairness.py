@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.attacks import ATTACKS, Attack
 from benchmarks.fairness import measure, write_keys
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 MOST_GROWTH_MIB = 600  # of all processes of the server together
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 AT_ONCE, QUEUE, RUNNING = 256, 32, 4
 NUM_ROUNDS = 3

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 MAX_BYTES = 2**21
 PAUSE_LIMIT_S = 2.0  # on a loaded machine; a body used to take up to 18 s

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from tests.reliability.load import Ended, Progress, ask
-from tests.support.fake_engine import SLOW, make_model_folder
-from tests.support.processes import descendants, is_alive
-from tests.support.server_process import FAKE, ServerProcess
+from tests.support.servers.fake_engine import SLOW, make_model_folder
+from tests.support.servers.processes import descendants, is_alive
+from tests.support.servers.server_process import FAKE, ServerProcess
 
 SHORT, LONG = 100, 100_000  # tokens: with 20 ms for each 2 s, and longer than any shutdown waits
 NUM_SHORT, NUM_LONG = 24, 8
@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def start(model: str, workers: str, module: str = FAKE) -> ServerProcess:
     flags = ["--http-workers", workers, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)]
     server = ServerProcess(module, "--model", model, *flags).wait_ready(60)
-    server.wait_logged("StellarByte serves")  # all workers do
+    server.wait_listening()
     return server
 
 

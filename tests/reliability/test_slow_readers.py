@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NUM_SLOW = 16
 SEND_TIMEOUT_S = 4

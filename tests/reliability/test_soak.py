@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from tests.support.adapter_server import NUM_TOKENS, KnownModel, completion
 from tests.support.over_http import wait_until_idle
-from tests.support.processes import resident_bytes, settled
-from tests.support.server_process import REAL, ServerProcess, running
+from tests.support.servers.adapter_server import NUM_TOKENS, KnownModel, completion
+from tests.support.servers.processes import resident_bytes, settled
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NUM_CLIENTS = 12
 SHARE_LEAVING = 0.05

@@ -6,7 +6,7 @@ import time
 
 import httpx
 
-from tests.support.server_process import ROOT, ServerProcess
+from tests.support.servers.server_process import ROOT, ServerProcess
 
 NUM_CONNECTIONS = 24  # the kernel spreads connections: all on one of two workers once in 8 million runs
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 PAGES = sorted(
     path

@@ -13,7 +13,7 @@ import pyte
 from rich.style import Style
 from rich.text import Text
 
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 LIMIT_S = 30.0
 _BRACKETED_PASTE = 2004 << 5  # as pyte keeps private modes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stellarbyte.cli.main import main
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 
 @dataclass(frozen=True)

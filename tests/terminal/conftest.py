@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.adapter_server import KnownModel
-from tests.support.fake_engine import make_model_folder
-from tests.support.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.servers.adapter_server import KnownModel
+from tests.support.servers.fake_engine import make_model_folder
+from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running
 from tests.terminal.command import Adapted, Command
 
 

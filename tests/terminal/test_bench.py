@@ -10,7 +10,7 @@ import pytest
 from stellarbyte_client.terminal.bench import make_row, percentiles_ms
 from stellarbyte_client.terminal.connection import Connection
 from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 from tests.support.terminal import CTRL_C, Terminal
 from tests.terminal.command import Adapted, Command, Result
 from tests.terminal.failing_server import Prepared, answering

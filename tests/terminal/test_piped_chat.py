@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fake_engine import SLOW
-from tests.support.server_process import ROOT, ServerProcess
+from tests.support.servers.fake_engine import SLOW
+from tests.support.servers.server_process import ROOT, ServerProcess
 from tests.support.terminal import CTRL_C, LIMIT_S, Terminal
 from tests.terminal.command import Command, Result
 from tests.terminal.failing_server import Prepared, answering, text_event

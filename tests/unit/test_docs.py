@@ -16,7 +16,7 @@ from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
 from tests.support.pages import PAGES, TRANSLATED, name_of
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")

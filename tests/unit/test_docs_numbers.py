@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.documented_figures import Block, blocks_of, numbers_in, problems_of, results_linked
 from tests.support.pages import TRANSLATED, name_of
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 TRANSLATIONS = [translation for translation, _ in TRANSLATED]

@@ -4,7 +4,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 MODULES = frozenset((ROOT / "tests").rglob("*.py"))
 
@@ -28,7 +28,7 @@ def holds_tests(name: str) -> bool:
 
 def test_a_module_with_tests_is_known_as_one() -> None:
     assert holds_tests("tests.unit.test_imports") and holds_tests("tests.web.conftest")
-    assert not holds_tests("tests.support.engine") and not holds_tests("pytest")
+    assert not holds_tests("tests.support.engines.engine") and not holds_tests("pytest")
 
 
 def test_no_module_imports_one_with_tests() -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.support import oracle
-from tests.support.models import make_model, random_tokens
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import make_model, random_tokens
 
 W = 12
 

@@ -9,7 +9,7 @@ from scripts.sampling_fields import OF_TERMINAL, OF_WEB, TARGETS
 from stellarbyte_client.terminal.conversation import FIELDS
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.protocol.request import SamplingParams
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 
 @pytest.mark.parametrize("path", TARGETS, ids=lambda path: path.name)

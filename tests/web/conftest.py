@@ -9,12 +9,12 @@ from playwright.sync_api import Browser, sync_playwright
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
-from tests.support.adapters import write_adapter
 from tests.support.chat_page import ADMIN_KEY, API_KEY, OpenPage, WatchedPage
-from tests.support.fake_engine import make_model_folder
-from tests.support.server_process import FAKE, REAL, ServerProcess, running
-from tests.support.tiny_models import tiny_llama
-from tests.web.chromium import FLAGS, find_chromium
+from tests.support.chromium import FLAGS, find_chromium
+from tests.support.models.adapters import write_adapter
+from tests.support.models.hugging_face import tiny_llama
+from tests.support.servers.fake_engine import make_model_folder
+from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running
 
 
 @pytest.fixture(scope="package")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.support.server_process import REAL, ServerProcess, running
-from tests.web.chromium import FLAGS, find_chromium
+from tests.support.chromium import FLAGS, find_chromium
+from tests.support.servers.server_process import REAL, ServerProcess, running
 
 QUESTION = "What is the capital of France?"
 CODE_QUESTION = "Write a Python function that reverses a string."

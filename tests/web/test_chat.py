@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.support.chat_page import LIMIT_MS, OpenPage
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of France?"

@@ -4,7 +4,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.chat_page import LIMIT_MS, OpenPage, ask
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)
 DRAFT = "a long and thoughtful edit"

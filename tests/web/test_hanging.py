@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.chat_page import GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
-from tests.support.server_process import FAKE, ServerProcess, running
+from tests.support.servers.server_process import FAKE, ServerProcess, running
 
 expect.set_options(timeout=LIMIT_MS)
 SILENT = re.compile(r"^Nothing has come for \d+ s\. The server may be busy, or may hang; Stop ends the wait\.$")

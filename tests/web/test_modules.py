@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.node_packages import copy_installed
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.chat_page import LIMIT_MS, OpenPage, ask
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True}

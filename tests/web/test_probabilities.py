@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.support.chat_page import LIMIT_MS, OpenPage
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)
 TEXT = "# Answer\n\n- It is **Paris**."

@@ -22,7 +22,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import find_demo_gguf
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.hugging_face import tiny_llama
 
 
 @pytest.fixture(scope="module")

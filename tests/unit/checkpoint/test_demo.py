@@ -13,8 +13,8 @@ from stellarbyte.checkpoint import demo
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
-from tests.support.gguf_files import write_gguf
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.gguf_files import write_gguf
+from tests.support.models.hugging_face import tiny_llama
 
 
 @pytest.fixture

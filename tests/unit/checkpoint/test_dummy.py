@@ -9,8 +9,8 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config
-from tests.support.models import make_config, make_model
-from tests.support.tiny_models import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.support.models.byte_transformer import make_config, make_model
+from tests.support.models.hugging_face import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
 CPU = torch.device("cpu")
 

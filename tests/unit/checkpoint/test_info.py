@@ -7,7 +7,7 @@ import pytest
 
 from stellarbyte.checkpoint.info import ModelInfo, describe, describe_lines, size
 from stellarbyte.checkpoint.native import open_checkpoint
-from tests.support.models import make_model
+from tests.support.models.byte_transformer import make_model
 
 
 def info(folder: Path, **overrides: Any) -> ModelInfo:

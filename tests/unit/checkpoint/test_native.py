@@ -14,8 +14,8 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config, load_model, open_checkpoint
 from stellarbyte.checkpoint.shapes import expected_shapes
-from tests.support.models import make_config, make_model
-from tests.support.tiny_models import tiny_qwen2
+from tests.support.models.byte_transformer import make_config, make_model
+from tests.support.models.hugging_face import tiny_qwen2
 
 CONFIGS: list[dict[str, Any]] = [
     {},

@@ -13,8 +13,8 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import open_checkpoint
 from stellarbyte_server.engine.start.model_folder import open_model_folder
-from tests.support.models import make_model
-from tests.support.tiny_models import tiny_qwen2
+from tests.support.models.byte_transformer import make_model
+from tests.support.models.hugging_face import tiny_qwen2
 
 
 @pytest.fixture(scope="module")

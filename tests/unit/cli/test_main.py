@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stellarbyte.cli.main import main
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.hugging_face import tiny_llama
 
 
 def test_convert_info_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,8 +5,8 @@ import torch
 
 from stellarbyte.lora.bank import LoraBank, pack_adapter
 from stellarbyte.model.parts import module_path
-from tests.support.adapters import random_adapter
-from tests.support.models import make_config
+from tests.support.models.adapters import random_adapter
+from tests.support.models.byte_transformer import make_config
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])

@@ -20,7 +20,7 @@ from stellarbyte.lora import (
     remove_lora,
     unmerge_lora,
 )
-from tests.support.models import make_model, random_tokens
+from tests.support.models.byte_transformer import make_model, random_tokens
 
 TOKENS = torch.tensor([random_tokens(12)])
 Q_V = LoRAConfig(r=4, lora_alpha=8)

@@ -28,7 +28,7 @@ from stellarbyte.lora import (
     save_adapter,
 )
 from stellarbyte.lora.layers import features, linear_layers
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.hugging_face import tiny_llama
 
 TOKENS = torch.tensor([[5, 17, 200, 31, 8, 90, 2, 44]])
 LLAMA_CONFIGS: dict[str, dict[str, Any]] = {

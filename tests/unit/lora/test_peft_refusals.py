@@ -12,7 +12,7 @@ import torch
 
 from stellarbyte.lora import Adapter, AdapterError, read_adapter
 from stellarbyte.lora import peft_format as peft_format_module
-from tests.support.bad_adapters import REFUSED, SHAPES, Q, config, tensors, write_adapter
+from tests.support.models.bad_adapters import REFUSED, SHAPES, Q, config, tensors, write_adapter
 
 
 def read(folder: Path, max_rank: int = 8) -> Adapter:

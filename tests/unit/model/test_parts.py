@@ -21,12 +21,12 @@ from stellarbyte.model import parts
 from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteDecoderLayer
 from stellarbyte.model.parts import ATTENTION_INPUT, MLP_INPUT, Part, linears_by_input, model_parts
-from tests.support import oracle
-from tests.support.adapters import merged, random_adapter
-from tests.support.engine import Backend, ModelEngine
-from tests.support.gguf_files import write_gguf
-from tests.support.models import make_config, make_model, random_tokens
-from tests.support.tiny_models import tiny_llama
+from tests.support.engines.engine import Backend, ModelEngine
+from tests.support.models import oracle
+from tests.support.models.adapters import merged, random_adapter
+from tests.support.models.byte_transformer import make_config, make_model, random_tokens
+from tests.support.models.gguf_files import write_gguf
+from tests.support.models.hugging_face import tiny_llama
 
 ROWS = 24
 NAME = "self_attn.g_proj"

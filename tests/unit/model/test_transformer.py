@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stellarbyte import ByteConfig, ByteModelConfig, ByteTransformer
 from stellarbyte.cache.relative import RelativeCache
-from tests.support import oracle
-from tests.support.models import VARIANTS, VOCABULARY, W, make_config, make_model, random_tokens
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import VARIANTS, VOCABULARY, W, make_config, make_model, random_tokens
 
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]
 POSITIONS = {"xpos": {"use_xpos": True}, "rope": {"use_xpos": False}}

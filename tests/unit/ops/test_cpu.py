@@ -14,9 +14,9 @@ import torch
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, SILU, linear
 from stellarbyte.ops.cpu.packing import interleave_gated, pack
-from tests.support import oracle
-from tests.support.engine import ModelEngine, make_request
-from tests.support.models import VARIANTS, W, make_config, make_model, random_tokens
+from tests.support.engines.engine import ModelEngine, make_request
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import VARIANTS, W, make_config, make_model, random_tokens
 
 NO_ADDEND = np.zeros((0, 0), np.float32)
 float32 = partial(CpuModel, quantization="none", num_threads=2)

@@ -4,7 +4,7 @@ import torch
 
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.ops import reference
-from tests.support.models import make_model
+from tests.support.models.byte_transformer import make_model
 
 
 def test_a_cache_in_fp8_holds_what_was_written_to_fp8s_precision_and_range() -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import EngineStart
-from tests.support.fake_engine import make_model_folder
-from tests.support.server_process import ROOT, free_port
+from tests.support.servers.fake_engine import make_model_folder
+from tests.support.servers.server_process import ROOT, free_port
 
 ENGINE = """
 import gc, sys
 from stellarbyte_server.engine import process
-from tests.support.fake_engine import build_fake_core
+from tests.support.servers.fake_engine import build_fake_core
 
 class Loop:
     def __init__(self, core, socket): ...
@@ -34,7 +34,7 @@ def announce(settings):
     os.kill(os.getpid(), signal.SIGTERM)
 
 server._announce = announce
-server.main(engine_module="tests.support.fake_engine")
+server.main(engine_module="tests.support.servers.fake_engine")
 """
 FEW = 3000  # what is made between the call and the count; without the call it is over 20,000
 

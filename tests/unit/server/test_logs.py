@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 
 from stellarbyte_server.api.middleware import request_id_for
 from stellarbyte_server.logs import JsonFormatter, LinesToLog, TextFormatter, fields_of_line
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 
 def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:

@@ -12,8 +12,8 @@ from gguf.quants import quantize
 from stellarbyte.checkpoint.convert import convert, make_plan
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.gguf.file import open_gguf
-from tests.support.gguf_files import write_gguf
-from tests.support.tiny_models import tiny_llama
+from tests.support.models.gguf_files import write_gguf
+from tests.support.models.hugging_face import tiny_llama
 
 Kind = GGMLQuantizationType
 

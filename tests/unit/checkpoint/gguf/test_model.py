@@ -14,8 +14,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from stellarbyte.checkpoint.convert import convert, make_plan
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config, open_checkpoint
-from tests.support.gguf_files import write_gguf
-from tests.support.tiny_models import tiny_llama, tiny_qwen2
+from tests.support.models.gguf_files import write_gguf
+from tests.support.models.hugging_face import tiny_llama, tiny_qwen2
 
 
 @pytest.fixture(scope="module")

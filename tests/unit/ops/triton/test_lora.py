@@ -13,8 +13,8 @@ from stellarbyte.lora import pinned_copies
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
 from stellarbyte.model.parts import ATTENTION_INPUT
 from stellarbyte.ops.triton.lora import SEGMENT_ROWS, LoraRows, LoraScratch, expand, segments, shrink
-from tests.support.adapters import random_adapter
-from tests.support.models import make_config
+from tests.support.models.adapters import random_adapter
+from tests.support.models.byte_transformer import make_config
 
 MAX_RANK = 40  # more than a kernel takes at once
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")

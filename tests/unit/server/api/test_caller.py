@@ -19,7 +19,7 @@ from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.config.setting_values import SettingsError
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
 from stellarbyte_server.protocol.messages import KeyLimits
-from tests.support.engine import make_request
+from tests.support.engines.engine import make_request
 
 
 def http_with(key: Key | None) -> Any:

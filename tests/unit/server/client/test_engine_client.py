@@ -16,9 +16,9 @@ from stellarbyte_server.client.restart import AttachedEngine, EngineEnded, Engin
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.loop import PEER_SILENCE_LIMIT_S
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.engine_client import a_request, read, until
-from tests.support.fake_engine import CRASH, HANG, LONG, REJECT, SLOW, make_model_folder
-from tests.support.server_process import ROOT
+from tests.support.engines.engine_client import a_request, read, until
+from tests.support.servers.fake_engine import CRASH, HANG, LONG, REJECT, SLOW, make_model_folder
+from tests.support.servers.server_process import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def with_engine(settings: EngineSettings, use) -> None:
     """Run `use(client, process)` against a fresh engine process."""
 
     async def run() -> None:
-        process = EngineProcess(settings, "warning", "tests.support.fake_engine")
+        process = EngineProcess(settings, "warning", "tests.support.servers.fake_engine")
         try:
             client = EngineClient(process)
             await client.start()
@@ -321,7 +321,7 @@ def test_the_engine_never_outlives_its_parent(settings, signal_number):
     code = (
         "import sys, time; from stellarbyte_server.client.launch import EngineProcess;"
         "from stellarbyte_server.config.settings import EngineSettings;"
-        f"p = EngineProcess(EngineSettings(model={settings.model!r}), 'warning', 'tests.support.fake_engine');"
+        f"p = EngineProcess(EngineSettings(model={settings.model!r}), 'warning', 'tests.support.servers.fake_engine');"
         "print(p.process_id, p._folder, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

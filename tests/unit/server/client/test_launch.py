@@ -5,7 +5,7 @@ import os
 
 from stellarbyte_server.client.launch import EngineProcess, engine_environment
 from stellarbyte_server.config.settings import EngineSettings
-from tests.support.fake_engine import make_model_folder
+from tests.support.servers.fake_engine import make_model_folder
 
 
 def test_threads_wait_briefly_unless_the_user_decided() -> None:
@@ -17,7 +17,9 @@ def test_threads_wait_briefly_unless_the_user_decided() -> None:
 def test_the_engine_process_has_that_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    engine = EngineProcess(EngineSettings(model=str(make_model_folder(tmp_path))), "info", "tests.support.fake_engine")
+    engine = EngineProcess(
+        EngineSettings(model=str(make_model_folder(tmp_path))), "info", "tests.support.servers.fake_engine"
+    )
     try:
         asyncio.run(engine.ready())
         with open(f"/proc/{engine._process.pid}/environ", "rb") as environment:

@@ -22,9 +22,9 @@ from stellarbyte_server.client.restart import (
     serves_the_same,
 )
 from stellarbyte_server.config.settings import EngineSettings
-from tests.support.engine_client import a_request, read, until
-from tests.support.fake_engine import HANG, SLOW, build_fake_core, make_model_folder
-from tests.support.server_process import ROOT
+from tests.support.engines.engine_client import a_request, read, until
+from tests.support.servers.fake_engine import HANG, SLOW, build_fake_core, make_model_folder
+from tests.support.servers.server_process import ROOT
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def test_an_engine_with_other_weights_is_another(settings) -> None:
 
 def with_restarts(settings, restarts: int, use) -> None:
     async def run() -> None:
-        engine = RestartingEngine(lambda: EngineProcess(settings, "warning", "tests.support.fake_engine"), restarts)
+        engine = RestartingEngine(
+            lambda: EngineProcess(settings, "warning", "tests.support.servers.fake_engine"), restarts
+        )
         told: list[str] = []
         try:
             client = EngineClient(engine, lambda news: told.append(type(news).__name__))
@@ -132,7 +134,7 @@ def test_a_process_that_cannot_start_again_counts_and_the_engine_is_gone_after_t
 def test_a_process_that_serves_another_model_ends_the_engine(settings, caplog) -> None:
     async def use(client, engine, _) -> None:
         other = EngineSettings(model=settings.model, max_model_len=77)
-        engine._start = lambda: EngineProcess(other, "warning", "tests.support.fake_engine")
+        engine._start = lambda: EngineProcess(other, "warning", "tests.support.servers.fake_engine")
         os.kill(engine._process.process_id, signal.SIGKILL)
         await asyncio.wait_for(client.dead.wait(), 30)
         assert "files have changed" in caplog.text

@@ -10,10 +10,10 @@ from stellarbyte import ByteTransformer
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.protocol.messages import Accepted, Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support import oracle
-from tests.support.engine import BACKENDS, Backend, make_request
-from tests.support.engine_core import END, Script, make_core, model_core
-from tests.support.models import make_model, random_tokens
+from tests.support.engines.engine import BACKENDS, Backend, make_request
+from tests.support.engines.engine_core import END, Script, make_core, model_core
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import make_model, random_tokens
 
 
 def final_hidden(model: ByteTransformer, tokens: list[int]) -> torch.Tensor:

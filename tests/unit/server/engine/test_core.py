@@ -12,9 +12,9 @@ from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import FAILED, Accepted, Delta, Rejected, merged
-from tests.support.adapters import FakeStore, listed, touch_adapter
-from tests.support.engine import ComputedStep, make_request, make_scheduler
-from tests.support.fake_engine import make_tokenizer
+from tests.support.engines.engine import ComputedStep, make_request, make_scheduler
+from tests.support.models.adapters import FakeStore, listed, touch_adapter
+from tests.support.servers.fake_engine import make_tokenizer
 
 
 class ScriptedRunner:

@@ -10,7 +10,7 @@ from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, EngineStats
 from tests.support.metric_names import COUNTERS, GAUGES, HISTOGRAMS, check_exposition
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 STATS = EngineStats(
     num_running=3,

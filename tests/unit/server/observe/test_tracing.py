@@ -14,7 +14,7 @@ from stellarbyte_server.observe import tracing
 from stellarbyte_server.observe.record import RequestRecord, TokenCount
 from stellarbyte_server.observe.tracing import check_tracing, is_wanted, make_tracing
 from tests.support.application import route_table
-from tests.support.server_process import ROOT
+from tests.support.servers.server_process import ROOT
 
 SETTINGS = ServerSettings(engine=EngineSettings(model="m"))
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"

@@ -13,7 +13,7 @@ from stellarbyte_server.tokens.tokenizer import (
     UnembeddableTokenError,
     load_prompt_tokenizer,
 )
-from tests.support.fake_engine import CHAT_TEMPLATE, make_model_folder, make_tokenizer
+from tests.support.servers.fake_engine import CHAT_TEMPLATE, make_model_folder, make_tokenizer
 
 LLAMA_2 = """{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}\
 {% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}\

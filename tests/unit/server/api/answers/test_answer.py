@@ -21,7 +21,7 @@ from stellarbyte_server.api.structured.tool_calls import HERMES
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 from stellarbyte_server.tokens.token_bytes import TokenBytes
-from tests.support.fake_engine import make_tokenizer
+from tests.support.servers.fake_engine import make_tokenizer
 
 TOKEN_BYTES = TokenBytes(make_tokenizer())
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": [1, {"b": "}"}]}}\n</tool_call>'

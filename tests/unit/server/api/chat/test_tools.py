@@ -17,7 +17,7 @@ from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured.grammars import json_rule
 from stellarbyte_server.api.structured.tool_calls import HERMES, LLAMA, tools_grammar
 from stellarbyte_server.tokens.tokenizer import ChatTemplate
-from tests.support.fake_engine import CHAT_TEMPLATE, make_tokenizer
+from tests.support.servers.fake_engine import CHAT_TEMPLATE, make_tokenizer
 
 CITY = {
     "type": "object",

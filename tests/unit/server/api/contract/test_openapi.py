@@ -26,7 +26,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.tokens.tokenizer import load_prompt_tokenizer
 from tests.support.application import make_app
-from tests.support.fake_engine import make_model_folder
+from tests.support.servers.fake_engine import make_model_folder
 
 MODEL = "a-model"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_server.engine.adapters.folder import AdapterFolder, open_inside
-from tests.support.adapters import touch_adapter
+from tests.support.models.adapters import touch_adapter
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S, LISTING_
 from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S
 from stellarbyte_server.protocol.messages import AdapterUnloaded, CallFailed
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.adapter_engine import AdapterEngine
-from tests.support.adapters import touch_adapter
+from tests.support.engines.adapter_engine import AdapterEngine
+from tests.support.models.adapters import touch_adapter
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.packing import pack
 from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support import oracle
-from tests.support.adapters import merged, random_adapter
-from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, make_request, sampling_by
-from tests.support.models import VARIANTS, make_config, make_model, random_tokens
+from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, generated, make_request, sampling_by
+from tests.support.models import oracle
+from tests.support.models.adapters import merged, random_adapter
+from tests.support.models.byte_transformer import VARIANTS, make_config, make_model, random_tokens
 
 MODELS = {
     "gated parts of 8": {},

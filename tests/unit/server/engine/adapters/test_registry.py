@@ -10,8 +10,8 @@ from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.adapter_engine import AdapterEngine
-from tests.support.adapters import touch_adapter
+from tests.support.engines.adapter_engine import AdapterEngine
+from tests.support.models.adapters import touch_adapter
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.live_answers import NOT_FINITE
 from stellarbyte_server.protocol.messages import Delta, merged
-from tests.support.engine import BACKENDS, Ahead, make_request
-from tests.support.engine_core import drain, model_core
-from tests.support.models import make_model
+from tests.support.engines.engine import BACKENDS, Ahead, make_request
+from tests.support.engines.engine_core import drain, model_core
+from tests.support.models.byte_transformer import make_model
 
 BAD = 90  # the token whose embedding is NaN
 KINDS: list[dict[str, Any]] = [
@@ -49,7 +49,7 @@ def cores(request: pytest.FixtureRequest, device: torch.device) -> Iterator[list
         return
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from tests.support.gpu_engine import GpuEngine, own_stream
+    from tests.support.engines.gpu_engine import GpuEngine, own_stream
 
     with own_stream(device):
         yield [GpuEngine(model, device, max_num_seqs=8, max_model_len=40, **options).core()]

@@ -16,9 +16,9 @@ from stellarbyte_server.engine.run.runner import RunningStep
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import FAILED, Delta, merged
-from tests.support.checked_engine import CheckedEngine
-from tests.support.engine import make_request
-from tests.support.faulty_runner import FaultyRunner
+from tests.support.engines.checked_engine import CheckedEngine
+from tests.support.engines.engine import make_request
+from tests.support.engines.faulty_runner import FaultyRunner
 
 MOMENTS = ("start", "finish", "result")
 

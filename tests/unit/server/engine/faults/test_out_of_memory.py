@@ -10,9 +10,9 @@ from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, merged
-from tests.support.engine import Ahead, make_request
-from tests.support.engine_core import VOCABULARY, drain, model_core
-from tests.support.models import make_model, random_tokens
+from tests.support.engines.engine import Ahead, make_request
+from tests.support.engines.engine_core import VOCABULARY, drain, model_core
+from tests.support.models.byte_transformer import make_model, random_tokens
 
 
 class SmallDevice:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from stellarbyte_server.engine.grammar import compiler as grammar_module
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.protocol.grammar import GrammarRefused, check_grammar
-from tests.support.fake_engine import make_tokenizer
+from tests.support.servers.fake_engine import make_tokenizer
 
 END, IM_START, IM_END = 256, 257, 258
 VOCAB_SIZE = 300  # more logits than tokens, and no multiple of 32

@@ -10,9 +10,9 @@ from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.grammar.compiler import TokenGrammar
 from stellarbyte_server.protocol.messages import Delta, Rejected
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.engine import BACKENDS, Backend, make_request
-from tests.support.engine_core import VOCABULARY, Script, drain, make_core, model_core, text_of
-from tests.support.models import make_model, random_tokens
+from tests.support.engines.engine import BACKENDS, Backend, make_request
+from tests.support.engines.engine_core import VOCABULARY, Script, drain, make_core, model_core, text_of
+from tests.support.models.byte_transformer import make_model, random_tokens
 from tests.support.schemas import SCHEMAS
 
 

@@ -16,9 +16,9 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import TokenGrammar
 from stellarbyte_server.engine.grammar.mask_workers import QUICK_MASK_S, QUICK_MASKS_S, MaskWorkers
 from stellarbyte_server.protocol.messages import Delta
-from tests.support.engine import Ahead, make_request
-from tests.support.engine_core import VOCABULARY, drain, ended, model_core, text_of
-from tests.support.models import make_model
+from tests.support.engines.engine import Ahead, make_request
+from tests.support.engines.engine_core import VOCABULARY, drain, ended, model_core, text_of
+from tests.support.models.byte_transformer import make_model
 from tests.support.schemas import SCHEMAS
 
 

@@ -17,8 +17,8 @@ from stellarbyte_server.engine.run import adapter_store
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
-from tests.support.adapters import write_adapter
-from tests.support.models import make_model
+from tests.support.models.adapters import write_adapter
+from tests.support.models.byte_transformer import make_model
 
 
 @pytest.fixture

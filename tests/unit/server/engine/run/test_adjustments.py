@@ -6,8 +6,8 @@ import pytest
 
 from stellarbyte.sampling.adjustment import LogitAdjustment
 from stellarbyte_server.engine.run import adjustments
-from tests.support.engine import BACKENDS, Backend, ModelEngine, make_request
-from tests.support.models import make_model, random_tokens
+from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
+from tests.support.models.byte_transformer import make_model, random_tokens
 
 KINDS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.5},

@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.support import oracle
-from tests.support.engine import BACKENDS, Backend, ModelEngine, make_request
-from tests.support.models import VARIANTS, make_model, random_tokens
+from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import VARIANTS, make_model, random_tokens
 
 W = 12
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]

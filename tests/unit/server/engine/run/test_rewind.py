@@ -14,10 +14,18 @@ from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Sequence
-from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, make_request, make_scheduler, sampling_by
-from tests.support.fake_engine import make_tokenizer
-from tests.support.models import make_model, random_tokens
-from tests.support.symbolic_cache import NUM_TOKENS, SymbolicRunner, continuation
+from tests.support.engines.engine import (
+    BACKENDS,
+    Backend,
+    ModelEngine,
+    generated,
+    make_request,
+    make_scheduler,
+    sampling_by,
+)
+from tests.support.engines.symbolic_cache import NUM_TOKENS, SymbolicRunner, continuation
+from tests.support.models.byte_transformer import make_model, random_tokens
+from tests.support.servers.fake_engine import make_tokenizer
 
 VOCABULARY = 259
 GRAMMARS = GrammarCompiler(make_tokenizer(), frozenset(), VOCABULARY)

@@ -8,9 +8,9 @@ import torch
 from stellarbyte.config import ByteModelConfig
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.start.serving_plan import StartupError, plan_cache, serving_config, tokens_a_step
-from tests.support import oracle
-from tests.support.engine import ModelEngine
-from tests.support.models import make_config, make_model, random_tokens
+from tests.support.engines.engine import ModelEngine
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import make_config, make_model, random_tokens
 
 CONTEXT = 24
 MIXED = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}

@@ -20,16 +20,16 @@ from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support import oracle
-from tests.support.adapters import random_adapter
 from tests.support.answers import assert_same
-from tests.support.engine import ModelEngine, generated, make_request
-from tests.support.engine_core import VOCABULARY as BYTES
-from tests.support.engine_core import drain, model_core
-from tests.support.faulty_runner import FaultyRunner
-from tests.support.gpu_engine import GpuEngine, own_stream
-from tests.support.models import make_model
-from tests.support.recorded_plans import RecordingExecutor, replay
+from tests.support.engines.engine import ModelEngine, generated, make_request
+from tests.support.engines.engine_core import VOCABULARY as BYTES
+from tests.support.engines.engine_core import drain, model_core
+from tests.support.engines.faulty_runner import FaultyRunner
+from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.engines.recorded_plans import RecordingExecutor, replay
+from tests.support.models import oracle
+from tests.support.models.adapters import random_adapter
+from tests.support.models.byte_transformer import make_model
 from tests.support.schemas import SCHEMAS
 
 VOCABULARY = 50

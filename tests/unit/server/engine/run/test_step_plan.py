@@ -13,12 +13,12 @@ from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.run.step_plan import StepPlan
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support.adapters import random_adapter
 from tests.support.answers import assert_same
-from tests.support.engine import ModelEngine, make_request
-from tests.support.engine_core import VOCABULARY, drain, model_core
-from tests.support.models import make_model, random_tokens
-from tests.support.recorded_plans import RecordingExecutor, replay
+from tests.support.engines.engine import ModelEngine, make_request
+from tests.support.engines.engine_core import VOCABULARY, drain, model_core
+from tests.support.engines.recorded_plans import RecordingExecutor, replay
+from tests.support.models.adapters import random_adapter
+from tests.support.models.byte_transformer import make_model, random_tokens
 from tests.support.schemas import SCHEMAS
 
 WISHES: list[dict[str, Any]] = [

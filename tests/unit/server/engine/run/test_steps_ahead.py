@@ -18,13 +18,13 @@ from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support.adapters import FakeStore, listed, touch_adapter
-from tests.support.checked_engine import GRAMMARS, TOKENIZER, CheckedEngine
-from tests.support.engine import BACKENDS, Ahead, Backend, ComputedStep, make_request, make_scheduler
-from tests.support.engine_core import VOCABULARY, drain, model_core
-from tests.support.models import make_model, random_tokens
+from tests.support.engines.checked_engine import GRAMMARS, TOKENIZER, CheckedEngine
+from tests.support.engines.engine import BACKENDS, Ahead, Backend, ComputedStep, make_request, make_scheduler
+from tests.support.engines.engine_core import VOCABULARY, drain, model_core
+from tests.support.engines.symbolic_cache import continuation
+from tests.support.models.adapters import FakeStore, listed, touch_adapter
+from tests.support.models.byte_transformer import make_model, random_tokens
 from tests.support.schemas import SCHEMAS
-from tests.support.symbolic_cache import continuation
 
 MAX_MODEL_LEN = 90
 

@@ -16,7 +16,7 @@ from stellarbyte_server.engine.schedule.shares import max_min
 from stellarbyte_server.engine.state.account import Account, TokenBucket
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.engine import is_complete, make_request, make_scheduler
+from tests.support.engines.engine import is_complete, make_request, make_scheduler
 
 ANSWER = 40  # tokens of an ordinary answer
 PROMPT = 20

@@ -7,7 +7,7 @@ import pytest
 from stellarbyte_server.engine.schedule.key_usage import WINDOW_S, KeyUsage, SlidingSum
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import RATE_LIMITED, RequestRejected
-from tests.support.engine import make_request
+from tests.support.engines.engine import make_request
 
 
 class Clocked:

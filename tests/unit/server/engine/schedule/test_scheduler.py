@@ -10,8 +10,8 @@ from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.engine import generated, is_complete, make_request, make_scheduler
-from tests.support.symbolic_cache import SymbolicRunner, continuation
+from tests.support.engines.engine import generated, is_complete, make_request, make_scheduler
+from tests.support.engines.symbolic_cache import SymbolicRunner, continuation
 
 
 class Clock:

@@ -5,10 +5,18 @@ import random
 import pytest
 
 from stellarbyte_server.engine.state.sequence import Sequence
-from tests.support import oracle
-from tests.support.engine import BACKENDS, Backend, ModelEngine, generated, is_complete, make_request, make_scheduler
-from tests.support.models import make_model, random_tokens
-from tests.support.symbolic_cache import SymbolicRunner, continuation
+from tests.support.engines.engine import (
+    BACKENDS,
+    Backend,
+    ModelEngine,
+    generated,
+    is_complete,
+    make_request,
+    make_scheduler,
+)
+from tests.support.engines.symbolic_cache import SymbolicRunner, continuation
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import make_model, random_tokens
 
 W = 12
 

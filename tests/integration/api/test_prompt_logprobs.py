@@ -1,0 +1,73 @@
+"""Log-probabilities of prompts and answers over HTTP against transformers' LlamaForCausalLM on the same weights."""
+
+import itertools
+import math
+
+import httpx
+import pytest
+import torch
+
+from tests.support.models.references import MODEL_NAME, PROMPTS, transformers_model
+
+LONG = " ".join(PROMPTS) * 2  # several chunks of a prompt that is scored
+UNICODE = "Ein naïver Café-Besuch 漢字 👋🏽 – fin.\n\tEnde"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return transformers_model()
+
+
+def ask(server, **fields) -> dict:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": MODEL_NAME} | fields, timeout=120)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@torch.inference_mode()
+def reference(llama, token_ids: list[int]) -> torch.Tensor:
+    """[T, V] log-probabilities of what follows each token."""
+    return llama(torch.tensor([token_ids])).logits[0].double().log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("text", [*PROMPTS[:4], UNICODE, LONG])
+def test_a_scored_text_has_transformers_logprobs_and_perplexity(demo_server, tokenizer, llama, text) -> None:
+    token_ids = tokenizer(text)["input_ids"]
+    choice = ask(demo_server, prompt=text, max_tokens=0, echo=True, logprobs=3)["choices"][0]
+    found = choice["logprobs"]
+    expected = reference(llama, token_ids)
+    chosen = [expected[i, token].item() for i, token in enumerate(token_ids[1:])]
+    assert choice["text"] == text and found["token_logprobs"][0] is None
+    assert found["token_logprobs"][1:] == pytest.approx(chosen, abs=1e-4)
+    perplexity = math.exp(-sum(found["token_logprobs"][1:]) / len(chosen))
+    assert perplexity == pytest.approx(math.exp(-sum(chosen) / len(chosen)), rel=1e-4)
+    for i, top in enumerate(found["top_logprobs"][1:]):
+        assert max(top.values()) == pytest.approx(expected[i].max().item(), abs=1e-4)
+    starts = [*found["text_offset"], len(text)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(starts)]
+    assert all(piece in ("", token) for piece, token in zip(pieces, found["tokens"], strict=True) if "\\x" not in token)
+    assert "".join(pieces) == text
+
+
+def test_an_answers_logprobs_equal_transformers_and_those_of_the_same_text_echoed(demo_server, llama) -> None:
+    fields = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0.8, "seed": 1, "logprobs": 0}
+    plain = ask(demo_server, **fields, return_token_ids=True)["choices"][0]
+    token_ids = plain["prompt_token_ids"] + plain["token_ids"]
+    expected = reference(llama, token_ids)
+    first = len(plain["prompt_token_ids"])
+    chosen = [expected[i - 1, token_ids[i]].item() for i in range(first, len(token_ids))]
+    assert plain["logprobs"]["token_logprobs"] == pytest.approx(chosen, abs=1e-4)
+    echoed = ask(demo_server, **fields, echo=True)["choices"][0]
+    assert echoed["text"] == PROMPTS[0] + plain["text"]
+    assert echoed["logprobs"]["token_logprobs"][first:] == pytest.approx(chosen, abs=1e-4)
+
+
+def test_an_embedding_is_transformers_last_hidden_state(demo_server, tokenizer, llama) -> None:
+    body = {"model": MODEL_NAME, "input": [PROMPTS[0], LONG], "encoding_format": "float"}
+    for pooling in ("last", "mean"):
+        answer = httpx.post(f"{demo_server.url}/v1/embeddings", json=body | {"pooling": pooling}, timeout=120).json()
+        for entry, text in zip(answer["data"], body["input"], strict=True):
+            with torch.inference_mode():
+                hidden_TC = llama.model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0]
+            pooled_C = hidden_TC[-1] if pooling == "last" else hidden_TC.mean(dim=0)
+            assert entry["embedding"] == pytest.approx((pooled_C / pooled_C.norm()).tolist(), abs=1e-4)
