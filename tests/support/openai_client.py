@@ -1,5 +1,7 @@
 """The official openai client, strict about what it gets, and short ways to ask with it."""
 
+from typing import Any
+
 import httpx
 import openai
 
@@ -23,19 +25,19 @@ def lenient(client: openai.OpenAI) -> openai.OpenAI:
     return client.copy(_extra_kwargs={"_strict_response_validation": False})
 
 
-def complete(client: openai.OpenAI, prompt=PROMPT, **fields):
+def complete(client: openai.OpenAI, prompt: Any = PROMPT, **fields: Any) -> Any:
     fields = {"temperature": 0, "max_tokens": 8} | fields
     if fields.get("stream") or fields.get("echo"):
         client = lenient(client)
     return client.completions.create(model=MODEL_NAME, prompt=prompt, **fields)
 
 
-def chat(client: openai.OpenAI, messages=QUESTION, **fields):
+def chat(client: openai.OpenAI, messages: Any = QUESTION, **fields: Any) -> Any:
     fields = {"temperature": 0, "max_tokens": 60} | fields
     return client.chat.completions.create(model=MODEL_NAME, messages=messages, **fields)
 
 
-def post(client: openai.OpenAI, path: str, **body):
+def post(client: openai.OpenAI, path: str, **body: Any) -> Any:
     """One of the routes that are outside /v1 and have no method in the client."""
     url = str(client.base_url).removesuffix("/v1/")
     return client.with_options(base_url=url).post(path, body=body, cast_to=httpx.Response).json()

@@ -44,9 +44,11 @@ def transformers_model() -> LlamaForCausalLM:
     """transformers' own class with the demo model's weights."""
     path = resolve_model("demo")
     ours = load_config(path)
-    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    fields += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters")
-    fields += ("tie_word_embeddings", "hidden_act")
+    fields = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+        *("tie_word_embeddings", "hidden_act"),
+    )
     llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(ours, name) for name in fields})).eval()
     llama.load_state_dict(load_model(path).state_dict())
     return llama
