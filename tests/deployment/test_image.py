@@ -26,7 +26,7 @@ def test_each_stage_is_made_of_one_there_is(variant: str) -> None:
         words = each.arguments.replace("${VARIANT}", variant).split()
         source = words[0].removeprefix("--from=")
         if each.name == "FROM" or source != words[0]:
-            assert source in stages or source.count(":") == 1, f"{each.name} {source} is neither a stage nor an image"
+            assert source in {*stages, "${BASE}"}, f"{each.name} {source} is neither a stage nor the base"
 
 
 def test_it_runs_as_a_user_whose_number_kubernetes_can_check() -> None:

@@ -74,7 +74,7 @@ def test_kustomize_builds_the_documents_overlay(tmp_path: Path) -> None:
     assert objects["ConfigMap"]["data"] == SETTINGS | {"STELLARBYTE_MODEL": "/models/qwen3-0.6b"}
     pod = objects["Deployment"]["spec"]["template"]["spec"]
     assert {each["mountPath"] for each in pod["containers"][0]["volumeMounts"]} > {"/models", "/tmp"}
-    assert pod["containers"][0]["image"] == "registry.example.com/stellarbyte-server:0.1.0"
+    assert pod["containers"][0]["image"] == "registry.example.com/stellarbyte-server:0.2.0"
 
 
 def test_every_selector_finds_the_pods() -> None:

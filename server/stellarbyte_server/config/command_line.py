@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback, switch
@@ -55,6 +56,7 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"stellarbyte-server {version('stellarbyte')}")
     for title, settings_class in GROUPS:
         group = parser.add_argument_group(title)
         for field in options(settings_class):

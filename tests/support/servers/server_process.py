@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -23,6 +23,21 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_for_server(
+    url: str, process: subprocess.Popen[bytes], limit_s: float, log: Callable[[], str] = lambda: ""
+) -> None:
+    """Until it answers /ready with 200."""
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended with status {process.returncode}:\n{log()}")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"the server was not ready after {limit_s} s:\n{log()}")
 
 
 class ServerProcess:
@@ -47,15 +62,8 @@ class ServerProcess:
         return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")  # seeking would move the writers, too
 
     def wait_ready(self, limit_s: float) -> "ServerProcess":
-        deadline_s = time.monotonic() + limit_s
-        while time.monotonic() < deadline_s:
-            if self.process.poll() is not None:
-                raise AssertionError(f"the server ended with status {self.process.returncode}:\n{self.log()}")
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return self
-            time.sleep(0.05)
-        raise AssertionError(f"the server was not ready after {limit_s} s:\n{self.log()}")
+        wait_for_server(self.url, self.process, limit_s, self.log)
+        return self
 
     def wait_logged(self, text: str, limit_s: float = 60) -> None:
         deadline_s = time.monotonic() + limit_s
