@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import loadgen
+from benchmarks.loadgen import Load, local_address, send
 from benchmarks.record import write_result
 from benchmarks.serve import OURS, Server, Workload, load, running_ours
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
+from stellarbyte_client.terminal.load import Outcome
 
 MODEL = "SmolLM2-135M-Instruct"
 NUM_ADAPTERS = 8
@@ -102,14 +103,9 @@ def measure_load(url: str, name: str) -> dict[str, float]:
 
 def measure_loads_beside_streams(url: str, streams: int, tokens: int) -> dict[str, Any]:
     """Loads while `streams` run, and what the gaps between their tokens were with and without a load under way."""
-    options = argparse.Namespace(
-        model=MODEL, adapters="", output_tokens=tokens, temperature=0.6, lenient=False, chat=False, text=False,
-        prompt_tokens=16, vocab=10000, seed=5, api_key="", timeout_s=600,
-    )  # fmt: skip
-    host, port = url.removeprefix("http://").split(":")
-    outcomes: list[loadgen.Outcome] = []
-    job = (options, host, int(port), list(range(streams)), streams)
-    thread = threading.Thread(target=lambda: outcomes.extend(loadgen.run_process(job)))
+    work = Load(models=[MODEL], prompt_tokens=16, output_tokens=tokens, seed=5)
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.extend(send(work, local_address(url), range(streams), streams)))
     thread.start()
     time.sleep(2)
     loads = []

@@ -92,11 +92,11 @@ def _pairs(arguments: list[str], flag: str) -> dict[str, str]:
 
 def load(server: Server, workload: Workload, seed: int) -> dict[str, Any]:
     """One run of loadgen."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "loadgen.py"), "--url", server.url, "--model", server.model]
+    command = [sys.executable, "-m", "benchmarks.loadgen", "--url", server.url, "--model", server.model]
     command += ["-n", str(workload.requests), "-c", str(workload.streams), "--seed", str(seed), "--label", server.name]
     command += ["--prompt-tokens", str(workload.prompt_tokens), "--output-tokens", str(workload.output_tokens)]
     output = subprocess.run(
-        [*command, *workload.flags, *server.flags], check=True, capture_output=True, text=True
+        [*command, *workload.flags, *server.flags], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
     return json.loads(output)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stellarbyte_client.terminal.bench import make_row, percentiles_ms
-from stellarbyte_client.terminal.connection import Connection
-from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
+from stellarbyte_client.address import Address
+from stellarbyte_client.terminal.bench import make_row
+from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work, percentiles_ms
 from tests.support.servers.server_process import ServerProcess
 from tests.support.terminal import CTRL_C, Terminal
 from tests.terminal.command import Adapted, Command, Result
@@ -123,6 +123,7 @@ def test_figures_are_of_requests_that_ended_well() -> None:
     assert (row.tokens, row.tokens_per_s, row.errors) == (8, 4.0, {"no": 1})
     assert row.ttft_ms == [500.0, None]
     assert row.itl_ms == [100.0, None]
+    assert row.tpot_ms == [75.0, None]  # 0.3 s for the four tokens after the first event
     assert (row.warm_up_requests, row.warm_up_tokens) == (1, 5)
 
 
@@ -146,8 +147,8 @@ def test_tokens_without_text_are_timed() -> None:
     received: list[bytes] = []
 
     async def outcomes(url: str) -> list[Outcome]:
-        async with LoadGenerator(Connection(url=url, api_key=None), most_streams=1) as load:
-            return await load.run(Work(models=["m"], prompt_tokens=2, max_tokens=3), streams=1, requests=1)
+        load = LoadGenerator(Address.of(url, None, None, 60))
+        return await load.run(Work(models=["m"], prompt_tokens=2, max_tokens=3), streams=1, requests=[0])
 
     with answering(stream, received) as url:
         (outcome,) = asyncio.run(outcomes(url))
