@@ -1,7 +1,7 @@
-"""What adapters add to a step's products: each shared input is shrunk once, then expanded.
+"""Adapters of a step's products: shrink each shared input once, then expand.
 
-A step of few rows is over before two small kernels more for each product could go unnoticed. There both run beside the
-product, on a stream of their own, and what they make is added by the kernel that reads the product. Steps of many rows
+In steps of few rows, two more small kernels for each product would cost noticeable time. There both run concurrently
+with the product, on their own stream, and the kernel that reads the product adds their result. Steps of many rows
 expand into the product in place.
 """
 
@@ -14,14 +14,14 @@ from stellarbyte.ops.triton.lora import Addend, LoraRows, LoraScratch, expand, s
 
 
 class BesideProducts:
-    """A stream, and memory for what is to be added. Made once: graphs keep the addresses."""
+    """A stream, and memory for addends. Allocated once: graphs keep the addresses."""
 
     def __init__(self, bank: LoraBank, max_rows: int) -> None:
         """For steps of up to `max_rows` rows."""
         groups = bank.projections.shared_inputs.values()
         widest = max(sum(out for out, _ in shapes[group]) for shapes in bank.projections.shapes for group in groups)
         self.numbers = bank.numbers_SF.new_empty(max_rows * widest)
-        # Before products, which would otherwise take all multiprocessors first.
+        # High priority: otherwise the products would take all multiprocessors first.
         self.stream = torch.cuda.Stream(priority=-3) if self.numbers.is_cuda else None
 
 
@@ -37,7 +37,8 @@ class Adapters:
         self._beside = beside
 
     def begin(self, x_TK: torch.Tensor, layer: int, projections: slice) -> None:
-        """Before the product of projections that share the input x: what needs no product."""
+        """Call before the product of projections that share the input x: starts the part that does not need the
+        product."""
         if self._beside is None:
             shrink(x_TK, self._scratch, self._rows, self._bank, layer, projections)
             return
@@ -50,8 +51,7 @@ class Adapters:
             expand(self._scratch, delta_TN, self._rows, self._bank, layer, projections, adds=False)
 
     def end(self, out_TN: torch.Tensor, layer: int, projections: slice) -> Addend | None:
-        """After the product: what its reader has to add, or None where it was added. To be read before the next
-        `begin`."""
+        """Call after the product: the addend for its reader, valid until the next `begin`; None if already added."""
         if self._beside is None:
             expand(self._scratch, out_TN, self._rows, self._bank, layer, projections)
             return None

@@ -177,7 +177,7 @@ def test_what_the_gpu_kernels_have_no_place_for_is_refused(with_part: Callable[[
     from stellarbyte.backends.gpu.model import TritonModel
 
     with_part(made_up(reads="elsewhere"))
-    with pytest.raises(ValueError, match=f"the GPU kernels cannot compute {NAME}"):
+    with pytest.raises(ValueError, match=f"the GPU kernels do not support {NAME}"):
         TritonModel(make_model(), make_config())
 
 
