@@ -1,12 +1,12 @@
-"""What adapters cost: tokens a second with eight at once against none, and loading a large one beside streams.
+"""The cost of adapters: tokens a second with eight at once and with none, and loading a large one during streams.
 
     python -m benchmarks.adapters
     python -m benchmarks.adapters --quantization int8
 
 Starts our server on the demo model with random adapters for all linear modules. Throughput: the same load on the base
-model, on one adapter and on eight (a request each in turn), in turn for some rounds; the ratios are of one round each,
-and their median counts. Loading: the time from the call to the end of the first answer, and the longest gap between
-two tokens of running streams meanwhile.
+model, on one adapter and on eight (by request in turn), in turn for some rounds; ratios are within a round, and the
+result is their median. Loading: the time from the call to the end of the first answer, and the longest gap between two
+tokens of running streams during that time.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def measure_load(url: str, name: str) -> dict[str, float]:
 
 
 def measure_loads_beside_streams(url: str, streams: int, tokens: int) -> dict[str, Any]:
-    """Loads while `streams` run, and what the gaps between their tokens were with and without a load under way."""
+    """Loads while `streams` run, and the gaps between their tokens with and without a load in progress."""
     work = Load(models=[MODEL], prompt_tokens=16, output_tokens=tokens, seed=5)
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.extend(send(work, local_address(url), range(streams), streams)))

@@ -111,7 +111,7 @@ def test_ctrl_c_keeps_the_rows_that_were_measured(tmp_path: Path) -> None:
 
 def test_more_streams_than_requests_are_refused(stellarbyte: Command) -> None:
     result = stellarbyte("bench", "--url", "http://127.0.0.1:1", "--streams", "8", "--requests", "4")
-    said = "error: 4 requests cannot keep 8 streams busy; give more --requests.\n"
+    said = "error: --requests must be at least the number of streams; 4 is less than 8.\n"
     assert result == Result(1, "", said)
 
 

@@ -1,4 +1,4 @@
-"""`stellarbyte bench`: a server's speed for some numbers of streams, as a table, a chart and JSON."""
+"""`stellarbyte bench`: measures a server with several numbers of streams; shows a table, a chart and JSON."""
 
 import asyncio
 import json
@@ -31,7 +31,7 @@ _WARM_UP_TOKENS = 8
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     connection: Connection
-    models: Sequence[str] | None  # None: the server's
+    models: Sequence[str] | None  # None: the served model
     streams: Sequence[int]
     requests: int | None  # for each number of streams; None: twice that, at least 8
     prompt_tokens: int
@@ -43,7 +43,7 @@ class BenchSettings:
 
     @property
     def command(self) -> str:
-        """The command line that measures the same; keys are left out."""
+        """The command line of this benchmark, without keys."""
         words = ["stellarbyte", "bench", "--url", self.connection.url, "--streams", ",".join(map(str, self.streams))]
         if self.models is not None:
             words += ["--model", ",".join(self.models)]
@@ -74,11 +74,11 @@ def make_row(streams: int, outcomes: Sequence[Outcome], wall_s: float, warm_up: 
 
 
 def bench(settings: BenchSettings) -> bool:
-    """Measure and show; whether all requests ended well. StellarByteError when nothing can be measured."""
+    """Measure and show; returns whether all requests succeeded. StellarByteError if measuring is impossible."""
     for streams in settings.streams:
         if settings.requests_of(streams) < streams:
             raise CommandFailed(
-                f"{settings.requests} requests cannot keep {streams} streams busy; give more --requests."
+                f"--requests must be at least the number of streams; {settings.requests} is less than {streams}."
             )
     with settings.connection.client() as client:
         known = models_of(client)
@@ -96,14 +96,14 @@ def bench(settings: BenchSettings) -> bool:
     rows: list[Row] = []
     try:
         asyncio.run(_measure(settings, models, console, rows))
-    finally:  # also what was measured before Ctrl-C
+    finally:  # also rows measured before Ctrl-C
         if file is not None:
             _write(file, settings, models, server_version, rows)
     return not any(row.errors for row in rows)
 
 
 async def _measure(settings: BenchSettings, models: Sequence[str], console: Console, rows: list[Row]) -> None:
-    """Add a row for each number of streams; what was measured is shown also when it ends early."""
+    """Add a row for each number of streams; shows complete rows even if interrupted."""
     work = Work(models=models, prompt_tokens=settings.prompt_tokens, max_tokens=settings.max_tokens)
     short = replace(work, max_tokens=min(work.max_tokens, _WARM_UP_TOKENS))
     progress = Progress(
@@ -149,7 +149,7 @@ def _cells(times_ms: list[float | None]) -> list[str]:
 
 
 def _chart(rows: Sequence[Row]) -> RenderableType:
-    """Tokens a second over the numbers of streams."""
+    """Tokens per second by number of streams."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right")
     grid.add_column(width=50)

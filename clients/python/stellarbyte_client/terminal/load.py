@@ -1,4 +1,4 @@
-"""Load on an OpenAI-compatible server: streaming requests, some at once, each of them timed.
+"""Load on an OpenAI-compatible server: concurrent streaming requests with their times.
 
 One process: enough for some thousand events a second. `benchmarks/loadgen.py` runs several.
 """
@@ -20,7 +20,7 @@ import msgspec
 from stellarbyte_client.address import Address
 from stellarbyte_client.errors import server_error
 
-# Token ids that every vocabulary has. In random order they make prompts that differ from their first tokens on.
+# Token ids of every vocabulary. In random order, prompts differ from their first tokens on.
 _TOKEN_IDS = range(32, 256)
 _READ_BYTES = 65536
 
@@ -158,7 +158,7 @@ _DECODER = msgspec.json.Decoder(_Event)
 
 
 class LoadGenerator:
-    """Sends over plain sockets, each request on a connection of its own: httpx would be slower than fast servers.
+    """Sends over plain sockets, each request on its own connection: httpx would be slower than fast servers.
 
     `needs_done`: an answer without [DONE] is an error.
     """
@@ -200,9 +200,9 @@ class LoadGenerator:
         except OSError as error:
             outcome.error = str(error) or type(error).__name__
         except h11.RemoteProtocolError as error:
-            outcome.error = f"The answer broke off: {error}."
+            outcome.error = f"The answer is not valid HTTP: {error}."
         except msgspec.DecodeError as error:
-            outcome.error = f"The answer is not one of an OpenAI-compatible server: {error}."
+            outcome.error = f"The answer is not that of an OpenAI-compatible server: {error}."
         return outcome
 
     async def _send(self, request: LoadRequest, outcome: Outcome) -> None:
@@ -251,7 +251,7 @@ class LoadGenerator:
         elif outcome.error is None and self._needs_done and not is_done:
             outcome.error = "The answer broke off."
         elif outcome.error is None and outcome.tokens == 0:
-            outcome.error = "The answer has no tokens by the server's count."
+            outcome.error = "The server's usage counts no tokens."
 
 
 def _note(event: _Event, outcome: Outcome) -> None:
