@@ -133,7 +133,7 @@ async def _run_until_stopped(
         server.should_exit = True
 
     call_on_stop_signals(asyncio.get_running_loop(), on_signal)
-    beside = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
+    background = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
     await server.serve(sockets=[listener])
-    for task in beside:
+    for task in background:
         task.cancel()

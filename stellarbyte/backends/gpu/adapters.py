@@ -13,7 +13,7 @@ from stellarbyte.ops.triton.lora import Addend, LoraRows, LoraScratch, expand, s
 # T tokens, K inputs, N outputs
 
 
-class BesideProducts:
+class SideStream:
     """A stream, and memory for addends. Allocated once: graphs keep the addresses."""
 
     def __init__(self, bank: LoraBank, max_rows: int) -> None:
@@ -29,20 +29,20 @@ class Adapters:
     """The adapters of one step's rows."""
 
     def __init__(
-        self, bank: LoraBank, rows: LoraRows, scratch: LoraScratch, beside: BesideProducts | None = None
+        self, bank: LoraBank, rows: LoraRows, scratch: LoraScratch, side_stream: SideStream | None = None
     ) -> None:
         self._bank = bank
         self._rows = rows
         self._scratch = scratch
-        self._beside = beside
+        self._side_stream = side_stream
 
     def begin(self, x_TK: torch.Tensor, layer: int, projections: slice) -> None:
         """Call before the product of projections that share the input x: starts the part that does not need the
         product."""
-        if self._beside is None:
+        if self._side_stream is None:
             shrink(x_TK, self._scratch, self._rows, self._bank, layer, projections)
             return
-        side = self._beside.stream
+        side = self._side_stream.stream
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -52,14 +52,14 @@ class Adapters:
 
     def end(self, out_TN: torch.Tensor, layer: int, projections: slice) -> Addend | None:
         """Call after the product: the addend for its reader, valid until the next `begin`; None if already added."""
-        if self._beside is None:
+        if self._side_stream is None:
             expand(self._scratch, out_TN, self._rows, self._bank, layer, projections)
             return None
-        if self._beside.stream is not None:
-            torch.cuda.current_stream().wait_stream(self._beside.stream)
+        if self._side_stream.stream is not None:
+            torch.cuda.current_stream().wait_stream(self._side_stream.stream)
         return Addend(self._delta(len(out_TN), layer, projections), self._rows.scales_T)
 
     def _delta(self, num_rows: int, layer: int, projections: slice) -> torch.Tensor:
-        assert self._beside is not None
+        assert self._side_stream is not None
         width = sum(out for out, _ in self._bank.projections.shapes[layer][projections])
-        return self._beside.numbers[: num_rows * width].view(num_rows, width)
+        return self._side_stream.numbers[: num_rows * width].view(num_rows, width)

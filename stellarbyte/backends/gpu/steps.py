@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from stellarbyte.backends.gpu.adapters import Adapters, BesideProducts
+from stellarbyte.backends.gpu.adapters import Adapters, SideStream
 from stellarbyte.backends.gpu.graphs import Graphs
 from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.prompts import (
@@ -106,12 +106,12 @@ class Steps:
         self._num_multiprocessors = num_multiprocessors_of(device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
-        self._lora_scratch = self._beside = None
+        self._lora_scratch = self._side_stream = None
         if model.bank.num_slots:
             self._lora_scratch = LoraScratch.make(
                 max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank, device
             )
-            self._beside = BesideProducts(model.bank, max_rows)
+            self._side_stream = SideStream(model.bank, max_rows)
 
     # Sequences that decode
 
@@ -150,7 +150,7 @@ class Steps:
         hidden_BC = model.forward(
             x_BC,
             lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
-            self._adapters(lora, self._beside),
+            self._adapters(lora, self._side_stream),
         )
         model.head(hidden_BC, out=logits_BV)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
@@ -177,11 +177,11 @@ class Steps:
         computed.tokens_R[index_R] = tokens_R.int()
         store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
 
-    def _adapters(self, rows: LoraRows | None, beside: BesideProducts | None) -> Adapters | None:
+    def _adapters(self, rows: LoraRows | None, side_stream: SideStream | None) -> Adapters | None:
         if rows is None:
             return None
         assert self._lora_scratch is not None
-        return Adapters(self.model.bank, rows, self._lora_scratch, beside)
+        return Adapters(self.model.bank, rows, self._lora_scratch, side_stream)
 
     # Prompts
 

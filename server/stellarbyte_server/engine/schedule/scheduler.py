@@ -64,7 +64,7 @@ class Scheduler:
         self.num_blocked = 0  # sequences that the last `schedule` skipped because of adapters or keys' limits
         self._clock = clock
         self._displaced: list[Sequence] = []
-        self._everybody = Account()  # requests without a key
+        self._keyless = Account()  # requests without a key
         self._num_reserved = 0  # reserved places in the queue
         self._turn = 0  # counts steps
         self._shared_until_s = 0.0  # another account may send again until then
@@ -84,14 +84,14 @@ class Scheduler:
         Raises:
             RequestRejected: the queue is full.
         """
-        account = account or self._everybody
+        account = account or self._keyless
         self._require_place(account)
         self._num_reserved += 1
         account.num_reserved += 1
 
     def give_up_place(self, account: Account | None = None) -> None:
         self._num_reserved -= 1
-        (account or self._everybody).num_reserved -= 1
+        (account or self._keyless).num_reserved -= 1
 
     def _require_place(self, account: Account) -> None:
         """RequestRejected if the queue is full, unless an account with more places loses one."""
@@ -129,7 +129,7 @@ class Scheduler:
                 code="context_length_exceeded",
                 param="max_tokens",
             )
-        account = account or self._everybody
+        account = account or self._keyless
         self._require_place(account)
         arrived_s = self._clock()
         sequence = Sequence(
