@@ -2,4 +2,4 @@ import os
 
 from stellarbyte_server.client.launch import engine_environment
 
-os.environ.update(engine_environment(os.environ))  # before torch and numba load OpenMP, as in the engine's own process
+os.environ.update(engine_environment(os.environ))  # before torch and numba load OpenMP, as in the engine process

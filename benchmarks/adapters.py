@@ -1,12 +1,12 @@
-"""What adapters cost: tokens a second with eight at once against none, and loading a large one beside streams.
+"""The cost of adapters: tokens a second with eight at once and with none, and loading a large one during streams.
 
     python -m benchmarks.adapters
     python -m benchmarks.adapters --quantization int8
 
 Starts our server on the demo model with random adapters for all linear modules. Throughput: the same load on the base
-model, on one adapter and on eight (a request each in turn), in turn for some rounds; the ratios are of one round each,
-and their median counts. Loading: the time from the call to the end of the first answer, and the longest gap between
-two tokens of running streams meanwhile.
+model, on one adapter and on eight (by request in turn), in turn for some rounds; ratios are within a round, and the
+result is their median. Loading: the time from the call to the end of the first answer, and the longest gap between two
+tokens of running streams during that time.
 """
 
 import argparse
@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import loadgen
+from benchmarks.loadgen import Load, local_address, send
 from benchmarks.record import write_result
 from benchmarks.serve import OURS, Server, Workload, load, running_ours
 from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
+from stellarbyte_client.terminal.load import Outcome
 
 MODEL = "SmolLM2-135M-Instruct"
 NUM_ADAPTERS = 8
@@ -101,15 +102,10 @@ def measure_load(url: str, name: str) -> dict[str, float]:
 
 
 def measure_loads_beside_streams(url: str, streams: int, tokens: int) -> dict[str, Any]:
-    """Loads while `streams` run, and what the gaps between their tokens were with and without a load under way."""
-    options = argparse.Namespace(
-        model=MODEL, adapters="", output_tokens=tokens, temperature=0.6, lenient=False, chat=False, text=False,
-        prompt_tokens=16, vocab=10000, seed=5, api_key="", timeout_s=600,
-    )  # fmt: skip
-    host, port = url.removeprefix("http://").split(":")
-    outcomes: list[loadgen.Outcome] = []
-    job = (options, host, int(port), list(range(streams)), streams)
-    thread = threading.Thread(target=lambda: outcomes.extend(loadgen.run_process(job)))
+    """Loads while `streams` run, and the gaps between their tokens with and without a load in progress."""
+    work = Load(models=[MODEL], prompt_tokens=16, output_tokens=tokens, seed=5)
+    outcomes: list[Outcome] = []
+    thread = threading.Thread(target=lambda: outcomes.extend(send(work, local_address(url), range(streams), streams)))
     thread.start()
     time.sleep(2)
     loads = []

@@ -1,4 +1,4 @@
-"""What one client with an ordinary key can do to a server, on purpose or carelessly: each until it is cancelled."""
+"""Loads that one client with an ordinary key can put on a server; each runs until cancelled."""
 
 import asyncio
 import json
@@ -9,13 +9,13 @@ from typing import Any
 import httpx
 
 MOST_BODY_BYTES = 2**21
-SOON_S = 0.05  # between a refusal and the next try
+SOON_S = 0.05  # between a refusal and a retry
 
 Attack = Callable[[httpx.AsyncClient, str], Awaitable[None]]
 
 
 async def long_prompts(http: httpx.AsyncClient, model: str) -> None:
-    """Four at a time, of 3,000 tokens each."""
+    """Four prompts at a time, of 3,000 tokens each."""
     chance = random.Random(1)
 
     async def ask() -> None:
@@ -26,19 +26,19 @@ async def long_prompts(http: httpx.AsyncClient, model: str) -> None:
 
 
 async def endless_streams(http: httpx.AsyncClient, model: str) -> None:
-    """More than there are places, each for as long as the server goes on."""
+    """More streams than the batch has places, each without an end."""
     body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 10**9, "context_overflow": "slide"}
     await _at_once(100, lambda: _read(http, "/v1/completions", body | {"ignore_eos": True, "stream": True}))
 
 
 async def a_thousand_requests(http: httpx.AsyncClient, model: str) -> None:
-    """As many as the queue takes, and those that it refuses again and again."""
+    """As many requests as the queue takes, and retries of the refused ones."""
     body = {"model": model, "prompt": list(range(100, 150)), "max_tokens": 200, "ignore_eos": True}
     await _at_once(1000, lambda: _read(http, "/v1/completions", body))
 
 
 async def refused_bodies(http: httpx.AsyncClient, model: str) -> None:
-    """As large as a body may be, with something wrong in each of very many places."""
+    """Bodies of the largest size, with very many errors."""
     bodies = [
         ("/v1/responses", _large(f'{{"model": "{model}", "input": [', "{}", "]}")),
         ("/v1/embeddings", _large(f'{{"model": "{model}", "input": [', "[]", "]}")),
@@ -63,7 +63,7 @@ async def tokenizing(http: httpx.AsyncClient, model: str) -> None:
 
 
 async def schemas(http: httpx.AsyncClient, model: str) -> None:
-    """Eight at a time, all different, with long constants within each other."""
+    """Eight schemas at a time, all different, with nested long constants."""
     chance = random.Random(1)
 
     def constant() -> str:
@@ -86,7 +86,7 @@ async def schemas(http: httpx.AsyncClient, model: str) -> None:
 
 
 async def biases(http: httpx.AsyncClient, model: str) -> None:
-    """Sixteen streams with all that makes the choice of a token expensive."""
+    """Sixteen streams with the most expensive sampling parameters."""
     chance = random.Random(1)
 
     async def ask() -> None:
@@ -111,7 +111,7 @@ ATTACKS: list[Attack] = [
 
 
 async def _at_once(number: int, ask: Callable[[], Awaitable[None]]) -> None:
-    """So many tasks, each of which asks again and again."""
+    """Run `number` tasks that each call `ask` repeatedly."""
 
     async def again_and_again() -> None:
         while True:
@@ -126,7 +126,7 @@ async def _at_once(number: int, ask: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _read(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
-    """Send a request and read its answer to the end, whatever it is; then wait a little if it was refused."""
+    """Send a request and read its answer to the end; wait a little after a refusal."""
     async with http.stream("POST", path, content=json.dumps(body)) as response:
         async for _ in response.aiter_raw():
             pass

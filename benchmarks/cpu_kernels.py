@@ -1,8 +1,8 @@
-"""Where a decoding step on the CPU spends its time, beside torch and the limits of the machine.
+"""The time of a decoding step's parts on the CPU, compared with torch and the machine's limits.
 
     python -m benchmarks.cpu_kernels                      the demo model, 1, 8 and 32 sequences of 160 tokens
 
-Every figure is the least of many interleaved repetitions, in milliseconds: other programs only ever add to it.
+Every figure is the least of many interleaved repetitions, in milliseconds: other programs only increase it.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def main() -> None:
     model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
     num_blocks = max(BATCHES) * (options.context // BLOCK_SIZE + 1)
     cache = PagedKVCache(config, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
-    cache.keys_LBSKD.uniform_()  # untouched memory would be one page of zeros, always at hand
+    cache.keys_LBSKD.uniform_()  # untouched memory would be a single cached page of zeros
     cache.values_LBSKD.uniform_()
     limits = measure_limits(threads)
     print(limits, flush=True)

@@ -1,4 +1,4 @@
-"""One stream that slides for ever: memory and time per token, every 1,000 tokens, in the engine without HTTP.
+"""One endless sliding stream: memory and time per token, every 1,000 tokens, in the engine without HTTP.
 
     python -m benchmarks.endless --tokens 20000                     the demo model, window 512, 4 sinks
     python -m benchmarks.endless --tokens 100000 --model tiny       a small random model
@@ -69,12 +69,12 @@ def _model(name: str) -> Iterator[str]:
 
 
 def _resident_mib() -> float:
-    """Memory of this process that is in RAM (Linux)."""
+    """Resident memory of this process (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE_MIB
 
 
 def keep_samples(core: EngineCore, every: int) -> dict[int, torch.Tensor]:
-    """A dictionary that fills with the log-probabilities [V] after every so many positions, as they are computed."""
+    """A dictionary that fills with the log-probabilities [V] after every `every` positions."""
     samples: dict[int, torch.Tensor] = {}
     model = core.runner.executor.model
     start, head = core.runner.start, model.head
@@ -139,7 +139,7 @@ def measure(core: EngineCore, num_tokens: int) -> tuple[list[dict[str, Any]], li
 
 
 def broken_bounds(rows: list[dict[str, Any]], logprob_error: float) -> list[str]:
-    """What a run of at least 4,000 tokens did not keep to, as sentences."""
+    """The bounds that a run of at least 4,000 tokens broke, as sentences."""
     broken = []
     growth_mib = max(row["resident_mib"] for row in rows[2:]) - rows[1]["resident_mib"]
     if growth_mib > MAX_GROWTH_MIB:
@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     if options.tokens < 4 * INTERVAL:
-        parser.error(f"--tokens: at least {4 * INTERVAL} are needed for the comparison")
+        parser.error(f"--tokens must be at least {4 * INTERVAL}")
     with _model(options.model) as model:
         settings = EngineSettings(
             model=model, max_num_seqs=1, sliding_window=options.window, sink_tokens=options.sink_tokens

@@ -1,9 +1,9 @@
-"""What the engine's own work costs a step: everything but the model, for a batch of sequences that all decode.
+"""The engine's overhead in a step: everything but the model, for a batch of decoding sequences.
 
     python -m benchmarks.engine                        256 sequences, the demo model's tokenizer
 
-The real loop, scheduler, planner, text and encoding run; the executor returns made-up tokens at once and the socket
-throws away what it is given. The target is 1 ms for a step of 256 sequences.
+The real loop, scheduler, planner, text and encoding run; the executor returns random tokens at once and the socket
+discards messages. The target is 1 ms for a step of 256 sequences.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class _Finished(Exception):
 
 
 class _Socket:
-    """The loop's ROUTER socket: delivers all requests at once, notes when the loop comes round, drops what it sends."""
+    """The loop's ROUTER socket: delivers all requests at once, notes the loop's turns, discards messages."""
 
     def __init__(self, requests: list[GenerationRequest], on_turn: Callable[[], None]) -> None:
         encoder = msgspec.msgpack.Encoder()
@@ -162,7 +162,7 @@ def measure(
     socket = _Socket(requests, on_turn)
     loop = EngineLoop(core, socket)
     loop._poller = socket
-    keep_for_good()  # as the engine's process does: else full collections of the imported modules are measured
+    keep_for_good()  # as in the engine process: otherwise full collections of the imported modules are measured
     try:
         loop.run()
     except _Finished:

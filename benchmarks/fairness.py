@@ -1,9 +1,9 @@
-"""Three ordinary clients beside one that asks for all it can, compared with equal shares.
+"""Three ordinary clients and one greedy client, compared with equal shares.
 
     python -m benchmarks.fairness                each attack on a server of its own, the demo model
 
-Equal shares are what the three get while the fourth key chats as they do, just before the attack: the machine's speed
-drifts. A client's first token counts as late as it is known to be when the time is over.
+The reference is measured just before the attack, while the fourth key chats like the others, as the machine's speed
+drifts. A first token that is missing at the end counts with its delay so far.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Client:
     first_tokens_s: list[float] = field(default_factory=list)
     num_tokens: int = 0
     failures: list[str] = field(default_factory=list)
-    asked_s: float | None = None  # when it asked what has no first token yet
+    asked_s: float | None = None  # start of a request without a first token
 
     async def chat(self, url: str) -> None:
         """One question after the other."""
@@ -72,7 +72,7 @@ class Client:
 
 @dataclass
 class Figures:
-    first_token_s: float  # nine of ten answers begin within it
+    first_token_s: float  # 90th percentile
     tokens_per_s: float  # of the client that gets the fewest
     growth_mib: float  # of the server's memory
     failures: list[str]  # of ordinary clients
@@ -90,7 +90,7 @@ def write_keys(folder: Path) -> str:
 
 
 async def measure(server: ServerProcess, attack: Attack | None, seconds: float = SECONDS) -> Figures:
-    """What the ordinary clients get meanwhile; without an attack the fourth key chats, too."""
+    """Figures of the ordinary clients; without an attack the fourth key chats, too."""
     before_mib = memory_mib(server)
     clients = [Client(name) for name in ORDINARY]
     headers = {"Authorization": f"Bearer key-{ATTACKER}"}
@@ -140,7 +140,7 @@ def main() -> None:
         keys = write_keys(Path(folder))
         for attack in ATTACKS:
             with running(REAL, "--keys", keys, limit_s=180) as server:
-                asyncio.run(measure(server, None, 3.0))  # what comes first only
+                asyncio.run(measure(server, None, 3.0))  # warm-up
                 equal = asyncio.run(measure(server, None, seconds))
                 attacked = asyncio.run(measure(server, attack, seconds))
             print(f"{attack.__name__}: {attacked} (equal shares: {equal}); {len(attacked.failures)} streams failed")

@@ -1,11 +1,11 @@
-"""Everything we aim at on one GPU, in one table: the card's limits, the engine alone, the server over HTTP.
+"""All targets on one GPU in one table: the device's limits, the engine alone, the server over HTTP.
 
     python -m benchmarks.gpu                                all of it, within ten minutes
     python -m benchmarks.gpu --only limits 0.6b/1 8b/64     these (--list says what there is)
     python -m benchmarks.gpu --profile                      and the kernels of a decoding step of each work
 
-Models have random weights, so nothing is downloaded. Every loaded model has a process of its own, which gives its
-memory back. What fails is shown in the table, and the rest goes on. Where vLLM can be imported it runs the same work.
+Models have random weights, so nothing is downloaded. Every loaded model has its own process, which frees its memory.
+Failures are shown in the table, and the rest continues. If vLLM can be imported, it runs the same workloads.
 """
 
 import argparse
@@ -29,13 +29,13 @@ PROGRAM_LIMIT_S = 240
 PEER_LIMIT_S = 900  # vLLM alone takes minutes to start
 OURS, THEIRS = "benchmarks.gpu_engine", "benchmarks.peers.vllm_engine"
 
-Results = dict[str, dict[str, Any]]  # work → figures, or {"error": why there are none}
+Results = dict[str, dict[str, Any]]  # work → figures, or {"error": reason}
 
 
 def run_program(module: str, arguments: list[str], limit_s: float) -> tuple[Results, str]:
-    """Run a module until it ends or its time is over; what it reported, and how it ended.
+    """Run a module until it ends or its time is over; returns its reports, and how it ended.
 
-    It has a process group of its own, so that whatever it started ends with it.
+    It has its own process group, so that its children end with it.
     """
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -65,7 +65,7 @@ def run_program(module: str, arguments: list[str], limit_s: float) -> tuple[Resu
 
 
 def run_all(module: str, works: list[str], arguments: list[str], deadline_s: float, most_s: float) -> Results:
-    """Run works in one process, and those that a failure left over in another."""
+    """Run works in one process, and the rest after a failure in another."""
     results: Results = {}
     while left := [work for work in works if work not in results]:
         limit_s = min(most_s, deadline_s - time.monotonic())
@@ -76,8 +76,8 @@ def run_all(module: str, works: list[str], arguments: list[str], deadline_s: flo
             reported, how = run_program(module, [*arguments, "--folder", folder, *left], limit_s)
         results |= reported
         unreported = [work for work in left if work not in reported]
-        if unreported and not any("error" in figures for figures in reported.values()):  # else its end is explained
-            results[unreported[0]] = {"error": f"{how}; what it printed says why"}
+        if unreported and not any("error" in figures for figures in reported.values()):  # otherwise the error is known
+            results[unreported[0]] = {"error": f"{how}; see its output"}
     return results
 
 
@@ -87,7 +87,7 @@ def by_engine(works: list[str]) -> dict[str, list[str]]:
 
 
 def measure(works: list[str], flags: list[str], deadline_s: float, *, profiles: bool) -> Results:
-    """Ours."""
+    """Measure our engine and server."""
     results: Results = {}
     if "limits" in works:
         reported, how = run_program("benchmarks.gpu_limits", flags, PROGRAM_LIMIT_S)
@@ -102,7 +102,7 @@ def measure(works: list[str], flags: list[str], deadline_s: float, *, profiles: 
 
 
 def add_ratios(results: Results) -> None:
-    """What adapters leave of the base model's speed."""
+    """Add the ratios of speed with adapters to that of the base model."""
     for work, base in BASE_OF.items():
         whole, part = (results.get(name, {}).get("tok_s") for name in (base, work))
         if whole and part:
@@ -110,7 +110,7 @@ def add_ratios(results: Results) -> None:
 
 
 def measure_peer(works: list[str], flags: list[str]) -> Results:
-    """vLLM's, of the works that it can do as well."""
+    """Measure vLLM on the works that it supports."""
     results: Results = {}
     for engine, mine in by_engine([work for work in works if work in WORKS]).items():
         comparable = [work for work in mine if not WORKS[work].loads_adapters]
@@ -122,7 +122,7 @@ def measure_peer(works: list[str], flags: list[str]) -> Results:
 
 
 def print_table(results: Results, theirs: Results) -> None:
-    """Measured against target and peer; the last columns are there when the peer ran here too."""
+    """Print measured figures with target and peer; the last columns only if the peer ran here."""
     print(f"\nThe peer is {PEER}, as noted before. A ratio above 1 is better than it, whatever the unit.\n")
     here = f" {'peer here':>10} {'ratio':>6}" if theirs else ""
     titles = f"{'work':<13} {'unit':<14} {'measured':>10} {'target':>10} {'':<4} {'peer':>8} {'ratio':>6} {'cold s':>7}"
@@ -155,7 +155,7 @@ def peer_here(row: Row, measured: float, figures: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits, or nothing."""
+    """Four digits, or "" for None."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -169,12 +169,12 @@ def print_list() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, metavar="NAME", help="these works")
-    parser.add_argument("--list", action="store_true", help="say what there is, and end")
+    parser.add_argument("--list", action="store_true", help="list all workloads and exit")
     parser.add_argument("--profile", action="store_true", help="also the kernels of decoding steps, without HTTP")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short prompts, to try the program itself")
-    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="most time for ours")
-    parser.add_argument("--no-vllm", action="store_true", help="do not run vLLM, even where it is installed")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="time limit without vLLM")
+    parser.add_argument("--no-vllm", action="store_true", help="do not run vLLM, even if installed")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     if options.list:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_engine --engine 0.6b --device cuda --folder TMP 0.6b/1 0.6b/64
 
-The core is stepped as the engine process steps it. Each work runs twice with other prompts: the first run compiles and
-captures what it needs and is reported as `cold_s`. After a work that failed the process ends: its core is not clean.
+The core runs steps as in the engine process. Each work runs twice with different prompts: the first run compiles and
+captures kernels and is reported as `cold_s`. After a failed work the process ends, as its core may be inconsistent.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delt
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
 PROFILED_STEPS = 20
-SETTLING_STEPS = 10  # that all decode, before the profile
+SETTLING_STEPS = 10  # of decoding, before the profile
 LOAD_AFTER_STEPS = 32  # of the streams that run while adapters are loaded
 
 
 @dataclass
 class Run:
-    """What the requests of one run got; times are time.perf_counter() seconds."""
+    """The results of one run; times are time.perf_counter() seconds."""
 
     started_s: float
     arrivals: defaultdict[str, list[tuple[float, int]]] = field(
@@ -109,14 +109,14 @@ def make_requests(work: Work, vocab_size: int, seed: int) -> list[GenerationRequ
 
 
 def step(core: EngineCore, run: Run) -> None:
-    """One step as the engine process makes it; waits where only other threads can go on."""
+    """One step as in the engine process; waits if only other threads can continue."""
     if core.is_blocked:
         select.select(core.wake_fds, [], [], 1)
     run.note(core.step())
 
 
 def prepare(core: EngineCore) -> None:
-    """Wait until all is compiled and captured that a server has ready some seconds after its start."""
+    """Compile and capture everything that a server prepares in its first seconds."""
     while core.prepare():
         time.sleep(0.005)
 
@@ -132,7 +132,7 @@ def drive(core: EngineCore, requests: list[GenerationRequest]) -> Run:
 
 
 def drop(core: EngineCore, requests: list[GenerationRequest]) -> None:
-    """End requests that have shown what they were for."""
+    """Abort requests that are no longer needed."""
     for request in requests:
         core.abort(request.request_id)
     while core.has_work:
@@ -140,7 +140,7 @@ def drop(core: EngineCore, requests: list[GenerationRequest]) -> None:
 
 
 def measure(core: EngineCore, work: Work, vocab_size: int) -> dict[str, Any]:
-    """The figures of a workload: a cold run, then the one that counts."""
+    """The figures of a workload: a cold run, then the measured one."""
     cold = drive(core, make_requests(work, vocab_size, seed=1))
     prepare(core)
     before = core.stats()
@@ -160,9 +160,10 @@ def measure(core: EngineCore, work: Work, vocab_size: int) -> dict[str, Any]:
 
 
 def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: int) -> dict[str, Any]:
-    """Every adapter loaded under a new name and asked for one token, while streams run; from the first call on."""
+    """Load every adapter under a new name and generate one token with it, while streams run; timed from the first
+    call."""
     with_adapters = dataclasses.replace(work, adapters=num_adapters, output=(8, 8), requests=2 * work.requests)
-    drive(core, make_requests(with_adapters, vocab_size, seed=1))  # compiles and captures what is to come
+    drive(core, make_requests(with_adapters, vocab_size, seed=1))  # compiles and captures the kernels
     prepare(core)
     run = Run(started_s=time.perf_counter())
     streams = make_requests(work, vocab_size, seed=2)
@@ -175,7 +176,7 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
     calls = iter(range(num_adapters))
     probes: list[str] = []
     while waiting or not all(probe in run.arrivals for probe in probes):
-        if (number := next(calls, None)) is not None:  # one a step, as they come over HTTP
+        if (number := next(calls, None)) is not None:  # one in each step, as over HTTP
             core.call(LoadAdapter(call_id=str(number), name=f"new{number:02}", path=f"a{number:02}", in_place=False))
         for reply in core.take_replies():
             if isinstance(reply, CallFailed):
@@ -204,7 +205,7 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
 
 
 def profile(core: EngineCore, work: Work, vocab_size: int, device: str) -> dict[str, Any]:
-    """Where the time of a decoding step goes, once all requests decode."""
+    """Profile of a decoding step, once all requests decode."""
     requests = make_requests(dataclasses.replace(work, output=(1000, 1000)), vocab_size, seed=2)
     run = Run(started_s=time.perf_counter())
     for request in requests:

@@ -1,6 +1,6 @@
 """Our server over HTTP with random weights: its start, then streams from loadgen. Started by benchmarks.gpu.
 
-A server compiles for some seconds after its start what later requests may need; streams are measured once that is done.
+A server compiles kernels for later requests in its first seconds; streams are measured after that.
 
 python -m benchmarks.gpu_http --device cuda --folder TMP 0.6b/start 0.6b/http-64
 """
@@ -29,7 +29,7 @@ START = "0.6b/start"
 KERNELS_READY = "kernels are ready"  # in the log line of stellarbyte.backends.gpu.preparation
 KERNELS_LIMIT_S = 60
 MOST_LOG = 4000  # characters of the server's last lines, shown at the end
-NAME = "model"  # what the folder, and so the served model, is called
+NAME = "model"  # name of the folder, and so of the served model
 WORKLOADS = {
     "0.6b/http-1": Workload(streams=1, requests=4, prompt_tokens=128, output_tokens=512),
     "0.6b/http-64": Workload(streams=64, requests=128, prompt_tokens=512, output_tokens=256, flags=["-p", "4"]),
@@ -46,7 +46,7 @@ def first_answer(url: str) -> None:
 
 
 def await_kernels(log: Path) -> None:
-    """Return when the server has compiled what it compiles beside its first requests."""
+    """Wait until the server has compiled its kernels in the background."""
     deadline_s = time.monotonic() + KERNELS_LIMIT_S
     while KERNELS_READY not in log.read_text():
         if time.monotonic() > deadline_s:
@@ -88,7 +88,7 @@ def main() -> None:
                 continue
             workload = TINY_WORKLOAD if options.tiny else workload
             with reporting_failure([name]):
-                load(server, workload, seed=1)  # compiles and captures what is to come
+                load(server, workload, seed=1)  # compiles and captures the kernels
                 figures = load(server, workload, seed=2)
                 if figures["errors"]:
                     raise RuntimeError(f"{figures['errors']} requests failed: {figures['why']}")

@@ -1,4 +1,4 @@
-"""What the card can do at most: reading and copying memory, bf16 matrix products.
+"""The device's limits: reading and copying memory, bf16 matrix products.
 
 python -m benchmarks.gpu_limits --device cuda
 """
@@ -16,7 +16,7 @@ REPETITIONS = 10
 
 
 def least_seconds(work: Callable[[], Any], device: str) -> float:
-    """Of some repetitions after a first one."""
+    """The least time of some repetitions after a first one."""
     work()
     seconds = []
     for _ in range(REPETITIONS):

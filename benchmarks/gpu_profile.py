@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the device's kernels by name, and how long it had nothing to do."""
+"""Profile of a step: the device's kernels by name, and its idle time."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ def busy_us(spans: Iterable[tuple[float, float]]) -> float:
 def profile_steps(step: Callable[[], None], num_steps: int, device: str) -> dict[str, Any]:
     """Run `step` under the profiler: microseconds and launches a step of each kernel, and the share of idle time.
 
-    On a CPU its operators stand for kernels. Kernels that begin while the one before still runs count their wait, too.
+    On a CPU operators replace kernels. For overlapping kernels the time includes the wait for the one before.
     """
     is_gpu = device == "cuda"
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
@@ -37,7 +37,7 @@ def profile_steps(step: Callable[[], None], num_steps: int, device: str) -> dict
     events = [event for event in profiler.events() if event.device_type == kind and event.cpu_parent is None]
     events = [event for event in events if not event.is_user_annotation]
     if not events:
-        raise RuntimeError("the profiler saw no kernels")
+        raise RuntimeError("the profiler recorded no kernels")
     spans = [(event.time_range.start, event.time_range.end) for event in events]
     launches = Counter(event.name for event in events)
     time_us: defaultdict[str, float] = defaultdict(float)
@@ -60,4 +60,4 @@ def print_profile(profile: dict[str, Any]) -> None:
         share = kernel["us_a_step"] / profile["us_a_step"]
         print(f"{kernel['us_a_step']:>10.1f} {share:>6.1%} {kernel['launches']:>9.1f}  {kernel['name']}")
     print(f"{profile['us_a_step']:.1f} us a step with the profiler on")
-    print(f"{profile['idle']:.1%} of it the device had nothing to do")
+    print(f"{profile['idle']:.1%} of it the device was idle")

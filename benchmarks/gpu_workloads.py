@@ -1,4 +1,4 @@
-"""What benchmarks.gpu runs: shapes of models, engines, workloads, and what a peer reached.
+"""The workloads of benchmarks.gpu: shapes of models, engines, workloads, and a peer's figures.
 
 The peer's figures are notes of what vLLM 0.22.1 (torch 2.11.0+cu130) reached on another H100 80GB HBM3 before, in bf16,
 with random weights and token ids, temperature 0.6, ignore_eos; there is no file of results. Where vLLM is installed,
@@ -96,7 +96,7 @@ ENGINES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """Requests that are all there at the start; lengths are drawn from their ranges, both ends included.
+    """Requests submitted together; lengths are drawn from their ranges, inclusive.
 
     The first `adapters` adapters are used in turn. With `loads_adapters` the requests are streams that slide on until
     all of the engine's adapters are loaded anew.
@@ -115,7 +115,7 @@ class Work:
         return [(chance.randint(*self.prompt), chance.randint(*self.output)) for _ in range(self.requests)]
 
     def tiny(self) -> "Work":
-        """The same with a few requests of a few tokens."""
+        """A version with few requests of few tokens."""
         fewer = {name: tuple(max(2, length // 32) for length in getattr(self, name)) for name in ("prompt", "output")}
         return dataclasses.replace(self, requests=min(self.requests, 3), **fewer)
 
@@ -143,7 +143,7 @@ WORKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A figure of a work: its key in what the work's program reports, and what others and we aim at."""
+    """A figure of a work: its key in the program's report, the peer's value and our target."""
 
     work: str
     key: str
@@ -153,12 +153,12 @@ class Row:
     less_is_better: bool = False
 
     def is_met(self, measured: float) -> bool:
-        """Whether the target, which there must be, is reached."""
+        """Whether the target, which must not be None, is met."""
         assert self.target is not None
         return measured <= self.target if self.less_is_better else measured >= self.target
 
     def ratio(self, measured: float) -> float | None:
-        """How many times as good as the peer."""
+        """Ratio to the peer; above 1 is better."""
         if self.peer is None or not measured:
             return None
         return self.peer / measured if self.less_is_better else measured / self.peer
@@ -197,7 +197,7 @@ ROWS = (
     Row(work="0.6b/http-256", key="ttft_ms", unit="ms TTFT", peer=500, less_is_better=True),
 )
 NAMES = list(dict.fromkeys(row.work for row in ROWS))
-BASE_OF = {"8b/64-lora32": "8b/64", "8b/64-lora1": "8b/64"}  # whose tok_s is the whole of their `of_base`
+BASE_OF = {"8b/64-lora32": "8b/64", "8b/64-lora1": "8b/64"}  # the denominator of `of_base`
 
 
 def shape_of(engine: Engine, *, is_tiny: bool) -> Shape:
@@ -209,14 +209,14 @@ def work_of(name: str, *, is_tiny: bool) -> Work:
 
 
 def write_config(shape: Shape, folder: Path, *, for_transformers: bool = False) -> Path:
-    """A model folder that holds nothing but its config.json."""
+    """Write a model folder with only a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape.config(for_transformers=for_transformers), indent=1))
     return folder
 
 
 def random_prompt(length: int, vocab_size: int, seed: int) -> list[int]:
-    """Token ids that no other seed's prompt begins with."""
+    """Token ids with a beginning unique to the seed."""
     chance = random.Random(seed)
     return [chance.randrange(10, vocab_size) for _ in range(length)]
 
@@ -260,13 +260,13 @@ def write_adapters(shape: Shape, folder: Path, count: int) -> list[Path]:
 
 
 def report(work: str, figures: dict[str, Any]) -> None:
-    """Tell the program that started this one."""
+    """Report figures to the parent program."""
     print(f"\n{RESULT}{json.dumps({'work': work, **figures})}", flush=True)
 
 
 @contextlib.contextmanager
 def reporting_failure(works: list[str]) -> Iterator[None]:
-    """What goes wrong inside is why these works have no figures; it also ends the program, which is not clean then."""
+    """Report exceptions inside as the works' errors; they also end the program, which may be inconsistent."""
     try:
         yield
     except (Exception, SystemExit) as error:

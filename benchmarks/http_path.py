@@ -1,12 +1,12 @@
-"""How many tokens a second the way engine → ZeroMQ → HTTP process → socket carries, without a model.
+"""Throughput of the path engine → ZeroMQ → HTTP process → socket, without a model.
 
     python -m benchmarks.http_path                     64 and 256 streams, each at 25,600, 51,200 and 102,400 tokens/s
     python -m benchmarks.http_path --http-workers 2
 
 The engine is `instant_engine` at a pace of (tokens/s ÷ streams) steps a second, the HTTP processes are the real ones,
-the client is this process. A stream that is read late gets several tokens in one event, so tokens and events are
-counted apart. The age of every token on arrival shows whether the server keeps up: when it does not, ages grow.
-Counted from when all streams have begun until the first one ends.
+the client is this process. A late reader gets several tokens in one event, so tokens and events are counted
+separately. The age of every token on arrival shows whether the server keeps up: if not, ages grow. Counted from when
+all streams have begun until the first one ends.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from benchmarks.instant_engine import make_model_folder
 from benchmarks.record import ROOT, write_result
 
 START_LIMIT_S = 60
-KEEPS_UP_MS = 100  # the 99th percentile of a token's age may be this
+KEEPS_UP_MS = 100  # limit of the 99th percentile of a token's age
 _TEXT = re.compile(rb'"text":"([^"]+)"')
 
 
 class _Reader(asyncio.Protocol):
-    """Sends one request, notes what comes back. Parses as little as it can: it shares the machine with the server."""
+    """Sends one request and records its events. Parses little, as it shares the machine with the server."""
 
     def __init__(self, request: bytes) -> None:
         self._request = request

@@ -1,4 +1,4 @@
-"""An engine process whose steps cost nothing, so that what is measured is the way from it to the socket.
+"""An engine process with steps that take no time, to measure the path from it to the socket.
 
 `python -m benchmarks.instant_engine` takes the place of `python -m stellarbyte_server.engine.process`; `python -m
 benchmarks.instant_engine serve FLAGS` is the real server in front of it. Every step gives every request one token,
@@ -23,7 +23,7 @@ VOCAB_SIZE = 10_000
 
 
 def make_model_folder(folder: Path) -> Path:
-    """What the HTTP process reads of a model: a tokenizer of made-up words."""
+    """A model folder for the HTTP process, with a tokenizer of artificial words."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -33,7 +33,7 @@ def make_model_folder(folder: Path) -> Path:
 
 
 class InstantCore:
-    """Every request gets a token a step, from the first step on, until max_tokens."""
+    """Each step gives every request one token, until max_tokens."""
 
     def __init__(self) -> None:
         self._interval_s = 1.0

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.plot`: draws the newest result of each benchmark into docs/pictures/. Invents no figure.
+"""`python -m benchmarks.plot`: draws the newest result of each benchmark into docs/pictures/.
 
-A picture that has no result is left as it is. Needs matplotlib: pip install -e '.[bench]'.
+A picture without a result does not change. Needs matplotlib: pip install -e '.[bench]'.
 """
 
 import statistics
@@ -98,7 +98,7 @@ def draw_endless(result: Result) -> None:
 
 
 def draw_gpu(runs: list[Result]) -> None:
-    """How many times as good as the peer the newest figure of every work is, and which targets are met."""
+    """Ratio of the newest figure of every work to the peer's, and which targets are met."""
     result, results = runs[-1], {}
     for run in runs:
         results |= {work: figures for work, figures in run["figures"]["results"].items() if "error" not in figures}
@@ -130,7 +130,7 @@ def draw_gpu(runs: list[Result]) -> None:
 
 
 def _save(name: str, result: Result, axes: Axes, machine: str | None = None) -> None:
-    """Write the picture, with what it shows and where that was taken."""
+    """Write the picture, with its title and machine."""
     device = result["device"]
     machine = f"{device['cores']} cores of {device['cpu']}" if machine is None else machine
     axes.set_title(f"{result['taken_at'][:10]}, {machine}", fontsize=9, loc="left")
@@ -145,7 +145,7 @@ def _save(name: str, result: Result, axes: Axes, machine: str | None = None) -> 
 def main() -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "stellarbyte"
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small files, and readable ones
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text, for small, readable files
     draw: dict[str, Callable[[Result], None]] = {
         "engine": draw_engine,
         "http_path": draw_http_path,

@@ -1,4 +1,4 @@
-"""Do running streams stutter while a long prompt is read? Gaps between their tokens, and how long the prompt waits.
+"""Gaps between tokens of running streams while a long prompt is computed, and the prompt's delay.
 
     python -m benchmarks.prompt_beside_streams              16 streams and prompts of 1,024 tokens, the demo model
 
@@ -21,7 +21,7 @@ WARM_UP_S = 1.0
 
 
 class Stream:
-    """One completion that is being read; when each of its tokens came."""
+    """A running completion, with the arrival times of its tokens."""
 
     def __init__(self) -> None:
         self.token_times_s: list[float] = []

@@ -1,8 +1,10 @@
-"""What --quantization and --kv-cache-dtype cost in quality: the demo model's perplexity on the repository's documents.
+"""The loss of quality by --quantization and --kv-cache-dtype: perplexity of the demo model on a fixed text.
 
     python -m benchmarks.quality
 
-The documents are cut into contexts of 512 tokens; the perplexity is that of every token but the first of each.
+The text, `quality_corpus.txt`, never changes, so that results of different dates compare: five pages of this
+repository at commit fed8d3a. It is cut into contexts of 512 tokens; the perplexity is that of all tokens but the first
+of each context.
 """
 
 import argparse
@@ -23,18 +25,13 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "LICENSE", "docs/how-it-works.md", "docs/benchmarks.md"]
+CORPUS = Path(__file__).parent / "quality_corpus.txt"
 CONTEXT = 512
 BLOCK_SIZE = 16
 REFERENCE = "torch float32"
-ON_GPU = " on a GPU"  # its formats are taken apart again, and computed here
-MANY_ROWS = ", many rows"  # which become fp8, too
+ON_GPU = " on a GPU"  # the weights in a GPU's format, dequantized for the CPU
+MANY_ROWS = ", many rows"  # the inputs of products in fp8, too
 FP8_CACHE = "cache in fp8"
-
-
-def documents_text() -> str:
-    root = Path(__file__).parent.parent
-    return "\n\n".join((root / name).read_text() for name in DOCUMENTS)
 
 
 def whole_context(token_ids: list[int]) -> ForwardBatch:
@@ -69,7 +66,7 @@ def perplexity(model: ServedModel, cache: PagedKVCache, contexts: list[list[int]
 
 
 def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
-    """The model with all matrices but the embedding as a GPU would read them."""
+    """The model with all matrices but the embedding rounded to a GPU's format."""
     model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -79,7 +76,7 @@ def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
 
 
 def narrow_inputs(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-    """Rows of a product as `kernels.triton.fp8` makes them."""
+    """Rows of a product rounded as in `stellarbyte.ops.triton.fp8`."""
     scales = inputs[0].abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / torch.finfo(torch.float8_e4m3fn).max
     return (inputs[0] / scales).to(torch.float8_e4m3fn).float() * scales
 
@@ -90,7 +87,7 @@ def served_model(name: str, model: ByteLanguageModel, config: ByteModelConfig, p
     if ON_GPU in name:
         stored = with_gpu_weights(path, name.partition(ON_GPU)[0])
         if name.endswith(MANY_ROWS):
-            for module in stored.model.modules():  # the head's rows stay as they are
+            for module in stored.model.modules():  # not the head
                 if isinstance(module, torch.nn.Linear):
                     module.register_forward_pre_hook(narrow_inputs)
         return TorchModel(stored, config)
@@ -109,7 +106,8 @@ def main() -> None:
         PagedKVCache(config, CONTEXT // BLOCK_SIZE, BLOCK_SIZE, dtype, torch.device("cpu"))
         for dtype in (torch.float32, torch.float8_e4m3fn)
     )
-    token_ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(documents_text()).ids
+    text = CORPUS.read_text(encoding="utf-8")
+    token_ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
     contexts = [token_ids[i : i + CONTEXT] for i in range(0, len(token_ids) - CONTEXT // 2, CONTEXT)]
     rows = []
     on_gpu = ("int8" + ON_GPU, "fp8" + ON_GPU, "fp8" + ON_GPU + MANY_ROWS)

@@ -1,4 +1,4 @@
-"""Writes a benchmark's result as one dated JSON file: what was run, on which commit, machine and versions, and figures.
+"""Writes a benchmark's result as one dated JSON file: command, commit, machine, versions and figures.
 
 Every figure in the documentation comes from a file written here.
 """
@@ -45,7 +45,7 @@ def read_results(benchmark: str) -> list[dict[str, Any]]:
 
 
 def _command() -> str:
-    """What was typed, with absolute paths cut to their last part: they mean nothing on another machine."""
+    """The command line, with absolute paths reduced to their last part."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
     arguments = [re.sub(r"(?<![^\s=])(?:/[^/\s]+)*/(?=[^/\s])", "", argument) for argument in sys.argv[1:]]
     return shlex.join(["python", "-m", module, *arguments])

@@ -1,10 +1,10 @@
-"""What each request feature costs a row in a step, at the most that a request may ask for: everything but the model.
+"""The cost of each request feature for a row of a step, at its limit, without the model.
 
     python -m benchmarks.rows                          8 rows with each feature, the demo model's vocabulary
 
-Rows go through the real sampling, log-probabilities and text, with made-up logits. A feature's figure is what a row
-takes with it, less what it takes without. A schema's are of a random answer: its masks, whoever computes them, and what
-they take of the engine's thread.
+Rows use the real sampling, log-probabilities and text, with random logits. A feature's figure is the difference of a
+row's time with and without it. A schema's figures are those of a random answer: its masks, and the engine thread's part
+of their time.
 """
 
 import argparse
@@ -45,14 +45,14 @@ LAYOUT = CacheLayout(block_size=16, window=16, sink_tokens=0, num_steps_ahead=0)
 
 
 class _Logits:
-    """A model whose logits are there already."""
+    """A model with precomputed logits."""
 
     def __init__(self, vocab_size: int) -> None:
         self._source_RV = torch.randn(NUM_ROWS, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
         self._logits_RV = self._source_RV.clone()
 
     def renew(self) -> None:
-        """Before each step, which may change them."""
+        """Restore the logits; call it before each step."""
         self._logits_RV.copy_(self._source_RV)
 
     def hidden(self, batch: ForwardBatch, _: PagedKVCache) -> torch.Tensor:
@@ -130,7 +130,7 @@ class _Rows:
                 request_id=str(i), prompt_token_ids=prompt, sampling=SamplingParams(seed=i, **fields)
             )
             sequence = Sequence(request=request, table=BlockTable(LAYOUT), rank=(0, i), arrived_s=0.0)
-            sequence.table.start_after((), (num_tokens - 1) // 16, [0] * 1000)  # nothing is written to the cache
+            sequence.table.start_after((), (num_tokens - 1) // 16, [0] * 1000)  # the cache is not used
             sequence.is_running = True
             sequence.end_token_ids = frozenset(request.sampling.stop_token_ids)
             self.sequences.append(sequence)
@@ -188,14 +188,14 @@ def measure_masks(tokenizer: tokenizers.Tokenizer, vocab_size: int, num_steps: i
 
 
 def _walk(compiler: GrammarCompiler, grammar: TokenGrammar, vocab_size: int, num_steps: int) -> dict[str, float]:
-    """Random answers to a grammar, as the engine follows it."""
+    """Walk random answers through a grammar, as in the engine."""
     words = np.zeros((vocab_size + 31) // 32, np.uint32)
     chance = np.random.default_rng(0)
     masks_ms, engine_ms = [], []
     for _ in range(num_steps):
         started_s = time.perf_counter()
         while not grammar.is_ready:
-            time.sleep(0.00005)  # spinning would keep the interpreter from the thread that computes it
+            time.sleep(0.00005)  # spinning would hold the GIL that the computing thread needs
         ready_s = time.perf_counter()
         grammar.mask(words)
         ended_s = time.perf_counter()

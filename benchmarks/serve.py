@@ -4,8 +4,8 @@
     python -m benchmarks.serve --url peer=http://127.0.0.1:9000 --chat
     python -m benchmarks.serve --ours "python -m stellarbyte_server --port {port} --model path/to/model"
 
-Every round sends each workload to one server after the other, so that a machine whose speed drifts is as fast for
-all of them; the table shows medians over the rounds. Ours is started and stopped here; others run already.
+Every round sends each workload to each server in turn, so that drifts of the machine's speed affect all alike; the
+table shows medians over the rounds. Our server is started and stopped here; others must be running.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class Workload:
 
 @contextlib.contextmanager
 def running_ours(command: str, log: TextIO | None = None) -> Iterator[str]:
-    """Start our server on a free port; its URL. Its log lines go into `log`, or to where ours go."""
+    """Start our server on a free port; yields its URL. Its log goes to `log`, or to our stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -92,18 +92,18 @@ def _pairs(arguments: list[str], flag: str) -> dict[str, str]:
 
 def load(server: Server, workload: Workload, seed: int) -> dict[str, Any]:
     """One run of loadgen."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "loadgen.py"), "--url", server.url, "--model", server.model]
+    command = [sys.executable, "-m", "benchmarks.loadgen", "--url", server.url, "--model", server.model]
     command += ["-n", str(workload.requests), "-c", str(workload.streams), "--seed", str(seed), "--label", server.name]
     command += ["--prompt-tokens", str(workload.prompt_tokens), "--output-tokens", str(workload.output_tokens)]
     output = subprocess.run(
-        [*command, *workload.flags, *server.flags], check=True, capture_output=True, text=True
+        [*command, *workload.flags, *server.flags], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
     return json.loads(output)
 
 
 def compare(servers: list[Server], workloads: list[Workload], rounds: int) -> list[dict[str, Any]]:
-    """Every run's figures, in the order they were taken."""
-    for server in servers:  # the first request of a server is slow in its own ways
+    """Every run's figures, in order of time."""
+    for server in servers:  # warm-up: a server's first request is slow
         load(server, Workload(1, 1, 16, 8, workloads[0].flags), seed=99)
     runs = []
     for number in range(rounds):

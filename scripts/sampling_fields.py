@@ -65,7 +65,7 @@ TARGETS = {
 
 
 def _schema(name: str) -> dict[str, Any]:
-    """What a chat's field may be, but for null; the list, if it may also be one text."""
+    """The schema of a chat's field without null; of a list or string, the list."""
     document = make_document(OPERATIONS, "", allows_unknown_fields=False)
     field = document["components"]["schemas"]["ChatBody"]["properties"][name]
     kinds: list[dict[str, Any]] = [kind for kind in field["anyOf"] if kind.get("type") != "null"]

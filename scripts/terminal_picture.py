@@ -1,6 +1,6 @@
 """Records a chat with the demo model in a terminal and draws the last screen as docs/pictures/terminal.svg.
 
-Answers are greedy, so their text is the same every time; times and speeds are those of the machine that draws.
+Answers are greedy, so their text is always the same; times and speeds are the machine's.
 """
 
 import io
@@ -15,7 +15,7 @@ from tests.support.terminal import Terminal
 
 PICTURE = ROOT / "docs/pictures/terminal.svg"
 ROWS, COLUMNS = 32, 96
-AT_REST = r"❯$(?!\n)"  # the last line waits for a question
+AT_REST = r"❯$(?!\n)"  # the prompt waits for a question
 # rich's own frame, without the font that it would fetch from another host
 SVG = """\
 <svg class="rich-terminal" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">

@@ -1,7 +1,7 @@
 """StellarByte's model library: ByteTransformer, its checkpoints, caches and adapters.
 
-Importing it registers the model with transformers' AutoConfig and AutoModelForCausalLM. Names are imported when they
-are first used: torch and transformers take seconds, which a command that needs neither should not pay for.
+Importing it registers the model with transformers' AutoConfig and AutoModelForCausalLM. Names are imported on
+first use: torch and transformers take seconds to import, which a command that needs neither should not wait for.
 """
 
 import importlib

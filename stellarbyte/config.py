@@ -17,23 +17,23 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @strict
 class ByteModelConfig(PreTrainedConfig):
-    """Everything that decides what a ByteTransformer computes; validated when made.
+    """The configuration of a ByteTransformer, validated on creation.
 
-    The defaults give a ByteTransformer with XPos. With ``use_xpos=False`` and the rest left alone the model *is*
+    The defaults give a ByteTransformer with XPos. With only ``use_xpos=False`` changed the model *is*
     Llama; ``sliding_window`` makes it Mistral, ``attention_bias`` Qwen2, ``qk_norm`` Qwen3.
 
     Args (in the groups of the fields below):
         num_key_value_heads: heads of keys and values (grouped-query attention); None: as many as query heads.
         head_dim: width of one head; None: hidden_size / num_attention_heads.
         hidden_act: the gate of the MLP: "silu", "gelu" (exact) or "gelu_tanh".
-        max_position_embeddings: context length in tokens the model is meant for. No table has this length.
+        max_position_embeddings: context length in tokens. No table has this length.
         attention_bias / attention_output_bias / mlp_bias: biases on q,k,v / on o / on gate, up and down.
         qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
         sliding_window: a query at m sees keys n > m - sliding_window; None: all. In tokens.
         layer_types: "full_attention" or "sliding_attention" for each layer; None: all alike.
         full_attention_window: the same limit for full_attention layers; None: none. Serving sets it to its context
             length, so that a stream can outgrow that.
-        sink_tokens: the first tokens of a sequence that windowed layers go on seeing (StreamingLLM).
+        sink_tokens: the first tokens of a sequence, which windowed layers always see (StreamingLLM).
         rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn", "rope_theta": ..., ...}, as in
             transformers.
         use_xpos: multiply scores by the XPos decay (Sun et al. 2022); False: plain RoPE.
@@ -168,14 +168,14 @@ class ByteModelConfig(PreTrainedConfig):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer in tokens; None where a layer sees everything."""
+        """The window of each layer in tokens; None: no window."""
         assert self.layer_types is not None
         window_of = {"sliding_attention": self.sliding_window, "full_attention": self.full_attention_window}
         return tuple(window_of[kind] for kind in self.layer_types)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """eos_token_id as a tuple, whatever its form."""
+        """eos_token_id as a tuple: it may be None, one id or a list."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)

@@ -22,9 +22,9 @@ class ForwardBatch:
     query_starts: tuple[int, ...]  # N + 1: tokens of sequence i are query_starts[i]:query_starts[i + 1]
     block_tables_NM: torch.Tensor  # int64, block ids
     block_bases_NM: torch.Tensor  # int64, position of each block's first token
-    num_blocks: tuple[int, ...]  # N: how many entries of each table count
-    num_sink_blocks: tuple[int, ...]  # N: how many of them, at the front, hold sinks
-    reach: int  # no query is further than this from a base it meets, in tokens
-    logits_rows: torch.Tensor  # int64 [R], tokens whose next token is wanted
-    adapter_slots: tuple[int, ...] = ()  # N: slots of the bank, 0: no adapter; (): none has one
-    adapter_scales: tuple[float, ...] = ()  # N: how strongly, beside the adapter's own alpha / r
+    num_blocks: tuple[int, ...]  # N: valid entries of each table
+    num_sink_blocks: tuple[int, ...]  # N: sink blocks at the front of each table
+    reach: int  # largest distance between a query and a block's base, in tokens
+    logits_rows: torch.Tensor  # int64 [R], tokens that need logits
+    adapter_slots: tuple[int, ...] = ()  # N: slots of the bank, 0: no adapter; (): no sequence has one
+    adapter_scales: tuple[float, ...] = ()  # N: factors on top of the adapter's own alpha / r

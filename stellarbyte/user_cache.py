@@ -1,4 +1,4 @@
-"""Where things that can be made again are kept between runs."""
+"""The user's cache folder, for files that can be recomputed."""
 
 import os
 from pathlib import Path

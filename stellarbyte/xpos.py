@@ -37,7 +37,7 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
 
 
 def _llama3(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
-    """Llama 3.1's scaling: long waves are slowed by `factor`, short ones kept, a smooth step between."""
+    """Llama 3.1's scaling: low frequencies are divided by `factor`, high ones kept, with a smooth step between."""
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -61,7 +61,7 @@ def _yarn(frequencies: torch.Tensor, rope: dict[str, Any], head_dim: int) -> tor
 
 
 def attention_factor(rope: dict[str, Any]) -> float:
-    """What YaRN multiplies queries and keys by, each; 1 for the other types."""
+    """YaRN's factor for queries and for keys; 1 for the other types."""
     if rope["rope_type"] != "yarn":
         return 1.0
     if rope.get("attention_factor") is not None:
@@ -107,7 +107,7 @@ class XPosRotaryEmbedding(nn.Module):
     def __init__(self, config: ByteModelConfig) -> None:
         super().__init__()
         rope = config.rope_parameters
-        assert rope is not None and config.head_dim is not None  # the config fills both in
+        assert rope is not None and config.head_dim is not None  # ByteModelConfig sets both
         self.cache = RotaryCache(inverse_frequencies(rope, config.head_dim))
         self.score_scale = config.head_dim**-0.5 * attention_factor(rope) ** 2
         self.scale_base = config.xpos_scale_base

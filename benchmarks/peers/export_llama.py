@@ -1,7 +1,7 @@
 """`python -m benchmarks.peers.export_llama SRC DST`: a ByteTransformer folder as a plain Llama one, for other servers.
 
-The tensors have Llama's names already; only the config differs. SRC may be "demo". The folder names no end-of-sequence
-token: so an answer has as many tokens as were asked for, also from servers that have no `ignore_eos`.
+The tensors already have Llama's names; only the config differs. SRC may be "demo". The folder defines no
+end-of-sequence token, so that answers have `max_tokens` tokens, also on servers without `ignore_eos`.
 """
 
 import argparse
@@ -30,11 +30,11 @@ SHARED = (
     "mlp_bias",
     "bos_token_id",
     "pad_token_id",
-)  # fields that mean the same in both
+)  # fields with the same meaning in both
 
 
 def llama_config(config: ByteModelConfig) -> LlamaConfig:
-    """ValueError when the model has parts that Llama lacks."""
+    """The config as Llama's; ValueError if the model has parts that Llama lacks."""
     extras = (
         "use_xpos",
         "deepnorm",

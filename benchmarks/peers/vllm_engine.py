@@ -29,7 +29,7 @@ from benchmarks.gpu_workloads import (
 
 
 def load(engine: Engine, folder: Path, *, is_tiny: bool) -> tuple[vllm.LLM, list[LoRARequest]]:
-    """vLLM with random weights, and the requests that name its adapters."""
+    """vLLM with random weights, and the LoRA requests of its adapters."""
     shape = shape_of(engine, is_tiny=is_tiny)
     paths = write_adapters(shape, folder / "adapters", engine.adapters)
     with_adapters = {"enable_lora": True, "max_loras": engine.adapters, "max_lora_rank": RANK} if paths else {}
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("works", nargs="+", choices=list(WORKS))
     parser.add_argument("--engine", required=True, choices=list(ENGINES))
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="accepted and unused: vLLM's build decides")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="unused: vLLM's build decides")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", required=True, type=Path, help="an empty one, for config.json and adapters")
     options = parser.parse_args()

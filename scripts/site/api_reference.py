@@ -1,6 +1,6 @@
 """The server's OpenAPI document as Markdown: every route, field, bound and error. Knows no routes of its own.
 
-What a schema says and this does not know how to say is a ValueError, so that no part of the document is left out.
+An unknown keyword of a schema is a ValueError, so that no part of the document is omitted.
 """
 
 import json
@@ -26,7 +26,7 @@ _BOUNDS = {
 
 
 def api_markdown(document: Schema) -> str:
-    """The routes by their tags, the errors, then the objects that both name."""
+    """The routes by tag, the errors, then the objects of both."""
     schemas = document["components"]["schemas"]
     lines: list[str] = []
     tag = ""
@@ -37,7 +37,7 @@ def api_markdown(document: Schema) -> str:
                 lines += [f"## {tag}", ""]
             lines += [*_operation(method.upper(), path, operation, document), ""]
     lines += ["## Errors", "", f"Always an {_link(_REF + 'ErrorBody')}.", "", *_errors(document), ""]
-    lines += ["## Objects", "", "What bodies and answers are made of.", ""]
+    lines += ["## Objects", "", "The objects of bodies and answers.", ""]
     bodies = {name for item in document["paths"].values() for each in item.values() for name in _body_names(each)}
     for name in sorted(schemas.keys() - bodies):
         lines += [f"### {name}", "", *_object(schemas[name], is_answer=name in _of_answers(document)), ""]
@@ -101,7 +101,7 @@ def _answers(content: Schema) -> Iterator[str]:
 
 
 def _object(schema: Schema, *, is_answer: bool) -> Iterator[str]:
-    """A description, and a table of the fields if there are any."""
+    """A description, and a table of the fields, if any."""
     if "description" in schema:
         yield schema["description"]
         yield ""
@@ -123,7 +123,7 @@ def _object(schema: Schema, *, is_answer: bool) -> Iterator[str]:
 
 
 def _without_null(schema: Schema) -> Schema:
-    """What a field of a request may hold, beside null, which always means that it is absent."""
+    """A request's field without null, which always means absent."""
     others = [part for part in schema.get("anyOf", ()) if part != {"type": "null"}]
     if not others or len(others) == len(schema["anyOf"]):
         return schema
@@ -202,7 +202,7 @@ def _range(least: float | None, most: float | None) -> Iterator[str]:
 
 
 def _number(value: float) -> str:
-    """Powers of two, which bound what fits a machine word, as such."""
+    """A number; bounds of machine words as powers of two."""
     size = abs(int(value))
     if size >= 2**31 and size.bit_count() == 1:
         return f"{'−' if value < 0 else ''}2<sup>{size.bit_length() - 1}</sup>"
@@ -227,7 +227,7 @@ def _upper_first(text: str) -> str:
 
 
 def _of_answers(document: Schema) -> set[str]:
-    """The objects that answers are made of."""
+    """The objects of answers."""
     schemas = document["components"]["schemas"]
     found: set[str] = set()
     names = [name for item in document["paths"].values() for each in item.values() for name in _refs(each["responses"])]

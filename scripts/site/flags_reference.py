@@ -1,4 +1,4 @@
-"""The server's flags as Markdown, from the fields that its parser is made of. Knows no pages."""
+"""The server's flags as Markdown, from the fields of its parser."""
 
 import re
 from html import escape
@@ -7,7 +7,7 @@ from stellarbyte_server.config.command_line import GROUPS, flag_of, help_of, off
 
 
 def flags_markdown() -> str:
-    """A table for each group of flags: flag and value with the variable, the default, what `--help` says of it."""
+    """A table for each group of flags: flag, value and variable, default, help text."""
     lines: list[str] = []
     for title, settings_class in GROUPS:
         lines += [f"## {title.capitalize()}", "", "| flag, variable | default | what |", "|---|---|---|"]

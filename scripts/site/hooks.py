@@ -1,7 +1,7 @@
-"""What mkdocs does beside rendering docs/: links out of the folder, generated tables, a look for other hosts.
+"""Hooks of mkdocs: links out of docs/, generated tables, and a check for other hosts.
 
-The pages are written to be read on GitHub, too. So a link may lead out of docs/. It is turned to the page or file of
-the site with that content; where there is none, only its text stays. Links to nothing fail `mkdocs build --strict`.
+The pages are also read on GitHub, so links may lead out of docs/. They are changed to the site's page or file with that
+content; without one, only the text remains. Links to missing files fail `mkdocs build --strict`.
 """
 
 import posixpath
@@ -23,7 +23,7 @@ from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.settings import DEMO_MODEL_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
-ELSEWHERE = {  # pages → where their text lies
+ELSEWHERE = {  # pages → their files
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "python-client.md": "clients/python/README.md",
@@ -36,9 +36,9 @@ GENERATED = {
     ),
     "<!-- The flags. -->": flags_markdown,
 }
-_OTHER_LANGUAGE = re.compile(r"^\[(简体中文|English)\]\(\S+\)\n", re.MULTILINE)  # the site has a switch for that
+_OTHER_LANGUAGE = re.compile(r"^\[(简体中文|English)\]\(\S+\)\n", re.MULTILINE)  # the site has a language switch
 _LINK = re.compile(r"(\[[^\[\]]*\]\()(?![a-z]+:)([^)#\s]+)(#[^)\s]*)?\)")
-_LOADED = re.compile(  # `mkdocs serve` names its own address as where a page and its neighbours belong
+_LOADED = re.compile(  # `mkdocs serve` uses its own address for a page and its neighbours
     r"<(?:script|img|iframe|source|link(?![^>]*\brel=[\"']?(?:canonical|alternate|prev|next)))\b"
     r"[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)"
 )

@@ -1,7 +1,7 @@
-"""`stellarbyte-server`: checks the settings, starts the engine process, serves HTTP until told to stop.
+"""`stellarbyte-server`: checks the settings, starts the engine process, serves HTTP until a stop signal.
 
-What is needed for HTTP is imported while the engine loads its model. With --http-workers above 1 this process serves
-nothing itself: it starts the HTTP processes and watches them (supervisor.py).
+Modules for HTTP are imported while the engine loads its model. With --http-workers above 1 this process does not serve
+HTTP but starts and watches the HTTP processes (supervisor.py).
 """
 
 import asyncio
@@ -24,22 +24,22 @@ from stellarbyte_server.http.stopping import exit_quietly, on_stop_signals
 from stellarbyte_server.http.tls import check_certificate
 from stellarbyte_server.logs import LogFormat, configure_logging
 
-if TYPE_CHECKING:  # it is imported late
+if TYPE_CHECKING:  # imported late
     from stellarbyte_server.client.restart import RestartingEngine
 
 logger = logging.getLogger("server")
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
-# What the kernel keeps of an answer that is not read. Linux doubles it; left to itself it takes megabytes.
+# The kernel's buffer for unread output of a connection. Linux doubles the value; its default is megabytes.
 SEND_BUFFER_BYTES = 64 * 1024
 
 
 class StartError(Exception):
-    """The server cannot start or go on; str() is one sentence for the user."""
+    """The server cannot start or continue; str() is one sentence for the user."""
 
 
 def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MODULE) -> int:
-    """Run the server; returns the exit status. `engine_module` is what the engine process runs."""
+    """Run the server; returns the exit status. `engine_module` is the module that the engine process runs."""
     log_format: LogFormat = "text"
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments, os.environ)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
 
 
 def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
-    """The keys of the file --keys; SettingsError when a file that a setting names cannot be used."""
+    """Check the files that settings name; returns the keys of --keys. Raises SettingsError."""
     check_certificate(settings)
     if settings.otlp_endpoint is not None or any(name.startswith("OTEL_") for name in os.environ):
         from stellarbyte_server.observe.tracing import check_tracing
@@ -68,14 +68,14 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 
 def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
-    """The engine process and all HTTP, from start to end; StartError."""
+    """Run the engine process and HTTP from start to stop. Raises StartError."""
     from stellarbyte_server.client.launch import EngineProcess, EngineStartError
     from stellarbyte_server.client.restart import RestartingEngine
 
     with _listening(settings) as listeners:
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again when the model is loaded
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
         logger.info("starting the engine on %s", settings.engine.model)
         try:
             engine = RestartingEngine(
@@ -89,14 +89,14 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) ->
         except (EngineStartError, ValueError, OSError) as error:
             raise StartError(str(error)) from None
         finally:
-            on_stop_signals(signal.SIG_IGN)  # all that is left takes moments
+            on_stop_signals(signal.SIG_IGN)  # the remaining steps take moments
             engine.stop()
 
 
 async def _serve_all(
     settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine: "RestartingEngine"
 ) -> int:
-    """One HTTP process for each listener: this one, or others that this one watches."""
+    """Run one HTTP process for each listener: this process, or others that it watches."""
     started_at = int(time.time())
     if len(listeners) == 1:
         return await _serve(settings, keys, listeners[0], engine, started_at)
@@ -112,7 +112,7 @@ async def _serve(
     engine: "RestartingEngine",
     started_at: int,
 ) -> int:
-    """HTTP in this process, which reads the file of keys again whenever it is told to."""
+    """Serve HTTP in this process; SIGHUP reloads the file of keys."""
     from stellarbyte_server.http.serving import serve
 
     keyring = Keyring(settings, keys)
@@ -130,9 +130,11 @@ async def _serve(
 
 
 def _announce(settings: ServerSettings) -> None:
-    """Say where the server answers, with a command that can be pasted as it is."""
+    """Print the server's address and an example command."""
     if not (settings.api_key or settings.keys or is_loopback(settings.host)):
-        logger.warning("without --api-key everybody who reaches %s port %d may use it", settings.host, settings.port)
+        logger.warning(
+            "without --api-key everyone who can reach %s port %d can use the server", settings.host, settings.port
+        )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     scheme = "http" if settings.ssl_certfile is None else "https"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
@@ -143,7 +145,7 @@ def _announce(settings: ServerSettings) -> None:
         {
             "model": settings.model_name,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "temperature": 0,  # a small model asked to be creative may ramble to the end of its context
+            "temperature": 0,  # sampled answers of a small model may run to the end of its context
             "stream": True,
         }
     )
@@ -155,16 +157,16 @@ def _announce(settings: ServerSettings) -> None:
     )
     if settings.engine.serves_adapters and settings.admin_api_key is None and not settings.allow_local_admin:
         sys.stderr.write(
-            "An adapter of --adapter-dir is read when a request first names it. To load, replace and unload adapters"
-            " while\nthe server runs, start it with STELLARBYTE_ADMIN_API_KEY, or with --allow-local-admin if only this"
-            " machine reaches it.\n\n"
+            "Adapters of --adapter-dir are loaded on first use. To load, replace and unload adapters while the server"
+            " runs,\nstart it with STELLARBYTE_ADMIN_API_KEY, or with --allow-local-admin if only this machine can"
+            " reach it.\n\n"
         )
     sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
-    """The port is taken meanwhile, by a listener for each HTTP process; StartError when it cannot be."""
+    """Hold the port, with a listener for each HTTP process. Raises StartError."""
     listeners: list[socket.socket] = []
     try:
         try:
@@ -179,11 +181,11 @@ def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
 
 
 def _bind(host: str, port: int, number: int, listeners: list[socket.socket]) -> None:
-    """Take the port before a model is loaded; connections are accepted only once it is ready. Adds to `listeners`.
+    """Bind the port before the model is loaded; connections are accepted once it is ready. Adds to `listeners`.
 
-    Of several sockets each is for one HTTP process, and Linux spreads connections evenly over them. (Processes that
-    accept from one socket get very unequal shares.) Only the later ones are bound with SO_REUSEPORT: so a port that is
-    in use is found, even by a server that shares it in the same way.
+    With several sockets each belongs to one HTTP process, and Linux spreads connections evenly over them. (Processes
+    that accept from one socket get very unequal shares.) Only the later ones are bound with SO_REUSEPORT, so that a
+    port in use is detected, even if its server uses SO_REUSEPORT, too.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     for index in range(number):

@@ -1,15 +1,15 @@
-"""Keeps Python's garbage collector from halting streams."""
+"""Keeps Python's garbage collector from delaying streams."""
 
 import gc
 
-YOUNG_OBJECTS = 10_000  # more than a step of many streams makes and drops, so that not every step has a collection
+YOUNG_OBJECTS = 10_000  # more than a step of many streams allocates, so that not every step collects
 
 
 def keep_for_good() -> None:
-    """Whatever exists now stays until the process ends, so the collector looks at it no more.
+    """Exclude all existing objects from collection until the process ends.
 
-    To be called when a process has what it works with. In one that has loaded torch and a model, a full collection
-    took 0.2 s, in which no stream got a token.
+    Call it at the end of a process's start. In a process with torch and a model, a full collection took 0.2 s, in which
+    no stream got a token.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""How threads beside the engine's own leave the cores to it."""
+"""Lower priority for all threads but the engine's."""
 
 import contextlib
 import os
@@ -8,8 +8,8 @@ NICENESS = 3
 
 
 def give_way() -> None:
-    """On Linux niceness belongs to the thread that sets it, elsewhere to the process: there it is left alone."""
+    """Lower the calling thread's priority. Only on Linux; elsewhere niceness belongs to the whole process."""
     if os.uname().sysname == "Linux":
         thread = threading.get_native_id()
-        with contextlib.suppress(OSError):  # it is nicer already, or may not be
+        with contextlib.suppress(OSError):  # already lower, or not permitted
             os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

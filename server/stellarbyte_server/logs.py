@@ -1,4 +1,4 @@
-"""How all processes log: one line per message on stderr, as text or as JSON, the same form everywhere."""
+"""Logging of all processes: one line per message on stderr, as text or JSON, in one format."""
 
 import io
 import json
@@ -19,8 +19,8 @@ def configure_logging(
 ) -> None:
     """Send this process's messages of at least `level` to stderr. Called once, at the start of a process.
 
-    With `log_format` "json" everything else that Python code writes to stderr becomes such lines, too, and what it
-    writes to stdout if `is_stdout_free`: nothing is meant to be there.
+    With `log_format` "json" all other output of Python code to stderr also becomes such lines, and with
+    `is_stdout_free` its output to stdout, which is otherwise unused.
     """
     stderr = sys.__stderr__ if sys.__stderr__ is not None else sys.stderr
     handler = logging.StreamHandler(stderr)
@@ -38,9 +38,9 @@ def configure_logging(
 
 
 def fields_of_line(fields: Mapping[str, Any], already_said: Collection[str] = ()) -> dict[str, Any]:
-    """What a log call takes as `extra` so that its line has fields of its own; those that are None are left out.
+    """The `extra` of a log call for a line with fields, without those that are None.
 
-    JSON has all of them; text has those behind the message that it does not say already.
+    JSON has all fields; text appends those that are not in `already_said`.
     """
     present = {name: value for name, value in fields.items() if value is not None}
     return {"fields": present, "already_said": tuple(already_said)}
@@ -60,7 +60,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object in one line, in ASCII; a traceback is its field of that name."""
+    """One JSON object in one line, in ASCII; a traceback is the field "traceback"."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class LinesToLog(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if self._is_writing:
-            return len(text)  # logging complains here that it cannot write
+            return len(text)  # logging itself reports here that it cannot write
         self._is_writing = True
         try:
             *lines, self._rest = (self._rest + text.replace("\r", "\n")).split("\n")
@@ -115,10 +115,10 @@ class LinesToLog(io.TextIOBase):
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    _logger.critical("an error that nobody expected ends the process", exc_info=(kind, error, trace))
+    _logger.critical("an unexpected error ends the process", exc_info=(kind, error, trace))
 
 
 def _log_uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
     if arguments.exc_value is not None:
         error = (arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
-        _logger.error("an error that nobody expected ends a thread", exc_info=error)
+        _logger.error("an unexpected error ends a thread", exc_info=error)

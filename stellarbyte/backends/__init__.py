@@ -1,1 +1,1 @@
-"""Whole models for serving steps."""
+"""Models that run serving steps."""

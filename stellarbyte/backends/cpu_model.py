@@ -51,13 +51,13 @@ _VECTORS = {  # norms and scales → fields of `LayerWeights`
 
 
 def fits(config: ByteModelConfig) -> bool:
-    """Whether the kernels can run a model: heads are whole vectors, and every part has a place in all layers."""
+    """Whether the kernels support a model: heads are whole vectors, and they take every part in all layers."""
     has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0
     return has_whole_heads and all(_has_place(part, config) for part in model_parts(config))
 
 
 def _has_place(part: Part, config: ByteModelConfig) -> bool:
-    """Linears that a layer lacks are zeros in its packed product, but nothing stands for a norm or scale."""
+    """Whether the kernels take a part. Only linears may be missing in some layers, where zeros replace them."""
     layers = range(config.num_hidden_layers)
     if len({part.shape(config, layer) for layer in layers}) > 1:
         return False
@@ -68,8 +68,8 @@ class CpuModel(ServedModel):
     """The weights of a `ByteLanguageModel`, packed. Engine thread only.
 
     Args:
-        config: the one to serve with; its windows and sinks may differ from the model's own.
-        bank: the adapters, float32; None: there are none.
+        config: for serving; its windows and sinks may differ from the model's own.
+        bank: the adapters, float32; None: no adapters.
         quantization: "none", "int8" or "int4": of all matrices but the embedding.
         num_threads: numba threads to use.
 
@@ -92,7 +92,7 @@ class CpuModel(ServedModel):
         self.vocab_size = config.vocab_size
         self.embedding_VC = _numpy(decoder.embed_tokens.weight)
         self.final_norm_C = _numpy(decoder.norm.weight)
-        # The head's errors reach every token's logit directly: in four bits it would cost more quality than it saves.
+        # The head's rounding errors reach the logits directly: int4 would cost more quality than it saves memory.
         self.head_weight = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
         self.layers = _stack_layers(model, config, quantization, self.bank.projections)
         self.options = LayerOptions(
@@ -148,7 +148,7 @@ class CpuModel(ServedModel):
         return hidden_TC
 
     def warm_up(self) -> None:
-        """Compile the kernels, or load them from the user's cache, by running a token against a cache of its own."""
+        """Compile the kernels, or load them from the user's cache, by running one token on a temporary cache."""
         options = self.options
         shape = (len(self.layers.windows_L), 1, 1, options.num_kv_heads, options.head_dim)
         zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
@@ -219,7 +219,7 @@ def _stack_layers(
 def _stack_linears(
     model: ByteLanguageModel, config: ByteModelConfig, group: Sequence[Part], quantization: str, first: int
 ) -> StackedLinears:
-    """Pack the linears that share an input; one that a layer lacks is zero there."""
+    """Pack the linears that share an input; a missing one is zero."""
     layers = range(config.num_hidden_layers)
     joined = interleave_gated if group[0].reads == MLP_INPUT else _below_each_other
     packed = [pack(joined(*[_weight(model, config, part, layer) for part in group]), quantization) for layer in layers]

@@ -10,7 +10,8 @@ from stellarbyte.xpos import XPosRotaryEmbedding
 
 
 class PagedAttention:
-    """The `attend` of one serving step: writes the step's keys to their blocks, then reads what each query sees."""
+    """The `attend` of one serving step: writes the step's keys to their blocks, then attends to the keys that each
+    query sees."""
 
     def __init__(
         self, config: ByteModelConfig, rotary: XPosRotaryEmbedding, cache: PagedKVCache, batch: ForwardBatch

@@ -1,4 +1,4 @@
-"""What the engine asks of a model, and the plain torch form of it."""
+"""The engine's interface to a model, and its implementation in plain torch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ class ServedModel(ABC):
 
     @abstractmethod
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        """[R, V] logits of what follows."""
+        """[R, V] logits of the next token."""
 
     def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
         """Change float32 logits in place; see `stellarbyte.sampling.adjustment`."""
@@ -46,8 +46,7 @@ class ServedModel(ABC):
 class TorchModel(ServedModel):
     """The reference: the model's own modules over `ops/reference.py`, on any device.
 
-    `config` is the one to serve with: its window and sinks may differ from those the checkpoint was saved with.
-    `bank` holds the adapters; None: there are none.
+    `config` is for serving: its window and sinks may differ from the checkpoint's. `bank`: the adapters, or None.
     """
 
     def __init__(self, model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Where keys and values are kept."""
+"""Caches of keys and values."""

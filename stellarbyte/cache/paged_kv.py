@@ -1,8 +1,8 @@
 """The serving cache: blocks of keys and values, keys rotated relative to their block's base position.
 
-A block whose first token stands at P keeps k_n · e^{i(n-P)θ} · ζ^(-(n-P)/b). Offsets stay below the block size, so
-the stored numbers are exact at any position, and moving a block is changing its base (numerics: "Keys are stored
-relative to their block"). Which block belongs to whom is the scheduler's business.
+A block with its first token at P stores k_n · e^{i(n-P)θ} · ζ^(-(n-P)/b). Offsets stay below the block size, so
+the stored numbers are exact at any position, and moving a block only changes its base (numerics: "Keys are stored
+relative to their block"). The scheduler assigns blocks to sequences.
 """
 
 import math
@@ -21,7 +21,7 @@ class PagedKVCache:
     def __init__(
         self, config: ByteModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills both in
+        assert config.num_key_value_heads is not None and config.head_dim is not None  # ByteModelConfig sets both
         shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         self.keys_LBSKD = _zeros(shape, dtype, device)
         self.values_LBSKD = _zeros(shape, dtype, device)
@@ -35,7 +35,7 @@ class PagedKVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that, on the CPU, take memory only once they are written: torch.zeros would touch every page at start."""
+    """Zeros that take CPU memory only when written; torch.zeros would touch every page at start."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     untouched = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)

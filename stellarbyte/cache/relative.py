@@ -1,8 +1,8 @@
-"""The cache of `generate` and `forward_step`: a transformers Cache whose keys carry no position.
+"""The cache of `generate` and `forward_step`: a transformers Cache with unrotated keys.
 
-Keys are kept unrotated beside their positions and rotated when read, relative to the queries that read them
-(a block of the serving cache is the same with more than one key). So windows and sinks drop keys without touching
-the others, and nothing grows with the absolute position.
+Keys are stored unrotated with their positions and rotated when read, relative to the queries that read them
+(as a block of the serving cache, which has several keys). So windows and sinks drop keys without changing
+the others, and no number grows with the absolute position.
 """
 
 import torch
@@ -16,7 +16,7 @@ from stellarbyte.config import ByteModelConfig
 class RelativeCacheLayer(CacheLayerMixin):
     """Keys [B, K, S, D], values alike and positions [B, S] of one layer; padding has position -1.
 
-    The window only decides what is forgotten, never what a query may see of the rest.
+    The window decides which keys are dropped, not which of the others a query sees.
     """
 
     is_sliding = False
@@ -39,7 +39,7 @@ class RelativeCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *, positions: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append T tokens; returns the keys and values they may see. `positions` [B, T]; None: as counted."""
+        """Append T tokens; returns the keys and values that they may see. `positions` [B, T]; None: consecutive."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None and self.positions is not None
@@ -54,7 +54,7 @@ class RelativeCacheLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _drop_unseen(self) -> None:
-        """Forget keys that no later query can see, once they outnumber the rest (so that the copying amortises)."""
+        """Drop keys that no later query can see, once they outnumber the rest, which amortises the copying."""
         assert self.positions is not None
         kept = self.positions.shape[1]
         if self.window is None or kept < 2 * (self.window + self.sink_tokens):
@@ -62,7 +62,7 @@ class RelativeCacheLayer(CacheLayerMixin):
         self.keep(self.visible_later())
 
     def visible_later(self) -> torch.Tensor:
-        """Indices of the keys that some later query can see, in order."""
+        """Indices of the keys that later queries can see, in order."""
         assert self.positions is not None
         index = torch.arange(self.positions.shape[1], device=self.positions.device)
         if self.window is None:
@@ -116,9 +116,9 @@ class RelativeCacheLayer(CacheLayerMixin):
 
 
 class RelativeCache(Cache):
-    """One `RelativeCacheLayer` a layer; pass it as `past_key_values`.
+    """One `RelativeCacheLayer` for each layer; pass it as `past_key_values`.
 
-    `alike`: every layer keeps the same tokens, so a model with a layer that sees everything keeps everything.
+    `alike`: all layers keep the same tokens; if one layer has no window, no token is dropped.
     """
 
     def __init__(self, config: ByteModelConfig, alike: bool = False) -> None:

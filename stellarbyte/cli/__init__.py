@@ -1,5 +1,5 @@
-"""What each command of `stellarbyte` does. Only the module of the one that runs is imported.
+"""The commands of `stellarbyte`, one in each module. Only the module of the command that runs is imported.
 
-Each has `run(options)`, which does what arguments.py parsed and returns the exit status, and `FAILURES`: the errors
-whose str() is one sentence for the user.
+Each has `run(options)`, which executes the options from arguments.py and returns the exit status, and `FAILURES`: the
+errors with one sentence for the user as str().
 """

@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="stellarbyte",
-        description="Serve, convert, inspect and try models; talk to a server, look after it, measure it.",
+        description="Serve, convert, inspect and try models; use, manage and benchmark a server.",
     )
     parser.add_argument("--version", action="version", version=f"stellarbyte {version('stellarbyte')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -47,9 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands: _Commands) -> None:
-    command = commands.add_parser("convert", help="make a ByteTransformer checkpoint from another one")
+    command = commands.add_parser("convert", help="convert a model to a ByteTransformer checkpoint")
     command.add_argument("source", metavar="SRC", help="Hugging Face folder (Llama, Mistral, Qwen2/3) or GGUF file")
-    command.add_argument("target", metavar="DST", help="folder to make")
+    command.add_argument("target", metavar="DST", help="folder to create")
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored; float32 for quantized GGUF files")
     command.set_defaults(module="stellarbyte.cli.convert")
 
@@ -168,7 +168,7 @@ def _add_bench(commands: _Commands) -> None:
 
 
 def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
-    """The address and keys of the server: options that all its commands share."""
+    """Options of all commands that use a server: address and keys."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("server")
     group.add_argument(
@@ -179,7 +179,7 @@ def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
     group.add_argument(
         "--api-key",
         type=_key,
-        default=next(iter(os.environ.get("STELLARBYTE_API_KEY", "").split()), None),  # a server takes several there
+        default=next(iter(os.environ.get("STELLARBYTE_API_KEY", "").split()), None),  # a server accepts several there
         metavar="KEY",
         help="default: the first key in $STELLARBYTE_API_KEY, which other users cannot see",
     )
@@ -201,7 +201,7 @@ def _text(text: str) -> str:
 
 def _key(text: str) -> str:
     if not (text.isascii() and text.isprintable()):
-        raise argparse.ArgumentTypeError("a key must consist of printable ASCII characters")  # it is never shown
+        raise argparse.ArgumentTypeError("a key must consist of printable ASCII characters")  # never show the key
     return text
 
 

@@ -11,7 +11,7 @@ FAILURES = (StellarByteError,)
 
 
 def run(options: argparse.Namespace) -> int:
-    """1 also when some requests failed."""
+    """Returns 1 if any request failed."""
     all_well = bench(
         BenchSettings(
             connection=Connection(url=options.url, api_key=options.api_key),

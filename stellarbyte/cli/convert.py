@@ -1,4 +1,4 @@
-"""`stellarbyte convert`: a ByteTransformer checkpoint from another one."""
+"""`stellarbyte convert`: convert a model to a ByteTransformer checkpoint."""
 
 import argparse
 

@@ -10,11 +10,11 @@ from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, one_line
 from stellarbyte.checkpoint.progress import ProgressBar
 
-LEAST_TEMPERATURE = 1e-6  # logits divided by less are no numbers any more, and the likeliest token is sure long before
+LEAST_TEMPERATURE = 1e-6  # smaller ones would overflow the logits; the likeliest token is certain far above
 
 
 class PromptError(ValueError):
-    """A prompt cannot be answered; str() is one sentence for the user."""
+    """The prompt cannot be answered; str() is one sentence for the user."""
 
 
 FAILURES = (CheckpointError, PromptError)
@@ -34,13 +34,13 @@ def run(options: argparse.Namespace) -> int:
             return_dict=True,
         )
     if inputs["input_ids"].numel() == 0:
-        raise PromptError("There is nothing to continue: the prompt is empty.")
+        raise PromptError("The prompt is empty; give at least one token.")
     last = int(inputs["input_ids"].max())
     if last >= model.config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(last)
         raise PromptError(
-            f"The prompt contains the token {token!r} (id {last}), which the model cannot read: its embedding has"
-            f" {model.config.vocab_size} rows."
+            f"The prompt contains the token {token!r} (id {last}), but the model's vocabulary has only"
+            f" {model.config.vocab_size} tokens."
         )
     if options.seed is not None:
         set_seed(options.seed)
@@ -59,8 +59,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if not (path / "tokenizer.json").is_file():
-        raise CheckpointError(f"{path / 'tokenizer.json'} is missing; prompts in words need a tokenizer.")
+        raise CheckpointError(f"{path / 'tokenizer.json'} is missing; text prompts need a tokenizer.")
     try:
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(f"The tokenizer of {path} cannot be read: {one_line(error)}.") from error

@@ -1,4 +1,4 @@
-"""`stellarbyte info`: what a checkpoint is and how much memory it takes."""
+"""`stellarbyte info`: a checkpoint's architecture, size and memory use."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""The `stellarbyte` command: runs what was asked for. Turns every expected failure into one line; knows no command."""
+"""The `stellarbyte` command: runs one command and prints each expected failure as one line."""
 
 import importlib
 import os
@@ -13,13 +13,13 @@ from stellarbyte.cli.arguments import parse
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit status is 0, or 1 for an error (its line is on stderr).
 
-    As shells tell of signals it is 130 after Ctrl-C, 143 after SIGTERM, and 141 when nobody reads the output any more.
+    As in shells, it is 130 after Ctrl-C, 143 after SIGTERM, and 141 after the reader closed the output.
     """
     options = parse(arguments)
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)
     failures: tuple[type[Exception], ...] = ()
     try:
-        command = importlib.import_module(options.module)  # of one command only: torch alone takes a second
+        command = importlib.import_module(options.module)  # only this command's: importing torch takes a second
         failures = command.FAILURES
         status = command.run(options)
         print(end="", flush=True)
@@ -31,14 +31,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # as in `stellarbyte generate ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports an error at exit
         return 128 + signal.SIGPIPE
     finally:
         signal.signal(signal.SIGTERM, previous)
 
 
 def _exit_on_signal(number: int, _frame: FrameType | None) -> NoReturn:
-    """SIGTERM as an exception, so that half-written folders are removed on the way out."""
+    """Raise SystemExit on SIGTERM, so that incomplete folders are removed."""
     sys.exit(128 + number)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: in a model to train them, and in PEFT's files."""
+"""Low-rank adapters: in a model for training, in PEFT's files, and packed for serving."""
 
 from stellarbyte.lora.config import LoRAConfig
 from stellarbyte.lora.layers import (

@@ -1,8 +1,8 @@
-"""Adapters where serving kernels read them: one row of numbers a slot.
+"""Adapters in the layout of the serving kernels: one row of numbers for each slot.
 
 A slot holds an adapter compactly, by layers; within a layer first every A [r, in], then every scale · Bᵀ [r, out], both
-in the order of `Projections`. So projections that share an input have their A's next to each other, and one product
-can shrink for all of them. `alpha / r` is in B already; what is left to a request is its own scale.
+in the order of `Projections`. So the A's of projections that share an input are adjacent, and one product
+computes all of them. B includes `alpha / r`; a request adds its own scale.
 """
 
 import math
@@ -33,7 +33,7 @@ class Projections:
     """The linears of a model's layers, numbered so that those with a common input are neighbours."""
 
     names: tuple[str, ...]  # P
-    shapes: tuple[tuple[Shape, ...], ...]  # [L][P]; (0, 0) where a layer has no such linear
+    shapes: tuple[tuple[Shape, ...], ...]  # [L][P]; (0, 0): the layer has no such linear
     shared_inputs: Mapping[str, slice]  # input → the projections that read it
 
     @classmethod
@@ -52,11 +52,11 @@ class Projections:
         )
 
     def input_width(self, layer: int, shared: slice) -> int:
-        """The width of the input that some projections of a layer share."""
+        """The width of a shared input in a layer."""
         return max(width for _, width in self.shapes[layer][shared])
 
     def modules(self) -> Iterator[tuple[int, int, str]]:
-        """Layer, number and full name of every projection that is there."""
+        """Layer, number and full name of every projection that exists."""
         for layer, shapes in enumerate(self.shapes):
             for number, name in enumerate(self.names):
                 if shapes[number] != _NO_SHAPE:
@@ -72,10 +72,10 @@ def _shape(part: Part, config: ByteModelConfig, layer: int) -> Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedAdapter:
-    """An adapter in the form of a slot, in CPU memory."""
+    """An adapter in a slot's layout, in CPU memory."""
 
     numbers: torch.Tensor  # [n ≤ F], in the bank's dtype
-    ranks_LP: Integers  # 0: the adapter leaves that projection alone
+    ranks_LP: Integers  # 0: no adapter for that projection
 
     @property
     def num_bytes(self) -> int:
@@ -86,7 +86,7 @@ class PackedAdapter:
 
 
 def is_finite(numbers: torch.Tensor) -> bool:
-    """Whether there is no NaN and no infinity. The sum takes no copy; one that overflowed says nothing yet."""
+    """Whether all numbers are finite. A finite sum, which needs no copy, is enough; a sum may overflow."""
     return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
@@ -96,7 +96,7 @@ def pack_adapter(
     config: ByteModelConfig,
     dtype: torch.dtype,
 ) -> PackedAdapter:
-    """Bring an adapter into the form of a slot.
+    """Pack an adapter into a slot's layout.
 
     Args:
         weights: module name → (A [r, in], B [out, r]); names and shapes are those of `adaptable_modules`.
@@ -120,15 +120,15 @@ def pack_adapter(
 
 
 def _scaled(matrix: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """Rounded once, from a product in float32."""
+    """matrix · scale, computed in float32 and rounded once."""
     if matrix.dtype == dtype:
         return matrix if scale == 1 else matrix * scale
     return (matrix.float() * scale).to(dtype)
 
 
 def _bits(numbers: torch.Tensor) -> npt.NDArray[np.generic]:
-    """A view without a number format. Numpy has no bfloat16, but transposes twice as fast as torch does, and unlike
-    torch it takes views without giving the GIL away, for which several reading threads would then wait."""
+    """A view as integers: numpy has no bfloat16. Numpy transposes twice as fast as torch, and takes views without
+    releasing the GIL, so several reading threads do not wait for it."""
     return numbers.view({2: torch.int16, 4: torch.int32}[numbers.element_size()]).numpy()
 
 
@@ -137,7 +137,7 @@ def _part(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Te
 
 
 def _offsets(ranks_LP: Integers, projections: Projections) -> tuple[Integers, Integers, int]:
-    """Where each A and each Bᵀ begins, and where the last one ends."""
+    """The offset of each A and each Bᵀ, and the end of the last one."""
     shapes_LP2 = np.array(projections.shapes, dtype=np.int64)
     sizes_L2P: Integers = np.stack([ranks_LP * shapes_LP2[:, :, 1], ranks_LP * shapes_LP2[:, :, 0]], 1)
     ends = np.cumsum(sizes_L2P, dtype=np.int64).reshape(sizes_L2P.shape)
@@ -146,9 +146,9 @@ def _offsets(ranks_LP: Integers, projections: Projections) -> tuple[Integers, In
 
 
 class BankTables(NamedTuple):
-    """Where kernels find an adapter's parts: int64 tensors on the bank's device, at fixed addresses.
+    """Offsets and ranks of the adapters' parts: int64 tensors on the bank's device, at fixed addresses.
 
-    Offsets count numbers from the start of the slot's row; where the rank is 0 they say nothing.
+    Offsets count numbers from the start of the slot's row; they are undefined where the rank is 0.
     """
 
     ranks_SLP: torch.Tensor
@@ -164,8 +164,8 @@ class LoraBank:
     uses a slot is launched, and `fill` waits for that; and it calls `clear` itself, on the steps' stream.
 
     Args:
-        num_slots: beside slot 0.
-        max_rank: most that any projection of an adapter may have.
+        num_slots: without slot 0.
+        max_rank: largest rank of any projection of an adapter.
     """
 
     def __init__(
@@ -205,14 +205,14 @@ class LoraBank:
         self.numbers_SF = numbers.view(num_slots + 1, -1)
 
     def fence(self) -> torch.cuda.Event | None:
-        """What `fill` is to wait for on the device: everything that the calling thread's current stream has by now."""
+        """An event after all work now in the calling thread's current stream, for `fill` to wait for."""
         return None if self._copies is None else torch.cuda.current_stream(self.numbers_SF.device).record_event()
 
     def fill(self, slot: int, adapter: PackedAdapter, fence: torch.cuda.Event | None = None) -> None:
-        """Put an adapter into a slot, which is overwritten; when this returns, it is there.
+        """Copy an adapter into a slot, in place of its previous one; returns when the copy is complete.
 
         Args:
-            fence: a CUDA device touches the slot after this only; None: after what this thread's stream has by now.
+            fence: a CUDA device writes the slot only after it; None: after the work now in this thread's stream.
         """
         assert 1 <= slot <= self.num_slots
         if self._copies is None:
@@ -226,7 +226,7 @@ class LoraBank:
             self._copies.run([numbers, *tables], after=self.fence() if fence is None else fence)
 
     def clear(self, slot: int) -> None:
-        """Make a slot's adapter the null adapter; on a CPU its memory goes back to the system."""
+        """Make a slot's adapter the null adapter; on a CPU its memory returns to the system."""
         assert 1 <= slot <= self.num_slots
         self.ranks_SLP[slot] = 0
         if self._copies is not None:
@@ -235,7 +235,7 @@ class LoraBank:
             self._memory.madvise(mmap.MADV_DONTNEED, slot * self._bytes_per_slot, self._bytes_per_slot)
 
     def a(self, slot: int, layer: int, projections: slice) -> torch.Tensor:
-        """[Σ r, in]: the A's of projections that share an input, one below the other."""
+        """[Σ r, in]: the stacked A's of projections that share an input."""
         start = int(self.a_offsets_SLP[slot, layer, projections.start])
         rank = int(self.ranks_SLP[slot, layer, projections].sum())
         return _part(self.numbers_SF[slot], start, rank, self.projections.input_width(layer, projections))

@@ -1,4 +1,4 @@
-"""What a LoRA adapter changes and how strongly (Hu et al. 2021)."""
+"""The configuration of a LoRA adapter (Hu et al. 2021)."""
 
 import math
 import re
@@ -23,7 +23,7 @@ class LoRAConfig:
         fan_in_fan_out: the adapted layers store their weights [in, out], as transformers' Conv1D does.
         bias: only "none": biases are not trained.
         rank_pattern, alpha_pattern: r and lora_alpha of some modules. A key is a regular expression for the end of the
-            dotted name, after a dot or from the start; the first key that matches counts.
+            dotted name, after a dot or from the start; the first key that matches applies.
 
     Raises:
         ValueError: a value is impossible; the message names the field.
@@ -65,7 +65,8 @@ class LoRAConfig:
             object.__setattr__(self, f"_{name}", endings)
 
     def targets(self, module_name: str) -> bool:
-        """Whether a linear module of this dotted name is adapted. "all-linear" leaves the output head to the caller."""
+        """Whether a linear module of this dotted name is adapted. With "all-linear" the caller excludes the output
+        head."""
         if isinstance(self.target_modules, str):
             return self.targets_all_linear or re.fullmatch(self.target_modules, module_name) is not None
         return any(module_name == name or module_name.endswith(f".{name}") for name in self.target_modules)
@@ -79,7 +80,7 @@ class LoRAConfig:
         return next((rank for ending, rank in self._rank_pattern if ending.match(module_name)), self.r)
 
     def scale_of(self, module_name: str) -> float:
-        """What B A x of this module is multiplied by."""
+        """The factor of B A x in this module."""
         rank = self.rank_of(module_name)
         alphas = (alpha for ending, alpha in self._alpha_pattern if ending.match(module_name))
         return next(alphas, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)

@@ -1,8 +1,8 @@
 """Linear layers with low-rank adapters, and the functions that put them into a model.
 
-Adapters have names. They live in `LoRALinear` modules that stand where the linear layers stood; while LoRA is
-deactivated the original layers stand there again and the wrappers wait in the model's plain attribute `_lora_aside`, a
-dict by dotted module name: no submodule, so neither `state_dict` nor `parameters` show them. All functions want the
+Adapters have names. `LoRALinear` modules replace the linear layers and hold the adapters. While LoRA is deactivated,
+the original layers are back in place and the wrappers are in the model's plain attribute `_lora_aside`, a dict by
+dotted module name: not a submodule, so neither `state_dict` nor `parameters` includes them. All functions take the
 model that `apply_lora_to_model` was called with.
 """
 
@@ -24,9 +24,9 @@ ASIDE = "_lora_aside"
 class LoRALinear(nn.Module):
     """A linear layer plus, for every active adapter, scale · B A dropout(x).
 
-    `base_layer` is an nn.Linear, or a Conv1D of transformers (weights [in, out]). `active` names the adapters that take
-    part, in the order in which they are added up. While merged, the forward is the base layer's alone, and whoever
-    changes adapters unmerges first.
+    `base_layer` is an nn.Linear, or a Conv1D of transformers (weights [in, out]). `active` names the adapters in
+    use, in the order of addition. While merged, the forward is the base layer's alone; unmerge before any change of
+    adapters.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -38,9 +38,9 @@ class LoRALinear(nn.Module):
         self.lora_dropout = nn.ModuleDict()
         self.scales: dict[str, float] = {}
         self.configs: dict[str, LoRAConfig] = {}
-        self.trainable: set[str] = set()  # adapters that are trained while they are active
+        self.trainable: set[str] = set()  # adapters that train while active
         self.active: tuple[str, ...] = ()
-        self._unmerged: list[nn.Parameter] = []  # while merged the base's own weight; in a list it is no parameter
+        self._unmerged: list[nn.Parameter] = []  # the base's own weight while merged; in a list: not registered
         self.train(base.training)
 
     @property
@@ -48,9 +48,9 @@ class LoRALinear(nn.Module):
         return bool(self._unmerged)
 
     def add_adapter(self, name: str, module_name: str, config: LoRAConfig, given: Weights | None = None) -> None:
-        """Add an adapter, not active yet. Without `given` A starts random and B at zero: it changes nothing.
+        """Add an adapter, inactive. Without `given` A is random and B zero, so the output does not change.
 
-        New weights take the base's dtype. Given ones are copied, keep their dtype where it is the wider, and are not
+        New weights take the base's dtype. Given ones are copied, keep their dtype if it is wider, and are not
         trained.
         """
         base = self._base_weight()
@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
         self.train(self.training)
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter that this layer has."""
+        """Remove an adapter of this layer."""
         for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scales, self.configs):
             del by_name[name]
         self.trainable.discard(name)
@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Give the base layer a new weight that has the active adapters in it; a tied weight elsewhere is not touched.
+        """Replace the base layer's weight by its sum with the active adapters; a tied weight elsewhere does not change.
 
         The sum is taken in float32 at least, whatever the weight's dtype.
         """
@@ -109,10 +109,10 @@ class LoRALinear(nn.Module):
         self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
 
     def unmerge(self) -> None:
-        """Give the base layer its own weight back, the same object with the same bits."""
+        """Restore the base layer's own weight, the same object with the same bits."""
         if self.merged:
             now, weight = self._base_weight(), self._unmerged.pop()
-            weight.data = weight.data.to(device=now.device, dtype=now.dtype)  # where the model went while merged
+            weight.data = weight.data.to(device=now.device, dtype=now.dtype)  # the model may have moved while merged
             self.base_layer.weight = weight
 
     def follow_base(self) -> None:
@@ -121,7 +121,7 @@ class LoRALinear(nn.Module):
         self.train(self.base_layer.training)
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Let those of `names` that this layer has take part, and be trained unless their weights were given."""
+        """Activate the adapters of `names` that this layer has; they train unless their weights were given."""
         self.active = tuple(name for name in dict.fromkeys(names) if name in self.configs)
         for name in self.configs:
             for weight in self.matrices(name):
@@ -140,7 +140,7 @@ class LoRALinear(nn.Module):
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, told without importing transformers."""
+    """Whether this is transformers' Conv1D; does not import transformers."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
@@ -155,7 +155,7 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its dotted name as it was before LoRA: a wrapper counts as the layer, its parts are left out."""
+    """Every module by its dotted name as it was before LoRA: a wrapper counts as its layer, without its parts."""
     wrappers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     parts = {part for wrapper in wrappers for part in wrapper.modules() if part is not wrapper}
     return {name: module for name, module in model.named_modules() if name and module not in parts}
@@ -188,7 +188,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The adapters that the model has, active or not."""
+    """Names of the model's adapters, active or not."""
     return sorted({name for layer in lora_layers(model).values() for name in layer.configs})
 
 
@@ -203,12 +203,12 @@ def refuse_unknown(model: nn.Module, *names: str) -> None:
 def apply_lora_to_model(model: Model, config: LoRAConfig, name: str = "default") -> Model:
     """Add a new adapter to every targeted linear layer of `model`, in place, and make it the active one.
 
-    Only its parameters stay trainable. Layers that already carry an adapter of that name keep it as it is. Merged
-    adapters are unmerged first, and LoRA that was deactivated is activated. Returns `model`.
+    Only its parameters stay trainable. Layers that already have an adapter of that name keep it. Merged adapters are
+    unmerged first, and deactivated LoRA is activated. Returns `model`.
 
     Raises:
-        ValueError: no linear layer is targeted, `config.fan_in_fan_out` is not how a layer stores its weight, or
-            torch has no place for an adapter of that name; the model is then as it was.
+        ValueError: no linear layer is targeted, `config.fan_in_fan_out` does not match a layer's weight, or torch
+            rejects the name; the model is then unchanged.
     """
     targets = targeted_layers(model, config)
     if not targets:
@@ -230,13 +230,15 @@ def apply_lora_to_model(model: Model, config: LoRAConfig, name: str = "default")
 
 
 def add_adapter(model: nn.Module, name: str, config: LoRAConfig, weights: Mapping[str, Weights | None]) -> None:
-    """Add an adapter to the linear layers that `weights` names, where they have none of that name; not active yet.
+    """Add an adapter, inactive, to the linear layers that `weights` names and that have none of that name.
 
     Raises:
-        ValueError: torch has no place for an adapter of that name; the model is then as it was.
+        ValueError: torch rejects the name; the model is then unchanged.
     """
     if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"an adapter cannot be called {name!r}: the name is empty, has a dot or is one of torch's own")
+        raise ValueError(
+            f"adapter name {name!r} must not be empty, contain a dot or be an attribute of torch's modules"
+        )
     unmerge_lora(model)
     _put_back(model)
     for module_name, given in weights.items():
@@ -248,13 +250,13 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, weights: Mappin
 
 
 def activate_lora(model: nn.Module, *names: str) -> None:
-    """Let exactly these adapters take part, added up; puts the wrappers back if LoRA was deactivated.
+    """Activate exactly these adapters, whose outputs add up; restores the wrappers if LoRA was deactivated.
 
-    Of the LoRA parameters only theirs are trainable then, except where they were loaded from files. Merged adapters are
+    Of the LoRA parameters only theirs are then trainable, except those loaded from files. Merged adapters are
     unmerged first.
 
     Raises:
-        ValueError: no name is given, or the model has no adapter of a name.
+        ValueError: no name is given, or a name is unknown.
     """
     if not names:
         raise ValueError("activate_lora needs the name of at least one adapter")
@@ -266,9 +268,9 @@ def activate_lora(model: nn.Module, *names: str) -> None:
 
 
 def deactivate_lora(model: nn.Module) -> None:
-    """Put the original layers, the same objects, back into the model; `activate_lora` brings the adapters back.
+    """Restore the model's original layers, the same objects; `activate_lora` restores the adapters.
 
-    Merged adapters are unmerged first. Parameters that were frozen stay so. Does nothing where LoRA is not active.
+    Merged adapters are unmerged first. Frozen parameters stay frozen. Does nothing if LoRA is not active.
     """
     unmerge_lora(model)
     wrapped = lora_layers(model)
@@ -278,7 +280,7 @@ def deactivate_lora(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module, name: str) -> None:
-    """Forget one adapter; a layer that has no other is the original layer again. Merged adapters are unmerged first.
+    """Remove one adapter; a layer without another becomes the original layer. Merged adapters are unmerged first.
 
     Raises:
         ValueError: the model has no adapter of that name.
@@ -294,10 +296,10 @@ def remove_lora(model: nn.Module, name: str) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the active adapters to the weights themselves: the forward costs no more than without LoRA.
+    """Add the active adapters to the weights, so that the forward costs no more than without LoRA.
 
-    A layer that has active adapters gets a new weight, so one that is tied to it (an embedding) does not change. Does
-    nothing where adapters are merged already, and where LoRA is deactivated.
+    A layer with active adapters gets a new weight; a weight tied to it (an embedding) does not change. Does nothing if
+    adapters are already merged or LoRA is deactivated.
     """
     if not getattr(model, ASIDE, {}):
         for layer in lora_layers(model).values():
@@ -305,13 +307,13 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: the weights are the very same tensors again, bit for bit. Without a merge it does nothing."""
+    """Undo `merge_lora`: restores the same weight tensors, bit for bit. Does nothing without a merge."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def _put_back(model: nn.Module) -> None:
-    """End `deactivate_lora`: the wrappers stand in the model again, where it went and in its training mode."""
+    """Undo `deactivate_lora`: puts the wrappers back, on the model's device and in its training mode."""
     aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
     for module_name, layer in aside.items():
         layer.follow_base()

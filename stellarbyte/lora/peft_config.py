@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json, to and from `LoRAConfig`.
 
-A file may come from anyone: no regular expression of it is run unless it is bound to be fast, and what would change the
-outputs in a way that is not implemented is refused by name.
+Files are untrusted: a regular expression is run only if its cost is bounded, and a field that would change the outputs
+in an unsupported way is refused by name.
 """
 
 import dataclasses
@@ -16,42 +16,42 @@ MAX_REGEX_CHARACTERS = 500
 MAX_KEY_CHARACTERS = 200
 
 OUR_FIELDS = tuple(field.name for field in dataclasses.fields(LoRAConfig) if field.init)
-# Of PEFT's LoraConfig: how an adapter was made, and how its modules were chosen. The tensors are what counts.
+# Fields of PEFT's LoraConfig that do not change the outputs: how an adapter was made and its modules were chosen.
 NEUTRAL_FIELDS = frozenset(
     "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode runtime_config "
     "exclude_modules layers_to_transform layers_pattern ensure_weight_tying "
     "init_lora_weights loftq_config eva_config corda_config lora_ga_config "
-    "megatron_core qalora_group_size".split()  # the last two are set even where what they belong to is not
+    "megatron_core qalora_group_size".split()  # the last two are set even without their features
 )
-# The other ways (pissa, olora, corda, loftq, lora_ga) change the base weights too: without that the outputs are wrong.
+# The others (pissa, olora, corda, loftq, lora_ga) also change the base weights; without that the outputs are wrong.
 NEUTRAL_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# Names, alternatives and wildcards, nothing nested: what one match may cost can be told.
+# Names, alternatives and wildcards, not nested, so that the cost of a match is known.
 QUICK_KEY = re.compile(
     r"\^?(?:\((?:\?:)?(?:[\w.|-]|\\[.d])+\)|(?:[\w.-]|\\[.dw]|\[[\w-]+\])(?:[*+]\??)?)+\$?"
 )  # ( a group                               | an atom, perhaps repeated )
-MAX_COST = 50_000  # of all keys of a pattern, together; a plain name costs 1
+MAX_COST = 50_000  # of all keys of a pattern together; a plain name costs 1
 
 
 class AdapterError(ValueError):
-    """Files that are no usable adapter. str() is one sentence for the user; it has file names, never folders."""
+    """An adapter's files cannot be used. str() is one sentence for the user, with file names and without folders."""
 
 
 def parse_config(raw: bytes, *, max_rank: int, max_keys: int) -> LoRAConfig:
-    """The config in the bytes of an adapter_config.json; what is absent has PEFT's default.
+    """Parse an adapter_config.json; absent fields have PEFT's defaults.
 
     Args:
-        max_rank: the largest r that is accepted, in rank_pattern too.
-        max_keys: the most entries that rank_pattern or alpha_pattern may have.
+        max_rank: largest accepted r, also in rank_pattern.
+        max_keys: most entries of rank_pattern or alpha_pattern.
 
     Raises:
-        AdapterError: the bytes hold no config of a plain LoRA adapter; the message does not name the file.
+        AdapterError: this is not the config of a plain LoRA adapter; the message does not name the file.
     """
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"it is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise AdapterError("it does not hold a JSON object")
+        raise AdapterError("it must contain a JSON object")
     if content.get("peft_type") != "LORA":
         raise AdapterError(f"peft_type is {content.get('peft_type')!r:.100}, but only 'LORA' is supported")
     for name, value in content.items():
@@ -60,7 +60,7 @@ def parse_config(raw: bytes, *, max_rank: int, max_keys: int) -> LoRAConfig:
     start = content.get("init_lora_weights")
     if start not in NEUTRAL_STARTS:
         raise AdapterError(
-            f"init_lora_weights is {start!r:.100}, which changes the base model's weights too; "
+            f"init_lora_weights is {start!r:.100}, which also changes the base model's weights; "
             "save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
     settings = {"r": 8, "lora_alpha": 8, "target_modules": None} | {
@@ -73,7 +73,7 @@ def parse_config(raw: bytes, *, max_rank: int, max_keys: int) -> LoRAConfig:
             _check_keys(name, settings[name], max_keys)
     targets = settings["target_modules"]
     if isinstance(targets, str) and len(targets) > MAX_REGEX_CHARACTERS:
-        raise AdapterError(f"target_modules is a regular expression of more than {MAX_REGEX_CHARACTERS} characters")
+        raise AdapterError(f"target_modules must be a regular expression of at most {MAX_REGEX_CHARACTERS} characters")
     try:
         config = LoRAConfig(**settings)
     except ValueError as error:
@@ -98,13 +98,13 @@ def _check_keys(name: str, pattern: dict[str, Any], max_keys: int) -> None:
 
 
 def _cost(key: str) -> int:
-    """In how many ways, about, a key can fail to match a name: the choices multiply."""
+    """Roughly the number of ways in which a key can fail to match a name: the choices multiply."""
     wildcards = key.count("*") + key.count("+")
     return 50 ** min(wildcards, 9) * math.prod(group.count("|") + 1 for group in re.findall(r"\([^)]*", key))
 
 
 def config_json(config: LoRAConfig) -> str:
-    """The text of an adapter_config.json that PEFT reads as this config, for inference."""
+    """An adapter_config.json that PEFT reads as this config, for inference."""
     content = {name: getattr(config, name) for name in OUR_FIELDS}
     content |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "revision": None}
     content |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_dora": False}

@@ -1,7 +1,7 @@
-"""Adapters in PEFT's files, read for serving, and read and written for a model at hand.
+"""Adapters in PEFT's files: read for serving, read into a model and written from one.
 
-Reading trusts nothing: nothing is unpickled, a header is checked before a tensor is read, and no message has a folder
-in it.
+Files are untrusted: nothing is unpickled, headers are checked before tensors are read, and no message contains a
+folder.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from stellarbyte.lora.untouched_memory import large_array
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_HEADER_BYTES = 10_000_000
-MAX_OWN_RANK = 1 << 16  # of `load_adapter`, whose caller chose the files
+MAX_OWN_RANK = 1 << 16  # for `load_adapter`, where the caller chose the files
 CHUNK_BYTES = 1 << 24
 PREFIX = "base_model.model."
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
@@ -51,12 +51,12 @@ TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
-    """An adapter as its files have it.
+    """The contents of an adapter's files.
 
     Attributes:
         weights: module name, as in the model → A [r, in] and B [out, r] in the stored dtype, all finite.
-        content_hash: SHA-256 (hex) of what the outputs depend on: the weights' file and the fields behind the scales.
-        unmatched_targets: entries of a target_modules list for which the file has no tensor.
+        content_hash: SHA-256 (hex) of the weights' file and the fields that the scales depend on.
+        unmatched_targets: entries of a target_modules list without a tensor in the file.
     """
 
     config: LoRAConfig
@@ -69,7 +69,7 @@ class Adapter:
         return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
 
     def scale_of(self, module: str) -> float:
-        """What B A x of this module is multiplied by."""
+        """The factor of B A x in this module."""
         return self.config.scale_of(module)
 
 
@@ -81,17 +81,17 @@ def read_adapter(
     max_rank: int,
     opener: Callable[[str, int], int] = os.open,
 ) -> Adapter:
-    """Read and check an adapter. The files may come from anyone.
+    """Read and check an adapter from untrusted files.
 
-    Needs little more memory than the weights have bytes, and holds the GIL for short pieces of work only.
+    Needs little more memory than the weights, and holds the GIL only briefly at a time.
 
     Args:
-        shapes: (out, in) of every module that may be adapted, by its dotted name in the model.
-        max_rank: the largest r that is accepted, in the config and by the tensors' shapes.
-        opener: opens both files, as `open` has it; what it opens is all that is read.
+        shapes: (out, in) of every adaptable module, by its dotted name in the model.
+        max_rank: largest accepted r, in the config and in the tensors' shapes.
+        opener: opens both files, as the argument of `open`; no other file is read.
 
     Raises:
-        AdapterError: a file cannot be read, is no adapter, does not fit the model, or asks for more than plain LoRA.
+        AdapterError: a file cannot be read, is not an adapter, does not fit the model, or needs more than plain LoRA.
     """
     with _opened(config_file, opener) as stream:
         raw = stream.read(MAX_CONFIG_BYTES + 1)
@@ -117,7 +117,7 @@ def read_adapter(
 
 @contextmanager
 def _opened(file: Path, opener: Callable[[str, int], int]) -> Iterator[BufferedReader]:
-    """A regular file, open; errors about it become an AdapterError that begins with its name."""
+    """Open a regular file; errors become an AdapterError that begins with its name."""
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
         with open(file, "rb", opener=lambda path, flags: opener(path, flags | os.O_NONBLOCK)) as stream:
@@ -126,7 +126,7 @@ def _opened(file: Path, opener: Callable[[str, int], int]) -> Iterator[BufferedR
             yield stream
     except OSError as error:
         raise AdapterError(f"{file.name} cannot be read: {error.strerror}.") from error
-    except CheckpointError as error:  # a whole sentence, with the name
+    except CheckpointError as error:  # already a sentence with the name
         raise AdapterError(str(error)) from error
     except AdapterError as error:
         raise AdapterError(f"{file.name} cannot be used: {error}.") from error.__cause__
@@ -139,16 +139,15 @@ def _pair_tensors(header: Header) -> dict[str, dict[str, str]]:
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise AdapterError(
-                f"its tensor {name!r:.200} is none of the kind {PREFIX}<module>.lora_A.weight or .lora_B.weight, "
-                "the only ones supported"
+                f"its tensor {name!r:.200} must be named {PREFIX}<module>.lora_A.weight or .lora_B.weight"
             )
         modules.setdefault(match[1], {})[match[2]] = name
     if not modules:
-        raise AdapterError("it holds no tensors")
+        raise AdapterError("it contains no tensors")
     for module, names in modules.items():
         if len(names) == 1:
             (there,), (absent,) = names, {"A", "B"} - names.keys()
-            raise AdapterError(f"it holds lora_{there} of {module!r:.200}, but no lora_{absent}")
+            raise AdapterError(f"it contains lora_{there} of {module!r:.200} but no lora_{absent}")
     return modules
 
 
@@ -159,7 +158,8 @@ def _check_modules(
     shapes: Mapping[str, tuple[int, int]],
     max_rank: int,
 ) -> None:
-    """Refuse modules and shapes that do not fit the model, ranks that the config does not say, and other dtypes."""
+    """Refuse modules and shapes that do not fit the model, ranks that differ from the config, and unsupported
+    dtypes."""
     if strange := [module for module in modules if module not in shapes]:
         some = ", ".join(f"{module!r:.200}" for module in strange[:3])
         others = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
@@ -174,7 +174,7 @@ def _check_modules(
         if rank < 1 or a.shape != (rank, width) or b.shape != (out, rank):
             raise AdapterError(
                 f"lora_A and lora_B of {module} have the shapes {list(a.shape)} and {list(b.shape)}, "
-                f"but the model wants [r, {width}] and [{out}, r]"
+                f"but must have [r, {width}] and [{out}, r]"
             )
         if rank > max_rank:
             raise AdapterError(f"lora_A of {module} has rank {rank}, but at most {max_rank} is supported")
@@ -183,20 +183,20 @@ def _check_modules(
 
 
 def _scale_fields(config: LoRAConfig) -> bytes:
-    """What the scales come from, in one form only: the order of a pattern's entries counts."""
+    """The fields that the scales depend on, in a canonical form that keeps the order of a pattern's entries."""
     patterns = [[[key, float(value)] for key, value in p.items()] for p in (config.rank_pattern, config.alpha_pattern)]
     return json.dumps([config.r, float(config.lora_alpha), config.use_rslora, *patterns]).encode()
 
 
 def _read_payload(stream: BufferedReader, num_bytes: int, digest: "hashlib._Hash") -> torch.Tensor:
-    """The rest of a file [num_bytes], read once and not mapped: a file that is cut meanwhile is an error, no SIGBUS."""
+    """Read the rest of a file [num_bytes], not mapped: truncation during the read is an error, not a SIGBUS."""
     payload = large_array(num_bytes, torch.uint8)
     view = payload.numpy().data
     done = 0
     while done < num_bytes:
         count = stream.readinto(view[done : done + CHUNK_BYTES])
         if not count:
-            raise AdapterError("it became shorter while it was read")
+            raise AdapterError("it was truncated while being read")
         digest.update(view[done : done + count])
         done += count
     return payload
@@ -205,7 +205,7 @@ def _read_payload(stream: BufferedReader, num_bytes: int, digest: "hashlib._Hash
 def _tensors(payload: torch.Tensor, header: Header) -> dict[str, torch.Tensor]:
     """Views of a payload, which its tensors fill without gaps. Refuses NaN and infinity.
 
-    Hundreds of tensors are taken apart in few calls, each of which gives the GIL away and has to wait for it.
+    Splits hundreds of tensors in few calls: each call releases the GIL and has to wait for it.
     """
     tensors: dict[str, torch.Tensor] = {}
     in_order = sorted(header.tensors.items(), key=lambda item: item[1][1])
@@ -220,13 +220,13 @@ def _tensors(payload: torch.Tensor, header: Header) -> dict[str, torch.Tensor]:
         views = {name: part.view(info.shape) for (name, (info, _)), part in zip(run, parts, strict=True)}
         if not is_finite(numbers):
             name = next(name for name, view in views.items() if not is_finite(view))
-            raise AdapterError(f"{name} holds values that are not finite (NaN or infinity)")
+            raise AdapterError(f"{name} contains NaN or infinity")
         tensors |= views
     return tensors
 
 
 def _endings(module: str) -> Iterator[str]:
-    """The names by which a target_modules list may mean this module."""
+    """The names that select this module in a target_modules list."""
     parts = module.split(".")
     return (".".join(parts[start:]) for start in range(len(parts)))
 
@@ -234,19 +234,19 @@ def _endings(module: str) -> Iterator[str]:
 def load_adapter(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
     """Add the adapter in `folder`, in PEFT's layout, and make it the active one; returns `model`.
 
-    Its weights are not trainable, the base model's stay as they are, and the model is put into evaluation mode. Merged
-    adapters are unmerged first, and LoRA that was deactivated is activated.
+    Its weights are not trainable, the base model's do not change, and the model is put into evaluation mode. Merged
+    adapters are unmerged first, and deactivated LoRA is activated.
 
     Raises:
         AdapterError: as `read_adapter`.
-        ValueError: the model has an adapter of that name, or torch has no place for one.
+        ValueError: the model has an adapter of that name, or torch rejects the name.
     """
     if name in adapter_names(model):
-        raise ValueError(f"the model has an adapter {name!r} already; remove it first or give another name")
+        raise ValueError(f"the model already has an adapter {name!r}; remove it first or give another name")
     shapes = {module: features(layer)[::-1] for module, layer in linear_layers(model).items()}
     adapter = read_adapter(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, shapes, max_rank=MAX_OWN_RANK)
     config = adapter.config
-    if isinstance(config.target_modules, str):  # a stranger's regular expression: never run
+    if isinstance(config.target_modules, str):  # an untrusted regular expression: never run
         config = dataclasses.replace(config, target_modules=tuple(adapter.weights))
     add_adapter(model, name, config, adapter.weights)
     activate_lora(model, name)
@@ -255,12 +255,12 @@ def load_adapter(model: Model, folder: str | os.PathLike[str], name: str = "defa
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
-    """Write one adapter of `model` into `folder` as PEFT does; PEFT and `load_adapter` read it.
+    """Write one adapter of `model` into `folder` in PEFT's layout, for PEFT and `load_adapter`.
 
-    Files that are there are replaced, each at once.
+    Existing files are replaced atomically.
 
     Raises:
-        ValueError: the model has no adapter of that name, or its layers got it from configs that do not agree.
+        ValueError: the model has no adapter of that name, or its layers have it from different configs.
         OSError: the folder cannot be written.
     """
     refuse_unknown(model, name)
@@ -285,12 +285,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "
 
 
 def _config_of(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> LoRAConfig:
-    """The one config for an adapter's layers; target_modules is a list of them unless the given one means just them."""
+    """One config for an adapter's layers; target_modules lists them unless the given one selects exactly them."""
     modules = tuple(configs)
     first = configs[modules[0]]
     listed = dataclasses.replace(first, target_modules=modules)
     if any(dataclasses.replace(other, target_modules=modules) != listed for other in configs.values()):
-        raise ValueError("the adapter's layers got it from configs that do not agree; give each config its own name")
+        raise ValueError("the adapter's layers have it from different configs; give each config its own adapter name")
     if first.targets_all_linear:
         return listed  # as PEFT writes it
     meant = {module for module in outer_modules(model) if first.targets(module)}

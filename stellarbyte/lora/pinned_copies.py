@@ -1,7 +1,7 @@
-"""Copies from CPU memory to a CUDA device beside its running kernels.
+"""Copies from CPU memory to a CUDA device, concurrent with its kernels.
 
-They go through two page-locked buffers made once. Locking each source's own pages would let copies run without the CPU,
-but it takes as long as the copy, needs locked memory for all that may ever be copied, and may halt the device.
+They use two page-locked buffers, allocated once. Locking each source's own pages would let copies run without the CPU,
+but takes as long as the copy, needs locked memory for all possible sources, and may stall the device.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 class PinnedCopies:
-    """One thread at a time. Python's lock is free while bytes move."""
+    """For one thread at a time. Releases the GIL during copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
@@ -24,7 +24,7 @@ class PinnedCopies:
     def run(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None) -> None:
         """Copy CPU tensors to tensors of the device, each pair contiguous, of one dtype and shape.
 
-        The device begins after the event; this returns when the copies are there.
+        The device begins after the event; returns when the copies are complete.
         """
         with torch.cuda.stream(self._stream):
             if after is not None:
@@ -40,7 +40,7 @@ class PinnedCopies:
         buffer, sent = self._buffers[self._next][: len(part)], self._sent[self._next]
         self._next = (self._next + 1) % len(self._buffers)
         sent.synchronize()
-        buffer.numpy()[:] = part.numpy()  # one core; torch would take all of them
+        buffer.numpy()[:] = part.numpy()  # one core; torch would use all
         place.copy_(buffer, non_blocking=True)
         sent.record()
 

@@ -1,4 +1,4 @@
-"""Projections around attention. Where keys come from (a whole sequence, a cache) is the caller's `attend`."""
+"""Projections around attention. The caller's `attend` provides the keys, of a whole sequence or a cache."""
 
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from stellarbyte.model.norm import ByteRMSNorm
 
 
 class Attend(Protocol):
-    """Attention of one layer over keys that the implementer keeps."""
+    """Attention of one layer over the keys that the implementation stores."""
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Args: q [..., H, D], k and v [..., K, D], none of them rotated. Returns [..., H, D]."""
@@ -21,7 +21,7 @@ class Attend(Protocol):
 
 
 class Project(Protocol):
-    """How linear layers are applied: as they are, or with adapters that differ by row."""
+    """Applies linear layers, plain or with adapters that differ by row."""
 
     def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
         """The output of each of `linears`, which share the input x [..., in]."""
@@ -44,7 +44,7 @@ class ByteMultiHeadSelfAttention(nn.Module):
 
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
-        assert config.head_dim is not None  # the config fills it in
+        assert config.head_dim is not None  # ByteModelConfig sets it
         self.layer = layer
         self.head_dim = config.head_dim
         add_parts(self, "self_attn", config, layer)

@@ -1,6 +1,6 @@
-"""Makes transformers' Auto classes know ByteTransformer as soon as somebody imports them, and not before.
+"""Registers ByteTransformer with transformers' Auto classes when they are imported, and not before.
 
-Importing them, or the model class, takes seconds that a server's start should not pay for a class it never uses.
+Importing them, or the model class, takes seconds, which a server that uses neither should not wait for.
 """
 
 import importlib.abc
@@ -15,7 +15,7 @@ OUR_MODEL = "stellarbyte.model.transformer"
 
 
 def register_when_imported() -> None:
-    """Register config and model now, where transformers' modules are loaded, else right after they are."""
+    """Register config and model: now if transformers' modules are loaded, otherwise right after their import."""
     for name, register in ((AUTO_CONFIG, _register_config), (AUTO_MODEL, _register_model)):
         if name in sys.modules:
             register()
@@ -24,7 +24,7 @@ def register_when_imported() -> None:
 
 
 def register_model_if_wanted() -> None:
-    """Called by the model's own module at its end: it may have been imported first."""
+    """Called at the end of the model's module, which may be imported before the Auto classes."""
     if AUTO_MODEL in sys.modules:
         _register_model()
 
@@ -38,7 +38,7 @@ def _register_config() -> None:
 def _register_model() -> None:
     ours = sys.modules.get(OUR_MODEL)
     if ours is not None and not hasattr(ours, "ByteTransformer"):
-        return  # it is being imported and calls `register_model_if_wanted` when it is done
+        return  # being imported; calls `register_model_if_wanted` at its end
     from stellarbyte.config import ByteModelConfig
     from stellarbyte.model.transformer import ByteTransformer
 
@@ -46,7 +46,7 @@ def _register_model() -> None:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module as usual, but calls `action` when it has been executed."""
+    """Finds one module as usual and calls `action` after its execution."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name = name

@@ -9,7 +9,7 @@ from stellarbyte.model.residual import LayerScale, deepnorm_beta
 
 
 def add_parts(owner: nn.Module, prefix: str, config: ByteModelConfig, layer: int) -> None:
-    """Give a module of a layer its parts as children; those that this layer lacks become None.
+    """Add a module's parts as children; parts that this layer lacks become None.
 
     Args:
         prefix: the owner's name in the layer, such as "self_attn"; "" for the layer itself.

@@ -1,6 +1,6 @@
 """The decoder and its language-model head as plain modules.
 
-Serving runs these directly: importing transformers' model classes costs seconds of a start.
+Serving runs these directly: importing transformers' model classes would delay the start by seconds.
 """
 
 import torch
@@ -34,7 +34,7 @@ class ByteDecoderLayer(nn.Module):
         self.residual = Residual(config, layer)
 
     def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
-        """x [..., hidden] → the same shape; leading dimensions are whatever `attend` understands."""
+        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes."""
 
         def attention(y: torch.Tensor) -> torch.Tensor:
             y = self.self_attn(y, attend, project)

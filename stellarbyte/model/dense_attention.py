@@ -20,11 +20,11 @@ class DenseAttention:
     """The `attend` of one forward over [B, T] tokens.
 
     Args:
-        positions_BT: position of each token in its sequence; -1 for padding, which nothing sees.
+        positions_BT: position of each token in its sequence; -1 for padding, which is masked.
         has_padding: whether any position is -1.
         max_position: largest position in the batch.
-        cache: extended by every layer; None: the T tokens are all there is.
-        implementation: "sdpa", or "eager" for the readable form.
+        cache: extended by every layer; None: the T tokens are the whole sequence.
+        implementation: "sdpa", or "eager" for plain torch operations.
         dropout: of attention weights; 0 outside training.
     """
 
@@ -56,7 +56,7 @@ class DenseAttention:
             k_BKSD, v_BKSD = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=self.positions_BT)
             k_BSKD, v_BSKD, key_positions_BS = k_BKSD.transpose(1, 2), v_BKSD.transpose(1, 2), held.positions
         length = q_BTHD.shape[1]
-        # Plain rotations may share one base however long the sequence is; XPos factors may not.
+        # Plain rotations may share one base at any length; XPos factors would overflow.
         chunk = min(length, XPOS_CHUNK) if self.config.use_xpos else length
         outputs = []
         for start in range(0, length, chunk):
@@ -113,7 +113,7 @@ class DenseAttention:
         return torch.cat((q, q_sink), -1), torch.cat((k.masked_fill(is_sink, 0), k_sink.masked_fill(~is_sink, 0)), -1)
 
     def _visible(self, window: int | None, queries_BT: torch.Tensor, keys_BS: torch.Tensor) -> torch.Tensor | None:
-        """[B, 1, T, S] true where a query sees a key; None where that is plain causal attention."""
+        """[B, 1, T, S] true where a query sees a key; None for plain causal attention."""
         length, num_keys = queries_BT.shape[1], keys_BS.shape[1]
         if not self.has_padding and (window is None or self.max_position < window) and (length in (1, num_keys)):
             return None
@@ -134,7 +134,7 @@ def sdpa(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """torch's fused attention; `visible` None: causal, or everything for a single query. Returns [B, T, H, D]."""
+    """torch's fused attention; `visible` None: causal; a single query sees all keys. Returns [B, T, H, D]."""
     q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     causal = visible is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
@@ -150,7 +150,7 @@ def eager(
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
-    """`sdpa` spelled out, softmax in float32."""
+    """`sdpa` as plain torch operations, softmax in float32."""
     groups = q_BTHD.shape[2] // k_BSKD.shape[2]
     k, v = k_BSKD.repeat_interleave(groups, dim=2), v_BSKD.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k).float() * scale

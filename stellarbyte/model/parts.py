@@ -36,14 +36,14 @@ class Part:
     reads: str | None = None  # the input of a linear; linears with one input are packed into one product
     cut: Literal["out", "in"] | None = None  # axis of the weight that tensor-parallel ranks divide; None: replicated
     rotated_heads: Callable[[ByteModelConfig], int] | None = None  # heads in the rows of a linear, if RoPE rotates them
-    is_adaptable: bool = False  # by LoRA, when served
+    is_adaptable: bool = False  # by LoRA in serving
     has_deepnorm_gain: bool = False  # of its initial weights
-    gguf: str | None = None  # its name in GGUF files; None: they have no such part
+    gguf: str | None = None  # its name in GGUF files; None: not stored there
     hugging_face: str | None = None  # its name in Hugging Face folders; None: the same
 
 
 def _query_size(config: ByteModelConfig) -> int:
-    assert config.head_dim is not None  # the config fills it in
+    assert config.head_dim is not None  # ByteModelConfig sets it
     return config.num_attention_heads * config.head_dim
 
 
@@ -53,7 +53,7 @@ def _key_size(config: ByteModelConfig) -> int:
 
 
 def _num_kv_heads(config: ByteModelConfig) -> int:
-    assert config.num_key_value_heads is not None  # the config fills it in
+    assert config.num_key_value_heads is not None  # ByteModelConfig sets it
     return config.num_key_value_heads
 
 
@@ -150,7 +150,7 @@ def linears_by_input(parts: Iterable[Part]) -> dict[str, tuple[Part, ...]]:
 
 
 def parameter_shapes(part: Part, config: ByteModelConfig, layer: int) -> dict[str, Shape]:
-    """ "weight" and, if there is one, "bias", with their shapes."""
+    """Shapes of "weight" and of "bias", if the part has one."""
     weight = part.shape(config, layer)
     return {"weight": weight, "bias": weight[:1]} if part.has_bias(config, layer) else {"weight": weight}
 
@@ -161,7 +161,7 @@ def module_path(layer: int, name: str) -> str:
 
 
 def adaptable_modules(config: ByteModelConfig) -> dict[str, tuple[int, int]]:
-    """The full name of every module that an adapter may change when served, with its (out, in)."""
+    """The full name and (out, in) of every module that an adapter may change in serving."""
     found: dict[str, tuple[int, int]] = {}
     for layer in range(config.num_hidden_layers):
         for part in layer_parts(config, layer):

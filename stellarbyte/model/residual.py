@@ -1,4 +1,4 @@
-"""How a branch is added to the residual stream: LayerScale, DropPath, DeepNorm."""
+"""Adding a branch to the residual stream: LayerScale, DropPath, DeepNorm."""
 
 from collections.abc import Callable
 
@@ -54,7 +54,7 @@ def deepnorm_beta(config: ByteModelConfig) -> float:
 class Residual(nn.Module):
     """x + branch(norm(x)), or norm(α·x + branch(x)) with DeepNorm; dropout and DropPath on the branch.
 
-    Owns no norm: layers keep theirs under the names that checkpoints of the field use.
+    Layers own the norms, under the names in checkpoints.
     """
 
     def __init__(self, config: ByteModelConfig, layer: int) -> None:

@@ -1,4 +1,5 @@
-"""ByteTransformer: the decoder and its head as a transformers model, to train and generate. Serving does without."""
+"""ByteTransformer: the decoder and its head as a transformers model, for training and `generate`. Serving uses
+`decoder.py`."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -62,18 +63,18 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits of whole sequences, or of their continuation after a cache.
 
-        There is no catch-all for other arguments: one that is not known is an error, never ignored.
+        Unknown arguments are errors; there is no **kwargs that would ignore them.
 
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
             attention_mask: [B, past + T], 0 for padding on either side.
             position_ids: [B, T]; default: counted from the attention mask.
             labels: [B, T]; the loss is the mean over positions whose next label is not -100.
-            past_key_values, cache: what the previous call returned; two names of one argument (transformers' newer
-                releases say cache).
+            past_key_values, cache: the cache that the previous call returned; two names of one argument (newer
+                releases of transformers use `cache`).
             use_cache: return a cache for the next call; default: `config.use_cache` outside training.
-            logits_to_keep: logits of the last so many tokens only; 0: of all.
-            num_items_in_batch: what the summed loss is divided by (gradient accumulation); default: its own labels.
+            logits_to_keep: number of last tokens that get logits; 0: all tokens.
+            num_items_in_batch: divisor of the summed loss (gradient accumulation); default: the number of labels here.
             return_dict, output_attentions, output_hidden_states: passed by PEFT; only their defaults are supported.
 
         Returns:
@@ -148,9 +149,10 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
-        """`generate` starts from our cache: transformers' default one would keep absolute rotations and drop sinks."""
+        """Start `generate` with a RelativeCache: transformers' default cache keeps absolute rotations and drops
+        sinks."""
         if generation_config.cache_implementation is not None:
-            raise ValueError("cache_implementation is not supported: a ByteTransformer brings its own cache")
+            raise ValueError("cache_implementation is not supported; a ByteTransformer always uses RelativeCache")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = RelativeCache(self.config)
 
@@ -167,7 +169,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         Returns:
             (logits [B, 1, V], new_k, new_v) with S + 1 tokens, or, once every layer has a window, with the sinks and
             the last window - 1 tokens. Scores depend on distances only and the sinks' distance is capped by the
-            window, so what is dropped changes no later result: a token's index here serves as its position.
+            window, so the dropped tokens change no later result, and a token's index here serves as its position.
         """
         if (past_k is None) != (past_v is None):
             raise ValueError("give both past_k and past_v, or neither")

@@ -1,1 +1,1 @@
-"""Attention and other kernels; reference.py is the readable truth."""
+"""Attention and other operations; reference.py defines their meaning."""

@@ -1,4 +1,4 @@
-"""The plain torch backend: every other backend is tested against it. Runs on any device; clear before fast."""
+"""Operations in plain torch, on any device: the reference in the tests of all kernels. Clarity comes before speed."""
 
 import torch
 
@@ -18,13 +18,13 @@ def write_kv(
 
 
 def _narrowed(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """fp8 has no infinity: what is beyond its range becomes its largest."""
+    """Convert to the cache's dtype. fp8 has no infinity: numbers beyond its range become its largest."""
     largest = torch.finfo(dtype).max
     return (x.clamp(-largest, largest) if dtype == torch.float8_e4m3fn else x).to(dtype)
 
 
 def _storage(x: torch.Tensor) -> torch.Tensor:
-    """fp8 as bytes, since torch does not index it."""
+    """View fp8 as bytes, which torch can index."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
@@ -42,10 +42,10 @@ def paged_attention(
     window: int | None,
     sink_tokens: int,
 ) -> torch.Tensor:
-    """Attention of every token over the live blocks of its own sequence, its own key among them. Returns [T, H, D].
+    """Attention of every token over the live blocks of its own sequence, including its own key. Returns [T, H, D].
 
-    Stored keys are moved to a base near the queries (the sequence's first query of the step), which only ever
-    shrinks XPos factors of keys before it; keys of the step itself are less than one prefill chunk away.
+    Stored keys are moved to a base near the queries (the sequence's first query of the step), which shrinks
+    the XPos factors of earlier keys; keys of the step itself are less than one prefill chunk away.
     """
     out_THD = torch.empty_like(q_THD)
     for i in range(len(batch.num_blocks)):
@@ -86,7 +86,7 @@ def _attend_sequence(
     shift_MS = (bases_M[sinks:, None] - base).expand(-1, block_size)
     k = rotary.rotate_keys(keys_MSKD[sinks:], shift_MS, reach).flatten(0, 1)
     scores = [_scores(rotary.rotate_queries(q_QHD, positions_Q - base, reach), k)]
-    if sinks:  # their distance never exceeds what the window allows, so they have a rotation of their own
+    if sinks:  # the window caps their distance, so they have their own rotation
         capped_Q = positions_Q if window is None else positions_Q.clamp(max=window + sink_tokens - 1)
         k_sink = rotary.rotate_keys(keys_MSKD[:sinks], bases_M[:sinks, None].expand(-1, block_size), reach)
         scores.insert(0, _scores(rotary.rotate_queries(q_QHD, capped_Q, reach), k_sink.flatten(0, 1)))
@@ -94,7 +94,7 @@ def _attend_sequence(
 
     visible_QN = _visible(positions_Q, key_positions_MS, sinks, window, sink_tokens)
     weights_KGQN = scores_KGQN.masked_fill(~visible_QN, float("-inf")).softmax(dim=-1).to(q_QHD.dtype)
-    # Slots that nobody sees hold anything, NaN of a request before too, which a weight of 0 does not make 0.
+    # Invisible slots hold arbitrary numbers, even NaN of an earlier request, which a weight of 0 would not remove.
     values_NKD = values_MSKD.flatten(0, 1).masked_fill(~visible_QN.any(dim=0)[:, None, None], 0)
     out_QKGD = torch.einsum("kgqn,nkd->qkgd", weights_KGQN, values_NKD)
     return out_QKGD.flatten(1, 2)

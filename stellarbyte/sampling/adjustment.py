@@ -1,8 +1,7 @@
-"""What requests ask to be done to logits before a token is sampled.
+"""Changes of logits before sampling: grammars, bans, biases and penalties.
 
-On a CPU `ops/cpu/adjustment.py` does the same faster.
-
-The order is that of the numerics: what is allowed (by a grammar, less what is banned for now), bias, then penalties.
+The reference of `ops/cpu/adjustment.py`. The order is that of the numerics: tokens that the grammar allows, without the
+banned ones, then bias, then penalties.
 """
 
 import functools
@@ -14,21 +13,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-# R rows, K of them that are treated together, V vocabulary, W words of 32 tokens
+# R rows, K rows computed together, V vocabulary, W words of 32 tokens
 
-_ROWS_TOGETHER = 32  # more of a large vocabulary would take hundreds of megabytes for a moment
+_ROWS_TOGETHER = 32  # bounds temporary memory: more rows of a large vocabulary take hundreds of megabytes
 
 
 class LogitAdjustment:
-    """How one sequence's logits are changed, kept from token to token: each costs the same, however many there were.
+    """The adjustment of one sequence's logits, updated by token: the cost of a token does not depend on the length.
 
     Args:
         device: of the logits.
-        banned: tokens that may not follow while they are told to be, unless nothing else may.
-        bias: token id and what is added to its logit; no id twice.
+        banned: tokens that `before` can ban; if the ban would leave no token, it is not applied.
+        bias: token id and the number added to its logit; no id twice.
         repetition_penalty: divides positive logits, and multiplies negative ones, of all tokens of the sequence.
-        presence_penalty: taken from the logits of the tokens after the first `num_prompt`.
-        frequency_penalty: the same, for every time a token occurs there.
+        presence_penalty: subtracted from the logits of tokens that occur after the first `num_prompt`.
+        frequency_penalty: the same, for each occurrence.
     """
 
     def __init__(
@@ -59,19 +58,19 @@ class LogitAdjustment:
         if presence_penalty or frequency_penalty:
             self.deduction_V = torch.zeros(vocab_size, device=device)
         self._num_prompt = num_prompt
-        self._num_counted = 0  # tokens that the penalties know
+        self._num_counted = 0  # tokens that the penalties include
         self._last = -1  # the last of them
         self._occurrences: Counter[int] = Counter()  # in the answer
 
     def before(
         self, tokens: "array[int]", allowed_W: np.ndarray | None = None, *, bans: bool = False
     ) -> "RowAdjustment":
-        """What to do before the token after `tokens` is sampled.
+        """The adjustment for the token after `tokens`.
 
         Args:
             tokens: the sequence so far, prompt first.
-            allowed_W: uint32, bit v % 32 of word v // 32 says whether token v may follow; None: any may.
-            bans: the banned tokens are banned.
+            allowed_W: uint32, bit v % 32 of word v // 32 says whether token v is allowed; None: all are.
+            bans: apply the ban.
         """
         if self.divisor_V is not None or self.deduction_V is not None:
             self._count(tokens)
@@ -81,12 +80,12 @@ class LogitAdjustment:
         return RowAdjustment(self, allowed_W)
 
     def rewind(self, num_tokens: int) -> None:
-        """The sequence was cut to its first tokens: what was counted beyond them is counted again."""
+        """Forget the counts of tokens after the first `num_tokens`: the sequence was cut there."""
         if num_tokens < self._num_counted:
             self._forget()
 
     def _count(self, tokens: "array[int]") -> None:
-        """Take note of the tokens since the last time; of all, if it is not the same sequence, or a shorter part."""
+        """Count the tokens since the last call; all of them if the sequence differs or is shorter."""
         counted = self._num_counted
         if len(tokens) < counted or (counted and tokens[counted - 1] != self._last):
             self._forget()
@@ -113,14 +112,14 @@ class LogitAdjustment:
 
 
 class RowAdjustment(NamedTuple):
-    """What is done to one row of logits now."""
+    """The adjustment of one row of logits for one token."""
 
     adjustment: LogitAdjustment
     allowed_W: np.ndarray | None
 
 
 def adjust_logits(logits_RV: torch.Tensor, rows: Sequence[RowAdjustment | None]) -> None:
-    """Change each row of float32 logits, in place, as its adjustment says; rows without one stay as they are."""
+    """Change each row of float32 logits, in place, by its adjustment; rows without one do not change."""
     for start in range(0, len(rows), _ROWS_TOGETHER):
         group = rows[start : start + _ROWS_TOGETHER]
         if any(group):
@@ -148,12 +147,12 @@ def _adjust(logits_KV: torch.Tensor, rows: Sequence[RowAdjustment | None]) -> No
 
 
 def _stack(rows: list[torch.Tensor | None], neutral_V: torch.Tensor) -> torch.Tensor:
-    """[K, V]; for a row that has none, what changes nothing."""
+    """[K, V]; the neutral row where a row is None."""
     return torch.stack([neutral_V if row_V is None else row_V for row_V in rows])
 
 
 def _put(numbers_V: torch.Tensor, ids: "array[int] | list[int]", values: float | list[float]) -> None:
-    """Set the numbers of some tokens; of one, as in every step of an answer, without an upload."""
+    """Set the numbers of some tokens; for one token, the usual case in decoding, without an upload."""
     if len(ids) == 1:
         numbers_V[ids[0]] = values if isinstance(values, float) else values[0]
         return
@@ -162,7 +161,7 @@ def _put(numbers_V: torch.Tensor, ids: "array[int] | list[int]", values: float |
 
 
 def _words(vocab_size: int, without: Sequence[int] = ()) -> np.ndarray:
-    """All tokens but these: uint32 [W]."""
+    """Bits of all tokens except `without`, uint32 [W]."""
     bits_V = np.ones(vocab_size, np.uint8)
     bits_V[list(without)] = 0
     packed = np.packbits(bits_V, bitorder="little")
@@ -178,6 +177,6 @@ def _forbidden(words_KW: np.ndarray, vocab_size: int, device: torch.device) -> t
 
 @functools.lru_cache(maxsize=8)
 def _clear_bits(device: torch.device) -> torch.Tensor:
-    """For every byte its eight bits, least first, as booleans that are true where a bit is not set: int64 [256]."""
+    """For each byte its eight bits, least significant first, as booleans, true where a bit is 0: int64 [256]."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
     return torch.from_numpy((1 - bits).view(np.int64)[:, 0].copy()).to(device)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens as the API means them: of the model's own distribution."""
+"""Log-probabilities of tokens in the model's own distribution, before temperature and adjustments."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

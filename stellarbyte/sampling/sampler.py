@@ -1,7 +1,7 @@
 """Choosing the next token of many sequences at once.
 
 The order is that of the numerics: temperature, top_k, top_p, min_p, then the Gumbel-max rule with noise from a
-counter-based generator, so that a seeded request draws the same noise whatever else is in the batch.
+counter-based generator, so that a seeded request draws the same noise in any batch.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ import torch
 
 # R rows, V vocabulary
 
-NO_TOKEN = -1  # of a row that nothing can be chosen from: its largest logit is NaN or infinite
+NO_TOKEN = -1  # of a row without a valid token: its largest logit is NaN or infinite
 UINT32 = 0xFFFFFFFF
 UINT64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowSampling:
-    """How one row is sampled. `position` counts tokens of the sequence before the new one."""
+    """Sampling parameters of one row. `position`: number of tokens in the sequence before the new one."""
 
     temperature: float
     top_k: int  # 0: all
@@ -118,7 +118,7 @@ def row_key(row: RowSampling) -> tuple[int, int]:
 
 
 def choice_state(seed: int, choice: int) -> int:
-    """The 64 bits that all positions of one choice share; kernels go on from here with the position."""
+    """The 64 bits that all positions of one choice share; kernels combine them with the position."""
     return _splitmix64((_splitmix64(seed & UINT64) ^ choice) & UINT64)
 
 

@@ -121,7 +121,7 @@ def test_what_the_connection_ended_with_is_told_in_one_sentence(connect: Connect
 @pytest.mark.parametrize("body", ["<h1>It works!</h1>", '{"data": [{"id": 1}]}', "[]", ""])
 def test_an_answer_of_something_else_is_not_taken_for_one_of_ours(connect: Connect, stub: Stub, body: str) -> None:
     stub.answer(body)
-    with pytest.raises(UnexpectedAnswer, match=f"{stub.url}/v1/models is not one of a StellarByte server"):
+    with pytest.raises(UnexpectedAnswer, match=f"{stub.url}/v1/models is not that of a StellarByte server"):
         connect(stub.url).models()
 
 
@@ -159,7 +159,7 @@ def test_something_else_is_neither_ready_nor_healthy(connect: Connect, stub: Stu
     stub.answer(body)
     client = connect(stub.url)
     for ask in (client.is_ready, client.health):
-        with pytest.raises(UnexpectedAnswer, match="is not one of a StellarByte server"):
+        with pytest.raises(UnexpectedAnswer, match="is not that of a StellarByte server"):
             ask()
     stub.answers[:] = []
     stub.answer("<h1>Not here</h1>", status=404)
@@ -204,7 +204,7 @@ def test_the_address_is_the_argument_or_the_variable_or_this_machine(
 
 @pytest.mark.parametrize("wrong", ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", "http://a:b", ""])
 def test_an_address_that_is_none_is_refused_at_once(connect: Connect, wrong: str) -> None:
-    with pytest.raises(ValueError, match=r"must look like http://127\.0\.0\.1:8000"):
+    with pytest.raises(ValueError, match=r"must be a URL such as http://127\.0\.0\.1:8000"):
         connect(wrong)
 
 

@@ -36,4 +36,4 @@ def test_the_example_loads_and_unloads_an_adapter(package: Path, adapter_server:
     assert first.endswith("of at most 512 tokens") and loaded.startswith("loaded mine: rank 4, 21 modules")
     assert "mine: ready, slot, 0 requests, 0 tokens" in adapters and unloaded.startswith("unloaded mine: ")
     refused = run(package, adapter_server.url, *command)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: This needs one of the server's API keys")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: This request needs one of the server's API")

@@ -161,7 +161,7 @@ def memory(server: ServerProcess, name: str) -> int:
 
 
 def num_cut(server: ServerProcess) -> int:
-    return server.log().count(f"cut off a client that did not read for {SEND_TIMEOUT_S} s")
+    return server.log().count(f"disconnected a client that did not read for {SEND_TIMEOUT_S} s")
 
 
 def test_slow_readers_are_cut_off_and_slow_nobody_down(server: ServerProcess) -> None:

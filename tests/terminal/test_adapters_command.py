@@ -75,7 +75,7 @@ def test_loading_needs_the_admin_key(stellarbyte: Command, fake_model: str, monk
         for arguments in (["load", "x", "y"], ["unload", "x", "--admin-api-key", "wrong"]):
             refused = stellarbyte("adapters", *arguments)
             assert (refused.status, refused.out) == (1, "")
-            assert refused.err.startswith("error: The server wants its admin key: give it with --admin-api-key")
+            assert refused.err.startswith("error: The server needs its admin key; give it with --admin-api-key")
         monkeypatch.setenv("STELLARBYTE_ADMIN_API_KEY", "sesame")
         assert stellarbyte("adapters", "load", "x", "y") == Result(1, "", "error: The fake engine has no adapters.\n")
         assert stellarbyte("adapters", "list") == Result(0, "The server has no adapters.\n", "")

@@ -7,9 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stellarbyte_client.terminal.bench import make_row, percentiles_ms
-from stellarbyte_client.terminal.connection import Connection
-from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
+from stellarbyte_client.address import Address
+from stellarbyte_client.terminal.bench import make_row
+from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work, percentiles_ms
 from tests.support.servers.server_process import ServerProcess
 from tests.support.terminal import CTRL_C, Terminal
 from tests.terminal.command import Adapted, Command, Result
@@ -111,7 +111,7 @@ def test_ctrl_c_keeps_the_rows_that_were_measured(tmp_path: Path) -> None:
 
 def test_more_streams_than_requests_are_refused(stellarbyte: Command) -> None:
     result = stellarbyte("bench", "--url", "http://127.0.0.1:1", "--streams", "8", "--requests", "4")
-    said = "error: 4 requests cannot keep 8 streams busy; give more --requests.\n"
+    said = "error: --requests must be at least the number of streams; 4 is less than 8.\n"
     assert result == Result(1, "", said)
 
 
@@ -123,6 +123,7 @@ def test_figures_are_of_requests_that_ended_well() -> None:
     assert (row.tokens, row.tokens_per_s, row.errors) == (8, 4.0, {"no": 1})
     assert row.ttft_ms == [500.0, None]
     assert row.itl_ms == [100.0, None]
+    assert row.tpot_ms == [75.0, None]  # 0.3 s for the four tokens after the first event
     assert (row.warm_up_requests, row.warm_up_tokens) == (1, 5)
 
 
@@ -138,18 +139,37 @@ def test_a_percentile_is_the_least_value_that_so_many_are_not_above() -> None:
     assert of(0) == [None, None]
 
 
+def outcome_of(prepared: Prepared, received: list[bytes] | None = None, *, needs_done: bool = True) -> Outcome:
+    """The outcome of one request to a server with this answer."""
+    with answering(prepared, received) as url:
+        load = LoadGenerator(Address.of(url, None, None, 60), needs_done=needs_done)
+        work = Work(models=["m"], prompt_tokens=2, max_tokens=3)
+        (outcome,) = asyncio.run(load.run(work, streams=1, requests=[0]))
+    return outcome
+
+
+@pytest.mark.parametrize(
+    ("prepared", "needs_done", "error"),
+    [
+        (Prepared.stream({"usage": {"completion_tokens": 3}}), True, "The answer broke off."),
+        (Prepared.stream({"usage": {"completion_tokens": 3}}), False, None),
+        (Prepared.whole_stream({"choices": []}), True, "The server's usage counts no tokens."),
+        (Prepared.stream({"error": {"message": "The engine died."}}), True, "The engine died."),
+        (Prepared(200, "", {"Content-Length": "9"}), True, "The answer is not valid HTTP: "),
+        (Prepared(200, "data: {\n"), True, "The answer is not that of an OpenAI-compatible server: "),
+    ],
+)
+def test_an_incomplete_answer_is_an_error(prepared: Prepared, needs_done: bool, error: str | None) -> None:
+    outcome = outcome_of(prepared, needs_done=needs_done)
+    assert outcome.error == error or (error is not None and (outcome.error or "").startswith(error))
+
+
 def test_tokens_without_text_are_timed() -> None:
     """The first bytes of a character, and an end of the answer, are tokens that give no text."""
     choices = [{"text": "", "token_ids": [7]}, {"text": "é", "token_ids": [8]}, {"text": "", "token_ids": [2]}]
     usage = {"choices": [], "usage": {"completion_tokens": 3}}
     stream = Prepared.whole_stream(*({"choices": [choice]} for choice in choices), usage)
     received: list[bytes] = []
-
-    async def outcomes(url: str) -> list[Outcome]:
-        async with LoadGenerator(Connection(url=url, api_key=None), most_streams=1) as load:
-            return await load.run(Work(models=["m"], prompt_tokens=2, max_tokens=3), streams=1, requests=1)
-
-    with answering(stream, received) as url:
-        (outcome,) = asyncio.run(outcomes(url))
+    outcome = outcome_of(stream, received)
     assert (outcome.error, outcome.tokens, len(outcome.event_times_s)) == (None, 3, 3)
     assert json.loads(received[0])["return_token_ids"] is True  # else no server tells

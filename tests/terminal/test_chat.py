@@ -112,7 +112,7 @@ def test_adapters_and_scales_change_the_answer_and_the_file_says_who_answered(ch
         terminal.type("/adapter tiny" + ENTER)
         terminal.wait_for("tiny answers from now on").wait_for(PROMPT)
         terminal.type("/adapter none" + ENTER)
-        terminal.wait_for("There is no model or adapter 'none' on this server; there is tiny, a0, a1.")
+        terminal.wait_for("This server has no model or adapter 'none'; it has tiny, a0, a1.")
     assert len({expected("tiny"), expected("a0"), expected("a1"), expected("a0", adapter_scale=0.5)}) == 4
 
 
@@ -136,7 +136,7 @@ def test_conversations_are_saved_as_markdown_and_never_over_another_file(chat, t
         terminal.wait_for("There is nothing to save yet")
         terminal.type(f"Hello{ENTER}")
         terminal.wait_for(FIGURES).type(f"/save {file}{ENTER}")
-        terminal.wait_for("exists already; /save!")
+        terminal.wait_for("already exists; /save!")
         assert file.read_text() == "precious"
         terminal.type(f"/save! {file}{ENTER}")
         terminal.wait_for("Saved as")
@@ -153,7 +153,7 @@ def test_settings_are_chosen_and_taken_back(chat) -> None:
         terminal.type("/set temperature nan" + ENTER)
         terminal.wait_for("temperature must be a number; 'nan' is not.")
         terminal.type("/scale inf" + ENTER)
-        terminal.wait_for("The scale must be a number from 0 to 8; 'inf' is none.")
+        terminal.wait_for("The scale must be a number from 0 to 8; 'inf' is not.")
         terminal.type("/set max_tokens many" + ENTER)
         terminal.wait_for("max_tokens must be a whole number; 'many' is not.")
         terminal.type("/set max_tokens" + ENTER + "/set temperature 9" + ENTER + "Hello" + ENTER)
@@ -234,7 +234,7 @@ def test_a_lost_connection_leaves_the_part_that_came_and_a_question_to_retry(cha
             terminal.wait_for("^assistant")
             terminal.type("/ret")
             server.process.kill()
-            terminal.wait_for("was lost in the middle of the answer").wait_for("/retry asks again")
+            terminal.wait_for("was lost during the answer").wait_for("/retry asks again")
             assert re.search("^assistant", terminal.text, re.MULTILINE)
             terminal.wait_for("^❯ /ret$").type("ry" + ENTER)  # what was typed meanwhile disturbed nothing
             terminal.wait_for("cannot be reached").wait_for(PROMPT)
@@ -263,7 +263,7 @@ def test_keys_and_limits_are_told_in_one_sentence(chat, fake_model, tmp_path: Pa
         with chat("--url", server.url) as terminal:
             assert terminal.wait_end() == 1
             (line,) = terminal.text.splitlines()
-            assert line.startswith("error: The server wants an API key that it knows: give it with --api-key")
+            assert line.startswith("error: The server needs one of its API keys; give it with --api-key")
         with chat("--url", server.url, "--max-tokens", "2", STELLARBYTE_API_KEY="sesame") as terminal:
             terminal.wait_for(PROMPT).type("Hello" + ENTER)
             terminal.wait_for(FIGURES).type("Hello again" + ENTER)
@@ -277,7 +277,7 @@ def test_keys_and_limits_are_told_in_one_sentence(chat, fake_model, tmp_path: Pa
     ("url", "said"),
     [
         (f"http://127.0.0.1:{free_port()}", "cannot be reached"),
-        ("nonsense", "must look like http://127.0.0.1:8000"),
+        ("nonsense", "must be a URL such as http://127.0.0.1:8000"),
     ],
     ids=["nobody", "nonsense"],
 )

@@ -53,7 +53,7 @@ def test_bytes_that_are_no_utf_8_are_asked_as_replacement_signs(
 
 def test_no_question_is_an_error(stellarbyte: Command, fake_server: ServerProcess, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))
-    said = "error: There is no question: give it as PROMPT or on standard input.\n"
+    said = "error: The question is empty; give it as PROMPT or on standard input.\n"
     assert stellarbyte("chat", "--url", fake_server.url) == Result(1, "", said)
 
 
@@ -70,7 +70,7 @@ FAILURES = {
     "ended": (
         Prepared.stream(text_event("half")),
         "half\n",
-        "The answer broke off: the server ended it before it was complete.",
+        "The answer broke off: the server closed the stream early.",
     ),
 }
 
@@ -83,12 +83,12 @@ def test_failures_are_one_line_and_what_came_is_kept(stellarbyte: Command, name:
 
 
 def test_an_unknown_model_is_named_with_those_there_are(stellarbyte: Command, fake_server: ServerProcess) -> None:
-    said = "error: There is no model or adapter 'other' on this server; there is fake.\n"
+    said = "error: This server has no model or adapter 'other'; it has fake.\n"
     assert stellarbyte("chat", "--url", fake_server.url, "--model", "other", "hello") == Result(1, "", said)
 
 
 def test_a_scale_without_an_adapter_is_refused(stellarbyte: Command, fake_server: ServerProcess) -> None:
-    said = "error: A scale needs an adapter that it acts on: name one with --model.\n"
+    said = "error: --adapter-scale needs an adapter; give its name as --model.\n"
     assert stellarbyte("chat", "--url", fake_server.url, "--adapter-scale", "2", "hello") == Result(1, "", said)
 
 

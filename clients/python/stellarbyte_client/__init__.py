@@ -1,4 +1,4 @@
-"""What a StellarByte server offers beyond OpenAI's API, for Python programs. Knows the server by HTTP only."""
+"""Client of a StellarByte server's API beyond OpenAI's: adapters, tokens, metrics, health. Uses HTTP only."""
 
 from stellarbyte_client.answers import (
     Adapter,

@@ -1,4 +1,4 @@
-"""Where a server is, which keys open it, and what it means when nothing answers there. Sends nothing."""
+"""A server's address and keys, and errors of connections to it. Sends nothing."""
 
 import contextlib
 import math
@@ -14,14 +14,14 @@ from stellarbyte_client.errors import timed_out, unreachable
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT_S = 60.0
-GENERATION_TIMEOUT_S = 600.0  # of commands that generate: a request may wait in a queue, where it is sent nothing
+GENERATION_TIMEOUT_S = 600.0  # of commands that generate: a queued request gets no bytes
 _CONNECT_TIMEOUT_S = 5.0
-_KEY = re.compile(r"[!-~]+")  # what a header can carry
+_KEY = re.compile(r"[!-~]+")  # allowed in a header
 
 
 @dataclass(frozen=True, kw_only=True)
 class Address:
-    """What clients are made with."""
+    """Address, keys and timeout of a client."""
 
     base_url: str
     api_key: str | None = field(repr=False)
@@ -30,9 +30,9 @@ class Address:
 
     @classmethod
     def of(cls, base_url: str | None, api_key: str | None, admin_api_key: str | None, timeout_s: float) -> "Address":
-        """ValueError, in which no key is shown, when one of these cannot be used. An empty key is none.
+        """Validate the arguments; ValueError, without keys in it. An empty key means none.
 
-        Without `base_url` the address is that in STELLARBYTE_URL, or DEFAULT_URL.
+        `base_url` defaults to STELLARBYTE_URL, or DEFAULT_URL.
         """
         url = os.environ.get("STELLARBYTE_URL") or DEFAULT_URL if base_url is None else base_url
         try:
@@ -40,7 +40,7 @@ class Address:
         except httpx.InvalidURL:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"The server's address must look like {DEFAULT_URL}; {url!r} does not.")
+            raise ValueError(f"The server's address must be a URL such as {DEFAULT_URL}; {url!r} is not.")
         if not 0 < timeout_s < math.inf:
             raise ValueError(f"timeout_s must be a number of seconds above 0; {timeout_s!r} is not.")
         return cls(
@@ -52,11 +52,11 @@ class Address:
 
     @property
     def timeout(self) -> httpx.Timeout:
-        """Of each read; connections are given up sooner."""
+        """Timeout of each read; that of connecting is shorter."""
         return httpx.Timeout(self.timeout_s, connect=self._connect_timeout_s)
 
     def openai_options(self) -> dict[str, Any]:
-        """What OpenAI's clients are made with. ModuleNotFoundError, which says what to install, without the package."""
+        """Arguments for OpenAI's clients. Without the package ModuleNotFoundError, with the command to install it."""
         try:
             from openai import Timeout
         except ModuleNotFoundError as error:
@@ -65,7 +65,9 @@ class Address:
         key = self._key(is_admin=False)
         return {
             "base_url": f"{self.base_url}/v1",
-            "api_key": "unused" if key is None else key,  # they insist on one; a server without keys does not look
+            "api_key": "unused"
+            if key is None
+            else key,  # OpenAI's clients require one; a server without keys ignores it
             "timeout": Timeout(self.timeout_s, connect=self._connect_timeout_s),
             "max_retries": 0,
         }
@@ -79,13 +81,13 @@ class Address:
         return min(self.timeout_s, _CONNECT_TIMEOUT_S)
 
     def _key(self, is_admin: bool) -> str | None:
-        """The operator's key opens all routes, so each key stands in where the other is not given."""
+        """The key for a route. The admin key permits all routes, so each key is used if the other is not given."""
         first, second = (self.admin_api_key, self.api_key) if is_admin else (self.api_key, self.admin_api_key)
         return second if first is None else first
 
     @contextlib.contextmanager
     def failures_named(self) -> Iterator[None]:
-        """Raises ConnectionFailed where what is done inside gets no answer."""
+        """Raises ConnectionFailed for timeouts and connection errors inside."""
         try:
             yield
         except (httpx.TimeoutException, TimeoutError) as error:
@@ -98,5 +100,5 @@ def _usable_key(name: str, key: str | None) -> str | None:
     if key is None or key == "":
         return None
     if _KEY.fullmatch(key) is None:
-        raise ValueError(f"{name} must consist of ASCII letters, digits and signs, without spaces or line breaks.")
+        raise ValueError(f"{name} must consist of printable ASCII characters without spaces.")
     return key

@@ -1,4 +1,4 @@
-"""The client for asyncio programs. What each call sends and reads is in calls.py; what each is for, in client.py."""
+"""The client for asyncio programs. calls.py has the requests and answers, client.py the descriptions."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class AsyncStellarByte:
-    """`StellarByte`, with calls that are awaited.
+    """`StellarByte` with asynchronous calls.
 
     Close it with `await close()`, or use it in an `async with` statement.
     """
@@ -65,7 +65,7 @@ class AsyncStellarByte:
         continue_final_message: bool | None = None,
         return_token_strs: bool | None = None,
     ) -> Tokenized:
-        """The tokens of a prompt or a chat, as `StellarByte.tokenize` says."""
+        """The tokens of a prompt or a chat; see `StellarByte.tokenize`."""
         return await self._send(
             calls.tokenize(
                 prompt=prompt,
@@ -80,19 +80,19 @@ class AsyncStellarByte:
         )
 
     async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
-        """The text of tokens, special ones included."""
+        """The text of tokens, including special ones."""
         return await self._send(calls.detokenize(tokens, model))
 
     async def metrics(self) -> list[MetricSample]:
-        """All that /metrics shows now."""
+        """All current metrics."""
         return await self._send(calls.metrics())
 
     async def health(self) -> Health:
-        """Whether the engine makes progress, and if not, why."""
+        """Whether the engine makes progress, or the reason why not."""
         return await self._send(calls.health())
 
     async def is_ready(self) -> bool:
-        """Whether requests can be answered now; False also while nothing answers at the address, or only a proxy."""
+        """Whether the server answers requests now; False also if nothing, or only a proxy, answers at the address."""
         try:
             return await self._send(calls.ready())
         except ConnectionFailed:
@@ -102,7 +102,7 @@ class AsyncStellarByte:
         return await self._send(calls.version())
 
     def openai(self) -> "AsyncOpenAI":
-        """OpenAI's own asynchronous client, as `StellarByte.openai` says."""
+        """OpenAI's asynchronous client; see `StellarByte.openai`."""
         if self._openai is None:
             options = self._address.openai_options()
             from openai import AsyncOpenAI
@@ -132,7 +132,7 @@ class AsyncStellarByte:
 
 
 class AsyncAdapters:
-    """The adapters of a server: `AsyncStellarByte.adapters`. Each call is as that of `Adapters`."""
+    """The adapters of a server: `AsyncStellarByte.adapters`. Calls are those of `Adapters`."""
 
     def __init__(self, client: AsyncStellarByte) -> None:
         self._client = client

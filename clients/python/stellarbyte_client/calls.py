@@ -1,4 +1,4 @@
-"""Every call of the API: what is sent, and how its answer is read. Both clients send these; knows no connection."""
+"""Every call of the API, as a request and a reader of its answer, for both clients. Sends nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from stellarbyte_client.errors import UnexpectedAnswer, server_error
 T = TypeVar("T")
 
 Messages = Sequence[Mapping[str, Any]]
-"""A chat as /v1/chat/completions takes it."""
+"""A chat in the form of /v1/chat/completions."""
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request; `read` makes what its caller gets of the response, or raises ServerError or UnexpectedAnswer."""
+    """One request; `read` turns the response into the result, or raises ServerError or UnexpectedAnswer."""
 
     method: Literal["GET", "POST"]
     path: str
@@ -114,13 +114,13 @@ class _Version(msgspec.Struct):
 
 
 class _State(msgspec.Struct):
-    """What /health and /ready answer when all is well."""
+    """The answer of /health and /ready with status 200."""
 
     status: str
 
 
 def _json(kind: type[T]) -> Callable[[httpx.Response], T]:
-    """Reads a JSON object; fields that this client does not know are a newer server's, and passed over."""
+    """Reads a JSON object; unknown fields, of a newer server, are ignored."""
 
     def read(response: httpx.Response) -> T:
         content = _good(response)
@@ -161,7 +161,7 @@ def _read_health(response: httpx.Response) -> Health:
 
 
 def _read_ready(response: httpx.Response) -> bool:
-    """False also for what proxies answer while they have no server behind them."""
+    """False also for a proxy's answer without a server."""
     if response.status_code in (httpx.codes.BAD_GATEWAY, httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.GATEWAY_TIMEOUT):
         return False
     _read_state(response)
@@ -175,4 +175,4 @@ def _good(response: httpx.Response) -> bytes:
 
 
 def _unexpected(response: httpx.Response, error: Exception) -> UnexpectedAnswer:
-    return UnexpectedAnswer(f"The answer from {response.url} is not one of a StellarByte server: {error}.")
+    return UnexpectedAnswer(f"The answer from {response.url} is not that of a StellarByte server: {error}.")

@@ -1,4 +1,4 @@
-"""The client for ordinary programs. What each call sends and reads is in calls.py."""
+"""The synchronous client. calls.py has the requests and answers."""
 
 import threading
 import time
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class StellarByte:
-    """A connection to one server, for one or several threads. Every call raises `StellarByteError` where it fails.
+    """A connection to one server, for one or several threads. Every call raises `StellarByteError` on failure.
 
     Close it with `close()`, or use it in a `with` statement.
     """
@@ -40,14 +40,15 @@ class StellarByte:
         admin_api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """ValueError when one of these cannot be used: the address is none, a key does not fit into a header.
+        """ValueError if the address is not a URL or a key cannot be sent in a header.
 
         Args:
-            base_url: the server's address, without /v1; else that in STELLARBYTE_URL, else http://127.0.0.1:8000.
-            api_key: sent with all calls but those of the operator. An empty key is none.
-            admin_api_key: sent with those (`adapters.load` and `unload`), and with all if there is no `api_key`.
-            timeout_s: how long each call may take. The clock is looked at whenever a piece of the answer's body comes,
-                so that a server which falls silent within it may take up to as long again.
+            base_url: the server's address without /v1; default: STELLARBYTE_URL, or http://127.0.0.1:8000.
+            api_key: sent with all calls but the operator's. An empty key means none.
+            admin_api_key: sent with the operator's calls (`adapters.load` and `unload`), and with all without
+                `api_key`.
+            timeout_s: limit of each call. It is checked at each piece of the answer's body, so a server that becomes
+                silent in the middle may take up to twice as long.
         """
         self._address = Address.of(base_url, api_key, admin_api_key, timeout_s)
         self._http = httpx.Client(base_url=self._address.base_url, timeout=self._address.timeout)
@@ -75,9 +76,9 @@ class StellarByte:
         continue_final_message: bool | None = None,
         return_token_strs: bool | None = None,
     ) -> Tokenized:
-        """The tokens of a prompt, or of a chat as the model's template writes it; what is None is the server's choice.
+        """The tokens of a prompt, or of a chat in the model's template; None: the server's default.
 
-        `tools` and the two after `add_special_tokens` are for chats only.
+        `tools` and the two arguments after `add_special_tokens` are for chats only.
         """
         return self._send(
             calls.tokenize(
@@ -93,19 +94,19 @@ class StellarByte:
         )
 
     def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
-        """The text of tokens, special ones included."""
+        """The text of tokens, including special ones."""
         return self._send(calls.detokenize(tokens, model))
 
     def metrics(self) -> list[MetricSample]:
-        """All that /metrics shows now. docs/metrics.md says what each means."""
+        """All current metrics; docs/metrics.md describes them."""
         return self._send(calls.metrics())
 
     def health(self) -> Health:
-        """Whether the engine makes progress, and if not, why."""
+        """Whether the engine makes progress, or the reason why not."""
         return self._send(calls.health())
 
     def is_ready(self) -> bool:
-        """Whether requests can be answered now; False also while nothing answers at the address, or only a proxy."""
+        """Whether the server answers requests now; False also if nothing, or only a proxy, answers at the address."""
         try:
             return self._send(calls.ready())
         except ConnectionFailed:
@@ -115,10 +116,10 @@ class StellarByte:
         return self._send(calls.version())
 
     def openai(self) -> "OpenAI":
-        """OpenAI's own client for the same server, key and time-out, which generates; needs the package openai.
+        """OpenAI's client for the same server, key and timeout, to generate; needs the package openai.
 
-        Always the same one, which is closed with this one and, like it, tries nothing twice. `timeout_s` bounds each
-        silence of the server there: to wait longer for answers that are not streamed, make this client with more.
+        Always the same object, closed with this client and, like it, without retries. There `timeout_s` limits each
+        silence of the server: for long answers without streaming, create this client with a larger one.
         """
         with self._openai_lock:
             if self._openai is None:
@@ -148,16 +149,16 @@ class StellarByte:
             self._address.failures_named(),
             self._http.stream(call.method, call.path, json=call.body, headers=headers) as response,
         ):
-            assert isinstance(response.stream, httpx.SyncByteStream)  # as that of every synchronous client
+            assert isinstance(response.stream, httpx.SyncByteStream)  # as of every synchronous client
             response.stream = _Timed(response.stream, deadline_s)
             response.read()
         return call.read(response)
 
 
 class _Timed(httpx.SyncByteStream):
-    """The pieces of an answer; TimeoutError instead of one that comes after `deadline_s` of time.monotonic().
+    """The pieces of an answer; TimeoutError for a piece after `deadline_s` of time.monotonic().
 
-    httpx bounds the wait for each piece only, which a server that sends them one by one can go on with for ever.
+    httpx limits only the wait for each piece, so a server that sends small pieces could take for ever.
     """
 
     def __init__(self, pieces: httpx.SyncByteStream, deadline_s: float) -> None:
@@ -181,27 +182,27 @@ class Adapters:
         self._client = client
 
     def list(self) -> AdapterList:
-        """All adapters as they are now, by name; those in --adapter-dir that nobody has asked for yet, too."""
+        """All adapters by name in their current state, including unused ones in --adapter-dir."""
         return self._client._send(calls.list_adapters())
 
     def load(self, name: str, path: str, replace: bool = False) -> LoadedAdapter:
-        """Read and check the adapter at `path`, inside the server's --adapter-dir, to be asked for as `name`.
+        """Load the adapter at `path`, inside the server's --adapter-dir, as `name`.
 
-        With `replace` a name that exists gets the new version; requests that run or wait end on the old one.
+        With `replace` an existing name gets the new version; running and waiting requests keep the old one.
         """
         return self._client._send(calls.load_adapter(name, path, replace))
 
     def unload(self, name: str) -> UnloadedAdapter:
-        """Take an adapter out of the server's memory once the requests that run or wait for it have ended.
+        """Unload an adapter after its running and waiting requests have ended.
 
-        Where that takes longer than `timeout_s`, ConnectionFailed is raised, and the server goes on unloading.
+        If that takes longer than `timeout_s`, raises ConnectionFailed; the server continues to unload.
         """
         return self._client._send(calls.unload_adapter(name))
 
     def watch(self, interval_s: float = 1.0) -> Iterator[AdapterList]:
-        """What `list` gives: once at the beginning, and again whenever anything in it has changed.
+        """Results of `list`: the first one, then one after each change.
 
-        The server is asked every `interval_s`. What was between two questions is not seen.
+        Polls the server every `interval_s`; changes between two polls are merged.
         """
         before: AdapterList | None = None
         while True:

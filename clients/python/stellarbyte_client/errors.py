@@ -1,9 +1,9 @@
-"""What can go wrong with a call. Knows the server's error object, and no calls.
+"""Errors of calls.
 
 StellarByteError
-├── ConnectionFailed    nothing answered: the server cannot be reached, or took too long
+├── ConnectionFailed    no answer: the server cannot be reached, or took too long
 ├── ServerError         the server answered with an error
-└── UnexpectedAnswer    what answered is not a StellarByte server, or one of a version too far from this client's
+└── UnexpectedAnswer    the answer is not that of a StellarByte server of a compatible version
 """
 
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ class StellarByteError(Exception):
 
 
 class ConnectionFailed(StellarByteError):
-    """There was no answer."""
+    """The server did not answer."""
 
 
 class UnexpectedAnswer(StellarByteError):
-    """An answer that says it is good, but cannot be read."""
+    """An answer with a success status that cannot be parsed."""
 
 
 class ServerError(StellarByteError):
@@ -36,7 +36,7 @@ class ServerError(StellarByteError):
         code: str | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        """`type`, `param` and `code` are None where the answer had no such text, as those of proxies."""
+        """`type`, `param` and `code` are None if the answer has no such string, as answers of proxies."""
         super().__init__(status, message, type, param, code, retry_after_s)
         self.status = status
         self.message = message
@@ -54,13 +54,13 @@ def timed_out(base_url: str) -> ConnectionFailed:
 
 
 def unreachable(base_url: str, cause: BaseException) -> ConnectionFailed:
-    """`cause` is what the connection ended with."""
+    """`cause`: the exception of the connection."""
     detail = str(cause).rstrip(".") or type(cause).__name__
     return ConnectionFailed(f"The server at {base_url} cannot be reached: {detail}.")
 
 
 class Response(Protocol):
-    """What an error is read from. httpx's responses have it, and those that OpenAI's client gives."""
+    """The parts of a response that errors are read from, as in httpx and in OpenAI's client."""
 
     @property
     def status_code(self) -> int: ...
@@ -75,7 +75,7 @@ class Response(Protocol):
 
 
 class _Detail(msgspec.Struct):
-    """An error object. What is not a text is some other server's and means nothing here."""
+    """An error object. Values other than strings, of other servers, are ignored."""
 
     message: str
     type: object = None
@@ -88,7 +88,7 @@ class _ErrorBody(msgspec.Struct):
 
 
 def server_error(response: Response) -> ServerError:
-    """The error that an answer with an error's status stands for."""
+    """The error of a response with an error status."""
     status = response.status_code
     try:
         detail = msgspec.json.decode(response.content, type=_ErrorBody).error
@@ -110,6 +110,6 @@ def _text(value: object) -> str | None:
 
 
 def _retry_after_s(response: Response) -> float | None:
-    """None also for a date, which proxies may send: this machine's clock need not be theirs."""
+    """None also for a date, which proxies may send: clocks may differ."""
     value = response.headers.get("Retry-After", "")
     return float(value) if value.isascii() and value.isdigit() else None

@@ -89,7 +89,7 @@ function connectionFailed(baseUrl: string, error: unknown): ConnectionFailed {
 function httpAddress(text: string): string {
   const protocol = URL.canParse(text) ? new URL(text).protocol : "";
   if (protocol !== "http:" && protocol !== "https:") {
-    throw new TypeError(`The server's address must look like ${DEFAULT_URL}; '${text}' does not.`);
+    throw new TypeError(`The server's address must be a URL such as ${DEFAULT_URL}; '${text}' is not.`);
   }
   return text.replace(/\/+$/, "");
 }
@@ -97,7 +97,7 @@ function httpAddress(text: string): string {
 function usableKey(name: string, key: string | undefined): string | undefined {
   if (!key) return undefined;
   if (!/^[!-~]+$/.test(key)) {
-    throw new TypeError(`${name} must consist of ASCII letters, digits and signs, without spaces or line breaks.`);
+    throw new TypeError(`${name} must consist of printable ASCII characters without spaces.`);
   }
   return key;
 }

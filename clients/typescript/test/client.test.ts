@@ -154,7 +154,7 @@ test("metrics in every form that the format allows", async (context) => {
   ]);
   for (const body of ["<h1>It works!</h1>", "a", "a one", "a{x=1} 2", 'a{x="1"y="2"} 3']) {
     const wrong = new StellarByte({ baseUrl: (await stub(context, { body })).url });
-    assert.match((await failure(wrong.metrics(), UnexpectedAnswer)).message, /\/metrics is not one of a StellarByte/);
+    assert.match((await failure(wrong.metrics(), UnexpectedAnswer)).message, /\/metrics is not that of a StellarByte/);
   }
 });
 
@@ -264,7 +264,7 @@ test("an answer of something else is not taken for one of ours", async (context)
   for (const body of ["<h1>It works!</h1>", "{}", "null", '{"data": 1}', ""]) {
     const { url } = await stub(context, { body });
     const { message } = await failure(new StellarByte({ baseUrl: url }).models(), UnexpectedAnswer);
-    assert.ok(message.startsWith(`The answer from ${url}/v1/models is not one of a StellarByte server: `));
+    assert.ok(message.startsWith(`The answer from ${url}/v1/models is not that of a StellarByte server: `));
   }
   const headers = { "Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT" };
   const { url } = await stub(context, { status: 502, headers, body: "<h1>Bad gateway</h1>" });
@@ -281,6 +281,6 @@ test("addresses", async (context) => {
     ["GET", "/llm/version", undefined],
   );
   for (const baseUrl of ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", ""]) {
-    assert.throws(() => new StellarByte({ baseUrl }), { name: "TypeError", message: /must look like http:\/\/127/ });
+    assert.throws(() => new StellarByte({ baseUrl }), { name: "TypeError", message: /must be a URL such as http:\/\/127/ });
   }
 });

@@ -1,18 +1,18 @@
-"""The keys that requests may carry, and the file some of them come from.
+"""API keys, and the file --keys.
 
-Of a key only its SHA-256 is kept here, and a name that may be logged.
+Only a key's SHA-256 and its name, which may be logged, are stored.
 
     [alice]
     key = "…"                           # or sha256 = "…", in hexadecimal
-    models = ["a-model", "an-adapter"]  # what its requests may name as `model`; left out: everything
-    requests_per_minute = 60            # left out, as the other two: no limit
+    models = ["a-model", "an-adapter"]  # allowed values of `model`; default: all
+    requests_per_minute = 60            # default, as of the next two: no limit
     tokens_per_minute = 20000           # of prompts and answers
-    concurrent_streams = 4              # requests that are answered at once
-    max_tokens_per_request = 4096       # most tokens of one answer; left out: as the server was started
-    slide = false                       # whether its requests may let the context slide; left out: true
-    min_priority = 0                    # what its requests may have as `priority`, lower first; left out: 0
-    max_priority = 100                  # left out: 100
-    share = "team"                      # of the prefix cache with the other keys that say so; left out: with none
+    concurrent_streams = 4              # requests answered at the same time
+    max_tokens_per_request = 4096       # default: the server's limit
+    slide = false                       # allow context_overflow slide; default: true
+    min_priority = 0                    # lowest allowed `priority`; default: 0
+    max_priority = 100                  # highest allowed `priority`; default: 100
+    share = "team"                      # share the prefix cache with other keys of this value; default: none
 """
 
 import asyncio
@@ -38,25 +38,25 @@ from stellarbyte_server.protocol.request import MAX_PRIORITY
 logger = logging.getLogger("server.keys")
 
 ADMIN_NAME = "admin"
-_OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys that come as flags
+_OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys given as flags
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_TOKENS = "max_tokens_per_request"
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
-_PRIORITIES = {"min_priority": 0, "max_priority": MAX_PRIORITY}  # bounds, and what they are if left out
+_PRIORITIES = {"min_priority": 0, "max_priority": MAX_PRIORITY}  # bounds and their defaults
 _FIELDS = ("key", "sha256", "models", *_LIMITS, MOST_TOKENS, "slide", *_PRIORITIES, "share")
 _MAX_LIMIT = 10**9
 _MAX_FILE_BYTES = 2**22
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """One key: whoever has it, and what they may do."""
+    """One key, with its owner's name and permissions."""
 
     name: str
     digest: str  # SHA-256 of the key, 64 hexadecimal digits
-    models: tuple[str, ...] | None = None  # names of the model and of adapters; None: all
+    models: tuple[str, ...] | None = None  # allowed names of the model and of adapters; None: all
     limits: KeyLimits
-    share: str | None = None  # its requests share the prefix cache with those of other keys that have the same
-    min_priority: int = 0  # of its requests; lower runs first
+    share: str | None = None  # keys with the same value share the prefix cache
+    min_priority: int = 0  # of its requests; lower values run first
     max_priority: int = MAX_PRIORITY
     max_tokens_per_request: int | None = None
     may_slide: bool = True
@@ -70,7 +70,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Keyring:
-    """All keys that count now. `replace` may be called from any thread."""
+    """The current keys. `replace` may be called from any thread."""
 
     def __init__(self, settings: ServerSettings, of_file: Sequence[Key] = ()) -> None:
         """`of_file` are those of --keys."""
@@ -83,7 +83,7 @@ class Keyring:
         self._keys = (*self._of_flags, *of_file)
 
     def find(self, given: bytes) -> Key | None:
-        """The key that was given, in a time that does not tell how much of it is right, nor which it is."""
+        """Look a key up in constant time: the time reveals neither matching characters nor which key it is."""
         digest = hashlib.sha256(given).hexdigest()
         found = None
         for key in self._keys:
@@ -109,7 +109,7 @@ def keys_of_flags(settings: ServerSettings) -> tuple[Key, ...]:
 
 
 def read_keys(settings: ServerSettings) -> tuple[Key, ...]:
-    """The keys of the file --keys, none without one; SettingsError when any of it cannot be used."""
+    """Read the file --keys, if any; SettingsError if it cannot be used."""
     if settings.keys is None:
         return ()
     try:
@@ -129,7 +129,7 @@ def read_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 
 def read_keys_again(settings: ServerSettings, present: Sequence[Key]) -> tuple[Key, ...]:
-    """What the file says now; `present`, and a line in the log, when it cannot be used."""
+    """Read the file again; if it cannot be used, log an error and return `present`."""
     try:
         keys = read_keys(settings)
     except SettingsError as error:
@@ -141,7 +141,7 @@ def read_keys_again(settings: ServerSettings, present: Sequence[Key]) -> tuple[K
 
 
 def on_hangup(settings: ServerSettings, read_again: Callable[[], None]) -> None:
-    """With --keys call `read_again` on SIGHUP, and once now: the signal may have come while there was no loop."""
+    """With --keys call `read_again` on SIGHUP, and once now, as a signal may have come before the loop ran."""
     if settings.keys is not None:
         read_again()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, read_again)
@@ -150,14 +150,14 @@ def on_hangup(settings: ServerSettings, read_again: Callable[[], None]) -> None:
 def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
     """The keys that a file's text describes; SettingsError, which never shows a key.
 
-    Names must differ in more than capital letters, and keys from each other and from those already `taken`.
+    Names must differ in more than case, and keys from each other and from those in `taken`.
     """
     try:
         tables = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        place = re.search(r"\(at .*\)$", str(error))  # what comes before it may show a part of a key
+        place = re.search(r"\(at .*\)$", str(error))  # the text before it may contain part of a key
         raise SettingsError(f"invalid TOML {'' if place is None else place[0]}".rstrip()) from None
-    names: dict[str, str] = {}  # in small letters → as in the file
+    names: dict[str, str] = {}  # in lower case → as in the file
     owners = {key.digest: key.name for key in taken}
     keys: list[Key] = []
     for name, table in tables.items():
@@ -173,15 +173,15 @@ def parse_keys(text: str, taken: Iterable[Key] = ()) -> tuple[Key, ...]:
 
 def _key(name: str, table: Any) -> Key:
     if not isinstance(table, dict):
-        # Not named: `key = "…"` above all tables would be one, but so would a key in place of a field's name.
+        # The line is not shown: it may contain a key, as a value or even as a field's name.
         raise SettingsError("every line must be in a table such as [alice], named after the key")
     if _NAME.fullmatch(name) is None:
         raise SettingsError(f"[{name[:64]!r}] must be a name of 1 to 64 letters, digits and . _ -")
-    if _OF_FLAGS.fullmatch(name) is not None:  # given or not: one day it may be, and old lines of the log stay
+    if _OF_FLAGS.fullmatch(name) is not None:  # even if not given: log lines of different keys must differ
         raise SettingsError(f"[{name}] is reserved for keys given as flags; choose another name")
     for field in table:
         if field not in _FIELDS:
-            shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # else it may be a misplaced key
+            shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # otherwise it may be a misplaced key
             raise SettingsError(f"[{name}] has an unknown field{shown}; known fields are {', '.join(_FIELDS)}")
     limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
     lowest, highest = _priorities(name, table)

@@ -1,6 +1,6 @@
-"""Each endpoint declares its access rule; one table of all routes gives the rule of a method and path.
+"""Access rules: each endpoint declares one, and a table of all routes gives the rule of a method and path.
 
-An application with a route whose endpoint declares no rule cannot be made.
+Creating an application with an endpoint without a rule fails.
 """
 
 import re
@@ -14,9 +14,9 @@ from starlette.routing import compile_path
 
 
 class Access(Enum):
-    OPEN = "open"  # for anybody: probes and scrapers, which cannot be given keys everywhere, and pages
-    USER = "user"  # for any key, if there are keys
-    ADMIN = "admin"  # for the admin key; with --allow-local-admin for this machine
+    OPEN = "open"  # everyone: probes and scrapers, which often cannot send keys, and pages
+    USER = "user"  # any key, if keys exist
+    ADMIN = "admin"  # the admin key; with --allow-local-admin also this machine
 
 
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
@@ -24,7 +24,7 @@ _RULE = "access_rule"  # the attribute of an endpoint
 
 
 def allows(access: Access) -> Callable[[EndpointT], EndpointT]:
-    """Declare who may call an endpoint: a decorator below the router's."""
+    """A decorator, below the router's, that declares an endpoint's access rule."""
 
     def declare(endpoint: EndpointT) -> EndpointT:
         setattr(endpoint, _RULE, access)
@@ -34,10 +34,10 @@ def allows(access: Access) -> Callable[[EndpointT], EndpointT]:
 
 
 class RouteTable:
-    """The access rule of every method and path that an application serves."""
+    """The access rule of each method and path of an application."""
 
     def __init__(self, rules: Mapping[tuple[str, str], Access]) -> None:
-        """`rules` are those of method and path, the path as the router has it ("/v1/models/{name:path}")."""
+        """`rules` by method and path, the path in the router's form ("/v1/models/{name:path}")."""
         self._exact: dict[str, dict[str, Access]] = {}
         self._patterns: dict[str, tuple[re.Pattern[str], dict[str, Access]]] = {}
         for (method, path), access in rules.items():
@@ -54,7 +54,7 @@ class RouteTable:
         return next((methods for pattern, methods in self._patterns.values() if pattern.match(path)), {})
 
     def route_of(self, path: str) -> str | None:
-        """The route that a path belongs to, as the router has it."""
+        """The route of a path, in the router's form."""
         if path in self._exact:
             return path
         return next((template for template, (pattern, _) in self._patterns.items() if pattern.match(path)), None)
@@ -71,7 +71,7 @@ def rules_of(app: FastAPI) -> dict[tuple[str, str], Access]:
     for route in iter_route_contexts(app.routes):
         access = getattr(route.endpoint, _RULE, None)
         if access is None or route.path is None or not route.methods:
-            raise AssertionError(f"the route {route.path} does not declare who may call it (access/rules.py: allows)")
+            raise AssertionError(f"the route {route.path} declares no access rule (access/rules.py: allows)")
         for method in route.methods:
             if (method, route.path) in rules:
                 raise AssertionError(f"there are two routes for {method} {route.path}")

@@ -1,4 +1,4 @@
-"""A request's key limits the models it may use, and how much of them."""
+"""Permissions and limits of a request's key."""
 
 import json
 from collections.abc import Sequence
@@ -15,36 +15,36 @@ from stellarbyte_server.protocol.request import MAX_PRIORITY, GenerationRequest
 
 
 def limits_of(http: Request) -> KeyLimits | None:
-    """The limits that go to the engine with everything the request asks of it."""
+    """The key's limits, for the engine."""
     key = _key_of(http)
     return None if key is None else key.limits
 
 
 def owner_of(http: Request) -> str:
-    """Whose share of this process the request's work takes: its key's name, "" for all without one."""
+    """The owner of the request's work in this process: its key's name, or "" without a key."""
     key = _key_of(http)
     return "" if key is None else key.name
 
 
 def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    """Requests as the engine gets them: with what the caller's key adds to what the caller wrote."""
+    """The requests with the fields that depend on the caller's key."""
     key = _key_of(http)
     lowest, highest = _priorities(key)
     return [
         msgspec.structs.replace(
             request,
             cache_salt=_salt(key, request.cache_salt),
-            priority=min(max(request.priority, lowest), highest),  # 0 if the request does not say
+            priority=min(max(request.priority, lowest), highest),  # 0 by default
         )
         for request in requests
     ]
 
 
 def _salt(key: Key | None, given: str) -> str:
-    """Whose content of the prefix cache a request may find: its key's own, or that of a group that shares.
+    """The salt of the prefix cache, different for each key or sharing group: otherwise `usage` would reveal whether
+    another key has sent a text.
 
-    As JSON, so that no name or salt can be written to look like others. Without that `usage` would tell whether
-    somebody else has sent a text.
+    As JSON, so that names and salts cannot imitate others.
     """
     if key is None:
         owner = ["", ""]
@@ -54,18 +54,18 @@ def _salt(key: Key | None, given: str) -> str:
 
 
 def may_use(http: Request, service: Service, model: str) -> bool:
-    """Whether the request may know and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
+    """Whether the request may list and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
     key = _key_of(http)
     return key is None or key.allows(model, service.settings.model_name)
 
 
 def require_permitted(http: Request, service: Service, body: Any) -> None:
-    """ApiError unless the caller's key permits what a checked body asks for."""
+    """ApiError unless the caller's key permits a checked body."""
     model, scale, priority = (getattr(body, name, None) for name in ("model", "adapter_scale", "priority"))
     if model is not None:
         require_model(http, service, model)
     base = service.settings.model_name
-    # The answers at a scale near 0 are nearly the base model's, and any bound between would be arbitrary.
+    # At a scale near 0 answers are nearly the base model's, and any other bound would be arbitrary.
     if scale not in (None, 1) and model != base and not may_use(http, service, base):
         message = f"The key may not use the model {base!r:.200} without an adapter, so 'adapter_scale' must be 1."
         raise ApiError(403, message, param="adapter_scale", code="model_not_allowed")
@@ -82,7 +82,7 @@ def most_tokens(http: Request, service: Service) -> int | None:
 
 
 def overflow_for(http: Request, service: Service, given: Literal["error", "slide"] | None) -> Literal["error", "slide"]:
-    """What happens at the end of the context, where a request may say so; ApiError when it may not slide."""
+    """Behaviour at the end of the context, by request and defaults; ApiError if sliding is not permitted."""
     key = _key_of(http)
     if service.settings.allow_slide and (key is None or key.may_slide):
         return service.settings.context_overflow if given is None else given
@@ -93,7 +93,7 @@ def overflow_for(http: Request, service: Service, given: Literal["error", "slide
 
 
 def require_model(http: Request, service: Service, model: str) -> None:
-    """ApiError unless the request may use a model; it says nothing of whether there is such a model."""
+    """ApiError unless the key permits a model, which need not exist."""
     if not may_use(http, service, model):
         raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
 
@@ -103,7 +103,7 @@ def _priorities(key: Key | None) -> tuple[int, int]:
 
 
 def _key_of(http: Request) -> Key | None:
-    """The key that the request came with; None where none is needed."""
+    """The request's key; None if none is needed."""
     key = http.scope["state"].get("key")
     assert key is None or isinstance(key, Key)
     return key

@@ -1,4 +1,4 @@
-"""Work is cancelled when its client disconnects."""
+"""Cancels work when its client disconnects."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,15 +10,16 @@ from starlette.types import Receive
 
 T = TypeVar("T")
 
-CLIENT_CLOSED_REQUEST = 499  # nobody receives it; it is for the log
+CLIENT_CLOSED_REQUEST = 499  # for the log; no client receives it
 
 
 class ClientLeft(Exception):
-    """The client closed its connection before it was answered."""
+    """The client closed its connection before the answer."""
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client leaves (ClientLeft). The body must have been read."""
+    """Return the result of `work`; if the client disconnects, cancel it and raise ClientLeft. The body must have been
+    read."""
     working = asyncio.ensure_future(work)
     watching = asyncio.ensure_future(_disconnected(receive))
     try:

@@ -1,4 +1,4 @@
-"""The API consists of these endpoints, in the order of the document."""
+"""The API's endpoints, in the order of the document."""
 
 from stellarbyte_server.api.contract.operation import operations_of
 from stellarbyte_server.api.routes import adapters, chat, completions, embeddings, health, models, responses, tokenize

@@ -1,4 +1,4 @@
-"""A checked body becomes requests to the engine; completions, chats, responses and embeddings share this."""
+"""Turns checked bodies into requests to the engine, for completions, chats, responses and embeddings."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest
 from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
-_INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they hold up no stream
+_INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they do not delay streams
 _INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
 _MAX_IGNORED_HEADER = 1000
 T = TypeVar("T")
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
-# Each answer has its own copy of these, and its first step makes them ready.
+# Each answer has its own copy of these, prepared in its first step.
 MAX_BIASES_AT_ONCE = 2**14  # entries of logit_bias, of all answers
 MAX_GRAMMARS_AT_ONCE = 2**20  # characters of the grammars of all answers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt of a request, ready to be run."""
+    """One prompt of a request, ready to run."""
 
     token_ids: list[int]
     max_tokens: int
@@ -42,7 +42,7 @@ class Prompt:
 
 
 async def read_body(request: Request, service: Service, body_class: type[BodyT]) -> tuple[BodyT, dict[str, str]]:
-    """The checked body, as far as the key permits, and the headers that tell which fields were ignored."""
+    """Read and check a body and its key's permissions; returns the body, and headers that list ignored fields."""
     warn_unknown = service.settings.unknown_fields == "warn"
     body, ignored = await parse_apart(request, service, partial(parse_body, body_class, warn_unknown=warn_unknown))
     require_permitted(request, service, body)
@@ -52,7 +52,7 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
 
 
 async def parse_apart(request: Request, service: Service, parse: Callable[[bytes], T]) -> T:
-    """Parse the body of a request; off the event loop when it is large, in the caller's turn."""
+    """Parse the body of a request; a large one off the event loop, in the caller's turn."""
     text = await request.body()
     if len(text) <= _INLINE_BYTES:
         return parse(text)
@@ -63,14 +63,14 @@ async def parse_apart(request: Request, service: Service, parse: Callable[[bytes
 
 
 async def off_loop_if_long(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:
-    """Do work on a text, `off_loop` when all that is worked on is long."""
+    """Do work on texts, `off_loop` if they are long in total."""
     return work() if num_characters <= _INLINE_CHARACTERS else await off_loop(http, service, work, num_characters)
 
 
 async def off_loop(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:
-    """Do work on a text in a thread, in the caller's turn. The tokenizer lets other threads run.
+    """Do work on a text in a thread, in the caller's turn. The tokenizer releases the GIL.
 
-    ApiError 429 when too much of the caller's is waiting, ClientLeft when the client leaves a long text meanwhile.
+    ApiError 429 if too much of the caller's work is waiting, ClientLeft if the client disconnects during a long text.
     """
     working = service.text_work.run(work, owner_of(http), num_characters)
     try:
@@ -84,15 +84,15 @@ def _too_much(error: TooMuchText) -> ApiError:
 
 
 def adapter_of(model: str, scale: float | None, service: Service) -> tuple[AdapterReference | None, float]:
-    """The adapter that a request's `model` means, and how strongly it acts; ApiError for a scale without one."""
+    """The adapter and scale of a request's `model`; ApiError for a scale without an adapter."""
     adapter = None if model == service.settings.model_name else AdapterReference.parse(model)
     if adapter is None and scale not in (None, 1):
-        raise bad_request("The field 'adapter_scale' needs an adapter as 'model'.", "adapter_scale")
+        raise bad_request("The field 'adapter_scale' needs an adapter in 'model'.", "adapter_scale")
     return adapter, 1.0 if scale is None else float(scale)
 
 
 def check_characters(num_characters: int, limit: int, service: Service, param: str) -> None:
-    """ApiError when a text is so long that no tokenizer could make it fit: found out before it is tokenized."""
+    """ApiError if a text is too long for the context with any tokenization; checked before tokenizing."""
     if num_characters > limit * service.tokenizer.longest_token:
         raise bad_request(
             f"The prompt has {num_characters} characters, which cannot fit the model's context of {limit} tokens.",
@@ -102,43 +102,43 @@ def check_characters(num_characters: int, limit: int, service: Service, param: s
 
 
 def check_token_ids(token_ids: Sequence[int], service: Service, param: str) -> None:
-    """ApiError when one of them is not in the vocabulary."""
+    """ApiError if a token id is not in the vocabulary."""
     for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
         if not 0 <= token_id < service.info.vocab_size:
-            raise bad_request(f"The token id {token_id} is not in the vocabulary of {service.info.vocab_size}.", param)
+            raise bad_request(f"Token ids must be from 0 to {service.info.vocab_size - 1}; {token_id} is not.", param)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """How long a request may become."""
+    """Limits of a request's length."""
 
-    overflow: Literal["error", "slide"]  # what happens at the end of the context
+    overflow: Literal["error", "slide"]  # behaviour at the end of the context
     context: int  # most tokens of prompt and answer together
-    answer: int | None  # most tokens of one answer; None: as many as the context holds
+    answer: int | None  # most tokens of one answer; None: the rest of the context
 
     @classmethod
     def of(cls, http: Request, body: GenerationBody, service: Service) -> "Bounds":
-        """As the request, the caller's key and the server say; ApiError when the request asks for more."""
+        """The limits by request, caller's key and server; ApiError if the request exceeds them."""
         overflow = overflow_for(http, service, body.context_overflow)
         most = most_tokens(http, service)
         for param in ("max_tokens", "max_completion_tokens"):
             wanted = getattr(body, param, None)
             if most is not None and wanted is not None and wanted > most:
                 raise bad_request(
-                    f"An answer may have at most {most} tokens here, but the request asks for {wanted}.", param
+                    f"An answer may have at most {most} tokens here, but the request allows {wanted}.", param
                 )
         context = MAX_SLIDING_TOKENS if overflow == "slide" else service.info.max_model_len
         return cls(overflow=overflow, context=context, answer=most)
 
     def default_tokens(self, wanted: int) -> int:
-        """Tokens of an answer whose request does not say how many."""
+        """Tokens of an answer without an explicit limit."""
         return wanted if self.answer is None else min(wanted, self.answer)
 
 
 def check_prompt(token_ids: list[int], limit: int, param: str, *, least: int = 1) -> int:
-    """Tokens that `limit` leaves for the answer, at least `least`; ApiError when the prompt cannot be run."""
+    """Tokens that `limit` leaves for the answer, at least `least`; ApiError if the prompt is empty or too long."""
     if not token_ids:
-        raise bad_request("The prompt is empty.", param)
+        raise bad_request("The prompt is empty; give at least one token.", param)
     room = limit - len(token_ids)
     if room < least:
         raise bad_request(
@@ -151,12 +151,12 @@ def check_prompt(token_ids: list[int], limit: int, param: str, *, least: int = 1
 
 
 def most_at_once(service: Service) -> int:
-    """Requests of one client that the engine's queue can hold, if there are no others."""
+    """Requests of one client that the engine's queue can hold if it is empty."""
     return min(MAX_CHOICES, service.info.max_num_seqs + service.settings.engine.max_queued_requests)
 
 
 def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None:
-    """ApiError when fields do not fit each other."""
+    """ApiError if fields contradict each other."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("The field 'stream_options' is only allowed when 'stream' is true.", "stream_options")
     wanted, most = num_prompts * body.num_candidates, most_at_once(service)
@@ -176,7 +176,7 @@ def make_requests(
     prompt_logprobs: int | None = None,
     grammar: str | None = None,
 ) -> tuple[GenerationRequest, ...]:
-    """For every prompt one request for each answer that is to be generated, in order; ApiError."""
+    """One request for each prompt and answer, in order; ApiError."""
     _check_amounts(body, prompts, logprobs, grammar)
     adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
     bias = {} if body.logit_bias is None else {int(token): value for token, value in body.logit_bias.items()}
@@ -187,7 +187,7 @@ def make_requests(
     for prompt in prompts:
         if body.min_tokens is not None and body.min_tokens > prompt.max_tokens:
             raise bad_request(
-                f"The field 'min_tokens' is more than the {prompt.max_tokens} tokens of the answer.", "min_tokens"
+                f"The field 'min_tokens' must be at most the {prompt.max_tokens} tokens of the answer.", "min_tokens"
             )
         sampling = sampling_params(
             body,
@@ -222,7 +222,7 @@ def make_requests(
 
 
 def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | None, grammar: str | None) -> None:
-    """ApiError when a request asks for more than one process should hold, where there are several answers."""
+    """ApiError if several answers together need too much memory."""
     num_candidates = body.num_candidates
     num_answer_tokens = num_candidates * sum(prompt.max_tokens for prompt in prompts)
     if logprobs is not None and not body.stream and num_answer_tokens * (1 + logprobs) > MAX_TOKENS_AT_ONCE:

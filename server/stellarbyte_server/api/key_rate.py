@@ -1,8 +1,8 @@
-"""What the engine does not see counts against keys' requests per minute, too: refused requests, and /tokenize.
+"""Counts requests that do not reach the engine against keys' requests per minute: refused ones, and /tokenize.
 
-The engine counts for all HTTP processes. What is handed to it is counted there; what is refused before that costs this
-process as much as what is not, so it is reported to the engine once it was answered. When the engine has no room for
-it, this process refuses the key's requests at once, without reading their bodies, until there is.
+The engine counts for all HTTP processes, and counts submitted requests itself. Requests refused before that are
+reported to it after their answer, as they also cost time. When the limit is reached, this process refuses the key's
+requests at once, without reading their bodies, until the limit allows more.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ CHARGE_LIMIT_S = 10.0
 
 
 async def charge(http: Request, service: Service) -> None:
-    """Count a request that runs no model, before its work; ApiError when its key has no room for it."""
+    """Count a request without the model, before its work; ApiError if it exceeds the key's limit."""
     limits = limits_of(http)
     if limits is None or limits.requests_per_minute is None:
         return
@@ -47,7 +47,7 @@ class RefusalRate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._full_until_s: dict[str, float] = {}  # by the key's name: when it has room again
+        self._full_until_s: dict[str, float] = {}  # by the key's name: end of the refusals
         self._charging: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class RefusalRate:
             return
         await self._app(scope, receive, send)
         if _is_refused(scope["state"]["record"]):
-            charging = asyncio.create_task(self._charge(limits))  # sent at once: before what the client asks next
+            charging = asyncio.create_task(self._charge(limits))  # sent at once, before the client's next request
             self._charging.add(charging)
             charging.add_done_callback(self._charging.discard)
 
@@ -77,11 +77,11 @@ class RefusalRate:
         except RequestRejected as refusal:
             self._full_until_s[limits.key_name] = time.monotonic() + (refusal.retry_after_s or 0)
         except EngineDead:
-            pass  # it has forgotten all it counted
+            pass  # a new engine starts with new counts
 
 
 def _is_refused(record: RequestRecord) -> bool:
-    """Whether a request was answered with an error of its own that the engine has not heard of."""
+    """Whether a request was refused without reaching the engine."""
     status = record.status
     return (
         status is not None and 400 <= status < 500 and status not in (429, CLIENT_CLOSED_REQUEST)

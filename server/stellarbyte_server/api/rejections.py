@@ -1,4 +1,4 @@
-"""A rejected request has one of a few reasons, which label a metric."""
+"""The reason of a rejected request, as a label of a metric."""
 
 from starlette.types import Scope
 
@@ -10,9 +10,9 @@ from stellarbyte_server.observe.record import RequestRecord
 
 
 def rejection_reason(scope: Scope, routes: RouteTable, status: int | None, record: RequestRecord) -> str | None:
-    """One of REASONS; None for what was answered, what the engine began to work on, and routes that are not for users.
+    """One of REASONS; None for answered or started requests, and for routes that are not for users.
 
-    `status` is what the client was sent (None: nothing).
+    `status`: sent to the client; None: none.
     """
     if status is None or status < 400 or status == CLIENT_CLOSED_REQUEST or record.streams:
         return None

@@ -1,4 +1,4 @@
-"""The service holds what every route needs; it is made once, when the engine is ready."""
+"""The service, with the state that all routes need; created once, when the engine is ready."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tok
 
 @dataclass(frozen=True, kw_only=True)
 class Service:
-    """The served model and the way to its engine."""
+    """The served model and the client of its engine."""
 
     settings: ServerSettings
     client: EngineClient
     info: EngineInfo
     tokenizer: PromptTokenizer
-    sampling_defaults: Mapping[str, Any]  # of the model, for requests that do not say
+    sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
     started_at: int  # Unix seconds, the same in all HTTP processes
     text_work: TextWork = field(default_factory=TextWork)
 
     def fingerprint(self, adapter_hash: str) -> str:
-        """Names weights, adapter and the numbers they are computed in: what the answer to a seeded request depends on.
+        """A name of weights, adapter and number formats, on which the answer to a seeded request depends.
 
         `adapter_hash` is "" without an adapter.
         """
@@ -41,7 +41,7 @@ class Service:
 
 
 def load_service(settings: ServerSettings, client: EngineClient, started_at: int) -> Service:
-    """Read what HTTP needs of the model's folder once the engine has started; ValueError or OSError when it cannot."""
+    """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)
     return Service(
         settings=settings,
@@ -58,7 +58,7 @@ def load_service(settings: ServerSettings, client: EngineClient, started_at: int
     )
 
 
-async def _service(request: Request) -> Any:  # FastAPI would run a function that is not async in a thread
+async def _service(request: Request) -> Any:  # async, as FastAPI runs other functions in a thread
     return request.app.state.service
 
 

@@ -1,4 +1,4 @@
-"""Requests are submitted to the engine and noted in the record of their HTTP request."""
+"""Submits requests to the engine and records them in their HTTP request."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ async def submit(
     continues: bool = False,
     num_later_tokens: int = 0,
 ) -> list[DeltaStream]:
-    """Hand an HTTP request's work to the engine, with what its key adds and allows; as `EngineClient.submit`."""
+    """Submit requests to the engine with their key's fields and limits; see `EngineClient.submit`."""
     record = record_of(http)
     record.is_counted = True
     try:

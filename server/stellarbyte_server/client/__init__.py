@@ -1,1 +1,1 @@
-"""The HTTP processes' side of that border: starting the engine, sending requests, reading deltas."""
+"""The HTTP processes' side of the protocol: start the engine, send requests, read deltas."""

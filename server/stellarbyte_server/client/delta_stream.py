@@ -1,4 +1,4 @@
-"""The answer to one request as it comes: an async iterator of deltas."""
+"""The answer to one request: an async iterator of deltas."""
 
 import asyncio
 import time
@@ -11,21 +11,21 @@ from stellarbyte_server.protocol.messages import Delta, merged
 class DeltaStream:
     """The answer to one request: an async iterator of deltas, the last of which has a finish_reason.
 
-    Read by one task. `close` it in any case: that aborts a request which has not ended. Times are seconds of the
+    For one reading task, which must `close` it: that aborts a request that has not ended. Times are seconds of the
     machine's monotonic clock.
     """
 
     def __init__(self, request_id: str, arrived_s: float, observer: Observer, abort: Callable[[str], None]) -> None:
-        """`abort` is called with the id of a request whose answer is closed before its end."""
+        """`abort` is called with the request's id if the stream is closed before its end."""
         self.request_id = request_id
-        self.arrived_s = arrived_s  # when the client asked
+        self.arrived_s = arrived_s  # when the client's request arrived
         self.sent_s = time.monotonic()
-        self.started_s: float | None = None  # when its first step began
+        self.started_s: float | None = None  # start of its first step
         self.first_token_s: float | None = None  # when it was read
-        self.finish_reason: str | None = None  # "abort": it was closed before its end
+        self.finish_reason: str | None = None  # "abort": closed before its end
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.accepted.add_done_callback(_retrieve)  # the verdict on one of several requests may interest nobody
-        self.adapter_hash = ""  # of the adapter it runs with; known once it is accepted
+        self.accepted.add_done_callback(_retrieve)  # of several requests, some results may not be awaited
+        self.adapter_hash = ""  # of its adapter; known once accepted
         self._observer = observer
         self._abort = abort
         self._unread: list[Delta] = []
@@ -49,33 +49,33 @@ class DeltaStream:
         return delta
 
     def close(self) -> None:
-        """Say that no more will be read; aborts the request unless it has ended. May be called twice."""
+        """Stop reading; aborts the request unless it has ended. May be called twice."""
         if not self._ended:
             self._ended = True
             self.finish_reason = "abort"
             self._abort(self.request_id)
 
     def add(self, delta: Delta, ended_s: float | None = None) -> None:
-        """Called by the client with each delta as it arrives, and with the time when the step it is of ended."""
-        if ended_s is not None:  # not when it is read: then it may be the client who is slow
+        """Called by the client with each delta and the end of its step."""
+        if ended_s is not None:  # on arrival, not when read: the client may be slow
             self._observer.note_lag(time.monotonic() - ended_s)
         self._unread.append(delta)
         if delta.finish_reason is not None:
             self._ended = True
             self.finish_reason = delta.finish_reason
-            resolve(self.accepted, None)  # an error may come before the request ever ran
+            resolve(self.accepted, None)  # an error may come before the request runs
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:
-    """Keep asyncio from reporting an exception that nobody asked for."""
+    """Keep asyncio from reporting an exception that is not awaited."""
     if not future.cancelled():
         future.exception()
 
 
 def resolve(future: asyncio.Future[None], error: Exception | None) -> None:
-    """Complete a future that may have been completed or cancelled already."""
+    """Complete a future unless it is completed or cancelled."""
     if future.done():
         return
     if error is None:

@@ -1,7 +1,7 @@
-"""What an HTTP process sees of the engine: requests go in, streams of deltas come out.
+"""An HTTP process's client of the engine: sends requests, receives streams of deltas.
 
-Everything here runs on one event loop, heartbeats apart. One task reads all messages and hands each stream its deltas;
-a stream that is read slowly gets several deltas merged into one.
+Everything but heartbeats runs on one event loop. One task reads all messages and passes each stream its deltas; a slow
+reader gets several deltas merged into one.
 """
 
 import asyncio
@@ -56,31 +56,31 @@ STALL_CHECK_S = 0.5
 STATS_LIMIT_S = 1.0
 _MESSAGES_A_TURN = 100
 _ENDED = "The engine process ended."
-DRAINING = "The server is shutting down; it takes no new requests."
+DRAINING = "The server is shutting down; new requests are refused."
 
 
 class EngineDead(Exception):
-    """The engine process has ended or stands still; str() is one sentence for the user."""
+    """The engine process has ended or is stalled; str() is one sentence for the user."""
 
 
 class EngineClient:
     """The connection to an engine.
 
-    `info` is known once `start` has returned. `totals` are the newest that any HTTP process asked for. `on_news` is
-    called when the engine's process has ended, when another takes requests, and when none will.
+    `info` is set once `start` has returned. `totals` are the newest that any HTTP process read. `on_news` is called
+    when the engine's process has ended, when another takes requests, and when there will be no other.
     """
 
     info: EngineInfo
 
     def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
         self._progress = EngineProgress()
-        self.totals: EngineTotals | None = None  # not heard yet
+        self.totals: EngineTotals | None = None  # not received yet
         self.observer = Observer(self._send, can_send=lambda: self._down is None)
-        self.dead = asyncio.Event()  # the engine process has ended, and no other will be started
+        self.dead = asyncio.Event()  # the engine process has ended without a successor
         self.is_admitting = True
         self._engine = engine
         self._on_news = on_news
-        self._down: str | None = None  # why nothing can be sent to an engine now
+        self._down: str | None = None  # why no engine takes messages now
         self._streams: dict[str, DeltaStream] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
         self._waiting_for_totals: list[asyncio.Future[None]] = []
@@ -90,9 +90,9 @@ class EngineClient:
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineInfo:
-        """Wait until the engine is ready and connect to it; EngineStartError when it could not start.
+        """Wait until the engine is ready and connect to it; raises EngineStartError.
 
-        Once it has returned, `close` must be called: a ZeroMQ context that is not closed holds up the interpreter.
+        Then `close` must be called: an open ZeroMQ context blocks the interpreter's exit.
         """
         self.info = await self._engine.ready()
         self._context = zmq.asyncio.Context()
@@ -101,7 +101,7 @@ class EngineClient:
         return self.info
 
     async def close(self) -> None:
-        """Close the connection; open streams end with an error. The process itself is left alone."""
+        """Close the connection; open streams end with an error. Does not stop the process."""
         self.observer.flush()
         if self._watcher is not None:
             self._watcher.cancel()
@@ -112,7 +112,7 @@ class EngineClient:
         self._context.destroy(linger=0)
 
     def _connect(self) -> None:
-        """To the engine's present process."""
+        """Connect to the engine's current process."""
         peer_id = b"http" + secrets.token_bytes(8)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, peer_id)
@@ -120,7 +120,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(self._engine.endpoint)
         self._progress = EngineProgress()
-        self._send(ReadTotals())  # so that there is something to show even if it never answers again
+        self._send(ReadTotals())  # known totals, even if the engine never answers again
         self._turned_s = time.monotonic()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context)
         self._heartbeats = Heartbeats(context, self._engine.endpoint, peer_id, turned_s=lambda: self._turned_s)
@@ -134,7 +134,7 @@ class EngineClient:
         self._socket.close()
 
     def stop_admission(self) -> None:
-        """Refuse new requests from now on; those that were submitted go on."""
+        """Refuse new requests from now on; submitted ones continue."""
         self.is_admitting = False
 
     async def submit(
@@ -145,16 +145,18 @@ class EngineClient:
         num_later_tokens: int = 0,
         arrived_s: float | None = None,
     ) -> list[DeltaStream]:
-        """Hand requests to the engine, which queues all or none, and wait until the first of them is accepted.
+        """Submit requests to the engine, which queues all or none, and wait until the first is accepted.
 
-        `limits` are those of the key they came with; `continues`: of a group that was admitted before;
-        `num_later_tokens`: of its prompts that will be submitted later; `arrived_s`: when the client asked, by the
-        monotonic clock (None: now).
+        Args:
+            limits: of the requests' key.
+            continues: the requests belong to a group that was admitted before.
+            num_later_tokens: prompt tokens of the group that will be submitted later.
+            arrived_s: the request's arrival by the monotonic clock; None: now.
 
-        Raises RequestRejected or EngineDead. When the caller is cancelled meanwhile, the requests are aborted. One that
-        is rejected after the first was accepted ends with an error as its last delta.
+        Raises RequestRejected or EngineDead. If the caller is cancelled, the requests are aborted. A request that is
+        rejected after the first was accepted ends with an error as its last delta.
         """
-        if (reason := self.health()) is not None:  # a queue that nobody reads has no limits
+        if (reason := self.health()) is not None:  # the queue of an engine that does not read has no limit
             raise EngineDead(reason)
         if not (self.is_admitting or continues):
             raise RequestRejected(DRAINING, SHUTTING_DOWN)
@@ -175,7 +177,7 @@ class EngineClient:
         return streams
 
     def abort(self, request_id: str) -> None:
-        """Drop a request, wherever it is; unknown ids are fine."""
+        """Abort a request, running or waiting; unknown ids are ignored."""
         if self._streams.pop(request_id, None) is not None and self._down is None:
             self._send(Abort(request_id))
 
@@ -192,13 +194,14 @@ class EngineClient:
         return reply
 
     async def list_adapters(self) -> AdapterList:
-        """All adapters as they are now; EngineDead."""
+        """All adapters and their current state; EngineDead."""
         reply = await self._call(ListAdapters(secrets.token_hex(8)))
         assert isinstance(reply, AdapterList)
         return reply
 
     async def charge(self, limits: KeyLimits) -> None:
-        """Count a request that is not submitted; RequestRejected, with the time to wait, or EngineDead."""
+        """Count a request that is not submitted against its key. RequestRejected, with the time to wait, or
+        EngineDead."""
         await self._call(ChargeKey(secrets.token_hex(8), limits))
 
     async def _call(self, call: Call | ChargeKey) -> Reply:
@@ -217,17 +220,17 @@ class EngineClient:
 
     @property
     def stats(self) -> EngineStats:
-        """The newest the engine sent, at most about a second old while it lives."""
+        """The engine's newest statistics, at most about a second old while it runs."""
         return self._progress.stats
 
     def health(self) -> str | None:
-        """None while the engine makes progress, else one sentence on what is wrong."""
+        """None while the engine makes progress, else the problem in one sentence."""
         return self._down if self._down is not None else self._progress.stalled(has_streams=bool(self._streams))
 
     async def fresh_totals(self) -> EngineTotals | None:
-        """What the engine has counted until now, over all HTTP processes, what this one has seen included.
+        """The engine's current totals over all HTTP processes, including this one's newest observations.
 
-        The newest known if the engine does not answer soon; None when it never did.
+        The newest known ones if the engine does not answer soon; None if it never did.
         """
         if self._down is None:
             heard = asyncio.get_running_loop().create_future()
@@ -238,13 +241,13 @@ class EngineClient:
         return self.totals
 
     def _send(self, command: Command) -> None:
-        self._socket.send(self._encoder.encode(command))  # sent at once: the queue has no limit
+        self._socket.send(self._encoder.encode(command))  # immediate: the queue has no limit
 
     async def _read(self) -> None:
         for count in itertools.count(1):
             self._receive(self._decoder.decode(await self._socket.recv()))
             if count % _MESSAGES_A_TURN == 0:
-                await asyncio.sleep(0)  # recv does not wait while there are messages, and streams need their turn
+                await asyncio.sleep(0)  # recv does not yield while there are messages; streams must run, too
 
     def _receive(self, event: Event) -> None:
         if isinstance(event, StepOutput):
@@ -279,7 +282,7 @@ class EngineClient:
                 answer.set_result(event)
 
     async def _note_turns(self) -> None:
-        """Heartbeats go on while the loop turns, or has not for a while only."""
+        """Note the loop's turns, on which heartbeats depend."""
         while True:
             self._turned_s = time.monotonic()
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
@@ -289,18 +292,18 @@ class EngineClient:
         while True:
             await asyncio.sleep(STALL_CHECK_S)
             is_stalled = self.health() is not None
-            if is_stalled and was_stalled:  # twice: had this process slept itself, there is news to read first
+            if is_stalled and was_stalled:  # twice: after a suspension of this process, messages must be read first
                 self._engine.end_stalled()
                 return
             was_stalled = is_stalled
 
     async def _watch(self) -> None:
-        """Follow the engine from process to process."""
+        """Follow the engine across restarts of its process."""
         while True:
             how = await self._engine.ended()
             logger.error("the engine process ended (%s)", how)
             self._tell(EngineEnded())
-            with contextlib.suppress(asyncio.TimeoutError):  # what it still sent says more than we can
+            with contextlib.suppress(asyncio.TimeoutError):  # its last messages have the better reason
                 async with asyncio.timeout(0.1):
                     while self._streams:
                         await asyncio.sleep(0.01)

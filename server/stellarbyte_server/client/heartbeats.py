@@ -1,8 +1,7 @@
-"""Tells the engine that an HTTP process lives, from a thread that its event loop does not hold up.
+"""Sends an HTTP process's heartbeats to the engine, from a thread independent of the event loop.
 
-The rule: the engine drops the requests of a process from which it has heard nothing for `PEER_SILENCE_LIMIT_S`. A
-process that was stopped falls silent at once; one whose event loop does not turn goes on for `LOOP_LIMIT_S` first, in
-which the loop may come back to its streams.
+The engine drops the requests of a process that it has not heard from for `PEER_SILENCE_LIMIT_S`. A stopped process
+is silent at once. If the event loop is blocked, heartbeats continue for `LOOP_LIMIT_S`, in which the loop may recover.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ class Heartbeats:
         peer_id: bytes,
         turned_s: Callable[[], float],
     ) -> None:
-        """`peer_id`: the identity of the socket they speak for; `turned_s`: when the event loop last turned."""
+        """`peer_id`: identity of the client's socket; `turned_s`: time of the event loop's last turn."""
         self._beat = msgspec.msgpack.encode(Heartbeat(peer_id))
         self._turned_s = turned_s
         self._stopped = threading.Event()
@@ -36,13 +35,13 @@ class Heartbeats:
         self._thread.start()
 
     def stop(self) -> None:
-        """Send no more; returns once the socket is closed, which is at once."""
+        """Stop sending; returns when the socket is closed, without delay."""
         self._stopped.set()
         self._thread.join()
 
     def _run(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoint: str) -> None:
         with context.socket(zmq.DEALER) as socket:  # sockets belong to one thread
-            socket.setsockopt(zmq.SNDHWM, 1)  # an engine that does not read needs no more than one
+            socket.setsockopt(zmq.SNDHWM, 1)  # one is enough for an engine that does not read
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(endpoint)
             while True:

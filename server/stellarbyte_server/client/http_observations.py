@@ -1,6 +1,6 @@
-"""What one HTTP process sees that the engine cannot: kept here, and sent to the engine, which sums it over processes.
+"""Metrics that only HTTP processes can measure, sent to the engine, which sums them over processes.
 
-So any HTTP process can answer for all of them. Event loop thread only.
+So each HTTP process can report all metrics. Event loop thread only.
 """
 
 import asyncio
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from stellarbyte_server.protocol.histogram import FIRST_TOKEN_S, LAG_S, Histogram
 from stellarbyte_server.protocol.messages import HttpObservations
 
-SENT_AFTER_S = 0.1  # the longest that an observation waits for others
+SENT_AFTER_S = 0.1  # longest delay of an observation, to send several at once
 
 
 class Observer:
-    """Counts until it has `send` tell the engine, or as long as there is no engine to tell."""
+    """Collects observations until `send` passes them to the engine, or while there is no engine."""
 
     def __init__(self, send: Callable[[HttpObservations], None], can_send: Callable[[], bool]) -> None:
         self._send = send
@@ -25,22 +25,22 @@ class Observer:
         self._sending: asyncio.TimerHandle | None = None
 
     def note_first_token(self, seconds: float) -> None:
-        """From a request's arrival until its first token could be written."""
+        """Note the time from a request's arrival until its first token could be written."""
         self._first_token_s.observe(seconds)
         self._send_soon()
 
     def note_lag(self, seconds: float) -> None:
-        """From the end of a step until what it added to an answer could be written."""
+        """Note the time from the end of a step until its delta could be written."""
         self._stream_lag_s.observe(seconds)
         self._send_soon()
 
     def note_rejected(self, reason: str) -> None:
-        """A request got an error in place of an answer; `reason` comes from a fixed list, never from the request."""
+        """Count a request that got an error; `reason` is one of a fixed list, never text of the request."""
         self._rejected[reason] += 1
         self._send_soon()
 
     def flush(self) -> None:
-        """Send now what there is, if there is an engine: to be called again as soon as there is another."""
+        """Send all observations, if there is an engine. Call it again after a restart."""
         if self._sending is None or not self._can_send():
             return
         self._sending.cancel()

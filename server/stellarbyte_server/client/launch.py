@@ -1,4 +1,4 @@
-"""Starts the engine process and watches it from the process that started it. Never imports what the engine runs."""
+"""Starts and watches the engine process, from its parent. Never imports the engine."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, Engin
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
 _STOP_LIMIT_S = 5.0
-_IPC_PATH_BYTES = 107  # the longest name of a Unix socket
+_IPC_PATH_BYTES = 107  # longest path of a Unix socket
 
 
 class EngineStartError(Exception):
@@ -27,35 +27,35 @@ class EngineStartError(Exception):
 
 
 class Engine(Protocol):
-    """An engine, as seen by those who send it requests: one process, or several one after the other."""
+    """An engine, as seen by its clients: one process, or several in succession."""
 
     @property
     def endpoint(self) -> str:
-        """The ZeroMQ address that the present process binds."""
+        """The ZeroMQ address of the current process."""
 
     async def ready(self) -> EngineInfo:
-        """Wait until it takes requests; EngineStartError."""
+        """Wait until it takes requests. Raises EngineStartError."""
 
     async def ended(self) -> str:
-        """Wait until the process has ended, after `ready`; says how."""
+        """Wait, after `ready`, until the process has ended; returns how."""
 
     async def restarted(self) -> bool:
         """Wait, after `ended`, until another process takes requests; False when there will be none."""
 
     def end_stalled(self) -> None:
-        """It makes no progress: end its process, if another will take its place."""
+        """End a process without progress, if another will replace it."""
 
 
 class EngineProcess:
-    """A running engine process; its parent's end of the pipes that start and end it.
+    """A running engine process, with its parent's ends of its pipes.
 
-    The process ends when `stop` is called or this process ends, however it ends.
+    The process ends on `stop`, and whenever this process ends.
     """
 
     def __init__(
         self, settings: EngineSettings, log_level: str, module: str = ENGINE_MODULE, log_format: LogFormat = "text"
     ) -> None:
-        """Start the process; returns at once. `module` is run with `python -m`; tests give their own."""
+        """Start the process; returns at once. `module` is run with `python -m`; tests replace it."""
         self._folder = _private_folder()
         self.endpoint = f"ipc://{self._folder}/engine"
         # A process group of its own: Ctrl-C in the terminal must reach only the parent.
@@ -69,7 +69,7 @@ class EngineProcess:
         )
         self._stdout: asyncio.StreamReader | None = None
         line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level, log_format)) + b"\n"
-        with contextlib.suppress(BrokenPipeError):  # it died already; `ready` says so
+        with contextlib.suppress(BrokenPipeError):  # already dead, which `ready` reports
             self._stdin.write(line)
 
     @property
@@ -82,7 +82,7 @@ class EngineProcess:
         return self._process.pid
 
     async def ready(self) -> EngineInfo:
-        """Wait until the engine has loaded its model; EngineStartError when it could not."""
+        """Wait until the engine has loaded its model. Raises EngineStartError."""
         assert self._process.stdout is not None
         self._stdout = await _open_pipe(self._process.stdout)
         line = await self._stdout.readline()
@@ -95,7 +95,7 @@ class EngineProcess:
         return state.info
 
     async def ended(self) -> str:
-        """Wait for the process to end after `ready`, which its stdout shows; says how it ended."""
+        """Wait, after `ready`, for the end of the process, which closes its stdout; returns how it ended."""
         assert self._stdout is not None
         await self._stdout.read()
         return describe_status(await asyncio.to_thread(self._process.wait))
@@ -104,14 +104,14 @@ class EngineProcess:
         return False
 
     def end_stalled(self) -> None:
-        """There is only this one."""
+        """Do nothing: no other process would follow."""
 
     def kill(self) -> None:
-        """End the process at once, whatever it does."""
+        """Kill the process."""
         self._process.kill()
 
     def stop(self) -> None:
-        """End the process and wait for it; requests it still runs are lost. May be called twice."""
+        """End the process and wait for it; its requests are lost. May be called twice."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
         try:
@@ -129,10 +129,10 @@ async def _open_pipe(pipe: IO[bytes]) -> asyncio.StreamReader:
 
 
 def engine_environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """The engine's environment: OpenMP's threads wait only briefly for each other, unless the user decided.
+    """The engine's environment: OpenMP's threads spin only briefly, unless the user's variables say otherwise.
 
-    By default they spin, and where another program has one of few cores each spins until the other is scheduled: with
-    one of two cores taken the demo model then gave 3.5 tokens a second, and 10.1 with this (12.2 with both cores free).
+    By default they spin until all are scheduled, which is slow if another program uses one of few cores: with one of
+    two cores busy the demo model generated 3.5 tokens a second, with this setting 10.1 (12.2 with both cores free).
     """
     if "GOMP_SPINCOUNT" in ours or "OMP_WAIT_POLICY" in ours:
         return dict(ours)
@@ -140,13 +140,15 @@ def engine_environment(ours: Mapping[str, str]) -> dict[str, str]:
 
 
 def _private_folder() -> Path:
-    """A new folder only this user may enter, with a name short enough for a Unix socket in it."""
+    """A new folder that only this user may enter, with a path short enough for a Unix socket."""
     for parent in (None, "/tmp"):
         folder = Path(tempfile.mkdtemp(prefix="stellarbyte-", dir=parent))  # mode 0700
         if len(os.fsencode(folder / "engine")) <= _IPC_PATH_BYTES:
             return folder
         folder.rmdir()
-    raise EngineStartError("no temporary folder with a short enough name; set TMPDIR to a short path")
+    raise EngineStartError(
+        "the path of the temporary folder is too long for a Unix socket; set TMPDIR to a shorter one"
+    )
 
 
 def describe_status(status: int) -> str:

@@ -1,11 +1,11 @@
-"""Whether the engine makes progress, by what it says of itself."""
+"""Detects a stalled engine from its messages."""
 
 import time
 
 from stellarbyte_server.protocol.messages import EngineStats
 
 STALL_LIMIT_S = 10.0
-FIRST_STEP_LIMIT_S = 120.0  # the first one may compile kernels
+FIRST_STEP_LIMIT_S = 120.0  # the first step may compile kernels
 _NO_STATS = EngineStats(
     num_running=0,
     num_waiting=0,
@@ -19,7 +19,7 @@ _NO_STATS = EngineStats(
 
 
 class EngineProgress:
-    """Of one engine process. `stats` are the newest it sent."""
+    """The progress of one engine process. `stats`: its newest statistics."""
 
     def __init__(self) -> None:
         self.stats = _NO_STATS
@@ -33,18 +33,19 @@ class EngineProgress:
         self.stats = stats
 
     def stalled(self, has_streams: bool) -> str | None:
-        """None while there is progress or nothing to do, else one sentence; `has_streams`: somebody here waits."""
+        """None while there is progress or no work, else the problem in one sentence. `has_streams`: streams here
+        wait."""
         now_s = time.monotonic()
         limit_s = STALL_LIMIT_S if self.stats.num_steps_total else FIRST_STEP_LIMIT_S
         if now_s - self._progress_at_s <= limit_s:
             return None
         if _num_to_do(self.stats) or has_streams:
-            return f"No step of the engine has ended for {limit_s:.0f} s although work is waiting."
+            return f"The engine has not completed a step for {limit_s:.0f} s although requests are waiting."
         if now_s - self._heard_at_s > limit_s:
-            return f"The engine has not been heard of for {limit_s:.0f} s."
+            return f"The engine has not sent a message for {limit_s:.0f} s."
         return None
 
 
 def _num_to_do(stats: EngineStats) -> int:
-    """Requests that the next step could be for."""
+    """Number of requests that the next step could include."""
     return stats.num_running + stats.num_waiting - stats.num_blocked

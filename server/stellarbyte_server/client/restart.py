@@ -1,4 +1,4 @@
-"""An engine whose process is replaced when it fails, and how its owner tells others."""
+"""Restarts of a failed engine process, and the messages that report them to HTTP workers."""
 
 import asyncio
 import logging
@@ -12,28 +12,28 @@ from stellarbyte_server.protocol.messages import EngineInfo
 
 logger = logging.getLogger("server.restart")
 
-STEADY_AFTER_S = 60.0  # a process that lived this long did not fail "in a row"
-PAUSE_S = 0.5  # after a process that did not even start
+STEADY_AFTER_S = 60.0  # a process that ran this long resets the count of restarts in a row
+PAUSE_S = 0.5  # after a process that failed to start
 
 
 def restarts_left(left: int, most: int, lived_s: float) -> int:
-    """How many restarts remain after this one, of `left`, for a process that took requests for `lived_s`."""
+    """The restarts that remain after one more, of `left`, for a process that took requests for `lived_s`."""
     return (most if lived_s >= STEADY_AFTER_S else left) - 1
 
 
 def serves_the_same(old: EngineInfo, new: EngineInfo) -> bool:
-    """Whether clients cannot tell the engines apart: the cache may have become larger or smaller, nothing else."""
+    """Whether the engines are the same to clients: only the size of the cache may differ."""
     return old == msgspec.structs.replace(new, num_blocks=old.num_blocks)
 
 
 class RestartingEngine:
-    """Engine processes, one after the other; `launch.Engine` for one reader, on one event loop.
+    """Engine processes in succession; a `launch.Engine` for one reader, on one event loop.
 
-    Each process but the last is followed by another when it ends, up to `restarts` in a row.
+    When a process ends, another follows, up to `restarts` times in a row.
     """
 
     def __init__(self, start: Callable[[], EngineProcess], restarts: int) -> None:
-        """Start the first process at once; what `start` raises is raised."""
+        """Start the first process; exceptions of `start` propagate."""
         self._start = start
         self._most = self._left = restarts
         self._process = start()
@@ -64,18 +64,18 @@ class RestartingEngine:
         return False
 
     async def _start_another(self) -> bool:
-        """Whether it takes requests."""
-        await asyncio.to_thread(self._process.stop)  # frees what it left on disk
+        """Start another process; returns whether it takes requests."""
+        await asyncio.to_thread(self._process.stop)  # removes its files
         if self._is_stopping:
             return False
         try:
             self._process = self._start()
             info = await self._process.ready()
         except (EngineStartError, OSError) as error:
-            logger.error("the engine process could not be started again: %s", error)
+            logger.error("the engine process could not be restarted: %s", error)
             return False
         if self._info is None or not serves_the_same(self._info, info):
-            logger.error("the model's files have changed: the server must be started again")
+            logger.error("the model's files have changed; restart the server")
             self._left = 0
             return False
         self._ready_at_s = time.monotonic()
@@ -97,20 +97,20 @@ class EngineEnded(msgspec.Struct, frozen=True, tag_field="news", tag="engine end
 
 
 class EngineRestarted(msgspec.Struct, frozen=True, tag_field="news", tag="engine restarted"):
-    """Another takes requests."""
+    """Another engine process takes requests."""
 
     endpoint: str
 
 
 class EngineGone(msgspec.Struct, frozen=True, tag_field="news", tag="engine gone"):
-    """There will be no other."""
+    """No other engine process will start."""
 
 
 EngineNews = EngineEnded | EngineRestarted | EngineGone
 
 
 class AttachedEngine:
-    """An engine that another process owns and tells of: what an HTTP worker has; `launch.Engine` for one reader."""
+    """An HTTP worker's view of an engine that its parent owns and reports on; a `launch.Engine` for one reader."""
 
     def __init__(self, info: EngineInfo, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -118,7 +118,7 @@ class AttachedEngine:
         self._news: asyncio.Queue[EngineNews] = asyncio.Queue()
 
     def hear(self, news: EngineNews) -> None:
-        """Called on the event loop, in order."""
+        """Note news of the engine; called on the event loop, in order."""
         self._news.put_nowait(news)
 
     async def ready(self) -> EngineInfo:
@@ -127,7 +127,7 @@ class AttachedEngine:
     async def ended(self) -> str:
         while not isinstance(await self._news.get(), EngineEnded):
             pass
-        return "its parent knows how"
+        return "see the parent's log"
 
     async def restarted(self) -> bool:
         while True:
@@ -139,4 +139,4 @@ class AttachedEngine:
                 return False
 
     def end_stalled(self) -> None:
-        """Its parent sees to it."""
+        """Do nothing: the parent ends it."""

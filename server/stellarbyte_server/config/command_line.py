@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback, switch
 from stellarbyte_server.config.settings import DEMO_MODEL, EngineSettings, ServerSettings
 
-OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # the cache folder, and clients
-# Kubernetes sets these for a Service whose name begins so.
+OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache folder and of clients
+# Kubernetes sets these variables for a Service with such a name.
 _SERVICE_LINK = re.compile(r"STELLARBYTE_([A-Z0-9_]+_)?(SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)|PORT(_\d+_.*)?)")
 
 
@@ -24,7 +24,7 @@ GROUPS: tuple[tuple[str, type], ...] = (("model and engine", EngineSettings), ("
 
 
 def options(settings_class: type) -> Iterator[dataclasses.Field[Any]]:
-    """The fields that are flags, made by `option`."""
+    """The fields made by `option`, which are flags."""
     return (field for field in dataclasses.fields(settings_class) if "parse" in field.metadata)
 
 
@@ -99,9 +99,9 @@ def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
 
 
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
-    """Settings from command-line `arguments` and `environment`; SettingsError when one cannot be used.
+    """Settings from command-line `arguments` and `environment`; SettingsError if one cannot be used.
 
-    `--help` prints and ends the process, as argparse does.
+    `--help` prints the help and exits, as in argparse.
     """
     _refuse_unknown_variables(environment)
     known, others = _make_parser().parse_known_args(arguments)

@@ -14,7 +14,7 @@ class SettingsError(ValueError):
 
 
 def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers between `minimum` and `maximum`, both included."""
+    """A parser of integers from `minimum` to `maximum`, inclusive."""
 
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"[+-]?\d{1,18}", text) else None
@@ -89,7 +89,7 @@ def existing_file(text: str) -> str:
 
 
 def switch(text: str) -> bool:
-    """Such a field has the flags --name and --no-name and takes no value; its variable is true or false."""
+    """true or false, the values of a switch's variable; its flags --name and --no-name take no value."""
     if text.lower() not in ("true", "false", "1", "0"):
         raise SettingsError(f"{text!r} must be true or false")
     return text.lower() in ("true", "1")
@@ -106,7 +106,7 @@ def existing_folder(text: str) -> str:
 
 
 def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """NAME=PATH …, every name once."""
+    """NAME=PATH …, each name once."""
     pairs = []
     for text in texts:
         name, _, path = text.partition("=")
@@ -119,7 +119,7 @@ def named_paths(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 
 def is_adapter_name(text: str) -> bool:
-    """Whether an adapter may be called so: in URLs, logs and metrics. @ stands before a version."""
+    """Whether a name is valid for an adapter, in URLs, logs and metrics. @ precedes a version."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}", text) is not None
 
 
@@ -146,7 +146,7 @@ def http_url(text: str) -> str:
 
 
 def origins(texts: Sequence[str]) -> tuple[str, ...]:
-    """*, or origins as browsers send them: a scheme and a host, and a port that is not the scheme's own."""
+    """*, or origins as browsers send them: a scheme, a host, and a port other than the scheme's default."""
     for text in texts:
         if text != "*" and re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._\[\]:-]+", text) is None:
             raise SettingsError(f"{text!r} must be * or an origin such as https://chat.example, in lower case")
@@ -154,7 +154,7 @@ def origins(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def host_names(texts: Sequence[str]) -> tuple[str, ...]:
-    """Hosts as the header Host has them, without a port; in small letters, and IPv6 addresses without brackets."""
+    """Host names without a port, in lower case; IPv6 addresses without brackets."""
     for text in texts:
         if re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9][A-Za-z0-9._-]{0,252}", text) is None:
             raise SettingsError(f"{text!r} must be a host name without a port, such as llm.example")
@@ -177,7 +177,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address or name. Any other name may be made to point anywhere."""
+    """Whether only this machine can reach a host. Names other than localhost may resolve to any address."""
     if host.lower() == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""The server's settings: frozen, made once from flags and environment variables.
+"""The server's settings: frozen, created once from flags and environment variables.
 
 Every field of `EngineSettings` and `ServerSettings` but `engine` is a flag (`max_model_len` is `--max-model-len`) and a
 variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
@@ -48,8 +48,8 @@ def option(
 ) -> Any:
     """A dataclass field that is also a flag; `parse` raises SettingsError.
 
-    With `many` the flag takes several values, and its variable several words; `parse` gets them as a list. What is
-    secret is not in the settings' repr, and `parse` must not show it.
+    With `many` the flag takes several values and its variable several words; `parse` gets them as a list. A secret
+    is not in the settings' repr, and errors of `parse` must not contain it.
     """
     metadata = {"parse": parse, "metavar": metavar, "help": help, "many": many, "is_secret": is_secret}
     return dataclasses.field(default=default, metadata=metadata, repr=not is_secret)
@@ -59,7 +59,7 @@ def option(
 class EngineSettings:
     """Settings that the engine process needs to load a model and run it.
 
-    None means "decide from the model or the machine"; what was decided is reported in `EngineInfo`, never written here.
+    None: derived from the model or the machine; `EngineInfo` reports the value, and this class keeps None.
     """
 
     model: str = option(
@@ -113,7 +113,7 @@ class EngineSettings:
     )
     sliding_window: int | str | None = option(
         window_size, "N|none", "sliding window of every layer in tokens (default: the model's)", "model"
-    )  # "model": as the checkpoint says; None: no window
+    )  # "model": the checkpoint's; None: no window
     sink_tokens: int | None = option(
         whole_number(0),
         "N",

@@ -1,1 +1,1 @@
-"""The engine: scheduling, the model and text."""
+"""The engine: scheduling, execution and detokenization."""

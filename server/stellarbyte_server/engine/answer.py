@@ -1,4 +1,4 @@
-"""The answer to one request as it grows: tokens become deltas, and end where the request says."""
+"""The answer to one request: turns tokens into deltas and detects the answer's end."""
 
 from typing import Protocol
 
@@ -12,25 +12,25 @@ from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 
 
 class Grammar(TokenMask, Protocol):
-    """What the answer has to be, as far as it has come."""
+    """The state of a grammar after the answer so far."""
 
     def accept(self, token_id: int) -> None:
-        """Go on by a token that was allowed."""
+        """Advance by an allowed token."""
 
     def begin_mask(self) -> None:
-        """Begin to compute what may follow, if that takes long."""
+        """Start computing the next mask in the background, if it takes long."""
 
     @property
     def is_complete(self) -> bool:
-        """Nothing can follow."""
+        """Whether the answer is complete."""
 
     @property
     def error(self) -> str | None:
-        """Why it cannot go on, in one sentence; None: it can."""
+        """Why the grammar cannot continue, in one sentence; None: it can."""
 
 
 class Answer:
-    """Engine thread only; one instance per request."""
+    """The answer to one request. Engine thread only."""
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer, grammar: Grammar | None = None) -> None:
         self.sequence = sequence
@@ -49,21 +49,21 @@ class Answer:
 
     @property
     def grammar_error(self) -> str | None:
-        """Why the answer's grammar cannot go on, in one sentence; None: it can, or there is none."""
+        """Why the answer's grammar cannot continue, in one sentence; None: it can, or there is no grammar."""
         return None if self._grammar is None else self._grammar.error
 
     def add_prompt_logprobs(self, start: int, logprobs: list[TokenLogprob]) -> None:
-        """Of the prompt's tokens from number start + 1 on; a request that starts anew replaces what there was."""
+        """Set the log-probabilities of the prompt's tokens from number start + 1 on; recomputation replaces them."""
         self._prompt_logprobs[start:] = logprobs
 
     def add_pooled(self, start: int, pooled: bytes) -> None:
-        """The sum of the prompt's hidden states from number `start` on, or the last of them: float32 [C]."""
+        """Add the sum of the prompt's hidden states from number `start` on, or the last one: float32 [C]."""
         hidden_C = np.frombuffer(pooled, np.float32)
         goes_on = self.sequence.request.pooling == "mean" and start > 0
         self._pooled = self._pooled + hidden_C if goes_on and self._pooled is not None else hidden_C
 
     def end_of_prompt(self) -> Delta:
-        """The only delta of a request that is only a prompt."""
+        """The only delta of a request without an answer."""
         return Delta(
             request_id=self._request_id,
             text="",
@@ -74,9 +74,9 @@ class Answer:
         )
 
     def push_all(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> Delta:
-        """What the newest tokens, which the sequence already has, add to the answer; those after its end are dropped.
+        """Add the newest tokens, which the sequence already has; returns their delta. Tokens after the end are dropped.
 
-        `logprobs` has an entry for each token, if they are wanted.
+        `logprobs` has an entry for each token, if requested.
         """
         deltas: list[Delta] = []
         for i, token in enumerate(tokens, 1):
@@ -87,11 +87,13 @@ class Answer:
         return merged(deltas)
 
     def push(self, token: int, logprob: TokenLogprob | None = None, num_later: int = 0) -> Delta:
-        """What a token adds to the answer, after which the sequence has so many more already."""
+        """Add a token, which `num_later` tokens of the sequence already follow; returns its delta."""
         offset = self._text.num_decoded
         text, finish_reason = self._read(token, num_later)
         if finish_reason is None and logprob is None and self._is_text_only:
-            return Delta(request_id=self._request_id, text=text, num_tokens=1)  # nearly all, and fields take time
+            return Delta(
+                request_id=self._request_id, text=text, num_tokens=1
+            )  # the usual case; further fields cost time
         return Delta(
             request_id=self._request_id,
             text=text,
@@ -106,10 +108,10 @@ class Answer:
         )
 
     def _read(self, token: int, num_later: int) -> tuple[str, str | None]:
-        """The text that is ready, and the finish reason if the token is the last one."""
+        """The ready text, and the finish reason if the token is the last one."""
         sampling, num_generated = self._sampling, self.sequence.num_generated - num_later
         if self._grammar is not None and self._grammar.error is not None:
-            return "", "error"  # its mask meant nothing, so the token means nothing
+            return "", "error"  # its mask was invalid, and so is the token
         if token in self.sequence.end_token_ids:
             shown = ""
             if sampling.include_stop and token in sampling.stop_token_ids:
@@ -131,7 +133,7 @@ class Answer:
         return text, None
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """Those of the whole prompt, once; from now on the cache may be read."""
+        """The log-probabilities of the whole prompt, once; after that the prefix cache may be used."""
         if self.sequence.reads_cache:
             return ()
         self.sequence.reads_cache = True

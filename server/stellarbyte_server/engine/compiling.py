@@ -1,4 +1,4 @@
-"""Requests that wait for their grammars to be compiled. Each keeps a place in the scheduler's queue."""
+"""Requests whose grammars are being compiled. Each reserves a place in the scheduler's queue."""
 
 from collections.abc import Iterator
 
@@ -27,7 +27,7 @@ class CompilingRequests:
         """
         scheduler.reserve(account)
         self._requests[request.request_id] = request, account
-        # Further answers to one prompt let the grammars of other requests go first.
+        # Grammars of further answers to one prompt are compiled after those of other requests.
         self._grammars.submit(
             request.request_id,
             grammar,
@@ -36,7 +36,7 @@ class CompilingRequests:
         )
 
     def drop(self, request_id: str, scheduler: Scheduler) -> None:
-        """Forget a request; unknown ids are fine."""
+        """Forget a request; unknown ids are ignored."""
         if (compiling := self._requests.pop(request_id, None)) is not None:
             self._grammars.cancel(request_id)
             scheduler.give_up_place(compiling[1])
@@ -44,10 +44,11 @@ class CompilingRequests:
     def collect(
         self, scheduler: Scheduler
     ) -> Iterator[tuple[GenerationRequest, Account | None, TokenGrammar | GrammarRefused]]:
-        """Those whose grammars are compiled or refused. Their places are free: what can be queued is to be at once."""
+        """Return the requests with compiled or refused grammars and free their places: the caller queues them at
+        once."""
         for request_id, grammar in self._grammars.collect():
             compiling = self._requests.pop(request_id, None)
-            if compiling is not None:  # else aborted meanwhile
+            if compiling is not None:  # otherwise aborted meanwhile
                 request, account = compiling
                 scheduler.give_up_place(account)
                 yield request, account, grammar

@@ -1,4 +1,4 @@
-"""The engine core: it steps scheduler, runner and answers, one step after another."""
+"""The engine core: runs scheduler, runner and answers step by step."""
 
 import logging
 
@@ -40,7 +40,7 @@ logger = logging.getLogger("server.engine")
 
 
 class EngineCore:
-    """Requests in, text out. One thread; every call returns between two steps."""
+    """From requests to text. Engine thread only."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class EngineCore:
         self._num_prompt_tokens = 0
         self._in_flight: tuple[list[Chunk], RunningStep] | None = None  # between two calls of `step`
         self._had_nothing_to_run = False  # in the last step
-        self._num_reads = 0  # of adapters, when requests were last looked at
+        self._num_reads = 0  # of adapters, at the last check of waiting requests
 
     @property
     def has_work(self) -> bool:
@@ -71,25 +71,25 @@ class EngineCore:
 
     @property
     def is_blocked(self) -> bool:
-        """All there is to do waits for an adapter or for the limit of a key; no step is in flight."""
+        """Whether all work waits for an adapter or a key's limit, with no step in flight."""
         return self._had_nothing_to_run
 
     @property
     def patience_s(self) -> float | None:
-        """After which time a key's limit allows more; None: no request waits for that."""
+        """Seconds until a key's limit allows more; None: no request waits for that."""
         return self.scheduler.seconds_until_allowed()
 
     @property
     def wake_fds(self) -> tuple[int, ...]:
-        """One becomes readable when an adapter was read or copied, or a grammar compiled."""
+        """File descriptors; one becomes readable when an adapter was read or copied, or a grammar compiled."""
         of_adapters = () if self.adapters.wake_fd is None else (self.adapters.wake_fd,)
         return (*of_adapters, self.grammars.wake_fd)
 
     def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
-        """Queue a request of an account; None: it came without a key.
+        """Queue a request of an account; None: no key.
 
         Raises:
-            RequestRejected: it could never run to its end, or the queue is full.
+            RequestRejected: it exceeds the context, or the queue is full.
         """
         if request.sampling.grammar is None:
             self._queue(request, account)
@@ -113,7 +113,7 @@ class EngineCore:
         self.answers.add(Answer(sequence, self.tokenizer, grammar))
 
     def abort(self, request_id: str) -> None:
-        """Drop a request and free its blocks; unknown ids are fine (it may just have ended)."""
+        """Abort a request and free its blocks; unknown ids are ignored (it may just have ended)."""
         sequence = self.answers.sequence(request_id)
         if sequence is not None:
             self.answers.end(sequence)
@@ -121,11 +121,11 @@ class EngineCore:
             self._compiling.drop(request_id, self.scheduler)
 
     def prepare(self) -> bool:
-        """Use a moment without work; whether another one would be of use."""
+        """Do one piece of preparation while idle; returns whether more is left."""
         return self.runner.prepare()
 
     def call(self, call: Call) -> None:
-        """Do what the operator asks; the answer is among `take_replies`, now or after a later step."""
+        """Execute an operator's call; `take_replies` returns the answer, now or after a later step."""
         if isinstance(call, LoadAdapter):
             refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place)
             self.answers.replies += [] if refusal is None else [refusal]
@@ -135,7 +135,7 @@ class EngineCore:
             self.answers.replies += self.adapters.list_all(call.call_id)
 
     def take_replies(self) -> list[Reply]:
-        """The answers to calls since the last time; also takes note of what other threads have finished."""
+        """Answers to calls since the last `take_replies`; also processes other threads' results."""
         self.answers.replies += self.adapters.collect()
         self._queue_compiled()
         replies, self.answers.replies = self.answers.replies, []
@@ -144,12 +144,11 @@ class EngineCore:
     def step(self) -> list[News]:
         """Advance every scheduled sequence by one forward pass.
 
-        Says first which requests began to run and which of the others never will, then what each one got: by the step
-        that was started now, or where the runner works ahead by the one before, which ran until now. A request that
-        makes steps fail ends.
+        Returns the requests that began to run or were rejected, then deltas: of the step started now, or, if the runner
+        works ahead, of the one before. A request that makes steps fail ends with an error.
 
         Raises:
-            DeviceLost, EngineBroken: whatever is computed fails.
+            DeviceLost, EngineBroken: every step fails.
         """
         self.answers.replies += self.adapters.collect()
         self._queue_compiled()
@@ -181,7 +180,7 @@ class EngineCore:
             return self.runner.start(chunks) if chunks else None
         except DeviceLost:
             raise
-        except Exception as error:  # whose fault it is will be found out
+        except Exception as error:  # `_compute_again` finds the requests at fault
             return error
 
     def _finish(self, step: RunningStep) -> RunningStep | Exception:
@@ -194,7 +193,7 @@ class EngineCore:
         return step
 
     def _compute_again(self, chunks: list[Chunk], error: Exception) -> list[Delta]:
-        """Compute a step that failed again, without the requests that make it fail, and end those.
+        """Recompute a failed step without the requests that make it fail, and end those.
 
         Raises:
             DeviceLost, EngineBroken
@@ -207,13 +206,13 @@ class EngineCore:
         return [delta for part, result in findings.computed for delta in self.answers.record(part, result)]
 
     def _receive(self, chunks: list[Chunk], step: RunningStep) -> list[Delta]:
-        """Wait for a step and turn what it computed into deltas."""
+        """Wait for a step and turn its results into deltas."""
         try:
             result = step.result()
         except DeviceLost:
             raise
         except Exception as error:
-            if self.runner.num_steps_ahead:  # the one that was started meanwhile went on from it
+            if self.runner.num_steps_ahead:  # the next step was started from it
                 raise
             return self._compute_again(chunks, error)
         return self.answers.record(chunks, result)
@@ -257,7 +256,7 @@ class EngineCore:
         return Accepted(sequence.request.request_id, adapter_hash)
 
     def _refuse_unserviceable(self) -> list[News]:
-        """End the waiting requests whose adapter turned out to be unusable, or not the version they want."""
+        """End the waiting requests whose adapter cannot be used, or is not the requested version."""
         news: list[News] = []
         if self._num_reads == self.adapters.num_reads:
             return news
@@ -268,17 +267,17 @@ class EngineCore:
                 continue
             request_id = sequence.request.request_id
             self.abort(request_id)
-            if sequence.was_admitted:  # its answer has begun
+            if sequence.was_admitted:  # its answer has started
                 news.append(failure(request_id, str(refusal)))
             else:
                 news.append(Rejected(request_id, str(refusal), refusal.code, refusal.param))
         return news
 
     def _displace(self, sequence: Sequence) -> Rejected:
-        """The queue was full, and another key had a smaller part of it."""
+        """Reject a sequence that lost its place in the full queue to a key with fewer places."""
         request_id = sequence.request.request_id
         self.answers.forget(sequence)
-        return Rejected(request_id, "Too many requests of this key are waiting already; try again later.", QUEUE_FULL)
+        return Rejected(request_id, "Too many requests of this key are already waiting; try again later.", QUEUE_FULL)
 
     def _expire(self, sequence: Sequence) -> Rejected:
         request_id = sequence.request.request_id

@@ -1,4 +1,4 @@
-"""The answers of requests that were queued and have not ended: what steps compute becomes their deltas."""
+"""The answers of all queued and running requests: turns steps' results into deltas."""
 
 import logging
 
@@ -17,15 +17,15 @@ from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 
 logger = logging.getLogger("server.engine")
 
-NO_MEMORY = "There is too little memory left for this request."
-NOT_FINITE = "The model computed numbers that are not finite (NaN or infinity) for this request; it cannot go on."
+NO_MEMORY = "The device has too little memory for this request."
+NOT_FINITE = "The model computed NaN or infinity for this request, so the answer cannot be continued."
 
 
 class LiveAnswers:
     """Engine thread only."""
 
     def __init__(self, scheduler: Scheduler, adapters: Adapters) -> None:
-        self.failed: list[Delta] = []  # ends of requests that failed since the last step
+        self.failed: list[Delta] = []  # last deltas of requests that failed since the last step
         self.replies: list[Reply] = []  # to calls
         self.num_steps = 0
         self.num_step_tokens = 0
@@ -35,21 +35,21 @@ class LiveAnswers:
         self._live: dict[str, Answer] = {}
 
     def add(self, answer: Answer) -> None:
-        """Follow the answer of a request that was queued."""
+        """Add the answer of a queued request."""
         self._live[answer.sequence.request.request_id] = answer
 
     def sequence(self, request_id: str | None) -> Sequence | None:
-        """The sequence of a request; None: there is no such request, or it has ended."""
+        """The sequence of a request; None: unknown or ended."""
         answer = None if request_id is None else self._live.get(request_id)
         return None if answer is None else answer.sequence
 
     def end(self, sequence: Sequence) -> None:
-        """Free what a request holds, and forget it."""
+        """Free a request's resources and forget it."""
         self._scheduler.remove(sequence)
         self.forget(sequence)
 
     def record(self, chunks: list[Chunk], result: StepResult) -> list[Delta]:
-        """Note what a step computed; the deltas that come of it."""
+        """Record a step's results; returns the deltas."""
         for sequence in not_finite(chunks, result):
             self._fail_not_finite(sequence)
         if result.prompt_logprobs or result.pooled:
@@ -77,14 +77,14 @@ class LiveAnswers:
     def _deliver(
         self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob] | None = None
     ) -> Delta | None:
-        """Turn what a step gave a sequence into a delta, and end the request if this was its last."""
+        """Turn a step's tokens of a sequence into a delta; ends the request after its last delta."""
         answer = self._live[sequence.request.request_id]
         try:
             if len(tokens) == 1 and logprobs is None:
                 delta = answer.push(tokens[0])
             else:
                 delta = answer.push_all(tokens, logprobs) if tokens else answer.end_of_prompt()
-        except Exception as error:  # its text, its grammar: of no other request
+        except Exception as error:  # a fault of its text or grammar, not of other requests
             self._fail(sequence, FAILED, "the answer to request %s could not be continued; ending it", error)
             return None
         self.num_generated_tokens += delta.num_tokens
@@ -106,7 +106,7 @@ class LiveAnswers:
     def _fail(
         self, sequence: Sequence, message: str, log: str, error: Exception | None = None, code: str | None = None
     ) -> None:
-        """End a request with an error; `log` has a place for its id. Others do not share what was computed of it."""
+        """End a request with an error; `log` is a format for its id. Its cached blocks are not shared."""
         request_id = sequence.request.request_id
         logger.error(log, request_id, exc_info=error)
         self._scheduler.remove(sequence, keep_content=False)
@@ -114,15 +114,15 @@ class LiveAnswers:
         self.failed.append(failure(request_id, message, code))
 
     def _fail_not_finite(self, sequence: Sequence) -> None:
-        """End a request whose numbers allow no choice: those of the model, or a grammar that could allow no token."""
+        """End a request without a valid token: logits are not finite, or the grammar allows no token."""
         refusal = self._live[sequence.request.request_id].grammar_error
         if refusal is None:
-            self._fail(sequence, NOT_FINITE, "the numbers of request %s are not finite; ending it")
+            self._fail(sequence, NOT_FINITE, "the logits of request %s are not finite; ending it")
         else:
             self._fail(sequence, refusal, "the grammar of request %s allows no token; ending it", code=GRAMMAR_REFUSED)
 
     def forget(self, sequence: Sequence) -> None:
-        """No more is said of a request that the scheduler has let go."""
+        """Forget a request that the scheduler has removed."""
         del self._live[sequence.request.request_id]
         if sequence.adapter is not None:
             self.replies += self._adapters.release(sequence.adapter)

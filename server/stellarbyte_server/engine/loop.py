@@ -41,7 +41,7 @@ from stellarbyte_server.protocol.request import INTERNAL_ERROR, GenerationReques
 logger = logging.getLogger("server.engine")
 
 PEER_SILENCE_LIMIT_S = 5.0
-PREPARATION_INTERVAL_MS = 5  # between two pieces of it, while there is nothing else to do
+PREPARATION_INTERVAL_MS = 5  # between two pieces of preparation while idle
 CALL_FAILED = "The engine failed to execute this call; see the server's log."
 
 
@@ -49,17 +49,17 @@ class Core(Protocol):
     """The interface of an engine core. Called from one thread only."""
 
     def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
-        """Queue a request of an account (None: it came without a key); RequestRejected when it cannot run."""
+        """Queue a request of an account (None: no key); RequestRejected if it cannot run."""
 
     def abort(self, request_id: str) -> None:
-        """Drop a request; unknown ids are fine."""
+        """Abort a request; unknown ids are ignored."""
 
     @property
     def has_work(self) -> bool: ...
 
     @property
     def is_blocked(self) -> bool:
-        """Nothing can run before a wake-up of `wake_fds`, or before `patience_s` have passed."""
+        """Whether no work is possible before a wake-up of `wake_fds`, or before `patience_s` have passed."""
 
     @property
     def patience_s(self) -> float | None:
@@ -67,7 +67,7 @@ class Core(Protocol):
 
     @property
     def wake_fds(self) -> tuple[int, ...]:
-        """File descriptors, one of which becomes readable when there is work that no command brought."""
+        """File descriptors; one becomes readable when there is work without a command."""
 
     def prepare(self) -> bool:
         """Do one piece of preparation for later steps; returns whether more is left."""
@@ -117,14 +117,14 @@ class EngineLoop:
             self._poller.register(wake_fd, zmq.POLLIN)
 
     def run(self) -> None:
-        """Serve until a step fails; the exception is raised after every running request was failed."""
+        """Serve until the engine fails; raises the exception after ending every running request with an error."""
         stats_before = self._core.stats()
         while True:
             if self._poller.poll(self._patience_ms()):
                 self._take_commands()
                 self._answer_calls()
             now_s = time.monotonic()
-            self._leave_silent_peers(now_s)  # after commands were taken: heartbeats wait while a long step runs
+            self._leave_silent_peers(now_s)  # after reading commands: heartbeats wait while a long step runs
             self._tell_stats(now_s)
             if self._core.has_work:
                 started_s = time.monotonic()
@@ -186,7 +186,7 @@ class EngineLoop:
                 rejected = Rejected("", str(refusal), refusal.code, refusal.param, refusal.retry_after_s)
                 for request in command.requests:
                     self._send(peer_id, msgspec.structs.replace(rejected, request_id=request.request_id))
-            except Exception:  # of these requests only: no step has seen them
+            except Exception:  # a fault of these requests only: no step has included them
                 logger.exception("requests %s could not be queued", [r.request_id for r in command.requests])
                 for request in command.requests:
                     self._send(peer_id, Rejected(request.request_id, FAILED, INTERNAL_ERROR))
@@ -194,9 +194,9 @@ class EngineLoop:
             self._forget(command.request_id)
             self._totals.note_aborted(command.request_id, CLIENT_LEFT)
             self._core.abort(command.request_id)
-            peer.told_at_s = 0.0  # let it see at once that the blocks are free
+            peer.told_at_s = 0.0  # send the state with the freed blocks at once
         elif isinstance(command, Heartbeat):
-            peer.told_at_s = 0.0  # answered with the state of now
+            peer.told_at_s = 0.0  # answered with the current state
         elif isinstance(command, HttpObservations):
             self._totals.add_observations(command)
         elif isinstance(command, ReadTotals):
@@ -292,7 +292,7 @@ class EngineLoop:
         """Send without blocking. A peer that is gone or does not read loses its requests."""
         peer = self._peers.get(peer_id)
         if peer is None:
-            return  # found gone while it was being answered
+            return  # the peer is gone
         peer.told_at_s = time.monotonic()
         try:
             payload = self._encoder.encode(event)
@@ -340,4 +340,4 @@ class EngineLoop:
         failures = [failure(request_id, FAILED) for request_id in self._owner]
         now_s = time.monotonic()
         self._deliver(failures, self._core.stats(), now_s, now_s)
-        self._tell_totals()  # for those who ask before all has ended
+        self._tell_totals()  # for HTTP processes that render metrics before they end

@@ -1,8 +1,8 @@
 """The engine process: builds the core, then serves HTTP processes until it fails or its parent ends.
 
-Run as `python -m stellarbyte_server.engine.process` by `launch.EngineProcess`. One thread steps; a second one only
-waits for the end of stdin, which means that the parent is done or gone, and ends the process: an engine never outlives
-its parent.
+Run as `python -m stellarbyte_server.engine.process` by `launch.EngineProcess`. One thread runs steps; a second one
+waits for the end of stdin, which means that the parent has ended, and ends the process: an engine never outlives its
+parent.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, Engin
 
 logger = logging.getLogger("server.engine")
 
-SEND_QUEUE_MESSAGES = 10_000  # what may wait for an HTTP process that does not read
-LINGER_MS = 1000  # time for last messages to leave when the process ends
+SEND_QUEUE_MESSAGES = 10_000  # queue for an HTTP process that does not read
+LINGER_MS = 1000  # time to send the last messages when the process ends
 
 BuildCore = Callable[[EngineSettings], tuple[Core, EngineInfo]]
 
 
 def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:
-    from stellarbyte_server.engine.start.load import build_core  # imports torch: not before the parent's end is watched
+    from stellarbyte_server.engine.start.load import build_core  # imports torch: only after the parent is watched
 
     return build_core(settings)
 
 
 def _end_with_parent(endpoint: str) -> None:
-    """Wait for the end of stdin, then end this process, whatever it is doing."""
-    while os.read(0, 4096):  # not through sys.stdin: its lock would be held when the interpreter ends
+    """Wait for the end of stdin, then end this process at once."""
+    while os.read(0, 4096):  # not through sys.stdin, whose lock would be held at the interpreter's exit
         pass
     shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
     os._exit(0)
 
 
 def _keep_stdout() -> BinaryIO:
-    """Put stdout aside for the one line to the parent; all else that is printed goes to stderr."""
+    """Reserve stdout for the line to the parent; other output goes to stderr."""
     kept = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return kept
@@ -60,7 +60,7 @@ def _report(stdout: BinaryIO, state: EngineReady | EngineFailed) -> None:
 
 
 def main(build_core: BuildCore = _build_core) -> int:
-    """The whole life of the engine process; returns its exit status."""
+    """Run the engine process; returns its exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which lets requests finish
     stdout = _keep_stdout()
     line = sys.stdin.buffer.readline()
@@ -83,18 +83,18 @@ def main(build_core: BuildCore = _build_core) -> int:
     socket.setsockopt(zmq.RCVHWM, SEND_QUEUE_MESSAGES)
     socket.bind(start.endpoint)
     _report(stdout, EngineReady(info))
-    with contextlib.closing(stdout):  # open until the end: the parent sees its end as ours
+    with contextlib.closing(stdout):  # open until the end, which the parent detects by it
         try:
             EngineLoop(core, socket).run()
         except Exception:
             logger.exception("a step failed; the engine ends")
         context.destroy(linger=LINGER_MS)
     logging.shutdown()
-    os._exit(1)  # at once: other threads may wait for a device that is lost
+    os._exit(1)  # at once: other threads may wait for a lost device
 
 
 def _one_line(error: Exception) -> str:
-    """An exception as one line for the user: its own sentence if it was raised for people, else with its type."""
+    """An exception as one line for the user: its own sentence if it has one, else with its type."""
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | OSError) and text:
         return text

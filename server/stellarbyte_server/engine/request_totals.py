@@ -1,7 +1,7 @@
-"""What the engine process counts for its metrics: the lives of requests, and steps.
+"""The engine process's counts for metrics of requests and steps.
 
-Every request that was queued ends as one that finished or as one that was aborted, or the engine refuses it before it
-runs. Counted is what is delivered: a token costs one bucket of one histogram, and nothing here is a Prometheus object.
+Every queued request finishes, is aborted, or is rejected before it runs. Counts are of delivered tokens: each updates
+one bucket of one histogram, without Prometheus objects.
 """
 
 from collections import Counter
@@ -60,14 +60,14 @@ class RequestTotals:
         self._step_s = Histogram(STEP_S)
 
     def note_queued(self, requests: Iterable[GenerationRequest], arrived_s: float, sent_s: float) -> None:
-        """Requests that an HTTP process received at `arrived_s` and sent at `sent_s`."""
+        """Note requests that an HTTP process received at `arrived_s` and sent at `sent_s`."""
         for request in requests:
             self._lives[request.request_id] = _Life(
                 arrived_s=arrived_s, sent_s=sent_s, num_prompt=len(request.prompt_token_ids)
             )
 
     def note_started(self, request_id: str, now_s: float) -> None:
-        """A request runs for the first time."""
+        """Note a request's first step."""
         self._queue_s.observe(max(0.0, now_s - self._lives[request_id].sent_s))
 
     def note_delta(self, delta: Delta, now_s: float) -> None:
@@ -89,27 +89,27 @@ class RequestTotals:
         self._generation_tokens.observe(life.num_generated)
 
     def note_aborted(self, request_id: str, reason: str) -> None:
-        """A request ended without an answer; `reason` is one of ABORT_REASONS."""
+        """Note a request aborted before its end; `reason` is one of ABORT_REASONS."""
         del self._lives[request_id]
         self._aborted[reason] += 1
 
     def note_refused(self, request_id: str) -> None:
-        """It will never run; the HTTP process that hears of it counts the rejection."""
+        """Forget a rejected request; the HTTP process counts the rejection."""
         del self._lives[request_id]
 
     def note_step(self, seconds: float, num_tokens: int) -> None:
-        """A step ended, which took so long and computed so many tokens, those of prompts included."""
+        """Note a step's duration and its tokens, including those of prompts."""
         self._step_s.observe(seconds)
         self._step_tokens.observe(num_tokens)
 
     def add_observations(self, observations: HttpObservations) -> None:
-        """What an HTTP process has seen since it last told; ValueError when its histograms are others."""
+        """Add an HTTP process's new observations; ValueError if its histograms have other bounds."""
         self._first_token_s.add(observations.first_token_s)
         self._stream_lag_s.add(observations.stream_lag_s)
         self._rejected.update(observations.rejected)
 
     def snapshot(self, stats: EngineStats) -> EngineTotals:
-        """All there is to tell; `stats` are the engine core's, of now."""
+        """All totals; `stats`: the engine core's current statistics."""
         return EngineTotals(
             stats=stats,
             finished=dict.fromkeys(FINISH_REASONS, 0) | self._finished,

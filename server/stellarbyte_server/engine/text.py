@@ -1,4 +1,4 @@
-"""From tokens to text that can be sent: whole characters only, stop strings found and cut."""
+"""Text of an answer's tokens: whole characters, up to the first stop string."""
 
 from tokenizers import Tokenizer
 
@@ -10,7 +10,7 @@ class _StopString:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.matched = 0  # how much of `text` the end of what was read may be the start of
+        self.matched = 0  # length of the longest prefix of `text` at the end of the input
         self._fallback = [0] * len(text)
         length = 0
         for i in range(1, len(text)):
@@ -20,7 +20,7 @@ class _StopString:
             self._fallback[i] = length
 
     def read(self, character: str) -> bool:
-        """Whether the string ends with this character."""
+        """Read a character; returns whether it completes the string."""
         while self.matched and self.text[self.matched] != character:
             self.matched = self._fallback[self.matched - 1]
         self.matched += self.text[self.matched] == character
@@ -30,8 +30,8 @@ class _StopString:
 class TextStream:
     """The text of one request, token by token. Engine process only; one instance per request.
 
-    The joined result does not depend on how tokens come in: it is the decoded text up to the stop string that is
-    completed first (of several completed by one character, the longest).
+    The joined result does not depend on the grouping of tokens: it is the decoded text up to the stop string that is
+    completed first (if one character completes several, the longest).
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class TextStream:
         self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens)
         self._stops = [_StopString(text) for text in stop]
         self._include_stop = include_stop
-        self._held = ""  # may still become a stop string
+        self._held = ""  # possible start of a stop string
         self.num_decoded = 0  # characters of all tokens so far, held back or not
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
-        """Take the next token; return text that is ready to send, and whether a stop string was met.
+        """Add a token; return text that is ready to send, and whether a stop string was found.
 
-        Text before the stop string, or up to its end if it is to be included, is in what was returned; nothing may be
-        pushed after it. No stop string is looked for in the text of a token that may not stop.
+        The returned text ends before the stop string, or includes it if requested; nothing may be pushed after it. The
+        text of a token with `may_stop` False is not searched for stop strings.
         """
         text = self._detokenizer.push(token_id)
         self.num_decoded += len(text)
@@ -62,7 +62,8 @@ class TextStream:
         return held + text, False
 
     def flush(self) -> str:
-        """Everything held back, at the end by length or end-of-sequence token. An unfinished character is U+FFFD."""
+        """Return the text held back, at an end by length or end-of-sequence token. An unfinished character is
+        U+FFFD."""
         ready, stopped = self._cut(self._detokenizer.flush())
         if not stopped:
             ready += self._held
@@ -70,7 +71,7 @@ class TextStream:
         return ready
 
     def _cut(self, text: str) -> tuple[str, bool]:
-        """Text that no stop string can claim any more, and whether one was completed."""
+        """Text that cannot be part of a stop string any more, and whether one was completed."""
         if not self._stops:
             return text, False
         text, start = self._held + text, len(self._held)

@@ -1,1 +1,1 @@
-"""Sockets, connections, processes and the application on them."""
+"""The application, its sockets, connections and processes."""

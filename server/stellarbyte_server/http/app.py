@@ -27,15 +27,15 @@ from stellarbyte_server.http.gate import Gate
 from stellarbyte_server.observe.tracing import Tracing
 from stellarbyte_server.tokens.tokenizer import NoTokenizerError
 
-# What pages of other origins may read of an answer beside its body.
+# Response headers that pages of other origins may read.
 _EXPOSED = ("X-Request-Id", "X-Ignored-Fields", "Retry-After", "WWW-Authenticate")
 
-# FastAPI's own spans and logs, which it has in newer versions, would show what users sent; ours are in tracing.py.
+# Newer versions of FastAPI have spans and logs that would contain users' data; ours are in tracing.py.
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = None) -> FastAPI:
-    """An application for a service whose engine is ready; AssertionError when a route declares no access rule."""
+    """Create the application of a service with a ready engine; AssertionError if a route declares no access rule."""
     settings = service.settings
     app = FastAPI(title="StellarByte", openapi_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY)
     app.state.service = service
@@ -50,12 +50,12 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
     app.add_exception_handler(HTTPException, answer_http_exception)
     app.add_exception_handler(ClientLeft, answer_client_left)
     app.add_exception_handler(ClientDisconnect, answer_client_left)
-    # Each is around those before it.
+    # Each wraps those before it.
     app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
     app.add_middleware(RefusalRate, service=service)
     app.add_middleware(Gate, routes=routes, keyring=keyring, settings=settings)
     app.add_middleware(Unexpected)
-    if settings.cors_origin:  # around the gate: browsers ask without a key first, and pages must see errors
+    if settings.cors_origin:  # around the gate: browsers' preflight requests have no key, and pages must see errors
         app.add_middleware(
             Cors,
             allow_origins=settings.cors_origin,

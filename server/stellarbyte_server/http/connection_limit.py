@@ -1,18 +1,18 @@
-"""How many connections an HTTP process may hold, and what one too many hears."""
+"""The limit of connections of an HTTP process, and the answer beyond it."""
 
 import resource
 
 from stellarbyte_server.api.contract.errors import ApiError
 
 MAX_CONNECTIONS = 8192  # of one HTTP process
-OTHER_FILES = 128  # descriptors for all that is not a connection, or not yet known to be one too many
-ACCEPTED_AT_ONCE = 16  # by one turn of the event loop; it takes some turns until those too many are closed
+OTHER_FILES = 128  # descriptors for other files, and for connections not yet counted
+ACCEPTED_AT_ONCE = 16  # in one turn of the event loop; connections beyond the limit are closed some turns later
 
 
 def connections_allowed() -> int:
-    """As many as this process may hold files open, but for some others, and MAX_CONNECTIONS at most.
+    """The process's limit of open files, less some for other files, and at most MAX_CONNECTIONS.
 
-    What the system lets the process open is raised first: many systems begin with 1024 and allow far more.
+    Raises the soft limit of open files first: it is often 1024, with a far larger hard limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + OTHER_FILES
@@ -23,5 +23,5 @@ def connections_allowed() -> int:
 
 
 def too_many_connections() -> ApiError:
-    message = "The server has as many connections as it can hold; try again later."
+    message = "The server has too many open connections; try again later."
     return ApiError(503, message, code="too_many_connections", headers={"Retry-After": "1"})

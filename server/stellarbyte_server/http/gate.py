@@ -1,4 +1,4 @@
-"""The gate that every request passes first: is its host ours, its route known, its key good for it? Plain ASGI."""
+"""The first check of every request: its host, its route and its key's permission. Plain ASGI."""
 
 import re
 from http import HTTPStatus
@@ -19,7 +19,7 @@ _ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
 
 
 class Gate:
-    """Lets through what the table of routes and the keys allow; `state.key` is then the request's `Key`."""
+    """Passes requests that the table of routes and the keys allow; `state.key` is then the request's `Key`."""
 
     def __init__(self, app: ASGIApp, routes: RouteTable, keyring: Keyring, settings: ServerSettings) -> None:
         self._app = app
@@ -32,7 +32,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["type"] != "lifespan":  # it is no client's
+            if scope["type"] != "lifespan":  # not a client's request
                 self._check(scope)
         except ApiError as error:
             await error.answer(scope, receive, send)
@@ -40,15 +40,15 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        """ApiError unless the request may be made. What needs a key says so first, whether it exists or not."""
+        """ApiError unless the request is allowed. Without a key, unknown paths get the same error as known ones."""
         headers = Headers(scope=scope)
         keyring = self._keyring
         if not keyring.has_user_keys and self._key(headers) is None and not self._is_own_name(headers):
             addresses = "addresses 127.… and [::1]" if self._is_local else "IP addresses"
             raise ApiError(
                 403,
-                f"Without --api-key this server answers only under the host name localhost, {addresses}, and names"
-                " that --allowed-host gives.",
+                f"Without --api-key this server accepts only the host names localhost, {addresses}, and those given"
+                " with --allowed-host.",
             )
         path, method = path_of(scope), scope["method"]
         methods = self._routes.methods_of(path)
@@ -60,20 +60,22 @@ class Gate:
             if access is Access.ADMIN:
                 self._require_admin(key, headers)
             elif key is None and keyring.has_user_keys:
-                raise _no_key("This needs one of the server's API keys")
+                raise _no_key("This request needs one of the server's API keys")
             elif key is None and method == "POST" and not self._may_come_from(headers):
-                raise ApiError(403, "Without keys web pages of other origins need --cors-origin.")
+                raise ApiError(
+                    403, "Without API keys, web pages of other origins are refused unless --cors-origin allows them."
+                )
         if not methods:
             raise no_route(path)
         if method not in methods:
             raise method_not_allowed(method, path, methods)
 
     def _is_own_name(self, headers: Headers) -> bool:
-        """Whether a request names the server by an address or a name that nobody else can make point here.
+        """Whether a request's host is an address, or a name that others cannot make resolve to this server.
 
-        Any other name may be that of a web page which was made to point to this server after the page was loaded (DNS
-        rebinding): for the browser the page then has this server's origin. An address cannot be changed so; but of
-        those that are not loopback a server on loopback hears only through a proxy.
+        Any other name may belong to a web page and resolve to this server only after the page was loaded (DNS
+        rebinding): for the browser the page then has this server's origin. Addresses are safe; but a server on loopback
+        gets requests for other addresses only through a proxy.
         """
         hosts = headers.getlist("host")
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
@@ -83,9 +85,9 @@ class Gate:
         return name in self._names or (is_loopback(name) if self._is_local else is_address(name))
 
     def _may_come_from(self, headers: Headers) -> bool:
-        """Whether a request is no web page's, or that of a page which may make it.
+        """Whether a request is not a web page's, or comes from an allowed page.
 
-        Browsers send simple requests for any page without asking first, and only keep the answer from it.
+        Browsers send simple requests of any page without a preflight, and only withhold the answer from the page.
         """
         origin = headers.get("origin")
         if origin is None or "*" in self._cors_origins or origin in self._cors_origins or _is_own_page(origin):
@@ -99,41 +101,42 @@ class Gate:
         return self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
 
     def _require_admin(self, key: Key | None, headers: Headers) -> None:
-        """ApiError unless the key is the operator's, or --allow-local-admin makes programs of this machine operators.
+        """ApiError unless the key is the operator's, or --allow-local-admin allows programs of this machine.
 
-        Nothing in a request tells a program of this machine from a proxy or tunnel here that passes on others': nginx
-        by default connects from loopback, names the loopback in Host, and adds no header. So the operator has to say
-        that there is none; that the headers of proxies and pages are looked at as well is a second line.
+        A request does not show whether it comes from a program of this machine or from a proxy or tunnel on it: nginx
+        by default connects from loopback, with the loopback in Host and no further header. So the operator has to state
+        that there is none; the checks of proxies' and pages' headers are a second line of defence.
 
-        A web page that a user of this machine looks at can send requests here, too. It cannot send JSON without asking
-        first, which only --cors-origin grants; its Origin header gives it away, and where its name was made to point
-        here, the Host header.
+        A web page open on this machine can send requests here, too. It cannot send JSON without a preflight, which only
+        --cors-origin grants; its Origin header identifies it, or, after DNS rebinding, the Host header.
         """
         if self._keyring.has_admin_key:
             if key is None:
-                raise _no_key("This needs the server's --admin-api-key")
+                raise _no_key("This request needs the server's --admin-api-key")
             if not key.is_admin:
-                raise ApiError(403, f"The key {key.name!r} may not do this; it needs the server's --admin-api-key.")
+                raise ApiError(
+                    403, f"The key {key.name!r} does not permit this request; it needs the server's --admin-api-key."
+                )
         elif self._keyring.has_user_keys:
-            raise ApiError(403, "This is off because the server was started with keys, but without --admin-api-key.")
+            raise ApiError(403, "This request is disabled: the server has API keys but no --admin-api-key.")
         elif not self._is_local:
-            raise ApiError(403, "This is off because the server was started without --admin-api-key.")
+            raise ApiError(403, "This request is disabled: the server has no --admin-api-key.")
         elif not self._allows_local_admin:
             raise ApiError(
                 403,
-                "This is off because the server was started without --admin-api-key; where no proxy or tunnel leads to"
-                " it, --allow-local-admin lets this machine's programs do it without a key.",
+                "This request is disabled: the server has no --admin-api-key. If no proxy or tunnel leads to it,"
+                " --allow-local-admin enables it for this machine's programs without a key.",
             )
         elif any(name in headers for name in _PROXY_HEADERS) or not _is_loopback_host(headers["host"]):
-            raise ApiError(403, "Without --admin-api-key this does not work through a proxy.")
+            raise ApiError(403, "Without --admin-api-key this request is refused through a proxy.")
         elif "origin" in headers and not _is_own_page(headers["origin"]):
-            raise ApiError(403, "Without --admin-api-key this does not work from web pages of other hosts.")
+            raise ApiError(403, "Without --admin-api-key this request is refused from web pages of other hosts.")
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise bad_request("The header 'Content-Type' must be application/json.")
 
 
 def _is_loopback_host(host: str) -> bool:
-    """Of a host as the headers Host and Origin have it: with a port, IPv6 in brackets."""
+    """Whether a host, in the form of the headers Host and Origin, is loopback."""
     match = _HOST.fullmatch(host)
     return match is not None and is_loopback(match["name"].strip("[]"))
 

@@ -1,9 +1,8 @@
-"""uvicorn's HTTP connection with bounds: how large a header may be, how long a client may take, how many there may be.
+"""uvicorn's HTTP connection with limits of header size, time and number of connections.
 
-uvicorn's own time-out covers idle connections between requests only, and its parser has no limits. The body of a
-request that is being answered has its bounds in `api/middleware.py`.
-Of what a client does not read, asyncio keeps 64 KiB and then lets the answer wait; what the kernel keeps is set where
-the server's sockets are made.
+uvicorn's own timeout covers only idle connections between requests, and its parser has no limits. `api/middleware.py`
+limits the body of a request while it is answered. asyncio buffers 64 KiB of unread output and then pauses the answer;
+the kernel's buffer is set where the server's sockets are created.
 """
 
 import asyncio
@@ -26,12 +25,12 @@ from stellarbyte_server.observe.reasons import reason_of_error
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too
 MAX_HEADER_FIELDS = 200
-MAX_UNSENT_BYTES = 64 * 1024  # beyond it the answer waits
+MAX_UNSENT_BYTES = 64 * 1024  # beyond it the answer pauses
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionBounds:
-    """What is the same for all connections; `note_rejected` is called with one of `reasons.REASONS`."""
+    """Limits and state of all connections; `note_rejected` is called with one of `reasons.REASONS`."""
 
     receive_timeout_s: float
     send_timeout_s: float
@@ -44,11 +43,10 @@ class HeaderTooLarge(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A header, or what is left of a body after its answer, must come within the bounds' `receive_timeout_s`.
+    """A header, or the rest of a body after its answer, must arrive within `receive_timeout_s` of the bounds, with at
+    least one byte in each quarter of it. A client that has sent no byte gets no answer.
 
-    And there must be a byte in each quarter of that. A client that has not sent a byte is left without an answer. One
-    that takes nothing of a waiting answer for `send_timeout_s` is cut off, also where the connection is closed once it
-    has read the rest.
+    A client that does not read waiting output for `send_timeout_s` is disconnected, also while the connection closes.
     """
 
     bounds: ClassVar[ConnectionBounds]
@@ -60,16 +58,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_body = False
         self._header_bytes = 0  # of this request so far
         self._num_fields = 0
-        self._held_bytes = 0  # that came since the parser last said what it had found: it may have to keep them
+        self._held_bytes = 0  # received since the parser's last callback: it may have to keep them
         self._is_too_large = False
         self._is_refused = False  # discard further input
-        self._timer: asyncio.TimerHandle | None = None  # set while something of the client is waited for
+        self._timer: asyncio.TimerHandle | None = None  # set while waiting for the client
         self._waiting_since_s = 0.0
         self._heard_at_s = 0.0
         self._send_timeout: SendTimeout  # runs while the client must read
 
     def connection_made(self, transport: asyncio.Transport, tcp: asyncio.Transport | None = None) -> None:  # type: ignore[override]
-        """`tcp` is what carries the transport, where that is TLS."""
+        """`tcp`: the transport below TLS."""
         self._send_timeout = SendTimeout(
             transport, transport if tcp is None else tcp, timeout_s=self.bounds.send_timeout_s
         )
@@ -87,11 +85,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self.app = self._application  # which leaves no reference to itself
 
     def eof_received(self) -> None:
-        """The transport is closed next."""
+        """Start the time limit for the output that is left: the transport closes next."""
         self._send_timeout.start()
 
     def shutdown(self) -> None:
-        if not self.transport.is_closing():  # TLS transports do not bear to be closed twice
+        if not self.transport.is_closing():  # TLS transports must not be closed twice
             super().shutdown()
 
     def pause_writing(self) -> None:
@@ -108,7 +106,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application. uvicorn closes some connections after their last byte, and those where it fails."""
+        """Run the application. uvicorn closes some connections after their last byte, and those of failed requests."""
         try:
             await self._application(scope, receive, send)
         finally:
@@ -119,7 +117,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._send_timeout.start()
 
     def _close(self) -> None:
-        """As soon as the client has read what is left."""
+        """Close as soon as the client has read the rest."""
         self.transport.close()
         self._send_timeout.start()
 
@@ -134,20 +132,20 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._held_bytes > MAX_HEADER_BYTES:
                 self._is_too_large = True
                 raise HeaderTooLarge
-        except (httptools.HttpParserError, HeaderTooLarge):  # the parser has errors of its own for those of callbacks
+        except (httptools.HttpParserError, HeaderTooLarge):  # the parser wraps errors of callbacks
             if self._is_too_large:
-                message = f"The header is larger than {MAX_HEADER_BYTES} bytes or {MAX_HEADER_FIELDS} fields."
+                message = f"The header must have at most {MAX_HEADER_BYTES} bytes and {MAX_HEADER_FIELDS} fields."
                 self._refuse(ApiError(431, message, code="header_too_large"))
             else:
-                self._refuse(bad_request("This is not valid HTTP/1.1."))
+                self._refuse(bad_request("The request is not valid HTTP/1.1."))
             return
         self._watch()
 
     def _parse(self, data: bytes) -> None:
-        """Raises HttpParserError for what is no HTTP/1.1.
+        """Parse received bytes; HttpParserError if they are not HTTP/1.1.
 
-        A request to go on in another protocol may be ignored (RFC 9110, 7.8), and is. The parser takes what follows
-        its header for that protocol: another one gets the header without the request, and then what follows.
+        Upgrade requests are ignored (RFC 9110, 7.8). After one the parser would treat further bytes as the other
+        protocol, so a new parser gets the header without the upgrade, and then these bytes.
         """
         rest = memoryview(data)
         while True:
@@ -158,7 +156,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 rest = rest[upgrade.args[0] :]
             method, version = self.parser.get_method(), self.parser.get_http_version().encode()
             if method == b"CONNECT":
-                raise httptools.HttpParserError("a tunnel is asked for")
+                raise httptools.HttpParserError("CONNECT is not supported")
             head = [b"%s %s HTTP/%s\r\n" % (method, self.url, version)]
             head += [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
             self.parser = httptools.HttpRequestParser(self)
@@ -177,12 +175,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_fields += 1
         self._count(len(name) + len(value) + 4)
-        if self._is_in_header:  # what follows a chunked body is no part of the request that was let through
+        if self._is_in_header:  # fields after a chunked body do not belong to the checked header
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._held_bytes = 0
-        if self.parser.should_upgrade():  # comes again, see `_parse`
+        if self.parser.should_upgrade():  # parsed again, see `_parse`
             return
         self._is_in_header, self._is_in_body = False, True
         super().on_headers_complete()
@@ -210,9 +208,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise HeaderTooLarge
 
     def _refuse(self, error: ApiError) -> None:
-        """Read no further, and close: with this as the answer, or after those that are due.
+        """Discard further input and close: with this answer, or after the pending ones.
 
-        An error in a body is for the application, which waits for the body and answers.
+        An error in a body is passed to the application, which waits for the body and answers.
         """
         self._is_refused = True
         self._stop_watching()
@@ -241,7 +239,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._close()
 
     def _waits(self) -> bool:
-        """Whether it is the client's turn, and nobody else sees to it that it comes."""
+        """Whether the connection waits for the client, without another timeout."""
         if self._is_refused or self.transport.is_closing():
             return False
         if self._is_in_header:
@@ -267,7 +265,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._waits():
             return
         now_s = self.loop.time()
-        if self.flow.read_paused:  # it is us who do not read
+        if self.flow.read_paused:  # reading is paused on our side
             self._waiting_since_s = self._heard_at_s = now_s
         due_s = min(
             self._waiting_since_s + self.bounds.receive_timeout_s, self._heard_at_s + self.bounds.receive_timeout_s / 4
@@ -275,14 +273,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if now_s < due_s:
             self._timer = self.loop.call_at(due_s, self._check_time)
         elif self._is_in_header:
-            message = (
-                f"The header did not come within {self.bounds.receive_timeout_s:g} s, or stopped for a quarter of that."
-            )
+            limit_s = self.bounds.receive_timeout_s
+            message = f"The header must arrive within {limit_s:g} s, without a pause of a quarter of that."
             self._refuse(ApiError(408, message, code="request_timeout"))
         else:
             self._close()
 
 
 def bounded_protocol(bounds: ConnectionBounds) -> type[BoundedProtocol]:
-    """The class to give to uvicorn."""
+    """The protocol class for uvicorn."""
     return type("Protocol", (BoundedProtocol,), {"bounds": bounds})

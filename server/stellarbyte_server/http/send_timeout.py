@@ -1,4 +1,4 @@
-"""Cuts off a client that leaves unread what is sent to it."""
+"""Disconnects a client that does not read its output."""
 
 import asyncio
 import logging
@@ -9,10 +9,10 @@ logger = logging.getLogger("server.access")
 
 
 class SendTimeout:
-    """While it runs, each `timeout_s` must bring some of what waits in this process to the client's side.
+    """While running, the output buffered in this process must shrink in every `timeout_s`.
 
-    The kernel takes more only once the client has read a good part of what it keeps, so a client that reads a byte now
-    and then brings nothing. `transport` is what is written to, `tcp` what carries it: the same unless there is TLS.
+    The kernel takes more only after the client has read a good part of the kernel's buffer, so reading single bytes is
+    not enough. `tcp` is the transport below `transport`: the same without TLS.
     """
 
     def __init__(self, transport: asyncio.Transport, tcp: asyncio.Transport, timeout_s: float) -> None:
@@ -24,7 +24,7 @@ class SendTimeout:
         self._unsent_bytes_then = 0
 
     def start(self) -> None:
-        """Go on, if it runs."""
+        """Start, unless it is running."""
         if self._timer is None:
             self._look_again_later()
 
@@ -41,14 +41,14 @@ class SendTimeout:
         return sum(transport.get_write_buffer_size() for transport in self._transports)
 
     def _look(self) -> None:
-        """Answers wait meanwhile, so that the buffers shrink unless the client does not read."""
+        """Check the buffers: answers are paused, so they shrink if the client reads."""
         unsent_bytes = self._unsent_bytes()
         if unsent_bytes < self._unsent_bytes_then:
             self._look_again_later()
             return
-        if unsent_bytes > 0:  # else it has all, and only does not agree to the end of TLS
-            logger.info("cut off a client that did not read for %g s", self._timeout_s)
-            # With a reset, so that the kernel keeps nothing for it either.
+        if unsent_bytes > 0:  # otherwise only the end of TLS is unconfirmed
+            logger.info("disconnected a client that did not read for %g s", self._timeout_s)
+            # With a reset, so that the kernel also drops its buffer.
             linger = struct.pack("ii", 1, 0)
             self._tcp.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._tcp.abort()

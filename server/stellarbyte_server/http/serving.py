@@ -1,7 +1,7 @@
-"""One HTTP process from a ready engine to its end: the application on a socket, and how it stops.
+"""Serves the application on a socket, from a ready engine to shutdown.
 
-Told to stop, it first drains: it goes on accepting connections, so that probes and clients hear 503 and not nothing,
-but no new request is let in. When the running ones have ended, or at the time-out, or at the second signal, it ends.
+On a stop signal it drains: it continues to accept connections, so that probes and clients get a 503, but refuses new
+requests. It ends when the running ones have ended, at the timeout, or at a second signal.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from stellarbyte_server.http.tls_protocol import tls_protocol
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
 
 _POLL_S = 0.05
-_WAITING_CONNECTIONS = 2048  # that the kernel keeps until they are accepted
+_WAITING_CONNECTIONS = 2048  # backlog of the kernel
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its handling of signals, which would close the port at the first one.
+    """uvicorn without its signal handlers, which would close the port at the first signal.
 
-    asyncio has one number for how many connections may wait and how many it accepts before it looks at one of them.
+    asyncio uses one number for the backlog and for the connections accepted in one turn, which should differ.
     """
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -56,16 +56,16 @@ async def serve(
     started_at: int,
     on_started: Callable[[], None],
 ) -> int:
-    """Serve from when the engine is ready until a signal, or until some seconds after the engine died for good.
+    """Wait for the engine and serve until a signal, or some seconds after the engine ended without a successor.
 
     `started_at` (Unix seconds) is the same in all HTTP processes of a server. `on_started` is called once connections
-    are accepted. Returns the exit status; raises EngineStartError, ValueError or OSError when it cannot start.
+    are accepted. Returns the exit status; raises EngineStartError, ValueError or OSError if it cannot start.
     """
     client = EngineClient(engine)
     await client.start()
     tracing: Tracing | None = None
     try:
-        AppStatus.disable_automatic_graceful_drain()  # streams may finish, or are ended here
+        AppStatus.disable_automatic_graceful_drain()  # streams finish, or are ended here
         tracing = make_tracing(settings, os.environ)
         bounds = ConnectionBounds(
             receive_timeout_s=settings.receive_timeout,
@@ -105,7 +105,7 @@ async def _run_until_stopped(
     shutdown_timeout_s: float,
     on_started: Callable[[], None],
 ) -> None:
-    """Serve; when told to stop, let running requests finish in time and give the others an error as their end."""
+    """Serve; on a stop signal let requests finish until the timeout, then end the others with an error."""
     told, told_again = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
@@ -133,7 +133,7 @@ async def _run_until_stopped(
         server.should_exit = True
 
     call_on_stop_signals(asyncio.get_running_loop(), on_signal)
-    beside = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
+    background = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
     await server.serve(sockets=[listener])
-    for task in beside:
+    for task in background:
         task.cancel()

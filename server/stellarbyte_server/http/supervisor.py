@@ -1,9 +1,9 @@
 """--http-workers above 1: starts HTTP processes on one port and one engine, and watches them.
 
-A worker that ends unasked is replaced, while the others serve on: the engine drops the requests it had, new connections
-of its share wait. This process is a client of the engine, too, which only watches it; what becomes of the engine's
-process is told to the workers. When a worker cannot start, or the engine is gone for good, everything ends. The workers
-do what the single HTTP process does (`serving.serve`), so signals are only passed on to them.
+A worker that ends unexpectedly is replaced while the others continue: the engine drops its requests, and new
+connections of its share wait. This process is also a client of the engine, only to watch it, and tells the workers
+about restarts. If a worker cannot start, or the engine ends without a successor, the server ends. The workers run
+`serving.serve` like a single HTTP process, so signals are passed on to them.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from stellarbyte_server.protocol.messages import EngineInfo
 logger = logging.getLogger("server.supervisor")
 
 WORKER_MODULE = "stellarbyte_server.http.worker"
-_KILL_AFTER_S = 3.0  # beyond the time a worker may take to stop
+_KILL_AFTER_S = 3.0  # in addition to a worker's time to stop
 
 
 class WorkerStartError(ValueError):
@@ -52,12 +52,12 @@ class Supervisor:
         self._engine = engine
         self._started_at = started_at
         self._workers: dict[int, Process] = {}  # by number, from 1
-        self._told_start: set[Process] = set()  # they hear of what changes from now on
+        self._told_start: set[Process] = set()  # workers that get further news
         self._engine_is_up = asyncio.Event()
         self._is_stopping = False
 
     async def run(self, on_started: Callable[[], None]) -> int:
-        """Until a signal or the engine's end; called once, else as `serving.serve`.
+        """Run until a signal or the engine's end; once only. Otherwise as `serving.serve`.
 
         Raises:
             EngineStartError, WorkerStartError, OSError: the server could not start.
@@ -65,7 +65,7 @@ class Supervisor:
         client = EngineClient(self._engine, self._hear_of_engine)
         try:
             for number in self._listeners:
-                await self._launch(number)  # they import what they need while the engine loads
+                await self._launch(number)  # they import modules while the engine loads
             info = await client.start()
             try:
                 return await self._run_with(client, info, on_started)
@@ -87,14 +87,15 @@ class Supervisor:
 
         keepers = [asyncio.create_task(self._keep(number, info)) for number in numbers]
         engine_watcher = asyncio.create_task(client.dead.wait())
-        await asyncio.wait({*keepers, engine_watcher}, return_when=asyncio.FIRST_COMPLETED)  # something ends it all
+        await asyncio.wait({*keepers, engine_watcher}, return_when=asyncio.FIRST_COMPLETED)  # the server ends
         limit_s = self._settings.shutdown_timeout + DEAD_ENGINE_GRACE_S + LAST_WORDS_S + _KILL_AFTER_S
         await asyncio.wait(keepers, timeout=limit_s)
         has_failed = engine_watcher.done() or any(keeper.done() and keeper.exception() for keeper in keepers)
         return 1 if has_failed else 0
 
     async def _launch(self, number: int) -> None:
-        """Start a process that waits for its first line. In a group of its own: Ctrl-C must reach only this one."""
+        """Start a process, which waits for its first line. In its own process group: Ctrl-C must reach only this
+        one."""
         self._workers[number] = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -106,7 +107,7 @@ class Supervisor:
         )
 
     async def _start(self, number: int, info: EngineInfo) -> None:
-        """Tell a worker what to serve, once there is an engine, and wait until it does.
+        """Send a worker its start message, once there is an engine, and wait until it serves.
 
         Raises:
             WorkerStartError
@@ -115,7 +116,7 @@ class Supervisor:
         worker = self._workers[number]
         if self._is_stopping:
             worker.kill()
-            raise WorkerStartError("the server ends")
+            raise WorkerStartError("the server is stopping")
         assert worker.stdin is not None and worker.stdout is not None
         start = WorkerStart(
             number=number,
@@ -131,7 +132,7 @@ class Supervisor:
         line = await worker.stdout.readline()
         if not line:
             status = describe_status(await worker.wait())
-            raise WorkerStartError(f"HTTP worker {number} ended while it started ({status})")
+            raise WorkerStartError(f"HTTP worker {number} ended during its start ({status})")
         state = msgspec.json.decode(line, type=WorkerReady | WorkerFailed)
         if isinstance(state, WorkerFailed):
             raise WorkerStartError(state.message)
@@ -149,7 +150,7 @@ class Supervisor:
         self._tell_workers(news)
 
     def _tell_workers(self, news: News) -> None:
-        """One that has not been told to start yet will be told how things are then."""
+        """Send news to all started workers; the others get the current state when they start."""
         line = msgspec.json.encode(news) + b"\n"
         for worker in self._workers.values():
             if worker.returncode is None and worker in self._told_start:
@@ -157,33 +158,33 @@ class Supervisor:
                 worker.stdin.write(line)
 
     async def _keep(self, number: int, info: EngineInfo) -> None:
-        """Replace a worker whenever it ends, until the server stops; WorkerStartError when that fails."""
+        """Replace a worker whenever it ends, until the server stops; WorkerStartError if that fails."""
         while True:
             status = await self._workers[number].wait()
             self._told_start.discard(self._workers[number])
             if self._is_stopping:
-                self._listeners[number].close()  # else new connections of its share would wait for nobody
+                self._listeners[number].close()  # otherwise new connections of its share would wait for ever
                 return
             logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))
             try:
                 await self._launch(number)
                 await self._start(number, info)
-            except (ValueError, OSError) as error:  # ValueError: WorkerStartError, or what it said is not understood
+            except (ValueError, OSError) as error:  # ValueError: WorkerStartError, or an invalid message
                 if not self._is_stopping:
                     logger.error("%s; the server ends", error)
                     self._stop()
                     raise
 
     def _stop(self) -> None:
-        """Let the workers finish their requests; a second signal makes them stop at once."""
+        """Let the workers drain; a second signal stops them at once."""
         self._is_stopping = True
-        self._engine_is_up.set()  # nothing is to wait for it
+        self._engine_is_up.set()  # release waiters
         for worker in self._workers.values():
             if worker.returncode is None:
                 worker.terminate()
 
     async def _end_workers(self) -> None:
-        """Kill those that are left."""
+        """Kill the remaining workers."""
         for worker in self._workers.values():
             with contextlib.suppress(ProcessLookupError):
                 worker.kill()

@@ -1,4 +1,4 @@
-"""The certificate that HTTPS is served with, checked before a model is loaded for nothing."""
+"""The TLS certificate, checked before the model is loaded."""
 
 import ssl
 
@@ -7,21 +7,21 @@ from stellarbyte_server.config.settings import ServerSettings
 
 
 def check_certificate(settings: ServerSettings) -> None:
-    """SettingsError unless the server can speak TLS with what was given; without --ssl-certfile it speaks none."""
+    """SettingsError if the given certificate and key cannot be used; without --ssl-certfile there is no TLS."""
     if settings.ssl_certfile is None:
         if settings.ssl_keyfile is not None:
             raise SettingsError("--ssl-keyfile needs --ssl-certfile.")
         return
     try:
         server_context(settings.ssl_certfile, settings.ssl_keyfile)
-    except (OSError, ValueError) as error:  # of ssl.SSLError, too
+    except (OSError, ValueError) as error:  # includes ssl.SSLError
         raise SettingsError(
             f"--ssl-certfile: {settings.ssl_certfile} and its key cannot be used: {_reason(error)}."
         ) from None
 
 
 def server_context(certfile: str, keyfile: str | None) -> ssl.SSLContext:
-    """OSError or ValueError when the files cannot be used."""
+    """The server's TLS context; OSError or ValueError if the files cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certfile, keyfile, password=_no_password)
     return context
@@ -34,6 +34,6 @@ def _no_password() -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, ssl.SSLError):
         if error.reason == "KEY_VALUES_MISMATCH":
-            return "the key is that of another certificate"
-        return "PEM files of a certificate and an RSA or EC key are needed, the key in either of them"
+            return "the key does not belong to the certificate"
+        return "the files must be PEM, with a certificate and an RSA or EC key"
     return str(getattr(error, "strerror", None) or error)

@@ -1,6 +1,6 @@
-"""A connection until its TLS handshake is done, which counts as one from its beginning.
+"""A connection before its TLS handshake is complete; it counts as a connection from the start.
 
-Of connections over TLS that asyncio's servers make, a protocol hears only when the handshake is over.
+asyncio's TLS servers would tell the protocol about a connection only after the handshake.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from stellarbyte_server.http.protocol import BoundedProtocol
 
 
 class TlsProtocol(asyncio.Protocol):
-    """Hands a connection over to HTTP if its handshake is done within the bounds' `receive_timeout_s`."""
+    """Passes a connection to HTTP if its handshake completes within `receive_timeout_s` of the bounds."""
 
     context: ClassVar[ssl.SSLContext]
     http_class: ClassVar[type[BoundedProtocol]]
@@ -25,20 +25,20 @@ class TlsProtocol(asyncio.Protocol):
         self._http = self.http_class(*args, **kwargs)
         self._tcp: asyncio.Transport
         self._handshake: asyncio.Task[None] | None = None
-        self._early: list[bytes] = []  # what came together with the end of the handshake
+        self._early: list[bytes] = []  # received together with the end of the handshake
 
     def connection_made(self, tcp: asyncio.Transport) -> None:  # type: ignore[override]
         self._tcp = tcp
         connections, bounds = self._http.connections, self._http.bounds
         connections.add(self)  # type: ignore[arg-type]
-        if len(connections) > bounds.max_connections:  # an answer would need a handshake
+        if len(connections) > bounds.max_connections:  # without an answer, which would need a handshake
             error = too_many_connections()
             bounds.note_rejected(str(error.code))
             log_request(request_id_for(Headers()), None, None, None, error=error.code)
             tcp.abort()
             return
-        tcp.set_write_buffer_limits(0)  # what waits, waits in TLS, where it is bounded
-        tcp.pause_reading()  # until TLS takes what comes
+        tcp.set_write_buffer_limits(0)  # unsent output stays in the TLS layer, where it is bounded
+        tcp.pause_reading()  # until TLS reads
         self._handshake = asyncio.create_task(self._shake_hands())
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -48,7 +48,7 @@ class TlsProtocol(asyncio.Protocol):
         self._early.append(data)
 
     def shutdown(self) -> None:
-        """The server ends: called by uvicorn."""
+        """Close at shutdown; called by uvicorn."""
         self._tcp.abort()
 
     async def _shake_hands(self) -> None:
@@ -59,13 +59,13 @@ class TlsProtocol(asyncio.Protocol):
                 self.context,
                 server_side=True,
                 ssl_handshake_timeout=self._http.bounds.receive_timeout_s,
-                ssl_shutdown_timeout=math.inf,  # HTTP sees to it that clients read to the end
+                ssl_shutdown_timeout=math.inf,  # SendTimeout bounds it
             )
-        except OSError:  # of ssl.SSLError, too
+        except OSError:  # includes ssl.SSLError
             tls = None
         finally:
             self._http.connections.discard(self)
-        if tls is None:  # lost meanwhile
+        if tls is None:  # connection lost
             return
         tls.set_protocol(self._http)
         self._http.connection_made(tls, self._tcp)
@@ -74,5 +74,5 @@ class TlsProtocol(asyncio.Protocol):
 
 
 def tls_protocol(http_class: type[BoundedProtocol], context: ssl.SSLContext) -> type[asyncio.Protocol]:
-    """The class to give to uvicorn in place of `http_class`."""
+    """The protocol class for uvicorn in place of `http_class`."""
     return type("Protocol", (TlsProtocol,), {"http_class": http_class, "context": context})

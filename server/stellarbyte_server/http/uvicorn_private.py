@@ -1,8 +1,9 @@
-"""What the service uses of uvicorn beyond its documented interface; pyproject.toml bounds uvicorn's releases for it.
+"""Undocumented parts of uvicorn that the service uses; pyproject.toml bounds uvicorn's releases for them.
 
 - `HttpToolsProtocol`: its attributes app, connections, cycle, flow, headers, loop, parser, timeout_keep_alive_task,
-  transport and url, its `_unset_keepalive_if_required` and `timeout_keep_alive_handler`, and that httptools calls its
-  methods `on_...`. Of its cycle: keep_alive, message_event, response_complete and scope; of its flow: read_paused.
+  transport and url, its `_unset_keepalive_if_required` and `timeout_keep_alive_handler`, and its methods
+  `on_...`, called by httptools. Of its cycle: keep_alive, message_event, response_complete and scope; of its flow:
+  read_paused.
 - `uvicorn.Server`: `server_state.tasks`, and that `startup` and `capture_signals` may be overridden.
 """
 

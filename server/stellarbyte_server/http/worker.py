@@ -1,8 +1,8 @@
-"""One of several HTTP processes: serves on a socket and an engine that its parent (supervisor.py) owns.
+"""One of several HTTP processes: serves on a socket and an engine owned by its parent (supervisor.py).
 
 Run as `python -m stellarbyte_server.http.worker`. It reads one `WorkerStart` as a line of JSON from its stdin and
-answers with one `WorkerReady` or `WorkerFailed` on its stdout. Further lines bring news. It lives at most as long as
-its stdin is open.
+answers with one `WorkerReady` or `WorkerFailed` on its stdout. Further lines are news. It ends when its stdin is
+closed.
 """
 
 import asyncio
@@ -18,20 +18,22 @@ import msgspec
 
 from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.client.restart import AttachedEngine
-from stellarbyte_server.http.serving import serve  # imports all that HTTP needs, while the engine loads its model
+from stellarbyte_server.http.serving import serve  # imports all modules of HTTP while the engine loads its model
 from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.logs import configure_logging
 
 
 def main() -> int:
-    """The whole life of a worker; returns its exit status."""
+    """Run a worker; returns its exit status."""
     lines = _lines_of_stdin()
     line = next(lines, None)
     if line is None:
         return 0  # the parent ended first
     start = msgspec.json.decode(line, type=WorkerStart)
     if start.settings.keys is not None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent reads the file, so that all have the same keys
+        signal.signal(
+            signal.SIGHUP, signal.SIG_IGN
+        )  # the parent reads the file, so that all workers have the same keys
     configure_logging(start.settings.log_level, f"http-{start.number}", start.settings.log_format)
     try:
         return asyncio.run(_serve(start, lines))
@@ -41,7 +43,7 @@ def main() -> int:
 
 
 async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
-    """HTTP, with what the parent tells meanwhile."""
+    """Serve HTTP and apply the parent's news."""
     loop = asyncio.get_running_loop()
     keyring = Keyring(start.settings, start.keys)
     engine = AttachedEngine(start.info, start.endpoint)
@@ -53,7 +55,7 @@ async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
             engine.hear(news)
 
     def pass_on(news: News) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
+        with contextlib.suppress(RuntimeError):  # the loop is closed at shutdown
             loop.call_soon_threadsafe(hear, news)
 
     threading.Thread(target=_listen_to_parent, args=(lines, pass_on), daemon=True).start()
@@ -67,7 +69,7 @@ def _report(state: WorkerReady | WorkerFailed) -> None:
 
 
 def _lines_of_stdin() -> Iterator[bytes]:
-    """Not through sys.stdin, whose lock would be held when the interpreter ends."""
+    """Lines of stdin, not through sys.stdin, whose lock would be held at the interpreter's exit."""
     rest = b""
     while content := os.read(0, 65536):
         *lines, rest = (rest + content).split(b"\n")
@@ -75,7 +77,7 @@ def _lines_of_stdin() -> Iterator[bytes]:
 
 
 def _listen_to_parent(lines: Iterator[bytes], pass_on: Callable[[News], None]) -> None:
-    """Take news until the end of stdin, then end this process: without the parent there is no engine either."""
+    """Read news until the end of stdin, then end this process: the engine ends with the parent."""
     for line in lines:
         pass_on(msgspec.json.decode(line, type=News))
     os._exit(1)

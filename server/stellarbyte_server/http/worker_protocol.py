@@ -1,6 +1,6 @@
-"""What the parent of several HTTP processes says to each, and hears: lines of JSON on stdin, one on stdout.
+"""Messages between HTTP workers and their parent: lines of JSON on stdin, one line on stdout.
 
-The first line is a `WorkerStart`; each further one is what has changed since: the keys, or the engine's process.
+The first line is a `WorkerStart`; further lines are changes of the keys or of the engine's process.
 """
 
 import msgspec
@@ -12,9 +12,9 @@ from stellarbyte_server.protocol.messages import EngineInfo
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is told when the engine is ready; file descriptors are inherited."""
+    """A worker's start message, sent when the engine is ready; file descriptors are inherited."""
 
-    number: int  # from 1; the log names it
+    number: int  # from 1, for the log
     settings: ServerSettings
     keys: tuple[Key, ...]  # of the file --keys
     listener_fd: int

@@ -1,6 +1,6 @@
-"""The server's metrics in Prometheus' text format, under vLLM's names where it has them: dashboards for it work.
+"""The server's metrics in Prometheus' text format, under vLLM's names where it has them, for its dashboards.
 
-Made from what the engine process has counted, whichever HTTP process is asked."""
+Every HTTP process renders the engine's totals."""
 
 import itertools
 import time
@@ -25,27 +25,32 @@ class _TotalsCollector(Collector):
         totals = self._totals
         rejected = dict.fromkeys(REASONS, 0) | totals.rejected
         for name, text, label, by_label in (
-            ("vllm:request_success", "Requests that were answered to the end.", "finished_reason", totals.finished),
-            ("stellarbyte:aborted_requests", "Requests that ended without an answer.", "reason", totals.aborted),
+            ("vllm:request_success", "Requests completed.", "finished_reason", totals.finished),
+            (
+                "stellarbyte:aborted_requests",
+                "Requests aborted before the end of their answer.",
+                "reason",
+                totals.aborted,
+            ),
             ("stellarbyte:rejected_requests", "HTTP requests refused with an error.", "reason", rejected),
         ):
             yield self._by_label(name, text, label, by_label)
         for name, text, buckets in (
             (
                 "vllm:time_to_first_token_seconds",
-                "From a request's arrival until its first token was ready to be written.",
+                "Time from a request's arrival until its first token was ready to be written.",
                 totals.first_token_s,
             ),
-            ("vllm:inter_token_latency_seconds", "Between two tokens of a request.", totals.between_tokens_s),
-            ("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token.", totals.request_s),
-            ("vllm:request_queue_time_seconds", "From the engine's queue to the first step.", totals.queue_s),
-            ("vllm:request_prompt_tokens", "Prompt tokens of requests that were answered.", totals.prompt_tokens),
-            ("vllm:request_generation_tokens", "Tokens of their answers.", totals.generation_tokens),
+            ("vllm:inter_token_latency_seconds", "Time between two tokens of a request.", totals.between_tokens_s),
+            ("vllm:e2e_request_latency_seconds", "Time from a request's arrival to its last token.", totals.request_s),
+            ("vllm:request_queue_time_seconds", "Time in the engine's queue before the first step.", totals.queue_s),
+            ("vllm:request_prompt_tokens", "Prompt tokens of completed requests.", totals.prompt_tokens),
+            ("vllm:request_generation_tokens", "Generated tokens of completed requests.", totals.generation_tokens),
             ("vllm:iteration_tokens_total", "Tokens computed in a step.", totals.step_tokens),
-            ("stellarbyte:engine_step_seconds", "Time of a step.", totals.step_s),
+            ("stellarbyte:engine_step_seconds", "Duration of a step.", totals.step_s),
             (
                 "stellarbyte:http_stream_lag_seconds",
-                "From the end of a step until what it added to an answer was there to be written.",
+                "Time from the end of a step until its tokens were ready to be written.",
                 totals.stream_lag_s,
             ),
         ):
@@ -54,17 +59,21 @@ class _TotalsCollector(Collector):
     def _single_values(self) -> Iterator[Metric]:
         stats = self._totals.stats
         gauges = (
-            ("vllm:num_requests_running", "Requests the engine is working on.", stats.num_running),
+            ("vllm:num_requests_running", "Requests running in the engine.", stats.num_running),
             ("vllm:num_requests_waiting", "Requests waiting for their first step.", stats.num_waiting),
             ("vllm:kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", stats.kv_cache_usage),
         )
         counters = (
-            ("vllm:prompt_tokens", "Prompt tokens of requests that were started.", stats.prompt_tokens_total),
+            ("vllm:prompt_tokens", "Prompt tokens of started requests.", stats.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens generated.", stats.generation_tokens_total),
-            ("vllm:num_preemptions", "Requests stopped for want of memory and run again.", stats.num_preemptions_total),
+            (
+                "vllm:num_preemptions",
+                "Requests preempted for lack of cache memory and resumed.",
+                stats.num_preemptions_total,
+            ),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
-            ("stellarbyte:evicted_tokens", "Tokens that have gone out of sight.", stats.evicted_tokens_total),
+            ("stellarbyte:evicted_tokens", "Tokens evicted from sliding contexts.", stats.evicted_tokens_total),
         )
         for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:
@@ -80,7 +89,7 @@ class _TotalsCollector(Collector):
 
 
 class _HealthCollector(Collector):
-    """What the totals cannot say of an engine that stands still: they are as it last told them."""
+    """The engine's health, which the totals of a stalled engine cannot report."""
 
     def __init__(self, is_healthy: bool, model_name: str) -> None:
         self._is_healthy = is_healthy
@@ -95,7 +104,7 @@ class _HealthCollector(Collector):
 
 
 class _AdapterCollector(Collector):
-    """Labels are names from the registry, whose number the operator bounds."""
+    """Metrics of adapters. Labels are names in the registry, whose number is bounded by the operator."""
 
     def __init__(self, adapters: AdapterList, model_name: str, device: str) -> None:
         self._adapters = adapters
@@ -116,14 +125,14 @@ class _AdapterCollector(Collector):
 
         resident = GaugeMetricFamily(
             "stellarbyte:adapter_resident",
-            "1 for the fastest memory each adapter lies in.",
+            "1 for the fastest memory that holds the adapter.",
             labels=["model_name", "adapter", "tier"],
         )
         tokens = CounterMetricFamily(
             "stellarbyte:adapter_tokens", "Tokens generated with each adapter.", labels=["model_name", "adapter"]
         )
         for card in cards:
-            if card.is_current:  # of a name's versions one
+            if card.is_current:  # one version of each name
                 resident.add_metric([self._model_name, card.name, tier_name(card.tier, self._device)], 1)
                 tokens.add_metric([self._model_name, card.name], card.num_tokens)
         yield resident
@@ -145,14 +154,14 @@ def histogram(name: str, text: str, buckets: Buckets, model_name: str) -> Metric
 
 
 def tier_name(tier: str, device: str) -> str:
-    """A tier as users know it: a slot lies in the device's memory."""
+    """A tier's name for users: a slot is in the device's memory."""
     return "gpu" if tier == "slot" and device == "cuda" else tier
 
 
 def render_metrics(
     totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str, is_healthy: bool
 ) -> bytes:
-    """The text of one scrape; without `adapters` (the engine does not answer) what it last counted."""
+    """The text of one scrape; without `adapters` (the engine does not answer) the last known counts."""
     registry = CollectorRegistry()
     registry.register(_HealthCollector(is_healthy, model_name))
     registry.register(_TotalsCollector(totals, model_name))

@@ -1,4 +1,4 @@
-"""Why requests get errors in place of answers, as a few words that may label a metric."""
+"""Reasons of failed requests, as a fixed set of labels for metrics."""
 
 from http import HTTPStatus
 
@@ -13,7 +13,7 @@ from stellarbyte_server.protocol.request import (
     RATE_LIMITED,
 )
 
-# Error codes that are reasons of their own; the rest goes by the status.
+# Error codes with their own reason; others go by the status.
 CODES = (
     "context_length_exceeded",
     "engine_unavailable",
@@ -41,7 +41,7 @@ REASONS = tuple(dict.fromkeys((*CODES, *STATUSES.values(), *OTHERS)))
 
 
 def reason_of_error(status: int, code: str | None) -> str:
-    """One of REASONS for an error as the client sees it."""
+    """The reason, one of REASONS, of an error response."""
     if code in CODES:
         return code
     return STATUSES.get(HTTPStatus(status), "server_error" if status >= 500 else "invalid_request")

@@ -1,4 +1,4 @@
-"""What is noted of one HTTP request for its line in the log, its trace and the metrics."""
+"""The record of one HTTP request, for its log line, trace and metrics."""
 
 import time
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from stellarbyte_server.protocol.messages import Delta
 
 @dataclass
 class TokenCount:
-    """Tokens of one HTTP request so far; its record is read at the end."""
+    """Tokens of one HTTP request so far."""
 
     prompt: int
     completion: int = 0
     cached: int = 0  # of the prompts; known at the end
-    evicted: int = 0  # out of sight at the end, when the context slid
+    evicted: int = 0  # evicted by the end, if the context slid
 
     def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
         self.completion += delta.num_tokens
@@ -41,21 +41,21 @@ class RequestRecord:
     arrived_s: float = field(default_factory=time.monotonic)
     adapter: str | None = None  # NAME@HASH
     tokens: TokenCount | None = None
-    streams: list[DeltaStream] = field(default_factory=list)  # of what the engine took
+    streams: list[DeltaStream] = field(default_factory=list)  # of the requests that the engine accepted
     body_bytes: int = 0  # received so far
-    status: int | None = None  # that the client was sent; None: nothing yet
-    is_counted: bool = False  # the engine counts it against its key's requests, or has reason not to
-    error_code: str | None = None  # of the error it was answered with
-    left_queue: bool = False  # the client was gone before the engine began
+    status: int | None = None  # sent to the client; None: none yet
+    is_counted: bool = False  # counted, or exempt, in its key's requests per minute
+    error_code: str | None = None  # of the error response
+    left_queue: bool = False  # the client left before the request ran
 
     @property
     def queued_s(self) -> float | None:
-        """When it was handed to the engine."""
+        """When it was submitted to the engine."""
         return self.streams[0].sent_s if self.streams else None
 
     @property
     def started_s(self) -> float | None:
-        """When the engine began to work on it."""
+        """When its first step began."""
         return min((s.started_s for s in self.streams if s.started_s is not None), default=None)
 
     @property
@@ -64,7 +64,7 @@ class RequestRecord:
 
     @property
     def finish_reason(self) -> str | None:
-        """As the engine says it, of several answers each reason once; "abort": nobody read it to the end."""
+        """The engine's finish reasons, each once; "abort": the client left before the end."""
         if self.left_queue:
             return "abort"
         return ",".join(sorted({s.finish_reason for s in self.streams if s.finish_reason is not None})) or None

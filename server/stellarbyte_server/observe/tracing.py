@@ -1,7 +1,7 @@
 """Optional traces by OpenTelemetry: a span for each request, sent to an endpoint that the operator names.
 
-Off by default, and then nothing of OpenTelemetry's SDK is imported. A span says when things happened to a request and
-how large it was, never its text nor its key.
+Off by default; OpenTelemetry's SDK is then not imported. A span contains a request's times and sizes, never its text or
+key.
 """
 
 import importlib.util
@@ -30,11 +30,11 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 _PROTOCOL = "http/protobuf"
 _NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
-_SHUTDOWN_LIMIT_S = 2.0  # for the spans that are left, where the endpoint does not answer
+_SHUTDOWN_LIMIT_S = 2.0  # for remaining spans, if the endpoint does not answer
 
 
 def is_wanted(settings: ServerSettings, environment: Mapping[str, str]) -> bool:
-    """Whether an endpoint is named, by the flag or by the standard variables, and nothing turns traces off."""
+    """Whether a flag or a standard variable names an endpoint, and no variable disables traces."""
     if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     if environment.get("OTEL_TRACES_EXPORTER", "otlp") == "none":
@@ -43,7 +43,7 @@ def is_wanted(settings: ServerSettings, environment: Mapping[str, str]) -> bool:
 
 
 def check_tracing(settings: ServerSettings, environment: Mapping[str, str]) -> None:
-    """SettingsError when traces are wanted and cannot be had."""
+    """SettingsError if traces are enabled but not possible."""
     if not is_wanted(settings, environment):
         return
     for name in _PROTOCOLS:
@@ -55,14 +55,14 @@ def check_tracing(settings: ServerSettings, environment: Mapping[str, str]) -> N
 
 
 def make_tracing(settings: ServerSettings, environment: Mapping[str, str]) -> "Tracing | None":
-    """Traces as they are wanted; None: they are off. Checked before by `check_tracing`."""
+    """Tracing by these settings, or None if off. Call `check_tracing` first."""
     if not is_wanted(settings, environment):
         return None
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     if settings.otlp_endpoint is None:
-        exporter: SpanExporter = OTLPSpanExporter()  # by the standard variables
+        exporter: SpanExporter = OTLPSpanExporter()  # configured by the standard variables
     else:
         exporter = OTLPSpanExporter(endpoint=settings.otlp_endpoint.rstrip("/") + "/v1/traces")
     provider = make_provider(environment)
@@ -71,7 +71,7 @@ def make_tracing(settings: ServerSettings, environment: Mapping[str, str]) -> "T
 
 
 def make_provider(environment: Mapping[str, str]) -> "TracerProvider":
-    """Spans are of the service "stellarbyte", unless the standard variables name another."""
+    """A provider for the service "stellarbyte", unless the standard variables name another."""
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
 
@@ -81,7 +81,7 @@ def make_provider(environment: Mapping[str, str]) -> "TracerProvider":
 
 
 class Tracing:
-    """Makes a span of each request once it has ended. Spans are sent by a thread of their own."""
+    """Creates a span for each completed request. A separate thread sends them."""
 
     def __init__(self, provider: "TracerProvider", model_name: str) -> None:
         self._provider = provider
@@ -89,7 +89,7 @@ class Tracing:
         self._model_name = model_name
 
     def note(self, scope: Scope, routes: RouteTable, status: int | None, record: RequestRecord) -> None:
-        """A request ended, now. Probes and scrapes get no span."""
+        """Record a request that has just ended. Probes and scrapes get no span."""
         from opentelemetry import propagate
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
@@ -125,7 +125,7 @@ class Tracing:
         span.end(moment(ended_s))
 
     def _attributes(self, route: str | None, scope: Scope, status: int | None, record: RequestRecord) -> dict[str, Any]:
-        """By OpenTelemetry's conventions where it has them; what is None or empty is left out."""
+        """The span's attributes, by OpenTelemetry's conventions where these exist, without empty ones."""
         tokens, finish_reason = record.tokens, record.finish_reason
         return {
             "http.request.method": scope["method"],
@@ -141,16 +141,16 @@ class Tracing:
         }
 
     def shutdown(self) -> None:
-        """Send what is left, if the endpoint takes it soon."""
+        """Send the remaining spans, within a time limit."""
         sending = threading.Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(_SHUTDOWN_LIMIT_S)
         if sending.is_alive():
-            logger.warning("the last spans could not be sent in %g s", _SHUTDOWN_LIMIT_S)
+            logger.warning("the last spans could not be sent within %g s", _SHUTDOWN_LIMIT_S)
 
 
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # one of its parents
+    except ModuleNotFoundError:  # also for a missing parent package
         return False

@@ -1,1 +1,1 @@
-"""What crosses the border between HTTP processes and the engine process."""
+"""Messages between HTTP processes and the engine process."""

@@ -1,4 +1,4 @@
-"""A reference names an adapter, in whatever version is current or in one."""
+"""A reference names an adapter: its current version, or a pinned one."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ MIN_PIN_DIGITS = 8  # of a content hash
 
 
 class AdapterReference(msgspec.Struct, frozen=True):
-    """What a request names as its `model`, where that is not the served model: NAME or NAME@HASH."""
+    """A request's `model` other than the served model: NAME or NAME@HASH."""
 
     name: str
     pin: str | None = None  # the first digits of a version's content hash; None: the current version
@@ -20,7 +20,7 @@ class AdapterReference(msgspec.Struct, frozen=True):
         return self.name if self.pin is None else f"{self.name}@{self.pin}"
 
     def selects(self, content_hash: str) -> bool:
-        """Whether a version with that content hash may be meant; "": its files were not read yet."""
+        """Whether the reference may mean a version with this content hash; "": its files are not read yet."""
         if self.pin is None:
             return True
         return len(self.pin) >= MIN_PIN_DIGITS and (content_hash or self.pin).startswith(self.pin)

@@ -1,4 +1,4 @@
-"""What a grammar may cost, and whether a text is one: HTTP processes check it before the engine compiles it."""
+"""Limits and checks of grammars, in HTTP processes, before the engine compiles them."""
 
 import re
 
@@ -6,10 +6,10 @@ from llguidance import LLMatcher, LLParserLimits
 
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 
-# An ordinary schema compiles in 2 to 20 ms and takes 0.1 to 1 ms for a mask, with 10 ms at worst. Fuel is what regular
-# expressions cost: 50,000 in a mask are about 5 ms. A lexer state is some 300 bytes and every request has its own; a
-# string with maxLength takes about five for each character, so a hostile grammar can hold 30 MB while it runs.
-# Fuel does not see everything: api/structured/grammars.py says what is refused before it comes here, and why.
+# An ordinary schema compiles in 2 to 20 ms and takes 0.1 to 1 ms for a mask, at worst 10 ms. Fuel measures the cost of
+# regular expressions: 50,000 in a mask are about 5 ms. A lexer state has about 300 bytes, separate for each request; a
+# string with maxLength needs about five states for each character, so a hostile grammar can hold 30 MB while it runs.
+# Fuel does not cover all costs: api/structured/grammars.py refuses further grammars before, and says why.
 LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=50_000,
@@ -17,7 +17,7 @@ LIMITS = LLParserLimits(
     max_items_in_row=2_000,
     max_lexer_states=100_000,
     max_grammar_size=50_000,
-    precompute_large_lexemes=False,  # it walks the whole vocabulary, which only pays when a grammar is used for long
+    precompute_large_lexemes=False,  # walks the whole vocabulary, too slow for grammars of one request
     verbose_errors=False,
 )
 
@@ -35,7 +35,7 @@ _LIMIT_WORDS = (
 
 
 class GrammarRefused(ValueError):
-    """A grammar cannot be used; str() is one sentence for the user, `code` as `RequestRejected` has it."""
+    """A grammar cannot be used; str() is one sentence for the user, `code` as in `RequestRejected`."""
 
     def __init__(self, message: str, code: str = GRAMMAR_REFUSED) -> None:
         super().__init__(message)
@@ -43,10 +43,10 @@ class GrammarRefused(ValueError):
 
 
 def check_grammar(grammar: str) -> None:
-    """Whether a grammar can be used at all, for any vocabulary. Any thread or process; lets other threads run.
+    """Check a grammar independently of the vocabulary. Any thread or process; releases the GIL.
 
     Raises:
-        GrammarRefused: it is none, asks for what is not implemented, or is too large.
+        GrammarRefused: it is invalid, uses an unsupported feature, or is too large.
     """
     error = LLMatcher.validate_grammar(grammar, None, limits=LIMITS)
     if error and not error.startswith("WARNING"):
@@ -54,7 +54,7 @@ def check_grammar(grammar: str) -> None:
 
 
 def grammar_refusal(error: str) -> str:
-    """llguidance's message, of several lines and with a piece of the grammar, as one sentence about the schema."""
+    """Turn llguidance's message, several lines with a piece of the grammar, into one sentence about the schema."""
     if match := re.search(r'Unimplemented keys: \["([^"]*)"', error):
         return f"The schema's keyword '{match[1]}' is not supported."
     if match := re.search(r"Unknown format: (.*)", error):
@@ -67,7 +67,7 @@ def grammar_refusal(error: str) -> str:
     if match := re.search(r"Unsatisfiable schema: (Regex is empty)?(.*)", error):
         return f"No value can satisfy the schema{'' if match[1] else f': {match[2]}'}."
     if match := re.search(r"(Pointer|Anchor) '([^']*)' does not exist", error):
-        return f"The schema's $ref '#{match[2]}' leads nowhere."
+        return f"The schema's $ref '#{match[2]}' does not exist."
     if "NoExtension" in error:
         return "No text can satisfy the grammar."
     if _is_limit(error):
@@ -76,9 +76,9 @@ def grammar_refusal(error: str) -> str:
 
 
 def grammar_end(error: str) -> str:
-    """llguidance's message about an answer that stands in a grammar, as one sentence."""
+    """Turn llguidance's message about a running answer into one sentence."""
     why = "it is too complex" if _is_limit(error) else _first_line(error)
-    return f"The grammar cannot be followed any further: {why}."
+    return f"The grammar cannot be continued: {why}."
 
 
 def _is_limit(error: str) -> bool:
@@ -86,7 +86,7 @@ def _is_limit(error: str) -> bool:
 
 
 def _first_line(error: str) -> str:
-    """Without the place in the grammar, which the user did not write."""
+    """The first line, without the position in the grammar, which the user did not write."""
     first = next(iter(_lines(error)), "an internal error")
     return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", first)[:200].rstrip(". ")
 

@@ -1,10 +1,10 @@
-"""Histograms as Prometheus has them, cheap to count and fit to be sent."""
+"""Histograms in Prometheus' form, cheap to update and serialisable."""
 
 from bisect import bisect_left
 
 import msgspec
 
-# Those of vLLM, so that its dashboards read right; some begin lower, since steps of small models are short.
+# vLLM's bounds, for its dashboards; some start lower, since steps of small models are short.
 FIRST_TOKEN_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
     *(160.0, 640.0, 2560.0),
@@ -26,7 +26,7 @@ LAG_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 
 
 class Buckets(msgspec.Struct, frozen=True, kw_only=True):
-    """A histogram as it was; `counts` has one entry more than `bounds`, for what is above all of them."""
+    """A histogram's counts; one more entry than `bounds`, for values above all of them."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -38,7 +38,7 @@ class Buckets(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Histogram:
-    """Counts values by the smallest of `bounds`, in ascending order, that they do not exceed. One thread."""
+    """Counts values by the smallest of the ascending `bounds` that is ≥ the value. One thread."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
@@ -50,7 +50,7 @@ class Histogram:
         self._total += value
 
     def add(self, buckets: Buckets) -> None:
-        """Add what another one with the same bounds counted; ValueError when it has others."""
+        """Add another histogram's counts; ValueError if its bounds differ."""
         if buckets.bounds != self._bounds or len(buckets.counts) != len(self._counts):
             raise ValueError("the histograms have different bounds")
         self._counts = [ours + theirs for ours, theirs in zip(self._counts, buckets.counts, strict=True)]
@@ -60,7 +60,7 @@ class Histogram:
         return Buckets(bounds=self._bounds, counts=tuple(self._counts), total=self._total)
 
     def take(self) -> Buckets:
-        """What was counted since the last time."""
+        """The counts since the last call."""
         taken = self.snapshot()
         self._counts = [0] * len(self._counts)
         self._total = 0.0

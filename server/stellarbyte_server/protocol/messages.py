@@ -1,10 +1,10 @@
-"""What the HTTP processes and the engine process say to each other, as msgpack.
+"""The messages between HTTP processes and the engine process, as msgpack.
 
 An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
-each direction. Everything is plain data: nothing that is received can run code.
+each direction. Messages are plain data and cannot run code.
 
-Before that, the process that starts the engine writes one `EngineStart` as a line of JSON to its stdin, and reads one
-`EngineReady` or `EngineFailed` from its stdout. The engine lives as long as its stdin is open.
+At the start, the engine's parent writes one `EngineStart` as a line of JSON to its stdin, and reads one `EngineReady`
+or `EngineFailed` from its stdout. The engine runs as long as its stdin is open.
 """
 
 from typing import Literal
@@ -16,11 +16,11 @@ from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.request import GenerationRequest
 
 FAILED = "The engine failed while it worked on this request."
-HEARTBEAT_INTERVAL_S = 1.0  # each side lets the other hear from it at least this often
+HEARTBEAT_INTERVAL_S = 1.0  # each side sends a message at least this often
 
 
 class KeyLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the requests of one API key may use, over all HTTP processes. None: no limit."""
+    """Limits of one API key's requests, over all HTTP processes. None: no limit."""
 
     key_name: str
     requests_per_minute: int | None = None
@@ -29,21 +29,21 @@ class KeyLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Queue requests, all or none; each is answered by `Rejected`, or by `Accepted` when it runs and its deltas.
+    """Queue requests, all or none; the answer to each is `Rejected`, or `Accepted` when it runs, then its deltas.
 
     Times are seconds of the machine's monotonic clock, which all processes share.
     """
 
     requests: tuple[GenerationRequest, ...]
     limits: KeyLimits | None = None
-    continues: bool = False  # a group that was admitted before, which limits no longer hold up
+    continues: bool = False  # part of a group that was admitted before, exempt from limits
     num_later_tokens: int = 0  # of prompts of the same group that will be submitted later
-    arrived_s: float | None = None  # when the client asked; None: when the engine hears of it
+    arrived_s: float | None = None  # arrival of the client's request; None: when the engine reads the message
     sent_s: float | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Drop a request and everything it holds; unknown ids are fine (it may just have ended)."""
+    """Abort a request and free its resources; unknown ids are ignored (it may just have ended)."""
 
     request_id: str
 
@@ -51,11 +51,11 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """An HTTP process is alive. Without one for a while the engine aborts that process's requests."""
 
-    peer_id: bytes  # the identity of its socket: heartbeats come through another one, from a thread of their own
+    peer_id: bytes  # the identity of its socket; heartbeats use another one, in a separate thread
 
 
 class HttpObservations(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What an HTTP process has seen since it last told; the engine adds it to its totals."""
+    """An HTTP process's observations since its last message; the engine adds them to its totals."""
 
     first_token_s: Buckets
     stream_lag_s: Buckets
@@ -63,20 +63,20 @@ class HttpObservations(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ReadTotals(msgspec.Struct, frozen=True, tag=True):
-    """Answered by `EngineTotals`, which all HTTP processes get: then none ever knows less than another has shown."""
+    """Answered by `EngineTotals` to all HTTP processes, so that counters never appear to decrease between processes."""
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Read an adapter and let it have a name; answered by `AdapterLoaded` or `CallFailed`."""
+    """Load an adapter under a name; answered by `AdapterLoaded` or `CallFailed`."""
 
     call_id: str
     name: str
     path: str
-    in_place: bool  # it may replace another
+    in_place: bool  # replace the adapter of that name, if any
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Take a name away; answered by `AdapterUnloaded`, once its running requests have ended, or by `CallFailed`."""
+    """Unload an adapter; answered by `AdapterUnloaded`, after its running requests have ended, or by `CallFailed`."""
 
     call_id: str
     name: str
@@ -89,9 +89,9 @@ class ListAdapters(msgspec.Struct, frozen=True, tag=True):
 
 
 class ChargeKey(msgspec.Struct, frozen=True, tag=True):
-    """Count a request that the engine does not see against its key's requests per minute.
+    """Count a request that does not reach the engine against its key's requests per minute.
 
-    Answered by `KeyCharged`, or by `CallFailed` when there is no room for it.
+    Answered by `KeyCharged`, or by `CallFailed` if the limit is reached.
     """
 
     call_id: str
@@ -103,25 +103,25 @@ Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | ChargeKey
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """The request has begun to run: an answer can be started."""
+    """The request runs: its answer can start."""
 
     request_id: str
-    adapter_hash: str = ""  # of the version it runs on; "": none
-    started_s: float = 0.0  # when its first step began, by the machine's monotonic clock; the engine process sets it
+    adapter_hash: str = ""  # of the version it uses; "": none
+    started_s: float = 0.0  # start of its first step by the machine's monotonic clock, set by the engine process
 
 
 class Rejected(msgspec.Struct, frozen=True, tag=True):
-    """The request will not run; `message` is one sentence for the user. Sent at once or while it waits to run."""
+    """The request will not run; `message` is one sentence for the user. Sent immediately or from the queue."""
 
     request_id: str
     message: str
     code: str | None
     param: str | None = None
-    retry_after_s: int | None = None  # when it may be tried again, if that is known
+    retry_after_s: int | None = None  # time until a retry, if known
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Natural logarithm of a token's probability before temperature, penalties and truncation, and the likeliest."""
+    """Log-probability of a token before temperature, penalties and truncation, and those of the likeliest tokens."""
 
     token_id: int
     logprob: float
@@ -129,26 +129,26 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one step added to one request. Several in a row may be merged: see `merged`."""
+    """One step's addition to one answer. Consecutive deltas may be merged: see `merged`."""
 
     request_id: str
     text: str
     num_tokens: int
-    token_ids: tuple[int, ...] = ()  # if the request wants them
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if the request wants them
-    offsets: tuple[int, ...] = ()  # with them: characters of the answer before each of the tokens
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, all in the first delta
-    embedding: bytes | None = None  # float32, of a request that is pooled
+    token_ids: tuple[int, ...] = ()  # if requested
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    offsets: tuple[int, ...] = ()  # with logprobs: characters of the answer before each token
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, in the first delta
+    embedding: bytes | None = None  # float32, of a request with pooling
     finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
     error: str | None = None  # one sentence, with finish_reason "error"
-    code: str | None = None  # with it: as `RequestRejected` has
+    code: str | None = None  # with error: as in `RequestRejected`
     param: str | None = None
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
-    evicted_tokens: int = 0  # in the last delta: tokens that went out of sight
+    evicted_tokens: int = 0  # in the last delta: evicted tokens
 
 
 def merged(deltas: list[Delta]) -> Delta:
-    """Several deltas of one request, one after the other, as one."""
+    """Consecutive deltas of one request as one delta."""
     if len(deltas) == 1:
         return deltas[0]
     return msgspec.structs.replace(
@@ -163,7 +163,7 @@ def merged(deltas: list[Delta]) -> Delta:
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine's state after a step; totals count from its start."""
+    """The engine's state after a step; totals count from the engine's start."""
 
     num_running: int
     num_waiting: int
@@ -173,15 +173,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens_total: int
     num_preemptions_total: int
     num_steps_total: int
-    num_blocked: int = 0  # of the waiting ones: their adapters are not there yet
+    num_blocked: int = 0  # waiting requests whose adapters are loading
     prefix_cache_queries_total: int = 0  # prompt tokens looked up
-    prefix_cache_hits_total: int = 0  # and found
+    prefix_cache_hits_total: int = 0  # of these, found
     evicted_tokens_total: int = 0
-    step_tokens_total: int = 0  # given to steps, those of prompts included
+    step_tokens_total: int = 0  # tokens computed in steps, including prompts
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All that the engine process knows of requests and steps since its start, over all HTTP processes."""
+    """Totals of requests and steps since the engine's start, over all HTTP processes."""
 
     stats: EngineStats
     finished: dict[str, int]  # requests by finish reason
@@ -192,27 +192,27 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     between_tokens_s: Buckets
     request_s: Buckets
     queue_s: Buckets
-    prompt_tokens: Buckets  # of finished requests, as the next
+    prompt_tokens: Buckets  # of finished requests, like the next
     generation_tokens: Buckets
     step_tokens: Buckets
     step_s: Buckets
 
 
 class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of an adapter, as of now."""
+    """The current state of one version of an adapter."""
 
     name: str
     is_current: bool  # new requests for the name get this version
     state: str  # loading, ready, draining or failed
-    tier: str  # slot, cpu or disk: the fastest memory it lies in
+    tier: str  # slot, cpu or disk: the fastest memory that holds it
     content_hash: str  # "": not read yet
-    root: str  # where it is read from, inside its allowed folder
+    root: str  # its path inside the allowed folder
     rank: int
     num_bytes: int
     num_running: int
     num_waiting: int
-    num_requests: int  # all there were
-    num_tokens: int  # that they generated
+    num_requests: int  # since loading
+    num_tokens: int  # generated by them
     error: str  # one sentence, when failed
 
 
@@ -220,12 +220,12 @@ class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
     call_id: str
     card: AdapterCard
     matched: tuple[str, ...]  # modules it changes
-    unmatched: tuple[str, ...]  # targets its config names that it has no weights for
+    unmatched: tuple[str, ...]  # targets in its config without weights
 
 
 class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
     call_id: str
-    num_bytes: int  # given back
+    num_bytes: int  # freed
 
 
 class AdapterList(msgspec.Struct, frozen=True, tag=True):
@@ -240,7 +240,7 @@ class KeyCharged(msgspec.Struct, frozen=True, tag=True):
 
 
 class CallFailed(msgspec.Struct, frozen=True, tag=True):
-    """A call did nothing; `message` is one sentence for the user."""
+    """A call failed without effect; `message` is one sentence for the user."""
 
     call_id: str
     message: str
@@ -250,15 +250,15 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
-    """Everything one step produced for one HTTP process, in one message."""
+    """The results of one step for one HTTP process."""
 
     deltas: tuple[Delta, ...]
     stats: EngineStats
-    ended_s: float  # when the step ended, by the machine's monotonic clock
+    ended_s: float  # end of the step by the machine's monotonic clock
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine found when it loaded; sent once, when it is ready."""
+    """The loaded model and its limits; sent once, when the engine is ready."""
 
     model_path: str
     max_model_len: int
@@ -266,7 +266,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
     num_blocks: int
     block_size: int
-    max_num_seqs: int  # requests that run at once
+    max_num_seqs: int  # requests in one batch
     device: str
     dtype: str
     quantization: str  # of the weights, or "none"
@@ -276,7 +276,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 Reply = AdapterLoaded | AdapterUnloaded | AdapterList | KeyCharged | CallFailed
 Event = Accepted | Rejected | StepOutput | EngineTotals | Reply
-News = Accepted | Rejected | Delta  # what a step has to say about one request
+News = Accepted | Rejected | Delta  # a step's result for one request
 
 
 def failure(request_id: str, message: str, code: str | None = None, param: str | None = None) -> Delta:
@@ -293,7 +293,7 @@ def failure(request_id: str, message: str, code: str | None = None, param: str |
 
 
 class EngineStart(msgspec.Struct, frozen=True):
-    """What an engine process is told when it starts."""
+    """Start message of an engine process."""
 
     settings: EngineSettings
     endpoint: str  # ZeroMQ address to bind

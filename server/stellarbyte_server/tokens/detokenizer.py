@@ -1,7 +1,7 @@
-"""From tokens to whole characters, one token at a time.
+"""Incremental detokenization into whole characters.
 
-tokenizers' own DecodeStream is not used: it raises on some token sequences a model may well produce (bytes that are
-not UTF-8), has no way to get at an unfinished last character, and slows down as such bytes pile up.
+tokenizers' DecodeStream is not used: it raises on some token sequences that models produce (bytes that are not UTF-8),
+cannot return an unfinished last character, and slows down with the number of such bytes.
 """
 
 import codecs
@@ -13,32 +13,32 @@ from tokenizers import Tokenizer, decoders
 
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
-_REPLACEMENT = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
-_MAX_WINDOW = 16  # tokens decoded again with each new one before the window is moved on
-_MAX_PENDING = 32  # tokens that may wait for a character to be completed
+_REPLACEMENT = "\ufffd"  # a decoder's output for incomplete or invalid bytes
+_MAX_WINDOW = 16  # tokens decoded again with each new one before the window moves
+_MAX_PENDING = 32  # tokens that may wait for the rest of a character
 
 
 class Detokenizer(Protocol):
-    """The text of one sequence; joined, it is the decoded text of all tokens."""
+    """The text of one sequence; the joined results are the decoded text of all tokens."""
 
     def push(self, token_id: int) -> str:
-        """Take the next token; return the text that is certain and was not returned yet."""
+        """Add a token; return the new text that later tokens cannot change."""
         ...
 
     def flush(self) -> str:
-        """The rest, at the end. An unfinished character is U+FFFD."""
+        """Return the rest, at the end. An unfinished character is U+FFFD."""
         ...
 
 
 def make_detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool = True) -> Detokenizer:
-    """The fastest one for the tokenizer's kind. Special tokens have no text when they are skipped."""
+    """The fastest detokenizer for a tokenizer. Skipped special tokens have no text."""
     if isinstance(tokenizer.decoder, decoders.ByteLevel):
         return ByteLevelDetokenizer(tokenizer, skip_special_tokens)
     return WindowDetokenizer(tokenizer, skip_special_tokens)
 
 
 class ByteLevelDetokenizer:
-    """For tokenizers whose tokens stand for bytes, whatever is around them (GPT-2's kind: Llama 3, Qwen, SmolLM)."""
+    """For byte-level tokenizers, whose tokens are bytes in any context (GPT-2, Llama 3, Qwen, SmolLM)."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._bytes_of = _bytes_of_tokens(tokenizer, skip_special_tokens)
@@ -52,15 +52,15 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For tokenizers of any kind: decodes the last few tokens together and returns what is new."""
+    """For any tokenizer: decodes the last few tokens together and returns the new text."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        # The window: tokens decoded together. Some of its text was returned; its start is the start of a character.
+        # The window: tokens decoded together. It starts at a character; part of its text was returned.
         self._window: list[int] = []
         self._returned = ""
-        self._boundary = 0  # tokens of the window that end with a whole character
+        self._boundary = 0  # number of tokens in the window up to the last whole character
         self._previous_boundary = 0
 
     def push(self, token_id: int) -> str:
@@ -69,7 +69,7 @@ class WindowDetokenizer:
         self._window.append(token_id)
         text = self._decode(self._window)
         if not text.startswith(self._returned) and not text.endswith(_REPLACEMENT):
-            # A byte-fallback decoder spoils a character it had decoded when a stray byte follows: leave it behind.
+            # With a stray byte after it, a byte-fallback decoder corrupts a decoded character: move the window past it.
             del self._window[: self._boundary]
             self._returned, self._boundary = "", 0
             text = self._decode(self._window)
@@ -92,13 +92,13 @@ class WindowDetokenizer:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _has_text(self, token_id: int) -> bool:
-        """False for special tokens that are skipped and for ids the tokenizer does not know: neither is decoded."""
+        """False for skipped special tokens and for unknown ids, which are not decoded."""
         if self._tokenizer.id_to_token(token_id) is None:
             return False
         return not self._skip_special_tokens or token_id not in _token_bytes(self._tokenizer).special_ids
 
     def _reached_boundary(self, text: str) -> None:
-        """All of the window's text was returned and ends with a whole character; keep the window short."""
+        """Note that all of the window's text was returned and ends with a whole character; shorten the window."""
         self._previous_boundary, self._boundary = self._boundary, len(self._window)
         self._returned = text
         if len(self._window) > _MAX_WINDOW:
@@ -107,9 +107,9 @@ class WindowDetokenizer:
             self._returned = self._decode(self._window)
 
     def _give_up_on_pending(self, text: str) -> str:
-        """Return what more of `text` is certain although it looks unfinished: a long run of bytes that are no text.
+        """Return text of a long run of invalid bytes, although it looks unfinished.
 
-        The window is split before the last few tokens, where the bytes on either side decode on their own.
+        Splits the window before the last few tokens, where the bytes on both sides decode independently.
         """
         for split in range(len(self._window) - 1, len(self._window) - 8, -1):
             head, tail = self._window[:split], self._window[split:]

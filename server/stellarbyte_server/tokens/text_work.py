@@ -1,7 +1,7 @@
-"""Work on texts beside the event loop: in few threads, of which every caller gets its share.
+"""Work on texts outside the event loop, in few threads that owners share fairly.
 
-Short texts have threads of their own, so they wait for no long one, whoever sent it. Among texts that wait for a thread
-those go first whose owner has had the least, counted in characters, since it began to wait. Event loop thread only.
+Short texts have separate threads, so that they never wait for long ones. Among waiting texts, those go first whose
+owner has had the fewest characters processed since it began to wait. Event loop thread only.
 """
 
 import asyncio
@@ -16,23 +16,21 @@ from typing import TypeVar
 from stellarbyte_server.give_way import give_way
 
 SHORT_CHARACTERS = 2**14
-# How long an owner's next large body waits, in times that its last one took: so they take a fifth of a core at most.
-# They are parsed at the event loop's own priority, since it waits for them: they let no other thread run.
+# Delay of an owner's next large body, as a multiple of its last one's time: so an owner takes at most a fifth of a
+# core. Bodies are parsed at the event loop's priority, since parsing holds the GIL.
 BODY_REST = 4.0
-LONG_REST = (
-    1.0  # the same for long texts, which take half a thread of each owner: tokenizing shares cores with the model
-)
+LONG_REST = 1.0  # the same for long texts: half a thread for each owner, as tokenizing shares cores with the model
 MAX_WAITING_CHARACTERS = 2**25  # of one owner's short texts, or long ones
-_LEAST_CHARACTERS = 2**10  # that a text counts for
+_LEAST_CHARACTERS = 2**10  # a text counts for at least these
 T = TypeVar("T")
 
 
 class TooMuchText(Exception):
-    """An owner has too much work waiting; str() is one sentence for the user."""
+    """Too much work of an owner is waiting; str() is one sentence for the user."""
 
 
 class TextWork:
-    """Threads are started when there is work for them."""
+    """Thread pools, with threads started on demand."""
 
     def __init__(self, max_waiting_characters: int = MAX_WAITING_CHARACTERS) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -42,16 +40,17 @@ class TextWork:
         self._grammars = _Lane(2, max_waiting_characters)
 
     async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
-        """What `work` returns or raises; TooMuchText. If the caller is cancelled before it began it is not done."""
+        """Run `work` in a thread and return its result; TooMuchText. Work of a caller cancelled before the start is not
+        done."""
         lane = self._short if num_characters <= SHORT_CHARACTERS else self._long
         return await lane.run(work, owner, max(_LEAST_CHARACTERS, num_characters))
 
     async def parse(self, work: Callable[[], T], owner: str, num_bytes: int) -> T:
-        """As `run`, for the body of a request: one at a time."""
+        """As `run`, for a request's body, one at a time."""
         return await self._bodies.run(work, owner, num_bytes)
 
     async def check(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
-        """As `run`, for a grammar: that may take minutes, and nothing can end it."""
+        """As `run`, for a grammar, which may take minutes and cannot be interrupted."""
         return await self._grammars.run(work, owner, num_characters)
 
 
@@ -63,12 +62,12 @@ class _Lane:
         self._threads = ThreadPoolExecutor(num_threads, "texts", initializer=give_way if is_nice else None)
         self._num_threads = self._num_free = num_threads
         self._max_waiting_characters = max_waiting_characters
-        self._most_of_one = max(1, num_threads - 1)  # threads that one owner has at once: others always find one
-        self._num_running: Counter[str] = Counter()  # threads that each owner has
-        self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}  # by owner: turns, and their characters
+        self._most_of_one = max(1, num_threads - 1)  # threads of one owner at once; one is left for others
+        self._num_running: Counter[str] = Counter()  # threads of each owner
+        self._waiting: dict[str, deque[tuple[asyncio.Future[None], int]]] = {}  # by owner: futures and their characters
         self._num_waiting: dict[str, int] = {}  # characters
-        self._had: dict[str, int] = {}  # characters, of those who had or want a thread lately
-        self._least = 0  # that the owner had who got a thread last: who comes anew had as much
+        self._had: dict[str, int] = {}  # characters processed, of owners that recently had or want a thread
+        self._least = 0  # characters of the owner that got the last thread; new owners start with as many
 
     async def run(self, work: Callable[[], T], owner: str, num_characters: int) -> T:
         await self._turn(owner, num_characters)
@@ -82,11 +81,11 @@ class _Lane:
 
         def free(_: "Future[T]") -> None:
             rest_s = self._rest * (time.monotonic() - begun_s)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: it is all over
+            with contextlib.suppress(RuntimeError):  # the loop is closed at shutdown
                 loop.call_soon_threadsafe(self._free, owner, rest_s)
 
         working = self._threads.submit(timed)
-        working.add_done_callback(free)  # not when the caller is cancelled: the thread works on
+        working.add_done_callback(free)  # not on the caller's cancellation: the thread continues
         return await asyncio.wrap_future(working)
 
     async def _turn(self, owner: str, num_characters: int) -> None:
@@ -99,19 +98,19 @@ class _Lane:
             self._had[owner] += num_characters
             return
         if self._num_waiting.get(owner, 0) + num_characters > self._max_waiting_characters:
-            raise TooMuchText("Too much text of this client is waiting to be read already; try again later.")
+            raise TooMuchText("Too much text of this client is already waiting; try again later.")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append((turn, num_characters))
         self._num_waiting[owner] = self._num_waiting.get(owner, 0) + num_characters
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # it had just come
+            if not turn.cancelled():  # it was just granted
                 self._free(owner, 0.0)
             raise
 
     def _free(self, owner: str, rest_s: float) -> None:
-        """Take back the thread that an owner had; it counts as the owner's until it has rested."""
+        """Release an owner's thread; it counts as the owner's for another `rest_s`."""
         self._num_free += 1
         if rest_s:
             asyncio.get_running_loop().call_later(rest_s, self._rested, owner)
@@ -124,7 +123,7 @@ class _Lane:
         self._hand_out()
 
     def _hand_out(self) -> None:
-        """Threads that are free go to who comes next."""
+        """Assign free threads to the next waiting owners."""
         while self._num_free:
             ready = [each for each in self._waiting if self._num_running[each] < self._most_of_one]
             if not ready:

@@ -1,4 +1,4 @@
-"""What every token of a vocabulary stands for, in bytes."""
+"""The bytes of each token of a vocabulary."""
 
 import re
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ class TokenBytes:
         self._bytes_of: dict[int, bytes] = {}
         byte_of = _byte_level_alphabet()
         for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-            # Byte-level decoders read added tokens, too, as written in their alphabet where they can be.
+            # Byte-level decoders decode added tokens, too, if these are in their alphabet.
             if is_byte_level:
                 self._bytes_of[token_id] = _byte_level(token, byte_of)
             else:
                 self._bytes_of[token_id] = token.encode() if token_id in added else _sentencepiece(token)
 
     def __getitem__(self, token_id: int) -> bytes:
-        """b"" for ids that no token belongs to: checkpoints pad the vocabulary."""
+        """b"" for ids without a token: checkpoints pad the vocabulary."""
         return self._bytes_of.get(token_id, b"")
 
     def without_special(self) -> Mapping[int, bytes]:
@@ -35,7 +35,7 @@ class TokenBytes:
         return self._bytes_of
 
     def name(self, token_id: int) -> str:
-        """The token as text; where it is no whole text, its bytes as `bytes:\\xe2\\x82`, so that names differ."""
+        """The token as text; if it is not valid UTF-8, its bytes as `bytes:\\xe2\\x82`, so that names are unique."""
         content = self[token_id]
         try:
             return content.decode()
@@ -50,13 +50,13 @@ def _byte_level(token: str, byte_of: Mapping[str, int]) -> bytes:
 
 
 def _sentencepiece(token: str) -> bytes:
-    """Llama's kind: ▁ stands for a space, <0x..> for a byte."""
+    """The bytes of a SentencePiece token: ▁ is a space, <0x..> a byte."""
     byte = _BYTE_TOKEN.fullmatch(token)
     return bytes([int(byte[1], 16)]) if byte is not None else token.replace("▁", " ").encode()
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where it is printable, else one from 256 on."""
+    """GPT-2's printable character for each byte: the byte itself if printable, else one from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,7 +1,7 @@
 """Prompts to token ids in the HTTP process: the model's tokenizer and its chat template. Never imports torch.
 
-transformers is not used here, because importing its tokenizers takes seconds and loads torch; templates render as its
-`apply_chat_template` renders them.
+Does not use transformers, whose tokenizers take seconds to import and load torch; templates render as with its
+`apply_chat_template`.
 """
 
 import json
@@ -28,25 +28,25 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 
 
 class ChatTemplateError(ValueError):
-    """A chat template is missing, is no template, or refuses the messages; str() is one sentence for the user."""
+    """A chat template is missing, invalid, or refuses the messages; str() is one sentence for the user."""
 
 
 class NoTokenizerError(ValueError):
-    """A text cannot become token ids, because the model has no tokenizer; str() is one sentence for the user."""
+    """A text cannot be encoded, because the model has no tokenizer; str() is one sentence for the user."""
 
     def __init__(self) -> None:
-        super().__init__("This server runs a model without a tokenizer; give the prompt as token ids.")
+        super().__init__("This model has no tokenizer; give the prompt as token ids.")
 
 
 class UnembeddableTokenError(ValueError):
-    """A text contains a token that the model has no embedding for; str() is one sentence for the user."""
+    """A text contains a token without an embedding in the model; str() is one sentence for the user."""
 
 
 class PromptTokenizer:
-    """Turns text and chats into token ids and back. Any thread may call it.
+    """Converts texts and chats to token ids, and ids to text. Any thread may call it.
 
-    With `is_stand_in` it is for a model without a tokenizer: ids have texts, and whatever needs ids of a text raises
-    NoTokenizerError. Ids of texts are below `vocab_size`; a text with a token beyond raises UnembeddableTokenError.
+    With `is_stand_in`, for a model without a tokenizer, ids can be decoded, and encoding raises NoTokenizerError. Ids
+    are below `vocab_size`; a text with a token beyond raises UnembeddableTokenError.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class PromptTokenizer:
         self._is_stand_in = is_stand_in
         self._chat_template = chat_template
         self.token_bytes = TokenBytes(tokenizer)
-        # At least its characters. Of a stand-in no text is too long: none can be used at all.
+        # At least its characters. A stand-in refuses every text, so none is too long.
         self.longest_token = sys.maxsize if is_stand_in else max(map(len, tokenizer.get_vocab()), default=1)
 
     @property
@@ -70,7 +70,7 @@ class PromptTokenizer:
         return None if self._chat_template is None else self._chat_template.source
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """A prompt as the tokenizer makes it, with the first token it adds, if it adds one and may."""
+        """Encode a prompt, with the special tokens that the tokenizer adds, if `add_special_tokens`."""
         return self._encoding(text, add_special_tokens).ids
 
     def encode_chat(
@@ -82,9 +82,9 @@ class PromptTokenizer:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
     ) -> list[int]:
-        """A chat as `ChatTemplate.render` writes it, by default up to where the assistant answers; ChatTemplateError.
+        """Encode a chat rendered by `ChatTemplate.render`, by default up to the assistant's answer; ChatTemplateError.
 
-        The template writes all special tokens; with `add_special_tokens` the tokenizer adds its own as well.
+        The template contains all special tokens; with `add_special_tokens` the tokenizer also adds its own.
         """
         if self._is_stand_in:
             raise NoTokenizerError
@@ -101,7 +101,7 @@ class PromptTokenizer:
         return self.encode(text, add_special_tokens)
 
     def encode_for_echo(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
-        """As `encode`, and the characters of the text before each token; those the tokenizer added have no length."""
+        """As `encode`, with the number of characters before each token; added special tokens have no characters."""
         encoding = self._encoding(text, add_special_tokens)
         added = {i for i, is_added in enumerate(encoding.special_tokens_mask) if is_added}
         return encoding.ids, self._pieces(encoding.ids, added)[1]
@@ -109,18 +109,18 @@ class PromptTokenizer:
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         if self._is_stand_in:
             raise NoTokenizerError
-        # Only in batches does the library let other threads run meanwhile; "fast" leaves out offsets.
+        # The library releases the GIL only for batches; "fast" omits offsets.
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         last = max(encoding.ids, default=0)
         if last >= self._vocab_size:
             raise UnembeddableTokenError(
-                f"The text has the token {self.token_text(last)!r} (id {last}), which this model cannot read: its"
-                f" embedding has {self._vocab_size} rows."
+                f"The text contains the token {self.token_text(last)!r} (id {last}), but this model's vocabulary has"
+                f" only {self._vocab_size} tokens."
             )
         return encoding
 
     def decode_with_offsets(self, token_ids: Sequence[int], skip_special_tokens: bool) -> tuple[str, list[int]]:
-        """The text of tokens, and its characters before each of them."""
+        """The text of tokens, and the number of characters before each token."""
         special = self.token_bytes.special_ids if skip_special_tokens else frozenset[int]()
         hidden = {i for i, token_id in enumerate(token_ids) if token_id in special}
         return self._pieces(token_ids, hidden)
@@ -139,20 +139,20 @@ class PromptTokenizer:
         return "".join(pieces) + detokenizer.flush(), offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
-        """The text of tokens; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        """The text of tokens; invalid UTF-8 becomes U+FFFD, ids without a token become nothing."""
         return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_text(self, token_id: int) -> str:
-        """One token as the vocabulary spells it ("Ġthe" for " the"); "" for an id without a token."""
+        """A token's spelling in the vocabulary ("Ġthe" for " the"); "" for an id without a token."""
         text = self._tokenizer.id_to_token(token_id)
         return "" if text is None else text
 
 
 class ChatTemplate:
-    """A Jinja template as models bring it, in a sandbox. Any thread may render."""
+    """A model's Jinja template, in a sandbox. Any thread may render."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """ChatTemplateError when `source` is no template."""
+        """ChatTemplateError if `source` is not a template."""
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
         )
@@ -174,24 +174,28 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The chat as text, by default ready for the assistant's answer; ChatTemplateError when it is refused.
+        """Render a chat, by default up to the assistant's answer; ChatTemplateError if the template refuses it.
 
-        With `continue_final_message` the last message is the start of the answer: the text ends with its content.
-        That excludes `add_generation_prompt`.
+        With `continue_final_message` the last message is the start of the answer, so the text ends with its content.
+        Excludes `add_generation_prompt`.
         """
         if not continue_final_message:
             return self._render(messages, tools, add_generation_prompt)
         if add_generation_prompt:
-            raise ChatTemplateError("Either the final message is continued or a new one is begun, not both.")
+            raise ChatTemplateError(
+                "continue_final_message and add_generation_prompt exclude each other; set one of them to false."
+            )
         if not messages or not isinstance(messages[-1].get("content"), str):
-            raise ChatTemplateError("There is no final message with a text to continue.")
+            raise ChatTemplateError("continue_final_message needs a final message with text content.")
         content = messages[-1]["content"]
-        mark = secrets.token_hex(16)  # in no message; the space after it shows whether the template trims contents
+        mark = secrets.token_hex(16)  # in no message; a space after it shows whether the template trims contents
         marked = {**messages[-1], "content": f"{content}{mark} "}
         text = self._render([*messages[:-1], marked], tools, add_generation_prompt=False)
         end = text.rfind(mark)
         if end < 0 or content.strip() not in text[:end]:
-            raise ChatTemplateError("The chat template does not keep the final message, so it cannot be continued.")
+            raise ChatTemplateError(
+                "The model's chat template changes the final message, so continue_final_message cannot be used."
+            )
         return text[:end] if text.startswith(mark + " ", end) else text[:end].rstrip()
 
     def _render(
@@ -206,12 +210,12 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            # A template is a program that a user's messages run through, so its own mistakes count as refusals too.
+            # A template is a program that the messages can make fail, so its own errors also count as refusals.
             raise ChatTemplateError(f"The chat template refuses these messages: {error}.") from error
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} marks what the assistant wrote, for training; when serving it only shows what is inside."""
+    """{% generation %} marks the assistant's text for training; serving renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -227,7 +231,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML, which would put &lt; into prompts."""
+    """The filter `tojson` without Jinja's HTML escapes, which would put &lt; into prompts."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -242,21 +246,21 @@ def _strftime_now(format: str) -> str:
 def load_prompt_tokenizer(
     model_path: Path, chat_template: str | None, vocab_size: int, *, may_stand_in: bool = False
 ) -> PromptTokenizer:
-    """The tokenizer of a model folder, with the template in the file `chat_template` or the folder's own.
+    """Load a model folder's tokenizer, with the template in the file `chat_template` or the folder's own.
 
-    Where there is none, one of `vocab_size` ids that reads no texts, if it may stand in.
+    If the folder has none and `may_stand_in`, returns a stand-in of `vocab_size` ids that does not encode text.
 
-    ValueError or OSError with one sentence when a file is missing or broken.
+    ValueError or OSError with one sentence if a file is missing or invalid.
     """
     tokenizer_file = model_path / "tokenizer.json"
     if not tokenizer_file.is_file():
         if may_stand_in:
             return PromptTokenizer(make_stand_in_tokenizer(vocab_size), None, vocab_size, is_stand_in=True)
-        raise ValueError(f"{tokenizer_file} is missing; the model needs a tokenizer")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches of one, in the caller's thread with its niceness
+        raise ValueError(f"{tokenizer_file} is missing; serving needs a tokenizer")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches of one, in the caller's thread and at its priority
     try:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # tokenizers raises nothing narrower
+    except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{tokenizer_file} cannot be read: {error}") from error
     config = read_json(model_path / "tokenizer_config.json")
     source: str | None
@@ -272,20 +276,20 @@ def load_prompt_tokenizer(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty when there is none; ValueError when it is broken."""
+    """Read a JSON object from a file, empty if the file is missing; ValueError if it is invalid."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{path} must contain a JSON object")
     return content
 
 
 def _own_template(model_path: Path, config: Mapping[str, Any]) -> str | None:
-    """The folder's template: its own file, else the one in the tokenizer's configuration (of several the default)."""
+    """The folder's template: its file, or the one in the tokenizer's configuration (the default of several)."""
     file = model_path / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -297,7 +301,7 @@ def _own_template(model_path: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """The variables bos_token, eos_token … a template may use."""
+    """The template's variables bos_token, eos_token and so on."""
     tokens = {}
     for name in _SPECIAL_TOKENS:
         token = config.get(name)

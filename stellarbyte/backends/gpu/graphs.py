@@ -1,4 +1,4 @@
-"""CUDA graphs of programs that run again and again."""
+"""CUDA graphs of repeated programs."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -9,10 +9,10 @@ Result = TypeVar("Result")
 
 
 class Graphs:
-    """Runs a program eagerly the first time, which compiles kernels and sets libraries up; from then on as a graph.
+    """Runs a program eagerly the first time, which compiles kernels and initialises libraries; then as a graph.
 
-    Graphs share memory, so none of their results but those returned may be read after another one has run. Engine
-    thread only, but for `note_compiled`; on a device other than CUDA every run is eager.
+    Graphs share memory: after another graph has run, only returned results may be read. Engine thread only, except
+    `note_compiled`; on a device other than CUDA every run is eager.
 
     The current stream must not be the default one, which cannot be captured.
     """
@@ -20,17 +20,17 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self._captures = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
-        self._compiled: set[Hashable] = set()  # programs whose kernels are there
+        self._compiled: set[Hashable] = set()  # programs with compiled kernels
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def run(self, key: Hashable, program: Callable[[], Result], *, will_recur: bool = True) -> Result:
-        """Run `program`, which must do the same kernels on the same addresses whenever it is run with this key.
+        """Run `program`, which must launch the same kernels on the same addresses each time with this key.
 
-        It is captured right after its first run, or with `will_recur` False before its second: capturing takes as long
-        as launching it several times.
+        It is captured after its first run, or with `will_recur` False before its second: a capture takes as long as
+        several launches.
         """
         if not self._captures:
             return program()
@@ -46,17 +46,17 @@ class Graphs:
         return captured_result  # type: ignore[return-value]
 
     def note_compiled(self, key: Hashable) -> None:
-        """The same kernels have run elsewhere: the program need not be run before it is captured. On any thread."""
+        """Note that the program's kernels are compiled: it can be captured without a first run. On any thread."""
         self._compiled.add(key)
 
     def capture(self, key: Hashable, program: Callable[[], object]) -> None:
-        """Capture a program that was run or noted, unless it is."""
+        """Capture a program that was run or noted, unless it is captured."""
         if self._captures and key not in self._graphs:
             self._graphs[key] = self._capture(program)
 
     def _capture(self, program: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: other threads go on copying adapters meanwhile.
+        # Thread-local: other threads copy adapters during the capture.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             result = program()

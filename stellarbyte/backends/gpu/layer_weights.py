@@ -35,7 +35,7 @@ _VECTORS = {  # norms and scales → fields of `Layer`
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One layer's weights, projections that share an input packed into one."""
+    """One layer's weights; projections that share an input are packed into one matrix."""
 
     qkv: Weight
     output: Weight
@@ -51,17 +51,18 @@ class Layer:
 
 
 def pack_layer(model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str) -> Layer:
-    """Pack one layer's weights; quantized, the model's own matrices are gone after.
+    """Pack one layer's weights. Quantization frees the model's own matrices.
 
     Raises:
-        ValueError: the kernels have no place for a part of the layer.
+        ValueError: the kernels do not support a part of the layer.
     """
     parts = layer_parts(config, layer)
     if unknown := [part.name for part in parts if part.name not in _VECTORS and part.reads not in _INPUTS]:
-        raise ValueError(f"the GPU kernels cannot compute {unknown[0]}")
+        raise ValueError(f"the GPU kernels do not support {unknown[0]}")
 
     def pack(group: Sequence[Part]) -> Weight:
-        """The matrices of linears below each other. They get views of it, or nothing: no memory is held twice."""
+        """Stack the matrices of linears. The linears get views of the result, or nothing, so that no memory is held
+        twice."""
         linears = [cast(torch.nn.Linear, model.get_submodule(module_path(layer, part.name))) for part in group]
         heights = [len(linear.weight) for linear in linears]
         matrix_NK = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight.data for linear in linears])

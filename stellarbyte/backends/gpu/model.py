@@ -29,21 +29,21 @@ Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, pa
 
 
 class Branch(NamedTuple):
-    """The output of attention or of the MLP, before it is scaled and added to the residual stream."""
+    """The output of attention or MLP, not yet scaled and added to the residual stream."""
 
     out_TC: torch.Tensor
-    addend: Addend | None  # part of the output; to be read before the next product
+    addend: Addend | None  # part of the output; valid until the next product
     scale_C: torch.Tensor | None
 
 
 class TritonModel:
-    """The weights of a `ByteLanguageModel`, packed; quantized, its own matrices are gone after. Engine thread only.
+    """The packed weights of a `ByteLanguageModel`. Quantization frees its own matrices. Engine thread only.
 
     Args:
-        config: the one to serve with; its windows and sinks may differ from the model's own.
-        bank: the adapters, in the model's dtype; None: there are none.
-        quantization: "none", or "int8" or "fp8": of all matrices but the embedding, a scale for each output; the head
-            is int8 then.
+        config: for serving; its windows and sinks may differ from the model's own.
+        bank: the adapters, in the model's dtype; None: no adapters.
+        quantization: "none", or "int8" or "fp8": of all matrices but the embedding, with a scale for each output; the
+            head is then int8.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TritonModel:
         self.device = self.embedding_VC.device
         self.final_norm_C = decoder.norm.weight
         head_weight = Weight(matrix_NK=model.lm_head.weight)
-        # The head's errors reach every token's logit directly, and fp8 has the larger ones.
+        # The head's rounding errors reach the logits directly, and those of fp8 are larger.
         self.head_weight = head_weight if quantization == "none" else quantize(head_weight, "int8")
         self.layers = [pack_layer(model, config, layer, quantization) for layer in range(config.num_hidden_layers)]
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
@@ -73,7 +73,7 @@ class TritonModel:
         self._rotations: Rotations | None = None
 
     def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, V] logits of what follows, in `out` if it is given."""
+        """[R, V] logits of the next token, in `out` if given."""
         return _apply(hidden_RC.contiguous(), self.head_weight, out)
 
     def rotations(self, distance: int) -> Rotations:
@@ -95,7 +95,7 @@ class TritonModel:
         """Attention of many tokens of each sequence."""
 
         def attend(layer: int, qkv_TN: torch.Tensor, addend: Addend | None) -> torch.Tensor:
-            assert addend is None, "adapters of prompts add in place"
+            assert addend is None, "prompts add adapters in place"
             weights, keys, values = self.layers[layer], cache.keys_LBSKD[layer], cache.values_LBSKD[layer]
             eps, sink_tokens = self.config.rms_norm_eps, self.config.sink_tokens
             write_kv(
@@ -122,34 +122,34 @@ class TritonModel:
         return self._forward_many(x_TC, attend, adapters)
 
     def _forward_few(self, x_TC: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Few rows: norms, gates and residuals are parts of the products."""
+        """Few rows: norms, gates and residuals are fused into the products."""
         for i in range(len(self.layers)):
             x_TC = self._attention_of_few(x_TC, i, attend)
             x_TC = self._mlp_of_few(x_TC, i)
         return add_norm(x_TC, None, self.final_norm_C, self.config.rms_norm_eps)
 
     def _attention_of_few(self, x_TC: torch.Tensor, i: int, attend: Attend) -> torch.Tensor:
-        """x + the attention branch of layer i; the sum is the end of its last product."""
+        """x + the attention branch of layer i, added by its last product."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
         attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps), None)
         return linear(attended_TA, layer.output, residual_TN=x_TC, branch_scale_N=layer.attention_scale_C)
 
     def _mlp_of_few(self, x_TC: torch.Tensor, i: int) -> torch.Tensor:
-        """x + the MLP branch of layer i; the sum is the end of its last product."""
+        """x + the MLP branch of layer i, added by its last product."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
         assert layer.mlp_norm_C is not None
         inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
         return linear(inner_TI, layer.down, residual_TN=x_TC, branch_scale_N=layer.mlp_scale_C)
 
     def _forward_many(self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
-        """Many rows: a branch is added to the residual stream by the kernel that computes the next branch's norm."""
+        """Many rows: the kernel of the next branch's norm adds a branch to the residual stream."""
         norms = [layer.input_norm_C for layer in self.layers]
         source_TC = x_TC if self.alpha is not None else add_norm(x_TC, None, norms[0], self.config.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             own_norm_C, next_norm_C = layer.input_norm_C, norms[i + 1] if i + 1 < len(norms) else self.final_norm_C
             alpha = self.alpha
             branch = self._attention(source_TC, i, attend, adapters)
-            if layer.mlp_norm_C is None:  # in parallel: the MLP has the same input, and the next norm is of both sums
+            if layer.mlp_norm_C is None:  # in parallel: the MLP has the same input, and the next norm follows both sums
                 source_TC = source_TC.clone() if alpha is not None else source_TC
                 add_branch(x_TC, branch.out_TC, branch.scale_C, alpha, branch.addend)
                 alpha = None if alpha is None else 1.0
@@ -183,7 +183,8 @@ class TritonModel:
     ) -> torch.Tensor:
         """Add a branch to the residual stream x in place; returns the input of the next branch.
 
-        With DeepNorm (`alpha`) that is the sum, normed by the branch's own norm; without, the next branch's norm of it.
+        With DeepNorm (`alpha`) that is the sum after the branch's own norm; without, the sum after the next branch's
+        norm.
         """
         norm_C = next_norm_C if alpha is None else own_norm_C
         return add_norm(
@@ -194,7 +195,7 @@ class TritonModel:
     def _project(
         self, x_TK: torch.Tensor, weight: Weight, layer: int, source: str, adapters: Adapters | None
     ) -> tuple[torch.Tensor, Addend | None]:
-        """The product of the linears that read `source`, and what its reader has to add to it."""
+        """The product of the linears that read `source`, and the addend for its reader."""
         if adapters is None:
             return _apply(x_TK, weight), None
         projections = self.bank.projections.shared_inputs[source]

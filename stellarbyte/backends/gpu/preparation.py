@@ -1,8 +1,8 @@
-"""Compiles and captures what steps will run, beside the engine's own thread.
+"""Compiles and captures the programs of usual steps in the background.
 
-Triton compiles a kernel when it is first launched, which takes up to a second, and a stream that waits for it stands
-still. So the programs of usual steps are run once on a thread, over other slots and another cache; the engine's thread
-captures them as graphs when it has nothing else to do, or when a step first needs one.
+Triton compiles a kernel at its first launch, which takes up to a second and stalls the streams that wait for it. So a
+thread runs these programs once, on separate slots and a separate cache; the engine's thread captures them as graphs
+when it is idle, or when a step first needs one.
 """
 
 import atexit
@@ -24,14 +24,14 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 def first_programs(max_rows: int, max_tokens: int) -> list[Decoding | Prefill]:
-    """What the first answer needs and, compiled for other sizes, the largest steps."""
+    """The programs of a first answer, and those of the largest steps, which are compiled for other sizes."""
     shapes = list(usual_shapes(max_tokens, with_adapters=False))
     decoding = [Decoding(rows, 0, truncates=False) for rows in {1, max_rows}]
     return [*decoding, *(Prefill(shape, truncates=False) for shape in {shapes[0], shapes[-1]})]
 
 
 def usual_programs(steps: Steps) -> Iterator[Decoding | Prefill]:
-    """What steps run, the likeliest first; what is not among it is compiled and captured when it is needed."""
+    """Programs of steps, the likeliest first; others are compiled and captured on first use."""
     for has_adapters in (False, True) if steps.model.bank.num_slots else (False,):
         for rows in steps.row_counts:
             for segments in _segment_counts(rows) if has_adapters else [0]:
@@ -43,7 +43,7 @@ def usual_programs(steps: Steps) -> Iterator[Decoding | Prefill]:
 
 
 def _segment_counts(rows: int) -> list[int]:
-    """Those of `Steps.decode`."""
+    """The values of `num_segments` in `Steps.decode`."""
     counts = [1]
     while counts[-1] < rows:
         counts.append(min(2 * counts[-1], rows))
@@ -51,10 +51,10 @@ def _segment_counts(rows: int) -> list[int]:
 
 
 class Preparation:
-    """One thread's work, and what the engine's takes over of it."""
+    """The background thread, and the captures that the engine's thread takes over."""
 
     def __init__(self, steps: Steps, rehearsal: Steps) -> None:
-        """For `steps`, by `rehearsal` of the same model and as many rows, over slots and a cache that nobody uses."""
+        """Prepares `steps` by running `rehearsal`: the same model and rows, with unused slots and cache."""
         self._steps = steps
         self._rehearsal: Steps | None = rehearsal
         self._compiled: deque[Decoding | Prefill] = deque()
@@ -64,14 +64,14 @@ class Preparation:
         self._has_failed = False
 
     def start(self) -> None:
-        """Begin to compile, on a thread."""
-        # It would keep the engine's thread from Python for the usual 5 ms at a time.
+        """Start the thread."""
+        # The default interval of 5 ms would block the engine's thread for as long.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._thread.start()
-        atexit.register(self.stop)  # a compiler that runs while the process is taken down aborts it
+        atexit.register(self.stop)  # a compiler that runs during the interpreter's shutdown aborts the process
 
     def stop(self) -> None:
-        """Compile nothing more; returns when the program at hand is done."""
+        """Stop; returns when the current program is done."""
         self._stopping.set()
         self._thread.join()
         atexit.unregister(self.stop)
@@ -81,11 +81,11 @@ class Preparation:
         return not self._compiled and not self._thread.is_alive()
 
     def capture_next(self) -> bool:
-        """Capture one program, if one is ready; whether there is more to come. Engine thread only."""
+        """Capture one program, if one is ready; returns whether more may follow. Engine thread only."""
         if self._compiled:
             with torch.inference_mode():
                 self._steps.capture(self._compiled.popleft())
-        is_done = self.is_done  # asked once: the thread may end meanwhile
+        is_done = self.is_done  # read once: the thread may end meanwhile
         if is_done and not self._has_failed:
             logger.info("kernels are ready after %.1f s", time.monotonic() - self._started_s)
         return not is_done
@@ -95,12 +95,12 @@ class Preparation:
             self.run_all()
         except Exception:
             self._has_failed = True
-            logger.exception("could not prepare all kernels; the others are compiled when they are needed")
+            logger.exception("not all kernels could be prepared; the others are compiled on first use")
 
     def run_all(self) -> None:
-        """Run every program on the calling thread, on a stream of its own."""
+        """Run every program on the calling thread, on a separate stream."""
         rehearsal, self._rehearsal = self._rehearsal, None
-        assert rehearsal is not None, "this is done once"
+        assert rehearsal is not None, "run_all must be called once"
         stream = torch.cuda.Stream() if rehearsal.model.device.type == "cuda" else None
         with torch.inference_mode(), torch.cuda.stream(stream):
             for key in usual_programs(rehearsal):

@@ -1,4 +1,4 @@
-"""Tokens of prompts on their way to the GPU: what a step computes of them, as one array."""
+"""The prompt tokens of a step, packed into one array for the GPU."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,10 +15,10 @@ from stellarbyte.ops.triton.lora import PROMPT_SEGMENT_ROWS, LoraRows
 
 _TOKEN_COUNTS = (16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _SAMPLE_COUNTS = (0, 1, 8)
-_SPARE_PARTS = (1, 8, 64)  # tiles or segments beyond those of full length: sequences end between
+_SPARE_PARTS = (1, 8, 64)  # extra tiles or segments, for sequences that do not fill their last one
 MAX_PADDED_TOKENS = _TOKEN_COUNTS[-1]
 MAX_PADDED_SAMPLES = _SAMPLE_COUNTS[-1]
-ODD_TOKENS = 2065  # of prompts that are not padded: a number for which kernels are compiled differently
+ODD_TOKENS = 2065  # of unpadded prompts: not a multiple of 16, for which kernels are compiled separately
 _FEWER_ODD_TOKENS = 1041  # with adapters: so few that programs share a segment (`lora.shrink`)
 _ALIGNMENT = 4  # numbers: a kernel is compiled once more for pointers that 16 bytes do not divide
 
@@ -32,7 +32,7 @@ class Prompts:
     slots: list[int] = field(default_factory=list)
     tile_starts: list[int] = field(default_factory=list)
     tile_counts: list[int] = field(default_factory=list)
-    sample_rows: list[int] = field(default_factory=list)  # tokens whose next token is wanted
+    sample_rows: list[int] = field(default_factory=list)  # tokens that need logits
     sample_slots: list[int] = field(default_factory=list)
     segment_starts: list[int] = field(default_factory=list)
     segment_counts: list[int] = field(default_factory=list)
@@ -42,11 +42,11 @@ class Prompts:
     def add(
         self, token_ids: list[int], first_position: int, slot: int, *, samples: bool, bank_slot: int, scale: float
     ) -> None:
-        """Tokens of one sequence, from a position on.
+        """Add tokens of one sequence, starting at a position.
 
         Args:
-            samples: the last one's next token is wanted.
-            bank_slot: of the sequence's adapter; 0: it has none.
+            samples: sample the token after the last one.
+            bank_slot: of the sequence's adapter; 0: none.
         """
         start, count = len(self.token_ids), len(token_ids)
         self.token_ids += token_ids
@@ -66,7 +66,7 @@ class Prompts:
 
 
 class PromptTensors(NamedTuple):
-    """The same on the device. Rows beyond the prompts are those of slot 0, which is nobody's."""
+    """The same on the device. Padding rows use slot 0, which no sequence has."""
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
@@ -79,7 +79,7 @@ class PromptTensors(NamedTuple):
 
 
 class PromptShape(NamedTuple):
-    """How long the arrays are, and so where each begins in the one that carries them all."""
+    """Lengths of the arrays, and so their offsets in the packed array."""
 
     tokens: int
     tiles: int
@@ -87,7 +87,7 @@ class PromptShape(NamedTuple):
     segments: int  # 0: no token has an adapter
 
     def pack(self, prompts: Prompts) -> Integers:
-        """One array of all of the prompts' numbers, each part filled up with zeros."""
+        """One array of all the prompts' numbers, each part padded with zeros."""
         parts: list[tuple[list[int] | Integers, int]] = [
             (prompts.token_ids, self.tokens),
             (prompts.positions, self.tokens),
@@ -127,7 +127,7 @@ class PromptShape(NamedTuple):
 
 
 def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
-    """The exact shape, or the next of the few that steps of up to `MAX_PADDED_TOKENS` have."""
+    """The exact shape, or the next larger one of the few for steps of up to `MAX_PADDED_TOKENS`."""
     num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
     num_tiles, num_segments = len(prompts.tile_starts), len(prompts.segment_starts)
     if not padded:
@@ -143,8 +143,8 @@ def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:
 
 
 def usual_shapes(max_tokens: int, *, with_adapters: bool) -> Iterator[PromptShape]:
-    """Padded shapes of steps of up to `max_tokens`: of a whole prompt, a part of one, two and several short ones; and a
-    longer one that stands for all that are not padded."""
+    """Padded shapes of steps of up to `max_tokens`: one prompt, a part of one, two and several short ones; and one
+    longer shape that represents all unpadded ones."""
     first_tokens = [0, *_TOKEN_COUNTS]
 
     def shape(tokens: int, spare: int, samples: int) -> PromptShape:

@@ -1,8 +1,7 @@
-"""What running sequences need on the GPU: a row of 32-bit numbers a slot, which steps read and move on.
+"""The state of running sequences on the GPU: a row of 32-bit numbers for each slot, which steps read and advance.
 
-The host changes it by pairs of (index, value), all of a step's in one copy; a step whose batch is the one before has
-none. Slot 0 is nobody's: rows that only fill up a batch use it, and their keys go to a block of the cache that no
-sequence has.
+The host changes it by pairs of (index, value), one copy for each step; a step with an unchanged batch needs none. No
+sequence has slot 0: padding rows of a batch use it, and write their keys to a block of the cache that no sequence has.
 """
 
 import numpy as np
@@ -17,13 +16,13 @@ from stellarbyte.ops.triton.sampler import SamplingRows
 # S slots, E entries of a block table, F fields of a slot, B rows of a batch, C hidden size, U updates
 
 POSITION, TOKEN, TEMPERATURE, TOP_K, TOP_P, MIN_P, STATE_LOW, STATE_HIGH = range(8)
-NUM_FIELDS = 16  # a power of two; the block table begins behind them
+NUM_FIELDS = 16  # a power of two; the block table follows them
 
 Integers = npt.NDArray[np.int32]
 
 
 class SlotMemory:
-    """The slots, and which of them are the rows of the running batch. Addresses are fixed: graphs keep them.
+    """The slots, and the slot of each row of the running batch. Addresses are fixed: graphs keep them.
 
     `numbers` is one flat tensor: the slots, then for every row its slot, then the row's adapter scale, then starts,
     counts and bank slots of the adapter segments (see `lora.LoraRows`).
@@ -50,14 +49,15 @@ class SlotMemory:
         return self.numbers[start : start + self.max_rows]
 
     def field_at(self, slot: int, field: int) -> int:
-        """Where a field of a slot stands in `numbers`."""
+        """The index of a slot's field in `numbers`."""
         return slot * self.slot_size + field
 
     def table_at(self, slot: int, entry: int) -> int:
         return slot * self.slot_size + NUM_FIELDS + entry
 
     def update(self, indices: list[int], values: list[int]) -> None:
-        """Set numbers[indices] = values after all steps so far; no index twice. float32 values come as their bits."""
+        """Set numbers[indices] = values, ordered after all steps so far; no index twice. float32 values are given as
+        bits."""
         count = len(indices)
         if not count:
             return
@@ -66,7 +66,7 @@ class SlotMemory:
 
 
 class Upload:
-    """Copies small arrays to the device without waiting for it, through pinned memory that is used in turn."""
+    """Copies small arrays to the device without waiting, through pinned buffers used in turn."""
 
     _NUM_BUFFERS = 4
 
@@ -77,14 +77,14 @@ class Upload:
         self._next = 0
 
     def copy(self, values: Integers, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The values on the device, in the first numbers of `out` if it is given."""
+        """The values on the device, at the start of `out` if given."""
         if self._device.type != "cuda":
             copied = torch.from_numpy(values.copy())
             return copied if out is None else out[: len(values)].copy_(copied)
         i, self._next = self._next, (self._next + 1) % self._NUM_BUFFERS
         buffer, event = self._buffers[i], self._copied[i]
         if event is not None:
-            event.synchronize()  # long done
+            event.synchronize()  # usually long complete
         if buffer is None or len(buffer) < len(values):
             buffer = torch.empty(max(4096, 2 * len(values)), dtype=torch.int32, pin_memory=True)
             self._buffers[i] = buffer
@@ -102,7 +102,7 @@ def float_bits(value: float) -> int:
 
 
 def sampling_rows(fields_BF: torch.Tensor) -> SamplingRows:
-    """The sampler's view of rows that `begin_decode` or `gather_fields` has filled."""
+    """The sampler's view of rows filled by `begin_decode` or `gather_fields`."""
     floats_BF = fields_BF.view(torch.float32)
     return SamplingRows(
         temperature_R=floats_BF[:, TEMPERATURE],
@@ -123,7 +123,7 @@ def begin_decode(
 ) -> None:
     """For every row: the position and the embedding of its slot's newest token, and its fields.
 
-    The slot moves on to the position after it, which is also the one among the fields.
+    Advances the slot to the next position, which is also the one among the fields.
     """
     _begin_kernel[(len(x_BC),)](
         memory.rows_B, memory.slots_SF, memory.slot_size, embedding_VC, embedding_VC.shape[1], positions_B, fields_BF,
@@ -133,7 +133,7 @@ def begin_decode(
 
 
 def gather_fields(memory: SlotMemory, slots_R: torch.Tensor, fields_RF: torch.Tensor) -> None:
-    """The fields of given slots."""
+    """Copy the fields of the given slots."""
     _begin_kernel[(len(slots_R),)](
         slots_R, memory.slots_SF, memory.slot_size, slots_R, 1, slots_R, fields_RF, slots_R,
         IS_DECODE=False, FIELDS=NUM_FIELDS, BLOCK=1, **overlapping(slots_R.device),
@@ -141,8 +141,8 @@ def gather_fields(memory: SlotMemory, slots_R: torch.Tensor, fields_RF: torch.Te
 
 
 def store_tokens(memory: SlotMemory, slots_R: torch.Tensor, tokens_R: torch.Tensor) -> None:
-    """Give slots their newest tokens; slot 0 keeps its own. For NO_TOKEN it is 0: the step after it, whose results
-    nobody reads, looks it up in the embedding.
+    """Set the newest tokens of slots, except slot 0. NO_TOKEN is stored as 0: the next step, although its results are
+    discarded, looks the token up in the embedding.
     """
     count = len(tokens_R)
     _store_kernel[(triton.cdiv(count, 256),)](

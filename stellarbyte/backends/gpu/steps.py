@@ -1,4 +1,4 @@
-"""Steps of a model over GPU-resident slots: decoding as graphs, prompts beside it. Knows slots, but no requests."""
+"""Steps of a model over GPU-resident slots: decoding as graphs, and prompts. Knows slots, not requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from stellarbyte.backends.gpu.adapters import Adapters, BesideProducts
+from stellarbyte.backends.gpu.adapters import Adapters, SideStream
 from stellarbyte.backends.gpu.graphs import Graphs
 from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.prompts import (
@@ -40,15 +40,15 @@ _ROW_COUNTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
 class Decoding(NamedTuple):
-    """Which program decodes a batch."""
+    """Key of a program that decodes a batch."""
 
     rows: int  # one of `Steps.row_counts`
-    segments: int  # of rows with adapters, a power of two or all rows; 0: no row has one
-    truncates: bool  # some row has top_k, top_p or min_p
+    segments: int  # of rows with adapters, a power of two or all rows; 0: no adapters
+    truncates: bool  # any row has top_k, top_p or min_p
 
 
 class Prefill(NamedTuple):
-    """Which program computes prompts."""
+    """Key of a program that computes prompts."""
 
     shape: PromptShape
     truncates: bool
@@ -56,22 +56,22 @@ class Prefill(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Computed:
-    """What a part of a step left on the device, valid until the next step."""
+    """Results of a part of a step, on the device, valid until the next step."""
 
     logits_RV: torch.Tensor  # of the rows that sample, before any adjustment
     tokens_R: torch.Tensor  # int32, sampled from them
     slots_R: torch.Tensor
-    hidden_TC: torch.Tensor | None = None  # of all tokens of prompts that were not run as a graph
+    hidden_TC: torch.Tensor | None = None  # of all prompt tokens, if not run as a graph
 
 
 class Steps:
-    """Engine thread only, on one stream that is not the default one.
+    """Runs steps. Engine thread only, on one stream other than the default one.
 
     Args:
-        cache: with one block more than sequences may use; the last one takes what filling rows write.
-        max_rows: sequences that decode in one step, and slots.
-        max_tokens: of prompts in one step.
-        table_entries: of a sequence's block table (see `paged.PagedRows`).
+        cache: with one more block than sequences may use; padding rows write to the last one.
+        max_rows: largest number of sequences in a decoding step, and number of slots.
+        max_tokens: largest number of prompt tokens in a step.
+        table_entries: length of a block table (see `paged.PagedRows`).
     """
 
     def __init__(
@@ -106,21 +106,21 @@ class Steps:
         self._num_multiprocessors = num_multiprocessors_of(device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
-        self._lora_scratch = self._beside = None
+        self._lora_scratch = self._side_stream = None
         if model.bank.num_slots:
             self._lora_scratch = LoraScratch.make(
                 max(max_rows, max_tokens, MAX_PADDED_TOKENS), model.bank.max_rank, device
             )
-            self._beside = BesideProducts(model.bank, max_rows)
+            self._side_stream = SideStream(model.bank, max_rows)
 
     # Sequences that decode
 
     def decode(self, num_rows: int, *, num_segments: int, truncates: bool) -> Computed:
-        """One token more for the first `num_rows` of the memory's rows.
+        """Compute the next token of the memory's first `num_rows` rows.
 
         Args:
-            num_segments: of rows with adapters, which the memory holds; 0: no row has one.
-            truncates: some row has top_k, top_p or min_p.
+            num_segments: of rows with adapters, in the memory; 0: no adapters.
+            truncates: any row has top_k, top_p or min_p.
         """
         count = next(count for count in self.row_counts if count >= num_rows)
         segments = min(1 << (num_segments - 1).bit_length(), count) if num_segments else 0
@@ -150,7 +150,7 @@ class Steps:
         hidden_BC = model.forward(
             x_BC,
             lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
-            self._adapters(lora, self._beside),
+            self._adapters(lora, self._side_stream),
         )
         model.head(hidden_BC, out=logits_BV)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
@@ -172,25 +172,25 @@ class Steps:
         return out_BA
 
     def replace_tokens(self, computed: Computed, rows: list[int], tokens_R: torch.Tensor) -> None:
-        """Let rows of a part of the running step have other tokens than those that were sampled."""
+        """Replace sampled tokens in rows of a part of the running step."""
         index_R = torch.tensor(rows, device=tokens_R.device)
         computed.tokens_R[index_R] = tokens_R.int()
         store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
 
-    def _adapters(self, rows: LoraRows | None, beside: BesideProducts | None) -> Adapters | None:
+    def _adapters(self, rows: LoraRows | None, side_stream: SideStream | None) -> Adapters | None:
         if rows is None:
             return None
         assert self._lora_scratch is not None
-        return Adapters(self.model.bank, rows, self._lora_scratch, beside)
+        return Adapters(self.model.bank, rows, self._lora_scratch, side_stream)
 
     # Prompts
 
     def prefill(self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False) -> Computed:
-        """Compute tokens of prompts, and the next tokens of those that sample, which their slots then have.
+        """Compute prompt tokens; sample the next tokens of the rows that need them, and store these in their slots.
 
         Args:
-            truncates: some row that samples has top_k, top_p or min_p.
-            wants_hidden: the result is to have the hidden states.
+            truncates: any row that samples has top_k, top_p or min_p.
+            wants_hidden: include the hidden states in the result.
         """
         num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
         captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
@@ -223,26 +223,26 @@ class Steps:
             store_tokens(memory, inputs.sample_slots_R, tokens_R)
         return hidden_TC, logits_RV
 
-    # Before there is anything to compute
+    # Preparation
 
     def rehearse(self) -> None:
-        """Run the largest steps once, on nobody's slot: what memory they take can be measured then."""
+        """Run the largest steps once, on slot 0, so that their memory can be measured."""
         prompts = Prompts()
         prompts.add([0] * self.max_tokens, 0, 0, samples=True, bank_slot=0, scale=1.0)
         self.prefill(prompts, truncates=False, wants_hidden=True)
         self.decode(self.row_counts[-1], num_segments=0, truncates=False)
 
     def run_program(self, key: Decoding | Prefill) -> None:
-        """Run a program for whatever the memory holds: what compiles its kernels, and those of a step around it."""
+        """Run a program on the memory's current contents, to compile its kernels and those around it in a step."""
         self.memory.update([self.memory.field_at(0, POSITION)], [0])
         self._program(key)()
 
     def note_compiled(self, key: Decoding | Prefill) -> None:
-        """Other steps of the same model and sizes have run this program. On any thread."""
+        """Note that this program ran in `Steps` of the same model and sizes. On any thread."""
         self._graphs.note_compiled(key)
 
     def capture(self, key: Decoding | Prefill) -> None:
-        """Capture a program that was noted as compiled, which computes nothing."""
+        """Capture a program noted as compiled, without running it."""
         self._graphs.capture(key, self._program(key))
 
     def _program(self, key: Decoding | Prefill) -> Callable[[], object]:

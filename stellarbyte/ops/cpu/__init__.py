@@ -1,7 +1,7 @@
-"""The CPU backend: compiled kernels over packed weights. `model.CpuModel` is the way in.
+"""Compiled CPU kernels over packed weights, for `backends.cpu_model`.
 
-Compiled code is kept in the user's cache, in a folder named by what it came from: numba's own check looks only at the
-file a function stands in, not at those of the functions it calls.
+Compiled code is stored in the user's cache, in a folder named by a hash of all sources: numba's own check covers only
+a function's file, not those of the functions that it calls.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def _make_folder() -> Path | None:
-    """The folder of these sources' code for this kind of processor; None if nothing can be kept."""
+    """The folder of these sources' code for this kind of processor; None if it cannot be written."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.binding.get_host_cpu_name()}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -30,8 +30,8 @@ def _make_folder() -> Path | None:
         folder = base / digest.hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        logger.warning("compiled CPU kernels cannot be kept, so every start compiles them: %s", error)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        logger.warning("compiled CPU kernels cannot be stored, so every start compiles them: %s", error)
         return None
     numba.config.CACHE_DIR = str(folder)
     return folder
@@ -43,10 +43,10 @@ KEEP_COMPILED = _folder is not None
 
 @contextlib.contextmanager
 def one_compiles() -> Iterator[None]:
-    """Compile in one process at a time: others then find the code, and numba's index of it is not written twice."""
+    """Let one process compile at a time: the others then load its code, and numba's index has one writer."""
     if _folder is None:
         yield
         return
     with (_folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         yield

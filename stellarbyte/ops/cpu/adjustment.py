@@ -1,4 +1,4 @@
-"""Logits changed as requests ask, compiled. The mathematics, and the order of its steps, is `logit_adjustment.py`'s."""
+"""Logit adjustment, compiled. Mathematics and order of steps are those of `sampling/adjustment.py`."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def adjust_logits(logits_RV: torch.Tensor, rows: Sequence[RowAdjustment | None])
 
 
 def _arrays(adjustment: LogitAdjustment) -> tuple[np.ndarray, ...]:
-    """Biased tokens, biases, divisors and deductions; empty where there are none."""
+    """Biased tokens, biases, divisors and deductions; empty if absent."""
     return (
         _NO_IDS if adjustment.bias_ids is None else adjustment.bias_ids.numpy(),
         _NO_NUMBERS if adjustment.bias is None else adjustment.bias.numpy(),

@@ -17,7 +17,7 @@ Integers = npt.NDArray[np.int64]
 
 
 class BatchArrays(NamedTuple):
-    """The arrays of a `ForwardBatch`, and which sequence each token belongs to."""
+    """The arrays of a `ForwardBatch`, and each token's sequence."""
 
     positions_T: Integers
     slots_T: Integers
@@ -63,12 +63,12 @@ def _norm_head(head, weight, eps):
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, num_threads):
-    """Store a step's keys, rotated by their offset in their block, and values; normalise q and k where asked.
+    """Store a step's keys, rotated by their offset in their block, and values; normalise q and k if weights are given.
 
     Args:
-        qkv: [T, (H + 2K) · D], wider rows are cut off; its queries are normalised in place.
+        qkv: [T, at least (H + 2K) · D]; its queries are normalised in place.
         shape: (H, K, D).
-        q_norm, k_norm: [D], or empty for none.
+        q_norm, k_norm: [D], or empty.
         keys, values: [B, S, K, D] of one layer.
     """
     num_heads, num_kv_heads, dim = shape
@@ -93,19 +93,19 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
     """out [T, H · D] = attention of every token over the live blocks of its sequence.
 
     Args:
-        window: tokens a query looks back, 0 for all; `sinks`: first tokens seen besides.
+        window: tokens a query looks back, 0 for all; `sinks`: first tokens, always seen.
         scale: of scores, before the softmax.
     """
     num_heads, num_kv_heads, dim = shape
     group = num_heads // num_kv_heads
-    # A thread takes all heads of a token, block by block as they lie in memory; of a few tokens it takes fewer heads.
+    # A thread computes all heads of a token, block by block in memory order; with few tokens, some of the heads.
     together = num_heads
     if len(qkv) < 2 * num_threads:
         together = group if len(qkv) * num_kv_heads >= 4 * num_threads else 1
     parts = num_heads // together
     block_size = keys.shape[1]
     stride = num_kv_heads * dim  # from a position's key to the next one's
-    # While one head works on a block, a part of the next block is fetched; with a few heads memory is not the limit.
+    # Each head prefetches a part of the next block; with few heads memory is not the limit.
     share = block_size * stride // num_heads if together == num_heads else 0
     for thread in prange(num_threads):
         scores = np.empty((together, batch.block_tables_NM.shape[1] * block_size + 3), np.float32)
@@ -118,7 +118,7 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
             n = batch.sequences_T[t]
             num_sinks = batch.num_sink_blocks_N[n]
             first_seen = position - window + 1 if window else 0
-            count = 0  # keys the query sees; their scores stand side by side
+            count = 0  # keys that the query sees; their scores are contiguous
             for b in range(batch.num_blocks_N[n]):
                 base = batch.block_bases_NM[n, b]
                 start, stop = _visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
@@ -160,7 +160,7 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
 
 @njit(inline="always")
 def _visible_part(base, is_sink, position, first_seen, sinks, block_size):
-    """The places start..stop of a block that a query sees."""
+    """start..stop of the offsets in a block that a query sees."""
     stop = min(block_size, position - base + 1)
     if is_sink:
         return 0, min(stop, sinks - base)
@@ -173,7 +173,7 @@ def _scores(rotated, dim, keys, key, stride, scores, at, count):
     whole = count // 4 * 4
     for i in range(0, whole, 4):
         four_dots(scores, at + i, rotated, 0, keys, key + i * stride, stride, dim)
-    for i in range(whole, count):  # a stride of 0 takes the same key four times
+    for i in range(whole, count):  # a stride of 0 repeats the key
         four_dots(scores, at + i, rotated, 0, keys, key + i * stride, 0, dim)
 
 

@@ -1,6 +1,6 @@
-"""Vector instructions for the CPU kernels, where LLVM's vectoriser would not find them.
+"""Vector instructions for CPU kernels that LLVM's vectoriser does not vectorise.
 
-Vectors have 16 lanes of float32: two AVX2 registers, one of AVX-512, four of NEON; LLVM splits them as the machine has.
+Vectors have 16 lanes of float32: two AVX2 registers, one of AVX-512, four of NEON; LLVM splits them for the machine.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ FLOATS, BYTES, INTS = (ir.VectorType(scalar, LANES) for scalar in (FLOAT, BYTE, 
 
 
 class Emitter:
-    """Short names for the LLVM instructions that the kernels are made of."""
+    """Short names for the kernels' LLVM instructions."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.builder = builder
@@ -53,7 +53,7 @@ class Emitter:
         return self.builder.shuffle_vector(vector, vector, ir.Constant(INTS, [0] * LANES))
 
     def lanes(self, first: ir.Value, second: ir.Value, numbers: list[int]) -> ir.Value:
-        """A vector of chosen lanes of two others, which are counted through."""
+        """A vector of chosen lanes of two vectors, numbered consecutively."""
         return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(numbers)), numbers))
 
     def four_totals(self, vectors: list[ir.Value]) -> ir.Value:
@@ -61,7 +61,7 @@ class Emitter:
         half = LANES // 2
         low, high = list(range(half)), list(range(half, LANES))
         a, b, c, d = (self.builder.fadd(self.lanes(v, v, low), self.lanes(v, v, high)) for v in vectors)
-        # Halves of two vectors side by side are added at once, down to one number for each of the four.
+        # Adds halves of two vectors at a time, down to one number for each of the four.
         ab, cd = (
             self.builder.fadd(
                 self.lanes(x, y, [0, 1, 2, 3, 8, 9, 10, 11]), self.lanes(x, y, [4, 5, 6, 7, 12, 13, 14, 15])
@@ -115,7 +115,7 @@ def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, st
         stride, count, num_vectors = arguments[6], arguments[7], builder.udiv(arguments[8], ir.Constant(INT64, LANES))
 
         def add_vectors(number: int, at: ir.Value) -> None:
-            """`number` neighbouring vectors of `out`, in registers over all rows."""
+            """Compute `number` adjacent vectors of `out`, in registers over all rows."""
             starts = [builder.add(at, ir.Constant(INT64, i * LANES)) for i in range(number)]
             sums = [emitter.zeros() for _ in starts]
             for start, total in zip(starts, sums, strict=True):
@@ -143,7 +143,7 @@ def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, st
 
 @intrinsic
 def prefetch(typing_context, array, start, length):
-    """Ask for array[start : start + length], contiguous float32, to be brought near while other work goes on."""
+    """Prefetch array[start : start + length], contiguous float32, into the cache."""
 
     def generate(context, builder, signature, arguments):
         emitter = Emitter(builder)
@@ -160,7 +160,7 @@ def prefetch(typing_context, array, start, length):
 
 
 def _pointer(context, builder, signature, arguments, i):
-    """Where array argument i starts, moved on by argument i + 1."""
+    """Pointer to array argument i, offset by argument i + 1."""
     array = context.make_array(signature.args[i])(context, builder, arguments[i])
     return builder.gep(array.data, [arguments[i + 1]])
 

@@ -1,4 +1,4 @@
-"""The decoder's layers as compiled functions. The mathematics is that of `model/decoder.py`."""
+"""The decoder's layers, compiled. The mathematics is that of `model/decoder.py`."""
 
 from typing import Any, NamedTuple
 
@@ -15,18 +15,18 @@ from stellarbyte.ops.cpu.lora import write_addends
 
 
 class StackedLinears(NamedTuple):
-    """The linears that share an input, packed below each other, of all layers: `PackedWeight`s with layers in front."""
+    """The linears that share an input, of all layers, stacked: `PackedWeight`s with a leading layer dimension."""
 
     weights: npt.NDArray[Any]
     scales: Floats
     minima: Floats
     bias_LN: Floats  # [L, P · R] in the rows' order, or [L, 0]
-    widths: Integers  # rows of each of them
-    first: int  # the number of the first of them in the adapter bank
+    widths: Integers  # rows of each linear
+    first: int  # number of the first linear in the adapter bank
 
 
 class LayerWeights(NamedTuple):
-    """The weights of all layers, stacked; what a model lacks is empty in its last dimension."""
+    """The weights of all layers, stacked; the last dimension of missing parts is 0."""
 
     qkv: StackedLinears
     output: StackedLinears
@@ -129,7 +129,7 @@ def _buffers(x, weights, options, adapters):
 
 @njit(inline="always")
 def _addend(linears, num_tokens, adapters):
-    """Zeros that `linear` adds to a product of this weight, for tokens without an adapter; nothing if all are."""
+    """The addend of a product, zero for tokens without an adapter; empty if no token has one."""
     if len(adapters.tokens_J):
         return np.zeros((num_tokens, linears.weights.shape[1] * linears.weights.shape[3]), np.float32)
     return np.zeros((0, 0), np.float32)
@@ -137,7 +137,7 @@ def _addend(linears, num_tokens, adapters):
 
 @njit(inline="always")
 def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
-    """out = `linear` of x by one layer of some linears, each token with what its adapter adds."""
+    """out = `linear` of x by one layer of stacked linears, plus each token's adapter."""
     if len(adapters.tokens_J):
         is_gated = activation != NO_ACTIVATION
         write_addends(x, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
@@ -147,7 +147,7 @@ def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
 
 @njit(inline="always")
 def _branch_input(x, norm, eps, alpha, normed, num_threads):
-    """x itself with DeepNorm, else its norm, which is written to `normed`."""
+    """x with DeepNorm, else its norm, written to `normed`."""
     if alpha != 0:
         return x
     rms_norm(x, norm, eps, normed, num_threads)
@@ -171,10 +171,10 @@ def _rms_norm_parallel(x, weight, eps, out, num_threads):
             _norm_row(x[t], weight, eps, out[t])
 
 
-# Without NumPy's error model a row of NaN would raise ZeroDivisionError: fast arithmetic takes NaN for equal to 0.
+# Without NumPy's error model a row of NaN would raise ZeroDivisionError: fast arithmetic treats NaN as 0.
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
 def rms_norm(x, weight, eps, out, num_threads):
-    """out = RMSNorm of each row; for a few rows, waking the other threads would cost more than it saves."""
+    """out = RMSNorm of each row; on one thread for few rows, as waking others would take longer."""
     if len(x) > 16:
         _rms_norm_parallel(x, weight, eps, out, num_threads)
     else:

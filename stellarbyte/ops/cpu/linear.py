@@ -2,9 +2,9 @@
 
 A weight matrix is stored in panels of 16 rows, column by column, so that one vector register holds one column of a
 panel and a token's value is broadcast against it. Each panel is read from memory once for up to 6 tokens, at the
-machine's full read speed, which torch's products do not reach for small batches; for many tokens the same kernel runs
-at the speed of the multipliers. LLVM's vectoriser does not find this by itself, so the innermost loop is written as
-LLVM instructions.
+machine's full read speed, which torch's products do not reach for small batches; for many tokens the same kernel is
+limited by the multipliers. LLVM's vectoriser does not produce this code, so the innermost loop consists of LLVM
+instructions.
 
 Weights are float32, int8 (a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and a minimum
 for every 32); activations are float32.
@@ -54,7 +54,7 @@ class _PanelEmitter(Emitter):
     def add_panel(
         self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
     ) -> None:
-        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the rows of x added up over int4's groups."""
+        """Emit self.sums[t] += panel · x[t]; `sum_rows` are the sums of the rows of x over int4's groups."""
         if panel.kind == types.float32 or len(x_rows) > _FEW_TOKENS:
             self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
         else:
@@ -80,7 +80,7 @@ class _PanelEmitter(Emitter):
     ) -> None:
         """Σ (integer · scale + minimum) · x as scale · Σ integer · x + minimum · Σ x, group by group.
 
-        With so few tokens the next column would wait for the sum of the last one, so neighbours have sums of their own.
+        With few tokens each column would wait for the previous sum, so adjacent columns have separate sums.
         """
         partial = [[self.zeros() for _ in x_rows] for _ in range(_COLUMNS_AT_ONCE)]
         for group, columns in self._groups(panel, num_columns):
@@ -135,7 +135,7 @@ class _PanelEmitter(Emitter):
 
 
 class _Panel:
-    """Where one panel of a packed weight lies: the first four arguments of an intrinsic are weight and panel number."""
+    """One panel of a packed weight, from the first four arguments of an intrinsic: weight and panel number."""
 
     def __init__(self, context, builder, signature, arguments) -> None:
         self.kind = signature.args[0].dtype
@@ -231,7 +231,7 @@ def _product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
 
 @njit(inline="always")
 def _write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
-    """Put a tile of sums where it belongs. With an activation, rows 0..7 of a panel are gates of rows 8..15."""
+    """Write a tile of sums to the output. With an activation, rows 0..7 of a panel are gates of rows 8..15."""
     half = PANEL_ROWS // 2
     row = panel * PANEL_ROWS
     if len(bias):
@@ -257,7 +257,7 @@ def _write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
 
 @njit(fastmath=True, nogil=True)
 def _group_sums(x, num_groups):
-    """[T, num_groups] sums over int4's groups of columns; other formats have no groups with a minimum."""
+    """[T, num_groups] sums over int4's groups of columns; empty for other formats, which have no minima."""
     sums = np.zeros((len(x), num_groups), np.float32)
     for t in range(len(x)):
         for group in range(num_groups):
@@ -281,7 +281,7 @@ def linear(x, weight, bias, addend, out, activation, num_threads):
     """
     weights, scales, minima = weight
     num_panels, num_tokens = weights.shape[0], x.shape[0]
-    # Unpacking costs about as much as a tile, so a few tokens take their weights straight from the packed form.
+    # Unpacking costs about as much as a tile, so few tokens read the packed form directly.
     unpack_first = weights.itemsize == 1 and num_tokens > 2 * TOKENS_PER_TILE
     x_sums = _group_sums(x, minima.shape[1])
     per_thread = (num_panels + num_threads - 1) // num_threads

@@ -1,7 +1,7 @@
-"""What adapters add to the packed products, on the CPU: scale · Bᵀ(A x), row by row.
+"""The addends of adapters to packed products, on the CPU: scale · Bᵀ(A x), row by row.
 
-A decoding step reads an adapter's numbers once for each of its tokens, which is what it costs. So a thread takes tokens
-whole, those of one adapter next to each other, and needs no barrier between A and B.
+In decoding, the cost is reading an adapter's numbers once for each of its tokens. So a thread computes whole tokens,
+ordered by adapter, and needs no barrier between A and B.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ _RANKS_AT_ONCE = 4
 
 
 class Adapters(NamedTuple):
-    """A bank's memory and tables, and who of a step's tokens uses which slot."""
+    """A bank's memory and tables, and the slots of a step's tokens."""
 
     max_rank: int
     numbers_SF: Floats
@@ -75,7 +75,7 @@ def _shrink(row, a_LK, hidden, scale):
 
 @njit(inline="always")
 def _expand(hidden, b_RN, out):
-    """out += Bᵀ hidden; four ranks at a time, so that out is not written for each of them."""
+    """out += Bᵀ hidden; four ranks at a time, to write `out` less often."""
     rank, width = b_RN.shape
     whole = rank - rank % _RANKS_AT_ONCE
     for r in range(0, whole, _RANKS_AT_ONCE):
@@ -91,20 +91,20 @@ def _expand(hidden, b_RN, out):
 
 @njit(inline="always")
 def _interleave(values, half, out):
-    """Put values where the rows of gates (half 0) or ups (half 1) stand in a weight made by `interleave_gated`."""
+    """Write values in the order of the rows of gates (half 0) or ups (half 1) of `interleave_gated`."""
     for n in range(len(values)):
         out[n // _HALF_PANEL * 2 * _HALF_PANEL + half * _HALF_PANEL + n % _HALF_PANEL] = values[n]
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def write_addends(x, adapters, layer, first, widths, is_gated, addend, num_threads):
-    """addend[t] = what each token's adapter adds to the projections `first`, `first` + 1 ..., which share the input x.
+    """addend[t] = the token's adapter's addend to the projections `first`, `first` + 1 ..., which share the input x.
 
     Args:
         x: [T, K].
         widths: rows of each projection.
-        is_gated: the two projections' rows are in the order of `interleave_gated`, else one after the other.
-        addend: [T, P · R], as `linear` takes it; rows of tokens without an adapter are left as they are.
+        is_gated: the two projections' rows are in the order of `interleave_gated`; otherwise consecutive.
+        addend: [T, P · R], as in `linear`; rows of tokens without an adapter do not change.
     """
     num_tokens = len(adapters.tokens_J)
     for thread in prange(num_threads):

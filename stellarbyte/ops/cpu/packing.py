@@ -1,4 +1,4 @@
-"""Weights in the form the CPU kernels read: panels of 16 rows, float32 or quantized."""
+"""Weights in the layout of the CPU kernels: panels of 16 rows, float32 or quantized."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,9 +41,7 @@ def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
         return PackedWeight(_panels(matrix_NK.astype(np.float32, copy=False)), nothing, nothing)
     group = INT8_GROUP if quantization == "int8" else INT4_GROUP
     if columns % group:
-        raise ValueError(
-            f"{quantization} needs matrices whose width is a multiple of {group}; one has {columns} columns"
-        )
+        raise ValueError(f"{quantization} needs matrices with a multiple of {group} columns; one has {columns}")
     groups_NGC = matrix_NK.reshape(len(matrix_NK), columns // group, group)
     if quantization == "int8":
         scale_NG = np.maximum(np.abs(groups_NGC).max(axis=-1), np.float32(1e-30)) / np.float32(127)
@@ -58,7 +56,7 @@ def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
 
 
 def interleave_gated(gate_NK: Floats, up_NK: Floats) -> Floats:
-    """Rows of gate and up in the order `linear` wants with an activation: 8 gates, their 8 ups, and so on."""
+    """Rows of gate and up in the order of `linear` with an activation: 8 gates, their 8 ups, and so on."""
     half = PANEL_ROWS // 2
     missing = -len(gate_NK) % half
     padding = np.zeros((missing, *gate_NK.shape[1:]), np.float32)

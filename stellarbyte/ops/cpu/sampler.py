@@ -1,4 +1,4 @@
-"""Choosing the next tokens, compiled. The mathematics, and the order of its steps, is that of `sampling.py`."""
+"""Sampling of next tokens, compiled. Mathematics and order of steps are those of `sampling/sampler.py`."""
 
 import math
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling, row_key
 # R rows, V vocabulary
 
 _BLOCK = 256  # tokens whose noise is bounded together
-_INFINITY_BITS = np.int32(0x7F800000)  # of a float32; those of NaN are more, its sign aside
+_INFINITY_BITS = np.int32(0x7F800000)  # of a float32; NaN has larger bits, apart from the sign
 _SIGNLESS = np.int32(0x7FFFFFFF)
 _BINS = 1024  # of distances from the largest logit
-_ROUNDING = {"nnan", "nsz", "reassoc", "contract"}  # of fast arithmetic, all but what would forbid infinities
+_ROUNDING = {"nnan", "nsz", "reassoc", "contract"}  # flags of fast arithmetic that allow infinities
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling], num_threads: int) -> list[int]:
-    """One token id for each row of float32 logits, NO_TOKEN as in `sampling.sample`."""
+    """One token id for each row of float32 logits, NO_TOKEN as in `sampling.sampler.sample`."""
     logits = logits_RV.numpy()
     least_R = np.array([_least_of_top_k(logits_V, row) for logits_V, row in zip(logits, rows, strict=True)], np.float32)
     parameters_R3 = np.array([(row.temperature, row.top_p, row.min_p) for row in rows], np.float32)
@@ -32,7 +32,7 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling], num_threads: in
 
 
 def _least_of_top_k(logits_V: np.ndarray, row: RowSampling) -> float:
-    """The k-th largest logit; those below do not stay."""
+    """The k-th largest logit; smaller ones are dropped."""
     if row.temperature == 0 or not 0 < row.top_k < len(logits_V):
         return -math.inf
     place = len(logits_V) - row.top_k
@@ -67,7 +67,7 @@ def _sample_rows(logits_RV, bits_RV, least_R, parameters_R3, keys_R2, tokens_R, 
 
 @njit(inline="always")
 def _first_argmax(logits_V, bits_V):
-    """The likeliest token. NaN shows in the bits only: arithmetic is compiled as if there were none."""
+    """The likeliest token. NaN is detected in the bits: compiled arithmetic assumes that there is none."""
     largest, most_bits = logits_V[0], np.int32(0)
     for v in range(len(logits_V)):
         largest = max(largest, logits_V[v])
@@ -84,9 +84,9 @@ def _first_argmax(logits_V, bits_V):
 def _keep_top_p(scaled_V, top_p, likeliest):
     """Set all but the likeliest tokens whose probabilities first add up to top_p to -inf; the largest number is 0.
 
-    Ties with the last one stay. Those with a probability below (1 - top_p) / V add up to less than 1 - top_p together,
-    so none of them stays. The masses of the others, in bins by their numbers, tell which bin has the last one: only
-    that bin, small however flat the distribution is, is put in order.
+    Ties with the last one stay. Tokens with a probability below (1 - top_p) / V add up to less than 1 - top_p, so none
+    of them stays. The masses of the others, in bins by logit, determine the bin of the last one. Only that bin, small
+    for any distribution, is sorted.
     """
     total = np.float32(0)
     for v in range(len(scaled_V)):
@@ -105,7 +105,7 @@ def _keep_top_p(scaled_V, top_p, likeliest):
     masses = np.zeros(_BINS)
     scale = _BINS / lowest if lowest < 0 else np.float32(0)
     for i in range(count):
-        bins[i] = max(0, min(int(numbers[i] * scale), _BINS - 1))  # a NaN's is any of them
+        bins[i] = max(0, min(int(numbers[i] * scale), _BINS - 1))  # NaN may get any bin
         masses[bins[i]] += exp(numbers[i])
     before, last = np.float64(0), 0
     while last < _BINS - 1 and before + masses[last] < top_p * total:
@@ -130,12 +130,12 @@ def _keep_top_p(scaled_V, top_p, likeliest):
 
 @njit(inline="always")
 def _draw(scaled_V, likeliest, key, second_key):
-    """argmax of scaled_V + Gumbel noise. Logarithms are taken only where the noise could make a token the winner."""
+    """argmax of scaled_V + Gumbel noise. Computes logarithms only for tokens that the noise could make the winner."""
     winner, best = likeliest, scaled_V[likeliest] + _gumbel(_noise_bits(likeliest, key, second_key))
     bits = np.empty(_BLOCK, np.uint32)
     for start in range(0, len(scaled_V), _BLOCK):
         block = scaled_V[start : start + _BLOCK]
-        least_bits = np.uint32(0xFFFFFFFF)  # the fewer, the more noise
+        least_bits = np.uint32(0xFFFFFFFF)  # smaller bits, larger noise
         largest = np.float32(-np.inf)
         for i in range(len(block)):
             bits[i] = _noise_bits(start + i, key, second_key)

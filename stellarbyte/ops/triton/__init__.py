@@ -1,1 +1,1 @@
-"""The GPU backend: Triton kernels over packed weights, run as CUDA graphs. Imported only where there is a GPU."""
+"""Triton kernels over packed weights, for `backends.gpu`. Imported only with a GPU or Triton's interpreter."""

@@ -17,22 +17,23 @@ from stellarbyte.ops.triton.rotate_write import write_kv as write_kv
 
 TILE_ROWS = 64  # queries of a prefill program
 _TILE_KEYS = 64
-_TILE_BYTES = 16 * 1024  # of keys, and as many of values: a tile has fewer keys if they are long
-_BYTES_AHEAD = 32 * 1024  # of keys, and as many of values: what is being loaded while a tile is computed
+_TILE_BYTES = 16 * 1024  # of keys, and of values: tiles of long keys have fewer of them
+_BYTES_AHEAD = 32 * 1024  # of keys, and of values: loads in flight while a tile is computed
 _MAX_TILES_AHEAD = 4
 _MAX_SPLITS = 32
 _NUM_WARPS = 4
-_DECODE_REGISTERS = 128  # of a thread: one program more fits on a multiprocessor than without a limit
+_DECODE_REGISTERS = 128  # for each thread: with this limit one more program fits on a multiprocessor
 _LOG2_E = math.log2(math.e)
 
 
 class DecodeScratch(NamedTuple):
-    """Where programs that share a row leave their sums for the last of them. Made once: graphs keep the addresses."""
+    """Partial sums of the programs that share a row, for the last of them. Allocated once: graphs keep the
+    addresses."""
 
     sums_CGD: torch.Tensor  # float32: Σ 2^(score - peak) · value
     weights_CG: torch.Tensor  # float32: Σ 2^(score - peak)
     peaks_CG: torch.Tensor  # float32
-    counters_TK: torch.Tensor  # int32: programs that are done; 0 between launches
+    counters_TK: torch.Tensor  # int32: finished programs; 0 between launches
 
     @staticmethod
     def make(max_rows: int, heads: HeadShape, num_multiprocessors: int, device: torch.device) -> "DecodeScratch":
@@ -50,12 +51,12 @@ class DecodeScratch(NamedTuple):
 
 
 def num_multiprocessors_of(device: torch.device) -> int:
-    """Those of a CUDA device; elsewhere 1, as Triton's interpreter runs one program at a time."""
+    """Multiprocessors of a CUDA device; otherwise 1: Triton's interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def num_splits_for(num_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """How many programs share a row of `decode_attention` at most: all together about four for each multiprocessor."""
+    """Most programs that share a row of `decode_attention`: about four in total for each multiprocessor."""
     wanted = 4 * num_multiprocessors / (num_rows * num_kv_heads)
     return min(_MAX_SPLITS, 1 << max(0, round(math.log2(wanted))))
 
@@ -77,18 +78,18 @@ def prefill_attention(
     q_norm_D: torch.Tensor | None,
     norm_eps: float,
 ) -> None:
-    """out = attention of the rows of all tiles, whose keys `write_kv` has written. Other rows of out are left alone.
+    """out = attention of the rows of all tiles, after `write_kv` of their keys. Other rows of out do not change.
 
     Args:
         qkv_TN, out_TA: contiguous, float32 or bfloat16; queries neither normed nor rotated.
         keys_BSKD, values_BSKD: in that dtype or in fp8 (e4m3).
         tile_starts_X, tile_counts_X: int32; a tile is up to `TILE_ROWS` rows of one sequence with consecutive
-            positions, given by its first row and their number. A tile of 0 rows is none.
+            positions, given by its first row and their number. A tile of 0 rows is ignored.
         rotations: for every distance to a visible block's base, and for 0..TILE_ROWS-1.
-        window: tokens a query looks back, its own among them; 0 or None: all.
+        window: tokens that a query sees, including its own; 0 or None: all.
     """
     tables_NE, constants = rows.tables_NE, _constants(keys_BSKD, heads, sink_tokens)
-    # Eight warps hold two heads that share keys, or the long rows of queries and sums of one.
+    # Eight warps for two heads that share keys, or for one head with long rows.
     heads_together, num_warps = 1, _NUM_WARPS
     if heads.head_dim * keys_BSKD.element_size() > 256:
         num_warps = 2 * _NUM_WARPS
@@ -121,15 +122,15 @@ def decode_attention(
     num_splits: int,
     addend: Addend | None = None,
 ) -> None:
-    """Write the keys and values of rows that are each the newest token of a sequence; out = their attention.
+    """Write keys and values of the newest token of each sequence, one in each row; out = their attention.
 
-    `addend` belongs to the packed rows. Up to `num_splits` programs, a power of two, share the keys of a row. Otherwise
-    as `write_kv` and `prefill_attention`. Rows may share a sequence only if nobody reads what they give (rows that fill
-    up a batch).
+    `addend` is added to the packed rows. Up to `num_splits` programs, a power of two, share the keys of a row. Other
+    arguments as in `write_kv` and `prefill_attention`. Rows may share a sequence only if their results are unused
+    (padding rows).
     """
     num_programs = len(qkv_TN) * heads.num_kv_heads * num_splits
     assert num_splits == 1 or (num_programs <= len(scratch.sums_CGD) and len(qkv_TN) <= len(scratch.counters_TK)), (
-        "more rows or splits than the scratch was made for"
+        "the scratch is for fewer rows or splits"
     )
     tables_NE = rows.tables_NE
     group = heads.num_heads // heads.num_kv_heads
@@ -144,7 +145,7 @@ def decode_attention(
 
 
 def _constants(keys_BSKD: torch.Tensor, heads: HeadShape, sink_tokens: int) -> dict[str, int]:
-    """What both kernels are compiled for. A block of more keys than a tile is several tiles."""
+    """Compile-time constants of both kernels. A block with more keys than a tile is read as several tiles."""
     block_size, width = keys_BSKD.shape[1], max(16, triton.next_power_of_2(heads.head_dim))
     key_bytes = width * keys_BSKD.element_size()
     keys_per_tile = max(16, min(_TILE_KEYS, _TILE_BYTES // key_bytes, triton.next_power_of_2(block_size)))

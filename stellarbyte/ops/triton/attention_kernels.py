@@ -1,9 +1,9 @@
 """The kernels of paged attention, which `attention` launches.
 
-Keys lie in the cache rotated relative to their block's base P, so queries at m are rotated by m - P for each block that
-they meet (numerics: "Keys are stored relative to their block"). Rotations, scores and sums are float32; products are of
-numbers in the cache's dtype; fp8 keys and values become float16 as they are loaded, in one instruction for two. A block
-of many keys is read in parts: a tile is a block or a part of one.
+Keys lie in the cache rotated relative to their block's base P, so queries at m are rotated by m - P for each block
+(numerics: "Keys are stored relative to their block"). Rotations, scores and sums are float32; products take numbers in
+the cache's dtype; fp8 keys and values become float16 on loading, two in one instruction. A block of many keys is read
+in parts: a tile is a block or a part of one.
 """
 
 import triton
@@ -15,29 +15,29 @@ from stellarbyte.ops.triton.rotate_write import add_heads, load_heads, norm_head
 
 # M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), J both halves of it, W head dim padded
 # R splits
-# scale: of scores, log2(e) in it, as all exponentials are powers of 2
+# scale: of scores, including log2(e), as all exponentials are powers of 2
 
-_NOTHING_SEEN = tl.constexpr(-1e30)  # the largest score before any; finite, so that no difference is inf - inf
-_OUT_OF_SIGHT = tl.constexpr(0x7FFFFFFF)  # the position of a slot that has no token; after every query
+_NOTHING_SEEN = tl.constexpr(-1e30)  # initial largest score; finite, to avoid inf - inf
+_OUT_OF_SIGHT = tl.constexpr(0x7FFFFFFF)  # the position of an empty slot; after every query
 
 
 @triton.jit
 def _tiles_before(count, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """Tiles of keys that the first `count` tokens of a row of blocks reach into."""
+    """Number of tiles of keys for the first `count` tokens of a row of blocks."""
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     return count // BLOCK_SIZE * PARTS + (count % BLOCK_SIZE + KEYS - 1) // KEYS
 
 
 @triton.jit
 def _tile_of(token, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """The tile in which a token of a row of blocks lies."""
+    """The tile of a token in a row of blocks."""
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     return token // BLOCK_SIZE * PARTS + token % BLOCK_SIZE // KEYS
 
 
 @triton.jit
 def _block_of(tile, is_sink, table, ring, SINKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """The block (int64) of a tile. Of a tile that no query sees it may be any entry of the table."""
+    """The block (int64) of a tile; any entry of the table if no query sees the tile."""
     number = tile // ((BLOCK_SIZE + KEYS - 1) // KEYS)
     return tl.load(table + table_entry(number, is_sink, ring, SINKS, BLOCK_SIZE)).to(tl.int64)
 
@@ -56,9 +56,10 @@ def _meet(
     sum_MW, weight_M, peak_M, dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Queries, rotated for a block, meet a tile of its keys: the next sums, weights and peaks of the online softmax.
+    """One step of the online softmax: queries rotated for a block, and a tile of its keys. Returns sums, weights and
+    peaks.
 
-    Slots that are not `readable` hold anything, NaN too: they are not loaded, and their scores not visible.
+    Slots that are not `readable` contain arbitrary numbers, even NaN: they are not loaded, and their scores invisible.
     """
     start = (block * BLOCK_SIZE * NUM_KV_HEADS + kv_head) * HEAD_DIM
     place_N1 = offset_N[:, None] * (NUM_KV_HEADS * HEAD_DIM)
@@ -78,7 +79,7 @@ def _weigh(
     score_MN, values, place_N1, readable_N, sum_MW, weight_M, peak_M, dtype: tl.constexpr, HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A step of the online softmax, given the scores of a tile's keys and where its values lie."""
+    """One step of the online softmax, from the scores of a tile's keys and the place of its values."""
     new_peak_M = tl.maximum(peak_M, tl.max(score_MN, axis=1))
     shrink_M = tl.exp2(peak_M - new_peak_M)
     weight_MN = tl.exp2(score_MN - new_peak_M[:, None])
@@ -110,7 +111,7 @@ def prefill_kernel(
     inside_M = row_M < count
     first = tl.load(positions + start)
     last = first + count - 1
-    position_M = first + tl.minimum(row_M, count - 1)  # rows beyond the tile see what its last one sees
+    position_M = first + tl.minimum(row_M, count - 1)  # rows beyond the tile repeat its last one
     table = tables + tl.load(sequences + start).to(tl.int64) * table_stride
 
     packed_M1 = qkv + (start + row_M)[:, None] * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + head_M1 * HEAD_DIM
@@ -138,10 +139,10 @@ def prefill_kernel(
             sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
 
-    # To the other blocks it is the distance of the tile's first row and, turned once, the row's distance from that.
+    # For other blocks it is the distance of the tile's first row, plus the row's own distance from that, rotated once.
     cos_MP, sin_MP = rotation(row_M, inside_M, cos, sin, log_decay, 1, HEAD_DIM, PAIRS)
     first_MP, second_MP = rotate(first_MP, second_MP, cos_MP, sin_MP)
-    # Tiles of which every query sees every key need no mask. They come first, then those before and after them.
+    # Tiles in which every query sees every key need no mask. They come first, then the tiles before and after them.
     first_tile = _tile_of(tl.maximum(first - window + 1 - SINKS, 0), BLOCK_SIZE, KEYS)
     end_tile = _tiles_before(tl.maximum(last + 1 - SINKS, 0), BLOCK_SIZE, KEYS)
     first_whole, num_whole = first_tile, 0
@@ -172,11 +173,14 @@ def _meet_tiles(
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINKS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Queries meet the tiles begin..end - 1, of which those from `gap` on are numbered `gap_length` higher."""
+    """Attend to the tiles begin..end - 1; numbers from `gap` on are increased by `gap_length`."""
     next_tile = begin + tl.where(begin < gap, 0, gap_length)
     next_block = _block_of(next_tile, False, table, ring, SINKS, BLOCK_SIZE, KEYS)
     for i in range(begin, end):
-        tile, block = next_tile, next_block  # looked up an iteration early: the loads of keys need not wait for it
+        tile, block = (
+            next_tile,
+            next_block,
+        )  # looked up an iteration early, so that the loads of keys do not wait for it
         next_tile = i + 1 + tl.where(i + 1 < gap, 0, gap_length)
         next_block = _block_of(next_tile, False, table, ring, SINKS, BLOCK_SIZE, KEYS)
         base, offset_N = _place_of(tile, False, SINKS, BLOCK_SIZE, KEYS)
@@ -201,9 +205,9 @@ def _meet_many(
     dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`_meet` for so many queries, already scaled, that it pays to join their halves into one product.
+    """`_meet` for many queries, already scaled: joins their halves into one product, which is faster then.
 
-    No `visible_MN`: every query sees every key.
+    Without `visible_MN` every query sees every key.
     """
     start = (block * BLOCK_SIZE * NUM_KV_HEADS + kv_head) * HEAD_DIM
     place_N1 = offset_N[:, None] * (NUM_KV_HEADS * HEAD_DIM)
@@ -230,7 +234,7 @@ def decode_kernel(
     SINKS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """The heads of one kv head of one row, over one share of the tiles of keys that it sees."""
+    """The heads of one kv head of one row, over one share of the visible tiles of keys."""
     dtype: tl.constexpr = tl.float16 if keys.dtype.element_ty == tl.float8e4nv else keys.dtype.element_ty
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     wait_for_inputs(OVERLAPS)
@@ -242,8 +246,8 @@ def decode_kernel(
     if split >= shares:
         return
     table = tables + tl.load(sequences + row).to(tl.int64) * table_stride
-    # The tiles that the row sees are its sinks' and then those from first_tile on. Each is looked up an iteration
-    # early: the loads of keys need not wait for the table, and begin as early as there is room.
+    # The row sees its sinks' tiles and those from first_tile on. Each is looked up an iteration early, so that the
+    # loads of keys do not wait for the table and begin as soon as there is room.
     start = num_tiles * split // shares
     next_is_sink = start < sink_tiles
     next_tile = start + tl.where(next_is_sink, 0, first_tile - sink_tiles)
@@ -299,7 +303,7 @@ def decode_kernel(
         tl.store(sums + place_M[:, None] * HEAD_DIM + column_1W, sum_MW, mask=inside)
         tl.store(weights + place_M, weight_M, mask=inside_M)
         tl.store(peaks + place_M, peak_M, mask=inside_M)
-        tl.debug_barrier()  # all threads have stored before one of them says so
+        tl.debug_barrier()  # all threads have stored before one increments the counter
         counter = counters + row * NUM_KV_HEADS + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == shares - 1:
             tl.store(counter, 0)
@@ -313,7 +317,8 @@ def _combine(
     sums, weights, peaks, target, row, kv_head, shares, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What all programs of a row and kv head left becomes the outputs; read from L2, where others have written it."""
+    """Combine the partial sums of all programs of a row and kv head into the outputs; reads from L2, where they were
+    written."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     split_R = tl.arange(0, SPLITS)
     there_R = split_R < shares

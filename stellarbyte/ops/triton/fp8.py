@@ -1,7 +1,7 @@
-"""Products of many rows on fp8 weights: the rows become fp8 as well, a scale for each.
+"""Products of many rows with fp8 weights: the rows are rounded to fp8, too, with a scale for each.
 
-The matrix units multiply fp8 numbers twice as fast as bfloat16 ones, and nothing is taken apart in memory.
-docs/benchmarks.md has what it costs in quality.
+The matrix units multiply fp8 numbers twice as fast as bfloat16, and the weights need not be dequantized in memory.
+docs/benchmarks.md states the loss of quality.
 """
 
 import torch
@@ -17,7 +17,7 @@ LARGEST = tl.constexpr(torch.finfo(torch.float8_e4m3fn).max)
 
 
 def takes_fp8(x_TK: torch.Tensor, weight: Weight) -> bool:
-    """Whether `product` can be used: what torch's product with a scale for each row asks for."""
+    """Whether `product` supports these: the requirements of torch's product with a scale for each row."""
     return (
         weight.matrix_NK.dtype == torch.float8_e4m3fn
         and x_TK.dtype == torch.bfloat16
@@ -28,7 +28,7 @@ def takes_fp8(x_TK: torch.Tensor, weight: Weight) -> bool:
 
 
 def product(x_TK: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """W · x + bias for contiguous rows of which `takes_fp8` says yes."""
+    """W · x + bias for contiguous rows that `takes_fp8` accepts."""
     assert weight.scales_N is not None
     rows_TK, scales_T1 = quantize_rows(x_TK)
     out_TN = torch._scaled_mm(
@@ -38,7 +38,7 @@ def product(x_TK: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def quantize_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows in fp8, the largest number of each at the largest of fp8, and their float32 scales [T, 1]."""
+    """The rows in fp8, scaled so that the largest number of each is fp8's largest, and their float32 scales [T, 1]."""
     num_rows, width = x_TK.shape
     rows_TK = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=x_TK.device)
     scales_T1 = torch.empty(num_rows, 1, dtype=torch.float32, device=x_TK.device)

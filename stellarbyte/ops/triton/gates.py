@@ -1,4 +1,4 @@
-"""The gates of the MLP, for kernels and as a kernel of its own."""
+"""The gates of the MLP, for use in other kernels and as a separate kernel."""
 
 import torch
 import triton
@@ -56,6 +56,6 @@ def _gate_kernel(
         if tl.load(delta_scales + row) != 0:
             gates += tl.load(delta + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
             ups += tl.load(delta + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
-    # Rounded between, as separate operators round.
+    # Rounded in between, like separate operators.
     gated = activate(gates, GATE).to(out.dtype.element_ty).to(tl.float32)
     tl.store(out + row * width + column, (gated * ups).to(out.dtype.element_ty), mask=inside)

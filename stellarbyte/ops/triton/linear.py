@@ -1,8 +1,8 @@
-"""Linear layers of a few rows: one kernel reads the weights once and does what stands around the product.
+"""Linear layers of a few rows: one kernel reads the weights once and computes the operations around the product.
 
-A step that decodes few sequences is as fast as its weights come from memory. cuBLAS leaves much of the card idle there,
-and every small kernel between two products costs microseconds: so the norm before a product, the gate and the residual
-after it are part of it."""
+A step that decodes few sequences is limited by the memory reads of its weights. cuBLAS leaves much of the GPU idle
+there, and every small kernel between two products costs microseconds, so the norm before a product and the gate and
+residual after it are part of its kernel."""
 
 import torch
 import triton
@@ -78,21 +78,21 @@ def linear(
 
 
 def is_for_few(x_TK: torch.Tensor, weight: Weight) -> bool:
-    """Whether `linear` is the fastest way. For several rows of weights that need no conversion that is cuBLAS."""
+    """Whether `linear` is fastest. cuBLAS is, for several rows and weights that need no conversion."""
     if weight.scales_N is None:
         return len(x_TK) <= 1
     return len(x_TK) <= (MAX_NORMED_ROWS if takes_fp8(x_TK, weight) else MAX_ROWS)
 
 
 def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tuple[int, int, int]:
-    """Outputs and inputs of a program's tile, and its warps: enough programs to fill the card, long reads."""
-    if rows > 1:  # rows are read again by each program: the more of them, the fewer programs
+    """Outputs and inputs of a program's tile, and its warps: enough programs to fill the GPU, long reads."""
+    if rows > 1:  # each program reads all rows, so more rows need fewer programs
         block_n = max(rows, 16 if weight_bytes > 1 or num_outputs < 4096 else 32 if num_outputs < 8192 else 64)
         block_k = 256 if rows <= 16 and block_n <= 32 else 128
         return block_n, min(block_k, max(16, triton.next_power_of_2(num_inputs))), 4
     if num_inputs < 4096:
         return 2, triton.next_power_of_2(num_inputs), 4
-    if weight_bytes == 1:  # half the bytes a number, so more numbers on their way
+    if weight_bytes == 1:  # half the bytes for each number, so more numbers in flight
         return (4, 4096, 4) if num_inputs <= 8192 else (4, 8192, 8)
     return 4, 2048, 4
 
@@ -102,9 +102,9 @@ def _finish(
     total, ups, addend, out, scales, bias, branch_scale, offsets, n, num_outputs, inside, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """Store addend + branch_scale · (total + bias), or with a gate that of total by ups.
+    """Store addend + branch_scale · (total + bias), or with a gate, the gated product of total and ups.
 
-    All are of one shape: `offsets` into out, and `n` the outputs that they are.
+    All have one shape: `offsets` are indices into out, `n` the numbers of the outputs.
     """
     element = out.dtype.element_ty
     if HAS_SCALES:
@@ -117,7 +117,7 @@ def _finish(
         if HAS_BIAS:
             ups += tl.load(bias + num_outputs + n, mask=inside, other=0.0).to(tl.float32)
         total = activate(total, GATE) * ups
-    total = total.to(element).to(tl.float32)  # as separate operators round
+    total = total.to(element).to(tl.float32)  # round like separate operators
     if HAS_BRANCH_SCALE:
         total *= tl.load(branch_scale + n, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -132,9 +132,9 @@ def _vector_kernel(
     HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One row: every weight is used once, so products are summed where they are, without the matrix units.
+    """One row: every weight is used once, so the products are summed without the matrix units.
 
-    Weights are loaded a tile ahead, the first one while the row itself is still being computed.
+    Weights are loaded a tile ahead, the first one while the row is still being computed.
     """
     let_next_begin(OVERLAPS)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -149,7 +149,7 @@ def _vector_kernel(
     wait_for_inputs(OVERLAPS)
     total = tl.zeros([BLOCK_N], tl.float32)
     addend = total
-    if HAS_RESIDUAL:  # early: nothing is left to hide its latency at the end
+    if HAS_RESIDUAL:  # early, as nothing hides its latency at the end
         addend = tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
     ups = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -181,7 +181,7 @@ def _vector_kernel(
 
 @triton.jit
 def _float32(w):
-    """Weights as float32. Four int8 become the last bytes of 2^23 + 128 + w, in half the time of conversions."""
+    """Weights as float32. Four int8 become the last bytes of 2^23 + 128 + w, twice as fast as conversions."""
     if _HAS_PTX and w.dtype == tl.int8:
         return tl.inline_asm_elementwise(
             """
@@ -206,7 +206,7 @@ def _float32(w):
 
 @triton.jit
 def _weights(tile, inside_n, inside_k, EVEN_K: tl.constexpr):
-    """A tile of weights, each read once in a step."""
+    """Load a tile of weights; each is read once in a step."""
     if EVEN_K:
         return tl.load(tile, mask=inside_n[:, None], other=0.0, eviction_policy="evict_first")
     return tl.load(tile, mask=inside_n[:, None] & inside_k[None, :], other=0.0, eviction_policy="evict_first")

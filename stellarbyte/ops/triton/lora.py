@@ -1,8 +1,8 @@
-"""What adapters add to products of a mixed batch: out += scale · Bᵀ(A x), in two launches. Knows slots, no requests.
+"""The addends of adapters in a mixed batch: out += scale · Bᵀ(A x), in two launches. Knows slots, not requests.
 
 The rows of a step come in segments, short runs of rows that use one slot of the bank. A program reads its share of a
-slot's numbers once for all rows of its segment, so a step costs the traffic of its segments' adapters. Which slots, and
-of which ranks, is read on the device: a captured launch serves any batch of its size.
+slot's numbers once for all rows of its segment, so a step reads each segment's adapter once. Slots and ranks are read
+on the device, so that a captured launch serves any batch of its size.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 
 # T rows of the step, X segments, K inputs, N outputs of projections beside each other, R ranks of projections together
 
-SEGMENT_ROWS = 16  # what the matrix units take at least
-PROMPT_SEGMENT_ROWS = 64  # an adapter's numbers are read once for so many tokens of a prompt
+SEGMENT_ROWS = 16  # minimum of the matrix units
+PROMPT_SEGMENT_ROWS = 64  # tokens of a prompt for each read of an adapter's numbers
 _BLOCK_K = 128
 _BLOCK_N = 256
 _BLOCK_R = 16
@@ -31,9 +31,9 @@ _SPLIT_PROGRAMS = {SEGMENT_ROWS: 64, PROMPT_SEGMENT_ROWS: 1024}  # more would co
 
 
 class LoraRows(NamedTuple):
-    """Which of a step's rows use which slot, on the device: int32, the scales float32.
+    """The slots of a step's rows, on the device: int32, the scales float32.
 
-    A segment is up to `segment_rows` rows from its start on; one with a count of 0 is none. No row is in two of them.
+    A segment is up to `segment_rows` rows from its start; one with a count of 0 is ignored. No row is in two segments.
     """
 
     segment_starts_X: torch.Tensor
@@ -44,14 +44,14 @@ class LoraRows(NamedTuple):
 
 
 class Addend(NamedTuple):
-    """What is to be added to a product, in the rows whose scale is not 0; others hold anything."""
+    """A term to add to a product in rows with a scale other than 0; other rows are undefined."""
 
     delta_TN: torch.Tensor
     scales_T: torch.Tensor
 
 
 def segments(slots_in_row_order: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Starts, counts and slots of the segments of rows with these slots; 0: the row has no adapter."""
+    """Starts, counts and slots of the segments of rows with these slots; slot 0: no adapter."""
     starts: list[int] = []
     counts: list[int] = []
     slots: list[int] = []
@@ -69,7 +69,7 @@ def segments(slots_in_row_order: Sequence[int]) -> tuple[list[int], list[int], l
 
 @dataclass(frozen=True, kw_only=True)
 class LoraScratch:
-    """Where `shrink` leaves A x for `expand`: sums over parts of K, row by row, projection beside projection."""
+    """A x from `shrink` for `expand`: sums over parts of K, by row, with adjacent projections."""
 
     hidden: torch.Tensor  # float32, [T, splits, width] of a step's rows and splits
     width: int
@@ -83,7 +83,8 @@ class LoraScratch:
 
 
 def _num_splits(lora: LoraRows, num_rows: int, num_inputs: int) -> int:
-    """How many programs share a segment's K: more than one where segments are few. Each value is a compilation."""
+    """Number of programs that share a segment's K: more than one for few segments. Each value is compiled
+    separately."""
     splits, num_segments = _MAX_SPLITS if num_rows <= _MAX_SPLIT_ROWS else 1, len(lora.segment_starts_X)
     most = min(_SPLIT_PROGRAMS[lora.segment_rows] // num_segments, num_inputs // _BLOCK_K)
     while splits > max(most, 1):
@@ -94,11 +95,11 @@ def _num_splits(lora: LoraRows, num_rows: int, num_inputs: int) -> int:
 def shrink(
     x_TK: torch.Tensor, scratch: LoraScratch, lora: LoraRows, bank: LoraBank, layer: int, projections: slice
 ) -> None:
-    """A x of each row in a segment, for projections that share the input x, kept in `scratch` for `expand`.
+    """Compute A x of each row in a segment, for projections that share the input x, into `scratch` for `expand`.
 
     Args:
         x_TK: contiguous, in the bank's dtype.
-        projections: those of one input, see `Projections.shared_inputs`; at most 3.
+        projections: those of one input (see `Projections.shared_inputs`), at most 3.
     """
     num_rows, num_inputs = x_TK.shape
     num_segments = len(lora.segment_starts_X)
@@ -109,7 +110,7 @@ def shrink(
     assert splits * num_rows * scratch.width <= len(scratch.hidden), "the scratch is for fewer rows"
     num_projections = projections.stop - projections.start
     assert num_projections <= _MOST_PROJECTIONS
-    block_r = triton.next_power_of_2(16 * num_projections)  # most adapters of rank 16 or less take one round
+    block_r = triton.next_power_of_2(16 * num_projections)  # adapters of rank 16 or less usually take one round
     tables = bank.tables
     _shrink_kernel[(splits, num_segments)](
         x_TK,
@@ -149,8 +150,8 @@ def expand(
     """out += scale · B (A x) for each row in a segment, after `shrink` of the same rows, layer and projections.
 
     Args:
-        out_TN: contiguous, in the bank's dtype; the projections' outputs beside each other.
-        adds: if False, these rows of out are only what would be added.
+        out_TN: contiguous, in the bank's dtype; the outputs of adjacent projections.
+        adds: False: overwrite these rows of out instead of adding to them.
     """
     num_rows, num_outputs = out_TN.shape
     num_segments = len(lora.segment_starts_X)
@@ -185,13 +186,13 @@ def expand(
         BLOCK_N=block_n,
         ADDS=adds,
         num_warps=4,
-        num_stages=1,  # mostly there is one round
+        num_stages=1,  # usually one round
         **overlapping(out_TN.device),
     )
 
 
-# `place`: where a layer's first projection stands in a slot's tables. Only it differs between layers, so that no kernel
-# may be compiled for its value.
+# `place`: index of a layer's first projection in a slot's tables. It is the only argument that differs between layers,
+# so kernels must not be specialised on its value.
 
 
 @triton.jit(do_not_specialize=["place"])
@@ -208,11 +209,11 @@ def _shrink_kernel(
     t = tl.arange(0, ROWS)
     inside_t = t < count
     row = (tl.load(starts + segment) + t).to(tl.int64)
-    # The A's lie one below the other, so that they are one.
+    # The A's are stacked and read as one matrix.
     table = slot * table_stride + place
     p = tl.arange(0, 4)
     num_ranks = tl.sum(tl.load(ranks + table + p, mask=p < NUM_PROJECTIONS, other=0)).to(tl.int32)
-    # Loaded, it would be taken to be any number, and what it points at be read two bytes at a time.
+    # Without this hint the loaded offset would count as unaligned, and reads would take two bytes at a time.
     offset = tl.load(a_offsets + table) // ALIGNMENT * ALIGNMENT
     a_numbers = numbers + slot * slot_stride + offset
     begin = split * inputs_per_split
@@ -252,7 +253,7 @@ def _expand_kernel(
     if count == 0:
         return
     slot = tl.load(slots + segment).to(tl.int64)
-    # The tiles of the projections come one after the other; none covers two.
+    # The projections' tiles are consecutive; no tile covers two projections.
     second = tl.cdiv(width_0, BLOCK_N)
     third = second + tl.cdiv(width_1, BLOCK_N)
     projection = (tile >= second).to(tl.int32) + (tile >= third).to(tl.int32)

@@ -22,8 +22,8 @@ def add_norm(
 ) -> torch.Tensor:
     """x += scale · branch, in place; returns RMSNorm(x), statistics in float32.
 
-    With `alpha` (DeepNorm) it is x = RMSNorm(alpha · x + scale · branch), in place, and x is returned. Without a branch
-    x stays as it is. `addend` belongs to the branch.
+    With `alpha` (DeepNorm): x = RMSNorm(alpha · x + scale · branch), in place; returns x. Without a branch x does not
+    change. `addend` is added to the branch.
     """
     normed_TC = x_TC if alpha is not None else torch.empty_like(x_TC)
     _launch(x_TC, branch_TC, norm_C, normed_TC, eps, branch_scale_C, alpha, addend)
@@ -92,7 +92,7 @@ def _add_norm_kernel(
         if HAS_SCALE:
             addend *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
         total = alpha * total + addend
-        # The stream is kept in the model's dtype, and it is what the norm sees.
+        # The norm reads the residual stream in the model's dtype.
         total = total.to(element).to(tl.float32)
         if not IN_PLACE:
             tl.store(x + row * width + column, total.to(element), mask=inside)

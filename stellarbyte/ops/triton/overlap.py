@@ -1,7 +1,7 @@
 """Lets a kernel begin while the one before it still runs: Hopper's programmatic dependent launch.
 
-A small kernel is mostly its own beginning: launch, first loads. What it needs that no kernel writes, weights above all,
-it can load while its inputs are still being computed.
+A small kernel spends most of its time on launch and first loads. It can load data that no kernel writes, above all
+weights, while its inputs are still being computed.
 """
 
 from functools import cache
@@ -25,17 +25,17 @@ def overlapping(device: torch.device) -> dict[str, Any]:
 
 @triton.jit
 def let_next_begin(OVERLAPS: tl.constexpr):
-    """Let the programs of the next kernel have the multiprocessors that this one leaves, once all of its own run."""
+    """Let the next kernel's programs use free multiprocessors, once all programs of this kernel run."""
     if OVERLAPS:
         gdc_launch_dependents()
 
 
 @triton.jit
 def wait_for_inputs(OVERLAPS: tl.constexpr):
-    """Wait until all kernels before have ended and their results can be read; let the next one begin if it may not yet.
+    """Wait until all earlier kernels have ended and their results are visible; let the next kernel begin.
 
-    Until here a kernel may read what no kernel of a step writes, and must not write. A program that has nothing to do
-    may end without it, if another one of the launch does not.
+    Before this call a kernel may read only data that no kernel of a step writes, and must not write. A program without
+    work may end without the call if another program of the launch makes it.
     """
     if OVERLAPS:
         gdc_launch_dependents()

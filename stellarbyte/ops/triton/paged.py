@@ -1,4 +1,4 @@
-"""What attention over a paged cache is given, and where a token lies in the cache."""
+"""Arguments of paged attention, and the place of a token in the cache."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 # T tokens, N sequences, E entries of a block table, O distances, D head dim
 
-UNLIMITED = 2**30  # a window that reaches every token
+UNLIMITED = 2**30  # a window larger than any distance
 
 
 class Rotations(NamedTuple):
@@ -29,13 +29,13 @@ class PagedRows(NamedTuple):
     """The tokens of a step, all int32 on the device.
 
     A block table begins with the sequence's ceil(sinks / block size) sink blocks. Its other entries, at least one,
-    are a ring: of the blocks after the sinks, the one numbered b stands at b % (length of the ring), so that a table
-    changes only when a block is added. Entries of blocks that no query of the step can see may be anything.
+    are a ring: of the blocks after the sinks, number b is at b % (length of the ring), so that a table changes only
+    when a block is added. Entries of blocks that no query of the step sees are arbitrary.
     """
 
     positions_T: torch.Tensor  # in the token's own sequence
     sequences_T: torch.Tensor  # the token's row of tables_NE
-    tables_NE: torch.Tensor  # block ids; rows may be apart, entries are not
+    tables_NE: torch.Tensor  # block ids; rows may have any stride, entries are contiguous
 
 
 def ring_length(rows: PagedRows, block_size: int, sink_tokens: int) -> int:
@@ -44,7 +44,7 @@ def ring_length(rows: PagedRows, block_size: int, sink_tokens: int) -> int:
 
 @triton.jit
 def table_entry(number, is_sink, ring, SINKS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Where a block stands in its table; sink blocks and those after them are both numbered from 0."""
+    """Index of a block in its table; sink blocks and later blocks are both numbered from 0."""
     return tl.where(is_sink, number, (SINKS + BLOCK_SIZE - 1) // BLOCK_SIZE + number % ring)
 
 

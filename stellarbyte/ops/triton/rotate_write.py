@@ -30,7 +30,7 @@ def write_kv(
     Args:
         qkv_TN: packed rows q | k | v, contiguous, float32 or bfloat16, as the norm's weight.
         keys_BSKD, values_BSKD: of one layer, contiguous, in that dtype or in fp8 (e4m3).
-        k_norm_D: weight of the RMSNorm of each key head, with `norm_eps`; None: there is none.
+        k_norm_D: weight of the RMSNorm of each key head, with `norm_eps`; None: no norm.
     """
     tables_NE, block_size = rows.tables_NE, keys_BSKD.shape[1]
     num_heads, num_kv_heads, head_dim = heads
@@ -55,7 +55,7 @@ def load_heads(source, inside_X, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
 @triton.jit
 def add_heads(first_XP, second_XP, delta, delta_scales, row, first_number_X1, inside_X, HEAD_DIM: tl.constexpr,
               PAIRS: tl.constexpr):  # fmt: skip
-    """The heads with what is to be added to the packed row they are of, in which they begin at `first_number`."""
+    """The heads plus the addend of their packed row, in which they begin at `first_number`."""
     if tl.load(delta_scales + row) != 0:
         first_delta_XP, second_delta_XP = load_heads(delta + first_number_X1, inside_X, HEAD_DIM, PAIRS)
         first_XP += first_delta_XP
@@ -65,7 +65,7 @@ def add_heads(first_XP, second_XP, delta, delta_scales, row, first_number_X1, in
 
 @triton.jit
 def norm_heads(first_XP, second_XP, norm, eps, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
-    """RMSNorm of each head over its HEAD_DIM numbers; rounded to the dtype of `norm` where `ByteRMSNorm` rounds."""
+    """RMSNorm of each head over its HEAD_DIM numbers; rounded to the dtype of `norm` as in `ByteRMSNorm`."""
     pair_P = tl.arange(0, PAIRS)
     inside_P = pair_P < HEAD_DIM // 2
     factor_X = tl.rsqrt(tl.sum(first_XP * first_XP + second_XP * second_XP, axis=1) / HEAD_DIM + eps)[:, None]
@@ -106,7 +106,7 @@ def rotate(first_XP, second_XP, cos_XP, sin_XP):
 
 @triton.jit
 def _narrow(x, cache):
-    """float32 numbers as the cache keeps them. fp8 has no infinity: what is beyond its range becomes its largest."""
+    """Convert to the cache's dtype. fp8 has no infinity: numbers beyond its range become its largest."""
     if cache.dtype.element_ty == tl.float8e4nv:
         x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(cache.dtype.element_ty)
@@ -120,7 +120,7 @@ def store_newest(
 ):  # fmt: skip
     """Write the keys and values of some kv heads of the packed row `row` (int64) to the cache.
 
-    `delta` None: nothing is to be added to the row.
+    `delta` None: no addend.
     """
     block, offset = locate(position, table, ring, SINKS, BLOCK_SIZE)
     key_X1 = row * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM) + (NUM_HEADS + kv_head_X)[:, None] * HEAD_DIM

@@ -1,17 +1,17 @@
-"""Choosing the next tokens on the GPU, without a word to the host. Knows no requests; its truth is `sampling.py`.
+"""Sampling of next tokens on the GPU, without the host. The reference is `sampling/sampler.py`.
 
-A row's vocabulary is cut into parts, so that a single row keeps the card busy too.
+A row's vocabulary is divided into parts, so that a single row also keeps the GPU busy.
 
-1. `_parts_kernel` (row, part): the part's largest logit; of rows that truncate nothing also its winner, with scores
-   counted from that logit, since the row's own is not known yet.
-2. `count_kernel` (row, part): how many tokens lie how far below the row's largest logit, in bins, and their mass.
-3. `list_kernel` (row, part): puts the tokens that may stay by these counts, few as a rule, into the row's list.
-4. `_choose_kernel` (row): the exact edges of top_k and top_p by bisection over the list, and the winner of what is
-   inside; of rows that truncate nothing the best of the parts' winners.
+1. `_parts_kernel` (row, part): the part's largest logit; for rows without truncation also its winner, with scores
+   relative to that logit, since the row's largest is not known yet.
+2. `count_kernel` (row, part): histogram of the tokens' distances from the row's largest logit, and their mass.
+3. `list_kernel` (row, part): puts the tokens that may stay by these counts, usually few, into the row's list.
+4. `_choose_kernel` (row): the exact edges of top_k and top_p by bisection over the list, and the winner among the
+   tokens inside; for rows without truncation the best of the parts' winners.
 
-Where more tokens may stay than a list holds (flat distributions) the row is bisected where it stands: the same function
-on another address, slower by some passes over the row. Batches without truncation leave out steps 2 and 3; in others,
-rows without it return from them at once.
+If more tokens may stay than a list holds (flat distributions), the bisection runs over the row itself: the same
+function, slower by some passes over the row. Batches without truncation skip steps 2 and 3; in other batches, rows
+without it return from them immediately.
 """
 
 from dataclasses import dataclass
@@ -39,30 +39,30 @@ from stellarbyte.sampling.sampler import NO_TOKEN
 
 CAPACITY = 4096  # of a row's list
 _PART = 2048
-_LARGEST_INVERSE = tl.constexpr(2.0**127)  # of a temperature; inf times 0 is no number
+_LARGEST_INVERSE = tl.constexpr(2.0**127)  # of a temperature; inf · 0 would be NaN
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _BLOCK = 8192  # tokens of a row that one program looks at together
 
 
 class SamplingRows(NamedTuple):
-    """How each row is sampled: `RowSampling` on the device. Any strides, so columns of one tensor will do."""
+    """How each row is sampled: `RowSampling` on the device. Any strides: columns of one tensor are possible."""
 
     temperature_R: torch.Tensor  # float32; 0: greedy
     top_k_R: torch.Tensor  # int32; 0: all
     top_p_R: torch.Tensor  # float32
     min_p_R: torch.Tensor  # float32
-    state_R2: torch.Tensor  # int32, low and high word of `sampling.choice_state`; adjacent words
+    state_R2: torch.Tensor  # int32, low and high word of `sampler.choice_state`; adjacent words
     positions_R: torch.Tensor  # int32, tokens of the sequence before the new one
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerScratch:
-    """What the kernels leave for one another, for batches of up to R rows. Calls on one stream may share it."""
+    """Intermediate results of the kernels, for batches of up to R rows. Calls on one stream may share it."""
 
     maxima_RP: torch.Tensor  # float32
-    winners_RP: torch.Tensor  # int32, token ids; where nothing is truncated
+    winners_RP: torch.Tensor  # int32, token ids; rows without truncation
     scores_RP: torch.Tensor  # float32, the winners' scores counted from the part's maximum
-    masses_RP: torch.Tensor  # int64, of probability, in units; where something is truncated
+    masses_RP: torch.Tensor  # int64, of probability, in units; rows with truncation
     lowest_RP: torch.Tensor  # float32, the smallest candidate logit
     counts_RN: torch.Tensor  # int32, tokens in each bin of distance
     lengths_R: torch.Tensor  # int32, of the lists
@@ -98,9 +98,9 @@ def sample(
 
     Args:
         logits_RV: bfloat16 or float32, rows contiguous; -inf forbids a token. A row with NaN, +inf or nothing but -inf
-            gets NO_TOKEN. They stay as they are.
+            gets NO_TOKEN. The logits do not change.
         scratch: of this vocabulary, for at least R rows.
-        truncates: some row may have top_k, top_p or min_p; if False they are not looked at.
+        truncates: any row may have top_k, top_p or min_p; if False these are ignored.
     """
     num_rows, vocab_size = logits_RV.shape
     num_parts = scratch.maxima_RP.shape[1]
@@ -146,7 +146,7 @@ def _parts_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row * logits_stride + token, mask=token < vocab_size, other=-float("inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("inf"))  # NaN, which a maximum would leave out, spoils the row as +inf does
+    x = tl.where(x == x, x, float("inf"))  # a maximum would ignore NaN; as +inf it invalidates the row
     largest = tl.max(x, axis=0)
     tl.store(maxima + row * num_parts + part, largest)
     temperature = tl.load(temperatures + row * temperature_stride)
@@ -163,13 +163,13 @@ def _parts_kernel(
         state = states + row * state_stride
         position = tl.load(positions + row * position_stride)
         key, second_key = row_keys(tl.load(state), tl.load(state + 1), position)
-        # Where the whole part is forbidden, or one of it is infinite, infinity less itself would be no number.
+        # If the whole part is forbidden, or a logit is infinite, inf - inf would be NaN.
         finite = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
-        # To rounding the distance below the largest, without a division for each token.
+        # Up to rounding the distance from the largest, without a division for each token.
         score = (x - finite) * tl.minimum(1 / temperature, _LARGEST_INVERSE) + gumbel_noise(token, key, second_key)
         top = tl.max(score, axis=0)
         tl.store(scores + row * num_parts + part, top)
-    # Finding the number first and then its place takes half the instructions of carrying places along.
+    # Finding the maximum first and then its index takes half the instructions of carrying indices along.
     tl.store(winners + row * num_parts + part, tl.min(tl.where(score == top, token, 0x7FFFFFFF), axis=0))
 
 
@@ -191,7 +191,7 @@ def _choose_kernel(
     if temperature > 0:
         below = distance_below(score, tl.where(tl.abs(largest) == float("inf"), 0.0, largest), temperature)
         score = tl.load(scores + row * num_parts + part, mask=inside, other=0.0) - below
-    best_part = tl.minimum(tl.argmax(score, axis=0), num_parts - 1)  # among NaNs of a broken row it may be any
+    best_part = tl.minimum(tl.argmax(score, axis=0), num_parts - 1)  # arbitrary for NaNs of an invalid row
     winner = tl.load(winners + row * num_parts + best_part)
     if TRUNCATES:
         top_k, top_p = tl.load(top_ks + row * top_k_stride), tl.load(top_ps + row * top_p_stride)

@@ -1,8 +1,8 @@
-"""Who stays under top_k, top_p and min_p, without sorting a vocabulary: kernels of the sampler.
+"""Truncation by top_k, top_p and min_p without sorting the vocabulary: kernels of the sampler.
 
-Distances, of a logit from the row's largest at the row's temperature, decide. Their counts in 256 bins bound how far
-down a token that stays can lie; those up to there are listed, and a bisection over them finds the exact edge. Masses of
-probability are summed as integers, so that the order of the list, which is that of arrival, changes nothing.
+The criterion is the distance of a logit from the row's largest, at the row's temperature. Counts in 256 bins bound the
+distance of the tokens that stay; tokens within this bound are listed, and a bisection over the list finds the exact
+edge. Probability masses are summed as integers, so that the order of the list, which is arbitrary, does not matter.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 from stellarbyte.ops.triton.noise import gumbel_noise
 from stellarbyte.ops.triton.overlap import wait_for_inputs
 
-BINS = tl.constexpr(256)  # 16 an octave of distances from 2^-10 to 2^6; the outer two take what lies beyond
+BINS = tl.constexpr(256)  # 16 an octave of distances from 2^-10 to 2^6; the outer two include all beyond
 _BIN_SHIFT = tl.constexpr(19)  # drops all but exponent and four bits of a float32
 _FIRST_BIN = tl.constexpr((127 - 10) << 4)
 _MASS_UNIT = tl.constexpr(2.0**38)  # of the largest logit's mass; 2^25 such tokens fit into an int64
@@ -30,7 +30,7 @@ def row_maximum(maxima, row, num_parts, PARTS: tl.constexpr):
 
 @triton.jit
 def distance_below(x, largest, temperature):
-    """How far a logit lies below the largest, at this temperature: at least 0, inf for a forbidden token."""
+    """The distance of a logit from the largest, at this temperature: ≥ 0, inf for a forbidden token."""
     return tl.div_rn(largest - x, temperature)
 
 
@@ -41,17 +41,17 @@ def _mass(distance):
 
 @triton.jit
 def _bin_of(distance):
-    """Bins as integers of the float's own bits: their edges are exact."""
+    """The bin, from the float's bits, so that edges are exact."""
     return tl.minimum(tl.maximum((distance.to(tl.int32, bitcast=True) >> _BIN_SHIFT) - _FIRST_BIN, 0), BINS - 1)
 
 
 @triton.jit
 def last_bin(counts, row, total_mass, top_k, top_p, min_p, vocab_size):
-    """The furthest bin in which a token that stays can be, and how many tokens are up to there.
+    """The last bin that may contain a token that stays, and the number of tokens up to it.
 
-    With top_k it is that of the k-th token, since the mass of all k is wanted for top_p. Else those behind a bin where
-    what is left, each token taken for as likely as its bin's near edge, cannot make up 1 - top_p, and those below
-    min_p, are out. The margins are far above the errors of float32 sums.
+    With top_k it is the bin of the k-th token, since top_p needs the mass of all k. Otherwise it excludes tokens below
+    min_p, and those behind a bin if the tokens left, each as likely as its bin's near edge, add up to less than
+    1 - top_p. The margins are far above the errors of float32 sums.
     """
     n = tl.arange(0, BINS)
     count = tl.load(counts + row * BINS + n)
@@ -128,7 +128,7 @@ def draw_inside(
     logits, ids, count, largest, least, mass, temperature, top_k, top_p, min_p, key, second_key,
     HAS_IDS: tl.constexpr, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The winner of those of `count` tokens that stay, all of them at least `least`; `mass` is the whole row's."""
+    """The winner of the tokens that stay, among `count` tokens of at least `least`; `mass` is the whole row's."""
     if top_k > 0:
         least = _edge(logits, count, least, largest, temperature, top_k.to(tl.int64), False, KEY_SHIFT, BLOCK)
     if top_p < 1:
@@ -159,9 +159,9 @@ def _edge(
     logits, count, least, largest, temperature, needed,
     BY_MASS: tl.constexpr, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest number such that tokens of at least it are as many, or weigh as much, as needed; else `least`.
+    """The largest threshold whose tokens reach the count, or mass, `needed`; `least` if there is none.
 
-    Bisects the integers that are in the order of the floats, of which bfloat16 has few.
+    Bisects integers in the order of the floats, few of them for bfloat16.
     """
     low, high = _key_of(least, KEY_SHIFT), _key_of(largest, KEY_SHIFT)
     while low < high:
@@ -174,7 +174,7 @@ def _edge(
 
 @triton.jit
 def _weight(logits, count, least, largest, temperature, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Number or mass of the tokens of at least `least`, int64. Logits that scaling makes equal have mass together."""
+    """Number or mass of the tokens of at least `least`, int64. Logits that are equal after scaling count together."""
     total = tl.zeros([BLOCK], tl.int64 if BY_MASS else tl.int32)
     furthest = distance_below(least, largest, temperature)
     for start in range(0, count, BLOCK):

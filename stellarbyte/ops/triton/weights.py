@@ -1,4 +1,4 @@
-"""Matrices as the GPU's products read them, whole or in 8 bits."""
+"""Weight matrices for the GPU's products, in the model's dtype or in 8 bits."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A matrix [N, K], as it is or quantized: one float32 scale for each output; biases in the model's dtype."""
+    """A matrix [N, K], plain or quantized with one float32 scale for each output; the bias is in the model's dtype."""
 
     matrix_NK: torch.Tensor
     scales_N: torch.Tensor | None = None
@@ -17,7 +17,8 @@ class Weight:
 
 
 def quantize(weight: Weight, quantization: str) -> Weight:
-    """The same weight in 8 bits: "int8" or "fp8" (e4m3), with the largest of each output's numbers at their largest."""
+    """The same weight in 8 bits: "int8" or "fp8" (e4m3), scaled so that each output's largest number is the format's
+    largest."""
     is_integer = quantization == "int8"
     largest = 127.0 if is_integer else torch.finfo(torch.float8_e4m3fn).max
     scales_N = weight.matrix_NK.abs().amax(dim=1).float().clamp(min=1e-30) / largest
@@ -27,7 +28,7 @@ def quantize(weight: Weight, quantization: str) -> Weight:
 
 
 def dequantized(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix [N, K] as products of many rows read it."""
+    """The matrix [N, K] in `dtype`, for products of many rows."""
     if weight.scales_N is None:
         return weight.matrix_NK
     return weight.matrix_NK.to(dtype) * weight.scales_N.to(dtype)[:, None]

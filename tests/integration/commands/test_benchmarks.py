@@ -1,5 +1,6 @@
 """The programs that measure: what they count is what was sent, and what they check can fail."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,13 +9,14 @@ import pytest
 
 from benchmarks import endless
 from benchmarks.endless import broken_bounds
+from benchmarks.quality import CORPUS
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.start.load import build_core
 from tests.support.servers.server_process import ROOT
 
 
 def run_loadgen(url: str, *flags: str) -> dict:
-    command = [sys.executable, "benchmarks/loadgen.py", "--url", url, "--model", "fake", "--vocab", "120", *flags]
+    command = [sys.executable, "-m", "benchmarks.loadgen", "--url", url, "--model", "fake", "--vocab", "120", *flags]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
 
 
@@ -22,7 +24,8 @@ def run_loadgen(url: str, *flags: str) -> dict:
 def test_loadgen_counts_every_token_of_every_stream(fake_server, flags):
     figures = run_loadgen(fake_server.url, "-n", "6", "-c", "3", "--output-tokens", "20", *flags)
     assert (figures["errors"], figures["out_tokens"]) == (0, 120), figures["why"]
-    assert 0 < figures["ttft_ms"][0] <= figures["ttft_ms"][1]
+    assert 0 < figures["ttft_ms"][0]
+    assert figures["ttft_ms"][1] is None  # of less than 100 values
     assert 0 < figures["tok_s"]
 
 
@@ -70,3 +73,9 @@ def test_an_endless_stream_may_neither_grow_nor_slow_down_nor_drift():
     assert "25.0 MiB" in broken_bounds(rows_of_a_stream([300, 400, 425, 401], [2, 2, 2, 2]), 0)[0]
     assert "2.4 ms at last" in broken_bounds(rows_of_a_stream([400] * 5, [2, 2, 2, 2, 2.4]), 0)[0]
     assert "3.0e-04" in broken_bounds(rows_of_a_stream([400] * 4, [2] * 4), 3e-4)[0]
+
+
+def test_the_text_of_the_quality_benchmark_is_that_of_the_documented_figures():
+    """Perplexities of different texts do not compare."""
+    digest = hashlib.sha256(CORPUS.read_bytes()).hexdigest()
+    assert digest == "a16bdfd734e35c31f2771199fcf4d7abb294cee0ec646c2b93dd9b6282e206fc"

@@ -50,7 +50,7 @@ def test_a_text_is_refused_with_one_sentence_that_says_why(url, route, body):
     answer = httpx.post(f"{url}/{route}", json={"model": "made-up"} | body, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["error"] == {
-        "message": "This server runs a model without a tokenizer; give the prompt as token ids.",
+        "message": "This model has no tokenizer; give the prompt as token ids.",
         "type": "invalid_request_error",
         "param": None,
         "code": None,

@@ -51,8 +51,11 @@ def test_certificates_that_cannot_be_used_stop_the_start_with_one_line(tmp_path:
     locked, locked_key = make_certificate(tmp_path, "locked", "-passout", "pass:secret")
     cases = [
         (["--ssl-keyfile", str(key)], "--ssl-keyfile needs --ssl-certfile"),
-        (["--ssl-certfile", str(certificate)], "PEM files of a certificate and an RSA or EC key are needed"),
-        (["--ssl-certfile", str(certificate), "--ssl-keyfile", str(other_key)], "the key is that of another"),
+        (["--ssl-certfile", str(certificate)], "the files must be PEM, with a certificate and an RSA or EC key"),
+        (
+            ["--ssl-certfile", str(certificate), "--ssl-keyfile", str(other_key)],
+            "the key does not belong to the certificate",
+        ),
         (["--ssl-certfile", str(locked), "--ssl-keyfile", str(locked_key)], "the key is encrypted with a password"),
         (["--root-path", "llm/"], "--root-path: 'llm/' must be a path such as /llm"),
     ]

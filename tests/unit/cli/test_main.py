@@ -80,8 +80,8 @@ def test_generate_tells_in_one_line_what_it_cannot_answer(
     shutil.copytree(tiny, broken)
     (broken / "tokenizer.json").write_text("{}")
     capsys.readouterr()
-    assert said(tiny, "", "--raw") == "error: There is nothing to continue: the prompt is empty.\n"
-    assert said(bare, "hello") == f"error: {bare / 'tokenizer.json'} is missing; prompts in words need a tokenizer.\n"
+    assert said(tiny, "", "--raw") == "error: The prompt is empty; give at least one token.\n"
+    assert said(bare, "hello") == f"error: {bare / 'tokenizer.json'} is missing; text prompts need a tokenizer.\n"
     assert re.fullmatch(f"error: The tokenizer of {broken} cannot be read: .+\\.\n", said(broken, "hello"))
 
 

@@ -154,7 +154,7 @@ def test_two_loaded_adapters_are_added_up_as_in_peft(bases: tuple[Path, Path], t
     load_adapter(model, tmp_path / "b", "b")
     activate_lora(model, "a", "b")
     torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="has an adapter 'a' already"):
+    with pytest.raises(ValueError, match="already has an adapter 'a'"):
         load_adapter(model, tmp_path / "b", "a")
     remove_lora(model, "a")
     remove_lora(model, "b")
@@ -260,6 +260,6 @@ def test_saving_is_refused_where_it_would_be_wrong(bases: tuple[Path, Path], tmp
     save_adapter(model, tmp_path / "both")
     assert len(read(model, tmp_path / "both").weights) == 6
     apply_lora_to_model(model, LoRAConfig(r=2, target_modules=["k_proj"]))
-    with pytest.raises(ValueError, match="configs that do not agree"):
+    with pytest.raises(ValueError, match="from different configs"):
         save_adapter(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -67,7 +67,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeyp
         os.truncate(file, file.stat().st_size - 4)
 
     monkeypatch.setattr(peft_format_module, "_check_modules", check_and_cut)
-    with pytest.raises(AdapterError, match="became shorter while it was read"):
+    with pytest.raises(AdapterError, match="was truncated while being read"):
         read(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_the_gpu_packs_the_part_below_those_that_read_the_same(
     device: torch.device, with_part: Callable[[Part], None]
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    from stellarbyte.backends.gpu.adapters import Adapters, BesideProducts
+    from stellarbyte.backends.gpu.adapters import Adapters, SideStream
     from stellarbyte.backends.gpu.model import TritonModel
     from stellarbyte.ops.triton.lora import LoraRows, LoraScratch
 
@@ -161,7 +161,7 @@ def test_the_gpu_packs_the_part_below_those_that_read_the_same(
     numbers = (torch.tensor([n], dtype=torch.int32, device=device) for n in (0, 2, 1))
     rows = LoraRows(*numbers, torch.tensor([1.0, 0.5], device=device))
     for layer in (0, 1):
-        adapters = Adapters(bank, rows, LoraScratch.make(2, 16, device), BesideProducts(bank, 2))
+        adapters = Adapters(bank, rows, LoraScratch.make(2, 16, device), SideStream(bank, 2))
         projections = bank.projections.shared_inputs[MLP_INPUT]
         adapters.begin(x_TC, layer, projections)
         delta_TN = adapters.end(x_TC, layer, projections).delta_TN
@@ -177,7 +177,7 @@ def test_what_the_gpu_kernels_have_no_place_for_is_refused(with_part: Callable[[
     from stellarbyte.backends.gpu.model import TritonModel
 
     with_part(made_up(reads="elsewhere"))
-    with pytest.raises(ValueError, match=f"the GPU kernels cannot compute {NAME}"):
+    with pytest.raises(ValueError, match=f"the GPU kernels do not support {NAME}"):
         TritonModel(make_model(), make_config())
 
 

@@ -99,7 +99,7 @@ def test_a_quantized_model_is_close_to_its_original(quantization: str) -> None:
 
 
 def test_quantization_that_does_not_fit_says_so() -> None:
-    with pytest.raises(ValueError, match="int8 needs matrices whose width is a multiple of 64; one has 48 columns"):
+    with pytest.raises(ValueError, match="int8 needs matrices with a multiple of 64 columns; one has 48"):
         CpuModel(make_model(), make_config(), quantization="int8", num_threads=2)
 
 

@@ -1,1 +1,1 @@
-"""`stellarbyte chat`, `adapters` and `bench`: what people do at a terminal. Knows servers by HTTP only."""
+"""The terminal commands `stellarbyte chat`, `adapters` and `bench`. Uses HTTP only."""

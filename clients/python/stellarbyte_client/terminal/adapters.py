@@ -1,4 +1,4 @@
-"""`stellarbyte adapters`: the adapters of a server as tables, and what loads and unloads them."""
+"""`stellarbyte adapters`: lists a server's adapters as tables, loads and unloads them."""
 
 import sys
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from stellarbyte_client import Adapter
 from stellarbyte_client.terminal.connection import Connection, refusals_explained
 from stellarbyte_client.terminal.markdown import printable
 
-_HASH_CHARACTERS = 12  # as log lines and the fingerprint have it
+_HASH_CHARACTERS = 12  # as in log lines and the fingerprint
 _MIB = 2**20
 _WHOLE_LINES = 10_000  # characters: more than any line has
 _STATES = {"ready": "green", "loading": "yellow", "draining": "yellow", "failed": "red"}
 
 
 class AdapterCommands:
-    """One server's adapters; every method raises StellarByteError where it fails."""
+    """The commands for one server; every method raises StellarByteError on failure."""
 
     def __init__(self, connection: Connection) -> None:
         self._client = connection.client()
@@ -46,15 +46,15 @@ class AdapterCommands:
             f" hash {loaded.content_hash[:_HASH_CHARACTERS]}."
         )
         if loaded.unmatched:
-            self._say(f"It has no weights for {', '.join(loaded.unmatched)}, which its configuration names.")
+            self._say(f"It has no weights for these targets of its configuration: {', '.join(loaded.unmatched)}.")
 
     def unload(self, name: str) -> None:
         with refusals_explained(is_admin=True):
             unloaded = self._client.adapters.unload(name)
-        self._say(f"Unloaded {unloaded.lora_name}: {_mib(unloaded.freed_bytes)} MiB are free again.")
+        self._say(f"Unloaded {unloaded.lora_name}: {_mib(unloaded.freed_bytes)} MiB freed.")
 
     def watch(self, interval_s: float) -> None:
-        """Until Ctrl-C."""
+        """Show the adapters until Ctrl-C."""
         try:
             with refusals_explained(), Live(console=self._console, auto_refresh=False) as live:
                 for adapters in self._client.adapters.watch(interval_s):
@@ -67,7 +67,7 @@ class AdapterCommands:
 
 
 class _Overview:
-    """The adapters as a table. Where the screen is too narrow, hashes are left out; where still, names are folded."""
+    """The adapters as a table. On a narrow screen without hashes, then with folded names."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters

@@ -1,7 +1,7 @@
-"""Shows an answer while it grows, without flicker, however long it becomes.
+"""Shows a growing answer of any length without flicker.
 
-What is finished is printed once and never touched again; only the last block of Markdown is drawn anew. Of a block that
-is higher than the screen its end is shown until it is finished.
+Finished blocks of Markdown are printed once; only the last block is redrawn. Of a block higher than the screen, the end
+is shown until it is finished.
 """
 
 from types import TracebackType
@@ -17,15 +17,15 @@ from stellarbyte_client.terminal.markdown import AnswerMarkdown, printable, spli
 
 
 class AnswerView:
-    """Use in a `with` statement; `show` with all of the answer so far, as often as it should move; `finish` at the end.
+    """Use in a `with` statement; call `show` with the whole answer so far for each update, and `finish` at the end.
 
-    As Markdown, or with `is_plain` as it is.
+    Rendered as Markdown, or with `is_plain` unchanged.
     """
 
     def __init__(self, console: Console, *, is_plain: bool) -> None:
         self._console = console
         self._is_plain = is_plain
-        self._num_printed = 0  # characters of the answer that are on the screen for good
+        self._num_printed = 0  # characters of the answer printed finally
         waiting = Spinner("dots", Text("Ctrl-C stops", style="dim"), style="dim")
         self._live = Live(
             waiting,
@@ -49,7 +49,7 @@ class AnswerView:
     def show(self, text: str) -> None:
         text = printable(text)
         rest = text[self._num_printed :]
-        with self._console:  # all in one write
+        with self._console:  # in one write
             if rest.strip():
                 blocks, rest = self._split(rest)
                 self._num_printed = len(text) - len(rest)
@@ -61,7 +61,7 @@ class AnswerView:
             self._live.refresh()
 
     def finish(self, text: str) -> None:
-        """Print what is left of the answer."""
+        """Print the rest of the answer."""
         rest = printable(text)[self._num_printed :]
         with self._console:
             self._live.update(Text())
@@ -83,7 +83,7 @@ class AnswerView:
 
 
 class _End:
-    """The last lines of something, as many as the screen has but one."""
+    """The last lines of a renderable, one fewer than the screen's height."""
 
     def __init__(self, content: RenderableType) -> None:
         self._content = content

@@ -1,4 +1,4 @@
-"""Asks a server for one answer through OpenAI's client, and says in one sentence what went wrong."""
+"""Requests an answer through OpenAI's client; turns errors into one sentence."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from stellarbyte_client.terminal.conversation import Answer, Ending, Usage
 
 
 class Asker:
-    """A connection on which one answer after the other is asked for. Of one event loop."""
+    """A connection for answers in succession, on one event loop."""
 
     def __init__(self, connection: Connection) -> None:
         self._url = connection.base_url
@@ -22,18 +22,18 @@ class Asker:
         self._client = openai.AsyncOpenAI(**address.openai_options())
 
     async def ask(self, request: dict[str, Any], answer: Answer, on_text: Callable[[str], None] | None = None) -> None:
-        """Fill `answer` while it comes; `on_text` gets each piece. A failure ends up in `answer.problem`.
+        """Stream into `answer`; `on_text` gets each piece. A failure sets `answer.problem`.
 
-        Cancelling it aborts the request.
+        Cancellation aborts the request.
         """
         try:
             await self._stream(request, answer, on_text)
         except openai.APIStatusError as error:
             refused = server_error(error.response)
             answer.problem = server_problem(refused.status, refused.message, refused.retry_after_s)
-        except openai.APIConnectionError as error:  # a time-out, too
+        except openai.APIConnectionError as error:  # includes timeouts
             answer.problem = self._connection_problem(error, answer)
-        except openai.APIError as error:  # the last event of a stream that failed
+        except openai.APIError as error:  # the error event of a stream
             answer.problem = f"The answer broke off: {error.message}"
 
     async def _stream(self, request: dict[str, Any], answer: Answer, on_text: Callable[[str], None] | None) -> None:
@@ -61,13 +61,13 @@ class Asker:
                         if on_text is not None:
                             on_text(choice.delta.content)
         if finish_reason is None:
-            answer.problem = "The answer broke off: the server ended it before it was complete."
+            answer.problem = "The answer broke off: the server closed the stream early."
         else:
             answer.ending = Ending.LENGTH if finish_reason == "length" else Ending.COMPLETE
 
     def _connection_problem(self, error: openai.APIConnectionError, answer: Answer) -> str:
         if answer.text:
-            return f"The connection to {self._url} was lost in the middle of the answer."
+            return f"The connection to {self._url} was lost during the answer."
         if isinstance(error, openai.APITimeoutError):
             return str(timed_out(self._url))
         return str(unreachable(self._url, error.__cause__ or error))

@@ -1,8 +1,7 @@
-"""`stellarbyte bench`: a server's speed for some numbers of streams, as a table, a chart and JSON."""
+"""`stellarbyte bench`: measures a server with several numbers of streams; shows a table, a chart and JSON."""
 
 import asyncio
 import json
-import math
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from stellarbyte_client.address import GENERATION_TIMEOUT_S, Address
 from stellarbyte_client.terminal.connection import CommandFailed, Connection, check_model, default_model, models_of
-from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work
+from stellarbyte_client.terminal.load import LoadFigures, LoadGenerator, Outcome, Work
 from stellarbyte_client.terminal.markdown import printable
 
 _FEWEST_REQUESTS = 8
@@ -31,7 +31,7 @@ _WARM_UP_TOKENS = 8
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     connection: Connection
-    models: Sequence[str] | None  # None: the server's
+    models: Sequence[str] | None  # None: the served model
     streams: Sequence[int]
     requests: int | None  # for each number of streams; None: twice that, at least 8
     prompt_tokens: int
@@ -43,7 +43,7 @@ class BenchSettings:
 
     @property
     def command(self) -> str:
-        """The command line that measures the same; keys are left out."""
+        """The command line of this benchmark, without keys."""
         words = ["stellarbyte", "bench", "--url", self.connection.url, "--streams", ",".join(map(str, self.streams))]
         if self.models is not None:
             words += ["--model", ",".join(self.models)]
@@ -54,61 +54,31 @@ class BenchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What was measured with one number of streams. Times are [p50, p99] in milliseconds, of requests that ended well.
-
-    ttft: from sending a request to its first token; itl: between two events with tokens of one stream. The warm-up is
-    in no other figure.
-    """
+class Row(LoadFigures):
+    """The figures of one number of streams, without the warm-up's requests."""
 
     streams: int
     requests: int
-    errors: dict[str, int]  # message → how many requests it ended
-    tokens: int  # of answers, by the server's count
-    wall_s: float
-    tokens_per_s: float
-    ttft_ms: list[float | None]  # None: of too few requests
-    itl_ms: list[float | None]
     warm_up_requests: int
     warm_up_tokens: int
 
-    @property
-    def num_errors(self) -> int:
-        return sum(self.errors.values())
-
 
 def make_row(streams: int, outcomes: Sequence[Outcome], wall_s: float, warm_up: Sequence[Outcome]) -> Row:
-    good = [outcome for outcome in outcomes if outcome.error is None]
-    tokens = sum(outcome.tokens for outcome in good)
     return Row(
+        **vars(LoadFigures.of(outcomes, wall_s)),
         streams=streams,
         requests=len(outcomes),
-        errors=dict(Counter(outcome.error for outcome in outcomes if outcome.error is not None)),
-        tokens=tokens,
-        wall_s=round(wall_s, 3),
-        tokens_per_s=round(tokens / wall_s, 1),
-        ttft_ms=percentiles_ms([outcome.ttft_s for outcome in good if outcome.ttft_s is not None]),
-        itl_ms=percentiles_ms([gap_s for outcome in good for gap_s in outcome.gaps_s]),
         warm_up_requests=len(warm_up),
         warm_up_tokens=sum(outcome.tokens for outcome in warm_up),
     )
 
 
-def percentiles_ms(values_s: Sequence[float]) -> list[float | None]:
-    """[p50, p99]; None of too few values: below 100, p99 would be the largest."""
-    ordered = sorted(values_s)
-    return [
-        round(1e3 * ordered[math.ceil(percent * len(ordered) / 100) - 1], 2) if len(ordered) >= fewest else None
-        for percent, fewest in ((50, 1), (99, 100))
-    ]
-
-
 def bench(settings: BenchSettings) -> bool:
-    """Measure and show; whether all requests ended well. StellarByteError when nothing can be measured."""
+    """Measure and show; returns whether all requests succeeded. StellarByteError if measuring is impossible."""
     for streams in settings.streams:
         if settings.requests_of(streams) < streams:
             raise CommandFailed(
-                f"{settings.requests} requests cannot keep {streams} streams busy; give more --requests."
+                f"--requests must be at least the number of streams; {settings.requests} is less than {streams}."
             )
     with settings.connection.client() as client:
         known = models_of(client)
@@ -126,14 +96,14 @@ def bench(settings: BenchSettings) -> bool:
     rows: list[Row] = []
     try:
         asyncio.run(_measure(settings, models, console, rows))
-    finally:  # also what was measured before Ctrl-C
+    finally:  # also rows measured before Ctrl-C
         if file is not None:
             _write(file, settings, models, server_version, rows)
     return not any(row.errors for row in rows)
 
 
 async def _measure(settings: BenchSettings, models: Sequence[str], console: Console, rows: list[Row]) -> None:
-    """Add a row for each number of streams; what was measured is shown also when it ends early."""
+    """Add a row for each number of streams; shows complete rows even if interrupted."""
     work = Work(models=models, prompt_tokens=settings.prompt_tokens, max_tokens=settings.max_tokens)
     short = replace(work, max_tokens=min(work.max_tokens, _WARM_UP_TOKENS))
     progress = Progress(
@@ -142,20 +112,22 @@ async def _measure(settings: BenchSettings, models: Sequence[str], console: Cons
         MofNCompleteColumn(),
         console=console,
     )
+    connection = settings.connection
+    address = Address.of(connection.base_url, connection.api_key, None, GENERATION_TIMEOUT_S)
+    load = LoadGenerator(address)
     loop = asyncio.get_running_loop()
     try:
-        async with LoadGenerator(settings.connection, max(settings.streams)) as load:
-            with Live(progress, console=console, transient=True) as live:
-                for streams in settings.streams:
-                    requests = settings.requests_of(streams)
-                    task = progress.add_task(f"{streams} streams", total=requests)
-                    live.update(Group(_table(rows), "", progress) if rows else progress, refresh=True)
-                    warm_up = await load.run(short, streams=streams, requests=streams)
-                    started_s = loop.time()
-                    on_end = partial(progress.advance, task)
-                    outcomes = await load.run(work, streams=streams, requests=requests, on_end=on_end)
-                    rows.append(make_row(streams, outcomes, loop.time() - started_s, warm_up))
-                    progress.remove_task(task)
+        with Live(progress, console=console, transient=True) as live:
+            for streams in settings.streams:
+                requests = settings.requests_of(streams)
+                task = progress.add_task(f"{streams} streams", total=requests)
+                live.update(Group(_table(rows), "", progress) if rows else progress, refresh=True)
+                warm_up = await load.run(short, streams=streams, requests=range(streams))
+                started_s = loop.time()
+                on_end = partial(progress.advance, task)
+                outcomes = await load.run(work, streams=streams, requests=range(requests), on_end=on_end)
+                rows.append(make_row(streams, outcomes, loop.time() - started_s, warm_up))
+                progress.remove_task(task)
     finally:
         if rows:
             console.print(_table(rows), "", _chart(rows), *_errors(rows), sep="\n")
@@ -177,7 +149,7 @@ def _cells(times_ms: list[float | None]) -> list[str]:
 
 
 def _chart(rows: Sequence[Row]) -> RenderableType:
-    """Tokens a second over the numbers of streams."""
+    """Tokens per second by number of streams."""
     grid = Table.grid(padding=(0, 1))
     grid.add_column(justify="right")
     grid.add_column(width=50)

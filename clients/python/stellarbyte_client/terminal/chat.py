@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from stellarbyte_client.terminal.answers import Asker
 
 _FRAME_S = 0.05
-_LEAST_TIMED_S = 0.02  # answers that come faster came in one piece
-_MOST_DRAWING = 0.2  # share of the time: long blocks are drawn less often
+_LEAST_TIMED_S = 0.02  # shorter answers came in one piece
+_MOST_DRAWING = 0.2  # share of time: long blocks are redrawn less often
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSettings:
     connection: Connection
     prompt: str | None = None  # one question
-    model: str | None = None  # None: the server's
+    model: str | None = None  # None: the served model
     system: str | None = None
     adapter_scale: float | None = None
     sampling: dict[str, object]  # of conversation.FIELDS
@@ -44,27 +44,27 @@ class ChatSettings:
 
 
 def chat(settings: ChatSettings) -> None:
-    """Talk until the person leaves; with a prompt, or without a terminal, answer once. StellarByteError."""
+    """Run a chat until the user leaves; with a prompt, or without a terminal, print one answer. StellarByteError."""
     if settings.prompt is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         question = _piped() if settings.prompt is None else settings.prompt
         if not question.strip():
-            raise CommandFailed("There is no question: give it as PROMPT or on standard input.")
+            raise CommandFailed("The question is empty; give it as PROMPT or on standard input.")
         _answer_once(settings, question.strip())
     else:
         asyncio.run(_Chat(settings).run())
 
 
 def _piped() -> str:
-    """All of standard input; what is no UTF-8 becomes replacement signs."""
+    """All of standard input; invalid UTF-8 becomes replacement characters."""
     return sys.stdin.buffer.read().decode(errors="replace")
 
 
 def _answer_once(settings: ChatSettings, question: str) -> None:
-    """What does not wait on the event loop comes before it: there only the second Ctrl-C would end it."""
+    """Print one answer. Blocking calls come before the event loop, in which only a second Ctrl-C would end them."""
     with settings.connection.client() as client:
         conversation = _begin(settings, models_of(client))
     if settings.adapter_scale is not None and conversation.acting_scale is None:
-        raise CommandFailed("A scale needs an adapter that it acts on: name one with --model.")
+        raise CommandFailed("--adapter-scale needs an adapter; give its name as --model.")
     asker = _new_asker(settings.connection)
     answer = Answer()
     write = _write_printable if sys.stdout.isatty() else _write
@@ -85,7 +85,7 @@ def _write_printable(text: str) -> None:
 
 
 def _begin(settings: ChatSettings, models: Sequence[Model]) -> Conversation:
-    """A conversation as the settings want it; CommandFailed when the server does not have its model."""
+    """A conversation with these settings; CommandFailed if the server does not have the model."""
     default = default_model(models)
     conversation = Conversation(
         base_model=default.parent or default.id,
@@ -99,7 +99,7 @@ def _begin(settings: ChatSettings, models: Sequence[Model]) -> Conversation:
 
 
 def _new_asker(connection: Connection) -> "Asker":
-    from stellarbyte_client.terminal.answers import Asker  # half a second, in which people already type
+    from stellarbyte_client.terminal.answers import Asker  # takes half a second, during which the user can type
 
     return Asker(connection)
 
@@ -143,12 +143,12 @@ class _Chat:
                 await self._ask(question, retried)
 
     def _stop(self) -> None:
-        """Ctrl-C, but where the prompt takes it as a key. One that comes a moment too late stops nothing else."""
+        """Handle Ctrl-C outside the prompt. One just after the end of an answer has no effect."""
         if self._asking is not None:
             self._asking.cancel()
 
     def _refresh_models(self) -> None:
-        """Begin to ask what /adapter may name, for adapters come and go; nobody waits for a server that is silent."""
+        """Start refreshing the names for /adapter, without waiting for the server."""
 
         def refresh() -> None:
             with contextlib.suppress(StellarByteError):
@@ -212,7 +212,7 @@ class _Chat:
         try:
             return history_file()
         except OSError as error:
-            self._note(f"Questions are not kept for next time: {error.filename} cannot be written.")
+            self._note(f"Questions are not stored: {error.filename} cannot be written.")
             return None
 
     def _note(self, text: str) -> None:

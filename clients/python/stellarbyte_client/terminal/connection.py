@@ -1,4 +1,4 @@
-"""Where a command's server is, which keys it uses, and which model it means. Sends nothing of its own accord."""
+"""Server, keys and model of a command."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,12 +8,12 @@ from stellarbyte_client import Model, ServerError, StellarByte, StellarByteError
 
 
 class CommandFailed(StellarByteError):
-    """A command cannot do what it was asked to; str() is one sentence for the user."""
+    """A command cannot be executed; str() is one sentence for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """What all commands are given: an address, with or without /v1 at its end, and keys."""
+    """Address, with or without /v1 at its end, and keys of a command."""
 
     url: str
     api_key: str | None = field(repr=False)
@@ -24,7 +24,7 @@ class Connection:
         return self.url.rstrip("/").removesuffix("/v1")
 
     def client(self) -> StellarByte:
-        """CommandFailed when the address is none."""
+        """A client of the server; CommandFailed if the address is invalid."""
         try:
             return StellarByte(self.base_url, self.api_key, self.admin_api_key)
         except ValueError as error:
@@ -36,20 +36,20 @@ def models_of(client: StellarByte) -> list[Model]:
     with refusals_explained():
         models = client.models()
     if not models:
-        raise CommandFailed("There is no model on this server that this API key may use.")
+        raise CommandFailed("This API key permits no model of this server.")
     return models
 
 
 def default_model(models: Sequence[Model]) -> Model:
-    """The served model; where a key may use adapters only, the first of them."""
+    """The served model; if the key permits only adapters, the first of them."""
     return next((model for model in models if model.parent is None), models[0])
 
 
 def check_model(name: str, models: Sequence[Model]) -> None:
-    """CommandFailed unless requests may name this: a model, an adapter, or NAME@HASH of an adapter."""
+    """CommandFailed unless this is a model, an adapter, or NAME@HASH of an adapter."""
     known = [model.id for model in models]
     if name not in known and name.partition("@")[0] not in known:
-        raise CommandFailed(f"There is no model or adapter {name!r} on this server; there is {', '.join(known)}.")
+        raise CommandFailed(f"This server has no model or adapter {name!r}; it has {', '.join(known)}.")
 
 
 @contextlib.contextmanager
@@ -63,11 +63,11 @@ def refusals_explained(*, is_admin: bool = False) -> Iterator[None]:
 
 
 def server_problem(status: int, message: str, retry_after_s: float | None, *, is_admin: bool = False) -> str:
-    """What a refused request means to the person who made it; `message` is the server's sentence."""
+    """A refusal as a sentence for the user; `message` is the server's."""
     if status == 401 and is_admin:
-        return "The server wants its admin key: give it with --admin-api-key or in STELLARBYTE_ADMIN_API_KEY."
+        return "The server needs its admin key; give it with --admin-api-key or in STELLARBYTE_ADMIN_API_KEY."
     if status == 401:
-        return "The server wants an API key that it knows: give it with --api-key or in STELLARBYTE_API_KEY."
+        return "The server needs one of its API keys; give it with --api-key or in STELLARBYTE_API_KEY."
     if retry_after_s is not None:
         return f"{message} Try again in {retry_after_s:g} s."
     return message

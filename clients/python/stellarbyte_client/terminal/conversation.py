@@ -1,4 +1,4 @@
-"""A conversation: what was said, and what the next request will say."""
+"""A conversation: its turns, settings and next request."""
 
 import json
 import math
@@ -13,14 +13,14 @@ from stellarbyte_client.terminal.sampling_fields import SAMPLING_FIELDS
 
 @dataclass(frozen=True)
 class Field:
-    """A field of a request that may be chosen. What values are allowed is up to the server."""
+    """A sampling field of a request. The server checks its values."""
 
-    kind: str  # for people
-    read: Callable[[str], object]  # ValueError when a text is not of this kind
+    kind: str  # in messages
+    read: Callable[[str], object]  # ValueError if a text is not of this kind
 
 
 def finite(text: str) -> float:
-    """A number that JSON has; ValueError."""
+    """A number valid in JSON; ValueError."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(text)
@@ -46,7 +46,7 @@ FIELDS = {name: _field(kind) for name, kind in SAMPLING_FIELDS.items()}
 
 
 class Ending(Enum):
-    """How an answer ended."""
+    """The end of an answer."""
 
     COMPLETE = "complete"
     LENGTH = "cut off by length"
@@ -56,7 +56,7 @@ class Ending(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What an answer took, as the server counted."""
+    """An answer's tokens by the server's count."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -74,12 +74,12 @@ class Usage:
 
 @dataclass
 class Answer:
-    """An answer as far as it has come."""
+    """An answer, possibly incomplete."""
 
     text: str = ""
-    ending: Ending = Ending.LOST  # until it ended otherwise
-    problem: str | None = None  # why it broke off, or never began: one sentence
-    usage: Usage | None = None  # the server tells it at the end of a whole answer
+    ending: Ending = Ending.LOST  # until it ends otherwise
+    problem: str | None = None  # why it broke off or failed, in one sentence
+    usage: Usage | None = None  # known at the end of a complete answer
     ttft_s: float | None = None  # from sending the request to the first text
     streaming_s: float = 0.0  # from the first text to the last
 
@@ -94,7 +94,7 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """Turns and settings. The last turn may have no answer: its question was asked in vain."""
+    """Turns and settings. The last turn may have no answer, if its request failed."""
 
     base_model: str
     model: str
@@ -102,16 +102,16 @@ class Conversation:
     adapter_scale: float | None = None
     sampling: dict[str, object] = field(default_factory=dict)  # of FIELDS
     turns: list[Turn] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)  # of all answers, also of those that were forgotten
-    num_answers: int = 0  # that `usage` is of
+    usage: Usage = field(default_factory=Usage)  # of all answers, including removed ones
+    num_answers: int = 0  # number of answers in `usage`
 
     @property
     def acting_scale(self) -> float | None:
-        """The scale that requests carry: the base model has none."""
+        """The scale of requests; None for the base model."""
         return None if self.model == self.base_model else self.adapter_scale
 
     def request(self, question: str) -> dict[str, Any]:
-        """The body of a request for the answer to `question`, but for how it is streamed."""
+        """The body of a request for the answer to `question`, without the fields of streaming."""
         messages = [*self.messages(), {"role": "user", "content": question}]
         scale = {} if self.acting_scale is None else {"adapter_scale": self.acting_scale}
         return {"model": self.model, "messages": messages, **scale, **self.sampling}
@@ -125,9 +125,9 @@ class Conversation:
         return messages
 
     def add(self, question: str, answer: Answer, in_place_of: Turn | None = None) -> None:
-        """Note an answer, or where there is none keep the turn that was taken back for it.
+        """Add a turn; without an answer keep the turn `in_place_of`.
 
-        A question before it that was asked in vain is forgotten.
+        Removes an unanswered question before it.
         """
         if self.turns and not self.turns[-1].answer.text:
             self.turns.pop()
@@ -138,7 +138,7 @@ class Conversation:
             self.num_answers += 1
 
     def as_json(self) -> str:
-        """`messages` as a request has them; `answers` tells more about each message of the assistant, in order."""
+        """`messages` as in a request; `answers` has details of each message of the assistant, in order."""
         settings = {"adapter_scale": self.acting_scale} if self.acting_scale is not None else {}
         answers = [
             {"model": turn.model, "adapter_scale": turn.adapter_scale, "ending": turn.answer.ending.value}

@@ -1,4 +1,4 @@
-"""Answers in Markdown as rich shows them, whole or as they grow."""
+"""Markdown of answers for rich, whole or growing."""
 
 import itertools
 import re
@@ -13,10 +13,10 @@ from rich.segment import Segment
 from rich.syntax import Syntax
 from rich.theme import Theme
 
-# As rich parses, but what looks like HTML is text: rich leaves HTML out.
+# As rich's parser, but with HTML as text: rich omits HTML.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")
 
-# Colours that can be read on dark and on light screens.
+# Colours for dark and light screens.
 THEME = Theme(
     {
         "markdown.code": "cyan",
@@ -32,7 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """The text without what would command a terminal: control characters show as themselves do in tables of codes."""
+    """The text with control characters replaced by their visible symbols, so that it cannot control the terminal."""
     return _CONTROL.sub(_symbol, text.replace("\r\n", "\n"))
 
 
@@ -42,7 +42,7 @@ def _symbol(match: re.Match[str]) -> str:
 
 
 def split_blocks(text: str) -> tuple[list[str], str]:
-    """Blocks of a growing text that nothing written after them can change, and the rest: the block that still grows."""
+    """Finished blocks of a growing text, and the rest: the block that still grows."""
     starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map is not None]
     if len(starts) < 2:
         return [], text
@@ -52,7 +52,7 @@ def split_blocks(text: str) -> tuple[list[str], str]:
 
 
 class _Code(CodeBlock):
-    """Indented and without a background, so that it looks at home on any screen."""
+    """A code block, indented and without a background, for any screen."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         code = str(self.text).rstrip()
@@ -62,7 +62,7 @@ class _Code(CodeBlock):
 
 
 class _Heading(Heading):
-    """On the left, whatever its level."""
+    """A heading, left-aligned at every level."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         del console, options
@@ -71,7 +71,7 @@ class _Heading(Heading):
 
 
 class AnswerMarkdown(Markdown):
-    """Markdown that keeps line breaks where the model wrote them. The text must be `printable`."""
+    """Markdown that keeps the model's line breaks. The text must be `printable`."""
 
     elements: ClassVar[dict[str, type[MarkdownElement]]] = Markdown.elements | {
         "fence": _Code,
@@ -85,7 +85,7 @@ class AnswerMarkdown(Markdown):
         _keep_breaks(self.parsed)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Without the blank line that rich puts before a list that is the first block."""
+        """Omit rich's blank line before a list at the start."""
         parts = super().__rich_console__(console, options)
         return itertools.dropwhile(lambda part: part == Segment.line(), parts)
 

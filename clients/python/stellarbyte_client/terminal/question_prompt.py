@@ -34,13 +34,13 @@ _STYLE = Style.from_dict(
 
 
 def history_file() -> Path:
-    """The user's file of past questions, made for this user's eyes only; OSError when it cannot be."""
+    """The file of past questions, readable by this user only; OSError if it cannot be created."""
     base = os.environ.get("XDG_STATE_HOME")
     folder = (Path(base) if base else Path.home() / ".local" / "state") / "stellarbyte"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = folder / "chat-history"
     os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
-    file.chmod(0o600)  # it may have been there
+    file.chmod(0o600)  # it may have existed
     return file
 
 
@@ -48,7 +48,7 @@ class QuestionPrompt:
     """Enter sends; Alt+Enter, or a backslash before Enter, begins another line; pasted text stays one question."""
 
     def __init__(self, completer: Completer, label: Callable[[], str], history: Path | None) -> None:
-        """`label` is what stands before the question."""
+        """`label`: the text before the question."""
         self._label = label
         self._is_leaving = False  # Ctrl-C was the last key
         self._session: PromptSession[str] = PromptSession(
@@ -65,7 +65,7 @@ class QuestionPrompt:
         self._session.default_buffer.on_text_changed += self._stay
 
     async def read(self) -> str | None:
-        """The next question; None when the person wants to leave."""
+        """Read the next question; None if the user leaves."""
         self._is_leaving = False
         try:
             return await self._session.prompt_async(handle_sigint=False)
@@ -74,9 +74,9 @@ class QuestionPrompt:
 
     @contextlib.contextmanager
     def typing_ahead(self) -> Iterator[None]:
-        """What is typed or pasted meanwhile is not seen, and is there when the next question is read.
+        """Hide keys typed or pasted meanwhile and keep them for the next question.
 
-        In an event loop that runs. Ctrl-C is a signal meanwhile, and loses nothing.
+        In a running event loop. Ctrl-C is a signal meanwhile and discards no keys.
         """
         keyboard, screen = self._session.input, self._session.output
 
@@ -84,7 +84,7 @@ class QuestionPrompt:
             store_typeahead(keyboard, keyboard.read_keys())
 
         with _unechoed(keyboard.fileno()), keyboard.attach(keep):
-            screen.enable_bracketed_paste()  # pasted lines are no keys that send
+            screen.enable_bracketed_paste()  # pasted lines are not sent
             screen.flush()
             try:
                 yield
@@ -106,13 +106,13 @@ class QuestionPrompt:
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
-        in_question = has_focus(DEFAULT_BUFFER)  # and not in the line that searches the history
+        in_question = has_focus(DEFAULT_BUFFER)  # not in the search of the history
 
         @keys.add("enter", filter=in_question)
         def _send(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
             if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
-                buffer.complete_state = None  # the completion is taken, not sent
+                buffer.complete_state = None  # accept the completion, do not send
             elif buffer.document.char_before_cursor == "\\":
                 buffer.delete_before_cursor()
                 buffer.insert_text("\n")
@@ -136,15 +136,15 @@ class QuestionPrompt:
 
 
 def _as_unicode(text: str) -> str:
-    """Bytes that are no UTF-8, which the terminal's reader keeps as surrogates, become replacement signs."""
+    """Replace surrogates, by which the terminal's reader represents invalid UTF-8."""
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 @contextlib.contextmanager
 def _unechoed(terminal: int) -> Iterator[None]:
-    """Keys arrive one by one and are not shown; Ctrl-C is still a signal, which drops none that have arrived."""
+    """Read keys one by one without echo; Ctrl-C is still a signal and discards no keys."""
     before, quiet = termios.tcgetattr(terminal), termios.tcgetattr(terminal)
-    quiet[0] &= ~termios.ICRNL  # Enter as the prompt gets it
+    quiet[0] &= ~termios.ICRNL  # Enter as in the prompt
     quiet[3] = quiet[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
     termios.tcsetattr(terminal, termios.TCSADRAIN, quiet)
     try:

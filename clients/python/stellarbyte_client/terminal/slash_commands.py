@@ -1,4 +1,4 @@
-"""What can be done in a chat beside asking: /help, /adapter and so on. Changes a conversation; knows no screen."""
+"""Commands of a chat: /help, /adapter and so on. They change a conversation and print nothing."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ Ctrl-C         stops an answer; clears the line; twice, or Ctrl-D, leaves"""
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command wants to happen."""
+    """The result of a command."""
 
-    text: str = ""  # to be shown
-    retried: Turn | None = None  # taken back: its question is to be asked again
+    text: str = ""  # to show
+    retried: Turn | None = None  # removed turn, to ask again
     is_end: bool = False  # of the chat
 
 
 @dataclass(frozen=True)
 class _Command:
-    argument: str  # as /help shows it
+    argument: str  # as in /help
     help: str
     run: Callable[[str], Outcome]
-    complete: Callable[[str], Iterable[str]] = lambda _: ()  # what may stand in place of the argument
+    complete: Callable[[str], Iterable[str]] = lambda _: ()  # completions of the argument
 
 
 class SlashCommands(Completer):
-    """The commands of one chat, and their completion. `models` are those that the server had last."""
+    """The commands of one chat, and their completion. `models`: the server's last known ones."""
 
     def __init__(self, conversation: Conversation, models: Sequence[Model]) -> None:
         self.models = models
@@ -56,16 +56,16 @@ class SlashCommands(Completer):
         }  # fmt: skip
 
     def run(self, line: str) -> Outcome:
-        """Do what a line that begins with a slash says; CommandFailed when it cannot be done."""
+        """Execute a line that begins with a slash; CommandFailed on failure."""
         name, _, argument = line.removeprefix("/").partition(" ")
         command = self._commands.get(name.strip())
         if command is None:
             raise CommandFailed(
-                f"There is no command /{name.strip()}; /help lists them. To ask this, begin with a space."
+                f"There is no command /{name.strip()}; /help lists them. A space before it makes it a question."
             )
         argument = argument.strip()
         if argument and not command.argument:
-            raise CommandFailed(f"/{name} takes nothing after it.")
+            raise CommandFailed(f"/{name} takes no argument.")
         if not argument and command.argument and not command.argument.startswith("["):
             raise CommandFailed(f"/{name} needs {command.argument}: {command.help}.")
         return command.run(argument)
@@ -109,14 +109,14 @@ class SlashCommands(Completer):
         try:
             self._conversation.adapter_scale = finite(text)
         except ValueError:
-            raise CommandFailed(f"The scale must be a number from 0 to 8; {text!r} is none.") from None
+            raise CommandFailed(f"The scale must be a number from 0 to 8; {text!r} is not.") from None
         if self._conversation.acting_scale is None:
-            return Outcome("The scale is kept for when an adapter answers; /adapter chooses one.")
+            return Outcome("The scale applies once an adapter is selected with /adapter.")
         return Outcome(f"{self._conversation.model} acts with scale {self._conversation.adapter_scale:g} from now on.")
 
     def _system(self, text: str) -> Outcome:
         self._conversation.system = text or None
-        return Outcome("The system message is set." if text else "There is no system message now.")
+        return Outcome("System message set." if text else "System message removed.")
 
     def _fields(self, argument: str) -> Iterable[str]:
         if argument.startswith("context_overflow "):
@@ -130,7 +130,7 @@ class SlashCommands(Completer):
             return Outcome("\n".join(f"{name:{width}}{sampling.get(name, 'default')}" for name in FIELDS))
         name, _, text = argument.partition(" ")
         if name not in FIELDS:
-            raise CommandFailed(f"There is no field {name!r}; there is {', '.join(FIELDS)}.")
+            raise CommandFailed(f"There is no field {name!r}; fields are {', '.join(FIELDS)}.")
         if not text:
             sampling.pop(name, None)
             return Outcome(f"{name} is the default again.")
@@ -147,7 +147,7 @@ class SlashCommands(Completer):
 
     def _clear(self, _: str) -> Outcome:
         self._conversation.turns.clear()
-        return Outcome("The conversation is forgotten; the settings are kept.")
+        return Outcome("Conversation cleared; settings kept.")
 
     def _save(self, name: str) -> Outcome:
         return self._write(name, "x")
@@ -166,7 +166,7 @@ class SlashCommands(Completer):
             with path.open(mode, encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise CommandFailed(f"{path} exists already; /save! {name} replaces it.") from None
+            raise CommandFailed(f"{path} already exists; /save! {name} replaces it.") from None
         except OSError as error:
             raise CommandFailed(f"{path} cannot be written: {error.strerror}.") from None
         return Outcome(f"Saved as {path}.")
@@ -178,10 +178,10 @@ class SlashCommands(Completer):
             f"{usage.prompt_tokens} prompt tokens, {usage.cached_tokens} of them cached",
         ]
         if usage.evicted_tokens:
-            lines.append(f"{usage.evicted_tokens} tokens went out of sight")
+            lines.append(f"{usage.evicted_tokens} tokens evicted")
         last = self._conversation.turns[-1].answer.usage if self._conversation.turns else None
         if last is not None:
-            limit = self.models[0].max_model_len  # adapters have the model's own
+            limit = self.models[0].max_model_len  # the same for adapters
             context = last.prompt_tokens + last.completion_tokens - last.evicted_tokens
             lines.append(f"The conversation takes {context} of the context's {limit} tokens.")
         return Outcome("\n".join(lines))

@@ -1,4 +1,4 @@
-"""Errors have one form: {"error": {message, type, param, code}}."""
+"""Errors of the API, in one form: {"error": {message, type, param, code}}."""
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
@@ -31,9 +31,9 @@ _TYPES = {
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
 
-# What the engine may refuse for the moment: status, and seconds after which to try again.
+# Temporary refusals of the engine: status, and seconds until a retry.
 _NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5"), SHUTTING_DOWN: (503, "5")}
-# What Python has another name for than JSON.
+# Types with other names in Python than in JSON.
 _WRONG_KINDS = {
     "model_type": "it should be an object",
     "dict_type": "it should be an object",
@@ -43,7 +43,7 @@ _NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 
 class ApiError(Exception):
-    """A request that is answered with an error; str() is one sentence for the user."""
+    """An error response; str() is one sentence for the user."""
 
     def __init__(
         self,
@@ -67,14 +67,14 @@ class ApiError(Exception):
         return JSONResponse(self.content(), self.status, self.headers)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with this, and note it in the request's record."""
+        """Send this error, and note it in the request's record."""
         if (record := scope.get("state", {}).get("record")) is not None:
             record.error_code = self.code
         await self.response()(scope, receive, send)
 
 
 def error_content(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """The body of an error response, which is also the last event of a stream that failed."""
+    """The body of an error response, and the last event of a failed stream."""
     fallback = "server_error" if status >= 500 else "invalid_request_error"
     return {
         "error": {"message": message, "type": _TYPES.get(HTTPStatus(status), fallback), "param": param, "code": code}
@@ -99,7 +99,7 @@ def unavailable(message: str) -> ApiError:
 
 
 def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None = None) -> ApiError:
-    """What the engine's refusal means to the user; `grammar_param` is the field that asked for a grammar."""
+    """The engine's refusal as an API error; `grammar_param`: the field with the grammar."""
     if isinstance(error, EngineDead):
         return unavailable(str(error))
     if error.retry_after_s is not None:
@@ -115,7 +115,7 @@ def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None =
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing wrong with a body, as one sentence that names the field."""
+    """The first error of a body, as one sentence that names the field."""
     first = error.errors(include_url=False, include_input=False)[0]
     param = _path(first["loc"])
     if first["type"] == "extra_forbidden":
@@ -127,7 +127,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """("messages", 0, "role") as messages[0].role."""
+    """The path of a field: ("messages", 0, "role") as messages[0].role."""
     path = ""
     for step in location:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
@@ -146,13 +146,13 @@ async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def answer_no_tokenizer(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for NoTokenizerError, which every route that takes texts may raise."""
+    """Exception handler for NoTokenizerError, which every route with texts may raise."""
     del request
     return bad_request(str(error)).response()
 
 
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for what the framework itself refuses: files of /docs that do not exist."""
+    """Exception handler for the framework's own errors: missing files of /docs."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
         return no_route(request.url.path).response()

@@ -1,4 +1,4 @@
-"""The document at /openapi.json describes what each route takes and answers, errors included."""
+"""The document at /openapi.json: bodies, answers and errors of each route."""
 
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -19,14 +19,14 @@ _EVERYWHERE = (403, 500, 503)
 
 _ERRORS = {
     400: "The request is not valid; `param` names the field.",
-    401: "The header `Authorization: Bearer KEY` does not carry a key that the server needs here.",
-    403: "The key does not allow this or this model; or a server without keys was called under a foreign host name.",
+    401: "The header `Authorization: Bearer KEY` is missing or has no valid key.",
+    403: "The key does not permit the request or its model; or a server without keys got an unknown host name.",
     404: "There is no such model, adapter or route.",
-    408: "The body did not come in time.",
+    408: "The body did not arrive in time.",
     413: "The body is larger than the server's --max-body-bytes.",
     429: "Too many requests are waiting, or the key is at one of its limits.",
     500: "The server failed.",
-    503: "The engine is gone or does not answer, the server is shutting down, or the request waited too long.",
+    503: "The engine has ended or does not answer, the server is shutting down, or the request waited too long.",
 }
 _RETRY_AFTER = {429, 503}
 
@@ -50,9 +50,9 @@ def make_document(
             "schemas": models,
             "responses": {str(status): _error(status, refs) for status in _ERRORS},
             "headers": {
-                "X-Request-Id": _header("string", "Names the request in the server's log."),
+                "X-Request-Id": _header("string", "The request's id in the server's log."),
                 "X-Ignored-Fields": _header("string", "Fields that were ignored, with --unknown-fields warn."),
-                "Retry-After": _header("integer", "Seconds after which to try again."),
+                "Retry-After": _header("integer", "Seconds until a retry."),
             },
             "securitySchemes": {
                 "adminKey": {"type": "http", "scheme": "bearer", "description": "The server's --admin-api-key."},
@@ -63,9 +63,9 @@ def make_document(
 
 
 class _Schemas(GenerateJsonSchema):
-    """Without what says nothing: titles of fields, and null as the default of fields that may be left out."""
+    """Schemas without titles of fields and without null defaults of optional fields."""
 
-    unknown_fields: ClassVar[Schema | bool] = {"type": "null"}  # of a model that lets them through to our own checks
+    unknown_fields: ClassVar[Schema | bool] = {"type": "null"}  # of a model that passes them to our own checks
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         del schema
@@ -89,7 +89,7 @@ class _LenientSchemas(_Schemas):
 
 
 def _models(operations: Iterable[Operation], schemas_class: type[_Schemas]) -> tuple[Refs, dict[str, Schema]]:
-    """A reference to each model that an operation names, and all models by the names in these references."""
+    """A reference to each model of the operations, and all models by their names in the references."""
     named: set[Model] = {objects.ErrorBody}
     for operation in operations:
         named.update(operation.bodies)
@@ -124,7 +124,7 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
         bodies = [refs[body] for body in operation.bodies]
         schema = bodies[0] if len(bodies) == 1 else {"oneOf": bodies}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    if access is not Access.OPEN:  # {}: without a key where the server has none, operator's routes from its machine
+    if access is not Access.OPEN:  # {}: no key, if the server has none; operator's routes from its machine
         described["security"] = [{"adminKey": []}, *([{"key": []}] if access is Access.USER else []), {}]
     return described
 
@@ -144,9 +144,9 @@ def _answer(operation: Operation, refs: Refs) -> Schema:
 
 
 def _event(model: Model, ends_with_done: bool, refs: Refs) -> Schema:
-    """One server-sent event, which is what OpenAPI 3.1 is taken to describe for streams."""
+    """One server-sent event, by which OpenAPI 3.1 describes streams."""
     json = {"type": "string", "contentMediaType": "application/json"}
-    description = "One event of the stream that `stream: true` gets. Where the answer failed, the last one is an error."
+    description = "One event of the stream with `stream: true`. After a failure the last one is an error."
     data: Schema
     if ends_with_done:
         description += " Otherwise it is [DONE]."

@@ -1,4 +1,4 @@
-"""An operation describes one method of one route for the document at /openapi.json; it stands beside the route."""
+"""Operations describe one method of one route, for the document at /openapi.json."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ GENERATION_REFUSED = (*BODY_REFUSED, 404, 429)
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """Who may call an endpoint, what it takes and what it answers: a decorator below the router's.
+    """A decorator, below the router's, with an endpoint's access, bodies and answer.
 
-    Routes read their bodies themselves, so the framework cannot know any of this.
+    Routes read their bodies themselves, so the framework does not know these.
     """
 
     access: Access
     summary: str
     tag: str
     answer: Model | str  # a media type: text
-    bodies: tuple[Model, ...] = ()  # one of them is the request's JSON
-    event: Model | None = None  # of the stream that a body with `stream` gets instead
+    bodies: tuple[Model, ...] = ()  # the request's JSON is one of them
+    event: Model | None = None  # of the stream, if the body has `stream`
     ends_with_done: bool = True  # the stream's last event is [DONE]
     errors: tuple[int, ...] = ()
     path_parameters: tuple[tuple[str, str], ...] = ()  # name, description

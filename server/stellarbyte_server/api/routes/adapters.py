@@ -37,7 +37,7 @@ LIST_LIMIT_S = 10.0
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
-        raise bad_request(f"{body.lora_name!r} is the name of the model itself.", "lora_name")
+        raise bad_request(f"The field 'lora_name' must differ from the model's name, {body.lora_name!r}.", "lora_name")
     try:
         loaded = await service.client.load_adapter(body.lora_name, body.lora_path, bool(body.load_inplace))
     except (RequestRejected, EngineDead) as error:
@@ -80,7 +80,7 @@ async def list_adapters(http: Request, service: ServiceOfRequest) -> dict[str, A
 
 
 async def adapters_of(service: Service) -> AdapterList:
-    """All adapters as they are now; ApiError when the engine is gone or does not answer."""
+    """All adapters in their current state; ApiError if the engine has ended or does not answer."""
     try:
         async with asyncio.timeout(LIST_LIMIT_S):
             return await service.client.list_adapters()

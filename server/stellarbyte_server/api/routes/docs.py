@@ -1,4 +1,4 @@
-"""GET /openapi.json describes the API; GET /docs is a page to try it on, made of files that this server brings."""
+"""GET /openapi.json, the API's document, and GET /docs, a page to try it, from files of this server."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from stellarbyte_server.access.rules import Access, allows
 DOCUMENT_PATH = "/openapi.json"
 PAGE_PATH = "/docs"
 FILES_PATH = "/docs/static"
-# Whatever those files may try, the browser talks to this server only. The page has a script of its own in it.
+# Browsers may contact only this server. The page contains an inline script.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:;"
     " frame-ancestors 'none'"
@@ -25,9 +25,9 @@ _POLICY = (
 
 
 def add_docs(app: FastAPI, make_document: Callable[[], dict[str, Any]]) -> None:
-    """Add the document, the page, and Swagger UI's files out of the package fastapi-offline, whose code is not used.
+    """Add the document, the page, and Swagger UI's files from the package fastapi-offline, whose code is not used.
 
-    The document is made when it is first asked for.
+    The document is created on first use.
     """
     document = functools.cache(make_document)
     static = StaticFiles(directory=_files())
@@ -47,7 +47,7 @@ def add_docs(app: FastAPI, make_document: Callable[[], dict[str, Any]]) -> None:
             swagger_js_url=f"{files}/swagger-ui-bundle.js",
             swagger_css_url=f"{files}/swagger-ui.css",
             swagger_favicon_url=f"{files}/favicon.png",
-            swagger_ui_parameters={"validatorUrl": None},  # else it sends the document's address to swagger.io
+            swagger_ui_parameters={"validatorUrl": None},  # otherwise it sends the document's address to swagger.io
         )
         response.headers["Content-Security-Policy"] = _POLICY
         return response

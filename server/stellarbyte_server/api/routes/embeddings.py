@@ -35,7 +35,7 @@ from stellarbyte_server.tokens.tokenizer import UnembeddableTokenError
 
 router = APIRouter()
 
-_AT_ONCE = 32  # inputs that one request has in the engine at the same time, so that it leaves others room
+_AT_ONCE = 32  # inputs of one request in the engine at once, to leave room for others
 _NOTHING = SamplingParams(max_tokens=0, seed=0)
 
 
@@ -52,7 +52,7 @@ async def create_embeddings(http: Request, service: ServiceOfRequest) -> Respons
     body, headers = await read_body(http, service, EmbeddingsBody)
     size = service.info.hidden_size
     if body.dimensions not in (None, size):
-        raise bad_request(f"The field 'dimensions' must be {size}, which is what this model has.", "dimensions")
+        raise bad_request(f"The field 'dimensions' must be {size}, the size of this model's vectors.", "dimensions")
     num_characters = sum(map(len, body.input))
     token_ids = [await _token_ids(http, body, service, given, num_characters) for given in body.input]
     requests = [_request(body, service, ids) for ids in token_ids]
@@ -133,7 +133,7 @@ def _request(body: EmbeddingsBody, service: Service, token_ids: list[int]) -> Ge
 
 
 def _as_base64(vector: bytes) -> str:
-    """float32, little-endian: what OpenAI's clients ask for by default."""
+    """The vector as base64 of little-endian float32, OpenAI's clients' default."""
     return base64.b64encode(vector).decode()
 
 

@@ -1,4 +1,4 @@
-"""GET /health, /ready, /version and /metrics: for those who run the server."""
+"""GET /health, /ready, /version and /metrics: for operators."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ async def health(service: ServiceOfRequest) -> dict[str, str]:
 @router.get("/ready")
 @Operation(access=Access.OPEN, summary="Whether requests can be answered", tag="Server", answer=objects.Ready)
 async def ready(service: ServiceOfRequest) -> dict[str, str]:
-    """200 when requests can be answered. Routes exist only once the model is loaded."""
+    """200 while requests can be answered. Routes exist only once the model is loaded."""
     _require_healthy(service)
     if not service.client.is_admitting:
         raise from_engine(RequestRejected(DRAINING, SHUTTING_DOWN))

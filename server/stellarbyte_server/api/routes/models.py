@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}: the model, and a card for each adapter that can be asked for."""
+"""GET /v1/models and /v1/models/{id}: the model, and a card for each available adapter."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GET / and /status answer with the pages for people, which are made of files this server brings."""
+"""GET / and /status, the pages for browsers, from files of this server."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ FILES_PATH = "/web/{path:path}"
 _PAGES = {"/": "index.html", "/status": "status.html"}
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
 
-# What a page shows was written by a model, so by anybody: no script and no style but those files, no other host, and no
-# text that becomes markup.
+# Pages show text of models, which is untrusted: only scripts and styles of these files, no other host, and no text as
+# markup.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
 _HEADERS = {
-    "Cache-Control": "no-cache",  # asked for again each time, so that pages and scripts are always of one version
+    "Cache-Control": "no-cache",  # revalidated each time, so that pages and scripts have the same version
     "Content-Security-Policy": _POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -37,7 +37,7 @@ class _File:
     etag: str
 
     def answer(self, request: Request) -> Response:
-        """The file, or 304 to whoever has it already."""
+        """The file, or 304 if the client has it."""
         headers = _HEADERS | {"ETag": self.etag}
         known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         if self.etag in known:
@@ -46,11 +46,11 @@ class _File:
 
 
 def add_pages(app: FastAPI) -> None:
-    """Add both pages and what they load. Files are read now; a change of them needs a new start."""
+    """Add both pages and their files, which are read now; changes need a restart."""
     known = _read_files()
 
     def add_page(path: str, file: _File) -> None:
-        @allows(Access.OPEN)  # a page asks for the key itself
+        @allows(Access.OPEN)  # pages ask for the key themselves
         async def page(request: Request) -> Response:
             return file.answer(request)
 
@@ -71,7 +71,7 @@ def add_pages(app: FastAPI) -> None:
 
 
 def _read_files() -> dict[str, _File]:
-    """Name → file, of those with a type that browsers load."""
+    """Name → file, for types that browsers load."""
     known = {}
     for entry in files("stellarbyte_web").iterdir():
         media_type = next((kind for suffix, kind in _MEDIA_TYPES.items() if entry.name.endswith(suffix)), None)

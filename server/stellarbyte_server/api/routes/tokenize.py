@@ -1,4 +1,5 @@
-"""POST /tokenize and /detokenize, as vLLM has them: what a prompt or a chat is in tokens, and back. Runs no model."""
+"""POST /tokenize and /detokenize, as in vLLM: token ids of a prompt or a chat, and text of tokens. Does not run the
+model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +69,7 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
 
 
 def _encoder(body: TokenizeBody, service: Service) -> Callable[[], list[int]]:
-    """Makes the tokens, in a thread."""
+    """The function that encodes the body, in a thread."""
     if isinstance(body, TokenizePromptBody):
         return partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False)
     assert isinstance(body, TokenizeChatBody)
@@ -111,9 +112,9 @@ def _json(content: bytes, headers: dict[str, str]) -> Response:
 
 
 async def _require_model(model: str | None, service: Service) -> None:
-    """ApiError unless `model` is the served model, one of its adapters, or left out.
+    """ApiError unless `model` is the served model, one of its adapters, or absent.
 
-    All of them share one tokenizer.
+    They all share one tokenizer.
     """
     if model is None or model == service.settings.model_name:
         return

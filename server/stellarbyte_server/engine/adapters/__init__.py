@@ -1,1 +1,1 @@
-"""Adapters: names and versions, and the memory they lie in."""
+"""Adapters: names, versions and memory."""

@@ -1,7 +1,7 @@
-"""Where adapters may be read from: --adapter-dir and the places --lora-modules names.
+"""Allowed sources of adapters: --adapter-dir and the paths of --lora-modules.
 
-A path is resolved, links included, before it is compared, and what is absent and what is forbidden look the same. All
-that looks at files may take as long as a disk or a network does: never on the engine's thread.
+Paths are compared after resolving links, and a forbidden path gets the same error as an absent one. Functions that read
+files may wait for a disk or a network: never call them on the engine's thread.
 """
 
 import errno
@@ -34,16 +34,16 @@ class AdapterFolder:
         self._modules = {name: Path(path).resolve() for name, path in modules.items()}
 
     def module(self, name: str) -> AdapterFiles | None:
-        """The files of an adapter given with --lora-modules; None if they are not there."""
+        """The files of an adapter of --lora-modules; None if absent."""
         root = self._modules[name]
         return _files(root, root, asked=str(root), shown=root.name)
 
     def may_offer(self, name: str) -> bool:
-        """Whether a folder in --adapter-dir can have this name. Looks at no file."""
+        """Whether a folder in --adapter-dir can have this name. Reads no files."""
         return self._folder is not None and is_adapter_name(name) and "/" not in name
 
     def offered(self, name: str) -> AdapterFiles | None:
-        """The files of the folder in --adapter-dir that has this name."""
+        """The files of the folder with this name in --adapter-dir."""
         if self._folder is None or not self.may_offer(name):
             return None
         plain = _plain_files(self._folder, name)
@@ -61,7 +61,7 @@ class AdapterFolder:
         return [(name, files) for name in names if (files := self.offered(name)) is not None]
 
     def at(self, path: str) -> AdapterFiles | None:
-        """The files at a path inside --adapter-dir, or at the very path of a module; None if they are not there."""
+        """The files at a path inside --adapter-dir, or at exactly a module's path; None if absent."""
         if (files := self._inside(path)) is not None:
             return files
         for root in self._modules.values():
@@ -70,19 +70,19 @@ class AdapterFolder:
         return None
 
     def _inside(self, path: str) -> AdapterFiles | None:
-        """The files at `path`, relative to --adapter-dir or absolute, if they lie in it."""
+        """The files at `path`, relative to --adapter-dir or absolute, if they are inside it."""
         root = self._folder
         if root is None or ".." in Path(path).parts:
             return None
         try:
             folder = (root / path).resolve()
             return _files(folder, root, asked=path, shown=str(folder.relative_to(root)))
-        except (OSError, ValueError, RuntimeError):  # too long, links in a circle; a NUL, not inside root
+        except (OSError, ValueError, RuntimeError):  # too long, a cycle of links; a NUL, outside root
             return None
 
 
 def _plain_files(root: Path, name: str) -> AdapterFiles | None:
-    """The files of a folder in `root` where nothing is a link; else None. Thousands are listed at a time."""
+    """The files of a folder in `root`; None if anything is a link. Fast, as thousands are listed at a time."""
     folder = f"{root}/{name}"
     config, weights = f"{folder}/{CONFIG_FILE}", f"{folder}/{WEIGHTS_FILE}"
     try:
@@ -96,7 +96,7 @@ def _plain_files(root: Path, name: str) -> AdapterFiles | None:
 
 
 def _files(folder: Path, root: Path, *, asked: str, shown: str) -> AdapterFiles | None:
-    """Both files of a folder, if they are plain files that lie inside `root` themselves."""
+    """Both files of a folder, if they are plain files inside `root`."""
     found = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         file = (folder / name).resolve()
@@ -108,13 +108,13 @@ def _files(folder: Path, root: Path, *, asked: str, shown: str) -> AdapterFiles 
 
 
 def open_inside(root: Path, path: str, flags: int) -> int:
-    """Open a file by a path without links in `root`, as an opener of `open`: what is opened lies in `root`.
+    """Open a file inside `root` by a path without links; an opener for `open`.
 
-    Each step of the way is opened from the one before and follows no link, so none that has taken the place of a file
-    or a folder since the path was resolved leads out.
+    Opens each folder relative to the one before, without following links, so a link that has replaced a file or folder
+    since the path was resolved cannot lead outside.
 
     Raises:
-        OSError: there is a link, or no such file.
+        OSError: the path has a link, or does not exist.
     """
     try:
         *folders, name = Path(path).relative_to(root).parts

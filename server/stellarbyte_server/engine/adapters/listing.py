@@ -1,4 +1,4 @@
-"""The list of adapters: cards, and what lies in --adapter-dir, which the store's thread looks at every few seconds."""
+"""The list of adapters: loaded versions and the contents of --adapter-dir, which the store's thread lists on demand."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -8,12 +8,12 @@ from stellarbyte_server.engine.adapters.memory import AdapterStore
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, Reply
 
-LISTING_LASTS_S = 5.0  # anybody may ask for the list
-LISTING_PATIENCE_S = 0.5  # a call that comes when a look takes longer than this is answered with the one before
+LISTING_LASTS_S = 5.0  # every client may request the list
+LISTING_PATIENCE_S = 0.5  # a call during a longer scan gets the previous result
 
 
 class AdapterListing:
-    """Engine thread only. `answer` makes the reply to a call that has waited for a look."""
+    """Engine thread only. `answer` creates the reply to a call that waited for a scan."""
 
     def __init__(
         self,
@@ -28,11 +28,11 @@ class AdapterListing:
         self._clock = clock
         self._answer = answer
         self._listed_at_s: float | None = None
-        self._began_at_s: float | None = None  # of a look that has not ended
+        self._began_at_s: float | None = None  # start of a running scan
         self._waiting: list[str] = []  # calls
 
     def reply(self, call_id: str) -> list[Reply]:
-        """The answer to a call, now if the last look is new enough, else once there was another."""
+        """The answer to a call: now if the last scan is recent, otherwise after another."""
         now_s = self._clock()
         is_fresh = self._listed_at_s is not None and now_s - self._listed_at_s < LISTING_LASTS_S
         is_slow = self._began_at_s is not None and now_s - self._began_at_s > LISTING_PATIENCE_S
@@ -53,7 +53,7 @@ class AdapterListing:
 
 
 def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
-    """Cards of all that is offered, as of versions that nothing is known of."""
+    """Cards of all adapters in --adapter-dir, as of versions not read yet."""
     return {
         name: card_of(AdapterVersion(name=name, files=files), 0, is_current=True)
         for name, files in folder.all_offered()
@@ -61,7 +61,7 @@ def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
 
 
 def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> AdapterCard:
-    """A version, whose files were found, as the API shows it."""
+    """The API's card of a version with known files."""
     assert version.files is not None
     return AdapterCard(
         name=version.name,

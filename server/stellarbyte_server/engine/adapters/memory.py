@@ -1,4 +1,4 @@
-"""The adapters in CPU memory: which come and which go."""
+"""The adapters in CPU memory, and which of them are evicted."""
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ReadDone:
-    """A version was read, checked and put into CPU memory; or `error` says in one sentence why not."""
+    """A version was read into CPU memory; or `error` says in one sentence why not."""
 
     version: AdapterVersion
-    seconds: float  # it took
+    seconds: float  # duration
     error: str = ""
-    is_fault: bool = False  # with it: it says nothing against the adapter
+    is_fault: bool = False  # with error: not the adapter's fault
     content_hash: str = ""
     num_bytes: int = 0
     rank: int = 0
@@ -37,38 +37,38 @@ class FillDone:
 
 @dataclass(frozen=True)
 class Looked:
-    """A look at the disk has ended; `note` takes note of what it found, on the engine's thread."""
+    """A scan of the disk has ended; `note` processes its result on the engine's thread."""
 
     note: Callable[[], list[Reply]]
 
 
 class AdapterStore(Protocol):
-    """Moves adapters between the tiers. `look`, `read` and `fill` return at once and are answered by `finished`."""
+    """Moves adapters between the tiers. `look`, `read` and `fill` return at once; `finished` returns their results."""
 
     def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
-        """Run `look`, one after the other, on a thread that may wait for a disk; `note` gets None if that failed."""
+        """Run scans in order on a thread that may wait for a disk; `note` gets the result, None if the scan failed."""
 
     def read(self, version: AdapterVersion) -> None:
-        """Disk to CPU memory."""
+        """Read a version from disk into CPU memory."""
 
     def fill(self, version: AdapterVersion, slot: int) -> None:
-        """CPU memory to a slot, which is overwritten."""
+        """Copy a version from CPU memory into a slot, in place of its adapter."""
 
     def clear(self, slot: int) -> None:
-        """Give the memory of a slot back."""
+        """Free a slot's memory."""
 
     def forget(self, version: AdapterVersion) -> None:
-        """Give the CPU memory of a version back."""
+        """Free a version's CPU memory."""
 
     def finished(self) -> list[ReadDone | FillDone | Looked]: ...
 
     @property
     def wake_fd(self) -> int | None:
-        """Becomes readable when `finished` has something to tell."""
+        """A file descriptor that becomes readable when `finished` has results."""
 
 
 class NoStore:
-    """The store of an engine that has no place to read adapters from."""
+    """The store of an engine without adapters."""
 
     wake_fd = None
 
@@ -76,7 +76,7 @@ class NoStore:
         self._looked: list[Looked] = []
 
     def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
-        found = look()  # at once: there is no folder that it could wait for
+        found = look()  # on this thread: there is no folder to wait for
         self._looked.append(Looked(lambda: note(found)))
 
     def read(self, *_: object) -> None:
@@ -97,9 +97,9 @@ class NoStore:
 
 
 class AdapterMemory:
-    """At most `max_versions` in memory or on their way. Those that drain come on top: they cannot be read again.
+    """At most `max_versions` in memory or being read; draining ones, which cannot be read again, are not counted.
 
-    `max_versions` is more than there are slots, so that what waits for a slot always finds a place.
+    `max_versions` exceeds the number of slots, so that a version waiting for a slot always has a place.
     """
 
     def __init__(self, store: AdapterStore, slots: AdapterSlots, max_versions: int) -> None:
@@ -109,13 +109,13 @@ class AdapterMemory:
         self._held: set[AdapterVersion] = set()  # in memory, or being read
 
     def start_read(self, version: AdapterVersion) -> None:
-        """Read a version, whether there is room or not."""
+        """Read a version, even beyond the limit."""
         self._held.add(version)
         version.is_reading = True
         self._store.read(version)
 
     def make_room(self, num_places: int, keep: Set[AdapterVersion]) -> bool:
-        """Whether `num_places` more versions may come; what was used least recently goes, but none of `keep`."""
+        """Evict least recently used versions, except `keep`, for `num_places` more; returns whether there is room."""
         counted = [version for version in self._held if version.state != "draining"]
         excess = len(counted) + num_places - self._max_versions
         idle = [version for version in counted if version not in keep and self._may_go(version)]
@@ -126,17 +126,18 @@ class AdapterMemory:
 
     def note_read(self, version: AdapterVersion) -> None:
         version.is_reading, version.is_in_memory = False, True
-        self.make_room(0, {version})  # several may have been on their way
+        self.make_room(0, {version})  # several may have been in flight
 
     def forget(self, version: AdapterVersion) -> None:
-        """Give a version's memory back, or do not expect it any more."""
+        """Free a version's memory, or discard its pending read."""
         if version in self._held:
             self._held.remove(version)
             version.is_reading = version.is_in_memory = False
             self._store.forget(version)
 
     def _may_go(self, version: AdapterVersion) -> bool:
-        """Not while it is moved; nor if its requests might be set back, for its files may be others by then."""
+        """Whether a version may be evicted: not while it is copied, nor while requests are bound, as its files may
+        change."""
         if version.is_reading or self._slots.is_filling(version):
             return False
         return not (version.slot and version.num_bound)

@@ -1,9 +1,9 @@
-"""The registry of adapters: names, versions, who uses them, in which memory they lie.
+"""The registry of adapters: names, versions, their users and their memory.
 
-A name has one current version. Finding, reading and checking it is done on other threads (`AdapterStore`); everything
-here happens on the engine's thread, between two steps, and looks at no file. A version that is replaced or unloaded
-drains: it serves the requests that were bound to it, then it is forgotten. Memory has three tiers: slots of the bank,
-CPU memory, disk; what is used least recently moves down, and nothing that a running request uses moves.
+A name has one current version. Other threads find, read and check its files (`AdapterStore`); this code runs on the
+engine's thread between steps and reads no files. A version that is replaced or unloaded drains: it serves the requests
+bound to it and is then forgotten. Memory has three tiers: slots of the bank, CPU memory, disk. Least recently used
+versions move down; versions of running requests do not move.
 """
 
 import logging
@@ -38,12 +38,12 @@ from stellarbyte_server.protocol.request import (
 
 logger = logging.getLogger("server.engine")
 
-RETRY_FAILED_S = 5.0  # a request for an adapter that could not be read makes us look again after this time
+RETRY_FAILED_S = 5.0  # minimum time between attempts to read an adapter that failed
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 def no_adapters() -> "Adapters":
-    """The registry of an engine that has none."""
+    """The registry of an engine without adapters."""
     return Adapters(AdapterFolder(None, {}), NoStore(), num_slots=0, max_in_memory=1)
 
 
@@ -51,7 +51,7 @@ class Adapters:
     """Engine thread only.
 
     Args:
-        max_in_memory: versions in CPU memory, more than `num_slots`; those that drain come on top.
+        max_in_memory: versions in CPU memory, more than `num_slots`; draining ones are not counted.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class Adapters:
         self._clock = clock
         self._current: dict[str, AdapterVersion] = {}
         self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
-        self._withdrawn: set[str] = set()  # folders of --adapter-dir that were unloaded: offered again once loaded
-        self._loads: dict[AdapterVersion, str] = {}  # being read for a call → its id
+        self._withdrawn: set[str] = set()  # unloaded folders of --adapter-dir, available again after a load
+        self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id
         self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listing = AdapterListing(folder, store, clock, self._list)
         self._num_uses = 0
-        self.num_reads = 0  # that have ended, well or not: then `refusal` may say something new
+        self.num_reads = 0  # completed reads, after which `refusal` may change
 
     # Requests
 
     def bind(self, reference: AdapterReference) -> AdapterVersion:
-        """The version that a new request for an adapter runs on, counted as used by it until `release`.
+        """Bind a new request to the adapter's current version, until `release`.
 
         Raises:
-            RequestRejected: there can be no such adapter, or it could not be read. One that is looked for may turn out
-                not to be there: see `refusal`.
+            RequestRejected: the adapter cannot exist, or could not be read. If its files are still being looked up,
+                `refusal` reports an absent adapter later.
         """
         version = self._find(reference.name)
         if version is None:
@@ -99,21 +99,21 @@ class Adapters:
         return version
 
     def release(self, version: AdapterVersion) -> list[Reply]:
-        """A bound request has ended."""
+        """Release a request's version when it has ended."""
         version.num_bound -= 1
         self._touch(version)
         return self._drop_if_drained(version)
 
     def refusal(self, sequence: Sequence) -> RequestRejected | None:
-        """Why a bound request cannot run after all, now that more is known of its adapter."""
+        """Why a bound request cannot run, by the current state of its adapter; None: it can, or may."""
         version, reference = sequence.adapter, sequence.request.adapter
         return None if version is None or reference is None else _refusal(version, reference)
 
     def place(self, waiting: Iterable[Sequence]) -> Move | None:
-        """Bring adapters of waiting requests towards the slots.
+        """Start moving adapters of waiting requests into slots.
 
-        A move that is returned waits for the caller to stop the sequences that run with the slot's present adapter;
-        then `finish_move` carries it out.
+        For a returned move the caller must preempt the sequences that run with the slot's current adapter, then call
+        `finish_move`.
         """
         if not self._current and not self._others:
             return None
@@ -128,16 +128,16 @@ class Adapters:
         return plan.move
 
     def may_enter(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence can run as far as its adapter is concerned."""
+        """Whether a waiting sequence's adapter allows it to run."""
         return self.slots.may_enter(sequence)
 
     def enter(self, version: AdapterVersion) -> None:
-        """A sequence with this adapter begins to run."""
+        """Note that a sequence with this adapter starts to run."""
         self._touch(version)
         self.slots.enter(version)
 
     def leave(self, version: AdapterVersion) -> None:
-        """A sequence with this adapter does not run any more."""
+        """Note that a sequence with this adapter stops running."""
         self.slots.leave(version)
 
     def finish_move(self, move: Move) -> None:
@@ -147,15 +147,17 @@ class Adapters:
     # Calls of the operator
 
     def load(self, call_id: str, name: str, path: str, in_place: bool) -> CallFailed | None:
-        """Read an adapter and let it have `name`; answered by `collect` unless it is refused at once."""
+        """Load an adapter under `name`; `collect` returns the answer unless it is refused at once."""
         if not is_adapter_name(name):
-            message = f"{name!r:.200} cannot be an adapter's name; it needs {ADAPTER_NAME_RULE}."
+            message = f"lora_name must be {ADAPTER_NAME_RULE}; {name!r:.200} is not."
             return CallFailed(call_id, message, param="lora_name")
         if self._is_loading(name):
-            return CallFailed(call_id, f"The adapter {name!r} is being loaded already.", param="lora_name")
+            return CallFailed(
+                call_id, f"The adapter {name!r} is already being loaded; try again later.", param="lora_name"
+            )
         current = self._current.get(name)
         if current is not None and current.files is not None and current.state != "failed" and not in_place:
-            message = f"The adapter {name!r} is loaded already; give load_inplace to replace it."
+            message = f"The adapter {name!r} is already loaded; set load_inplace to replace it."
             return CallFailed(call_id, message, param="lora_name")
         message = f"There is no adapter {path!r:.300} in --adapter-dir or among --lora-modules."
         absent = CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_path")
@@ -165,7 +167,7 @@ class Adapters:
         return None
 
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
-        """Read an adapter whose files were found; answered by `collect`."""
+        """Read an adapter with known files; `collect` returns the answer."""
         version = AdapterVersion(name=name, files=files, state="loading")
         self._loads[version] = call_id
         self._begin_load(version)
@@ -176,7 +178,7 @@ class Adapters:
         self._memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
-        """Take a name away; answered once the last request on it has ended, now or by `collect`."""
+        """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
         if self._is_loading(name):
             return [CallFailed(call_id, f"The adapter {name!r} is being loaded; try again later.", param="lora_name")]
         version = self._current.get(name)
@@ -188,7 +190,7 @@ class Adapters:
         return []
 
     def _note_to_unload(self, call_id: str, name: str, files: AdapterFiles | None) -> list[Reply]:
-        """A name that no request had asked for was looked for."""
+        """Complete the unloading of a name that was not in use, after looking up its files."""
         return [_no_adapter(call_id, name)] if files is None else self._withdraw(call_id, name)
 
     def _withdraw(self, call_id: str, name: str) -> list[Reply]:
@@ -203,13 +205,13 @@ class Adapters:
         return self._drain(version)
 
     def _note_withdrawn(self, name: str, files: AdapterFiles | None) -> list[Reply]:
-        """A folder that comes later than the unloading is offered."""
+        """Withdraw a folder, so that only one created after the unloading is available."""
         if files is None:
             self._withdrawn.discard(name)
         return []
 
     def list_all(self, call_id: str) -> list[Reply]:
-        """Every adapter that can be asked for, and those that drain: now, or by `collect` after a look at the disk."""
+        """All available and draining adapters; returns the answer, or `collect` does after a scan of the disk."""
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
@@ -227,15 +229,15 @@ class Adapters:
     def _is_loading(self, name: str) -> bool:
         return any(version.name == name for version in self._loads)
 
-    # What the other threads have done
+    # Results of other threads
 
     @property
     def wake_fd(self) -> int | None:
-        """Becomes readable when `collect` has something to note."""
+        """A file descriptor that becomes readable when `collect` has results."""
         return self._store.wake_fd
 
     def collect(self) -> list[Reply]:
-        """Take note of finished reads and copies; which calls that answers."""
+        """Process finished reads and copies; returns answers to calls."""
         replies: list[Reply] = []
         for done in self._store.finished():
             if isinstance(done, Looked):
@@ -252,7 +254,7 @@ class Adapters:
     def _note_looked(
         self, version: AdapterVersion, absent: CallFailed | None, files: AdapterFiles | None
     ) -> list[Reply]:
-        """The files of a version were looked for; `absent` is what its call is answered when they are not there."""
+        """Note a version's files; `absent` is the answer to its call if there are none."""
         version.files = files
         if files is not None:
             if version in self._loads:
@@ -287,7 +289,7 @@ class Adapters:
         return replies + self._drop_if_drained(version)
 
     def _install(self, version: AdapterVersion) -> list[Reply]:
-        """Let a version that was loaded have its name. The same content again changes nothing."""
+        """Make a loaded version the current one of its name. Equal content changes nothing."""
         self._withdrawn.discard(version.name)
         self._others.discard(version)
         old = self._current.get(version.name)
@@ -315,33 +317,33 @@ class Adapters:
         return [*failed, *self._drop_if_drained(version)]
 
     def _note_failed_fill(self, done: FillDone) -> list[Reply]:
-        """A copy to a slot failed: the slot is free again, the requests that wait for it are refused."""
+        """After a failed copy, free the slot and refuse the requests that wait for it."""
         self.slots.clear(done.version)
         self._store.clear(done.slot)
         return self._note_failed_read(done.version, done.error, is_fault=True)
 
     def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
-        """A version was to be read again, but its files hold another one now: that is what new requests get."""
+        """After a change of a version's files, make their content the current version for new requests."""
         if self._current.get(version.name) is version:
             self._current[version.name] = _unread(version)
             self._others.add(version)
         return self._note_failed_read(
-            version, f"The files of the adapter {version.name!r} have changed meanwhile; send the request again."
+            version, f"The files of the adapter {version.name!r} have changed; send the request again."
         )
 
     # Names and memory
 
     def _find(self, name: str) -> AdapterVersion | None:
-        """The current version of a name; a folder of --adapter-dir becomes one when it is first asked for.
+        """The current version of a name, which the first request for a folder of --adapter-dir creates.
 
-        It is looked for meanwhile. One that failed is looked for again: something else may be in its place.
+        Its files are then looked up, and again after a failure, as they may have been replaced.
         """
         version = self._current.get(name)
         if version is None and name not in self._withdrawn and self._folder.may_offer(name):
             version = self._current[name] = AdapterVersion(name=name, files=None)
             self._store.look(partial(self._folder.offered, name), partial(self._note_looked, version, None))
         elif version is not None and version.state == "failed" and self._clock() - version.failed_at_s > RETRY_FAILED_S:
-            if version.num_bound:  # its last requests are about to be refused
+            if version.num_bound:  # its last requests will be refused
                 self._others.add(version)
             files = version.files
             assert files is not None, "it was found before it failed"
@@ -350,7 +352,7 @@ class Adapters:
         return version
 
     def _note_again(self, version: AdapterVersion, before: AdapterFiles, files: AdapterFiles | None) -> list[Reply]:
-        """A version that failed was looked for again; if it is gone, reading it says so and its name is kept."""
+        """Retry a version that failed, with its files looked up again; if these are absent, reading reports it."""
         return self._note_looked(version, None, before if files is None else files)
 
     def _fill(self, version: AdapterVersion, slot: int) -> None:
@@ -363,7 +365,7 @@ class Adapters:
         return self._drop_if_drained(version)
 
     def _drop_if_drained(self, version: AdapterVersion) -> list[Reply]:
-        """Forget a version whose name is gone once nothing needs it any more."""
+        """Forget a draining version once it has no users."""
         if version not in self._others or version.num_bound or version.is_reading or self.slots.is_filling(version):
             return []
         freed = (version.num_bytes if version.is_in_memory else 0) + (version.num_bytes if version.slot else 0)
@@ -386,12 +388,12 @@ def _no_adapter(call_id: str, name: str) -> CallFailed:
 
 
 def _unread(version: AdapterVersion) -> AdapterVersion:
-    """A version from the same files, of which nothing is known yet."""
+    """A version of the same files, not read yet."""
     return AdapterVersion(name=version.name, files=version.files, totals=version.totals)
 
 
 def _refusal(version: AdapterVersion, reference: AdapterReference) -> RequestRejected | None:
-    """Why a version does not serve requests for a reference, as far as is known before it was read."""
+    """Why a version does not serve requests for a reference, if known; None: it does, or may."""
     if version.state == "failed" and version.files is None:
         return model_not_found(reference)
     if version.state == "failed":

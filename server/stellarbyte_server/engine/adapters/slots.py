@@ -1,9 +1,9 @@
-"""Which adapters lie in the slots that a step can use. Plain Python: decides, touches no tensors.
+"""The assignment of adapters to slots of the bank. Decisions only, without tensors.
 
-Slots are given to waiting requests in order of importance: a free one, else the one that was used least recently and by
-nobody now. Where all are in use, the most important request without a slot claims one: newcomers that are less
-important do not enter it, so it empties as its requests end. After `PATIENCE_S` its requests are preempted. So a
-request waits for a slot for a bounded time, and those whose adapter is there do not wait for it.
+Waiting requests get slots in order of rank: a free one, else the least recently used one without running requests. If
+all are in use, the first request without a slot claims one: requests of lower rank for that slot's adapter do not
+start, so it empties as its requests end. After `PATIENCE_S` its requests are preempted. So a request waits for a slot
+for a bounded time, and requests with a resident adapter do not wait.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ PATIENCE_S = 10.0
 
 
 class Move(NamedTuple):
-    """A slot goes from one adapter, whose running sequences must be preempted first, to another."""
+    """A change of a slot's adapter, before which running sequences of the old one must be preempted."""
 
     slot: int
     to: AdapterVersion
@@ -30,16 +30,16 @@ class _Slot:
     num_running: int = 0
     used_at: int = 0  # order of use
     is_filling: bool = False
-    is_promised: bool = False  # it was given to a waiting sequence that has not run since
-    claim: tuple[float, int] | None = None  # rank of the waiting sequence that is to have it
+    is_promised: bool = False  # assigned to a waiting sequence that has not run yet
+    claim: tuple[float, int] | None = None  # rank of the waiting sequence that claims it
 
 
 @dataclass(kw_only=True)
 class SlotPlan:
-    """What to do for the waiting sequences."""
+    """Reads and copies for waiting sequences."""
 
-    fill: list[tuple[AdapterVersion, int]] = field(default_factory=list)  # copy these adapters to these slots
-    read: list[AdapterVersion] = field(default_factory=list)  # these are not in memory, most important first
+    fill: list[tuple[AdapterVersion, int]] = field(default_factory=list)  # adapters to copy, and their slots
+    read: list[AdapterVersion] = field(default_factory=list)  # adapters to read into memory, in order of rank
     keep: set[AdapterVersion] = field(default_factory=set)  # in memory, waiting for a slot
     move: Move | None = None
 
@@ -56,7 +56,7 @@ class AdapterSlots:
         return self._slots[version.slot - 1].num_running if version.slot else 0
 
     def may_enter(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence can run as far as its adapter is concerned."""
+        """Whether a waiting sequence's adapter allows it to run."""
         version = sequence.adapter
         if version is None:
             return True
@@ -66,7 +66,7 @@ class AdapterSlots:
         return not slot.is_filling and (slot.claim is None or sequence.rank < slot.claim)
 
     def enter(self, version: AdapterVersion) -> None:
-        """A sequence with this adapter begins to run."""
+        """Note that a sequence with this adapter starts to run."""
         slot = self._slots[version.slot - 1]
         assert slot.version is version and not slot.is_filling
         slot.num_running += 1
@@ -74,21 +74,21 @@ class AdapterSlots:
         self._touch(slot)
 
     def leave(self, version: AdapterVersion) -> None:
-        """A sequence with this adapter does not run any more."""
+        """Note that a sequence with this adapter stops running."""
         slot = self._slots[version.slot - 1]
         assert slot.num_running > 0
         slot.num_running -= 1
         self._touch(slot)
 
     def plan(self, waiting: Iterable[Sequence], now_s: float) -> SlotPlan:
-        """Give slots to adapters of waiting sequences, most important first."""
+        """Assign slots to adapters of waiting sequences, in order of rank."""
         plan = SlotPlan()
         for slot in self._slots:
             slot.claim = None
         waiting = list(waiting)
         waited_for = {sequence.adapter for sequence in waiting}
         seen: set[AdapterVersion] = set()
-        # Slots that are not to be given away: promised ones, and those of more important waiting sequences.
+        # Slots to keep: promised ones, and those of waiting sequences of higher rank.
         wanted = {slot.number for slot in self._slots if slot.is_promised and slot.version in waited_for}
         for sequence in waiting:
             version = sequence.adapter
@@ -112,11 +112,11 @@ class AdapterSlots:
             else:
                 plan.keep.add(version)
             if len(wanted) + len(plan.read) >= len(self._slots):
-                break  # there is nothing left to give
+                break  # no slot is left
         return plan
 
     def take_free(self, version: AdapterVersion) -> int:
-        """Give a version a slot that nobody has, ahead of its first request; 0: there is none."""
+        """Assign a version a free slot, ahead of its first request; 0: no slot is free."""
         free = next((slot for slot in self._slots if slot.version is None), None)
         if free is None:
             return 0
@@ -124,18 +124,18 @@ class AdapterSlots:
         return free.number
 
     def move(self, move: Move) -> None:
-        """Carry out a plan's move, once nobody uses the slot."""
+        """Execute a plan's move, once no running sequence uses the slot."""
         self._assign(self._slots[move.slot - 1], move.to)
 
     def filled(self, number: int) -> None:
-        """The copy to a slot has ended."""
+        """Note that the copy to a slot has ended."""
         self._slots[number - 1].is_filling = False
 
     def is_filling(self, version: AdapterVersion) -> bool:
         return bool(version.slot) and self._slots[version.slot - 1].is_filling
 
     def clear(self, version: AdapterVersion) -> None:
-        """Take a version that nobody uses out of its slot."""
+        """Remove an unused version from its slot."""
         slot = self._slots[version.slot - 1]
         assert slot.version is version and slot.num_running == 0 and not slot.is_filling
         slot.version, version.slot = None, 0
@@ -149,12 +149,12 @@ class AdapterSlots:
         self._touch(slot)
 
     def _available(self, wanted: set[int]) -> _Slot | None:
-        """A slot without adapter, else the least recently used one that nobody uses or waits for."""
+        """A slot without adapter, else the least recently used one without running or waiting sequences."""
         idle = [slot for slot in self._slots if self._is_idle(slot) and slot.number not in wanted]
         return min(idle, key=lambda slot: (slot.version is not None, slot.used_at), default=None)
 
     def _victim(self, wanted: set[int]) -> _Slot | None:
-        """The slot in use that will probably be free first."""
+        """The slot in use that will probably empty first."""
         used = [slot for slot in self._slots if slot.num_running and slot.number not in wanted]
         return min(used, key=lambda slot: (slot.num_running, slot.used_at), default=None)
 

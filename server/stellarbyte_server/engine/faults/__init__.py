@@ -1,1 +1,1 @@
-"""Steps that fail: which requests are at fault, and how the others go on."""
+"""Failed steps: find the requests at fault and continue the others."""

@@ -1,4 +1,4 @@
-"""The sequences for which a step computed numbers that are not finite."""
+"""Detection of sequences with NaN or infinity."""
 
 from math import isnan
 
@@ -9,9 +9,9 @@ from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 
 def not_finite(chunks: list[Chunk], result: StepResult) -> list[Sequence]:
-    """The sequences, not over yet, that got no token, no log-probability or no vector that means anything.
+    """The running sequences without a valid token, or with NaN or infinity in log-probabilities or vectors.
 
-    A step that asks for tokens only pays nothing for it.
+    Costs nothing in steps that only sample.
     """
     if not (result.not_sampled or result.logprobs or result.prompt_logprobs or result.pooled):
         return []

@@ -1,4 +1,4 @@
-"""The search for the requests that make a step fail, by computing parts of it again."""
+"""The search for the requests that make a step fail, by recomputing parts of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ class EngineBroken(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """A chunk that failed by itself."""
+    """A chunk that fails alone."""
 
     chunk: Chunk
     error: Exception
@@ -27,9 +27,9 @@ class Findings:
 
 
 def isolate(chunks: list[Chunk], compute: Callable[[list[Chunk]], StepResult]) -> Findings:
-    """Compute the chunks of a step that failed again, in halves of halves, until what fails is single chunks.
+    """Recompute the chunks of a failed step by bisection, down to the single chunks that fail.
 
-    `compute` raises what the step raises. A fault that does not come again is nobody's: then all are computed.
+    `compute` raises the exceptions of the step. If the retry succeeds, no request fails.
 
     Raises:
         DeviceLost: from `compute`.

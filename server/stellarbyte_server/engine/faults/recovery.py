@@ -1,4 +1,4 @@
-"""Recovery from a step that failed: which parts of it can be computed, and whether anything can."""
+"""Recovery from a failed step: recomputes its parts, and checks whether the engine works at all."""
 
 import logging
 from functools import partial
@@ -14,9 +14,9 @@ logger = logging.getLogger("server.engine")
 
 
 def compute_again(runner: Runner, chunks: list[Chunk], error: Exception) -> Findings:
-    """Compute a step that failed with `error` again, in parts, without the chunks that make it fail.
+    """Recompute a step that failed with `error`, in parts, without the chunks that make it fail.
 
-    No step is in flight; chunks of sequences that are over are left out.
+    No step is in flight; chunks of ended sequences are omitted.
 
     Raises:
         DeviceLost
@@ -27,12 +27,12 @@ def compute_again(runner: Runner, chunks: list[Chunk], error: Exception) -> Find
     if isinstance(error, OutOfDeviceMemory):
         logger.warning("out of memory in a step of %d requests: computed it in parts", len(chunks))
     elif not findings.faults:
-        logger.warning("a step failed and succeeded when it was computed again", exc_info=error)
+        logger.warning("a step failed, and succeeded when recomputed", exc_info=error)
     return findings
 
 
 def require_sound(runner: Runner, scheduler: Scheduler) -> None:
-    """Compute a step that has no request in it. There must be free blocks.
+    """Compute a probe step without requests. There must be free blocks.
 
     Raises:
         EngineBroken: it fails.
@@ -46,6 +46,6 @@ def require_sound(runner: Runner, scheduler: Scheduler) -> None:
         except DeviceLost:
             raise
         except OutOfDeviceMemory:
-            return  # somebody else may have it just now
+            return  # another program may use the memory now
         except Exception as error:
             raise EngineBroken("even an empty probe step fails") from error

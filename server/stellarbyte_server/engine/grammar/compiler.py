@@ -1,4 +1,4 @@
-"""Grammars as masks over the vocabulary: compiled on a thread of their own, followed token by token."""
+"""Grammars as masks over the vocabulary: compiled on a separate thread, advanced token by token."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ from stellarbyte_server.protocol.request import GRAMMARS_BUSY
 logger = logging.getLogger("server.engine")
 
 COMPILE_LIMIT_S = 5.0
-MAX_ABANDONED, MAX_ABANDONED_OF_ONE = 3, 2  # of all owners, of one
+MAX_ABANDONED, MAX_ABANDONED_OF_ONE = 3, 2  # in total, for each owner
 
 _BUSY = "The server is busy with other grammars; try again later."
 _NO_TOKENIZER = "This model's tokenizer cannot be used with a grammar."
@@ -38,24 +38,24 @@ class _Compiled:
 
 
 class TokenGrammar:
-    """Where one request stands in its grammar. Engine thread only, which leaves slow masks to another."""
+    """One request's state in its grammar. Engine thread only; slow masks are computed by another thread."""
 
     def __init__(self, compiled: _Compiled, vocab_size: int, num_words: int, workers: MaskWorkers) -> None:
         self._matcher = compiled.matcher
         self._workers = workers
         self._vocab_size = vocab_size
         self.num_words = (vocab_size + 31) // 32
-        # A tokenizer may know more tokens than the model computes logits for, and the library gives words beyond both.
+        # A tokenizer may have more tokens than the model has logits, and the library's masks may exceed both.
         self._words = np.frombuffer(compiled.first_mask, np.uint32)[:num_words].copy()
         self._is_computed = True
         self._expected_s = compiled.first_mask_s
         self._pending: Future[None] | None = None
-        self.is_slow = self._expected_s > QUICK_MASK_S  # its masks are left to another thread
+        self.is_slow = self._expected_s > QUICK_MASK_S  # another thread computes its masks
 
     def mask(self, out: NDArray[np.uint32]) -> None:
-        """Write which tokens may come next: bit i % 32 of word i // 32 is token i; everything past the vocabulary is 0.
+        """Write the allowed next tokens: bit i % 32 of word i // 32 is token i; bits beyond the vocabulary are 0.
 
-        `out` has `num_words` contiguous words. Look at `error` afterwards: with one, the mask means nothing.
+        `out` has `num_words` contiguous words. Check `error` afterwards: with an error the mask is invalid.
         """
         assert out.dtype == np.uint32 and out.shape == (self.num_words,) and out.flags.c_contiguous
         self._settle()
@@ -66,37 +66,37 @@ class TokenGrammar:
             out[-1] &= np.uint32((1 << self._vocab_size % 32) - 1)
 
     def accept(self, token_id: int) -> None:
-        """The token that was chosen; `error` is set if the mask did not allow it."""
+        """Advance by the chosen token; sets `error` if the mask did not allow it."""
         self._settle()
         self._is_computed = False
         self._matcher.consume_token(token_id)
 
     def rewind(self, num_tokens: int) -> None:
-        """Go back to where it was before the last `num_tokens` that it accepted."""
+        """Undo the last `num_tokens` accepted tokens."""
         self._settle()
         self._is_computed = False
         self._matcher.rollback(num_tokens)
 
     def begin_mask(self) -> None:
-        """Compute the mask after the token that was accepted on another thread, if it is expected to take long."""
+        """Start computing the next mask on another thread, if it is expected to take long."""
         self.is_slow = not self._workers.may_leave(self._expected_s)
         if self.is_slow:
             self._pending = self._workers.submit(self._compute)
 
     @property
     def is_ready(self) -> bool:
-        """No other thread is computing its mask."""
+        """Whether no other thread is computing its mask."""
         return self._pending is None or self._pending.done()
 
     @property
     def is_complete(self) -> bool:
-        """Nothing but end-of-sequence can follow."""
+        """Whether only end-of-sequence can follow."""
         self._settle()
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def error(self) -> str | None:
-        """Why no mask can be made any more: one sentence. It never goes away."""
+        """Why masks cannot be computed any more, in one sentence. Permanent."""
         self._settle()
         if not self._matcher.is_error():
             return None
@@ -110,7 +110,7 @@ class TokenGrammar:
     def _compute(self) -> None:
         started_s = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        # Slow ones come in between quick ones: a grammar that had one is not trusted for the next hundred.
+        # Slow masks occur among quick ones: after a slow one, the grammar counts as slow for the next hundred.
         self._expected_s = max(time.thread_time() - started_s, 0.98 * self._expected_s)
         self._is_computed = True
 
@@ -124,14 +124,14 @@ class _Job:
 
 
 class GrammarCompiler:
-    """Turns grammars into `TokenGrammar`s. Called from the engine's thread only; it waits for nothing.
+    """Compiles grammars to `TokenGrammar`s. Engine thread only; never blocks.
 
-    `wake_fd` becomes readable when `collect` has something to tell, or a slow mask has been computed.
+    `wake_fd` becomes readable when `collect` has results, or a slow mask is complete.
 
-    Grammars are compiled one after the other, and anew for each request: copies of a compiled one share its lexer and
-    with it the limit on states, so that requests would end one another's answers. One that takes longer than
-    `compile_limit_s` is refused and its thread left alone, since nothing can stop it; while `MAX_ABANDONED_OF_ONE` of
-    one owner's still run, all of its grammars are refused.
+    Grammars are compiled one at a time, and separately for each request: copies of a compiled grammar share its lexer
+    and its limit of states, so that requests could end each other's answers. A compilation that exceeds
+    `compile_limit_s` is refused and its thread abandoned, since it cannot be stopped; while `MAX_ABANDONED_OF_ONE` of
+    one owner still run, all of its grammars are refused.
     """
 
     def __init__(
@@ -142,16 +142,16 @@ class GrammarCompiler:
         *,
         compile_limit_s: float = COMPILE_LIMIT_S,
     ) -> None:
-        """`vocab_size` is the model's: how many logits it computes."""
+        """`vocab_size`: number of the model's logits."""
         self._vocabulary = GrammarVocabulary(tokenizer, eos_token_ids, vocab_size)
         self._compile_limit_s = compile_limit_s
         self._jobs: queue.PriorityQueue[tuple[bool, int, int, _Job | None]] = queue.PriorityQueue()
         self._wanted: dict[str, int] = {}
         self._serial = 0
         self._finished: deque[tuple[_Job, TokenGrammar | GrammarRefused]] = deque()
-        self._abandoned: list[tuple[str, threading.Thread]] = []  # whose they are
-        self._round = 0  # of the owners that was compiled last
-        self._rounds: dict[str, int] = {}  # of each owner's last grammar
+        self._abandoned: list[tuple[str, threading.Thread]] = []  # owner, thread
+        self._round = 0  # the round of the last compiled grammar
+        self._rounds: dict[str, int] = {}  # the round of each owner's last grammar
         self._thread: threading.Thread | None = None
         self.wake_fd, self._wake = os.pipe()
         os.set_blocking(self.wake_fd, False)
@@ -159,15 +159,14 @@ class GrammarCompiler:
         self._mask_workers = MaskWorkers(self._ring)
 
     def prepare(self) -> None:
-        """Read the tokenizer now. That takes a second in which no other thread runs, so a start is the time for it;
-        otherwise the first grammar does it."""
-        with contextlib.suppress(BaseException):  # it is said when a grammar comes
+        """Read the tokenizer now, at the start: it holds the GIL for a second. Otherwise the first grammar does it."""
+        with contextlib.suppress(BaseException):  # reported with the first grammar
             self._vocabulary.tokenizer()
 
     def submit(self, key: str, grammar: str, *, can_wait: bool = False, owner: str = "") -> None:
-        """Ask for a grammar; `collect` answers with `key`, which must not be waiting already.
+        """Queue a grammar; `collect` returns the result with `key`, which must not be queued.
 
-        Those that can wait come after all others; otherwise owners take turns.
+        Grammars with `can_wait` come after all others; otherwise owners take turns.
         """
         self._serial += 1
         self._wanted[key] = self._serial
@@ -179,11 +178,11 @@ class GrammarCompiler:
         self._jobs.put((can_wait, self._rounds[owner], self._serial, job))
 
     def cancel(self, key: str) -> None:
-        """Nobody waits for it any more; an unknown key is fine."""
+        """Discard a queued grammar; unknown keys are ignored."""
         self._wanted.pop(key, None)
 
     def collect(self) -> list[tuple[str, TokenGrammar | GrammarRefused]]:
-        """What has been finished since the last call. A step begins."""
+        """Results since the last call. Call it at the start of a step."""
         self._mask_workers.begin_step()
         with contextlib.suppress(BlockingIOError):
             os.read(self.wake_fd, 4096)
@@ -196,13 +195,13 @@ class GrammarCompiler:
         return done
 
     def close(self) -> None:
-        """Stop; nothing is answered any more. Leaves a compilation that is under way to itself."""
+        """Stop without further results. A running compilation is abandoned."""
         self._wanted.clear()
         self._jobs.put((False, 0, 0, None))
         self._mask_workers.close()
 
     def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: it will be looked at
+        with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
             os.write(self._wake, b"\0")
 
     def _work(self) -> None:
@@ -224,8 +223,8 @@ class GrammarCompiler:
         if len(self._abandoned) >= MAX_ABANDONED or num_own >= MAX_ABANDONED_OF_ONE:
             return GrammarRefused(_BUSY, GRAMMARS_BUSY)
         try:
-            tokenizer = self._vocabulary.tokenizer()  # outside the time limit: the first one waits for it
-        except BaseException:  # even a panic: whatever it cannot read, the model still serves plain text
+            tokenizer = self._vocabulary.tokenizer()  # outside the time limit: the first grammar waits for it
+        except BaseException:  # even a panic: the model still serves plain text
             logger.exception("the tokenizer cannot be used with grammars")
             return GrammarRefused(_NO_TOKENIZER)
         results: list[_Compiled | GrammarRefused] = []
@@ -237,7 +236,7 @@ class GrammarCompiler:
         thread.join(self._compile_limit_s)
         if thread.is_alive():
             self._abandoned.append((owner, thread))
-            logger.warning("a grammar of %d characters is not compiled in time and is refused", len(grammar))
+            logger.warning("refused a grammar of %d characters: its compilation exceeded the time limit", len(grammar))
         result = results[0] if results else GrammarRefused(TOO_COMPLEX)
         logger.debug("compiled a grammar in %.3f s", time.perf_counter() - started_s)
         if isinstance(result, _Compiled):
@@ -253,10 +252,10 @@ def _compile(tokenizer: LLTokenizer, grammar: str) -> _Compiled | GrammarRefused
             return GrammarRefused(grammar_refusal(matcher.get_error()))
         first = matcher.deep_copy()
         started_s = time.thread_time()
-        mask = first.compute_bitmask()  # a grammar that nothing satisfies shows only here
+        mask = first.compute_bitmask()  # detects a grammar that no text satisfies
         if first.is_error():
             return GrammarRefused(grammar_refusal(first.get_error()))
         return _Compiled(matcher=matcher, first_mask=mask, first_mask_s=time.thread_time() - started_s)
-    except BaseException:  # even a panic: nothing of llguidance's may take the engine along
+    except BaseException:  # even a panic of llguidance must not end the engine
         logger.exception("compiling a grammar failed")
-        return GrammarRefused("The grammar could not be compiled; the server's log says why.")
+        return GrammarRefused("The grammar could not be compiled; see the server's log.")

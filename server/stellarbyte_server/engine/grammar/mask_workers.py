@@ -1,4 +1,4 @@
-"""Who computes the masks of grammars: the engine's thread where they are quick, others where it would take long."""
+"""Computes masks of grammars: quick ones on the engine's thread, slow ones on others."""
 
 import concurrent.futures
 import os
@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from stellarbyte_server.give_way import give_way
 
-QUICK_MASK_S = 0.0005  # most that a mask may be expected to take on the engine's thread
-QUICK_MASKS_S = 0.002  # all those of a step together
+QUICK_MASK_S = 0.0005  # largest expected time of a mask on the engine's thread
+QUICK_MASKS_S = 0.002  # the same for all masks of a step
 MAX_THREADS = 4
 
 
 class MaskWorkers:
-    """Threads for slow masks, and what the engine's thread has left for quick ones. Called from the engine's thread."""
+    """Threads for slow masks, and the engine thread's time budget for quick ones. Engine thread only."""
 
     def __init__(self, on_done: Callable[[], None]) -> None:
-        """`on_done` is called on another thread when a mask is there."""
+        """`on_done` is called on another thread when a mask is complete."""
         num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))
         self._threads = concurrent.futures.ThreadPoolExecutor(num_threads, "grammar-mask", initializer=give_way)
         self._on_done = on_done
@@ -25,7 +25,7 @@ class MaskWorkers:
         self._left_s = QUICK_MASKS_S
 
     def may_leave(self, expected_s: float) -> bool:
-        """Whether a mask may be left to the engine's thread in the next step."""
+        """Whether the engine's thread has time for a mask in the next step."""
         if expected_s > min(QUICK_MASK_S, self._left_s):
             return False
         self._left_s -= expected_s

@@ -1,4 +1,4 @@
-"""A model's tokens as the grammar library wants them."""
+"""A model's tokens in the grammar library's form."""
 
 import json
 import threading
@@ -8,19 +8,19 @@ from tokenizers import Tokenizer
 
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
-# Of a text that the grammar forces only the next token counts, so a mask tokenizes no more of it than this.
+# Limit of tokenization of forced text, of which a mask needs only the next token.
 MIN_FORCED_CHARACTERS = 256
 
 
 class GrammarVocabulary:
-    """The tokenizer as llguidance sees it, made when it is first needed because that takes a second."""
+    """The tokenizer for llguidance, created on first use because that takes a second."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], vocab_size: int) -> None:
         self.vocab_size = vocab_size
         known = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
         self._eos_token_ids = sorted(token_id for token_id in eos_token_ids if token_id < min(known, vocab_size))
         self._num_tokens = max(vocab_size, known)
-        if not self._eos_token_ids:  # llguidance needs one, so it gets one that no mask shows
+        if not self._eos_token_ids:  # llguidance needs one: an id beyond all masks
             self._eos_token_ids = [self._num_tokens]
             self._num_tokens += 1
         self.num_words = (self._num_tokens + 31) // 32
@@ -29,7 +29,7 @@ class GrammarVocabulary:
         self._making = threading.Lock()
 
     def tokenizer(self) -> LLTokenizer:
-        """Any thread. Raises whatever llguidance raises for a tokenizer that it cannot read."""
+        """The tokenizer, on any thread. Raises llguidance's exceptions if it cannot read the tokenizer."""
         with self._making:
             if self._made is None:
                 plain = Tokenizer.from_str(self._source.to_str())
@@ -41,10 +41,10 @@ class GrammarVocabulary:
 
 
 class _Tokens:
-    """The tokens as llguidance wants them, in place of the tokenizer's JSON.
+    """The tokens for llguidance, in place of the tokenizer's JSON.
 
-    From that it would take every added token that is written <so>, as <tool_call> of Qwen, for a special one, which no
-    grammar of texts allows.
+    From the JSON it would treat every added token in angle brackets, such as Qwen's <tool_call>, as a special token,
+    which grammars of text do not allow.
     """
 
     bos_token_id = None
@@ -55,21 +55,21 @@ class _Tokens:
         self.tokens = [known[token_id] for token_id in range(num_tokens)]
         self.special_token_ids = sorted(known.special_ids)
         self._encoder = _without_special_tokens(tokenizer)
-        # It begins with the token before, and may lose a token's length at its end, which could become another token.
+        # It starts with the previous token, and omits the end of the text, which could become another token.
         self._max_characters = max(MIN_FORCED_CHARACTERS, 4 * max(map(len, self.tokens)))
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """How the model would write a text that the grammar forces, or the beginning of that."""
+        """The tokens of a text that the grammar forces, or of its beginning."""
         text = text if isinstance(text, str) else text.decode()
         return self._encoder.encode(text[: self._max_characters], add_special_tokens=False).ids
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """One that reads the names of special tokens in a text as text."""
+    """A tokenizer that encodes the names of special tokens as text."""
     content = json.loads(tokenizer.to_str())
     vocabulary = content["model"].get("vocab")
     if isinstance(vocabulary, dict):
         for token in content["added_tokens"]:
-            vocabulary.setdefault(token["content"], token["id"])  # or the others would get new ids
+            vocabulary.setdefault(token["content"], token["id"])  # otherwise the others would get new ids
         content["added_tokens"] = [token for token in content["added_tokens"] if not token["special"]]
     return Tokenizer.from_str(json.dumps(content, ensure_ascii=False))

@@ -1,1 +1,1 @@
-"""From a model and a schedule to tokens."""
+"""Execution of scheduled steps."""

@@ -1,6 +1,6 @@
-"""Moves adapters between disk, CPU memory and slots on threads of its own.
+"""Moves adapters between disk, CPU memory and slots, on separate threads.
 
-The threads are as unimportant as the system lets them be, so that running streams keep their pace.
+The threads have the lowest priority, so that running streams keep their pace.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from stellarbyte_server.protocol.messages import Reply
 logger = logging.getLogger("server.engine")
 
 T = TypeVar("T")
-MAX_READERS = 6  # a core reads, checks and packs some 400 MB a second; more get into each other's way
+MAX_READERS = 6  # a core reads, checks and packs about 400 MB a second; more threads slow each other down
 
 
 class AdapterStore:
-    """See `adapter_memory.AdapterStore`. Called from the engine's thread only.
+    """See `adapters.memory.AdapterStore`. Engine thread only.
 
-    `wake_fd` becomes readable when `finished` has something to tell.
+    `wake_fd` becomes readable when `finished` has results.
     """
 
     def __init__(self, bank: LoraBank) -> None:
@@ -54,8 +54,8 @@ class AdapterStore:
         def work() -> Looked:
             try:
                 return Looked(functools.partial(note, look()))
-            except Exception:  # whatever it is, adapters that are in memory serve on
-                logger.exception("looking for adapters failed")
+            except Exception:  # adapters in memory still serve
+                logger.exception("a scan for adapters failed")
                 return Looked(functools.partial(note, None))
 
         self._start(self._looker, work)
@@ -72,9 +72,9 @@ class AdapterStore:
                     self._bank.fill(slot, packed, fence)
             except DeviceLost:
                 raise
-            except Exception:  # whatever it is, other adapters may fare better
+            except Exception:  # other adapters may still work
                 logger.exception("copying the adapter %s to its slot failed", version.name)
-                error = f"The adapter {version.name!r} could not be made ready; the server's log says why."
+                error = f"The adapter {version.name!r} could not be copied to the device; see the server's log."
                 return FillDone(version=version, slot=slot, error=error)
             return FillDone(version=version, slot=slot)
 
@@ -93,7 +93,7 @@ class AdapterStore:
         while self._done:
             result = self._done.popleft()
             if isinstance(result, Exception):
-                raise result  # the device is lost: it will not compute either
+                raise result  # the device is lost
             done.append(result)
         return done
 
@@ -103,7 +103,7 @@ class AdapterStore:
                 self._done.append(work())
             except Exception as error:
                 self._done.append(error)
-            with contextlib.suppress(BlockingIOError):  # full: it will be looked at
+            with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
                 os.write(self._wake, b"\0")
 
         thread.submit(run)
@@ -112,7 +112,7 @@ class AdapterStore:
         started_s = time.perf_counter()
         files = version.files
         try:
-            assert files is not None, "they were found before"
+            assert files is not None, "only versions with files are read"
             opener = functools.partial(open_inside, files.root)
             adapter = read_adapter(
                 files.config, files.weights, self._shapes, max_rank=self._bank.max_rank, opener=opener
@@ -123,9 +123,9 @@ class AdapterStore:
                 raise AdapterError("its weights times alpha / r overflow the serving dtype.")
         except AdapterError as error:
             return self._failed(version, started_s, str(error))
-        except Exception:  # whatever it is, it must not take the engine along
+        except Exception:  # must not end the engine
             logger.exception("reading the adapter %s failed", version.name)
-            return self._failed(version, started_s, "it could not be read; the server's log says why.", is_fault=True)
+            return self._failed(version, started_s, "it could not be read; see the server's log.", is_fault=True)
         self._packed[version] = packed
         return ReadDone(
             version=version,
@@ -143,7 +143,7 @@ class AdapterStore:
 
 
 def _readers() -> ThreadPoolExecutor:
-    """Several threads of one core each where there are many cores, else one."""
+    """Several threads of one core each if there are many cores, otherwise one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_readers = min(MAX_READERS, cores // 2)
     if num_readers <= 1:
@@ -151,6 +151,6 @@ def _readers() -> ThreadPoolExecutor:
 
     def begin() -> None:
         give_way()
-        torch.set_num_threads(1)  # of this thread and later ones: each would have a team as large as the machine
+        torch.set_num_threads(1)  # for this and later threads, each of which would otherwise use all cores
 
     return ThreadPoolExecutor(num_readers, "adapter-reader", begin)

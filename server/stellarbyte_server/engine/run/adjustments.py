@@ -10,7 +10,7 @@ from stellarbyte_server.engine.run.step_plan import SlotBegin, adjusts
 
 
 class SlotAdjustment:
-    """Made when it is first used. What penalties hold takes 8 bytes a token of the vocabulary."""
+    """A slot's adjustment, created on first use. Penalties take 8 bytes for each token of the vocabulary."""
 
     def __init__(self, begin: SlotBegin, device: torch.device) -> None:
         self._begin = begin
@@ -19,9 +19,9 @@ class SlotAdjustment:
         self._made: LogitAdjustment | None = None
 
     def before(self, tokens: "array[int]", mask: bytes | None, vocab_size: int) -> RowAdjustment | None:
-        """What is done before the token after `tokens`, prompt and answer, is sampled; None: nothing.
+        """The adjustment for the token after `tokens`, prompt and answer; None: none.
 
-        `mask` is the grammar's; it must be given where there is a grammar.
+        `mask` is the grammar's; required with a grammar.
         """
         if not self._adjusts:
             return None
@@ -32,7 +32,7 @@ class SlotAdjustment:
         return self._made.before(tokens, allowed_W, bans=bans)
 
     def rewind(self, num_tokens: int) -> None:
-        """The sequence was cut to its first tokens."""
+        """Forget tokens after the first `num_tokens`."""
         if self._made is not None:
             self._made.rewind(num_tokens)
 

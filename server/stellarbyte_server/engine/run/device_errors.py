@@ -1,4 +1,4 @@
-"""Which of torch's errors mean that the device has no memory left, or is lost."""
+"""Detection of torch's errors for a device out of memory, or lost."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 
 @contextlib.contextmanager
 def device_errors() -> Iterator[None]:
-    """Torch's error that there is no memory as the engine's, after what is cached of it was given back; and a loss.
+    """Convert torch's out-of-memory error, after releasing its cached memory, and its errors of a lost device.
 
-    An error of an accelerator may be told by any later call, and comes again with every one: nothing can be computed.
+    An accelerator's error may appear in any later call, and repeats in every call after it.
     """
     try:
         yield
@@ -24,10 +24,10 @@ def device_errors() -> Iterator[None]:
 
 
 def require_device() -> None:
-    """DeviceLost when the device does not finish what it was given, after some other error."""
+    """After another error, raise DeviceLost if the device cannot complete its work."""
     if not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
-    except RuntimeError as error:  # Triton and the libraries have no types of their own
+    except RuntimeError as error:  # Triton and the libraries have no own types
         raise DeviceLost("the device failed") from error

@@ -6,18 +6,18 @@ from stellarbyte_server.engine.run.step_plan import Finish, StepPlan, StepResult
 
 
 class OutOfDeviceMemory(Exception):
-    """A step needs more memory than there is; nothing that it was to compute counts."""
+    """A step needs more memory than the device has; its results are discarded."""
 
 
 class DeviceLost(Exception):
-    """The device will not compute anything any more, whatever it is given: only a new process gets it back."""
+    """The device cannot compute any more; only a new process can use it again."""
 
 
 class ExecutorStep(Protocol):
-    """A step that was started and not read yet."""
+    """A started step with unread results."""
 
     def finish(self, finish: Finish) -> None:
-        """Sample what needs the host. Called once, when the results of all earlier steps have been read.
+        """Sample the rows that need the host. Called once, after the results of all earlier steps were read.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
@@ -33,13 +33,13 @@ class ExecutorStep(Protocol):
 
 
 class Executor(Protocol):
-    """Computes plans, in the order in which they were made. Engine thread only."""
+    """Computes plans in the order of their creation. Engine thread only."""
 
     num_steps_ahead: int
-    """0: a step must be read before the next is started. 1: one step may be in flight meanwhile."""
+    """0: a step must be read before the next starts. 1: one step may be in flight at that time."""
 
     def start(self, plan: StepPlan) -> ExecutorStep:
-        """Begin to compute a step.
+        """Start a step.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
@@ -47,8 +47,8 @@ class Executor(Protocol):
         ...
 
     def recover(self) -> None:
-        """A step failed: the next plan names its decoding slots, and begins those of the failed step anew. No step is
-        in flight.
+        """Recover from a failed step: the next plan lists its decoding slots, and begins those of the failed step anew.
+        No step is in flight.
 
         Raises:
             DeviceLost
@@ -56,6 +56,6 @@ class Executor(Protocol):
         ...
 
     def prepare(self) -> bool:
-        """Do a little of what later steps would have to do first; whether there is more, now or in a moment. Called
-        when no step is in flight."""
+        """Do one piece of preparation for later steps; returns whether more is left, now or soon. Called when no step
+        is in flight."""
         ...

@@ -1,4 +1,4 @@
-"""The state that an executor keeps of a slot's sequence, whatever computes it."""
+"""The state of a slot's sequence in every executor."""
 
 from array import array
 
@@ -12,7 +12,7 @@ from stellarbyte_server.engine.run.step_plan import Rewind, SlotBegin, StepResul
 
 
 class ExecutorSlot:
-    """Made anew with every `SlotBegin`: a step in flight keeps the one that it was started with."""
+    """A slot's state, replaced by each `SlotBegin`: a step in flight keeps the one from its start."""
 
     def __init__(self, begin: SlotBegin, device: torch.device) -> None:
         self.begin = begin
@@ -27,11 +27,11 @@ class ExecutorSlot:
 
     @property
     def wants_hidden(self) -> bool:
-        """More than logits is made of its prompt's hidden states."""
+        """Whether the prompt's hidden states are needed for more than the next token."""
         return self.sampling.prompt_logprobs is not None or self.begin.pooling is not None
 
     def read_prompt(self, result: StepResult, row: int, model: Head, start: int, chunk_TC: torch.Tensor) -> None:
-        """Enter what is wanted of a chunk's hidden states."""
+        """Add the requested results from a chunk's hidden states."""
         if self.sampling.prompt_logprobs is not None:
             following = self.tokens[start + 1 : min(start + len(chunk_TC) + 1, self.begin.num_prompt)].tolist()
             result.prompt_logprobs[row] = prompt_logprobs(model, chunk_TC, following, self.sampling.prompt_logprobs)

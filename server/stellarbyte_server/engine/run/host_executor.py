@@ -1,4 +1,4 @@
-"""The executor of plans for any `ServedModel`: the host makes a batch of every step and samples it to its end."""
+"""The executor of plans for any `ServedModel`: the host builds the batch of each step and completes its sampling."""
 
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class _Row(NamedTuple):
 
 
 class HostExecutor:
-    """A step's tokens are known when it is finished. Engine thread only."""
+    """Runs one step at a time. Engine thread only."""
 
     num_steps_ahead = 0
 
@@ -58,7 +58,7 @@ class HostExecutor:
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> "HostStep":
-        """Run the forward pass; all tokens before are known."""
+        """Run the forward pass; all earlier tokens are known."""
         with device_errors():
             rows = self._rows(plan)
             batch = make_batch(rows, self._device)
@@ -71,7 +71,7 @@ class HostExecutor:
         return False
 
     def _rows(self, plan: StepPlan) -> list[_Row]:
-        """Note what is new, and find what is to be computed."""
+        """Apply a plan's changes; returns the rows to compute."""
         slots = self._slots
         for number in plan.ended:
             slots.pop(number, None)
@@ -89,7 +89,7 @@ class HostExecutor:
 
 
 class HostStep:
-    """Final hidden states, and what is made of them."""
+    """A step with its final hidden states."""
 
     def __init__(self, model: ServedModel, rows: list[_Row], batch: ForwardBatch, hidden_TC: torch.Tensor) -> None:
         self._model = model
@@ -122,7 +122,7 @@ class HostStep:
         scored = [
             i for i, (row, s) in enumerate(sampling) if s.sampling.logprobs is not None and row not in finish.over
         ]
-        scored_RV = logits_RV[scored] if scored else None  # before they are adjusted
+        scored_RV = logits_RV[scored] if scored else None  # before adjustment
         adjustments = [
             None if row in finish.over else slot.adjustment.before(slot.tokens, finish.masks.get(row), vocab_size)
             for row, slot in sampling
@@ -132,7 +132,7 @@ class HostStep:
         for (row, slot), token in zip(sampling, tokens, strict=True):
             if token == NO_TOKEN:
                 result.not_sampled.append(row)
-                token = 0  # the sequence ends; a step ahead computes on
+                token = 0  # the sequence ends, but a step ahead still computes it
             slot.tokens.append(token)
             result.tokens[row].append(token)
         if scored_RV is not None:
@@ -190,7 +190,7 @@ def make_batch(rows: list[_Row], device: torch.device) -> ForwardBatch:
 
 
 def _reach(last: int, entries: list[tuple[int, int]], window: int | None, sink_tokens: int) -> int:
-    """The largest distance between a query of a sequence and a base it meets. Sinks are met from a capped position."""
+    """The largest distance between a query and a visible block's base. For sinks, the window caps the position."""
     if window is None:
         return last
     oldest = min((base for _, base in entries if base >= sink_tokens), default=0)

@@ -1,4 +1,4 @@
-"""The outputs of a step that every executor computes alike: log-probabilities, pooled hidden states, sampling rows."""
+"""Outputs computed in the same way by all executors: log-probabilities, pooled hidden states, sampling rows."""
 
 from typing import Literal, Protocol
 
@@ -17,12 +17,12 @@ class Head(Protocol):
     """The last part of a model."""
 
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        """[R, V] logits of what follows."""
+        """[R, V] logits of the next token."""
         ...
 
 
 def sampling_row(sampling: SamplingParams, position: int) -> RowSampling:
-    """How the token at `position` is sampled."""
+    """Sampling parameters of the token at `position`."""
     return RowSampling(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
@@ -37,7 +37,7 @@ def sampling_row(sampling: SamplingParams, position: int) -> RowSampling:
 def add_logprobs(
     result: StepResult, rows: list[int], num_top: list[int], logits_RV: torch.Tensor, tokens: list[int]
 ) -> None:
-    """Enter the log-probabilities of tokens that were sampled for rows, with so many alternatives; NO_TOKEN has none.
+    """Add the log-probabilities of rows' sampled tokens, with `num_top` alternatives; NO_TOKEN has none.
 
     The logits are the model's own, before any adjustment.
     """
@@ -50,7 +50,7 @@ def add_logprobs(
 
 
 def prompt_logprobs(model: Head, chunk_TC: torch.Tensor, following: list[int], num_top: int) -> list[TokenLogprob]:
-    """Log-probabilities of the tokens that follow those of a chunk, as far as they are given."""
+    """Log-probabilities of the tokens in `following`, each after a chunk's token."""
     if not following:
         return []
     found = token_logprobs(model.head(chunk_TC[: len(following)]), following, [num_top] * len(following))
@@ -58,6 +58,6 @@ def prompt_logprobs(model: Head, chunk_TC: torch.Tensor, following: list[int], n
 
 
 def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> bytes:
-    """A chunk's part of its prompt's vector, float32 [C]; see `Answer.add_pooled`."""
+    """A chunk's contribution to its prompt's vector, float32 [C]; see `Answer.add_pooled`."""
     pooled_C = chunk_TC[-1] if pooling == "last" else chunk_TC.sum(dim=0)
     return pooled_C.float().numpy(force=True).tobytes()

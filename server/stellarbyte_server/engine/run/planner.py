@@ -1,4 +1,4 @@
-"""Turns scheduled chunks into plans: what executors must be told of sequences, as far as they do not know it yet."""
+"""Turns scheduled chunks into plans, which contain only changes since the previous plan."""
 
 from collections.abc import Iterable
 from itertools import compress
@@ -24,14 +24,14 @@ _NOTHING_TO_SAY = Finish()
 
 
 class PlannedStep(NamedTuple):
-    """A plan, and what its chunks have to do with its rows."""
+    """A plan, and the mapping of its rows to chunks."""
 
     plan: StepPlan
     order: list[int] | None  # row → number of its chunk; None: rows are in the order of the chunks
-    heeded: list[tuple[int, Sequence]]  # rows whose tokens the host has a say in
+    heeded: list[tuple[int, Sequence]]  # rows with tokens that depend on the host
 
     def finish(self) -> Finish:
-        """What finishes the step: to be called when the tokens of all earlier steps are in their sequences."""
+        """The step's `Finish`; call it when the tokens of all earlier steps are in their sequences."""
         if not self.heeded:
             return _NOTHING_TO_SAY
         masks: dict[int, bytes] = {}
@@ -46,7 +46,7 @@ class PlannedStep(NamedTuple):
         return Finish(masks=masks, over=over)
 
     def by_chunk(self, result: StepResult) -> StepResult:
-        """A result of the plan with chunks in the place of rows."""
+        """A result of the plan by chunk instead of row."""
         order = self.order
         if order is None:
             return result
@@ -63,35 +63,35 @@ class PlannedStep(NamedTuple):
 
 
 class _Slot:
-    """What the executor has of a sequence."""
+    """The executor's knowledge of a sequence."""
 
     __slots__ = ("decodes", "generation", "is_heeded", "number", "table_changes")
 
     def __init__(self, number: int, *, is_heeded: bool) -> None:
         self.number = number
-        self.is_heeded = is_heeded  # its tokens depend on the host, or more is wanted than tokens
+        self.is_heeded = is_heeded  # its tokens depend on the host, or more than tokens is requested
         self.generation = -1  # of the block table
-        self.table_changes = -1  # of the table when it was told last
-        self.decodes = False  # it has the sequence's newest token, and all before it are computed
+        self.table_changes = -1  # of the table when last sent
+        self.decodes = False  # the executor has the newest token, and all before it are computed
 
 
 class Planner:
-    """Engine thread only. A plan must be executed, or its sequences recovered, before the next is made.
+    """Creates plans. Engine thread only. A plan must be executed, or its sequences recovered, before the next.
 
-    A step whose sequences are those of the step before costs a few comparisons a row.
+    A step with the sequences of the step before costs a few comparisons for each row.
     """
 
     def __init__(self) -> None:
         self._slots: dict[Sequence, _Slot] = {}
         self._free: list[int] = []
         self._num_slots = 0
-        self._ended: list[int] = []  # slots that the executor still believes to be used
+        self._ended: list[int] = []  # slots in use in the executor only
         self._decoding: tuple[Sequence, ...] | None = ()  # rows of the last plan; None: not known to the executor
-        self._table_changes: list[int] = []  # of their tables
-        self._heeded: list[tuple[int, Sequence]] = []  # those of them that may have something to say
+        self._table_changes: list[int] = []  # of these rows' tables
+        self._heeded: list[tuple[int, Sequence]] = []  # those of them that depend on the host
 
     def plan(self, chunks: list[Chunk]) -> PlannedStep:
-        """The step that computes the chunks; there is at least one."""
+        """The step for the chunks, at least one."""
         sequences, _, lengths, _ = zip(*chunks, strict=True)
         if sequences == self._decoding and sum(lengths) == len(chunks):
             table_changes = [sequence.table.changes for sequence in sequences]
@@ -105,13 +105,14 @@ class Planner:
         return self._plan_anew(chunks)
 
     def recover(self, sequences: Iterable[Sequence]) -> None:
-        """A plan with these failed: the next one tells all of them, and which sequences decode."""
+        """Recover from a failed plan with these sequences: the next plan sends them anew, and lists the decoding
+        ones."""
         self._decoding = None
         for sequence in sequences:
             self._release(sequence)
 
     def _is_new(self, sequence: Sequence) -> bool:
-        """Whether more of a sequence than its table is to be told."""
+        """Whether a sequence has more changes than its table's."""
         slot = self._slots.get(sequence)
         return slot is None or slot.generation != sequence.table.generation or sequence.is_rewound
 
@@ -160,7 +161,7 @@ class Planner:
         return PlannedStep(plan, None if is_in_order else order, heeded)
 
     def _renew(self, chunk: Chunk, slot: _Slot | None, begins: list[SlotBegin], rewinds: list[Rewind]) -> _Slot:
-        """Tell a sequence that is not known, or is not as it was told."""
+        """Send a sequence that is unknown to the executor, or has changed."""
         sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
         is_rewound, sequence.is_rewound = sequence.is_rewound, False
         is_known = slot is not None and slot.generation == sequence.table.generation
@@ -194,20 +195,20 @@ class Planner:
         return TableChange(slot.number, *sequence.table.take_untold())
 
     def _take_number(self, *, may_release: bool) -> int:
-        """A slot for another sequence. Slots of ended ones are freed when there is no other, or if they may be: for a
-        sequence of which executors keep much."""
+        """A slot for another sequence. If none is free, or with `may_release` (for sequences with much state), slots of
+        ended sequences are freed first."""
         if may_release or not self._free:
             self.release_ended()
         if not self._free:
             self._num_slots += 1
             return self._num_slots
         number = self._free.pop()
-        if number in self._ended:  # its next sequence ends it as well
+        if number in self._ended:  # its next sequence also ends it
             self._ended.remove(number)
         return number
 
     def release_ended(self) -> None:
-        """Free the slots of sequences that do not run; one that was preempted gets another."""
+        """Free the slots of sequences that do not run; a preempted one gets another later."""
         for sequence in [sequence for sequence in self._slots if not sequence.is_running]:
             self._release(sequence)
 

@@ -1,4 +1,4 @@
-"""The runner of scheduled chunks: it plans steps of them, and has an executor compute the plans."""
+"""The runner of scheduled chunks: plans steps and lets an executor compute the plans."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -10,30 +10,30 @@ from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 
 class RunningStep(Protocol):
-    """A step of chunks that was started and not read yet."""
+    """A started step of chunks with unread results."""
 
     def finish(self) -> None:
-        """Sample what needs the host. Called once, when the results of all earlier steps have been applied: every
-        token that was known to come is then in its sequence. Some sequences may be over, whose tokens are dropped.
+        """Sample the rows that need the host. Called once, after the results of all earlier steps were applied, so that
+        all their tokens are in the sequences. Tokens of ended sequences are dropped.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
         """
 
     def result(self) -> StepResult:
-        """Wait for the step: what it computed, by number of chunk. Called once, after `finish`."""
+        """Wait for the step; returns its results by number of chunk. Called once, after `finish`."""
         ...
 
 
 class Runner(Protocol):
-    """Computes chunks of sequences, whose block tables are those of now. Engine thread only."""
+    """Computes chunks of sequences with their current block tables. Engine thread only."""
 
     num_steps_ahead: int
-    """As an executor's."""
+    """See `Executor`."""
 
     def start(self, chunks: list[Chunk]) -> RunningStep:
-        """Begin to compute the chunks. The last token of a sequence may be one that only the executor knows: the one
-        that the step before samples for it.
+        """Start computing the chunks. A sequence's last token may be known only to the executor, if the step before
+        samples it.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
@@ -41,8 +41,8 @@ class Runner(Protocol):
         ...
 
     def recover(self, sequences: Iterable[Sequence]) -> None:
-        """A step of these sequences failed: whatever is kept of them is to be made anew, from the tokens they have. No
-        step is in flight, and all tokens are known.
+        """Recover from a failed step of these sequences: rebuild their state from their tokens. No step is in flight,
+        and all tokens are known.
 
         Raises:
             DeviceLost
@@ -75,7 +75,7 @@ class PlanRunner:
 
 
 class PlanStep:
-    """A step of chunks, over one of a plan."""
+    """A step of chunks, as one of a plan."""
 
     def __init__(self, planned: PlannedStep, step: ExecutorStep) -> None:
         self._planned = planned
@@ -89,7 +89,7 @@ class PlanStep:
 
 
 def compute(runner: Runner, chunks: list[Chunk]) -> StepResult:
-    """A whole step while no other is in flight; when it fails the runner has recovered before its error is raised."""
+    """Compute a whole step while no other is in flight; on failure, recovers before raising the error."""
     try:
         step = runner.start(chunks)
         step.finish()

@@ -1,4 +1,4 @@
-"""The executor of plans for a GPU, where sequences that decode are resident in slots.
+"""The executor of plans for a GPU, with decoding sequences resident in slots.
 
 A slot's newest token and position are on the GPU before the host knows them, so the next step can be launched while one
 runs. The host uploads only changes: new sequences, new blocks, another batch.
@@ -36,16 +36,16 @@ class SlotExecutor:
         self._num_sink_blocks = layout.num_sink_blocks
         self._ring = steps.memory.tables_SE.shape[1] - layout.num_sink_blocks
         self._slots: dict[int, ResidentSlot] = {}
-        self._rows: list[ResidentSlot] = []  # that decode, in the order of the plan
-        self._order: list[int] = []  # row of the batch → place among them
+        self._rows: list[ResidentSlot] = []  # decoding rows, in the order of the plan
+        self._order: list[int] = []  # row of the batch → index in `_rows`
         self._num_segments = 0  # of rows with adapters
-        self._truncates = self._needs_host = False  # some of them
+        self._truncates = self._needs_host = False  # of any row
         self._indices: list[int] = []
         self._values: list[int] = []
         self._pinned = [_pinned(2 * max_rows) for _ in range(self.num_steps_ahead + 1)]
 
     def start(self, plan: StepPlan) -> "SlotStep":
-        """Launch a step; nothing here waits for the GPU.
+        """Launch a step without waiting for the GPU.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
@@ -62,7 +62,7 @@ class SlotExecutor:
         self._forget_batch()
 
     def _forget_batch(self) -> None:
-        """It is not known how far the rows and the uploads got."""
+        """Forget the batch after a failure, as its state on the GPU is unknown."""
         self._rows, self._indices, self._values = [], [], []
 
     def prepare(self) -> bool:
@@ -71,11 +71,11 @@ class SlotExecutor:
             return False
         try:
             goes_on = self._preparation.capture_next()
-        except torch.OutOfMemoryError:  # the rest is captured when there is a use for it
+        except torch.OutOfMemoryError:  # others are captured on first use
             goes_on = False
         if not goes_on:
             self._preparation = None
-            keep_for_good()  # compiling leaves much behind
+            keep_for_good()  # compilation allocates many objects
         return goes_on
 
     def _start(self, plan: StepPlan) -> "SlotStep":
@@ -96,7 +96,7 @@ class SlotExecutor:
         if decoding:
             computed = self._steps.decode(len(decoding), num_segments=self._num_segments, truncates=self._truncates)
             step.add_part(computed, [decoding[i] for i in self._order], self._order, self._needs_host)
-        if prompt_slots:  # after decoding: graphs share memory, and this one's logits are among it
+        if prompt_slots:  # after decoding: graphs share memory, including this one's logits
             sampling = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
             wants_hidden = any([slot.wants_hidden for slot in prompt_slots])
             computed = self._steps.prefill(
@@ -110,7 +110,7 @@ class SlotExecutor:
         return step
 
     def _note(self, plan: StepPlan) -> None:
-        """Take note of a plan's changes, and enter those that the GPU has to know."""
+        """Apply a plan's changes, and upload those that the GPU needs."""
         for number in plan.ended:
             self._slots.pop(number, None)
         for begin in plan.begins:
@@ -129,7 +129,7 @@ class SlotExecutor:
         self._values.append(value)
 
     def _begin(self, begin: SlotBegin) -> None:
-        """Enter what a sequence's sampling needs."""
+        """Upload a sequence's sampling parameters."""
         slot = self._slots[begin.slot] = ResidentSlot(begin, self._steps.model.device)
         sampling, is_random = slot.sampling, slot.is_random
         state = choice_state(sampling.seed, sampling.choice)
@@ -144,7 +144,7 @@ class SlotExecutor:
             self._set(begin.slot, place, value)
 
     def _change_table(self, change: TableChange) -> None:
-        """Enter new blocks. Those that are gone stay: no query looks at them."""
+        """Upload new blocks. Freed ones stay in the table, where no query sees them."""
         memory = self._steps.memory
         for entry, block in enumerate(change.sink_blocks, change.first_sink):
             self._indices.append(memory.table_at(change.slot, entry))
@@ -154,12 +154,12 @@ class SlotExecutor:
             self._values.append(block)
 
     def _set_rows(self, numbers: list[int], starts: list[int]) -> None:
-        """Make these the rows of the batch, those with one adapter beside each other."""
+        """Make these the rows of the batch, ordered by adapter."""
         self._rows = decoding = [self._slots[number] for number in numbers]
         self._truncates = any([slot.truncates for slot in decoding])
         self._needs_host = any([slot.needs_host for slot in decoding])
         bank_slots = [slot.begin.adapter_slot for slot in decoding]
-        # Long sequences first: what is begun last should not take longest.
+        # Long sequences first, so that the last programs are short.
         order = sorted(range(len(decoding)), key=lambda i: (bank_slots[i], -starts[i]))
         self._order, self._num_segments = order, 0
         memory = self._steps.memory
@@ -175,7 +175,7 @@ class SlotExecutor:
             self._fill(memory.scales_at, scales, count)
 
     def _fill(self, start: int, values: list[int], count: int) -> None:
-        """Numbers from `start` on, zeros up to `count`."""
+        """Write values from `start` on, then zeros up to `count`."""
         self._indices += range(start, start + count)
         self._values += values
         self._values += [0] * (count - len(values))

@@ -1,4 +1,4 @@
-"""A step of the slot-resident executor on its way: what the host samples of it, and how its tokens come back."""
+"""A running step of the slot-resident executor: the host's part of sampling, and the copy of its tokens."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from stellarbyte_server.engine.run.step_plan import Finish, PlannedChunk, SlotBe
 
 
 class ResidentSlot(ExecutorSlot):
-    """A sequence on the GPU. `tokens` are those of its begin, and if the host has a say in them all that were read."""
+    """A sequence on the GPU. `tokens`: those of its begin, and, if they depend on the host, all read so far."""
 
     def __init__(self, begin: SlotBegin, device: torch.device) -> None:
         super().__init__(begin, device)
@@ -28,16 +28,16 @@ class ResidentSlot(ExecutorSlot):
 
 @dataclass(slots=True)
 class StepPart:
-    """What was launched together: decoding sequences, or prompts."""
+    """Rows launched together: decoding sequences, or prompts."""
 
     computed: Computed
-    sampling: list[ResidentSlot]  # those that sample, in order
+    sampling: list[ResidentSlot]  # rows that sample, in order
     rows: list[int]  # of the plan
     needs_host: bool
 
 
 class SlotStep:
-    """A step on its way."""
+    """A launched step."""
 
     def __init__(self, steps: Steps, pinned: torch.Tensor, num_rows: int) -> None:
         self._steps = steps
@@ -45,13 +45,13 @@ class SlotStep:
         self._done: torch.cuda.Event | None = None
         self._result = StepResult(tokens=[[]] * num_rows)
         self.parts: list[StepPart] = []
-        self.prompts: list[tuple[ResidentSlot, PlannedChunk]] = []  # if their hidden states are wanted
+        self.prompts: list[tuple[ResidentSlot, PlannedChunk]] = []  # whose hidden states are needed
 
     def add_part(self, computed: Computed, sampling: list[ResidentSlot], rows: list[int], needs_host: bool) -> None:
         self.parts.append(StepPart(computed, sampling, rows, needs_host))
 
     def finish(self, finish: Finish) -> None:
-        """Sample what needs tokens that the host knows by now, and let the tokens come back.
+        """Sample the rows that depend on the host, and start the copy of all tokens.
 
         Raises:
             OutOfDeviceMemory, DeviceLost
@@ -83,7 +83,7 @@ class SlotStep:
         start = 0
         for part in self.parts:
             sampled = self._pinned[start : start + len(part.rows)].tolist()
-            if NO_TOKEN in sampled:  # their sequences end; a step ahead computes on, with token 0
+            if NO_TOKEN in sampled:  # their sequences end, but a step ahead still computes them, with token 0
                 self._result.not_sampled += [part.rows[i] for i, token in enumerate(sampled) if token == NO_TOKEN]
                 sampled = [max(0, token) for token in sampled]
             for row, token in zip(part.rows, sampled, strict=True):

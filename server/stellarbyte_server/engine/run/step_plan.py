@@ -1,8 +1,8 @@
-"""Steps as messages: what an executor computes, what finishes a step, and what it returns.
+"""Messages of a step: the plan for an executor, the finish, and the result.
 
-A slot is a small number from 1 on that names a sequence on the executor's side: the executor keeps tokens, block table
-and sampling parameters by slot, so that a plan says only what has changed. Every message can be sent by msgpack. Token
-ids and masks are bytes of little-endian uint32.
+A slot is a small number, from 1, of a sequence in the executor, which stores tokens, block table and sampling
+parameters by slot, so that a plan contains only changes. Every message can be sent by msgpack. Token ids and masks are
+bytes of little-endian uint32.
 
 Rows are the decoding slots of a plan in order, then its chunks.
 """
@@ -16,11 +16,11 @@ from stellarbyte_server.protocol.request import SamplingParams
 
 
 class SlotBegin(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """A slot gets a sequence, or its sequence begins anew; whatever the slot held is forgotten, blocks included."""
+    """Assign a sequence to a slot, or restart its sequence; the slot's earlier state and blocks are forgotten."""
 
     slot: int
     token_ids: bytes  # all tokens of the sequence so far
-    num_prompt: int  # how many of them are the prompt
+    num_prompt: int  # tokens of the prompt
     adapter_slot: int  # of the bank; 0: no adapter
     adapter_scale: float
     sampling: SamplingParams
@@ -30,7 +30,7 @@ class SlotBegin(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 class Rewind(msgspec.Struct, frozen=True, array_like=True):
-    """A slot's sequence is cut to its first tokens; the last of them is computed next."""
+    """Cut a slot's sequence to its first tokens; the last of them is computed next."""
 
     slot: int
     num_tokens: int
@@ -38,14 +38,14 @@ class Rewind(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TableChange(msgspec.Struct, frozen=True, array_like=True):
-    """A block table after a change: sink blocks and the others are counted separately, freed ones included."""
+    """Changes of a block table. Sink blocks and others are numbered separately, including freed ones."""
 
     slot: int
     first_sink: int  # number of the first of `sink_blocks`; entries from it on are replaced
     sink_blocks: list[int]
     first: int  # number of the first of `blocks`; entries from it on are replaced
     blocks: list[int]
-    num_freed: int  # the first blocks after the sinks that are gone: no later query sees them
+    num_freed: int  # freed blocks at the start after the sinks: no later query sees them
 
 
 class PlannedChunk(msgspec.Struct, frozen=True, array_like=True):
@@ -54,42 +54,42 @@ class PlannedChunk(msgspec.Struct, frozen=True, array_like=True):
     slot: int
     start: int
     length: int
-    samples: bool  # the token after them is sampled
+    samples: bool  # sample the token after them
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """One step. Parts apply in the order of the fields; plans are executed in the order in which they were made."""
+    """One step. Its parts apply in the order of the fields; plans are executed in the order of their creation."""
 
-    ended: list[int] = []  # slots that are free again
+    ended: list[int] = []  # freed slots
     begins: list[SlotBegin] = []
     rewinds: list[Rewind] = []
     tables: list[TableChange] = []
     decode_slots: list[int] | None = None
-    """Slots that compute the token sampled last for them, which only the executor may know, and sample the next one.
-    None: those of the plan before."""
-    decode_starts: list[int] = []  # positions of these tokens; empty with None: each is one further
+    """Slots that compute their last sampled token, which only the executor may know, and sample the next one.
+    None: as in the plan before."""
+    decode_starts: list[int] = []  # positions of these tokens; empty with None: each advances by one
     chunks: list[PlannedChunk] = []
 
 
 class Finish(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """What the host knows of a step's rows only when the results of the step before have been read."""
+    """The inputs of a step that depend on the results of the step before."""
 
-    masks: dict[int, bytes] = {}  # row with a grammar → bit v % 32 of word v // 32: token v may follow
-    over: list[int] = []  # rows whose sequences have ended: their results are dropped
+    masks: dict[int, bytes] = {}  # row with a grammar → bit v % 32 of word v // 32: token v is allowed
+    over: list[int] = []  # rows of ended sequences, whose results are dropped
 
 
 class StepResult(msgspec.Struct, array_like=True, kw_only=True):
-    """What a step computed, by row; rows are in the dictionaries if their requests ask for that."""
+    """A step's results by row; dictionaries have only the rows that request them."""
 
-    tokens: list[list[int]]  # those sampled; none for a row that does not sample
-    not_sampled: list[int] = []  # rows of which nothing could be sampled: their numbers are not finite
+    tokens: list[list[int]]  # sampled tokens; none for a row that does not sample
+    not_sampled: list[int] = []  # rows without a valid token: NaN or infinity
     logprobs: dict[int, list[TokenLogprob]] = {}  # of these tokens
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}  # of the prompt's tokens after the chunk's first one
     pooled: dict[int, bytes] = {}  # float32 [C]: sum of the chunk's hidden states, or the last one
 
 
 def adjusts(sampling: SamplingParams, has_grammar: bool) -> bool:
-    """Whether logits are changed before tokens are sampled, now or at another token."""
+    """Whether logits of any token are adjusted."""
     return (
         has_grammar
         or bool(sampling.logit_bias)
@@ -100,5 +100,5 @@ def adjusts(sampling: SamplingParams, has_grammar: bool) -> bool:
 
 
 def needs_host(sampling: SamplingParams, has_grammar: bool) -> bool:
-    """Whether the host has a say in a sequence's tokens, or wants more than the tokens."""
+    """Whether a sequence's tokens depend on the host, or the host needs more than the tokens."""
     return adjusts(sampling, has_grammar) or sampling.logprobs is not None

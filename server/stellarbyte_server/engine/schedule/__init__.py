@@ -1,1 +1,1 @@
-"""What every step computes: decisions over counts, without torch."""
+"""Scheduling: decisions over counts, without torch."""

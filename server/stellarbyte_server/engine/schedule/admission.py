@@ -1,4 +1,4 @@
-"""Who runs: lets waiting sequences in, stops running ones, takes their blocks. Plain Python over counts."""
+"""Admission: starts waiting sequences, preempts running ones, assigns blocks. Decisions over counts."""
 
 import time
 from bisect import bisect_left, insort
@@ -23,7 +23,7 @@ _rank = attrgetter("rank")
 
 
 class AdapterGate(Protocol):
-    """What the scheduler asks of the registry of adapters."""
+    """The scheduler's interface to the registry of adapters."""
 
     def place(self, waiting: Iterable[Sequence]) -> Move | None: ...
     def finish_move(self, move: Move) -> None: ...
@@ -34,17 +34,17 @@ class AdapterGate(Protocol):
 
 @dataclass(kw_only=True)
 class AdmissionTotals:
-    """Counts from the start."""
+    """Counts since the engine's start."""
 
     num_preemptions: int = 0
-    prefix_queries: int = 0  # prompt tokens of requests when they first ran
-    prefix_hits: int = 0  # those of them that were in the cache
+    prefix_queries: int = 0  # prompt tokens of requests at their first step
+    prefix_hits: int = 0  # of these, tokens found in the cache
 
 
 class Admission:
     """Running and waiting sequences. `begin_step` comes first in every step.
 
-    The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence: then one always runs on.
+    The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence: so that one can always run.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Admission:
         self.pool = pool
         self.kept = KeptBlocks(layout, pool, prefix_caching=prefix_caching)
         self.waiting = WaitingQueue(queue_timeout_s)
-        self.running: list[Sequence] = []  # most important first
-        self.admitted: list[Sequence] = []  # those that this step let run for the first time
+        self.running: list[Sequence] = []  # in order of rank
+        self.admitted: list[Sequence] = []  # sequences that start in this step
         self.totals = AdmissionTotals()
-        self.live: Counter[Account] = Counter()  # how many sequences each account has that has any
+        self.live: Counter[Account] = Counter()  # sequences of each account with any
         self._max_num_seqs = max_num_seqs
         self._adapters = adapters
         self._clock = clock
         self._num_ranked = 0
-        self._made_room_for: Sequence | None = None  # then this step lets in nobody else
-        self._num_preempted_before = 0  # when the step began to be filled
-        self._claimed_blocks = 0  # free ones that prompts which run will need
-        self._short_of_blocks: set[Account] = set()  # those that this step had none for
+        self._made_room_for: Sequence | None = None  # the only sequence that this step may start
+        self._num_preempted_before = 0  # at the start of this step
+        self._claimed_blocks = 0  # free blocks that running prompts will need
+        self._short_of_blocks: set[Account] = set()  # accounts without blocks in this step
 
     def begin_step(self) -> None:
-        """Forget the step before, and stop running sequences for waiting ones where that is fair."""
+        """Start a step: preempt running sequences for waiting ones where fairness requires it."""
         self.admitted = []
         self._made_room_for = None
         self._short_of_blocks.clear()
@@ -89,7 +89,7 @@ class Admission:
 
     @property
     def has_preempted(self) -> bool:
-        """Whether blocks ran out since the step began to be filled: then it lets in nobody."""
+        """Whether blocks ran out in this step, so that it starts no sequences."""
         return self.totals.num_preemptions > self._num_preempted_before
 
     @property
@@ -101,19 +101,19 @@ class Admission:
         return rank(request.priority, now_s, self._num_ranked)
 
     def remove(self, sequence: Sequence, *, keep_content: bool = True) -> None:
-        """Take a sequence out, wherever it is; the cache forgets its blocks unless it may `keep_content`."""
+        """Remove a running or waiting sequence; without `keep_content` the cache forgets its blocks."""
         if sequence.is_running:
             self._stop_running(sequence, keep_content=keep_content)
         else:
             self.waiting.remove(sequence)
 
     def num_blocked(self) -> int:
-        """Waiting sequences whose adapters are not there yet."""
+        """Number of waiting sequences without a resident adapter."""
         adapters = self._adapters
         return 0 if adapters is None else sum(not adapters.may_enter(sequence) for sequence in self.waiting)
 
     def _place_adapters(self, adapters: AdapterGate) -> None:
-        """Let waiting sequences get slots for their adapters, if need be from running ones that had theirs for long."""
+        """Assign slots to adapters of waiting sequences, if necessary by preempting running ones after their time."""
         move = adapters.place(self.waiting)
         if move is not None:
             for sequence in [s for s in self.running if s.adapter is not None and s.adapter.slot == move.slot]:
@@ -121,7 +121,8 @@ class Admission:
             adapters.finish_move(move)
 
     def _make_room(self) -> None:
-        """Stop running sequences for the first that waits, where its account has less than others or it is its turn."""
+        """Preempt running sequences for the first waiting one, if its account has less than others or it is its
+        turn."""
         now_s = self._clock()
         newcomer = self._first_newcomer()
         if newcomer is None or (len(self.live) < 2 and now_s - newcomer.queued_s < TURN_S):
@@ -135,13 +136,13 @@ class Admission:
                 return
             given_up = who_gives_up(newcomer, self.running, num_blocks, needed, missing, now_s)
             if not given_up.sequences and newcomer.account.num_running == 0 and now_s - newcomer.queued_s >= TURN_S:
-                self._made_room_for = newcomer  # nobody else takes what the others leave
+                self._made_room_for = newcomer  # reserve the freed blocks for it
         for sequence in given_up.sequences:
             self.preempt(sequence, is_turn_over=given_up.turns_are_over)
             self._made_room_for = newcomer
 
     def _first_newcomer(self) -> Sequence | None:
-        """Who is let in next, if there is room."""
+        """The next sequence to start, if there is room."""
         for account in self.waiting.accounts():
             if account.bucket is not None and account.bucket.available(self._clock()) < 1:
                 continue
@@ -151,17 +152,17 @@ class Admission:
         return None
 
     def _could_run(self, sequence: Sequence) -> bool:
-        """Whether nothing but room is missing to a waiting sequence."""
+        """Whether a waiting sequence lacks only room."""
         if self._adapters is not None and not self._adapters.may_enter(sequence):
             return False
-        if sequence.num_unread:  # it was stopped while a step with it is in flight
+        if sequence.num_unread:  # preempted while a step with it is in flight
             return False
         if self._made_room_for is not None and sequence is not self._made_room_for:
             return False
         return not (self.kept.prefix_caching and sequence.waits_for_leader)
 
     def newcomers(self, most: int) -> Iterator[Sequence]:
-        """Waiting sequences for which there is room, of each account as many as can use `most` tokens."""
+        """Start waiting sequences for which there is room, of each account as many as can use `most` tokens."""
         num_places = self._max_num_seqs - len(self.running)
         num_unclaimed = self._num_unclaimed()
         for account in self.waiting.accounts():
@@ -180,10 +181,10 @@ class Admission:
                 yield sequence
 
     def reserve(self, sequence: Sequence, length: int) -> int:
-        """Take blocks for a running sequence's next `length` tokens, or for as many as there are blocks.
+        """Take blocks for a running sequence's next `length` tokens, or for as many as possible; returns their number.
 
-        Where there are none at all the least entitled sequences are preempted; it may itself be one: then 0. It is not
-        while a step with it is in flight, which may put blocks of its own out of sight: then it waits for that, with 0.
+        If no block is free, the least entitled sequences are preempted; 0 if this is one of them. A sequence in a step
+        in flight, which may free blocks of its own, is not preempted but waits, with 0.
         """
         table, launched = sequence.table, sequence.num_launched
         while True:
@@ -202,21 +203,21 @@ class Admission:
             length = 1
 
     def reserve_for_prompt(self, sequence: Sequence, length: int) -> int:
-        """`reserve`, of what was counted on for prompts."""
+        """`reserve` from the blocks claimed for prompts."""
         num_free = self.pool.num_free
         length = self.reserve(sequence, length)
         self._claimed_blocks = max(0, self._claimed_blocks - max(0, num_free - self.pool.num_free))
         return length
 
     def enter(self, sequence: Sequence) -> bool:
-        """Let a waiting sequence run if it could and there is room: a place, and blocks for what stays visible of it.
+        """Start a waiting sequence if possible: it needs a place, and blocks for its visible tokens.
 
-        It starts after what the cache holds of it.
+        It continues after its cached prefix.
         """
         if (
             not self.has_place
             or self.has_preempted
-            or sequence.account in self._short_of_blocks  # else what needs few would always go first
+            or sequence.account in self._short_of_blocks  # otherwise sequences with few blocks would always go first
             or not self._could_run(sequence)
         ):
             return False
@@ -249,7 +250,7 @@ class Admission:
         return True
 
     def _needed_blocks(self, sequence: Sequence, cached: CachedPrefix) -> int:
-        """Free blocks that a waiting sequence takes to compute its tokens."""
+        """Free blocks that a waiting sequence needs to compute its tokens."""
         held = self.pool.num_held(cached.sink_blocks + cached.blocks)
         return self.layout.peak_blocks(len(sequence.tokens), 1) - held
 
@@ -266,9 +267,9 @@ class Admission:
         return claimed
 
     def preempt(self, sequence: Sequence, *, is_turn_over: bool = False) -> None:
-        """Stop a sequence; it runs again later, from what the cache still holds of it then.
+        """Preempt a sequence; it resumes later, from its prefix in the cache at that time.
 
-        When its turn is over it goes behind all that wait now.
+        With `is_turn_over` it is queued after all waiting sequences.
         """
         self._stop_running(sequence)
         sequence.num_computed = sequence.num_launched = 0
@@ -284,6 +285,6 @@ class Admission:
         sequence.account.num_running -= 1
         if sequence.adapter is not None and self._adapters is not None:
             self._adapters.leave(sequence.adapter)
-        # A step in flight may still read and write these blocks. The next step may have them all the same: the device
-        # runs steps in order, and what the one in flight writes is in blocks that have no keys yet.
+        # A step in flight may still read and write these blocks. The next step may use them nevertheless: the device
+        # runs steps in order, and the one in flight writes only to blocks without keys.
         self.pool.give_back(sequence.table.pop_all(), keep_content=keep_content)

@@ -1,4 +1,4 @@
-"""The chunks of one step while they are given out: rows first, then prompts. Plain Python over counts of tokens."""
+"""Assigns the chunks of one step: rows first, then prompts. Decisions over counts of tokens."""
 
 from functools import partial
 from operator import attrgetter
@@ -10,32 +10,30 @@ from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
 _rank = attrgetter("rank")
-_new_chunk = partial(tuple.__new__, Chunk)  # half the time of Chunk(...), which every row of every step would take
+_new_chunk = partial(tuple.__new__, Chunk)  # twice as fast as Chunk(...), for every row of every step
 
-MAX_SCORED_TOKENS = 256  # of a prompt in one step, where each needs a row of logits
+MAX_SCORED_TOKENS = 256  # of a prompt in one step, if each needs a row of logits
 
 
 class Filling:
-    """One step. Blocks are reserved as tokens are given; what is preempted for them loses its chunk."""
+    """One step. Reserves blocks for assigned tokens; sequences preempted for them lose their chunks."""
 
     def __init__(self, admission: Admission, limits: SchedulerLimits, turn: int, *, is_shared: bool = False) -> None:
-        """`is_shared`: several accounts have parts of it, or had a moment ago. `turn` counts steps.
-
-        Where something cannot be halved, one has the larger part in every other step.
-        """
+        """`is_shared`: several accounts share it, or did recently. `turn` counts steps: odd halves alternate by
+        step."""
         self.chunks: list[Chunk] = []
         self._admission = admission
         self._limits = limits
         self._turn = turn
         self._is_shared = is_shared
-        self._of_prompts: dict[Sequence, int] = {}  # where the chunks of prompts are
+        self._of_prompts: dict[Sequence, int] = {}  # indices of the chunks of prompts
 
     def add_rows(self, sequences: list[Sequence], budget: int) -> int:
-        """Give sequences that only need their newest token that one; how many were given."""
+        """Assign one token to each sequence that needs only its newest; returns their number."""
         chunks, admission = self.chunks, self._admission
         for sequence in sequences if len(sequences) <= budget else sequences[:budget]:
             launched = sequence.num_launched
-            # One that has been preempted meanwhile has no capacity left.
+            # A sequence preempted meanwhile has no capacity.
             if launched < sequence.table.capacity or (sequence.is_running and admission.reserve(sequence, 1)):
                 samples = sequence.samples
                 sequence.num_launched = launched + 1
@@ -44,7 +42,7 @@ class Filling:
         return len(chunks)
 
     def add_prompts(self, prefills: list[Sequence], newcomers_of: list[Account], budget: int) -> None:
-        """Give prompts `budget` tokens of the step: half in order of importance, half to the shortest first.
+        """Assign `budget` tokens to prompts: half in order of rank, half to the shortest first.
 
         So a long prompt takes at most twice as long as it would alone, and so do all short ones together.
         """
@@ -59,7 +57,7 @@ class Filling:
             self._give(sorted(by_rank, key=_shortest), budget)
 
     def _give(self, sequences: list[Sequence], budget: int) -> int:
-        """Give sequences tokens in this order, as long as there are any; how many they got."""
+        """Assign tokens to sequences in this order; returns the number of tokens."""
         given = 0
         for sequence in sequences:
             if given == budget:
@@ -69,7 +67,7 @@ class Filling:
         return given
 
     def _add_prompt(self, sequence: Sequence, budget: int) -> int:
-        """Give a sequence up to `budget` tokens of the step, beside those that it may have got; how many it got."""
+        """Assign up to `budget` more tokens to a sequence; returns their number."""
         number = self._of_prompts.get(sequence)
         before = None if number is None else self.chunks[number]
         if before is not None and before.samples:
@@ -92,10 +90,10 @@ class Filling:
         return length
 
     def _most_at(self, context: int, budget: int) -> int:
-        """Of `budget` tokens of a step, how many one prompt should have after so much context, where each costs more.
+        """The most tokens of `budget` for a prompt after this much context, which makes each token more expensive.
 
-        So a step takes no longer: a request that comes meanwhile waits for its end. Where other accounts have a part of
-        the step, what is costly is counted in full; otherwise a prompt has at least what it would have beside streams.
+        This bounds the step's duration, for which new requests wait. If other accounts share the step, the full cost
+        counts; otherwise a prompt gets at least its part in a step with streams.
         """
         limits = self._limits
         if limits.context_like_a_token is None:
@@ -106,7 +104,7 @@ class Filling:
         return max(int(limits.max_num_batched_tokens / cost), limits.max_prefill_tokens or 1)
 
     def result(self) -> list[Chunk]:
-        """The chunks, without those of sequences that were preempted after they got them."""
+        """The chunks, without those of sequences preempted in this step."""
         if not self._admission.has_preempted:
             return self.chunks
         kept = []
@@ -119,12 +117,12 @@ class Filling:
 
 
 def _shortest(sequence: Sequence) -> tuple[int, int, tuple[float, int]]:
-    """Less important requests come after all others of their account, however short."""
+    """Key for "shortest first"; requests of lower priority come after all others of their account."""
     return sequence.request.priority, sequence.num_pending, sequence.rank
 
 
 def rows_of_parts(decodes: list[Sequence], parts: list[Part]) -> list[Sequence]:
-    """Those that have a row in this step: where an account has too few for all of its sequences they take turns."""
+    """The sequences with a row in this step; if an account has too few rows, its sequences take turns."""
     of_account: dict[Account, list[Sequence]] = {part.account: [] for part in parts}
     for sequence in decodes:
         of_account[sequence.account].append(sequence)

@@ -1,8 +1,8 @@
-"""What each API key has used lately and uses now, for the limits that come with its requests. No sockets, no clock.
+"""Recent and current usage of each API key, for the limits sent with its requests. No sockets, no clock.
 
-The engine is the one place that hears of the requests of all HTTP processes. A request is checked when it comes; what
-has been admitted runs to its end, as fast as the key's tokens per minute allow (see `Account.bucket`). What is refused
-after it was queued, before any of it ran, does not count.
+Only the engine receives the requests of all HTTP processes. Limits are checked on arrival; admitted requests run to
+their end, as fast as the key's tokens per minute allow (see `Account.bucket`). Requests refused from the queue, before
+any of them ran, do not count.
 """
 
 import math
@@ -15,7 +15,7 @@ from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import RATE_LIMITED, GenerationRequest, RequestRejected
 
 WINDOW_S = 60
-_SOON_S = 1  # when to try again where nobody knows
+_SOON_S = 1  # retry time if unknown
 
 
 class SlidingSum:
@@ -33,7 +33,7 @@ class SlidingSum:
         self.total += amount
 
     def take_back(self, amount: int, added_s: float) -> None:
-        """Undo `add`, if what was added then still counts."""
+        """Undo `add`, if that amount still counts."""
         for entry in self._seconds:
             if entry[0] == int(added_s):
                 entry[1] -= amount
@@ -55,11 +55,11 @@ class SlidingSum:
 
 @dataclass(slots=True)
 class _Group:
-    """Requests that were queued together and count as one."""
+    """Requests queued together, which count as one."""
 
-    num_open: int  # that have not ended
+    num_open: int  # not ended
     counted_s: float
-    num_requests: int  # that were counted for it, as the tokens: 1, or 0 if it continues another group
+    num_requests: int  # counted for it, like its tokens: 1, or 0 if it continues another group
     num_tokens: int
     has_begun: bool = False
     was_refused: bool = False
@@ -73,14 +73,14 @@ class _Use:
 
 
 class KeyUsage:
-    """Times are seconds of one monotonic clock."""
+    """Usage of all keys. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
         self._uses: dict[str, _Use] = {}  # by the key's name
         self._running: dict[str, tuple[_Use, str]] = {}  # request id → its key's use, its group
 
     def account(self, limits: KeyLimits) -> Account:
-        """The key's account, filled at the rate that the key has now."""
+        """The key's account, with the key's current rate."""
         return self._use(limits).account
 
     def _use(self, limits: KeyLimits) -> _Use:
@@ -95,9 +95,9 @@ class KeyUsage:
     def check(
         self, limits: KeyLimits, requests: Sequence[GenerationRequest], now_s: float, num_later_tokens: int = 0
     ) -> None:
-        """RequestRejected, with the time to wait, unless the limits leave room for a group of requests.
+        """RequestRejected, with the time to wait, if a group of requests exceeds the limits.
 
-        `num_later_tokens` are of prompts that will follow as part of the same group.
+        `num_later_tokens`: of prompts that will follow in the same group.
         """
         use = self._use(limits)
         most = limits.concurrent_streams
@@ -109,8 +109,7 @@ class KeyUsage:
             wanted, most = _prompt_tokens(requests) + num_later_tokens, bucket.tokens_per_minute
             if wanted > most:
                 raise RequestRejected(
-                    f"The prompt's {wanted} tokens are more than the key {limits.key_name!r} may use in a minute"
-                    f" ({most}).",
+                    f"The prompt has {wanted} tokens; the key {limits.key_name!r} allows at most {most} per minute.",
                     RATE_LIMITED,
                     retry_after_s=WINDOW_S,
                 )
@@ -125,7 +124,7 @@ class KeyUsage:
         num_later_tokens: int = 0,
         continues: bool = False,
     ) -> None:
-        """Count requests that were queued: a group, or with `continues` more of one whose prompts were all counted."""
+        """Count queued requests: a group, or with `continues` more of a group with all its prompts counted."""
         use = self._use(limits)
         num_requests = 0 if continues else 1
         num_tokens = 0 if continues else _prompt_tokens(requests) + num_later_tokens
@@ -138,28 +137,28 @@ class KeyUsage:
             self._running[request.request_id] = (use, group)
 
     def charge(self, limits: KeyLimits, now_s: float) -> None:
-        """Count a request that is not queued; RequestRejected, and nothing is counted, when there is no room for it."""
+        """Count a request that is not queued; RequestRejected, without counting, if it exceeds the limits."""
         use = self._use(limits)
         _check_requests(limits, use, now_s)
         use.requests.add(1, now_s)
 
     def begin(self, request_id: str) -> None:
-        """A request began to run; unknown ids belong to keys without limits, as below."""
+        """Note that a request runs; unknown ids have no limits, as below."""
         if (running := self._running.get(request_id)) is not None:
             running[0].groups[running[1]].has_begun = True
 
     def refuse(self, request_id: str) -> None:
-        """A queued request will not run, which `end` will be told next."""
+        """Note that a queued request will not run; `end` follows."""
         if (running := self._running.get(request_id)) is not None:
             running[0].groups[running[1]].was_refused = True
 
     def note_tokens(self, request_id: str, num_tokens: int, now_s: float) -> None:
-        """Count tokens of an answer; unknown ids belong to requests without a key."""
+        """Count tokens of an answer; unknown ids have no key."""
         if (running := self._running.get(request_id)) is not None and (bucket := running[0].account.bucket) is not None:
             bucket.take(num_tokens, now_s)
 
     def end(self, request_id: str) -> None:
-        """A request is over, in whatever way; unknown ids belong to requests without a key."""
+        """Note the end of a request; unknown ids have no key."""
         if (running := self._running.pop(request_id, None)) is not None:
             use, first_id = running
             group = use.groups[first_id]
@@ -173,7 +172,7 @@ class KeyUsage:
 
 
 def _check_requests(limits: KeyLimits, use: _Use, now_s: float) -> None:
-    """RequestRejected unless there is room for one more in this minute."""
+    """RequestRejected if one more request exceeds this minute's limit."""
     use.requests.forget_old(now_s)
     most = limits.requests_per_minute
     if most is not None and use.requests.total >= most:
@@ -181,7 +180,7 @@ def _check_requests(limits: KeyLimits, use: _Use, now_s: float) -> None:
 
 
 def _prompt_tokens(requests: Sequence[GenerationRequest]) -> int:
-    """Of several answers to one prompt, once."""
+    """Tokens of the prompts, counted once for several answers to one prompt."""
     return sum(len(request.prompt_token_ids) for request in requests if request.sampling.choice == 0)
 
 

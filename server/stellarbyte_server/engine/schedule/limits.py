@@ -1,4 +1,4 @@
-"""How much a step may have, and how many requests there may be: what the scheduler is told at the start."""
+"""The scheduler's limits of steps and of requests."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ from stellarbyte_server.engine.schedule.shares import ShareLimits
 class SchedulerLimits:
     max_num_seqs: int  # running at once
     max_num_batched_tokens: int  # computed in one step
-    max_prefill_tokens: int | None = None  # most of them that prompts take while other sequences decode; None: all
-    context_like_a_token: int | None = None  # context that costs a prompt's token as much again; None: none to speak of
+    max_prefill_tokens: int | None = None  # most prompt tokens in a step that also decodes; None: all
+    context_like_a_token: int | None = None  # context that doubles the cost of a prompt's token; None: negligible
     max_model_len: int  # tokens of prompt and answer together, for requests that do not slide
-    max_queued_requests: int  # beyond max_num_seqs
+    max_queued_requests: int  # in addition to max_num_seqs
     queue_timeout_s: float | None = None  # most time before the first step; None: no limit
     shares: ShareLimits

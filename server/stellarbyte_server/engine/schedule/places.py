@@ -1,8 +1,8 @@
-"""Who stops running so that another request can: pure decisions over what running sequences hold.
+"""Which running sequences to preempt for another request: pure decisions over their places or blocks.
 
-What is held is a place among the sequences that run at once, or blocks of the cache. An account that has less than
-another takes from it, as long as the other keeps at least as much as it gets itself: so no two take the same place from
-each other again and again. Where there is too little for that, requests take turns.
+A sequence holds a place in the batch, and blocks of the cache. An account takes from an account with more, as long as
+the other keeps at least as much as the first then has, so that two accounts do not take the same place from each other
+repeatedly. If there is too little for that, requests take turns.
 """
 
 from collections import Counter
@@ -12,15 +12,15 @@ from typing import NamedTuple
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.sequence import Sequence
 
-TURN_S = 10.0  # who has waited for so long may take the place of another account's sequence that has run for so long
-TURN_TOKENS = 4096  # generated before a sequence may have to let another one of its own account go on
-LEAST_TURN_TOKENS = 16  # generated in any turn: so that something is won by it though its prompt is computed again
+TURN_S = 10.0  # after this time of waiting, and of running, a place changes between accounts
+TURN_TOKENS = 4096  # generated before a sequence of the same account may take the place
+LEAST_TURN_TOKENS = 16  # generated in any turn, to be worth recomputing the prompt
 
 Held = Callable[[Sequence], int]
 
 
 class GivenUp(NamedTuple):
-    """Sequences to stop; those whose turns are over go to the end of the queue."""
+    """Sequences to preempt, and those of them that go to the end of the queue, as their turn is over."""
 
     sequences: list[Sequence]
     turns_are_over: bool = False
@@ -30,22 +30,22 @@ NOBODY = GivenUp([])
 
 
 def one(sequence: Sequence) -> int:
-    """What a running sequence holds of the places."""
+    """The places of a running sequence."""
     del sequence
     return 1
 
 
 def num_blocks(sequence: Sequence) -> int:
-    """What it holds of the cache."""
+    """The blocks of a running sequence."""
     return len(sequence.table.sink_blocks) + len(sequence.table.blocks)
 
 
 def who_gives_up(
     newcomer: Sequence, running: list[Sequence], held: Held, needed: int, missing: int, now_s: float
 ) -> GivenUp:
-    """Whom to stop of `running` (most important first) for a newcomer that needs so much, of which so much is missing.
+    """The sequences of `running` (in order of rank) to preempt for a newcomer that needs `needed` and lacks `missing`.
 
-    NOBODY when it has to wait.
+    NOBODY if it has to wait.
     """
     holdings = holdings_of(running, held)
     own = holdings.pop(newcomer.account, 0)
@@ -65,7 +65,7 @@ def who_gives_up(
 
 
 def _turns_over(newcomer: Sequence, running: list[Sequence], held: Held, missing: int, now_s: float) -> GivenUp:
-    """Of those that have had a turn, the ones that have run the longest."""
+    """The longest-running sequences among those whose turn is over."""
     if now_s - newcomer.queued_s < TURN_S:
         return NOBODY
     has_none = newcomer.account.num_running == 0
@@ -91,9 +91,9 @@ def _turns_over(newcomer: Sequence, running: list[Sequence], held: Held, missing
 
 
 def least_entitled(running: list[Sequence]) -> Sequence:
-    """Whom to stop when blocks run out: the least important one of the account that holds most of them.
+    """The sequence to preempt when blocks run out: the last by rank of the account with most blocks.
 
-    Never the most important of all, if there is another: so one always runs to its end.
+    Never the first of all, unless it is alone, so that one can always run to its end.
     """
     if len(running) == 1 or all(sequence.account is running[0].account for sequence in running):
         return running[-1]

@@ -1,15 +1,14 @@
-"""Decides what every step computes. Plain Python over counts of tokens and blocks.
+"""The scheduler: chooses the chunks of each step. Decisions over counts of tokens and blocks.
 
-There is no prefill or decode phase: a sequence has tokens and a count of computed ones, and a step gives it a part of
-the token budget, sequences that only need their newest token first. A token is sampled when a sequence's last token
-is computed. Of the budget for prompts half goes by importance and half to the shortest; where several accounts have
-work, each has its part (see `shares`).
+There are no separate prefill and decode phases: a sequence has tokens and a count of computed ones, and a step assigns
+it part of the token budget, first to sequences that need only their newest token. A token is sampled when a sequence's
+last token is computed. Half of the budget for prompts goes by rank and half to the shortest; several accounts share a
+step (see `shares`).
 
 Steps may be scheduled ahead: `schedule` goes by what steps were given (`num_launched`) and by tokens whose values are
 not known yet (`num_tokens`), so one step may be in flight: it is recorded (`apply`) before the next `schedule`.
 
-A step of a sequence that decodes touches a few fields of that sequence; blocks are looked at only when one is needed
-or has been filled.
+A step of a decoding sequence changes few of its fields; blocks are accessed only when one is needed or full.
 """
 
 import contextlib
@@ -26,14 +25,15 @@ from stellarbyte_server.engine.state.block_pool import BlockPool, BlockTable, Ca
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, RequestRejected
 
-SHARED_FOR_S = 1.0  # since the last step of several keys: they are probably reading what they got
-FREE_CREDIT = 2  # tokens of credit that an account gets for each step that it had nothing for
+SHARED_FOR_S = 1.0  # after a step of several accounts: they probably send again soon
+FREE_CREDIT = 2  # tokens of credit for an account for each step without its requests
 
 
 class Scheduler:
-    """The most important of an account first (see `waiting.rank`), accounts in equal shares (see `shares`, `places`).
+    """Schedules each account's sequences by rank (see `waiting.rank`), and accounts in equal shares (`shares`,
+    `places`).
 
-    The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence: then one always runs on.
+    The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence, so that one can always run.
     """
 
     def __init__(
@@ -59,19 +59,19 @@ class Scheduler:
             clock=clock,
         )
         self.waiting = self._admission.waiting
-        self.running = self._admission.running  # most important first
+        self.running = self._admission.running  # in order of rank
         self.totals = self._admission.totals
-        self.num_blocked = 0  # those that the last `schedule` could do nothing for: adapters and limits of their keys
+        self.num_blocked = 0  # sequences that the last `schedule` skipped because of adapters or keys' limits
         self._clock = clock
         self._displaced: list[Sequence] = []
-        self._everybody = Account()  # requests without a key
-        self._num_reserved = 0  # places in the queue of requests that are not ready to be added
+        self._keyless = Account()  # requests without a key
+        self._num_reserved = 0  # reserved places in the queue
         self._turn = 0  # counts steps
-        self._shared_until_s = 0.0  # another key will probably be back until then
+        self._shared_until_s = 0.0  # another account may send again until then
 
     @property
     def admitted(self) -> list[Sequence]:
-        """Those that the last `schedule` let run for the first time."""
+        """The sequences that started in the last `schedule`."""
         return self._admission.admitted
 
     @property
@@ -79,22 +79,22 @@ class Scheduler:
         return bool(self.waiting or self.running or self._displaced)
 
     def reserve(self, account: Account | None = None) -> None:
-        """Keep a place in the queue for a request that will be added, or given up, later.
+        """Reserve a place in the queue, for a request that will be added or dropped later.
 
         Raises:
             RequestRejected: the queue is full.
         """
-        account = account or self._everybody
+        account = account or self._keyless
         self._require_place(account)
         self._num_reserved += 1
         account.num_reserved += 1
 
     def give_up_place(self, account: Account | None = None) -> None:
         self._num_reserved -= 1
-        (account or self._everybody).num_reserved -= 1
+        (account or self._keyless).num_reserved -= 1
 
     def _require_place(self, account: Account) -> None:
-        """RequestRejected when the queue is full and no account has so many more places in it that it loses one."""
+        """RequestRejected if the queue is full, unless an account with more places loses one."""
         num_waiting = len(self.waiting) + self._num_reserved
         if num_waiting + len(self.running) < self.limits.max_num_seqs + self.limits.max_queued_requests:
             return
@@ -105,8 +105,8 @@ class Scheduler:
             self._end(newest)
             self._displaced.append(newest)
             return
-        busy = f"{len(self.running)} requests are running and {num_waiting} are waiting"
-        raise RequestRejected(f"{busy} already; try again later.", code=QUEUE_FULL)
+        busy = f"{len(self.running)} requests are already running and {num_waiting} waiting"
+        raise RequestRejected(f"{busy}; try again later.", code=QUEUE_FULL)
 
     def add(
         self,
@@ -115,10 +115,10 @@ class Scheduler:
         leader: Sequence | None = None,
         account: Account | None = None,
     ) -> Sequence:
-        """Queue a request of an account, to run with `adapter`, not before `leader` has computed the prompt they share.
+        """Queue a request of an account, to run with `adapter`, after `leader` has computed their common prompt.
 
         Raises:
-            RequestRejected: it could never run to its end, or the queue is full.
+            RequestRejected: it exceeds the context, or the queue is full.
         """
         prompt, answer = len(request.prompt_token_ids), request.sampling.max_tokens
         limit = self.limits.max_model_len if request.context_overflow == "error" else MAX_SLIDING_TOKENS
@@ -129,7 +129,7 @@ class Scheduler:
                 code="context_length_exceeded",
                 param="max_tokens",
             )
-        account = account or self._everybody
+        account = account or self._keyless
         self._require_place(account)
         arrived_s = self._clock()
         sequence = Sequence(
@@ -148,8 +148,8 @@ class Scheduler:
         return sequence
 
     def remove(self, sequence: Sequence, *, keep_content: bool = True) -> None:
-        """Forget a sequence, finished or aborted, and free its blocks, which the cache finds again if it may
-        `keep_content`; what a step in flight says of it is dropped."""
+        """Remove a finished or aborted sequence and free its blocks, which stay in the prefix cache with
+        `keep_content`. Results of a step in flight are dropped."""
         self._admission.remove(sequence, keep_content=keep_content)
         self._end(sequence)
         self._admission.kept.count_evicted(sequence)
@@ -176,15 +176,15 @@ class Scheduler:
 
     @property
     def num_evicted(self) -> int:
-        """Computed tokens that have gone out of sight, of running requests as far as blocks are full."""
+        """Computed tokens that were evicted; for running requests up to their last full block."""
         return self._admission.kept.num_evicted
 
     def evicted_tokens(self, sequence: Sequence) -> int:
-        """How many tokens of a sequence have gone out of sight; 0 if it never ran."""
+        """The number of a sequence's evicted tokens; 0 if it never ran."""
         return self.layout.evicted_tokens(len(sequence.tokens)) if sequence.was_admitted else 0
 
     def seconds_until_allowed(self) -> float | None:
-        """After which time an account at the limit of its key may go on; None when there is none."""
+        """Seconds until an account at its key's limit may continue; None: no account is at its limit."""
         now_s = self._clock()
         waits = [
             account.bucket.seconds_until(1, now_s) for account in self._admission.live if account.bucket is not None
@@ -192,11 +192,11 @@ class Scheduler:
         return min((wait for wait in waits if wait > 0), default=None)
 
     def schedule(self) -> list[Chunk]:
-        """Choose the next step's chunks and reserve their blocks; [] when there is nothing to do."""
+        """Choose the next step's chunks and reserve their blocks; [] if there is no work."""
         self._turn += 1
         self._admission.begin_step()
         decodes, prefills = self._runnable()
-        if not (prefills or self.waiting) and not self._has_parts():  # the usual step, of streams alone
+        if not (prefills or self.waiting) and not self._has_parts():  # the usual step: only streams
             filling = Filling(self._admission, self.limits, self._turn)
             filling.add_rows(decodes, self.limits.max_num_batched_tokens)
             self.num_blocked = 0
@@ -226,20 +226,20 @@ class Scheduler:
             if sequence.num_tokens - sequence.num_launched > 1:
                 prefills.append(sequence)
             elif sequence.num_launched == sequence.max_launched:
-                pass  # it ends when its last step is read
-            elif sequence.grammar is None or not sequence.waits_for_mask:  # else it holds up nobody
+                pass  # ends when its last step is read
+            elif sequence.grammar is None or not sequence.waits_for_mask:  # otherwise the others continue without it
                 decodes.append(sequence)
         return decodes, prefills
 
     def _has_parts(self) -> bool:
-        """Whether a step is divided: several accounts have requests, or one that has them is limited."""
+        """Whether accounts share a step: several have requests, or the only one is limited."""
         live = self._admission.live
         return len(live) > 1 or any([account.bucket is not None for account in live])
 
     def _fill_parts(
         self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int
     ) -> list[Chunk]:
-        """A step in which each account has a part."""
+        """Fill a step with a part for each account."""
         parts = self._parts(decodes, prefills, budget, prompt_budget)
         filling = Filling(self._admission, self.limits, self._turn, is_shared=len(parts) > 1)
         filling.add_rows(rows_of_parts(decodes, parts), budget)
@@ -252,7 +252,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def outsider(self, request: GenerationRequest) -> Iterator[Chunk]:
-        """The prompt of a request that is in nobody's way, for as long as it is computed. There must be free blocks."""
+        """A temporary sequence outside the queues: yields the chunk of its prompt. There must be free blocks."""
         sequence = Sequence(request=request, table=BlockTable(self.layout), rank=(0.0, 0), arrived_s=self._clock())
         blocks = self.pool.take(sequence.table.missing(sequence.num_prompt))
         assert blocks is not None
@@ -264,7 +264,7 @@ class Scheduler:
             self.pool.give_back(sequence.table.pop_all())
 
     def _parts(self, decodes: list[Sequence], prefills: list[Sequence], budget: int, prompt_budget: int) -> list[Part]:
-        """What each account gets of this step."""
+        """Each account's part of this step."""
         demands = {account: Demand(account=account) for account in self.waiting.accounts()}
         for sequence in decodes:
             demands.setdefault(sequence.account, Demand(account=sequence.account)).num_rows += 1
@@ -280,7 +280,7 @@ class Scheduler:
         return divide(list(demands.values()), self.limits.shares, budget, prompt_budget, self._turn)
 
     def _settle(self, parts: list[Part], chunks: list[Chunk]) -> None:
-        """Note who used how much of a step that was divided."""
+        """Record each account's usage of a shared step."""
         used = {part.account: 0 for part in parts if part.num_rows or part.num_prompt_tokens}
         for chunk in chunks:
             used[chunk.sequence.account] += chunk.length
@@ -291,11 +291,11 @@ class Scheduler:
     def apply(self, chunks: list[Chunk], sampled: list[list[int]]) -> list[tuple[Sequence, list[int]]]:
         """Record a finished step; `sampled` has the tokens of each chunk, none where it does not sample.
 
-        Steps are recorded in the order in which they were scheduled. Blocks are named and freed here and not before,
-        since only now their tokens are known; what was sampled for a sequence that is over is dropped.
+        Steps are recorded in the order of scheduling. Blocks get their keys and are freed only now that their tokens
+        are known; tokens of ended sequences are dropped.
 
-        Returns the sequences that got tokens, with the tokens, and without any those that are only a prompt when it has
-        been computed. Ending them is the caller's decision (`remove`).
+        Returns sequences with their new tokens; sequences without an answer are included, without tokens, when their
+        prompt is computed. The caller ends them (`remove`).
         """
         grown: list[tuple[Sequence, list[int]]] = []
         for (sequence, start, length, samples), tokens in zip(chunks, sampled, strict=True):
@@ -306,19 +306,19 @@ class Scheduler:
                     self._admission.kept.settle(sequence)
             elif sequence.is_over:
                 continue
-            # One that was preempted while the step ran has lost its blocks, but gets the step's tokens.
+            # A sequence preempted during the step has lost its blocks but gets the step's tokens.
             if samples:
                 if len(tokens) == 1:
                     sequence.tokens.append(tokens[0])
                 else:
                     sequence.tokens.extend(tokens)
-                    sequence.num_tokens += len(tokens) - 1  # one was counted when the step was scheduled
+                    sequence.num_tokens += len(tokens) - 1  # one was counted at scheduling
                 grown.append((sequence, tokens))
             elif computed == len(sequence.tokens):
                 grown.append((sequence, tokens))
         return grown
 
     def rewind(self, sequence: Sequence, count: int) -> None:
-        """Take back the last `count` tokens of an answer, as if they had never been there; see `Sequence.rewind`."""
+        """Undo the last `count` tokens of an answer; see `Sequence.rewind`."""
         if not self._admission.kept.rewind(sequence, count) and sequence.is_running:
             self._admission.preempt(sequence)

@@ -1,9 +1,9 @@
-"""What part of a step each account gets, where there are several. Pure decisions over counts of tokens.
+"""The parts of a step of several accounts. Pure decisions over counts of tokens.
 
-Tokens of a step are divided max-min fairly: nobody gets more than an equal part while another could use more. A step
-has only so many of them that the account which uses least is not slowed down to much less than what it would get if
-all used as much as it does; the others take turns over steps. That is for those who go on and on: an account that has
-used less than its part lately has credit, with which it takes a short prompt at once.
+Tokens of a step are divided max-min fairly: no account gets more than an equal part while another could use more. The
+number of tokens is limited, so that the account with the least demand is not much slower than if all had its demand;
+the others take turns over steps. This applies to steady load: an account that recently used less than its part has
+credit, with which it computes a short prompt at once.
 """
 
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from stellarbyte_server.engine.state.account import Account
 
 @dataclass(frozen=True, kw_only=True)
 class ShareLimits:
-    """What depends on the device."""
+    """Limits that depend on the device."""
 
-    free_tokens: int  # tokens that a step takes in about the time of none
-    most_credit: int  # tokens that an account may take at once, beyond its part
+    free_tokens: int  # tokens that hardly lengthen a step
+    most_credit: int  # most tokens of credit
 
 
 @dataclass(kw_only=True)
 class Demand:
-    """What an account could use in the next step."""
+    """An account's demand in the next step."""
 
     account: Account
     num_rows: int = 0  # sequences that only need their newest token
@@ -31,7 +31,7 @@ class Demand:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What it gets."""
+    """An account's part of a step."""
 
     account: Account
     num_rows: int
@@ -39,7 +39,7 @@ class Part:
 
 
 def max_min(demands: Sequence[int], total: int, first: int = 0) -> list[int]:
-    """Divide `total` so that the least satisfied gets as much as possible; tokens left over go round from `first`."""
+    """Divide `total` max-min fairly; remaining tokens are assigned in turn, starting with `first`."""
     parts = [0] * len(demands)
     left = total
     hungry = [number for number, demand in enumerate(demands) if demand]
@@ -59,15 +59,15 @@ def max_min(demands: Sequence[int], total: int, first: int = 0) -> list[int]:
 
 
 def fair_tokens(demands: Sequence[int], free_tokens: int) -> int:
-    """How many tokens a step may have: half as many again as if each account used what the one with least does."""
+    """The tokens of a step: 1.5 times as many as if all accounts had the least demand."""
     used = [demand for demand in demands if demand]
     return free_tokens + (3 * len(used) * min(used, default=0) + 1) // 2
 
 
 def divide(demands: Sequence[Demand], limits: ShareLimits, budget: int, prompt_budget: int, turn: int) -> list[Part]:
-    """What each account gets of a step of up to `budget` tokens, `prompt_budget` of them of prompts.
+    """Divide a step of up to `budget` tokens, at most `prompt_budget` of them of prompts, among accounts.
 
-    `turn` counts steps. Credits are not changed: see `settle`.
+    `turn` counts steps. Does not change credits: see `settle`.
     """
     prompts = max_min([demand.num_prompt_tokens for demand in demands], prompt_budget, turn)
     wanted = [demand.num_rows + tokens for demand, tokens in zip(demands, prompts, strict=True)]
@@ -84,7 +84,8 @@ def divide(demands: Sequence[Demand], limits: ShareLimits, budget: int, prompt_b
 
 
 def _part(demand: Demand, tokens: int, prompt_tokens: int, turn: int) -> Part:
-    """Rows go first, but prompts get up to half: otherwise an account with many streams could start no other."""
+    """Split an account's tokens: rows first, but up to half for prompts, so that an account with many streams can start
+    more."""
     for_prompts = min(prompt_tokens, max(tokens - demand.num_rows, (tokens + turn % 2) // 2))
     return Part(
         account=demand.account, num_rows=min(demand.num_rows, tokens - for_prompts), num_prompt_tokens=for_prompts
@@ -92,12 +93,12 @@ def _part(demand: Demand, tokens: int, prompt_tokens: int, turn: int) -> Part:
 
 
 def settle(used: dict[Account, int], limits: ShareLimits) -> None:
-    """Note what each account that could use the step has used: who used less than an equal part gets credit."""
+    """Record the usage of each account with demand: an account below an equal part gets credit."""
     equal = sum(used.values()) / max(1, len(used))
     for account, tokens in used.items():
         account.credit = min(float(limits.most_credit), max(0.0, account.credit + equal - tokens))
 
 
 def spend(account: Account, tokens: int, limits: ShareLimits) -> None:
-    """Note what an account has used of a step that it had for itself: it has been no modest one lately."""
+    """Record the usage of an account alone in a step, which reduces its credit."""
     account.credit = max(0.0, min(float(limits.most_credit), account.credit) - tokens)

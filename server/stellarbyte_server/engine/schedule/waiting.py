@@ -1,4 +1,4 @@
-"""The requests that do not run: in which order they will, and which have waited too long."""
+"""The queue of waiting requests: their order and timeouts."""
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
@@ -15,12 +15,12 @@ _rank = attrgetter("rank")
 
 
 def rank(priority: int, arrived_s: float, number: int) -> tuple[float, int]:
-    """Where a request stands among all others, least first; `number` counts requests.
+    """A request's place in the order of all requests, least first; `number` counts requests.
 
-    A level of priority is worth AGEING_S seconds of waiting: a request goes before those of the next lower level that
-    came up to AGEING_S earlier, and never before older ones. So within a priority the first to come is the first
-    served, and while priorities are bounded none of an account's requests waits for its newcomers longer than AGEING_S
-    times the difference in priority.
+    A level of priority equals AGEING_S seconds of waiting: a request precedes those of the next lower level that
+    arrived up to AGEING_S earlier, but not older ones. So requests of one priority are served in order of arrival, and
+    as priorities are bounded, a request waits for newer ones of its account at most AGEING_S times the difference in
+    priority.
     """
     return arrived_s + AGEING_S * priority, number
 
@@ -38,24 +38,24 @@ class WaitingQueue:
         return self._size
 
     def __iter__(self) -> Iterator[Sequence]:
-        """All, the first of each account before the second of any."""
+        """All sequences, the first of each account before any second one."""
         queues = [list(self._of_account[account]) for account in self.accounts()]
         if len(queues) == 1:
             return iter(queues[0])
         return (sequence for row in zip_longest(*queues) for sequence in row if sequence is not None)
 
     def accounts(self) -> list[Account]:
-        """Those with waiting sequences: who has the fewest running first, then whose first is the most important."""
+        """Accounts with waiting sequences: fewest running ones first, then by the rank of their first."""
         if len(self._of_account) < 2:
             return list(self._of_account)
         return sorted(self._of_account, key=lambda account: (account.num_running, self._of_account[account][0].rank))
 
     def of(self, account: Account) -> SequenceOf[Sequence]:
-        """An account's, the most important first."""
+        """An account's sequences in order of rank."""
         return self._of_account.get(account, ())
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence, or one that was stopped."""
+        """Queue a new or preempted sequence."""
         insort(self._of_account.setdefault(sequence.account, []), sequence, key=_rank)
         self._size += 1
         if not sequence.was_admitted:
@@ -70,7 +70,7 @@ class WaitingQueue:
         self._never_ran.pop(sequence, None)
 
     def pop_newest(self, account: Account) -> Sequence | None:
-        """Remove and return the least important one of an account that never ran; None when there is none."""
+        """Remove and return an account's last sequence by rank that never ran; None if there is none."""
         for sequence in reversed(self.of(account)):
             if not sequence.was_admitted:
                 self.remove(sequence)
@@ -78,7 +78,7 @@ class WaitingQueue:
         return None
 
     def pop_expired(self, now_s: float) -> list[Sequence]:
-        """Remove and return those that have waited for their first step for longer than the time-out."""
+        """Remove and return sequences that waited for their first step longer than the timeout."""
         expired: list[Sequence] = []
         if self._timeout_s is None:
             return expired

@@ -1,1 +1,1 @@
-"""What the engine keeps of requests, keys and cache blocks."""
+"""State of requests, keys and cache blocks."""

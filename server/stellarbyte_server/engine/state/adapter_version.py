@@ -1,4 +1,4 @@
-"""One content of an adapter under one name, from its first use to when it is forgotten. Plain data; decides nothing."""
+"""A version of an adapter: one content under one name, from its first use on. Plain data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,18 +9,18 @@ AdapterState = Literal["loading", "ready", "draining", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """Where an adapter is read from. Both files were found inside a folder the operator allowed, links resolved."""
+    """The files of an adapter, inside a folder that the operator allowed, with links resolved."""
 
     config: Path
     weights: Path
-    root: Path  # that folder
-    asked: str  # what they were found by
-    shown: str  # how the API names the place
+    root: Path  # the allowed folder
+    asked: str  # the name or path of the lookup
+    shown: str  # the path in the API
 
 
 @dataclass(slots=True)
 class AdapterTotals:
-    """Counts of all versions that a name had, one after the other."""
+    """Counts over all versions of a name."""
 
     num_requests: int = 0
     num_tokens: int = 0  # generated
@@ -28,22 +28,22 @@ class AdapterTotals:
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class AdapterVersion:
-    """Requests are bound to a version when they are accepted, and end on it whatever becomes of its name."""
+    """A version. Accepted requests are bound to it until they end, even if its name gets another version."""
 
     name: str
-    files: AdapterFiles | None  # None: they are being looked for, or were not found
-    state: AdapterState = "ready"  # loading: read for the first time; draining: its name is gone, requests are not
-    content_hash: str = ""  # SHA-256, hexadecimal; "" until it was read
+    files: AdapterFiles | None  # None: lookup in progress, or not found
+    state: AdapterState = "ready"  # loading: first read; draining: replaced or unloaded, with requests left
+    content_hash: str = ""  # SHA-256, hexadecimal; "" until read
     num_bytes: int = 0  # in memory
     rank: int = 0  # the largest of its modules
     matched: tuple[str, ...] = ()  # modules it changes
-    unmatched: tuple[str, ...] = ()  # targets in its config that it has no weights for
+    unmatched: tuple[str, ...] = ()  # targets in its config without weights
     error: str = ""  # one sentence, when failed
-    is_fault: bool = False  # when failed: of the server, not of its files
+    is_fault: bool = False  # when failed: a fault of the server, not of the files
     failed_at_s: float = 0.0
     is_in_memory: bool = False
     is_reading: bool = False
     slot: int = 0  # of the bank; 0: none
-    num_bound: int = 0  # requests that have not ended, running or not
+    num_bound: int = 0  # requests not ended
     used_at: int = 0  # order of use
     totals: AdapterTotals = field(default_factory=AdapterTotals)

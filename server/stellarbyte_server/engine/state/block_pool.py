@@ -1,7 +1,7 @@
-"""Which cache blocks are free, who holds the others, and what full ones contain. Plain Python; knows no tensors.
+"""The pool of cache blocks: free blocks, holders, and keys of full blocks. No tensors.
 
-A sequence's sinks (its first `sink_tokens`) have blocks of their own, the last one padded, so that every block has a
-single base position and the others can be freed in order. Blocks are numbered over the sequence, sinks first.
+A sequence's sinks (its first `sink_tokens`) have separate blocks, the last one padded, so that every block has a single
+base position and the others can be freed in order. Blocks are numbered over the sequence, sinks first.
 """
 
 from collections import OrderedDict
@@ -14,9 +14,8 @@ from functools import cached_property
 class CacheLayout:
     """How positions map to blocks.
 
-    `window`: tokens that stay visible in the widest layer, None when some layer sees everything (then no block is
-    freed early). `num_steps_ahead`: steps that are scheduled before the blocks that an earlier one put out of sight are
-    freed.
+    `window`: tokens that stay visible in the widest layer, None if a layer has no window (then no block is freed
+    early). `num_steps_ahead`: steps scheduled before the blocks that an earlier step made invisible are freed.
     """
 
     block_size: int
@@ -36,18 +35,18 @@ class CacheLayout:
         return self.sink_tokens + (number + 1 - sinks) * self.block_size
 
     def capacity(self, num_blocks: int) -> int:
-        """How many of a sequence's first positions have a slot in its first `num_blocks` blocks."""
+        """Number of a sequence's positions in its first `num_blocks` blocks."""
         return self.block_end(num_blocks - 1) if num_blocks else 0
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold the first `num_tokens` positions, none freed."""
+        """Blocks of the first `num_tokens` positions, without freeing any."""
         sinks = -(-min(num_tokens, self.sink_tokens) // self.block_size)
         return sinks + -(-max(0, num_tokens - self.sink_tokens) // self.block_size)
 
     def peak_blocks(self, num_tokens: int, chunk: int) -> int:
-        """Most blocks a sequence of `num_tokens` ever holds when at most `chunk` tokens are computed in a step.
+        """Most blocks that a sequence of `num_tokens` holds if a step computes at most `chunk` tokens.
 
-        Blocks are freed when another one is full (see `Scheduler`): the window is kept from there.
+        Blocks are freed when another one is full (see `Scheduler`), so the window counts from there.
         """
         everything = self.blocks_for(num_tokens)
         if self.window is None:
@@ -62,32 +61,32 @@ class CacheLayout:
 
     @property
     def visible_tokens(self) -> int:
-        """Most tokens a query sees; the window must not be None."""
+        """Most tokens that a query sees; the window must not be None."""
         assert self.window is not None
         return self.sink_tokens + self.window
 
     @property
     def steady_blocks(self) -> int:
-        """Most blocks a sequence of any length holds while it grows by a token a step; the window must not be None."""
+        """Most blocks that a sequence of any length holds while it decodes; the window must not be None."""
         return self._windowed_blocks(1)
 
     def num_unseen_blocks(self, position: int) -> int:
-        """How many blocks after the sinks neither the query at `position` nor any later one can see."""
+        """Number of blocks after the sinks that neither the query at `position` nor a later one sees."""
         if self.window is None:
             return 0
         return max(0, (position - self.window + 1 - self.sink_tokens) // self.block_size)
 
     def evicted_tokens(self, num_tokens: int) -> int:
-        """How many of a sequence's first `num_tokens` its newest one does not see in any layer."""
+        """Number of a sequence's first `num_tokens` that its newest one sees in no layer."""
         return 0 if self.window is None else max(0, num_tokens - self.sink_tokens - self.window)
 
 
 class BlockPool:
-    """All blocks. One is held by the sequences that have it in their tables, or it is free.
+    """All blocks. A block is held by the sequences that have it in their tables, or free.
 
-    A full block may have a key (see `prefix_cache`), which stands for its content. A free block keeps content and key
-    until it is taken: blocks without a key go first, those freed last before others (so what runs alone stays within
-    memory already in use), then the one that has been free the longest.
+    A full block may have a key (see `prefix_cache`) of its content. A free block keeps content and key until it is
+    taken: first blocks without a key, the last freed first (so that a single sequence stays in memory already in use),
+    then the block that has been free longest.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -107,7 +106,7 @@ class BlockPool:
         return self.num_blocks - self.num_free
 
     def take(self, count: int) -> list[int] | None:
-        """`count` blocks for one holder, or None (and nothing taken) when there are not so many."""
+        """Take `count` blocks for one holder; None, without taking any, if there are fewer."""
         if count > self.num_free:
             return None
         blocks = []
@@ -122,33 +121,33 @@ class BlockPool:
         return self._block_of.get(key)
 
     def num_held(self, blocks: Iterable[int]) -> int:
-        """How many of the blocks someone holds."""
+        """Number of the blocks that are held."""
         return sum(self._holders[block] > 0 for block in blocks)
 
     def hold(self, blocks: Iterable[int]) -> None:
-        """Add a holder to blocks that were found by their keys."""
+        """Add a holder to blocks found by their keys."""
         for block in blocks:
             if not self._holders[block]:
                 del self._idle[block]
             self._holders[block] += 1
 
     def name(self, block: int, key: bytes) -> None:
-        """Give a full block its key. Where another block has the key already, that one keeps it."""
+        """Give a full block its key, unless another block has it."""
         if key not in self._block_of:
             self._block_of[key] = block
             self._keys[block] = key
 
     def unname(self, block: int) -> bool:
-        """Take away a block's key, since other content will be written to it; False where others hold it as well."""
+        """Remove a block's key before other content is written to it; False if it has other holders."""
         if self._holders[block] > 1:
             return False
         self._forget(block)
         return True
 
     def give_back(self, blocks: Iterable[int], *, keep_content: bool = True) -> None:
-        """Remove a holder of each block; the first of them is forgotten first.
+        """Remove a holder of each block; of the freed blocks the first is reused first.
 
-        Without `keep_content` a block that is free by this loses its key.
+        Without `keep_content` freed blocks lose their keys.
         """
         for block in blocks:
             self._holders[block] -= 1
@@ -180,22 +179,22 @@ class BlockTable:
         self.sink_blocks: list[int] = []
         self.blocks: list[int] = []  # live ones after the sinks
         self.num_freed = 0  # blocks after the sinks that were freed; blocks[0] is number num_freed of them
-        self.capacity = 0  # positions below it have, or had, a slot
-        self.generation = 0  # how often it was emptied
-        self.changes = 0  # how often it was changed
-        self._num_told_sinks = 0  # of `sink_blocks`: those that `take_untold` has returned
-        self._num_told = 0  # of the others, freed ones included
+        self.capacity = 0  # positions below it have, or had, a block
+        self.generation = 0  # number of times emptied
+        self.changes = 0  # number of changes
+        self._num_told_sinks = 0  # of `sink_blocks`, returned by `take_untold`
+        self._num_told = 0  # of the others, including freed ones
 
     @property
     def _num_blocks(self) -> int:
         return len(self.sink_blocks) + self.num_freed + len(self.blocks)
 
     def missing(self, num_tokens: int) -> int:
-        """How many blocks must be added before positions below `num_tokens` have a slot."""
+        """Number of blocks to add so that positions below `num_tokens` have a block."""
         return max(0, self.layout.blocks_for(num_tokens) - self._num_blocks)
 
     def capacity_with(self, num_blocks: int) -> int:
-        """The capacity after `num_blocks` more."""
+        """The capacity with `num_blocks` more."""
         return self.layout.capacity(self._num_blocks + num_blocks)
 
     def add(self, blocks: list[int]) -> None:
@@ -206,7 +205,7 @@ class BlockTable:
         self.changes += 1
 
     def start_after(self, sink_blocks: Iterable[int], num_freed: int, blocks: Iterable[int]) -> None:
-        """Make a new table that of a sequence whose first blocks were found in the cache, some of them out of sight."""
+        """Initialise the table with a cached prefix, of which some blocks are not visible any more."""
         self.sink_blocks, self.num_freed, self.blocks = list(sink_blocks), num_freed, list(blocks)
         self.capacity = self.capacity_with(0)
         self.changes += 1
@@ -232,7 +231,7 @@ class BlockTable:
         return sinks + [(block, first + i * size) for i, block in enumerate(self.blocks)]
 
     def pop_unseen(self, next_position: int) -> list[int]:
-        """Remove and return the blocks that neither the query at `next_position` nor any later one can see."""
+        """Remove and return the blocks that neither the query at `next_position` nor a later one sees."""
         dead = min(self.layout.num_unseen_blocks(next_position) - self.num_freed, len(self.blocks))
         if dead <= 0:
             return []
@@ -243,7 +242,7 @@ class BlockTable:
         return freed
 
     def pop_after(self, num_tokens: int) -> list[int]:
-        """Remove and return the blocks that no position below `num_tokens` is in, last positions first."""
+        """Remove and return the blocks without positions below `num_tokens`, last positions first."""
         num_blocks = self.layout.blocks_for(num_tokens)
         kept = max(0, num_blocks - self.layout.num_sink_blocks - self.num_freed)
         popped = self.blocks[kept:][::-1] + self.sink_blocks[num_blocks:][::-1]
@@ -263,12 +262,12 @@ class BlockTable:
         return blocks
 
     def take_untold(self) -> tuple[int, list[int], int, list[int], int]:
-        """What was added since the last call: number of the first sink block, sink blocks, number of the first other
+        """Blocks added since the last call: number of the first sink block, sink blocks, number of the first other
         block, other blocks; and `num_freed`."""
         first_sink, first = self._num_told_sinks, max(self._num_told, self.num_freed)
         self._num_told_sinks, self._num_told = len(self.sink_blocks), self.num_freed + len(self.blocks)
         return first_sink, self.sink_blocks[first_sink:], first, self.blocks[first - self.num_freed :], self.num_freed
 
     def forget_told(self) -> None:
-        """The next `take_untold` returns all blocks."""
+        """Let the next `take_untold` return all blocks."""
         self._num_told_sinks = self._num_told = 0

@@ -1,4 +1,4 @@
-"""What the cache keeps of sequences: names full blocks, finds them again, frees those that are out of sight."""
+"""The prefix cache of sequences: gives full blocks their keys, finds them, frees invisible ones."""
 
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
 from stellarbyte_server.engine.state.prefix_cache import NOTHING_CACHED, BlockKeys, CachedPrefix, find_prefix
@@ -6,8 +6,8 @@ from stellarbyte_server.engine.state.sequence import Sequence
 
 
 class KeptBlocks:
-    """The blocks of all sequences by content. `num_evicted` counts computed tokens that have gone out of sight, of
-    running requests as far as blocks are full."""
+    """The blocks of all sequences by content. `num_evicted` counts evicted tokens; for running requests up to their
+    last full block."""
 
     def __init__(self, layout: CacheLayout, pool: BlockPool, *, prefix_caching: bool) -> None:
         self.prefix_caching = prefix_caching
@@ -16,18 +16,18 @@ class KeptBlocks:
         self._pool = pool
 
     def find(self, sequence: Sequence) -> CachedPrefix:
-        """What the cache holds of a sequence; never its last token, whose computation yields the next one."""
+        """The cached prefix of a sequence, without its last token, which must be computed to get the next one."""
         if not self.prefix_caching or not sequence.reads_cache:
             return NOTHING_CACHED
         return find_prefix(self._keys(sequence, len(sequence.tokens) - 1), self._layout, self._pool)
 
     def settle(self, sequence: Sequence) -> None:
-        """Name the blocks that have become full; free those that are out of sight from the end of the last full one.
+        """Give new full blocks their keys; free the blocks that are invisible from the end of the last full one.
 
-        Freed from there and not from the newest token on, a sequence always leaves a window that ends with a whole
-        block, which is where its continuation can start. A stream's own tokens are forgotten with their block, since
-        a continuation needs the last window only: so an endless stream uses the same few blocks over and over.
-        Prompts are kept: others may begin like them.
+        Counted from there, and not from the newest token, a sequence always keeps a window that ends with a whole
+        block, where a continuation can start. Blocks of an answer lose their keys when freed, since a continuation
+        needs only the last window: so an endless stream reuses the same few blocks. Blocks of prompts keep theirs, for
+        other requests with the same beginning.
         """
         layout, table = self._layout, sequence.table
         self.count_evicted(sequence)
@@ -43,10 +43,10 @@ class KeptBlocks:
             self._pool.give_back((block,), keep_content=layout.block_end(number) <= sequence.num_prompt)
 
     def rewind(self, sequence: Sequence, count: int) -> bool:
-        """Take back a sequence's last `count` tokens and the blocks that are unused then.
+        """Undo a sequence's last `count` tokens and free the blocks that are then unused.
 
-        A block that it will write to again loses its name; where others hold it, its tokens are computed anew in
-        another block. False where the window of the next token has lost blocks: it cannot go on from there.
+        A block that it will write again loses its key; if it has other holders, its tokens are recomputed in another
+        block. False if blocks of the next token's window were freed, so that the sequence cannot continue from there.
         """
         table, last_full = sequence.table, sequence.num_full
         self._pool.give_back(sequence.rewind(count))
@@ -59,11 +59,11 @@ class KeptBlocks:
         return self._holds_window(sequence)
 
     def _holds_window(self, sequence: Sequence) -> bool:
-        """Whether no block is freed that the next query sees."""
+        """Whether all blocks that the next query sees are held."""
         return sequence.table.num_freed <= self._layout.num_unseen_blocks(sequence.num_computed)
 
     def count_evicted(self, sequence: Sequence) -> None:
-        """Add what has gone out of sight since the last time; what a preempted sequence computes again counts once."""
+        """Count tokens evicted since the last call; tokens that a preempted sequence recomputes count once."""
         evicted = max(sequence.num_evicted, self._layout.evicted_tokens(sequence.num_computed + 1))
         self.num_evicted += evicted - sequence.num_evicted
         sequence.num_evicted = evicted
@@ -77,6 +77,6 @@ class KeptBlocks:
 
 
 def salt_of(sequence: Sequence) -> bytes:
-    """What two sequences must have in common, beside their tokens, to share content of the cache."""
+    """The condition, besides equal tokens, for sequences to share cached blocks."""
     adapter = None if sequence.adapter is None else (sequence.adapter.content_hash, sequence.request.adapter_scale)
     return repr((adapter, sequence.request.cache_salt)).encode()

@@ -1,8 +1,8 @@
-"""Finds the part of a sequence that is in the cache already. Plain Python over keys and block ids.
+"""Finds the cached prefix of a sequence, by keys and block ids.
 
-A full block's key is a hash of its parent's key and its own tokens, so it names every token from the start of the
-sequence. That is why blocks out of sight need not exist: a query sees the sinks and the window, and if those blocks
-are there under their keys, everything before them was the same.
+A full block's key is a hash of its parent's key and its own tokens, so it identifies every token from the start of the
+sequence. So invisible blocks need not exist: a query sees the sinks and the window, and if those blocks have the keys,
+all tokens before them are equal, too.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
 
 
 class BlockKeys:
-    """The keys of one sequence's full blocks, made as its blocks fill: one hash a block, nothing for other tokens.
+    """The keys of one sequence's full blocks, computed as they fill: one hash for each block.
 
-    `salt` is what else must be equal before content is shared; it stands where the first block's parent would be.
+    `salt`: further condition for sharing, in place of the first block's parent.
     """
 
     def __init__(self, layout: CacheLayout, salt: bytes) -> None:
@@ -34,7 +34,7 @@ class BlockKeys:
             self._start, self.next_end = self.next_end, self._layout.block_end(len(self.keys))
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget the keys of blocks that end after the first `num_tokens`: other tokens will fill them."""
+        """Forget the keys of blocks that end after the first `num_tokens`, as other tokens will fill them."""
         while self._start > num_tokens:
             self.keys.pop()
             self._start, self.next_end = self._layout.block_end(len(self.keys) - 1) if self.keys else 0, self._start
@@ -43,9 +43,9 @@ class BlockKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPrefix:
-    """The first `num_tokens` of a sequence need not be computed: these blocks are all that later queries see of them.
+    """The cached first `num_tokens` of a sequence, with all their blocks that later queries see.
 
-    `num_unseen` blocks lie between the sinks and `blocks`. The blocks are not held yet.
+    `num_unseen`: number of blocks between the sinks and `blocks`. The blocks are not held yet.
     """
 
     num_tokens: int
@@ -55,7 +55,7 @@ class CachedPrefix:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of the sequence up to `num_tokens`, unseen ones included."""
+        """Blocks of the sequence up to `num_tokens`, including unseen ones."""
         return len(self.sink_blocks) + self.num_unseen + len(self.blocks)
 
 
@@ -63,7 +63,7 @@ NOTHING_CACHED = CachedPrefix(num_tokens=0, sink_blocks=(), num_unseen=0, blocks
 
 
 def find_prefix(keys: list[bytes], layout: CacheLayout, pool: BlockPool) -> CachedPrefix:
-    """The longest prefix, in whole blocks, whose visible blocks are all in the pool. Looks no key up twice."""
+    """The longest prefix, in whole blocks, with all visible blocks in the pool. Looks up each key once."""
     sinks: list[int] = []
     for key in keys[: layout.num_sink_blocks]:
         block = pool.find(key)
@@ -78,7 +78,7 @@ def find_prefix(keys: list[bytes], layout: CacheLayout, pool: BlockPool) -> Cach
         for number in range(last, len(sinks) + num_unseen - 1, -1):
             block = pool.find(keys[number])
             if block is None:
-                last = number - 1  # every prefix that ends later would need this block
+                last = number - 1  # every longer prefix needs this block
                 break
             blocks.append(block)
         else:

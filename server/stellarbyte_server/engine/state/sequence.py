@@ -1,4 +1,4 @@
-"""One request on its way through the engine, and the part of it that a step computes."""
+"""A request in the engine, and the part of it that a step computes."""
 
 from array import array
 from dataclasses import dataclass, field
@@ -14,31 +14,31 @@ from stellarbyte_server.protocol.request import GenerationRequest
 
 
 class TokenMask(Protocol):
-    """What may follow: the part of a grammar's state that sampling asks for."""
+    """A grammar's allowed next tokens, for sampling."""
 
     num_words: int
-    """Of a mask: one for 32 tokens of the vocabulary, rounded up."""
+    """Words of a mask: one for 32 tokens of the vocabulary, rounded up."""
 
     def mask(self, out: np.ndarray) -> None:
-        """Set bit v % 32 of the uint32 word v // 32 for every token v that may follow, and clear all others."""
+        """Set bit v % 32 of the uint32 word v // 32 for every allowed token v, and clear all others."""
 
     @property
     def is_ready(self) -> bool:
-        """`mask` need not wait for another thread."""
+        """Whether `mask` returns without waiting for another thread."""
 
     @property
     def is_slow(self) -> bool:
-        """Its masks are computed by another thread, each after the token before it is known."""
+        """Whether another thread computes the masks, each after the previous token is known."""
 
     def rewind(self, num_tokens: int) -> None:
-        """Go back to where it was before the last `num_tokens` that it accepted."""
+        """Undo the last `num_tokens` accepted tokens."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
     """A request, its tokens and its blocks.
 
-    `rank` orders sequences by importance, least first; no two are equal. `arrived_s` is the scheduler's clock.
+    `rank` orders sequences, least first, without ties. `arrived_s` is by the scheduler's clock.
     """
 
     request: GenerationRequest
@@ -49,26 +49,26 @@ class Sequence:
     adapter: AdapterVersion | None = None
     leader: "Sequence | None" = None  # has the same prompt and computes it first
     grammar: TokenMask | None = None
-    end_token_ids: frozenset[int] = frozenset()  # those that end the answer
-    keys: BlockKeys | None = None  # made when first needed: they begin with the adapter's content, then known
-    queued_s: float = field(init=False)  # since when it has not run
-    tokens: "array[int]" = field(init=False)  # prompt, then what was sampled
-    num_computed: int = 0  # tokens whose keys are in the cache, or were and are out of sight; of steps that were read
-    num_launched: int = 0  # tokens given to steps, read or in flight
-    num_tokens: int = field(init=False)  # `tokens`, and those that steps in flight sample for it
-    max_launched: int = field(init=False)  # tokens that are ever computed: an answer's last one never is
-    num_full: int = 0  # blocks from the sequence's start that are full, and settled by the scheduler
-    next_full_at: int = 0  # num_computed with which there is another
+    end_token_ids: frozenset[int] = frozenset()  # tokens that end the answer
+    keys: BlockKeys | None = None  # created on first use: they depend on the adapter's content, which is known then
+    queued_s: float = field(init=False)  # time since which it has not run
+    tokens: "array[int]" = field(init=False)  # prompt, then sampled tokens
+    num_computed: int = 0  # tokens with keys in the cache, or evicted; of steps already read
+    num_launched: int = 0  # tokens assigned to steps, read or in flight
+    num_tokens: int = field(init=False)  # `tokens`, plus those that steps in flight sample
+    max_launched: int = field(init=False)  # most tokens to compute: an answer's last one is not
+    num_full: int = 0  # full blocks from the sequence's start, settled by the scheduler
+    next_full_at: int = 0  # num_computed at which the next one is full
     is_running: bool = False
-    was_admitted: bool = False  # has run at least once
+    was_admitted: bool = False  # whether it has run
     running_since_s: float = 0.0
-    turn_start: int = 0  # tokens it had when it began, or began again, to run
-    num_evicted: int = 0  # tokens out of sight, as far as they were counted
-    num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
-    samples: bool = field(init=False)  # it has an answer, and is not only a prompt
-    reads_cache: bool = field(init=False)  # it does not need to see every token of its prompt
-    is_over: bool = False  # it was taken out of the scheduler
-    is_rewound: bool = False  # tokens were taken back, and the executor was not told yet
+    turn_start: int = 0  # its tokens when it last started or resumed
+    num_evicted: int = 0  # evicted tokens counted so far
+    num_cached: int = 0  # prompt tokens found in the cache at its first step
+    samples: bool = field(init=False)  # whether it has an answer
+    reads_cache: bool = field(init=False)  # not if all tokens of its prompt must be computed
+    is_over: bool = False  # removed from the scheduler
+    is_rewound: bool = False  # tokens were undone, which the executor does not know yet
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)
@@ -89,38 +89,38 @@ class Sequence:
 
     @property
     def num_unread(self) -> int:
-        """Tokens whose values are not known yet, since the steps that sample them have not been read."""
+        """Tokens with unknown values, as the steps that sample them have not been read."""
         return self.num_tokens - len(self.tokens)
 
     @property
     def num_pending(self) -> int:
-        """Tokens, unread ones included, that no step was given yet."""
+        """Tokens, including unread ones, not assigned to a step."""
         return self.num_tokens - self.num_launched
 
     @property
     def num_generated(self) -> int:
-        """Tokens of the answer that are known."""
+        """Known tokens of the answer."""
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
     @property
     def waits_for_leader(self) -> bool:
-        """Another sequence is computing the same prompt, which will then be in the cache."""
+        """Whether another sequence is computing the same prompt, which will then be in the cache."""
         leader = self.leader
         return leader is not None and not leader.is_over and leader.num_computed < leader.num_prompt
 
     @property
     def waits_for_mask(self) -> bool:
-        """What may follow is being computed, or will be on another thread: others go on without it."""
+        """Whether another thread computes, or will compute, the next mask; other sequences continue."""
         grammar = self.grammar
         return grammar is not None and (not grammar.is_ready or (grammar.is_slow and self.num_unread > 0))
 
     def rewind(self, count: int) -> list[int]:
-        """Take back the last `count` tokens of the answer, and all that is kept of them.
+        """Undo the last `count` tokens of the answer and all their state.
 
-        No step with it may be in flight. Its grammar must have accepted these tokens, if it has one. Its newest token
-        is computed next; what is in the cache of the tokens before it counts.
+        No step with it may be in flight. Its grammar, if any, must have accepted these tokens. Its newest token is
+        computed next; cached tokens before it count as computed.
 
-        Returns the blocks that it does not need any more, last positions first, for the pool.
+        Returns the blocks that are then unused, last positions first, for the pool.
         """
         assert 0 < count <= self.num_generated and not self.num_unread
         del self.tokens[-count:]
@@ -131,7 +131,7 @@ class Sequence:
         return self.compute_again(self.num_tokens - 1)
 
     def compute_again(self, start: int) -> list[int]:
-        """Let nothing count as computed from position `start` on; the blocks that are unused then."""
+        """Mark tokens from position `start` on as not computed; returns the blocks that are then unused."""
         layout = self.table.layout
         self.num_computed = self.num_launched = min(self.num_computed, start)
         while self.num_full and layout.block_end(self.num_full - 1) > self.num_computed:
@@ -143,9 +143,9 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """Tokens start..start+length of a sequence, to be computed in one step."""
+    """Tokens start..start+length of a sequence, for one step."""
 
     sequence: Sequence
     start: int
     length: int
-    samples: bool  # it ends at the sequence's last token, so the step yields the next one
+    samples: bool  # it ends at the sequence's last token, so the step samples the next one

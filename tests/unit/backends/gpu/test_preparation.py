@@ -74,4 +74,4 @@ def test_it_says_once_that_all_is_ready_unless_something_is_missing(
         preparation.stop()
     told = [message for message in caplog.messages if "kernels" in message]
     assert len(told) == 1
-    assert told[0].startswith("could not prepare" if fails else "kernels are ready")
+    assert told[0].startswith("not all kernels could be prepared" if fails else "kernels are ready")

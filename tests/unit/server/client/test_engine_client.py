@@ -140,8 +140,8 @@ def test_an_engine_that_makes_no_progress_is_reported(settings, monkeypatch):
         await read((await client.submit(a_request("a first step", "first")))[0])
         submitting = asyncio.create_task(client.submit(a_request(HANG)))
         await until(lambda: client.health() is not None)
-        assert "work is waiting" in client.health()
-        with pytest.raises(EngineDead, match="work is waiting"):  # a queue that nobody reads has no limits
+        assert "requests are waiting" in client.health()
+        with pytest.raises(EngineDead, match="requests are waiting"):  # a queue that nobody reads has no limits
             await client.submit(a_request("one more", "late"))
         os.kill(process.process_id, signal.SIGKILL)
         with pytest.raises(EngineDead):
@@ -175,7 +175,7 @@ def test_an_engine_that_falls_silent_without_work_is_reported_as_that(settings, 
         os.kill(process.process_id, signal.SIGSTOP)
         try:
             await until(lambda: client.health() is not None)
-            assert "not been heard of" in client.health()
+            assert "not sent a message" in client.health()
         finally:
             os.kill(process.process_id, signal.SIGCONT)
         await until(lambda: client.health() is None)

@@ -289,7 +289,7 @@ def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
 def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
     engine = AdapterEngine(folder)
     assert engine.adapters.load("1", "x", "a", False) is None
-    assert "being loaded already" in engine.adapters.load("2", "x", "b", True).message
+    assert "already being loaded" in engine.adapters.load("2", "x", "b", True).message
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -67,7 +67,7 @@ def test_a_request_too_large_for_any_step_ends_and_the_others_go_on(late: bool, 
     said = drain(core, *small, large)
     last = said.pop("large")[-1]
     assert isinstance(last, Delta) and last.finish_reason == "error"
-    assert last.error == "There is too little memory left for this request."
+    assert last.error == "The device has too little memory for this request."
 
     def answers(items: dict[str, list[Any]]) -> list[Any]:
         deltas = [merged([item for item in of if isinstance(item, Delta)]) for of in items.values()]

@@ -159,7 +159,7 @@ def test_a_refusal_says_what_is_wrong_in_one_sentence(compiler: GrammarCompiler)
         'start: %json {"pattern": "(?=a)"}': "look-around",
         'start: %json {"pattern": "(a$|b)c"}': "lookarounds",
         'start: %json {"type": "string", "minLength": 2, "maxLength": 1}': "No value can satisfy the schema",
-        'start: %json {"$ref": "#/$defs/a"}': "'#/$defs/a' leads nowhere",
+        'start: %json {"$ref": "#/$defs/a"}': "'#/$defs/a' does not exist",
         "start: nowhere": "unknown name",
         "start: (((": "The grammar cannot be used",
         "start: " + "a? " * 60_000 + '\na: "a"': "The grammar is too complex.",

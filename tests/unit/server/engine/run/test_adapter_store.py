@@ -146,7 +146,7 @@ def test_a_copy_that_fails_is_heard_of(
             wait(store)
     else:
         done = wait(store)
-        assert isinstance(done, FillDone) and "could not be made ready" in done.error
+        assert isinstance(done, FillDone) and "could not be copied to the device" in done.error
 
 
 def test_an_adapter_that_cannot_be_read_for_no_reason_of_its_own_is_the_servers_fault(
