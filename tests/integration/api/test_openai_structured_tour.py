@@ -122,11 +122,12 @@ def test_a_tool_call_makes_the_round_trip(client) -> None:
 
 
 @pytest.mark.parametrize("name", ["get_weather", "get_time"])
-def test_a_named_tool_is_the_one_called(client, name) -> None:
+def test_a_named_tool_is_called_once(client, name) -> None:
     choice = {"type": "function", "function": {"name": name}}
-    message = chat(client, WEATHER, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices[0].message
-    assert [call.function.name for call in message.tool_calls] == [name]
-    check_calls(message.tool_calls)
+    (answer,) = chat(client, WEATHER, tools=TOOLS, tool_choice=choice).choices
+    assert answer.finish_reason == "tool_calls"
+    assert [call.function.name for call in answer.message.tool_calls] == [name]
+    check_calls(answer.message.tool_calls)
 
 
 def called_before() -> list[dict]:
@@ -184,6 +185,29 @@ def test_streamed_tool_calls_are_those_of_the_whole_answer(client) -> None:
     assert "".join(delta.function.arguments or "" for delta in deltas) == whole.function.arguments
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("helper", ["stream", "parse"])
+def test_an_answer_as_the_clients_helpers_return_it_can_be_sent_back(client, helper) -> None:
+    wanted = openai.pydantic_function_tool(Capital, name="tell_capital")
+    ask = {"model": MODEL_NAME, "temperature": 0, "max_tokens": 60, "tools": [wanted]}
+    ask |= {"tool_choice": {"type": "function", "function": {"name": "tell_capital"}}}
+    if helper == "parse":
+        answer = client.chat.completions.parse(messages=QUESTION, **ask)
+    else:
+        with client.chat.completions.stream(messages=QUESTION, **ask) as stream:
+            answer = stream.get_final_completion()
+    message = answer.choices[0].message
+    (call,) = message.tool_calls
+    told = [*QUESTION, message, {"role": "tool", "tool_call_id": call.id, "content": "Right."}]
+    (again,) = client.chat.completions.parse(messages=told, **ask).choices
+    assert isinstance(again.message.tool_calls[0].function.parsed_arguments, Capital)
+
+
+def test_arguments_that_were_cut_off_can_be_sent_back(client) -> None:
+    cut = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Par'}}
+    told = [*WEATHER, {"role": "assistant", "tool_calls": [cut]}, {"role": "tool", "tool_call_id": "c", "content": "?"}]
+    assert chat(client, told, tools=TOOLS, tool_choice="none", max_tokens=4).choices[0].message.content
 
 
 def test_the_client_parses_the_arguments_of_a_call(client) -> None:

@@ -63,7 +63,7 @@ def test_a_chat_may_end_before_the_answer_or_within_it(fake_server):
         ({"prompt": "a", "mood": "good"}, "mood"),
         ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "hi", "mood": "good"}]}, "messages[0].mood"),
+        ({"messages": [{"role": "user", "content": "hi"}], "mood": "good"}, "mood"),
         ({"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"prompt": "a", "return_token_strs": "yes"}, "return_token_strs"),
     ],

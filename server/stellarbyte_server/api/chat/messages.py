@@ -8,7 +8,6 @@ from pydantic_core import from_json
 
 from stellarbyte_server.api.chat.tools import Toolbox, describe_tool, template_takes_tools
 from stellarbyte_server.api.contract.bodies.tools import FunctionTool, ToolCall
-from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.structured.tool_calls import HERMES
 
 
@@ -20,6 +19,8 @@ class ChatMessage(Protocol):
     @property
     def content(self) -> str | None: ...
     @property
+    def refusal(self) -> str | None: ...
+    @property
     def name(self) -> str | None: ...
     @property
     def tool_calls(self) -> Sequence[ToolCall] | None: ...
@@ -30,7 +31,7 @@ class ChatMessage(Protocol):
 def messages_for_template(
     messages: Sequence[ChatMessage], toolbox: Toolbox | None, template_source: str | None = None
 ) -> list[dict[str, Any]]:
-    """Messages as the chat template knows them; ApiError when a call's arguments are no JSON object.
+    """Messages as the chat template knows them.
 
     `template_source` tells, where there is no toolbox, how earlier calls are shown.
     """
@@ -43,7 +44,8 @@ def messages_for_template(
 
 def _known_fields(message: ChatMessage) -> dict[str, Any]:
     """Templates call the developer's role system."""
-    content = "" if message.content is None else message.content
+    texts = (text for text in (message.content, message.refusal, "") if text is not None)
+    content = next(texts)
     known: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
     if message.name is not None:
         known["name"] = message.name
@@ -58,23 +60,26 @@ def _known_fields(message: ChatMessage) -> dict[str, Any]:
 
 
 def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for a template that knows tools: it wants arguments as objects, not as text."""
+    """Messages for a template that knows tools: it wants arguments as objects, where they are, not as text."""
     return [
-        {**message, "tool_calls": list(_parsed_calls(message, i))} if message.get("tool_calls") else dict(message)
-        for i, message in enumerate(messages)
+        {**message, "tool_calls": list(_parsed_calls(message))} if message.get("tool_calls") else dict(message)
+        for message in messages
     ]
 
 
-def _parsed_calls(message: Mapping[str, Any], i: int) -> Iterator[dict[str, Any]]:
-    for j, call in enumerate(message["tool_calls"]):
-        path = f"messages[{i}].tool_calls[{j}].function.arguments"
-        try:
-            arguments = from_json(call["function"]["arguments"] or "{}", allow_inf_nan=False)
-        except ValueError as error:
-            raise bad_request(f"The field '{path}' is not valid JSON: {error}.", path) from None
-        if not isinstance(arguments, dict):
-            raise bad_request(f"The field '{path}' is not a JSON object.", path)
+def _parsed_calls(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for call in message["tool_calls"]:
+        arguments = _parsed_arguments(call["function"]["arguments"])
         yield {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _parsed_arguments(text: str) -> dict[str, Any] | str:
+    """A JSON object, or the text itself: a call may have been cut off by its answer's length."""
+    try:
+        arguments = from_json(text or "{}", allow_inf_nan=False)
+    except ValueError:
+        return text
+    return arguments if isinstance(arguments, dict) else text
 
 
 def with_tool_prompt(messages: Sequence[Mapping[str, Any]], tools: Sequence[FunctionTool]) -> list[dict[str, Any]]:
@@ -89,7 +94,7 @@ def with_tool_prompt(messages: Sequence[Mapping[str, Any]], tools: Sequence[Func
                 shown.append({"role": "user", "content": "\n".join(results)})
                 results = []
         elif message.get("tool_calls"):
-            calls = [_call_text(call["function"]) for call in _parsed_calls(message, i)]
+            calls = [_call_text(call["function"]) for call in _parsed_calls(message)]
             shown.append({"role": role, "content": "\n".join([content, *calls] if content else calls)})
         else:
             shown.append(dict(message))

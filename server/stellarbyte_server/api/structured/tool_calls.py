@@ -51,12 +51,14 @@ def tools_grammar(
     """What an answer has to be, in llguidance's Lark; None: any text, or `content_rule` if there is one.
 
     Free text may hold anything but the trigger, after which a call has to follow. `content_rule` is a rule in Lark
-    that an answer without calls follows instead of being free. ApiError for a schema that cannot be enforced.
+    that an answer without calls follows instead of being free. A named tool is called exactly once. ApiError for a
+    schema that cannot be enforced.
     """
     called = list(callable_tools(tools, choice))
     if not called:
         return None
-    more = "" if format.separator is None or not parallel else f" ({_quoted(format.separator)} call)*"
+    is_one = format.separator is None or not parallel or isinstance(choice, NamedTool)
+    more = "" if is_one else f" ({_quoted(format.separator or '')} call)*"
     rules = []
     if choice != "auto":
         rules.append(f"start: call{more}")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from stellarbyte_server.api.contract.bodies import unsupported
 from stellarbyte_server.api.contract.bodies.body import Body
@@ -18,45 +18,57 @@ _TEXT_PART_SCHEMA = {
     "type": "object",
     "properties": {"type": {"enum": ["text", None]}, "text": {"type": "string"}},
     "required": ["text"],
-    "additionalProperties": False,
+}
+_REFUSAL_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}},
+    "required": ["type", "refusal"],
 }
 _CONTENT_SCHEMA = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": _TEXT_PART_SCHEMA, "maxItems": MAX_PARTS},
+        {"type": "array", "items": {"anyOf": [_TEXT_PART_SCHEMA, _REFUSAL_PART_SCHEMA]}, "maxItems": MAX_PARTS},
         {"type": "null"},
     ]
 }
 
 
 def _content(value: object) -> str | None:
-    """A message's text; text parts are joined by newlines."""
+    """A message's text; parts are joined by newlines."""
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise wrong("it must be a string or a list of text parts")
     if len(value) > MAX_PARTS:
         raise wrong(f"it has {len(value)} parts; at most {MAX_PARTS} are allowed")
-    for i, part in enumerate(value):
-        if (
-            not isinstance(part, dict)
-            or part.get("type") not in ("text", None)
-            or not isinstance(part.get("text"), str)
-        ):
-            raise wrong(f"part {i} is not a text part, and only those are supported")
-        unknown = part.keys() - {"type", "text"}
-        if unknown:
-            raise wrong(f"part {i} has the unknown field {min(unknown)!r}")
-    return "\n".join(part["text"] for part in value)
+    return "\n".join(_part_text(i, part) for i, part in enumerate(value))
 
 
-class Message(Body):
-    not_supported: ClassVar = unsupported.OF_MESSAGES
+def _part_text(i: int, part: object) -> str:
+    """The text of a part, whatever else an SDK has put into it."""
+    if isinstance(part, dict):
+        text = part.get({"text": "text", None: "text", "refusal": "refusal"}.get(part.get("type"), ""))
+        if isinstance(text, str):
+            return text
+    raise wrong(f"part {i} is not a text part, and only those are supported")
+
+
+def _no_audio(value: object) -> None:
+    if value is not None:
+        raise wrong("answers in audio are not supported; send what was said as the content")
+
+
+class Message(BaseModel):
+    """Unknown fields have no effect: SDKs send the answers that they have read back with fields of their own."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool"] = required("Who says it.")
     content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = optional(
         "A text, or parts of text, which are joined by newlines. Only the assistant's may have none."
     )
+    refusal: str | None = optional("What the assistant said in place of an answer; its content where it has none.")
+    audio: Annotated[None, BeforeValidator(_no_audio)] = optional("Not supported.")
     name: Annotated[str, Field(max_length=256)] | None = optional("Who it is by, where the chat template shows that.")
     tool_calls: Annotated[list[ToolCall], AtMost(MAX_TOOLS)] | None = optional("Calls that the assistant made.")
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = optional(

@@ -43,12 +43,18 @@ class NamedTool(_Part):
     function: FunctionName = required("One of the tools.")
 
 
-class FunctionCall(_Part):
+class _SentBack(BaseModel):
+    """Of an earlier answer, with whatever an SDK has added to it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class FunctionCall(_SentBack):
     name: Name = required("The tool's name.")
-    arguments: str = required("JSON, as text.")
+    arguments: str = required("JSON, as text; an answer that was cut off may hold the beginning of one.")
 
 
-class ToolCall(_Part):
+class ToolCall(_SentBack):
     id: Annotated[str, Field(min_length=1, max_length=256)] = required("As it was in the answer.")
     type: Literal["function"] = required(ONLY_KIND)
     function: FunctionCall = required("What was called.")

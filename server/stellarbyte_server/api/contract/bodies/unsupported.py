@@ -36,15 +36,6 @@ OF_RESPONSES: Neutral = {
     "stream_options": ({},),
 }
 OF_TEXT_SETTINGS: Neutral = {"verbosity": ("medium",)}
-# What an answer of ours, or of others, carries when it is sent back as a message of the assistant.
-OF_MESSAGES: Neutral = {
-    "refusal": ("",),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "reasoning_content": ("",),
-    "reasoning": ("",),
-}
 OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
 

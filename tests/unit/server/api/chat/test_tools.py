@@ -199,8 +199,8 @@ def test_nothing_is_no_answer_where_a_call_is_required(llguidance_tokenizer, cho
     assert refused_rest(llguidance_tokenizer, tools_grammar(offered(), choice, True, format), "") is None
 
 
-@pytest.mark.parametrize("text", [TIME, f"{TIME}\n{TIME}", '<tool_call>\n{"name": "get|", "arg'])
-def test_a_named_tool_is_the_only_one(llguidance_tokenizer, text):
+@pytest.mark.parametrize("text", [TIME, f"{TIME}|\n{TIME}", '<tool_call>\n{"name": "get|", "arg'])
+def test_a_named_tool_is_called_once(llguidance_tokenizer, text):
     assert_allows(llguidance_tokenizer, tools_grammar(offered(), named("get_time"), True, HERMES), text)
 
 
@@ -326,13 +326,14 @@ def test_a_template_that_knows_tools_gets_arguments_as_objects():
 @pytest.mark.parametrize(
     "arguments", ["{", "[]", "null", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' * 5000 + "1" + "}" * 5000]
 )
-@pytest.mark.parametrize("show", [with_parsed_arguments, lambda messages: with_tool_prompt(messages, ())])
-def test_arguments_that_are_no_json_object_are_refused_by_their_place(show, arguments):
+def test_arguments_that_are_no_json_object_are_shown_as_the_text_they_are(arguments):
     good, bad = CALLED["tool_calls"]
     bad = bad | {"function": {"name": "f", "arguments": arguments}}
-    with pytest.raises(ApiError) as caught:
-        show([{"role": "user", "content": "hi"}, CALLED | {"tool_calls": [good, bad]}])
-    assert (caught.value.status, caught.value.param) == (400, "messages[1].tool_calls[1].function.arguments")
+    called = CALLED | {"tool_calls": [good, bad]}
+    (shown,) = with_parsed_arguments([called])
+    assert [call["function"]["arguments"] for call in shown["tool_calls"]] == [{"city": "São"}, arguments]
+    (shown,) = with_tool_prompt([called], ())
+    assert shown["content"] == f"{GET}\n{hermes('f', json.dumps(arguments))}"
 
 
 def test_a_template_that_knows_no_tools_is_told_of_everything_in_text():
@@ -355,7 +356,7 @@ def test_the_tool_prompt_makes_a_system_message_where_there_is_none():
 
 class Message:
     def __init__(self, role, content, tool_calls=None, tool_call_id=None):
-        self.role, self.content, self.name = role, content, None
+        self.role, self.content, self.name, self.refusal = role, content, None, None
         self.tool_calls, self.tool_call_id = tool_calls, tool_call_id
 
 

@@ -125,7 +125,8 @@ def test_a_wrong_or_unsupported_field_is_refused_by_name(field, value):
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "hi", "mood": 1}]}, "messages[0].mood"),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "refusal", "text": "no"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -235,6 +236,17 @@ def test_every_service_tier_of_openais_client_is_taken(body):
 def test_an_answer_can_be_sent_back_as_a_message():
     answer = {"role": "assistant", "content": "hello", "refusal": None, "annotations": [], "tool_calls": None}
     chat(messages=[*CHAT["messages"], answer, *CHAT["messages"]])
+
+
+def test_what_sdks_add_to_messages_is_fine_there_and_has_no_effect():
+    function = {"name": "f", "arguments": "{", "parsed_arguments": None, "mood": 1}
+    call = {"id": "c", "index": 0, "type": "function", "function": function, "mood": 1}
+    answer = {"role": "assistant", "content": None, "parsed": None, "audio": None, "tool_calls": [call], "mood": 1}
+    parts = [{"type": "text", "text": "a", "cache_control": {}}, {"type": "refusal", "refusal": "b", "mood": 1}]
+    sent = [*CHAT["messages"], answer, {"role": "user", "content": parts, "mood": 1}]
+    body, ignored = parse_body(ChatBody, json.dumps(CHAT | {"messages": sent}).encode(), warn_unknown=True)
+    assert (ignored, body.messages[2].content) == ([], "a\nb")
+    assert body.messages[1].tool_calls[0].function.arguments == "{"
 
 
 def test_text_parts_are_one_text():
