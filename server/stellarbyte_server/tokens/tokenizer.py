@@ -4,6 +4,7 @@ Does not use transformers, whose tokenizers take seconds to import and load torc
 `apply_chat_template`.
 """
 
+import functools
 import json
 import os
 import secrets
@@ -68,6 +69,11 @@ class PromptTokenizer:
     @property
     def chat_template_source(self) -> str | None:
         return None if self._chat_template is None else self._chat_template.source
+
+    @property
+    def takes_system_messages(self) -> bool:
+        """Whether the chat template shows messages by the system."""
+        return self._chat_template is None or self._chat_template.takes_system
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt, with the special tokens that the tokenizer adds, if `add_special_tokens`."""
@@ -142,6 +148,13 @@ class PromptTokenizer:
         """The text of tokens; invalid UTF-8 becomes U+FFFD, ids without a token become nothing."""
         return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
+    def special_token_id(self, text: str) -> int | None:
+        """The special token that is written so, if there is one that the model can read."""
+        token_id = self._tokenizer.token_to_id(text)
+        if token_id is None or token_id not in self.token_bytes.special_ids or token_id >= self._vocab_size:
+            return None
+        return token_id
+
     def token_text(self, token_id: int) -> str:
         """A token's spelling in the vocabulary ("Ġthe" for " the"); "" for an id without a token."""
         text = self._tokenizer.id_to_token(token_id)
@@ -165,6 +178,16 @@ class ChatTemplate:
             raise ChatTemplateError(f"The chat template cannot be read: {error}.") from error
         self.source = source
         self._special_tokens = dict(special_tokens)
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """It shows a message by the system; others refuse it or leave it out."""
+        content = "instructions"
+        try:
+            shown = self.render([{"role": "system", "content": content}, {"role": "user", "content": "question"}])
+        except ChatTemplateError:
+            return False
+        return content in shown
 
     def render(
         self,

@@ -20,6 +20,10 @@ from tests.support.servers.server_process import ServerProcess
 MUTATIONS = 20_000
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+CUSTOM = {
+    "type": "custom",
+    "custom": {"name": "g", "format": {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /a+/"}}},
+}
 BODIES = {
     "/v1/completions": (
         CompletionBody,
@@ -30,8 +34,11 @@ BODIES = {
         {
             "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
             "max_tokens": 2,
-            "tools": [TOOL],
-            "tool_choice": "none",
+            "tools": [TOOL, CUSTOM],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]},
+            },
             "response_format": {"type": "text"},
         },
     ),

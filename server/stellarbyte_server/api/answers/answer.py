@@ -44,6 +44,7 @@ class AnswerPlan:
     stream: bool
     grammar_param: str | None = None  # the field that the requests' grammar is made of
     include_usage: bool = False
+    begins_with_text: bool = True  # of a chat; otherwise its answers are calls of tools and nothing else
 
 
 async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dict[str, str]) -> Response:
@@ -151,7 +152,8 @@ async def _events(
     """The answer as server-sent events; a failure is its last one."""
     readers = [plan.reader(number) for number in range(len(streams))]
     if plan.kind == "chat":
-        yield b"".join([writer.role(number) for number in range(len(streams))])
+        content = "" if plan.begins_with_text else None
+        yield b"".join([writer.role(number, content) for number in range(len(streams))])
     try:
         async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
             chunk = writer.fragment(number, readers[number].read(delta))

@@ -14,7 +14,8 @@ from stellarbyte_server.api.answers.logprobs import (
     joined_logprobs,
     legacy_logprobs,
 )
-from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser
+from stellarbyte_server.api.answers.tool_calls import CallDeltas, joined_calls, joined_function_call
+from stellarbyte_server.api.answers.tool_parser import Content, ToolCallParser
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
@@ -38,6 +39,7 @@ class ChoiceForm:
     echo: PromptEcho | None = None
     prompt_token_ids: Sequence[int] | None = None  # to be shown, with those of the answer
     with_tools: bool = False
+    are_functions: bool = False  # a call is shown as function_call, the older form
 
     @property
     def is_plain(self) -> bool:
@@ -51,19 +53,29 @@ class Fragment:
 
     text: str = ""
     calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
+    function_call: dict[str, Any] | None = None  # of a call of the older form
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
 
     @property
+    def call_fields(self) -> dict[str, Any]:
+        """What it adds to calls, as fields of a chunk's delta."""
+        if self.function_call is not None:
+            return {"function_call": self.function_call}
+        return {"tool_calls": self.calls} if self.calls else {}
+
+    @property
     def is_empty(self) -> bool:
-        return not (self.text or self.calls or self.token_ids or self.prompt_token_ids or self.logprobs)
+        return not (self.text or self.call_fields or self.token_ids or self.prompt_token_ids or self.logprobs)
 
     @property
     def is_text(self) -> bool:
         """There is nothing but text."""
-        return not self.calls and self.logprobs is None and self.token_ids is None and self.prompt_token_ids is None
+        return (
+            not self.call_fields and self.logprobs is None and self.token_ids is None and self.prompt_token_ids is None
+        )
 
 
 class ChoiceReader:
@@ -73,6 +85,7 @@ class ChoiceReader:
         self._form = form
         self._token_bytes = token_bytes
         self._parser = parser
+        self._deltas = CallDeltas()
         self._called = False
         self._started = False
         self._aligner = None if form.logprobs is None else TokenAligner()
@@ -97,11 +110,13 @@ class ChoiceReader:
         text = "".join([fragment.text for fragment in fragments])
         choice: dict[str, Any] = {"index": index}
         if self._form.kind == "chat":
-            calls = _joined_calls([call for fragment in fragments for call in fragment.calls])
+            calls: dict[str, Any] = {}
+            if tool_calls := joined_calls([call for fragment in fragments for call in fragment.calls]):
+                calls = {"tool_calls": tool_calls}
+            if function_calls := [each.function_call for each in fragments if each.function_call is not None]:
+                calls = {"function_call": joined_function_call(function_calls)}
             content = text if text or not calls else None
-            choice["message"] = {"role": "assistant", "content": content, "refusal": None}
-            if calls:
-                choice["message"]["tool_calls"] = calls
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None, **calls}
         else:
             choice["text"] = text
         choice["logprobs"] = None
@@ -148,34 +163,11 @@ class ChoiceReader:
         if fragment.finish_reason is not None:
             pieces += parser.flush()
         fragment.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
-        fragment.calls = _call_deltas([piece for piece in pieces if not isinstance(piece, Content)])
-        self._called = self._called or bool(fragment.calls)
-        if self._called and fragment.finish_reason == "stop":
-            fragment.finish_reason = "tool_calls"
-
-
-def _call_deltas(pieces: Sequence[CallStart | CallArguments]) -> list[dict[str, Any]]:
-    """One delta for each call: clients expect no call twice in a chunk."""
-    deltas: dict[int, dict[str, Any]] = {}
-    for piece in pieces:
-        if isinstance(piece, CallStart):
-            function = {"name": piece.name, "arguments": ""}
-            deltas[piece.index] = {"index": piece.index, "id": piece.id, "type": "function", "function": function}
+        deltas = self._deltas.of([piece for piece in pieces if not isinstance(piece, Content)])
+        if self._form.are_functions:  # there is one at most
+            fragment.function_call = deltas[0]["function"] if deltas else None
         else:
-            delta = deltas.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
-            delta["function"]["arguments"] += piece.text
-    return list(deltas.values())
-
-
-def _joined_calls(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    calls: dict[int, dict[str, Any]] = {}
-    arguments: dict[int, list[str]] = {}
-    for delta in deltas:
-        index = delta["index"]
-        if "id" in delta:
-            calls[index] = {"id": delta["id"], "type": "function", "function": delta["function"]}
-        arguments.setdefault(index, []).append(delta["function"]["arguments"])
-    return [
-        call | {"function": {"name": call["function"]["name"], "arguments": "".join(arguments[index])}}
-        for index, call in calls.items()
-    ]
+            fragment.calls = deltas
+        self._called = self._called or bool(deltas)
+        if self._called and fragment.finish_reason == "stop":
+            fragment.finish_reason = "function_call" if self._form.are_functions else "tool_calls"

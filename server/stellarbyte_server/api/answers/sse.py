@@ -45,10 +45,10 @@ class ChunkWriter:
         self._after_text = after + b',"logprobs":null,"finish_reason":null' + self._tail
         self._last_choice = b'"delta":{}' if kind == "chat" else b'"text":""'
 
-    def role(self, index: int) -> bytes:
-        """The first chunk of a choice of a chat."""
-        choice = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return self._heads[index] + choice + self._tail
+    def role(self, index: int, content: str | None = "") -> bytes:
+        """The first chunk of a choice of a chat; None where no content follows."""
+        delta = b'"delta":{"role":"assistant","content":%s}' % encode_json(content)
+        return self._heads[index] + delta + b',"logprobs":null,"finish_reason":null' + self._tail
 
     def fragment(self, index: int, fragment: Fragment) -> bytes:
         """b"" when the fragment has nothing to say yet. A finish reason gets a chunk of its own, the choice's last."""
@@ -74,7 +74,7 @@ class ChunkWriter:
         choice: dict[str, Any] = {}
         if self._kind == "chat":
             delta: dict[str, Any] = {"content": fragment.text} if fragment.text else {}
-            choice["delta"] = delta | {"tool_calls": fragment.calls} if fragment.calls else delta
+            choice["delta"] = delta | fragment.call_fields
         else:
             choice["text"] = fragment.text
         choice |= {"logprobs": fragment.logprobs, "finish_reason": None}

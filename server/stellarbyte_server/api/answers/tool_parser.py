@@ -5,16 +5,18 @@ Every character is looked at a bounded number of times, and none is held back bu
 
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from stellarbyte_server.api.contract.bodies.tools import MAX_NAME_CHARACTERS
-from stellarbyte_server.api.structured.tool_calls import ToolFormat
-
-_SPACE = " \t\n\r"
-_NAME_CHARACTER = re.compile("[a-zA-Z0-9_-]")
-_STRUCTURE = re.compile(r'["{}\[\]]')
-_STRING_END = re.compile(r'["\\]')
+from stellarbyte_server.api.answers.call_arguments import (
+    ArgumentsReader,
+    arguments_reader,
+    parts_after,
+    parts_before,
+)
+from stellarbyte_server.api.answers.call_parts import SPACE, CallParts, parts_of
+from stellarbyte_server.api.structured.offered_tools import OfferedTool
+from stellarbyte_server.api.structured.tool_formats import CALL_ID, ToolFormat
 
 
 def new_call_id() -> str:
@@ -34,12 +36,13 @@ class CallStart:
 
     index: int
     name: str
+    is_custom: bool = False
     id: str = field(default_factory=new_call_id, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A part of the arguments of the call with that index, as the model wrote it."""
+    """A part of the arguments of the call with that index: JSON, or the input of a custom tool."""
 
     index: int
     text: str
@@ -51,26 +54,34 @@ Piece = Content | CallStart | CallArguments
 class ToolCallParser:
     """Reads one answer, in parts of any length; how it is cut changes nothing in what the pieces say together.
 
-    A call is what is written in `format` and calls one of `names`; all else is content, as the model wrote it, but
+    A call is what is written in `format` and calls one of `tools`; all else is content, as the model wrote it, but
     for the newline before a call and space that stands alone before, between or after calls. Of a call that is cut
-    off there is what was written; where not even its name and the start of its arguments were, that is content.
+    off there is what was written; where not even its name and the start of its arguments were, that is content, or
+    nothing where a call is all that an answer can be (`required`).
     """
 
-    def __init__(self, format: ToolFormat, names: Collection[str]) -> None:
-        self._trigger = format.trigger
-        self._head_parts = ("{", '"name"', ":", '"', None, ",", f'"{format.arguments_key}"', ":", "{")
-        self._tail_parts = tuple(part for part in ("}", format.end.strip()) if part)
+    def __init__(self, format: ToolFormat, tools: Mapping[str, OfferedTool], *, required: bool = False) -> None:
+        self._format = format
+        self._mark = format.trigger or format.prefix
         self._may_begin = re.compile(f"[\n{re.escape(format.trigger[0])}]") if format.trigger else None
-        self._names = frozenset(names)
+        self._name_parts = (*parts_of(format.begin), None)
+        self._name_end, after_name = format.name_end[0], format.name_end[1:]
+        if CALL_ID in after_name:  # an id is read as a name is
+            before, _, after_name = after_name.partition(CALL_ID)
+            self._after_name: tuple[str | None, ...] = (*parts_of(before), None, *parts_of(after_name[1:]))
+        else:
+            self._after_name = parts_of(after_name)
+        self._tools = tools
+        self._required = required
         self._num_calls = 0
         self._read = self._read_space  # what the next character is read as
         self._space: list[str] = []  # held back: space that may stand alone
         self._before = ""  # held back: what is dropped before a call
-        self._num_matched = 0  # characters of the trigger
-        self._parts = _Parts(())  # of the head or the tail of a call
-        self._depth = 0  # of the arguments
-        self._is_string = False
-        self._is_escaped = False
+        self._num_matched = 0  # characters of the mark
+        self._name = CallParts(())  # of a call, up to its end
+        self._parts = CallParts(())  # after the name, or after the arguments
+        self._tool: OfferedTool | None = None
+        self._arguments: ArgumentsReader | None = None
 
     def push(self, text: str) -> list[Piece]:
         """What has become certain with `text`."""
@@ -83,11 +94,13 @@ class ToolCallParser:
         held = ""
         if self._read == self._read_space and not self._num_calls:
             held = "".join(self._space)
-        elif self._read == self._read_trigger:
-            held = self._before + self._trigger[: self._num_matched]
-        elif self._read == self._read_head:
-            held = self._before + self._trigger + self._parts.text
-        return [Content(held)] if held else []
+        elif self._read == self._read_mark:
+            held = self._before + self._mark[: self._num_matched]
+        elif self._read == self._read_name:
+            held = self._before + self._name.text
+        elif self._read == self._read_after_name:
+            held = self._before + self._name.text + self._parts.text
+        return [Content(held)] if held and not self._required else []
 
     def _feed(self, text: str, pieces: list[Piece]) -> None:
         position = 0
@@ -99,17 +112,18 @@ class ToolCallParser:
     def _read_space(self, text: str, position: int, pieces: list[Piece]) -> int:
         """At the start of the answer, or after a call."""
         start = position
-        while position < len(text) and text[position] in _SPACE:
+        while position < len(text) and text[position] in SPACE:
             position += 1
         self._space.append(text[start:position])
         if position == len(text):
             return position
         self._before = "".join(self._space)
         self._space = []
-        if self._trigger and text[position] == self._trigger[0]:
-            self._expect_trigger()
-        elif not self._trigger and not self._num_calls:
-            self._expect_head()
+        is_whole_answer = not self._format.trigger
+        if self._mark and text[position] == self._mark[0] and not (is_whole_answer and self._num_calls):
+            self._expect_mark()
+        elif is_whole_answer and not self._num_calls:
+            self._expect_name()
         else:
             self._be_content(self._before, pieces)
         return position
@@ -122,130 +136,108 @@ class ToolCallParser:
         if found is None:
             return end
         self._before = "\n" if found[0] == "\n" else ""
-        self._expect_trigger()
+        self._expect_mark()
         return end + len(self._before)
 
-    def _expect_trigger(self) -> None:
+    def _expect_mark(self) -> None:
         self._num_matched = 0
-        self._read = self._read_trigger
+        self._read = self._read_mark
 
-    def _read_trigger(self, text: str, position: int, pieces: list[Piece]) -> int:
-        if text[position] != self._trigger[self._num_matched]:
-            # Its first character is nowhere else in a trigger, so another one can only begin here.
-            self._be_content(self._before + self._trigger[: self._num_matched], pieces)
+    def _read_mark(self, text: str, position: int, pieces: list[Piece]) -> int:
+        if text[position] != self._mark[self._num_matched]:
+            # Its first character is nowhere else in a mark, so another one can only begin here.
+            self._be_content(self._before + self._mark[: self._num_matched], pieces)
             return position
         self._num_matched += 1
-        if self._num_matched == len(self._trigger):
-            self._expect_head()
+        if self._num_matched == len(self._mark):
+            self._before += self._mark
+            self._expect_name(parts_of(self._format.opening))
         return position + 1
 
-    def _expect_head(self) -> None:
-        self._parts = _Parts(self._head_parts)
-        self._read = self._read_head
+    def _expect_name(self, opening: tuple[str, ...] = ()) -> None:
+        self._name = CallParts((*opening, *self._name_parts), self._name_end)
+        self._read = self._read_name
 
-    def _read_head(self, text: str, position: int, pieces: list[Piece]) -> int:
-        head = self._parts
-        if not head.push(text[position]) or (head.is_complete and head.name not in self._names):
-            self._be_content(self._before + self._trigger, pieces)
-            self._feed(head.text[: -1 if head.is_complete else None], pieces)
+    def _read_name(self, text: str, position: int, pieces: list[Piece]) -> int:
+        name = self._name
+        if not name.push(text[position]):
+            self._be_content_again(name.text, pieces)
             return position
-        if not head.is_complete:
-            return position + 1
-        pieces.append(CallStart(self._num_calls, head.name))
+        if name.is_complete:
+            self._tool = self._tools.get(name.name)
+            if self._tool is None:
+                self._be_content_again(name.text, pieces)
+                return position + 1
+            self._parts = CallParts((*self._after_name, *parts_before(self._tool, self._format)), self._name_end)
+            self._read = self._read_after_name
+            if self._parts.is_complete:
+                self._start_call(pieces)
+        return position + 1
+
+    def _read_after_name(self, text: str, position: int, pieces: list[Piece]) -> int:
+        if not self._parts.push(text[position]):
+            self._be_content_again(self._name.text + self._parts.text, pieces)
+            return position
+        if self._parts.is_complete:
+            self._start_call(pieces)
+        return position + 1
+
+    def _start_call(self, pieces: list[Piece]) -> None:
+        assert self._tool is not None
+        pieces.append(CallStart(self._num_calls, self._tool.name, self._tool.is_custom))
         self._num_calls += 1
-        self._depth = 0
+        self._arguments = arguments_reader(self._tool, self._format)
+        if self._arguments.opening:
+            pieces.append(CallArguments(self._num_calls - 1, self._arguments.opening))
         self._read = self._read_arguments
-        return position  # at their brace
 
     def _read_arguments(self, text: str, position: int, pieces: list[Piece]) -> int:
-        start = position
-        while position < len(text):
-            if self._is_escaped:
-                self._is_escaped = False
-                position += 1
-                continue
-            found = (_STRING_END if self._is_string else _STRUCTURE).search(text, position)
-            if found is None:
-                position = len(text)
-                break
-            position = found.end()
-            if found[0] == '"':
-                self._is_string = not self._is_string
-            elif found[0] == "\\":
-                self._is_escaped = True
-            else:
-                self._depth += 1 if found[0] in "{[" else -1
-                if self._depth == 0:
-                    self._parts = _Parts(self._tail_parts)
-                    self._read = self._read_tail
-                    break
-        pieces.append(CallArguments(self._num_calls - 1, text[start:position]))
+        assert self._arguments is not None and self._tool is not None
+        position, said = self._arguments.read(text, position)
+        if said:
+            pieces.append(CallArguments(self._num_calls - 1, said))
+        if self._arguments.is_complete:
+            end = self._format.end
+            if self._format.arguments == "tags":
+                end = end.removeprefix("</function>")
+            self._parts = CallParts((*parts_after(self._tool, self._format), *parts_of(end)))
+            self._read = self._read_end
+            self._end_call()
         return position
 
-    def _read_tail(self, text: str, position: int, pieces: list[Piece]) -> int:
-        tail = self._parts
-        is_tail = tail.push(text[position])
-        if is_tail and not tail.is_complete:
-            return position + 1
-        self._read = self._read_space
-        if is_tail:
-            return position + 1
-        self._feed(tail.unfinished, pieces)
-        return position
+    def _read_end(self, text: str, position: int, pieces: list[Piece]) -> int:
+        end = self._parts
+        if not end.push(text[position]):
+            self._read = self._read_space
+            self._feed(end.unfinished, pieces)
+            return position
+        self._end_call()
+        return position + 1
+
+    def _end_call(self) -> None:
+        """Go on behind a call if all of its end was read."""
+        if self._parts.is_complete:
+            self._read = self._read_between if self._format.is_list else self._read_space
+
+    def _read_between(self, text: str, position: int, pieces: list[Piece]) -> int:
+        """After a call in a list of them."""
+        del pieces
+        if text[position] == self._format.closing:
+            self._read = self._read_space
+        elif text[position] == (self._format.separator or "").strip():
+            self._before = text[position]
+            self._expect_name()
+        elif text[position] not in SPACE:
+            self._read = self._read_space
+            return position
+        return position + 1
+
+    def _be_content_again(self, text: str, pieces: list[Piece]) -> None:
+        """What looked like a call is content, but what follows its mark may hold another one."""
+        self._be_content(self._before, pieces)
+        self._feed(text, pieces)
 
     def _be_content(self, text: str, pieces: list[Piece]) -> None:
         if text:
             pieces.append(Content(text))
         self._read = self._read_content
-
-
-class _Parts:
-    """Matches texts with any space before each, character by character; None is a tool's name and its end."""
-
-    def __init__(self, parts: tuple[str | None, ...]) -> None:
-        self._parts = parts
-        self._number = 0  # of the part that is being matched
-        self._num_matched = 0  # characters of it
-        self._name: list[str] = []
-        self._text: list[str] = []
-        self._finished = 0  # characters up to the end of the last whole part
-
-    def push(self, character: str) -> bool:
-        """Whether it goes on with that character, which is taken only then."""
-        part = self._parts[self._number]
-        is_end = False
-        if part is None:
-            is_end = character == '"'
-            if not is_end:
-                if len(self._name) == MAX_NAME_CHARACTERS or not _NAME_CHARACTER.match(character):
-                    return False
-                self._name.append(character)
-        elif self._num_matched > 0 or character not in _SPACE:
-            if part[self._num_matched] != character:
-                return False
-            self._num_matched += 1
-            is_end = self._num_matched == len(part)
-        self._text.append(character)
-        if is_end:
-            self._number += 1
-            self._num_matched = 0
-            self._finished = len(self._text)
-        return True
-
-    @property
-    def is_complete(self) -> bool:
-        return self._number == len(self._parts)
-
-    @property
-    def name(self) -> str:
-        return "".join(self._name)
-
-    @property
-    def text(self) -> str:
-        """All that was taken."""
-        return "".join(self._text)
-
-    @property
-    def unfinished(self) -> str:
-        """What was taken after the last whole part."""
-        return "".join(self._text[self._finished :])

@@ -26,10 +26,11 @@ async def chat_grammar(
 ) -> ChatGrammar:
     """ApiError when it cannot be enforced, which names the field."""
     schema = _schema(wanted)
-    if toolbox is not None and toolbox.names:
+    if toolbox is not None and toolbox.called:
         if schema is not None:  # by itself first: an error should name the field that it is in
             await _enforceable(http, service, partial(json_grammar, schema), "response_format")
-        return await _enforceable(http, service, partial(_tools_grammar, toolbox, schema), "tools")
+        param = "functions" if toolbox.are_functions else "tools"
+        return await _enforceable(http, service, partial(_tools_grammar, toolbox, schema, service), param)
     if schema is not None:
         return await _enforceable(http, service, partial(json_grammar, schema), "response_format")
     return ChatGrammar()
@@ -41,10 +42,17 @@ async def _enforceable(http: Request, service: Service, make: Callable[[], str],
     return ChatGrammar(await checked(text, param, service.text_work, owner_of(http)), param)
 
 
-def _tools_grammar(toolbox: Toolbox, schema: Schema | None) -> str:
-    text = toolbox.grammar(None if schema is None else json_rule("content", schema))
+def _tools_grammar(toolbox: Toolbox, schema: Schema | None, service: Service) -> str:
+    special_ids = special_marks(toolbox, service)
+    text = toolbox.grammar(special_ids, None if schema is None else json_rule("content", schema))
     assert text is not None, "there is a tool that may be called"
     return text
+
+
+def special_marks(toolbox: Toolbox, service: Service) -> dict[str, int]:
+    """The marks of a toolbox's calls that are special tokens of the tokenizer."""
+    ids = {mark: service.tokenizer.special_token_id(mark) for mark in toolbox.format.marks}
+    return {mark: token_id for mark, token_id in ids.items() if token_id is not None}
 
 
 def _schema(wanted: ResponseFormat | None) -> Schema | None:

@@ -6,9 +6,13 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
-from stellarbyte_server.api.chat.tools import Toolbox, describe_tool, template_takes_tools
-from stellarbyte_server.api.contract.bodies.tools import FunctionTool, ToolCall
-from stellarbyte_server.api.structured.tool_calls import HERMES
+from stellarbyte_server.api.chat.tool_prompt import with_tool_prompt
+from stellarbyte_server.api.chat.tool_results import with_call_after_call, with_results_in_order, with_short_ids
+from stellarbyte_server.api.chat.tools import Toolbox, template_takes_tools, tool_format
+from stellarbyte_server.api.contract.bodies.tools import FunctionCall, ToolCall
+from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.structured.offered_tools import INPUT
+from stellarbyte_server.api.structured.tool_formats import ToolFormat
 
 
 class ChatMessage(Protocol):
@@ -26,41 +30,88 @@ class ChatMessage(Protocol):
     def tool_calls(self) -> Sequence[ToolCall] | None: ...
     @property
     def tool_call_id(self) -> str | None: ...
+    @property
+    def function_call(self) -> FunctionCall | None: ...
 
 
 def messages_for_template(
-    messages: Sequence[ChatMessage], toolbox: Toolbox | None, template_source: str | None = None
+    messages: Sequence[ChatMessage],
+    toolbox: Toolbox | None,
+    template_source: str | None = None,
+    *,
+    takes_system: bool = True,
+    may_end_open: bool = False,
 ) -> list[dict[str, Any]]:
-    """Messages as the chat template knows them.
+    """Messages as the chat template knows them; ApiError where results do not fit their calls.
 
-    `template_source` tells, where there is no toolbox, how earlier calls are shown.
+    `template_source` tells, where there is no toolbox, how earlier calls are shown. `takes_system` says whether the
+    template knows messages by the system; `may_end_open` whether the last call may be without its result.
     """
-    known = [_known_fields(message) for message in messages]
+    known = with_results_in_order(list(_known(messages)), may_end_open=may_end_open)
     if template_takes_tools(template_source) if toolbox is None else toolbox.takes_tools:
-        return with_parsed_arguments(known)
+        return for_template_with_tools(known, tool_format(template_source) if toolbox is None else toolbox.format)
     offered = () if toolbox is None or toolbox.choice == "none" else toolbox.tools
-    return with_tool_prompt(known, offered)
+    return with_tool_prompt(with_parsed_arguments(known), offered, takes_system=takes_system)
+
+
+def _known(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
+    """The fields that templates read. Those of the older form become calls of tools, and results of them."""
+    called: FunctionCall | None = None  # by the message before
+    for i, message in enumerate(messages):
+        known = _known_fields(message)
+        if message.role == "function":
+            if called is None or called.name != message.name:
+                raise bad_request(
+                    "A message with the role function must follow the assistant's function_call of that name.",
+                    f"messages[{i}]",
+                )
+            known |= {"role": "tool", "tool_call_id": f"function_{i - 1}"}
+        called = message.function_call
+        if called is not None:
+            known["tool_calls"] = [_call(f"function_{i}", called.name, called.arguments)]
+        yield known
 
 
 def _known_fields(message: ChatMessage) -> dict[str, Any]:
     """Templates call the developer's role system."""
-    texts = (text for text in (message.content, message.refusal, "") if text is not None)
-    content = next(texts)
-    known: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": content}
+    content = message.refusal if message.content is None else message.content
+    known: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": "" if content is None else content,
+    }
     if message.name is not None:
         known["name"] = message.name
     if message.tool_calls:
-        known["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": call.function.model_dump(include={"name", "arguments"})}
-            for call in message.tool_calls
-        ]
+        known["tool_calls"] = [_known_call(call) for call in message.tool_calls]
     if message.tool_call_id is not None:
         known["tool_call_id"] = message.tool_call_id
     return known
 
 
+def _known_call(call: ToolCall) -> dict[str, Any]:
+    """Models know custom tools as functions with one parameter."""
+    if call.custom is not None:
+        return _call(call.id, call.custom.name, json.dumps({INPUT: call.custom.input}, ensure_ascii=False))
+    assert call.function is not None, "checked with the body"
+    return _call(call.id, call.function.name, call.function.arguments)
+
+
+def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def for_template_with_tools(messages: Sequence[dict[str, Any]], format: ToolFormat) -> list[dict[str, Any]]:
+    """Messages for a template that knows tools, and shows calls in that format."""
+    shown = with_parsed_arguments(messages)
+    if format.arguments == "tags":
+        shown = [_with_objects(message) for message in shown]
+    if format.separator is None:
+        shown = with_call_after_call(shown)
+    return with_short_ids(shown) if format.short_ids else shown
+
+
 def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages for a template that knows tools: it wants arguments as objects, where they are, not as text."""
+    """Messages whose calls have arguments as objects, where they are, and not as text."""
     return [
         {**message, "tool_calls": list(_parsed_calls(message))} if message.get("tool_calls") else dict(message)
         for message in messages
@@ -82,43 +133,13 @@ def _parsed_arguments(text: str) -> dict[str, Any] | str:
     return arguments if isinstance(arguments, dict) else text
 
 
-def with_tool_prompt(messages: Sequence[Mapping[str, Any]], tools: Sequence[FunctionTool]) -> list[dict[str, Any]]:
-    """Messages for a template that knows nothing of tools: all of it is text of messages it knows."""
-    shown: list[dict[str, Any]] = []
-    results: list[str] = []  # that follow each other: templates want the user and the assistant to take turns
-    for i, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        if role == "tool":
-            results.append(f"<tool_response>\n{content}\n</tool_response>")
-            if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
-                shown.append({"role": "user", "content": "\n".join(results)})
-                results = []
-        elif message.get("tool_calls"):
-            calls = [_call_text(call["function"]) for call in _parsed_calls(message)]
-            shown.append({"role": role, "content": "\n".join([content, *calls] if content else calls)})
-        else:
-            shown.append(dict(message))
-    if not tools:
-        return shown
-    instructions = _instructions(tools)
-    if shown and shown[0]["role"] == "system":
-        shown[0]["content"] += f"\n\n{instructions}"
-    else:
-        shown.insert(0, {"role": "system", "content": instructions})
-    return shown
-
-
-def _call_text(function: Mapping[str, Any]) -> str:
-    call = json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
-    return f"{HERMES.trigger}{HERMES.begin}{call}{HERMES.end}"
-
-
-def _instructions(tools: Sequence[FunctionTool]) -> str:
-    lines = "\n".join(json.dumps(describe_tool(tool), ensure_ascii=False) for tool in tools)
-    return (
-        "You may call functions to help with the user's request. These are the functions, each as one line of JSON:\n"
-        f"<tools>\n{lines}\n</tools>\n"
-        "To call one, write its name and its arguments as JSON in this form:\n"
-        '<tool_call>\n{"name": "the name", "arguments": {"a parameter": "its value"}}\n</tool_call>\n'
-        "Its result comes back in <tool_response> tags."
-    )
+def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """A template that goes through the parameters one by one gets a text as the only one."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        whole = {"arguments": arguments} if isinstance(arguments, str) else arguments
+        calls.append({**call, "function": {**call["function"], "arguments": whole}})
+    return {**message, "tool_calls": calls}

@@ -7,7 +7,7 @@ from fastapi import Request
 from stellarbyte_server.api.answers.answer import AnswerPlan
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
-from stellarbyte_server.api.chat.grammar import chat_grammar
+from stellarbyte_server.api.chat.grammar import chat_grammar, special_marks
 from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation, content_characters
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
@@ -33,7 +33,9 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
     """What to run for a chat and how to answer it; ApiError."""
     _check(body, service)
     bounds = Bounds.of(http, body, service)
-    toolbox = Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, service.tokenizer.chat_template_source)
+    toolbox = _toolbox(body, service)
+    if toolbox is not None and special_marks(toolbox, service):
+        body = body.model_copy(update={"skip_special_tokens": False})  # of which the grammar allows only these marks
     grammar = await chat_grammar(http, service, body.response_format, toolbox)
     token_ids = await _encode(http, body, service, toolbox, bounds.context)
     prompt = Prompt(token_ids=token_ids, max_tokens=_max_tokens(body, bounds, token_ids))
@@ -43,7 +45,8 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         kind="chat",
         logprobs=logprobs,
         prompt_token_ids=token_ids if body.return_token_ids else None,
-        with_tools=toolbox is not None,
+        with_tools=toolbox is not None and bool(toolbox.called),
+        are_functions=toolbox is not None and toolbox.are_functions,
     )
     return AnswerPlan(
         kind="chat",
@@ -55,7 +58,19 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         reader=partial(_reader, form, service, toolbox),
         stream=bool(body.stream),
         include_usage=body.include_usage,
+        begins_with_text=toolbox is None or not toolbox.requires_call,
     )
+
+
+def _toolbox(body: ChatBody, service: Service) -> Toolbox | None:
+    """The tools of a chat, in either of their forms; ApiError when fields do not fit each other."""
+    source = service.tokenizer.chat_template_source
+    if body.functions is None and body.function_call is None:
+        return Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, source)
+    older, newer = "functions" if body.function_call is None else "function_call", ("tools", "tool_choice")
+    if body.tools or body.tool_choice is not None:
+        raise bad_request(f"The field '{older}' is of the older form; give it or '{newer[0]}' and '{newer[1]}'.", older)
+    return Toolbox.of_functions(body.functions or (), body.function_call, source)
 
 
 def _check(body: ChatBody, service: Service) -> None:
@@ -95,5 +110,7 @@ def _max_tokens(body: ChatBody, bounds: Bounds, token_ids: list[int]) -> int:
 
 def _reader(form: ChoiceForm, service: Service, toolbox: Toolbox | None, _number: int) -> ChoiceReader:
     """Reads the answer to one of the requests."""
-    parser = None if toolbox is None else ToolCallParser(toolbox.format, toolbox.names)
+    parser = None
+    if toolbox is not None and toolbox.called:
+        parser = ToolCallParser(toolbox.format, toolbox.by_name, required=toolbox.requires_call)
     return ChoiceReader(form, service.tokenizer.token_bytes, parser)

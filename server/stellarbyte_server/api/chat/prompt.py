@@ -6,7 +6,7 @@ from typing import Protocol
 from stellarbyte_server.api.chat.messages import messages_for_template
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import Message
-from stellarbyte_server.api.contract.bodies.tools import FunctionTool
+from stellarbyte_server.api.contract.bodies.tools import CustomTool, FunctionTool
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.service import Service
 
@@ -17,7 +17,7 @@ class ChatInput(Protocol):
     @property
     def messages(self) -> list[Message]: ...
     @property
-    def tools(self) -> Sequence[FunctionTool] | None: ...
+    def tools(self) -> Sequence[FunctionTool | CustomTool] | None: ...
     @property
     def add_generation_prompt(self) -> bool | None: ...
     @property
@@ -41,13 +41,24 @@ def content_characters(body: ChatInput) -> int:
     return sum(len(message.content) for message in body.messages if message.content is not None)
 
 
-def chat_encoder(body: ChatInput, service: Service, toolbox: Toolbox | None) -> Callable[[], list[int]]:
-    """Makes the tokens, in a thread: a template is a program. Raises ApiError or ChatTemplateError."""
+def chat_encoder(
+    body: ChatInput, service: Service, toolbox: Toolbox | None, *, may_end_open: bool = False
+) -> Callable[[], list[int]]:
+    """Makes the tokens, in a thread: a template is a program. Raises ApiError or ChatTemplateError.
+
+    Only a chat that nothing answers, or that is continued, may end with a call that has no result.
+    """
     tokenizer, continues = service.tokenizer, bool(body.continue_final_message)
 
     def encode() -> list[int]:
         return tokenizer.encode_chat(
-            messages_for_template(body.messages, toolbox, tokenizer.chat_template_source),
+            messages_for_template(
+                body.messages,
+                toolbox,
+                tokenizer.chat_template_source,
+                takes_system=tokenizer.takes_system_messages,
+                may_end_open=may_end_open or continues,
+            ),
             tools=None if toolbox is None else toolbox.for_template,
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,

@@ -1,42 +1,48 @@
 """The tools of a chat are checked, and the format in which its model writes calls is found.
 
 A model writes its calls in the format that its chat template shows. A template that shows none that is known here gets
-our own instructions in HERMES; so do Mistral's templates, because their calls begin with a special token, which is no
-text.
+our own instructions in HERMES.
 """
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import jinja2.ext
 import jinja2.meta
 
-from stellarbyte_server.api.contract.bodies.tools import Choice, FunctionTool, NamedTool
+from stellarbyte_server.api.contract.bodies.tools import (
+    AllowedToolsChoice,
+    Choice,
+    CustomTool,
+    Function,
+    FunctionName,
+    FunctionTool,
+    NamedCustomTool,
+    NamedTool,
+)
 from stellarbyte_server.api.contract.errors import bad_request
-from stellarbyte_server.api.structured.tool_calls import HERMES, LLAMA, ToolFormat, callable_tools, tools_grammar
+from stellarbyte_server.api.structured.custom_input import input_description, input_schema
+from stellarbyte_server.api.structured.offered_tools import OfferedTool, offered_functions, offered_tools
+from stellarbyte_server.api.structured.tool_calls import tools_grammar
+from stellarbyte_server.api.structured.tool_formats import HERMES, ToolFormat, shown_format
+
+_NO_MARKS: Mapping[str, int] = {}
 
 
 def tool_format(template_source: str | None) -> ToolFormat:
     """How a model with that chat template writes calls; HERMES where the template does not say."""
-    return _shown_format(template_source) or HERMES
-
-
-def _shown_format(template_source: str | None) -> ToolFormat | None:
-    """The known format that a template shows: other ones have the same tag around something else than JSON."""
-    source = "" if template_source is None else template_source.replace('\\"', '"')
-    if HERMES.trigger in source:
-        return HERMES if '"arguments":' in source else None
-    return LLAMA if '{"name": ' in source and '"parameters":' in source else None
+    shown = shown_format(template_source)
+    return shown if shown is not None and template_takes_tools(template_source) else HERMES
 
 
 @functools.lru_cache(maxsize=8)
 def template_takes_tools(template_source: str | None) -> bool:
     """Whether a chat template tells the model of tools, and of a format that is known here."""
-    if template_source is None or _shown_format(template_source) is None:
+    if template_source is None or shown_format(template_source) is None:
         return False
     # A tag that only marks text for training; jinja2 does not know it.
     source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template_source)
@@ -47,55 +53,105 @@ def template_takes_tools(template_source: str | None) -> bool:
         return False
 
 
-def check_tools(tools: Sequence[FunctionTool], choice: Choice | None) -> None:
-    """ApiError when tools have the same name, or the choice is none of them."""
+def _check_names(tools: Sequence[OfferedTool]) -> None:
+    """ApiError when tools have the same name."""
     names: set[str] = set()
-    for i, tool in enumerate(tools):
-        if tool.function.name in names:
-            raise bad_request(f"There are two tools named '{tool.function.name}'.", f"tools[{i}].function.name")
-        names.add(tool.function.name)
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise bad_request(f"There is no tool named '{choice.function.name}'.", "tool_choice")
-    if choice == "required" and not names:
-        raise bad_request("The field 'tool_choice' requires a call, but there are no 'tools'.", "tool_choice")
+    for tool in tools:
+        if tool.name in names:
+            raise bad_request(f"There are two tools named '{tool.name}'.", f"{tool.path}.name")
+        names.add(tool.name)
+
+
+def _called(
+    tools: Sequence[OfferedTool], choice: Choice | FunctionName | None, param: str
+) -> tuple[Literal["none", "auto", "required"], tuple[OfferedTool, ...]]:
+    """Whether there is a call, and the tools that may be called; ApiError when the choice is none of them."""
+    if isinstance(choice, NamedTool | NamedCustomTool | FunctionName):
+        return "required", (_named(choice, tools, param),)
+    if isinstance(choice, AllowedToolsChoice):
+        allowed = {_named(each, tools, param).name for each in choice.allowed_tools.tools}
+        return choice.allowed_tools.mode, tuple(tool for tool in tools if tool.name in allowed)
+    if choice == "required" and not tools:
+        raise bad_request("The field 'tool_choice' requires a call, but there are no 'tools'.", param)
+    return "auto" if choice is None else choice, () if choice == "none" else tuple(tools)
+
+
+def _named(choice: NamedTool | NamedCustomTool | FunctionName, tools: Sequence[OfferedTool], param: str) -> OfferedTool:
+    is_custom = isinstance(choice, NamedCustomTool)
+    for tool in tools:
+        if (tool.name, tool.is_custom) == (choice.name, is_custom):
+            return tool
+    raise bad_request(f"There is no {'custom ' if is_custom else ''}tool named '{choice.name}'.", param)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toolbox:
     """The tools of one request, checked, and what was chosen of them."""
 
-    tools: tuple[FunctionTool, ...]
-    choice: Choice
-    parallel: bool  # there may be several calls in one answer
+    tools: tuple[OfferedTool, ...]
+    choice: Literal["none", "auto", "required"]
+    called: tuple[OfferedTool, ...]  # those that may be called
+    several: bool  # there may be several calls in one answer
     format: ToolFormat
     takes_tools: bool  # the template does; else the prompt gets our instructions
+    are_functions: bool = False  # the request is of the older form, and so is its answer
 
     @classmethod
     def of(
         cls,
-        tools: Sequence[FunctionTool] | None,
+        tools: Sequence[FunctionTool | CustomTool] | None,
         choice: Choice | None,
         parallel: bool | None,
         template_source: str | None,
     ) -> "Toolbox | None":
         """None without tools; ApiError when the fields do not fit each other."""
-        offered = () if tools is None else tuple(tools)
-        check_tools(offered, choice)
+        offered = () if tools is None else offered_tools(tools)
+        is_named = isinstance(choice, NamedTool | NamedCustomTool)
+        return cls._checked(offered, choice, "tool_choice", template_source, parallel is not False and not is_named)
+
+    @classmethod
+    def of_functions(
+        cls,
+        functions: Sequence[Function],
+        choice: Literal["none", "auto"] | FunctionName | None,
+        template_source: str | None,
+    ) -> "Toolbox | None":
+        """The same for the older fields `functions` and `function_call`."""
+        offered = offered_functions(functions)
+        return cls._checked(offered, choice, "function_call", template_source, False, are_functions=True)
+
+    @classmethod
+    def _checked(
+        cls,
+        offered: tuple[OfferedTool, ...],
+        choice: Choice | FunctionName | None,
+        param: str,
+        template_source: str | None,
+        several: bool,
+        are_functions: bool = False,
+    ) -> "Toolbox | None":
+        _check_names(offered)
+        mode, called = _called(offered, choice, param)
         if not offered:
             return None
-        takes_tools = template_takes_tools(template_source)
         return cls(
             tools=offered,
-            choice="auto" if choice is None else choice,
-            parallel=parallel is not False,
-            format=tool_format(template_source) if takes_tools else HERMES,
-            takes_tools=takes_tools,
+            choice=mode,
+            called=called,
+            several=several,
+            format=tool_format(template_source),
+            takes_tools=template_takes_tools(template_source),
+            are_functions=are_functions,
         )
 
     @property
-    def names(self) -> frozenset[str]:
+    def by_name(self) -> dict[str, OfferedTool]:
         """The tools that may be called."""
-        return frozenset(tool.function.name for _, tool in callable_tools(self.tools, self.choice))
+        return {tool.name: tool for tool in self.called}
+
+    @property
+    def requires_call(self) -> bool:
+        return self.choice == "required"
 
     @property
     def for_template(self) -> list[dict[str, Any]] | None:
@@ -104,15 +160,26 @@ class Toolbox:
             return None
         return [describe_tool(tool) for tool in self.tools]
 
-    def grammar(self, content_rule: str | None = None) -> str | None:
-        return tools_grammar(self.tools, self.choice, self.parallel, self.format, content_rule)
+    def grammar(self, special_ids: Mapping[str, int] = _NO_MARKS, content_rule: str | None = None) -> str | None:
+        """What an answer has to be; None: any text. `special_ids` has the format's marks that are special tokens."""
+        if not self.called:
+            return None
+        return tools_grammar(
+            self.called,
+            self.format,
+            required=self.requires_call,
+            several=self.several,
+            special_ids=special_ids,
+            content_rule=content_rule,
+        )
 
 
-def describe_tool(tool: FunctionTool) -> dict[str, Any]:
-    """A tool as chat templates know it."""
-    function: dict[str, Any] = {"name": tool.function.name}
-    if tool.function.description is not None:
-        function["description"] = tool.function.description
-    parameters = tool.function.parameters
+def describe_tool(tool: OfferedTool) -> dict[str, Any]:
+    """A tool as chat templates know it: a function. A custom one has one parameter, its input."""
+    function: dict[str, Any] = {"name": tool.name}
+    description = input_description(tool) if tool.is_custom else tool.description
+    if description:
+        function["description"] = description
+    parameters = input_schema(tool) if tool.is_custom else tool.parameters
     function["parameters"] = {"type": "object", "properties": {}} if parameters is None else parameters
     return {"type": "function", "function": function}

@@ -39,6 +39,7 @@ _WRONG_KINDS = {
     "dict_type": "it should be an object",
     "list_type": "it should be a list",
 }
+VARIANT = "variant "  # begins the tags of unions (bodies.variants) in the locations of errors, as no field's name does
 _NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 
@@ -130,6 +131,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     """The path of a field: ("messages", 0, "role") as messages[0].role."""
     path = ""
     for step in location:
+        if isinstance(step, str) and step.startswith(VARIANT):
+            continue
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else step
     return path
 

@@ -14,6 +14,7 @@ T = TypeVar("T")
 Left = Annotated[T | SkipJsonSchema[None], Field(default=None)]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+ChatFinishReason = FinishReason | Literal["function_call"]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Count = Annotated[int, Field(ge=0)]
 
@@ -141,18 +142,30 @@ class AnswerToolCall(AnswerObject):
     function: AnswerFunctionCall
 
 
+class AnswerCustomCall(AnswerObject):
+    name: str
+    input: str
+
+
+class AnswerCustomToolCall(AnswerObject):
+    id: str
+    type: Literal["custom"]
+    custom: AnswerCustomCall
+
+
 class AnswerMessage(AnswerObject):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: Left[list[AnswerToolCall]]
+    tool_calls: Left[list[AnswerToolCall | AnswerCustomToolCall]]
+    function_call: Left[Annotated[AnswerFunctionCall, Field(description="In place of tool_calls, for `functions`.")]]
 
 
 class ChatChoice(AnswerObject):
     index: Count
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     token_ids: Left[TokenIds]
 
 
@@ -168,11 +181,17 @@ class FunctionCallDelta(AnswerObject):
     arguments: Left[str]
 
 
+class CustomCallDelta(AnswerObject):
+    name: Left[str]
+    input: Left[str]
+
+
 class ToolCallDelta(AnswerObject):
     index: Count
     id: Left[str]
-    type: Left[Literal["function"]]
+    type: Left[Literal["function", "custom"]]
     function: Left[FunctionCallDelta]
+    custom: Left[CustomCallDelta]
 
 
 class ChatDelta(AnswerObject):
@@ -180,13 +199,14 @@ class ChatDelta(AnswerObject):
     content: str | None = None
     refusal: None = None
     tool_calls: Left[list[ToolCallDelta]]
+    function_call: Left[FunctionCallDelta]
 
 
 class ChatChunkChoice(AnswerObject):
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     token_ids: Left[TokenIds]
 
 

@@ -75,7 +75,7 @@ def _encoder(body: TokenizeBody, service: Service) -> Callable[[], list[int]]:
     assert isinstance(body, TokenizeChatBody)
     check_continuation(body)
     toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
-    return chat_encoder(body, service, toolbox)
+    return chat_encoder(body, service, toolbox, may_end_open=True)
 
 
 async def _answer(

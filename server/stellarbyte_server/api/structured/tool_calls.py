@@ -4,95 +4,153 @@ A grammar (llguidance's Lark) lets the model write nothing but text and calls of
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from stellarbyte_server.api.contract.bodies.tools import Choice, FunctionTool, NamedTool
 from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.structured.custom_input import input_grammar, input_rules, input_schema
 from stellarbyte_server.api.structured.grammars import json_rule
+from stellarbyte_server.api.structured.offered_tools import OfferedTool
+from stellarbyte_server.api.structured.tagged_parameters import tagged_rules
+from stellarbyte_server.api.structured.tool_formats import CALL_ID, ToolFormat
 
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolFormat:
-    """How a model writes a call: trigger, begin, {"name": NAME, ARGUMENTS_KEY: {...}}, end."""
-
-    trigger: str  # ends free text; "": a call is the whole answer
-    begin: str
-    arguments_key: str
-    end: str
-    separator: str | None  # between calls; None: there is one at most
-
-
-HERMES = ToolFormat(
-    trigger="<tool_call>", begin="\n", arguments_key="arguments", end="\n</tool_call>", separator="\n"
-)  # Qwen 2.5 and 3, Hermes
-LLAMA = ToolFormat(trigger="", begin="", arguments_key="parameters", end="", separator=None)  # Llama 3.1 and later
-
-
-def callable_tools(tools: Sequence[FunctionTool], choice: Choice) -> Iterator[tuple[int, FunctionTool]]:
-    """The tools that a choice lets the model call, with their places in the request."""
-    for i, tool in enumerate(tools):
-        if choice in ("auto", "required") or (
-            isinstance(choice, NamedTool) and choice.function.name == tool.function.name
-        ):
-            yield i, tool
+_JSON_LEXEME = re.compile(r'"[^"]*"|, |: |[{}]')
+_NO_MARKS: Mapping[str, int] = {}
 
 
 def tools_grammar(
-    tools: Sequence[FunctionTool],
-    choice: Choice,
-    parallel: bool,
+    tools: Sequence[OfferedTool],
     format: ToolFormat,
+    *,
+    required: bool,
+    several: bool,
+    special_ids: Mapping[str, int] = _NO_MARKS,
     content_rule: str | None = None,
-) -> str | None:
-    """What an answer has to be, in llguidance's Lark; None: any text, or `content_rule` if there is one.
+) -> str:
+    """What an answer has to be that may call `tools`, in llguidance's Lark.
 
-    Free text may hold anything but the trigger, after which a call has to follow. `content_rule` is a rule in Lark
-    that an answer without calls follows instead of being free. A named tool is called exactly once. ApiError for a
-    schema that cannot be enforced.
+    Free text may hold anything but the trigger, after which a call has to follow. With `required` there is at least one
+    call and no text; without `several` there is one call at most. `content_rule` is a rule in Lark that an answer
+    without calls follows instead of being free. `special_ids` has the format's marks that are special tokens.
+    ApiError for a schema that cannot be enforced.
     """
-    called = list(callable_tools(tools, choice))
-    if not called:
-        return None
-    is_one = format.separator is None or not parallel or isinstance(choice, NamedTool)
-    more = "" if is_one else f" ({_quoted(format.separator or '')} call)*"
-    rules = []
-    if choice != "auto":
-        rules.append(f"start: call{more}")
-    elif content_rule is not None:
-        rules += [f"start: {content_rule.partition(':')[0].strip()} | call{more}", content_rule]
-    elif format.trigger:
-        # The lazy lexeme ends with the first trigger; there it wins over TEXT.
-        rules += [f"start: TEXT | text_and_trigger body{more}", "TEXT: /(?s:.*)/"]
-        rules.append(f"text_and_trigger[lazy]: TEXT {_quoted(format.trigger)}")
-    else:
-        rules += [f"start: TEXT | call{more}", r'TEXT: /(?s:.*)/ & ~/\s*\{\s*"name"\s*:(?s:.*)/']
+    assert tools, "there is a tool that may be called"
+    marks = _Marks(special_ids)
+    trigger = [marks.lexeme(format.trigger)] if format.trigger else []
+    rules = [*_start(format, marks, required, content_rule), *_calls(tools, format, trigger, several)]
     # The lexer takes the longest lexeme. So beside TEXT a call begins with one that is longer than TEXT can be. Beside
     # JSON its lexemes are those of JSON, or no other key could stand there, up to the one that tells it is a call.
-    is_beside_json = choice == "auto" and content_rule is not None
-    head = _quoted(format.begin + '{"name": ')
-    if is_beside_json and not format.trigger:
-        head = " ".join(_quoted(lexeme) for lexeme in ("{", '"name"', ": "))
-    rules.append(f"call: {_quoted(format.trigger)} body" if format.trigger else "call: body")
-    rules.append(f"body: {head} ({' | '.join(f'tool_{i}' for i, _ in called)}) {_quoted('}' + format.end)}")
-    for i, tool in called:
-        name, key = f'"{tool.function.name}"', f'"{format.arguments_key}": '
-        name_and_key = [name, ", ", key] if is_beside_json else [f"{name}, {key}"]
-        rules.append(f"tool_{i}: {' '.join(_quoted(lexeme) for lexeme in name_and_key)} arguments_{i}")
-        rules.append(_arguments_rule(f"arguments_{i}", tool, f"tools[{i}].function.parameters"))
-    return "\n".join(rules) + "\n"
+    is_beside_json = not required and content_rule is not None and not format.trigger
+    for i, tool in enumerate(tools):
+        head = list(_head(tool, format, marks))
+        if is_beside_json:
+            *lexemes, key, colon = _JSON_LEXEME.findall(format.begin + tool.name + format.name_end)
+            head = [_quoted(lexeme) for lexeme in (*lexemes, key + colon)]
+        rules += _tool_rules(f"tool_{i}", tool, format, head)
+    grammar = "\n".join(rules) + "\n"
+    inputs = [input_grammar(f"tool_{i}_arguments", tool) for i, tool in enumerate(tools) if tool.is_last]
+    return json.dumps({"grammars": [{"lark_grammar": grammar}, *inputs]}) if inputs else grammar
+
+
+class _Marks:
+    """Marks as lexemes: those that the tokenizer has as special tokens are no text."""
+
+    def __init__(self, special_ids: Mapping[str, int]) -> None:
+        self._special_ids = special_ids
+
+    def is_special(self, mark: str) -> bool:
+        return mark in self._special_ids
+
+    def lexeme(self, mark: str) -> str:
+        return f"<[{self._special_ids[mark]}]>" if self.is_special(mark) else _quoted(mark)
+
+
+def _start(format: ToolFormat, marks: _Marks, required: bool, content_rule: str | None) -> list[str]:
+    if required:
+        return ["start: calls"]
+    if content_rule is not None:
+        return [f"start: {content_rule.partition(':')[0].strip()} | calls", content_rule.strip()]
+    if not format.trigger:
+        tagged = f"| {marks.lexeme(format.prefix)} calls" if marks.is_special(format.prefix) else ""
+        return [f"start: TEXT | calls {tagged}", r'TEXT: /(?s:.*)/ & ~/\s*\{\s*"name"\s*:(?s:.*)/']
+    if marks.is_special(format.trigger):
+        return ["start: TEXT | TEXT calls", "TEXT: /(?s:.*)/"]
+    # The lazy lexeme ends with the first trigger; there it wins over TEXT.
+    return [
+        "start: TEXT | text_and_trigger after_trigger",
+        "TEXT: /(?s:.*)/",
+        f"text_and_trigger[lazy]: TEXT {_quoted(format.trigger)}",
+    ]
+
+
+def _calls(tools: Sequence[OfferedTool], format: ToolFormat, trigger: list[str], several: bool) -> Iterator[str]:
+    """The rules `calls`, and `after_trigger` for what follows the first trigger."""
+    ending = [f"tool_{i}" for i, tool in enumerate(tools) if tool.is_last]
+    others = [f"tool_{i}" for i, tool in enumerate(tools) if not tool.is_last]
+    separator = [_quoted(format.separator)] if format.separator else []
+    again = " ".join([*separator, *([] if format.is_list else trigger)])
+    opening, closing = (_quoted(text) if text else "" for text in (format.opening, format.closing))
+    repeats = several and format.separator is not None
+    sequences = []
+    if others:
+        yield f"call: {' | '.join(others)}"
+        sequences.append(f"call {f'({again} call)* ' if repeats else ''}{closing}")
+    if ending:
+        yield f"last_call: {' | '.join(ending)}"
+        before = f"(call {again})* " if repeats and others else ""
+        sequences.append(f"{before}last_call")
+    yield f"after_trigger: {opening} ({' | '.join(sequences)})"
+    yield f"calls: {' '.join(trigger)} after_trigger"
+
+
+def _head(tool: OfferedTool, format: ToolFormat, marks: _Marks) -> Iterator[str]:
+    """The lexemes of a call up to its arguments; text between marks that are special tokens is one."""
+    text = format.begin + tool.name
+    marked = "|".join(map(re.escape, format.name_end_marks))
+    for piece in re.split(f"({marked})", format.name_end) if marked else [format.name_end]:
+        if marks.is_special(piece):
+            if text:
+                yield _quoted(text)
+            yield marks.lexeme(piece)
+            text = ""
+        elif piece == CALL_ID and format.name_end_marks:
+            if text:
+                yield _quoted(text)
+            yield "/[a-zA-Z0-9]{9}/"
+            text = ""
+        else:
+            text += piece
+    if text:
+        yield _quoted(text)
+
+
+def _tool_rules(rule: str, tool: OfferedTool, format: ToolFormat, head: list[str]) -> Iterator[str]:
+    end = [_quoted(format.end)] if format.end else []
+    arguments = f"{rule}_arguments"
+    if tool.is_last:
+        end = []
+    yield f"{rule}: {' '.join([*head, arguments, *end])}"
+    if tool.is_custom and (format.arguments == "tags" or tool.is_last):
+        yield from input_rules(arguments, tool, is_tagged=format.arguments == "tags")
+    elif format.arguments == "tags":
+        _check_type(tool)
+        yield from tagged_rules(arguments, tool)
+    elif tool.is_custom:
+        yield json_rule(arguments, input_schema(tool), f"{tool.path}.format").strip()
+    else:
+        yield json_rule(arguments, _check_type(tool), f"{tool.path}.parameters").strip()
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def _arguments_rule(rule: str, tool: FunctionTool, path: str) -> str:
-    parameters = tool.function.parameters
-    schema = dict(_NO_PARAMETERS) if parameters is None else {"type": "object", **parameters}
+def _check_type(tool: OfferedTool) -> dict[str, Any]:
+    """The schema of a function's arguments; ApiError unless it is that of an object."""
+    path = f"{tool.path}.parameters"
+    schema = dict(_NO_PARAMETERS) if tool.parameters is None else {"type": "object", **tool.parameters}
     if schema["type"] != "object":
         raise bad_request(f"The field '{path}' is not valid: its type must be object.", path)
-    return json_rule(rule, schema, path).strip()
+    return schema

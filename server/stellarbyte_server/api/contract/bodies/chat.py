@@ -9,7 +9,16 @@ from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.fields import MaxTokens, SchemaName, optional, required
 from stellarbyte_server.api.contract.bodies.generation import GenerationBody
-from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, FunctionTool, Schema, ToolCall, ToolChoice
+from stellarbyte_server.api.contract.bodies.tools import (
+    MAX_TOOLS,
+    Function,
+    FunctionCall,
+    FunctionChoice,
+    Schema,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
 
 MAX_MESSAGES = 10_000
 MAX_PARTS = 10_000  # of one message's content
@@ -63,7 +72,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"] = required("Who says it.")
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"] = required("Who says it.")
     content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = optional(
         "A text, or parts of text, which are joined by newlines. Only the assistant's may have none."
     )
@@ -74,11 +83,16 @@ class Message(BaseModel):
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = optional(
         "Which call a tool's message answers."
     )
+    function_call: FunctionCall | None = optional("The older form of tool_calls, of an answer to `functions`.")
 
     @model_validator(mode="after")
     def _fits_role(self) -> "Message":
         if self.tool_calls and self.role != "assistant":
             raise wrong("only a message of the assistant has tool_calls")
+        if self.function_call is not None and (self.role != "assistant" or self.tool_calls):
+            raise wrong("only a message of the assistant has a function_call, and none that has tool_calls")
+        if self.role == "function" and self.name is None:
+            raise wrong("a message of a function has its name")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise wrong("a message has a tool_call_id exactly if its role is tool")
         if self.content is None and self.role != "assistant":
@@ -110,7 +124,7 @@ class ResponseFormat(Body):
 
 Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES)]
 MESSAGES = "The chat so far, oldest message first."
-TOOLS = "Functions that the model may call."
+TOOLS = "Functions and custom tools that the model may call."
 
 
 class ChatBody(GenerationBody):
@@ -129,10 +143,12 @@ class ChatBody(GenerationBody):
         "With so many of the likeliest tokens beside each. Default: 0."
     )
     response_format: ResponseFormat | None = optional("What form the answer must have. Default: any text.")
-    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
+    tools: Annotated[list[Tool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
     tool_choice: ToolChoice | None = optional(
-        "Call none, as the model likes, at least one, or this one. Default: auto."
+        "Call none, as the model likes, at least one, exactly this one, or some of them. Default: auto."
     )
+    functions: Annotated[list[Function], AtMost(MAX_TOOLS)] | None = optional("The older form of tools.")
+    function_call: FunctionChoice | None = optional("The older form of tool_choice, for functions. Default: auto.")
     parallel_tool_calls: bool | None = optional("Whether one answer may have several calls. Default: true.")
     add_generation_prompt: bool | None = optional(
         "Begin the assistant's message. Default: true, unless the last one is continued."

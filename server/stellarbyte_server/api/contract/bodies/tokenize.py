@@ -8,7 +8,7 @@ from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.bodies.bounds import AtMost
 from stellarbyte_server.api.contract.bodies.chat import MESSAGES, TOOLS, Messages
 from stellarbyte_server.api.contract.bodies.fields import MAX_TOKEN_ID, TokenId, optional, required
-from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, FunctionTool
+from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, Tool
 from stellarbyte_server.api.contract.errors import bad_request
 
 MAX_TOKENS = 2**20
@@ -44,7 +44,7 @@ class TokenizePromptBody(TokenizeBody):
 class TokenizeChatBody(TokenizeBody):
     prompt: None = optional(_ABSENT)
     messages: Messages = required(MESSAGES)
-    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
+    tools: Annotated[list[Tool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
     add_generation_prompt: bool | None = optional("As for chats. Default: true, unless the last message is continued.")
     continue_final_message: bool | None = optional("As for chats. Default: false.")
     add_special_tokens: bool | None = optional("As for chats. Default: false.")

@@ -11,8 +11,6 @@ Neutral = Mapping[str, tuple[object, ...]]  # field, values beside null that are
 
 OF_COMPLETIONS: Neutral = {"suffix": ("",)}
 OF_CHATS: Neutral = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),

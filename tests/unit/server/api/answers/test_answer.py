@@ -17,13 +17,16 @@ from stellarbyte_server.api.answers.logprobs import ShownToken, TokenAligner
 from stellarbyte_server.api.answers.sse import ChunkWriter
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.contract.errors import ApiError
-from stellarbyte_server.api.structured.tool_calls import HERMES
+from stellarbyte_server.api.contract.objects import AnswerMessage, ChatDelta
+from stellarbyte_server.api.structured.tool_formats import HERMES
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 from tests.support.servers.fake_engine import make_tokenizer
+from tests.support.tools import by_name, custom, hermes
 
 TOKEN_BYTES = TokenBytes(make_tokenizer())
+TOOLS = by_name({"type": "function", "function": {"name": "f"}}, custom("run"))
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": [1, {"b": "}"}]}}\n</tool_call>'
 
 
@@ -63,7 +66,7 @@ class Stream:
 
 def plan(kind: str, num_choices: int, form: ChoiceForm, **fields: Any) -> AnswerPlan:
     def reader(_: int) -> ChoiceReader:
-        return ChoiceReader(form, TOKEN_BYTES, ToolCallParser(HERMES, ["f"]) if form.with_tools else None)
+        return ChoiceReader(form, TOKEN_BYTES, ToolCallParser(HERMES, TOOLS) if form.with_tools else None)
 
     return AnswerPlan(
         kind=kind,
@@ -119,6 +122,35 @@ def test_streamed_choices_join_to_what_is_answered_whole(kind: str) -> None:
         assert ["".join(parts) for parts in calls.values()] == arguments
         assert len(arguments) == texts[index].count("<tool_call>")
         assert whole["finish_reason"] == ("tool_calls" if arguments else "stop")
+
+
+@pytest.mark.parametrize("are_functions", [False, True])
+def test_calls_of_custom_tools_and_of_functions_have_their_own_forms(are_functions: bool) -> None:
+    form = ChoiceForm(kind="chat", with_tools=True, are_functions=are_functions)
+    text = CALL if are_functions else f"{hermes('run', json.dumps({'input': 'a b'}))}\n{CALL}"
+    fields = {"begins_with_text": False}
+    first, *chunks, last, _ = streamed([Stream(text)], plan("chat", 1, form, **fields))
+    read = asyncio.run(_read_all([Stream(text)], plan("chat", 1, form, **fields), TokenCount(3)))
+    whole = read[0].reader.whole(0, read[0].fragments)
+    message = AnswerMessage.model_validate(whole["message"])
+    deltas = [ChatDelta.model_validate(chunk["choices"][0]["delta"]) for chunk in chunks]
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": None}
+    assert message.content is None and not any(delta.content for delta in deltas)
+    assert last["choices"][0]["finish_reason"] == whole["finish_reason"]
+    if are_functions:
+        assert (whole["finish_reason"], message.tool_calls) == ("function_call", None)
+        called = [delta.function_call for delta in deltas]
+        assert called[0].name == message.function_call.name == "f"
+        assert "".join(each.arguments for each in called) == message.function_call.arguments == CALL[39:-14]
+        return
+    assert whole["finish_reason"] == "tool_calls"
+    run, f = message.tool_calls
+    assert (run.type, run.custom.name, run.custom.input) == ("custom", "run", "a b")
+    assert (f.type, f.function.name) == ("function", "f")
+    calls = [call for delta in deltas for call in delta.tool_calls]
+    assert [(call.type, call.index) for call in calls if call.id] == [("custom", 0), ("function", 1)]
+    assert "".join(call.custom.input for call in calls if call.index == 0) == "a b"
+    assert "".join(call.function.arguments for call in calls if call.index == 1) == f.function.arguments
 
 
 def test_a_failure_is_the_last_event_and_there_is_no_done() -> None:

@@ -9,14 +9,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser, new_call_id
-from stellarbyte_server.api.structured.tool_calls import HERMES, LLAMA
+from stellarbyte_server.api.structured.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_LIST, QWEN_CODER
+from tests.support.tools import FORMATS, by_name, custom, function, mistral, mistral_list, one_call, qwen_coder
 
-NAMES = ("f", "get_weather")
+ANY_OBJECT = {"type": "object"}
+TOOLS = by_name(
+    *({"type": "function", "function": {"name": name, "parameters": ANY_OBJECT}} for name in ("f", "get_weather")),
+    function("get", city={"type": "string"}),
+    custom("run"),
+    custom("sum", "lark", "start: /.*/"),
+)
+every_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 FRAGMENTS = [
     *("\n", " ", "<", "<tool", "<tool_call>", "\n<tool_call>", "</tool_call>", '{"name": "f"', '{"name": "nope", '),
     *('"arguments"', ': {"a": "}\\""}', "}", "{", '"', "\\", "text", "é", CALL, CALL.replace("\n", ""), "; "),
     *('{"name": "f", "parameters": {', '{"name": "f", "arguments": {', '"b": ["]"]}}'),
+    *(
+        "[TOOL_CALLS]",
+        "[TOOL",
+        "f[ARGS]",
+        "[ARGS]{",
+        "[",
+        "]",
+        ", ",
+        "}]",
+        mistral("f", '{"a": "]"}'),
+        "<|python_tag|>",
+    ),
+    *("<tool_call>\n<function=f>\n", "<parameter=a>\n", "1", "\n</parameter>\n", "</function>\n", "</param", "null"),
+    *(
+        "<|python_tag|>",
+        "[CALL_ID]abc123DEF[ARGS]",
+        mistral_list(("f", "{}"), ("get", "{}")),
+        qwen_coder("f", a="x\n<", b="[1]"),
+    ),
+    *('"run", "arguments": {"input": "a\\n\\u00e9', "<function=run>\n<parameter=input>\n", "sum[ARGS]", '{"input": "'),
 ]
 
 
@@ -33,8 +61,8 @@ def joined(pieces):
     return whole
 
 
-def parse(*parts, format=HERMES, names=NAMES):
-    parser = ToolCallParser(format, names)
+def parse(*parts, format=HERMES, tools=TOOLS, required=False):
+    parser = ToolCallParser(format, tools, required=required)
     pieces = [piece for part in parts for piece in parser.push(part)]
     return joined(pieces + parser.flush())
 
@@ -50,17 +78,16 @@ def test_calls_are_taken_out_of_the_text():
     ]
 
 
-@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.data(), st.sampled_from([HERMES, LLAMA]))
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.data(), st.sampled_from([*FORMATS.values()]))
 def test_how_a_text_is_cut_changes_nothing(text, data, format):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert parse(*parts, format=format) == parse(text, format=format) == parse(*text, format=format)
 
 
-@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
-def test_a_text_without_an_offered_tool_is_all_content(text):
-    assert parse(*text, names=()) == ([Content(text)] if text else [])
-    assert parse(*text, format=LLAMA, names=()) == ([Content(text)] if text else [])
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.sampled_from([*FORMATS.values()]))
+def test_a_text_without_an_offered_tool_is_all_content(text, format):
+    assert parse(*text, format=format, tools={}) == ([Content(text)] if text else [])
 
 
 @given(
@@ -115,6 +142,71 @@ def test_a_call_that_is_cut_off_yields_what_there_was(length):
         assert pieces == [CallStart(0, "f"), CallArguments(0, CALL[start:length][: len('{"a": 1}')])]
 
 
+@every_format
+def test_a_forced_call_that_is_cut_off_before_its_arguments_is_no_content(format):
+    call = one_call(format)
+    for length in range(len(call) + 1):
+        pieces = parse(*call[:length], format=format, required=True)
+        assert not any(isinstance(piece, Content) for piece in pieces)
+        assert pieces == [] or pieces[0] == CallStart(0, "get")
+
+
+@every_format
+def test_a_call_of_every_format_is_read_between_texts_and_after_another(format):
+    expected = [CallStart(0, "get"), CallArguments(0, '{"city": "São"}')]
+    call = one_call(format)
+    assert parse(*call, format=format) == parse(call, format=format) == parse(f"\n{call}\n", format=format) == expected
+    if format.separator is None:
+        return
+    assert parse(*f"I look.\n{call}", format=format) == [Content("I look."), *expected]
+    again = call.removeprefix(format.trigger + format.opening) if format.is_list else call
+    both = call.removesuffix(format.closing) + format.separator + again
+    assert parse(*both, format=format) == [*expected, CallStart(1, "get"), CallArguments(1, '{"city": "São"}')]
+
+
+def test_mistrals_calls_may_have_space_in_a_list_and_none_around_marks():
+    text = '[TOOL_CALLS] [ {"name" : "f", "arguments": {"a": 1} } ,\n{"name": "get", "arguments": {}}]\n'
+    expected = [CallStart(0, "f"), CallArguments(0, '{"a": 1}'), CallStart(1, "get"), CallArguments(1, "{}")]
+    assert parse(*text, format=MISTRAL_LIST) == expected
+    for text in ("[TOOL_CALLS]g[ARGS]{}", "[TOOL_CALLS]f[ARG]{}", "[TOOL_CALLS]f [ARGS]{}", "a[TOOL_CALLS][]"):
+        assert parse(*text, format=MISTRAL) == [Content(text)]
+
+
+def test_llamas_token_for_programs_before_a_call_is_dropped():
+    call = one_call(LLAMA)
+    assert parse(*f"<|python_tag|>{call}", format=LLAMA) == parse(call, format=LLAMA)
+    assert parse(*"<|python_tag|>print()", format=LLAMA) == [Content("<|python_tag|>print()")]
+    assert parse("<|python", format=LLAMA) == [Content("<|python")]
+
+
+@given(
+    st.text() | st.lists(st.sampled_from(['"', "\\", "\n", "😀", "\n</parameter", "}}", "<"]), max_size=8).map("".join)
+)
+def test_the_input_of_a_custom_tool_arrives_as_the_text_it_means(text):
+    for ensure_ascii in (True, False):
+        written = json.dumps({"input": text}, ensure_ascii=ensure_ascii)
+        call = f'<tool_call>\n{{"name": "run", "arguments": {written}}}\n</tool_call>'
+        for parts in (call, [call]):
+            start, *said = parse(*parts, f"\n{CALL}")
+            assert (start, start.is_custom) == (CallStart(0, "run", True), True)
+            assert said == [
+                *([CallArguments(0, text)] if text else []),
+                CallStart(1, "f"),
+                CallArguments(1, '{"a": 1}'),
+            ]
+    if "\n</parameter>" not in text:
+        said = parse(*qwen_coder("run", input=text), format=QWEN_CODER)[1:]
+        assert said == ([CallArguments(0, text)] if text else [])
+
+
+@every_format
+def test_an_input_with_a_grammar_is_all_that_is_left_of_the_answer(format):
+    call = one_call(format).replace("get", "sum").replace("city", "input")
+    begun = call[: call.index("São")]
+    text = f'1 +\n "}}}}</function>{call}'
+    assert parse(*begun, text, format=format) == [CallStart(0, "sum", True), CallArguments(0, text)]
+
+
 def test_text_after_calls_is_content():
     assert parse(f"{CALL}\nDone. {CALL}")[2:] == [Content("\nDone. "), CallStart(1, "f"), CallArguments(1, '{"a": 1}')]
 
@@ -138,7 +230,7 @@ def test_a_llama_call_is_the_whole_answer():
 
 
 def test_nothing_is_held_back_but_what_may_become_a_call():
-    parser = ToolCallParser(HERMES, NAMES)
+    parser = ToolCallParser(HERMES, TOOLS)
     assert parser.push("Hello") == [Content("Hello")]
     assert parser.push("\n<tool") == []
     assert joined(parser.push("s>")) == [Content("\n<tools>")]
@@ -153,12 +245,23 @@ def test_every_call_has_an_id_of_its_own():
     assert all(re.fullmatch("call_[0-9a-f]{24}", id) for id in ids)
 
 
-@pytest.mark.parametrize("unit", ["<", "\n", " ", "<tool_call>\n", CALL, '{"', "\\", '<tool_call>{"name": "'])
-@pytest.mark.parametrize("start", ["", '<tool_call>{"name": "f", "arguments": {"', "<tool_call>"])
-def test_a_long_text_costs_no_more_for_each_character(start, unit):
+UNITS = ["<", "\n", " ", "<tool_call>\n", CALL, '{"', "\\", '<tool_call>{"name": "']
+STARTS = ["", '<tool_call>{"name": "f", "arguments": {"', "<tool_call>"]
+LONG_TEXTS = [
+    *((HERMES, start, unit) for start in STARTS for unit in UNITS),
+    (HERMES, '<tool_call>{"name": "run", "arguments": {"input": "', "\\"),
+    (QWEN_CODER, "<tool_call><function=get><parameter=city>", "\n"),
+    (QWEN_CODER, "<tool_call><function=f><parameter=", "<"),
+    (QWEN_CODER, "<tool_call><function=f><parameter=a>", "\n</parameter"),
+    (MISTRAL_LIST, '[TOOL_CALLS][{"name": "f", "arguments": {}}', ", "),
+]
+
+
+@pytest.mark.parametrize(("format", "start", "unit"), LONG_TEXTS)
+def test_a_long_text_costs_no_more_for_each_character(format, start, unit):
     def seconds(size):
         text = start + unit * (size // len(unit))
-        whole, cut = ToolCallParser(HERMES, NAMES), ToolCallParser(HERMES, NAMES)
+        whole, cut = ToolCallParser(format, TOOLS), ToolCallParser(format, TOOLS)
         began = time.process_time()
         whole.push(text)
         for character in text:

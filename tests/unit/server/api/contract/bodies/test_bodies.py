@@ -143,7 +143,17 @@ def test_a_wrong_or_unsupported_field_is_refused_by_name(field, value):
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"stream": True, "stream_options": {"no_such": 1}}, "stream_options.no_such"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
-        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"functions": [{"name": "a b"}]}, "functions[0].name"),
+        ({"function_call": "required"}, "function_call"),
+        ({"function_call": {"name": 1}}, "function_call.name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "a b"}}]}, "tools[0].custom.name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f", "mood": 1}}]}, "tools[0].custom.mood"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice.allowed_tools.mode"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0]"),
+        (
+            {"messages": [{"role": "user", "content": "x", "function_call": {"name": "f", "arguments": ""}}]},
+            "messages[0]",
+        ),
     ],
 )
 def test_nested_fields_are_named_by_their_path(fields, param):

@@ -32,7 +32,8 @@ Wrap = Callable[[Any], Any]  # a value into a whole body that has it in its plac
 
 
 def resolved(schema: dict[str, Any]) -> dict[str, Any]:
-    return PARTS[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+    schema = PARTS[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+    return {**schema, "anyOf": schema["oneOf"]} if "oneOf" in schema else schema
 
 
 def example(schema: dict[str, Any]) -> Any:
@@ -106,6 +107,8 @@ def test_the_lists_of_bodies_are_found() -> None:
         "ChatBody messages[0].tool_calls",
         "ChatBody tools",
         "ChatBody tools[0].function.parameters",
+        "ChatBody functions[0].parameters",
+        "ChatBody tool_choice.allowed_tools.tools",
         "ChatBody response_format.json_schema.schema",
         "ChatBody stop",
         "ChatBody logit_bias",

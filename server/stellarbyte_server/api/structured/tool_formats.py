@@ -1,0 +1,90 @@
+"""The formats in which models write calls of tools, and which of them a chat template shows.
+
+A call is BEGIN, the tool's name, NAME_END, its arguments, END. Calls follow a trigger, which ends free text.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolFormat:
+    """Marks may be special tokens of a tokenizer; all else is text."""
+
+    trigger: str = ""  # a mark; "": a call is the whole answer
+    prefix: str = ""  # a mark that may stand before a call that is the whole answer
+    opening: str = ""  # after the trigger, before the first of a list of calls
+    begin: str
+    name_end: str  # from the name to the arguments
+    name_end_marks: tuple[str, ...] = ()  # the marks in it
+    arguments: Literal["json", "tags"] = "json"
+    end: str
+    separator: str | None  # between calls; None: there is one at most
+    closing: str = ""  # after the last of a list of calls
+    short_ids: bool = False  # the template wants ids of nine letters and digits
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return tuple(mark for mark in (self.trigger, self.prefix, *self.name_end_marks) if mark)
+
+    @property
+    def is_list(self) -> bool:
+        """One trigger for all calls; otherwise each has its own."""
+        return bool(self.closing)
+
+
+HERMES = ToolFormat(  # Qwen 2.5 and 3, Hermes
+    trigger="<tool_call>",
+    begin='\n{"name": "',
+    name_end='", "arguments": ',
+    end="}\n</tool_call>",
+    separator="\n",
+)
+QWEN_CODER = ToolFormat(  # Qwen 3 Coder, Qwen 3.5
+    trigger="<tool_call>",
+    begin="\n<function=",
+    name_end=">\n",
+    arguments="tags",
+    end="</function>\n</tool_call>",
+    separator="\n",
+)
+LLAMA = ToolFormat(  # Llama 3.1 and later
+    prefix="<|python_tag|>", begin='{"name": "', name_end='", "parameters": ', end="}", separator=None
+)
+MISTRAL_LIST = ToolFormat(  # Mistral up to Small 3.1
+    trigger="[TOOL_CALLS]",
+    opening="[",
+    begin='{"name": "',
+    name_end='", "arguments": ',
+    end="}",
+    separator=", ",
+    closing="]",
+    short_ids=True,
+)
+MISTRAL = ToolFormat(  # later ones
+    trigger="[TOOL_CALLS]",
+    begin="",
+    name_end="[ARGS]",
+    name_end_marks=("[ARGS]",),
+    end="",
+    separator="",
+    short_ids=True,
+)
+CALL_ID = "123456789"  # stands for an id in a `name_end` that has one
+MISTRAL_WITH_IDS = replace(MISTRAL, name_end=f"[CALL_ID]{CALL_ID}[ARGS]", name_end_marks=("[CALL_ID]", "[ARGS]"))
+
+
+def shown_format(template_source: str | None) -> ToolFormat | None:
+    """The format of calls in a chat template; None where it is none of these."""
+    source = "" if template_source is None else template_source.replace('\\"', '"')
+    if HERMES.trigger in source:
+        if QWEN_CODER.begin.strip() in source:
+            return QWEN_CODER if "<parameter=" in source else None
+        return HERMES if '"arguments":' in source else None
+    if MISTRAL.trigger in source:
+        if "[ARGS]" in source:
+            return MISTRAL_WITH_IDS if "[CALL_ID]" in source else MISTRAL
+        if f"{MISTRAL.trigger} [" in source:
+            return replace(MISTRAL_LIST, opening=" [")
+        return MISTRAL_LIST if f"{MISTRAL.trigger}[" in source else None
+    return LLAMA if '{"name": ' in source and '"parameters":' in source else None
