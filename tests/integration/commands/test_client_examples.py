@@ -88,6 +88,43 @@ def test_a_node_example_fails_where_the_server_does(node_examples, fake_server, 
     assert run(url, "node", str(node_examples / name)).returncode != 0
 
 
+# The loop of the official openai package for Node that calls tools: whole, then streamed with what it has sent back
+RUN_TOOLS = """
+import assert from "node:assert/strict";
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: `${process.env.STELLARBYTE_URL}/v1`, apiKey: "unused" });
+const model = (await client.models.list()).data[0].id;
+const cities = [];
+const get_weather = {
+  name: "get_weather",
+  description: "The weather in a city.",
+  parse: JSON.parse,
+  parameters: { type: "object", properties: { city: { enum: ["Paris", "London"] } }, required: ["city"] },
+  function: ({ city }) => `It is sunny in ${cities[cities.push(city) - 1]}.`,
+};
+const messages = [{ role: "user", content: "What is the weather in Paris?" }];
+for (const stream of [false, true]) {
+  const runner = client.chat.completions.runTools({
+    model, messages: [...messages], stream, temperature: 0, max_tokens: 60,
+    tools: [{ type: "function", function: get_weather }],
+    tool_choice: { type: "function", function: { name: "get_weather" } },
+  });
+  await runner.done();
+  assert.equal(runner.messages.at(-1).role, "tool");
+  messages.push(...runner.messages.slice(messages.length), { role: "user", content: "And in London?" });
+}
+assert.equal(cities.length, 2);
+const told = await client.chat.completions.create({ model, messages, temperature: 0, max_tokens: 8 });
+assert.ok(told.choices[0].message.content);
+"""
+
+
+def test_openais_loop_over_tools_for_node_calls_one_in_each_turn(node_examples, demo_server) -> None:
+    (node_examples / "run-tools.mjs").write_text(RUN_TOOLS)
+    result = run(demo_server.url, "node", str(node_examples / "run-tools.mjs"))
+    assert result.returncode == 0, result.stderr
+
+
 # langchain
 
 

@@ -101,7 +101,7 @@ class _Value:
         self._kind = kind
         self._ending = Ending(VALUE_END)
         self._is_begun = False
-        self._held = ""  # that may still be no text
+        self._held: list[str] = []  # that may still be no text
         self._is_text = False  # a quote was said
 
     def read(self, text: str, position: int, said: list[str]) -> int:
@@ -119,18 +119,22 @@ class _Value:
         return position
 
     def _hold(self, value: str, said: list[str]) -> None:
-        self._held += value
-        if self._kind == "nullable" and not "null".startswith(self._held):
-            self._say_text(self._held, said)
+        self._held.append(value)
+        if self._kind == "nullable":
+            held = "".join(self._held)
+            if not "null".startswith(held):
+                self._say_text(held, said)
+            elif self.is_complete:
+                self._say_whole(held, held == "null", said)
         elif self.is_complete:
-            self._say_held(said)
+            held = "".join(self._held)
+            self._say_whole(held, _is_json(held), said)
 
-    def _say_held(self, said: list[str]) -> None:
-        is_json = self._held == "null" if self._kind == "nullable" else _is_json(self._held)
+    def _say_whole(self, value: str, is_json: bool, said: list[str]) -> None:
         if is_json:
-            said.append(self._held)
+            said.append(value)
         else:
-            self._say_text(self._held, said)
+            self._say_text(value, said)
 
     def _say_text(self, value: str, said: list[str]) -> None:
         if not self._is_text:

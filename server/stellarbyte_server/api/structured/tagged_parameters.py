@@ -15,8 +15,10 @@ from stellarbyte_server.api.structured.grammars import json_rule
 from stellarbyte_server.api.structured.offered_tools import INPUT, OfferedTool
 
 VALUE_END = "\n</parameter>"
-MAX_RULE_CHARACTERS = 2**20  # of one tool
+MAX_PARAMETERS = 1000  # of one tool
+MAX_RULE_CHARACTERS = 2**18  # of one tool
 _MAX_REFERENCES = 8  # in a row
+_MAX_PARTS = 200  # of one schema; more are left out
 
 # text: as it is. nullable: the same, but null is no text. json: JSON. any: JSON where it is that, else a text.
 Kind = Literal["text", "nullable", "json", "any"]
@@ -37,7 +39,7 @@ def parameters_of(schema: Mapping[str, Any] | None) -> list[Parameter]:
         return []
     properties: dict[str, Any] = {}
     required: set[str] = set()
-    for part, is_certain in _parts(schema, schema, True, 0):
+    for part, is_certain in _parts(schema, schema, True, set()):
         named, wanted = part.get("properties"), part.get("required")
         properties = {**(named if isinstance(named, dict) else {}), **properties}
         if is_certain and isinstance(wanted, list):
@@ -45,17 +47,19 @@ def parameters_of(schema: Mapping[str, Any] | None) -> list[Parameter]:
     return [_parameter(name, value, schema, name in required) for name, value in properties.items()]
 
 
-def _parts(node: Any, root: Mapping[str, Any], is_certain: bool, depth: int) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Schemas that an object must follow (certain) or may have to follow."""
-    if not isinstance(node, dict) or depth > _MAX_REFERENCES:
+def _parts(
+    node: Any, root: Mapping[str, Any], is_certain: bool, seen: set[tuple[int, bool]]
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Schemas that an object must follow (certain) or may have to follow, each once."""
+    if not isinstance(node, dict) or (id(node), is_certain) in seen or len(seen) > _MAX_PARTS:
         return
+    seen.add((id(node), is_certain))
     yield node, is_certain
     if "$ref" in node:
-        yield from _parts(_target(node["$ref"], root), root, is_certain, depth + 1)
+        yield from _parts(_target(node["$ref"], root), root, is_certain, seen)
     for keyword in ("allOf", "anyOf", "oneOf"):
-        branches = node.get(keyword)
-        for branch in branches if isinstance(branches, list) else ():
-            yield from _parts(branch, root, is_certain and keyword == "allOf", depth + 1)
+        for branch in _list(node.get(keyword)):
+            yield from _parts(branch, root, is_certain and keyword == "allOf", seen)
 
 
 def _target(reference: Any, root: Mapping[str, Any]) -> Any:
@@ -133,14 +137,19 @@ def tagged_rules(rule: str, tool: OfferedTool) -> list[str]:
             *text_rule(f"{rule}_value"),
         ]
     parameters = parameters_of(tool.parameters)
+    if len(parameters) > MAX_PARAMETERS:
+        raise bad_request(f"The schema has more than {MAX_PARAMETERS} properties.", path)
     named = [f"{rule}_{i}" if each.is_required else f"{rule}_{i}?" for i, each in enumerate(parameters)]
     rules = [f"{rule}: {' '.join(named)}"]
+    num_characters = 0
     for i, parameter in enumerate(parameters):
         if any(sign in parameter.name for sign in ">\n"):
             raise bad_request(f"The schema has a property that this model cannot write: {parameter.name!r:.80}.", path)
-        rules += _rules_of(f"{rule}_{i}", parameter, tool.parameters or {}, path)
-        if sum(map(len, rules)) > MAX_RULE_CHARACTERS:
-            raise bad_request("The schema's properties refer to too much of it.", path)
+        more = _rules_of(f"{rule}_{i}", parameter, tool.parameters or {}, path)
+        num_characters += sum(map(len, more))
+        if num_characters > MAX_RULE_CHARACTERS:
+            raise bad_request("The schema is too large for this model's calls.", path)
+        rules += more
     return rules
 
 

@@ -15,6 +15,7 @@ from stellarbyte_server.api.structured.offered_tools import OfferedTool
 from stellarbyte_server.api.structured.tagged_parameters import tagged_rules
 from stellarbyte_server.api.structured.tool_formats import CALL_ID, ToolFormat
 
+MAX_GRAMMAR_CHARACTERS = 2**22  # of all tools
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _JSON_LEXEME = re.compile(r'"[^"]*"|, |: |[{}]')
 _NO_MARKS: Mapping[str, int] = {}
@@ -43,12 +44,17 @@ def tools_grammar(
     # The lexer takes the longest lexeme. So beside TEXT a call begins with one that is longer than TEXT can be. Beside
     # JSON its lexemes are those of JSON, or no other key could stand there, up to the one that tells it is a call.
     is_beside_json = not required and content_rule is not None and not format.trigger
+    num_characters = 0
     for i, tool in enumerate(tools):
         head = list(_head(tool, format, marks))
         if is_beside_json:
             *lexemes, key, colon = _JSON_LEXEME.findall(format.begin + tool.name + format.name_end)
             head = [_quoted(lexeme) for lexeme in (*lexemes, key + colon)]
-        rules += _tool_rules(f"tool_{i}", tool, format, head)
+        more = list(_tool_rules(f"tool_{i}", tool, format, head))
+        num_characters += sum(map(len, more))
+        if num_characters > MAX_GRAMMAR_CHARACTERS:
+            raise bad_request("The schemas of all tools together are too large.", tool.path)
+        rules += more
     grammar = "\n".join(rules) + "\n"
     inputs = [input_grammar(f"tool_{i}_arguments", tool) for i, tool in enumerate(tools) if tool.is_last]
     return json.dumps({"grammars": [{"lark_grammar": grammar}, *inputs]}) if inputs else grammar

@@ -193,12 +193,13 @@ class CustomCall(_SentBack):
 
 class ToolCall(_SentBack):
     id: Annotated[str, Field(min_length=1, max_length=256)] = required("As it was in the answer.")
-    type: Literal["function", "custom"] = Field(default="function", description="Of which kind the tool is.")
+    type: Literal["function", "custom"] | None = optional("Of which kind the tool is. Default: function.")
     function: FunctionCall | None = optional("What was called, exactly if the type is function.")
     custom: CustomCall | None = optional("What was called, exactly if the type is custom.")
 
     @model_validator(mode="after")
     def _has_its_call(self) -> "ToolCall":
-        if (self.function is None) == (self.type == "function") or (self.custom is None) == (self.type == "custom"):
+        is_custom = self.type == "custom"
+        if (self.function is None) != is_custom or (self.custom is None) == is_custom:
             raise wrong("it has a function exactly if its type is function, and a custom exactly if that is its type")
         return self

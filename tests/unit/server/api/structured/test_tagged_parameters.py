@@ -104,6 +104,12 @@ def test_properties_are_found_behind_references_and_in_branches():
     assert found == {"a": True, "b": True, "c": False}
 
 
+def test_a_schema_of_many_branches_in_a_circle_is_read_in_a_bounded_number_of_steps():
+    circle = {"anyOf": [{"$ref": "#/$defs/A"}] * 300, "properties": {"a": {}}}
+    found = parameters_of({"$ref": "#/$defs/A", "$defs": {"A": circle | {"oneOf": [{"anyOf": [circle]}] * 300}}})
+    assert [each.name for each in found] == ["a"]
+
+
 def test_what_cannot_be_written_in_tags_is_refused_by_its_place():
     for tool in (
         function("f", **{"a>b": {}}),
