@@ -14,7 +14,7 @@ from stellarbyte_server.api.answers.logprobs import (
     joined_logprobs,
     legacy_logprobs,
 )
-from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser
+from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, Piece, ToolCallParser
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
@@ -51,6 +51,7 @@ class Fragment:
 
     text: str = ""
     calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
+    pieces: Sequence[Piece] = ()  # text and calls in their order, where there may be calls
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -147,6 +148,7 @@ class ChoiceReader:
         pieces = parser.push(fragment.text)
         if fragment.finish_reason is not None:
             pieces += parser.flush()
+        fragment.pieces = pieces
         fragment.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         fragment.calls = _call_deltas([piece for piece in pieces if not isinstance(piece, Content)])
         self._called = self._called or bool(fragment.calls)
