@@ -10,6 +10,7 @@ from stellarbyte_server.api.contract.bodies.fields import UNUSED, OrText, option
 from stellarbyte_server.api.contract.bodies.tools import MAX_KEYWORDS, Name
 
 MAX_BLOCKS = 10_000  # of one message, or of one result
+MAX_BLOCKS_AT_ONCE = 20_000  # of all messages, with those of results
 _KINDS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 _KIND = "Which kind of block it is."
 
@@ -106,3 +107,17 @@ Block = Annotated[
     BeforeValidator(_supported),
 ]
 Blocks = Annotated[list[Block], AtMost(MAX_BLOCKS), BeforeValidator(_as_blocks), OrText()]
+
+
+def few_blocks(messages: object) -> object:
+    """Counts the blocks of messages before any is looked at: a body has room for four times as many."""
+    contents = [each.get("content") for each in _dicts(messages)]
+    blocks = [block for content in contents for block in _dicts(content)]
+    num_blocks = len(blocks) + sum(len(_dicts(block.get("content"))) for block in blocks)
+    if num_blocks > MAX_BLOCKS_AT_ONCE:
+        raise wrong(f"they have {num_blocks} blocks of content together; at most {MAX_BLOCKS_AT_ONCE} are allowed")
+    return messages
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []

@@ -10,6 +10,7 @@ from stellarbyte_server.api.contract.bodies.anthropic.content import (
     Cached,
     LenientBody,
     Texts,
+    few_blocks,
 )
 from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.chat import MAX_MESSAGES, TOOLS
@@ -114,8 +115,8 @@ class CountTokensBody(ModelFields):
 
     ignores_unknown: ClassVar = True
 
-    messages: Annotated[list[InputMessage], Field(min_length=1), AtMost(MAX_MESSAGES)] = required(
-        "The conversation, oldest message first. The answer goes on with a last message of the assistant."
+    messages: Annotated[list[InputMessage], Field(min_length=1), AtMost(MAX_MESSAGES), BeforeValidator(few_blocks)] = (
+        required("The conversation, oldest message first. The answer goes on with a last message of the assistant.")
     )
     system: Texts | None = optional("The system prompt: a text, or blocks of text, which are joined by newlines.")
     tools: Annotated[list[Annotated[ToolDefinition, BeforeValidator(_only_custom)]], AtMost(MAX_TOOLS)] | None = (

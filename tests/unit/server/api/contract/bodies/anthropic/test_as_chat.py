@@ -234,6 +234,8 @@ def test_unknown_fields_are_named_wherever_they_are() -> None:
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
         ({"messages": [user(*[text("")] * 10_001)]}, "messages[0].content"),
         ({"messages": [user(*[result()] * 10_000), assistant(), user(*[result()] * 9)]}, "messages"),
+        ({"messages": [user(*[text("")] * 8000)] * 3}, "messages"),
+        ({"messages": [user(*[result([text("")] * 6000)] * 4)]}, "messages"),
         ({"messages": [assistant(*[call()] * 129), user(text("a"))]}, "messages[0]"),
     ],
 )
