@@ -44,6 +44,7 @@ async def refused_bodies(http: httpx.AsyncClient, model: str) -> None:
         ("/v1/embeddings", _large(f'{{"model": "{model}", "input": [', "[]", "]}")),
         ("/detokenize", _large(f'{{"model": "{model}", "tokens": [', '""', "]}")),
         ("/v1/chat/completions", _large(f'{{"model": "{model}", "messages": [', "{}", "]}")),
+        ("/v1/messages", _large(f'{{"model": "{model}", "max_tokens": 0, "messages": [', "{}", "]}")),
         ("/v1/completions", _large(f'{{"model": "{model}", "prompt": ', "[", "}")),
     ]
     turn = iter(range(10**9))

@@ -36,7 +36,7 @@ def api_markdown(document: Schema) -> str:
                 tag = operation["tags"][0]
                 lines += [f"## {tag}", ""]
             lines += [*_operation(method.upper(), path, operation, document), ""]
-    lines += ["## Errors", "", f"Always an {_link(_REF + 'ErrorBody')}.", "", *_errors(document), ""]
+    lines += ["## Errors", "", _error_forms(document), "", *_errors(document), ""]
     lines += ["## Objects", "", "The objects of bodies and answers.", ""]
     bodies = {name for item in document["paths"].values() for each in item.values() for name in _body_names(each)}
     for name in sorted(schemas.keys() - bodies):
@@ -63,10 +63,24 @@ def _operation(method: str, path: str, operation: Schema, document: Schema) -> I
     yield f"**Errors:** {', '.join(f'[{status}](#errors)' for status in statuses)}"
 
 
+def _error_forms(document: Schema) -> str:
+    """What errors look like, and on which paths they look different."""
+    paths: dict[str, list[str]] = {}
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            response = operation["responses"]["500"]["$ref"].rpartition("/")[2]
+            schema = document["components"]["responses"][response]["content"]["application/json"]["schema"]["$ref"]
+            paths.setdefault(schema, []).append(f"`{path}`")
+    others = [f"; of {', '.join(paths[schema])} a {_link(schema)}" for schema in paths if schema != f"{_REF}ErrorBody"]
+    return f"Always an {_link(_REF + 'ErrorBody')}{''.join(others)}."
+
+
 def _errors(document: Schema) -> Iterator[str]:
     yield "| status | when |"
     yield "|---|---|"
     for status, response in document["components"]["responses"].items():
+        if not status.isdecimal():  # the same in another form
+            continue
         again = (
             " `Retry-After` says after how many seconds to try again." if "Retry-After" in response["headers"] else ""
         )

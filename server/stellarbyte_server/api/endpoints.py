@@ -1,9 +1,19 @@
 """The API's endpoints, in the order of the document."""
 
 from stellarbyte_server.api.contract.operation import operations_of
-from stellarbyte_server.api.routes import adapters, chat, completions, embeddings, health, models, responses, tokenize
+from stellarbyte_server.api.routes import (
+    adapters,
+    chat,
+    completions,
+    embeddings,
+    health,
+    messages,
+    models,
+    responses,
+    tokenize,
+)
 
 ROUTERS = tuple(
-    module.router for module in (completions, chat, responses, embeddings, models, adapters, tokenize, health)
+    module.router for module in (completions, chat, responses, messages, embeddings, models, adapters, tokenize, health)
 )
 OPERATIONS = operations_of(ROUTERS)

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stellarbyte_server.access.paths import is_anthropics, path_of
 from stellarbyte_server.access.rules import RouteTable
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.rejections import rejection_reason
@@ -52,7 +53,10 @@ class RequestLog:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = record.request_id
+                if is_anthropics(path_of(scope)):
+                    headers["Request-Id"] = record.request_id
             await send(message)
 
         try:
@@ -115,7 +119,8 @@ class Cors(CORSMiddleware):
         if response.status_code == 200:
             return response
         headers = {"Vary": response.headers["vary"]}
-        return ApiError(400, f"{bytes(response.body).decode()}; see --cors-origin.", headers=headers).response()
+        error = ApiError(400, f"{bytes(response.body).decode()}; see --cors-origin.", headers=headers)
+        return error.response("", None)  # a preflight is of no API
 
 
 class Unexpected:

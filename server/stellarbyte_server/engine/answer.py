@@ -103,6 +103,7 @@ class Answer:
             offsets=() if logprob is None else (offset,),
             prompt_logprobs=self._take_prompt_logprobs() if self._prompt_logprobs else (),
             finish_reason=finish_reason,
+            stop_reason=self._stop_reason(token) if finish_reason == "stop" else None,
             error=self._grammar.error if finish_reason == "error" and self._grammar is not None else None,
             code=GRAMMAR_REFUSED if finish_reason == "error" else None,
         )
@@ -131,6 +132,12 @@ class Answer:
         if self._grammar is not None:
             self._grammar.begin_mask()
         return text, None
+
+    def _stop_reason(self, token: int) -> str | int | None:
+        """What of the request's own ended the answer with that token; None: nothing of it."""
+        if self._text.stop_met is not None:
+            return self._text.stop_met
+        return token if token in self._sampling.stop_token_ids else None
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of the whole prompt, once; after that the prefix cache may be used."""

@@ -47,6 +47,7 @@ class TextStream:
         self._include_stop = include_stop
         self._held = ""  # possible start of a stop string
         self.num_decoded = 0  # characters of all tokens so far, held back or not
+        self.stop_met: str | None = None  # the stop string that ended the text
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
         """Add a token; return text that is ready to send, and whether a stop string was found.
@@ -79,7 +80,8 @@ class TextStream:
             met = [stop.text for stop in self._stops if stop.read(text[position])]
             if met:
                 self._held = ""
-                return text[: position + 1 - (0 if self._include_stop else max(map(len, met)))], True
+                self.stop_met = max(met, key=len)
+                return text[: position + 1 - (0 if self._include_stop else len(self.stop_met))], True
         keep = max(stop.matched for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False

@@ -96,9 +96,14 @@ class Gate:
         return match is not None and match["host"].lower() == headers.get("host", "").lower()
 
     def _key(self, headers: Headers) -> Key | None:
+        """That of the header Authorization or, if it has none of ours, of x-api-key (Anthropic's clients)."""
         given = headers.getlist("authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
-        return self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        key = self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+        given = headers.getlist("x-api-key")
+        if key is None and len(given) == 1:
+            key = self._keyring.find(given[0].strip().encode("latin-1"))
+        return key
 
     def _require_admin(self, key: Key | None, headers: Headers) -> None:
         """ApiError unless the key is the operator's, or --allow-local-admin allows programs of this machine.
@@ -147,6 +152,6 @@ def _is_own_page(origin: str) -> bool:
 
 
 def _no_key(need: str) -> ApiError:
-    message = f"{need} in the header 'Authorization: Bearer KEY'."
+    message = f"{need} in the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
     headers = {"WWW-Authenticate": "Bearer"}
     return ApiError(HTTPStatus.UNAUTHORIZED, message, code="invalid_api_key", headers=headers)

@@ -231,7 +231,7 @@ class BoundedProtocol(HttpToolsProtocol):
             method, path = self.parser.get_method().decode(), unquote_to_bytes(self.url.partition(b"?")[0])
         log_request(request_id, method, path, error.status if is_answered else None, error=error.code)
         if is_answered:
-            response = error.response()
+            response = error.response("" if path is None else path.decode("latin-1"), request_id)
             response.headers.update({"Connection": "close", "X-Request-Id": request_id})
             status = b"HTTP/1.1 %d %s\r\n" % (error.status, HTTPStatus(error.status).phrase.encode())
             head = [status, *(b"%s: %s\r\n" % field for field in response.raw_headers)]

@@ -140,6 +140,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, in the first delta
     embedding: bytes | None = None  # float32, of a request with pooling
     finish_reason: str | None = None  # "stop", "length" or "error"; the last delta of a request has one
+    stop_reason: str | int | None = None  # with "stop": the request's stop string, or stop token, that was met
     error: str | None = None  # one sentence, with finish_reason "error"
     code: str | None = None  # with error: as in `RequestRejected`
     param: str | None = None

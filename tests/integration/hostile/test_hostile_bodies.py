@@ -8,6 +8,7 @@ from collections import Counter
 import httpx
 import pytest
 
+from stellarbyte_server.api.contract.bodies.anthropic.messages import MessagesBody
 from stellarbyte_server.api.contract.bodies.body import parse_body
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
@@ -46,6 +47,20 @@ BODIES = {
     "/v1/responses": (
         ResponsesBody,
         {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2, "text": {"format": {"type": "text"}}},
+    ),
+    "/v1/messages": (
+        MessagesBody,
+        {
+            "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"a": [1]}}]},
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "r"}]},
+            ],
+            "max_tokens": 2,
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "none"},
+        },
     ),
     "/detokenize": (DetokenizeBody, {"tokens": [1, 2, 3]}),
 }
@@ -152,7 +167,8 @@ def test_every_mutated_body_gets_a_4xx_with_one_sentence(connection) -> None:
             continue
         assert 400 <= status < 500, (status, path, body, content)
         error = json.loads(content)["error"]
-        assert error.keys() == {"message", "type", "param", "code"}
+        fields = {"message", "type"} if path == "/v1/messages" else {"message", "type", "param", "code"}
+        assert error.keys() == fields
         assert error["message"] and "\n" not in error["message"] and "Traceback" not in error["message"]
 
 

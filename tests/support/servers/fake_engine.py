@@ -166,7 +166,13 @@ class FakeCore:
             text += sequence.text.flush()
         if finish_reason is not None:
             del self.sequences[sequence.request.request_id]
-        return Delta(request_id=sequence.request.request_id, text=text, num_tokens=1, finish_reason=finish_reason)
+        return Delta(
+            request_id=sequence.request.request_id,
+            text=text,
+            num_tokens=1,
+            finish_reason=finish_reason,
+            stop_reason=sequence.text.stop_met,
+        )
 
     def stats(self) -> EngineStats:
         return EngineStats(

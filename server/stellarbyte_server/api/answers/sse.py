@@ -5,8 +5,8 @@ what lets one process carry hundreds of fast streams.
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -85,30 +85,46 @@ class ChunkWriter:
         return choice
 
 
-def _ping() -> ServerSentEvent:
-    return ServerSentEvent(comment="ping", sep="\n")
+class StreamForm(NamedTuple):
+    """How an API's streams say that there is nothing to say yet, and that they have failed."""
+
+    ping: Callable[[], ServerSentEvent]
+    failure: Callable[[ApiError], bytes]
 
 
-async def _told_of_failure(events: AsyncIterator[bytes], streams: Sequence[DeltaStream]) -> AsyncIterator[bytes]:
+OPENAI_STREAM = StreamForm(
+    ping=lambda: ServerSentEvent(comment="ping", sep="\n"), failure=lambda error: event(error.content())
+)
+
+
+async def _told_of_failure(
+    events: AsyncIterator[bytes], streams: Sequence[DeltaStream], form: StreamForm
+) -> AsyncIterator[bytes]:
     """The events; when one cannot be made, an error as the last one: the headers are gone, so no status can tell."""
     try:
         async for content in events:
             yield content
     except Exception:
         logger.exception("the answer to request %s could not be sent", streams[0].request_id)
-        yield event(ApiError(500, "The server failed while it sent this answer.").content())
+        yield form.failure(ApiError(500, "The server failed while it sent this answer."))
 
 
 class DeltaStreamResponse(EventSourceResponse):
     """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on."""
 
-    def __init__(self, streams: Sequence[DeltaStream], events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(
+        self,
+        streams: Sequence[DeltaStream],
+        events: AsyncIterator[bytes],
+        headers: dict[str, str],
+        form: StreamForm = OPENAI_STREAM,
+    ) -> None:
         super().__init__(
-            _told_of_failure(events, streams),
+            _told_of_failure(events, streams, form),
             headers=headers,
             ping=PING_INTERVAL_S,
             sep="\n",
-            ping_message_factory=_ping,
+            ping_message_factory=form.ping,
         )
         self._streams = streams
 

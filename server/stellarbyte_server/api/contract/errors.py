@@ -1,4 +1,7 @@
-"""Errors of the API, in one form: {"error": {message, type, param, code}}."""
+"""Errors of the API, in one form: {"error": {message, type, param, code}}.
+
+On the routes of Anthropic's API they have its form: {"type": "error", "error": {type, message}, "request_id"}.
+"""
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
@@ -10,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from stellarbyte_server.access.paths import is_anthropics, path_of
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.protocol.request import (
     ADAPTER_NOT_FOUND,
@@ -30,6 +34,8 @@ _TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
+# In Anthropic's form; all its own that are not here have the fallbacks' names.
+_ANTHROPIC_TYPES = _TYPES | {HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error"}
 
 # Temporary refusals of the engine: status, and seconds until a retry.
 _NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5"), SHUTTING_DOWN: (503, "5")}
@@ -64,14 +70,26 @@ class ApiError(Exception):
     def content(self) -> dict[str, Any]:
         return error_content(self.status, str(self), self.param, self.code)
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.content(), self.status, self.headers)
+    def anthropic_content(self, request_id: str | None) -> dict[str, Any]:
+        """As Anthropic's API has it; also the last event of a stream that failed."""
+        fallback = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(HTTPStatus(self.status), fallback)
+        return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": request_id}
+
+    def response(self, path: str, request_id: str | None) -> JSONResponse:
+        """In the form of the API that a path (without --root-path) belongs to."""
+        content = self.anthropic_content(request_id) if is_anthropics(path) else self.content()
+        return JSONResponse(content, self.status, self.headers)
+
+    def response_to(self, scope: Scope) -> JSONResponse:
+        record = scope.get("state", {}).get("record")
+        return self.response(path_of(scope), None if record is None else record.request_id)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send this error, and note it in the request's record."""
         if (record := scope.get("state", {}).get("record")) is not None:
             record.error_code = self.code
-        await self.response()(scope, receive, send)
+        await self.response_to(scope)(scope, receive, send)
 
 
 def error_content(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -128,7 +146,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """The path of a field: ("messages", 0, "role") as messages[0].role."""
+    """The path of a field, without the tags of unions: ("messages", 0, "role") as messages[0].role."""
     path = ""
     for step in location:
         if isinstance(step, str) and step.startswith(VARIANT):
@@ -145,18 +163,17 @@ async def answer_api_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for ApiError."""
     assert isinstance(error, ApiError)
     request.state.record.error_code = error.code
-    return error.response()
+    return error.response_to(request.scope)
 
 
 async def answer_no_tokenizer(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for NoTokenizerError, which every route with texts may raise."""
-    del request
-    return bad_request(str(error)).response()
+    return bad_request(str(error)).response_to(request.scope)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for the framework's own errors: missing files of /docs."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        return no_route(request.url.path).response()
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+        return no_route(request.url.path).response_to(request.scope)
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response_to(request.scope)

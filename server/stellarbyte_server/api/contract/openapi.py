@@ -19,7 +19,7 @@ _EVERYWHERE = (403, 500, 503)
 
 _ERRORS = {
     400: "The request is not valid; `param` names the field.",
-    401: "The header `Authorization: Bearer KEY` is missing or has no valid key.",
+    401: "Neither `Authorization: Bearer KEY` nor `x-api-key: KEY` has a valid key.",
     403: "The key does not permit the request or its model; or a server without keys got an unknown host name.",
     404: "There is no such model, adapter or route.",
     408: "The body did not arrive in time.",
@@ -48,15 +48,27 @@ def make_document(
         "paths": paths,
         "components": {
             "schemas": models,
-            "responses": {str(status): _error(status, refs) for status in _ERRORS},
+            "responses": {
+                _error_name(status, error): _error(status, refs[error])
+                for error in dict.fromkeys(operation.error for operation in operations.values())
+                for status in _ERRORS
+            },
             "headers": {
                 "X-Request-Id": _header("string", "The request's id in the server's log."),
-                "X-Ignored-Fields": _header("string", "Fields that were ignored, with --unknown-fields warn."),
+                "X-Ignored-Fields": _header(
+                    "string", "Fields that were ignored, by /v1/messages or with --unknown-fields warn."
+                ),
                 "Retry-After": _header("integer", "Seconds until a retry."),
             },
             "securitySchemes": {
                 "adminKey": {"type": "http", "scheme": "bearer", "description": "The server's --admin-api-key."},
                 "key": {"type": "http", "scheme": "bearer", "description": "One of --api-key, or of the file --keys."},
+                "keyHeader": {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": "x-api-key",
+                    "description": "Any of these keys, as clients of Anthropic's API send it.",
+                },
             },
         },
     }
@@ -80,7 +92,8 @@ class _Schemas(GenerateJsonSchema):
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         described = super().model_schema(schema)
         if described.get("additionalProperties") is True and not schema.get("root_model"):
-            described["additionalProperties"] = self.unknown_fields
+            ignores_unknown = getattr(schema["cls"], "ignores_unknown", False)
+            described["additionalProperties"] = True if ignores_unknown else self.unknown_fields
         return described
 
 
@@ -93,7 +106,7 @@ def _models(operations: Iterable[Operation], schemas_class: type[_Schemas]) -> t
     named: set[Model] = {objects.ErrorBody}
     for operation in operations:
         named.update(operation.bodies)
-        named.update(model for model in (operation.answer, operation.event) if isinstance(model, type))
+        named.update(model for model in (operation.answer, operation.event, operation.error) if isinstance(model, type))
     inputs: list[tuple[Model, Literal["validation"]]] = [
         (model, "validation") for model in sorted(named, key=lambda model: model.__name__)
     ]
@@ -112,7 +125,10 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
         "tags": [operation.tag],
         "responses": {
             "200": _answer(operation, refs),
-            **{str(status): {"$ref": f"#/components/responses/{status}"} for status in statuses},
+            **{
+                str(status): {"$ref": f"#/components/responses/{_error_name(status, operation.error)}"}
+                for status in statuses
+            },
         },
     }
     if operation.path_parameters:
@@ -125,7 +141,8 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
         schema = bodies[0] if len(bodies) == 1 else {"oneOf": bodies}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if access is not Access.OPEN:  # {}: no key, if the server has none; operator's routes from its machine
-        described["security"] = [{"adminKey": []}, *([{"key": []}] if access is Access.USER else []), {}]
+        of_user: list[Schema] = [{"key": []}, {"keyHeader": []}] if access is Access.USER else []
+        described["security"] = [{"adminKey": []}, *of_user, {}]
     return described
 
 
@@ -166,9 +183,14 @@ def _event(model: Model, ends_with_done: bool, refs: Refs) -> Schema:
     }
 
 
-def _error(status: int, refs: Refs) -> Schema:
+def _error_name(status: int, error: Model) -> str:
+    """Of its response among the document's components; those of OpenAI's form need no more than the status."""
+    return str(status) if error is objects.ErrorBody else f"{error.__name__}{status}"
+
+
+def _error(status: int, ref: Schema) -> Schema:
     headers = ["X-Request-Id", "Retry-After"] if status in _RETRY_AFTER else ["X-Request-Id"]
-    content = {"application/json": {"schema": refs[objects.ErrorBody]}}
+    content = {"application/json": {"schema": ref}}
     return {"description": _ERRORS[status], "headers": _header_refs(headers), "content": content}
 
 

@@ -9,6 +9,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 from stellarbyte_server.access.rules import Access, allows
+from stellarbyte_server.api.contract.objects import ErrorBody
 
 Model = type[BaseModel]
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
@@ -33,6 +34,7 @@ class Operation:
     event: Model | None = None  # of the stream, if the body has `stream`
     ends_with_done: bool = True  # the stream's last event is [DONE]
     errors: tuple[int, ...] = ()
+    error: Model = ErrorBody  # what they look like
     path_parameters: tuple[tuple[str, str], ...] = ()  # name, description
 
     def __call__(self, endpoint: EndpointT) -> EndpointT:

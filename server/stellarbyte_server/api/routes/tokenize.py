@@ -59,7 +59,7 @@ async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
 async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
     await charge(http, service)
     body, headers = await read_body(http, service, DetokenizeBody)
-    await _require_model(body.model, service)
+    await require_served(body.model, service)
 
     def work() -> bytes:
         check_token_ids(body.tokens, service, "tokens")
@@ -85,7 +85,7 @@ async def _answer(
     headers: dict[str, str],
     encode: Callable[[], list[int]],
 ) -> Response:
-    await _require_model(body.model, service)
+    await require_served(body.model, service)
 
     def work() -> bytes:
         token_ids = encode()
@@ -111,7 +111,7 @@ def _json(content: bytes, headers: dict[str, str]) -> Response:
     return Response(content, media_type="application/json", headers=headers)
 
 
-async def _require_model(model: str | None, service: Service) -> None:
+async def require_served(model: str | None, service: Service) -> None:
     """ApiError unless `model` is the served model, one of its adapters, or absent.
 
     They all share one tokenizer.

@@ -63,6 +63,22 @@ def test_an_answer_ends_where_the_request_says(fields: dict[str, Any], expected:
     assert answer(make_core(Script("ab$")), max_tokens=6, **fields) == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"ignore_eos": True}, None),
+        ({"stop_token_ids": (ord("b"),)}, ord("b")),
+        ({"stop": ("ba", "x"), "ignore_eos": True}, "ba"),
+        ({"stop": ("ba", "aba"), "ignore_eos": True}, "aba"),
+        ({"stop": ("b",), "stop_token_ids": (ord("b"),)}, ord("b")),
+    ],
+)
+def test_an_answer_says_what_ended_it(fields: dict[str, Any], expected: str | int | None) -> None:
+    found = answers(make_core(Script("ab$")), make_request([1, 2, 3], max_tokens=6, **fields))["r"]
+    assert found.stop_reason == expected
+
+
 def test_token_ids_come_back_if_asked_for() -> None:
     core = make_core(Script("ab$"))
     assert answers(core, make_request([1], return_token_ids=True))["r"].token_ids == (ord("a"), ord("b"), END)

@@ -206,3 +206,17 @@ def test_what_is_no_route_is_refused_after_the_key_was_asked_for() -> None:
         "/v1/models\n",
     ):
         assert status(JSON, path=path, method="GET", **keys) == 401, path
+
+
+@pytest.mark.parametrize("given", ["sesame", " sesame "])
+def test_a_key_may_come_as_x_api_key(given: str) -> None:
+    options = {"admin_api_key": "sesame"}
+    assert status(JSON | {"x-api-key": given}, **options) == 200
+    for wrong in ("", "sesam", "Bearer sesame", "\xff"):
+        code, headers, error = answer(JSON | {"x-api-key": wrong}, **options)
+        assert (code, headers["www-authenticate"]) == (401, "Bearer") and "x-api-key" in error["message"]
+    twice = [*JSON.items(), ("x-api-key", "sesame"), ("x-api-key", "sesame")]
+    assert status(twice, **options) == 401
+    assert status(JSON | {"x-api-key": "sesame", "authorization": "Bearer wrong"}, **options) == 200
+    both = JSON | {"x-api-key": "sesame", "authorization": "Bearer user"}
+    assert status(both, api_key=("user",), **options) == 403  # the key in Authorization is the one that counts

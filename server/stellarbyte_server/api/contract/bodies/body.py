@@ -5,7 +5,7 @@ A field that is known but not supported, and one that is unknown, is an error un
 """
 
 from itertools import islice
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
@@ -20,6 +20,8 @@ MAX_IGNORED = 1000  # fields that an answer can name
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
+    ignores_unknown: ClassVar[bool] = False  # as if the server warned of unknown fields only
+
     @classmethod
     def class_for(cls, content: dict[str, Any]) -> type[Self]:
         """The class that checks a body of this kind with that content."""
@@ -32,11 +34,14 @@ PlainBodyT = TypeVar("PlainBodyT", bound=BaseModel)
 
 
 def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
-    """A checked body, and the fields that were ignored (none unless `warn_unknown`); ApiError when it is refused."""
+    """A checked body, and the fields that were ignored; ApiError when it is refused.
+
+    Unknown fields are ignored with `warn_unknown`, or if the class does so.
+    """
     content = _content_of(text)
     parsed = _checked(body_class.class_for(content), content)
     refused = islice(unsupported.refused_fields(parsed), MAX_IGNORED)
-    if warn_unknown:
+    if warn_unknown or body_class.ignores_unknown:
         return parsed, [path for path, _ in refused]
     for path, known in refused:
         reason = "is not supported" if known else "is unknown"

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema
 
 from stellarbyte_server.api.contract.bodies.bounds import wrong
 from stellarbyte_server.protocol.request import MAX_PRIORITY
@@ -34,6 +35,13 @@ def optional(meaning: str) -> Any:
 
 def required(meaning: str) -> Any:
     return Field(description=meaning)
+
+
+class OrText:
+    """Says in the document that a list may also be a text. A union would name its branches in errors."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(schema)]}
 
 
 SchemaName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import BeforeValidator, Field, model_validator
 
 from stellarbyte_server.api.contract.bodies import unsupported
 from stellarbyte_server.api.contract.bodies.body import Body
@@ -16,7 +15,7 @@ from stellarbyte_server.api.contract.bodies.chat import (
     Message,
     ResponseFormat,
 )
-from stellarbyte_server.api.contract.bodies.fields import ONLY_KIND, MaxTokens, SchemaName, optional, required
+from stellarbyte_server.api.contract.bodies.fields import ONLY_KIND, MaxTokens, OrText, SchemaName, optional, required
 from stellarbyte_server.api.contract.bodies.generation import CommonFields
 from stellarbyte_server.api.contract.bodies.tools import Schema
 from stellarbyte_server.api.contract.bodies.unused import Metadata
@@ -24,13 +23,6 @@ from stellarbyte_server.api.contract.bodies.unused import Metadata
 MAX_LOGPROBS = 2**17  # of one part
 LOGPROBS = "message.output_text.logprobs"  # what `include` may ask for
 _SENT_BACK = "Of an answer that is sent back; unused."
-
-
-class _OrText:
-    """Says in the document that a list may also be a text. A union would name its branches in errors."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, handler(schema)]}
 
 
 def _as_part(value: object) -> object:
@@ -53,9 +45,9 @@ class InputItem(Body):
 
     type: Literal["message"] | None = optional(ONLY_KIND)
     role: Literal["system", "developer", "user", "assistant"] = required("Who says it.")
-    content: Annotated[
-        list[InputPart], Field(min_length=1), AtMost(MAX_PARTS), BeforeValidator(_as_part), _OrText()
-    ] = required("A text, or parts of text, which are joined by newlines.")
+    content: Annotated[list[InputPart], Field(min_length=1), AtMost(MAX_PARTS), BeforeValidator(_as_part), OrText()] = (
+        required("A text, or parts of text, which are joined by newlines.")
+    )
     id: str | None = optional(_SENT_BACK)
     status: Literal["in_progress", "completed", "incomplete"] | None = optional(_SENT_BACK)
 
@@ -86,7 +78,7 @@ class ResponsesBody(CommonFields):
     not_supported: ClassVar = unsupported.OF_RESPONSES
 
     input: Annotated[
-        list[InputItem], Field(min_length=1), AtMost(MAX_MESSAGES), BeforeValidator(_as_message), _OrText()
+        list[InputItem], Field(min_length=1), AtMost(MAX_MESSAGES), BeforeValidator(_as_message), OrText()
     ] = required("A text of the user, or a list of messages.")
     instructions: str | None = optional("Becomes the first message, by the system.")
     max_output_tokens: MaxTokens | None = optional(

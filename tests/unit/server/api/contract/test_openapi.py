@@ -13,8 +13,9 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from stellarbyte_server.api.contract import objects, response_objects
+from stellarbyte_server.api.contract import message_objects, objects, response_objects
 from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
+from stellarbyte_server.api.contract.bodies.anthropic.messages import CountTokensBody, MessagesBody
 from stellarbyte_server.api.contract.bodies.body import Body, parse_body, parse_plain_body
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
@@ -123,9 +124,17 @@ def test_every_operation_can_fail_in_the_one_form_and_says_when_to_come_back(doc
         for operation in item.values():
             assert {"200", "500", "503"} <= operation["responses"].keys()
             assert ("requestBody" in operation) == ("413" in operation["responses"])
-    for status, response in document["components"]["responses"].items():
-        assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
-        assert ("Retry-After" in response["headers"]) == (status in ("429", "503"))
+    for name, response in document["components"]["responses"].items():
+        form = "MessagesError" if name.startswith("MessagesError") else "ErrorBody"
+        assert response["content"]["application/json"]["schema"] == {"$ref": f"#/components/schemas/{form}"}
+        assert ("Retry-After" in response["headers"]) == name.endswith(("429", "503"))
+
+
+def test_the_routes_of_anthropics_api_fail_in_its_form(document):
+    for path, item in document["paths"].items():
+        for operation in item.values():
+            failed = {each["$ref"].rpartition("/")[2] for code, each in operation["responses"].items() if code != "200"}
+            assert {name.startswith("MessagesError") for name in failed} == {path.startswith("/v1/messages")}
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 429, 500, 503])
@@ -133,6 +142,7 @@ def test_errors_are_as_described(document, status):
     assert conforms(document, "ErrorBody", error_content(status, "This went wrong."))
 
 
+MESSAGE = {"model": "m", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
 BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (CompletionBody, {"model": "m", "prompt": "a"}),
     (CompletionBody, {"model": "m", "prompt": [1, 2]}),
@@ -155,6 +165,20 @@ BODIES: list[tuple[type[BaseModel], dict[str, Any]]] = [
     (ChatBody, {"model": "m", "messages": [{"role": "user", "content": 3}]}),
     (ChatBody, {"model": "m", "messages": [{"role": "user", "content": "hi", "mood": "good"}]}),
     (ChatBody, {"model": "m", "messages": []}),
+    (MessagesBody, MESSAGE),
+    (MessagesBody, MESSAGE | {"mood": "good", "system": None, "temperature": 0, "tools": []}),
+    (MessagesBody, {"model": "m", "messages": MESSAGE["messages"]}),
+    (MessagesBody, MESSAGE | {"messages": []}),
+    (MessagesBody, MESSAGE | {"system": [{"type": "text", "text": "s", "mood": "good"}]}),
+    (MessagesBody, MESSAGE | {"system": [{"type": "image", "text": "s"}]}),
+    (MessagesBody, MESSAGE | {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}),
+    (MessagesBody, MESSAGE | {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+    (MessagesBody, MESSAGE | {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}),
+    (MessagesBody, MESSAGE | {"messages": [{"role": "robot", "content": "a"}]}),
+    (MessagesBody, MESSAGE | {"tools": [{"name": "f", "input_schema": {}, "type": "custom"}]}),
+    (MessagesBody, MESSAGE | {"tools": [{"name": "f", "type": "web_search_20250305"}]}),
+    (MessagesBody, MESSAGE | {"metadata": {"user_id": 5}}),
+    (CountTokensBody, {"model": "m", "messages": MESSAGE["messages"]}),
     (TokenizePromptBody, {"prompt": "a"}),
     (TokenizePromptBody, {"prompt": None}),
     (TokenizeChatBody, {"messages": [{"role": "user", "content": "hi"}], "prompt": None}),
@@ -244,6 +268,23 @@ RESPONSE = {
 }
 
 
+ANSWER = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": MODEL,
+    "content": [{"type": "text", "text": "hi"}, {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {"a": 1}}],
+    "stop_reason": "tool_use",
+    "stop_sequence": None,
+    "usage": {
+        "input_tokens": 2,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 3,
+        "output_tokens": 4,
+    },
+}
+
+
 def completion(**choice: Any) -> dict[str, Any]:
     choice = {"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length"} | choice
     return BASE | {"object": "text_completion", "choices": [choice], "usage": USAGE}
@@ -302,6 +343,10 @@ ANSWERS: list[tuple[type[BaseModel], dict[str, Any]]] = [
     ),
     (response_objects.Response, RESPONSE),
     (response_objects.Response, RESPONSE | {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}),
+    (message_objects.AssistantMessage, ANSWER),
+    (message_objects.AssistantMessage, ANSWER | {"stop_reason": "stop_sequence", "stop_sequence": "END"}),
+    (message_objects.MessageTokenCount, {"input_tokens": 3}),
+    (message_objects.MessagesError, ApiError(429, "Too much.").anthropic_content("id")),
     (objects.ModelCard, CARD),
     (objects.ModelList, {"object": "list", "data": [CARD, CARD | {"parent": MODEL, "content_hash": None}]}),
     (objects.Tokenized, {"count": 1, "max_model_len": 9, "tokens": [0], "token_strs": ["Ġ"]}),

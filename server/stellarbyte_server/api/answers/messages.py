@@ -1,0 +1,180 @@
+"""Answers in the form of Anthropic's API: a message of content blocks, whole or as its events.
+
+What is not streamed is made of the same steps as what is, so both say the same.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from pydantic_core import from_json
+from sse_starlette import ServerSentEvent
+
+from stellarbyte_server.api.answers.choices import Fragment
+from stellarbyte_server.api.answers.sse import encode_json
+from stellarbyte_server.api.answers.tool_parser import CallStart, Content
+from stellarbyte_server.observe.record import TokenCount
+from stellarbyte_server.protocol.messages import Delta
+
+Kind = Literal["text", "tool_use"]
+_DELTAS = {"text": ("text_delta", "text"), "tool_use": ("input_json_delta", "partial_json")}
+_STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
+
+
+class BlockStart(NamedTuple):
+    kind: Kind
+    head: dict[str, Any]  # its fields that are known from the start
+
+
+class BlockText(NamedTuple):
+    """A part of the open block: of its text, or of its input's JSON."""
+
+    text: str
+
+
+class BlockStop(NamedTuple):
+    """The open block is whole."""
+
+
+Step = BlockStart | BlockText | BlockStop
+
+
+class BlockReader:
+    """Divides the fragments of an answer into content blocks, of which one at most is open."""
+
+    def __init__(self) -> None:
+        self._open: Kind | None = None
+
+    def read(self, fragment: Fragment) -> Iterator[Step]:
+        pieces = fragment.pieces or ([Content(fragment.text)] if fragment.text else [])
+        for piece in pieces:
+            if isinstance(piece, CallStart):
+                head = {"id": "toolu_" + piece.id.removeprefix("call_"), "name": piece.name}
+                yield from self._begin("tool_use", head)
+                continue
+            if isinstance(piece, Content) and self._open != "text":
+                yield from self._begin("text", {})
+            if piece.text:
+                yield BlockText(piece.text)
+
+    def end(self) -> Iterator[Step]:
+        if self._open is not None:
+            yield BlockStop()
+            self._open = None
+
+    def _begin(self, kind: Kind, head: dict[str, Any]) -> Iterator[Step]:
+        yield from self.end()
+        self._open = kind
+        yield BlockStart(kind, head)
+
+
+def whole_blocks(steps: Iterable[Step]) -> list[dict[str, Any]]:
+    """The content that the steps of a whole answer make."""
+    blocks: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for step in steps:
+        if isinstance(step, BlockStart):
+            blocks.append({"type": step.kind} | step.head)
+            texts = []
+        elif isinstance(step, BlockText):
+            texts.append(step.text)
+        elif blocks[-1]["type"] == "tool_use":
+            blocks[-1]["input"] = _arguments("".join(texts))
+        else:
+            blocks[-1]["text"] = "".join(texts)
+    return blocks
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    """Of a call that was cut off, those that are whole, as clients read them of a stream."""
+    try:
+        arguments = from_json(text, allow_partial=True)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+@dataclass(kw_only=True)
+class MessageWriter:
+    """One message as far as it has come: `add` what is read, then write it whole or event by event."""
+
+    message_id: str
+    model: str
+    tokens: TokenCount
+    ends_with_context: bool  # at its most tokens the context is full
+    _reader: BlockReader = field(default_factory=BlockReader)
+    _num_blocks: int = 0
+    _kind: str = ""  # of the open block
+    _stop_reason: str | None = None
+    _stop_sequence: str | None = None
+
+    def steps(self, fragment: Fragment, delta: Delta) -> list[Step]:
+        """What a fragment, read of a delta, adds to the content."""
+        steps = list(self._reader.read(fragment))
+        if fragment.finish_reason is not None:
+            steps += self._reader.end()
+            self._note_end(fragment.finish_reason, delta)
+        return steps
+
+    def _note_end(self, finish_reason: str, delta: Delta) -> None:
+        self._stop_reason = _STOP_REASONS[finish_reason]
+        if isinstance(delta.stop_reason, str):
+            self._stop_reason, self._stop_sequence = "stop_sequence", delta.stop_reason
+        elif finish_reason == "length" and self.ends_with_context:
+            self._stop_reason = "model_context_window_exceeded"
+
+    def message(self, content: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.message_id,
+            "type": "message",
+            "role": "assistant",
+            "model": self.model,
+            "content": content,
+            "stop_reason": self._stop_reason,
+            "stop_sequence": self._stop_sequence,
+            "usage": self._usage(),
+        }
+
+    def begin(self) -> bytes:
+        return message_event({"type": "message_start", "message": self.message([])})
+
+    def events(self, steps: Iterable[Step]) -> bytes:
+        return b"".join([message_event(self._event(step)) for step in steps])
+
+    def end(self) -> bytes:
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
+        last = message_event({"type": "message_delta", "delta": delta, "usage": self._usage()})
+        return last + message_event({"type": "message_stop"})
+
+    def _event(self, step: Step) -> dict[str, Any]:
+        if isinstance(step, BlockStart):
+            self._num_blocks += 1
+            self._kind = step.kind
+            empty: dict[str, Any] = {"text": ""} if step.kind == "text" else {"input": {}}
+            block = {"type": step.kind} | step.head | empty
+            return {"type": "content_block_start", "index": self._num_blocks - 1, "content_block": block}
+        if isinstance(step, BlockText):
+            kind, name = _DELTAS[self._kind]
+            delta = {"type": kind, name: step.text}
+            return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
+        return {"type": "content_block_stop", "index": self._num_blocks - 1}
+
+    def _usage(self) -> dict[str, Any]:
+        """`input_tokens` are those that were not in the cache, as there."""
+        tokens = self.tokens
+        usage = {
+            "input_tokens": tokens.prompt - tokens.cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": tokens.cached,
+            "output_tokens": tokens.completion,
+        }
+        return usage | {"evicted_tokens": tokens.evicted} if tokens.evicted else usage
+
+
+def message_event(content: dict[str, Any]) -> bytes:
+    """A server-sent event, which is named as its data's type."""
+    return f"event: {content['type']}\ndata: ".encode() + encode_json(content) + b"\n\n"
+
+
+def message_ping() -> ServerSentEvent:
+    return ServerSentEvent('{"type":"ping"}', event="ping", sep="\n")

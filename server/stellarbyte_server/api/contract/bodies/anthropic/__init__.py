@@ -1,0 +1,1 @@
+"""Anthropic's requests: their bodies, and the chats that they ask for."""

@@ -1,0 +1,149 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API. Runs as the chat that a request asks for."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from stellarbyte_server.access.rules import Access
+from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
+from stellarbyte_server.api.answers.messages import (
+    MessageWriter,
+    Step,
+    message_event,
+    message_ping,
+    whole_blocks,
+)
+from stellarbyte_server.api.answers.sse import DeltaStreamResponse, StreamForm, encode_json
+from stellarbyte_server.api.chat.plan import plan_chat
+from stellarbyte_server.api.chat.prompt import chat_encoder
+from stellarbyte_server.api.chat.tools import Toolbox
+from stellarbyte_server.api.contract import message_objects
+from stellarbyte_server.api.contract.bodies.anthropic.as_chat import as_chat
+from stellarbyte_server.api.contract.bodies.anthropic.messages import CountTokensBody, MessagesBody
+from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
+from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
+from stellarbyte_server.api.disconnect import unless_client_leaves
+from stellarbyte_server.api.generation import off_loop, off_loop_if_long, read_body
+from stellarbyte_server.api.key_rate import charge
+from stellarbyte_server.api.routes.tokenize import require_served
+from stellarbyte_server.api.service import Service, ServiceOfRequest
+from stellarbyte_server.api.submission import record_of, submit
+from stellarbyte_server.client.delta_stream import DeltaStream
+from stellarbyte_server.client.engine_client import EngineDead
+from stellarbyte_server.protocol.request import RequestRejected
+from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
+
+router = APIRouter()
+InTerms = Callable[[ApiError], ApiError]  # of the request's own fields
+
+
+@router.post("/v1/messages")
+@Operation(
+    access=Access.USER,
+    summary="Answer a chat, in the form of Anthropic's Messages API",
+    tag="Generation",
+    bodies=(MessagesBody,),
+    answer=message_objects.AssistantMessage,
+    event=message_objects.MessageEvent,
+    ends_with_done=False,
+    errors=GENERATION_REFUSED,
+    error=message_objects.MessagesError,
+)
+async def create_message(http: Request, service: ServiceOfRequest) -> Response:
+    body, headers = await read_body(http, service, MessagesBody)
+    chat, in_terms = await _chat(http, service, body)
+    with _errors(in_terms):
+        plan = await plan_chat(http, chat, service)
+        writer = MessageWriter(
+            message_id=f"msg_{plan.requests[0].request_id}",
+            model=body.model,
+            tokens=count_tokens(http, plan.requests),
+            ends_with_context=plan.requests[0].sampling.max_tokens < body.max_tokens,
+        )
+        if not body.stream:
+            steps = await unless_client_leaves(http.receive, _read(http, service, plan, writer))
+            message = writer.message(whole_blocks(steps))
+            return Response(encode_json(message), media_type="application/json", headers=headers)
+        (stream,) = await unless_client_leaves(http.receive, submit(http, service, *plan.requests))
+    note_adapter(http, plan.requests[0], [stream])
+
+    def failure(error: ApiError) -> bytes:
+        return message_event(in_terms(error).anthropic_content(record_of(http).request_id))
+
+    events = _events(stream, plan, writer, failure)
+    return DeltaStreamResponse([stream], events, headers, StreamForm(ping=message_ping, failure=failure))
+
+
+@router.post("/v1/messages/count_tokens")
+@Operation(
+    access=Access.USER,
+    summary="Count the tokens of a message's prompt",
+    tag="Generation",
+    bodies=(CountTokensBody,),
+    answer=message_objects.MessageTokenCount,
+    errors=GENERATION_REFUSED,
+    error=message_objects.MessagesError,
+)
+async def count_message_tokens(http: Request, service: ServiceOfRequest) -> Response:
+    await charge(http, service)
+    body, headers = await read_body(http, service, CountTokensBody)
+    await require_served(body.model, service)
+    chat, in_terms = await _chat(http, service, body)
+    with _errors(in_terms):
+        source = service.tokenizer.chat_template_source
+        toolbox = Toolbox.of(chat.tools, chat.tool_choice, chat.parallel_tool_calls, source)
+        encode = chat_encoder(chat, service, toolbox)
+        try:
+            token_ids = await off_loop(http, service, encode, record_of(http).body_bytes)
+        except (ChatTemplateError, UnembeddableTokenError) as error:
+            raise bad_request(str(error), "messages") from None
+    return Response(encode_json({"input_tokens": len(token_ids)}), media_type="application/json", headers=headers)
+
+
+async def _chat(http: Request, service: Service, body: CountTokensBody) -> tuple[ChatBody, InTerms]:
+    return await off_loop_if_long(http, service, partial(as_chat, body), record_of(http).body_bytes)
+
+
+@contextmanager
+def _errors(in_terms: InTerms) -> Iterator[None]:
+    """Raise errors, those of the engine too, in terms of the request."""
+    try:
+        yield
+    except ApiError as error:
+        raise in_terms(error) from None
+    except (RequestRejected, EngineDead) as error:
+        raise in_terms(from_engine(error)) from None
+
+
+async def _read(http: Request, service: Service, plan: AnswerPlan, writer: MessageWriter) -> list[Step]:
+    """The whole answer."""
+    (stream,) = await submit(http, service, *plan.requests)
+    reader = plan.reader(0)
+    steps: list[Step] = []
+    try:
+        note_adapter(http, plan.requests[0], [stream])
+        async for _, delta in read_deltas([stream], writer.tokens, grammar_param=plan.grammar_param):
+            steps += writer.steps(reader.read(delta), delta)
+    finally:
+        stream.close()
+    return steps
+
+
+async def _events(
+    stream: DeltaStream, plan: AnswerPlan, writer: MessageWriter, failure: Callable[[ApiError], bytes]
+) -> AsyncIterator[bytes]:
+    """The answer as server-sent events; a failure is its last one."""
+    reader = plan.reader(0)
+    yield writer.begin()
+    try:
+        async for _, delta in read_deltas([stream], writer.tokens, grammar_param=plan.grammar_param):
+            if events := writer.events(writer.steps(reader.read(delta), delta)):
+                yield events
+    except ApiError as error:
+        yield failure(error)
+        return
+    yield writer.end()
