@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if last >= model.config.vocab_size:
         token = tokenizer.convert_ids_to_tokens(last)
         raise PromptError(
-            f"The prompt contains the token {token!r} (id {last}), but the model's vocabulary has only"
+            f"The prompt contains the token {token!r} (id {last}), but the model has embeddings for only"
             f" {model.config.vocab_size} tokens."
         )
     if options.seed is not None:

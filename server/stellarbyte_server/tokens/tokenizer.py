@@ -120,8 +120,8 @@ class PromptTokenizer:
         last = max(encoding.ids, default=0)
         if last >= self._vocab_size:
             raise UnembeddableTokenError(
-                f"The text contains the token {self.token_text(last)!r} (id {last}), but this model's vocabulary has"
-                f" only {self._vocab_size} tokens."
+                f"The text contains the token {self.token_text(last)!r} (id {last}), but this model has embeddings"
+                f" for only {self._vocab_size} tokens."
             )
         return encoding
 

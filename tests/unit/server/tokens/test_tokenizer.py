@@ -191,7 +191,7 @@ def test_no_id_beyond_the_embedding_leaves_the_tokenizer_wherever_it_comes_from(
     folder = make_model_folder(tmp_path)
     tokenizer = load_prompt_tokenizer(folder, None, 258)  # <|im_end|> is 258
     for encode in (tokenizer.encode, tokenizer.encode_for_echo):
-        with pytest.raises(UnembeddableTokenError, match=r"'<\|im_end\|>' \(id 258\).* 258 rows"):
+        with pytest.raises(UnembeddableTokenError, match=r"'<\|im_end\|>' \(id 258\).* 258 tokens"):
             encode("a<|im_end|>b")
     with pytest.raises(UnembeddableTokenError, match="im_end"):
         tokenizer.encode_chat(CHATS[0])
