@@ -15,10 +15,12 @@ from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.messages import MessageWriter, message_ping, whole_blocks
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.contract.message_objects import AssistantMessage, MessageEvent
-from stellarbyte_server.api.structured.tool_calls import HERMES
+from stellarbyte_server.api.structured.tool_formats import HERMES
 from stellarbyte_server.observe.record import TokenCount
 from stellarbyte_server.protocol.messages import Delta
+from tests.support.tools import by_name
 
+TOOLS = by_name({"type": "function", "function": {"name": "f"}})
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 CALL = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
 
@@ -34,7 +36,7 @@ def writer(tokens: TokenCount, **more: Any) -> MessageWriter:
 
 def reader() -> ChoiceReader:
     form = ChoiceForm(kind="chat", with_tools=True)
-    return ChoiceReader(form, None, ToolCallParser(HERMES, {"f"}))  # type: ignore[arg-type]
+    return ChoiceReader(form, None, ToolCallParser(HERMES, TOOLS))  # type: ignore[arg-type]
 
 
 def whole(parts: list[str], more: Any = None, **last: Any) -> dict[str, Any]:
