@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "magnitude": (tensors({f"{Q}.lora_magnitude_vector": torch.ones(6)}), f"{Q}.lora_magnitude_vector"),
     "bias weights": (tensors({f"{Q}.lora_B.bias": torch.ones(6)}), f"{Q}.lora_B.bias"),
     "saved module": (tensors({"base_model.model.lm_head.weight": torch.ones(6, 4)}), "base_model.model.lm_head.weight"),
-    "names with an adapter": (renamed("lora_A.weight", "lora_A.default.weight"), "lora_A.default.weight"),
+    "names with another adapter": (renamed("lora_A.weight", "lora_A.mine.weight"), "lora_A.mine.weight"),
     "other prefix": (renamed("base_model.model.", "transformer."), "'transformer.model.layers"),
     "control characters": (renamed("q_proj.lora_A", "\nq_proj\x1b.lora_X"), r"\\nq_proj\\x1b.lora_X"),
     "unknown module": (

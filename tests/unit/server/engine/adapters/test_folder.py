@@ -60,7 +60,7 @@ def test_a_pickle_is_found_only_where_an_operator_asks_for_it(tmp_path: Path) ->
     folder = AdapterFolder(str(tmp_path), {"mine": str(only_pickle)})
     assert folder.at("a").weights == folder.module("mine").weights == only_pickle / "adapter_model.bin"
     assert folder.offered("a") is None and folder.all_offered() == []
-    touch_adapter(only_pickle)
+    (only_pickle / "adapter_model.safetensors").touch()
     assert folder.at("a").weights.suffix == ".safetensors"
 
 
