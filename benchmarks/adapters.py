@@ -24,8 +24,8 @@ import torch
 from benchmarks.loadgen import Load, local_address, send
 from benchmarks.record import write_result
 from benchmarks.serve import OURS, Server, Workload, load, running_ours
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
 from stellarbyte_client.terminal.load import Outcome
 

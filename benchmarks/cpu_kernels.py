@@ -18,8 +18,8 @@ from numba import njit, prange
 from benchmarks.record import write_result
 from stellarbyte.backends.cpu_model import CpuModel, batch_arrays
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.ops.cpu.attention import paged_attention
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear

@@ -25,8 +25,8 @@ from tokenizers import models
 
 from benchmarks.record import write_result
 from stellarbyte import ByteModelConfig, ByteTransformer
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.run.runner import RunningStep

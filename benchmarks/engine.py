@@ -21,7 +21,7 @@ import tokenizers
 import zmq
 
 from benchmarks.record import write_result
-from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.engine.adapters.registry import no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler

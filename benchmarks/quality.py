@@ -18,8 +18,8 @@ from benchmarks.record import write_result
 from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.model.decoder import ByteLanguageModel

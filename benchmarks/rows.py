@@ -21,7 +21,7 @@ import torch
 from benchmarks.record import write_result
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.ops.cpu.adjustment import adjust_logits

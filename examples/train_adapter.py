@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from stellarbyte import ByteTransformer, LoRAConfig
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.lora import apply_lora_to_model, save_adapter
 
 # B examples, T tokens, A tokens of the batch's longest answer, V vocabulary

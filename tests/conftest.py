@@ -3,6 +3,7 @@
 import os
 import ssl
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import certifi
@@ -11,6 +12,9 @@ import torch
 
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)
+
+# Servers' child processes do not import from the current folder; those of tests run modules of tests/.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 
 def _roots_read_once(create: Callable[..., ssl.SSLContext]) -> Callable[..., ssl.SSLContext]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import open_checkpoint
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 
 SHARED = (

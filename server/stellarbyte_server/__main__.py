@@ -22,6 +22,7 @@ from stellarbyte_server.config.setting_values import SettingsError, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.http.stopping import exit_quietly, on_stop_signals
 from stellarbyte_server.http.tls import check_certificate
+from stellarbyte_server.import_path import leave_current_folder
 from stellarbyte_server.logs import LogFormat, configure_logging
 
 if TYPE_CHECKING:  # imported late
@@ -40,6 +41,7 @@ class StartError(Exception):
 
 def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MODULE) -> int:
     """Run the server; returns the exit status. `engine_module` is the module that the engine process runs."""
+    leave_current_folder()
     log_format: LogFormat = "text"
     try:
         settings = parse_settings(sys.argv[1:] if arguments is None else arguments, os.environ)

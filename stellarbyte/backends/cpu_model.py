@@ -1,8 +1,9 @@
 """A ByteTransformer on the CPU kernels: packs the weights once, then runs serving steps."""
 
+import copy
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from stellarbyte.model.parts import (
 from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.ops.cpu import one_compiles
 from stellarbyte.ops.cpu.adjustment import adjust_logits
-from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Rotations
+from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Integers, Rotations
 from stellarbyte.ops.cpu.instructions import LANES
 from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, StackedLinears, forward_layers, rms_norm
 from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
@@ -133,6 +134,12 @@ class CpuModel(ServedModel):
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows, self.num_threads)
 
+    def with_windows_of(self, config: ByteModelConfig) -> Self:
+        other = copy.copy(self)
+        other.layers = self.layers._replace(windows_L=_windows(config))
+        other.options = self.options._replace(sink_tokens=config.sink_tokens)
+        return other
+
     def _run(
         self,
         x_TC: Floats,
@@ -212,8 +219,12 @@ def _stack_layers(
                     for layer in range(config.num_hidden_layers)
                 ]
             )
-    windows_L = np.array([window or 0 for window in config.windows], dtype=np.int64)
-    return LayerWeights(**fields, windows_L=windows_L)
+    return LayerWeights(**fields, windows_L=_windows(config))
+
+
+def _windows(config: ByteModelConfig) -> Integers:
+    """Of each layer; 0: none."""
+    return np.array([window or 0 for window in config.windows], dtype=np.int64)
 
 
 def _stack_linears(

@@ -1,7 +1,9 @@
 """The engine's interface to a model, and its implementation in plain torch."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Self
 
 import torch
 from torch import nn
@@ -29,6 +31,10 @@ class ServedModel(ABC):
     @abstractmethod
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """[R, V] logits of the next token."""
+
+    @abstractmethod
+    def with_windows_of(self, config: ByteModelConfig) -> Self:
+        """The same weights, served with the windows and sinks of `config`."""
 
     def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
         """Change float32 logits in place; see `stellarbyte.sampling.adjustment`."""
@@ -69,6 +75,11 @@ class TorchModel(ServedModel):
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()
+
+    def with_windows_of(self, config: ByteModelConfig) -> Self:
+        other = copy.copy(self)
+        other.config = config
+        return other
 
 
 class _AdaptedProjection:

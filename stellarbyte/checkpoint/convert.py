@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.gguf.model import plan_gguf
-from stellarbyte.checkpoint.hf import plan_folder
+from stellarbyte.checkpoint.hugging_face.folder import plan_folder
 from stellarbyte.checkpoint.native import check_tensors
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.progress import Progress

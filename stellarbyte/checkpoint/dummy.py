@@ -23,10 +23,10 @@ def dummy_config(folder: Path) -> ByteModelConfig:
     file = folder / "config.json"
     if not file.is_file() or read_json(file).get("model_type") == ByteModelConfig.model_type:
         return load_config(folder)
-    from stellarbyte.checkpoint import hf  # transformers' own configs take seconds to import
+    from stellarbyte.checkpoint.hugging_face.folder import read_config, refuse_unsupported  # takes seconds
 
-    hf.refuse_unsupported(folder)
-    return hf.read_config(folder, headers={})
+    refuse_unsupported(folder)
+    return read_config(folder, headers={})
 
 
 def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:

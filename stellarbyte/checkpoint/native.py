@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -175,9 +175,21 @@ def adopt_weights(config: ByteModelConfig, model: nn.Module, state: dict[str, to
     model.requires_grad_(False).eval()
 
 
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json, {} where there is none; a negative top_k, by which other programs mean all tokens, is 0.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    file = folder / "generation_config.json"
+    content = read_json(file) if file.is_file() else {}
+    top_k = content.get("top_k")
+    return content | {"top_k": 0} if isinstance(top_k, int) and top_k < 0 else content
+
+
 def _generation_config(folder: Path) -> GenerationConfig:
     try:
-        return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+        return GenerationConfig.from_dict(read_generation(folder))
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise

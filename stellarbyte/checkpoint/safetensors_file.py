@@ -25,6 +25,7 @@ SIZES = {  # bytes of one element, for every dtype that the format knows with wh
     **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 MAX_DIMENSIONS = 64
 
@@ -116,30 +117,46 @@ def _parse_entry(file: Path, entry: dict[str, Any]) -> tuple[TensorInfo, int, in
     return TensorInfo(file=file, dtype=entry["dtype"], shape=shape), start, stop
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder: model.safetensors, or the shards that model.safetensors.index.json names.
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's tensors: model.safetensors, or the shards that model.safetensors.index.json names.
 
     Raises:
-        CheckpointError: no weights, a missing shard, a shard that disagrees with the index, or as `read_header`.
+        CheckpointError: no weights, or a missing shard.
     """
-    index_file = folder / "model.safetensors.index.json"
-    if not index_file.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise CheckpointError(f"{folder} has no weights: neither model.safetensors nor {index_file.name} is there.")
-        return read_header(folder / "model.safetensors")
-    weight_map = read_json(index_file).get("weight_map")
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
+        return [folder / SINGLE_FILE]
+    files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {INDEX_FILE} names it.")
+    return files
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
-        raise CheckpointError(f"{index_file} has no usable weight_map.")
+        raise CheckpointError(f"{folder / INDEX_FILE} has no usable weight_map.")
+    return weight_map
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a folder.
+
+    Raises:
+        CheckpointError: as `weight_files` and `read_header`, or a shard disagrees with the index.
+    """
+    files = weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
-    for name in sorted(set(weight_map.values())):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name} is missing; {index_file.name} names it.")
-        shard = read_header(folder / name)
+    for file in files:
+        shard = read_header(file)
         if doubled := sorted(shard.keys() & tensors.keys()):
-            raise CheckpointError(f"{folder / name} holds {doubled[0]}, which another shard holds too.")
+            raise CheckpointError(f"{file} holds {doubled[0]}, which another shard holds too.")
         tensors |= shard
+    weight_map = _weight_map(folder) if (folder / INDEX_FILE).is_file() else {}
     if absent := sorted(weight_map.keys() - tensors.keys()):
-        raise CheckpointError(f"{folder / weight_map[absent[0]]} does not hold {absent[0]}, as {index_file.name} says.")
+        raise CheckpointError(f"{folder / weight_map[absent[0]]} does not hold {absent[0]}, as {INDEX_FILE} says.")
     return tensors
 
 

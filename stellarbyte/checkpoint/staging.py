@@ -18,7 +18,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: `target` is there by then and not an empty folder, or writing failed (disk full, no rights).
     """
-    staging = target.parent / f".{target.name}.partial-{secrets.token_hex(4)}"
+    staging = target.parent / f"{_partial_prefix(target)}{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -29,6 +29,16 @@ def staged_folder(target: Path) -> Iterator[Path]:
         raise CheckpointError(f"{target} could not be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def partial_folders(target: Path) -> list[Path]:
+    """What processes that write `target` have so far, or had when they were killed."""
+    prefix = _partial_prefix(target)
+    return [folder for folder in target.parent.iterdir() if folder.name.startswith(prefix)]
+
+
+def _partial_prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
 
 
 def refuse_existing(target: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_URL = "http://127.0.0.1:8000"
+SOURCES = "Hugging Face folder, GGUF file, or name on the Hub: ORG/NAME[@REVISION]"
 SERVE = "stellarbyte.cli.serve"
 
 _Commands = Any  # argparse has no public name for what add_subparsers returns
@@ -48,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_convert(commands: _Commands) -> None:
     command = commands.add_parser("convert", help="convert a model to a ByteTransformer checkpoint")
-    command.add_argument("source", metavar="SRC", help="Hugging Face folder (Llama, Mistral, Qwen2/3) or GGUF file")
+    command.add_argument("source", metavar="SRC", help=f"{SOURCES} (Llama, Mistral, Qwen2/3)")
     command.add_argument("target", metavar="DST", help="folder to create")
     command.add_argument("--dtype", choices=DTYPES, help="default: as stored; float32 for quantized GGUF files")
     command.set_defaults(module="stellarbyte.cli.convert")
@@ -56,14 +57,14 @@ def _add_convert(commands: _Commands) -> None:
 
 def _add_info(commands: _Commands) -> None:
     command = commands.add_parser("info", help="print a checkpoint's architecture, size and memory use")
-    command.add_argument("model", metavar="PATH", help="checkpoint folder, or demo")
+    command.add_argument("model", metavar="MODEL", help=f"checkpoint, {SOURCES}, or demo")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(module="stellarbyte.cli.info")
 
 
 def _add_generate(commands: _Commands) -> None:
     command = commands.add_parser("generate", help="answer one prompt, without a server")
-    command.add_argument("model", metavar="PATH", help="checkpoint folder, or demo")
+    command.add_argument("model", metavar="MODEL", help=f"checkpoint, {SOURCES}, or demo")
     command.add_argument("prompt", type=_text, metavar="PROMPT")
     command.add_argument("--max-tokens", type=_positive_int, default=256, metavar="N", help="default: %(default)s")
     command.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="0 (default): greedy")

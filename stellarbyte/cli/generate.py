@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, one_line
 from stellarbyte.checkpoint.progress import ProgressBar
+from stellarbyte.checkpoint.source import resolve_model
 
 LEAST_TEMPERATURE = 1e-6  # smaller ones would overflow the logits; the likeliest token is certain far above
 
@@ -21,7 +21,7 @@ FAILURES = (CheckpointError, PromptError)
 
 
 def run(options: argparse.Namespace) -> int:
-    path = resolve_model(options.model, ProgressBar("Converting the demo model"))
+    path = resolve_model(options.model, ProgressBar("Converting"))
     model = load_model(path)
     tokenizer = _tokenizer(path)
     if options.raw or tokenizer.chat_template is None:

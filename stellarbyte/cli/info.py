@@ -4,17 +4,17 @@ import argparse
 import dataclasses
 import json
 
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.info import describe, describe_lines
 from stellarbyte.checkpoint.native import open_checkpoint
 from stellarbyte.checkpoint.progress import ProgressBar
+from stellarbyte.checkpoint.source import resolve_model
 
 FAILURES = (CheckpointError,)
 
 
 def run(options: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(resolve_model(options.model, ProgressBar("Converting the demo model")))
+    checkpoint = open_checkpoint(resolve_model(options.model, ProgressBar("Converting")))
     if options.json:
         figures = dataclasses.asdict(describe(checkpoint))
         print(json.dumps({"path": str(checkpoint.path), **figures, "config": checkpoint.config.to_dict()}, indent=2))

@@ -46,7 +46,7 @@ MAX_HEADER_BYTES = 10_000_000
 MAX_OWN_RANK = 1 << 16  # for `load_adapter`, where the caller chose the files
 CHUNK_BYTES = 1 << 24
 PREFIX = "base_model.model."
-TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight")  # some tools keep the name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -93,6 +93,11 @@ def read_adapter(
     Raises:
         AdapterError: a file cannot be read, is not an adapter, does not fit the model, or needs more than plain LoRA.
     """
+    if weights_file.suffix != ".safetensors":
+        raise AdapterError(
+            f"{weights_file.name} is a pickle, which can run code when it is read; convert it to {WEIGHTS_FILE} first"
+            " (PEFT: load the adapter where you trust it, then save_pretrained)."
+        )
     with _opened(config_file, opener) as stream:
         raw = stream.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
@@ -141,7 +146,10 @@ def _pair_tensors(header: Header) -> dict[str, dict[str, str]]:
             raise AdapterError(
                 f"its tensor {name!r:.200} must be named {PREFIX}<module>.lora_A.weight or .lora_B.weight"
             )
-        modules.setdefault(match[1], {})[match[2]] = name
+        names = modules.setdefault(match[1], {})
+        if match[2] in names:
+            raise AdapterError(f"it holds lora_{match[2]} of {match[1]!r:.200} twice, with .default and without")
+        names[match[2]] = name
     if not modules:
         raise AdapterError("it contains no tensors")
     for module, names in modules.items():

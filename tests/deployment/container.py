@@ -95,7 +95,7 @@ class ContainerProcess(ServerProcess):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.TemporaryFile()
-        environment = {"STELLARBYTE_PORT": str(self.port), **variables}
+        environment = {"STELLARBYTE_PORT": str(self.port), "PYTHONPATH": os.environ["PYTHONPATH"], **variables}
         self.process = subprocess.Popen(
             command_in_container(root, model, environment, command if image else [sys.executable, *command], image),
             stdin=subprocess.DEVNULL,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.source import resolve_model
 from tests.support.models.references import Reference, transformers_answers
 from tests.support.servers.fake_engine import make_model_folder
 from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running

@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from stellarbyte.checkpoint.convert import convert
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_model
+from stellarbyte.checkpoint.source import resolve_model
 from tests.support.chat_page import ADMIN_KEY, API_KEY, OpenPage, WatchedPage
 from tests.support.chromium import FLAGS, find_chromium
 from tests.support.models.adapters import write_adapter

@@ -17,6 +17,9 @@ _OF_BODY = tuple(name for name in SamplingParams.__struct_fields__ if name in Ge
 def read_defaults(model_path: Path) -> dict[str, Any]:
     """What the model's generation_config.json sets for requests that do not say.
 
+    As transformers reads it: values that turn a filter off do so in any of their forms, and `do_sample: false` is a
+    temperature of 0.
+
     Raises:
         ValueError: the file is broken, or a value makes no sense.
     """
@@ -25,14 +28,23 @@ def read_defaults(model_path: Path) -> dict[str, Any]:
     defaults: dict[str, Any] = {}
     for name in _OF_MODEL:
         value = config.get(name)
-        if value is None:
+        if value is None or _is_off(name, value):
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise ValueError(f"{file}: {name} must be a number ≥ 0, not {value!r}")
         if name == "repetition_penalty" and value == 0:
             raise ValueError(f"{file}: {name} must be > 0, because logits are divided by it")
         defaults[name] = type(getattr(_NEUTRAL, name))(value)
+    if config.get("do_sample") is False:
+        defaults["temperature"] = 0.0
     return defaults
+
+
+def _is_off(name: str, value: object) -> bool:
+    """Whether a value keeps all tokens: -1 for top_k, anything from 1 on for top_p."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return (name in ("top_k", "min_p") and value <= 0) or (name == "top_p" and value >= 1)
 
 
 def sampling_params(body: GenerationBody, defaults: Mapping[str, Any], **computed: Any) -> SamplingParams:

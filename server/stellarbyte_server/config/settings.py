@@ -5,6 +5,7 @@ variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +64,10 @@ class EngineSettings:
     """
 
     model: str = option(
-        not_empty, "PATH|demo", "folder of a converted model; demo: the small model that is installed with the package"
+        not_empty,
+        "MODEL",
+        "checkpoint, Hugging Face folder, GGUF file, or name on the Hugging Face Hub (ORG/NAME[@REVISION]); demo: the"
+        " small model that is installed with the package",
     )
     device: str = option(one_of("auto", "cpu", "cuda"), "auto|cpu|cuda", "device that runs the model", "auto")
     dtype: str = option(
@@ -159,7 +163,7 @@ class ServerSettings:
 
     engine: EngineSettings
     served_model_name: str | None = option(
-        not_empty, "NAME", "model name in the API (default: the folder's name)", None
+        not_empty, "NAME", "model name in the API (default: the name of the folder, of the file, or on the Hub)", None
     )
     host: str = option(not_empty, "HOST", "address to listen on", "127.0.0.1")
     port: int = option(whole_number(1, 65535), "PORT", "port to listen on", 8000)
@@ -269,4 +273,8 @@ class ServerSettings:
             return self.served_model_name
         if self.engine.model == DEMO_MODEL:
             return DEMO_MODEL_NAME
-        return Path(self.engine.model).resolve().name
+        path = Path(self.engine.model)
+        name_on_hub = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@.+)?", self.engine.model)
+        if name_on_hub is not None and not path.exists():
+            return name_on_hub[1]
+        return path.resolve().name.removesuffix(".gguf")

@@ -9,6 +9,7 @@ about restarts. If a worker cannot start, or the engine ends without a successor
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -23,6 +24,7 @@ from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNew
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
 from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
+from stellarbyte_server.import_path import safe_environment
 from stellarbyte_server.protocol.messages import EngineInfo
 
 logger = logging.getLogger("server.supervisor")
@@ -104,6 +106,7 @@ class Supervisor:
             stdout=PIPE,
             pass_fds=(self._listeners[number].fileno(),),
             process_group=0,
+            env=safe_environment(os.environ),
         )
 
     async def _start(self, number: int, info: EngineInfo) -> None:

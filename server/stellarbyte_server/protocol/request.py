@@ -22,6 +22,7 @@ INTERNAL_ERROR = "internal_error"
 MODEL_NOT_FOUND = "model_not_found"
 ADAPTER_NOT_FOUND = "adapter_not_found"
 ADAPTER_FAILED = "adapter_failed"
+ADAPTER_LOADING = "adapter_loading"  # another call is loading it
 # Codes of grammars that cannot be used, or not continued.
 GRAMMAR_REFUSED = "grammar_refused"
 

@@ -6,6 +6,7 @@ Does not use transformers, whose tokenizers take seconds to import and load torc
 
 import functools
 import json
+import logging
 import os
 import secrets
 import sys
@@ -25,6 +26,9 @@ from stellarbyte_server.tokens.detokenizer import make_detokenizer
 from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
+logger = logging.getLogger("server.tokens")
+
+DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # transformers' names of a model's chat templates
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -53,7 +57,7 @@ class PromptTokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat_template: "ChatTemplate | None",
+        chat_templates: "Mapping[str, ChatTemplate]",
         vocab_size: int,
         *,
         is_stand_in: bool = False,
@@ -61,19 +65,27 @@ class PromptTokenizer:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._is_stand_in = is_stand_in
-        self._chat_template = chat_template
+        self._chat_templates = chat_templates
         self.token_bytes = TokenBytes(tokenizer)
         # At least its characters. A stand-in refuses every text, so none is too long.
         self.longest_token = sys.maxsize if is_stand_in else max(map(len, tokenizer.get_vocab()), default=1)
 
     @property
     def chat_template_source(self) -> str | None:
-        return None if self._chat_template is None else self._chat_template.source
+        """Of the template for chats with tools; None: there is none."""
+        template = self._chat_template(has_tools=True)
+        return None if template is None else template.source
+
+    def _chat_template(self, *, has_tools: bool) -> "ChatTemplate | None":
+        """As transformers chooses among several."""
+        default = self._chat_templates.get(DEFAULT_TEMPLATE)
+        return self._chat_templates.get(TOOL_TEMPLATE, default) if has_tools else default
 
     @property
     def takes_system_messages(self) -> bool:
         """Whether the chat template shows messages by the system."""
-        return self._chat_template is None or self._chat_template.takes_system
+        template = self._chat_template(has_tools=True)
+        return template is None or template.takes_system
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt, with the special tokens that the tokenizer adds, if `add_special_tokens`."""
@@ -94,11 +106,12 @@ class PromptTokenizer:
         """
         if self._is_stand_in:
             raise NoTokenizerError
-        if self._chat_template is None:
+        template = self._chat_template(has_tools=tools is not None)
+        if template is None:
             raise ChatTemplateError(
                 "This model has no chat template; start the server with --chat-template FILE or use /v1/completions."
             )
-        text = self._chat_template.render(
+        text = template.render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
@@ -278,7 +291,7 @@ def load_prompt_tokenizer(
     tokenizer_file = model_path / "tokenizer.json"
     if not tokenizer_file.is_file():
         if may_stand_in:
-            return PromptTokenizer(make_stand_in_tokenizer(vocab_size), None, vocab_size, is_stand_in=True)
+            return PromptTokenizer(make_stand_in_tokenizer(vocab_size), {}, vocab_size, is_stand_in=True)
         raise ValueError(f"{tokenizer_file} is missing; serving needs a tokenizer")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches of one, in the caller's thread and at its priority
     try:
@@ -286,16 +299,21 @@ def load_prompt_tokenizer(
     except Exception as error:  # tokenizers raises plain Exception
         raise ValueError(f"{tokenizer_file} cannot be read: {error}") from error
     config = read_json(model_path / "tokenizer_config.json")
-    source: str | None
     if chat_template is not None:
         try:
-            source = Path(chat_template).read_text(encoding="utf-8")
+            sources = {DEFAULT_TEMPLATE: Path(chat_template).read_text(encoding="utf-8")}
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--chat-template: {chat_template} cannot be read: {error}") from error
     else:
-        source = _own_template(model_path, config)
-    template = None if source is None else ChatTemplate(source, _special_tokens(config))
-    return PromptTokenizer(tokenizer, template, vocab_size)
+        sources = _own_templates(model_path, config)
+        if sources and DEFAULT_TEMPLATE not in sources:
+            names = ", ".join(sorted(sources))
+            logger.warning("the model has chat templates (%s), but no default; --chat-template FILE gives one", names)
+    tokens = _special_tokens(config)
+    # Templates of other names are never asked for, so their mistakes do no harm.
+    used = {name: source for name, source in sources.items() if name in (DEFAULT_TEMPLATE, TOOL_TEMPLATE)}
+    templates = {name: ChatTemplate(source, tokens) for name, source in used.items()}
+    return PromptTokenizer(tokenizer, templates, vocab_size)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -311,16 +329,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _own_template(model_path: Path, config: Mapping[str, Any]) -> str | None:
-    """The folder's template: its file, or the one in the tokenizer's configuration (the default of several)."""
-    file = model_path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        return named.get("default")
-    return template
+def _own_templates(model_path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The folder's templates by name: those in files, else those in the tokenizer's configuration."""
+    files = {file.stem: file for file in sorted((model_path / "additional_chat_templates").glob("*.jinja"))}
+    if (file := model_path / "chat_template.jinja").is_file():
+        files[DEFAULT_TEMPLATE] = file
+    if files:
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    given = config.get("chat_template")
+    entries = given if isinstance(given, list) else [{"name": DEFAULT_TEMPLATE, "template": given}]
+    named = {entry.get("name"): entry.get("template") for entry in entries if isinstance(entry, dict)}
+    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

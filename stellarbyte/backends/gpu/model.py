@@ -1,7 +1,9 @@
 """A ByteTransformer on the GPU kernels: packs the weights once, then computes steps."""
 
+import copy
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +73,15 @@ class TritonModel:
         self.alpha = deepnorm_alpha(config) if config.deepnorm else None
         self._rotary = decoder.rotary
         self._rotations: Rotations | None = None
+
+    def with_windows_of(self, config: ByteModelConfig) -> Self:
+        """The same weights, served with the windows and sinks of `config`."""
+        other = copy.copy(self)
+        other.config = config
+        other.layers = [
+            dataclasses.replace(layer, window=window) for layer, window in zip(self.layers, config.windows, strict=True)
+        ]
+        return other
 
     def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R, V] logits of the next token, in `out` if given."""

@@ -56,7 +56,16 @@ STYLES = {  # tokenizer.ggml.pre, of those used with the architectures that are 
     "tekken": _ByteLevelStyle(splits=(TEKKEN_SPLIT,), ignores_merges=True, adds_bos=True),
     "default": _ByteLevelStyle(splits=DEFAULT_SPLITS),
 }
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>")  # files from before eot_token_id only have them as tokens
+# Tokens with these texts end an answer in llama.cpp, whichever of them the file names as its own end.
+END_TEXTS = frozenset(
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|>"
+    " <|end_of_text|> </s> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> <｜end▁of▁sentence｜>"
+    # Of code with gaps to fill; no answer goes on after one of these either.
+    " <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"
+    " <|file_sep|>".split()
+)
+END_IDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # of tokenizer.ggml.…_token_id
+NO_TOKEN = 2**32 - 1  # -1, as files say that there is no such token
 
 
 class TokenType(IntEnum):
@@ -96,7 +105,7 @@ def plan_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PlannedTokenizer:
     fields = {
         key.removeprefix("tokenizer.ggml."): value
         for key, value in metadata.items()
-        if key.startswith("tokenizer.ggml.")
+        if key.startswith("tokenizer.ggml.") and not (key.endswith("_token_id") and value == NO_TOKEN)
     }
     tokens = fields.get("tokens")
     if not isinstance(tokens, list) or "model" not in fields:
@@ -135,16 +144,15 @@ def plan_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PlannedTokenizer:
             "clean_up_tokenization_spaces": False,
             **{f"{name}_token": token for name, token in names.items()},
         },
-        token_ids=_token_ids(fields, tokens, types),
+        token_ids=_token_ids(fields, tokens),
         chat_template=template,
     )
 
 
-def _token_ids(fields: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> dict[str, Any]:
-    """bos, eos and pad ids under their config names; eos is every id that ends a turn."""
-    ends = [fields.get(f"{name}_token_id") for name in ("eos", "eot", "eom")]
-    controls = {token: index for index, token in enumerate(tokens) if types[index] == TokenType.CONTROL}
-    ends += [controls.get(token) for token in END_OF_TURN]
+def _token_ids(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """bos, eos and pad ids under their config names; eos is every id that ends an answer in llama.cpp."""
+    ends = [fields.get(f"{name}_token_id") for name in END_IDS]
+    ends += [index for index, token in enumerate(tokens) if token in END_TEXTS]
     eos = list(dict.fromkeys(index for index in ends if index is not None))
     ids = {
         "bos_token_id": fields.get("bos_token_id"),
@@ -214,8 +222,13 @@ def _bpe(path: Path, tokens: list[str], merges: list[tuple[str, str]], **options
 def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: Sequence[int]) -> None:
     """Tokens that are found in text before anything is merged; control tokens are also left out of decoded text."""
     pairs = list(zip(tokens, types, strict=True))
-    controls = [AddedToken(token, normalized=False, special=True) for token, kind in pairs if kind == TokenType.CONTROL]
-    users = [AddedToken(token, normalized=False) for token, kind in pairs if kind == TokenType.USER_DEFINED]
+    is_control = {token: kind == TokenType.CONTROL or token in END_TEXTS for token, kind in pairs}
+    controls = [AddedToken(token, normalized=False, special=True) for token, _ in pairs if is_control[token]]
+    users = [
+        AddedToken(token, normalized=False)
+        for token, kind in pairs
+        if kind == TokenType.USER_DEFINED and not is_control[token]
+    ]
     tokenizer.add_special_tokens(controls)
     tokenizer.add_tokens(users)
 

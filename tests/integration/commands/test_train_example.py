@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_config
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.lora import read_adapter
 from stellarbyte.model.parts import adaptable_modules
 from tests.support.servers.server_process import REAL, ROOT, running

@@ -33,6 +33,8 @@ MODELS = {
     "llama llama3": (tiny_llama, {"rope_parameters": LLAMA3}),
     "llama yarn": (tiny_llama, {"rope_parameters": YARN}),
     "llama gelu": (tiny_llama, {"hidden_act": "gelu_pytorch_tanh"}),
+    "llama with another's window": (tiny_llama, {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}),
+    "mistral with another's layers": (tiny_mistral, {"layer_types": ["full_attention"] * 3}),
     "llama sharded": (tiny_llama, {"max_shard_size": "40KB"}),
     "mistral window": (tiny_mistral, {}),
     "mistral no window": (tiny_mistral, {"sliding_window": None}),
@@ -152,4 +154,4 @@ def test_template_in_tokenizer_config_becomes_a_file(setting: object, tmp_path: 
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": setting}))
     target = convert(source, tmp_path / "target")
     assert (target / "chat_template.jinja").read_text() == "{{ messages }}"
-    assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages }}"
+    assert AutoTokenizer.from_pretrained(target).chat_template == AutoTokenizer.from_pretrained(source).chat_template

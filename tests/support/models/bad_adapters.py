@@ -118,6 +118,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "config is a folder": (replaced_by_folder("adapter_config.json"), "adapter_config.json cannot be read: Is a dir"),
     "config is a pipe": (replaced_by_pipe("adapter_config.json"), "adapter_config.json .* not a regular file"),
     "weights are a pipe": (replaced_by_pipe("adapter_model.safetensors"), "adapter_model.* not a regular file"),
+    "a tensor twice": (
+        tensors({f"{Q}.lora_A.default.weight": torch.ones(2, 8)}),
+        "holds lora_A of 'model.layers.0.self_attn.q_proj' twice",
+    ),
     "no JSON": (config_text(b"{'r': 8}"), "not valid JSON"),
     "no text": (config_text(b"\xff\xfe\x80" * 9), "not valid JSON"),
     "a list": (config_text(b"[]"), "must contain a JSON object"),
@@ -211,7 +215,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "magnitude": (tensors({f"{Q}.lora_magnitude_vector": torch.ones(6)}), f"{Q}.lora_magnitude_vector"),
     "bias weights": (tensors({f"{Q}.lora_B.bias": torch.ones(6)}), f"{Q}.lora_B.bias"),
     "saved module": (tensors({"base_model.model.lm_head.weight": torch.ones(6, 4)}), "base_model.model.lm_head.weight"),
-    "names with an adapter": (renamed("lora_A.weight", "lora_A.default.weight"), "lora_A.default.weight"),
+    "names with another adapter": (renamed("lora_A.weight", "lora_A.mine.weight"), "lora_A.mine.weight"),
     "other prefix": (renamed("base_model.model.", "transformer."), "'transformer.model.layers"),
     "control characters": (renamed("q_proj.lora_A", "\nq_proj\x1b.lora_X"), r"\\nq_proj\\x1b.lora_X"),
     "unknown module": (

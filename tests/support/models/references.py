@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.native import load_config, load_model
+from stellarbyte.checkpoint.source import resolve_model
 
 MODEL_NAME = "SmolLM2-135M-Instruct"  # under which the server offers it
 NUM_TOKENS = 64

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[3]
 FAKE = "tests.support.servers.fake_server"  # the real HTTP process in front of the fake engine
 FAKE_MODEL = "fake"  # the name of the fake engine's model
 REAL = "stellarbyte_server"
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
 def free_port() -> int:
@@ -43,17 +45,25 @@ def wait_for_server(
 class ServerProcess:
     """Started when made; `wait_ready` before use, `stop` in any case."""
 
-    def __init__(self, module: str, *flags: str, port: int | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *flags: str,
+        port: int | None = None,
+        cwd: Path = ROOT,
+        environment: Mapping[str, str] = NO_VARIABLES,
+    ) -> None:
         self.port = free_port() if port is None else port
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "--port", str(self.port), *flags],
-            cwd=ROOT,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env={name: value for name, value in os.environ.items() if not name.startswith("STELLARBYTE_")},
+            env={name: value for name, value in os.environ.items() if not name.startswith("STELLARBYTE_")}
+            | dict(environment),
         )
 
     def log(self) -> str:
@@ -104,8 +114,10 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def running(module: str, *flags: str, limit_s: float = 30) -> Iterator[ServerProcess]:
-    server = ServerProcess(module, *flags)
+def running(
+    module: str, *flags: str, limit_s: float = 30, cwd: Path = ROOT, environment: Mapping[str, str] = NO_VARIABLES
+) -> Iterator[ServerProcess]:
+    server = ServerProcess(module, *flags, cwd=cwd, environment=environment)
     try:
         server.wait_ready(limit_s)
         if "--http-workers" in flags:

@@ -85,6 +85,19 @@ def read(model: nn.Module, folder: Path, max_rank: int = 64) -> Adapter:
     return read_adapter(config, weights, shapes, max_rank=max_rank)
 
 
+def test_names_with_the_default_adapter_in_them_are_read_as_peft_reads_them(
+    bases: tuple[Path, Path], tmp_path: Path
+) -> None:
+    llama, ours = bases
+    expected = peft_adapter(AutoModelForCausalLM.from_pretrained(llama), tmp_path, r=4, target_modules=["q_proj"])
+    file = tmp_path / "adapter_model.safetensors"
+    renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file)
+    by_peft = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), tmp_path))
+    torch.testing.assert_close(by_peft, expected)
+    torch.testing.assert_close(logits(load_adapter(ByteTransformer.from_pretrained(ours), tmp_path)), expected)
+
+
 @pytest.mark.parametrize("case", LLAMA_CONFIGS)
 def test_what_peft_writes_we_read_and_write_back(bases: tuple[Path, Path], tmp_path: Path, case: str) -> None:
     llama, ours = bases

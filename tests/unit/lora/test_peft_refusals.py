@@ -35,6 +35,15 @@ def test_refusals_are_one_sentence_without_a_folder(tmp_path: Path, case: str) -
     assert message.startswith(("adapter_config.json ", "adapter_model.safetensors ")) and message.endswith(".")
 
 
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_model.bin").mkdir()  # opening it would be another error
+    with pytest.raises(
+        AdapterError, match=r"^adapter_model\.bin is a pickle.*convert it to adapter_model\.safetensors"
+    ):
+        read_adapter(tmp_path / "adapter_config.json", tmp_path / "adapter_model.bin", SHAPES, max_rank=8)
+
+
 @pytest.mark.parametrize("honest", [False, True])
 def test_a_terabyte_is_refused_without_reading_it(tmp_path: Path, honest: bool) -> None:
     """Whether the header describes the size or not; a sparse file takes no room."""

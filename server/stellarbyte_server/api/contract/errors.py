@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from stellarbyte_server.access.paths import is_anthropics, path_of
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.protocol.request import (
+    ADAPTER_LOADING,
     ADAPTER_NOT_FOUND,
     GRAMMAR_REFUSED,
     GRAMMARS_BUSY,
@@ -128,7 +129,7 @@ def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None =
         return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
     if error.code == INTERNAL_ERROR:
         return ApiError(500, str(error))
-    status = 404 if error.code in _NOT_FOUND else 400
+    status = 409 if error.code == ADAPTER_LOADING else 404 if error.code in _NOT_FOUND else 400
     param = grammar_param if error.code == GRAMMAR_REFUSED else error.param
     return ApiError(status, str(error), param=param, code=error.code)
 

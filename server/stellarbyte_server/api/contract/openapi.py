@@ -23,6 +23,7 @@ _ERRORS = {
     403: "The key does not permit the request or its model; or a server without keys got an unknown host name.",
     404: "There is no such model, adapter or route.",
     408: "The body did not arrive in time.",
+    409: "Another call is loading this adapter.",
     413: "The body is larger than the server's --max-body-bytes.",
     429: "Too many requests are waiting, or the key is at one of its limits.",
     500: "The server failed.",

@@ -32,7 +32,7 @@ LIST_LIMIT_S = 10.0
     tag="Adapters",
     bodies=(LoadBody,),
     answer=adapter_objects.LoadedAdapter,
-    errors=(*BODY_REFUSED, 404),
+    errors=(*BODY_REFUSED, 404, 409),
 )
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
@@ -59,7 +59,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     tag="Adapters",
     bodies=(UnloadBody,),
     answer=adapter_objects.UnloadedAdapter,
-    errors=(*BODY_REFUSED, 404),
+    errors=(*BODY_REFUSED, 404, 409),
 )
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, UnloadBody))

@@ -18,6 +18,7 @@ logger = logging.getLogger("server.engine")
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"  # found only so that reading it can be refused by name
 _FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -36,7 +37,7 @@ class AdapterFolder:
     def module(self, name: str) -> AdapterFiles | None:
         """The files of an adapter of --lora-modules; None if absent."""
         root = self._modules[name]
-        return _files(root, root, asked=str(root), shown=root.name)
+        return _files(root, root, asked=str(root), shown=root.name, or_pickle=True)
 
     def may_offer(self, name: str) -> bool:
         """Whether a folder in --adapter-dir can have this name. Reads no files."""
@@ -47,7 +48,7 @@ class AdapterFolder:
         if self._folder is None or not self.may_offer(name):
             return None
         plain = _plain_files(self._folder, name)
-        return self._inside(name) if plain is None else plain
+        return self._inside(name, or_pickle=False) if plain is None else plain
 
     def all_offered(self) -> list[tuple[str, AdapterFiles]]:
         """Name and files of every adapter in --adapter-dir."""
@@ -62,21 +63,21 @@ class AdapterFolder:
 
     def at(self, path: str) -> AdapterFiles | None:
         """The files at a path inside --adapter-dir, or at exactly a module's path; None if absent."""
-        if (files := self._inside(path)) is not None:
+        if (files := self._inside(path, or_pickle=True)) is not None:
             return files
         for root in self._modules.values():
             if path == str(root):
-                return _files(root, root, asked=path, shown=root.name)
+                return _files(root, root, asked=path, shown=root.name, or_pickle=True)
         return None
 
-    def _inside(self, path: str) -> AdapterFiles | None:
+    def _inside(self, path: str, *, or_pickle: bool) -> AdapterFiles | None:
         """The files at `path`, relative to --adapter-dir or absolute, if they are inside it."""
         root = self._folder
         if root is None or ".." in Path(path).parts:
             return None
         try:
             folder = (root / path).resolve()
-            return _files(folder, root, asked=path, shown=str(folder.relative_to(root)))
+            return _files(folder, root, asked=path, shown=str(folder.relative_to(root)), or_pickle=or_pickle)
         except (OSError, ValueError, RuntimeError):  # too long, a cycle of links; a NUL, outside root
             return None
 
@@ -95,16 +96,22 @@ def _plain_files(root: Path, name: str) -> AdapterFiles | None:
     return AdapterFiles(config=Path(config), weights=Path(weights), root=root, asked=name, shown=name)
 
 
-def _files(folder: Path, root: Path, *, asked: str, shown: str) -> AdapterFiles | None:
-    """Both files of a folder, if they are plain files inside `root`."""
-    found = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        file = (folder / name).resolve()
-        if not file.is_file() or not file.is_relative_to(root):
-            return None
-        found.append(file)
-    config, weights = found
+def _files(folder: Path, root: Path, *, asked: str, shown: str, or_pickle: bool) -> AdapterFiles | None:
+    """Config and weights of a folder, if they are plain files inside `root`.
+
+    With `or_pickle`, the weights may be a pickle if there are no others.
+    """
+    config, weights = (_file(folder / name, root) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    if weights is None and or_pickle:
+        weights = _file(folder / PICKLE_FILE, root)
+    if config is None or weights is None:
+        return None
     return AdapterFiles(config=config, weights=weights, root=root, asked=asked, shown=shown)
+
+
+def _file(path: Path, root: Path) -> Path | None:
+    file = path.resolve()
+    return file if file.is_file() and file.is_relative_to(root) else None
 
 
 def open_inside(root: Path, path: str, flags: int) -> int:

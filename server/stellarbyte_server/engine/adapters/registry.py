@@ -27,6 +27,7 @@ from stellarbyte_server.protocol.messages import (
     AdapterUnloaded,
     CallFailed,
     Reply,
+    adapter_is_loading,
 )
 from stellarbyte_server.protocol.request import (
     ADAPTER_FAILED,
@@ -152,9 +153,7 @@ class Adapters:
             message = f"lora_name must be {ADAPTER_NAME_RULE}; {name!r:.200} is not."
             return CallFailed(call_id, message, param="lora_name")
         if self._is_loading(name):
-            return CallFailed(
-                call_id, f"The adapter {name!r} is already being loaded; try again later.", param="lora_name"
-            )
+            return adapter_is_loading(call_id, name)
         current = self._current.get(name)
         if current is not None and current.files is not None and current.state != "failed" and not in_place:
             message = f"The adapter {name!r} is already loaded; set load_inplace to replace it."
@@ -180,7 +179,7 @@ class Adapters:
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
         if self._is_loading(name):
-            return [CallFailed(call_id, f"The adapter {name!r} is being loaded; try again later.", param="lora_name")]
+            return [adapter_is_loading(call_id, name)]
         version = self._current.get(name)
         if version is not None and version.files is not None:
             return self._withdraw(call_id, name)

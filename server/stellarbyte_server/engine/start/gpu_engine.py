@@ -14,7 +14,7 @@ from stellarbyte.backends.gpu.prompts import ODD_TOKENS
 from stellarbyte.backends.gpu.steps import Decoding, Prefill, Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte_server.engine.run.slot_executor import SlotExecutor
-from stellarbyte_server.engine.start.serving_plan import CachePlan
+from stellarbyte_server.engine.start.serving_plan import ServingPlan
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 
 logger = logging.getLogger("server.engine")
@@ -26,37 +26,40 @@ NUM_COMPILERS = 4
 
 def make_gpu_executor(
     model: TritonModel,
-    plan_for: Callable[[int], CachePlan],
+    plan_for: Callable[[int], ServingPlan],
     *,
     cache_dtype: torch.dtype,
     max_num_seqs: int,
     step_tokens: int,
     gpu_memory_utilization: float,
     kv_cache_memory: int | None,
-) -> tuple[SlotExecutor, CachePlan]:
-    """An executor with its cache, and the plan of that.
+) -> tuple[SlotExecutor, ServingPlan]:
+    """An executor with its cache, and what it serves.
 
     From here on the calling thread, which is to be the engine's, works on a CUDA stream of its own.
 
     Args:
-        plan_for: divides bytes into blocks.
+        plan_for: what is served with so many bytes of cache.
         cache_dtype: the model's, or torch.float8_e4m3fn.
         kv_cache_memory: bytes for the cache; None: what `gpu_memory_utilization` leaves beside all else.
     """
     torch.cuda.synchronize()
     torch.cuda.set_stream(torch.cuda.Stream(priority=-1))  # before that of the thread which prepares kernels
+    whole = plan_for(2**62)
     sizes = _Sizes(
-        model=model, layout=plan_for(2**62).layout, cache_dtype=cache_dtype, max_rows=max_num_seqs,
-        max_tokens=step_tokens,
+        model=model.with_windows_of(whole.config), layout=whole.cache.layout, cache_dtype=cache_dtype,
+        max_rows=max_num_seqs, max_tokens=step_tokens,
     )  # fmt: skip
     _compile_first_kernels(sizes)
     if kv_cache_memory is None:
         kv_cache_memory = _free_for_cache(sizes, gpu_memory_utilization)
     plan = plan_for(kv_cache_memory)
-    steps = sizes.steps(plan.num_blocks)
+    layout = plan.cache.layout
+    sizes = dataclasses.replace(sizes, model=model.with_windows_of(plan.config), layout=layout)
+    steps = sizes.steps(plan.cache.num_blocks)
     preparation = Preparation(steps, sizes.rehearsal())
     preparation.start()
-    return SlotExecutor(steps, plan.layout, max_num_seqs, preparation), plan
+    return SlotExecutor(steps, layout, max_num_seqs, preparation), plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ import torch
 
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.checkpoint.demo import resolve_model
 from stellarbyte.checkpoint.progress import ProgressBar
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -30,10 +30,10 @@ from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.start.model_folder import open_model_folder
 from stellarbyte_server.engine.start.serving_plan import (
-    CachePlan,
+    ServingPlan,
     StartupError,
     concurrency_of,
-    plan_cache,
+    plan_serving,
     serving_config,
     share_limits,
     tokens_a_step,
@@ -57,9 +57,11 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     """
     device = _device(settings.device)
     torch.set_num_threads(_num_threads())
-    path = resolve_model(settings.model, ProgressBar("Converting the demo model"))
-    folder = open_model_folder(path, is_dummy=settings.load_format == "dummy")
-    config, max_model_len = serving_config(folder.config, settings)
+    is_dummy = settings.load_format == "dummy"
+    path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
+    folder = open_model_folder(path, is_dummy=is_dummy)
+    config = folder.config
+    serving_config(config, settings)  # refuses what cannot be served before the weights are read
     dtype = _dtype(settings.dtype, device)
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     num_slots = settings.max_loras if settings.serves_adapters else 0
@@ -68,7 +70,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     adapters = _load_adapters(settings, bank)
     make_executor = _make_cpu_executor if device.type == "cpu" else _make_gpu_executor
     cache_dtype = _cache_dtype(settings, dtype, device)
-    executor, plan = make_executor(settings, model, config, bank, cache_dtype)
+    executor, serving = make_executor(settings, model, config, bank, cache_dtype)
+    plan, max_model_len = serving.cache, serving.max_model_len
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
     logger.info(
@@ -131,15 +134,16 @@ def _make_cpu_executor(
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Executor, CachePlan]:
+) -> tuple[Executor, ServingPlan]:
     served = _cpu_model(model, config, bank, settings.quantization)
     step_tokens, _ = tokens_a_step(settings, "cpu")
     budget = settings.kv_cache_memory
     if budget is None:
         budget = int(_available_memory() * AUTO_CPU_SHARE)
-    plan = plan_cache(config, settings, cache_dtype, step_tokens, budget)
-    cache = PagedKVCache(config, plan.num_blocks, plan.layout.block_size, cache_dtype, torch.device("cpu"))
-    return HostExecutor(served, cache, plan.layout), plan
+    plan = plan_serving(config, settings, cache_dtype, step_tokens, budget)
+    served, num_blocks, layout = served.with_windows_of(plan.config), plan.cache.num_blocks, plan.cache.layout
+    cache = PagedKVCache(plan.config, num_blocks, layout.block_size, cache_dtype, torch.device("cpu"))
+    return HostExecutor(served, cache, layout), plan
 
 
 def _make_gpu_executor(
@@ -148,7 +152,7 @@ def _make_gpu_executor(
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Executor, CachePlan]:
+) -> tuple[Executor, ServingPlan]:
     _require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
     from stellarbyte_server.engine.run.slot_executor import SlotExecutor
@@ -159,8 +163,10 @@ def _make_gpu_executor(
     step_tokens, _ = tokens_a_step(settings, "cuda")
     ahead = SlotExecutor.num_steps_ahead
 
-    def plan_for(budget: int) -> CachePlan:
-        return plan_cache(config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead)
+    def plan_for(budget: int) -> ServingPlan:
+        return plan_serving(
+            config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead
+        )
 
     return make_gpu_executor(
         TritonModel(model, config, bank, quantization=settings.quantization),

@@ -1,5 +1,7 @@
 """What to serve with, decided from settings and model: windows, step sizes, how the cache's memory is divided."""
 
+import dataclasses
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +12,22 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.schedule.shares import ShareLimits
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 
+logger = logging.getLogger("server.engine")
+
 DEFAULT_SINK_TOKENS = 4  # StreamingLLM's: what a model trained without a window needs to go on beyond its context
 
 
 class StartupError(ValueError):
     """The engine cannot start with these settings; str() is one sentence for the user."""
+
+
+class CacheTooSmallError(StartupError):
+    """Not even one sequence at full length fits; `fitting_len` is the --max-model-len that would, None: none would."""
+
+    def __init__(self, message: str, fitting_len: int | None, needed_bytes: int) -> None:
+        super().__init__(message)
+        self.fitting_len = fitting_len
+        self.needed_bytes = needed_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,56 @@ class CachePlan:
     def full_sequences(self) -> int:
         """Sequences of any length that have room at the same time."""
         return self.num_blocks // self.blocks_per_sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingPlan:
+    """What is served: the model with its windows and sinks, the longest request that does not slide, the cache."""
+
+    config: ByteModelConfig
+    max_model_len: int
+    cache: CachePlan
+
+
+def plan_serving(
+    config: ByteModelConfig,
+    settings: EngineSettings,
+    dtype: torch.dtype,
+    step_tokens: int,
+    budget: int,
+    *,
+    device_type: str = "cpu",
+    num_steps_ahead: int = 0,
+) -> ServingPlan:
+    """Serve a checkpoint's config in `budget` bytes of cache: its whole context or, if that does not fit, what does.
+
+    A --max-model-len that is given is served as it is.
+
+    Raises:
+        StartupError: as `serving_config` and `plan_cache`.
+    """
+
+    def plan(asked: EngineSettings) -> ServingPlan:
+        served, max_model_len = serving_config(config, asked)
+        cache = plan_cache(
+            served, asked, dtype, step_tokens, budget, device_type=device_type, num_steps_ahead=num_steps_ahead
+        )
+        return ServingPlan(config=served, max_model_len=max_model_len, cache=cache)
+
+    try:
+        return plan(settings)
+    except CacheTooSmallError as error:
+        if settings.max_model_len is not None or error.fitting_len is None:
+            raise
+        logger.warning(
+            "the KV cache of %d bytes has no room for the model's context of %d tokens: serving --max-model-len %d;"
+            " all of it needs --kv-cache-memory %d",
+            budget,
+            config.max_position_embeddings,
+            error.fitting_len,
+            error.needed_bytes,
+        )
+        return plan(dataclasses.replace(settings, max_model_len=error.fitting_len))
 
 
 def serving_config(config: ByteModelConfig, settings: EngineSettings) -> tuple[ByteModelConfig, int]:
@@ -125,12 +188,16 @@ def plan_cache(
         most *= 2  # as much again for what no running sequence holds
     num_blocks = min(budget // bytes_per_block, most)
     if num_blocks < per_sequence:
-        fitting = (num_blocks - layout.num_sink_blocks - 1) * block_size + layout.sink_tokens
-        advice = f" or --max-model-len {fitting}" if fitting > layout.sink_tokens else ""
+        beside_window = dataclasses.replace(layout, window=1).steady_blocks
+        fitting = max(0, num_blocks - beside_window) * block_size
+        fitting_len = fitting + layout.sink_tokens if fitting else None
+        advice = "" if fitting_len is None else f" or --max-model-len {fitting_len}"
         needed = per_sequence * bytes_per_block
-        raise StartupError(
+        raise CacheTooSmallError(
             f"The KV cache may take {budget} bytes, but one sequence at full length needs {needed}; "
-            f"give --kv-cache-memory {needed}{advice}."
+            f"give --kv-cache-memory {needed}{advice}.",
+            fitting_len,
+            needed,
         )
     return CachePlan(
         layout=layout, num_blocks=num_blocks, bytes_per_block=bytes_per_block, blocks_per_sequence=per_sequence

@@ -114,6 +114,29 @@ def test_every_end_of_turn_is_an_eos():
     assert plan_tokenizer(FILE, fields).token_ids["eos_token_id"] == [5, 6, 7, end]
 
 
+@pytest.mark.parametrize("text", ["<|endoftext|>", "<|end_of_text|>", "<end_of_turn>", "</s>", "<|fim_pad|>", "<EOT>"])
+@pytest.mark.parametrize("kind", [TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED])
+def test_what_ends_an_answer_in_llama_cpp_ends_it_here(text: str, kind: TokenType):
+    """Whatever type the file gives it: there it becomes a control token, so no answer shows it."""
+    fields = byte_level_fields("llama-bpe")
+    end = fields["tokenizer.ggml.tokens"].index("<|im_end|>")
+    fields["tokenizer.ggml.tokens"][7], fields["tokenizer.ggml.token_type"][7] = text, kind
+    fields["tokenizer.ggml.merges"] = []
+    planned = plan_tokenizer(FILE, fields)
+    assert planned.token_ids["eos_token_id"] == [end, 7]
+    assert planned.tokenizer.encode(f"a{text}", add_special_tokens=False).ids[-1] == 7
+    assert planned.tokenizer.decode([7]) == ""
+
+
+def test_ids_that_stand_for_no_token_are_ignored():
+    """-1, which the format can only store as 4294967295."""
+    absent = {f"{name}_token_id": 2**32 - 1 for name in ("padding", "unknown", "eot", "seperator")}
+    assert plan_tokenizer(FILE, byte_level_fields("smollm", **absent)) is not None
+    planned = plan_tokenizer(FILE, byte_level_fields("llama-bpe", bos_token_id=2**32 - 1, padding_token_id=2**32 - 1))
+    assert planned.token_ids.keys() == {"eos_token_id"} and "pad_token" not in planned.settings
+    assert planned.settings["add_bos_token"] is False
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -66,6 +66,22 @@ def test_the_models_file_counts_where_the_request_does_not_say(tmp_path: Path) -
     assert read_defaults(tmp_path) == read_defaults(tmp_path / "absent") == {}
 
 
+@pytest.mark.parametrize(("name", "value"), [("top_k", -1), ("top_k", 0), ("top_p", 1), ("top_p", 1.5), ("min_p", -1)])
+def test_a_value_of_the_models_file_that_keeps_all_tokens_is_none(tmp_path: Path, name: str, value: float) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    assert sampled(read_defaults(tmp_path)) == NEUTRAL
+
+
+def test_a_model_that_does_not_sample_is_greedy_unless_the_request_says_otherwise(tmp_path: Path) -> None:
+    config = {"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    defaults = read_defaults(tmp_path)
+    assert defaults == {"temperature": 0.0, "repetition_penalty": 1.5}
+    assert sampled(defaults, temperature=0.7).temperature == 0.7
+    (tmp_path / "generation_config.json").write_text(json.dumps(config | {"do_sample": None}))
+    assert read_defaults(tmp_path)["temperature"] == 0.6
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -1), ("top_k", True), ("min_p", "0.1"), ("repetition_penalty", 0), ("top_p", [1])],

@@ -57,9 +57,20 @@ def test_what_kubernetes_and_clients_are_told_is_no_misspelt_setting():
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [("/models/tiny", "tiny"), ("/models/tiny/", "tiny"), ("/models/a/../tiny", "tiny")]
+    ("path", "name"),
+    [
+        ("/models/tiny", "tiny"),
+        ("/models/tiny/", "tiny"),
+        ("/models/a/../tiny", "tiny"),
+        ("/models/tiny.Q8_0.gguf", "tiny.Q8_0"),
+        ("org/tiny", "org/tiny"),
+        ("org/tiny-0.6B@refs/pr/1", "org/tiny-0.6B"),
+        ("here/tiny", "tiny"),  # there is a path of this name
+    ],
 )
-def test_the_served_name_is_the_folders_unless_given(path, name):
+def test_the_served_name_is_the_models_unless_given(path, name, tmp_path, monkeypatch):
+    (tmp_path / "here" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     assert parse_settings(["--model", path], {}).model_name == name
     assert parse_settings(["--model", path, "--served-model-name", "mine"], {}).model_name == "mine"
 

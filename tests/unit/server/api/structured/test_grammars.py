@@ -13,7 +13,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
-from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured import grammars as structured
 from stellarbyte_server.api.structured.grammars import checked, json_grammar, json_rule

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from stellarbyte.checkpoint.demo import resolve_model
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.grammar import vocabulary as grammar_vocabulary
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar

@@ -53,6 +53,17 @@ def test_what_lies_in_a_module_given_at_the_start_is_not_offered(tmp_path: Path)
         assert folder.at(path) is None
 
 
+def test_a_pickle_is_found_only_where_an_operator_asks_for_it(tmp_path: Path) -> None:
+    """So that its refusal can say why; it is never offered."""
+    only_pickle = touch_adapter(tmp_path / "a")
+    (only_pickle / "adapter_model.safetensors").rename(only_pickle / "adapter_model.bin")
+    folder = AdapterFolder(str(tmp_path), {"mine": str(only_pickle)})
+    assert folder.at("a").weights == folder.module("mine").weights == only_pickle / "adapter_model.bin"
+    assert folder.offered("a") is None and folder.all_offered() == []
+    (only_pickle / "adapter_model.safetensors").touch()
+    assert folder.at("a").weights.suffix == ".safetensors"
+
+
 def swap(path: Path, for_link_to: Path) -> None:
     """What an attacker does who may write into the folder."""
     path.rename(path.with_name(path.name + ".old"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stellarbyte_server.api.contract.errors import from_engine
 from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.state.sequence import Sequence
@@ -289,7 +290,10 @@ def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
 def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
     engine = AdapterEngine(folder)
     assert engine.adapters.load("1", "x", "a", False) is None
-    assert "already being loaded" in engine.adapters.load("2", "x", "b", True).message
+    (unloading,) = engine.adapters.unload("3", "x")
+    for refused in (engine.adapters.load("2", "x", "b", True), unloading):
+        assert "is being loaded" in refused.message
+        assert from_engine(RequestRejected(refused.message, refused.code)).status == 409
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,7 +7,14 @@ import torch
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte_server.config.settings import EngineSettings
-from stellarbyte_server.engine.start.serving_plan import StartupError, plan_cache, serving_config, tokens_a_step
+from stellarbyte_server.engine.start.serving_plan import (
+    ServingPlan,
+    StartupError,
+    plan_cache,
+    plan_serving,
+    serving_config,
+    tokens_a_step,
+)
 from tests.support.engines.engine import ModelEngine
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import make_config, make_model, random_tokens
@@ -95,6 +102,35 @@ def test_windows_and_sinks_by_model_and_flags(model, flags, windows, sinks) -> N
 def test_what_cannot_be_served_is_refused(model, flags, message) -> None:
     with pytest.raises(StartupError, match=message):
         served(make_config(**model), **flags)
+
+
+@pytest.mark.parametrize("num_steps_ahead", [0, 1])
+@pytest.mark.parametrize("flags", [{}, {"sink_tokens": 0, "block_size": 5}, {"sliding_window": 8}], ids=str)
+def test_too_little_memory_for_the_whole_context_is_enough_for_less(
+    flags, num_steps_ahead, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The longest whole number of blocks that fits, said in one line; a length that is given is not shortened."""
+
+    def plan(budget: int, max_model_len: int | None = None) -> ServingPlan:
+        asked = settings(**flags, max_model_len=max_model_len)
+        config = make_config(max_position_embeddings=CONTEXT)
+        return plan_serving(config, asked, torch.float32, 64, budget, num_steps_ahead=num_steps_ahead)
+
+    with pytest.raises(StartupError, match="one sequence at full length needs") as caught:
+        plan(100)
+    (needed,) = map(int, re.findall(r"needs (\d+)", str(caught.value)))
+    whole = plan(needed)
+    assert whole.max_model_len == CONTEXT and caplog.messages == []
+
+    budget = needed - whole.cache.bytes_per_block
+    shorter = plan(budget)
+    (line,) = caplog.messages
+    assert f"serving --max-model-len {shorter.max_model_len};" in line and f"--kv-cache-memory {needed}" in line
+    assert 0 < shorter.max_model_len < CONTEXT and shorter.cache.full_sequences == 1
+    assert shorter.config.full_attention_window == shorter.max_model_len - shorter.config.sink_tokens
+    assert plan(budget, max_model_len=shorter.max_model_len) == shorter
+    with pytest.raises(StartupError, match=f"or --max-model-len {shorter.max_model_len}"):
+        plan(budget, max_model_len=CONTEXT)
 
 
 @pytest.mark.parametrize("flags", [{}, {"sink_tokens": 0, "block_size": 5}, {"sliding_window": 8}], ids=str)

@@ -1,8 +1,7 @@
 """A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) as a conversion plan. Runs no code from the folder."""
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
+from stellarbyte.checkpoint.native import one_line, read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
 from stellarbyte.config import ByteModelConfig
@@ -27,6 +26,8 @@ MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+WINDOWED = ("mistral", "qwen2", "qwen3")  # whose class reads sliding_window
+LAYERED = ("qwen2", "qwen3")  # whose class reads layer_types
 HIDDEN_ACTS = {
     "silu": "silu",
     "swish": "silu",
@@ -35,17 +36,6 @@ HIDDEN_ACTS = {
     "gelu_new": "gelu_tanh",
 }
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json")  # what a fast tokenizer can be made from
-NOT_KEPT = (
-    "auto_map",
-    "name_or_path",
-    "tokenizer_file",
-    "vocab_file",
-    "merges_file",
-    "backend",
-    "is_local",
-    "chat_template",
-)
 
 
 def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
@@ -61,15 +51,16 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     headers = _read_weight_headers(folder)
     config = read_config(folder, headers, dtype)
     tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
+    tokenizer = read_tokenizer(folder)
     for name, info in tensors.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{info.file} holds {name} as {info.dtype}; only {', '.join(DTYPES)} are supported.")
     return ConversionPlan(
         source=folder,
         config=config,
-        generation=_generation_defaults(folder, config),
+        generation=_generation_defaults(folder, config, tokenizer.eos_token_id),
         tensors={_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()},
-        write_tokenizer=_tokenizer_writer(folder),
+        write_tokenizer=tokenizer.write,
     )
 
 
@@ -143,8 +134,9 @@ def translate_config(
     kind = source.model_type
     if source.hidden_act not in HIDDEN_ACTS:
         raise ValueError(f"hidden_act {source.hidden_act!r} is not supported")
-    window = getattr(source, "sliding_window", None)
-    layer_types = getattr(source, "layer_types", None) if kind in ("qwen2", "qwen3") else None
+    # Any config may carry these fields; transformers' classes of other kinds do not read them.
+    window = getattr(source, "sliding_window", None) if kind in WINDOWED else None
+    layer_types = getattr(source, "layer_types", None) if kind in LAYERED else None
     if layer_types is not None and "sliding_attention" not in layer_types:
         window = None
     has_bias_option = kind in ("llama", "qwen3")  # there it also puts a bias on o
@@ -204,54 +196,12 @@ def _read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
         raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
 
 
-def _generation_defaults(folder: Path, config: ByteModelConfig) -> dict[str, Any]:
-    """generation_config.json as it is, with the config's token ids where it names none."""
-    file = folder / "generation_config.json"
-    given = read_json(file) if file.is_file() else {}
-    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {name: value for name, value in ids.items() if value is not None} | {
-        name: value for name, value in given.items() if value is not None and not name.startswith("_")
+def _generation_defaults(folder: Path, config: ByteModelConfig, tokenizer_eos: int | None) -> dict[str, Any]:
+    """generation_config.json, with the config's token ids where it names none, and at last the tokenizer's eos."""
+    given = {
+        name: value for name, value in read_generation(folder).items() if value is not None and not name.startswith("_")
     }
-
-
-def _tokenizer_writer(folder: Path) -> Callable[[Path], None]:
-    file = folder / "tokenizer.json"
-    if not file.is_file() and not any((folder / name).is_file() for name in TOKENIZER_SOURCES):
-        raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor {TOKENIZER_SOURCES[0]} is there.")
-    try:
-        if file.is_file():
-            settings = folder / "tokenizer_config.json"
-            loaded = Tokenizer.from_file(str(file)), read_json(settings) if settings.is_file() else {}
-        else:
-            slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            loaded = slow.backend_tokenizer, slow.init_kwargs
-    except CheckpointError:
-        raise
-    except Exception as error:  # the tokenizers package raises nothing narrower, slow tokenizers raise anything
-        raise CheckpointError(f"{folder} has no tokenizer that can be read: {one_line(error)}.") from error
-    return partial(_write_tokenizer, folder, *loaded)
-
-
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], target: Path) -> None:
-    """The class is the one that takes tokenizer.json as it is; others rebuild it from its vocabulary."""
-    tokenizer.no_truncation()  # settings of the training run, which would cut prompts
-    tokenizer.no_padding()
-    tokenizer.save(str(target / "tokenizer.json"))
-    kept = {name: value for name, value in settings.items() if name not in NOT_KEPT}
-    kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-    text = json.dumps(kept, indent=2, ensure_ascii=False, default=str) + "\n"
-    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    template = _chat_template(folder, settings.get("chat_template"))
-    if template is not None:
-        (target / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _chat_template(folder: Path, setting: object) -> str | None:
-    """The folder's own file, or tokenizer_config.json's template, or the default one of its several."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if isinstance(setting, list):
-        named = {entry.get("name"): entry.get("template") for entry in setting if isinstance(entry, dict)}
-        setting = named.get("default")
-    return setting if isinstance(setting, str) else None
+    ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer_eos is not None and read_json(folder / "config.json").get("eos_token_id") is None:
+        ids["eos_token_id"] = tokenizer_eos  # the config's would be its class's default, of another vocabulary
+    return {name: value for name, value in ids.items() if value is not None} | given
