@@ -19,12 +19,12 @@ from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.sampling import sampling_params
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
-from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest
+from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, Reasoning
 from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they do not delay streams
 _INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
-_MAX_IGNORED_HEADER = 1000
+_IGNORED, _MAX_IGNORED_HEADER = "X-Ignored-Fields", 1000
 T = TypeVar("T")
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
 # Each answer has its own copy of these, prepared in its first step.
@@ -46,9 +46,16 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
     warn_unknown = service.settings.unknown_fields == "warn"
     body, ignored = await parse_apart(request, service, partial(parse_body, body_class, warn_unknown=warn_unknown))
     require_permitted(request, service, body)
-    if not ignored:
-        return body, {}
-    return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
+    return body, with_ignored({}, ignored)
+
+
+def with_ignored(headers: dict[str, str], paths: Sequence[str]) -> dict[str, str]:
+    """Headers that also tell of these fields that they were ignored."""
+    if not paths:
+        return headers
+    named = [headers[_IGNORED]] if _IGNORED in headers else []
+    named += [quote(path, safe="[]._-") for path in paths]
+    return headers | {_IGNORED: ", ".join(named)[:_MAX_IGNORED_HEADER]}
 
 
 async def parse_apart(request: Request, service: Service, parse: Callable[[bytes], T]) -> T:
@@ -175,6 +182,7 @@ def make_requests(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     grammar: str | None = None,
+    reasoning: Reasoning | None = None,
 ) -> tuple[GenerationRequest, ...]:
     """One request for each prompt and answer, in order; ApiError."""
     _check_amounts(body, prompts, logprobs, grammar)
@@ -216,6 +224,7 @@ def make_requests(
                     adapter_scale=adapter_scale,
                     cache_salt="" if body.cache_salt is None else body.cache_salt,
                     follows=first_id if is_follower else None,
+                    reasoning=reasoning,
                 )
             )
     return tuple(requests)

@@ -11,6 +11,7 @@ from stellarbyte_server.api.sampling import read_defaults
 from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
+from stellarbyte_server.protocol.request import Reasoning
 from stellarbyte_server.tokens.text_work import TextWork
 from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer
 
@@ -26,6 +27,11 @@ class Service:
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
     started_at: int  # Unix seconds, the same in all HTTP processes
     text_work: TextWork = field(default_factory=TextWork)
+
+    @property
+    def reasoning(self) -> Reasoning | None:
+        """How the model marks its reasoning; None: it does not, or that is not to be looked for."""
+        return None if self.settings.reasoning_parser == "none" else self.tokenizer.reasoning
 
     def fingerprint(self, adapter_hash: str) -> str:
         """A name of weights, adapter and number formats, on which the answer to a seeded request depends.

@@ -187,6 +187,13 @@ class ServerSettings:
         None,
     )
     chat_template: str | None = option(existing_file, "FILE", "Jinja chat template to use instead of the model's", None)
+    reasoning_parser: Literal["auto", "none"] = option(
+        one_of("auto", "none"),
+        "auto|none",
+        "auto: answers to chats show the model's reasoning apart, if its chat template or vocabulary marks it, such as"
+        " with <think>; none: as a part of the text",
+        "auto",
+    )
     api_key: tuple[str, ...] = option(
         secrets,
         "KEY",

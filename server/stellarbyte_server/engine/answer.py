@@ -1,32 +1,16 @@
 """The answer to one request: turns tokens into deltas and detects the answer's end."""
 
-from typing import Protocol
-
 import numpy as np
 from tokenizers import Tokenizer
 
-from stellarbyte_server.engine.state.sequence import Sequence, TokenMask
+from stellarbyte_server.engine.grammar.followed import Grammar
+from stellarbyte_server.engine.reasoning.divided_text import DividedText
+from stellarbyte_server.engine.reasoning.tracker import ReasoningTracker
+from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.engine.text import TextStream
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob, merged
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
-
-
-class Grammar(TokenMask, Protocol):
-    """The state of a grammar after the answer so far."""
-
-    def accept(self, token_id: int) -> None:
-        """Advance by an allowed token."""
-
-    def begin_mask(self) -> None:
-        """Start computing the next mask in the background, if it takes long."""
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the answer is complete."""
-
-    @property
-    def error(self) -> str | None:
-        """Why the grammar cannot continue, in one sentence; None: it can."""
+from stellarbyte_server.tokens.token_bytes import token_bytes_of
 
 
 class Answer:
@@ -38,12 +22,16 @@ class Answer:
         self._grammar = grammar
         self._sampling = sampling = sequence.request.sampling
         self._is_text_only = not sampling.return_token_ids and sampling.prompt_logprobs is None
-        self._text = TextStream(
+        self._text: TextStream | DividedText = TextStream(
             tokenizer,
             sampling.stop,
             skip_special_tokens=sampling.skip_special_tokens,
             include_stop=sampling.include_stop,
         )
+        self._divided: DividedText | None = None
+        if (reasoning := sequence.request.reasoning) is not None:
+            tracker = ReasoningTracker(reasoning, token_bytes_of(tokenizer))
+            self._text = self._divided = DividedText(self._text, tracker)
         self._prompt_logprobs: list[TokenLogprob] = []
         self._pooled: np.ndarray | None = None
 
@@ -90,17 +78,23 @@ class Answer:
         """Add a token, which `num_later` tokens of the sequence already follow; returns its delta."""
         offset = self._text.num_decoded
         text, finish_reason = self._read(token, num_later)
-        if finish_reason is None and logprob is None and self._is_text_only:
+        reasoning, num_reasoning_tokens = ("", 0) if self._divided is None else self._divided.take()
+        if finish_reason is None and logprob is None and self._is_text_only and not (reasoning or num_reasoning_tokens):
             return Delta(
                 request_id=self._request_id, text=text, num_tokens=1
             )  # the usual case; further fields cost time
+        logprobs = [] if logprob is None else [(logprob, offset)]
+        if logprob is not None and self._divided is not None:
+            logprobs = self._divided.take_logprobs(logprob, offset)
         return Delta(
             request_id=self._request_id,
             text=text,
             num_tokens=1,
+            reasoning=reasoning,
+            num_reasoning_tokens=num_reasoning_tokens,
             token_ids=(token,) if self._sampling.return_token_ids else (),
-            logprobs=() if logprob is None else (logprob,),
-            offsets=() if logprob is None else (offset,),
+            logprobs=tuple(entry for entry, _ in logprobs),
+            offsets=tuple(offset for _, offset in logprobs),
             prompt_logprobs=self._take_prompt_logprobs() if self._prompt_logprobs else (),
             finish_reason=finish_reason,
             stop_reason=self._stop_reason(token) if finish_reason == "stop" else None,

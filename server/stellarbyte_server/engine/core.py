@@ -9,7 +9,9 @@ from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
 from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.followed import Grammar
 from stellarbyte_server.engine.live_answers import LiveAnswers
+from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
@@ -109,8 +111,18 @@ class EngineCore:
             adapter.totals.num_requests += 1
         ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         sequence.end_token_ids = ends | frozenset(request.sampling.stop_token_ids)
-        sequence.grammar = grammar
-        self.answers.add(Answer(sequence, self.tokenizer, grammar))
+        followed = self._with_reasoning(request, grammar, sequence.end_token_ids)
+        sequence.grammar = followed
+        self.answers.add(Answer(sequence, self.tokenizer, followed))
+
+    def _with_reasoning(
+        self, request: GenerationRequest, grammar: TokenGrammar | None, end_token_ids: frozenset[int]
+    ) -> Grammar | None:
+        """The grammar of all that is generated for a request with this grammar of its answer."""
+        reasoning = request.reasoning
+        if reasoning is None or (grammar is None and reasoning.max_tokens is None):
+            return grammar
+        return ReasoningGrammar(reasoning, self.tokenizer, self.grammars.vocab_size, grammar, end_token_ids)
 
     def abort(self, request_id: str) -> None:
         """Abort a request and free its blocks; unknown ids are ignored (it may just have ended)."""

@@ -46,7 +46,7 @@ class TextStream:
         self._stops = [_StopString(text) for text in stop]
         self._include_stop = include_stop
         self._held = ""  # possible start of a stop string
-        self.num_decoded = 0  # characters of all tokens so far, held back or not
+        self.num_decoded = 0  # characters so far, held back or not
         self.stop_met: str | None = None  # the stop string that ended the text
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
@@ -55,7 +55,18 @@ class TextStream:
         The returned text ends before the stop string, or includes it if requested; nothing may be pushed after it. The
         text of a token with `may_stop` False is not searched for stop strings.
         """
-        text = self._detokenizer.push(token_id)
+        return self.add(self.decode(token_id), may_stop)
+
+    def decode(self, token_id: int) -> str:
+        """The text that has become certain with the next token, for `add`."""
+        return self._detokenizer.push(token_id)
+
+    def end_character(self) -> str:
+        """What was decoded of an unfinished character, U+FFFD: what comes next begins anew."""
+        return self._detokenizer.flush()
+
+    def add(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
+        """As `push`, for text that was decoded."""
         self.num_decoded += len(text)
         if may_stop:
             return self._cut(text)

@@ -15,21 +15,26 @@ class TokenCount:
     prompt: int
     completion: int = 0
     cached: int = 0  # of the prompts; known at the end
+    reasoning: int | None = None  # of the completions; None: the model does not reason
     evicted: int = 0  # evicted by the end, if the context slid
 
     def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
         self.completion += delta.num_tokens
         self.evicted += delta.evicted_tokens
+        if self.reasoning is not None:
+            self.reasoning += delta.num_reasoning_tokens
         if first_of_prompt:
             self.cached += delta.cached_tokens
 
     def usage(self) -> dict[str, Any]:
-        usage = {
+        usage: dict[str, Any] = {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
         return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
 
 

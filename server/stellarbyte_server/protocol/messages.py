@@ -134,8 +134,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_id: str
     text: str
     num_tokens: int
+    reasoning: str = ""  # text before the answer's
+    num_reasoning_tokens: int = 0  # tokens, of this delta or earlier ones, that proved to be reasoning with this delta
     token_ids: tuple[int, ...] = ()  # if requested
-    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, if requested
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the answer's tokens, if requested
     offsets: tuple[int, ...] = ()  # with logprobs: characters of the answer before each token
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # of the prompt from its second token on, in the first delta
     embedding: bytes | None = None  # float32, of a request with pooling
@@ -156,6 +158,8 @@ def merged(deltas: list[Delta]) -> Delta:
         deltas[-1],
         text="".join([delta.text for delta in deltas]),
         num_tokens=sum([delta.num_tokens for delta in deltas]),
+        reasoning="".join([delta.reasoning for delta in deltas]),
+        num_reasoning_tokens=sum([delta.num_reasoning_tokens for delta in deltas]),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
         offsets=tuple(offset for delta in deltas for offset in delta.offsets),

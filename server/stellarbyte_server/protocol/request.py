@@ -53,6 +53,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool = False
 
 
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model marks its reasoning, which comes before its answer, and how long it may be.
+
+    The first character of a mark is in no other place of it.
+    """
+
+    start: str
+    end: str
+    start_token_ids: tuple[int, ...]  # as the tokenizer writes the mark, perhaps with white space before it
+    end_token_ids: tuple[int, ...]
+    start_id: int | None = None  # the token that is the mark; None: it is text, however it is divided into tokens
+    end_id: int | None = None
+    is_open: bool = False  # the prompt ends with the start mark
+    max_tokens: int | None = None  # of the reasoning, marks not counted
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and how to continue it; immutable and serialisable.
 
@@ -69,6 +85,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # cached blocks are shared only between requests with the same salt
     follows: str | None = None  # id of an earlier request with the same prompt, which computes the prompt for both
     pooling: Literal["last", "mean"] | None = None
+    reasoning: Reasoning | None = None  # None: all that is generated is the answer
 
 
 class RequestRejected(Exception):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders
 
-from stellarbyte_server.tokens.token_bytes import TokenBytes
+from stellarbyte_server.tokens.token_bytes import token_bytes_of
 
 _REPLACEMENT = "\ufffd"  # a decoder's output for incomplete or invalid bytes
 _MAX_WINDOW = 16  # tokens decoded again with each new one before the window moves
@@ -95,7 +95,7 @@ class WindowDetokenizer:
         """False for skipped special tokens and for unknown ids, which are not decoded."""
         if self._tokenizer.id_to_token(token_id) is None:
             return False
-        return not self._skip_special_tokens or token_id not in _token_bytes(self._tokenizer).special_ids
+        return not self._skip_special_tokens or token_id not in token_bytes_of(self._tokenizer).special_ids
 
     def _reached_boundary(self, text: str) -> None:
         """Note that all of the window's text was returned and ends with a whole character; shorten the window."""
@@ -124,12 +124,7 @@ class WindowDetokenizer:
 
 
 @functools.lru_cache(maxsize=8)
-def _token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    return TokenBytes(tokenizer)
-
-
-@functools.lru_cache(maxsize=8)
 def _bytes_of_tokens(tokenizer: Tokenizer, skip_special_tokens: bool) -> Mapping[int, bytes]:
     """The bytes of every token of a byte-level tokenizer, without special tokens if they are skipped."""
-    token_bytes = _token_bytes(tokenizer)
+    token_bytes = token_bytes_of(tokenizer)
     return token_bytes.without_special() if skip_special_tokens else token_bytes.with_special()

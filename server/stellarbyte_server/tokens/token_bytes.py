@@ -1,5 +1,6 @@
 """The bytes of each token of a vocabulary."""
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -41,6 +42,12 @@ class TokenBytes:
             return content.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{value:02x}" for value in content)
+
+
+@functools.lru_cache(maxsize=8)
+def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
+    """Those of a tokenizer that does not change any more."""
+    return TokenBytes(tokenizer)
 
 
 def _byte_level(token: str, byte_of: Mapping[str, int]) -> bytes:

@@ -13,16 +13,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.defaults
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Encoding, Tokenizer
 
 from stellarbyte_server.tokens.detokenizer import make_detokenizer
+from stellarbyte_server.tokens.reasoning_marks import find_marks
 from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
@@ -30,6 +34,12 @@ logger = logging.getLogger("server.tokens")
 
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # transformers' names of a model's chat templates
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Names that mean something to every chat template; all others are a request's to set.
+RESERVED_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
+    | {"raise_exception", "strftime_now", "self", "super", "loop", "caller", "varargs", "kwargs"}
+    | {*_SPECIAL_TOKENS, *jinja2.defaults.DEFAULT_NAMESPACE}
+)
 
 
 class ChatTemplateError(ValueError):
@@ -67,6 +77,7 @@ class PromptTokenizer:
         self._is_stand_in = is_stand_in
         self._chat_templates = chat_templates
         self.token_bytes = TokenBytes(tokenizer)
+        self.reasoning = None if is_stand_in else find_marks(tokenizer, self.chat_template_source, vocab_size)
         # At least its characters. A stand-in refuses every text, so none is too long.
         self.longest_token = sys.maxsize if is_stand_in else max(map(len, tokenizer.get_vocab()), default=1)
 
@@ -87,6 +98,11 @@ class PromptTokenizer:
         template = self._chat_template(has_tools=True)
         return template is None or template.takes_system
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """What the chat template reads that is not its own."""
+        return frozenset() if self._chat_template is None else self._chat_template.variables
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt, with the special tokens that the tokenizer adds, if `add_special_tokens`."""
         return self._encoding(text, add_special_tokens).ids
@@ -99,6 +115,7 @@ class PromptTokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
         """Encode a chat rendered by `ChatTemplate.render`, by default up to the assistant's answer; ChatTemplateError.
 
@@ -116,6 +133,7 @@ class PromptTokenizer:
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            variables=variables,
         )
         return self.encode(text, add_special_tokens)
 
@@ -190,6 +208,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"The chat template cannot be read: {error}.") from error
         self.source = source
+        self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
         self._special_tokens = dict(special_tokens)
 
     @functools.cached_property
@@ -209,14 +228,15 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         """Render a chat, by default up to the assistant's answer; ChatTemplateError if the template refuses it.
 
         With `continue_final_message` the last message is the start of the answer, so the text ends with its content.
-        Excludes `add_generation_prompt`.
+        Excludes `add_generation_prompt`. `variables` are further variables for the template.
         """
         if not continue_final_message:
-            return self._render(messages, tools, add_generation_prompt)
+            return self._render(messages, tools, add_generation_prompt, variables)
         if add_generation_prompt:
             raise ChatTemplateError(
                 "continue_final_message and add_generation_prompt exclude each other; set one of them to false."
@@ -226,7 +246,7 @@ class ChatTemplate:
         content = messages[-1]["content"]
         mark = secrets.token_hex(16)  # in no message; a space after it shows whether the template trims contents
         marked = {**messages[-1], "content": f"{content}{mark} "}
-        text = self._render([*messages[:-1], marked], tools, add_generation_prompt=False)
+        text = self._render([*messages[:-1], marked], tools, False, variables)
         end = text.rfind(mark)
         if end < 0 or content.strip() not in text[:end]:
             raise ChatTemplateError(
@@ -239,10 +259,11 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
+        variables: Mapping[str, Any],
     ) -> str:
         try:
             return self._template.render(
-                **{**self._special_tokens, "messages": messages, "tools": tools, "documents": None},
+                {**variables, **self._special_tokens, "messages": messages, "tools": tools, "documents": None},
                 add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:

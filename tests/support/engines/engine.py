@@ -35,7 +35,16 @@ BACKENDS = [
     pytest.param(TorchModel, id="torch"),
     pytest.param(partial(CpuModel, quantization="none", num_threads=2), id="cpu"),
 ]
-OF_REQUEST = ("priority", "context_overflow", "cache_salt", "adapter", "adapter_scale", "follows", "pooling")
+OF_REQUEST = (
+    "priority",
+    "context_overflow",
+    "cache_salt",
+    "adapter",
+    "adapter_scale",
+    "follows",
+    "pooling",
+    "reasoning",
+)
 
 
 def make_request(

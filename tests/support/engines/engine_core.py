@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from stellarbyte import ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
@@ -50,9 +51,13 @@ class Script:
 
 
 def make_core(
-    runner: Any, vocab_size: int = VOCABULARY, scheduler: Scheduler | None = None, **options: Any
+    runner: Any,
+    vocab_size: int = VOCABULARY,
+    scheduler: Scheduler | None = None,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
 ) -> EngineCore:
-    tokenizer, ends = make_tokenizer(), frozenset({END})
+    tokenizer, ends = make_tokenizer() if tokenizer is None else tokenizer, frozenset({END})
     grammars = GrammarCompiler(tokenizer, ends, vocab_size)
     scheduler = make_scheduler(**options) if scheduler is None else scheduler
     return EngineCore(scheduler, runner, tokenizer, ends, no_adapters(), grammars)

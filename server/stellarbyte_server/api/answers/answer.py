@@ -45,6 +45,7 @@ class AnswerPlan:
     grammar_param: str | None = None  # the field that the requests' grammar is made of
     include_usage: bool = False
     begins_with_text: bool = True  # of a chat; otherwise its answers are calls of tools and nothing else
+    ignored: tuple[str, ...] = ()  # paths of fields without an effect on this model
 
 
 async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dict[str, str]) -> Response:
@@ -81,7 +82,10 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
 
 def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidates: int = 1) -> TokenCount:
     """A count of the requests' tokens, which the access log will show."""
-    tokens = TokenCount(sum(len(request.prompt_token_ids) for request in requests[::candidates]))
+    tokens = TokenCount(
+        sum(len(request.prompt_token_ids) for request in requests[::candidates]),
+        reasoning=None if requests[0].reasoning is None else 0,
+    )
     record_of(http).tokens = tokens
     return tokens
 

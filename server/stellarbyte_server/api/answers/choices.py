@@ -40,6 +40,7 @@ class ChoiceForm:
     prompt_token_ids: Sequence[int] | None = None  # to be shown, with those of the answer
     with_tools: bool = False
     are_functions: bool = False  # a call is shown as function_call, the older form
+    shows_reasoning: bool = True  # if there is some
 
     @property
     def is_plain(self) -> bool:
@@ -52,6 +53,7 @@ class Fragment:
     """A part of a choice; the last one has a finish reason."""
 
     text: str = ""
+    reasoning: str = ""  # before the text
     calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
     function_call: dict[str, Any] | None = None  # of a call of the older form
     pieces: Sequence[Piece] = ()  # text and calls in their order, where there may be calls
@@ -69,13 +71,18 @@ class Fragment:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.text or self.call_fields or self.token_ids or self.prompt_token_ids or self.logprobs)
+        has_ids = bool(self.token_ids or self.prompt_token_ids)
+        return not (self.text or self.reasoning or self.call_fields or has_ids or self.logprobs)
 
     @property
     def is_text(self) -> bool:
         """There is nothing but text."""
         return (
-            not self.call_fields and self.logprobs is None and self.token_ids is None and self.prompt_token_ids is None
+            not self.reasoning
+            and not self.call_fields
+            and self.logprobs is None
+            and self.token_ids is None
+            and self.prompt_token_ids is None
         )
 
 
@@ -89,10 +96,14 @@ class ChoiceReader:
         self._deltas = CallDeltas()
         self._called = False
         self._started = False
+        self._reasoned = False
         self._aligner = None if form.logprobs is None else TokenAligner()
 
     def read(self, delta: Delta) -> Fragment:
         fragment = Fragment(text=delta.text, finish_reason=delta.finish_reason)
+        if delta.reasoning or delta.num_reasoning_tokens:
+            self._reasoned = True
+            fragment.reasoning = delta.reasoning if self._form.shows_reasoning else ""
         if self._form.is_plain:
             return fragment
         if not self._started:
@@ -116,8 +127,9 @@ class ChoiceReader:
                 calls = {"tool_calls": tool_calls}
             if function_calls := [each.function_call for each in fragments if each.function_call is not None]:
                 calls = {"function_call": joined_function_call(function_calls)}
-            content = text if text or not calls else None
-            choice["message"] = {"role": "assistant", "content": content, "refusal": None, **calls}
+            content = text if text or not (calls or self._reasoned) else None
+            thought = reasoning_fields("".join([fragment.reasoning for fragment in fragments]))
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None, **thought, **calls}
         else:
             choice["text"] = text
         choice["logprobs"] = None
@@ -173,3 +185,8 @@ class ChoiceReader:
         self._called = self._called or bool(deltas)
         if self._called and fragment.finish_reason == "stop":
             fragment.finish_reason = "function_call" if self._form.are_functions else "tool_calls"
+
+
+def reasoning_fields(reasoning: str) -> dict[str, str]:
+    """Of a message or a delta, under both names that clients know; none without reasoning."""
+    return {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}

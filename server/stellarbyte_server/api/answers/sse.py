@@ -12,7 +12,7 @@ import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from stellarbyte_server.api.answers.choices import Fragment, Kind
+from stellarbyte_server.api.answers.choices import Fragment, Kind, reasoning_fields
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.client.delta_stream import DeltaStream
 
@@ -73,7 +73,9 @@ class ChunkWriter:
     def _choice(self, fragment: Fragment) -> dict[str, Any]:
         choice: dict[str, Any] = {}
         if self._kind == "chat":
-            delta: dict[str, Any] = {"content": fragment.text} if fragment.text else {}
+            delta: dict[str, Any] = reasoning_fields(fragment.reasoning)
+            if fragment.text:
+                delta["content"] = fragment.text
             choice["delta"] = delta | fragment.call_fields
         else:
             choice["text"] = fragment.text

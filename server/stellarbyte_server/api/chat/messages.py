@@ -1,6 +1,7 @@
 """Messages are converted to the form that a chat template reads, with tools, calls and results."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,10 @@ class ChatMessage(Protocol):
     @property
     def tool_calls(self) -> Sequence[ToolCall] | None: ...
     @property
+    def reasoning_content(self) -> str | None: ...
+    @property
+    def reasoning(self) -> str | None: ...
+    @property
     def tool_call_id(self) -> str | None: ...
     @property
     def function_call(self) -> FunctionCall | None: ...
@@ -47,7 +52,9 @@ def messages_for_template(
     `template_source` tells, where there is no toolbox, how earlier calls are shown. `takes_system` says whether the
     template knows messages by the system; `may_end_open` whether the last call may be without its result.
     """
-    known = with_results_in_order(list(_known(messages)), may_end_open=may_end_open)
+    name = reasoning_field(template_source)
+    known = [given | _reasoning(message, name) for given, message in zip(_known(messages), messages, strict=True)]
+    known = with_results_in_order(known, may_end_open=may_end_open)
     if template_takes_tools(template_source) if toolbox is None else toolbox.takes_tools:
         return for_template_with_tools(known, tool_format(template_source) if toolbox is None else toolbox.format)
     offered = () if toolbox is None or toolbox.choice == "none" else toolbox.tools
@@ -108,6 +115,20 @@ def for_template_with_tools(messages: Sequence[dict[str, Any]], format: ToolForm
     if format.separator is None:
         shown = with_call_after_call(shown)
     return with_short_ids(shown) if format.short_ids else shown
+
+
+def reasoning_field(template_source: str | None) -> str | None:
+    """The field of messages in which a template looks for the assistant's reasoning; None: it does not."""
+    names = re.findall(r"(?:\.|\[['\"])(reasoning_content|reasoning|thinking)\b(?!\.)", template_source or "")
+    return next((name for name in ("reasoning_content", "reasoning", "thinking") if name in names), None)
+
+
+def _reasoning(message: ChatMessage, name: str | None) -> dict[str, str]:
+    """In the field of that name."""
+    if name is None:
+        return {}
+    reasoning = message.reasoning_content or message.reasoning
+    return {name: reasoning} if reasoning else {}
 
 
 def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A chat becomes the engine's requests and a plan of how they are answered."""
 
+from collections.abc import Callable
 from functools import partial
 
 from fastapi import Request
@@ -9,6 +10,7 @@ from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.chat.grammar import chat_grammar, special_marks
 from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation, content_characters
+from stellarbyte_server.api.chat.reasoning import reasoning_of, template_variables
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.errors import bad_request
@@ -37,7 +39,10 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
     if toolbox is not None and special_marks(toolbox, service):
         body = body.model_copy(update={"skip_special_tokens": False})  # of which the grammar allows only these marks
     grammar = await chat_grammar(http, service, body.response_format, toolbox)
-    token_ids = await _encode(http, body, service, toolbox, bounds.context)
+    variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, service)
+    encode = chat_encoder(body, service, toolbox, variables.values)
+    token_ids = await _encode(http, body, service, encode, bounds.context)
+    reasoning = reasoning_of(body, token_ids, service)
     prompt = Prompt(token_ids=token_ids, max_tokens=_max_tokens(body, bounds, token_ids))
     alternatives = 0 if body.top_logprobs is None else body.top_logprobs
     logprobs = alternatives if body.logprobs else None
@@ -47,11 +52,14 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         prompt_token_ids=token_ids if body.return_token_ids else None,
         with_tools=toolbox is not None and bool(toolbox.called),
         are_functions=toolbox is not None and toolbox.are_functions,
+        shows_reasoning=body.include_reasoning is not False,
     )
     return AnswerPlan(
         kind="chat",
         model=body.model,
-        requests=make_requests(body, service, [prompt], bounds, logprobs=logprobs, grammar=grammar.text),
+        requests=make_requests(
+            body, service, [prompt], bounds, logprobs=logprobs, grammar=grammar.text, reasoning=reasoning
+        ),
         grammar_param=grammar.param,
         candidates=body.num_candidates,
         choices=body.num_choices,
@@ -59,6 +67,7 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         stream=bool(body.stream),
         include_usage=body.include_usage,
         begins_with_text=toolbox is None or not toolbox.requires_call,
+        ignored=variables.ignored,
     )
 
 
@@ -89,11 +98,13 @@ def _check(body: ChatBody, service: Service) -> None:
         )
 
 
-async def _encode(http: Request, body: ChatBody, service: Service, toolbox: Toolbox | None, limit: int) -> list[int]:
+async def _encode(
+    http: Request, body: ChatBody, service: Service, encode: Callable[[], list[int]], limit: int
+) -> list[int]:
     """The chat as token ids; ApiError when the template refuses it, or the model cannot read it."""
     check_characters(content_characters(body), limit, service, "messages")
     try:
-        return await off_loop(http, service, chat_encoder(body, service, toolbox), record_of(http).body_bytes)
+        return await off_loop(http, service, encode, record_of(http).body_bytes)
     except (ChatTemplateError, UnembeddableTokenError) as error:
         raise bad_request(str(error), "messages") from None
 

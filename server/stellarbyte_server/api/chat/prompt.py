@@ -1,7 +1,8 @@
 """A chat is rendered by its template and tokenized, to generate from it or to count its tokens."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from stellarbyte_server.api.chat.messages import messages_for_template
 from stellarbyte_server.api.chat.tools import Toolbox
@@ -42,7 +43,12 @@ def content_characters(body: ChatInput) -> int:
 
 
 def chat_encoder(
-    body: ChatInput, service: Service, toolbox: Toolbox | None, *, may_end_open: bool = False
+    body: ChatInput,
+    service: Service,
+    toolbox: Toolbox | None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    may_end_open: bool = False,
 ) -> Callable[[], list[int]]:
     """Makes the tokens, in a thread: a template is a program. Raises ApiError or ChatTemplateError.
 
@@ -63,6 +69,7 @@ def chat_encoder(
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,
             add_special_tokens=bool(body.add_special_tokens),
+            variables=variables,
         )
 
     return encode

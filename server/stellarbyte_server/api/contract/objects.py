@@ -54,11 +54,16 @@ class PromptTokensDetails(AnswerObject):
     cached_tokens: Annotated[Count, Field(description="Prompt tokens that were in the prefix cache.")]
 
 
+class CompletionTokensDetails(AnswerObject):
+    reasoning_tokens: Annotated[Count, Field(description="Tokens of the reasoning, without its marks.")]
+
+
 class Usage(AnswerObject):
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: Left[CompletionTokensDetails]
     evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens that went out of sight: the context slid.")]]
 
 
@@ -157,6 +162,8 @@ class AnswerMessage(AnswerObject):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: Left[Annotated[str, Field(description="What the model wrote before its answer.")]]
+    reasoning: Left[Annotated[str, Field(description="The same as reasoning_content.")]]
     tool_calls: Left[list[AnswerToolCall | AnswerCustomToolCall]]
     function_call: Left[Annotated[AnswerFunctionCall, Field(description="In place of tool_calls, for `functions`.")]]
 
@@ -198,6 +205,8 @@ class ChatDelta(AnswerObject):
     role: Left[Literal["assistant"]]
     content: str | None = None
     refusal: None = None
+    reasoning_content: Left[str]
+    reasoning: Left[str]
     tool_calls: Left[list[ToolCallDelta]]
     function_call: Left[FunctionCallDelta]
 

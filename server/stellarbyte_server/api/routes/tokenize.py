@@ -1,8 +1,9 @@
 """POST /tokenize and /detokenize, as in vLLM: token ids of a prompt or a chat, and text of tokens. Does not run the
 model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.sse import encode_json
 from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation
+from stellarbyte_server.api.chat.reasoning import template_variables
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.bodies.tokenize import (
@@ -20,7 +22,7 @@ from stellarbyte_server.api.contract.bodies.tokenize import (
 )
 from stellarbyte_server.api.contract.errors import bad_request, from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
-from stellarbyte_server.api.generation import check_token_ids, off_loop, read_body
+from stellarbyte_server.api.generation import check_token_ids, off_loop, read_body, with_ignored
 from stellarbyte_server.api.key_rate import charge
 from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
@@ -44,7 +46,13 @@ router = APIRouter()
 async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
     await charge(http, service)
     body, headers = await read_body(http, service, TokenizeBody)
-    return await _answer(http, body, service, headers, _encoder(body, service))
+    if isinstance(body, TokenizePromptBody):
+        encode_text = partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False)
+        return await _answer(http, body, service, headers, encode_text)
+    assert isinstance(body, TokenizeChatBody)
+    variables = template_variables(body.chat_template_kwargs, None, service)
+    encode = _chat_encoder(body, service, variables.values)
+    return await _answer(http, body, service, with_ignored(headers, variables.ignored), encode)
 
 
 @router.post("/detokenize")
@@ -68,14 +76,11 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
     return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
 
 
-def _encoder(body: TokenizeBody, service: Service) -> Callable[[], list[int]]:
-    """The function that encodes the body, in a thread."""
-    if isinstance(body, TokenizePromptBody):
-        return partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False)
-    assert isinstance(body, TokenizeChatBody)
+def _chat_encoder(body: TokenizeChatBody, service: Service, variables: Mapping[str, Any]) -> Callable[[], list[int]]:
+    """The function that encodes the chat, in a thread."""
     check_continuation(body)
     toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
-    return chat_encoder(body, service, toolbox, may_end_open=True)
+    return chat_encoder(body, service, toolbox, variables, may_end_open=True)
 
 
 async def _answer(

@@ -158,6 +158,11 @@ class GrammarCompiler:
         os.set_blocking(self._wake, False)
         self._mask_workers = MaskWorkers(self._ring)
 
+    @property
+    def vocab_size(self) -> int:
+        """How many logits the model computes."""
+        return self._vocabulary.vocab_size
+
     def prepare(self) -> None:
         """Read the tokenizer now, at the start: it holds the GIL for a second. Otherwise the first grammar does it."""
         with contextlib.suppress(BaseException):  # reported with the first grammar

@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from stellarbyte_server.api.contract.bodies import unsupported
 from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
-from stellarbyte_server.api.contract.bodies.fields import MaxTokens, SchemaName, optional, required
+from stellarbyte_server.api.contract.bodies.fields import MaxTokens, SchemaName, TemplateArguments, optional, required
 from stellarbyte_server.api.contract.bodies.generation import GenerationBody
 from stellarbyte_server.api.contract.bodies.tools import (
     MAX_TOOLS,
@@ -80,6 +80,8 @@ class Message(BaseModel):
     audio: Annotated[None, BeforeValidator(_no_audio)] = optional("Not supported.")
     name: Annotated[str, Field(max_length=256)] | None = optional("Who it is by, where the chat template shows that.")
     tool_calls: Annotated[list[ToolCall], AtMost(MAX_TOOLS)] | None = optional("Calls that the assistant made.")
+    reasoning_content: str | None = optional("The assistant's reasoning, for chat templates that show it.")
+    reasoning: str | None = optional("The same as reasoning_content, which wins.")
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = optional(
         "Which call a tool's message answers."
     )
@@ -93,6 +95,8 @@ class Message(BaseModel):
             raise wrong("only a message of the assistant has a function_call, and none that has tool_calls")
         if self.role == "function" and self.name is None:
             raise wrong("a message of a function has its name")
+        if (self.reasoning_content or self.reasoning) and self.role != "assistant":
+            raise wrong("only a message of the assistant has reasoning")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise wrong("a message has a tool_call_id exactly if its role is tool")
         if self.content is None and self.role != "assistant":
@@ -122,6 +126,7 @@ class ResponseFormat(Body):
         return self
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES)]
 MESSAGES = "The chat so far, oldest message first."
 TOOLS = "Functions and custom tools that the model may call."
@@ -155,4 +160,15 @@ class ChatBody(GenerationBody):
     )
     continue_final_message: bool | None = optional(
         "Go on with the last message, which is the assistant's. Default: false."
+    )
+    reasoning_effort: ReasoningEffort | None = optional(
+        "How much to reason, for chat templates that read it; none also turns reasoning off where the template has a"
+        " switch. Otherwise it has no effect, and X-Ignored-Fields names it."
+    )
+    chat_template_kwargs: TemplateArguments | None = optional(
+        "Variables for the chat template, such as enable_thinking; X-Ignored-Fields names those that it does not read."
+    )
+    include_reasoning: bool | None = optional("Show the reasoning's text. Its tokens count in any case. Default: true.")
+    max_reasoning_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
+        "Most tokens of the reasoning, which then ends and lets the answer begin. Default: no limit of its own."
     )

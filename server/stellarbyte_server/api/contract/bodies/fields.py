@@ -1,12 +1,14 @@
 """These types are shared by fields of several bodies."""
 
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, to_json
 
-from stellarbyte_server.api.contract.bodies.bounds import wrong
+from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.protocol.request import MAX_PRIORITY
+from stellarbyte_server.tokens.tokenizer import RESERVED_VARIABLES
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 1000
@@ -79,3 +81,22 @@ _STOP_SCHEMA = {
     ]
 }
 StopStrings = Annotated[tuple[str, ...] | None, BeforeValidator(_stop_strings), WithJsonSchema(_STOP_SCHEMA)]
+
+MAX_VARIABLES = 64
+MAX_VARIABLES_BYTES = 16_384  # of all their JSON
+_VARIABLE_NAME = re.compile("[a-zA-Z][a-zA-Z0-9_]{0,63}")
+
+
+def _variables(value: dict[str, Any]) -> dict[str, Any]:
+    for name in value:
+        if _VARIABLE_NAME.fullmatch(name) is None:
+            raise wrong(f"{name!r:.80} is no name of a variable: a letter, then up to 63 letters, digits and _")
+        if name in RESERVED_VARIABLES:
+            raise wrong(f"'{name}' is not a variable that a request may set")
+    num_bytes = len(to_json(value))
+    if num_bytes > MAX_VARIABLES_BYTES:
+        raise wrong(f"it has {num_bytes} bytes as JSON; at most {MAX_VARIABLES_BYTES} are allowed")
+    return value
+
+
+TemplateArguments = Annotated[dict[str, Any], AfterValidator(_variables), AtMost(MAX_VARIABLES)]

@@ -7,7 +7,7 @@ from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.bodies.bounds import AtMost
 from stellarbyte_server.api.contract.bodies.chat import MESSAGES, TOOLS, Messages
-from stellarbyte_server.api.contract.bodies.fields import MAX_TOKEN_ID, TokenId, optional, required
+from stellarbyte_server.api.contract.bodies.fields import MAX_TOKEN_ID, TemplateArguments, TokenId, optional, required
 from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, Tool
 from stellarbyte_server.api.contract.errors import bad_request
 
@@ -48,6 +48,7 @@ class TokenizeChatBody(TokenizeBody):
     add_generation_prompt: bool | None = optional("As for chats. Default: true, unless the last message is continued.")
     continue_final_message: bool | None = optional("As for chats. Default: false.")
     add_special_tokens: bool | None = optional("As for chats. Default: false.")
+    chat_template_kwargs: TemplateArguments | None = optional("As for chats.")
 
 
 def _fast(value: Any, slow: ValidatorFunctionWrapHandler) -> Any:

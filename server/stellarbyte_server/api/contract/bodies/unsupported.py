@@ -14,12 +14,10 @@ OF_CHATS: Neutral = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
     "prompt_cache_retention": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
 }
 OF_RESPONSES: Neutral = {

@@ -1,0 +1,79 @@
+"""The reasoning of a chat: what its template is told of it, and how it is found in the answer."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+from stellarbyte_server.api.contract.bodies.chat import Message, ReasoningEffort
+from stellarbyte_server.api.contract.errors import bad_request
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.protocol.request import Reasoning
+
+# Switches of templates that make a model answer at once.
+_SWITCHES = ("enable_thinking", "thinking")
+_NUM_LAST_TOKENS = 64  # of a prompt: a mark and the white space after it
+
+
+class TemplateVariables(NamedTuple):
+    """What a chat template is given beside its messages."""
+
+    values: Mapping[str, Any]
+    ignored: tuple[str, ...]  # paths of fields that the template does not read
+
+
+class ReasoningInput(Protocol):
+    """What is read of a body."""
+
+    @property
+    def messages(self) -> list[Message]: ...
+    @property
+    def continue_final_message(self) -> bool | None: ...
+    @property
+    def max_reasoning_tokens(self) -> int | None: ...
+
+
+def template_variables(
+    arguments: Mapping[str, Any] | None, effort: ReasoningEffort | None, service: Service
+) -> TemplateVariables:
+    """Of `chat_template_kwargs` and `reasoning_effort`; the former win."""
+    known = service.tokenizer.template_variables
+    given = {} if arguments is None else arguments
+    values = {name: value for name, value in given.items() if name in known}
+    ignored = [f"chat_template_kwargs.{name}" for name in given if name not in known]
+    if effort is not None:
+        of_effort: dict[str, Any] = {"reasoning_effort": effort}
+        if effort == "none":
+            of_effort |= dict.fromkeys(_SWITCHES, False)
+        read = {name: value for name, value in of_effort.items() if name in known}
+        values = {**read, **values}
+        if not read and (effort != "none" or service.reasoning is not None):
+            ignored.append("reasoning_effort")
+    return TemplateVariables(values, tuple(ignored))
+
+
+def reasoning_of(body: ReasoningInput, prompt_token_ids: list[int], service: Service) -> Reasoning | None:
+    """How the answer's reasoning is found; None: there can be none. ApiError for a limit that cannot be held."""
+    marks = service.reasoning
+    if marks is None:
+        if body.max_reasoning_tokens is not None:
+            raise bad_request(
+                "The field 'max_reasoning_tokens' needs a model whose reasoning is marked; leave it out for this one.",
+                "max_reasoning_tokens",
+            )
+        return None
+    is_open = _is_open(body, prompt_token_ids, marks, service)
+    if is_open is None:
+        return None
+    return msgspec.structs.replace(marks, is_open=is_open, max_tokens=body.max_reasoning_tokens)
+
+
+def _is_open(body: ReasoningInput, prompt_token_ids: list[int], marks: Reasoning, service: Service) -> bool | None:
+    """Whether the prompt has begun the reasoning; None: it has even ended it, or begun the answer."""
+    final = body.messages[-1].content
+    if body.continue_final_message and final:
+        return True if final.rfind(marks.start) > final.rfind(marks.end) else None
+    end = service.tokenizer.decode(prompt_token_ids[-_NUM_LAST_TOKENS:], skip_special_tokens=False).rstrip()
+    if end.endswith(marks.end):
+        return None
+    return end.endswith(marks.start)
