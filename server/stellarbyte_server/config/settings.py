@@ -190,8 +190,8 @@ class ServerSettings:
     reasoning_parser: Literal["auto", "none"] = option(
         one_of("auto", "none"),
         "auto|none",
-        "auto: answers to chats show the model's reasoning apart, if its chat template or vocabulary marks it, such as"
-        " with <think>; none: as a part of the text",
+        "auto: answers to chats show the model's reasoning apart, if its vocabulary or chat template has marks for it;"
+        " none: as a part of the text",
         "auto",
     )
     api_key: tuple[str, ...] = option(

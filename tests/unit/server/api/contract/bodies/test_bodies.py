@@ -142,7 +142,7 @@ def test_a_wrong_or_unsupported_field_is_refused_by_name(field, value):
         ({"n": 200}, "n"),
         ({"chat_template": "{{ messages }}"}, "chat_template"),
         ({"stream": True, "stream_options": {"no_such": 1}}, "stream_options.no_such"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
         ({"functions": [{"name": "a b"}]}, "functions[0].name"),
         ({"function_call": "required"}, "function_call"),
         ({"function_call": {"name": 1}}, "function_call.name"),
