@@ -76,7 +76,7 @@ export interface Usage {
 
 export interface ChatChunk {
   choices: {
-    delta: { content?: string | null };
+    delta: { content?: string | null; reasoning_content?: string };
     logprobs?: { content: TokenLogprob[] | null } | null;
     finish_reason: string | null;
   }[];
@@ -140,6 +140,8 @@ export interface Failure {
 
 export interface Answer {
   role: "assistant";
+  /** What the model wrote before it, if the model reasons. */
+  reasoning: string;
   content: string;
   model: string;
   scale: number | null;

@@ -46,6 +46,8 @@ export class AnswerView {
     this.tokens = null;
     this.spoken = make("p", { class: "unseen", dir: "auto" });
     this.waiting = make("p", { class: "waiting" }, make("span", { class: "unseen" }, t("thinking")));
+    this.reasoning = make("div", { class: "reasoning-text", dir: "auto" });
+    this.fold = make("details", { class: "reasoning" }, make("summary", {}, t("reasoning")), this.reasoning);
     this.note = make("div", { class: "note" });
     this.numbers = make("span", { class: "numbers" });
     this.copy = this.#makeCopyButton();
@@ -55,6 +57,7 @@ export class AnswerView {
       "article",
       { class: "answer", "aria-label": nameOf(answer) },
       this.waiting,
+      this.fold,
       this.text,
       this.note,
       strip,
@@ -67,7 +70,9 @@ export class AnswerView {
     const { answer } = this;
     this.element.dataset["state"] = answer.state;
     this.element.setAttribute("aria-busy", String(answer.state === "streaming"));
-    this.waiting.hidden = answer.state !== "streaming" || answer.content !== "";
+    this.waiting.hidden = answer.state !== "streaming" || answer.content !== "" || answer.reasoning !== "";
+    this.fold.hidden = answer.reasoning === "";
+    if (this.reasoning.textContent !== answer.reasoning) this.reasoning.textContent = answer.reasoning;
     if (this.withTokens && answer.tokens.length > 0) this.#showTokens();
     else this.markdown.update(answer.content);
     this.#showNote();

@@ -41,8 +41,10 @@ function addChunk(answer, chunk, nowMs) {
   answer.finishReason = choice.finish_reason ?? answer.finishReason;
   if (choice.finish_reason !== null) timing.lastMs = nowMs; // the last tokens may have no text
   const text = choice.delta.content ?? "";
-  if (text === "") return;
+  const reasoning = choice.delta.reasoning_content ?? "";
+  if (text === "" && reasoning === "") return;
   answer.content += text;
+  answer.reasoning += reasoning;
   timing.firstMs ??= nowMs;
   timing.lastMs = nowMs;
   timing.pieces += 1;

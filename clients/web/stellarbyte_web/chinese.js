@@ -60,6 +60,7 @@ export const chinese = {
   cancel: "取消",
   editWhileAnswering: "该问题正在作答。请在回答完成或停止后再发送修改。",
   editNotLast: "之后又提出了新的问题，而只有最后一个问题可以编辑。",
+  reasoning: "思考过程",
   thinking: "正在等待第一个词元",
   silent: "已有 {seconds} 秒没有收到内容。服务器可能繁忙，也可能已停止响应；可按“停止”结束等待。",
   tokensPerSecond: "{value} 词元/秒",

@@ -25,6 +25,7 @@ export function makeAnswer(model, scale) {
   return {
     role: "assistant",
     content: "",
+    reasoning: "",
     model,
     scale,
     state: "streaming",

@@ -62,6 +62,7 @@ export const english = {
   cancel: "Cancel",
   editWhileAnswering: "This question is being answered. Send the edit when the answer is complete, or stop it.",
   editNotLast: "Another question has been asked since, and only the last one can be edited.",
+  reasoning: "Reasoning",
   thinking: "Waiting for the first token",
   silent: "Nothing has come for {seconds} s. The server may be busy, or may hang; Stop ends the wait.",
   tokensPerSecond: "{value} tok/s",

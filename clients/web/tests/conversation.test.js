@@ -103,6 +103,13 @@ test("an answer is measured by its stream", async () => {
   });
 });
 
+test("reasoning is kept apart from the answer, and is the first to be measured", async () => {
+  const thought = (text) => ({ choices: [{ delta: { reasoning_content: text }, finish_reason: null }] });
+  const { answer } = await fill([thought("wh"), thought("y"), piece("so"), piece(null, "stop")]);
+  assert.deepEqual([answer.reasoning, answer.content], ["why", "so"]);
+  assert.equal(measures(answer).completionTokens, 3);
+});
+
 test("an answer that failed or was stopped keeps what it has", async () => {
   const cases = [
     [new StreamBroken(), "failed", "broken"],
