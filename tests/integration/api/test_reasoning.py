@@ -194,6 +194,14 @@ def test_a_model_without_marks_takes_an_effort_and_no_bound(fake_server):
     assert_error(httpx.post(url, json=body | {"max_reasoning_tokens": 5}), 400, "max_reasoning_tokens")
 
 
+def test_a_response_has_no_reasoning_in_its_text_and_counts_it(server):
+    answer = post(server, path="/v1/responses", messages=None, input=THOUGHT).json()
+    assert [part["text"] for item in answer["output"] if item["type"] == "message" for part in item["content"]] == [
+        "Yes."
+    ]
+    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": 9}
+
+
 def test_completions_are_as_they_were(server):
     body = {"model": MODEL, "prompt": THOUGHT, "max_tokens": 100}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()

@@ -95,7 +95,7 @@ async def _events(stream: DeltaStream, plan: AnswerPlan, writing: "_Writing") ->
         async for _, delta in read_deltas([stream], writing.tokens, grammar_param=plan.grammar_param):
             fragment = reader.read(delta)
             writing.add(fragment)
-            if not fragment.is_empty:
+            if fragment.text or fragment.logprobs is not None:
                 yield writing.delta(fragment)
     except ApiError as error:
         code = "server_error" if error.code is None else error.code
@@ -205,7 +205,7 @@ class _Writing:
             "input_tokens": tokens.prompt,
             "input_tokens_details": {"cached_tokens": tokens.cached, "cache_write_tokens": 0},
             "output_tokens": tokens.completion,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": tokens.reasoning or 0},
             "total_tokens": tokens.prompt + tokens.completion,
         }
 

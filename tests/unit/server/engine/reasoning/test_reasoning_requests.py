@@ -1,6 +1,7 @@
 """Requests that reason, over the real engine core with scripted tokens: what counts, what ends, what is enforced."""
 
 import json
+import time
 from typing import Any
 
 import msgspec
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from stellarbyte_server.api.structured.grammars import json_grammar
+from stellarbyte_server.engine.grammar.compiler import TokenGrammar
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import Reasoning
@@ -21,6 +23,7 @@ from tests.support.engines.reasoning_engine import (
     reasoning_core,
     reasoning_tokenizer,
 )
+from tests.support.servers.fake_engine import make_tokenizer
 
 OPEN = msgspec.structs.replace(marks(), is_open=True)
 # The same as text, for a model whose tokenizer has no tokens for them.
@@ -32,6 +35,17 @@ def answer(script: list[int] | bytes, reasoning: Reasoning | None, max_tokens: i
     core = reasoning_core(lambda _: list(script))
     request = make_request([1], max_tokens, reasoning=reasoning, **({"ignore_eos": False} | fields))
     return [item for item in drain(core, request)["r"] if isinstance(item, Delta)]
+
+
+def compiled_number() -> TokenGrammar:
+    """NUMBER for the vocabulary of `reasoning_tokenizer`."""
+    grammars = reasoning_core(lambda _: []).grammars
+    grammars.submit("g", NUMBER)
+    while not (compiled := grammars.collect()):
+        time.sleep(0.001)
+    grammar = compiled[0][1]
+    assert isinstance(grammar, TokenGrammar)
+    return grammar
 
 
 def reasoning_of(deltas: list[Delta]) -> tuple[str, int]:
@@ -134,6 +148,23 @@ def test_a_grammar_that_allows_the_start_mark_as_text_begins_anew_after_the_reas
     assert (reasoning_of(deltas)[0], text_of(deltas)[:9]) == ("no", "<tag>yes!")
 
 
+def test_no_token_goes_past_a_mark_of_text_before_a_grammar() -> None:
+    """The grammar would not see the rest of such a token."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([">{", "x</t>{", "</t>", ">"])
+    grammar = ReasoningGrammar(msgspec.structs.replace(TEXT, is_open=True), tokenizer, 262, compiled_number(), [END])
+
+    def allowed() -> set[int]:
+        words_W = np.zeros(grammar.num_words, np.uint32)
+        grammar.mask(words_W)
+        return set(np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).tolist())
+
+    assert allowed() == set(range(262)) - {END, 260}
+    for token in b"</t":
+        grammar.accept(token)
+    assert allowed() == set(range(262)) - {END, 259, 260}
+
+
 @pytest.mark.parametrize(
     ("known", "tokens"),
     [
@@ -144,12 +175,8 @@ def test_a_grammar_that_allows_the_start_mark_as_text_begins_anew_after_the_reas
 )
 @pytest.mark.parametrize("limit", [None, 3])
 def test_a_rewind_restores_what_may_follow(known: Reasoning, tokens: list[int] | bytes, limit: int | None) -> None:
-    core = reasoning_core(lambda _: [])
-    core.grammars.submit("g", NUMBER)
-    while not (compiled := core.grammars.collect()):
-        pass
     known = msgspec.structs.replace(known, max_tokens=limit)
-    grammar = ReasoningGrammar(known, reasoning_tokenizer(), VOCABULARY, compiled[0][1], [END])
+    grammar = ReasoningGrammar(known, reasoning_tokenizer(), VOCABULARY, compiled_number(), [END])
 
     def mask() -> list[int]:
         words_W = np.zeros(grammar.num_words, np.uint32)
