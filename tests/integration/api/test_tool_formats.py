@@ -16,8 +16,8 @@ from stellarbyte.checkpoint.convert import convert
 from tests.support.models.hugging_face import tiny_llama
 from tests.support.over_http import assert_error
 from tests.support.servers.server_process import REAL, ServerProcess, running
-from tests.support.templates import MISTRAL_NEW
-from tests.support.tools import custom, function
+from tests.support.tools.offered import custom, function
+from tests.support.tools.templates import MISTRAL_NEW
 
 WEATHER = function("get", city={"enum": ["Rome", "Oslo"]})
 MODES = custom("run", "lark", 'start: "a" ("b" | "\\"}")')

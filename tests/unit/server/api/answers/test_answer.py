@@ -23,7 +23,7 @@ from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 from tests.support.servers.fake_engine import make_tokenizer
-from tests.support.tools import by_name, custom, hermes
+from tests.support.tools.offered import by_name, custom, hermes
 
 TOKEN_BYTES = TokenBytes(make_tokenizer())
 TOOLS = by_name({"type": "function", "function": {"name": "f"}}, custom("run"))

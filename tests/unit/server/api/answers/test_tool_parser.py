@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content, ToolCallParser, new_call_id
 from stellarbyte_server.api.structured.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_LIST, QWEN_CODER
-from tests.support.tools import FORMATS, by_name, custom, function, mistral, mistral_list, one_call, qwen_coder
+from tests.support.tools.offered import FORMATS, by_name, custom, function, mistral, mistral_list, one_call, qwen_coder
 
 ANY_OBJECT = {"type": "object"}
 TOOLS = by_name(

@@ -12,8 +12,8 @@ from stellarbyte_server.api.contract.bodies.tools import FunctionTool
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.tokens.tokenizer import ChatTemplate
 from tests.support.servers.fake_engine import CHAT_TEMPLATE
-from tests.support.templates import IN_TURNS, LLAMA_3, MISTRAL_IDS, MISTRAL_NEW, MISTRAL_OLD, QWEN, QWEN_TAGS
-from tests.support.tools import TOOLS, hermes, llama, mistral, offered, qwen_coder
+from tests.support.tools.offered import TOOLS, hermes, llama, mistral, offered, qwen_coder
+from tests.support.tools.templates import IN_TURNS, LLAMA_3, MISTRAL_IDS, MISTRAL_NEW, MISTRAL_OLD, QWEN, QWEN_TAGS
 
 GET = hermes("get", '{"city": "São"}')
 TIME = hermes("get_time", "{}")

@@ -17,8 +17,8 @@ from stellarbyte_server.api.structured.tool_formats import (
     QWEN_CODER,
 )
 from tests.support.servers.fake_engine import CHAT_TEMPLATE
-from tests.support.templates import LLAMA_3, MISTRAL_IDS, MISTRAL_NEW, MISTRAL_OLD, QWEN, QWEN_TAGS
-from tests.support.tools import TOOLS, custom, named, offered
+from tests.support.tools.offered import TOOLS, custom, named, offered
+from tests.support.tools.templates import LLAMA_3, MISTRAL_IDS, MISTRAL_NEW, MISTRAL_OLD, QWEN, QWEN_TAGS
 
 OTHER_TAGS = "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call>name<arg_key>a</arg_key></tool_call>"
 

@@ -9,8 +9,8 @@ from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured.tagged_parameters import parameters_of
 from stellarbyte_server.api.structured.tool_calls import tools_grammar
 from stellarbyte_server.api.structured.tool_formats import QWEN_CODER
-from tests.support.grammars import assert_allows
-from tests.support.tools import by_name, function, offered, qwen_coder
+from tests.support.tools.grammars import assert_allows
+from tests.support.tools.offered import by_name, function, offered, qwen_coder
 
 
 def schema_tool(schema):

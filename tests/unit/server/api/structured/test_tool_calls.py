@@ -12,8 +12,8 @@ from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured.grammars import json_rule
 from stellarbyte_server.api.structured.tool_calls import tools_grammar
 from stellarbyte_server.api.structured.tool_formats import HERMES, LLAMA, MISTRAL, MISTRAL_LIST, QWEN_CODER
-from tests.support.grammars import SPECIAL, allowed_part, assert_allows
-from tests.support.tools import (
+from tests.support.tools.grammars import SPECIAL, allowed_part, assert_allows
+from tests.support.tools.offered import (
     FORMATS,
     TOOLS,
     by_name,
