@@ -63,7 +63,7 @@ class ChunkWriter:
         return b'}],"usage":' + encode_json(self._usage_so_far()) + b"}\n\n"
 
     def role(self, index: int, content: str | None = "", prompt_token_ids: Sequence[int] | None = None) -> bytes:
-        """The first chunk of a choice of a chat; None where no content follows. With the prompt if it is to be shown."""
+        """The first chunk of a choice of a chat: content None where none follows, and the prompt if it is to be shown."""
         head = self._heads[index]
         if prompt_token_ids is not None:
             head = head.replace(b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(prompt_token_ids), 1)
@@ -98,7 +98,7 @@ class ChunkWriter:
         choice |= {"logprobs": fragment.logprobs, "finish_reason": None}
         if fragment.token_ids is not None:
             choice["token_ids"] = fragment.token_ids
-        if fragment.prompt_token_ids is not None:
+        if fragment.prompt_token_ids is not None and self._kind == "completion":  # a chat's first chunk has them
             choice["prompt_token_ids"] = fragment.prompt_token_ids
         return choice
 
