@@ -1,6 +1,7 @@
 """Options of the test suite: what takes minutes runs only when asked for. Where GPU kernels run is decided here."""
 
 import os
+import signal
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 import certifi
 import pytest
 import torch
+
+# An ignored SIGINT, as of `nohup` and some CI runners, is inherited: Ctrl-C would not reach what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)

@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse(arguments)
     previous = signal.signal(signal.SIGTERM, _exit_on_signal)
+    if sys.stdin is not None and sys.stdin.isatty():  # Ctrl-C ends it there, also where a parent ignores SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     failures: tuple[type[Exception], ...] = ()
     try:
         command = importlib.import_module(options.module)  # only this command's: importing torch takes a second

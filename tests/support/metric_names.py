@@ -8,6 +8,7 @@ GAUGES = {
     "stellarbyte:engine_healthy",
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
     "vllm:kv_cache_usage_perc",
     "vllm:lora_requests_info",
     "stellarbyte:adapter_resident",
@@ -29,6 +30,12 @@ HISTOGRAMS = {
     "vllm:inter_token_latency_seconds",
     "vllm:e2e_request_latency_seconds",
     "vllm:request_queue_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_params_max_tokens",
+    "vllm:request_params_n",
+    "vllm:request_num_preemptions",
     "vllm:request_prompt_tokens",
     "vllm:request_generation_tokens",
     "vllm:iteration_tokens_total",
@@ -39,6 +46,7 @@ HISTOGRAMS = {
 SERIES = GAUGES | COUNTERS | {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
 LABELS = {
     "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
+    "vllm:num_requests_waiting_by_reason": {"reason"},
     "vllm:request_success_total": {"finished_reason"},
     "stellarbyte:adapter_resident": {"adapter", "tier"},
     "stellarbyte:adapter_tokens_total": {"adapter"},

@@ -21,9 +21,9 @@ SCHEMAS: list[dict[str, Any]] = [
 ]
 
 
-def refusal(schema: Any) -> str:
+def refusal(schema: Any, *, strict: bool = True) -> str:
     with pytest.raises(ApiError) as caught:
-        asyncio.run(checked(json_grammar(schema), "response_format", TextWork(), ""))
+        asyncio.run(checked(json_grammar(schema, strict=strict), "response_format", TextWork(), ""))
     assert caught.value.status == 400 and caught.value.param == "response_format"
     sentence = str(caught.value)
     assert "\n" not in sentence and sentence.endswith(".") and len(sentence) < 400

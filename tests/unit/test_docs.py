@@ -149,7 +149,7 @@ def test_the_api_reference_has_every_route_and_every_field() -> None:
             rows = [row for row in text.splitlines() if row.startswith(f"| `{name}`")]
             assert any(row.endswith(f"| {field.get('description', '')} |") for row in rows), name
     assert "| `n` | integer (1 to 128) | Answers to each prompt. Default: 1. |" in text
-    assert "| `top_p` | number (above 0, at most 1) |" in text
+    assert "| `top_p` | number (0 to 1) |" in text
     assert "| `model` required | string |" in text
     assert "| `evicted_tokens` may be absent | integer (at least 1) |" in text
 

@@ -60,6 +60,7 @@ def with_ignored(headers: dict[str, str], paths: Sequence[str]) -> dict[str, str
 
 async def parse_apart(request: Request, service: Service, parse: Callable[[bytes], T]) -> T:
     """Parse the body of a request; a large one off the event loop, in the caller's turn."""
+    _require_json(request)
     text = await request.body()
     if len(text) <= _INLINE_BYTES:
         return parse(text)
@@ -67,6 +68,14 @@ async def parse_apart(request: Request, service: Service, parse: Callable[[bytes
         return await service.text_work.parse(partial(parse, text), owner_of(request), len(text))
     except TooMuchText as error:
         raise _too_much(error) from None
+
+
+def _require_json(request: Request) -> None:
+    """ApiError 415 when the header says that the body is something else; without one it may be JSON."""
+    given = request.headers.get("content-type")
+    kind = "" if given is None else given.partition(";")[0].strip().lower()
+    if given is not None and not (kind in ("application/json", "text/json") or kind.endswith("+json")):
+        raise ApiError(415, f"The header 'Content-Type' must be application/json, not {kind[:80]!r}.")
 
 
 async def off_loop_if_long(http: Request, service: Service, work: Callable[[], T], num_characters: int) -> T:

@@ -147,7 +147,7 @@ class Unexpected:
 
 
 class BodyBounds:
-    """Refuses bodies over `max_bytes` (413), by their declared length or as soon as they grow past it.
+    """Refuses bodies that are compressed (415), and those over `max_bytes` (413): declared, or as soon as they grow so.
 
     And those that do not come within `timeout_s`, or not a byte in a quarter of that (408): the connection is closed.
     """
@@ -164,6 +164,10 @@ class BodyBounds:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             await self._too_large().answer(scope, receive, send)
+            return
+        coding = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            await self._encoded(coding).answer(scope, receive, send)
             return
         received = 0
         is_complete = False
@@ -190,6 +194,10 @@ class BodyBounds:
             return message
 
         await self._app(scope, receive_bounded, send)
+
+    def _encoded(self, coding: str) -> ApiError:
+        message = f"The body's Content-Encoding {coding[:80]!r} is not supported; send it as it is."
+        return ApiError(415, message, headers={"Accept-Encoding": "identity"})  # RFC 9110, 12.5.3
 
     def _too_slow(self) -> ApiError:
         message = f"The body did not come within {self._timeout_s:g} s, or stopped for a quarter of that."

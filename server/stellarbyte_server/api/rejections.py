@@ -14,6 +14,7 @@ def rejection_reason(scope: Scope, routes: RouteTable, status: int | None, recor
 
     `status`: sent to the client; None: none.
     """
+    status = status if record.late_status is None else record.late_status
     if status is None or status < 400 or status == CLIENT_CLOSED_REQUEST or record.streams:
         return None
     if scope["method"] != "POST" or routes.methods_of(path_of(scope)).get("POST") is not Access.USER:

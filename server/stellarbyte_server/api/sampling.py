@@ -9,6 +9,7 @@ from stellarbyte_server.api.contract.bodies.generation import GenerationBody
 from stellarbyte_server.protocol.request import SamplingParams
 from stellarbyte_server.tokens.tokenizer import read_json
 
+_LEAST_TOP_P = 1e-9  # less than any likeliest token's probability: it alone is kept
 _NEUTRAL = SamplingParams(max_tokens=0, seed=0)
 _OF_MODEL = tuple(name for name, field in GenerationBody.model_fields.items() if OF_MODEL in field.metadata)
 _OF_BODY = tuple(name for name in SamplingParams.__struct_fields__ if name in GenerationBody.model_fields)
@@ -50,4 +51,7 @@ def _is_off(name: str, value: object) -> bool:
 def sampling_params(body: GenerationBody, defaults: Mapping[str, Any], **computed: Any) -> SamplingParams:
     """The fields of a body, then the model's defaults, then those of SamplingParams; `computed` wins over all."""
     given = {name: value for name in _OF_BODY if (value := getattr(body, name)) is not None}
-    return SamplingParams(**{**defaults, **given, **computed})
+    params = {**defaults, **given, **computed}
+    if params.get("top_p") == 0:
+        params["top_p"] = _LEAST_TOP_P
+    return SamplingParams(**params)

@@ -234,7 +234,7 @@ class ServerSettings:
     ssl_keyfile: str | None = option(
         existing_file, "FILE", "private key in PEM, if it is not in the certificate's file", None
     )
-    root_path: str = option(path_prefix, "PATH", "path prefix that a proxy strips, such as /llm", "")
+    root_path: str = option(path_prefix, "PATH", "path prefix behind a proxy, such as /llm", "")
     max_body_bytes: int = option(byte_count, "BYTES", "maximum size of a request body", 2 * 2**20)
     receive_timeout: float = option(
         some_seconds,

@@ -94,7 +94,12 @@ class LiveAnswers:
             return delta
         evicted_tokens = self._scheduler.evicted_tokens(sequence)
         self.end(sequence)
-        return msgspec.structs.replace(delta, cached_tokens=sequence.num_cached, evicted_tokens=evicted_tokens)
+        return msgspec.structs.replace(
+            delta,
+            cached_tokens=sequence.num_cached,
+            evicted_tokens=evicted_tokens,
+            num_preemptions=sequence.num_preemptions,
+        )
 
     def end_faulty(self, fault: Fault) -> None:
         """End the request that makes steps fail."""

@@ -136,6 +136,7 @@ class EngineLoop:
                 ended_s, stats = time.monotonic(), self._core.stats()
                 if stats.num_steps_total > stats_before.num_steps_total:
                     num_tokens = stats.step_tokens_total - stats_before.step_tokens_total
+                    num_tokens += stats.prefix_cache_hits_total - stats_before.prefix_cache_hits_total
                     self._totals.note_step(ended_s - started_s, num_tokens)
                 stats_before = stats
                 self._deliver(news, stats, started_s, ended_s)

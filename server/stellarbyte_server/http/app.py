@@ -24,6 +24,7 @@ from stellarbyte_server.api.routes.docs import add_docs
 from stellarbyte_server.api.routes.pages import add_pages
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.http.gate import Gate
+from stellarbyte_server.http.root_path import RootPath
 from stellarbyte_server.observe.tracing import Tracing
 from stellarbyte_server.tokens.tokenizer import NoTokenizerError
 
@@ -64,4 +65,5 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
             expose_headers=_EXPOSED,
         )
     app.add_middleware(RequestLog, routes=routes, service=service, tracing=tracing)
+    app.add_middleware(RootPath, routes=routes)
     return app

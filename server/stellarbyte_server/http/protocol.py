@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 
 import httptools
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.middleware import BODY_ERROR, log_request, request_id_for
@@ -107,6 +107,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application. uvicorn closes some connections after their last byte, and those of failed requests."""
+        if scope["http_version"] == "1.0":
+            send = _until_closed(send)
         try:
             await self._application(scope, receive, send)
         finally:
@@ -278,6 +280,29 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(ApiError(408, message, code="request_timeout"))
         else:
             self._close()
+
+
+def _until_closed(send: Send) -> Send:
+    """Sends to an HTTP/1.0 client: an answer of unknown length ends with its connection (RFC 9112, 6.3), not in chunks.
+
+    `send` is a method of uvicorn's cycle.
+    """
+    cycle: Any = getattr(send, "__self__")  # noqa: B009
+    is_endless = False
+
+    async def send_plain(message: Message) -> None:
+        nonlocal is_endless
+        if message["type"] == "http.response.start":
+            headers = [(name, value) for name, value in message["headers"] if name.lower() != b"connection"]
+            is_endless = all(name.lower() != b"content-length" for name, _ in headers)
+            if is_endless:
+                cycle.chunked_encoding, cycle.keep_alive = False, False
+            message = {**message, "headers": headers}
+        elif is_endless:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_plain
 
 
 def bounded_protocol(bounds: ConnectionBounds) -> type[BoundedProtocol]:

@@ -2,8 +2,8 @@
 
 - `HttpToolsProtocol`: its attributes app, connections, cycle, flow, headers, loop, parser, timeout_keep_alive_task,
   transport and url, its `_unset_keepalive_if_required` and `timeout_keep_alive_handler`, and its methods
-  `on_...`, called by httptools. Of its cycle: keep_alive, message_event, response_complete and scope; of its flow:
-  read_paused.
+  `on_...`, called by httptools. Of its cycle: chunked_encoding, expected_content_length, keep_alive, message_event,
+  response_complete and scope, and that `send` is its method; of its flow: read_paused.
 - `uvicorn.Server`: `server_state.tasks`, and that `startup` and `capture_signals` may be overridden.
 """
 

@@ -35,6 +35,7 @@ class _TotalsCollector(Collector):
             ("stellarbyte:rejected_requests", "HTTP requests refused with an error.", "reason", rejected),
         ):
             yield self._by_label(name, text, label, by_label)
+        yield self._waiting()
         for name, text, buckets in (
             (
                 "vllm:time_to_first_token_seconds",
@@ -44,9 +45,15 @@ class _TotalsCollector(Collector):
             ("vllm:inter_token_latency_seconds", "Time between two tokens of a request.", totals.between_tokens_s),
             ("vllm:e2e_request_latency_seconds", "Time from a request's arrival to its last token.", totals.request_s),
             ("vllm:request_queue_time_seconds", "Time in the engine's queue before the first step.", totals.queue_s),
+            ("vllm:request_inference_time_seconds", "Time from the first step to the last token.", totals.inference_s),
+            ("vllm:request_prefill_time_seconds", "Time from the first step to the first token.", totals.prefill_s),
+            ("vllm:request_decode_time_seconds", "Time from the first token to the last.", totals.decode_s),
+            ("vllm:request_params_max_tokens", "Most tokens that an answer could have.", totals.max_tokens),
+            ("vllm:request_params_n", "Answers to one prompt.", totals.num_choices),
+            ("vllm:request_num_preemptions", "Preemptions of completed requests.", totals.num_preemptions),
             ("vllm:request_prompt_tokens", "Prompt tokens of completed requests.", totals.prompt_tokens),
             ("vllm:request_generation_tokens", "Generated tokens of completed requests.", totals.generation_tokens),
-            ("vllm:iteration_tokens_total", "Tokens computed in a step.", totals.step_tokens),
+            ("vllm:iteration_tokens_total", "Tokens of a step, including those of the cache.", totals.step_tokens),
             ("stellarbyte:engine_step_seconds", "Duration of a step.", totals.step_s),
             (
                 "stellarbyte:http_stream_lag_seconds",
@@ -80,6 +87,18 @@ class _TotalsCollector(Collector):
                 metric = family(name, text, labels=["model_name"])
                 metric.add_metric([self._model_name], value)
                 yield metric
+
+    def _waiting(self) -> Metric:
+        stats = self._totals.stats
+        num_deferred = min(stats.num_blocked, stats.num_waiting)
+        metric = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason",
+            "Requests waiting for room (capacity), or for an adapter, a grammar or their key's limits (deferred).",
+            labels=["model_name", "reason"],
+        )
+        for reason, count in (("capacity", stats.num_waiting - num_deferred), ("deferred", num_deferred)):
+            metric.add_metric([self._model_name, reason], count)
+        return metric
 
     def _by_label(self, name: str, text: str, label: str, by_label: Mapping[str, int]) -> Metric:
         metric = CounterMetricFamily(name, text, labels=["model_name", label])

@@ -51,6 +51,7 @@ class RequestRecord:
     status: int | None = None  # sent to the client; None: none yet
     is_counted: bool = False  # counted, or exempt, in its key's requests per minute
     error_code: str | None = None  # of the error response
+    late_status: int | None = None  # of an error that was an event, because the headers had been sent
     left_queue: bool = False  # the client left before the request ran
 
     @property

@@ -63,7 +63,7 @@ def grammar_refusal(error: str) -> str:
         return "The schema's keyword 'oneOf' is supported only where at most one branch can match; use 'anyOf'."
     if "regex parse error" in error or "in regex" in error:
         why = re.search(r"^error: (.*)", error, re.MULTILINE) or re.search(r"(lookarounds[^;]*)", error)
-        return f"The schema's pattern is not supported{f': {why[1]}' if why else ''}."
+        return f"The pattern is not supported{f': {why[1]}' if why else ''}."
     if match := re.search(r"Unsatisfiable schema: (Regex is empty)?(.*)", error):
         return f"No value can satisfy the schema{'' if match[1] else f': {match[2]}'}."
     if match := re.search(r"(Pointer|Anchor) '([^']*)' does not exist", error):

@@ -19,6 +19,8 @@ REQUEST_S = (
 )
 QUEUE_S = (0.001, 0.005, 0.01, 0.05, 0.1, *REQUEST_S)
 REQUEST_TOKENS = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
+CHOICES = (1.0, 2.0, 5.0, 10.0, 20.0)
+PREEMPTIONS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 STEP_TOKENS = (1.0, *(float(2**power) for power in range(3, 15)))
 # Ours.
 STEP_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

@@ -148,6 +148,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     param: str | None = None
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
     evicted_tokens: int = 0  # in the last delta: evicted tokens
+    num_preemptions: int = 0  # in the last delta
 
 
 def merged(deltas: list[Delta]) -> Delta:
@@ -197,6 +198,12 @@ class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     between_tokens_s: Buckets
     request_s: Buckets
     queue_s: Buckets
+    inference_s: Buckets  # of finished requests, from the first step to the last token, like the next
+    prefill_s: Buckets  # to the first token
+    decode_s: Buckets  # from the first token
+    max_tokens: Buckets
+    num_choices: Buckets  # of prompts
+    num_preemptions: Buckets
     prompt_tokens: Buckets  # of finished requests, like the next
     generation_tokens: Buckets
     step_tokens: Buckets

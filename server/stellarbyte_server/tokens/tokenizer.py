@@ -100,8 +100,8 @@ class PromptTokenizer:
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """What the chat template reads that is not its own."""
-        return frozenset() if self._chat_template is None else self._chat_template.variables
+        """What the chat templates read that is not their own."""
+        return frozenset[str]().union(*(template.variables for template in self._chat_templates.values()))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt, with the special tokens that the tokenizer adds, if `add_special_tokens`."""

@@ -107,6 +107,8 @@ def test_totals_equal_what_clients_did(server: ServerProcess) -> None:
     for name, count in (
         ("vllm:e2e_request_latency_seconds", finished),
         ("vllm:request_prompt_tokens", finished),
+        ("vllm:request_decode_time_seconds", finished),
+        ("vllm:request_params_n", finished - 2),
         ("vllm:request_generation_tokens", finished),
         ("vllm:request_queue_time_seconds", finished + 3),
         ("vllm:time_to_first_token_seconds", finished - 1 + 3),

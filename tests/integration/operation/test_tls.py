@@ -69,12 +69,17 @@ def test_certificates_that_cannot_be_used_stop_the_start_with_one_line(tmp_path:
 
 
 def test_a_proxys_prefix_is_in_the_document_and_not_in_the_way(fake_model: str) -> None:
-    """The proxy takes it away; a request with it is no route of ours."""
+    """Whether the proxy takes it away or not."""
     with running(FAKE, "--model", fake_model, "--root-path", "/llm") as server:
         document = httpx.get(f"{server.url}/openapi.json").json()
         assert document["servers"] == [{"url": "/llm"}]
-        assert httpx.get(f"{server.url}/v1/models").status_code == 200
-        assert httpx.get(f"{server.url}/docs").status_code == 200
+        for prefix in ("", "/llm"):
+            for path in ("/v1/models", "/docs", "/v1/models/fake", "/", "/openapi.json"):
+                assert httpx.get(f"{server.url}{prefix}{path}").status_code == 200, prefix + path
+            assert httpx.get(f"{server.url}{prefix}/nothing").status_code == 404
+        assert httpx.get(f"{server.url}/llm/llm/v1/models").status_code == 404
+        assert httpx.get(f"{server.url}/llmv1/models").status_code == 404
         body = {"model": "fake", "prompt": "ab", "max_tokens": 2}
+        assert httpx.post(f"{server.url}/llm/v1/completions", json=body).json()["choices"][0]["text"] == "ab"
         assert httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"] == "ab"
         assert httpx.get(f"{server.url}/nothing").status_code == 404

@@ -61,6 +61,8 @@ class Fragment:
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
+    stop_reason: str | int | None = None  # with it: the stop string, or the id of the stop token
+    schema_violation: str | None = None  # with it, where there is one
 
     @property
     def call_fields(self) -> dict[str, Any]:
@@ -99,8 +101,13 @@ class ChoiceReader:
         self._reasoned = False
         self._aligner = None if form.logprobs is None else TokenAligner()
 
+    @property
+    def prompt_token_ids(self) -> Sequence[int] | None:
+        """To be shown."""
+        return self._form.prompt_token_ids
+
     def read(self, delta: Delta) -> Fragment:
-        fragment = Fragment(text=delta.text, finish_reason=delta.finish_reason)
+        fragment = Fragment(text=delta.text, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
         if delta.reasoning or delta.num_reasoning_tokens:
             self._reasoned = True
             fragment.reasoning = delta.reasoning if self._form.shows_reasoning else ""
@@ -137,6 +144,9 @@ class ChoiceReader:
             parts = [fragment.logprobs for fragment in fragments if fragment.logprobs is not None]
             choice["logprobs"] = joined_logprobs(parts if parts else [self._shaped([])])
         choice["finish_reason"] = fragments[-1].finish_reason
+        choice["stop_reason"] = fragments[-1].stop_reason
+        if fragments[-1].schema_violation is not None:
+            choice["schema_violation"] = fragments[-1].schema_violation
         if fragments[-1].token_ids is not None:
             choice["token_ids"] = [token_id for fragment in fragments for token_id in fragment.token_ids or ()]
             if self._form.kind == "completion":  # chats have one prompt, and show it beside their choices
@@ -168,7 +178,7 @@ class ChoiceReader:
     def _shaped(self, tokens: Sequence[ShownToken]) -> dict[str, Any]:
         if self._form.kind == "chat":
             return chat_logprobs(tokens, self._token_bytes)
-        return legacy_logprobs(tokens, self._token_bytes, self._form.logprobs or 0)
+        return legacy_logprobs(tokens, self._token_bytes)
 
     def _parse(self, parser: ToolCallParser, fragment: Fragment) -> None:
         """Take the calls out of the text."""

@@ -54,12 +54,12 @@ def _chat_entry(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[
     return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
 
 
-def legacy_logprobs(tokens: Sequence[ShownToken], token_bytes: TokenBytes, num_top: int) -> dict[str, Any]:
+def legacy_logprobs(tokens: Sequence[ShownToken], token_bytes: TokenBytes) -> dict[str, Any]:
     """The shape of /v1/completions: four lists side by side. The chosen token is always among the alternatives."""
     return {
         "tokens": [token_bytes.name(token.token_id) for token in tokens],
         "token_logprobs": [None if token.logprob is None else token.logprob.logprob for token in tokens],
-        "top_logprobs": [_legacy_top(token, token_bytes) for token in tokens] if num_top else None,
+        "top_logprobs": [_legacy_top(token, token_bytes) for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
 

@@ -4,6 +4,7 @@ A chunk's JSON is made once per choice; for every delta that only has text, that
 what lets one process carry hundreds of fast streams.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ logger = logging.getLogger("server.http")
 
 PING_INTERVAL_S = 15
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
 
 encode_json = msgspec.json.encode  # newlines and control characters are escaped, so JSON never breaks an event
 
@@ -31,39 +33,55 @@ def event(content: Any) -> bytes:
 class ChunkWriter:
     """The events of one answer. `base` holds the fields that all its chunks share.
 
-    With `include_usage` every chunk has a usage field, null in all but the last.
+    With `include_usage` every chunk has a usage field, null in all but the last; with `usage_so_far` what that says.
     """
 
-    def __init__(self, base: dict[str, Any], kind: Kind, num_choices: int, *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        base: dict[str, Any],
+        kind: Kind,
+        num_choices: int,
+        *,
+        include_usage: bool,
+        usage_so_far: Callable[[], dict[str, Any]] | None = None,
+    ) -> None:
         self._base = base
+        self._usage_so_far = usage_so_far
         self._kind = kind
         head = b"data: " + encode_json(base)[:-1] + b',"choices":[{"index":'
         self._heads = [head + str(index).encode() + b"," for index in range(num_choices)]
-        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._fixed_tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
         before, after = (b'"delta":{"content":', b"}") if kind == "chat" else (b'"text":', b"")
         self._before_text = [head + before for head in self._heads]
-        self._after_text = after + b',"logprobs":null,"finish_reason":null' + self._tail
+        self._after_text = after + b',"logprobs":null,"finish_reason":null'
         self._last_choice = b'"delta":{}' if kind == "chat" else b'"text":""'
 
-    def role(self, index: int, content: str | None = "") -> bytes:
-        """The first chunk of a choice of a chat; None where no content follows."""
+    @property
+    def _tail(self) -> bytes:
+        if self._usage_so_far is None:
+            return self._fixed_tail
+        return b'}],"usage":' + encode_json(self._usage_so_far()) + b"}\n\n"
+
+    def role(self, index: int, content: str | None = "", prompt_token_ids: Sequence[int] | None = None) -> bytes:
+        """The first chunk of a choice of a chat: content None where none follows, and the prompt if it is shown."""
+        head = self._heads[index]
+        if prompt_token_ids is not None:
+            head = head.replace(b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(prompt_token_ids), 1)
         delta = b'"delta":{"role":"assistant","content":%s}' % encode_json(content)
-        return self._heads[index] + delta + b',"logprobs":null,"finish_reason":null' + self._tail
+        return head + delta + b',"logprobs":null,"finish_reason":null' + self._tail
 
     def fragment(self, index: int, fragment: Fragment) -> bytes:
         """b"" when the fragment has nothing to say yet. A finish reason gets a chunk of its own, the choice's last."""
         chunk = b""
         if fragment.text and fragment.is_text:
-            chunk = self._before_text[index] + encode_json(fragment.text) + self._after_text
+            chunk = self._before_text[index] + encode_json(fragment.text) + self._after_text + self._tail
         elif not fragment.is_empty:
-            head = self._heads[index]
-            if self._kind == "chat" and fragment.prompt_token_ids is not None:
-                head = head.replace(
-                    b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(fragment.prompt_token_ids), 1
-                )
-            chunk = head + encode_json(self._choice(fragment))[1:-1] + self._tail
+            chunk = self._heads[index] + encode_json(self._choice(fragment))[1:-1] + self._tail
         if fragment.finish_reason is not None:
             reason = b',"logprobs":null,"finish_reason":' + encode_json(fragment.finish_reason)
+            reason += b',"stop_reason":' + encode_json(fragment.stop_reason)
+            if fragment.schema_violation is not None:
+                reason += b',"schema_violation":' + encode_json(fragment.schema_violation)
             chunk += self._heads[index] + self._last_choice + reason + self._tail
         return chunk
 
@@ -82,7 +100,7 @@ class ChunkWriter:
         choice |= {"logprobs": fragment.logprobs, "finish_reason": None}
         if fragment.token_ids is not None:
             choice["token_ids"] = fragment.token_ids
-        if fragment.prompt_token_ids is not None and self._kind == "completion":
+        if fragment.prompt_token_ids is not None and self._kind == "completion":  # a chat's first chunk has them
             choice["prompt_token_ids"] = fragment.prompt_token_ids
         return choice
 
@@ -107,12 +125,16 @@ async def _told_of_failure(
         async for content in events:
             yield content
     except Exception:
-        logger.exception("the answer to request %s could not be sent", streams[0].request_id)
+        request_id = streams[0].request_id if streams else "that waits"
+        logger.exception("the answer to request %s could not be sent", request_id)
         yield form.failure(ApiError(500, "The server failed while it sent this answer."))
 
 
 class DeltaStreamResponse(EventSourceResponse):
-    """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on."""
+    """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on.
+
+    So is what is still `pending`, which adds to the streams.
+    """
 
     def __init__(
         self,
@@ -120,6 +142,7 @@ class DeltaStreamResponse(EventSourceResponse):
         events: AsyncIterator[bytes],
         headers: dict[str, str],
         form: StreamForm = OPENAI_STREAM,
+        pending: "asyncio.Future[Any] | None" = None,
     ) -> None:
         super().__init__(
             _told_of_failure(events, streams, form),
@@ -129,10 +152,13 @@ class DeltaStreamResponse(EventSourceResponse):
             ping_message_factory=form.ping,
         )
         self._streams = streams
+        self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            if self._pending is not None and not self._pending.done():
+                self._pending.cancel()
             for stream in self._streams:
                 stream.close()

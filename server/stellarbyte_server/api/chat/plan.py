@@ -8,7 +8,7 @@ from fastapi import Request
 from stellarbyte_server.api.answers.answer import AnswerPlan
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
-from stellarbyte_server.api.chat.grammar import chat_grammar, special_marks
+from stellarbyte_server.api.chat.grammar import chat_grammar, chat_structure, special_marks
 from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation, content_characters
 from stellarbyte_server.api.chat.reasoning import reasoning_of, template_variables
 from stellarbyte_server.api.chat.tools import Toolbox
@@ -25,6 +25,7 @@ from stellarbyte_server.api.generation import (
     off_loop,
 )
 from stellarbyte_server.api.service import Service
+from stellarbyte_server.api.structure import Structure
 from stellarbyte_server.api.submission import record_of
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
@@ -33,12 +34,13 @@ DEFAULT_SLIDING_MAX_TOKENS = 4096
 
 async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
     """What to run for a chat and how to answer it; ApiError."""
-    _check(body, service)
+    structure = chat_structure(body)
+    _check(body, service, structure)
     bounds = Bounds.of(http, body, service)
     toolbox = _toolbox(body, service)
     if toolbox is not None and special_marks(toolbox, service):
         body = body.model_copy(update={"skip_special_tokens": False})  # of which the grammar allows only these marks
-    grammar = await chat_grammar(http, service, body.response_format, toolbox)
+    grammar = await chat_grammar(http, service, structure, toolbox)
     variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, service)
     encode = chat_encoder(body, service, toolbox, variables.values)
     token_ids = await _encode(http, body, service, encode, bounds.context)
@@ -61,11 +63,13 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
             body, service, [prompt], bounds, logprobs=logprobs, grammar=grammar.text, reasoning=reasoning
         ),
         grammar_param=grammar.param,
+        check=grammar.check,
         candidates=body.num_candidates,
         choices=body.num_choices,
         reader=partial(_reader, form, service, toolbox),
         stream=bool(body.stream),
         include_usage=body.include_usage,
+        continuous_usage=body.continuous_usage,
         begins_with_text=toolbox is None or not toolbox.requires_call,
         ignored=variables.ignored,
     )
@@ -82,7 +86,7 @@ def _toolbox(body: ChatBody, service: Service) -> Toolbox | None:
     return Toolbox.of_functions(body.functions or (), body.function_call, source)
 
 
-def _check(body: ChatBody, service: Service) -> None:
+def _check(body: ChatBody, service: Service, structure: Structure | None) -> None:
     """ApiError when fields do not fit each other."""
     check_body(body, 1, service)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
@@ -90,10 +94,9 @@ def _check(body: ChatBody, service: Service) -> None:
     if body.top_logprobs and not body.logprobs:
         raise bad_request("The field 'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
     check_continuation(body)
-    wanted = body.response_format
-    if body.continue_final_message and wanted is not None and wanted.type != "text":
+    if body.continue_final_message and structure is not None:
         raise bad_request(
-            "'continue_final_message' cannot be combined with 'response_format': a begun answer is not looked at.",
+            f"'continue_final_message' cannot be combined with '{structure.param}': a begun answer is not looked at.",
             "continue_final_message",
         )
 

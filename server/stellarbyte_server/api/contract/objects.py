@@ -15,6 +15,11 @@ Left = Annotated[T | SkipJsonSchema[None], Field(default=None)]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 ChatFinishReason = FinishReason | Literal["function_call"]
+StopReason = Annotated[str | int, Field(description="The stop string, or the id of the stop token, that ended it.")]
+SchemaViolation = Annotated[
+    str,
+    Field(description="What the whole answer breaks of a schema that is not strict: one sentence, for the user."),
+]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Count = Annotated[int, Field(ge=0)]
 
@@ -82,7 +87,7 @@ class CompletionLogprobs(AnswerObject):
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -91,6 +96,8 @@ class CompletionChoice(AnswerObject):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    stop_reason: StopReason | None
+    schema_violation: Left[SchemaViolation]
     token_ids: Left[TokenIds]
     prompt_token_ids: Left[TokenIds]
 
@@ -106,6 +113,8 @@ class CompletionChunkChoice(AnswerObject):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: StopReason | None = None
+    schema_violation: Left[SchemaViolation]
     token_ids: Left[TokenIds]
     prompt_token_ids: Left[TokenIds]
 
@@ -173,6 +182,8 @@ class ChatChoice(AnswerObject):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    stop_reason: StopReason | None
+    schema_violation: Left[SchemaViolation]
     token_ids: Left[TokenIds]
 
 
@@ -216,6 +227,8 @@ class ChatChunkChoice(AnswerObject):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    stop_reason: StopReason | None = None
+    schema_violation: Left[SchemaViolation]
     token_ids: Left[TokenIds]
 
 

@@ -25,6 +25,7 @@ from stellarbyte_server.api.generation import (
     read_body,
 )
 from stellarbyte_server.api.service import Service, ServiceOfRequest
+from stellarbyte_server.api.structure import requested_structure, text_grammar
 from stellarbyte_server.tokens.tokenizer import UnembeddableTokenError
 
 router = APIRouter()
@@ -51,6 +52,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         raise bad_request("The field 'best_of' cannot be more than 'n' when 'stream' is true.", "best_of")
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("The field 'max_tokens' is 0, which needs 'echo'.", "max_tokens")
+    grammar = await text_grammar(http, service, requested_structure(body))
     bounds = Bounds.of(http, body, service)
     num_characters = sum(map(len, body.prompt))
     prompts = [await _prompt(http, body, service, given, num_characters, bounds) for given in body.prompt]
@@ -62,6 +64,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         bounds,
         logprobs=0 if body.logprobs is None and is_ranked else body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
+        grammar=grammar.text,
     )
     forms = [_form(body, prompt) for prompt in prompts]
     token_bytes = service.tokenizer.token_bytes
@@ -73,7 +76,10 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         choices=body.num_choices,
         reader=lambda number: ChoiceReader(forms[number // body.num_candidates], token_bytes),
         stream=bool(body.stream),
+        grammar_param=grammar.param,
+        check=grammar.check,
         include_usage=body.include_usage,
+        continuous_usage=body.continuous_usage,
     )
     return await answer(http, service, plan, headers)
 

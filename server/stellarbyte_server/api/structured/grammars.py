@@ -26,14 +26,17 @@ _OPTIONS = {
 }
 
 
-def json_grammar(schema: dict[str, Any] | bool, param: str = "response_format") -> str:
-    """The grammar of the JSON texts that a schema allows; ApiError 400 naming `param`. `checked` comes next."""
-    return json_rule("start", schema, param)
+def json_grammar(schema: dict[str, Any] | bool, param: str = "response_format", *, strict: bool = False) -> str:
+    """The grammar of the JSON texts that a schema allows; ApiError 400 naming `param`. `checked` comes next.
+
+    Without `strict` it leaves out what cannot be enforced: see `answer_check`.
+    """
+    return json_rule("start", schema, param, strict=strict)
 
 
-def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_format") -> str:
+def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_format", *, strict: bool = False) -> str:
     """The same as a rule of a larger grammar, one line. `name` is lower-case letters and underscores."""
-    root = EnforceableSchema(schema, param).root
+    root = EnforceableSchema(schema, param, strict=strict).root
     return f"{name}: %json {json.dumps({**root, 'x-guidance': _OPTIONS}, ensure_ascii=False)}\n"
 
 

@@ -1,6 +1,11 @@
 """Regular expressions and formats of JSON schemas, said so that llguidance reads them as a schema means them."""
 
+import functools
+import json
 import re
+from typing import Any
+
+from stellarbyte_server.protocol.grammar import GrammarRefused, check_grammar
 
 _SIGNS = re.compile(
     r"\\[pP](?:\{[^}]*\}|.)|\\[xu]\{[^}]*\}|\\x..|\\u....|\\.|\(\?[a-zA-Z-]*|\[\^?\]?|\]|&&|--|~~|\0", re.DOTALL
@@ -52,3 +57,18 @@ def rust_pattern(pattern: str) -> str:
         return sign
 
     return _SIGNS.sub(say, pattern)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_regular(pattern: str) -> bool:
+    """Whether llguidance can use a pattern that `rust_pattern` made: it has no look-around and no backreferences."""
+    return is_usable({"type": "string", "pattern": pattern})
+
+
+def is_usable(schema: dict[str, Any]) -> bool:
+    """Whether llguidance can use a schema as it is."""
+    try:
+        check_grammar(f"start: %json {json.dumps(schema)}\n")
+    except GrammarRefused:
+        return False
+    return True

@@ -145,7 +145,7 @@ def tagged_rules(rule: str, tool: OfferedTool) -> list[str]:
     for i, parameter in enumerate(parameters):
         if any(sign in parameter.name for sign in ">\n"):
             raise bad_request(f"The schema has a property that this model cannot write: {parameter.name!r:.80}.", path)
-        more = _rules_of(f"{rule}_{i}", parameter, tool.parameters or {}, path)
+        more = _rules_of(f"{rule}_{i}", parameter, tool, path)
         num_characters += sum(map(len, more))
         if num_characters > MAX_RULE_CHARACTERS:
             raise bad_request("The schema is too large for this model's calls.", path)
@@ -153,7 +153,8 @@ def tagged_rules(rule: str, tool: OfferedTool) -> list[str]:
     return rules
 
 
-def _rules_of(rule: str, parameter: Parameter, root: Mapping[str, Any], path: str) -> list[str]:
+def _rules_of(rule: str, parameter: Parameter, tool: OfferedTool, path: str) -> list[str]:
+    root = tool.parameters or {}
     opening = json.dumps(f"<parameter={parameter.name}>\n", ensure_ascii=False)
     if parameter.choices is not None:
         texts = [*parameter.choices, *(["null"] if parameter.kind == "nullable" else [])]
@@ -164,7 +165,7 @@ def _rules_of(rule: str, parameter: Parameter, root: Mapping[str, Any], path: st
     schema = parameter.schema
     if isinstance(schema, dict) and "$ref" in json.dumps(schema):
         schema = {**{key: root[key] for key in ("$defs", "definitions") if key in root}, **schema}
-    value = json_rule(f"{rule}_value", schema, path).strip()  # type: ignore[arg-type]
+    value = json_rule(f"{rule}_value", schema, path, strict=tool.strict).strip()  # type: ignore[arg-type]
     return [f"{rule}: {opening} {rule}_value {json.dumps(f'{VALUE_END}' + chr(10))}", value]
 
 

@@ -146,7 +146,7 @@ def _tool_rules(rule: str, tool: OfferedTool, format: ToolFormat, head: list[str
     elif tool.is_custom:
         yield json_rule(arguments, input_schema(tool), f"{tool.path}.format").strip()
     else:
-        yield json_rule(arguments, _check_type(tool), f"{tool.path}.parameters").strip()
+        yield json_rule(arguments, _check_type(tool), f"{tool.path}.parameters", strict=tool.strict).strip()
 
 
 def _quoted(text: str) -> str:

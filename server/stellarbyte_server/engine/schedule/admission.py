@@ -278,6 +278,7 @@ class Admission:
             sequence.rank = self.next_rank(sequence.request, sequence.queued_s)
         self.waiting.add(sequence)
         self.totals.num_preemptions += 1
+        sequence.num_preemptions += 1
 
     def _stop_running(self, sequence: Sequence, *, keep_content: bool = True) -> None:
         del self.running[bisect_left(self.running, sequence.rank, key=_rank)]

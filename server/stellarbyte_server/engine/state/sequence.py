@@ -65,6 +65,7 @@ class Sequence:
     turn_start: int = 0  # its tokens when it last started or resumed
     num_evicted: int = 0  # evicted tokens counted so far
     num_cached: int = 0  # prompt tokens found in the cache at its first step
+    num_preemptions: int = 0
     samples: bool = field(init=False)  # whether it has an answer
     reads_cache: bool = field(init=False)  # not if all tokens of its prompt must be computed
     is_over: bool = False  # removed from the scheduler

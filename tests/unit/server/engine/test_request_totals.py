@@ -1,5 +1,6 @@
 """What is counted of the lives of requests: each ends in exactly one total, and times are those of its own."""
 
+import msgspec
 import pytest
 
 from stellarbyte_server.engine.request_totals import CLIENT_LEFT, RequestTotals
@@ -47,8 +48,27 @@ def test_times_of_a_request() -> None:
     assert sum_of(seen.queue_s) == (1, 2.0), "from when it was sent to its first step"
     assert sum_of(seen.request_s) == (1, 7.0), "from its arrival to its last token"
     assert sum_of(seen.between_tokens_s) == (2, 3.0), "a gap after each token but the last"
+    assert sum_of(seen.prefill_s) == (1, 1.0), "from its first step to its first token"
+    assert sum_of(seen.decode_s) == (1, 3.0) and sum_of(seen.inference_s) == (1, 4.0)
+    assert sum_of(seen.max_tokens) == (1, 5) and sum_of(seen.num_preemptions) == (1, 0)
     assert sum_of(seen.prompt_tokens) == (1, 40)
     assert sum_of(seen.generation_tokens) == (1, 3)
+
+
+def test_answers_to_one_prompt_are_counted_together() -> None:
+    totals = RequestTotals()
+    ids = ["a0", "a1", "a2", "b0"]
+    requests = [
+        msgspec.structs.replace(request(name), sampling=SamplingParams(max_tokens=5, seed=0, choice=int(name[1])))
+        for name in ids
+    ]
+    totals.note_queued(requests, arrived_s=0.0, sent_s=0.0)
+    for name in ids:
+        totals.note_started(name, 1.0)
+        totals.note_delta(msgspec.structs.replace(token(name, "stop"), num_preemptions=2), 2.0)
+    seen = snapshot(totals)
+    assert sum_of(seen.num_choices) == (2, 4)
+    assert sum_of(seen.num_preemptions) == (4, 8)
 
 
 def test_every_request_ends_in_one_total() -> None:
@@ -76,6 +96,7 @@ def test_a_request_that_is_only_a_prompt_has_no_gaps() -> None:
     totals.note_started("r", 0.0)
     totals.note_delta(Delta(request_id="r", text="", num_tokens=0, finish_reason="length"), 1.0)
     seen = snapshot(totals)
+    assert sum_of(seen.prefill_s) == (1, 1.0) and sum_of(seen.decode_s) == (1, 0.0)
     assert sum_of(seen.between_tokens_s) == (0, 0)
     assert sum_of(seen.generation_tokens) == (1, 0)
 

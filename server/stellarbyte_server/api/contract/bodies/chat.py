@@ -104,13 +104,19 @@ class Message(BaseModel):
         return self
 
 
+STRICT = (
+    "Refuse a schema of which a grammar cannot enforce every part. Default: false; the answer is then checked when it"
+    " is whole."
+)
+
+
 class JsonSchema(Body):
     name: SchemaName = required("A name for it; the model does not see it.")
     description: str | None = optional("For people; the model does not see it.")
     schema_: Schema | None = Field(
         default=None, alias="schema", description="The JSON Schema of the answer. Default: any JSON."
     )
-    strict: bool | None = optional("An answer always follows its schema, whatever this says.")
+    strict: bool | None = optional(STRICT)
 
 
 class ResponseFormat(Body):
@@ -136,7 +142,8 @@ class ChatBody(GenerationBody):
     not_supported: ClassVar = unsupported.OF_CHATS
 
     max_tokens: MaxTokens | None = optional(
-        "Most tokens of the answer. Default: to the context's end; 4096 where the context slides."
+        "Most tokens of the answer; as many as fit the context, where this is more. Default: to the context's end; 4096"
+        " where the context slides."
     )
     add_special_tokens: bool | None = optional(
         "The same on top of the chat template, which writes its own. Default: false."

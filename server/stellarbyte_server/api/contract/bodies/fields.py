@@ -10,7 +10,7 @@ from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.protocol.request import MAX_PRIORITY
 from stellarbyte_server.tokens.tokenizer import RESERVED_VARIABLES
 
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 1000
 MAX_TOKEN_ID = 2**31 - 1
 
@@ -49,7 +49,7 @@ class OrText:
 SchemaName = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
-TopP = Annotated[float, Field(gt=0, le=1)]
+TopP = Annotated[float, Field(ge=0, le=1)]  # 0: the likeliest token
 TopK = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(lambda top_k: max(0, top_k))]  # -1 and 0: all
 MinP = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]

@@ -1,8 +1,8 @@
 """Fields that requests to generate share are declared here once, with their bounds and meanings."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
 from stellarbyte_server.api.contract.bodies import unsupported
 from stellarbyte_server.api.contract.bodies.body import Body
@@ -26,9 +26,13 @@ from stellarbyte_server.api.contract.bodies.fields import (
     optional,
     required,
 )
+from stellarbyte_server.api.contract.bodies.tools import MAX_KEYWORDS
 from stellarbyte_server.api.contract.bodies.unused import Metadata, SafetyIdentifier, ServiceTier
 
 MAX_STOP_TOKENS = 128
+MAX_CONSTRAINED = 1000  # texts of a choice
+MAX_PATTERN = 4096  # characters, also of each text of a choice
+MAX_GRAMMAR = 65_536
 MAX_BIASED_TOKENS = 1024
 MAX_CHOICES = 128  # of one request: prompts, times answers to each
 
@@ -42,10 +46,79 @@ def _biases(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def _schema_or_text(value: object) -> object:
+    """Refuses here what is neither, because the error of a union would name no field."""
+    if isinstance(value, str) and 1 <= len(value) <= MAX_GRAMMAR:
+        return value
+    if isinstance(value, dict) and len(value) <= MAX_KEYWORDS:
+        return value
+    raise wrong(f"it must be a JSON schema, as an object or as a text of at most {MAX_GRAMMAR} characters")
+
+
+JsonSchemaOrText = Annotated[
+    dict[str, Any] | str,
+    PlainValidator(_schema_or_text),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "maxProperties": MAX_KEYWORDS},
+                {"type": "string", "minLength": 1, "maxLength": MAX_GRAMMAR},
+            ]
+        }
+    ),
+]
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
+Choices = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]], Field(min_length=1), AtMost(MAX_CONSTRAINED)
+]
+GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
+JSON = "JSON by this schema, which may be given as a text."
+REGEX = "What the whole of this regular expression matches, in Rust's syntax: no look-around, no backreferences."
+CHOICE = "One of these texts."
+GRAMMAR = "What this grammar, in Lark or in GBNF, allows."
+
+
 class StreamOptions(Body):
     not_supported: ClassVar = unsupported.OF_STREAM_OPTIONS
 
     include_usage: bool | None = optional("Send the usage as a last event. Default: false.")
+    continuous_usage_stats: bool | None = optional(
+        "With include_usage: every event has the usage so far, not the last one only. Default: false."
+    )
+
+
+class StructuredOutputs(Body):
+    """vLLM's field: what the answer must be."""
+
+    not_supported: ClassVar = unsupported.OF_STRUCTURED_OUTPUTS
+
+    json_: JsonSchemaOrText | None = Field(default=None, alias="json", description=JSON)
+    regex: Regex | None = optional(REGEX)
+    choice: Choices | None = optional(CHOICE)
+    grammar: GrammarText | None = optional(GRAMMAR)
+    json_object: bool | None = optional("Any JSON object.")
+
+    @property
+    def only(self) -> tuple[str, Any]:
+        """The one kind that is asked for, and its value."""
+        (asked,) = self._asked()
+        return asked
+
+    def _asked(self) -> list[tuple[str, Any]]:
+        values: dict[str, Any] = {
+            "json": self.json_,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+        }
+        values["json_object"] = self.json_object or None
+        return [(kind, value) for kind, value in values.items() if value is not None]
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "StructuredOutputs":
+        if len(self._asked()) != 1:
+            raise wrong("it must have exactly one of json, regex, choice, grammar and json_object")
+        return self
 
 
 class ModelFields(Body):
@@ -74,7 +147,7 @@ class CommonFields(ModelFields):
     seed: Seed | None = optional(
         "The same seed draws the same random numbers, whatever else the server does. Default: a random one."
     )
-    stop: StopStrings = optional("Up to 4 texts that end the answer.")
+    stop: StopStrings = optional("Up to 32 texts that end the answer.")
     stream: bool | None = optional("Send the answer as server-sent events while it is generated. Default: false.")
     metadata: Metadata = optional(UNUSED)
     store: bool | None = optional(UNUSED)
@@ -117,10 +190,21 @@ class GenerationBody(CommonFields):
         " server's --context-overflow."
     )
     stream_options: StreamOptions | None = optional("How to stream; only with stream.")
+    structured_outputs: StructuredOutputs | None = optional("What form the answer must have. Default: any text.")
+    guided_json: JsonSchemaOrText | None = optional(f"An older name of structured_outputs.json: {JSON}")
+    guided_regex: Regex | None = optional(f"An older name of structured_outputs.regex: {REGEX}")
+    guided_choice: Choices | None = optional(f"An older name of structured_outputs.choice: {CHOICE}")
+    guided_grammar: GrammarText | None = optional(f"An older name of structured_outputs.grammar: {GRAMMAR}")
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Every event of a stream tells the usage so far."""
+        options = self.stream_options
+        return options is not None and self.include_usage and bool(options.continuous_usage_stats)
 
     @property
     def num_choices(self) -> int:

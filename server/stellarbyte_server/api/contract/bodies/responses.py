@@ -10,6 +10,7 @@ from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.chat import (
     MAX_MESSAGES,
     MAX_PARTS,
+    STRICT,
     ChatBody,
     JsonSchema,
     Message,
@@ -59,7 +60,7 @@ class TextFormat(Body):
     name: SchemaName | None = optional("A name for the schema; the model does not see it.")
     description: str | None = optional("For people; the model does not see it.")
     schema_: Schema | None = Field(default=None, alias="schema", description="The JSON Schema of the answer.")
-    strict: bool | None = optional("An answer always follows its schema, whatever this says.")
+    strict: bool | None = optional(STRICT)
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> "TextFormat":

@@ -62,7 +62,10 @@ class Function(_Part):
     name: Name = required("What the model calls it by.")
     description: str | None = optional("What it does, for the model.")
     parameters: Schema | None = optional("The JSON Schema of its arguments. Default: it takes none.")
-    strict: bool | None = optional("Every call is held to the schema, whatever this says.")
+    strict: bool | None = optional(
+        "Refuse a schema of which a grammar cannot enforce every part. Default: false; calls are then checked when they"
+        " are whole."
+    )
 
 
 class FunctionTool(_Part):

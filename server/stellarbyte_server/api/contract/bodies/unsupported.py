@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 Neutral = Mapping[str, tuple[object, ...]]  # field, values beside null that are fine
 
-OF_COMPLETIONS: Neutral = {"suffix": ("",)}
+_OF_GUIDED: Neutral = {"guided_decoding_backend": (), "guided_whitespace_pattern": ()}
+OF_COMPLETIONS: Neutral = {"suffix": ("",), **_OF_GUIDED}
 OF_CHATS: Neutral = {
     "modalities": (["text"],),
     "audio": (),
@@ -19,6 +20,7 @@ OF_CHATS: Neutral = {
     "prompt_cache_retention": (),
     "chat_template": (),
     "documents": ([],),
+    **_OF_GUIDED,
 }
 OF_RESPONSES: Neutral = {
     "conversation": (),
@@ -32,7 +34,14 @@ OF_RESPONSES: Neutral = {
     "stream_options": ({},),
 }
 OF_TEXT_SETTINGS: Neutral = {"verbosity": ("medium",)}
-OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+OF_STRUCTURED_OUTPUTS: Neutral = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_fallback": (True, False),
+    "disable_any_whitespace": (True, False),  # there is none in either case
+    "disable_additional_properties": (False,),
+}
 
 
 def refused_fields(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, bool]]:

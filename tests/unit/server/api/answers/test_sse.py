@@ -33,8 +33,8 @@ def test_what_is_more_than_text_has_the_same_form(kind):
     assert writer.fragment(0, Fragment()) == b""
     logprobs, fields = {"content": []}, {"token_ids": [1], "prompt_token_ids": [2]}
     chunk = content(writer.fragment(0, Fragment(text="a", logprobs=logprobs, token_ids=[1], prompt_token_ids=[2])))
-    if kind == "chat":  # which shows its prompt beside the choices
-        assert chunk.pop("prompt_token_ids") == fields.pop("prompt_token_ids")
+    if kind == "chat":  # which shows its prompt beside the choices, in the first chunk
+        assert content(writer.role(0, [2]))["prompt_token_ids"] == fields.pop("prompt_token_ids")
     place = {"delta": {"content": "a"}} if kind == "chat" else {"text": "a"}
     choice = {"index": 0, **place, "logprobs": logprobs, "finish_reason": None, **fields}
     assert chunk == BASE | {"choices": [choice]}
@@ -50,6 +50,11 @@ def test_the_other_chunks_share_the_form(kind):
         "text": 0,
         "logprobs": None,
         "finish_reason": "length",
+        "stop_reason": None,
     }
+    ended = content(
+        writer.fragment(0, Fragment(finish_reason="stop", stop_reason="x", schema_violation="It is wrong."))
+    )
+    assert (ended["choices"][0]["stop_reason"], ended["choices"][0]["schema_violation"]) == ("x", "It is wrong.")
     assert content(writer.usage({"total_tokens": 3})) == BASE | {"choices": [], "usage": {"total_tokens": 3}}
     assert content(writer.role(0))["choices"][0]["delta"] == {"role": "assistant", "content": ""}

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured import grammars as structured
+from stellarbyte_server.api.structured import schema_keywords
 from stellarbyte_server.api.structured.grammars import checked, json_grammar, json_rule
-from stellarbyte_server.api.structured.json_schema import _COUNTS, _MANY, _NAMED, _NUMBERS, _ONE
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.protocol.grammar import LIMITS, check_grammar
 from stellarbyte_server.tokens.text_work import TextWork
@@ -28,8 +28,8 @@ from tests.support.servers.fake_engine import make_tokenizer
 FAKE = LLTokenizer(make_tokenizer().to_str(), eos_token=256)
 
 
-def accepts(schema: dict[str, Any] | bool, text: str) -> bool:
-    matcher = LLMatcher(FAKE, json_grammar(schema), log_level=0, limits=LIMITS)
+def accepts(schema: dict[str, Any] | bool, text: str, *, strict: bool = True) -> bool:
+    matcher = LLMatcher(FAKE, json_grammar(schema, strict=strict), log_level=0, limits=LIMITS)
     assert not matcher.is_error(), matcher.get_error()
     tokens = list(text.encode())
     return matcher.validate_tokens([*tokens, 256]) == len(tokens) + 1
@@ -53,17 +53,20 @@ MANY_NAMES = {"properties": {f"p{i}": {"minLength": 1} for i in range(600)}}
 CONSTRAINED = {"$ref": "#/$defs/a"}
 ANY_KIND = [None, True, 0, -1.5, "x", [], {}, [0], [None], [[]], [{}], {"x": 0}, {"x": []}, [["x"], {"x": {}}]]
 KEYWORDS = sorted(
-    (_ONE | _MANY | _NAMED | _COUNTS | _NUMBERS)
-    | set("$id $ref $schema const enum format pattern required type uniqueItems not if contains x-guidance".split())
+    (schema_keywords.ONE | schema_keywords.MANY | schema_keywords.NAMED)
+    | (schema_keywords.COUNTS | schema_keywords.NUMBERS | schema_keywords.ONE_APART | schema_keywords.NAMED_APART)
+    | (schema_keywords.COUNTS_APART | schema_keywords.REFERENCES_APART)
+    | set("$id $ref $schema const enum format pattern required type uniqueItems x-guidance".split())
 )
 
 
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("keyword", KEYWORDS)
-def test_a_keyword_with_a_value_of_any_kind_is_used_or_refused_by_its_name(keyword: str) -> None:
+def test_a_keyword_with_a_value_of_any_kind_is_used_or_refused_by_its_name(keyword: str, strict: bool) -> None:
     for value in ANY_KIND:
         for schema in ({keyword: value}, {"properties": {"a": {"items": {keyword: value}}}}):
             try:
-                asyncio.run(checked(json_grammar(schema), "response_format", TextWork(), ""))
+                asyncio.run(checked(json_grammar(schema, strict=strict), "response_format", TextWork(), ""))
             except ApiError as error:
                 assert error.status == 400 and error.param == "response_format"
                 assert keyword in str(error), (schema, str(error))
@@ -200,6 +203,7 @@ def test_tagged_unions_work_as_libraries_write_them() -> None:
     assert accepts(schema, '[{"kind": "dog", "legs": 4}, {"kind": "cat"}]')
     assert not accepts(schema, '[{"kind": "cow"}]')
     assert accepts({"$defs": pets, "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}]}, '{"kind": "cat"}')
+    assert accepts(schema, '[{"kind": "cat"}]', strict=False) and not accepts(schema, '[{"kind": 1}]', strict=False)
     del pets["cat"]["required"], pets["dog"]["required"]
     assert "oneOf" in refusal(schema)
 
@@ -255,7 +259,7 @@ def test_a_thousand_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: T
     num_ended = 0
     for seed in range(500):
         schema = RandomSchemas(seed).document()
-        grammar_text = json_grammar(schema)
+        grammar_text = json_grammar(schema, strict=True)
         check_grammar(grammar_text)
         for key in ("first", "second"):
             compiler.submit(key, grammar_text)

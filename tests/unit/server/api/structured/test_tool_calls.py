@@ -197,7 +197,7 @@ def test_as_many_tools_as_may_be_offered_can_be_called(format):
 @pytest.mark.parametrize("format", [HERMES, QWEN_CODER])
 @pytest.mark.parametrize("schema", [{"type": "string"}, {"properties": {"a": {"pattern": r"\A"}}}])
 def test_a_schema_that_cannot_be_enforced_is_refused_by_its_place(schema, format):
-    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
     with pytest.raises(ApiError) as caught:
         grammar(TOOLS[0], tool, format=format)
     assert (caught.value.status, caught.value.param) == (400, "tools[1].function.parameters")

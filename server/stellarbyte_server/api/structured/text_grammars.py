@@ -1,0 +1,52 @@
+"""Grammars that are no JSON schema: a regular expression, a choice of texts, a grammar in Lark or GBNF."""
+
+import json
+import re
+from collections.abc import Sequence
+
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+
+from stellarbyte_server.api.contract.errors import bad_request
+
+_START_OF_LARK = re.compile(r"^\s*[?!]?start\s*[:.\[{]", re.MULTILINE)
+# What a Lark text has beside its grammar: texts, comments, regular expressions.
+_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/')
+# Not plain Lark: other languages within it, and what must hold at once, which multiplies (see json_schema).
+_EXTENSION = re.compile(r"%(?!ignore\b|import\b)\w*|&|~(?!\s*\d)")
+_PIECES = re.compile(r"\\.|/|\n", re.DOTALL)
+
+
+def choice_grammar(choices: Sequence[str]) -> str:
+    """One of these texts."""
+    return f"start: {' | '.join(json.dumps(choice, ensure_ascii=False) for choice in choices)}\n"
+
+
+def regex_grammar(pattern: str, param: str) -> str:
+    """A text that the whole of a regular expression matches, as Rust writes them; ApiError."""
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise bad_request(f"The field '{param}' is not valid: the pattern ends within an escape.", param)
+    return f"start: /{_PIECES.sub(_within_slashes, pattern)}/\n"
+
+
+def _within_slashes(match: re.Match[str]) -> str:
+    return {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}.get(match[0], match[0])
+
+
+def lark_grammar(grammar: str, param: str) -> str:
+    """A grammar in Lark, or in GBNF, in Lark; ApiError."""
+    if "::=" in grammar and _START_OF_LARK.search(grammar) is None:
+        try:
+            return str(gbnf_to_lark(grammar))
+        except GbnfToLarkError as error:
+            raise bad_request(f"The field '{param}' is not a valid GBNF grammar: {str(error)[:200]}.", param) from None
+        except (RecursionError, ValueError, IndexError, KeyError):
+            raise bad_request(
+                f"The field '{param}' is not a valid GBNF grammar, or nested too deeply.", param
+            ) from None
+    if (extension := _EXTENSION.search(_QUOTED.sub('""', grammar))) is not None:
+        raise bad_request(
+            f"The field '{param}' is not valid: it has {extension[0]!r}, which is not supported in a grammar; a JSON"
+            " schema can be given as 'json'.",
+            param,
+        )
+    return grammar + "\n"
