@@ -9,6 +9,7 @@ from stellarbyte_server.api.routes import (
     health,
     messages,
     models,
+    ranking,
     responses,
     tokenize,
 )
@@ -22,6 +23,7 @@ ROUTERS = tuple(
         responses,
         messages,
         embeddings,
+        ranking,
         files,
         batches,
         models,

@@ -48,6 +48,10 @@ _PLAIN = {
     "prompt": "ab",
     "messages": [{"role": "user", "content": "hi"}],
     "input": "ab",
+    "text_1": "ab",
+    "text_2": ["ab", "cd"],
+    "query": "ab",
+    "documents": ["ab", {"text": "cd"}],
     "tokens": [104, 105],
 }
 
