@@ -88,7 +88,7 @@ class Scheduler:
 
     def account_of(self, request: GenerationRequest, account: Account | None) -> Account:
         """Where a request of a key's account belongs; None: it came without a key."""
-        account = account or self._everybody
+        account = account or self._keyless
         return account.background() if request.priority == BACKGROUND_PRIORITY else account
 
     def reserve(self, account: Account | None = None) -> None:
