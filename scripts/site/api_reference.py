@@ -50,7 +50,8 @@ def _operation(method: str, path: str, operation: Schema, document: Schema) -> I
     yield f"{operation['summary']}. {_who(operation.get('security'))}"
     yield ""
     for parameter in operation.get("parameters", ()):
-        yield f"In the path: `{parameter['name']}`. {parameter['description']}"
+        place = "path" if parameter["in"] == "path" else "query"
+        yield f"In the {place}: `{parameter['name']}`. {parameter['description']}"
         yield ""
     names = list(_body_names(operation))
     for name in names:
@@ -97,7 +98,8 @@ def _who(security: list[Schema] | None) -> str:
 
 def _body_names(operation: Schema) -> Iterator[str]:
     if "requestBody" in operation:
-        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        (content,) = operation["requestBody"]["content"].values()
+        schema = content["schema"]
         yield from (_name(part["$ref"]) for part in schema.get("oneOf", [schema]))
 
 
@@ -189,6 +191,9 @@ def _one_type(schema: Schema, said: set[str]) -> str:
             content += f", its keys {_type(schema['propertyNames'])}"
     elif kind == "string":
         known.add("pattern")
+        if schema.get("format") == "binary":
+            known.add("format")
+            kind = "file"
     if said - known:
         raise ValueError(f"no words for {sorted(said - known)} in {schema}")
     return f"{kind} ({bounds}){content}" if bounds else f"{kind}{content}"

@@ -74,7 +74,7 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) ->
     from stellarbyte_server.client.launch import EngineProcess, EngineStartError
     from stellarbyte_server.client.restart import RestartingEngine
 
-    with _listening(settings) as listeners:
+    with _listening(settings) as listeners, _data_folder(settings):
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
@@ -180,6 +180,24 @@ def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
     finally:
         for listener in listeners:
             listener.close()
+
+
+@contextlib.contextmanager
+def _data_folder(settings: ServerSettings) -> Iterator[None]:
+    """--data-dir is this server's meanwhile; StartError when it cannot be."""
+    if settings.data_dir is None:
+        yield
+        return
+    from stellarbyte_server.batch.storage import claim_folder
+
+    try:
+        lock = claim_folder(settings.data_dir)
+    except ValueError as error:
+        raise StartError(f"--data-dir: {error}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _bind(host: str, port: int, number: int, listeners: list[socket.socket]) -> None:

@@ -12,9 +12,9 @@ from tests.support.servers.server_process import FAKE, REAL, ServerProcess, runn
 
 
 @pytest.fixture(scope="session")
-def demo_server() -> Iterator[ServerProcess]:
+def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server as users start it, with the demo model; the first start converts it."""
-    with running(REAL, limit_s=180) as server:
+    with running(REAL, "--data-dir", str(tmp_path_factory.mktemp("stored")), limit_s=180) as server:
         yield server
 
 
@@ -24,9 +24,11 @@ def fake_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def fake_server(fake_model: str) -> Iterator[ServerProcess]:
+def fake_server(fake_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The real HTTP process in front of the fake engine, which repeats prompts."""
-    with running(FAKE, "--model", fake_model, "--max-body-bytes", "100000", "--allow-local-admin") as server:
+    stored = ["--data-dir", str(tmp_path_factory.mktemp("stored")), "--max-file-bytes", "1000000"]
+    bounds = ["--max-body-bytes", "100000", *stored]
+    with running(FAKE, "--model", fake_model, *bounds, "--allow-local-admin") as server:
         yield server
 
 

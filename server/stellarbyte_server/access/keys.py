@@ -39,6 +39,7 @@ logger = logging.getLogger("server.keys")
 
 ADMIN_NAME = "admin"
 _OF_FLAGS = re.compile(rf"{ADMIN_NAME}|api-key-\d+", re.IGNORECASE)  # names of keys given as flags
+NO_OWNER = ""  # of objects made without a key, where none is needed
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_TOKENS = "max_tokens_per_request"
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
@@ -61,6 +62,16 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens_per_request: int | None = None
     may_slide: bool = True
     is_admin: bool = False
+
+    @property
+    def owner(self) -> str:
+        """Whose the things are that are made with this key and outlive the server: a name that a file gives stays.
+
+        Keys of flags have their names from their order, so these are known by the keys themselves.
+        """
+        if _OF_FLAGS.fullmatch(self.name) is None or self.is_admin:
+            return f"name:{self.name}"
+        return f"key:{_digest(self.digest)[:32]}"
 
     def allows(self, model: str, served_model: str) -> bool:
         """Whether a request may name `model`: the served model, or a reference to an adapter."""
@@ -90,6 +101,15 @@ class Keyring:
             if hmac.compare_digest(digest, key.digest):
                 found = key
         return found
+
+    def of_owner(self, owner: str) -> Key | None:
+        """The key whose `owner` that is; None: whoever needs no key. LookupError when there is none any more."""
+        if owner == NO_OWNER and not self.has_user_keys:
+            return None
+        for key in self._keys:
+            if key.owner == owner:
+                return key
+        raise LookupError("no such key")
 
 
 def keys_of_flags(settings: ServerSettings) -> tuple[Key, ...]:

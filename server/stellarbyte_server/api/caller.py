@@ -2,16 +2,32 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 from fastapi import Request
 
-from stellarbyte_server.access.keys import Key
+from stellarbyte_server.access.keys import NO_OWNER, Key
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.protocol.messages import KeyLimits
-from stellarbyte_server.protocol.request import MAX_PRIORITY, GenerationRequest
+from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest
+
+BATCH = "batch"  # in a scope's state, where only this server can put it: the `BatchCaller`
+
+
+@dataclass(frozen=True)
+class BatchCaller:
+    """A batch makes the request, for the key that made the batch."""
+
+    key: Key | None
+
+
+def owner_id(http: Request) -> str:
+    """Whose the files and batches are that the request makes and sees."""
+    key = _key_of(http)
+    return NO_OWNER if key is None else key.owner
 
 
 def limits_of(http: Request) -> KeyLimits | None:
@@ -29,7 +45,7 @@ def owner_of(http: Request) -> str:
 def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
     """The requests with the fields that depend on the caller's key."""
     key = _key_of(http)
-    lowest, highest = _priorities(key)
+    lowest, highest = (BACKGROUND_PRIORITY,) * 2 if BATCH in http.scope["state"] else _priorities(key)
     return [
         msgspec.structs.replace(
             request,

@@ -9,11 +9,27 @@ from stellarbyte_server.api.routes import (
     health,
     messages,
     models,
+    ranking,
     responses,
     tokenize,
 )
+from stellarbyte_server.api.routes.batch import batches, files
 
 ROUTERS = tuple(
-    module.router for module in (completions, chat, responses, messages, embeddings, models, adapters, tokenize, health)
+    module.router
+    for module in (
+        completions,
+        chat,
+        responses,
+        messages,
+        embeddings,
+        ranking,
+        files,
+        batches,
+        models,
+        adapters,
+        tokenize,
+        health,
+    )
 )
 OPERATIONS = operations_of(ROUTERS)

@@ -26,6 +26,9 @@ from stellarbyte_server.observe.tracing import Tracing
 
 logger = logging.getLogger("server.access")
 
+UPLOAD_PATH = "/v1/files"
+MAX_FORM_BYTES = 64 * 1024  # of an upload beside its file
+SLOWEST_UPLOAD = 64 * 1024  # bytes a second
 BODY_ERROR = "body_error"  # in a scope's state: the ApiError for what is wrong with the body that is being received
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
@@ -150,20 +153,24 @@ class BodyBounds:
     """Refuses bodies that are compressed (415), and those over `max_bytes` (413): declared, or as soon as they grow so.
 
     And those that do not come within `timeout_s`, or not a byte in a quarter of that (408): the connection is closed.
+    Uploads of files have a bound of their own, and more time the more of them has come.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload_bytes = max_upload_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_upload = scope["method"] == "POST" and path_of(scope) == UPLOAD_PATH
+        max_bytes = self._max_upload_bytes if is_upload else self._max_bytes
         declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            await self._too_large().answer(scope, receive, send)
+        if declared.isdecimal() and int(declared) > max_bytes:
+            await _too_large(max_bytes).answer(scope, receive, send)
             return
         coding = Headers(scope=scope).get("content-encoding", "identity").strip().lower()
         if coding not in ("", "identity"):
@@ -179,7 +186,8 @@ class BodyBounds:
             if is_complete:  # what may still come is the client's leave
                 return await receive()
             try:
-                async with asyncio.timeout_at(min(due_s, loop.time() + self._timeout_s / 4)):
+                longer_s = received / SLOWEST_UPLOAD if is_upload else 0.0
+                async with asyncio.timeout_at(min(due_s + longer_s, loop.time() + self._timeout_s / 4)):
                     message = await receive()
             except TimeoutError:
                 raise self._too_slow() from None
@@ -188,8 +196,8 @@ class BodyBounds:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 scope["state"]["record"].body_bytes = received
-                if received > self._max_bytes:
-                    raise self._too_large()
+                if received > max_bytes:
+                    raise _too_large(max_bytes)
                 is_complete = not message.get("more_body", False)
             return message
 
@@ -203,5 +211,6 @@ class BodyBounds:
         message = f"The body did not come within {self._timeout_s:g} s, or stopped for a quarter of that."
         return ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self._max_bytes} bytes.", code="request_too_large")
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {max_bytes} bytes.", code="request_too_large")

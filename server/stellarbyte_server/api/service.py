@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from stellarbyte_server.api.sampling import read_defaults
+from stellarbyte_server.batch.storage import Storage
 from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
@@ -26,6 +27,7 @@ class Service:
     tokenizer: PromptTokenizer
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
     started_at: int  # Unix seconds, the same in all HTTP processes
+    storage: Storage | None = None  # of --data-dir
     text_work: TextWork = field(default_factory=TextWork)
 
     @property
@@ -46,7 +48,9 @@ class Service:
         return "_".join(part for part in parts if part)
 
 
-def load_service(settings: ServerSettings, client: EngineClient, started_at: int) -> Service:
+def load_service(
+    settings: ServerSettings, client: EngineClient, started_at: int, storage: Storage | None = None
+) -> Service:
     """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)
     return Service(
@@ -61,6 +65,7 @@ def load_service(settings: ServerSettings, client: EngineClient, started_at: int
         ),
         sampling_defaults=read_defaults(model_path),
         started_at=started_at,
+        storage=storage,
     )
 
 

@@ -78,6 +78,7 @@ class EngineClient:
         self.observer = Observer(self._send, can_send=lambda: self._down is None)
         self.dead = asyncio.Event()  # the engine process has ended without a successor
         self.is_admitting = True
+        self.num_lost = 0  # engine processes that have ended
         self._engine = engine
         self._on_news = on_news
         self._down: str | None = None  # why no engine takes messages now
@@ -308,6 +309,7 @@ class EngineClient:
                     while self._streams:
                         await asyncio.sleep(0.01)
             self._down = _ENDED
+            self.num_lost += 1
             self.end_streams(_ENDED)
             await self._disconnect()
             if not await self._engine.restarted():

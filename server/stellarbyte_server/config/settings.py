@@ -236,6 +236,17 @@ class ServerSettings:
     )
     root_path: str = option(path_prefix, "PATH", "path prefix behind a proxy, such as /llm", "")
     max_body_bytes: int = option(byte_count, "BYTES", "maximum size of a request body", 2 * 2**20)
+    data_dir: str | None = option(
+        not_empty,
+        "DIR",
+        "folder for uploaded files and batches, which is made if it is missing (default: none, so /v1/files and"
+        " /v1/batches are off)",
+        None,
+    )
+    max_file_bytes: int = option(byte_count, "BYTES", "maximum size of an uploaded file", 200 * 2**20)
+    max_stored_bytes: int = option(
+        byte_count, "BYTES", "maximum size of the files of one key, those of batches' results included", 2 * 2**30
+    )
     receive_timeout: float = option(
         some_seconds,
         "SECONDS",

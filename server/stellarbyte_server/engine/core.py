@@ -93,6 +93,7 @@ class EngineCore:
         Raises:
             RequestRejected: it exceeds the context, or the queue is full.
         """
+        account = self.scheduler.account_of(request, account)
         if request.sampling.grammar is None:
             self._queue(request, account)
         else:

@@ -19,7 +19,7 @@ from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.disconnect import ClientLeft, answer_client_left
 from stellarbyte_server.api.endpoints import OPERATIONS, ROUTERS
 from stellarbyte_server.api.key_rate import RefusalRate
-from stellarbyte_server.api.middleware import BodyBounds, Cors, RequestLog, Unexpected
+from stellarbyte_server.api.middleware import MAX_FORM_BYTES, BodyBounds, Cors, RequestLog, Unexpected
 from stellarbyte_server.api.routes.docs import add_docs
 from stellarbyte_server.api.routes.pages import add_pages
 from stellarbyte_server.api.service import Service
@@ -52,7 +52,12 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
     app.add_exception_handler(ClientLeft, answer_client_left)
     app.add_exception_handler(ClientDisconnect, answer_client_left)
     # Each wraps those before it.
-    app.add_middleware(BodyBounds, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout)
+    app.add_middleware(
+        BodyBounds,
+        max_bytes=settings.max_body_bytes,
+        max_upload_bytes=settings.max_file_bytes + MAX_FORM_BYTES,
+        timeout_s=settings.receive_timeout,
+    )
     app.add_middleware(RefusalRate, service=service)
     app.add_middleware(Gate, routes=routes, keyring=keyring, settings=settings)
     app.add_middleware(Unexpected)
@@ -60,7 +65,7 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
         app.add_middleware(
             Cors,
             allow_origins=settings.cors_origin,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=_EXPOSED,
         )

@@ -9,10 +9,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stellarbyte_server.access.keys import Key, Keyring
 from stellarbyte_server.access.paths import path_of
 from stellarbyte_server.access.rules import Access, RouteTable
+from stellarbyte_server.api.caller import BATCH
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, method_not_allowed, no_route
 from stellarbyte_server.config.setting_values import is_address, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
 
+_CHANGING = ("POST", "DELETE")
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
@@ -32,7 +34,10 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["type"] != "lifespan":  # not a client's request
+            batch = scope.get("state", {}).get(BATCH)
+            if batch is not None:  # it was checked when the batch was made
+                scope["state"]["key"] = batch.key
+            elif scope["type"] != "lifespan":  # not a client's request
                 self._check(scope)
         except ApiError as error:
             await error.answer(scope, receive, send)
@@ -61,7 +66,7 @@ class Gate:
                 self._require_admin(key, headers)
             elif key is None and keyring.has_user_keys:
                 raise _no_key("This request needs one of the server's API keys")
-            elif key is None and method == "POST" and not self._may_come_from(headers):
+            elif key is None and method in _CHANGING and not self._may_come_from(headers):
                 raise ApiError(
                     403, "Without API keys, web pages of other origins are refused unless --cors-origin allows them."
                 )

@@ -13,14 +13,19 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 from sse_starlette.sse import AppStatus
+from starlette.types import ASGIApp
 
 from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.api.service import load_service
+from stellarbyte_server.batch.files import StoreLimits
+from stellarbyte_server.batch.runner import BatchRunner
+from stellarbyte_server.batch.storage import Storage
 from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.client.launch import Engine
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.http.app import create_app
+from stellarbyte_server.http.batch_requests import BatchRequests
 from stellarbyte_server.http.connection_limit import ACCEPTED_AT_ONCE, connections_allowed
 from stellarbyte_server.http.protocol import ConnectionBounds, bounded_protocol
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
@@ -29,6 +34,7 @@ from stellarbyte_server.http.tls_protocol import tls_protocol
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
 
 _POLL_S = 0.05
+MAX_BATCH_REQUESTS = 64  # running at once, of all batches
 _WAITING_CONNECTIONS = 2048  # backlog of the kernel
 
 
@@ -64,6 +70,7 @@ async def serve(
     client = EngineClient(engine)
     await client.start()
     tracing: Tracing | None = None
+    storage: Storage | None = None
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams finish, or are ended here
         tracing = make_tracing(settings, os.environ)
@@ -78,8 +85,12 @@ async def serve(
             protocol = tls_protocol(
                 bounded_protocol(bounds), server_context(settings.ssl_certfile, settings.ssl_keyfile)
             )
+        if settings.data_dir is not None:
+            limits = StoreLimits(file_bytes=settings.max_file_bytes, owner_bytes=settings.max_stored_bytes)
+            storage = Storage.open(settings.data_dir, limits)
+        app = create_app(load_service(settings, client, started_at, storage), keyring, tracing)
         config = uvicorn.Config(
-            create_app(load_service(settings, client, started_at), keyring, tracing),
+            app,
             http=protocol,
             ws="none",
             backlog=ACCEPTED_AT_ONCE,
@@ -90,18 +101,48 @@ async def serve(
             server_header=False,
             timeout_graceful_shutdown=math.ceil(LAST_WORDS_S),
         )
-        await _run_until_stopped(_Server(config), listener, client, settings.shutdown_timeout, on_started)
+        batches = _start_batches(storage, app, keyring, client, settings)
+        try:
+            await _run_until_stopped(_Server(config), listener, client, batches, settings.shutdown_timeout, on_started)
+        finally:
+            await _stop(batches)
         return 1 if client.dead.is_set() else 0
     finally:
         await client.close()
+        if storage is not None:
+            storage.close()
         if tracing is not None:
             tracing.shutdown()
+
+
+def _start_batches(
+    storage: Storage | None, app: ASGIApp, keyring: Keyring, client: EngineClient, settings: ServerSettings
+) -> asyncio.Task[None] | None:
+    """Runs batches, in this process or once that of another one ends; None without --data-dir."""
+    if storage is None:
+        return None
+    runner = BatchRunner(
+        storage,
+        BatchRequests(app, keyring, client).ask,
+        is_open=lambda: client.is_admitting and client.health() is None,
+        at_once=min(client.info.max_num_seqs, MAX_BATCH_REQUESTS),
+        max_body_bytes=settings.max_body_bytes,
+    )
+    return asyncio.create_task(runner.run())
+
+
+async def _stop(batches: asyncio.Task[None] | None) -> None:
+    """Drop the requests of batches that run; they run again when the server is started again."""
+    if batches is not None:
+        batches.cancel()
+        await asyncio.gather(batches, return_exceptions=True)
 
 
 async def _run_until_stopped(
     server: uvicorn.Server,
     listener: socket.socket,
     client: EngineClient,
+    batches: asyncio.Task[None] | None,
     shutdown_timeout_s: float,
     on_started: Callable[[], None],
 ) -> None:
@@ -129,6 +170,7 @@ async def _run_until_stopped(
             async with asyncio.timeout(shutdown_timeout_s):
                 while server.server_state.tasks and not told_again.is_set():
                     await asyncio.sleep(_POLL_S)
+        await _stop(batches)  # or the errors that streams end with would be answers
         client.end_streams(SHUTTING_DOWN)
         server.should_exit = True
 

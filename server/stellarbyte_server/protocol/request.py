@@ -9,6 +9,7 @@ from stellarbyte_server.protocol.adapter_reference import AdapterReference
 # Most tokens of prompt and answer together if the context slides: positions fit 32 bits.
 MAX_SLIDING_TOKENS = 2**31 - 1
 MAX_PRIORITY = 100  # bounded in both directions, so that no request waits for ever
+BACKGROUND_PRIORITY = 10_000  # of batches: after all other requests
 
 # Codes of `RequestRejected` for requests that may succeed later.
 QUEUE_FULL = "queue_full"
@@ -78,7 +79,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    priority: int = 0  # lower runs first; -MAX_PRIORITY..MAX_PRIORITY
+    priority: int = 0  # lower runs first; -MAX_PRIORITY..MAX_PRIORITY, or BACKGROUND_PRIORITY
     context_overflow: Literal["error", "slide"] = "error"  # at the context's end: refuse, or evict the oldest tokens
     adapter: AdapterReference | None = None
     adapter_scale: float = 1.0  # factor on top of its own alpha / r

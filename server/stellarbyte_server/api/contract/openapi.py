@@ -21,13 +21,14 @@ _ERRORS = {
     400: "The request is not valid; `param` names the field.",
     401: "Neither `Authorization: Bearer KEY` nor `x-api-key: KEY` has a valid key.",
     403: "The key does not permit the request or its model; or a server without keys got an unknown host name.",
-    404: "There is no such model, adapter or route.",
+    404: "There is no such model, adapter, file, batch or route.",
     408: "The body did not arrive in time.",
     409: "Another call is loading this adapter.",
-    413: "The body is larger than the server's --max-body-bytes.",
+    413: "The body is larger than the server's --max-body-bytes, or an uploaded file than --max-file-bytes.",
     429: "Too many requests are waiting, or the key is at one of its limits.",
     500: "The server failed.",
-    503: "The engine has ended or does not answer, the server is shutting down, or the request waited too long.",
+    503: "The engine has ended or does not answer, the server is shutting down, the request waited too long, or a"
+    " file could not be stored.",
 }
 _RETRY_AFTER = {429, 503}
 
@@ -107,7 +108,8 @@ def _models(operations: Iterable[Operation], schemas_class: type[_Schemas]) -> t
     named: set[Model] = {objects.ErrorBody}
     for operation in operations:
         named.update(operation.bodies)
-        named.update(model for model in (operation.answer, operation.event, operation.error) if isinstance(model, type))
+        others = (operation.answer, operation.event, operation.form, operation.error)
+        named.update(model for model in others if isinstance(model, type))
     inputs: list[tuple[Model, Literal["validation"]]] = [
         (model, "validation") for model in sorted(named, key=lambda model: model.__name__)
     ]
@@ -132,11 +134,17 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
             },
         },
     }
-    if operation.path_parameters:
-        described["parameters"] = [
-            {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
-            for name, text in operation.path_parameters
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
+        for name, text in operation.path_parameters
+    ]
+    if operation.query is not None:
+        parameters += _query_parameters(operation.query)
+    if parameters:
+        described["parameters"] = parameters
+    if operation.form is not None:
+        content = {"multipart/form-data": {"schema": refs[operation.form]}}
+        described["requestBody"] = {"required": True, "content": content}
     if operation.bodies:
         bodies = [refs[body] for body in operation.bodies]
         schema = bodies[0] if len(bodies) == 1 else {"oneOf": bodies}
@@ -145,6 +153,15 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
         of_user: list[Schema] = [{"key": []}, {"keyHeader": []}] if access is Access.USER else []
         described["security"] = [{"adminKey": []}, *of_user, {}]
     return described
+
+
+def _query_parameters(model: Model) -> list[Schema]:
+    """What may be left out cannot be null in a URL."""
+    parameters = []
+    for name, field in model.model_json_schema(schema_generator=_Schemas)["properties"].items():
+        (schema,) = [part for part in field["anyOf"] if part != {"type": "null"}]
+        parameters.append({"name": name, "in": "query", "description": field["description"], "schema": schema})
+    return parameters
 
 
 def _answer(operation: Operation, refs: Refs) -> Schema:

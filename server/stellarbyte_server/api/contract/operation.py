@@ -31,6 +31,8 @@ class Operation:
     tag: str
     answer: Model | str  # a media type: text
     bodies: tuple[Model, ...] = ()  # the request's JSON is one of them
+    form: Model | None = None  # of a multipart request
+    query: Model | None = None
     event: Model | None = None  # of the stream, if the body has `stream`
     ends_with_done: bool = True  # the stream's last event is [DONE]
     errors: tuple[int, ...] = ()

@@ -45,8 +45,28 @@ def who_gives_up(
 ) -> GivenUp:
     """The sequences of `running` (in order of rank) to preempt for a newcomer that needs `needed` and lacks `missing`.
 
-    NOBODY if it has to wait.
+    Background sequences give up everything, and get nothing. NOBODY if the newcomer has to wait.
     """
+    if newcomer.account.is_background:
+        return NOBODY
+    stopped: list[Sequence] = []
+    for sequence in reversed(running):
+        if missing <= 0:
+            break
+        if sequence.account.is_background:
+            stopped.append(sequence)
+            missing -= held(sequence)
+    if missing <= 0:
+        return GivenUp(stopped)
+    others = [sequence for sequence in running if not sequence.account.is_background]
+    given_up = _among_equals(newcomer, others, held, needed, missing, now_s)
+    return GivenUp([*stopped, *given_up.sequences], given_up.turns_are_over)
+
+
+def _among_equals(
+    newcomer: Sequence, running: list[Sequence], held: Held, needed: int, missing: int, now_s: float
+) -> GivenUp:
+    """The same where nobody is in the background."""
     holdings = holdings_of(running, held)
     own = holdings.pop(newcomer.account, 0)
     left = list(running)
@@ -93,9 +113,10 @@ def _turns_over(newcomer: Sequence, running: list[Sequence], held: Held, missing
 def least_entitled(running: list[Sequence]) -> Sequence:
     """The sequence to preempt when blocks run out: the last by rank of the account with most blocks.
 
-    Never the first of all, unless it is alone, so that one can always run to its end.
+    A background sequence, if there is one. Never the first of all, unless it is alone, so that one can always run to
+    its end.
     """
-    if len(running) == 1 or all(sequence.account is running[0].account for sequence in running):
+    if running[-1].account.is_background or all(sequence.account is running[0].account for sequence in running):
         return running[-1]
     others = running[1:]
     holdings = holdings_of(others, num_blocks)

@@ -18,12 +18,18 @@ from collections.abc import Callable, Iterator
 from stellarbyte_server.engine.schedule.admission import AdapterGate, Admission
 from stellarbyte_server.engine.schedule.filling import Filling, rows_of_parts
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
-from stellarbyte_server.engine.schedule.shares import Demand, Part, divide, settle, spend
+from stellarbyte_server.engine.schedule.shares import Demand, Part, divide, divide_in_background, settle, spend
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import BlockPool, BlockTable, CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
-from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, RequestRejected
+from stellarbyte_server.protocol.request import (
+    BACKGROUND_PRIORITY,
+    MAX_SLIDING_TOKENS,
+    QUEUE_FULL,
+    GenerationRequest,
+    RequestRejected,
+)
 
 SHARED_FOR_S = 1.0  # after a step of several accounts: they probably send again soon
 FREE_CREDIT = 2  # tokens of credit for an account for each step without its requests
@@ -32,6 +38,8 @@ FREE_CREDIT = 2  # tokens of credit for an account for each step without its req
 class Scheduler:
     """Schedules each account's sequences by rank (see `waiting.rank`), and accounts in equal shares (`shares`,
     `places`).
+
+    Background accounts get the rest: a few tokens of a step, and places until another account needs them.
 
     The pool must hold `layout.peak_blocks(n, 1)` blocks for the longest sequence, so that one can always run.
     """
@@ -78,6 +86,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self._displaced)
 
+    def account_of(self, request: GenerationRequest, account: Account | None) -> Account:
+        """Where a request of a key's account belongs; None: it came without a key."""
+        account = account or self._keyless
+        return account.background() if request.priority == BACKGROUND_PRIORITY else account
+
     def reserve(self, account: Account | None = None) -> None:
         """Reserve a place in the queue, for a request that will be added or dropped later.
 
@@ -99,9 +112,10 @@ class Scheduler:
         if num_waiting + len(self.running) < self.limits.max_num_seqs + self.limits.max_queued_requests:
             return
         queued = {each: len(self.waiting.of(each)) + each.num_reserved for each in self.waiting.accounts()}
-        richest = max(queued, key=queued.__getitem__, default=account)
+        richest = max(queued, key=lambda each: (each.is_background, queued[each]), default=account)
         own = len(self.waiting.of(account)) + account.num_reserved
-        if queued.get(richest, 0) > own + 1 and (newest := self.waiting.pop_newest(richest)) is not None:
+        is_behind = richest.is_background and not account.is_background
+        if (is_behind or queued.get(richest, 0) > own + 1) and (newest := self.waiting.pop_newest(richest)) is not None:
             self._end(newest)
             self._displaced.append(newest)
             return
@@ -203,7 +217,9 @@ class Scheduler:
             return filling.result()
         budget, most = self.limits.max_num_batched_tokens, self.limits.max_prefill_tokens
         others_are_near = self._clock() < self._shared_until_s
-        prompt_budget = min(budget, most) if (decodes or others_are_near) and most is not None else budget
+        prompt_budget = budget
+        if most is not None and (others_are_near or self._hold_up(decodes)):
+            prompt_budget = min(budget, most)
         if self._has_parts():
             chunks = self._fill_parts(decodes, prefills, budget, prompt_budget)
         else:
@@ -231,6 +247,11 @@ class Scheduler:
                 decodes.append(sequence)
         return decodes, prefills
 
+    def _hold_up(self, decodes: list[Sequence]) -> bool:
+        """Whether long prompts would hold up streams: those in the background wait for all others anyway."""
+        is_background = all([account.is_background for account in self._admission.live])
+        return any([is_background or not sequence.account.is_background for sequence in decodes])
+
     def _has_parts(self) -> bool:
         """Whether accounts share a step: several have requests, or the only one is limited."""
         live = self._admission.live
@@ -241,7 +262,8 @@ class Scheduler:
     ) -> list[Chunk]:
         """Fill a step with a part for each account."""
         parts = self._parts(decodes, prefills, budget, prompt_budget)
-        filling = Filling(self._admission, self.limits, self._turn, is_shared=len(parts) > 1)
+        is_shared = sum([not part.account.is_background for part in parts]) > 1
+        filling = Filling(self._admission, self.limits, self._turn, is_shared=is_shared)
         filling.add_rows(rows_of_parts(decodes, parts), budget)
         for part in parts:
             of_account = [sequence for sequence in prefills if sequence.account is part.account]
@@ -277,13 +299,22 @@ class Scheduler:
         for account, demand in demands.items():
             if account.bucket is not None:
                 demand.num_rows = min(demand.num_rows, max(0, int(account.bucket.available(now_s))))
-        return divide(list(demands.values()), self.limits.shares, budget, prompt_budget, self._turn)
+        first = [demand for demand in demands.values() if not demand.account.is_background]
+        last = [demand for demand in demands.values() if demand.account.is_background]
+        limits, turn = self.limits.shares, self._turn
+        parts = divide(first, limits, budget, prompt_budget, turn)
+        return parts + divide_in_background(last, parts, limits, budget, prompt_budget, turn) if last else parts
 
     def _settle(self, parts: list[Part], chunks: list[Chunk]) -> None:
         """Record each account's usage of a shared step."""
-        used = {part.account: 0 for part in parts if part.num_rows or part.num_prompt_tokens}
+        used = {
+            part.account: 0
+            for part in parts
+            if (part.num_rows or part.num_prompt_tokens) and not part.account.is_background
+        }
         for chunk in chunks:
-            used[chunk.sequence.account] += chunk.length
+            if not chunk.sequence.account.is_background:
+                used[chunk.sequence.account] += chunk.length
         if len(used) > 1:
             settle(used, self.limits.shares)
             self._shared_until_s = self._clock() + SHARED_FOR_S

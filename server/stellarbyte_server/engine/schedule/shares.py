@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from stellarbyte_server.engine.state.account import Account
 
+FREE_PARTS = 8  # of a step's free tokens one such part is for requests in the background, on a CPU none
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShareLimits:
@@ -81,6 +83,15 @@ def divide(demands: Sequence[Demand], limits: ShareLimits, budget: int, prompt_b
         _part(demand, part + more, tokens, turn)
         for demand, part, more, tokens in zip(demands, parts, extra, prompts, strict=True)
     ]
+
+
+def divide_in_background(
+    demands: Sequence[Demand], parts: Sequence[Part], limits: ShareLimits, budget: int, prompt_budget: int, turn: int
+) -> list[Part]:
+    """What accounts in the background get of a step of which others have `parts`: all of it, or what costs little."""
+    used = sum(part.num_rows + part.num_prompt_tokens for part in parts)
+    left = min(budget - used, limits.free_tokens // FREE_PARTS) if used else budget
+    return divide(demands, limits, left, min(left, prompt_budget), turn)
 
 
 def _part(demand: Demand, tokens: int, prompt_tokens: int, turn: int) -> Part:

@@ -26,7 +26,10 @@ def rank(priority: int, arrived_s: float, number: int) -> tuple[float, int]:
 
 
 class WaitingQueue:
-    """Sequences by account and rank. Those that never ran are dropped after `timeout_s` (None: never)."""
+    """Sequences by account and rank. Those that never ran are dropped after `timeout_s` (None: never).
+
+    In the background they wait as long as it takes.
+    """
 
     def __init__(self, timeout_s: float | None) -> None:
         self._timeout_s = timeout_s
@@ -45,10 +48,16 @@ class WaitingQueue:
         return (sequence for row in zip_longest(*queues) for sequence in row if sequence is not None)
 
     def accounts(self) -> list[Account]:
-        """Accounts with waiting sequences: fewest running ones first, then by the rank of their first."""
+        """Accounts with waiting sequences: fewest running ones first, then by the rank of their first.
+
+        Background accounts come last.
+        """
         if len(self._of_account) < 2:
             return list(self._of_account)
-        return sorted(self._of_account, key=lambda account: (account.num_running, self._of_account[account][0].rank))
+        return sorted(
+            self._of_account,
+            key=lambda account: (account.is_background, account.num_running, self._of_account[account][0].rank),
+        )
 
     def of(self, account: Account) -> SequenceOf[Sequence]:
         """An account's sequences in order of rank."""
@@ -58,7 +67,7 @@ class WaitingQueue:
         """Queue a new or preempted sequence."""
         insort(self._of_account.setdefault(sequence.account, []), sequence, key=_rank)
         self._size += 1
-        if not sequence.was_admitted:
+        if not (sequence.was_admitted or sequence.account.is_background):
             self._never_ran[sequence] = None
 
     def remove(self, sequence: Sequence) -> None:

@@ -1,4 +1,7 @@
-"""Accounts in the scheduler: one for each API key, and one for all requests without a key."""
+"""Accounts in the scheduler: one for each API key, and one for all requests without a key.
+
+Each has a background account for requests that run only on what all other accounts leave.
+"""
 
 import math
 from dataclasses import dataclass
@@ -49,3 +52,12 @@ class Account:
     turn: int = 0  # rows assigned in steps with too few rows, where the next such step continues
     credit: float = math.inf  # tokens beyond its part of a step (see shares)
     left_at: int = 0  # number of the last step with its requests
+    is_background: bool = False
+    _background: "Account | None" = None
+
+    def background(self) -> "Account":
+        """The account of the same key's requests in the background; both use what the key may use."""
+        if self._background is None:
+            self._background = Account(self.name, is_background=True)
+        self._background.bucket = self.bucket
+        return self._background

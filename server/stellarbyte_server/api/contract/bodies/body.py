@@ -4,6 +4,7 @@ A field that is known but not supported, and one that is unknown, is an error un
 `unsupported`). Those of `unused` have OpenAI's types and no effect. null means absent everywhere.
 """
 
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -52,6 +53,16 @@ def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> t
 def parse_plain_body(body_class: type[PlainBodyT], text: bytes) -> PlainBodyT:
     """A checked body, whatever other fields it has unless its class forbids them; ApiError when it is refused."""
     return _checked(body_class, _content_of(text))
+
+
+def parse_named(named_class: type[PlainBodyT], given: Mapping[str, str] | Sequence[tuple[str, str]]) -> PlainBodyT:
+    """Checked fields of a query or a form, whose values are texts; ApiError."""
+    fields: dict[str, Any] = {}
+    for name, value in given.items() if isinstance(given, Mapping) else given:
+        if name in fields:
+            raise bad_request(f"The field {name!r:.100} may be there only once.", name[:100])
+        fields[name] = value
+    return _checked(named_class, fields)
 
 
 def _content_of(text: bytes) -> dict[str, Any]:

@@ -11,7 +11,18 @@ from stellarbyte_server.api.contract.bodies.prompt_input import PromptInput, pro
 MAX_INPUTS = 2048
 
 
-class EmbeddingsBody(ModelFields):
+class PoolingFields(ModelFields):
+    """What requests for vectors have."""
+
+    pooling: Literal["last", "mean"] | None = optional(
+        "The state after the last token, or the mean over all tokens. Default: last."
+    )
+    add_special_tokens: bool | None = optional(
+        "Add what the tokenizer adds to a text, such as a first token. Default: true."
+    )
+
+
+class EmbeddingsBody(PoolingFields):
     input: Annotated[list[PromptInput], *prompts_at_most(MAX_INPUTS)] = required(
         "One text or a list of up to 2048, each a text or token ids."
     )
@@ -19,9 +30,3 @@ class EmbeddingsBody(ModelFields):
         "Numbers, or float32, little-endian, in base64. Default: float."
     )
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = optional("Refused unless it is the model's own.")
-    pooling: Literal["last", "mean"] | None = optional(
-        "The state after the last token, or the mean over all tokens. Default: last."
-    )
-    add_special_tokens: bool | None = optional(
-        "Add what the tokenizer adds to a text, such as a first token. Default: true."
-    )
