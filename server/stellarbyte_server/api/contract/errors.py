@@ -75,7 +75,9 @@ class ApiError(Exception):
         """As Anthropic's API has it; also the last event of a stream that failed."""
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(HTTPStatus(self.status), fallback)
-        return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": request_id}
+        is_named = self.param is None or self.param in str(self)
+        message = str(self) if is_named else f"{self.param}: {self}"  # the form has no other place for it
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
     def response(self, path: str, request_id: str | None) -> JSONResponse:
         """In the form of the API that a path (without --root-path) belongs to."""

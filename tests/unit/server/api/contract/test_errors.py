@@ -32,7 +32,7 @@ def test_the_path_decides_about_the_form(status: int, openai: str, anthropic: st
         assert (response.status_code, response.headers["retry-after"]) == (status, "3")
         body = json.loads(response.body)
         MessagesError.model_validate(body)
-        assert body["error"] == {"type": anthropic, "message": "It went wrong."} and body["request_id"] == "id-1"
+        assert body["error"] == {"type": anthropic, "message": "model: It went wrong."} and body["request_id"] == "id-1"
     for path in ("", "/", "/v1/chat/completions", "/v1/messages_of_others", "/messages"):
         body = json.loads(error.response(path, "id-1").body)
         ErrorBody.model_validate(body)
@@ -42,3 +42,9 @@ def test_the_path_decides_about_the_form(status: int, openai: str, anthropic: st
 def test_the_path_is_that_below_the_root_path() -> None:
     scope = {"type": "http", "path": "/llm/v1/messages", "root_path": "/llm", "state": {}}
     assert json.loads(ApiError(400, "It went wrong.").response_to(scope).body)["type"] == "error"
+
+
+def test_anthropics_form_names_the_field_once() -> None:
+    for message, param in (("The field 'a[0].b' is odd.", "a[0].b"), ("It is odd.", None)):
+        content = ApiError(400, message, param=param).anthropic_content(None)
+        assert content["error"]["message"] == message
