@@ -5,7 +5,8 @@ import json
 from typing import Any
 
 import pytest
-from anthropic.lib.streaming._messages import accumulate_event
+from anthropic import NOT_GIVEN
+from anthropic.lib.streaming import MessageStream
 from anthropic.types import RawMessageStreamEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from stellarbyte_server.api.contract.message_objects import AssistantMessage, Me
 from stellarbyte_server.api.structured.tool_formats import HERMES
 from stellarbyte_server.observe.record import TokenCount
 from stellarbyte_server.protocol.messages import Delta
-from tests.support.tools import by_name
+from tests.support.tools.offered import by_name
 
 TOOLS = by_name({"type": "function", "function": {"name": "f"}})
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
@@ -63,11 +64,12 @@ def streamed(parts: list[str], **last: Any) -> tuple[list[dict[str, Any]], dict[
     lines = text.decode().removesuffix("\n\n").split("\n\n")
     events = [json.loads(line.partition("\ndata: ")[2]) for line in lines]
     assert [line.partition("\n")[0] for line in lines] == [f"event: {event['type']}" for event in events]
-    snapshot, buffers = None, {}
     for event in events:
         MessageEvent.model_validate_json(json.dumps(event))
-        snapshot = accumulate_event(event=EVENT.validate_python(event), current_snapshot=snapshot, json_bufs=buffers)
-    return events, snapshot.to_dict()
+    raw: Any = map(EVENT.validate_python, events)  # the client's own reading of a stream
+    stream = MessageStream(raw, NOT_GIVEN)
+    stream.until_done()
+    return events, stream.current_message_snapshot.to_dict()
 
 
 def without_ids(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
