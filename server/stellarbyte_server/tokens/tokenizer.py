@@ -98,10 +98,10 @@ class PromptTokenizer:
         template = self._chat_template(has_tools=True)
         return template is None or template.takes_system
 
-    @property
-    def template_variables(self) -> frozenset[str]:
-        """What the chat templates read that is not their own."""
-        return frozenset[str]().union(*(template.variables for template in self._chat_templates.values()))
+    def template_variables(self, *, has_tools: bool) -> frozenset[str]:
+        """The variables that the template for chats with or without tools reads."""
+        template = self._chat_template(has_tools=has_tools)
+        return frozenset() if template is None else template.variables
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a prompt, with the special tokens that the tokenizer adds, if `add_special_tokens`."""

@@ -41,7 +41,7 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
     if toolbox is not None and special_marks(toolbox, service):
         body = body.model_copy(update={"skip_special_tokens": False})  # of which the grammar allows only these marks
     grammar = await chat_grammar(http, service, structure, toolbox)
-    variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, service)
+    variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, service, toolbox)
     encode = chat_encoder(body, service, toolbox, variables.values)
     token_ids = await _encode(http, body, service, encode, bounds.context)
     reasoning = reasoning_of(body, token_ids, service)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import Message, ReasoningEffort
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.service import Service
@@ -34,10 +35,14 @@ class ReasoningInput(Protocol):
 
 
 def template_variables(
-    arguments: Mapping[str, Any] | None, effort: ReasoningEffort | None, service: Service
+    arguments: Mapping[str, Any] | None,
+    effort: ReasoningEffort | None,
+    service: Service,
+    toolbox: Toolbox | None = None,
 ) -> TemplateVariables:
     """Of `chat_template_kwargs` and `reasoning_effort`; the former win."""
-    known = service.tokenizer.template_variables
+    has_tools = toolbox is not None and toolbox.for_template is not None
+    known = service.tokenizer.template_variables(has_tools=has_tools)
     given = {} if arguments is None else arguments
     values = {name: value for name, value in given.items() if name in known}
     ignored = [f"chat_template_kwargs.{name}" for name in given if name not in known]

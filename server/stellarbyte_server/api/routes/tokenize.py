@@ -1,9 +1,8 @@
 """POST /tokenize and /detokenize, as in vLLM: token ids of a prompt or a chat, and text of tokens. Does not run the
 model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -50,8 +49,10 @@ async def tokenize(http: Request, service: ServiceOfRequest) -> Response:
         encode_text = partial(service.tokenizer.encode, body.prompt, body.add_special_tokens is not False)
         return await _answer(http, body, service, headers, encode_text)
     assert isinstance(body, TokenizeChatBody)
-    variables = template_variables(body.chat_template_kwargs, None, service)
-    encode = _chat_encoder(body, service, variables.values)
+    check_continuation(body)
+    toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
+    variables = template_variables(body.chat_template_kwargs, None, service, toolbox)
+    encode = chat_encoder(body, service, toolbox, variables.values, may_end_open=True)
     return await _answer(http, body, service, with_ignored(headers, variables.ignored), encode)
 
 
@@ -74,13 +75,6 @@ async def detokenize(http: Request, service: ServiceOfRequest) -> Response:
         return encode_json({"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return _json(await off_loop(http, service, work, record_of(http).body_bytes), headers)
-
-
-def _chat_encoder(body: TokenizeChatBody, service: Service, variables: Mapping[str, Any]) -> Callable[[], list[int]]:
-    """The function that encodes the chat, in a thread."""
-    check_continuation(body)
-    toolbox = Toolbox.of(body.tools, None, None, service.tokenizer.chat_template_source)
-    return chat_encoder(body, service, toolbox, variables, may_end_open=True)
 
 
 async def _answer(

@@ -10,13 +10,13 @@ from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
-from stellarbyte_server.tokens.tokenizer import ChatTemplate, PromptTokenizer
+from stellarbyte_server.tokens.tokenizer import DEFAULT_TEMPLATE, ChatTemplate, PromptTokenizer
 from tests.support.engines.reasoning_engine import VOCABULARY, reasoning_tokenizer
 
 
 def service_with(template: str = "{{ messages }}", parser: Any = "auto") -> Service:
     settings = ServerSettings(engine=EngineSettings(model="m"), reasoning_parser=parser)
-    tokenizer = PromptTokenizer(reasoning_tokenizer(), ChatTemplate(template, {}), VOCABULARY)
+    tokenizer = PromptTokenizer(reasoning_tokenizer(), {DEFAULT_TEMPLATE: ChatTemplate(template, {})}, VOCABULARY)
     unused: Any = None
     return Service(
         settings=settings, client=unused, info=unused, tokenizer=tokenizer, sampling_defaults={}, started_at=0
