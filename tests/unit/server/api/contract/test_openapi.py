@@ -287,18 +287,18 @@ ANSWER = {
 
 
 def completion(**choice: Any) -> dict[str, Any]:
-    choice = {"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length"} | choice
+    choice = {"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length", "stop_reason": None} | choice
     return BASE | {"object": "text_completion", "choices": [choice], "usage": USAGE}
 
 
 def chat(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
     message = {"role": "assistant", "content": "hi", "refusal": None} | message
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"} | choice
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None} | choice
     return BASE | {"object": "chat.completion", "choices": [choice], "usage": USAGE}
 
 
 def chunk(delta: dict[str, Any], **choice: Any) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None} | choice
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None} | choice
     return BASE | {"object": "chat.completion.chunk", "choices": [choice]}
 
 

@@ -227,6 +227,7 @@ def test_large_bodies_are_parsed_off_the_event_loop_and_small_ones_on_it() -> No
     class Asked:
         def __init__(self, text: bytes) -> None:
             self.text = text
+            self.headers: dict[str, str] = {}
             self.scope = {"state": {}}
 
         async def body(self) -> bytes:
