@@ -24,7 +24,7 @@ from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they do not delay streams
 _INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
-_MAX_IGNORED_HEADER = 1000
+_IGNORED, _MAX_IGNORED_HEADER = "X-Ignored-Fields", 1000
 T = TypeVar("T")
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
 # Each answer has its own copy of these, prepared in its first step.
@@ -46,9 +46,16 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
     warn_unknown = service.settings.unknown_fields == "warn"
     body, ignored = await parse_apart(request, service, partial(parse_body, body_class, warn_unknown=warn_unknown))
     require_permitted(request, service, body)
-    if not ignored:
-        return body, {}
-    return body, {"X-Ignored-Fields": ", ".join(quote(path, safe="[]._-") for path in ignored)[:_MAX_IGNORED_HEADER]}
+    return body, with_ignored({}, ignored)
+
+
+def with_ignored(headers: dict[str, str], paths: Sequence[str]) -> dict[str, str]:
+    """Headers that also tell of these fields that they were ignored."""
+    if not paths:
+        return headers
+    named = [headers[_IGNORED]] if _IGNORED in headers else []
+    named += [quote(path, safe="[]._-") for path in paths]
+    return headers | {_IGNORED: ", ".join(named)[:_MAX_IGNORED_HEADER]}
 
 
 async def parse_apart(request: Request, service: Service, parse: Callable[[bytes], T]) -> T:

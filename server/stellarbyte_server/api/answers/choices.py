@@ -15,7 +15,7 @@ from stellarbyte_server.api.answers.logprobs import (
     legacy_logprobs,
 )
 from stellarbyte_server.api.answers.tool_calls import CallDeltas, joined_calls, joined_function_call
-from stellarbyte_server.api.answers.tool_parser import Content, ToolCallParser
+from stellarbyte_server.api.answers.tool_parser import Content, Piece, ToolCallParser
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
@@ -54,6 +54,7 @@ class Fragment:
     text: str = ""
     calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
     function_call: dict[str, Any] | None = None  # of a call of the older form
+    pieces: Sequence[Piece] | None = None  # text and calls in their order; None: there are no calls
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -116,7 +117,7 @@ class ChoiceReader:
             if function_calls := [each.function_call for each in fragments if each.function_call is not None]:
                 calls = {"function_call": joined_function_call(function_calls)}
             content = text if text or not calls else None
-            choice["message"] = {"role": "assistant", "content": content, "refusal": None, **calls}
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None, "annotations": [], **calls}
         else:
             choice["text"] = text
         choice["logprobs"] = None
@@ -162,6 +163,7 @@ class ChoiceReader:
         pieces = parser.push(fragment.text)
         if fragment.finish_reason is not None:
             pieces += parser.flush()
+        fragment.pieces = pieces
         fragment.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         deltas = self._deltas.of([piece for piece in pieces if not isinstance(piece, Content)])
         if self._form.are_functions:  # there is one at most

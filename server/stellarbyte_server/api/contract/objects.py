@@ -157,6 +157,7 @@ class AnswerMessage(AnswerObject):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: Annotated[list[None], Field(max_length=0)]
     tool_calls: Left[list[AnswerToolCall | AnswerCustomToolCall]]
     function_call: Left[Annotated[AnswerFunctionCall, Field(description="In place of tool_calls, for `functions`.")]]
 

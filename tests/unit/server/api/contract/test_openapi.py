@@ -212,26 +212,46 @@ CARD = {
 VECTOR = {"object": "embedding", "index": 0, "embedding": [0.5]}
 PART = {"type": "output_text", "text": "hi", "annotations": [], "logprobs": []}
 ITEM = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [PART]}
+CALL_ITEM = {
+    "id": "fc_1",
+    "type": "function_call",
+    "status": "completed",
+    "call_id": "call_1",
+    "name": "weather",
+    "arguments": "{}",
+}
+TOOL = {"type": "function", "name": "weather", "description": None, "parameters": {"type": "object"}, "strict": True}
+CHOICE = {"type": "function", "name": "weather"}
 PLACE = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
 RESPONSE = {
     "id": "resp_1",
     "object": "response",
     "created_at": 1764000000,
+    "completed_at": 1764000001,
     "status": "completed",
     "error": None,
     "incomplete_details": None,
+    "background": False,
+    "frequency_penalty": 0.0,
     "instructions": None,
     "max_output_tokens": None,
+    "max_tool_calls": None,
     "metadata": {},
     "model": MODEL,
     "output": [ITEM],
-    "parallel_tool_calls": False,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
     "previous_response_id": None,
+    "prompt_cache_key": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "service_tier": "default",
     "store": False,
     "temperature": 1.0,
     "text": {"format": {"type": "text"}},
-    "tool_choice": "none",
+    "tool_choice": "auto",
     "tools": [],
+    "top_logprobs": 0,
     "top_p": 1.0,
     "truncation": "disabled",
     "usage": {
@@ -241,6 +261,7 @@ RESPONSE = {
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": 3,
     },
+    "user": None,
 }
 
 
@@ -250,7 +271,7 @@ def completion(**choice: Any) -> dict[str, Any]:
 
 
 def chat(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "hi", "refusal": None} | message
+    message = {"role": "assistant", "content": "hi", "refusal": None, "annotations": []} | message
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"} | choice
     return BASE | {"object": "chat.completion", "choices": [choice], "usage": USAGE}
 
@@ -302,6 +323,11 @@ ANSWERS: list[tuple[type[BaseModel], dict[str, Any]]] = [
     ),
     (response_objects.Response, RESPONSE),
     (response_objects.Response, RESPONSE | {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}),
+    (response_objects.Response, RESPONSE | {"output": [CALL_ITEM], "tools": [TOOL], "tool_choice": CHOICE}),
+    (
+        response_objects.Response,
+        RESPONSE | {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [CHOICE]}},
+    ),
     (objects.ModelCard, CARD),
     (objects.ModelList, {"object": "list", "data": [CARD, CARD | {"parent": MODEL, "content_hash": None}]}),
     (objects.Tokenized, {"count": 1, "max_model_len": 9, "tokens": [0], "token_strs": ["Ġ"]}),
@@ -331,10 +357,28 @@ def test_what_is_left_out_of_answers_is_never_null(document):
 EVENTS: list[dict[str, Any]] = [
     {"type": "response.created", "response": RESPONSE | {"output": [], "usage": None, "status": "in_progress"}},
     {"type": "response.output_item.done", "output_index": 0, "item": ITEM},
+    {"type": "response.output_item.added", "output_index": 1, "item": CALL_ITEM | {"status": "in_progress"}},
+    {
+        "type": "response.function_call_arguments.delta",
+        "item_id": "fc_1",
+        "output_index": 1,
+        "delta": "{",
+    },
+    {
+        "type": "response.function_call_arguments.done",
+        "item_id": "fc_1",
+        "output_index": 1,
+        "name": "weather",
+        "arguments": "{}",
+    },
     PLACE | {"type": "response.content_part.added", "part": PART},
     PLACE | {"type": "response.output_text.delta", "delta": "h", "logprobs": [TOKEN | {"top_logprobs": []}]},
     PLACE | {"type": "response.output_text.done", "text": "hi", "logprobs": []},
     {"type": "response.incomplete", "response": RESPONSE | {"incomplete_details": {"reason": "max_output_tokens"}}},
+    {
+        "type": "response.failed",
+        "response": RESPONSE | {"status": "failed", "error": {"code": "server_error", "message": "The engine failed."}},
+    },
     {"type": "error", "code": "server_error", "message": "The engine failed.", "param": None},
 ]
 
