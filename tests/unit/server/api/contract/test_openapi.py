@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from stellarbyte_server.api.contract import objects, response_objects
+from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
 from stellarbyte_server.api.contract.bodies.body import Body, parse_body, parse_plain_body
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
@@ -26,6 +26,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.tokens.tokenizer import load_prompt_tokenizer
 from tests.support.application import make_app
+from tests.support.documented_objects import conforms
 from tests.support.servers.fake_engine import make_model_folder
 
 MODEL = "a-model"
@@ -66,11 +67,6 @@ def client(app: FastAPI) -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def document(client: TestClient) -> dict[str, Any]:
     return client.get("/openapi.json").json()
-
-
-def conforms(document: dict[str, Any], name: str, value: object) -> bool:
-    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
-    return Draft202012Validator(schema).is_valid(value)
 
 
 def test_every_route_is_in_the_document_and_the_other_way_round(app, document):
@@ -210,59 +206,6 @@ CARD = {
 }
 
 VECTOR = {"object": "embedding", "index": 0, "embedding": [0.5]}
-PART = {"type": "output_text", "text": "hi", "annotations": [], "logprobs": []}
-ITEM = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [PART]}
-CALL_ITEM = {
-    "id": "fc_1",
-    "type": "function_call",
-    "status": "completed",
-    "call_id": "call_1",
-    "name": "weather",
-    "arguments": "{}",
-}
-TOOL = {"type": "function", "name": "weather", "description": None, "parameters": {"type": "object"}, "strict": True}
-CHOICE = {"type": "function", "name": "weather"}
-PLACE = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
-RESPONSE = {
-    "id": "resp_1",
-    "object": "response",
-    "created_at": 1764000000,
-    "completed_at": 1764000001,
-    "status": "completed",
-    "error": None,
-    "incomplete_details": None,
-    "background": False,
-    "frequency_penalty": 0.0,
-    "instructions": None,
-    "max_output_tokens": None,
-    "max_tool_calls": None,
-    "metadata": {},
-    "model": MODEL,
-    "output": [ITEM],
-    "parallel_tool_calls": True,
-    "presence_penalty": 0.0,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
-    "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
-    "service_tier": "default",
-    "store": False,
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_logprobs": 0,
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "usage": {
-        "input_tokens": 2,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": 1,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": 3,
-    },
-    "user": None,
-}
 
 
 def completion(**choice: Any) -> dict[str, Any]:
@@ -321,13 +264,6 @@ ANSWERS: list[tuple[type[BaseModel], dict[str, Any]]] = [
         objects.EmbeddingList,
         {"object": "list", "data": [VECTOR], "model": MODEL, "usage": {"prompt_tokens": 1, "total_tokens": 1}},
     ),
-    (response_objects.Response, RESPONSE),
-    (response_objects.Response, RESPONSE | {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}),
-    (response_objects.Response, RESPONSE | {"output": [CALL_ITEM], "tools": [TOOL], "tool_choice": CHOICE}),
-    (
-        response_objects.Response,
-        RESPONSE | {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [CHOICE]}},
-    ),
     (objects.ModelCard, CARD),
     (objects.ModelList, {"object": "list", "data": [CARD, CARD | {"parent": MODEL, "content_hash": None}]}),
     (objects.Tokenized, {"count": 1, "max_model_len": 9, "tokens": [0], "token_strs": ["Ġ"]}),
@@ -352,42 +288,6 @@ def test_nothing_may_be_missing_or_added(document, model, answer):
 def test_what_is_left_out_of_answers_is_never_null(document):
     assert not conforms(document, "Completion", completion(token_ids=None))
     assert not conforms(document, "ChatCompletion", chat({"tool_calls": None}))
-
-
-EVENTS: list[dict[str, Any]] = [
-    {"type": "response.created", "response": RESPONSE | {"output": [], "usage": None, "status": "in_progress"}},
-    {"type": "response.output_item.done", "output_index": 0, "item": ITEM},
-    {"type": "response.output_item.added", "output_index": 1, "item": CALL_ITEM | {"status": "in_progress"}},
-    {
-        "type": "response.function_call_arguments.delta",
-        "item_id": "fc_1",
-        "output_index": 1,
-        "delta": "{",
-    },
-    {
-        "type": "response.function_call_arguments.done",
-        "item_id": "fc_1",
-        "output_index": 1,
-        "name": "weather",
-        "arguments": "{}",
-    },
-    PLACE | {"type": "response.content_part.added", "part": PART},
-    PLACE | {"type": "response.output_text.delta", "delta": "h", "logprobs": [TOKEN | {"top_logprobs": []}]},
-    PLACE | {"type": "response.output_text.done", "text": "hi", "logprobs": []},
-    {"type": "response.incomplete", "response": RESPONSE | {"incomplete_details": {"reason": "max_output_tokens"}}},
-    {
-        "type": "response.failed",
-        "response": RESPONSE | {"status": "failed", "error": {"code": "server_error", "message": "The engine failed."}},
-    },
-    {"type": "error", "code": "server_error", "message": "The engine failed.", "param": None},
-]
-
-
-@pytest.mark.parametrize("event", EVENTS)
-def test_events_of_responses_are_as_described(document, event):
-    assert conforms(document, "ResponseEvent", event | {"sequence_number": 0})
-    assert not conforms(document, "ResponseEvent", event)
-    assert not conforms(document, "ResponseEvent", event | {"sequence_number": 0, "more": None})
 
 
 def test_the_page_asks_no_other_host(client):
