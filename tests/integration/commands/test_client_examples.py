@@ -73,7 +73,11 @@ def test_the_curl_example_answers(demo_server) -> None:
     assert "Paris" in run(demo_server.url, "clients/examples/chat.sh", QUESTION).stdout
 
 
-@pytest.mark.parametrize("command", [["chat-ai-sdk.mjs", QUESTION], ["tour.mjs"]], ids=["chat-ai-sdk", "tour"])
+@pytest.mark.parametrize(
+    "command",
+    [["chat-ai-sdk.mjs", QUESTION], ["tour.mjs"], ["tools-ai-sdk.mjs"], ["tools-responses.mjs"]],
+    ids=["chat-ai-sdk", "tour", "tools-ai-sdk", "tools-responses"],
+)
 def test_a_node_example_answers_and_speaks_to_the_server_only(node_examples, demo_server, hosts, command) -> None:
     result = run(demo_server.url, "node", str(node_examples / command[0]), *command[1:])
     assert result.returncode == 0, result.stderr
@@ -81,10 +85,10 @@ def test_a_node_example_answers_and_speaks_to_the_server_only(node_examples, dem
     assert set(hosts.read_text().split()) == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("name", ["chat-ai-sdk.mjs", "tour.mjs"])
+@pytest.mark.parametrize("name", ["chat-ai-sdk.mjs", "tour.mjs", "tools-ai-sdk.mjs", "tools-responses.mjs"])
 def test_a_node_example_fails_where_the_server_does(node_examples, fake_server, name) -> None:
-    """The tour meets an engine that repeats its prompt, so follows no schema; the chat meets no server."""
-    url = fake_server.url if name == "tour.mjs" else f"http://127.0.0.1:{free_port()}"
+    """The others meet an engine that repeats its prompt, so follows no schema; the chat meets no server."""
+    url = fake_server.url if name != "chat-ai-sdk.mjs" else f"http://127.0.0.1:{free_port()}"
     assert run(url, "node", str(node_examples / name)).returncode != 0
 
 

@@ -12,7 +12,7 @@ from stellarbyte_server.api.contract.bodies.anthropic.messages import MessagesBo
 from stellarbyte_server.api.contract.bodies.body import parse_body
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
-from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
+from stellarbyte_server.api.contract.bodies.responses.body import ResponsesBody
 from stellarbyte_server.api.contract.bodies.tokenize import DetokenizeBody
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.routes.embeddings import EmbeddingsBody
@@ -46,7 +46,18 @@ BODIES = {
     "/v1/embeddings": (EmbeddingsBody, {"input": ["a", "b"], "encoding_format": "float"}),
     "/v1/responses": (
         ResponsesBody,
-        {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2, "text": {"format": {"type": "text"}}},
+        {
+            "input": [
+                {"role": "user", "content": "hi"},
+                {"type": "reasoning", "summary": []},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "a"}]},
+            ],
+            "max_output_tokens": 2,
+            "tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}],
+            "tool_choice": "none",
+            "text": {"format": {"type": "text"}},
+        },
     ),
     "/v1/messages": (
         MessagesBody,

@@ -56,7 +56,7 @@ class Fragment:
     reasoning: str = ""  # before the text
     calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
     function_call: dict[str, Any] | None = None  # of a call of the older form
-    pieces: Sequence[Piece] = ()  # text and calls in their order, where there may be calls
+    pieces: Sequence[Piece] | None = None  # text and calls in their order; None: there are no calls
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -136,7 +136,8 @@ class ChoiceReader:
                 calls = {"function_call": joined_function_call(function_calls)}
             content = text if text or not (calls or self._reasoned) else None
             thought = reasoning_fields("".join([fragment.reasoning for fragment in fragments]))
-            choice["message"] = {"role": "assistant", "content": content, "refusal": None, **thought, **calls}
+            message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+            choice["message"] = message | thought | calls
         else:
             choice["text"] = text
         choice["logprobs"] = None

@@ -171,6 +171,7 @@ class AnswerMessage(AnswerObject):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    annotations: Annotated[list[None], Field(max_length=0)]
     reasoning_content: Left[Annotated[str, Field(description="What the model wrote before its answer.")]]
     reasoning: Left[Annotated[str, Field(description="The same as reasoning_content.")]]
     tool_calls: Left[list[AnswerToolCall | AnswerCustomToolCall]]

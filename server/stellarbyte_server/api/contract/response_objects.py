@@ -1,4 +1,4 @@
-"""These models describe answers of /v1/responses, text only, for the document and for tests (see objects.py)."""
+"""These models describe answers of /v1/responses, for the document and for tests (see objects.py)."""
 
 from typing import Annotated, Any, Literal
 
@@ -24,6 +24,18 @@ class OutputMessage(AnswerObject):
     content: list[OutputText]
 
 
+class OutputFunctionCall(AnswerObject):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    call_id: Annotated[str, Field(description="What the call's result refers to.")]
+    name: str
+    arguments: Annotated[str, Field(description="JSON as the model wrote it.")]
+
+
+OutputItem = OutputMessage | OutputFunctionCall
+
+
 class InputTokensDetails(AnswerObject):
     cached_tokens: Count
     cache_write_tokens: Count
@@ -42,7 +54,7 @@ class ResponseUsage(AnswerObject):
 
 
 class ResponseFailure(AnswerObject):
-    code: str
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
     message: str
 
 
@@ -66,28 +78,63 @@ class AnswerTextSettings(AnswerObject):
     format: PlainFormat | SchemaFormat
 
 
+class AnswerTool(AnswerObject):
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class FunctionChoice(AnswerObject):
+    type: Literal["function"]
+    name: str
+
+
+class ShownAllowedTools(AnswerObject):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice]
+
+
+class ReasoningSettings(AnswerObject):
+    effort: str | None
+    summary: None
+
+
 class Response(AnswerObject):
     id: str
     object: Literal["response"]
     created_at: Annotated[int, Field(description="Unix seconds.")]
+    completed_at: Annotated[int | None, Field(description="Unix seconds, once the status is completed.")]
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     error: ResponseFailure | None
     incomplete_details: IncompleteDetails | None
+    background: Literal[False]
+    frequency_penalty: float
     instructions: str | None
     max_output_tokens: int | None
+    max_tool_calls: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
-    parallel_tool_calls: Literal[False]
+    output: list[OutputItem]
+    parallel_tool_calls: bool
+    presence_penalty: float
     previous_response_id: None
+    prompt_cache_key: str | None
+    reasoning: ReasoningSettings
+    safety_identifier: str | None
+    service_tier: Literal["default"]
     store: Literal[False]
     temperature: float
     text: AnswerTextSettings
-    tool_choice: Literal["none"]
-    tools: _Nothing
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | ShownAllowedTools
+    tools: list[AnswerTool]
+    top_logprobs: Count
     top_p: float
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
+    user: str | None
 
 
 # The events of a stream
@@ -111,7 +158,7 @@ class OutputItemEvent(AnswerObject):
     type: Literal["response.output_item.added", "response.output_item.done"]
     sequence_number: Count
     output_index: Count
-    item: OutputMessage
+    item: OutputItem
 
 
 class ContentPartEvent(AnswerObject):
@@ -143,7 +190,26 @@ class TextDoneEvent(AnswerObject):
     logprobs: list[TokenLogprob]
 
 
+class ArgumentsDeltaEvent(AnswerObject):
+    type: Literal["response.function_call_arguments.delta"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    delta: str
+
+
+class ArgumentsDoneEvent(AnswerObject):
+    type: Literal["response.function_call_arguments.done"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    name: str
+    arguments: str
+
+
 class ErrorEvent(AnswerObject):
+    """The answer failed; `response.failed` follows."""
+
     type: Literal["error"]
     sequence_number: Count
     code: str | None
@@ -152,6 +218,15 @@ class ErrorEvent(AnswerObject):
 
 
 class ResponseEvent(
-    RootModel[ResponseStateEvent | OutputItemEvent | ContentPartEvent | TextDeltaEvent | TextDoneEvent | ErrorEvent]
+    RootModel[
+        ResponseStateEvent
+        | OutputItemEvent
+        | ContentPartEvent
+        | TextDeltaEvent
+        | TextDoneEvent
+        | ArgumentsDeltaEvent
+        | ArgumentsDoneEvent
+        | ErrorEvent
+    ]
 ):
     """One event of a streamed response; its `type` is also the event's name."""

@@ -11,7 +11,7 @@ from stellarbyte_server.api.caller import require_permitted, with_key
 from stellarbyte_server.api.contract.bodies.body import Body, parse_body
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
-from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
+from stellarbyte_server.api.contract.bodies.responses.body import ResponsesBody
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.generation import Bounds
 from stellarbyte_server.api.routes.embeddings import EmbeddingsBody

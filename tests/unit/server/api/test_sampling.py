@@ -8,7 +8,8 @@ import pytest
 
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.bodies.generation import GenerationBody
-from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
+from stellarbyte_server.api.contract.bodies.responses.body import ResponsesBody
+from stellarbyte_server.api.contract.bodies.responses.chat import ResponseChat
 from stellarbyte_server.api.sampling import read_defaults, sampling_params
 from stellarbyte_server.protocol.request import SamplingParams
 
@@ -93,8 +94,9 @@ def test_a_value_of_the_models_file_that_makes_no_sense_is_named(tmp_path: Path,
 
 
 def test_a_response_is_the_chat_with_its_fields() -> None:
-    fields = {name: FIELDS[name] for name in ("temperature", "top_p", "top_k", "min_p")}
+    names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty")
+    fields = {name: FIELDS[name] for name in names}
     fields |= {"seed": 3, "stop": ["x", "y"], "priority": 4, "cache_salt": "s", "adapter_scale": 2.0, "stream": True}
-    chat = ResponsesBody.model_validate({"model": "m", "input": "hi", **fields}).as_chat()
+    chat = ResponseChat.of(ResponsesBody.model_validate({"model": "m", "input": "hi", **fields})).body
     assert {name: getattr(chat, name) for name in fields} == fields | {"stop": ("x", "y")}
     assert (chat.model, chat.messages[0].content) == ("m", "hi")

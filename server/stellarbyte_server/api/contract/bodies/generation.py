@@ -36,6 +36,8 @@ MAX_GRAMMAR = 65_536
 MAX_BIASED_TOKENS = 1024
 MAX_CHOICES = 128  # of one request: prompts, times answers to each
 
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
 
 def _biases(value: dict[str, float]) -> dict[str, float]:
     for token_id, bias in value.items():
@@ -160,12 +162,10 @@ class GenerationBody(CommonFields):
     """What both chats and completions have."""
 
     max_tokens: MaxTokens | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = optional(
+    presence_penalty: Penalty | None = optional(
         "Taken from the logit of a token that the answer has already. Default: 0."
     )
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = optional(
-        "Taken from it for every time the answer has it. Default: 0."
-    )
+    frequency_penalty: Penalty | None = optional("Taken from it for every time the answer has it. Default: 0.")
     repetition_penalty: OfModel[Annotated[float, Field(ge=0.01, le=100)]] = of_model(
         "Divides the logits of tokens in prompt and answer.", 1
     )

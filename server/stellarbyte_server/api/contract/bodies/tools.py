@@ -58,14 +58,17 @@ FunctionType = Annotated[Literal["function"], BeforeValidator(_of_tool)]
 # What is offered
 
 
+STRICT = (
+    "Refuse a schema of which a grammar cannot enforce every part. Default: false; calls are then checked when they are"
+    " whole."
+)
+
+
 class Function(_Part):
     name: Name = required("What the model calls it by.")
     description: str | None = optional("What it does, for the model.")
     parameters: Schema | None = optional("The JSON Schema of its arguments. Default: it takes none.")
-    strict: bool | None = optional(
-        "Refuse a schema of which a grammar cannot enforce every part. Default: false; calls are then checked when they"
-        " are whole."
-    )
+    strict: bool | None = optional(STRICT)
 
 
 class FunctionTool(_Part):

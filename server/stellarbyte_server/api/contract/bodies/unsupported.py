@@ -24,14 +24,21 @@ OF_CHATS: Neutral = {
 }
 OF_RESPONSES: Neutral = {
     "conversation": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "max_tool_calls": (),
-    "reasoning": (),
     "background": (False,),
+    "background_options": (),
     "prompt": (),
-    "stream_options": ({},),
+    "moderation": (),
+    "context_management": ([],),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+}
+OF_REASONING: Neutral = {"context": ("auto",), "mode": ("standard",)}
+OF_RESPONSE_STREAMS: Neutral = {"include_obfuscation": (False,)}
+OF_FUNCTION_TOOLS: Neutral = {
+    "async": (False,),
+    "allowed_callers": (["direct"],),
+    "defer_loading": (False,),
+    "output_schema": (),
 }
 OF_TEXT_SETTINGS: Neutral = {"verbosity": ("medium",)}
 OF_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}

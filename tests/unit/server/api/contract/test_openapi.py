@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from stellarbyte_server.api.contract import message_objects, objects, response_objects
+from stellarbyte_server.api.contract import message_objects, objects
 from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
 from stellarbyte_server.api.contract.bodies.anthropic.messages import CountTokensBody, MessagesBody
 from stellarbyte_server.api.contract.bodies.body import Body, parse_body, parse_plain_body
@@ -27,6 +27,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.tokens.tokenizer import load_prompt_tokenizer
 from tests.support.application import make_app
+from tests.support.documented_objects import conforms
 from tests.support.servers.fake_engine import make_model_folder
 
 MODEL = "a-model"
@@ -67,11 +68,6 @@ def client(app: FastAPI) -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def document(client: TestClient) -> dict[str, Any]:
     return client.get("/openapi.json").json()
-
-
-def conforms(document: dict[str, Any], name: str, value: object) -> bool:
-    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
-    return Draft202012Validator(schema).is_valid(value)
 
 
 def test_every_route_is_in_the_document_and_the_other_way_round(app, document):
@@ -235,38 +231,6 @@ CARD = {
 }
 
 VECTOR = {"object": "embedding", "index": 0, "embedding": [0.5]}
-PART = {"type": "output_text", "text": "hi", "annotations": [], "logprobs": []}
-ITEM = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [PART]}
-PLACE = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
-RESPONSE = {
-    "id": "resp_1",
-    "object": "response",
-    "created_at": 1764000000,
-    "status": "completed",
-    "error": None,
-    "incomplete_details": None,
-    "instructions": None,
-    "max_output_tokens": None,
-    "metadata": {},
-    "model": MODEL,
-    "output": [ITEM],
-    "parallel_tool_calls": False,
-    "previous_response_id": None,
-    "store": False,
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "none",
-    "tools": [],
-    "top_p": 1.0,
-    "truncation": "disabled",
-    "usage": {
-        "input_tokens": 2,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-        "output_tokens": 1,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": 3,
-    },
-}
 
 
 ANSWER = {
@@ -292,7 +256,7 @@ def completion(**choice: Any) -> dict[str, Any]:
 
 
 def chat(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "hi", "refusal": None} | message
+    message = {"role": "assistant", "content": "hi", "refusal": None, "annotations": []} | message
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": None} | choice
     return BASE | {"object": "chat.completion", "choices": [choice], "usage": USAGE}
 
@@ -342,8 +306,6 @@ ANSWERS: list[tuple[type[BaseModel], dict[str, Any]]] = [
         objects.EmbeddingList,
         {"object": "list", "data": [VECTOR], "model": MODEL, "usage": {"prompt_tokens": 1, "total_tokens": 1}},
     ),
-    (response_objects.Response, RESPONSE),
-    (response_objects.Response, RESPONSE | {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}),
     (message_objects.AssistantMessage, ANSWER),
     (message_objects.AssistantMessage, ANSWER | {"stop_reason": "stop_sequence", "stop_sequence": "END"}),
     (message_objects.MessageTokenCount, {"input_tokens": 3}),
@@ -372,24 +334,6 @@ def test_nothing_may_be_missing_or_added(document, model, answer):
 def test_what_is_left_out_of_answers_is_never_null(document):
     assert not conforms(document, "Completion", completion(token_ids=None))
     assert not conforms(document, "ChatCompletion", chat({"tool_calls": None}))
-
-
-EVENTS: list[dict[str, Any]] = [
-    {"type": "response.created", "response": RESPONSE | {"output": [], "usage": None, "status": "in_progress"}},
-    {"type": "response.output_item.done", "output_index": 0, "item": ITEM},
-    PLACE | {"type": "response.content_part.added", "part": PART},
-    PLACE | {"type": "response.output_text.delta", "delta": "h", "logprobs": [TOKEN | {"top_logprobs": []}]},
-    PLACE | {"type": "response.output_text.done", "text": "hi", "logprobs": []},
-    {"type": "response.incomplete", "response": RESPONSE | {"incomplete_details": {"reason": "max_output_tokens"}}},
-    {"type": "error", "code": "server_error", "message": "The engine failed.", "param": None},
-]
-
-
-@pytest.mark.parametrize("event", EVENTS)
-def test_events_of_responses_are_as_described(document, event):
-    assert conforms(document, "ResponseEvent", event | {"sequence_number": 0})
-    assert not conforms(document, "ResponseEvent", event)
-    assert not conforms(document, "ResponseEvent", event | {"sequence_number": 0, "more": None})
 
 
 def test_the_page_asks_no_other_host(client):

@@ -12,7 +12,7 @@ from openai.types.responses import response_create_params as responses_params
 from stellarbyte_server.api.contract.bodies.body import parse_body
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
-from stellarbyte_server.api.contract.bodies.responses import ResponsesBody
+from stellarbyte_server.api.contract.bodies.responses.body import ResponsesBody
 from stellarbyte_server.api.contract.bodies.unused import ServiceTier
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.routes.embeddings import EmbeddingsBody

@@ -39,8 +39,8 @@ def resolved(schema: dict[str, Any]) -> dict[str, Any]:
 def example(schema: dict[str, Any]) -> Any:
     """A value that a schema of the document allows."""
     schema = resolved(schema)
-    if "anyOf" in schema:
-        return example(schema["anyOf"][0])
+    if (branches := schema.get("anyOf", schema.get("oneOf"))) is not None:
+        return example(branches[0])
     if "const" in schema or "enum" in schema:
         choices = [schema["const"]] if "const" in schema else schema["enum"]
         return "assistant" if "assistant" in choices else choices[0]  # whose message may be without a content
@@ -62,7 +62,7 @@ def example(schema: dict[str, Any]) -> Any:
 def endless(schema: dict[str, Any], path: str, wrap: Wrap) -> Iterator[tuple[str, dict[str, Any], Wrap]]:
     """Every list and every object of any fields in a schema of the document: path, its schema, how a body has it."""
     schema = resolved(schema)
-    for branch in schema.get("anyOf", ()):
+    for branch in schema.get("anyOf", schema.get("oneOf", ())):
         yield from endless(branch, path, wrap)
     if schema.get("type") == "array":
         yield path, schema, wrap
@@ -117,6 +117,10 @@ def test_the_lists_of_bodies_are_found() -> None:
         "EmbeddingsBody input",
         "ResponsesBody input",
         "ResponsesBody input[0].content",
+        "ResponsesBody input[0].output",
+        "ResponsesBody tools",
+        "ResponsesBody tools[0].parameters",
+        "ResponsesBody tool_choice.tools",
         "ResponsesBody metadata",
         "DetokenizeBody tokens",
     } <= found

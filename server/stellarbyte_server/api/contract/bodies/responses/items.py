@@ -1,0 +1,129 @@
+"""Items of a request's `input`: messages, calls of functions, their results, and reasoning.
+
+An answer's output may be sent back as it came, together with what a client adds to it. So of an item only those fields
+are looked at that are declared here.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
+from stellarbyte_server.api.contract.bodies.chat import MAX_PARTS
+from stellarbyte_server.api.contract.bodies.fields import OrText, optional, required
+from stellarbyte_server.api.contract.bodies.tools import Name
+from stellarbyte_server.api.contract.bodies.variants import by_type, type_of, variant
+
+_TEXTS = ("input_text", "output_text", "text")
+_KINDS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+class Item(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+# Parts of a content
+
+
+class TextPart(Item):
+    type: Literal["input_text", "output_text", "text"] = required("Any of them is a text.")
+    text: str = required("The text.")
+
+
+class RefusalPart(Item):
+    type: Literal["refusal"] = required("The assistant said that it would not answer.")
+    refusal: str = required("Its words, which are a text like any other.")
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+def _known_part(value: object) -> object:
+    kind = type_of(value)
+    if kind is not None and kind not in (*_TEXTS, "refusal"):
+        raise wrong(f"{kind!r:.40} is no text, and only text parts are supported")
+    return value
+
+
+def _known_result(value: object) -> object:
+    if type_of(value) == "refusal":
+        raise wrong("a function's result is made of text parts")
+    return _known_part(value)
+
+
+def _as_parts(value: object) -> object:
+    return [{"type": "input_text", "text": value}] if isinstance(value, str) else value
+
+
+Part = Annotated[
+    Annotated[TextPart, variant("text")] | Annotated[RefusalPart, variant("refusal")],
+    by_type(otherwise="text", same=dict.fromkeys(_TEXTS, "text")),
+    BeforeValidator(_known_part),
+]
+
+
+# Items
+
+
+class MessageItem(Item):
+    type: Literal["message"] | None = optional("May be left out.")
+    role: Literal["system", "developer", "user", "assistant"] = required("Who says it.")
+    content: Annotated[list[Part], AtMost(MAX_PARTS), BeforeValidator(_as_parts), OrText()] = required(
+        "A text, or parts of text, which are joined by newlines."
+    )
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.content)
+
+
+class FunctionCallItem(Item):
+    """A call that the assistant made."""
+
+    type: Literal["function_call"] = required("A call of a function.")
+    call_id: Annotated[str, Field(min_length=1, max_length=256)] = required("As it was in the answer.")
+    name: Name = required("The function's name.")
+    arguments: str = required("JSON, as text.")
+
+
+class FunctionCallOutputItem(Item):
+    """What a call resulted in."""
+
+    type: Literal["function_call_output"] = required("The result of a call.")
+    call_id: Annotated[str, Field(min_length=1, max_length=256)] = required("Of the call that it is the result of.")
+    output: Annotated[
+        list[Annotated[TextPart, BeforeValidator(_known_result)]],
+        AtMost(MAX_PARTS),
+        BeforeValidator(_as_parts),
+        OrText(),
+    ] = required("A text, or parts of text, which are joined by newlines.")
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.output)
+
+
+class ReasoningItem(Item):
+    """What an answer's reasoning was; the model does not see it again."""
+
+    type: Literal["reasoning"] = required("An earlier answer's reasoning.")
+
+
+def _known_item(value: object) -> object:
+    kind = type_of(value)
+    if kind == "item_reference":
+        raise wrong("no item is stored that it could refer to; send the item itself, as the answer had it")
+    if kind is not None and kind not in _KINDS:
+        raise wrong(f"its type {kind!r:.40} is not supported; it must be one of {', '.join(_KINDS)}")
+    return value
+
+
+InputItem = Annotated[
+    Annotated[MessageItem, variant("message")]
+    | Annotated[FunctionCallItem, variant("function_call")]
+    | Annotated[FunctionCallOutputItem, variant("function_call_output")]
+    | Annotated[ReasoningItem, variant("reasoning")],
+    by_type(otherwise="message"),
+    BeforeValidator(_known_item),
+]
