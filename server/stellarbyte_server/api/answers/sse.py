@@ -63,7 +63,7 @@ class ChunkWriter:
         return b'}],"usage":' + encode_json(self._usage_so_far()) + b"}\n\n"
 
     def role(self, index: int, content: str | None = "", prompt_token_ids: Sequence[int] | None = None) -> bytes:
-        """The first chunk of a choice of a chat: content None where none follows, and the prompt if it is to be shown."""
+        """The first chunk of a choice of a chat: content None where none follows, and its prompt if wanted."""
         head = self._heads[index]
         if prompt_token_ids is not None:
             head = head.replace(b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(prompt_token_ids), 1)

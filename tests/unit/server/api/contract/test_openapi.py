@@ -286,13 +286,13 @@ ANSWER = {
 
 
 def completion(**choice: Any) -> dict[str, Any]:
-    choice = {"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length"} | choice
+    choice = {"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length", "stop_reason": None} | choice
     return BASE | {"object": "text_completion", "choices": [choice], "usage": USAGE}
 
 
 def chat(message: dict[str, Any], **choice: Any) -> dict[str, Any]:
     message = {"role": "assistant", "content": "hi", "refusal": None} | message
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"} | choice
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop", "stop_reason": "x"} | choice
     return BASE | {"object": "chat.completion", "choices": [choice], "usage": USAGE}
 
 
