@@ -43,7 +43,8 @@ def test_a_completion_has_the_text_usage_and_identity(fake_server):
     assert answer["id"].startswith("cmpl-")
     assert answer["model"] == MODEL
     assert answer["system_fingerprint"] == "fp_0123456789ab_float32"
-    assert answer["choices"] == [{"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length"}]
+    choice = {"index": 0, "text": "ababa", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    assert answer["choices"] == [choice]
     assert answer["usage"] == {
         "prompt_tokens": 2,
         "completion_tokens": 5,

@@ -224,7 +224,7 @@ def test_an_echo_comes_before_the_answer_with_its_tokens() -> None:
     assert choice["logprobs"] == {
         "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "!"],
         "token_logprobs": [None, -0.5, -0.5, -0.25],
-        "top_logprobs": None,
+        "top_logprobs": [None, {"bytes:\\xc3": -0.5}, {"bytes:\\xa9": -0.5}, {"!": -0.25}],
         "text_offset": [0, 1, 1, 2],
     }
 

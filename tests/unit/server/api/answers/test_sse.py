@@ -34,7 +34,7 @@ def test_what_is_more_than_text_has_the_same_form(kind):
     logprobs, fields = {"content": []}, {"token_ids": [1], "prompt_token_ids": [2]}
     chunk = content(writer.fragment(0, Fragment(text="a", logprobs=logprobs, token_ids=[1], prompt_token_ids=[2])))
     if kind == "chat":  # which shows its prompt beside the choices, in the first chunk
-        assert content(writer.role(0, [2]))["prompt_token_ids"] == fields.pop("prompt_token_ids")
+        assert content(writer.role(0, prompt_token_ids=[2]))["prompt_token_ids"] == fields.pop("prompt_token_ids")
     place = {"delta": {"content": "a"}} if kind == "chat" else {"text": "a"}
     choice = {"index": 0, **place, "logprobs": logprobs, "finish_reason": None, **fields}
     assert chunk == BASE | {"choices": [choice]}
