@@ -93,14 +93,6 @@ def test_an_empty_entry_of_the_python_path_is_not_the_current_folder(server: Ser
 
 
 def test_without_a_connection_a_name_on_the_hub_is_one_line(tmp_path: Path):
-    line = the_error_line(
-        ServerProcess(
-            REAL,
-            "--model",
-            "org/none",
-            HF_ENDPOINT="http://127.0.0.1:9",
-            HF_HUB_CACHE=str(tmp_path),
-            HF_HUB_OFFLINE="0",
-        )
-    )
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    line = the_error_line(ServerProcess(REAL, "--model", "org/none", environment=hub))
     assert "There is no path org/none" in line and "http://127.0.0.1:9 cannot be reached" in line
