@@ -72,6 +72,7 @@ ENV PATH=/opt/stellarbyte/bin:$PATH \
     HOME=/var/cache/stellarbyte \
     STELLARBYTE_HOST=0.0.0.0 \
     STELLARBYTE_CACHE=/var/cache/stellarbyte \
+    HF_HOME=/var/cache/stellarbyte/huggingface \
     TRITON_CACHE_DIR=/var/cache/stellarbyte/triton
 USER 10001:10001
 VOLUME /var/cache/stellarbyte

@@ -59,7 +59,7 @@ def test_its_entry_point_is_our_command_and_gets_the_signals_itself() -> None:
 def test_all_that_is_written_lands_in_its_one_volume(variant: str) -> None:
     (volume,) = final("VOLUME")
     environment = image_environment(variant)
-    for name in ("HOME", "STELLARBYTE_CACHE", "TRITON_CACHE_DIR"):
+    for name in ("HOME", "STELLARBYTE_CACHE", "HF_HOME", "TRITON_CACHE_DIR"):
         assert environment[name].startswith(volume), name
 
 
