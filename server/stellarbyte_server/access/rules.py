@@ -34,13 +34,14 @@ def allows(access: Access) -> Callable[[EndpointT], EndpointT]:
 
 
 class RouteTable:
-    """The access rule of each method and path of an application."""
+    """The access rule of each method and path of an application. HEAD is allowed wherever GET is."""
 
     def __init__(self, rules: Mapping[tuple[str, str], Access]) -> None:
         """`rules` by method and path, the path in the router's form ("/v1/models/{name:path}")."""
         self._exact: dict[str, dict[str, Access]] = {}
         self._patterns: dict[str, tuple[re.Pattern[str], dict[str, Access]]] = {}
-        for (method, path), access in rules.items():
+        heads = {("HEAD", path): access for (method, path), access in rules.items() if method == "GET"}
+        for (method, path), access in {**rules, **heads}.items():
             if "{" in path:
                 self._patterns.setdefault(path, (compile_path(path)[0], {}))[1][method] = access
             else:

@@ -42,6 +42,8 @@ class Gate:
         except ApiError as error:
             await error.answer(scope, receive, send)
             return
+        if scope.get("method") == "HEAD":  # routes answer GET; the HTTP protocol leaves the body out
+            scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
