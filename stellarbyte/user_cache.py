@@ -10,3 +10,8 @@ def cache_folder() -> Path:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "stellarbyte"
+
+
+def adapter_cache() -> Path:
+    """Adapters of other hosts, a folder for each version."""
+    return cache_folder() / "adapters"

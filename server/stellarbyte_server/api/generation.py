@@ -13,7 +13,7 @@ from fastapi import Request
 from stellarbyte_server.api.answers.choices import PromptEcho
 from stellarbyte_server.api.caller import most_tokens, overflow_for, owner_of, require_permitted
 from stellarbyte_server.api.contract.bodies.body import BodyT, parse_body
-from stellarbyte_server.api.contract.bodies.generation import MAX_CHOICES, GenerationBody
+from stellarbyte_server.api.contract.bodies.generation import MAX_CHOICES, GenerationBody, ModelFields
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.sampling import sampling_params
@@ -45,8 +45,21 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
     """Read and check a body and its key's permissions; returns the body, and headers that list ignored fields."""
     warn_unknown = service.settings.unknown_fields == "warn"
     body, ignored = await parse_apart(request, service, partial(parse_body, body_class, warn_unknown=warn_unknown))
+    body = with_adapter_as_model(body, service.settings.model_name)
     require_permitted(request, service, body)
     return body, with_ignored({}, ignored)
+
+
+def with_adapter_as_model(body: BodyT, base: str) -> BodyT:
+    """The body with the adapter of `adapter_id`, if given, as its `model`; ApiError if `model` names another."""
+    if not isinstance(body, ModelFields) or body.adapter_id is None:
+        return body
+    if body.model not in (base, body.adapter_id):
+        raise bad_request(
+            f"The fields 'adapter_id' and 'model' name two adapters; give one of them, or {base!r:.200} as 'model'.",
+            "adapter_id",
+        )
+    return body.model_copy(update={"model": body.adapter_id})
 
 
 def with_ignored(headers: dict[str, str], paths: Sequence[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from stellarbyte_server.config.adapter_source import source_prefixes
 from stellarbyte_server.config.setting_values import (
     byte_count,
     byte_count_or_auto,
@@ -136,6 +137,14 @@ class EngineSettings:
         (),
         many=True,
     )
+    adapter_source: tuple[str, ...] = option(
+        source_prefixes,
+        "PREFIX",
+        "sources on other hosts that adapters may be loaded from at run time, such as hf://ORG, hf://ORG/NAME or"
+        " s3://BUCKET/PREFIX (default: none)",
+        (),
+        many=True,
+    )
     max_loras: int = option(whole_number(1, 1000), "N", "maximum adapters in one step", 8)
     max_lora_rank: int = option(whole_number(1, 1024), "N", "maximum rank of an adapter", 64)
     max_cpu_loras: int | None = option(
@@ -154,7 +163,7 @@ class EngineSettings:
     @property
     def serves_adapters(self) -> bool:
         """Whether adapters can be loaded."""
-        return self.adapter_dir is not None or bool(self.lora_modules)
+        return self.adapter_dir is not None or bool(self.lora_modules) or bool(self.adapter_source)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import msgspec
 
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.histogram import Buckets
-from stellarbyte_server.protocol.request import ADAPTER_LOADING, GenerationRequest
+from stellarbyte_server.protocol.request import GenerationRequest, adapter_loading
 
 FAILED = "The engine failed while it worked on this request."
 HEARTBEAT_INTERVAL_S = 1.0  # each side sends a message at least this often
@@ -263,8 +263,8 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
 
 def adapter_is_loading(call_id: str, name: str) -> CallFailed:
     """The answer to a call about an adapter that another call is loading."""
-    message = f"The adapter {name!r} is being loaded; try again when that has ended."
-    return CallFailed(call_id, message, code=ADAPTER_LOADING, param="lora_name")
+    refusal = adapter_loading(name)
+    return CallFailed(call_id, str(refusal), code=refusal.code, param=refusal.param)
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

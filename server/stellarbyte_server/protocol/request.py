@@ -104,5 +104,11 @@ class RequestRejected(Exception):
         self.retry_after_s = retry_after_s
 
 
+def adapter_loading(name: str) -> RequestRejected:
+    """Another call is loading an adapter under this name."""
+    message = f"The adapter {name!r:.200} is being loaded; try again when that has ended."
+    return RequestRejected(message, ADAPTER_LOADING, "lora_name")
+
+
 def model_not_found(name: str | AdapterReference) -> RequestRejected:
     return RequestRejected(f"The model {str(name)!r:.200} does not exist; GET /v1/models lists those that do.", MODEL_NOT_FOUND, "model")

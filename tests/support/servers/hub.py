@@ -105,8 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json(_tree(folder))
 
     def _send_info(self, folder: Path) -> None:
+        names = [name for (name, _), known in self.hub.repositories.items() if known == folder]
         files = [{"rfilename": entry["path"]} for entry in _tree(folder)]
-        self._send_json({"id": folder.name, "sha": commit_of(folder), "private": False, "siblings": files})
+        self._send_json({"id": names[0], "sha": commit_of(folder), "private": False, "siblings": files})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
         def redirect(folder: Path) -> None:

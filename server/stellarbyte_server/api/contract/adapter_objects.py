@@ -33,7 +33,7 @@ class AdapterEntry(AnswerObject):
     content_hash: Annotated[
         str | None, Field(description="SHA-256 of its content, for NAME@HASH; null until it is read.")
     ]
-    root: Annotated[str, Field(description="Its path inside --adapter-dir.")]
+    root: Annotated[str, Field(description="Its path inside --adapter-dir, or its source and version.")]
     rank: Annotated[int | None, Field(description="The largest rank of its modules; null until it is read.")]
     bytes: Annotated[Count, Field(description="Bytes in memory.")]
     refcount: Annotated[Count, Field(description="Running and waiting requests of this version.")]

@@ -27,8 +27,10 @@ _ERRORS = {
     413: "The body is larger than the server's --max-body-bytes, or an uploaded file than --max-file-bytes.",
     429: "Too many requests are waiting, or the key is at one of its limits.",
     500: "The server failed.",
+    502: "The host of the adapter cannot be reached or fails.",
     503: "The engine has ended or does not answer, the server is shutting down, the request waited too long, or a"
     " file could not be stored.",
+    504: "The host of the adapter does not answer in time.",
 }
 _RETRY_AFTER = {429, 503}
 

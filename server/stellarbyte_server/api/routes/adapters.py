@@ -11,14 +11,19 @@ from stellarbyte_server.api.caller import may_use
 from stellarbyte_server.api.contract import adapter_objects
 from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
 from stellarbyte_server.api.contract.bodies.body import parse_plain_body
-from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.client.engine_client import EngineDead
+from stellarbyte_server.config.adapter_source import SOURCE_RULE, AdapterSource, SourceError, is_source
+from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
 from stellarbyte_server.observe.metrics import tier_name
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
-from stellarbyte_server.protocol.request import RequestRejected
+from stellarbyte_server.protocol.request import RequestRejected, adapter_loading
+from stellarbyte_server.sources.fetch import fetch
+from stellarbyte_server.sources.outcome import FetchError
+from stellarbyte_server.sources.reservation import NameReserved, reserved
 
 router = APIRouter()
 
@@ -32,14 +37,18 @@ LIST_LIMIT_S = 10.0
     tag="Adapters",
     bodies=(LoadBody,),
     answer=adapter_objects.LoadedAdapter,
-    errors=(*BODY_REFUSED, 404, 409),
+    errors=(*BODY_REFUSED, 404, 409, 502, 504),
 )
 async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"The field 'lora_name' must differ from the model's name, {body.lora_name!r}.", "lora_name")
     try:
-        loaded = await service.client.load_adapter(body.lora_name, body.lora_path, bool(body.load_inplace))
+        with reserved(service.client.folder, body.lora_name):
+            path = await _fetched(body, service) if is_source(body.lora_path) else body.lora_path
+            loaded = await service.client.load_adapter(body.lora_name, path, bool(body.load_inplace))
+    except NameReserved:
+        raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:
         raise from_engine(error) from None
     return {
@@ -50,6 +59,22 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
         "matched": loaded.matched,
         "unmatched": loaded.unmatched,
     }
+
+
+async def _fetched(body: LoadBody, service: Service) -> str:
+    """The source of a body with the version that is in the cache folder now; ApiError."""
+    try:
+        source = AdapterSource.parse(body.lora_path)
+    except SourceError:
+        raise bad_request(f"The field 'lora_path' must be {SOURCE_RULE}.", "lora_path") from None
+    if not any(AdapterSource.parse_prefix(text).allows(source) for text in service.settings.engine.adapter_source):
+        raise ApiError(403, f"The server's --adapter-source does not allow {source}.", param="lora_path")
+    if not is_adapter_name(body.lora_name):
+        raise bad_request(f"The field 'lora_name' must be {ADAPTER_NAME_RULE}.", "lora_name")
+    try:
+        return str(await fetch(source))
+    except FetchError as error:
+        raise ApiError(error.status, str(error), param="lora_path") from None
 
 
 @router.post("/v1/unload_lora_adapter")

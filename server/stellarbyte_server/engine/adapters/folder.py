@@ -1,4 +1,4 @@
-"""Allowed sources of adapters: --adapter-dir and the paths of --lora-modules.
+"""Allowed places of adapters: --adapter-dir, the paths of --lora-modules, and what was fetched from --adapter-source.
 
 Paths are compared after resolving links, and a forbidden path gets the same error as an absent one. Functions that read
 files may wait for a disk or a network: never call them on the engine's thread.
@@ -11,6 +11,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
+from stellarbyte_server.config.adapter_source import folder_name, is_source
 from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles
 
@@ -28,11 +29,13 @@ class AdapterFolder:
     Args:
         folder: --adapter-dir.
         modules: --lora-modules, name → path.
+        fetched: the cache folder of adapters of other hosts; None: there may be none.
     """
 
-    def __init__(self, folder: str | None, modules: Mapping[str, str]) -> None:
+    def __init__(self, folder: str | None, modules: Mapping[str, str], fetched: Path | None = None) -> None:
         self._folder = None if folder is None else Path(folder).resolve()
         self._modules = {name: Path(path).resolve() for name, path in modules.items()}
+        self._fetched = None if fetched is None else fetched.resolve()
 
     def module(self, name: str) -> AdapterFiles | None:
         """The files of an adapter of --lora-modules; None if absent."""
@@ -62,13 +65,25 @@ class AdapterFolder:
         return [(name, files) for name in names if (files := self.offered(name)) is not None]
 
     def at(self, path: str) -> AdapterFiles | None:
-        """The files at a path inside --adapter-dir, or at exactly a module's path; None if absent."""
+        """The files at a path inside --adapter-dir, or at exactly a module's path; None if absent.
+
+        A source on another host, with its version, has them if the HTTP process fetched it, which also checks
+        whether it is allowed.
+        """
+        if is_source(path):
+            return self._of_source(path)
         if (files := self._inside(path, or_pickle=True)) is not None:
             return files
         for root in self._modules.values():
             if path == str(root):
                 return _files(root, root, asked=path, shown=root.name, or_pickle=True)
         return None
+
+    def _of_source(self, source: str) -> AdapterFiles | None:
+        if self._fetched is None:
+            return None
+        root = self._fetched / folder_name(source)
+        return _files(root, root, asked=source, shown=source, or_pickle=False)
 
     def _inside(self, path: str, *, or_pickle: bool) -> AdapterFiles | None:
         """The files at `path`, relative to --adapter-dir or absolute, if they are inside it."""

@@ -17,6 +17,7 @@ from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.user_cache import adapter_cache
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
@@ -221,7 +222,8 @@ def _load_adapters(settings: EngineSettings, bank: LoraBank) -> Adapters:
     """
     if not settings.serves_adapters:
         return no_adapters()
-    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules))
+    fetched = adapter_cache() if settings.adapter_source else None
+    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules), fetched)
     max_in_memory = 4 * settings.max_loras if settings.max_cpu_loras is None else settings.max_cpu_loras
     store = AdapterStore(bank)
     adapters = Adapters(folder, store, num_slots=bank.num_slots, max_in_memory=max_in_memory)

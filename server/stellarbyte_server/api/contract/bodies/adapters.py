@@ -15,7 +15,10 @@ class LoadBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     lora_name: Text = required(_NAME)
-    lora_path: Text = required("A folder inside --adapter-dir, or the path of one of --lora-modules.")
+    lora_path: Text = required(
+        "A folder inside --adapter-dir, the path of one of --lora-modules, or what --adapter-source allows of"
+        " hf://ORG/NAME[@REVISION] and s3://BUCKET/PREFIX."
+    )
     load_inplace: bool | None = optional(
         "Replace an adapter of this name. Default: false, which refuses a name that is taken."
     )

@@ -1,7 +1,7 @@
 """These types are shared by fields of several bodies."""
 
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, to_json
@@ -56,7 +56,17 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterScale = Annotated[float, Field(ge=0, le=8)]
+AdapterId = Annotated[str, Field(min_length=1, max_length=256)]
 MaxTokens = Annotated[int, Field(ge=1, lt=2**63)]
+
+
+def _local(value: object) -> object:
+    if value is not None and value != "local":
+        raise wrong("it must be 'local'; adapters of other sources are loaded with /v1/load_lora_adapter")
+    return value
+
+
+AdapterSource = Annotated[Literal["local"] | None, BeforeValidator(_local)]
 
 
 def _stop_strings(value: object) -> tuple[str, ...] | None:

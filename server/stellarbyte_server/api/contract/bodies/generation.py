@@ -10,7 +10,9 @@ from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.fields import (
     MODEL,
     UNUSED,
+    AdapterId,
     AdapterScale,
+    AdapterSource,
     CacheSalt,
     MaxTokens,
     MinP,
@@ -136,6 +138,11 @@ class ModelFields(Body):
     adapter_scale: AdapterScale | None = optional(
         "How strongly the adapter acts, beside its own alpha / r. Default: 1."
     )
+    adapter_id: AdapterId | None = optional(
+        "LoRAX's field: an adapter in the place of 'model', which must then be the served model's name or the same"
+        " adapter. Default: none."
+    )
+    adapter_source: AdapterSource = optional("LoRAX's field: the server's own adapters are the only source.")
     user: str | None = optional(UNUSED)
 
 

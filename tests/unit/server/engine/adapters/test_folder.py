@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from stellarbyte_server.config.adapter_source import folder_name
 from stellarbyte_server.engine.adapters.folder import AdapterFolder, open_inside
 from tests.support.models.adapters import touch_adapter
 
@@ -29,6 +30,20 @@ def test_nothing_outside_the_allowed_folders_is_found(tmp_path: Path, path: str)
     os.mkfifo(inside / "pipe" / "adapter_model.safetensors")
     assert AdapterFolder(str(inside), {}).at(path) is None
     assert AdapterFolder(str(inside), {}).at(str(outside)) is None
+
+
+def test_a_source_is_found_where_it_was_fetched_to_and_only_by_its_whole_name(tmp_path: Path) -> None:
+    source = "hf://org/x@0123"
+    fetched = touch_adapter(tmp_path / "cache" / folder_name(source))
+    folder = AdapterFolder(None, {}, tmp_path / "cache")
+    found = folder.at(source)
+    assert found is not None and (found.config.parent, found.shown, found.asked) == (fetched, source, source)
+    for path in ("hf://org/x", "hf://org/x@012", fetched.name, str(fetched), f"hf://../cache/{fetched.name}"):
+        assert folder.at(path) is None
+    assert AdapterFolder(str(tmp_path), {}).at(source) is None
+    outside = touch_adapter(tmp_path / "outside")
+    (tmp_path / "cache" / folder_name("hf://org/y@1")).symlink_to(outside)
+    assert folder.at("hf://org/y@1") is None
 
 
 def test_links_within_and_modules_given_at_the_start_are_found(tmp_path: Path) -> None:
