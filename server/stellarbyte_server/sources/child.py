@@ -27,6 +27,8 @@ _ROOM = 2**20  # bytes that a file may be larger than allowed until writing it f
 
 def main() -> None:
     source, max_bytes, limit_s = AdapterSource.parse(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGALRM, _leave)
     signal.setitimer(signal.ITIMER_REAL, limit_s)  # the parent may have been killed
@@ -42,7 +44,8 @@ def main() -> None:
         outcome = NotFetched(502, str(error))
     except Exception as error:  # of the libraries; their messages may contain signed addresses
         outcome = NotFetched(502, f"The adapter {source} cannot be fetched ({type(error).__name__}).")
-    sys.stdout.buffer.write(msgspec.json.encode(outcome) + b"\n")
+    with answer:
+        answer.write(msgspec.json.encode(outcome) + b"\n")
 
 
 def fetch_into_cache(source: AdapterSource, max_bytes: int) -> AdapterSource:

@@ -15,6 +15,9 @@ class NameReserved(Exception):
 @contextmanager
 def reserved(folder: Path, name: str) -> Iterator[None]:
     """Reserve a name by a lock in a folder of the server; NameReserved. The lock ends with its process."""
+    if not folder.is_dir():  # the engine has ended, as the load will find
+        yield
+        return
     lock = FileLock(folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock", thread_local=False)
     try:
         lock.acquire(timeout=0)
