@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from stellarbyte.checkpoint.source import resolve_model
 from tests.support.models.references import Reference, transformers_answers
 from tests.support.servers.fake_engine import make_model_folder
-from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running
+from tests.support.servers.reasoning_server import make_model_folder as make_thinker_folder
+from tests.support.servers.server_process import FAKE, REAL, REASONING, ServerProcess, running
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,14 @@ def fake_server(fake_model: str, tmp_path_factory: pytest.TempPathFactory) -> It
     stored = ["--data-dir", str(tmp_path_factory.mktemp("stored")), "--max-file-bytes", "1000000"]
     bounds = ["--max-body-bytes", "100000", *stored]
     with running(FAKE, "--model", fake_model, *bounds, "--allow-local-admin") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reasoning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The model `thinker`, which repeats the last message, marks of reasoning included."""
+    folder = make_thinker_folder(tmp_path_factory.mktemp("models") / "thinker")
+    with running(REASONING, "--model", str(folder), limit_s=180) as server:
         yield server
 
 

@@ -64,7 +64,7 @@ def _items(events: Sequence[Event]) -> Iterator[Event]:
         assert {event["output_index"] for event in events[start:end]} == {index}
         assert {event["item_id"] for event in filling} == {item["id"]} == {added["item"]["id"]}
         assert added["item"]["status"] == "in_progress"
-        (_check_text if item["type"] == "message" else _check_call)(added["item"], filling, item)
+        _CHECKS[item["type"]](added["item"], filling, item)
         yield item
 
 
@@ -85,3 +85,17 @@ def _check_call(begun: Event, filling: Sequence[Event], item: Event) -> None:
     assert {delta["type"] for delta in deltas} <= {"response.function_call_arguments.delta"}
     assert "".join(delta["delta"] for delta in deltas) == done["arguments"] == item["arguments"]
     assert done["type"] == "response.function_call_arguments.done" and done["name"] == item["name"]
+
+
+def _check_reasoning(begun: Event, filling: Sequence[Event], item: Event) -> None:
+    part_added, *deltas, text_done, part_done = filling
+    (part,) = item["content"]
+    assert begun["content"] == [] == item["summary"] and part_added["type"] == "response.content_part.added"
+    assert part_added["part"] == {"type": "reasoning_text", "text": ""}
+    assert {delta["type"] for delta in deltas} == {"response.reasoning_text.delta"}
+    assert "".join(delta["delta"] for delta in deltas) == text_done["text"] == part["text"]
+    assert text_done["type"] == "response.reasoning_text.done"
+    assert part_done["type"] == "response.content_part.done" and part_done["part"] == part
+
+
+_CHECKS = {"message": _check_text, "function_call": _check_call, "reasoning": _check_reasoning}

@@ -221,7 +221,7 @@ def test_fields_that_clients_add_are_ignored_and_named(client) -> None:
         betas=["context-management-2025-06-27"],
         context_management={"edits": []},
     )
-    assert answer.headers["x-ignored-fields"].split(", ") == ["context_management", "mood"]
+    assert answer.headers["x-ignored-fields"].split(", ") == ["context_management", "mood", "thinking"]
     assert answer.headers["request-id"] == answer.headers["x-request-id"]
     assert "x-ignored-fields" not in client.messages.with_raw_response.create(**fields(max_tokens=1)).headers
 

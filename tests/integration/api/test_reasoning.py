@@ -1,8 +1,6 @@
 """Reasoning over HTTP: the server before an engine core whose model repeats the last message, marks included."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,23 +10,15 @@ from openai import OpenAI
 from tests.support.engines.reasoning_engine import END_MARK, START
 from tests.support.openai_client import strict_client
 from tests.support.over_http import assert_error
-from tests.support.servers.reasoning_server import make_model_folder
-from tests.support.servers.server_process import ServerProcess, running
+from tests.support.servers.server_process import ServerProcess
 
-SERVER = "tests.support.servers.reasoning_server"
 MODEL = "thinker"
 THOUGHT = "<think>\nHm, ok.\n</think>\n\nYes."
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_folder(tmp_path_factory.mktemp("models") / MODEL)
-
-
-@pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[ServerProcess]:
-    with running(SERVER, "--model", str(folder), limit_s=180) as server:
-        yield server
+def server(reasoning_server: ServerProcess) -> ServerProcess:
+    return reasoning_server
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +182,6 @@ def test_a_model_without_marks_takes_an_effort_and_no_bound(fake_server):
     assert "completion_tokens_details" not in answer.json()["usage"]
     assert "X-Ignored-Fields" not in httpx.post(url, json=body | {"reasoning_effort": "none"}, timeout=30).headers
     assert_error(httpx.post(url, json=body | {"max_reasoning_tokens": 5}), 400, "max_reasoning_tokens")
-
-
-def test_a_response_has_no_reasoning_in_its_text_and_counts_it(server):
-    answer = post(server, path="/v1/responses", messages=None, input=THOUGHT).json()
-    assert [part["text"] for item in answer["output"] if item["type"] == "message" for part in item["content"]] == [
-        "Yes."
-    ]
-    assert answer["usage"]["output_tokens_details"] == {"reasoning_tokens": 9}
 
 
 def test_completions_are_as_they_were(server):

@@ -17,6 +17,7 @@ import httpx
 ROOT = Path(__file__).parents[3]
 FAKE = "tests.support.servers.fake_server"  # the real HTTP process in front of the fake engine
 FAKE_MODEL = "fake"  # the name of the fake engine's model
+REASONING = "tests.support.servers.reasoning_server"
 REAL = "stellarbyte_server"
 NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 

@@ -16,8 +16,18 @@ from stellarbyte_server.api.answers.tool_parser import CallStart, Content
 from stellarbyte_server.observe.record import TokenCount
 from stellarbyte_server.protocol.messages import Delta
 
-Kind = Literal["text", "tool_use"]
-_DELTAS = {"text": ("text_delta", "text"), "tool_use": ("input_json_delta", "partial_json")}
+Kind = Literal["thinking", "text", "tool_use"]
+_DELTAS = {
+    "thinking": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+_EMPTY: dict[Kind, dict[str, Any]] = {
+    "thinking": {"thinking": "", "signature": ""},
+    "text": {"text": ""},
+    "tool_use": {"input": {}},
+}
+SIGNATURE = "c3RlbGxhcmJ5dGU="  # of all thinking, which is not checked: clients do not send back what has none
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
@@ -27,25 +37,35 @@ class BlockStart(NamedTuple):
 
 
 class BlockText(NamedTuple):
-    """A part of the open block: of its text, or of its input's JSON."""
+    """A part of the open block: of its thinking, of its text, or of its input's JSON."""
 
     text: str
+
+
+class BlockSignature(NamedTuple):
+    """The open block is thinking, and nearly whole."""
 
 
 class BlockStop(NamedTuple):
     """The open block is whole."""
 
 
-Step = BlockStart | BlockText | BlockStop
+Step = BlockStart | BlockText | BlockSignature | BlockStop
 
 
 class BlockReader:
     """Divides the fragments of an answer into content blocks, of which one at most is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, omits_thinking: bool = False) -> None:
         self._open: Kind | None = None
+        self._omits_thinking = omits_thinking  # blocks of thinking have no text
 
     def read(self, fragment: Fragment) -> Iterator[Step]:
+        if fragment.reasoning:
+            if self._open != "thinking":
+                yield from self._begin("thinking", {})
+            if not self._omits_thinking:
+                yield BlockText(fragment.reasoning)
         pieces = fragment.pieces or ([Content(fragment.text)] if fragment.text else [])
         for piece in pieces:
             if isinstance(piece, CallStart):
@@ -58,6 +78,8 @@ class BlockReader:
                 yield BlockText(piece.text)
 
     def end(self) -> Iterator[Step]:
+        if self._open == "thinking":
+            yield BlockSignature()
         if self._open is not None:
             yield BlockStop()
             self._open = None
@@ -78,9 +100,11 @@ def whole_blocks(steps: Iterable[Step]) -> list[dict[str, Any]]:
             texts = []
         elif isinstance(step, BlockText):
             texts.append(step.text)
+        elif isinstance(step, BlockSignature):
+            blocks[-1] |= {"thinking": "".join(texts), "signature": SIGNATURE}
         elif blocks[-1]["type"] == "tool_use":
             blocks[-1]["input"] = _arguments("".join(texts))
-        else:
+        elif blocks[-1]["type"] == "text":
             blocks[-1]["text"] = "".join(texts)
     return blocks
 
@@ -102,11 +126,15 @@ class MessageWriter:
     model: str
     tokens: TokenCount
     ends_with_context: bool  # at its most tokens the context is full
-    _reader: BlockReader = field(default_factory=BlockReader)
+    omits_thinking: bool = False
+    _reader: BlockReader = field(init=False)
     _num_blocks: int = 0
     _kind: str = ""  # of the open block
     _stop_reason: str | None = None
     _stop_sequence: str | None = None
+
+    def __post_init__(self) -> None:
+        self._reader = BlockReader(omits_thinking=self.omits_thinking)
 
     def steps(self, fragment: Fragment, delta: Delta) -> list[Step]:
         """What a fragment, read of a delta, adds to the content."""
@@ -150,24 +178,28 @@ class MessageWriter:
         if isinstance(step, BlockStart):
             self._num_blocks += 1
             self._kind = step.kind
-            empty: dict[str, Any] = {"text": ""} if step.kind == "text" else {"input": {}}
-            block = {"type": step.kind} | step.head | empty
+            block = {"type": step.kind} | step.head | _EMPTY[step.kind]
             return {"type": "content_block_start", "index": self._num_blocks - 1, "content_block": block}
         if isinstance(step, BlockText):
             kind, name = _DELTAS[self._kind]
             delta = {"type": kind, name: step.text}
+            return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
+        if isinstance(step, BlockSignature):
+            delta = {"type": "signature_delta", "signature": SIGNATURE}
             return {"type": "content_block_delta", "index": self._num_blocks - 1, "delta": delta}
         return {"type": "content_block_stop", "index": self._num_blocks - 1}
 
     def _usage(self) -> dict[str, Any]:
         """`input_tokens` are those that were not in the cache, as there."""
         tokens = self.tokens
-        usage = {
+        usage: dict[str, Any] = {
             "input_tokens": tokens.prompt - tokens.cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": tokens.cached,
             "output_tokens": tokens.completion,
         }
+        if tokens.reasoning is not None:
+            usage["output_tokens_details"] = {"thinking_tokens": tokens.reasoning}
         return usage | {"evicted_tokens": tokens.evicted} if tokens.evicted else usage
 
 

@@ -6,13 +6,11 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from stellarbyte_server.api.chat.tools import Toolbox
-from stellarbyte_server.api.contract.bodies.chat import Message, ReasoningEffort
+from stellarbyte_server.api.contract.bodies.chat import THINKING_SWITCHES, Message, ReasoningEffort
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.protocol.request import Reasoning
 
-# Switches of templates that make a model answer at once.
-_SWITCHES = ("enable_thinking", "thinking")
 _NUM_LAST_TOKENS = 64  # of a prompt: a mark and the white space after it
 
 
@@ -49,7 +47,7 @@ def template_variables(
     if effort is not None:
         of_effort: dict[str, Any] = {"reasoning_effort": effort}
         if effort == "none":
-            of_effort |= dict.fromkeys(_SWITCHES, False)
+            of_effort |= dict.fromkeys(THINKING_SWITCHES, False)
         read = {name: value for name, value in of_effort.items() if name in known}
         values = {**read, **values}
         if not read and (effort != "none" or service.reasoning is not None):

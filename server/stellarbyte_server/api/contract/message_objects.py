@@ -9,6 +9,12 @@ from stellarbyte_server.api.contract.objects import AnswerObject, Count, Left
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
+class AnswerThinkingBlock(AnswerObject):
+    type: Literal["thinking"]
+    thinking: str
+    signature: Annotated[str, Field(description="The same for all thinking; it is never checked.")]
+
+
 class AnswerTextBlock(AnswerObject):
     type: Literal["text"]
     text: str
@@ -23,7 +29,11 @@ class AnswerToolUseBlock(AnswerObject):
     ]
 
 
-AnswerBlock = AnswerTextBlock | AnswerToolUseBlock
+AnswerBlock = AnswerThinkingBlock | AnswerTextBlock | AnswerToolUseBlock
+
+
+class MessageTokenDetails(AnswerObject):
+    thinking_tokens: Count
 
 
 class MessageUsage(AnswerObject):
@@ -31,6 +41,7 @@ class MessageUsage(AnswerObject):
     cache_creation_input_tokens: Annotated[Literal[0], Field(description="The cache needs no request for it.")]
     cache_read_input_tokens: Annotated[Count, Field(description="Prompt tokens that were in the prefix cache.")]
     output_tokens: Count
+    output_tokens_details: Left[Annotated[MessageTokenDetails, Field(description="Of a model that thinks.")]]
     evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens that went out of sight: the context slid.")]]
 
 
@@ -88,7 +99,19 @@ class BlockStartEvent(AnswerObject):
     content_block: AnswerBlock
 
 
-class TextPart(AnswerObject):
+class ThinkingPart(AnswerObject):
+    type: Literal["thinking_delta"]
+    thinking: str
+
+
+class SignaturePart(AnswerObject):
+    """Before the end of a block of thinking."""
+
+    type: Literal["signature_delta"]
+    signature: str
+
+
+class AnswerTextPart(AnswerObject):
     type: Literal["text_delta"]
     text: str
 
@@ -101,7 +124,7 @@ class InputJsonPart(AnswerObject):
 class BlockDeltaEvent(AnswerObject):
     type: Literal["content_block_delta"]
     index: Count
-    delta: TextPart | InputJsonPart
+    delta: ThinkingPart | SignaturePart | AnswerTextPart | InputJsonPart
 
 
 class BlockStopEvent(AnswerObject):

@@ -33,7 +33,20 @@ class OutputFunctionCall(AnswerObject):
     arguments: Annotated[str, Field(description="JSON as the model wrote it.")]
 
 
-OutputItem = OutputMessage | OutputFunctionCall
+class ReasoningText(AnswerObject):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(AnswerObject):
+    id: str
+    type: Literal["reasoning"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    summary: _Nothing
+    content: list[ReasoningText]
+
+
+OutputItem = OutputReasoning | OutputMessage | OutputFunctionCall
 
 
 class InputTokensDetails(AnswerObject):
@@ -167,7 +180,7 @@ class ContentPartEvent(AnswerObject):
     item_id: str
     output_index: Count
     content_index: Count
-    part: OutputText
+    part: OutputText | ReasoningText
 
 
 class TextDeltaEvent(AnswerObject):
@@ -188,6 +201,24 @@ class TextDoneEvent(AnswerObject):
     content_index: Count
     text: str
     logprobs: list[TokenLogprob]
+
+
+class ReasoningDeltaEvent(AnswerObject):
+    type: Literal["response.reasoning_text.delta"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    content_index: Count
+    delta: str
+
+
+class ReasoningDoneEvent(AnswerObject):
+    type: Literal["response.reasoning_text.done"]
+    sequence_number: Count
+    item_id: str
+    output_index: Count
+    content_index: Count
+    text: str
 
 
 class ArgumentsDeltaEvent(AnswerObject):
@@ -224,6 +255,8 @@ class ResponseEvent(
         | ContentPartEvent
         | TextDeltaEvent
         | TextDoneEvent
+        | ReasoningDeltaEvent
+        | ReasoningDoneEvent
         | ArgumentsDeltaEvent
         | ArgumentsDoneEvent
         | ErrorEvent

@@ -1,6 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API. Runs as the chat that a request asks for."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,15 +19,16 @@ from stellarbyte_server.api.answers.messages import (
 from stellarbyte_server.api.answers.sse import DeltaStreamResponse, StreamForm, encode_json
 from stellarbyte_server.api.chat.plan import plan_chat
 from stellarbyte_server.api.chat.prompt import chat_encoder
+from stellarbyte_server.api.chat.reasoning import template_variables
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract import message_objects
-from stellarbyte_server.api.contract.bodies.anthropic.as_chat import as_chat
+from stellarbyte_server.api.contract.bodies.anthropic.as_chat import as_chat, without_effect
 from stellarbyte_server.api.contract.bodies.anthropic.messages import CountTokensBody, MessagesBody
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
 from stellarbyte_server.api.disconnect import unless_client_leaves
-from stellarbyte_server.api.generation import off_loop, off_loop_if_long, read_body
+from stellarbyte_server.api.generation import off_loop, off_loop_if_long, read_body, with_ignored
 from stellarbyte_server.api.key_rate import charge
 from stellarbyte_server.api.routes.tokenize import require_served
 from stellarbyte_server.api.service import Service, ServiceOfRequest
@@ -63,7 +64,9 @@ async def create_message(http: Request, service: ServiceOfRequest) -> Response:
             model=body.model,
             tokens=count_tokens(http, plan.requests),
             ends_with_context=plan.requests[0].sampling.max_tokens < body.max_tokens,
+            omits_thinking=body.thinking is not None and body.thinking.display == "omitted",
         )
+        headers = with_ignored(headers, _without_effect(body, plan.ignored, service))
         if not body.stream:
             steps = await unless_client_leaves(http.receive, _read(http, service, plan, writer))
             message = writer.message(whole_blocks(steps))
@@ -96,16 +99,25 @@ async def count_message_tokens(http: Request, service: ServiceOfRequest) -> Resp
     with _errors(in_terms):
         source = service.tokenizer.chat_template_source
         toolbox = Toolbox.of(chat.tools, chat.tool_choice, chat.parallel_tool_calls, source)
-        encode = chat_encoder(chat, service, toolbox)
+        variables = template_variables(chat.chat_template_kwargs, chat.reasoning_effort, service, toolbox)
+        encode = chat_encoder(chat, service, toolbox, variables.values)
         try:
             token_ids = await off_loop(http, service, encode, record_of(http).body_bytes)
         except (ChatTemplateError, UnembeddableTokenError) as error:
             raise bad_request(str(error), "messages") from None
+    headers = with_ignored(headers, _without_effect(body, variables.ignored, service))
     return Response(encode_json({"input_tokens": len(token_ids)}), media_type="application/json", headers=headers)
 
 
 async def _chat(http: Request, service: Service, body: CountTokensBody) -> tuple[ChatBody, InTerms]:
-    return await off_loop_if_long(http, service, partial(as_chat, body), record_of(http).body_bytes)
+    chat, in_terms = await off_loop_if_long(http, service, partial(as_chat, body), record_of(http).body_bytes)
+    if service.reasoning is None:  # clients send their budget whether the model thinks or not
+        chat = chat.model_copy(update={"max_reasoning_tokens": None})
+    return chat, in_terms
+
+
+def _without_effect(body: CountTokensBody, ignored: Sequence[str], service: Service) -> list[str]:
+    return without_effect(body, ignored, thinks=service.reasoning is not None)
 
 
 @contextmanager

@@ -44,8 +44,8 @@ router = APIRouter()
 async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ResponsesBody)
     _check(body)
-    headers = with_ignored(headers, body.without_effect)
     plan = await _plan(http, body, service)
+    headers = with_ignored(headers, [*plan.ignored, *body.without_effect])
     tokens = count_tokens(http, plan.requests)
     request = plan.requests[0]
     writer = ResponseWriter(request.request_id, response_fields(body, request), tokens)
@@ -78,7 +78,8 @@ async def _plan(http: Request, body: ResponsesBody, service: Service) -> AnswerP
         plan = await plan_chat(http, chat.body, service)
     except ApiError as error:
         raise chat.renamed(error) from None
-    return replace(plan, grammar_param=chat.name_of(plan.grammar_param))
+    ignored = tuple(str(chat.name_of(path)) for path in plan.ignored)
+    return replace(plan, grammar_param=chat.name_of(plan.grammar_param), ignored=ignored)
 
 
 async def _read(http: Request, service: Service, plan: AnswerPlan, writer: ResponseWriter, tokens: TokenCount) -> None:

@@ -56,6 +56,45 @@ class TextItem:
         }
 
 
+class ReasoningItem:
+    """The text of the reasoning."""
+
+    def __init__(self, response_id: str, index: int) -> None:
+        self._place = {"item_id": f"rs_{response_id}_{index}", "output_index": index, "content_index": 0}
+        self._texts: list[str] = []
+        self.status: Status = "in_progress"
+
+    def begin(self) -> list[Event]:
+        index, item = self._place["output_index"], self.shown() | {"content": []}
+        return [
+            {"type": "response.output_item.added", "output_index": index, "item": item},
+            {"type": "response.content_part.added", **self._place, "part": _reasoning_part("")},
+        ]
+
+    def add(self, text: str) -> Event:
+        self._texts.append(text)
+        return {"type": "response.reasoning_text.delta", **self._place, "delta": text}
+
+    def end(self, status: Status) -> list[Event]:
+        self.status = status
+        item = self.shown()
+        (part,) = item["content"]
+        return [
+            {"type": "response.reasoning_text.done", **self._place, "text": part["text"]},
+            {"type": "response.content_part.done", **self._place, "part": part},
+            {"type": "response.output_item.done", "output_index": self._place["output_index"], "item": item},
+        ]
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "id": self._place["item_id"],
+            "type": "reasoning",
+            "status": self.status,
+            "summary": [],
+            "content": [_reasoning_part("".join(self._texts))],
+        }
+
+
 class CallItem:
     """A call of a function."""
 
@@ -105,3 +144,7 @@ class CallItem:
 
 def _part(text: str, logprobs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+
+def _reasoning_part(text: str) -> dict[str, Any]:
+    return {"type": "reasoning_text", "text": text}

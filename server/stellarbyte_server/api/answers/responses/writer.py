@@ -1,7 +1,7 @@
 """A response is written from the fragments of its answer, whole or as events.
 
-Its output has an item for each stretch of text and for each call, in the order in which the model wrote them. What a
-model thinks before it answers would be an item before them.
+Its output has an item for each stretch of text and for each call, in the order in which the model wrote them, after an
+item for the reasoning.
 """
 
 import time
@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stellarbyte_server.api.answers.choices import Fragment
-from stellarbyte_server.api.answers.responses.items import CallItem, Event, TextItem
+from stellarbyte_server.api.answers.responses.items import CallItem, Event, ReasoningItem, TextItem
 from stellarbyte_server.api.answers.responses.logprobs import TextLogprobs
 from stellarbyte_server.api.answers.sse import encode_json
 from stellarbyte_server.api.answers.tool_parser import CallArguments, CallStart, Content
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.observe.record import TokenCount
+
+Item = ReasoningItem | TextItem | CallItem
 
 
 class ResponseWriter:
@@ -32,7 +34,7 @@ class ResponseWriter:
         self._status = "in_progress"
         self._error: dict[str, str] | None = None
         self._finish_reason: str | None = None
-        self._items: list[TextItem | CallItem] = []
+        self._items: list[Item] = []
         self._called = False
         self._logprobs = TextLogprobs()
         self._num_events = 0
@@ -44,11 +46,11 @@ class ResponseWriter:
     def add(self, fragment: Fragment) -> list[Event]:
         """Take the next fragment; the one with the finish reason is the last."""
         self._finish_reason = fragment.finish_reason
+        events = self._thought(fragment.reasoning) if fragment.reasoning else []
         entries = [] if fragment.logprobs is None else fragment.logprobs["content"]
         if fragment.pieces is None:
-            return self._text(fragment.text, entries) if fragment.text or entries else []
+            return [*events, *self._text(fragment.text, entries)] if fragment.text or entries else events
         self._logprobs.add(entries)
-        events: list[Event] = []
         for piece in fragment.pieces:
             if isinstance(piece, Content):
                 events += self._text(piece.text, [] if self._called else self._logprobs.take(piece.text))
@@ -114,6 +116,14 @@ class ResponseWriter:
             self._num_events += 1
             yield f"event: {event['type']}\n".encode() + b"data: " + encode_json(content) + b"\n\n"
 
+    def _thought(self, text: str) -> list[Event]:
+        events: list[Event] = []
+        if not self._items or not isinstance(self._items[-1], ReasoningItem):
+            events += self._next(ReasoningItem(self._id, len(self._items)))
+        item = self._items[-1]
+        assert isinstance(item, ReasoningItem)
+        return [*events, item.add(text)]
+
     def _text(self, text: str, logprobs: list[dict[str, Any]]) -> list[Event]:
         events: list[Event] = []
         if not self._items or not isinstance(self._items[-1], TextItem):
@@ -127,7 +137,7 @@ class ResponseWriter:
         assert isinstance(item, CallItem), "arguments follow the start of their call"
         return item.add(piece.text)
 
-    def _next(self, item: TextItem | CallItem) -> list[Event]:
+    def _next(self, item: Item) -> list[Event]:
         """Begin an item, which ends the one before it."""
         events = self._items[-1].end("completed") if self._items else []
         self._items.append(item)

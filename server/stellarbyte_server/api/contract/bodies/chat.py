@@ -134,11 +134,24 @@ class ResponseFormat(Body):
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES)]
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables of templates; false makes a model answer at once
 MESSAGES = "The chat so far, oldest message first."
 TOOLS = "Functions and custom tools that the model may call."
 
 
-class ChatBody(GenerationBody):
+class ReasoningFields(Body):
+    """What chats and responses share."""
+
+    chat_template_kwargs: TemplateArguments | None = optional(
+        "Variables for the chat template, such as enable_thinking; X-Ignored-Fields names those that it does not read."
+    )
+    include_reasoning: bool | None = optional("Show the reasoning's text. Its tokens count in any case. Default: true.")
+    max_reasoning_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
+        "Most tokens of the reasoning, which then ends and lets the answer begin. Default: no limit of its own."
+    )
+
+
+class ChatBody(GenerationBody, ReasoningFields):
     not_supported: ClassVar = unsupported.OF_CHATS
 
     max_tokens: MaxTokens | None = optional(
@@ -171,11 +184,4 @@ class ChatBody(GenerationBody):
     reasoning_effort: ReasoningEffort | None = optional(
         "How much to reason, for chat templates that read it; none also turns reasoning off where the template has a"
         " switch. Otherwise it has no effect, and X-Ignored-Fields names it."
-    )
-    chat_template_kwargs: TemplateArguments | None = optional(
-        "Variables for the chat template, such as enable_thinking; X-Ignored-Fields names those that it does not read."
-    )
-    include_reasoning: bool | None = optional("Show the reasoning's text. Its tokens count in any case. Default: true.")
-    max_reasoning_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
-        "Most tokens of the reasoning, which then ends and lets the answer begin. Default: no limit of its own."
     )

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from anthropic import NOT_GIVEN
 from anthropic.lib.streaming import MessageStream
-from anthropic.types import RawMessageStreamEvent
+from anthropic.types import Message, RawMessageStreamEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
-from stellarbyte_server.api.answers.messages import MessageWriter, message_ping, whole_blocks
+from stellarbyte_server.api.answers.messages import SIGNATURE, MessageWriter, message_ping, whole_blocks
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.contract.message_objects import AssistantMessage, MessageEvent
 from stellarbyte_server.api.structured.tool_formats import HERMES
@@ -26,8 +26,11 @@ EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 CALL = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
 
 
-def deltas(parts: list[str], **last: Any) -> list[Delta]:
-    made = [Delta(request_id="r", text=part, num_tokens=1) for part in parts]
+def deltas(parts: list[str], *, thoughts: tuple[str, ...] = (), **last: Any) -> list[Delta]:
+    made = [
+        Delta(request_id="r", text="", reasoning=thought, num_tokens=1, num_reasoning_tokens=1) for thought in thoughts
+    ]
+    made += [Delta(request_id="r", text=part, num_tokens=1) for part in parts]
     return [*made, Delta(request_id="r", text="", num_tokens=1, **{"finish_reason": "stop", "cached_tokens": 2} | last)]
 
 
@@ -41,7 +44,7 @@ def reader() -> ChoiceReader:
 
 
 def whole(parts: list[str], more: Any = None, **last: Any) -> dict[str, Any]:
-    tokens = TokenCount(5)
+    tokens = TokenCount(5, reasoning=0 if "thoughts" in last else None)
     writing, reading = writer(tokens, **more or {}), reader()
     steps = []
     for delta in deltas(parts, **last):
@@ -52,10 +55,10 @@ def whole(parts: list[str], more: Any = None, **last: Any) -> dict[str, Any]:
     return message
 
 
-def streamed(parts: list[str], **last: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def streamed(parts: list[str], more: Any = None, **last: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The events, and the message that the official client makes of them."""
-    tokens = TokenCount(5)
-    writing, reading = writer(tokens), reader()
+    tokens = TokenCount(5, reasoning=0 if "thoughts" in last else None)
+    writing, reading = writer(tokens, **more or {}), reader()
     text = writing.begin()
     for delta in deltas(parts, **last):
         tokens.add(delta, first_of_prompt=True)
@@ -152,6 +155,34 @@ def test_a_call_that_is_cut_off_has_what_there_is_of_its_input(text: str, expect
 def test_a_message_tells_why_it_ended(last: dict[str, Any], more: dict[str, Any], expected: tuple[Any, Any]) -> None:
     message = whole(["Hi"], more, **last)
     assert (message["stop_reason"], message["stop_sequence"]) == expected
+
+
+@pytest.mark.parametrize("omits", [False, True])
+@pytest.mark.parametrize("parts", [["Hi"], ["Now: ", CALL % '{"x": 1}'], [CALL % "{}"]])
+def test_thinking_is_a_block_before_the_others(parts: list[str], omits: bool) -> None:
+    more, thoughts = {"omits_thinking": omits}, ("Hm, ", CALL % "{}", ".")
+    message = whole(parts, more, thoughts=thoughts)
+    block = {"type": "thinking", "thinking": "" if omits else "".join(thoughts), "signature": SIGNATURE}
+    assert message["content"] == [block, *message["content"][1:]]
+    assert without_ids(message["content"][1:]) == without_ids(whole(parts)["content"])
+    assert message["usage"]["output_tokens_details"] == {"thinking_tokens": 3}
+    assert Message.model_validate(message).content[0].type == "thinking"
+    events, made = streamed(parts, more, thoughts=thoughts)
+    check_order(events)
+    assert without_ids(made["content"]) == without_ids(message["content"])
+    assert made["usage"] == message["usage"]
+    kinds = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
+    num_thoughts = 0 if omits else 3
+    assert kinds[: num_thoughts + 1] == ["thinking_delta"] * num_thoughts + ["signature_delta"]
+
+
+def test_an_answer_that_is_cut_in_its_thinking_is_nothing_else() -> None:
+    message = whole([], thoughts=("Hm",), finish_reason="length")
+    assert message["content"] == [{"type": "thinking", "thinking": "Hm", "signature": SIGNATURE}]
+    assert message["stop_reason"] == "max_tokens"
+    events, made = streamed([], thoughts=("Hm",), finish_reason="length")
+    check_order(events)
+    assert made["content"] == message["content"]
 
 
 def test_usage_divides_the_prompt_into_what_was_cached_and_what_was_not() -> None:

@@ -230,10 +230,12 @@ CARD = {
     "content_hash": "0" * 64,
 }
 
+THINKING = {"type": "thinking", "thinking": "hm", "signature": "x"}
+THOUGHT = {"output_tokens_details": {"thinking_tokens": 1}}
 VECTOR = {"object": "embedding", "index": 0, "embedding": [0.5]}
 
 
-ANSWER = {
+ANSWER: dict[str, Any] = {
     "id": "msg_1",
     "type": "message",
     "role": "assistant",
@@ -307,6 +309,7 @@ ANSWERS: list[tuple[type[BaseModel], dict[str, Any]]] = [
         {"object": "list", "data": [VECTOR], "model": MODEL, "usage": {"prompt_tokens": 1, "total_tokens": 1}},
     ),
     (message_objects.AssistantMessage, ANSWER),
+    (message_objects.AssistantMessage, ANSWER | {"content": [THINKING], "usage": ANSWER["usage"] | THOUGHT}),
     (message_objects.AssistantMessage, ANSWER | {"stop_reason": "stop_sequence", "stop_sequence": "END"}),
     (message_objects.MessageTokenCount, {"input_tokens": 3}),
     (message_objects.MessagesError, ApiError(429, "Too much.").anthropic_content("id")),

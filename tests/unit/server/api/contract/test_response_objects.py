@@ -66,10 +66,18 @@ RESPONSE = {
     "user": None,
 }
 
+THOUGHT = {
+    "id": "rs_1",
+    "type": "reasoning",
+    "status": "completed",
+    "summary": [],
+    "content": [{"type": "reasoning_text", "text": "hm"}],
+}
 ANSWERS: list[dict[str, Any]] = [
     RESPONSE,
     RESPONSE | {"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}},
     RESPONSE | {"output": [CALL_ITEM], "tools": [TOOL], "tool_choice": CHOICE},
+    RESPONSE | {"output": [THOUGHT, ITEM]},
     RESPONSE | {"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [CHOICE]}},
 ]
 
@@ -103,6 +111,10 @@ EVENTS: list[dict[str, Any]] = [
     PLACE | {"type": "response.content_part.added", "part": PART},
     PLACE | {"type": "response.output_text.delta", "delta": "h", "logprobs": [TOKEN]},
     PLACE | {"type": "response.output_text.done", "text": "hi", "logprobs": []},
+    {"type": "response.output_item.done", "output_index": 0, "item": THOUGHT},
+    PLACE | {"type": "response.content_part.done", "part": THOUGHT["content"][0]},
+    PLACE | {"type": "response.reasoning_text.delta", "delta": "h"},
+    PLACE | {"type": "response.reasoning_text.done", "text": "hm"},
     {"type": "response.incomplete", "response": RESPONSE | {"incomplete_details": {"reason": "max_output_tokens"}}},
     {
         "type": "response.failed",

@@ -1,7 +1,7 @@
 """An Anthropic request becomes the chat that answers it, and errors of that chat speak of the request again."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,12 @@ from stellarbyte_server.api.contract.bodies.anthropic.content import (
     Blocks,
     TextBlock,
     Texts,
+    ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
 )
 from stellarbyte_server.api.contract.bodies.anthropic.messages import CountTokensBody, MessagesBody, ToolUseChoice
-from stellarbyte_server.api.contract.bodies.chat import ChatBody
+from stellarbyte_server.api.contract.bodies.chat import THINKING_SWITCHES, ChatBody
 from stellarbyte_server.api.contract.bodies.generation import ModelFields
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_validation
 
@@ -28,6 +29,8 @@ _NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
     "tool_call_id": "tool_use_id",
     "tool_calls": "tool_use",
+    "reasoning_effort": "output_config.effort",
+    "max_reasoning_tokens": "thinking.budget_tokens",
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "stream", "context_overflow")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -42,12 +45,15 @@ class Turn:
 
     role: str
     place: str  # the field of the request that it is made of, or the first one
+    thoughts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     call_id: str | None = None  # that it is the result of
 
     def message(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": self.role, "content": None if self.is_only_calls else "\n".join(self.texts)}
+        if self.thoughts:
+            message["reasoning_content"] = "\n".join(self.thoughts)
         if self.calls:
             message["tool_calls"] = self.calls
         if self.call_id is not None:
@@ -60,7 +66,7 @@ class Turn:
 
 
 class Chat:
-    """The turns of a chat. Texts and calls of one role that follow each other are one turn."""
+    """The turns of a chat. Thoughts, texts and calls of one role that follow each other are one turn."""
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
@@ -69,14 +75,16 @@ class Chat:
         """A message of the request: its results come before its text, because they answer the turn before."""
         for i, block in enumerate(content):
             if isinstance(block, ToolResultBlock):
-                result = Turn("tool", f"{place}.content[{i}]", [_result(block)], call_id=block.tool_use_id)
+                result = Turn("tool", f"{place}.content[{i}]", texts=[_result(block)], call_id=block.tool_use_id)
                 self.turns.append(result)
         texts = [block.text for block in content if isinstance(block, TextBlock)]
         calls = [_call(block) for block in content if isinstance(block, ToolUseBlock)]
+        thoughts = [block.thinking for block in content if isinstance(block, ThinkingBlock) and block.thinking]
         if not texts and not calls and any(isinstance(block, ToolResultBlock) for block in content):
             return
         if not self.turns or self.turns[-1].role != role:
             self.turns.append(Turn(role, place))
+        self.turns[-1].thoughts += thoughts
         self.turns[-1].texts += texts
         self.turns[-1].calls += calls
 
@@ -111,7 +119,7 @@ def as_chat(body: CountTokensBody) -> tuple[ChatBody, Callable[[ApiError], ApiEr
     for i, message in enumerate(body.messages):
         chat.add(f"messages[{i}]", message.role, message.content)
     content = {name: getattr(body, name) for name in ModelFields.model_fields}
-    content |= _sampling(body) | _tools(body) | {"messages": [turn.message() for turn in chat.turns]}
+    content |= _sampling(body) | _tools(body) | _thinking(body) | {"messages": [turn.message() for turn in chat.turns]}
     if chat.turns[-1].role == "assistant":
         _check_prefill(body, chat.turns[-1])
         content["continue_final_message"] = True
@@ -131,6 +139,12 @@ def _check_prefill(body: CountTokensBody, last: Turn) -> None:
         raise bad_request(
             f"The calls in '{last.place}' have no results; give them in a message of the user.", last.place
         )
+    if last.thoughts and not last.texts:
+        raise bad_request(
+            f"'{last.place}' has only thinking, so the answer cannot go on from it; give a text, or a message of the"
+            " user after it.",
+            last.place,
+        )
     if body.output_config is not None and body.output_config.format is not None:
         raise bad_request(
             f"'output_config.format' cannot be combined with the begun answer in '{last.place}'.",
@@ -143,6 +157,25 @@ def _sampling(body: CountTokensBody) -> dict[str, Any]:
         return {}
     fields = {name: getattr(body, name) for name in _SAMPLING}
     return fields | {"max_tokens": body.max_tokens, "stop": body.stop_sequences}
+
+
+def _thinking(body: CountTokensBody) -> dict[str, Any]:
+    thinking = body.thinking
+    switch = None if thinking is None else thinking.switch
+    return {
+        "include_reasoning": thinking is not None and thinking.is_shown,
+        "max_reasoning_tokens": None if thinking is None else thinking.budget_tokens,
+        "chat_template_kwargs": None if switch is None else dict.fromkeys(THINKING_SWITCHES, switch),
+        "reasoning_effort": None if body.output_config is None else body.output_config.effort,
+    }
+
+
+def without_effect(body: CountTokensBody, ignored: Collection[str], *, thinks: bool) -> list[str]:
+    """Paths of fields that have none, given those of the chat; `thinks`: the model marks its reasoning."""
+    names = ["output_config.effort"] if "reasoning_effort" in ignored else []
+    switch = None if body.thinking is None else body.thinking.switch
+    is_read = any(f"chat_template_kwargs.{name}" not in ignored for name in THINKING_SWITCHES)
+    return names if switch is None or is_read or switch == thinks else ["thinking", *names]
 
 
 def _tools(body: CountTokensBody) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class ToolResultBlock(_BlockBase):
 
 class ThinkingBlock(LenientBody):
     type: Literal["thinking"] = required(_KIND)
-    thinking: str = required("What the model thought.")
+    thinking: str = required("What the model thought, for chat templates that show it.")
     signature: str | None = optional(UNUSED)
 
 

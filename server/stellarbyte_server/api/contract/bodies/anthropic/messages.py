@@ -86,9 +86,23 @@ class ToolUseChoice(LenientBody):
 class ThinkingConfig(LenientBody):
     """Without effect on a model that does not think."""
 
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"] = required("Whether the model thinks.")
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"] = required(
+        "Whether the model thinks, where its chat template has a switch; adaptive leaves that to the template. The"
+        " thinking is shown if the type is enabled or adaptive."
+    )
     budget_tokens: MaxTokens | None = optional("Most tokens of thinking; needed if the type is enabled.")
-    display: Literal["summarized", "omitted"] | None = optional("Whether the thinking is shown. Default: summarized.")
+    display: Literal["summarized", "omitted"] | None = optional(
+        "Whether blocks of thinking have its text, which is never summarized. Default: summarized, they have."
+    )
+
+    @property
+    def switch(self) -> bool | None:
+        """Whether to think; None: as the template does by itself."""
+        return None if self.type == "adaptive" else self.type == "enabled"
+
+    @property
+    def is_shown(self) -> bool:
+        return self.type in ("enabled", "adaptive")
 
     @model_validator(mode="after")
     def _has_its_budget(self) -> "ThinkingConfig":
@@ -104,6 +118,9 @@ class JsonFormat(LenientBody):
 
 class OutputConfig(LenientBody):
     format: JsonFormat | None = optional("What form the answer must have. Default: any text.")
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = optional(
+        "How much to think, for chat templates that read it. Otherwise it has no effect, and X-Ignored-Fields names it."
+    )
 
 
 class RequestMetadata(LenientBody):
@@ -123,7 +140,9 @@ class CountTokensBody(ModelFields):
         optional(TOOLS)
     )
     tool_choice: ToolUseChoice | None = optional("Which of the tools to call. Default: auto.")
-    thinking: ThinkingConfig | None = optional("Whether the model thinks before it answers. Default: as it does.")
+    thinking: ThinkingConfig | None = optional(
+        "Whether the model thinks before it answers. Default: as its template does by itself, and is not shown."
+    )
     output_config: OutputConfig | None = optional("What the answer must be.")
     cache_control: Cached = optional(CACHED)
 

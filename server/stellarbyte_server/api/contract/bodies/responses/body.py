@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from stellarbyte_server.api.contract.bodies import unsupported
 from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
-from stellarbyte_server.api.contract.bodies.chat import MAX_MESSAGES, STRICT, TOOLS
+from stellarbyte_server.api.contract.bodies.chat import MAX_MESSAGES, STRICT, TOOLS, ReasoningEffort, ReasoningFields
 from stellarbyte_server.api.contract.bodies.fields import MaxTokens, OrText, SchemaName, optional, required
 from stellarbyte_server.api.contract.bodies.generation import CommonFields, Penalty
 from stellarbyte_server.api.contract.bodies.responses.items import InputItem
@@ -58,8 +58,8 @@ class TextSettings(Body):
 class ReasoningOptions(Body):
     not_supported: ClassVar = unsupported.OF_REASONING
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = optional(
-        "How much to reason. Where it has no effect, X-Ignored-Fields names it."
+    effort: ReasoningEffort | None = optional(
+        "How much to reason, as a chat's reasoning_effort. Where it has no effect, X-Ignored-Fields names it."
     )
     summary: Literal["auto", "concise", "detailed"] | None = optional(
         "Never made: it has no effect, and X-Ignored-Fields names it."
@@ -71,7 +71,7 @@ class ResponseStreamOptions(Body):
     not_supported: ClassVar = unsupported.OF_RESPONSE_STREAMS
 
 
-class ResponsesBody(CommonFields):
+class ResponsesBody(CommonFields, ReasoningFields):
     not_supported: ClassVar = unsupported.OF_RESPONSES
 
     input: Annotated[
@@ -119,8 +119,8 @@ class ResponsesBody(CommonFields):
 
     @property
     def without_effect(self) -> list[str]:
-        """Paths of its fields that change nothing of the answer, though they could have been meant to."""
+        """Paths of its fields that change the answer of no model, though they could have been meant to."""
         if self.reasoning is None:
             return []
-        given = self.reasoning.model_dump(exclude_none=True, include={"effort", "summary", "generate_summary"})
-        return [f"reasoning.{name}" for name, value in given.items() if value != "none"]
+        given = self.reasoning.model_dump(exclude_none=True, include={"summary", "generate_summary"})
+        return [f"reasoning.{name}" for name in given]

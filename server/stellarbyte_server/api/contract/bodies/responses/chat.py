@@ -1,22 +1,22 @@
 """The chat that a request for a response asks for.
 
-Its items become messages: consecutive items of one answer are one message of the assistant, with its text and its
-calls. Errors name the chat's fields, and are renamed to those of the request.
+Its items become messages: consecutive items of one answer are one message of the assistant, with its reasoning, its
+text and its calls. Errors name the chat's fields, and are renamed to those of the request.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
-from stellarbyte_server.api.contract.bodies.chat import ChatBody, JsonSchema, Message, ResponseFormat
+from stellarbyte_server.api.contract.bodies.chat import ChatBody, JsonSchema, Message, ReasoningFields, ResponseFormat
 from stellarbyte_server.api.contract.bodies.generation import CommonFields
 from stellarbyte_server.api.contract.bodies.responses.body import ResponsesBody, TextFormat
 from stellarbyte_server.api.contract.bodies.responses.items import (
     FunctionCallItem,
     FunctionCallOutputItem,
+    InputItem,
     MessageItem,
     ReasoningItem,
 )
@@ -28,6 +28,7 @@ from stellarbyte_server.api.contract.bodies.tools import (
 )
 from stellarbyte_server.api.contract.errors import ApiError, from_validation
 
+_SAME = (*CommonFields.model_fields, *ReasoningFields.model_fields)
 # Fields of a chat under the names that they have here.
 _NAMES = {
     "messages": "input",
@@ -47,6 +48,7 @@ class _Turn:
     """A message of the chat, and the items that it is made of."""
 
     role: str
+    reasoning: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     call_id: str | None = None  # of a function's result
@@ -58,6 +60,7 @@ class _Turn:
             {
                 "role": self.role,
                 "content": "\n".join(self.texts) if self.texts else None,
+                "reasoning_content": "\n".join(self.reasoning) if self.reasoning else None,
                 "tool_calls": self.calls if self.calls else None,
                 "tool_call_id": self.call_id,
             }
@@ -74,11 +77,11 @@ class ResponseChat:
     @classmethod
     def of(cls, body: ResponsesBody) -> "ResponseChat":
         """ApiError when the fields do not fit each other."""
-        turns = list(_turns(body))
+        turns = _turns(body)
         try:
             chat = ChatBody.model_validate(
                 {
-                    **{name: getattr(body, name) for name in CommonFields.model_fields},
+                    **{name: getattr(body, name) for name in _SAME},
                     "messages": [turn.message() for turn in turns],
                     "max_completion_tokens": body.max_output_tokens,
                     "presence_penalty": body.presence_penalty,
@@ -117,33 +120,62 @@ class ResponseChat:
         return ApiError(error.status, message, param=name, code=error.code, headers=error.headers)
 
 
-def _turns(body: ResponsesBody) -> Iterator[_Turn]:
-    if body.instructions is not None:
-        yield _Turn(role="system", texts=[body.instructions], place=None)
-    answer: _Turn | None = None  # of the assistant, as far as it has come
-    for place, item in enumerate(body.input):
+class _Turns:
+    """The turns of a conversation. Reasoning belongs to the text or the call that follows it."""
+
+    def __init__(self, instructions: str | None) -> None:
+        self.turns: list[_Turn] = []
+        if instructions is not None:
+            self.turns.append(_Turn(role="system", texts=[instructions], place=None))
+        self._answer: _Turn | None = None  # the last turn, if it is the assistant's
+        self._reasoning: list[str] = []  # of no turn yet
+
+    def add(self, place: int, item: InputItem) -> None:
         if isinstance(item, ReasoningItem):
-            continue
-        if isinstance(item, FunctionCallItem):
-            answer = _Turn(role="assistant", place=place) if answer is None else answer
+            if item.text:
+                self._reasoning.append(item.text)
+        elif isinstance(item, FunctionCallItem):
+            answer = self._of_assistant(place, goes_on=True)
             function = FunctionCall(name=item.name, arguments=item.arguments)
             answer.calls.append(ToolCall(id=item.call_id, type="function", function=function))
             answer.call_places.append(place)
-            continue
-        if isinstance(item, MessageItem) and item.role == "assistant" and answer is not None and answer.calls:
-            answer.texts.append(item.text)
-            continue
-        if answer is not None:
-            yield answer
-            answer = None
-        if isinstance(item, FunctionCallOutputItem):
-            yield _Turn(role="tool", texts=[item.text], call_id=item.call_id, place=place)
-        elif item.role == "assistant":
-            answer = _Turn(role="assistant", texts=[item.text], place=place)
+        elif isinstance(item, MessageItem) and item.role == "assistant":
+            self._of_assistant(place, goes_on=self._has_called).texts.append(item.text)
         else:
-            yield _Turn(role=item.role, texts=[item.text], place=place)
-    if answer is not None:
-        yield answer
+            self.end_answer(place - 1)
+            self.turns.append(_turn_of_others(item, place))
+
+    def end_answer(self, place: int) -> None:
+        """No item after that place belongs to the answer; reasoning without an answer is a turn of its own."""
+        if self._reasoning:
+            self._of_assistant(place, goes_on=self._has_called)
+        self._answer = None
+
+    @property
+    def _has_called(self) -> bool:
+        return self._answer is not None and bool(self._answer.calls)
+
+    def _of_assistant(self, place: int, *, goes_on: bool) -> _Turn:
+        if self._answer is None or not goes_on:
+            self._answer = _Turn(role="assistant", place=place)
+            self.turns.append(self._answer)
+        self._answer.reasoning += self._reasoning
+        self._reasoning = []
+        return self._answer
+
+
+def _turn_of_others(item: MessageItem | FunctionCallOutputItem, place: int) -> _Turn:
+    if isinstance(item, FunctionCallOutputItem):
+        return _Turn(role="tool", texts=[item.text], call_id=item.call_id, place=place)
+    return _Turn(role=item.role, texts=[item.text], place=place)
+
+
+def _turns(body: ResponsesBody) -> list[_Turn]:
+    found = _Turns(body.instructions)
+    for place, item in enumerate(body.input):
+        found.add(place, item)
+    found.end_answer(len(body.input) - 1)
+    return found.turns
 
 
 def _tool(tool: ResponseTool) -> dict[str, Any]:

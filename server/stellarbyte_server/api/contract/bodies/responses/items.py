@@ -39,6 +39,11 @@ class RefusalPart(Item):
         return self.refusal
 
 
+class ReasoningPart(Item):
+    type: Literal["reasoning_text", "summary_text"] = required("Either is a text.")
+    text: str = required("The text.")
+
+
 def _known_part(value: object) -> object:
     kind = type_of(value)
     if kind is not None and kind not in (*_TEXTS, "refusal"):
@@ -105,9 +110,19 @@ class FunctionCallOutputItem(Item):
 
 
 class ReasoningItem(Item):
-    """What an answer's reasoning was; the model does not see it again."""
+    """An answer's reasoning, which goes back to the chat template."""
 
     type: Literal["reasoning"] = required("An earlier answer's reasoning.")
+    content: Annotated[list[ReasoningPart], AtMost(MAX_PARTS)] | None = optional(
+        "Its text, which chat templates get that show it. Parts are joined by newlines."
+    )
+    summary: Annotated[list[ReasoningPart], AtMost(MAX_PARTS)] | None = optional("Stands in where it has no content.")
+
+    @property
+    def text(self) -> str:
+        """It is empty where another server has encrypted it."""
+        parts = self.content if self.content else self.summary
+        return "\n".join(part.text for part in parts or ())
 
 
 def _known_item(value: object) -> object:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
@@ -19,7 +20,7 @@ from stellarbyte_server.observe.record import TokenCount
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 from tests.support.response_events import checked, events_of
-from tests.support.tools import by_name
+from tests.support.tools.offered import by_name
 
 
 def call(**arguments: Any) -> str:
@@ -74,6 +75,22 @@ def answered(deltas: Sequence[Delta], *, tools: bool = True, logprobs: bool = Fa
     stream += [response.encoded(response.add(reader.read(delta))) for delta in deltas]
     stream.append(response.encoded(response.end()))
     return response.response(), b"".join(stream).decode()
+
+
+def thinking(thought: str, text: str, chance: random.Random, reason: str = "stop") -> list[Delta]:
+    """The deltas of an answer after its reasoning, the end of which one delta may share with the answer's start."""
+    before, after = [*cut(thought, chance, "")], [*cut(text, chance, reason)]
+    deltas = [
+        Delta(request_id="r", text="", reasoning=delta.text, num_reasoning_tokens=delta.num_tokens, num_tokens=0)
+        for delta in before
+    ]
+    if text and chance.random() < 0.5:
+        last = deltas.pop()
+        shared = {"reasoning": last.reasoning, "num_reasoning_tokens": last.num_reasoning_tokens}
+        after[0] = msgspec.structs.replace(after[0], **shared)
+    elif not text:
+        return [*deltas[:-1], msgspec.structs.replace(deltas[-1], finish_reason=reason)]
+    return [*deltas, *after]
 
 
 def said(response: dict[str, Any]) -> list[tuple[str, str]]:
@@ -147,3 +164,36 @@ def test_a_response_that_fails_ends_with_the_error_and_itself(status: int, code:
     assert (failed["output"][0]["status"], said(failed)) == ("incomplete", [("message", "Hel")])
     for event in told:
         ResponseEvent.model_validate_json(json.dumps(event))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("text", "tools"), [(TEXT, True), ("Yes.", False)])
+def test_the_reasoning_is_an_item_before_the_others(seed: int, text: str, tools: bool) -> None:
+    thought = f"Hm: {call(city='Bonn')}"
+    response, stream = answered(thinking(thought, text, random.Random(seed)), tools=tools)
+    events = events_of(stream)
+    assert checked(events) == response
+    assert said(response) == [("reasoning", thought), *(ITEMS if tools else [("message", "Yes.")])]
+    for event in events:
+        ResponseEvent.model_validate_json(json.dumps(event))
+    Response.model_validate_json(json.dumps(response))
+    assert {item["status"] for item in response["output"]} == {"completed"}
+    assert response["output"][0]["id"].startswith("rs_")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("tools", [True, False])
+def test_an_answer_that_is_cut_in_its_reasoning_is_nothing_else(seed: int, tools: bool) -> None:
+    response, stream = answered(thinking("Hm, wh", "", random.Random(seed), "length"), tools=tools)
+    assert checked(events_of(stream)) == response
+    assert said(response) == [("reasoning", "Hm, wh")]
+    assert (response["status"], response["output"][0]["status"]) == ("incomplete", "incomplete")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_log_probabilities_are_of_the_text_and_not_of_the_reasoning(seed: int) -> None:
+    chance = random.Random(seed)
+    thought = Delta(request_id="r", text="", reasoning="Hm", num_reasoning_tokens=2, num_tokens=2)
+    response, _ = answered([thought, *cut(TEXT, chance, "stop", logprobs=True)], logprobs=True)
+    parts = [item["content"][0] for item in response["output"] if item["type"] == "message"]
+    assert [entry["token"] for entry in parts[0]["logprobs"]] == [*"Let me see: <tool>"]

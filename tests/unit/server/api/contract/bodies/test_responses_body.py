@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stellarbyte_server.api.contract.bodies.body import parse_body
-from stellarbyte_server.api.contract.bodies.chat import MAX_MESSAGES
+from stellarbyte_server.api.contract.bodies.chat import MAX_MESSAGES, MAX_PARTS
 from stellarbyte_server.api.contract.bodies.responses.body import ResponsesBody
 from stellarbyte_server.api.contract.bodies.responses.chat import ResponseChat
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
@@ -92,7 +92,7 @@ def test_a_wrong_field_is_named_by_its_path(fields: dict[str, Any], param: str) 
 EVERYTHING = {
     "input": [
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Let me look."}]},
-        {"type": "reasoning"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "hm"}], "summary": []},
         CALL,
         RESULT | {"output": [{"type": "input_text", "text": "a cat"}]},
     ],
@@ -101,6 +101,9 @@ EVERYTHING = {
     "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]},
     "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}},
     "reasoning": {"effort": "low"},
+    "max_reasoning_tokens": 9,
+    "include_reasoning": True,
+    "chat_template_kwargs": {"enable_thinking": True},
     "include": ["message.output_text.logprobs"],
 }
 VALUES: list[Any] = [
@@ -159,7 +162,7 @@ def test_what_asks_for_nothing_is_fine() -> None:
         ({}, []),
         ({"effort": None, "summary": None}, []),
         ({"effort": "none", "context": "auto", "mode": "standard"}, []),
-        ({"effort": "high", "summary": "auto"}, ["reasoning.effort", "reasoning.summary"]),
+        ({"effort": "high", "summary": "auto"}, ["reasoning.summary"]),
         ({"generate_summary": "concise"}, ["reasoning.generate_summary"]),
     ],
 )
@@ -209,6 +212,75 @@ def test_an_answers_items_are_taken_as_they_came() -> None:
     assert found == messages(USER, {"role": "assistant", "content": "Let me look."}, CALL, RESULT)
 
 
+def thought(*texts: str, **more: Any) -> dict[str, Any]:
+    return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text} for text in texts]} | more
+
+
+SAID = {"role": "assistant", "content": "Hi."}
+AT = '{"at": 1}'
+TOOL_CALLS = [tool_call("c1", "look", AT)]
+CALLED = {"role": "assistant", "tool_calls": TOOL_CALLS}
+SEEN = {"role": "tool", "content": "a cat", "tool_call_id": "c1"}
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([thought("a", "b"), SAID], [SAID | {"reasoning_content": "a\nb"}]),
+        ([thought("a"), CALL, RESULT], [CALLED | {"reasoning_content": "a"}, SEEN]),
+        ([thought("a"), SAID, CALL, RESULT], [CALLED | SAID | {"reasoning_content": "a"}, SEEN]),
+        ([SAID, thought("a"), CALL, RESULT], [CALLED | SAID | {"reasoning_content": "a"}, SEEN]),
+        (
+            [thought("a"), CALL, thought("b"), CALL | {"call_id": "c2"}, RESULT, RESULT | {"call_id": "c2"}],
+            [
+                CALLED | {"reasoning_content": "a\nb", "tool_calls": [*TOOL_CALLS, tool_call("c2", "look", AT)]},
+                SEEN,
+                SEEN | {"tool_call_id": "c2"},
+            ],
+        ),
+        (
+            [thought("a"), CALL, RESULT, thought("b"), SAID],
+            [CALLED | {"reasoning_content": "a"}, SEEN, SAID | {"reasoning_content": "b"}],
+        ),
+        ([SAID, thought("a"), SAID], [SAID, SAID | {"reasoning_content": "a"}]),
+        ([thought("a"), USER], [{"role": "assistant", "reasoning_content": "a"}, USER]),
+        ([SAID, thought("a")], [SAID, {"role": "assistant", "reasoning_content": "a"}]),
+        ([thought(summary=[{"type": "summary_text", "text": "s"}]), SAID], [SAID | {"reasoning_content": "s"}]),
+        ([thought("a", summary=[{"type": "summary_text", "text": "s"}]), SAID], [SAID | {"reasoning_content": "a"}]),
+        ([thought(), USER], [USER]),
+    ],
+)
+def test_reasoning_goes_back_with_what_followed_it(items: list[Any], expected: list[Any]) -> None:
+    assert messages(USER, *items)[1:] == expected
+
+
+def test_errors_of_reasoning_alone_name_its_item() -> None:
+    chat = chat_of(input=[USER, thought("a"), USER])
+    assert [chat.name_of(f"messages[{i}]") for i in range(3)] == ["input[0]", "input[1]", "input[2]"]
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        ("hm", "input[0].content"),
+        ([{"type": "reasoning_text"}], "input[0].content[0].text"),
+        ([{"type": "image", "text": "a"}], "input[0].content[0].type"),
+        ([{"type": "reasoning_text", "text": "a"}] * (MAX_PARTS + 1), "input[0].content"),
+    ],
+)
+def test_reasoning_of_another_form_is_refused_by_name(content: Any, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parsed(input=[{"type": "reasoning", "content": content}, USER])
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_fields_of_reasoning_are_those_of_the_chat() -> None:
+    fields = {"max_reasoning_tokens": 7, "include_reasoning": False, "chat_template_kwargs": {"mood": 1}}
+    body = chat_of(**fields, reasoning={"effort": "low"}).body
+    assert {name: getattr(body, name) for name in fields} == fields
+    assert body.reasoning_effort == "low"
+
+
 def test_a_refusal_is_a_text_of_the_assistant() -> None:
     parts = [{"type": "refusal", "refusal": "No."}, {"type": "output_text", "text": "Sorry."}]
     assert messages({"role": "assistant", "content": parts}) == [{"role": "assistant", "content": "No.\nSorry."}]
@@ -242,6 +314,8 @@ def test_every_choice_is_one_of_the_chat(choice: Any) -> None:
         ("messages[3].tool_call_id", "input[5].call_id"),
         ("max_tokens", "max_output_tokens"),
         ("response_format", "text.format"),
+        ("reasoning_effort", "reasoning.effort"),
+        ("max_reasoning_tokens", "max_reasoning_tokens"),
         ("tools[0].function.name", "tools[0].name"),
         ("temperature", "temperature"),
         (None, None),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stellarbyte_server.api.chat.tools import Toolbox
-from stellarbyte_server.api.contract.bodies.anthropic.as_chat import as_chat
+from stellarbyte_server.api.contract.bodies.anthropic.as_chat import as_chat, without_effect
 from stellarbyte_server.api.contract.bodies.anthropic.messages import CountTokensBody, MessagesBody
 from stellarbyte_server.api.contract.bodies.body import parse_body
 from stellarbyte_server.api.contract.bodies.chat import MAX_MESSAGES, ChatBody
@@ -123,6 +123,81 @@ def test_messages_become_turns_of_a_chat(fields: dict[str, Any], expected: list[
     found = turns(**fields)
     assert all(turn is None or turn == got for turn, got in zip(expected, found, strict=False))
     assert len(found) >= len(expected)
+
+
+def thinking(value: str) -> dict[str, Any]:
+    return {"type": "thinking", "thinking": value, "signature": "x"}
+
+
+def test_thinking_goes_back_as_the_turns_reasoning() -> None:
+    found = chat(
+        messages=[
+            user(text("q")),
+            assistant(thinking("a"), {"type": "redacted_thinking", "data": "x"}, call()),
+            user(result()),
+            assistant(thinking("b"), text("t"), thinking("c")),
+            user(text("r")),
+            assistant(thinking("")),
+            user(text("s")),
+        ]
+    ).messages
+    assert [message.reasoning_content for message in found] == [None, "a", None, "b\nc", None, None, None]
+    assert [message.content for message in found] == ["q", None, "r", "t", "r", "", "s"]
+
+
+def test_an_answer_cannot_go_on_from_thinking_alone() -> None:
+    error = refusal(messages=[user(text("q")), assistant(thinking("a"))])
+    assert error.param == "messages[1]" and "has only thinking" in str(error)
+    assert chat(messages=[user(text("q")), assistant(thinking("a"), text("b"))]).continue_final_message
+
+
+SWITCHED_ON, SWITCHED_OFF = ({"enable_thinking": value, "thinking": value} for value in (True, False))
+
+
+@pytest.mark.parametrize(
+    ("config", "variables", "most", "is_shown"),
+    [
+        (None, None, None, False),
+        ({"type": "enabled", "budget_tokens": 9}, SWITCHED_ON, 9, True),
+        ({"type": "enabled", "budget_tokens": 9, "display": "omitted"}, SWITCHED_ON, 9, True),
+        ({"type": "adaptive"}, None, None, True),
+        ({"type": "disabled"}, SWITCHED_OFF, None, False),
+        ({"type": "between_tools"}, SWITCHED_OFF, None, False),
+    ],
+)
+def test_thinking_is_the_reasoning_of_the_chat(config: Any, variables: Any, most: int | None, is_shown: bool) -> None:
+    found = chat(thinking=config)
+    assert (found.chat_template_kwargs, found.max_reasoning_tokens) == (variables, most)
+    assert found.include_reasoning is is_shown
+
+
+def test_the_effort_is_that_of_the_chat() -> None:
+    assert chat(output_config={"effort": "xhigh"}).reasoning_effort == "xhigh"
+    assert refusal(output_config={"effort": "huge"}).param == "output_config.effort"
+    _, in_terms = as_chat(parsed()[0])
+    assert in_terms(bad_request("See 'reasoning_effort'.", "reasoning_effort")).param == "output_config.effort"
+    assert in_terms(bad_request("x", "max_reasoning_tokens")).param == "thinking.budget_tokens"
+
+
+KWARGS = ("chat_template_kwargs.enable_thinking", "chat_template_kwargs.thinking")
+
+
+@pytest.mark.parametrize(
+    ("kind", "ignored", "thinks", "expected"),
+    [
+        (None, ("reasoning_effort",), True, ["output_config.effort"]),
+        ("enabled", KWARGS, False, ["thinking"]),
+        ("enabled", KWARGS, True, []),  # it thinks by itself
+        ("enabled", KWARGS[1:], False, []),  # the template has a switch
+        ("disabled", KWARGS, True, ["thinking"]),
+        ("disabled", KWARGS[:1], True, []),
+        ("disabled", (*KWARGS, "reasoning_effort"), False, ["output_config.effort"]),
+        ("adaptive", (), False, []),
+    ],
+)
+def test_what_changes_nothing_is_named(kind: str | None, ignored: Any, thinks: bool, expected: list[str]) -> None:
+    body, _ = parsed(thinking=None if kind is None else {"type": kind, "budget_tokens": 1})
+    assert without_effect(body, ignored, thinks=thinks) == expected
 
 
 def test_turns_of_one_role_are_joined_in_a_time_that_grows_with_their_length() -> None:
