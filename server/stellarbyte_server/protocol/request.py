@@ -111,4 +111,6 @@ def adapter_loading(name: str) -> RequestRejected:
 
 
 def model_not_found(name: str | AdapterReference) -> RequestRejected:
-    return RequestRejected(f"The model {str(name)!r:.200} does not exist; GET /v1/models lists those that do.", MODEL_NOT_FOUND, "model")
+    return RequestRejected(
+        f"The model {str(name)!r:.200} does not exist; GET /v1/models lists those that do.", MODEL_NOT_FOUND, "model"
+    )
