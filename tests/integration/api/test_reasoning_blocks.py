@@ -197,5 +197,5 @@ def test_a_model_that_does_not_think_says_what_had_no_effect(fake_server):
     assert answer.status_code == 200
     assert answer.headers["X-Ignored-Fields"] == "thinking, output_config.effort"
     assert "output_tokens_details" not in answer.json()["usage"]
-    off = body | {"thinking": {"type": "disabled"}}
+    off = body | {"thinking": {"type": "disabled"}, "output_config": {}}
     assert "X-Ignored-Fields" not in httpx.post(f"{fake_server.url}/v1/messages", json=off, timeout=60).headers
