@@ -20,6 +20,7 @@ from tests.support.servers.server_process import FAKE_MODEL
 
 CITY = {"enum": ["Paris", "London"]}
 PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False}
+STRICT_FORMAT = {"type": "json_schema", "name": "a", "strict": True}
 TOOL = {"type": "function", "name": "get_weather", "description": "The weather.", "parameters": PARAMETERS}
 TIME = {"type": "function", "name": "get_time", "parameters": PARAMETERS, "strict": True}
 CALL = {"type": "function_call", "call_id": "c", "name": "get_weather", "arguments": "{}"}
@@ -73,14 +74,14 @@ def test_text_and_calls_are_items_streamed_or_not(fake_server: Any, max_tokens: 
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"tools": [TOOL, TOOL]}, "tools[1].name"),
         ({"tools": [TOOL | {"parameters": {"type": "string"}}]}, "tools[0].parameters"),
-        ({"tools": [TOOL | {"parameters": {"type": "object", "not": {}}}]}, "tools[0].parameters"),
+        ({"tools": [TOOL | {"strict": True, "parameters": {"type": "object", "not": {}}}]}, "tools[0].parameters"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "get_time"}}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
         ({"instructions": "Ask.", "input": [RESULT]}, "input[0]"),
         ({"instructions": "Ask.", "input": [CALL, RESULT, RESULT]}, "input[2].call_id"),
         ({"input": [{"role": "user", "content": "hi"}, CALL, {"role": "user", "content": "hi"}]}, "input[1]"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}}, "text.format"),
+        ({"text": {"format": STRICT_FORMAT | {"schema": {"not": {}}}}}, "text.format"),
     ],
 )
 def test_errors_name_the_field_as_it_was_sent(fake_server: Any, fields: dict[str, Any], param: str) -> None:

@@ -198,6 +198,5 @@ def _response_format(wanted: TextFormat | None) -> ResponseFormat | None:
     if wanted is None or wanted.type != "json_schema":
         return None if wanted is None else ResponseFormat(type=wanted.type)
     schema: Schema = {} if wanted.schema_ is None else wanted.schema_
-    return ResponseFormat(
-        type="json_schema", json_schema=JsonSchema.model_validate({"name": wanted.name, "schema": schema})
-    )
+    described = {"name": wanted.name, "schema": schema, "strict": wanted.strict}
+    return ResponseFormat(type="json_schema", json_schema=JsonSchema.model_validate(described))
