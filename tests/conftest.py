@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import certifi
+import hypothesis
 import pytest
 import torch
 
 # An ignored SIGINT, as of `nohup` and some CI runners, is inherited: Ctrl-C would not reach what tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests never time things, and Hypothesis' deadline would.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)

@@ -81,7 +81,7 @@ def test_window_and_numbers_of_the_config(source: Path, tmp_path: Path):
     config = make_plan(file).config
     assert config.windows == (8, 8, 8)
     assert config.rms_norm_eps == 1e-6
-    assert (config.bos_token_id, config.eos_token_id, config.use_xpos) == (0, 2, False)
+    assert (config.bos_token_id, config.eos_token_id, config.use_xpos) == (0, [2, 0], False)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -106,7 +106,8 @@ def test_a_span_has_the_times_of_its_request_and_continues_the_clients_trace() -
     assert span.resource.attributes["service.name"] == "stellarbyte"
     since = {event.name: (event.timestamp - span.start_time) / 1e9 for event in span.events}
     assert list(since) == ["queued", "started", "first token", "end"]
-    assert list(since.values()) == pytest.approx([0.1, 0.5, 0.7, 1.0], abs=0.05)
+    *times_s, end_s = since.values()
+    assert times_s == pytest.approx([0.1, 0.5, 0.7], abs=0.001) and end_s >= 1.0
     assert abs(span.end_time - time.time_ns()) < 5e9
     assert dict(span.attributes) == {
         "http.request.method": "POST",
