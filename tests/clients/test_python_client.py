@@ -229,4 +229,6 @@ def test_the_example_loads_asks_and_unloads_an_adapter(adapter_server: ServerPro
     assert re.search(r"\nmine: ready, slot, 1 requests, [1-9]\d* tokens\n", result.stdout)
     assert result.stdout.splitlines()[-1].startswith("unloaded mine: ")
     refused = run()
-    assert refused.returncode == 1 and refused.stderr.startswith("error: This request needs one of the server's API keys")
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "error: This request needs one of the server's API keys"
+    )

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable
 
 from fastapi import Request
 
-from stellarbyte_server.api.answers.sse import OPENAI_STREAM, PING, DeltaStreamResponse, StreamForm
+from stellarbyte_server.api.answers.sse import OPENAI_STREAM, PING, DeltaStreamResponse, StreamForm, Submission, abandon
 from stellarbyte_server.api.contract.errors import from_engine
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.service import Service
@@ -36,7 +36,7 @@ async def stream_when_running(
     try:
         await unless_client_leaves(http.receive, _for_a_while(submitting))
     except BaseException:
-        submitting.cancel()
+        abandon(submitting)
         await asyncio.gather(submitting, return_exceptions=True)
         raise
     if submitting.done():
@@ -60,5 +60,5 @@ async def stream_when_running(
     return DeltaStreamResponse(streams, late(), headers, form, pending=submitting)
 
 
-async def _for_a_while(submitting: "asyncio.Future[list[DeltaStream]]") -> None:
+async def _for_a_while(submitting: Submission) -> None:
     await asyncio.wait({submitting}, timeout=HEADERS_AFTER_S)

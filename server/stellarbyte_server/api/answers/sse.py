@@ -130,10 +130,25 @@ async def _told_of_failure(
         yield form.failure(ApiError(500, "The server failed while it sent this answer."))
 
 
+Submission = asyncio.Future[list[DeltaStream]]
+
+
+def abandon(submission: Submission) -> None:
+    """Cancel a submission, or abort the requests that it has just submitted."""
+    submission.add_done_callback(_close_submitted)
+    submission.cancel()
+
+
+def _close_submitted(submission: Submission) -> None:
+    if not submission.cancelled() and submission.exception() is None:
+        for stream in submission.result():
+            stream.close()
+
+
 class DeltaStreamResponse(EventSourceResponse):
     """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on.
 
-    So is what is still `pending`, which adds to the streams.
+    So are those of a `pending` submission, which adds to the streams.
     """
 
     def __init__(
@@ -142,7 +157,7 @@ class DeltaStreamResponse(EventSourceResponse):
         events: AsyncIterator[bytes],
         headers: dict[str, str],
         form: StreamForm = OPENAI_STREAM,
-        pending: "asyncio.Future[Any] | None" = None,
+        pending: Submission | None = None,
     ) -> None:
         super().__init__(
             _told_of_failure(events, streams, form),
@@ -158,7 +173,7 @@ class DeltaStreamResponse(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if self._pending is not None and not self._pending.done():
-                self._pending.cancel()
+            if self._pending is not None:
+                abandon(self._pending)
             for stream in self._streams:
                 stream.close()
