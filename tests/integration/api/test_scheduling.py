@@ -156,7 +156,7 @@ def test_a_prompt_is_cached_for_those_with_its_salt(server) -> None:
 
 
 def test_too_little_cache_memory_is_refused_with_what_would_do(tiny_model) -> None:
-    server = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", "30000")
+    server = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", "30000", "--max-model-len", str(CONTEXT))
     assert server.wait(60) != 0
     advice = server.log().splitlines()[-1]
     assert "give --kv-cache-memory " in advice
