@@ -15,7 +15,7 @@ CHAT = [{"role": "user", "content": "hi"}]
 
 
 def tokenize(server, **fields) -> httpx.Response:
-    return httpx.post(f"{server.url}/tokenize", json=fields, timeout=30)
+    return httpx.post(f"{server.url}/tokenize", json=fields, timeout=300)
 
 
 def detokenize(server, **fields) -> httpx.Response:

@@ -141,11 +141,11 @@ def from_validation(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     param = _path(first["loc"])
     if first["type"] == "extra_forbidden":
-        return bad_request(f"The field '{param}' is unknown.", param)
+        return bad_request(f"The field {param!r:.200} is unknown.", param)
     if first["type"] == "missing":
-        return bad_request(f"The field '{param}' is required.", param)
+        return bad_request(f"The field {param!r:.200} is required.", param)
     why = _WRONG_KINDS.get(first["type"], first["msg"])
-    return bad_request(f"The field '{param}' is not valid: {_lower_first(why)}.", param)
+    return bad_request(f"The field {param!r:.200} is not valid: {_lower_first(why)}.", param)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -46,7 +46,7 @@ def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> t
         return parsed, [path for path, _ in refused]
     for path, known in refused:
         reason = "is not supported" if known else "is unknown"
-        raise bad_request(f"The field '{path}' {reason}.", path)
+        raise bad_request(f"The field {path!r:.200} {reason}.", path)
     return parsed, []
 
 

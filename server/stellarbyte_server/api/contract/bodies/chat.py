@@ -56,8 +56,9 @@ def _content(value: object) -> str | None:
 def _part_text(i: int, part: object) -> str:
     """The text of a part, whatever else an SDK has put into it."""
     if isinstance(part, dict):
-        text = part.get({"text": "text", None: "text", "refusal": "refusal"}.get(part.get("type"), ""))
-        if isinstance(text, str):
+        kind = part.get("type")  # of any JSON type
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if kind in (None, "text", "refusal") and isinstance(text, str):
             return text
     raise wrong(f"part {i} is not a text part, and only those are supported")
 
