@@ -188,7 +188,9 @@ function readState(answer: Answer): void {
 }
 
 function unexpected({ response }: Answer, why: string, cause?: unknown): UnexpectedAnswer {
-  return new UnexpectedAnswer(`The answer from ${response.url} is not that of a StellarByte server: ${why}.`, { cause });
+  return new UnexpectedAnswer(`The answer from ${response.url} is not that of a StellarByte server: ${why}.`, {
+    cause,
+  });
 }
 
 /** Resolves after a time, or when the signal says to stop. */

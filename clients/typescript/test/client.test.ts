@@ -281,6 +281,9 @@ test("addresses", async (context) => {
     ["GET", "/llm/version", undefined],
   );
   for (const baseUrl of ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", ""]) {
-    assert.throws(() => new StellarByte({ baseUrl }), { name: "TypeError", message: /must be a URL such as http:\/\/127/ });
+    assert.throws(() => new StellarByte({ baseUrl }), {
+      name: "TypeError",
+      message: /must be a URL such as http:\/\/127/,
+    });
   }
 });
