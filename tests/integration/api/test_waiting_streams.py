@@ -10,25 +10,34 @@ import httpx
 import pytest
 
 from tests.support.over_http import wait_until_idle
-from tests.support.servers.fake_engine import HANG, REJECT, SLOW
+from tests.support.servers.fake_engine import HANG, REJECT, SLOW, make_model_folder
 from tests.support.servers.processes import engine_pid
 from tests.support.servers.server_process import ServerProcess, running
 
 
 @pytest.fixture(scope="module")
-def server(fake_model: str) -> Iterator[ServerProcess]:
-    with running("tests.support.servers.impatient_server", "--model", fake_model) as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("models") / "fake"
+    make_model_folder(folder, chat_template="{{ messages[0].content }}")  # chats, too, begin with what the engine obeys
+    with running("tests.support.servers.impatient_server", "--model", str(folder)) as server:
         yield server
 
 
 @contextlib.contextmanager
 def late(server: ServerProcess, prompt: str, **fields: object) -> Iterator[Iterator[str]]:
-    """The lines of a stream that the engine does not hear of before the client has its headers and a ping."""
+    """The lines of a completion that is streamed late."""
     body = {"model": "fake", "prompt": prompt, "max_tokens": 3, "stream": True, **fields}
+    with late_stream(server, "/v1/completions", body) as lines:
+        yield lines
+
+
+@contextlib.contextmanager
+def late_stream(server: ServerProcess, path: str, body: dict[str, object]) -> Iterator[Iterator[str]]:
+    """The lines of a stream that the engine does not hear of before the client has its headers and a ping."""
     engine = engine_pid(server)
     os.kill(engine, signal.SIGSTOP)
     try:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as answer:
+        with httpx.stream("POST", server.url + path, json=body, timeout=30) as answer:
             assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
             lines = answer.iter_lines()
             assert [next(lines), next(lines)] == [": ping", ""]
@@ -55,6 +64,27 @@ def test_a_late_refusal_is_an_event_and_counts_as_one(server: ServerProcess) -> 
     server.wait_logged("error=unwanted")
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'rejected_requests_total{model_name="fake",reason="invalid_request"} 1.0' in metrics
+
+
+def chat_of(path: str, text: str) -> dict[str, object]:
+    if path == "/v1/responses":
+        return {"model": "fake", "input": text, "max_output_tokens": 3, "stream": True}
+    return {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 3, "stream": True}
+
+
+ENDS = {  # of a late answer and of a late refusal
+    "/v1/responses": ("response.incomplete", ["error", "response.failed"]),
+    "/v1/messages": ("message_stop", ["error"]),
+}
+
+
+@pytest.mark.parametrize("path", ENDS)
+def test_other_chat_apis_wait_in_the_same_way(server: ServerProcess, path: str) -> None:
+    ends_with, refusal = ENDS[path]
+    with late_stream(server, path, chat_of(path, "abc")) as lines:
+        assert [line.removeprefix("event: ") for line in lines if line.startswith("event: ")][-1] == ends_with
+    with late_stream(server, path, chat_of(path, REJECT)) as lines:
+        assert [line.removeprefix("event: ") for line in lines if line.startswith("event: ")] == refusal
 
 
 def test_who_leaves_while_waiting_leaves_nothing_behind(server: ServerProcess) -> None:

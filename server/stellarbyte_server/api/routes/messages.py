@@ -16,7 +16,8 @@ from stellarbyte_server.api.answers.messages import (
     message_ping,
     whole_blocks,
 )
-from stellarbyte_server.api.answers.sse import DeltaStreamResponse, StreamForm, encode_json
+from stellarbyte_server.api.answers.queueing import stream_when_running
+from stellarbyte_server.api.answers.sse import StreamForm, encode_json
 from stellarbyte_server.api.chat.plan import plan_chat
 from stellarbyte_server.api.chat.prompt import chat_encoder
 from stellarbyte_server.api.chat.reasoning import template_variables
@@ -71,14 +72,16 @@ async def create_message(http: Request, service: ServiceOfRequest) -> Response:
             steps = await unless_client_leaves(http.receive, _read(http, service, plan, writer))
             message = writer.message(whole_blocks(steps))
             return Response(encode_json(message), media_type="application/json", headers=headers)
-        (stream,) = await unless_client_leaves(http.receive, submit(http, service, *plan.requests))
-    note_adapter(http, plan.requests[0], [stream])
 
-    def failure(error: ApiError) -> bytes:
-        return message_event(in_terms(error).anthropic_content(record_of(http).request_id))
+        def failure(error: ApiError) -> bytes:
+            return message_event(in_terms(error).anthropic_content(record_of(http).request_id))
 
-    events = _events(stream, plan, writer, failure)
-    return DeltaStreamResponse([stream], events, headers, StreamForm(ping=message_ping, failure=failure))
+        def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
+            note_adapter(http, plan.requests[0], streams)
+            return _events(streams[0], plan, writer, failure)
+
+        form = StreamForm(ping=message_ping, failure=failure)
+        return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param, form)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -9,9 +9,10 @@ from starlette.responses import Response
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
+from stellarbyte_server.api.answers.queueing import stream_when_running
 from stellarbyte_server.api.answers.responses.fields import response_fields
 from stellarbyte_server.api.answers.responses.writer import ResponseWriter
-from stellarbyte_server.api.answers.sse import DeltaStreamResponse, encode_json
+from stellarbyte_server.api.answers.sse import OPENAI_STREAM, StreamForm, encode_json
 from stellarbyte_server.api.chat.plan import plan_chat
 from stellarbyte_server.api.contract import response_objects
 from stellarbyte_server.api.contract.bodies.responses.body import LOGPROBS, ResponsesBody
@@ -51,9 +52,13 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
     writer = ResponseWriter(request.request_id, response_fields(body, request), tokens)
     try:
         if body.stream:
-            streams = await unless_client_leaves(http.receive, submit(http, service, *plan.requests))
-            note_adapter(http, request, streams)
-            return DeltaStreamResponse(streams, _events(streams[0], plan, writer, tokens), headers)
+
+            def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
+                note_adapter(http, request, streams)
+                return _events(streams[0], plan, writer, tokens)
+
+            form = StreamForm(ping=OPENAI_STREAM.ping, failure=lambda error: writer.encoded(writer.fail(error)))
+            return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param, form)
         await unless_client_leaves(http.receive, _read(http, service, plan, writer, tokens))
     except (RequestRejected, EngineDead) as error:
         raise from_engine(error, plan.grammar_param) from None

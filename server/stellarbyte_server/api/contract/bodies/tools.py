@@ -2,10 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, model_validator
 
 from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.fields import optional, required
+from stellarbyte_server.api.contract.bodies.variants import variant
 from stellarbyte_server.api.contract.errors import VARIANT
 
 MAX_TOOLS = 128
@@ -40,10 +41,6 @@ def _form_of_choice(value: object) -> str:
 
 def _form_of_function_choice(value: object) -> str:
     return f"{VARIANT}{'word' if isinstance(value, str) else 'function'}"
-
-
-def _tag(form: str) -> Tag:
-    return Tag(f"{VARIANT}{form}")
 
 
 def _of_tool(value: object) -> object:
@@ -106,7 +103,8 @@ class CustomTool(_Part):
 
 
 Tool = Annotated[
-    Annotated[FunctionTool, _tag("function")] | Annotated[CustomTool, _tag("custom")], Discriminator(_form_of_tool)
+    Annotated[FunctionTool, variant("function")] | Annotated[CustomTool, variant("custom")],
+    Discriminator(_form_of_tool),
 ]
 
 # Which of it is called
@@ -135,7 +133,8 @@ class NamedCustomTool(_Part):
 
 
 Named = Annotated[
-    Annotated[NamedTool, _tag("function")] | Annotated[NamedCustomTool, _tag("custom")], Discriminator(_form_of_tool)
+    Annotated[NamedTool, variant("function")] | Annotated[NamedCustomTool, variant("custom")],
+    Discriminator(_form_of_tool),
 ]
 
 
@@ -157,10 +156,10 @@ def _known_choice(value: object) -> object:
 
 Choice = Literal["none", "auto", "required"] | NamedTool | NamedCustomTool | AllowedToolsChoice
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], _tag("word")]
-    | Annotated[NamedTool, _tag("function")]
-    | Annotated[NamedCustomTool, _tag("custom")]
-    | Annotated[AllowedToolsChoice, _tag("allowed_tools")],
+    Annotated[Literal["none", "auto", "required"], variant("word")]
+    | Annotated[NamedTool, variant("function")]
+    | Annotated[NamedCustomTool, variant("custom")]
+    | Annotated[AllowedToolsChoice, variant("allowed_tools")],
     Discriminator(_form_of_choice),
     BeforeValidator(_known_choice),
 ]
@@ -173,7 +172,7 @@ def _known_function_choice(value: object) -> object:
 
 
 FunctionChoice = Annotated[
-    Annotated[Literal["none", "auto"], _tag("word")] | Annotated[FunctionName, _tag("function")],
+    Annotated[Literal["none", "auto"], variant("word")] | Annotated[FunctionName, variant("function")],
     Discriminator(_form_of_function_choice),
     BeforeValidator(_known_function_choice),
 ]

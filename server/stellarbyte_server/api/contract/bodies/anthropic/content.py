@@ -2,12 +2,13 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field
 
 from stellarbyte_server.api.contract.bodies.body import Body
 from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.fields import UNUSED, OrText, optional, required
 from stellarbyte_server.api.contract.bodies.tools import MAX_KEYWORDS, Name
+from stellarbyte_server.api.contract.bodies.variants import variant
 from stellarbyte_server.api.contract.errors import VARIANT
 
 MAX_BLOCKS = 10_000  # of one message, or of one result
@@ -99,11 +100,11 @@ def _tag(value: Any) -> str | None:
 
 
 Block = Annotated[
-    Annotated[TextBlock, Tag(f"{VARIANT}text")]
-    | Annotated[ToolUseBlock, Tag(f"{VARIANT}tool_use")]
-    | Annotated[ToolResultBlock, Tag(f"{VARIANT}tool_result")]
-    | Annotated[ThinkingBlock, Tag(f"{VARIANT}thinking")]
-    | Annotated[RedactedThinkingBlock, Tag(f"{VARIANT}redacted_thinking")],
+    Annotated[TextBlock, variant("text")]
+    | Annotated[ToolUseBlock, variant("tool_use")]
+    | Annotated[ToolResultBlock, variant("tool_result")]
+    | Annotated[ThinkingBlock, variant("thinking")]
+    | Annotated[RedactedThinkingBlock, variant("redacted_thinking")],
     Discriminator(_tag, custom_error_type="value", custom_error_message="it must be an object with a type"),
     BeforeValidator(_supported),
 ]
