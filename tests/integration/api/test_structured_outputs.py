@@ -121,6 +121,21 @@ def test_a_call_that_breaks_its_tools_schema_says_so(demo_server) -> None:
     assert_error(ask(demo_server, "chat/completions", tools=tools), 400, "tools[0].function.parameters")
 
 
+def test_responses_and_messages_say_so_too(demo_server) -> None:
+    (model,) = httpx.get(f"{demo_server.url}/v1/models").json()["data"]
+    schema = {"type": "json_schema", "schema": SAME_TWICE}
+    common = {"model": model["id"], "temperature": 0}
+    response = common | {"input": QUESTION, "max_output_tokens": 40, "text": {"format": schema | {"name": "a"}}}
+    message = common | {"messages": QUESTION, "max_tokens": 40, "output_config": {"format": schema}}
+    for path, body in (("responses", response), ("messages", message)):
+        whole = httpx.post(f"{demo_server.url}/v1/{path}", json=body, timeout=60).json()
+        assert "'uniqueItems'" in whole["schema_violation"], whole
+        streamed = httpx.post(f"{demo_server.url}/v1/{path}", json=body | {"stream": True}, timeout=60).text
+        events = [json.loads(line[6:]) for line in streamed.split("\n") if line.startswith("data: ")]
+        (last,) = [event for event in events if event["type"] in ("response.completed", "message_delta")]
+        assert last["response" if path == "responses" else "delta"]["schema_violation"] == whole["schema_violation"]
+
+
 def test_every_event_tells_the_usage_so_far(fake_server) -> None:
     for path in ("completions", "chat/completions"):
         options = {"include_usage": True, "continuous_usage_stats": True}

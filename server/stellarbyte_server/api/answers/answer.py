@@ -2,23 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
 from stellarbyte_server.api.answers.choices import ChoiceReader, Fragment, Kind
+from stellarbyte_server.api.answers.ends import UNCHECKED, AnswerEnds
 from stellarbyte_server.api.answers.queueing import stream_when_running
 from stellarbyte_server.api.answers.sse import DONE, ChunkWriter, encode_json, event
-from stellarbyte_server.api.answers.tool_calls import joined_calls, joined_function_call
-from stellarbyte_server.api.caller import owner_of
 from stellarbyte_server.api.contract.errors import ApiError, from_engine
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.service import Service
-from stellarbyte_server.api.structured.answer_check import NOT_CHECKED, AnswerCheck
+from stellarbyte_server.api.structured.answer_check import AnswerCheck
 from stellarbyte_server.api.submission import record_of, submit
 from stellarbyte_server.client.delta_stream import DeltaStream
 from stellarbyte_server.client.engine_client import EngineDead
@@ -26,12 +24,10 @@ from stellarbyte_server.observe.record import TokenCount
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected
-from stellarbyte_server.tokens.text_work import TooMuchText
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 _OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
 _INLINE_TOKENS = 5000  # longer answers are written in a thread, so that they hold up no stream
-Calls = Sequence[tuple[str, str]]  # names and arguments
 _CHUNK_OBJECT = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 
 
@@ -68,13 +64,13 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
                 so_far = tokens.usage if plan.continuous_usage else None
                 include_usage = plan.include_usage
                 writer = ChunkWriter(base, plan.kind, len(streams), include_usage=include_usage, usage_so_far=so_far)
-                return _events(streams, plan, writer, tokens, _Ends.of(http, service, plan))
+                return _events(streams, plan, writer, tokens, AnswerEnds.of(http, service, plan.check))
 
             return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param)
 
         async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
             streams = await submit(http, service, *plan.requests)
-            return streams, await _read_all(streams, plan, tokens, _Ends.of(http, service, plan))
+            return streams, await _read_all(streams, plan, tokens, AnswerEnds.of(http, service, plan.check))
 
         streams, read = await unless_client_leaves(http.receive, whole())
     except (RequestRejected, EngineDead) as error:
@@ -151,49 +147,8 @@ def _best(read: Sequence[ReadChoice], plan: AnswerPlan) -> list[ReadChoice]:
     return best
 
 
-class _Ends:
-    """Looks at answers that have ended, where their grammar leaves out a part of their schema."""
-
-    def __init__(self, check: Callable[[str, Calls], Awaitable[str | None]] | None) -> None:
-        self._check = check
-        self._parts: dict[int, list[Fragment]] = {}
-
-    @classmethod
-    def of(cls, http: Request, service: Service, plan: AnswerPlan) -> "_Ends":
-        if (check := plan.check) is None:
-            return _UNCHECKED
-        owner = owner_of(http)
-
-        async def in_thread(text: str, calls: Calls) -> str | None:
-            num_characters = len(text) + sum(len(arguments) for _, arguments in calls)
-            try:
-                return await service.text_work.run(partial(check.violation, text, calls), owner, num_characters)
-            except TooMuchText:
-                return NOT_CHECKED
-
-        return cls(in_thread)
-
-    async def note(self, number: int, fragment: Fragment) -> Fragment:
-        """The next fragment of a choice; the last one is told what the answer breaks."""
-        if self._check is None:
-            return fragment
-        parts = self._parts.setdefault(number, [])
-        parts.append(fragment)
-        if fragment.finish_reason in ("stop", "tool_calls", "function_call"):
-            called = joined_calls([call for part in parts for call in part.calls])
-            functions = [call["function"] for call in called if "function" in call]
-            if older := [part.function_call for part in parts if part.function_call is not None]:
-                functions.append(joined_function_call(older))
-            calls = [(function["name"], function["arguments"]) for function in functions]
-            fragment.schema_violation = await self._check("".join(part.text for part in parts), calls)
-        return fragment
-
-
-_UNCHECKED = _Ends(None)
-
-
 async def _read_all(
-    streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount, ends: _Ends = _UNCHECKED
+    streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount, ends: AnswerEnds = UNCHECKED
 ) -> list[ReadChoice]:
     """Every answer, read to its end; ApiError as soon as one fails."""
     read = [ReadChoice(reader=plan.reader(number), fragments=[], logprobs=[]) for number in range(len(streams))]
@@ -212,7 +167,7 @@ async def _events(
     plan: AnswerPlan,
     writer: ChunkWriter,
     tokens: TokenCount,
-    ends: _Ends = _UNCHECKED,
+    ends: AnswerEnds = UNCHECKED,
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events; a failure is its last one."""
     readers = [plan.reader(number) for number in range(len(streams))]

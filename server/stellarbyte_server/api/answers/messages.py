@@ -132,6 +132,7 @@ class MessageWriter:
     _kind: str = ""  # of the open block
     _stop_reason: str | None = None
     _stop_sequence: str | None = None
+    _violation: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._reader = BlockReader(omits_thinking=self.omits_thinking)
@@ -142,6 +143,8 @@ class MessageWriter:
         if fragment.finish_reason is not None:
             steps += self._reader.end()
             self._note_end(fragment.finish_reason, delta)
+            if fragment.schema_violation is not None:
+                self._violation = {"schema_violation": fragment.schema_violation}
         return steps
 
     def _note_end(self, finish_reason: str, delta: Delta) -> None:
@@ -161,6 +164,7 @@ class MessageWriter:
             "stop_reason": self._stop_reason,
             "stop_sequence": self._stop_sequence,
             "usage": self._usage(),
+            **self._violation,
         }
 
     def begin(self) -> bytes:
@@ -170,7 +174,7 @@ class MessageWriter:
         return b"".join([message_event(self._event(step)) for step in steps])
 
     def end(self) -> bytes:
-        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence}
+        delta = {"stop_reason": self._stop_reason, "stop_sequence": self._stop_sequence, **self._violation}
         last = message_event({"type": "message_delta", "delta": delta, "usage": self._usage()})
         return last + message_event({"type": "message_stop"})
 

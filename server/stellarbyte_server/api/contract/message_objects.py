@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, RootModel
 
-from stellarbyte_server.api.contract.objects import AnswerObject, Count, Left
+from stellarbyte_server.api.contract.objects import AnswerObject, Count, Left, SchemaViolation
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
@@ -54,6 +54,7 @@ class AssistantMessage(AnswerObject):
     stop_reason: StopReason | None
     stop_sequence: Annotated[str | None, Field(description="Which of the stop sequences ended the answer.")]
     usage: MessageUsage
+    schema_violation: Left[SchemaViolation]
 
 
 class MessageTokenCount(AnswerObject):
@@ -135,6 +136,7 @@ class BlockStopEvent(AnswerObject):
 class MessageEnd(AnswerObject):
     stop_reason: StopReason
     stop_sequence: str | None
+    schema_violation: Left[SchemaViolation]
 
 
 class MessageDeltaEvent(AnswerObject):

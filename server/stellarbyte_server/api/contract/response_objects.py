@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, RootModel
 
-from stellarbyte_server.api.contract.objects import AnswerObject, Count, Left, TokenLogprob
+from stellarbyte_server.api.contract.objects import AnswerObject, Count, Left, SchemaViolation, TokenLogprob
 
 _Nothing = Annotated[list[Any], Field(max_length=0)]
 
@@ -147,6 +147,7 @@ class Response(AnswerObject):
     top_p: float
     truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None
+    schema_violation: Left[SchemaViolation]
     user: str | None
 
 

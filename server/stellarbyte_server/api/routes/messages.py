@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
+from stellarbyte_server.api.answers.ends import AnswerEnds
 from stellarbyte_server.api.answers.messages import (
     MessageWriter,
     Step,
@@ -78,7 +79,7 @@ async def create_message(http: Request, service: ServiceOfRequest) -> Response:
 
         def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
             note_adapter(http, plan.requests[0], streams)
-            return _events(streams[0], plan, writer, failure)
+            return _events(streams[0], plan, writer, failure, AnswerEnds.of(http, service, plan.check))
 
         form = StreamForm(ping=message_ping, failure=failure)
         return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param, form)
@@ -137,26 +138,30 @@ def _errors(in_terms: InTerms) -> Iterator[None]:
 async def _read(http: Request, service: Service, plan: AnswerPlan, writer: MessageWriter) -> list[Step]:
     """The whole answer."""
     (stream,) = await submit(http, service, *plan.requests)
-    reader = plan.reader(0)
+    reader, ends = plan.reader(0), AnswerEnds.of(http, service, plan.check)
     steps: list[Step] = []
     try:
         note_adapter(http, plan.requests[0], [stream])
         async for _, delta in read_deltas([stream], writer.tokens, grammar_param=plan.grammar_param):
-            steps += writer.steps(reader.read(delta), delta)
+            steps += writer.steps(await ends.note(0, reader.read(delta)), delta)
     finally:
         stream.close()
     return steps
 
 
 async def _events(
-    stream: DeltaStream, plan: AnswerPlan, writer: MessageWriter, failure: Callable[[ApiError], bytes]
+    stream: DeltaStream,
+    plan: AnswerPlan,
+    writer: MessageWriter,
+    failure: Callable[[ApiError], bytes],
+    ends: AnswerEnds,
 ) -> AsyncIterator[bytes]:
     """The answer as server-sent events; a failure is its last one."""
     reader = plan.reader(0)
     yield writer.begin()
     try:
         async for _, delta in read_deltas([stream], writer.tokens, grammar_param=plan.grammar_param):
-            if events := writer.events(writer.steps(reader.read(delta), delta)):
+            if events := writer.events(writer.steps(await ends.note(0, reader.read(delta)), delta)):
                 yield events
     except ApiError as error:
         yield failure(error)

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, count_tokens, note_adapter, read_deltas
+from stellarbyte_server.api.answers.ends import AnswerEnds
 from stellarbyte_server.api.answers.queueing import stream_when_running
 from stellarbyte_server.api.answers.responses.fields import response_fields
 from stellarbyte_server.api.answers.responses.writer import ResponseWriter
@@ -55,7 +56,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
 
             def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
                 note_adapter(http, request, streams)
-                return _events(streams[0], plan, writer, tokens)
+                return _events(streams[0], plan, writer, tokens, AnswerEnds.of(http, service, plan.check))
 
             form = StreamForm(ping=OPENAI_STREAM.ping, failure=lambda error: writer.encoded(writer.fail(error)))
             return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param, form)
@@ -89,24 +90,24 @@ async def _plan(http: Request, body: ResponsesBody, service: Service) -> AnswerP
 
 async def _read(http: Request, service: Service, plan: AnswerPlan, writer: ResponseWriter, tokens: TokenCount) -> None:
     (stream,) = await submit(http, service, *plan.requests)
-    reader = plan.reader(0)
+    reader, ends = plan.reader(0), AnswerEnds.of(http, service, plan.check)
     try:
         note_adapter(http, plan.requests[0], [stream])
         async for _, delta in read_deltas([stream], tokens, grammar_param=plan.grammar_param):
-            writer.add(reader.read(delta))
+            writer.add(await ends.note(0, reader.read(delta)))
     finally:
         stream.close()
     writer.end()
 
 
 async def _events(
-    stream: DeltaStream, plan: AnswerPlan, writer: ResponseWriter, tokens: TokenCount
+    stream: DeltaStream, plan: AnswerPlan, writer: ResponseWriter, tokens: TokenCount, ends: AnswerEnds
 ) -> AsyncIterator[bytes]:
     reader = plan.reader(0)
     yield writer.encoded(writer.begin())
     try:
         async for _, delta in read_deltas([stream], tokens, grammar_param=plan.grammar_param):
-            if events := writer.add(reader.read(delta)):
+            if events := writer.add(await ends.note(0, reader.read(delta))):
                 yield writer.encoded(events)
     except ApiError as error:
         yield writer.encoded(writer.fail(error))

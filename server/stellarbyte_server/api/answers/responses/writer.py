@@ -38,6 +38,7 @@ class ResponseWriter:
         self._called = False
         self._logprobs = TextLogprobs()
         self._num_events = 0
+        self._violation: str | None = None
 
     def begin(self) -> list[Event]:
         response = self.response()
@@ -45,7 +46,7 @@ class ResponseWriter:
 
     def add(self, fragment: Fragment) -> list[Event]:
         """Take the next fragment; the one with the finish reason is the last."""
-        self._finish_reason = fragment.finish_reason
+        self._finish_reason, self._violation = fragment.finish_reason, fragment.schema_violation
         events = self._thought(fragment.reasoning) if fragment.reasoning else []
         entries = [] if fragment.logprobs is None else fragment.logprobs["content"]
         if fragment.pieces is None:
@@ -94,6 +95,7 @@ class ResponseWriter:
     def response(self) -> dict[str, Any]:
         """The whole object as of now."""
         is_cut = self._status == "incomplete"
+        violation = {} if self._violation is None else {"schema_violation": self._violation}
         return {
             "id": f"resp_{self._id}",
             "object": "response",
@@ -105,6 +107,7 @@ class ResponseWriter:
             **self._fixed,
             "output": [item.shown() for item in self._items],
             "usage": None if self._status in ("in_progress", "failed") else self._usage(),
+            **violation,
         }
 
     def encoded(self, events: list[Event]) -> bytes:
