@@ -79,10 +79,9 @@ def _web_field(name: str) -> dict[str, Any]:
     if schema["type"] == "array":
         bounds = {"maxLines": schema["maxItems"], "maxCharacters": schema["items"]["maxLength"]}
         return {"name": name, "kind": "lines", **bounds}
-    lowest = schema.get("minimum", schema.get("exclusiveMinimum"))
     highest = schema["maximum"] if "maximum" in schema else schema["exclusiveMaximum"] - 1
-    bounds = {"min": max(lowest, -MAX_SAFE_INTEGER), "max": min(highest, MAX_SAFE_INTEGER)}
-    return {"name": name, "kind": schema["type"], **bounds} | ({"isAbove": True} if "minimum" not in schema else {})
+    bounds = {"min": max(schema["minimum"], -MAX_SAFE_INTEGER), "max": min(highest, MAX_SAFE_INTEGER)}
+    return {"name": name, "kind": schema["type"], **bounds}
 
 
 def _members(field: dict[str, Any]) -> Iterator[str]:

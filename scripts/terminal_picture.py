@@ -50,7 +50,7 @@ QUESTIONS = ("What is the capital of France?", "Write a Python function that add
 def main() -> None:
     server = ServerProcess(REAL, port=8000)  # the default, which the picture shows
     try:
-        server.wait_ready(180)
+        server.wait_ready()
         with (
             tempfile.TemporaryDirectory() as home,
             Terminal("chat", "--temperature", "0", home=Path(home), rows=ROWS, columns=COLUMNS) as terminal,

@@ -167,13 +167,13 @@ export interface Column {
 // Sampling controls
 
 export type SamplingField = { name: keyof Sampling } & (
-  | { kind: "number" | "integer"; min: number; max: number; isAbove?: true }
+  | { kind: "number" | "integer"; min: number; max: number }
   | { kind: "lines"; maxLines: number; maxCharacters: number }
   | { kind: "choice"; choices: readonly string[] }
 );
 
 export interface Problem {
-  key: "notANumber" | "notAnInteger" | "notAboveOrTo" | "notAtLeast" | "notBetween" | "tooManyLines" | "tooLong";
+  key: "notANumber" | "notAnInteger" | "notAtLeast" | "notBetween" | "tooManyLines" | "tooLong";
   values?: Record<string, string | number>;
 }
 

@@ -40,7 +40,7 @@ def image(built: Builder) -> Path:
 def serving(image: Path, folder: Path) -> Iterator[ContainerProcess]:
     server = ContainerProcess(folder, ["stellarbyte-server"], image=image)
     try:
-        yield server.wait_ready(300)
+        yield server.wait_ready()
     finally:
         server.stop()
 

@@ -31,9 +31,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def running(server: ContainerProcess, limit_s: float) -> Iterator[ContainerProcess]:
+def running(server: ContainerProcess) -> Iterator[ContainerProcess]:
     try:
-        yield server.wait_ready(limit_s)
+        yield server.wait_ready()
     finally:
         server.stop()
 
@@ -54,7 +54,7 @@ def check_health(**variables: str) -> subprocess.CompletedProcess[str]:
 def test_it_serves_from_a_read_only_file_system_and_ends_when_told(root: Path, tmp_path: Path) -> None:
     model = make_model_folder(tmp_path / "model")
     server = ContainerProcess(root, ["-m", "tests.support.servers.fake_server"], model, STELLARBYTE_MODEL=MODEL)
-    with running(server, 30):
+    with running(server):
         body = {"model": "model", "prompt": "abc", "max_tokens": 3}
         assert httpx.post(f"{server.url}/v1/completions", json=body).json()["choices"][0]["text"] == "abc"
         status = Path(f"/proc/{server.first_pid()}/status").read_text()
@@ -85,7 +85,7 @@ def test_a_start_can_be_stopped_as_well(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demo_starts_with_an_empty_cache(root: Path) -> None:
     """Converted and compiled into the image's volume, from nothing, by its user."""
-    with running(ContainerProcess(root, entry_point()), 300) as server:
+    with running(ContainerProcess(root, entry_point())) as server:
         body = {
             "model": "SmolLM2-135M-Instruct",
             "messages": [{"role": "user", "content": "What is the capital of France?"}],

@@ -89,7 +89,7 @@ def test_it_serves_the_demo_and_its_pages(installed: Path, tmp_path: Path) -> No
     ) as server:
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_for_server(url, server, limit_s=180)
+            wait_for_server(url, server)
             body = {
                 "model": "SmolLM2-135M-Instruct",
                 "messages": [{"role": "user", "content": "What is the capital of France?"}],

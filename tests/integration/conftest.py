@@ -15,7 +15,7 @@ from tests.support.servers.server_process import FAKE, REAL, REASONING, ServerPr
 @pytest.fixture(scope="session")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The server as users start it, with the demo model; the first start converts it."""
-    with running(REAL, "--data-dir", str(tmp_path_factory.mktemp("stored")), limit_s=180) as server:
+    with running(REAL, "--data-dir", str(tmp_path_factory.mktemp("stored"))) as server:
         yield server
 
 
@@ -37,7 +37,7 @@ def fake_server(fake_model: str, tmp_path_factory: pytest.TempPathFactory) -> It
 def reasoning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """The model `thinker`, which repeats the last message, marks of reasoning included."""
     folder = make_thinker_folder(tmp_path_factory.mktemp("models") / "thinker")
-    with running(REASONING, "--model", str(folder), limit_s=180) as server:
+    with running(REASONING, "--model", str(folder)) as server:
         yield server
 
 

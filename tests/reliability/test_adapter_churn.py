@@ -123,7 +123,7 @@ def test_churn(known: tuple[Path, Path, dict[str, list[str]]], num_requests: int
     model, adapters, by_place = known
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]
     with running(
-        REAL, *flags, "--max-num-seqs", "16", "--allow-local-admin", "--log-level", "warning", limit_s=120
+        REAL, *flags, "--max-num-seqs", "16", "--allow-local-admin", "--log-level", "warning"
     ) as server:
         started_s = time.perf_counter()
         state, sizes = asyncio.run(churn(server, by_place, num_requests))
@@ -140,6 +140,6 @@ def test_a_swapped_adapter_would_be_noticed(known: tuple[Path, Path, dict[str, l
     model, adapters, by_place = known
     swapped = by_place | {"n0": by_place["n1"], "n1": by_place["n0"]}
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]
-    with running(REAL, *flags, "--allow-local-admin", "--log-level", "warning", limit_s=120) as server:
+    with running(REAL, *flags, "--allow-local-admin", "--log-level", "warning") as server:
         state, _ = asyncio.run(churn(server, swapped, 8))
         assert state.wrong

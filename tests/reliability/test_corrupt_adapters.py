@@ -81,7 +81,7 @@ def test_corrupt_adapters_are_refused_truly_and_disturb_nobody(tmp_path: Path, o
     outside = [str(tmp_path / "model"), "../model", "good/../../model", "/proc/self", "nothing", "bad0\0", "http://x/y"]
     flags = ["--model", str(model), "--adapter-dir", str(offered), "--max-lora-rank", "8", "--dtype", "float32"]
     with (
-        running(REAL, *flags, "--allow-local-admin", limit_s=120) as server,
+        running(REAL, *flags, "--allow-local-admin") as server,
         httpx.Client(base_url=server.url, timeout=30) as http,
     ):
         traffic = Traffic(server.url)

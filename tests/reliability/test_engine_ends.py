@@ -105,7 +105,7 @@ async def end_engine(server: ServerProcess, module: str, how: str, expected: lis
 @pytest.mark.parametrize("number", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int, workers: str) -> None:
     flags = ["--restart-engine", "1000", "--http-workers", workers, "--log-level", "warning"]
-    with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
+    with running(REAL, "--model", tiny_model, *flags) as server:
         expected = asyncio.run(one_answer(server))
         figures: dict[str, list[dict[str, float]]] = {KILLED: [], STALLED: []}
         for i in range(number):
@@ -136,7 +136,7 @@ async def one_answer(server: ServerProcess) -> list[int]:
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_without_a_restart_left_the_server_ends(tiny_model: str, restarts: int, workers: str) -> None:
     flags = ["--http-workers", workers] + (["--restart-engine", str(restarts)] if restarts else [])
-    with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
+    with running(REAL, "--model", tiny_model, *flags) as server:
         expected = asyncio.run(one_answer(server))
         for _ in range(restarts):
             asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, expected))
@@ -150,7 +150,7 @@ def test_without_a_restart_left_the_server_ends(tiny_model: str, restarts: int, 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str, workers: str) -> None:
     flags = ["--restart-engine", "5", "--http-workers", workers]
-    with running(REAL, "--model", tiny_model, *flags, limit_s=120) as server:
+    with running(REAL, "--model", tiny_model, *flags) as server:
         (first,) = child_pids(server, "stellarbyte_server.engine.process")
         os.kill(first, signal.SIGKILL)
         deadline_s = time.monotonic() + 60
@@ -166,7 +166,7 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str,
 
 def test_an_answer_that_is_falsely_called_complete_would_be_noticed(tiny_model: str) -> None:
     """The control: a server that ends cut-off streams with a finish reason and [DONE]."""
-    with running("tests.support.servers.lying_server", "--model", tiny_model, limit_s=120) as server:
+    with running("tests.support.servers.lying_server", "--model", tiny_model) as server:
         with pytest.raises(AssertionError, match="is_done=True"):
             asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, None))
 

@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 @pytest.fixture(scope="module")
 def server(folder: Folder) -> Iterator[ServerProcess]:
     flags = ["--model", str(folder.model), "--adapter-dir", str(folder.adapters), "--max-loras", "3"]
-    with running("tests.support.servers.faulty_server", *flags, "--log-level", "warning", limit_s=120) as process:
+    with running("tests.support.servers.faulty_server", *flags, "--log-level", "warning") as process:
         yield process
 
 
@@ -185,7 +185,7 @@ def test_what_a_faulty_request_left_in_the_cache_is_true(server: ServerProcess, 
 
 def test_a_lost_device_ends_the_engine_process(folder: Folder) -> None:
     """Not one request of many: the context of an accelerator that failed computes nothing any more."""
-    with running("tests.support.servers.faulty_server", "--model", str(folder.model), limit_s=120) as server:
+    with running("tests.support.servers.faulty_server", "--model", str(folder.model)) as server:
         ended = httpx.post(f"{server.url}/v1/completions", json=a_body(cache_salt=Fault.LOSS.value), timeout=60)
         assert ended.status_code == 500 and "CUDA" not in ended.text
         deadline_s = time.monotonic() + 60

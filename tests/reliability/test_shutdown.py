@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def start(model: str, workers: str, module: str = FAKE) -> ServerProcess:
     flags = ["--http-workers", workers, "--shutdown-timeout", str(SHUTDOWN_TIMEOUT_S)]
-    server = ServerProcess(module, "--model", model, *flags).wait_ready(60)
+    server = ServerProcess(module, "--model", model, *flags).wait_ready()
     server.wait_listening()
     return server
 

@@ -135,7 +135,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str
 @pytest.mark.parametrize("seconds", [12, pytest.param(600, marks=pytest.mark.slow)])
 def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
     flags, texts = known
-    with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
+    with running(REAL, *flags, "--log-level", "warning") as server:
         asyncio.run(soak(server, texts, WARM_UP_SHARE * seconds))
         held, size = settled(server), resident(server)
         state = asyncio.run(soak(server, texts, (1 - WARM_UP_SHARE) * seconds))
@@ -159,7 +159,7 @@ def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, str]])
     """The control: with the answers of two contents exchanged, all of theirs are wrong."""
     flags, texts = known
     exchanged = texts | {"one": texts["other"], "other": texts["one"]}
-    with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
+    with running(REAL, *flags, "--log-level", "warning") as server:
         state = asyncio.run(soak(server, exchanged, 2))
     assert state.wrong and state.right.keys() == {state.contents["fixed"]}
 
@@ -175,6 +175,6 @@ def test_an_old_version_would_be_found(
         state.num_sure = len(state.swaps)
 
     monkeypatch.setattr(Soak, "swap", swap)
-    with running(REAL, *flags, "--log-level", "warning", limit_s=120) as server:
+    with running(REAL, *flags, "--log-level", "warning") as server:
         state = asyncio.run(soak(server, texts, 2))
     assert {name for name, *_ in state.wrong} == {"swapped"}

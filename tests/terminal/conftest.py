@@ -40,5 +40,5 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapted]:
     for seed in (0, 1):
         known.add_adapter(folder / "adapters" / f"a{seed}", seed)
     flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--allow-local-admin"]
-    with running(REAL, *flags, limit_s=120) as server:
+    with running(REAL, *flags) as server:
         yield Adapted(server, folder / "adapters")

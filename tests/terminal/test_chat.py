@@ -228,7 +228,7 @@ def test_ctrl_r_searches_past_questions(chat) -> None:
 def test_a_lost_connection_leaves_the_part_that_came_and_a_question_to_retry(chat, fake_model, tmp_path) -> None:
     server = ServerProcess(FAKE, "--model", fake_model)
     try:
-        server.wait_ready(30)
+        server.wait_ready()
         with chat("--url", server.url) as terminal:
             terminal.wait_for(PROMPT).type(f"{SLOW} please" + ENTER)
             terminal.wait_for("^assistant")
@@ -244,7 +244,7 @@ def test_a_lost_connection_leaves_the_part_that_came_and_a_question_to_retry(cha
             assert saved["answers"] == [{"model": "fake", "adapter_scale": None, "ending": "broken off"}]
             server.wait()
             server = ServerProcess(FAKE, "--model", fake_model, port=server.port)
-            server.wait_ready(30)
+            server.wait_ready()
             terminal.wait_for(PROMPT).type("/set max_tokens 20" + ENTER + "/retry" + ENTER)
             terminal.wait_for(r"· 20 tokens ·")
             terminal.wait_for(PROMPT)
@@ -259,7 +259,7 @@ def test_keys_and_limits_are_told_in_one_sentence(chat, fake_model, tmp_path: Pa
     keys.chmod(0o600)
     server = ServerProcess(FAKE, "--model", fake_model, "--keys", str(keys))
     try:
-        server.wait_ready(30)
+        server.wait_ready()
         with chat("--url", server.url) as terminal:
             assert terminal.wait_end() == 1
             (line,) = terminal.text.splitlines()

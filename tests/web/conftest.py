@@ -74,7 +74,7 @@ def guarded_server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -
     for seed, name in enumerate(("red", "blue")):
         write_adapter(folder / "adapters" / name, load_model(tiny), seed)
     keys = ["--api-key", API_KEY, "--admin-api-key", ADMIN_KEY]
-    with running(REAL, "--model", str(tiny), "--adapter-dir", str(folder / "adapters"), *keys, limit_s=60) as server:
+    with running(REAL, "--model", str(tiny), "--adapter-dir", str(folder / "adapters"), *keys) as server:
         yield server
 
 
@@ -84,5 +84,5 @@ def demo_server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> I
     del browser  # without one nothing is started
     folder = tmp_path_factory.mktemp("web")
     noise = write_adapter(folder / "noise", load_model(Path(resolve_model("demo"))), seed=7, rank=1)
-    with running(REAL, "--lora-modules", f"noise={noise}", "--max-num-seqs", "4", limit_s=180) as server:
+    with running(REAL, "--lora-modules", f"noise={noise}", "--max-num-seqs", "4") as server:
         yield server

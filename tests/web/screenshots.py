@@ -29,7 +29,7 @@ def main() -> None:
     expect.set_options(timeout=LIMIT_MS)
     adapters = sorted(path.name for path in Path(arguments.adapter_dir or "/nowhere").glob("*") if path.is_dir())
     flags = ["--lora-modules", *(f"{name}={arguments.adapter_dir}/{name}" for name in adapters)] if adapters else []
-    with running(REAL, *flags, limit_s=180) as server, sync_playwright() as playwright:
+    with running(REAL, *flags) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         for theme in ("light", "dark"):
             _take_all(browser, server, arguments.folder, theme)

@@ -103,7 +103,6 @@ export const chinese = {
   notANumber: "必须是数字。",
   notAnInteger: "必须是整数。",
   notBetween: "必须在 {min} 到 {max} 之间。",
-  notAboveOrTo: "必须大于 {min} 且不超过 {max}。",
   notAtLeast: "不能小于 {min}。",
   tooManyLines: "最多 {max} 行。",
   tooLong: "最多 {max} 个字符。",

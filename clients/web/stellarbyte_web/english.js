@@ -106,7 +106,6 @@ export const english = {
   notANumber: "This must be a number.",
   notAnInteger: "This must be a whole number.",
   notBetween: "This must be from {min} to {max}.",
-  notAboveOrTo: "This must be above {min} and at most {max}.",
   notAtLeast: "This must be at least {min}.",
   tooManyLines: "At most {max} lines are possible.",
   tooLong: "At most {max} characters are possible.",

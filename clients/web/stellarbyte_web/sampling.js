@@ -22,8 +22,8 @@ export function readField(field, text) {
   const value = Number(trimmed);
   if (!isNumber || !Number.isFinite(value)) return { problem: { key: "notANumber" } };
   if (field.kind === "integer" && !Number.isInteger(value)) return { problem: { key: "notAnInteger" } };
-  if (value < field.min || value > field.max || (field.isAbove && value === field.min)) {
-    const key = field.isAbove ? "notAboveOrTo" : field.max > 1e6 ? "notAtLeast" : "notBetween";
+  if (value < field.min || value > field.max) {
+    const key = field.max > 1e6 ? "notAtLeast" : "notBetween";
     return { problem: { key, values: { min: field.min, max: field.max } } };
   }
   return { value };

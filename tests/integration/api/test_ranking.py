@@ -16,7 +16,7 @@ TEXTS = ["The cat sleeps.", "A cat is asleep.", "Interest rates rose again.", "x
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory):
     known = KnownModel.make(tmp_path_factory.mktemp("ranked"))
-    with running(REAL, "--model", str(known.folder), limit_s=180) as server:
+    with running(REAL, "--model", str(known.folder)) as server:
         yield server
 
 

@@ -165,7 +165,7 @@ def test_too_little_cache_memory_is_refused_with_what_would_do(tiny_model) -> No
     less_context = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", "30000", "--max-model-len", context)
     try:  # both start at once
         for server, fields in ((more_memory, {}), (less_context, {"prompt": "x"})):
-            server.wait_ready(60)
+            server.wait_ready()
             fields |= {"max_tokens": 3 * CONTEXT, "context_overflow": "slide"}
             assert complete(server, **fields).status_code == 200
     finally:

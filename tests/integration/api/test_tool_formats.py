@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("mistral")
     convert(tiny_llama(folder / "hf", chat_template=MISTRAL_NEW, max_position_embeddings=4096), folder / "tiny")
     _rename_special_tokens(folder / "tiny" / "tokenizer.json")
-    with running(REAL, "--model", str(folder / "tiny"), limit_s=180) as server:
+    with running(REAL, "--model", str(folder / "tiny")) as server:
         yield server
 
 

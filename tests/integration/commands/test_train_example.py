@@ -39,7 +39,7 @@ def test_two_steps_on_own_data_write_an_adapter_for_the_model(tmp_path: Path) ->
 def test_the_adapters_of_the_readme_answer_as_they_were_taught(tmp_path: Path) -> None:
     for name in ("pirate", "json"):
         train(name, "--out", str(tmp_path / name))
-    with running(REAL, "--adapter-dir", str(tmp_path), limit_s=180) as server:
+    with running(REAL, "--adapter-dir", str(tmp_path)) as server:
         command = [sys.executable, "clients/examples/adapters.py", QUESTIONS[0], "pirate", "json"]
         result = subprocess.run(
             command, cwd=ROOT, env={"STELLARBYTE_URL": server.url}, capture_output=True, text=True, check=True

@@ -75,7 +75,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
     os.environ["AUDIT_FILE"] = str(file)
     flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--allow-local-admin"]
     try:
-        with running("tests.support.servers.audited_server", *flags, limit_s=120) as server:
+        with running("tests.support.servers.audited_server", *flags) as server:
             yield Audited(server, folder, file, file.stat().st_size)
     finally:
         del os.environ["AUDIT_FILE"]

@@ -246,7 +246,7 @@ def test_connections_beyond_what_the_process_can_hold_are_refused(fake_model: st
     try:
         limit = num_allowed + OTHER_FILES
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (limit, limit))  # long before it serves
-        server.wait_ready(30)
+        server.wait_ready()
         connections = [connect(server) for _ in range(num_allowed)]
         for _ in range(3):
             with connect(server) as one_more:

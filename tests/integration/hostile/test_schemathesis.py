@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -88,11 +89,17 @@ def _test_of(method: str, path: str) -> Callable[..., None]:
         response = case.call(base_url=fake_server.url, session=session, timeout=30)
         kind = response.headers.get("content-type", [""])[0].partition(";")[0]
         statuses[case.method.lower(), case.path, response.status_code, kind] += 1
-        case.validate_response(response, checks=CHECKS)
+        case.validate_response(response, checks=CHECKS, excluded_checks=_not_said_by(case))
         if kind == "text/event-stream":
             _check_events(OPERATIONS[case.method.lower(), case.path], response.text)
 
     return test
+
+
+def _not_said_by(case: schemathesis.Case) -> list[Any]:
+    """What says nothing about this request: a form has no way to send the empty list that its body was given."""
+    is_form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
+    return [negative_data_rejection] if is_form and [] in case.body.values() else []
 
 
 # A function each: schemathesis gives all tests of one function the same id, and of those pytest-xdist runs one.

@@ -54,7 +54,7 @@ def sourced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sourced]:
             "NUMBA_CACHE_DIR": str(cache_folder() / "compiled"),  # the kernels that other tests have compiled
         }
         flags = ("--model", str(known.folder), "--adapter-source", "hf://org", "s3://bucket/adapters")
-        with running(REAL, *flags, "--allow-local-admin", limit_s=300, environment=environment) as server:
+        with running(REAL, *flags, "--allow-local-admin", environment=environment) as server:
             with httpx.Client(base_url=server.url, timeout=60) as http:
                 cache = folder / "cache" / "adapters"
                 yield Sourced(http, hub, store, folders, answers | {"tiny": base[-1]}, cache)

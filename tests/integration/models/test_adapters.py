@@ -64,7 +64,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Adapted]:
     assert base is not None
     answers["tiny"] = base
     flags = ["--adapter-dir", str(offered), "--lora-modules", f"given={folder / 'elsewhere'}", "--max-loras", "3"]
-    with running(REAL, "--model", str(known.folder), *flags, "--allow-local-admin", limit_s=120) as server:
+    with running(REAL, "--model", str(known.folder), *flags, "--allow-local-admin") as server:
         with httpx.Client(base_url=server.url, timeout=30) as http:
             yield Adapted(server, http, offered, answers, long_answers[-1])
 
@@ -235,7 +235,7 @@ def test_the_operators_routes_want_json_and_this_machines_name(adapted: Adapted)
 def test_every_http_process_knows_what_another_loaded(adapted: Adapted) -> None:
     model, body = str(adapted.folder.parent / "tiny"), completion("x")
     flags = ["--adapter-dir", str(adapted.folder), "--http-workers", "2", "--allow-local-admin"]
-    with running(REAL, "--model", model, *flags, limit_s=120) as server:
+    with running(REAL, "--model", model, *flags) as server:
         loaded = httpx.post(f"{server.url}/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "a1"})
         assert loaded.status_code == 200
         for _ in range(16):  # a connection each, which Linux spreads over both

@@ -16,7 +16,7 @@ def url(tmp_path_factory):
     adapters = tmp_path_factory.mktemp("adapters")
     write_adapter(adapters / "a", model, seed=1)
     flags = ["--model", str(folder), "--load-format", "dummy", "--dtype", "bfloat16", "--max-num-seqs", "4"]
-    with running(REAL, *flags, "--adapter-dir", str(adapters), limit_s=60) as server:
+    with running(REAL, *flags, "--adapter-dir", str(adapters)) as server:
         yield server.url
 
 

@@ -10,7 +10,7 @@ from tests.support.servers.server_process import REAL, ServerProcess, running, t
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_the_demo_model_still_knows_the_capital_of_france(quantization: str) -> None:
-    with running(REAL, "--quantization", quantization, limit_s=180) as server:
+    with running(REAL, "--quantization", quantization) as server:
         question = {"role": "user", "content": "What is the capital of France?"}
         body = {"model": "SmolLM2-135M-Instruct", "messages": [question], "temperature": 0, "max_tokens": 20}
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()

@@ -45,7 +45,7 @@ def server(folder: Path, mark: Path) -> Iterator[ServerProcess]:
     flags = ("--model", folder.name, "--device", "cpu", "--kv-cache-memory", str(CACHE_BYTES))
     # A cache of its own, but the kernels that other tests have compiled.
     caches = {"STELLARBYTE_CACHE": str(folder.parent / "cache"), "NUMBA_CACHE_DIR": str(cache_folder() / "compiled")}
-    with running(REAL, *flags, limit_s=300, cwd=folder.parent, environment=caches) as server:
+    with running(REAL, *flags, cwd=folder.parent, environment=caches) as server:
         yield server
 
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServerProcess]:
-    with running(REAL, "--model", str(folder), "--served-model-name", "tiny", limit_s=180) as server:
+    with running(REAL, "--model", str(folder), "--served-model-name", "tiny") as server:
         yield server
 
 
@@ -101,7 +101,7 @@ def test_a_template_that_writes_the_token_is_refused_by_its_name(folder: Path, t
     template = tmp_path / "template.jinja"
     template.write_text(f"{PAD}{{{{ messages[0]['content'] }}}}")
     flags = ("--model", str(folder), "--served-model-name", "tiny", "--chat-template", str(template))
-    with running(REAL, *flags, limit_s=180) as server:
+    with running(REAL, *flags) as server:
         for path in ("/v1/chat/completions", "/tokenize"):
             response = post(server, path, model="tiny", messages=[{"role": "user", "content": "a"}])
             assert response.status_code == 400 and f"'{PAD}'" in response.json()["error"]["message"]

@@ -162,7 +162,7 @@ def test_what_is_refused_after_it_was_queued_does_not_count(tmp_path: Path) -> N
     flags = ["--model", str(known.folder), "--adapter-dir", str(tmp_path / "adapters"), "--max-num-seqs", "1"]
     flags += ["--keys", keys_file(tmp_path, "[alice]\nkey = 'key-alice'\nrequests_per_minute = 2\n")]
     flags += ["--api-key", "key-flag", "--queue-timeout", "0.2", "--context-overflow", "slide"]
-    with running(REAL, *flags, limit_s=120) as server:
+    with running(REAL, *flags) as server:
         endless = {"model": "tiny", "prompt": [40], "max_tokens": 10**6, "ignore_eos": True, "stream": True}
         url, headers = f"{server.url}/v1/completions", bearer("key-flag")
         with httpx.stream("POST", url, json=endless, headers=headers, timeout=30) as occupying:
@@ -284,7 +284,7 @@ def test_a_key_sees_and_uses_only_its_models(tmp_path: Path) -> None:
     text = "[alice]\nkey = 'key-alice'\nmodels = ['pirate']\n[bob]\nkey = 'key-bob'\nmodels = ['tiny', 'json']\n"
     flags = ["--model", str(known.folder), "--adapter-dir", str(tmp_path / "adapters")]
     flags += ["--keys", keys_file(tmp_path, text), "--admin-api-key", "key-admin"]
-    with running(REAL, *flags, limit_s=120) as server:
+    with running(REAL, *flags) as server:
 
         def seen(key: str, path: str) -> set[str]:
             return {card["id"] for card in httpx.get(server.url + path, headers=bearer(key)).json()["data"]}
@@ -338,7 +338,7 @@ def test_the_prefix_cache_tells_no_key_what_others_have_sent(tmp_path: Path) -> 
         share = 'team'
     """
     flags = ["--model", str(known.folder), "--keys", keys_file(tmp_path, text), "--admin-api-key", "key-admin"]
-    with running(REAL, *flags, limit_s=120) as server:
+    with running(REAL, *flags) as server:
 
         def cached(key: str, **fields: object) -> int:
             answer = complete(server, key, model="tiny", prompt=list(range(40, 140)), **fields)

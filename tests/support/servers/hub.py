@@ -175,3 +175,13 @@ def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def write_repository(folder: Path, weights: bytes) -> Path:
+    """An adapter's repository in a new folder, with files that no server needs."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes(b"{}")
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    (folder / "adapter_model.bin").write_bytes(b"pickle")
+    (folder / "README.md").write_bytes(b"hi")
+    return folder

@@ -19,6 +19,7 @@ FAKE = "tests.support.servers.fake_server"  # the real HTTP process in front of 
 FAKE_MODEL = "fake"  # the name of the fake engine's model
 REASONING = "tests.support.servers.reasoning_server"
 REAL = "stellarbyte_server"
+START_LIMIT_S = 600  # the first server of a machine compiles its kernels
 NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -29,10 +30,10 @@ def free_port() -> int:
 
 
 def wait_for_server(
-    url: str, process: subprocess.Popen[bytes], limit_s: float, log: Callable[[], str] = lambda: ""
+    url: str, process: subprocess.Popen[bytes], log: Callable[[], str] = lambda: ""
 ) -> None:
     """Until it answers /ready with 200."""
-    deadline_s = time.monotonic() + limit_s
+    deadline_s = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
             raise AssertionError(f"the server ended with status {process.returncode}:\n{log()}")
@@ -40,7 +41,7 @@ def wait_for_server(
             if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
                 return
         time.sleep(0.05)
-    raise AssertionError(f"the server was not ready after {limit_s} s:\n{log()}")
+    raise AssertionError(f"the server was not ready after {START_LIMIT_S} s:\n{log()}")
 
 
 class ServerProcess:
@@ -72,8 +73,8 @@ class ServerProcess:
         file = self._log.fileno()
         return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")  # seeking would move the writers, too
 
-    def wait_ready(self, limit_s: float) -> "ServerProcess":
-        wait_for_server(self.url, self.process, limit_s, self.log)
+    def wait_ready(self) -> "ServerProcess":
+        wait_for_server(self.url, self.process, self.log)
         return self
 
     def wait_logged(self, text: str, limit_s: float = 60) -> None:
@@ -116,11 +117,11 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def running(
-    module: str, *flags: str, limit_s: float = 30, cwd: Path = ROOT, environment: Mapping[str, str] = NO_VARIABLES
+    module: str, *flags: str, cwd: Path = ROOT, environment: Mapping[str, str] = NO_VARIABLES
 ) -> Iterator[ServerProcess]:
     server = ServerProcess(module, *flags, cwd=cwd, environment=environment)
     try:
-        server.wait_ready(limit_s)
+        server.wait_ready()
         if "--http-workers" in flags:
             server.wait_listening()
         yield server

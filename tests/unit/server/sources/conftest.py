@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers.hub import Hub, running_hub, use_hub
+from tests.support.servers.hub import Hub, running_hub, use_hub, write_repository
 from tests.support.servers.s3 import Store, running_store
 
 
@@ -19,16 +19,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """A folder as a repository of an adapter has it, with files that no server needs."""
-    return write_files(tmp_path / "repository", b"weights")
-
-
-def write_files(folder: Path, weights: bytes) -> Path:
-    folder.mkdir()
-    (folder / "adapter_config.json").write_bytes(b"{}")
-    (folder / "adapter_model.safetensors").write_bytes(weights)
-    (folder / "adapter_model.bin").write_bytes(b"pickle")
-    (folder / "README.md").write_bytes(b"hi")
-    return folder
+    return write_repository(tmp_path / "repository", b"weights")
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ import pytest
 from stellarbyte_server.config.adapter_source import AdapterSource, folder_name
 from stellarbyte_server.sources.child import fetch_into_cache
 from stellarbyte_server.sources.outcome import FetchError
-from tests.support.servers.hub import TOKEN, Hub, commit_of
+from tests.support.servers.hub import TOKEN, Hub, commit_of, write_repository
 from tests.support.servers.s3 import Store
-from tests.unit.server.sources.conftest import write_files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -35,13 +34,13 @@ def test_a_version_is_downloaded_once_and_a_new_one_beside_it(hub: Hub, cache: P
     first = fetch("hf://org/x")
     num_downloads = len(hub.downloads)
     assert fetch("hf://org/x@main") == first and len(hub.downloads) == num_downloads
-    hub.add("org/x", write_files(tmp_path / "newer", b"newer"))
+    hub.add("org/x", write_repository(tmp_path / "newer", b"newer"))
     second = fetch("hf://org/x")
     assert files(cache, first)[WEIGHTS] == b"weights" and files(cache, second)[WEIGHTS] == b"newer"
 
 
 def test_a_revision_is_fetched_by_its_name(hub: Hub, cache: Path, tmp_path: Path) -> None:
-    hub.add("org/x", write_files(tmp_path / "other", b"other"), "refs/pr/1")
+    hub.add("org/x", write_repository(tmp_path / "other", b"other"), "refs/pr/1")
     assert files(cache, fetch("hf://org/x@refs/pr/1"))[WEIGHTS] == b"other"
 
 
