@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.loadgen import Load, local_address, send
-from benchmarks.record import write_result
 from benchmarks.serve import OURS, Server, Workload, load, running_ours
+from benchmarks.support.record import write_result
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, write_result
+from benchmarks.support.record import ROOT, write_result
 
 Figures = dict[str, float]  # by the path to each number: "runs[sequences=64].ms_per_step.text"
 _IDENTITY = ("server", "sequences", "streams", "steps_per_s")  # what tells a run of a list from the others
@@ -50,7 +50,9 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run benchmarks of an older commit and of this one in turn.")
     parser.add_argument("commit", help="the older one")
-    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help='a module with its flags: "serve --rounds 1"')
+    parser.add_argument(
+        "benchmarks", nargs="+", metavar="BENCHMARK", help='a module with its flags: "serve --rounds 1"'
+    )
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from benchmarks.record import write_result
+from benchmarks.support.record import write_result
 from stellarbyte.backends.cpu_model import CpuModel, batch_arrays
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint

@@ -23,7 +23,7 @@ import tokenizers
 import torch
 from tokenizers import models
 
-from benchmarks.record import write_result
+from benchmarks.support.record import write_result
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.checkpoint.source import resolve_model

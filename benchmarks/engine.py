@@ -20,7 +20,7 @@ import msgspec
 import tokenizers
 import zmq
 
-from benchmarks.record import write_result
+from benchmarks.support.record import write_result
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.engine.adapters.registry import no_adapters
 from stellarbyte_server.engine.core import EngineCore

@@ -26,8 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.instant_engine import make_model_folder
-from benchmarks.record import ROOT, write_result
+from benchmarks.support.instant_engine import make_model_folder
+from benchmarks.support.record import ROOT, write_result
 
 START_LIMIT_S = 60
 KEEPS_UP_MS = 100  # limit of the 99th percentile of a token's age
@@ -108,7 +108,7 @@ def _server(http_workers: int) -> Iterator[tuple[int, int]]:
         model = make_model_folder(Path(folder) / "instant")
         flags = ["--model", str(model), "--port", str(port), "--http-workers", str(http_workers)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.instant_engine", "serve", *flags, "--log-level", "warning"],
+            [sys.executable, "-m", "benchmarks.support.instant_engine", "serve", *flags, "--log-level", "warning"],
             cwd=ROOT,
             env={name: value for name, value in os.environ.items() if not name.startswith("STELLARBYTE_")},
             stderr=subprocess.DEVNULL,
@@ -134,7 +134,7 @@ def _wait_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
 def _http_cpu_s(server_pid: int) -> float:
     """CPU seconds the HTTP processes have used: all of the server's but the engine's (Linux)."""
     children = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
-    is_engine = [b"benchmarks.instant_engine" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
+    is_engine = [b"benchmarks.support.instant_engine" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children]
     pids = [str(server_pid), *(pid for pid, engine in zip(children, is_engine, strict=True) if not engine)]
     stats = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
     return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")

@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.gpu_workloads import Row
-from benchmarks.record import ROOT, read_results
+from benchmarks.gpu.workloads import Row
+from benchmarks.support.record import ROOT, read_results
 
 PICTURES = ROOT / "docs" / "pictures"
 PARTS = (

@@ -14,8 +14,8 @@ import time
 
 import httpx
 
-from benchmarks.record import write_result
 from benchmarks.serve import OURS, running_ours
+from benchmarks.support.record import write_result
 
 WARM_UP_S = 1.0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from benchmarks.record import write_result
+from benchmarks.support.record import write_result
 from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache

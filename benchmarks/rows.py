@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from benchmarks.record import write_result
+from benchmarks.support.record import write_result
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.source import resolve_model

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from benchmarks.record import ROOT, write_result
+from benchmarks.support.record import ROOT, write_result
 
 OURS = "python -m stellarbyte_server --port {port} --log-level warning"
 START_LIMIT_S = 180

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.support.clients.terminal import Terminal
 from tests.support.servers.server_process import REAL, ROOT, ServerProcess
-from tests.support.terminal import Terminal
 
 PICTURE = ROOT / "docs/pictures/terminal.svg"
 ROWS, COLUMNS = 32, 96

@@ -10,7 +10,7 @@ from pathlib import Path
 import vllm
 from vllm.lora.request import LoRARequest
 
-from benchmarks.gpu_workloads import (
+from benchmarks.gpu.workloads import (
     ENGINES,
     MAX_MODEL_LEN,
     MAX_STEP_TOKENS,

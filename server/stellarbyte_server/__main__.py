@@ -20,8 +20,8 @@ from stellarbyte_server.access.keys import Key, Keyring, on_hangup, read_keys, r
 from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.http.connections.tls import check_certificate
 from stellarbyte_server.http.stopping import exit_quietly, on_stop_signals
-from stellarbyte_server.http.tls import check_certificate
 from stellarbyte_server.import_path import leave_current_folder
 from stellarbyte_server.logs import LogFormat, configure_logging
 

@@ -15,8 +15,8 @@ from tests.clients.either import Blocking, Connect
 from tests.clients.keys import ADMIN_KEY, KEYS, USER_KEY
 from tests.support.models.adapters import write_adapter
 from tests.support.models.hugging_face import tiny_llama
-from tests.support.servers.http_stub import Asked, Stub
 from tests.support.servers.server_process import REAL, ServerProcess, running
+from tests.support.stubs.http_stub import Asked, Stub
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ from stellarbyte_server.api.contract import adapter_objects, objects
 from tests.clients.either import Blocking, Connect
 from tests.clients.keys import ADMIN_KEY, USER_KEY
 from tests.support.servers.fake_engine import CRASH, make_model_folder
-from tests.support.servers.http_stub import Stub
 from tests.support.servers.server_process import FAKE, ROOT, ServerProcess, running
+from tests.support.stubs.http_stub import Stub
 
 CHAT = [{"role": "user", "content": "the capital of France"}]
 

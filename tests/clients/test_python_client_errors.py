@@ -17,8 +17,8 @@ from stellarbyte_client import ConnectionFailed, ServerError, UnexpectedAnswer
 from stellarbyte_client.errors import server_error
 from tests.clients.either import Connect
 from tests.clients.keys import ADMIN_KEY, LIMITED_KEY, USER_KEY
-from tests.support.servers.http_stub import Stub
 from tests.support.servers.server_process import ServerProcess, free_port
+from tests.support.stubs.http_stub import Stub
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.clients.keys import ADMIN_KEY, USER_KEY
-from tests.support.node_packages import copy_installed
+from tests.support.clients.node_packages import copy_installed
 from tests.support.servers.server_process import ROOT, ServerProcess
 
 

@@ -122,9 +122,7 @@ async def churn(server: ServerProcess, by_place: dict[str, list[str]], num_reque
 def test_churn(known: tuple[Path, Path, dict[str, list[str]]], num_requests: int) -> None:
     model, adapters, by_place = known
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]
-    with running(
-        REAL, *flags, "--max-num-seqs", "16", "--allow-local-admin", "--log-level", "warning"
-    ) as server:
+    with running(REAL, *flags, "--max-num-seqs", "16", "--allow-local-admin", "--log-level", "warning") as server:
         started_s = time.perf_counter()
         state, sizes = asyncio.run(churn(server, by_place, num_requests))
         assert state.wrong == []

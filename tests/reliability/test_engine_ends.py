@@ -166,7 +166,7 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str,
 
 def test_an_answer_that_is_falsely_called_complete_would_be_noticed(tiny_model: str) -> None:
     """The control: a server that ends cut-off streams with a finish reason and [DONE]."""
-    with running("tests.support.servers.lying_server", "--model", tiny_model) as server:
+    with running("tests.support.stubs.lying_server", "--model", tiny_model) as server:
         with pytest.raises(AssertionError, match="is_done=True"):
             asyncio.run(end_engine(server, "stellarbyte_server.engine.process", KILLED, None))
 

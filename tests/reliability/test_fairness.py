@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.attacks import ATTACKS, Attack
 from benchmarks.fairness import measure, write_keys
+from benchmarks.fairness.attacks import ATTACKS, Attack
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 MOST_GROWTH_MIB = 600  # of all processes of the server together

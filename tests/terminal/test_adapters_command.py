@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.clients.terminal import CTRL_C, Terminal
 from tests.support.servers.server_process import FAKE, running
-from tests.support.terminal import CTRL_C, Terminal
 from tests.terminal.command import Adapted, Command, Result
 
 

@@ -10,8 +10,8 @@ import pytest
 from stellarbyte_client.address import Address
 from stellarbyte_client.terminal.bench import make_row
 from stellarbyte_client.terminal.load import LoadGenerator, Outcome, Work, percentiles_ms
+from tests.support.clients.terminal import CTRL_C, Terminal
 from tests.support.servers.server_process import ServerProcess
-from tests.support.terminal import CTRL_C, Terminal
 from tests.terminal.command import Adapted, Command, Result
 from tests.terminal.failing_server import Prepared, answering
 

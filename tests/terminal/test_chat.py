@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.clients.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.server_process import FAKE, ServerProcess, free_port
-from tests.support.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
 from tests.terminal.command import Adapted
 
 PROMPT = r"^❯$"  # an empty line waits for a question

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients.terminal import CTRL_C, LIMIT_S, Terminal
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.server_process import ROOT, ServerProcess
-from tests.support.terminal import CTRL_C, LIMIT_S, Terminal
 from tests.terminal.command import Command, Result
 from tests.terminal.failing_server import Prepared, answering, text_event
 

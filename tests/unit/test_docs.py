@@ -15,7 +15,7 @@ from stellarbyte.cli.arguments import make_parser
 from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of
-from tests.support.pages import PAGES, TRANSLATED, name_of
+from tests.support.clients.pages import PAGES, TRANSLATED, name_of
 from tests.support.servers.server_process import ROOT
 
 _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.clients.pages import TRANSLATED, name_of
 from tests.support.documented_figures import Block, blocks_of, numbers_in, problems_of, results_linked
-from tests.support.pages import TRANSLATED, name_of
 from tests.support.servers.server_process import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"

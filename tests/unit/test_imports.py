@@ -36,7 +36,7 @@ def test_no_module_imports_one_with_tests() -> None:
     assert {module: names for module, names in found.items() if names} == {}
 
 
-PRIVATE = "server/stellarbyte_server/http/uvicorn_private.py"  # says what of a library is used without a promise
+PRIVATE = "server/stellarbyte_server/http/connections/uvicorn_private.py"  # says what it uses without a promise
 UNDOCUMENTED = ("uvicorn.protocols.",)
 
 

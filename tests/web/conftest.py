@@ -9,8 +9,8 @@ from playwright.sync_api import Browser, sync_playwright
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.checkpoint.source import resolve_model
-from tests.support.chat_page import ADMIN_KEY, API_KEY, OpenPage, WatchedPage
-from tests.support.chromium import FLAGS, find_chromium
+from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, OpenPage, WatchedPage
+from tests.support.clients.chromium import FLAGS, find_chromium
 from tests.support.models.adapters import write_adapter
 from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.fake_engine import make_model_folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.support.chromium import FLAGS, find_chromium
+from tests.support.clients.chromium import FLAGS, find_chromium
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 QUESTION = "What is the capital of France?"

@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.support.chat_page import LIMIT_MS, OpenPage
+from tests.support.clients.chat_page import LIMIT_MS, OpenPage
 from tests.support.servers.server_process import ServerProcess
 
 MODEL = "SmolLM2-135M-Instruct"

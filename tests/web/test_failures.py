@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.support.chat_page import API_KEY, GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
+from tests.support.clients.chat_page import API_KEY, GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 
 expect.set_options(timeout=LIMIT_MS)

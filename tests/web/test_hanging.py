@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.support.chat_page import GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
+from tests.support.clients.chat_page import GONE_IN_CONSOLE, LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 
 expect.set_options(timeout=LIMIT_MS)

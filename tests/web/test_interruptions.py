@@ -4,7 +4,7 @@ import re
 
 from playwright.sync_api import expect
 
-from tests.support.chat_page import LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
+from tests.support.clients.chat_page import LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
 from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)

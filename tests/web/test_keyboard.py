@@ -6,7 +6,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.support.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage, ask
+from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage, ask
 from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)

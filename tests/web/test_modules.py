@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.node_packages import copy_installed
+from tests.support.clients.node_packages import copy_installed
 from tests.support.servers.server_process import ROOT
 
 

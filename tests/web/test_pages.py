@@ -8,7 +8,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.support.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
+from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
 from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)

@@ -6,7 +6,7 @@ import math
 import pytest
 from playwright.sync_api import Page, Route, expect
 
-from tests.support.chat_page import LIMIT_MS, OpenPage
+from tests.support.clients.chat_page import LIMIT_MS, OpenPage
 from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)

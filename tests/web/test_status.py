@@ -4,7 +4,7 @@ import re
 
 from playwright.sync_api import Page, expect
 
-from tests.support.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
+from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 
 expect.set_options(timeout=LIMIT_MS)

@@ -26,11 +26,11 @@ from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.http.app import create_app
 from stellarbyte_server.http.batch_requests import BatchRequests
-from stellarbyte_server.http.connection_limit import ACCEPTED_AT_ONCE, connections_allowed
-from stellarbyte_server.http.protocol import ConnectionBounds, bounded_protocol
+from stellarbyte_server.http.connections.connection_limit import ACCEPTED_AT_ONCE, connections_allowed
+from stellarbyte_server.http.connections.protocol import ConnectionBounds, bounded_protocol
+from stellarbyte_server.http.connections.tls import server_context
+from stellarbyte_server.http.connections.tls_protocol import tls_protocol
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
-from stellarbyte_server.http.tls import server_context
-from stellarbyte_server.http.tls_protocol import tls_protocol
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
 
 _POLL_S = 0.05

@@ -4,7 +4,7 @@ import json
 
 import httpx
 
-from tests.support.openai_client import QUESTION
+from tests.support.clients.openai_client import QUESTION
 
 
 def ask(server, path: str, **fields) -> httpx.Response:

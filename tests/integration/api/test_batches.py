@@ -11,8 +11,8 @@ from fastapi.testclient import TestClient
 
 from tests.support.application import make_app
 from tests.support.batches import completions, line, results, start, upload, wait
+from tests.support.clients.openai_client import QUESTION, strict_client
 from tests.support.models.references import MODEL_NAME
-from tests.support.openai_client import QUESTION, strict_client
 from tests.support.over_http import assert_error
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.server_process import ServerProcess

@@ -7,8 +7,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from tests.support.clients.openai_client import strict_client
 from tests.support.engines.reasoning_engine import END_MARK, START
-from tests.support.openai_client import strict_client
 from tests.support.over_http import assert_error
 from tests.support.servers.server_process import ServerProcess
 

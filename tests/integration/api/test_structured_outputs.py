@@ -6,7 +6,7 @@ import re
 import httpx
 import pytest
 
-from tests.support.openai_client import QUESTION
+from tests.support.clients.openai_client import QUESTION
 from tests.support.over_http import assert_error
 
 PAIR = {"type": "array", "prefixItems": [{"const": 1}, {"const": 1}], "minItems": 2, "maxItems": 2}

@@ -11,8 +11,8 @@ from langchain_core.messages import ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
+from tests.support.clients.node_packages import copy_installed
 from tests.support.models.references import MODEL_NAME
-from tests.support.node_packages import copy_installed
 from tests.support.over_http import run
 from tests.support.servers.server_process import ROOT, free_port
 

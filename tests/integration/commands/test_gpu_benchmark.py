@@ -9,9 +9,9 @@ import time
 import pytest
 
 from benchmarks.gpu import run_all
-from benchmarks.gpu_engine import Run
-from benchmarks.gpu_profile import busy_us
-from benchmarks.gpu_workloads import ROWS, WORKS
+from benchmarks.gpu.engine import Run
+from benchmarks.gpu.profile import busy_us
+from benchmarks.gpu.workloads import ROWS, WORKS
 from stellarbyte_server.protocol.messages import Delta
 from tests.support.servers.server_process import ROOT
 

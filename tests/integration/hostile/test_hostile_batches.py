@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.support.batches import completions, line, results, start, upload, wait
-from tests.support.openai_client import strict_client
+from tests.support.clients.openai_client import strict_client
 from tests.support.over_http import assert_error
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from stellarbyte_server.http.connection_limit import OTHER_FILES
-from stellarbyte_server.http.protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from stellarbyte_server.http.connections.connection_limit import OTHER_FILES
+from stellarbyte_server.http.connections.protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
 from tests.support.certificates import make_certificate
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.processes import forget_peak, peak_bytes, resident_bytes

@@ -10,9 +10,9 @@ import pytest
 
 from stellarbyte.user_cache import cache_folder
 from tests.support.servers.adapter_server import KnownModel, completion
-from tests.support.servers.hub import Hub, commit_of, running_hub
-from tests.support.servers.s3 import Store, running_store
 from tests.support.servers.server_process import REAL, running
+from tests.support.stubs.hub import Hub, commit_of, running_hub
+from tests.support.stubs.s3 import Store, running_store
 
 
 @dataclass

@@ -9,7 +9,7 @@ import httpx
 import openai
 
 from tests.support.batches import completions, line, results, start, wait
-from tests.support.openai_client import strict_client
+from tests.support.clients.openai_client import strict_client
 from tests.support.over_http import get_often
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.processes import worker_pids

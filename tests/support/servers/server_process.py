@@ -29,9 +29,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_for_server(
-    url: str, process: subprocess.Popen[bytes], log: Callable[[], str] = lambda: ""
-) -> None:
+def wait_for_server(url: str, process: subprocess.Popen[bytes], log: Callable[[], str] = lambda: "") -> None:
     """Until it answers /ready with 200."""
     deadline_s = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline_s:

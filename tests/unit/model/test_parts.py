@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.gpu_workloads import RANK, TINY, write_adapters
+from benchmarks.gpu.workloads import RANK, TINY, write_adapters
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import make_plan

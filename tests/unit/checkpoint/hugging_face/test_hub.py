@@ -14,7 +14,7 @@ from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config, open_checkpoint
 from stellarbyte.checkpoint.source import find_source, resolve_model
 from tests.support.models.hugging_face import tiny_qwen3
-from tests.support.servers.hub import TOKEN, Hub, commit_of, running_hub, use_hub
+from tests.support.stubs.hub import TOKEN, Hub, commit_of, running_hub, use_hub
 
 OTHER_FILES = (
     *("README.md", "pytorch_model.bin", "modeling_tiny.py", "consolidated.safetensors", "onnx/model.safetensors"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.servers.hub import Hub, running_hub, use_hub, write_repository
-from tests.support.servers.s3 import Store, running_store
+from tests.support.stubs.hub import Hub, running_hub, use_hub, write_repository
+from tests.support.stubs.s3 import Store, running_store
 
 
 @pytest.fixture

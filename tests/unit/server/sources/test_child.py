@@ -8,8 +8,8 @@ import pytest
 from stellarbyte_server.config.adapter_source import AdapterSource, folder_name
 from stellarbyte_server.sources.child import fetch_into_cache
 from stellarbyte_server.sources.outcome import FetchError
-from tests.support.servers.hub import TOKEN, Hub, commit_of, write_repository
-from tests.support.servers.s3 import Store
+from tests.support.stubs.hub import TOKEN, Hub, commit_of, write_repository
+from tests.support.stubs.s3 import Store
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

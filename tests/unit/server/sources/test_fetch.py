@@ -9,8 +9,8 @@ import pytest
 from stellarbyte_server.config.adapter_source import AdapterSource, folder_name
 from stellarbyte_server.sources.fetch import child_environment, fetch
 from stellarbyte_server.sources.outcome import FetchError
-from tests.support.servers.hub import Hub, commit_of
-from tests.support.servers.s3 import Store
+from tests.support.stubs.hub import Hub, commit_of
+from tests.support.stubs.s3 import Store
 
 WEIGHTS = "adapter_model.safetensors"
 FROM_S3 = AdapterSource.parse("s3://bucket/a/x")

@@ -1,4 +1,4 @@
-"""`python -m tests.support.servers.impatient_server FLAGS`: the fake server; its streams send headers at once."""
+"""`python -m tests.support.stubs.impatient_server FLAGS`: the fake server; its streams send headers at once."""
 
 import sys
 from unittest import mock

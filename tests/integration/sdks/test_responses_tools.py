@@ -12,8 +12,8 @@ import pydantic
 import pytest
 from openai.types.responses import Response
 
+from tests.support.clients.openai_client import strict_client
 from tests.support.models.references import MODEL_NAME
-from tests.support.openai_client import strict_client
 from tests.support.over_http import assert_error
 from tests.support.response_events import checked, events_of
 from tests.support.servers.server_process import FAKE_MODEL

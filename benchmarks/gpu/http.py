@@ -2,7 +2,7 @@
 
 A server compiles kernels for later requests in its first seconds; streams are measured after that.
 
-python -m benchmarks.gpu_http --device cuda --folder TMP 0.6b/start 0.6b/http-64
+python -m benchmarks.gpu.http --device cuda --folder TMP 0.6b/start 0.6b/http-64
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from benchmarks.gpu_workloads import (
+from benchmarks.gpu.workloads import (
     ENGINES,
     MAX_MODEL_LEN,
     MAX_STEP_TOKENS,

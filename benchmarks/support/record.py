@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
 PACKAGES = ("torch", "numpy", "transformers", "uvicorn", "numba", "httptools", "pyzmq", "triton", "vllm")
 
 
@@ -47,6 +47,7 @@ def read_results(benchmark: str) -> list[dict[str, Any]]:
 def _command() -> str:
     """The command line, with absolute paths reduced to their last part."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).name
+    module = module.removesuffix(".__main__")
     arguments = [re.sub(r"(?<![^\s=])(?:/[^/\s]+)*/(?=[^/\s])", "", argument) for argument in sys.argv[1:]]
     return shlex.join(["python", "-m", module, *arguments])
 

@@ -1,9 +1,9 @@
 """An engine process with steps that take no time, to measure the path from it to the socket.
 
-`python -m benchmarks.instant_engine` takes the place of `python -m stellarbyte_server.engine.process`; `python -m
-benchmarks.instant_engine serve FLAGS` is the real server in front of it. Every step gives every request one token,
-whose text is " " and the step's time (CLOCK_MONOTONIC in µs, the same for all processes): so a client knows how old
-each token is. The first token of the newest prompt is the pace, in steps per second.
+`python -m benchmarks.support.instant_engine` takes the place of `python -m stellarbyte_server.engine.process`;
+`python -m benchmarks.support.instant_engine serve FLAGS` is the real server in front of it. Every step gives every
+request one token, whose text is " " and the step's time (CLOCK_MONOTONIC in µs, the same for all processes): so a
+client knows how old each token is. The first token of the newest prompt is the pace, in steps per second.
 """
 
 import json
@@ -114,5 +114,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         from stellarbyte_server.__main__ import main as serve
 
-        sys.exit(serve(sys.argv[2:], engine_module="benchmarks.instant_engine"))
+        sys.exit(serve(sys.argv[2:], engine_module="benchmarks.support.instant_engine"))
     sys.exit(main(build_instant_core))

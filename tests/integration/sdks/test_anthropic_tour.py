@@ -15,7 +15,15 @@ import pydantic
 import pytest
 
 from stellarbyte_server.api.contract.message_objects import MessageEvent
-from tests.support.anthropic_client import QUESTION, ask, fields, num_prompt_tokens, streamed, strict_client, told
+from tests.support.clients.anthropic_client import (
+    QUESTION,
+    ask,
+    fields,
+    num_prompt_tokens,
+    streamed,
+    strict_client,
+    told,
+)
 from tests.support.models.references import MODEL_NAME
 from tests.support.servers.fake_engine import MAX_MODEL_LEN
 

@@ -13,9 +13,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from stellarbyte_server.http.protocol import ConnectionBounds, bounded_protocol
-from stellarbyte_server.http.tls import server_context
-from stellarbyte_server.http.tls_protocol import tls_protocol
+from stellarbyte_server.http.connections.protocol import ConnectionBounds, bounded_protocol
+from stellarbyte_server.http.connections.tls import server_context
+from stellarbyte_server.http.connections.tls_protocol import tls_protocol
 from tests.support.certificates import make_certificate
 
 SEND_TIMEOUT_S = 1.0

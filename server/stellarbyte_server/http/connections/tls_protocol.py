@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 from starlette.datastructures import Headers
 
 from stellarbyte_server.api.middleware import log_request, request_id_for
-from stellarbyte_server.http.connection_limit import too_many_connections
-from stellarbyte_server.http.protocol import BoundedProtocol
+from stellarbyte_server.http.connections.connection_limit import too_many_connections
+from stellarbyte_server.http.connections.protocol import BoundedProtocol
 
 
 class TlsProtocol(asyncio.Protocol):

@@ -21,13 +21,13 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.gpu_workloads import BASE_OF, ENGINES, NAMES, PEER, RESULT, ROWS, WORKS, Row
-from benchmarks.record import ROOT, write_result
+from benchmarks.gpu.workloads import BASE_OF, ENGINES, NAMES, PEER, RESULT, ROWS, WORKS, Row
+from benchmarks.support.record import ROOT, write_result
 
 LIMIT_S = 570  # of the whole, so that ten minutes are enough
 PROGRAM_LIMIT_S = 240
 PEER_LIMIT_S = 900  # vLLM alone takes minutes to start
-OURS, THEIRS = "benchmarks.gpu_engine", "benchmarks.peers.vllm_engine"
+OURS, THEIRS = "benchmarks.gpu.engine", "benchmarks.peers.vllm_engine"
 
 Results = dict[str, dict[str, Any]]  # work → figures, or {"error": reason}
 
@@ -90,13 +90,13 @@ def measure(works: list[str], flags: list[str], deadline_s: float, *, profiles: 
     """Measure our engine and server."""
     results: Results = {}
     if "limits" in works:
-        reported, how = run_program("benchmarks.gpu_limits", flags, PROGRAM_LIMIT_S)
+        reported, how = run_program("benchmarks.gpu.limits", flags, PROGRAM_LIMIT_S)
         results |= reported if reported else {"limits": {"error": how}}
     for engine, mine in by_engine(works).items():
         arguments = [*flags, "--engine", engine, *(["--profile"] if profiles else [])]
         results |= run_all(OURS, mine, arguments, deadline_s, PROGRAM_LIMIT_S)
     if over_http := [work for work in works if work != "limits" and work not in WORKS]:
-        results |= run_all("benchmarks.gpu_http", over_http, flags, deadline_s, PROGRAM_LIMIT_S)
+        results |= run_all("benchmarks.gpu.http", over_http, flags, deadline_s, PROGRAM_LIMIT_S)
     add_ratios(results)
     return results
 

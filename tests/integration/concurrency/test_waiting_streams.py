@@ -19,7 +19,7 @@ from tests.support.servers.server_process import ServerProcess, running
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("models") / "fake"
     make_model_folder(folder, chat_template="{{ messages[0].content }}")  # chats, too, begin with what the engine obeys
-    with running("tests.support.servers.impatient_server", "--model", str(folder)) as server:
+    with running("tests.support.stubs.impatient_server", "--model", str(folder)) as server:
         yield server
 
 

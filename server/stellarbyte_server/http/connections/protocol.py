@@ -18,9 +18,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.middleware import BODY_ERROR, log_request, request_id_for
-from stellarbyte_server.http.connection_limit import too_many_connections
-from stellarbyte_server.http.send_timeout import SendTimeout
-from stellarbyte_server.http.uvicorn_private import HttpToolsProtocol
+from stellarbyte_server.http.connections.connection_limit import too_many_connections
+from stellarbyte_server.http.connections.send_timeout import SendTimeout
+from stellarbyte_server.http.connections.uvicorn_private import HttpToolsProtocol
 from stellarbyte_server.observe.reasons import reason_of_error
 
 MAX_HEADER_BYTES = 64 * 1024  # of the request line and all fields, trailers too

@@ -1,6 +1,6 @@
 """The device's limits: reading and copying memory, bf16 matrix products.
 
-python -m benchmarks.gpu_limits --device cuda
+python -m benchmarks.gpu.limits --device cuda
 """
 
 import argparse
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_workloads import report
+from benchmarks.gpu.workloads import report
 
 REPETITIONS = 10
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import httpx
 
-from benchmarks.attacks import ATTACKS, Attack
-from benchmarks.record import write_result
+from benchmarks.fairness.attacks import ATTACKS, Attack
+from benchmarks.support.record import write_result
 from stellarbyte.checkpoint.demo import DEMO_NAME
 from tests.support.servers.server_process import REAL, ServerProcess, running
 

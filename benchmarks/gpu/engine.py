@@ -1,6 +1,6 @@
 """Workloads on our engine without HTTP, in one process: started by benchmarks.gpu for each loaded model.
 
-    python -m benchmarks.gpu_engine --engine 0.6b --device cuda --folder TMP 0.6b/1 0.6b/64
+    python -m benchmarks.gpu.engine --engine 0.6b --device cuda --folder TMP 0.6b/1 0.6b/64
 
 The core runs steps as in the engine process. Each work runs twice with different prompts: the first run compiles and
 captures kernels and is reported as `cold_s`. After a failed work the process ends, as its core may be inconsistent.
@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_profile import print_profile, profile_steps
-from benchmarks.gpu_workloads import (
+from benchmarks.gpu.profile import print_profile, profile_steps
+from benchmarks.gpu.workloads import (
     ENGINES,
     MAX_MODEL_LEN,
     MAX_STEP_TOKENS,

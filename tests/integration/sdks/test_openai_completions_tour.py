@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.support.openai_client import PROMPT, complete, post, strict_client, token_ids
+from tests.support.clients.openai_client import PROMPT, complete, post, strict_client, token_ids
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import anthropic
 import httpx
 import pytest
 
-from tests.support.anthropic_client import strict_client
+from tests.support.clients.anthropic_client import strict_client
 from tests.support.servers.fake_engine import CRASH, SLOW
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 

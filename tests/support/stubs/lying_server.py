@@ -1,4 +1,4 @@
-"""`python -m tests.support.servers.lying_server FLAGS`: a server that calls cut answers complete, to test the tests."""
+"""`python -m tests.support.stubs.lying_server FLAGS`: a server that calls cut answers complete, to test the tests."""
 
 import sys
 from unittest import mock

@@ -11,8 +11,8 @@ import openai
 import pydantic
 import pytest
 
+from tests.support.clients.openai_client import QUESTION, chat, strict_client
 from tests.support.models.references import MODEL_NAME
-from tests.support.openai_client import QUESTION, chat, strict_client
 
 WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 

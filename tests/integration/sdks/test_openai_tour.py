@@ -9,8 +9,8 @@ import math
 import openai
 import pytest
 
+from tests.support.clients.openai_client import QUESTION, chat, complete, lenient, post, strict_client, token_ids
 from tests.support.models.references import MODEL_NAME
-from tests.support.openai_client import QUESTION, chat, complete, lenient, post, strict_client, token_ids
 
 
 @pytest.fixture(scope="module")

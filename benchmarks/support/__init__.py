@@ -1,0 +1,1 @@
+"""What benchmarks share: records of results, and an engine without a model."""

@@ -1,0 +1,1 @@
+"""A connection of an HTTP process: its parser, TLS, limits and time limits."""

@@ -1,0 +1,1 @@
+"""Stand-ins: services of others, and servers that misbehave."""
