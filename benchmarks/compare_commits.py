@@ -3,7 +3,8 @@
     python -m benchmarks.compare_commits b286c11 engine http_path serve --rounds 3
 
 Both commits are checked out into folders of their own, and every round runs each benchmark in both, the older first in
-even rounds. Of every number that both wrote, the result has both medians and the ratio new ÷ old.
+even rounds. Of every number that both wrote, the result has both medians and the median of the rounds' ratios new ÷ old:
+the speed of a shared machine may change between rounds more than the commits differ.
 """
 
 import argparse
@@ -87,9 +88,10 @@ def _compare(old: list[Figures], new: list[Figures]) -> dict[str, dict[str, floa
     paths = [path for path in old[0] if all(path in figures for figures in [*old, *new])]
     rows = {}
     for path in paths:
-        medians = [statistics.median(figures[path] for figures in side) for side in (old, new)]
-        if medians[0] > 0:
-            rows[path] = {"old": medians[0], "new": medians[1], "ratio": round(medians[1] / medians[0], 4)}
+        before, after = [figures[path] for figures in old], [figures[path] for figures in new]
+        if min(before) > 0:
+            ratio = statistics.median(late / early for early, late in zip(before, after, strict=True))
+            rows[path] = {"old": statistics.median(before), "new": statistics.median(after), "ratio": round(ratio, 4)}
     return rows
 
 

@@ -15,6 +15,12 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]  # token id, log-probability
 
 
+def token_ranks(logits_RV: torch.Tensor, token_ids: Sequence[int]) -> list[int]:
+    """For each row of raw logits the place of its token among all: 1 is the likeliest, and equal ones share a place."""
+    chosen_R1 = logits_RV.gather(-1, torch.tensor(token_ids, device=logits_RV.device)[:, None])
+    return ((logits_RV > chosen_R1).sum(dim=-1) + 1).tolist()
+
+
 def token_logprobs(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
     """For each row of raw logits the log-probability of its token, and of its `num_top` likeliest tokens."""
     logprobs_RV = logits_RV.float().log_softmax(dim=-1)

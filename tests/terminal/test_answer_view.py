@@ -86,6 +86,30 @@ def test_plain_answers_are_shown_as_they_are(name: str) -> None:
     assert re.sub(r"\s", "", screen.text) == re.sub(r"\s", "", text)
 
 
+@pytest.mark.parametrize("name", ["short", "everything"])
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_reasoning_stands_above_the_answer_and_its_newest_words_are_in_sight(name: str, is_plain: bool) -> None:
+    reasoning, text, screen = WORDS * 20 + "\n\n" + CODE, ANSWERS[name], Screen()
+    with AnswerView(screen.console, is_plain=is_plain) as view:
+        for part in growing(reasoning):
+            view.show("", part)
+            assert not part.strip() or part.split()[-1] in screen.text
+        for part in growing(text):
+            view.show(part, reasoning)
+        view.finish(text, reasoning)
+    assert re.sub(r"\s", "", screen.text).startswith(re.sub(r"\s", "", reasoning))
+    if not is_plain:
+        assert screen.text.endswith("\n\n" + at_once(text))
+
+
+def test_reasoning_without_an_answer_stays() -> None:
+    screen = Screen()
+    with AnswerView(screen.console, is_plain=False) as view:
+        view.show("", "Hm, which")
+        view.finish("", "Hm, which city?\n")
+    assert screen.text == "Hm, which city?"
+
+
 def test_the_newest_words_are_always_in_sight_and_what_is_finished_stays_untouched() -> None:
     text, screen = ANSWERS["code higher than the screen"], Screen()
     with AnswerView(screen.console, is_plain=False) as view:

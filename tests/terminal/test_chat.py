@@ -14,7 +14,8 @@ import pytest
 
 from tests.support.clients.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
 from tests.support.servers.fake_engine import SLOW
-from tests.support.servers.server_process import FAKE, ServerProcess, free_port
+from tests.support.servers.reasoning_server import make_model_folder as make_reasoning_model
+from tests.support.servers.server_process import FAKE, REASONING, ServerProcess, free_port, running
 from tests.terminal.command import Adapted
 
 PROMPT = r"^❯$"  # an empty line waits for a question
@@ -51,6 +52,14 @@ def test_a_question_is_answered_with_its_figures_and_the_conversation_goes_on(ch
         terminal.wait_for("2 answers, 36 tokens").wait_for(r"takes \d+ of the context's 2048 tokens")
         terminal.type("/exit" + ENTER)
         assert terminal.wait_end() == 0
+
+
+def test_reasoning_is_shown_above_its_answer_and_counted(chat, tmp_path: Path) -> None:
+    model = make_reasoning_model(tmp_path / "thinker")
+    with running(REASONING, "--model", str(model)) as server, chat("--url", server.url) as terminal:
+        terminal.wait_for(PROMPT).type("<think>Hm, which city?</think>Paris." + ENTER)
+        terminal.wait_for(FIGURES).wait_for(PROMPT)
+        assert "</think>Paris.\n\nHm, which city?\n\nParis.\n\n" in terminal.text
 
 
 def test_ctrl_c_stops_the_answer_and_the_request_but_not_the_chat(chat, fake_server: ServerProcess) -> None:

@@ -35,6 +35,13 @@ def test_a_question_by_pipe_or_as_argument_gets_the_answer_and_nothing_else(
     assert given == Result(0, "user\n**hello** you\nassistant\nu\n", "")
 
 
+def test_reasoning_is_not_in_a_pipe(stellarbyte: Command) -> None:
+    thought = {"choices": [{"index": 0, "delta": {"reasoning_content": "Hm."}, "finish_reason": None}]}
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    with answering(Prepared.stream(thought, text_event("Paris."), end)) as url:
+        assert stellarbyte("chat", "hello", "--url", url) == Result(0, "Paris.\n", "")
+
+
 def test_who_has_read_enough_may_leave(fake_server: ServerProcess) -> None:
     command = f"{{chat}} --url {fake_server.url} '{SLOW} {'x' * 50}' | head -c 10; exit ${{{{PIPESTATUS[0]}}}}"
     assert piped(command) == (141, f"user\n{SLOW}", "")

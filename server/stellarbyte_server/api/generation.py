@@ -188,6 +188,8 @@ def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None
     """ApiError if fields contradict each other."""
     if body.stream_options is not None and not body.stream:
         raise bad_request("The field 'stream_options' is only allowed when 'stream' is true.", "stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise bad_request("The field 'prompt_logprobs' is not allowed when 'stream' is true.", "prompt_logprobs")
     wanted, most = num_prompts * body.num_candidates, most_at_once(service)
     if wanted > most:
         raise bad_request(
@@ -202,12 +204,17 @@ def make_requests(
     bounds: Bounds,
     *,
     logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
+    echoed_logprobs: int | None = None,
     grammar: str | None = None,
     reasoning: Reasoning | None = None,
 ) -> tuple[GenerationRequest, ...]:
-    """One request for each prompt and answer, in order; ApiError."""
-    _check_amounts(body, prompts, logprobs, grammar)
+    """One request for each prompt and answer, in order; ApiError.
+
+    `logprobs` and `echoed_logprobs` are the alternatives beside each token of the answer and of an echoed prompt.
+    """
+    of_prompt = [number for number in (echoed_logprobs, body.prompt_logprobs) if number is not None]
+    prompt_logprobs = max(of_prompt, default=None)
+    _check_amounts(body, prompts, logprobs, prompt_logprobs, grammar)
     adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
     bias = {} if body.logit_bias is None else {int(token): value for token, value in body.logit_bias.items()}
     check_token_ids(list(bias), service, "logit_bias")
@@ -252,7 +259,9 @@ def make_requests(
     return tuple(requests)
 
 
-def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | None, grammar: str | None) -> None:
+def _check_amounts(
+    body: GenerationBody, prompts: list[Prompt], logprobs: int | None, prompt_logprobs: int | None, grammar: str | None
+) -> None:
     """ApiError if several answers together need too much memory."""
     num_candidates = body.num_candidates
     num_answer_tokens = num_candidates * sum(prompt.max_tokens for prompt in prompts)
@@ -261,6 +270,13 @@ def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | 
             f"The answer may have {num_answer_tokens * (1 + logprobs)} log-probabilities; at most {MAX_TOKENS_AT_ONCE}"
             " are allowed when 'stream' is not true.",
             "max_tokens",
+        )
+    num_prompt_tokens = num_candidates * sum(len(prompt.token_ids) for prompt in prompts)
+    if prompt_logprobs is not None and num_prompt_tokens * (1 + prompt_logprobs) > MAX_TOKENS_AT_ONCE:
+        raise bad_request(
+            f"The prompts of all answers together have {num_prompt_tokens * (1 + prompt_logprobs)} log-probabilities;"
+            f" at most {MAX_TOKENS_AT_ONCE} are allowed.",
+            "logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
         )
     if num_candidates * len(prompts) == 1:
         return
@@ -277,7 +293,6 @@ def _check_amounts(body: GenerationBody, prompts: list[Prompt], logprobs: int | 
         number *= num_candidates * len(prompts)
         if number > most:
             raise bad_request(f"All answers together have {number} {what}; at most {most} are allowed.", several)
-    num_prompt_tokens = num_candidates * sum(len(prompt.token_ids) for prompt in prompts)
     if num_prompt_tokens > MAX_TOKENS_AT_ONCE:
         raise bad_request(
             f"The prompts of all answers together have {num_prompt_tokens} tokens; at most {MAX_TOKENS_AT_ONCE} are"

@@ -126,6 +126,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # token id, logarithm; the likeliest first
+    rank: int = 0  # of a prompt's token: its place among all by likelihood, from 1 on
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -62,6 +62,68 @@ def test_an_answers_logprobs_equal_transformers_and_those_of_the_same_text_echoe
     assert echoed["logprobs"]["token_logprobs"][first:] == pytest.approx(chosen, abs=1e-4)
 
 
+@pytest.mark.parametrize("num_top", [0, 3, 20])
+def test_prompt_logprobs_have_transformers_values_and_ranks(demo_server, tokenizer, llama, num_top) -> None:
+    choice = ask(demo_server, prompt=UNICODE, max_tokens=0, prompt_logprobs=num_top)["choices"][0]
+    assert choice["text"] == "" and choice["logprobs"] is None
+    check_prompt_logprobs(choice["prompt_logprobs"], tokenizer(UNICODE)["input_ids"], num_top, tokenizer, llama)
+
+
+def test_a_chat_has_them_once_beside_its_choices(demo_server, tokenizer, llama) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "n": 2, "prompt_logprobs": 1}
+    answer = httpx.post(
+        f"{demo_server.url}/v1/chat/completions",
+        json={"model": MODEL_NAME, "return_token_ids": True} | body,
+        timeout=120,
+    ).json()
+    assert not any("prompt_logprobs" in choice for choice in answer["choices"])
+    check_prompt_logprobs(answer["prompt_logprobs"], answer["prompt_token_ids"], 1, tokenizer, llama)
+
+
+def check_prompt_logprobs(found: list, token_ids: list[int], num_top: int, tokenizer, llama) -> None:
+    expected = reference(llama, token_ids)
+    assert found[0] is None and len(found) == len(token_ids)
+    for i, (entries, token_id) in enumerate(zip(found[1:], token_ids[1:], strict=True)):
+        likeliest = expected[i].topk(num_top).indices.tolist()
+        assert next(iter(entries)) == str(token_id) and {int(name) for name in entries} == {token_id, *likeliest}
+        for name, entry in entries.items():
+            value = expected[i, int(name)]
+            assert entry["logprob"] == pytest.approx(value.item(), abs=1e-4)
+            # Of values closer than the tolerance either may be the likelier one.
+            assert (expected[i] > value + 1e-4).sum() < entry["rank"] <= (expected[i] > value - 1e-4).sum() + 1
+        assert "\ufffd" in entries[str(token_id)]["decoded_token"] or entries[str(token_id)]["decoded_token"] == (
+            tokenizer.decode([token_id])
+        )
+
+
+def test_an_echo_shows_the_alternatives_of_its_own_field(demo_server, tokenizer) -> None:
+    fields = {"prompt": PROMPTS[0], "max_tokens": 1, "echo": True, "temperature": 0}
+    plain = ask(demo_server, **fields, logprobs=2)["choices"][0]["logprobs"]
+    for more in (0, 7):
+        choice = ask(demo_server, **fields, logprobs=2, prompt_logprobs=more)["choices"][0]
+        assert choice["logprobs"] == plain
+        own = {str(token_id) for token_id in tokenizer(PROMPTS[0])["input_ids"]}
+        assert all(more <= len(entries) <= more + 1 for entries in choice["prompt_logprobs"][1:])
+        assert {next(iter(entries)) for entries in choice["prompt_logprobs"][1:]} <= own
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt": ["a " * 4000] * 16, "max_tokens": 1, "prompt_logprobs": 20}, "prompt_logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_by_its_field(demo_server, fields, param) -> None:
+    body = {"model": MODEL_NAME, "prompt": "a"} | fields
+    answer = httpx.post(f"{demo_server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
 def test_an_embedding_is_transformers_last_hidden_state(demo_server, tokenizer, llama) -> None:
     body = {"model": MODEL_NAME, "input": [PROMPTS[0], LONG], "encoding_format": "float"}
     for pooling in ("last", "mean"):

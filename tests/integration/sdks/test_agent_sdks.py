@@ -8,6 +8,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
+
+pytest.importorskip("agents", reason="the SDKs of agents (the extra `agents`) are not installed")
+
 from agents import Agent, ModelSettings, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
 from langchain_core.messages import AIMessageChunk, ToolMessage
 from langchain_core.tools import tool as langchain_tool

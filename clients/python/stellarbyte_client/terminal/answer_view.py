@@ -19,13 +19,15 @@ from stellarbyte_client.terminal.markdown import AnswerMarkdown, printable, spli
 class AnswerView:
     """Use in a `with` statement; call `show` with the whole answer so far for each update, and `finish` at the end.
 
-    Rendered as Markdown, or with `is_plain` unchanged.
+    The text is rendered as Markdown, or with `is_plain` unchanged; the reasoning before it is dim and unchanged.
     """
 
     def __init__(self, console: Console, *, is_plain: bool) -> None:
         self._console = console
         self._is_plain = is_plain
-        self._num_printed = 0  # characters of the answer printed finally
+        self._num_printed = 0  # characters of the text printed finally
+        self._num_reasoning_printed = 0
+        self._reasoning_ended = False
         waiting = Spinner("dots", Text("Ctrl-C stops", style="dim"), style="dim")
         self._live = Live(
             waiting,
@@ -46,10 +48,11 @@ class AnswerView:
     ) -> None:
         self._live.stop()
 
-    def show(self, text: str) -> None:
+    def show(self, text: str, reasoning: str = "") -> None:
         text = printable(text)
         rest = text[self._num_printed :]
         with self._console:  # in one write
+            self._show_reasoning(printable(reasoning), is_whole=bool(text.strip()))
             if rest.strip():
                 blocks, rest = self._split(rest)
                 self._num_printed = len(text) - len(rest)
@@ -60,14 +63,31 @@ class AnswerView:
                 self._live.update(_End(self._rendered(rest)))
             self._live.refresh()
 
-    def finish(self, text: str) -> None:
+    def finish(self, text: str, reasoning: str = "") -> None:
         """Print the rest of the answer."""
         rest = printable(text)[self._num_printed :]
         with self._console:
             self._live.update(Text())
             self._live.refresh()
+            self._show_reasoning(printable(reasoning), is_whole=True, is_last=not text.strip())
             if rest.strip():
                 self._print(rest.rstrip("\n"))
+
+    def _show_reasoning(self, reasoning: str, *, is_whole: bool, is_last: bool = False) -> None:
+        """Print its finished lines and show the last one; print all of a whole one, once."""
+        if self._reasoning_ended or not reasoning.strip():
+            return
+        rest = reasoning[self._num_reasoning_printed :]
+        finished, newline, rest = (rest.rstrip("\n"), "\n", "") if is_whole else rest.rpartition("\n")
+        self._num_reasoning_printed = len(reasoning) - len(rest)
+        if newline and finished:
+            self._console.print(Text(finished, style="dim"))
+        if is_whole:
+            self._reasoning_ended = True
+            if not is_last:
+                self._console.print()
+        else:
+            self._live.update(_End(Text(rest, style="dim")))
 
     def _split(self, text: str) -> tuple[list[str], str]:
         if not self._is_plain:

@@ -53,13 +53,16 @@ class Asker:
                     answer.usage = _usage(chunk.usage)
                 for choice in chunk.choices:
                     finish_reason = choice.finish_reason or finish_reason
-                    if choice.delta.content:
+                    reasoning = (choice.delta.model_extra or {}).get("reasoning_content") or ""
+                    text = choice.delta.content or ""
+                    if text or reasoning:
                         elapsed_s = time.perf_counter() - started_s
                         answer.ttft_s = elapsed_s if answer.ttft_s is None else answer.ttft_s
                         answer.streaming_s = elapsed_s - answer.ttft_s
-                        answer.text += choice.delta.content
+                        answer.reasoning += reasoning
+                        answer.text += text
                         if on_text is not None:
-                            on_text(choice.delta.content)
+                            on_text(text)
         if finish_reason is None:
             answer.problem = "The answer broke off: the server closed the stream early."
         else:

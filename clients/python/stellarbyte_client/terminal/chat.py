@@ -168,9 +168,9 @@ class _Chat:
                 while not asking.done():
                     await asyncio.wait({asking}, timeout=max(_FRAME_S, drawing_s / _MOST_DRAWING))
                     started_s = time.perf_counter()
-                    view.show(answer.text)
+                    view.show(answer.text, answer.reasoning)
                     drawing_s = time.perf_counter() - started_s
-                view.finish(answer.text)
+                view.finish(answer.text, answer.reasoning)
         finally:
             asking.cancel()
         if asking.cancelled():
@@ -185,7 +185,7 @@ class _Chat:
         await asker.ask(self._conversation.request(question), answer)
 
     def _report(self, answer: Answer) -> None:
-        if answer.text:
+        if answer.text or answer.reasoning:
             self._console.print()
         if answer.problem is not None:
             kept = " The part that came is kept; /retry asks again." if answer.text else " /retry asks again."

@@ -77,11 +77,12 @@ class Answer:
     """An answer, possibly incomplete."""
 
     text: str = ""
+    reasoning: str = ""  # before the text
     ending: Ending = Ending.LOST  # until it ends otherwise
     problem: str | None = None  # why it broke off or failed, in one sentence
     usage: Usage | None = None  # known at the end of a complete answer
-    ttft_s: float | None = None  # from sending the request to the first text
-    streaming_s: float = 0.0  # from the first text to the last
+    ttft_s: float | None = None  # from sending the request to the first text or reasoning
+    streaming_s: float = 0.0  # from then to the last text
 
 
 @dataclass(frozen=True)

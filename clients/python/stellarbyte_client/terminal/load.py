@@ -132,6 +132,11 @@ class _Usage(msgspec.Struct):
 
 class _Delta(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.content or self.reasoning_content)
 
 
 class _Choice(msgspec.Struct):
@@ -141,7 +146,7 @@ class _Choice(msgspec.Struct):
 
     @property
     def has_tokens(self) -> bool:
-        return bool(self.token_ids or self.text or (self.delta is not None and self.delta.content))
+        return bool(self.token_ids or self.text or (self.delta is not None and self.delta.has_text))
 
 
 class _Error(msgspec.Struct):

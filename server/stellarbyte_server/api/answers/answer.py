@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from stellarbyte_server.api.answers.choices import ChoiceReader, Fragment, Kind
+from stellarbyte_server.api.answers.choices import ChoiceReader, Fragment, Kind, prompt_fields
 from stellarbyte_server.api.answers.ends import UNCHECKED, AnswerEnds
 from stellarbyte_server.api.answers.queueing import stream_when_running
 from stellarbyte_server.api.answers.sse import DONE, ChunkWriter, encode_json, event
@@ -80,9 +80,8 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
     def write() -> bytes:
         choices = [choice.reader.whole(index, choice.fragments) for index, choice in enumerate(_best(read, plan))]
         content = base | {"choices": choices, "usage": tokens.usage()}
-        prompt_token_ids = read[0].fragments[0].prompt_token_ids
-        if plan.kind == "chat" and prompt_token_ids is not None:
-            content["prompt_token_ids"] = prompt_token_ids
+        if plan.kind == "chat":  # which has one prompt
+            content |= prompt_fields(read[0].fragments[0])
         return encode_json(content)
 
     is_long = tokens.prompt + tokens.completion > _INLINE_TOKENS

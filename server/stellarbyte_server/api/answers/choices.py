@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from stellarbyte_server.api.answers.logprobs import (
     ShownToken,
     TokenAligner,
     chat_logprobs,
     joined_logprobs,
     legacy_logprobs,
+    prompt_logprobs,
 )
 from stellarbyte_server.api.answers.tool_calls import CallDeltas, joined_calls, joined_function_call
 from stellarbyte_server.api.answers.tool_parser import Content, Piece, ToolCallParser
@@ -37,6 +40,7 @@ class ChoiceForm:
     kind: Kind
     logprobs: int | None = None  # alternatives beside each token; None: no log-probabilities
     echo: PromptEcho | None = None
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens, apart from the text
     prompt_token_ids: Sequence[int] | None = None  # to be shown, with those of the answer
     with_tools: bool = False
     are_functions: bool = False  # a call is shown as function_call, the older form
@@ -45,7 +49,8 @@ class ChoiceForm:
     @property
     def is_plain(self) -> bool:
         """Only text, as it comes."""
-        return self.logprobs is None and self.echo is None and self.prompt_token_ids is None and not self.with_tools
+        of_prompt = (self.echo, self.prompt_logprobs, self.prompt_token_ids)
+        return self.logprobs is None and of_prompt == (None, None, None) and not self.with_tools
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +64,7 @@ class Fragment:
     pieces: Sequence[Piece] | None = None  # text and calls in their order; None: there are no calls
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None  # of an answer that is not streamed
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # with it: the stop string, or the id of the stop token
@@ -150,8 +156,8 @@ class ChoiceReader:
             choice["schema_violation"] = fragments[-1].schema_violation
         if fragments[-1].token_ids is not None:
             choice["token_ids"] = [token_id for fragment in fragments for token_id in fragment.token_ids or ()]
-            if self._form.kind == "completion":  # chats have one prompt, and show it beside their choices
-                choice["prompt_token_ids"] = fragments[0].prompt_token_ids
+        if self._form.kind == "completion":
+            choice |= prompt_fields(fragments[0])
         return choice
 
     def _begin(self, fragment: Fragment, delta: Delta) -> None:
@@ -160,8 +166,11 @@ class ChoiceReader:
         if echo is not None:
             fragment.text = echo.text + fragment.text
             if self._aligner is not None:
-                logprobs: list[TokenLogprob | None] = [None, *delta.prompt_logprobs]
-                self._aligner.add(map(ShownToken, echo.token_ids, logprobs, echo.offsets))
+                shown = [_with_top(logprob, self._form.logprobs) for logprob in delta.prompt_logprobs]
+                self._aligner.add(map(ShownToken, echo.token_ids, [None, *shown], echo.offsets))
+        if self._form.prompt_logprobs is not None:
+            num_top = self._form.prompt_logprobs
+            fragment.prompt_logprobs = prompt_logprobs(delta.prompt_logprobs, num_top, self._token_bytes)
         if self._form.prompt_token_ids is not None:
             fragment.prompt_token_ids = list(self._form.prompt_token_ids)
 
@@ -196,6 +205,17 @@ class ChoiceReader:
         self._called = self._called or bool(deltas)
         if self._called and fragment.finish_reason == "stop":
             fragment.finish_reason = "function_call" if self._form.are_functions else "tool_calls"
+
+
+def prompt_fields(first: Fragment) -> dict[str, Any]:
+    """What a first fragment tells of its prompt: a field of a completion's choice, or of a whole chat."""
+    fields = {"prompt_token_ids": first.prompt_token_ids, "prompt_logprobs": first.prompt_logprobs}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _with_top(logprob: TokenLogprob, num_top: int | None) -> TokenLogprob:
+    """With no more alternatives than these: prompt_logprobs may have asked for more."""
+    return logprob if len(logprob.top) == num_top else msgspec.structs.replace(logprob, top=logprob.top[:num_top])
 
 
 def reasoning_fields(reasoning: str) -> dict[str, str]:

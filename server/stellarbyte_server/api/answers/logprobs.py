@@ -73,6 +73,27 @@ def _legacy_top(token: ShownToken, token_bytes: TokenBytes) -> dict[str, float] 
     return ordered | {token_bytes.name(token.token_id): token.logprob.logprob}
 
 
+def prompt_logprobs(
+    logprobs: Sequence[TokenLogprob], num_top: int, token_bytes: TokenBytes
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's form: for each token of a prompt a map from token ids, its own first; the first token has none."""
+    return [None, *(_prompt_entries(token, num_top, token_bytes) for token in logprobs)]
+
+
+def _prompt_entries(token: TokenLogprob, num_top: int, token_bytes: TokenBytes) -> dict[str, dict[str, Any]]:
+    entries = [(token.token_id, token.logprob, token.rank)]
+    entries += [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(token.top[:num_top], 1)
+                if token_id != token.token_id]  # fmt: skip
+    return {
+        str(token_id): {
+            "logprob": logprob,
+            "rank": rank,
+            "decoded_token": token_bytes[token_id].decode(errors="replace"),
+        }
+        for token_id, logprob, rank in entries
+    }
+
+
 def joined_logprobs(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """What several fragments of one answer show, as one. Every list is continued."""
     joined = {name: list(value) if isinstance(value, list) else value for name, value in parts[0].items()}

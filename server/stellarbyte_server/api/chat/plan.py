@@ -51,6 +51,7 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
     form = ChoiceForm(
         kind="chat",
         logprobs=logprobs,
+        prompt_logprobs=body.prompt_logprobs,
         prompt_token_ids=token_ids if body.return_token_ids else None,
         with_tools=toolbox is not None and bool(toolbox.called),
         are_functions=toolbox is not None and toolbox.are_functions,

@@ -91,6 +91,18 @@ class CompletionLogprobs(AnswerObject):
     text_offset: list[int]
 
 
+class PromptLogprob(AnswerObject):
+    logprob: float
+    rank: Annotated[int, Field(ge=1, description="Its place among all tokens; 1 is the likeliest.")]
+    decoded_token: str
+
+
+PromptLogprobs = Annotated[
+    list[dict[str, PromptLogprob] | None],
+    Field(description="With prompt_logprobs: for each token of the prompt, by token ids; the first token has none."),
+]
+
+
 class CompletionChoice(AnswerObject):
     index: Count
     text: str
@@ -100,6 +112,7 @@ class CompletionChoice(AnswerObject):
     schema_violation: Left[SchemaViolation]
     token_ids: Left[TokenIds]
     prompt_token_ids: Left[TokenIds]
+    prompt_logprobs: Left[PromptLogprobs]
 
 
 class Completion(_Answer):
@@ -193,6 +206,7 @@ class ChatCompletion(_Answer):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: Left[TokenIds]
+    prompt_logprobs: Left[PromptLogprobs]
 
 
 class FunctionCallDelta(AnswerObject):

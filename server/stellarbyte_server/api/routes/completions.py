@@ -50,8 +50,8 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         raise bad_request("The field 'best_of' is less than 'n'.", "best_of")
     if body.num_candidates > body.num_choices and body.stream:
         raise bad_request("The field 'best_of' cannot be more than 'n' when 'stream' is true.", "best_of")
-    if body.max_tokens == 0 and not body.echo:
-        raise bad_request("The field 'max_tokens' is 0, which needs 'echo'.", "max_tokens")
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise bad_request("The field 'max_tokens' is 0, which needs 'echo' or 'prompt_logprobs'.", "max_tokens")
     grammar = await text_grammar(http, service, requested_structure(body))
     bounds = Bounds.of(http, body, service)
     num_characters = sum(map(len, body.prompt))
@@ -63,7 +63,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         prompts,
         bounds,
         logprobs=0 if body.logprobs is None and is_ranked else body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        echoed_logprobs=body.logprobs if body.echo else None,
         grammar=grammar.text,
     )
     forms = [_form(body, prompt) for prompt in prompts]
@@ -132,5 +132,6 @@ def _form(body: CompletionBody, prompt: Prompt) -> ChoiceForm:
         kind="completion",
         logprobs=body.logprobs,
         echo=prompt.echo,
+        prompt_logprobs=body.prompt_logprobs,
         prompt_token_ids=prompt.token_ids if body.return_token_ids else None,
     )

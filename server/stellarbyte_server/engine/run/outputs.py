@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from stellarbyte.sampling.logprobs import token_logprobs
+from stellarbyte.sampling.logprobs import token_logprobs, token_ranks
 from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.protocol.messages import TokenLogprob
@@ -53,8 +53,10 @@ def prompt_logprobs(model: Head, chunk_TC: torch.Tensor, following: list[int], n
     """Log-probabilities of the tokens in `following`, each after a chunk's token."""
     if not following:
         return []
-    found = token_logprobs(model.head(chunk_TC[: len(following)]), following, [num_top] * len(following))
-    return [TokenLogprob(token_id, *entry) for token_id, entry in zip(following, found, strict=True)]
+    logits_TV = model.head(chunk_TC[: len(following)])
+    found = token_logprobs(logits_TV, following, [num_top] * len(following))
+    ranks = token_ranks(logits_TV, following)
+    return [TokenLogprob(token, *entry, rank) for token, entry, rank in zip(following, found, ranks, strict=True)]
 
 
 def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> bytes:

@@ -18,7 +18,7 @@ class CompletionBody(GenerationBody):
     not_supported: ClassVar = unsupported.OF_COMPLETIONS
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
-        "Most tokens of the answer; 0 needs echo. Default: 16."
+        "Most tokens of the answer; 0 needs echo or prompt_logprobs. Default: 16."
     )
     prompt: Annotated[list[PromptInput], *prompts_at_most(MAX_CHOICES)] = required(
         "One prompt or a list of them, each a text or token ids."

@@ -191,6 +191,10 @@ class GenerationBody(CommonFields):
     add_special_tokens: bool | None = optional(
         "Add what the tokenizer adds to a text, such as a first token. Default: true."
     )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = optional(
+        "Add the log-probability and rank of each token of the prompt, with so many of the likeliest tokens; not with"
+        " stream. Default: none."
+    )
     return_token_ids: bool | None = optional("Add token_ids, and prompt_token_ids, to the answer. Default: false.")
     context_overflow: Literal["error", "slide"] | None = optional(
         "At the context's end: refuse (error), or let the oldest tokens go out of sight (slide). Default: as the"
