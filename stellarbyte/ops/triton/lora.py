@@ -1,4 +1,4 @@
-"""The addends of adapters in a mixed batch: out += scale · Bᵀ(A x), in two launches. Knows slots, not requests.
+"""The addends of adapters in a mixed batch: out += scale · Bᵀ(A x), in two launches.
 
 The rows of a step come in segments, short runs of rows that use one slot of the bank. A program reads its share of a
 slot's numbers once for all rows of its segment, so a step reads each segment's adapter once. Slots and ranks are read
