@@ -97,7 +97,7 @@ export const english = {
   seed: "Seed",
   repetition_penalty: "Repetition penalty",
   stopStrings: "Stop strings",
-  stopStringsHint: "One per line, at most four; \\n is a new line.",
+  stopStringsHint: "One per line, at most 32; \\n is a new line.",
   context_overflow: "When the context is full",
   serverDefault: "Server's default",
   overflowError: "Refuse",

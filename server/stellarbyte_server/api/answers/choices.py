@@ -35,7 +35,7 @@ class PromptEcho(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceForm:
-    """What a choice contains in addition to its text."""
+    """The contents of a choice in addition to its text."""
 
     kind: Kind
     logprobs: int | None = None  # number of alternatives for each token; None: no log-probabilities

@@ -9,7 +9,7 @@ from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from stellarbyte_server.api.contract.errors import bad_request
 
 _START_OF_LARK = re.compile(r"^\s*[?!]?start\s*[:.\[{]", re.MULTILINE)
-# What a Lark text has beside its grammar: texts, comments, regular expressions.
+# Strings, comments and regular expressions in Lark.
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/')
 # llguidance's extensions of Lark: embedded languages, and intersections, which multiply (see json_schema).
 _EXTENSION = re.compile(r"%(?!ignore\b|import\b)\w*|&|~(?!\s*\d)")
