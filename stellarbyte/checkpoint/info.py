@@ -1,4 +1,4 @@
-"""What a checkpoint is and what it costs in memory, from its config and headers alone. Reads no weights."""
+"""A checkpoint's architecture and memory use, from its config and headers, without reading weights."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """Figures of one checkpoint; sizes in bytes, lengths in tokens, dictionaries by the dtype served in."""
+    """Figures of one checkpoint; sizes in bytes, lengths in tokens, dictionaries by serving dtype."""
 
     num_parameters: int
     stored_dtype: str
@@ -21,7 +21,7 @@ class ModelInfo:
     weight_bytes: Mapping[str, int]
     kv_bytes_per_token: Mapping[str, int]
     context_length: int
-    tokens_kept: int  # of a full sequence
+    tokens_kept: int  # in the cache, of a full sequence
     kv_bytes_full_sequence: Mapping[str, int]
     is_constant_memory: bool  # whether a sequence stops growing once its window is full
 

@@ -1,4 +1,4 @@
-"""What a conversion will write, decided before a byte is written."""
+"""The plan of a conversion, complete before anything is written."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from stellarbyte.config import ByteModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """A tensor of the target, not read yet; `read()` returns it on the CPU in this dtype and shape."""
+    """A tensor of the target, not yet read; `read()` returns it on the CPU in this dtype and shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -31,12 +31,12 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """Everything that a source becomes. Making one reads headers and metadata only.
+    """The complete result of converting a source. Planning reads headers and metadata only.
 
     Attributes:
         generation: the contents of generation_config.json.
         tensors: by the target's names.
-        write_tokenizer: writes the tokenizer's files into the folder it is given.
+        write_tokenizer: writes the tokenizer's files into a given folder.
     """
 
     source: Path

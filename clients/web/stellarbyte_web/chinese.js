@@ -1,4 +1,4 @@
-// What the pages say, in Chinese.
+// The texts of the pages in Chinese.
 
 /** @type {Record<keyof typeof import("./english.js").english, string>} */
 export const chinese = {

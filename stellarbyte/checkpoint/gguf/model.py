@@ -23,7 +23,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FREQS = "rope_freqs.weight"
-CHANGES_THE_MODEL = (  # metadata that other architectures' forks use; a value in a file we accept would be ignored
+CHANGES_THE_MODEL = (  # metadata that forks of other architectures use; refused, as it would be ignored
     *("attention.scale", "attention.clamp_kqv", "attention.temperature_scale", "attention.max_alibi_bias"),
     *("logit_scale", "residual_scale", "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping"),
 )
@@ -36,7 +36,7 @@ def plan_gguf(path: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
         dtype: of the target; None: that of the matrices if all have one float type, float32 if any is quantised.
 
     Raises:
-        CheckpointError: the file is corrupt, or something in it is not supported; the message names it.
+        CheckpointError: the file is corrupt, or has an unsupported feature, which the message names.
     """
     file = open_gguf(path)
     try:
@@ -50,7 +50,7 @@ def plan_gguf(path: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
 
 
 def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
-    """`plan_gguf`; also raises KeyError for what is absent, and whatever values of a wrong kind lead to."""
+    """`plan_gguf`, which also raises KeyError for absent metadata, and other exceptions for values of a wrong type."""
     path, metadata = file.path, file.metadata
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
@@ -87,7 +87,7 @@ def _common_dtype(file: GGUFFile) -> torch.dtype:
 
 
 def _target(path: Path, name: str) -> tuple[str, Part | None]:
-    """The target's name for a tensor, and the part of a layer that it belongs to, if it does."""
+    """The target's name for a tensor, and its part of a layer, if any."""
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSORS:
@@ -102,7 +102,7 @@ def _target(path: Path, name: str) -> tuple[str, Part | None]:
 def _translate_config(
     file: GGUFFile, architecture: str, dtype: torch.dtype, token_ids: Mapping[str, Any]
 ) -> ByteModelConfig:
-    """Raises KeyError for absent metadata and ValueError for what a ByteTransformer cannot be."""
+    """The config; raises KeyError for absent metadata and ValueError for features that a ByteTransformer lacks."""
     metadata = {
         key.removeprefix(f"{architecture}."): value
         for key, value in file.metadata.items()
@@ -181,7 +181,7 @@ def _rope_parameters(file: GGUFFile, metadata: Mapping[str, Any], head_dim: int)
     kind = metadata.get("rope.scaling.type", "none")
     factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0))
     if "rope.scaling.type" not in metadata and factor != 1.0:
-        kind = "linear"  # files from before rope.scaling.type
+        kind = "linear"  # files older than rope.scaling.type
     if kind == "linear":
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
@@ -209,10 +209,10 @@ def _yarn_parameters(metadata: Mapping[str, Any], factor: float) -> dict[str, An
 
 
 def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The scaling whose divisors (float64 [head_dim / 2]) the file has baked in.
+    """The scaling parameters of the divisors (float64 [head_dim / 2]) in the file.
 
-    Only its results are stored. All Llama 3.1 to 3.3 models share every parameter but the factor, which is the
-    largest divisor; anything that these do not reproduce is refused.
+    Files store only the divisors. All Llama 3.1 to 3.3 models share every parameter but the factor, which is the
+    largest divisor; divisors that these parameters do not reproduce are refused.
     """
     if torch.all(divisors == 1):
         return {}

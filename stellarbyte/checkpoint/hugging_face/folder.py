@@ -26,8 +26,8 @@ MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-WINDOWED = ("mistral", "qwen2", "qwen3")  # whose class reads sliding_window
-LAYERED = ("qwen2", "qwen3")  # whose class reads layer_types
+WINDOWED = ("mistral", "qwen2", "qwen3")  # their classes read sliding_window
+LAYERED = ("qwen2", "qwen3")  # their classes read layer_types
 HIDDEN_ACTS = {
     "silu": "silu",
     "swish": "silu",
@@ -42,7 +42,7 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     """Read a folder's config and headers.
 
     Args:
-        dtype: of the target; None: every tensor as it is stored, bit by bit.
+        dtype: of the target; None: every tensor as stored, bit for bit.
 
     Raises:
         CheckpointError: anything is missing, corrupt or not supported; the message names it.
@@ -65,7 +65,7 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
 
 
 def _target_name(name: str) -> str:
-    """Names are those of transformers' Llama classes on both sides, but for parts that have another one here."""
+    """The target's name for a tensor: as in transformers' Llama classes, except for parts with `hugging_face` names."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     part = next((part for part in parts.PARTS if layer and part.hugging_face == layer[2]), None)
     return name if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
@@ -80,7 +80,7 @@ def read_config(folder: Path, headers: Mapping[str, TensorInfo], dtype: torch.dt
     """The folder's config.json, translated; `headers` and `dtype` as in `translate_config`.
 
     Raises:
-        CheckpointError: it is not valid, or describes what a ByteTransformer cannot be.
+        CheckpointError: it is invalid, or describes features that a ByteTransformer lacks.
     """
     try:
         source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -124,22 +124,22 @@ def _read_weight_headers(folder: Path) -> dict[str, TensorInfo]:
 def translate_config(
     source: PreTrainedConfig, headers: Mapping[str, TensorInfo], dtype: torch.dtype | None = None
 ) -> ByteModelConfig:
-    """The ByteTransformer that computes what `source` computes with the tensors that `headers` describe.
+    """The config of the ByteTransformer equivalent to `source` with the tensors that `headers` describe.
 
-    `dtype` is what its weights are to be stored in; None: as the embedding is.
+    `dtype` is that of the stored weights; None: the embedding's.
 
     Raises:
-        ValueError: the source uses something that a ByteTransformer cannot be.
+        ValueError: the source uses a feature that a ByteTransformer lacks.
     """
     kind = source.model_type
     if source.hidden_act not in HIDDEN_ACTS:
         raise ValueError(f"hidden_act {source.hidden_act!r} is not supported")
-    # Any config may carry these fields; transformers' classes of other kinds do not read them.
+    # Any config may contain these fields, but not all of transformers' classes read them.
     window = getattr(source, "sliding_window", None) if kind in WINDOWED else None
     layer_types = getattr(source, "layer_types", None) if kind in LAYERED else None
     if layer_types is not None and "sliding_attention" not in layer_types:
         window = None
-    has_bias_option = kind in ("llama", "qwen3")  # there it also puts a bias on o
+    has_bias_option = kind in ("llama", "qwen3")  # attention_bias, which includes a bias on o
     attention_bias = bool(has_bias_option and source.attention_bias)
     if dtype is None and (embedding := headers.get("model.embed_tokens.weight")) is not None:
         dtype = DTYPES.get(embedding.dtype)
@@ -173,7 +173,7 @@ def translate_config(
 
 
 def _is_head_tied(headers: Mapping[str, TensorInfo]) -> bool:
-    """False where a folder said to be tied stores another head after all; transformers does not tie it either."""
+    """Whether the head is tied; False if the folder stores a different head, as in transformers."""
     head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
     if head is None or embedding is None:
         return True
@@ -197,11 +197,11 @@ def _read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
 
 
 def _generation_defaults(folder: Path, config: ByteModelConfig, tokenizer_eos: int | None) -> dict[str, Any]:
-    """generation_config.json, with the config's token ids where it names none, and at last the tokenizer's eos."""
+    """generation_config.json; absent token ids are taken from the config, then from the tokenizer."""
     given = {
         name: value for name, value in read_generation(folder).items() if value is not None and not name.startswith("_")
     }
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer_eos is not None and read_json(folder / "config.json").get("eos_token_id") is None:
-        ids["eos_token_id"] = tokenizer_eos  # the config's would be its class's default, of another vocabulary
+        ids["eos_token_id"] = tokenizer_eos  # the config's is its class's default, for another vocabulary
     return {name: value for name, value in ids.items() if value is not None} | given

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import site
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -16,7 +15,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import httpx
-import jinja2
 import pytest
 
 from tests.support.models.adapters import write_adapter
