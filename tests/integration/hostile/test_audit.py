@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import site
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import httpx
+import jinja2
 import pytest
 
 from tests.support.models.adapters import write_adapter
@@ -207,3 +209,47 @@ def _is_lock(kind: str, what: str) -> bool:
     path = _path(what)
     folder = path.parent if path.suffix == ".lock" else path
     return folder.name.startswith("stellarbyte-") and folder.parent == Path(tempfile.gettempdir())
+
+
+def test_what_is_done_while_it_starts_owes_nothing_to_a_request_or_another_host(audited: Audited) -> None:
+    """The chat template becomes code, numba makes and keeps its kernels, the engine is started, the port is bound."""
+    done: dict[str, set[str]] = {}
+    for kind, what in audited.starting():
+        if kind != "open" and "/site-packages/numba/" not in what.rpartition(" by ")[2]:
+            done.setdefault(kind, set()).add(what)
+    (engine,) = done.pop("subprocess.Popen")
+    assert "tests.support.servers.audited_engine" in engine
+    jinja = "'<template>' by " + str(Path(jinja2.__file__).parent / "environment.py")
+    assert done == {"compile": {jinja}, "exec": {jinja}, "socket.getaddrinfo": {"'127.0.0.1'"}}
+
+
+SEEN = {
+    "open('kept', 'w')": "open w ",
+    "open('/etc/hostname')": "open r '/etc/hostname'",
+    "exec('1')": "exec '<string>'",
+    "jinja2.Template('{{ 1 }}')": "compile '<template>' by " + jinja2.__path__[0],
+    "marshal.loads(marshal.dumps(1))": "marshal.loads ",
+    "pickle.loads(pickle.dumps(io.BytesIO))": "pickle.find_class ('_io', 'BytesIO')",
+    "socket.create_connection(('127.0.0.1', 9), 1)": "socket.connect ('127.0.0.1', 9)",
+    "socket.create_connection(('203.0.113.1', 9), 0.01)": "socket.connect ('203.0.113.1', 9)",
+    "socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('127.0.0.1', 9))": "socket.sendto ('127.0.0.1', 9)",
+    "socket.getaddrinfo('localhost', 9)": "socket.getaddrinfo 'localhost'",
+    "urllib.request.urlopen('http://127.0.0.1:9/')": "urllib.Request ('http://127.0.0.1:9/', None)",
+    "os.system('true')": "os.system (b'true',)",
+    "subprocess.run(['true'])": "subprocess.Popen ('true', ['true'])",
+}
+
+
+def test_the_watch_sees_what_it_is_for_in_libraries_too(tmp_path: Path) -> None:
+    """Else all of the above would pass with a hook that sees nothing."""
+    imports = "contextlib, io, jinja2, marshal, os, pickle, socket, subprocess, urllib.request"
+    program = f"from tests.support.servers import audit\nimport {imports}\naudit.install()\n"
+    program += "".join(f"with contextlib.suppress(OSError): {statement}\n" for statement in SEEN)
+    program += "import this_module_is_made_of_a_file\n"
+    (tmp_path / "this_module_is_made_of_a_file.py").write_text("exec('1')")
+    environment = os.environ | {"AUDIT_FILE": str(tmp_path / "audit"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+    lines = (tmp_path / "audit").read_text().splitlines()
+    for statement, seen in SEEN.items():
+        assert any(line.startswith(seen) for line in lines), (statement, lines)
+    assert not any("this_module_is_made_of_a_file" in line for line in lines if not line.startswith("open "))
