@@ -76,7 +76,7 @@ def _legacy_top(token: ShownToken, token_bytes: TokenBytes) -> dict[str, float] 
 def prompt_logprobs(
     logprobs: Sequence[TokenLogprob], num_top: int, token_bytes: TokenBytes
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's form: for each token of a prompt a map from token ids, its own first; the first token has none."""
+    """vLLM's format: for each token of a prompt a map from token ids, its own first; None for the first token."""
     return [None, *(_prompt_entries(token, num_top, token_bytes) for token in logprobs)]
 
 
