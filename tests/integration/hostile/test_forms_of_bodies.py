@@ -46,7 +46,8 @@ def test_an_answer_over_http_1_0_ends_with_its_connection(fake_server, is_stream
         fields, _, content = read_all(connection).decode().partition("\r\n\r\n")
     names = [line.lower() for line in fields.splitlines()]
     assert not any(line.startswith("transfer-encoding") for line in names)
-    assert [line for line in names if line.startswith("connection")] == ["connection: close"]
+    # HTTP/1.0 closes unless told otherwise; newer releases of uvicorn say so, too.
+    assert {line for line in names if line.startswith("connection")} <= {"connection: close"}
     if not is_streamed:
         assert json.loads(content)["choices"][0]["text"] == "hello"
         return
