@@ -11,8 +11,7 @@ from stellarbyte import ByteTransformer
 from stellarbyte.model.moe.losses import RouterLosses, router_losses, router_sums
 from stellarbyte.model.moe.router import Routing
 from tests.support.models.byte_transformer import EXPERTS, make_model, random_tokens
-from tests.unit.model.moe.test_router import hidden as hidden_states
-from tests.unit.model.moe.test_router import make_router
+from tests.support.models.routers import hidden_states, make_router
 
 COEFFICIENTS = {
     "router_balance_coef": 0.3, "router_z_coef": 0.01, "router_entropy_coef": 0.2, "router_load_coef": 0.7,
