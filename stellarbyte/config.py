@@ -1,6 +1,6 @@
 """The shape of a ByteTransformer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -75,9 +75,9 @@ class ByteModelConfig(PreTrainedConfig):
     """
 
     model_type = "bytetransformer"
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference: ClassVar = [  # a list, to which transformers' Trainer adds others
         *("past_key_values", "cache", "balance_loss", "z_loss", "router_entropy", "load_kl", "expert_load"),
-    )
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -1,10 +1,12 @@
 """The routers' auxiliary losses against float64 formulas and transformers' own, and their way into the loss."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from stellarbyte import ByteTransformer
@@ -57,7 +59,7 @@ def float64_losses(routing: Routing, is_token_T: torch.Tensor, k: int) -> tuple[
 def chance_of(routing: Routing, t: int, e: int, k: int) -> float:
     """Shazeer et al. 2017, appendix A, with noise; the probability without."""
     if routing.noisy_logits_TE is None or routing.noise_scale_TE is None:
-        return float(routing.scores_TE[t, e].double() / routing.scores_TE[t].double().sum())
+        return float(routing.scores_TE[t, e].detach().double() / routing.scores_TE[t].detach().double().sum())
     noisy = routing.noisy_logits_TE[t].double().tolist()
     limit = sorted(noisy[:e] + noisy[e + 1 :], reverse=True)[k - 1]
     return 0.5 * (1 + math.erf((float(routing.logits_TE[t, e]) - limit) / float(routing.noise_scale_TE[t, e]) / 2**0.5))
@@ -157,6 +159,22 @@ def test_every_loss_has_a_gradient_that_lowers_it() -> None:
                     layer.mlp.gate.weight -= 0.01 * layer.mlp.gate.weight.grad / layer.mlp.gate.weight.grad.norm()
             after = model(TOKENS, labels=TOKENS)
         assert float(after[field]) < float(before[field]) - 1e-4, field
+
+
+def test_transformers_trainer_trains_and_evaluates(tmp_path: Path) -> None:
+    """With accumulated batches and recomputed layers; the losses of routers are no predictions of its evaluation."""
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in (random_tokens(20, seed=seed) for seed in range(8))]
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    arguments = TrainingArguments(
+        str(tmp_path), **options, report_to=[], use_cpu=True, gradient_checkpointing=True, logging_steps=1
+    )
+    model = train_model(**COEFFICIENTS, capacity_factor=1.25, router_noise="gumbel")
+    before = model.model.layers[0].mlp.gate.weight.clone()
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    assert math.isfinite(trainer.train().training_loss)
+    assert not torch.equal(model.model.layers[0].mlp.gate.weight, before)
+    assert trainer.predict(rows[:3]).predictions.shape == (3, 20, model.config.vocab_size)
 
 
 def test_balancing_biases_evens_the_load() -> None:
