@@ -41,7 +41,8 @@ def convert(
     One tensor at a time is in memory. Logs a warning if the tokenizer has tokens without an embedding in the model.
 
     Args:
-        source: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a GGUF file (llama, qwen2, qwen3).
+        source: a Hugging Face folder of one of `hugging_face.folder.MODEL_TYPES`, or a GGUF file of one of
+            `gguf.model.ARCHITECTURES`.
         dtype: of the target; None: as stored, and float32 for a GGUF file with quantised tensors.
         progress: called after each tensor.
 

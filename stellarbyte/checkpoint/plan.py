@@ -1,7 +1,7 @@
 """The plan of a conversion, complete before anything is written."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,22 @@ class PlannedTensor:
         if dtype == self.dtype:
             return self
         return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
+
+
+Place = tuple[int | slice, ...]  # in a larger tensor, as torch indexes it
+
+
+def assembled(shape: tuple[int, ...], pieces: Sequence[tuple[Place, PlannedTensor]]) -> PlannedTensor:
+    """The tensor that the pieces fill, which have one dtype. Reading it holds one piece beside the whole."""
+    dtype = pieces[0][1].dtype
+
+    def read() -> torch.Tensor:
+        whole = torch.empty(shape, dtype=dtype)
+        for place, piece in pieces:
+            whole[place].copy_(piece.read())
+        return whole
+
+    return PlannedTensor(dtype=dtype, shape=shape, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) as a conversion plan. Runs no code from the folder."""
+"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3 and their mixtures of experts) as a conversion plan. Runs no
+code from the folder."""
 
 import re
 from collections.abc import Mapping
@@ -12,6 +13,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.hugging_face.experts import (
+    EXPERT_TYPES,
+    expert_name,
+    expert_options,
+    with_stacked_experts,
+)
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
 from stellarbyte.checkpoint.native import one_line, read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
@@ -25,9 +32,11 @@ MODEL_TYPES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    **EXPERT_TYPES,
 }
-WINDOWED = ("mistral", "qwen2", "qwen3")  # their classes read sliding_window
-LAYERED = ("qwen2", "qwen3")  # their classes read layer_types
+WINDOWED = ("mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")  # read sliding_window
+LAYERED = ("qwen2", "qwen3", "qwen2_moe")  # their classes read layer_types
+BIASED = ("llama", "qwen3", "qwen3_moe", "olmoe")  # attention_bias, which includes one on o
 HIDDEN_ACTS = {
     "silu": "silu",
     "swish": "silu",
@@ -59,7 +68,9 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
         source=folder,
         config=config,
         generation=_generation_defaults(folder, config, tokenizer.eos_token_id),
-        tensors={_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()},
+        tensors=with_stacked_experts(
+            folder, {_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()}, config
+        ),
         write_tokenizer=tokenizer.write,
     )
 
@@ -68,7 +79,7 @@ def _target_name(name: str) -> str:
     """The target's name for a tensor: as in transformers' Llama classes, except for parts with `hugging_face` names."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     part = next((part for part in parts.PARTS if layer and part.hugging_face == layer[2]), None)
-    return name if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
+    return expert_name(name) if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
 
 
 def _planned(name: str, info: TensorInfo, dtype: torch.dtype | None) -> PlannedTensor:
@@ -139,8 +150,8 @@ def translate_config(
     layer_types = getattr(source, "layer_types", None) if kind in LAYERED else None
     if layer_types is not None and "sliding_attention" not in layer_types:
         window = None
-    has_bias_option = kind in ("llama", "qwen3")  # attention_bias, which includes a bias on o
-    attention_bias = bool(has_bias_option and source.attention_bias)
+    attention_bias = bool(kind in BIASED and source.attention_bias)
+    has_qkv_bias = kind == "qwen2" or (kind == "qwen2_moe" and source.qkv_bias)
     if dtype is None and (embedding := headers.get("model.embed_tokens.weight")) is not None:
         dtype = DTYPES.get(embedding.dtype)
     return ByteModelConfig(
@@ -156,10 +167,11 @@ def translate_config(
         rms_norm_eps=source.rms_norm_eps,
         initializer_range=source.initializer_range,
         tie_word_embeddings=source.tie_word_embeddings and _is_head_tied(headers),
-        attention_bias=attention_bias or kind == "qwen2",
+        attention_bias=attention_bias or has_qkv_bias,
         attention_output_bias=attention_bias,
         mlp_bias=bool(kind == "llama" and source.mlp_bias),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
+        qk_norm_per_head=kind != "olmoe",
         sliding_window=window,
         layer_types=layer_types,
         rope_parameters=dict(source.rope_parameters),
@@ -169,6 +181,7 @@ def translate_config(
         eos_token_id=source.eos_token_id,
         pad_token_id=source.pad_token_id,
         dtype=dtype,
+        **expert_options(source),
     )
 
 
