@@ -3,6 +3,8 @@
 Serving runs these directly: importing transformers' model classes would delay the start by seconds.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -33,11 +35,17 @@ class ByteDecoderLayer(nn.Module):
         add_parts(self, "", config, layer)
         self.residual = Residual(config, layer)
 
-    def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
-        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes."""
+    def forward(
+        self, x: torch.Tensor, attend: Attend, project: Project, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes.
+
+        `memory`: inputs of this layer for earlier tokens, [B, M, hidden], which attention reads as context.
+        """
 
         def attention(y: torch.Tensor) -> torch.Tensor:
-            y = self.self_attn(y, attend, project)
+            earlier = None if memory is None else self.residual.branch_input(memory, self.input_layernorm)
+            y = self.self_attn(y, attend, project, earlier)
             return y if self.attention_scale is None else self.attention_scale(y)
 
         def mlp(y: torch.Tensor) -> torch.Tensor:
@@ -61,14 +69,30 @@ class ByteDecoder(nn.Module):
         self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = XPosRotaryEmbedding(config)
 
-    def forward(self, embeddings: torch.Tensor, attend: Attend, project: Project = plain_projection) -> torch.Tensor:
-        """[..., hidden] token embeddings → [..., hidden] after the final norm."""
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        attend: Attend,
+        project: Project = plain_projection,
+        *,
+        memory: Sequence[torch.Tensor | None] | None = None,
+        layer_inputs: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """[..., hidden] token embeddings → [..., hidden] after the final norm.
+
+        Args:
+            memory: for each layer its inputs for earlier tokens, [B, M, hidden]; None: there are none.
+            layer_inputs: gets the input of every layer appended, [..., hidden]; None: not wanted.
+        """
         x = self.dropout(embeddings)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if layer_inputs is not None:
+                layer_inputs.append(x)
+            earlier = None if memory is None else memory[number]
             if self.training and layer.gradient_checkpointing:
-                x = checkpoint(layer, x, attend, project, use_reentrant=False)
+                x = checkpoint(layer, x, attend, project, earlier, use_reentrant=False)
             else:
-                x = layer(x, attend, project)
+                x = layer(x, attend, project, earlier)
         return self.norm(x)
 
 
