@@ -94,6 +94,30 @@ def test_unsupported_source_is_refused_before_a_byte_is_written(name: str, whole
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("module", "config_class"),
+    [
+        ("qwen3_next", "Qwen3NextConfig"),
+        ("qwen3_5", "Qwen3_5TextConfig"),
+        ("qwen3_5", "Qwen3_5Config"),
+        ("qwen3_5_moe", "Qwen3_5MoeConfig"),
+    ],
+)
+def test_linear_attention_is_refused_by_name(module: str, config_class: str, whole: Path, tmp_path: Path):
+    """The configs are those that transformers' own classes write."""
+    classes = pytest.importorskip(f"transformers.models.{module}", reason="this transformers does not know the model")
+    source = shutil.copytree(whole, tmp_path / "source")
+    getattr(classes, config_class)().save_pretrained(source)
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "target")
+    kind = json.loads((source / "config.json").read_text())["model_type"]
+    expected = (
+        f"{source} holds a model of type '{kind}', whose linear-attention layers (Gated DeltaNet) are not supported."
+    )
+    assert str(caught.value) == expected
+    assert not (tmp_path / "target").exists()
+
+
 def test_existing_targets_are_not_touched(whole: Path, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
