@@ -92,7 +92,7 @@ class Memory:
 
     def _num_dropped(self, num_rows: int) -> int:
         excess = num_rows - self.mem_len
-        step = 1 if self.ratio == 1 else math.ceil(self.ratio * self.mem_len - 1e-9)  # 0.1 · 30 is a little above 3
+        step = 1 if self.ratio == 1 else math.ceil(self.ratio * self.mem_len - 1e-9)  # 0.07 · 100 is above 7
         return math.ceil(excess / step) * step if excess > 0 else 0
 
     def update_all(self, hiddens: Sequence[torch.Tensor]) -> None:

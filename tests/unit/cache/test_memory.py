@@ -125,15 +125,15 @@ def test_layers_with_and_without_a_window_share_a_memory() -> None:
 
 @torch.no_grad()
 def test_a_ratio_drops_the_rounded_share_and_no_more() -> None:
-    """0.1 · 30 is 3.0000000000000004 in floating point."""
-    memory = Memory(make_config(), 30, ratio=0.1)
-    rows = torch.randn(1, 100, 48)
-    for token in range(100):
+    """0.07 · 100 is 7.000000000000001 in floating point."""
+    memory = Memory(make_config(), 100, ratio=0.07)
+    rows = torch.randn(1, 130, 48)
+    for token in range(130):
         memory.update_all([rows[:, token : token + 1]] * 3)
         held = memory.get(2)
         assert held is not None
         assert torch.equal(held, rows[:, token + 1 - held.shape[1] : token + 1])
-        assert held.shape[1] == (token + 1 if token < 30 else 28 + (token - 30) % 3)
+        assert held.shape[1] == (token + 1 if token < 100 else 94 + (token - 100) % 7)
 
 
 def test_gradients_end_at_the_present_segment() -> None:
