@@ -116,8 +116,9 @@ class Memory:
         if held is None:
             return torch.empty(0, dtype=torch.long)
         sinks = min(self._sinks[layer], held.shape[1])
-        newest = self.next_position - (held.shape[1] - sinks)
-        return torch.cat((torch.arange(sinks), torch.arange(newest, self.next_position))).to(held.device)
+        end, device = self.next_position, held.device
+        newest = torch.arange(end - (held.shape[1] - sinks), end, device=device)
+        return torch.cat((torch.arange(sinks, device=device), newest))
 
     @property
     def next_position(self) -> int:

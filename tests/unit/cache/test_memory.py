@@ -63,6 +63,28 @@ def test_segments_equal_one_pass_in_every_layer(name: str, length: int, mem_len:
 
 
 @torch.no_grad()
+def test_long_segments_attend_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stellarbyte.model.dense_attention.XPOS_CHUNK", 7)
+    test_segments_equal_one_pass_in_every_layer("sinks", 3 * W, W - 1)
+
+
+@torch.no_grad()
+def test_adapters_project_the_memory_too() -> None:
+    expected = make_model(sliding_window=W)
+    adapted = apply_lora_to_model(make_model(sliding_window=W), LoRAConfig(r=4, target_modules=["k_proj", "v_proj"]))
+    for layer in range(3):
+        for name in ("k_proj", "v_proj"):
+            module = f"model.layers.{layer}.self_attn.{name}"
+            wrapper = adapted.get_submodule(module)
+            a, b = wrapper.matrices("default")
+            b.normal_()
+            expected.get_submodule(module).weight.add_(wrapper.scales["default"] * b @ a)
+    tokens = random_tokens(LENGTH)
+    logits = read_in_segments(adapted, [tokens], Memory(adapted.config, W), 9)
+    assert_is_one_pass(expected, tokens, logits[0])
+
+
+@torch.no_grad()
 def test_positions_stay_small_in_a_stream_of_any_length() -> None:
     model = make_model(sliding_window=W, sink_tokens=4)
     memory = Memory(model.config, W)
@@ -138,8 +160,7 @@ def test_a_ratio_drops_the_rounded_share_and_no_more() -> None:
 
 def test_gradients_end_at_the_present_segment() -> None:
     model = make_model(sliding_window=W)
-    first, second = torch.randn(2, 1, 8, 48, requires_grad=True)
-    leaves = first.detach().requires_grad_(), second.detach().requires_grad_()
+    leaves = [torch.randn(1, 8, 48, requires_grad=True) for _ in range(2)]
     memory = Memory(model.config, W)
     for leaf in leaves:
         loss = model(inputs_embeds=leaf, memory=memory).logits.square().mean()
