@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 from stellarbyte.model.auto import register_when_imported
 
 if TYPE_CHECKING:
+    from stellarbyte.cache.key_pruning import KeyPruning
+    from stellarbyte.cache.memory import Memory
+    from stellarbyte.cache.relative import RelativeCache
     from stellarbyte.config import ByteModelConfig
     from stellarbyte.config import ByteModelConfig as ByteConfig
     from stellarbyte.lora import LoRAConfig
     from stellarbyte.model.transformer import ByteTransformer
 
-__all__ = ["ByteConfig", "ByteModelConfig", "ByteTransformer", "LoRAConfig"]
+__all__ = ["ByteConfig", "ByteModelConfig", "ByteTransformer", "KeyPruning", "LoRAConfig", "Memory", "RelativeCache"]
 
 _HOMES = {
     "ByteConfig": ("stellarbyte.config", "ByteModelConfig"),
     "ByteModelConfig": ("stellarbyte.config", "ByteModelConfig"),
     "ByteTransformer": ("stellarbyte.model.transformer", "ByteTransformer"),
+    "KeyPruning": ("stellarbyte.cache.key_pruning", "KeyPruning"),
     "LoRAConfig": ("stellarbyte.lora", "LoRAConfig"),
+    "Memory": ("stellarbyte.cache.memory", "Memory"),
+    "RelativeCache": ("stellarbyte.cache.relative", "RelativeCache"),
 }
 
 register_when_imported()

@@ -8,6 +8,8 @@ the others, and no number grows with the absolute position.
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from stellarbyte.cache.key_pruning import KeyPruning
+from stellarbyte.cache.memory import Memory
 from stellarbyte.config import ByteModelConfig
 
 # B sequences, S kept keys, T new tokens, K key/value heads, D head dim
@@ -37,9 +39,17 @@ class RelativeCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *, positions: torch.Tensor | None = None
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        num_memory: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append T tokens; returns the keys and values that they may see. `positions` [B, T]; None: consecutive."""
+        """Append T tokens; returns the keys and values that they may see. `positions` [B, T]; None: consecutive.
+
+        The first `num_memory` tokens are those of a memory: visible, but not counted as seen by this cache.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None and self.positions is not None
@@ -49,8 +59,8 @@ class RelativeCacheLayer(CacheLayerMixin):
             positions = torch.arange(self.num_seen, self.num_seen + length, device=key_states.device).expand(batch, -1)
         self.keys = torch.cat((self.keys, key_states), dim=2)
         self.values = torch.cat((self.values, value_states), dim=2)
-        self.positions = torch.cat((self.positions, positions), dim=1)
-        self.num_seen += length
+        self.positions = torch.cat((self.positions, positions), dim=-1)
+        self.num_seen += length - num_memory
         return self.keys, self.values
 
     def _drop_unseen(self) -> None:
@@ -111,18 +121,129 @@ class RelativeCacheLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        kept = 0 if self.positions is None else self.positions.shape[1]
+        kept = 0 if self.positions is None else self.positions.shape[-1]
         return kept + query_length, 0
+
+
+class PrunedCacheLayer(RelativeCacheLayer):
+    """As its base, but every key head keeps the keys that it has attended to most: positions are [B, K, S].
+
+    Attention gives the weights that each key got to `add_attention`, and calls `prune` when it is done.
+    """
+
+    def __init__(self, window: int | None, sink_tokens: int, pruning: KeyPruning) -> None:
+        super().__init__(window, sink_tokens)
+        self.pruning = pruning
+        self.attention: torch.Tensor | None = None  # [B, K, S] float32, summed over queries and their heads
+        self.num_read = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        none = key_states[:, :, :0, 0]
+        self.positions, self.attention = none.long(), none.float()
+        self.num_read = 0
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *,
+        positions: torch.Tensor | None = None,
+        num_memory: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, heads, length, _ = key_states.shape
+        if positions is None:
+            positions = torch.arange(self.num_seen, self.num_seen + length, device=key_states.device).expand(batch, -1)
+        positions_BKT = positions[:, None].expand(-1, heads, -1)
+        keys, values = super().update(key_states, value_states, positions=positions_BKT, num_memory=num_memory)
+        assert self.attention is not None
+        self.attention = torch.nn.functional.pad(self.attention, (0, length))
+        self.num_read += length
+        return keys, values
+
+    def _drop_unseen(self) -> None:
+        """`prune` has dropped them."""
+
+    def add_attention(self, weights_BKS: torch.Tensor) -> None:
+        """Add the weights of some queries on the first S keys."""
+        assert self.attention is not None
+        self.attention[..., : weights_BKS.shape[-1]] += weights_BKS
+
+    def prune(self) -> None:
+        """Keep the newest keys, the sinks and, of the others that later queries can see, those with most attention."""
+        assert self.keys is not None and self.values is not None
+        assert self.positions is not None and self.attention is not None
+        kept = self.pruning.kept(self.attention, self.positions, self.num_read, self.window, self.sink_tokens)
+        if kept is None:
+            return
+        of_vectors = kept[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        self.keys, self.values = self.keys.gather(2, of_vectors), self.values.gather(2, of_vectors)
+        self.positions, self.attention = self.positions.gather(2, kept), self.attention.gather(2, kept)
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        super()._select_rows(rows)
+        if self.attention is not None:
+            self.attention = self.attention.index_select(0, rows.to(self.attention.device))
+
+    def reset(self) -> None:
+        super().reset()
+        self.attention = None
 
 
 class RelativeCache(Cache):
     """One `RelativeCacheLayer` for each layer; pass it as `past_key_values`.
 
-    `alike`: all layers keep the same tokens; if one layer has no window, no token is dropped.
+    Args:
+        alike: all layers keep the same tokens; if one layer has no window, no token is dropped.
+        memory: of the tokens before the first; the first forward takes its keys and values, every forward adds its
+            tokens to it.
+        pruning: which keys are dropped for want of attention; None: none.
+
+    Raises:
+        ValueError: the pruning would drop sinks.
     """
 
-    def __init__(self, config: ByteModelConfig, alike: bool = False) -> None:
+    def __init__(
+        self,
+        config: ByteModelConfig,
+        alike: bool = False,
+        *,
+        memory: Memory | None = None,
+        pruning: KeyPruning | None = None,
+    ) -> None:
         windows = config.windows
         if alike and not all(windows):
             windows = (None,) * len(windows)
-        super().__init__(layers=[RelativeCacheLayer(window, config.sink_tokens) for window in windows])
+        if pruning is None or not pruning.drops_anything:
+            layers = [RelativeCacheLayer(window, config.sink_tokens) for window in windows]
+        else:
+            if any(windows):
+                pruning.refuse_sinks(config.sink_tokens)
+            layers = [PrunedCacheLayer(window, config.sink_tokens, pruning) for window in windows]
+        super().__init__(layers=layers)
+        self.memory = memory
+        self.start = 0  # position of the first token after the memory
+        self._memory_seen = 0  # by the memory before that token
+
+    def attach(self, memory: Memory | None) -> None:
+        """Use this memory from the first forward on; None: the one it has.
+
+        Raises:
+            ValueError: the cache has tokens, but not of this memory, or the memory has changed since their forward.
+        """
+        num_seen = self.get_seq_length()
+        if memory is not None and memory is not self.memory:
+            if num_seen:
+                raise ValueError(f"memory must be given with a cache's first call; this cache has {num_seen} tokens")
+            self.memory = memory
+        if self.memory is None:
+            return
+        if num_seen == 0:
+            self.start, self._memory_seen = self.memory.next_position, self.memory.num_seen
+        elif self.memory.num_seen != self._memory_seen + num_seen:
+            raise ValueError("the memory has changed since the cache's last call; start with a new cache")
+
+    def reset(self) -> None:
+        """Drop every key; the memory stays, and the next call reads it."""
+        super().reset()
+        self.start = 0

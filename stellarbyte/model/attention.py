@@ -9,14 +9,16 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.building import add_parts
 from stellarbyte.model.norm import ByteRMSNorm
 
-# ... any leading dimensions ([B, T] in training, [T] in serving), H query heads, K key/value heads, D head dim
+# ... any leading dimensions ([B, T] in training, [T] in serving), M tokens of a memory, H query heads,
+# K key/value heads, D head dim
 
 
 class Attend(Protocol):
     """Attention of one layer over the keys that the implementation stores."""
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Args: q [..., H, D], k and v [..., K, D], none of them rotated. Returns [..., H, D]."""
+        """Args: q [..., H, D], k and v [..., K, D], none of them rotated; with a memory, its M tokens come first in k
+        and v. Returns [..., H, D]."""
         ...
 
 
@@ -51,13 +53,21 @@ class ByteMultiHeadSelfAttention(nn.Module):
         self.qk_norm_per_head = config.qk_norm_per_head
         add_parts(self, "self_attn", config, layer)
 
-    def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
-        heads = (*x.shape[:-1], -1, self.head_dim)
+    def forward(
+        self, x: torch.Tensor, attend: Attend, project: Project, memory: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., hidden] → the same shape. Keys and values are projected from `memory` [B, M, hidden], too."""
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        if memory is not None:
+            earlier = project(memory, self.k_proj, self.v_proj)
+            k, v = (torch.cat(both, dim=-2) for both in zip(earlier, (k, v), strict=True))
+        if not self.qk_norm_per_head:
+            q, k = self._norm(q, k)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         if self.qk_norm_per_head:
-            q, k = q.view(heads), k.view(heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.view(heads), k.view(heads), v.view(heads)
+            q, k = self._norm(q, k)
         (out,) = project(attend(self.layer, q, k, v).flatten(-2), self.o_proj)
         return out
+
+    def _norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))

@@ -3,6 +3,8 @@
 Serving runs these directly: importing transformers' model classes would delay the start by seconds.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,14 +38,23 @@ class ByteDecoderLayer(nn.Module):
         self.residual = Residual(config, layer)
 
     def forward(
-        self, x: torch.Tensor, attend: Attend, project: Project, log: RouterLog | None = None
+        self,
+        x: torch.Tensor,
+        attend: Attend,
+        project: Project,
+        log: RouterLog | None = None,
+        memory: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RouterSums | None]:
-        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes. Also what its router adds
-        to the log, if there are both."""
+        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes.
+
+        `memory`: inputs of this layer for earlier tokens, [B, M, hidden], which attention reads as context. Also
+        returns what the layer's router adds to the log, if there are both.
+        """
         sums: RouterSums | None = None
 
         def attention(y: torch.Tensor) -> torch.Tensor:
-            y = self.self_attn(y, attend, project)
+            earlier = None if memory is None else self.residual.branch_input(memory, self.input_layernorm)
+            y = self.self_attn(y, attend, project, earlier)
             return y if self.attention_scale is None else self.attention_scale(y)
 
         def mlp(y: torch.Tensor) -> torch.Tensor:
@@ -81,15 +92,27 @@ class ByteDecoder(nn.Module):
         embeddings: torch.Tensor,
         attend: Attend,
         project: Project = plain_projection,
+        *,
         log: RouterLog | None = None,
+        memory: Sequence[torch.Tensor | None] | None = None,
+        layer_inputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """[..., hidden] token embeddings → [..., hidden] after the final norm; routers' sums go to the log."""
+        """[..., hidden] token embeddings → [..., hidden] after the final norm.
+
+        Args:
+            log: gets the sums of every router; None: not wanted.
+            memory: for each layer its inputs for earlier tokens, [B, M, hidden]; None: there are none.
+            layer_inputs: gets the input of every layer appended, [..., hidden]; None: not wanted.
+        """
         x = self.dropout(embeddings)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if layer_inputs is not None:
+                layer_inputs.append(x)
+            earlier = None if memory is None else memory[number]
             if self.training and layer.gradient_checkpointing:
-                x, sums = checkpoint(layer, x, attend, project, log, use_reentrant=False)
+                x, sums = checkpoint(layer, x, attend, project, log, earlier, use_reentrant=False)
             else:
-                x, sums = layer(x, attend, project, log)
+                x, sums = layer(x, attend, project, log, earlier)
             if log is not None and sums is not None:
                 log.layers.append(sums)
         return self.norm(x)

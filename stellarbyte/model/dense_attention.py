@@ -4,16 +4,24 @@ Visibility and distances are those of the numerics: a query at m sees the keys n
 the first `sink_tokens` of the sequence, whose distance never exceeds what the window allows.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
-from stellarbyte.cache.relative import RelativeCache
+from stellarbyte.cache.memory import Memory
+from stellarbyte.cache.relative import PrunedCacheLayer, RelativeCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.xpos import XPosRotaryEmbedding
 
-# B sequences, T queries, S keys, H query heads, K key/value heads, D head dim
+# B sequences, T queries, S keys, M of them of a memory, H query heads, K key/value heads, D head dim
+
+# (q, k, v, visible, scale, dropout) → [B, T, H, D], as `sdpa`
+SoftmaxAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float, float], torch.Tensor]
 
 XPOS_CHUNK = 2048  # queries that share a base: ζ^(-offset/b) of their own keys stays below 1e3 with the paper's values
+PRUNED_CHUNK = 256  # queries whose attention weights are in memory at once
 
 
 class DenseAttention:
@@ -23,7 +31,8 @@ class DenseAttention:
         positions_BT: position of each token in its sequence; -1 for padding, which is masked.
         has_padding: whether any position is -1.
         max_position: largest position in the batch.
-        cache: extended by every layer; None: the T tokens are the whole sequence.
+        cache: extended by every layer; None: the T tokens are the whole sequence, but for the memory.
+        memory: whose rows every layer reads before the T tokens; None: there are none.
         implementation: "sdpa", or "eager" for plain torch operations.
         dropout: of attention weights; 0 outside training.
     """
@@ -37,6 +46,7 @@ class DenseAttention:
         has_padding: bool,
         max_position: int,
         cache: RelativeCache | None,
+        memory: Memory | None,
         implementation: str,
         dropout: float,
     ) -> None:
@@ -46,30 +56,71 @@ class DenseAttention:
         self.has_padding = has_padding
         self.max_position = max_position
         self.cache = cache
-        self.softmax_attention = sdpa if implementation == "sdpa" else eager
+        # Taken now: recomputed layers read them when the memory has moved on.
+        layers = range(config.num_hidden_layers)
+        self.memory_positions_M = None if memory is None else [memory.positions(layer) for layer in layers]
+        self.softmax_attention: SoftmaxAttention = sdpa if implementation == "sdpa" else eager
         self.dropout = dropout
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q_BTHD, k_BSKD, v_BSKD, key_positions_BS = q, k, v, self.positions_BT
-        if self.cache is not None:
-            held = self.cache.layers[layer]
-            k_BKSD, v_BKSD = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=self.positions_BT)
-            k_BSKD, v_BSKD, key_positions_BS = k_BKSD.transpose(1, 2), v_BKSD.transpose(1, 2), held.positions
-        length = q_BTHD.shape[1]
+        window, positions_BS = self.config.windows[layer], self.positions_BT
+        if self.memory_positions_M is not None:
+            earlier_M = self.memory_positions_M[layer].to(q.device)
+            positions_BS = torch.cat((earlier_M.expand(len(q), -1), positions_BS), dim=1)
         # Plain rotations may share one base at any length; XPos factors would overflow.
-        chunk = min(length, XPOS_CHUNK) if self.config.use_xpos else length
+        chunk = XPOS_CHUNK if self.config.use_xpos else q.shape[1]
+        if self.cache is None:
+            return self._attend(window, q, self.positions_BT, k, v, positions_BS, chunk, self.softmax_attention)
+        held = self.cache.layers[layer]
+        num_memory = k.shape[1] - q.shape[1]
+        k, v = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=positions_BS, num_memory=num_memory)
+        if isinstance(held, PrunedCacheLayer):
+            return self._attend_pruned(held, q, k, v)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        return self._attend(window, q, self.positions_BT, k, v, held.positions, chunk, self.softmax_attention)
+
+    def _attend_pruned(
+        self, held: PrunedCacheLayer, q_BTHD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor
+    ) -> torch.Tensor:
+        """Each key head has keys of its own, so it is computed as a sequence of its own, with its group of queries."""
+        assert held.positions is not None
+        batch, heads = k_BKSD.shape[:2]
+        q = q_BTHD.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+        k, v = (t.flatten(0, 1).unsqueeze(2) for t in (k_BKSD, v_BKSD))
+        queries, keys = self.positions_BT.repeat_interleave(heads, dim=0), held.positions.flatten(0, 1)
+        counted = partial(
+            eager, on_weights=lambda w: held.add_attention(w.sum(dim=(1, 2)).unflatten(0, (batch, heads)))
+        )
+        out = self._attend(held.window, q, queries, k, v, keys, PRUNED_CHUNK, counted)
+        held.prune()
+        return out.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2, 3)
+
+    def _attend(
+        self,
+        window: int | None,
+        q_BTHD: torch.Tensor,
+        query_positions_BT: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        key_positions_BS: torch.Tensor,
+        chunk: int,
+        softmax_attention: SoftmaxAttention,
+    ) -> torch.Tensor:
+        """Attention of the last T of S tokens, `chunk` queries at a time."""
+        length = q_BTHD.shape[1]
         outputs = []
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
             num_keys = k_BSKD.shape[1] - (length - stop)  # keys after the chunk's last query are in its future
             outputs.append(
                 self._attend_chunk(
-                    self.config.windows[layer],
+                    window,
                     q_BTHD[:, start:stop],
-                    self.positions_BT[:, start:stop],
+                    query_positions_BT[:, start:stop],
                     k_BSKD[:, :num_keys],
                     v_BSKD[:, :num_keys],
                     key_positions_BS[:, :num_keys],
+                    softmax_attention,
                 )
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -82,6 +133,7 @@ class DenseAttention:
         k_BSKD: torch.Tensor,
         v_BSKD: torch.Tensor,
         key_positions_BS: torch.Tensor,
+        softmax_attention: SoftmaxAttention,
     ) -> torch.Tensor:
         rotary, reach = self.rotary, self.max_position + 1
         base_B1 = query_positions_BT[:, :1].clamp(min=0)
@@ -90,8 +142,7 @@ class DenseAttention:
         if window is not None and 0 < self.config.sink_tokens and self.max_position >= window:
             q, k = self._with_sinks(window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
         visible = self._visible(window, query_positions_BT, key_positions_BS)
-        scale = rotary.score_scale
-        return self.softmax_attention(q, k, v_BSKD, visible, scale, self.dropout)
+        return softmax_attention(q, k, v_BSKD, visible, rotary.score_scale, self.dropout)
 
     def _with_sinks(
         self,
@@ -149,8 +200,10 @@ def eager(
     visible: torch.Tensor | None,
     scale: float,
     dropout: float,
+    *,
+    on_weights: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """`sdpa` as plain torch operations, softmax in float32."""
+    """`sdpa` as plain torch operations, softmax in float32. `on_weights` gets the weights [B, H, T, S], detached."""
     groups = q_BTHD.shape[2] // k_BSKD.shape[2]
     k, v = k_BSKD.repeat_interleave(groups, dim=2), v_BSKD.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k).float() * scale
@@ -158,5 +211,7 @@ def eager(
         visible = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()
     if visible is not None:
         scores_BHTS = scores_BHTS.masked_fill(~visible, float("-inf"))
-    weights = F.dropout(scores_BHTS.softmax(dim=-1).to(v.dtype), dropout)
-    return torch.einsum("bhts,bshd->bthd", weights, v)
+    weights_BHTS = scores_BHTS.softmax(dim=-1)
+    if on_weights is not None:
+        on_weights(weights_BHTS.detach())
+    return torch.einsum("bhts,bshd->bthd", F.dropout(weights_BHTS.to(v.dtype), dropout), v)

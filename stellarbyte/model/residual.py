@@ -64,9 +64,12 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.drop_path = DropPath(config.drop_path_rate * layer / max(1, config.num_hidden_layers - 1))
 
+    def branch_input(self, x: torch.Tensor, norm: ByteRMSNorm) -> torch.Tensor:
+        """What a branch reads of the residual stream x, or of a memory of it."""
+        return x if self.deepnorm else norm(x)
+
     def forward(
         self, x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], norm: ByteRMSNorm
     ) -> torch.Tensor:
-        if self.deepnorm:
-            return norm(self.alpha * x + self.drop_path(self.dropout(branch(x))))
-        return x + self.drop_path(self.dropout(branch(norm(x))))
+        added = self.drop_path(self.dropout(branch(self.branch_input(x, norm))))
+        return norm(self.alpha * x + added) if self.deepnorm else x + added

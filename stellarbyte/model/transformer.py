@@ -11,6 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from stellarbyte.cache.memory import Memory
 from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.auto import register_model_if_wanted
@@ -75,23 +76,26 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         cache: RelativeCache | None = None,
+        memory: Memory | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
         return_dict: bool | None = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> ByteOutput:
-        """Logits of whole sequences, or of their continuation after a cache.
+        """Logits of whole sequences, or of their continuation after a cache or a memory.
 
         Unknown arguments are errors; there is no **kwargs that would ignore them.
 
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
             attention_mask: [B, past + T], 0 for padding on either side.
-            position_ids: [B, T]; default: counted from the attention mask.
+            position_ids: [B, T], counted from the end of the memory; default: counted from the attention mask.
             labels: [B, T]; the loss is the mean over positions whose next label is not -100. In training, the auxiliary
                 losses of routers are added with their coefficients.
             past_key_values, cache: the cache that the previous call returned; two names of one argument (newer
                 releases of transformers use `cache`).
+            memory: of the B sequences' earlier segments; read as context, then extended by these T tokens. A cache that
+                has begun with it goes on with it.
             use_cache: return a cache for the next call; default: `config.use_cache` outside training.
             logits_to_keep: number of last tokens that get logits; 0: all tokens.
             num_items_in_batch: divisor of the summed loss (gradient accumulation); default: the number of labels here.
@@ -110,12 +114,12 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         if return_dict is False:
             raise ValueError("return_dict=False is not supported; the output is always a CausalLMOutputWithPast")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        attend = self._dense_attention(embeddings, attention_mask, position_ids, cache)
-        log = None
-        if self.config.num_experts and (self.training or labels is not None):
-            log = RouterLog(attend.positions_BT >= 0 if attend.has_padding else None)
-        hidden = self.model(embeddings, attend, log=log)
+        cache = past_key_values if cache is None else cache
+        if memory is None and isinstance(cache, RelativeCache):
+            memory = cache.memory
+        cache = self._cache(cache, use_cache, memory)
+        wants_log = self.config.num_experts > 0 and (self.training or labels is not None)
+        hidden, log = self._hidden(embeddings, attention_mask, position_ids, cache, memory, wants_log)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
@@ -158,15 +162,49 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
     def _routers(self) -> list[ByteRouter]:
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, ByteMoE)]
 
-    def _cache(self, given: RelativeCache | None, use_cache: bool | None) -> RelativeCache | None:
+    def _hidden(
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: RelativeCache | None,
+        memory: Memory | None,
+        wants_log: bool,
+    ) -> tuple[torch.Tensor, RouterLog | None]:
+        """[B, T, hidden] after the final norm, and the routers' log if it is wanted; extends the memory."""
+        if memory is not None and memory.batch_size not in (None, len(embeddings)):
+            raise ValueError(f"the memory holds {memory.batch_size} sequences, but the input has {len(embeddings)}")
+        is_first = cache is None or cache.get_seq_length() == 0
+        read = memory if is_first else None  # later, the cache has its keys
+        attend = self._dense_attention(embeddings, attention_mask, position_ids, cache, read)
+        log = None
+        if wants_log:
+            log = RouterLog(attend.positions_BT >= 0 if attend.has_padding else None)
+        if memory is None:
+            return self.model(embeddings, attend, log=log), log
+        layers = range(self.config.num_hidden_layers)
+        rows = None if read is None else [_like(embeddings, read.get(layer)) for layer in layers]
+        layer_inputs: list[torch.Tensor] = []
+        hidden = self.model(embeddings, attend, log=log, memory=rows, layer_inputs=layer_inputs)
+        memory.update_all(layer_inputs)
+        return hidden, log
+
+    def _cache(
+        self, given: RelativeCache | None, use_cache: bool | None, memory: Memory | None
+    ) -> RelativeCache | None:
         if self.training and self.model.layers[0].gradient_checkpointing:
             return None  # a layer runs twice there and would extend the cache twice
         if isinstance(given, RelativeCache):
+            given.attach(memory)
             return given
         if given is not None and given.get_seq_length() > 0:
             raise ValueError(f"the cache must be a RelativeCache, got {type(given).__name__}")
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        return RelativeCache(self.config) if wanted else None
+        if not wanted:
+            return None
+        cache = RelativeCache(self.config)
+        cache.attach(memory)
+        return cache
 
     def _dense_attention(
         self,
@@ -174,9 +212,11 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: RelativeCache | None,
+        memory: Memory | None,
     ) -> DenseAttention:
         batch, length = embeddings.shape[:2]
         seen = 0 if cache is None else cache.get_seq_length()
+        start = cache.start if cache is not None else 0 if memory is None else memory.next_position
         has_padding = False
         if attention_mask is not None:
             if attention_mask.shape != (batch, seen + length):
@@ -185,15 +225,18 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
                     "(tokens already in the cache count)"
                 )
             has_padding = not bool(attention_mask.all())
+        if has_padding and (memory is not None or (cache is not None and cache.memory is not None)):
+            raise ValueError("attention_mask marks padding, which a memory cannot hold: give rows of one length")
         if has_padding:
             assert attention_mask is not None
             counted = attention_mask.long().cumsum(-1) - 1 if position_ids is None else position_ids
             positions = counted[:, -length:].masked_fill(attention_mask[:, -length:] == 0, -1)
         elif position_ids is not None:
-            positions = position_ids.expand(batch, -1)
+            positions = start + position_ids.expand(batch, -1)
         else:
-            positions = torch.arange(seen, seen + length, device=embeddings.device).expand(batch, -1)
-        max_position = seen + length - 1 if position_ids is None else int(positions.max())
+            first = start + seen
+            positions = torch.arange(first, first + length, device=embeddings.device).expand(batch, -1)
+        max_position = start + seen + length - 1 if position_ids is None else int(positions.max())
         return DenseAttention(
             self.config,
             self.model.rotary,
@@ -201,6 +244,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             has_padding=has_padding,
             max_position=max(max_position, 0),
             cache=cache,
+            memory=memory,
             implementation=self.config._attn_implementation or "sdpa",
             dropout=self.config.attention_dropout if self.training else 0.0,
         )
@@ -212,6 +256,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             raise ValueError("cache_implementation is not supported; a ByteTransformer always uses RelativeCache")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = RelativeCache(self.config)
+        if model_kwargs.get("memory") is not None or getattr(model_kwargs.get(CACHE), "memory", None) is not None:
+            _refuse_with_memory(generation_config)
 
     @torch.no_grad()
     def forward_step(
@@ -268,6 +314,18 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             case XPosRotaryEmbedding():
                 if module.raw_decay is not None and not getattr(module.raw_decay, "_is_hf_initialized", False):
                     module.reset_parameters()
+
+
+def _like(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+    return None if rows is None else rows.to(x)
+
+
+def _refuse_with_memory(generation_config: Any) -> None:
+    for name in ("num_beams", "num_return_sequences"):
+        if (getattr(generation_config, name) or 1) > 1:
+            raise ValueError(f"{name} must be 1 with a memory, which is extended by one answer for each prompt")
+    if not generation_config.use_cache:
+        raise ValueError("generate with a memory needs use_cache=True: otherwise every step would extend it anew")
 
 
 register_model_if_wanted()

@@ -21,6 +21,7 @@ from stellarbyte.model import parts
 from stellarbyte.model.parts import Part, module_path, parameter_name
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", *EXPERT_ARCHITECTURES)
+LINEAR_ATTENTION = ("qwen3next", "qwen35", "qwen35moe")  # hybrids
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FREQS = "rope_freqs.weight"
@@ -54,6 +55,11 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
     """`plan_gguf`, which also raises KeyError for absent metadata, and other exceptions for values of a wrong type."""
     path, metadata = file.path, file.metadata
     architecture = metadata["general.architecture"]
+    if architecture in LINEAR_ATTENTION:
+        raise CheckpointError(
+            f"{path} has the architecture {architecture!r}, whose linear-attention layers (Gated DeltaNet) are not "
+            "supported."
+        )
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{path} has the architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}."

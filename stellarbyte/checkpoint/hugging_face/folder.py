@@ -44,6 +44,7 @@ HIDDEN_ACTS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+LINEAR_ATTENTION = "linear_num_value_heads"  # a field of the hybrids Qwen3-Next and Qwen3.5
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -110,6 +111,12 @@ def refuse_unsupported(folder: Path) -> None:
     model_type = raw.get("model_type")
     if model_type == ByteModelConfig.model_type:
         raise CheckpointError(f"{folder} is a ByteTransformer checkpoint already; it needs no conversion.")
+    text_config = raw.get("text_config")  # of a model that also reads pictures
+    if LINEAR_ATTENTION in raw or (isinstance(text_config, dict) and LINEAR_ATTENTION in text_config):
+        raise CheckpointError(
+            f"{folder} holds a model of type {model_type!r}, whose linear-attention layers (Gated DeltaNet) are not "
+            "supported."
+        )
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise CheckpointError(f"{folder} holds a model of type {model_type!r}; supported are {', '.join(MODEL_TYPES)}.")
     architectures = raw.get("architectures")

@@ -19,9 +19,11 @@ Weights = Mapping[str, torch.Tensor]
 Attend = Callable[[ByteModelConfig, int | None, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def logprobs(weights: Weights, config: ByteModelConfig, token_ids: list[int]) -> torch.Tensor:
-    """log p(next token) after every position, [T, V] float64."""
-    return _logprobs(weights, config, token_ids, list(range(len(token_ids))), _attend)
+def logprobs(
+    weights: Weights, config: ByteModelConfig, token_ids: list[int], attend: Attend | None = None
+) -> torch.Tensor:
+    """log p(next token) after every position, [T, V] float64; `attend` None: the config's windows and sinks."""
+    return _logprobs(weights, config, token_ids, list(range(len(token_ids))), _attend if attend is None else attend)
 
 
 def banded_logprobs(
@@ -35,16 +37,25 @@ def _logprobs(
     weights: Weights, config: ByteModelConfig, token_ids: list[int], positions: list[int], attend: Attend
 ) -> torch.Tensor:
     w = {name: tensor.double() for name, tensor in weights.items()}
-    x = w["model.embed_tokens.weight"][torch.tensor(token_ids)]
+    x = hidden_states(weights, config, token_ids, attend)[-1]
+    x = _rms_norm(x[positions], w["model.norm.weight"], config.rms_norm_eps)
+    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
+    return (x @ head.T).log_softmax(dim=-1)
+
+
+def hidden_states(
+    weights: Weights, config: ByteModelConfig, token_ids: list[int], attend: Attend | None = None
+) -> list[torch.Tensor]:
+    """The embeddings and the output of every layer, [T, hidden] float64 each; `attend` None: windows and sinks."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    states = [w["model.embed_tokens.weight"][torch.tensor(token_ids)]]
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         of_layer = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
         holder = f"model.layers.{config.expert_layers[layer]}."  # of the experts that the layer uses
         of_layer |= {name.removeprefix(holder): t for name, t in w.items() if name.startswith(f"{holder}mlp.experts.")}
-        x = _layer(of_layer, config, layer, x, attend)
-    x = _rms_norm(x[positions], w["model.norm.weight"], config.rms_norm_eps)
-    head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
-    return (x @ head.T).log_softmax(dim=-1)
+        states.append(_layer(of_layer, config, layer, states[-1], _attend if attend is None else attend))
+    return states
 
 
 def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, attend: Attend) -> torch.Tensor:
@@ -98,19 +109,24 @@ def _attend(
     config: ByteModelConfig, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     """Every pair (m, n): Re[q_m · conj(k_n) · e^{i·distance·θ}] · ζ^(distance/b)."""
-    length, dim, sinks = len(q), _head_dim(config), config.sink_tokens
+    length, sinks = len(q), config.sink_tokens
     m, n = torch.arange(length)[:, None], torch.arange(length)[None, :]
     distance, visible = m - n, n <= m
     if window is not None:
         visible = visible & ((n > m - window) | (n < sinks))
         distance = torch.where(n < sinks, m.clamp(max=window + sinks - 1) - n, distance)
+    probabilities = pair_scores(config, q, k, distance).masked_fill(~visible, -math.inf).softmax(dim=-1)
+    return torch.einsum("hmn,nhd->mhd", probabilities, v)
+
+
+def pair_scores(config: ByteModelConfig, q: torch.Tensor, k: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """[H, M, N] scores of queries [M, H, D] and keys [N, H, D] at the given distances [M, N]."""
+    dim = _head_dim(config)
     theta, zeta = _frequencies(config)
     turned = torch.polar(torch.ones_like(distance[..., None] * theta), distance[..., None] * theta)
     turned = turned * zeta ** (distance.clamp(min=0)[..., None] / config.xpos_scale_base)
     as_complex = [torch.complex(t[..., : dim // 2], t[..., dim // 2 :]) for t in (q, k)]
-    scores = torch.einsum("mhj,nhj,mnj->hmn", as_complex[0], as_complex[1].conj(), turned).real / math.sqrt(dim)
-    probabilities = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
-    return torch.einsum("hmn,nhd->mhd", probabilities, v)
+    return torch.einsum("mhj,nhj,mnj->hmn", as_complex[0], as_complex[1].conj(), turned).real / math.sqrt(dim)
 
 
 def _attend_in_bands(

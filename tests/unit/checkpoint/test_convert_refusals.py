@@ -153,6 +153,30 @@ def test_the_source_s_balance_loss_is_kept(tmp_path: Path):
     assert open_checkpoint(convert(tiny_mixtral(tmp_path / "c"), tmp_path / "d")).config.router_balance_coef == 0.0
 
 
+@pytest.mark.parametrize(
+    ("module", "config_class"),
+    [
+        ("qwen3_next", "Qwen3NextConfig"),
+        ("qwen3_5", "Qwen3_5TextConfig"),
+        ("qwen3_5", "Qwen3_5Config"),
+        ("qwen3_5_moe", "Qwen3_5MoeConfig"),
+    ],
+)
+def test_linear_attention_is_refused_by_name(module: str, config_class: str, whole: Path, tmp_path: Path):
+    """The configs are those that transformers' own classes write."""
+    classes = pytest.importorskip(f"transformers.models.{module}", reason="this transformers does not know the model")
+    source = shutil.copytree(whole, tmp_path / "source")
+    getattr(classes, config_class)().save_pretrained(source)
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "target")
+    kind = json.loads((source / "config.json").read_text())["model_type"]
+    expected = (
+        f"{source} holds a model of type '{kind}', whose linear-attention layers (Gated DeltaNet) are not supported."
+    )
+    assert str(caught.value) == expected
+    assert not (tmp_path / "target").exists()
+
+
 def test_existing_targets_are_not_touched(whole: Path, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()

@@ -126,6 +126,15 @@ def test_unsupported_architecture_and_tensors_are_refused(source: Path, tmp_path
         make_plan(write_gguf(tmp_path / "z.gguf", source, extra_tensors=old))
 
 
+@pytest.mark.parametrize("architecture", ["qwen3next", "qwen35", "qwen35moe"])
+def test_linear_attention_is_refused_by_name(architecture: str, source: Path, tmp_path: Path):
+    file = write_gguf(tmp_path / "x.gguf", source, architecture=architecture)
+    with pytest.raises(CheckpointError) as caught:
+        convert(file, tmp_path / "target")
+    assert str(caught.value).endswith("whose linear-attention layers (Gated DeltaNet) are not supported.")
+    assert not (tmp_path / "target").exists()
+
+
 def test_window_of_a_qwen_file_is_refused(tmp_path: Path):
     """Which layers have it is not in the file."""
     folder = tiny_qwen2(tmp_path / "source")
