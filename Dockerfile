@@ -6,7 +6,7 @@
 # `scripts/image` builds it with docker, podman or buildah. Build arguments:
 #   VARIANT      cuda or cpu
 #   BASE         an image with Debian's apt and Python 3.11 or newer as python3, with venv
-#   TORCH_INDEX  where the cpu variant takes torch from; empty: where pip takes everything else from
+#   TORCH_INDEX  the package index of torch in the cpu variant; empty: pip's default index
 # The secret `pip` is a pip.conf for the build (mirrors, tokens); it does not become part of the image.
 ARG BASE=python:3.12-slim
 ARG VARIANT=cuda
@@ -20,7 +20,7 @@ RUN python3 -m venv /opt/stellarbyte
 
 FROM build AS torch-cuda
 
-# PyPI's torch is a CUDA build; the one without is on PyTorch's own index.
+# PyPI's torch is a CUDA build; PyTorch's own index has a CPU build.
 FROM build AS torch-cpu
 COPY constraints-cpu.txt ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -28,7 +28,7 @@ RUN --mount=type=secret,id=pip /opt/stellarbyte/bin/pip install \
     ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} --constraint constraints-cpu.txt torch
 ENV PIP_CONSTRAINT=/src/constraints-cpu.txt
 
-# What the code needs before the code itself: a change of it downloads nothing again.
+# Dependencies before the code, so that a change of the code downloads nothing again.
 # hadolint ignore=DL3006
 FROM torch-${VARIANT} AS install
 WORKDIR /src
@@ -54,7 +54,7 @@ FROM runtime-cpu AS runtime-cuda
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-# Where container runtimes and Kubernetes nodes put the driver's libraries, if they do not tell the linker.
+# The folder of the driver's libraries on container runtimes and Kubernetes nodes that do not configure the linker.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 
@@ -62,7 +62,7 @@ ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
 FROM runtime-${VARIANT} AS server
 LABEL org.opencontainers.image.title="stellarbyte-server" \
     org.opencontainers.image.licenses="MIT"
-# The cache is also the home: all that is ever written outside /tmp lands in the one volume.
+# The cache is also the home folder, so that everything written outside /tmp is in one volume.
 RUN groupadd --gid 10001 stellarbyte \
     && useradd --uid 10001 --gid 10001 --home-dir /var/cache/stellarbyte --no-create-home stellarbyte \
     && install -d -o stellarbyte -g stellarbyte /var/cache/stellarbyte

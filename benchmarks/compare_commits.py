@@ -3,8 +3,8 @@
     python -m benchmarks.compare_commits b286c11 engine http_path serve --rounds 3
 
 Both commits are checked out into folders of their own, and every round runs each benchmark in both, the older first in
-even rounds. Of every number that both wrote, the result has both medians and the median of the rounds' ratios new ÷ old:
-the speed of a shared machine may change between rounds more than the commits differ.
+even rounds. Of every number that both wrote, the result has both medians, and the median of the rounds' ratios new ÷
+old: the speed of a shared machine may change between rounds more than the commits differ.
 """
 
 import argparse

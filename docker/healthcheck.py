@@ -1,6 +1,6 @@
 """The container's health check: exit status 0 while the server's /health answers 200, else 1 and the reason.
 
-Knows the server's variables, not its flags: in a container set the port, the host and the certificate by variable.
+It reads the server's variables, not its flags: in a container, set port, host and certificate by variable.
 """
 
 import http.client
@@ -16,9 +16,9 @@ def main() -> int:
     host = os.environ.get("STELLARBYTE_HOST", "127.0.0.1")
     host = ANY_HOST.get(host, host)
     port = int(os.environ.get("STELLARBYTE_PORT", "8000"))
-    connection: http.client.HTTPConnection  # not urllib, which would go by the proxy of HTTP_PROXY
+    connection: http.client.HTTPConnection  # not urllib, which would use HTTP_PROXY
     if "STELLARBYTE_SSL_CERTFILE" in os.environ:
-        # The certificate names the host that clients use, hardly this address; nothing secret is sent.
+        # The certificate is for the host name that clients use, not for this address; nothing secret is sent.
         context = ssl._create_unverified_context()
         connection = http.client.HTTPSConnection(host, port, timeout=LIMIT_S, context=context)
     else:

@@ -1,7 +1,7 @@
 """StellarByte's model library: ByteTransformer, its checkpoints, caches and adapters.
 
 Importing it registers the model with transformers' AutoConfig and AutoModelForCausalLM. Names are imported on
-first use: torch and transformers take seconds to import, which a command that needs neither should not wait for.
+first use, because torch and transformers take seconds to import, and some commands need neither.
 """
 
 import importlib

@@ -1,9 +1,11 @@
 """The shape of a ByteTransformer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from stellarbyte.expert_options import check_experts
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 ROPE_TYPES = {
@@ -20,7 +22,7 @@ class ByteModelConfig(PreTrainedConfig):
     """The configuration of a ByteTransformer, validated on creation.
 
     The defaults give a ByteTransformer with XPos. With only ``use_xpos=False`` changed the model *is*
-    Llama; ``sliding_window`` makes it Mistral, ``attention_bias`` Qwen2, ``qk_norm`` Qwen3.
+    Llama; ``sliding_window`` makes it Mistral, ``attention_bias`` Qwen2, ``qk_norm`` Qwen3, ``num_experts`` Mixtral.
 
     Args (in the groups of the fields below):
         num_key_value_heads: heads of keys and values (grouped-query attention); None: as many as query heads.
@@ -28,7 +30,8 @@ class ByteModelConfig(PreTrainedConfig):
         hidden_act: the gate of the MLP: "silu", "gelu" (exact) or "gelu_tanh".
         max_position_embeddings: context length in tokens. No table has this length.
         attention_bias / attention_output_bias / mlp_bias: biases on q,k,v / on o / on gate, up and down.
-        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+        qk_norm: RMSNorm of q and k before the rotation: over each head (Qwen3), or over all heads together.
+        qk_norm_per_head: False: over all heads together (OLMoE, OLMo 2).
         sliding_window: a query at m sees keys n > m - sliding_window; None: all. In tokens.
         layer_types: "full_attention" or "sliding_attention" for each layer; None: all alike.
         full_attention_window: the same limit for full_attention layers; None: none. Serving sets it to its context
@@ -44,13 +47,37 @@ class ByteModelConfig(PreTrainedConfig):
         deepnorm: norm after the sum, residual scaled by (2N)^1/4, initial weights by (8N)^-1/4 (Wang et al. 2022).
         parallel_residual: attention and MLP read one norm and are added together.
         attention_dropout / residual_dropout / embedding_dropout: in training only.
+        num_experts: experts of a mixture-of-experts layer, in the place of its MLP; 0: every layer is dense.
+        num_experts_per_tok: experts that a token chooses.
+        moe_intermediate_size: inner width of an expert; None: intermediate_size.
+        moe_layers: numbers of the layers that have experts; None: all.
+        expert_pools: for each layer of moe_layers, the number of its pool; layers of one pool share its experts, each
+            with a router of its own. None: a pool for each layer.
+        shared_expert_intermediate_size: inner width of an expert that every token uses; 0: none.
+        shared_expert_gate: the shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE).
+        router_score: "softmax" or "sigmoid" of the router's logits; in float32.
+        norm_topk_prob: divide the scores of the chosen experts by their sum (as a softmax over the chosen ones does).
+        router_bias: a bias on the router's logits.
+        router_selection_bias: a bias on the scores that only decides which experts are chosen (DeepSeek-V3).
+        router_top_p: choose the fewest experts whose scores sum to this share, at least min_experts_per_tok and at most
+            num_experts_per_tok; None: always num_experts_per_tok.
+        router_top_p_start / router_top_p_steps: in training, the share grows linearly from the one to router_top_p
+            within this number of steps (`ByteTransformer.set_training_step`).
+        router_noise: in training, "noisy_top_k" adds learned normal noise to the logits (Shazeer et al. 2017),
+            "gumbel" Gumbel noise; router_noise_scale multiplies it.
+        capacity_factor: in training, an expert takes at most factor · choices / num_experts tokens of a batch; None:
+            all that choose it.
+        router_balance_coef / router_z_coef / router_entropy_coef / router_load_coef: factors of the auxiliary losses in
+            the training loss; see `stellarbyte.model.moe.losses`.
 
     Raises:
         ValueError: a value is impossible or two contradict each other; the message names the field.
     """
 
     model_type = "bytetransformer"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference: ClassVar = [  # a list, to which transformers' Trainer adds others
+        *("past_key_values", "cache", "balance_loss", "z_loss", "router_entropy", "load_kl", "expert_load"),
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -70,6 +97,7 @@ class ByteModelConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
 
     sliding_window: int | None = None
     layer_types: list[str] | None = None
@@ -90,6 +118,29 @@ class ByteModelConfig(PreTrainedConfig):
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    moe_layers: list[int] | None = None
+    expert_pools: list[int] | None = None
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    router_score: str = "softmax"
+    norm_topk_prob: bool = True
+    router_bias: bool = False
+    router_selection_bias: bool = False
+    router_top_p: float | int | None = None
+    min_experts_per_tok: int = 1
+    router_top_p_start: float | int | None = None
+    router_top_p_steps: int = 0
+    router_noise: str = "none"
+    router_noise_scale: float | int = 1.0
+    capacity_factor: float | int | None = None
+    router_balance_coef: float | int = 0.0
+    router_z_coef: float | int = 0.0
+    router_entropy_coef: float | int = 0.0
+    router_load_coef: float | int = 0.0
 
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -116,6 +167,9 @@ class ByteModelConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         self._check_attention()
         self._check_training()
+        if self.num_experts and self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        check_experts(self)
         super().__post_init__(**kwargs)
         self._check_rope()
 
@@ -144,6 +198,8 @@ class ByteModelConfig(PreTrainedConfig):
             raise ValueError(f"layer_types holds {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention layers but sliding_window is null")
+        if not self.qk_norm_per_head and not self.qk_norm:
+            raise ValueError("qk_norm_per_head false needs qk_norm")
 
     def _check_training(self) -> None:
         for name in ("attention_dropout", "residual_dropout", "embedding_dropout", "drop_path_rate"):
@@ -172,6 +228,18 @@ class ByteModelConfig(PreTrainedConfig):
         assert self.layer_types is not None
         window_of = {"sliding_attention": self.sliding_window, "full_attention": self.full_attention_window}
         return tuple(window_of[kind] for kind in self.layer_types)
+
+    @property
+    def expert_layers(self) -> tuple[int | None, ...]:
+        """For each layer, the layer whose experts it uses: itself, or the first of its pool; None: it is dense."""
+        owners: list[int | None] = [None] * self.num_hidden_layers
+        if self.num_experts:
+            layers = range(self.num_hidden_layers) if self.moe_layers is None else self.moe_layers
+            pools = layers if self.expert_pools is None else self.expert_pools
+            first: dict[int, int] = {}
+            for layer, pool in zip(layers, pools, strict=True):
+                owners[layer] = first.setdefault(pool, layer)
+        return tuple(owners)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

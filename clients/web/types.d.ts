@@ -1,4 +1,4 @@
-// The shapes that the page's modules share. Not served: only tsc and editors read it.
+// Types common to the pages' modules. Not served: for tsc and editors only.
 
 import type { SAMPLING_FIELDS } from "./stellarbyte_web/sampling-fields.js";
 
@@ -6,7 +6,7 @@ import type { SAMPLING_FIELDS } from "./stellarbyte_web/sampling-fields.js";
 
 export type Alignment = "left" | "center" | "right" | null;
 
-/** A block; which fields say something depends on its kind. */
+/** A block; its kind determines which fields are used. */
 export interface Block {
   kind: "document" | "quote" | "list" | "item" | "paragraph" | "heading" | "code" | "rule" | "table";
   /** The first character of its first line in the text. */
@@ -26,12 +26,12 @@ export interface Block {
   /** Of fenced code; "" for indented code. */
   fence: string;
   info: string;
-  /** Of a list: its bullet, or what follows its numbers. */
+  /** Of a list: its bullet, or the character after its numbers. */
   delimiter: string;
   number: number | null;
 }
 
-/** An element that may be shown; its tag is one of a fixed few. */
+/** An element to show; its tag is one of a few. */
 export interface MarkElement {
   tag: string;
   attributes: Record<string, string>;
@@ -43,7 +43,7 @@ export type MarkNode = string | MarkElement;
 /** A run of marks that may begin or end emphasis. */
 export interface Delimiter {
   character: "*" | "_" | "~";
-  /** Marks that are left, and that there were. */
+  /** Remaining marks, and their original number. */
   count: number;
   length: number;
   canOpen: boolean;
@@ -109,7 +109,7 @@ export interface LoadedAdapter {
   unmatched: string[];
 }
 
-/** What the sampling controls set; a field that was left empty is not there, so that the server's default counts. */
+/** The sampling parameters; an empty field is absent, so that the server's default applies. */
 export type Sampling = { [Name in (typeof SAMPLING_FIELDS)[number]["name"]]?: number | string | string[] };
 
 export interface ChatBody extends Sampling {
@@ -129,18 +129,18 @@ export interface Question {
 }
 
 export interface Failure {
-  /** refused: the server answered with an error; gone: nothing answered; broken: the answer ended before its end. */
+  /** refused: the server answered with an error; gone: no answer; broken: the answer broke off. */
   kind: "refused" | "gone" | "broken";
-  /** Of HTTP; null if the headers were good. */
+  /** The HTTP status; null for an error within a stream, or without an answer. */
   status: number | null;
-  /** The server's own. */
+  /** The server's message. */
   message: string;
   retryAfterS: number | null;
 }
 
 export interface Answer {
   role: "assistant";
-  /** What the model wrote before it, if the model reasons. */
+  /** The model's reasoning before its content. */
   reasoning: string;
   content: string;
   model: string;
@@ -148,9 +148,9 @@ export interface Answer {
   state: "streaming" | "done" | "stopped" | "failed";
   finishReason: string | null;
   failure: Failure | null;
-  /** With their probabilities, if these were asked for. */
+  /** With their probabilities, if requested. */
   tokens: TokenLogprob[];
-  /** By the browser's clock; `pieces` are chunks that had text. */
+  /** By the browser's clock; `pieces` counts chunks with text. */
   timing: { sentMs: number; firstMs: number | null; lastMs: number | null; pieces: number };
   usage: Usage | null;
 }
@@ -160,7 +160,7 @@ export type Message = Question | Answer;
 export interface Column {
   model: string | null;
   scale: number;
-  /** Questions and answers by turns. */
+  /** Alternating questions and answers. */
   messages: Message[];
 }
 
@@ -186,6 +186,6 @@ export interface Sample {
 
 export interface Point {
   timeMs: number;
-  /** null: nothing was measured. */
+  /** null: no measurement. */
   value: number | null;
 }

@@ -52,8 +52,9 @@ _VECTORS = {  # norms and scales → fields of `LayerWeights`
 
 
 def fits(config: ByteModelConfig) -> bool:
-    """Whether the kernels support a model: heads are whole vectors, and they take every part in all layers."""
-    has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0
+    """Whether the kernels support a model: heads are whole vectors with norms of their own, and they take every part in
+    all layers."""
+    has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0 and config.qk_norm_per_head
     return has_whole_heads and all(_has_place(part, config) for part in model_parts(config))
 
 

@@ -1,5 +1,6 @@
 """ByteTransformer checkpoints.
 
-native.py reads and loads them, convert.py makes them from Hugging Face folders and GGUF files, demo.py finds a model by
-path or makes the demo model, info.py describes them. Nothing is imported here: a start needs only some of it.
+native.py checks and loads them, convert.py makes them from Hugging Face folders and GGUF files, source.py finds a model
+by its name, demo.py finds the demo model, info.py describes checkpoints. Nothing is imported here, because no start
+needs all of it.
 """

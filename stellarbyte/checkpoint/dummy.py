@@ -15,10 +15,10 @@ SEED = 0
 
 
 def dummy_config(folder: Path) -> ByteModelConfig:
-    """The config of a folder that needs no other file: a ByteTransformer's, or one that could be converted.
+    """The config of a folder, which needs no other file: a ByteTransformer's, or one that can be converted.
 
     Raises:
-        CheckpointError: no config.json, not valid, or of a model that is not supported.
+        CheckpointError: config.json is missing, invalid, or of an unsupported model.
     """
     file = folder / "config.json"
     if not file.is_file() or read_json(file).get("model_type") == ByteModelConfig.model_type:
@@ -30,7 +30,7 @@ def dummy_config(folder: Path) -> ByteModelConfig:
 
 
 def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
-    """The bare model in evaluation mode, its weights drawn on the device itself; the same ones every time.
+    """The bare model in evaluation mode, with weights drawn on the device; the same weights every time.
 
     Matrices and biases are normal with `initializer_range`, norms 1, scales of layers and decays at their start.
     """
@@ -52,5 +52,5 @@ def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device:
 
 
 def dummy_hash(folder: Path) -> str:
-    """What stands in the place of the weights' hash: "dummy-" and the SHA-256 (hex) of config.json."""
+    """A substitute for the weights' hash: "dummy-" and the SHA-256 (hex) of config.json."""
     return "dummy-" + hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()

@@ -1,27 +1,31 @@
-"""What a checkpoint is and what it costs in memory, from its config and headers alone. Reads no weights."""
+"""A checkpoint's architecture and memory use, from its config and headers, without reading weights."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
 from stellarbyte.checkpoint.native import Checkpoint, stored_dtype
+from stellarbyte.checkpoint.shapes import expected_shapes
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.parts import module_path
 
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """Figures of one checkpoint; sizes in bytes, lengths in tokens, dictionaries by the dtype served in."""
+    """Figures of one checkpoint; sizes in bytes, lengths in tokens, dictionaries by serving dtype."""
 
     num_parameters: int
+    num_active_parameters: int  # that one token uses at most
     stored_dtype: str
     disk_bytes: int
     weight_bytes: Mapping[str, int]
     kv_bytes_per_token: Mapping[str, int]
     context_length: int
-    tokens_kept: int  # of a full sequence
+    tokens_kept: int  # in the cache, of a full sequence
     kv_bytes_full_sequence: Mapping[str, int]
     is_constant_memory: bool  # whether a sequence stops growing once its window is full
 
@@ -41,6 +45,7 @@ def describe(checkpoint: Checkpoint) -> ModelInfo:
         kept = min(context, config.sliding_window + config.sink_tokens)
     return ModelInfo(
         num_parameters=checkpoint.num_parameters,
+        num_active_parameters=checkpoint.num_parameters - _num_idle_parameters(config),
         stored_dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
         disk_bytes=checkpoint.num_bytes,
         weight_bytes={dtype: checkpoint.num_parameters * size for dtype, size in BYTES_PER_ELEMENT.items()},
@@ -57,7 +62,8 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     config, info = checkpoint.config, describe(checkpoint)
     return [
         ("path", str(checkpoint.path)),
-        ("layers", f"{config.num_hidden_layers} × (attention + MLP {config.intermediate_size}, {config.hidden_act})"),
+        ("layers", _layers(config)),
+        *([("experts", _experts(config))] if config.num_experts else []),
         ("hidden", str(config.hidden_size)),
         ("heads", f"{config.num_attention_heads} query, {config.num_key_value_heads} key/value, of {config.head_dim}"),
         ("vocabulary", f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'separate'} output head"),
@@ -66,13 +72,62 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("norms", _norms(config)),
         ("biases", _biases(config)),
         ("residual", _residual(config)),
-        ("parameters", f"{info.num_parameters:,}"),
+        ("parameters", _parameters(info)),
         ("on disk", f"{size(info.disk_bytes)} ({info.stored_dtype})"),
         ("weights", _by_dtype(info.weight_bytes)),
         ("KV per token", _by_dtype(info.kv_bytes_per_token)),
         ("KV when full", f"{_by_dtype(info.kv_bytes_full_sequence)} for {info.tokens_kept:,} tokens"),
         ("memory", _growth(config, info)),
     ]
+
+
+def _num_idle_parameters(config: ByteModelConfig) -> int:
+    """Parameters of the experts that a token does not choose; those of a pool count as used in each of its layers."""
+    if not config.num_experts:
+        return 0
+    shapes = expected_shapes(config)
+    idle = 0
+    for layer, holder in enumerate(config.expert_layers):
+        if holder is not None:
+            stacks = [shapes[module_path(holder, f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj")]
+            of_one = sum(math.prod(stack[1:]) for stack in stacks)
+            idle -= config.num_experts_per_tok * of_one
+            idle += config.num_experts * of_one if holder == layer else 0
+    return idle
+
+
+def _parameters(info: ModelInfo) -> str:
+    if info.num_active_parameters == info.num_parameters:
+        return f"{info.num_parameters:,}"
+    return f"{info.num_parameters:,}, of which a token uses {info.num_active_parameters:,}"
+
+
+def _layers(config: ByteModelConfig) -> str:
+    num_dense = config.expert_layers.count(None)
+    mlp = f"MLP {config.intermediate_size}, {config.hidden_act}"
+    if num_dense == config.num_hidden_layers:
+        return f"{num_dense} × (attention + {mlp})"
+    parts = [f"{config.num_hidden_layers - num_dense} × (attention + experts, {config.hidden_act})"]
+    if num_dense:
+        parts.insert(0, f"{num_dense} × (attention + {mlp})")
+    return " and ".join(parts)
+
+
+def _experts(config: ByteModelConfig) -> str:
+    chosen = f"{config.num_experts_per_tok} per token"
+    if config.router_top_p is not None:
+        least, most = config.min_experts_per_tok, config.num_experts_per_tok
+        chosen = f"{least} to {most} per token, up to {config.router_top_p:g} of the scores"
+    score = f"{config.router_score} scores{', renormalised' if config.norm_topk_prob else ''}"
+    text = [f"{config.num_experts} of {config.moe_intermediate_size}, {chosen}, {score}"]
+    if config.shared_expert_intermediate_size:
+        gated = " with a gate" if config.shared_expert_gate else ""
+        text.append(f"a shared one of {config.shared_expert_intermediate_size}{gated}")
+    if config.moe_layers is not None:
+        text.append(f"in layers {', '.join(map(str, config.moe_layers))}")
+    if config.expert_pools is not None:
+        text.append(f"{len(set(config.expert_pools))} pools")
+    return "; ".join(text)
 
 
 def size(num_bytes: int) -> str:

@@ -1,7 +1,7 @@
-"""A ByteTransformer checkpoint folder: checked before it is read, loaded.
+"""Checks and loads a ByteTransformer checkpoint folder.
 
 config.json  generation_config.json  model.safetensors (or shards and model.safetensors.index.json)
-tokenizer.json  tokenizer_config.json  chat_template.jinja (where the model has one)
+tokenizer.json  tokenizer_config.json  chat_template.jinja (if the model has one)
 """
 
 import os
@@ -74,7 +74,7 @@ def load_config(path: str | os.PathLike[str]) -> ByteModelConfig:
 
 
 def one_line(error: Exception) -> str:
-    """An exception's message without its line breaks and its final stop, to be part of a sentence."""
+    """An exception's message without line breaks and final full stop, for use in a sentence."""
     return " ".join(str(error).split()).rstrip(".")
 
 
@@ -82,8 +82,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Check a checkpoint folder as far as possible without reading its weights; takes milliseconds.
 
     Raises:
-        CheckpointError: as `load_config`; a missing, cut or corrupt weight file; tensors that are missing, unexpected,
-            of another shape, or not of a float type.
+        CheckpointError: as `load_config`; a missing, truncated or corrupt weight file; tensors that are missing,
+            unexpected, of another shape, or not of a float type.
     """
     config = load_config(path)
     tensors = read_headers(Path(path))
@@ -95,7 +95,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def check_tensors(source: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-    """Raise CheckpointError where the tensors found are not exactly those that the config implies."""
+    """Raise CheckpointError unless the tensors are exactly those that the config implies."""
     if missing := [name for name in expected if name not in found]:
         raise CheckpointError(f"{source} lacks {_listed(missing)}, which the config implies.")
     if unexpected := [name for name in found if name not in expected]:
@@ -117,7 +117,7 @@ def load_model(
 
     Parameters, arguments and errors as in `load_language_model`.
     """
-    from stellarbyte.model.transformer import ByteTransformer  # seconds that a server's start does not pay
+    from stellarbyte.model.transformer import ByteTransformer  # takes seconds to import; servers do not need it
 
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
@@ -133,10 +133,10 @@ def load_model(
 def load_language_model(
     path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> ByteLanguageModel:
-    """The bare model in evaluation mode, its parameters taken straight from the files.
+    """The bare model in evaluation mode, with parameters directly from the files.
 
-    On the CPU and in the stored dtype the parameters are maps of the files: nothing is copied, pages are read when
-    first used, and the files must not be changed in place meanwhile.
+    On the CPU and in the stored dtype, the parameters are memory maps of the files: nothing is copied, pages are read
+    on first use, and the files must not be changed in place while the model exists.
 
     Args:
         dtype: of every parameter; None: as stored.
@@ -154,7 +154,7 @@ def load_language_model(
 def _read_weights(
     checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
-    """Give a model built on the meta device its parameters, without gradients, and put it in evaluation mode."""
+    """Set the parameters of a model built on the meta device, without gradients, and put it in evaluation mode."""
     wanted = dtype if dtype is not None else stored_dtype(checkpoint)
     state: dict[str, torch.Tensor] = {}
     for file in checkpoint.files:
@@ -168,7 +168,7 @@ def _read_weights(
 
 
 def adopt_weights(config: ByteModelConfig, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """As `_read_weights`, with the tensors themselves: those that `expected_shapes` names."""
+    """As `_read_weights`, from given tensors, which must be those of `expected_shapes`."""
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
@@ -176,7 +176,7 @@ def adopt_weights(config: ByteModelConfig, model: nn.Module, state: dict[str, to
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """generation_config.json, {} where there is none; a negative top_k, by which other programs mean all tokens, is 0.
+    """generation_config.json, {} if absent. A negative top_k, which means all tokens in other programs, becomes 0.
 
     Raises:
         CheckpointError: it is not a JSON object.
@@ -197,5 +197,5 @@ def _generation_config(folder: Path) -> GenerationConfig:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the embedding, which is the dtype a checkpoint is said to have."""
+    """The dtype of the embedding, which counts as the checkpoint's dtype."""
     return DTYPES[checkpoint.tensors["model.embed_tokens.weight"].dtype]

@@ -1,7 +1,7 @@
-"""What a conversion will write, decided before a byte is written."""
+"""The plan of a conversion, complete before anything is written."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from stellarbyte.config import ByteModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """A tensor of the target, not read yet; `read()` returns it on the CPU in this dtype and shape."""
+    """A tensor of the target, not yet read; `read()` returns it on the CPU in this dtype and shape."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -29,14 +29,30 @@ class PlannedTensor:
         return replace(self, dtype=dtype, read=lambda: self.read().to(dtype))
 
 
+Place = tuple[int | slice, ...]  # in a larger tensor, as torch indexes it
+
+
+def assembled(shape: tuple[int, ...], pieces: Sequence[tuple[Place, PlannedTensor]]) -> PlannedTensor:
+    """The tensor that the pieces fill, which have one dtype. Reading it holds one piece beside the whole."""
+    dtype = pieces[0][1].dtype
+
+    def read() -> torch.Tensor:
+        whole = torch.empty(shape, dtype=dtype)
+        for place, piece in pieces:
+            whole[place].copy_(piece.read())
+        return whole
+
+    return PlannedTensor(dtype=dtype, shape=shape, read=read)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """Everything that a source becomes. Making one reads headers and metadata only.
+    """The complete result of converting a source. Planning reads headers and metadata only.
 
     Attributes:
         generation: the contents of generation_config.json.
         tensors: by the target's names.
-        write_tokenizer: writes the tokenizer's files into the folder it is given.
+        write_tokenizer: writes the tokenizer's files into a given folder.
     """
 
     source: Path

@@ -1,4 +1,4 @@
-"""How far a conversion is."""
+"""The progress of a conversion."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Progress = Callable[[int, int], None]  # bytes of weights written so far, bytes 
 
 
 class ProgressBar:
-    """Bytes written, on stderr; appears with the first call and closes itself at the end."""
+    """A progress bar of written bytes on stderr; appears with the first call and closes at the end."""
 
     def __init__(self, title: str) -> None:
         self._title = title

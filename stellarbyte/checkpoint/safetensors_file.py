@@ -1,7 +1,7 @@
 """The safetensors format: strict headers, and writing tensor by tensor.
 
-The safetensors package reads tensors lazily but writes a file only from tensors that are all in memory; the format
-(8 bytes of length, a JSON header, the bytes) is small enough to stream.
+The safetensors package reads tensors lazily, but needs all tensors in memory to write a file. The format (8 bytes of
+length, a JSON header, the tensors' bytes) is simple enough to stream.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from stellarbyte.checkpoint.errors import CheckpointError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SIZES = {  # bytes of one element, for every dtype that the format knows with whole bytes
+SIZES = {  # bytes of one element, for every dtype of the format with whole bytes
     **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
@@ -32,7 +32,7 @@ MAX_DIMENSIONS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor as a header describes it; `dtype` is the format's own name, such as BF16."""
+    """One tensor's entry in a header; `dtype` is the format's name, such as BF16."""
 
     file: Path
     dtype: str
@@ -51,7 +51,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one safetensors file, checked against the file's size; no tensor is read.
 
     Raises:
-        CheckpointError: the file is missing, cut short, too long, or its header makes no sense.
+        CheckpointError: the file is missing, truncated or too long, or its header is invalid.
     """
     try:
         with file.open("rb") as stream:
@@ -62,15 +62,15 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A header and where its tensors are: each with the offset of its first byte after the header."""
+    """A header, and each tensor's offset after the header."""
 
     raw: bytes  # the file up to the first tensor
     tensors: dict[str, tuple[TensorInfo, int]]
-    payload_bytes: int  # all tensors; the rest of the file
+    payload_bytes: int  # of all tensors: the rest of the file
 
 
 def parse_header(stream: BinaryIO, file: Path, *, max_bytes: int = MAX_HEADER_BYTES) -> Header:
-    """Read the header of an open file, which is then at its first tensor. Errors call the file `file`.
+    """Read the header of an open file, up to its first tensor. Errors name the file `file`.
 
     Raises:
         CheckpointError: as `read_header`, or the header is larger than `max_bytes`.
@@ -100,9 +100,9 @@ def parse_header(stream: BinaryIO, file: Path, *, max_bytes: int = MAX_HEADER_BY
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused where a name is in it twice: readers would not agree on which counts."""
+    """A JSON object; duplicate names are refused, because readers would disagree on the value."""
     if len(content := dict(pairs)) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return content
 
 
@@ -125,7 +125,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not (folder / INDEX_FILE).is_file():
         if not (folder / SINGLE_FILE).is_file():
-            raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
+            raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} exists.")
         return [folder / SINGLE_FILE]
     files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
     for file in files:
@@ -161,7 +161,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _is_plain_name(name: object) -> bool:
-    """Whether an index may name this file: one inside the folder, never a path that leads out of it."""
+    """Whether an index may name this file: it must be inside the folder."""
     return isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) is not None
 
 
@@ -169,7 +169,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from `file`.
 
     Raises:
-        CheckpointError: the file is missing, unreadable, or holds something else.
+        CheckpointError: the file is missing, unreadable, or not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -13,9 +13,8 @@ def expected_shapes(config: ByteModelConfig) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_hidden_layers):
         for part in layer_parts(config, layer):
-            path = module_path(layer, part.name)
-            for parameter, shape in parameter_shapes(part, config, layer).items():
-                shapes[f"{path}.{parameter}"] = shape
+            for name, shape in parameter_shapes(part, config, layer).items():
+                shapes[module_path(layer, name)] = shape
     shapes["model.norm.weight"] = (config.hidden_size,)
     if config.xpos_learnable_scale:
         shapes["model.rotary.raw_decay"] = (config.head_dim // 2,)

@@ -1,8 +1,8 @@
-"""Models as users name them: "demo", a path, or a name of the Hugging Face Hub.
+"""Finds models by the users' names: "demo", a path, or a name on the Hugging Face Hub.
 
-A model that is no ByteTransformer checkpoint is converted once into the user's cache. A conversion is known by the
-content of its source: small files count as a whole, large ones by their size, time of change, first and last MiB. The
-time does not count in the Hub's cache, whose files have their content's hash as their name.
+Models in other formats are converted once, into the user's cache. A conversion is identified by a hash of its source:
+of small files by their content, of large ones by size, time of change, first and last MiB. The time is ignored in the
+Hub's cache, where the files' names are hashes of their content.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from stellarbyte.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2  # raise it whenever the converter writes something else: users' models are then converted again
+FORMAT_VERSION = 2  # increase it when the converter's output changes: users' models are then converted again
 SMALL_BYTES = 32 * 2**20
 SAMPLE_BYTES = 2**20
 
 
 def find_source(name: str, *, needs_weights: bool = True) -> Path:
-    """The folder or file that a model's name stands for, downloaded if need be. A path that exists is the path.
+    """The folder or file of a model, downloaded if necessary. An existing path takes precedence over the Hub.
 
     Raises:
-        CheckpointError: there is no such path or model, or it cannot be downloaded.
+        CheckpointError: the path or model does not exist, or cannot be downloaded.
     """
     if name == DEMO:
         return find_demo_gguf()
@@ -49,9 +49,9 @@ def find_source(name: str, *, needs_weights: bool = True) -> Path:
 
 
 def resolve_model(name: str, progress: Progress | None = None, *, needs_weights: bool = True) -> Path:
-    """The checkpoint folder of a model, converted first if need be; safe in several processes at once.
+    """The checkpoint folder of a model, converted first if necessary; safe in several processes at once.
 
-    Without `needs_weights` it may also be a folder in Hugging Face's format, whose weights may be absent.
+    Without `needs_weights`, it may also be a folder in Hugging Face's format, and weights may be absent.
 
     Raises:
         CheckpointError: as `find_source` and `convert`.
@@ -72,7 +72,7 @@ def resolve_model(name: str, progress: Progress | None = None, *, needs_weights:
 
 
 def _is_converted(target: Path) -> bool:
-    """A conversion appears whole, so one file tells."""
+    """Whether a conversion exists: it appears complete, so one file is enough to check."""
     return (target / "config.json").is_file()
 
 
@@ -82,7 +82,7 @@ def _is_checkpoint(source: Path) -> bool:
 
 
 def _label(name: str) -> str:
-    """The part of a conversion's name that is for people."""
+    """The readable part of a conversion's name."""
     path = Path(name)
     if path.exists():
         label = path.resolve().name.removesuffix(".gguf")
@@ -92,7 +92,7 @@ def _label(name: str) -> str:
 
 
 def _identity(source: Path) -> str:
-    """What a source's conversion is known by: 16 hexadecimal digits."""
+    """The hash that identifies a source's conversion: 16 hexadecimal digits."""
     parts = [[FORMAT_VERSION, ""]]
     for file in [source] if source.is_file() else _files(source):
         parts.append([file.relative_to(source).as_posix() if file != source else "", _fingerprint(file)])
@@ -104,7 +104,7 @@ def _files(folder: Path) -> list[Path]:
     files = [file for pattern in (*SMALL_FILES, INDEX_FILE) for file in sorted(folder.glob(pattern)) if file.is_file()]
     try:
         return [*files, *weight_files(folder)]
-    except CheckpointError:  # which the conversion will say
+    except CheckpointError:  # the conversion will raise it
         return files
 
 
@@ -125,11 +125,11 @@ def _fingerprint(file: Path) -> list[object]:
 
 
 def _convert_once(source: Path, target: Path, progress: Progress | None) -> Path:
-    """Convert into the cache, unless another process has done so meanwhile."""
+    """Convert into the cache, unless another process has done so in the meantime."""
     with _sole_writer(target):
         if _is_converted(target):
             return target
-        for remains in partial_folders(target):  # of a process that was killed
+        for remains in partial_folders(target):  # of killed processes
             shutil.rmtree(remains, ignore_errors=True)
         logger.info("converting %s into %s, once", source, target)
         from stellarbyte.checkpoint.convert import convert  # no other start needs it
@@ -139,7 +139,7 @@ def _convert_once(source: Path, target: Path, progress: Progress | None) -> Path
 
 @contextmanager
 def _sole_writer(target: Path) -> Iterator[None]:
-    """Wait until no other process converts into `target`; the system ends the lock of one that is killed."""
+    """Wait until no other process converts into `target`; the system releases the lock of a killed process."""
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

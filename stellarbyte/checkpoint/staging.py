@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears complete or not at all."""
 
 import secrets
 import shutil
@@ -11,19 +11,20 @@ from stellarbyte.checkpoint.errors import CheckpointError
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; it is renamed to `target` at the end, or removed on any exception.
+    """Yield a temporary folder next to `target`; it is renamed to `target` at the end, or removed on any exception.
 
-    KeyboardInterrupt and SystemExit count, so a program that turns SIGTERM into one of them leaves nothing behind.
+    This includes KeyboardInterrupt and SystemExit, so a program that turns SIGTERM into one of them leaves nothing
+    behind.
 
     Raises:
-        CheckpointError: `target` is there by then and not an empty folder, or writing failed (disk full, no rights).
+        CheckpointError: `target` exists by then and is not an empty folder, or writing failed (disk full, no rights).
     """
     staging = target.parent / f"{_partial_prefix(target)}{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        refuse_existing(target)  # another process may have been quicker; an empty folder is replaced
+        refuse_existing(target)  # another process may have been faster; an empty folder is replaced
         staging.rename(target)
     except OSError as error:
         raise CheckpointError(f"{target} could not be written: {error.strerror or error}.") from error
@@ -32,7 +33,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def partial_folders(target: Path) -> list[Path]:
-    """What processes that write `target` have so far, or had when they were killed."""
+    """The temporary folders of processes that write `target`, or were killed while they did."""
     prefix = _partial_prefix(target)
     return [folder for folder in target.parent.iterdir() if folder.name.startswith(prefix)]
 

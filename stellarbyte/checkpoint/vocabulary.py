@@ -1,4 +1,4 @@
-"""Whether a tokenizer and an embedding fit each other."""
+"""Compares a tokenizer's vocabulary with a model's embedding."""
 
 from tokenizers import Tokenizer
 
@@ -6,16 +6,16 @@ NAMED_TOKENS = 5
 
 
 def unembeddable_tokens(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
-    """The tokens, in the order of their ids, that a model with `vocab_size` rows in its embedding cannot read.
+    """The tokens, in the order of their ids, without an embedding in a model with `vocab_size` rows.
 
-    Fine-tunes that gave the tokenizer a token, [PAD] as a rule, without giving the model a row have some.
+    Some fine-tunes added a token, usually [PAD], to the tokenizer but not to the model.
     """
     beyond = {token_id: text for text, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
     return [beyond[token_id] for token_id in sorted(beyond)]
 
 
 def mismatch(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """One sentence about the tokens that cannot be read; None: there are none."""
+    """One sentence about the tokens without an embedding; None if all have one."""
     beyond = unembeddable_tokens(tokenizer, vocab_size)
     if not beyond:
         return None

@@ -1,7 +1,8 @@
-"""What a checkpoint's weights are, as a hash: computed from the files, and kept in the user's cache between starts.
+"""The hash of a checkpoint's weights, computed from the files and stored in the user's cache.
 
-Never kept in the checkpoint's own folder: whoever ships one could write any hash there. A kept hash counts only for a
-file with the same path, inode, size and times; the kernel sets the time of a file's last change, and no archive can.
+Not stored in the checkpoint's folder, where its distributor could write any hash. A stored hash is valid only for a
+file with the same path, inode, size and times; the kernel sets the time of a file's last status change, and no archive
+can.
 """
 
 import contextlib
@@ -18,11 +19,11 @@ from stellarbyte.checkpoint.safetensors_file import read_json
 from stellarbyte.user_cache import cache_folder
 
 CACHE_FILE = "weight-hashes.json"
-SETTLED_NS = 1_000_000_000  # a change so soon after another might get the same time
+SETTLED_NS = 1_000_000_000  # two changes within this time might get the same timestamp
 
 
 class FileState(NamedTuple):
-    """What changes whenever a file does."""
+    """The metadata of a file that changes whenever the file does."""
 
     path: str
     inode: int
@@ -32,7 +33,7 @@ class FileState(NamedTuple):
 
 
 def state_of(file: Path) -> FileState:
-    """The state of a file as of now; CheckpointError if it is not there."""
+    """The current state of a file; CheckpointError if it does not exist."""
     try:
         path, status = file.resolve(), file.stat()
     except OSError as error:
@@ -41,18 +42,18 @@ def state_of(file: Path) -> FileState:
 
 
 def states_of(files: Iterable[Path]) -> dict[Path, FileState]:
-    """The states of files as of now."""
+    """The current states of files."""
     return {file: state_of(file) for file in files}
 
 
 def weights_hash(states: Mapping[Path, FileState]) -> str:
-    """SHA-256 (hex) of weights: for one file what `sha256sum` prints, for shards that of `sha256sum`'s listing.
+    """SHA-256 (hex) of weights: for one file as `sha256sum` prints it, for shards that of `sha256sum`'s listing.
 
     Args:
         states: of the files when they were opened to be loaded.
 
     Raises:
-        CheckpointError: a file cannot be read, or is not the one that was loaded.
+        CheckpointError: a file cannot be read, or has changed since it was opened.
     """
     kept = _kept()
     hashes = {}
@@ -70,8 +71,8 @@ def weights_hash(states: Mapping[Path, FileState]) -> str:
 
 
 def keep_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Keep the hashes of files that were just written (file name → SHA-256), so that no start computes them."""
-    with contextlib.suppress(CheckpointError):  # somebody has moved them already
+    """Store the hashes of files that were just written (file name → SHA-256), so that no start computes them."""
+    with contextlib.suppress(CheckpointError):  # the files have already been moved
         _keep(_kept(), {state_of(folder / name): digest for name, digest in hashes.items()})
 
 
@@ -84,8 +85,8 @@ def _hash_file(file: Path) -> str:
 
 
 def _kept() -> dict[str, Any]:
-    """Path → state and hash; {} where nothing is kept."""
-    with contextlib.suppress(CheckpointError, RuntimeError):  # RuntimeError: there is no home folder
+    """Path → state and hash; {} if nothing is stored."""
+    with contextlib.suppress(CheckpointError, RuntimeError):  # RuntimeError: no home folder
         return read_json(cache_folder() / CACHE_FILE)
     return {}
 
@@ -101,7 +102,7 @@ def _entry(state: FileState, digest: str) -> dict[str, object]:
 
 
 def _keep(kept: Mapping[str, Any], hashes: Mapping[FileState, str]) -> None:
-    """Add hashes to the kept ones, without those of files that are gone. Of two processes at once one may be lost."""
+    """Add hashes to the stored ones, and drop those of deleted files. Of two concurrent changes, one may be lost."""
     entries = {path: entry for path, entry in kept.items() if os.path.exists(path)}
     entries |= {state.path: _entry(state, digest) for state, digest in hashes.items()}
     partial: Path | None = None

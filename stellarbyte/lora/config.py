@@ -16,7 +16,7 @@ Endings = list[tuple[re.Pattern[str], Value]]
 class LoRAConfig:
     """y = W x + scale · B A dropout(x) on every targeted linear module; scale = lora_alpha / r.
 
-    Fields mean what they mean in PEFT:
+    Fields have PEFT's meanings:
         target_modules: a list of names, each of which matches a module of that name or one whose dotted name ends in
             ".name"; or one regular expression for the whole dotted name; or "all-linear".
         use_rslora: scale = lora_alpha / sqrt(r) (Kalajdzievski 2023).

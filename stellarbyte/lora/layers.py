@@ -95,7 +95,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Replace the base layer's weight by its sum with the active adapters; a tied weight elsewhere does not change.
 
-        The sum is taken in float32 at least, whatever the weight's dtype.
+        The sum is computed in float32 at least, for any dtype of the weight.
         """
         if self.merged or not self.active:
             return

@@ -46,6 +46,7 @@ MAX_HEADER_BYTES = 10_000_000
 MAX_OWN_RANK = 1 << 16  # for `load_adapter`, where the caller chose the files
 CHUNK_BYTES = 1 << 24
 PREFIX = "base_model.model."
+EXPERT_MODULE = re.compile(r"\.(experts|shared_expert|shared_expert_gate|mlp\.gate|block_sparse_moe)(\.|$)")
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight")  # some tools keep the name
 
 
@@ -171,6 +172,8 @@ def _check_modules(
     if strange := [module for module in modules if module not in shapes]:
         some = ", ".join(f"{module!r:.200}" for module in strange[:3])
         others = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        if any(EXPERT_MODULE.search(module) for module in strange):
+            raise AdapterError(f"adapters of experts and their routers are not supported, but it adapts {some}{others}")
         raise AdapterError(f"the model has no module {some}{others} that can be adapted")
     for module, names in modules.items():
         out, width = shapes[module]

@@ -1,6 +1,6 @@
 """Registers ByteTransformer with transformers' Auto classes when they are imported, and not before.
 
-Importing them, or the model class, takes seconds, which a server that uses neither should not wait for.
+Importing them, or the model class, takes seconds, and a server uses neither.
 """
 
 import importlib.abc

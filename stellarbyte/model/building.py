@@ -1,5 +1,6 @@
 """Modules of a decoder layer, built from the table of its parts."""
 
+import torch
 from torch import nn
 
 from stellarbyte.config import ByteModelConfig
@@ -17,11 +18,18 @@ def add_parts(owner: nn.Module, prefix: str, config: ByteModelConfig, layer: int
     for part in parts.PARTS:
         path, _, name = part.name.rpartition(".")
         if path == prefix:
-            setattr(owner, name, _build(part, config, layer) if part.exists(config, layer) else None)
+            built = _build(part, config, layer) if part.exists(config, layer) else None
+            if part.kind == "parameter":
+                assert built is None or isinstance(built, nn.Parameter)
+                owner.register_parameter(name, built)
+            else:
+                setattr(owner, name, built)
 
 
-def _build(part: parts.Part, config: ByteModelConfig, layer: int) -> nn.Module:
+def _build(part: parts.Part, config: ByteModelConfig, layer: int) -> nn.Module | nn.Parameter:
     shape = part.shape(config, layer)
+    if part.kind == "parameter":
+        return nn.Parameter(torch.empty(shape))  # its owner's case in `_init_weights` fills it
     if part.kind == "norm":
         return ByteRMSNorm(shape[0], config.rms_norm_eps)
     if part.kind == "scale":

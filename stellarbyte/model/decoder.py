@@ -11,13 +11,15 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention, Project, plain_projection
 from stellarbyte.model.building import add_parts
 from stellarbyte.model.mlp import ByteMLP
+from stellarbyte.model.moe.layer import ByteMoE
+from stellarbyte.model.moe.losses import RouterLog, RouterSums
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale, Residual
 from stellarbyte.xpos import XPosRotaryEmbedding
 
 
 class ByteDecoderLayer(nn.Module):
-    """Attention and MLP around the residual stream, one after the other or in parallel."""
+    """Attention and MLP (or a mixture of experts) around the residual stream, one after the other or in parallel."""
 
     input_layernorm: ByteRMSNorm
     post_attention_layernorm: ByteRMSNorm | None
@@ -29,25 +31,33 @@ class ByteDecoderLayer(nn.Module):
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = ByteMultiHeadSelfAttention(config, layer)
-        self.mlp = ByteMLP(config, layer)
+        self.mlp = ByteMLP(config, layer) if config.expert_layers[layer] is None else ByteMoE(config, layer)
         add_parts(self, "", config, layer)
         self.residual = Residual(config, layer)
 
-    def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
-        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes."""
+    def forward(
+        self, x: torch.Tensor, attend: Attend, project: Project, log: RouterLog | None = None
+    ) -> tuple[torch.Tensor, RouterSums | None]:
+        """x [..., hidden] → the same shape; leading dimensions are those that `attend` takes. Also what its router adds
+        to the log, if there are both."""
+        sums: RouterSums | None = None
 
         def attention(y: torch.Tensor) -> torch.Tensor:
             y = self.self_attn(y, attend, project)
             return y if self.attention_scale is None else self.attention_scale(y)
 
         def mlp(y: torch.Tensor) -> torch.Tensor:
-            y = self.mlp(y, project)
+            nonlocal sums
+            if isinstance(self.mlp, ByteMoE):
+                y, sums = self.mlp(y, project, log)
+            else:
+                y = self.mlp(y, project)
             return y if self.mlp_scale is None else self.mlp_scale(y)
 
         if self.post_attention_layernorm is None:
-            return self.residual(x, lambda y: attention(y) + mlp(y), self.input_layernorm)
+            return self.residual(x, lambda y: attention(y) + mlp(y), self.input_layernorm), sums
         x = self.residual(x, attention, self.input_layernorm)
-        return self.residual(x, mlp, self.post_attention_layernorm)
+        return self.residual(x, mlp, self.post_attention_layernorm), sums
 
 
 class ByteDecoder(nn.Module):
@@ -58,17 +68,30 @@ class ByteDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(ByteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        mixtures = {number: layer.mlp for number, layer in enumerate(self.layers) if isinstance(layer.mlp, ByteMoE)}
+        for number, mixture in mixtures.items():
+            holder = config.expert_layers[number]
+            if holder is not None and holder != number:
+                mixture.use_experts_of(mixtures[holder])
         self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = XPosRotaryEmbedding(config)
 
-    def forward(self, embeddings: torch.Tensor, attend: Attend, project: Project = plain_projection) -> torch.Tensor:
-        """[..., hidden] token embeddings → [..., hidden] after the final norm."""
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        attend: Attend,
+        project: Project = plain_projection,
+        log: RouterLog | None = None,
+    ) -> torch.Tensor:
+        """[..., hidden] token embeddings → [..., hidden] after the final norm; routers' sums go to the log."""
         x = self.dropout(embeddings)
         for layer in self.layers:
             if self.training and layer.gradient_checkpointing:
-                x = checkpoint(layer, x, attend, project, use_reentrant=False)
+                x, sums = checkpoint(layer, x, attend, project, log, use_reentrant=False)
             else:
-                x = layer(x, attend, project)
+                x, sums = layer(x, attend, project, log)
+            if log is not None and sums is not None:
+                log.layers.append(sums)
         return self.norm(x)
 
 

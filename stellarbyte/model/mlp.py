@@ -19,15 +19,19 @@ GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class ByteMLP(nn.Module):
-    """down(act(gate(x)) · up(x)) over the last dimension."""
+    """down(act(gate(x)) · up(x)) over the last dimension.
+
+    Args:
+        name: in the layer; "mlp", or "mlp.shared_expert" of a mixture of experts.
+    """
 
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
 
-    def __init__(self, config: ByteModelConfig, layer: int) -> None:
+    def __init__(self, config: ByteModelConfig, layer: int, name: str = "mlp") -> None:
         super().__init__()
-        add_parts(self, "mlp", config, layer)
+        add_parts(self, name, config, layer)
         self.activation = GATES[config.hidden_act]
 
     def forward(self, x: torch.Tensor, project: Project) -> torch.Tensor:

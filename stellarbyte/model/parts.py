@@ -14,6 +14,8 @@ ATTENTION_INPUT = "attention_input"
 ATTENDED = "attended"
 MLP_INPUT = "mlp_input"
 GATED = "gated"
+SHARED_EXPERT_INPUT = "shared_expert_input"
+SHARED_EXPERT_GATED = "shared_expert_gated"
 
 
 def _always(_config: ByteModelConfig, _layer: int) -> bool:
@@ -26,14 +28,15 @@ def _never(_config: ByteModelConfig, _layer: int) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A module of a layer that has parameters. Functions take the config and the layer: layers may differ."""
+    """A module of a layer that has parameters, or a bare parameter. Functions take the config and the layer: layers may
+    differ."""
 
     name: str  # within the layer, as in checkpoints
-    kind: Literal["linear", "norm", "scale"]  # nn.Linear, ByteRMSNorm, LayerScale
+    kind: Literal["linear", "norm", "scale", "parameter"]  # nn.Linear, ByteRMSNorm, LayerScale, nn.Parameter
     shape: Callable[[ByteModelConfig, int], Shape]  # of the weight: (out, in), or (size,) of a norm or scale
     exists: Condition = _always
     has_bias: Condition = _never
-    reads: str | None = None  # the input of a linear; linears with one input are packed into one product
+    reads: str | None = None  # the input of a linear; linears with one input are packed into one product; None: alone
     cut: Literal["out", "in"] | None = None  # axis of the weight that tensor-parallel ranks divide; None: replicated
     rotated_heads: Callable[[ByteModelConfig], int] | None = None  # heads in the rows of a linear, if RoPE rotates them
     is_adaptable: bool = False  # by LoRA in serving
@@ -57,9 +60,9 @@ def _num_kv_heads(config: ByteModelConfig) -> int:
     return config.num_key_value_heads
 
 
-def _head_dim(config: ByteModelConfig, _layer: int) -> Shape:
+def _head_dim(config: ByteModelConfig) -> int:
     assert config.head_dim is not None
-    return (config.head_dim,)
+    return config.head_dim
 
 
 def _hidden(config: ByteModelConfig, _layer: int) -> Shape:
@@ -68,6 +71,31 @@ def _hidden(config: ByteModelConfig, _layer: int) -> Shape:
 
 def _has_qk_norm(config: ByteModelConfig, _layer: int) -> bool:
     return config.qk_norm
+
+
+def _is_dense(config: ByteModelConfig, layer: int) -> bool:
+    return config.expert_layers[layer] is None
+
+
+def _has_router(config: ByteModelConfig, layer: int) -> bool:
+    return config.expert_layers[layer] is not None
+
+
+def _holds_experts(config: ByteModelConfig, layer: int) -> bool:
+    return config.expert_layers[layer] == layer
+
+
+def _has_shared_expert(config: ByteModelConfig, layer: int) -> bool:
+    return config.shared_expert_intermediate_size > 0 and _has_router(config, layer)
+
+
+def _expert_size(config: ByteModelConfig) -> int:
+    assert config.moe_intermediate_size is not None  # ByteModelConfig sets it
+    return config.moe_intermediate_size
+
+
+def _router(config: ByteModelConfig, _layer: int) -> Shape:
+    return (config.num_experts, config.hidden_size)
 
 
 def _has_layer_scale(config: ByteModelConfig, _layer: int) -> bool:
@@ -100,25 +128,75 @@ PARTS: tuple[Part, ...] = (
         has_bias=lambda config, _: config.attention_output_bias,
         has_deepnorm_gain=True,
     ),
-    Part(name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_head_dim, exists=_has_qk_norm),
-    Part(name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_head_dim, exists=_has_qk_norm),
+    Part(
+        name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", exists=_has_qk_norm,
+        shape=lambda config, _: (_head_dim(config) if config.qk_norm_per_head else _query_size(config),),
+    ),
+    Part(
+        name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", exists=_has_qk_norm,
+        shape=lambda config, _: (_head_dim(config) if config.qk_norm_per_head else _key_size(config),),
+    ),
     Part(
         name="mlp.gate_proj", kind="linear", gguf="ffn_gate", reads=MLP_INPUT, cut="out", is_adaptable=True,
+        exists=_is_dense,
         shape=lambda config, _: (config.intermediate_size, config.hidden_size),
         has_bias=lambda config, _: config.mlp_bias,
         has_deepnorm_gain=True,
     ),
     Part(
         name="mlp.up_proj", kind="linear", gguf="ffn_up", reads=MLP_INPUT, cut="out", is_adaptable=True,
+        exists=_is_dense,
         shape=lambda config, _: (config.intermediate_size, config.hidden_size),
         has_bias=lambda config, _: config.mlp_bias,
         has_deepnorm_gain=True,
     ),
     Part(
         name="mlp.down_proj", kind="linear", gguf="ffn_down", reads=GATED, cut="in", is_adaptable=True,
+        exists=_is_dense,
         shape=lambda config, _: (config.hidden_size, config.intermediate_size),
         has_bias=lambda config, _: config.mlp_bias,
         has_deepnorm_gain=True,
+    ),
+    Part(name="mlp.gate.weight", kind="parameter", gguf="ffn_gate_inp", shape=_router, exists=_has_router),
+    Part(
+        name="mlp.gate.bias", kind="parameter", shape=lambda config, _: (config.num_experts,),
+        exists=lambda config, layer: config.router_bias and _has_router(config, layer),
+    ),
+    Part(
+        name="mlp.gate.e_score_correction_bias", kind="parameter", shape=lambda config, _: (config.num_experts,),
+        exists=lambda config, layer: config.router_selection_bias and _has_router(config, layer),
+    ),
+    Part(
+        name="mlp.gate.noise_weight", kind="parameter", shape=_router,
+        exists=lambda config, layer: config.router_noise == "noisy_top_k" and _has_router(config, layer),
+    ),
+    Part(
+        name="mlp.experts.gate_up_proj", kind="parameter", gguf="ffn_gate_up_exps", exists=_holds_experts,
+        shape=lambda config, _: (config.num_experts, 2 * _expert_size(config), config.hidden_size),
+    ),
+    Part(
+        name="mlp.experts.down_proj", kind="parameter", gguf="ffn_down_exps", exists=_holds_experts,
+        shape=lambda config, _: (config.num_experts, config.hidden_size, _expert_size(config)),
+    ),
+    Part(
+        name="mlp.shared_expert.gate_proj", kind="linear", gguf="ffn_gate_shexp", reads=SHARED_EXPERT_INPUT, cut="out",
+        shape=lambda config, _: (config.shared_expert_intermediate_size, config.hidden_size),
+        exists=_has_shared_expert, has_deepnorm_gain=True,
+    ),
+    Part(
+        name="mlp.shared_expert.up_proj", kind="linear", gguf="ffn_up_shexp", reads=SHARED_EXPERT_INPUT, cut="out",
+        shape=lambda config, _: (config.shared_expert_intermediate_size, config.hidden_size),
+        exists=_has_shared_expert, has_deepnorm_gain=True,
+    ),
+    Part(
+        name="mlp.shared_expert.down_proj", kind="linear", gguf="ffn_down_shexp", reads=SHARED_EXPERT_GATED, cut="in",
+        shape=lambda config, _: (config.hidden_size, config.shared_expert_intermediate_size),
+        exists=_has_shared_expert, has_deepnorm_gain=True,
+    ),
+    Part(
+        name="mlp.shared_expert_gate", kind="linear", gguf="ffn_gate_inp_shexp",
+        shape=lambda config, _: (1, config.hidden_size),
+        exists=lambda config, layer: config.shared_expert_gate and _has_shared_expert(config, layer),
     ),
     Part(name="input_layernorm", kind="norm", gguf="attn_norm", shape=_hidden),
     Part(
@@ -150,9 +228,16 @@ def linears_by_input(parts: Iterable[Part]) -> dict[str, tuple[Part, ...]]:
 
 
 def parameter_shapes(part: Part, config: ByteModelConfig, layer: int) -> dict[str, Shape]:
-    """Shapes of "weight" and of "bias", if the part has one."""
-    weight = part.shape(config, layer)
-    return {"weight": weight, "bias": weight[:1]} if part.has_bias(config, layer) else {"weight": weight}
+    """Name in the layer and shape of each of a part's parameters."""
+    shapes = {parameter_name(part): part.shape(config, layer)}
+    if part.has_bias(config, layer):
+        shapes[f"{part.name}.bias"] = part.shape(config, layer)[:1]
+    return shapes
+
+
+def parameter_name(part: Part) -> str:
+    """The name in the layer of a part's weight, or of the parameter that it is."""
+    return part.name if part.kind == "parameter" else f"{part.name}.weight"
 
 
 def module_path(layer: int, name: str) -> str:

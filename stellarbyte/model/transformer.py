@@ -2,6 +2,7 @@
 `decoder.py`."""
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,10 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.auto import register_model_if_wanted
 from stellarbyte.model.decoder import ByteDecoder
 from stellarbyte.model.dense_attention import DenseAttention
+from stellarbyte.model.moe.experts import ByteExperts
+from stellarbyte.model.moe.layer import ByteMoE
+from stellarbyte.model.moe.losses import RouterLog, router_losses
+from stellarbyte.model.moe.router import ByteRouter, move_selection_bias
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale
 from stellarbyte.xpos import XPosRotaryEmbedding
@@ -24,11 +29,25 @@ CACHE = (
     "cache" if any(field.name == "cache" for field in dataclasses.fields(CausalLMOutputWithPast)) else "past_key_values"
 )
 
-# B sequences, T tokens, V vocabulary, L layers, K key/value heads, S past tokens, D head dim
+# B sequences, T tokens, V vocabulary, L layers, K key/value heads, S past tokens, D head dim, E experts
+
+
+@dataclass
+class ByteOutput(CausalLMOutputWithPast):
+    """transformers' output, and what the routers of a mixture of experts report in training or with labels: the fields
+    of `RouterLosses`, each without its coefficient. In evaluation and of dense models they are not part of the loss.
+    """
+
+    balance_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    router_entropy: torch.Tensor | None = None
+    load_kl: torch.Tensor | None = None
+    expert_load: torch.Tensor | None = None
 
 
 class ByteTransformer(PreTrainedModel, GenerationMixin):
-    """A causal language model; with parts switched off in its config it is Llama, Mistral, Qwen2 or Qwen3."""
+    """A causal language model; with parts switched on or off in its config it is Llama, Mistral, Qwen2, Qwen3 or one of
+    their mixtures of experts."""
 
     config_class = ByteModelConfig
     base_model_prefix = "model"
@@ -60,7 +79,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> CausalLMOutputWithPast:
+    ) -> ByteOutput:
         """Logits of whole sequences, or of their continuation after a cache.
 
         Unknown arguments are errors; there is no **kwargs that would ignore them.
@@ -69,7 +88,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
             attention_mask: [B, past + T], 0 for padding on either side.
             position_ids: [B, T]; default: counted from the attention mask.
-            labels: [B, T]; the loss is the mean over positions whose next label is not -100.
+            labels: [B, T]; the loss is the mean over positions whose next label is not -100. In training, the auxiliary
+                losses of routers are added with their coefficients.
             past_key_values, cache: the cache that the previous call returned; two names of one argument (newer
                 releases of transformers use `cache`).
             use_cache: return a cache for the next call; default: `config.use_cache` outside training.
@@ -79,7 +99,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
 
         Returns:
             logits [B, T, V] in the model's dtype, loss or None, the cache or None (as `past_key_values`, and as `cache`
-            where transformers knows that name).
+            where transformers knows that name); the fields of `ByteOutput` for mixtures of experts.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -92,14 +112,51 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         attend = self._dense_attention(embeddings, attention_mask, position_ids, cache)
-        hidden = self.model(embeddings, attend)
+        log = None
+        if self.config.num_experts and (self.training or labels is not None):
+            log = RouterLog(attend.positions_BT >= 0 if attend.has_padding else None)
+        hidden = self.model(embeddings, attend, log=log)
         logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        if log is None:
+            return ByteOutput(loss=loss, logits=logits, **{CACHE: cache})
+        losses = router_losses(log.layers)
+        if loss is not None and labels is not None and self.training:
+            loss = loss + self._share_of_batch(labels, num_items_in_batch) * losses.weighted(self.config).to(
+                loss.device
+            )
+        return ByteOutput(loss=loss, logits=logits, **{CACHE: cache}, **losses._asdict())
+
+    def _share_of_batch(self, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None) -> Any:
+        """Labels here / labels of all batches whose gradients are accumulated: so the auxiliary losses count once."""
+        return 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+
+    def set_training_step(self, step: int) -> None:
+        """Tell the routers the number of this training step, for `router_top_p_steps`. Loading starts at 0."""
+        for router in self._routers():
+            router.step = step
+
+    def balance_experts(self, expert_load: torch.Tensor, rate: float) -> None:
+        """After a training step, move the biases of `router_selection_bias` by `rate` towards an even load.
+
+        Args:
+            expert_load: [layers with experts, E] as the outputs have it; its sum over accumulated batches.
+
+        Raises:
+            ValueError: the model has no such biases.
+        """
+        if not self.config.router_selection_bias:
+            raise ValueError("balance_experts needs router_selection_bias")
+        for router, load_E in zip(self._routers(), expert_load, strict=True):
+            assert router.e_score_correction_bias is not None  # as the config says
+            move_selection_bias(router.e_score_correction_bias, load_E, rate)
+
+    def _routers(self) -> list[ByteRouter]:
+        return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, ByteMoE)]
 
     def _cache(self, given: RelativeCache | None, use_cache: bool | None) -> RelativeCache | None:
         if self.training and self.model.layers[0].gradient_checkpointing:
@@ -196,6 +253,14 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
                     init.zeros_(module.bias)
             case nn.Embedding():
                 init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            case ByteRouter():
+                init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+                for start_at_zero in (module.bias, module.e_score_correction_bias, module.noise_weight):
+                    if start_at_zero is not None:
+                        init.zeros_(start_at_zero)
+            case ByteExperts():
+                for stack in (module.gate_up_proj, module.down_proj):
+                    init.normal_(stack, mean=0.0, std=self.config.initializer_range * module.init_gain)
             case ByteRMSNorm():
                 init.ones_(module.weight)
             case LayerScale():

@@ -86,7 +86,7 @@ ERRORS = {  # what the page says, headers, and the buttons that may help
     400: ("The server refused the request.", {}, []),
     401: ("The server needs a valid API key.", {}, ["Enter a key", "Try again"]),
     403: ("This key may not do that.", {}, []),
-    404: ("This model or adapter is not served any more.", {}, []),
+    404: ("This model or adapter is no longer served.", {}, []),
     429: ("Try again in 7 s.", {"Retry-After": "7"}, ["Try again"]),
     500: ("The server failed to answer.", {}, ["Try again"]),
     503: ("The server cannot answer at the moment.", {"Retry-After": "5"}, ["Try again"]),

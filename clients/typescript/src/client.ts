@@ -1,4 +1,4 @@
-// The client: what each call sends, and how its answer is read. Knows no connection.
+// The client: the request of each call, and the reader of its answer.
 
 import type {
   Adapter,
@@ -15,22 +15,22 @@ import { type Answer, type Ask, ask, connectionOf, type StellarByteOptions } fro
 import { ConnectionFailed, serverError, UnexpectedAnswer } from "./errors.js";
 import { parseMetrics } from "./metrics.js";
 
-const NOT_READY = [502, 503, 504]; // also what proxies answer while they have no server behind them
+const NOT_READY = [502, 503, 504]; // includes the statuses of proxies without a server
 
 export interface WatchOptions {
-  /** How often the server is asked: every second unless given. */
+  /** Interval between polls of the server; default: one second. */
   readonly intervalMs?: number;
-  /** Ends the watching. */
+  /** Stops polling. */
   readonly signal?: AbortSignal;
 }
 
-/** A client of one server. Every call rejects with a `StellarByteError` where it fails. */
+/** A client of one server. Every call rejects with a `StellarByteError` on failure. */
 export class StellarByte {
   readonly baseUrl: string;
   readonly adapters: Adapters;
   readonly #ask: Ask;
 
-  /** TypeError, in which no key is shown, when an option cannot be used. */
+  /** TypeError, without keys in it, if an option is invalid. */
   constructor(options: StellarByteOptions = {}) {
     const connection = connectionOf(options);
     this.baseUrl = connection.baseUrl;
@@ -43,29 +43,29 @@ export class StellarByte {
     return readList<Model>(await this.#ask("GET", "/v1/models"));
   }
 
-  /** The tokens of a prompt, or of a chat as the model's template writes it. */
+  /** The tokens of a prompt, or of a chat in the model's template. */
   async tokenize(request: TokenizePrompt | TokenizeChat): Promise<Tokenized> {
     return readObject<Tokenized>(await this.#ask("POST", "/tokenize", { body: request }), "tokens");
   }
 
-  /** The text of tokens, special ones included. */
+  /** The text of tokens, including special ones. */
   async detokenize(tokens: readonly number[]): Promise<string> {
     const answer = await this.#ask("POST", "/detokenize", { body: { tokens } });
     return readObject<{ prompt: string }>(answer, "prompt").prompt;
   }
 
-  /** All that /metrics shows now. docs/metrics.md says what each means. */
+  /** All current metrics; docs/metrics.md describes them. */
   async metrics(): Promise<MetricSample[]> {
     const answer = good(await this.#ask("GET", "/metrics"));
     return parsed(answer, parseMetrics);
   }
 
-  /** Whether the engine makes progress, and if not, why. */
+  /** Whether the engine makes progress, or the reason why not. */
   async health(): Promise<Health> {
     return readHealth(await this.#ask("GET", "/health"));
   }
 
-  /** Whether requests can be answered now; false also while nothing answers at the address, or only a proxy. */
+  /** Whether the server answers requests now; false also if nothing, or only a proxy, answers at the address. */
   async isReady(): Promise<boolean> {
     try {
       return readReady(await this.#ask("GET", "/ready"));
@@ -88,14 +88,14 @@ export class Adapters {
     this.#ask = ask;
   }
 
-  /** All adapters as they are now, by name; those in --adapter-dir that nobody has asked for yet, too. */
+  /** All adapters by name in their current state, including unused ones in --adapter-dir. */
   async list(): Promise<Adapter[]> {
     return this.#list();
   }
 
   /**
-   * Read and check the adapter at `path`, inside the server's --adapter-dir, to be asked for as `name`.
-   * With `replace` a name that exists gets the new version; requests that run or wait end on the old one.
+   * Load the adapter at `path`, inside the server's --adapter-dir, as `name`.
+   * With `replace` an existing name gets the new version; running and waiting requests keep the old one.
    */
   async load(name: string, path: string, { replace = false }: { replace?: boolean } = {}): Promise<LoadedAdapter> {
     const body = { lora_name: name, lora_path: path, load_inplace: replace };
@@ -104,8 +104,8 @@ export class Adapters {
   }
 
   /**
-   * Take an adapter out of the server's memory once the requests that run or wait for it have ended.
-   * Where that takes longer than `timeoutMs`, this rejects with ConnectionFailed, and the server goes on unloading.
+   * Unload an adapter after its running and waiting requests have ended.
+   * If that takes longer than `timeoutMs`, this rejects with ConnectionFailed; the server continues to unload.
    */
   async unload(name: string): Promise<UnloadedAdapter> {
     const body = { lora_name: name };
@@ -114,8 +114,8 @@ export class Adapters {
   }
 
   /**
-   * What `list` gives: once at the beginning, and again whenever anything in it has changed.
-   * What was between two questions is not seen.
+   * Results of `list`: the first one, then one after each change.
+   * Polls the server; changes between two polls are merged.
    */
   async *watch({ intervalMs = 1000, signal }: WatchOptions = {}): AsyncGenerator<Adapter[], void, undefined> {
     let before: string | undefined;
@@ -152,7 +152,7 @@ function parsed<T>(answer: Answer, parse: (text: string) => T): T {
   }
 }
 
-/** The object that was answered. Its other fields are taken to be as the server describes them. */
+/** Reads a JSON object. Only the required field is checked. */
 function readObject<T extends object>(answer: Answer, requiredField: keyof T & string): T {
   const value: unknown = parsed(good(answer), JSON.parse);
   if (typeof value !== "object" || value === null || !(requiredField in value)) {
@@ -164,7 +164,7 @@ function readObject<T extends object>(answer: Answer, requiredField: keyof T & s
 /** The entries of a list in OpenAI's form. */
 function readList<T>(answer: Answer): T[] {
   const { data } = readObject<{ data: unknown }>(answer, "data");
-  if (!Array.isArray(data)) throw unexpected(answer, "its field 'data' is no list");
+  if (!Array.isArray(data)) throw unexpected(answer, "its field 'data' is not a list");
   return data;
 }
 
@@ -182,7 +182,7 @@ function readReady(answer: Answer): boolean {
   return true;
 }
 
-/** What /health and /ready answer when all is well; that it can be read is all there is to know. */
+/** Checks the answer of /health and /ready with status 200. */
 function readState(answer: Answer): void {
   readObject<{ status: string }>(answer, "status");
 }
@@ -193,7 +193,7 @@ function unexpected({ response }: Answer, why: string, cause?: unknown): Unexpec
   });
 }
 
-/** Resolves after a time, or when the signal says to stop. */
+/** Resolves after a time, or when the signal aborts. */
 function pause(milliseconds: number, signal: AbortSignal | undefined): Promise<void> {
   return new Promise((resolve) => {
     const done = (): void => {

@@ -1,29 +1,29 @@
-// Where a server is, which keys open it, and how it is asked. Needs fetch, so runs in browsers and in Node; knows no calls.
+// A server's address and keys, and HTTP requests to it. Needs fetch, so runs in browsers and in Node.
 
 import { ConnectionFailed } from "./errors.js";
 
 const DEFAULT_URL = "http://127.0.0.1:8000";
 const DEFAULT_TIMEOUT_MS = 60_000;
-const MAX_TIMEOUT_MS = 2 ** 31 - 1; // of timers; longer ones would end at once
+const MAX_TIMEOUT_MS = 2 ** 31 - 1; // longer timers fire at once
 
 export interface StellarByteOptions {
-  /** The server's address, without /v1; else that in the variable STELLARBYTE_URL, else http://127.0.0.1:8000. */
+  /** The server's address without /v1; default: STELLARBYTE_URL, or http://127.0.0.1:8000. */
   readonly baseUrl?: string;
-  /** Sent with all calls but those of the operator. An empty key is none. */
+  /** Sent with all calls but the operator's. An empty key means none. */
   readonly apiKey?: string;
-  /** Sent with those (`adapters.load` and `unload`), and with all if there is no `apiKey`. */
+  /** Sent with the operator's calls (`adapters.load` and `unload`), and with all without `apiKey`. */
   readonly adminApiKey?: string;
-  /** How long each call may take, to the last byte of its answer: 60 seconds unless given. */
+  /** Limit of each call, to the last byte of its answer; default: 60 seconds. */
   readonly timeoutMs?: number;
 }
 
-/** An answer with its text, whatever its status. */
+/** An answer of any status, with its text. */
 export interface Answer {
   readonly response: Response;
   readonly text: string;
 }
 
-/** Where a server is and how it is asked: options that were checked. */
+/** Checked options of the connection to a server. */
 export interface Connection {
   readonly baseUrl: string;
   readonly apiKey: string | undefined;
@@ -34,14 +34,14 @@ export interface Connection {
 interface AskOptions {
   readonly body?: object;
   readonly isAdmin?: boolean;
-  /** Ends the asking, which then rejects. */
+  /** Aborts the request, which then rejects. */
   readonly signal?: AbortSignal | undefined;
 }
 
 type Method = "GET" | "POST";
 export type Ask = (method: Method, path: string, options?: AskOptions) => Promise<Answer>;
 
-/** What options come to; TypeError, in which no key is shown, when one cannot be used. */
+/** Checks options; TypeError, without keys in it, if one is invalid. */
 export function connectionOf(options: StellarByteOptions): Connection {
   return {
     baseUrl: httpAddress(options.baseUrl ?? environment("STELLARBYTE_URL") ?? DEFAULT_URL),
@@ -51,7 +51,7 @@ export function connectionOf(options: StellarByteOptions): Connection {
   };
 }
 
-/** Rejects with ConnectionFailed where nothing answers. */
+/** Sends a request; rejects with ConnectionFailed without an answer. */
 export async function ask(
   { baseUrl, apiKey, adminApiKey, timeoutMs }: Connection,
   method: Method,
@@ -59,7 +59,7 @@ export async function ask(
   { body, isAdmin = false, signal }: AskOptions = {},
 ): Promise<Answer> {
   const timeout = AbortSignal.timeout(timeoutMs);
-  const key = isAdmin ? (adminApiKey ?? apiKey) : (apiKey ?? adminApiKey); // the operator's key opens all routes
+  const key = isAdmin ? (adminApiKey ?? apiKey) : (apiKey ?? adminApiKey); // the admin key permits all routes
   const request: RequestInit = {
     method,
     headers: {
@@ -82,7 +82,7 @@ function connectionFailed(baseUrl: string, error: unknown): ConnectionFailed {
   const what =
     name === "TimeoutError"
       ? "did not answer in time"
-      : `cannot be reached: ${(cause instanceof Error && cause.message) || message}`; // the cause is Node's
+      : `cannot be reached: ${(cause instanceof Error && cause.message) || message}`; // the cause is from Node
   return new ConnectionFailed(`The server at ${baseUrl} ${what}.`, { cause: error });
 }
 
@@ -107,7 +107,7 @@ function usableTimeout(timeoutMs: number): number {
     const range = `a number of milliseconds above 0 and up to ${MAX_TIMEOUT_MS}`;
     throw new TypeError(`timeoutMs must be ${range}; ${timeoutMs} is not.`);
   }
-  return Math.ceil(timeoutMs); // timers take whole ones only
+  return Math.ceil(timeoutMs); // timers take whole milliseconds only
 }
 
 function environment(name: string): string | undefined {

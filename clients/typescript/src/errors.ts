@@ -1,21 +1,21 @@
-// What can go wrong with a call. Knows the server's error object, and no calls.
+// Errors of calls.
 
 /** The base of all errors of this package; `message` is one sentence for the user. */
 export class StellarByteError extends Error {
   override name = "StellarByteError";
 }
 
-/** Nothing answered: the server cannot be reached, or took too long. */
+/** No answer: the server cannot be reached, or took too long. */
 export class ConnectionFailed extends StellarByteError {
   override name = "ConnectionFailed";
 }
 
-/** What answered is not a StellarByte server, or one of a version too far from this client's. */
+/** The answer is not that of a StellarByte server of a compatible version. */
 export class UnexpectedAnswer extends StellarByteError {
   override name = "UnexpectedAnswer";
 }
 
-/** The fields of the server's error object; null where an answer had none, as those of a proxy. */
+/** The fields of the server's error object; null if an answer had none, such as a proxy's. */
 export interface ErrorDetail {
   readonly type: string | null;
   readonly param: string | null;
@@ -33,7 +33,7 @@ export class ServerError extends StellarByteError implements ErrorDetail {
     readonly status: number,
     message: string,
     detail: ErrorDetail,
-    /** After how many seconds to try again, where the server says so. */
+    /** Seconds until a retry, if the server gives them. */
     readonly retryAfterSeconds: number | null,
   ) {
     super(message);
@@ -41,10 +41,10 @@ export class ServerError extends StellarByteError implements ErrorDetail {
   }
 }
 
-/** The error that an answer with an error's status stands for. */
+/** The error for an answer with an error status. */
 export function serverError(response: Response, text: string): ServerError {
   const retryAfter = response.headers.get("Retry-After") ?? "";
-  // Proxies may send a date, by a clock that need not be this machine's.
+  // Proxies may send a date, by a clock that may differ from this machine's.
   const retryAfterSeconds = /^\d+$/.test(retryAfter) ? Number(retryAfter) : null;
   const error = errorObject(text);
   if (error === null) {
@@ -64,7 +64,7 @@ function errorObject(text: string): (ErrorDetail & { message: string }) | null {
   }
 }
 
-/** What is not a text is some other server's, and means nothing here. */
+/** A string, or null for values of other types, which are not this server's. */
 function textOrNull(value: unknown): string | null {
   return typeof value === "string" ? value : null;
 }

@@ -1,4 +1,4 @@
-// What a StellarByte server offers beyond OpenAI's API, for TypeScript and JavaScript. Knows the server by HTTP only.
+// Client of a StellarByte server's API beyond OpenAI's, for TypeScript and JavaScript.
 
 export type * from "./answers.js";
 export { type Adapters, StellarByte, type WatchOptions } from "./client.js";

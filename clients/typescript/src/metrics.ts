@@ -1,12 +1,12 @@
-// Reads Prometheus' text format. Knows none of the server's metrics.
+// Reads Prometheus' text format.
 
 import type { MetricSample } from "./answers.js";
 
-const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+-?\d+)?$/; // a time may follow the value
+const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)(?:\s+-?\d+)?$/; // a timestamp may follow the value
 const LABEL = /([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"(?:,|$)/y;
 const ESCAPED: Readonly<Record<string, string>> = { n: "\n" };
 
-/** SyntaxError when a line is neither a comment nor a sample. */
+/** Parses a scrape; SyntaxError if a line is neither a comment nor a sample. */
 export function parseMetrics(text: string): MetricSample[] {
   return text
     .split("\n")

@@ -1,4 +1,4 @@
-// The adapters of the server, by the memory they lie in, each with a button to unload it. Knows no requests.
+// The table of the server's adapters, by the memory that holds them, each with a button to unload it.
 
 /** @import { AdapterEntry } from "../types.js" */
 
@@ -20,22 +20,22 @@ export class AdapterTable {
     this.unload = unload;
     this.element = make("div", { class: "table-frame", tabindex: "0" });
     this.shown = "";
-    /** The adapter whose button was pressed once; another press unloads it. */
+    /** The adapter with a button pressed once; another press unloads it. */
     this.asked = "";
   }
 
   /**
    * @param {readonly AdapterEntry[]} entries
-   * @param {boolean} isAnew also if nothing has changed, as when the language has
+   * @param {boolean} isAnew even if the entries have not changed, as after a change of language
    */
   show(entries, isAnew = false) {
     const text = JSON.stringify(entries);
     if (text === this.shown && !isAnew) return;
-    if (this.element.querySelector("button:active") !== null) return; // else what is pressed now would be lost
+    if (this.element.querySelector("button:active") !== null) return; // otherwise the press would be lost
     this.shown = text;
     const focused =
       document.activeElement instanceof HTMLElement ? document.activeElement.dataset["unload"] : undefined;
-    const { asked } = this; // forgotten when its button loses the focus, as it does when it is replaced
+    const { asked } = this; // reset when its button loses the focus, also by being replaced
     this.element.replaceChildren(
       entries.length === 0 ? make("p", { class: "hint none" }, t("noAdapters")) : this.#table(entries),
     );

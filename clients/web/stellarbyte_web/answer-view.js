@@ -1,5 +1,4 @@
-// One answer on the page: its text or its tokens, what went wrong, the strip of numbers, and what can be done with it.
-// Knows no requests: it shows an answer as it is now.
+// The view of one answer: its text or tokens, its failure, its figures, and its buttons.
 
 /** @import { Answer } from "../types.js" */
 
@@ -13,8 +12,8 @@ import { spokenText } from "./spoken-text.js";
 import { TokenView } from "./token-view.js";
 
 /**
- * What is said to those who do not see it.
- * @param {Answer} answer that is finished
+ * The announcement for screen readers.
+ * @param {Answer} answer a finished one
  */
 export function announcementOf(answer) {
   if (answer.failure !== null) return explain(answer.failure).sentence;
@@ -33,7 +32,7 @@ export function nameOf(answer) {
 export class AnswerView {
   /**
    * @param {Answer} answer
-   * @param {boolean} withTokens whether it is shown as tokens, if it has them
+   * @param {boolean} withTokens show tokens, if the answer has them
    * @param {AnswerActions} actions
    */
   constructor(answer, withTokens, actions) {
@@ -65,7 +64,7 @@ export class AnswerView {
     this.update();
   }
 
-  /** Show the answer as it is now. */
+  /** Show the current state of the answer. */
   update() {
     const { answer } = this;
     this.element.dataset["state"] = answer.state;
@@ -82,14 +81,14 @@ export class AnswerView {
   }
 
   /**
-   * Say that nothing has come for a while, until something does.
+   * Show that nothing has arrived for a while, until something does.
    * @param {number} seconds
    */
   showSilence(seconds) {
     this.note.textContent = t("silent", { seconds });
   }
 
-  /** Tokens are for the eyes, or one by one; whoever listens to the page reads the text before them. */
+  /** Show the tokens, and for screen readers the text before them, since tokens are read one by one. */
   #showTokens() {
     const { content, state, tokens } = this.answer;
     if (this.tokens === null) {

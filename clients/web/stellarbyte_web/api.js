@@ -1,13 +1,12 @@
-// The server's API, as the page uses it: requests with the key, streams, and what can go wrong as classes of errors.
-// Knows no page.
+// The server's API for the pages: requests with the key, streams, and classes of errors.
 
 /** @import { AdapterEntry, ChatBody, ChatChunk, Failure, LoadedAdapter, ModelCard } from "../types.js" */
 
 import { readEvents } from "./sse.js";
 
-const GET_LIMIT_MS = 5000; // what is only read is there at once, or the server hangs
+const GET_LIMIT_MS = 5000; // reads are answered at once, unless the server hangs
 
-/** The server answered with an error; the message is its own. `status` is null for an error within a stream. */
+/** The server answered with an error; the message is the server's. `status` is null for an error within a stream. */
 export class ApiError extends Error {
   /**
    * @param {number | null} status
@@ -22,7 +21,7 @@ export class ApiError extends Error {
   }
 }
 
-/** Nothing answered at all. */
+/** No answer. */
 export class ServerGone extends Error {
   constructor() {
     super("The server does not answer.");
@@ -30,7 +29,7 @@ export class ServerGone extends Error {
   }
 }
 
-/** An answer ended before its end. */
+/** An answer broke off. */
 export class StreamBroken extends Error {
   constructor() {
     super("The answer was cut off.");
@@ -39,7 +38,7 @@ export class StreamBroken extends Error {
 }
 
 /**
- * What a request threw, as plain values; a mistake of our own is thrown again.
+ * The error of a request as plain values; programming errors are thrown again.
  * @param {unknown} error
  * @returns {Failure}
  */
@@ -53,7 +52,7 @@ export function failureOf(error) {
 
 export class Server {
   /**
-   * @param {string} base the address that routes are relative to
+   * @param {string} base the base address of routes
    * @param {() => string} key of the API; "" for none
    * @param {typeof fetch} fetcher
    */
@@ -64,7 +63,7 @@ export class Server {
   }
 
   /**
-   * An answer to a chat, chunk by chunk. Throws ApiError, ServerGone, StreamBroken, or what `signal` aborts with.
+   * An answer to a chat, chunk by chunk. Throws ApiError, ServerGone, StreamBroken, or the reason of `signal`.
    * @param {ChatBody} body
    * @param {AbortSignal} signal
    * @returns {AsyncGenerator<ChatChunk, void, void>}
@@ -126,7 +125,7 @@ export class Server {
     return response.text().catch(() => Promise.reject(new ServerGone()));
   }
 
-  /** Whether the server would answer a request now; otherwise throws what stands against it. */
+  /** Resolves if the server would answer a request now; otherwise throws the reason. */
   async ready() {
     await this.#request("ready");
   }
@@ -140,13 +139,13 @@ export class Server {
     try {
       return await response.json();
     } catch {
-      throw new ServerGone(); // what came is no answer of ours
+      throw new ServerGone(); // not an answer of this server
     }
   }
 
   /**
    * @param {string} path
-   * @param {{ body?: object, signal?: AbortSignal }} options with a body it is a POST, without one a GET that may not take long
+   * @param {{ body?: object, signal?: AbortSignal }} options with a body: POST; without: GET, with a time limit
    */
   async #request(path, { body, signal = body === undefined ? AbortSignal.timeout(GET_LIMIT_MS) : undefined } = {}) {
     /** @type {Record<string, string>} */
@@ -178,12 +177,12 @@ async function errorOf(response) {
     const { message } = JSON.parse(text).error;
     return new ApiError(response.status, String(message), { retryAfterS });
   } catch {
-    return new ApiError(response.status, `HTTP ${response.status}`, { retryAfterS }); // of something before the server
+    return new ApiError(response.status, `HTTP ${response.status}`, { retryAfterS }); // from a proxy
   }
 }
 
 /**
- * Not every browser can iterate over a stream itself.
+ * Iterates over a stream; not every browser's streams are iterable.
  * @param {ReadableStream<Uint8Array>} stream
  * @returns {AsyncGenerator<Uint8Array, void, void>}
  */

@@ -1,4 +1,4 @@
-// Fills one answer out of a stream, and measures it. Knows no page: who shows it is told when something has changed.
+// Fills one answer from a stream, and measures it; calls `changed` after each change.
 
 /** @import { Answer, ChatBody, ChatChunk } from "../types.js" */
 /** @import { Server } from "./api.js" */
@@ -6,10 +6,10 @@
 import { failureOf } from "./api.js";
 
 /**
- * What went wrong stands in the answer; only mistakes of our own are thrown.
+ * Failures are stored in the answer; only programming errors are thrown.
  * @param {Pick<Server, "streamChat">} server
  * @param {ChatBody} body
- * @param {Answer} answer is changed until the promise is done
+ * @param {Answer} answer is changed until the promise resolves
  * @param {{ signal: AbortSignal, changed: () => void, now?: () => number }} options
  */
 export async function fillAnswer(server, body, answer, { signal, changed, now = () => performance.now() }) {
@@ -51,8 +51,8 @@ function addChunk(answer, chunk, nowMs) {
 }
 
 /**
- * Numbers of an answer for people; null where there is none yet. Without the server's count, tokens are those of the
- * pieces that came, which may hold several.
+ * The figures of an answer; null if not yet known. Without the server's count, each received piece counts as a token,
+ * although it may contain several.
  * @param {Answer} answer
  */
 export function measures(answer) {

@@ -1,4 +1,4 @@
-// One line above the conversation, for what concerns the whole page: the server is gone, back, or wants a key.
+// The banner above the conversation, for states of the whole page: the server is gone, back, or needs a key.
 
 import { byId, make } from "./elements.js";
 import { t } from "./i18n.js";
@@ -9,7 +9,7 @@ import { t } from "./i18n.js";
  * @property {() => void} act
  */
 
-/** @type {() => void} Shows the banner again, in the language of the moment. */
+/** @type {() => void} Shows the banner again, in the current language. */
 let again = () => undefined;
 
 /**
@@ -20,7 +20,7 @@ let again = () => undefined;
 export function showBanner(kind, sentence, actions = []) {
   again = () => {
     const shown = byId("banner", HTMLElement);
-    if (shown.dataset["sentence"] === sentence()) return; // it would be read out again, and its buttons lose the focus
+    if (shown.dataset["sentence"] === sentence()) return; // not announced again; buttons keep the focus
     shown.dataset["sentence"] = sentence();
     const buttons = actions.map(({ key, act }) => make("button", { type: "button", click: act }, t(key)));
     const text = make("p", {}, sentence());

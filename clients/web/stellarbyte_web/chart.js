@@ -1,4 +1,4 @@
-// A small chart of the last minutes: lines over time in SVG, with the value under the pointer. Knows no metric.
+// A small chart of the last minutes: lines over time in SVG, with the value under the pointer.
 
 /** @import { Point } from "../types.js" */
 
@@ -18,7 +18,7 @@ const HEIGHT = 90;
 export class Chart {
   /**
    * @param {Line[]} lines one to three
-   * @param {{ format: (value: number) => string, most?: number }} options `most`: the end of the scale, if it is fixed
+   * @param {{ format: (value: number) => string, most?: number }} options `most`: the end of a fixed scale
    */
   constructor(lines, options) {
     this.lines = lines;
@@ -47,7 +47,7 @@ export class Chart {
       this.svg,
       make("div", { class: "chart-times" }, this.start, this.readout, this.end),
     );
-    /** @type {number | null} Where the pointer is, as a share of the width. */
+    /** @type {number | null} The pointer's position, as a fraction of the width. */
     this.pointed = null;
     this.nowMs = 0;
   }

@@ -1,4 +1,4 @@
-// The chat page: puts its parts together, and what the whole page does: keys, connection, models, the composer.
+// The chat page: connects its parts, and handles keys, connection, models and the composer.
 
 /** @import { Answer } from "../types.js" */
 /** @import { Link } from "./connection.js" */
@@ -57,8 +57,9 @@ const playground = new Playground(server, settings, {
 
 let modelRequests = 0;
 
-/** Ask what there is to choose from. Of several such questions, as when keys are tried, only the last one counts.
- * @returns {Promise<boolean>} whether that is known now
+/**
+ * Load the list of models. Of several concurrent calls, as when keys are tried, only the last one counts.
+ * @returns {Promise<boolean>} whether the list is known now
  */
 async function loadModels() {
   modelRequests += 1;
@@ -123,14 +124,14 @@ function finished(answer) {
   announcer.append(make("p", {}, announcementOf(answer)));
 }
 
-/** Where the focus goes when what had it is gone; not by touch, where a keyboard would cover the answer. */
+/** Move the focus to the question when its element is gone; not on touch screens, where a keyboard would appear. */
 function focusQuestion() {
   if (!matchMedia("(pointer: coarse)").matches) question.focus();
 }
 
 /**
  * @param {string} text
- * @returns {boolean} whether it is asked now
+ * @returns {boolean} whether it was sent
  */
 function ask(text) {
   if (text === "" || !playground.canAsk) return false;
@@ -139,7 +140,7 @@ function ask(text) {
   return isAsked;
 }
 
-/** A question that cannot be asked yet stays where it is written. */
+/** A question that cannot be sent yet stays in the field. */
 function askDraft() {
   if (!ask(question.value.trim())) return;
   question.value = "";
@@ -156,7 +157,7 @@ function showComposer() {
   if (focused instanceof HTMLButtonElement && (focused.hidden || focused.disabled)) focusQuestion();
 }
 
-/** The field is as high as its text, within what the style allows. */
+/** Fit the field's height to its text, within the limits of the style. */
 function fitQuestion() {
   question.style.height = "auto";
   question.style.height = `${question.scrollHeight}px`;
@@ -180,7 +181,7 @@ stop.addEventListener("click", () => {
   question.focus();
 });
 addEventListener("keydown", (event) => {
-  if (event.isComposing || event.defaultPrevented) return; // it ended something else
+  if (event.isComposing || event.defaultPrevented) return; // handled by another element
   if (event.key === "Escape" && playground.isAsking) playground.stop();
 });
 byId("new-chat", HTMLButtonElement).addEventListener("click", () => {

@@ -1,4 +1,4 @@
-// What the pages say, in Chinese.
+// The texts of the pages in Chinese.
 
 /** @type {Record<keyof typeof import("./english.js").english, string>} */
 export const chinese = {
@@ -94,7 +94,7 @@ export const chinese = {
   seed: "随机种子",
   repetition_penalty: "重复惩罚",
   stopStrings: "停止字符串",
-  stopStringsHint: "每行一个，最多四个；\\n 表示换行。",
+  stopStringsHint: "每行一个，最多 32 个；\\n 表示换行。",
   context_overflow: "上下文已满时",
   serverDefault: "服务器默认",
   overflowError: "拒绝",

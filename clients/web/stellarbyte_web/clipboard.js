@@ -1,4 +1,4 @@
-// Copies text, also where the page came over plain HTTP from another machine, and says so on the button.
+// Copies text, also on pages loaded by plain HTTP from another machine, and confirms it on the button.
 
 import { icon } from "./elements.js";
 import { t } from "./i18n.js";
@@ -7,7 +7,7 @@ const SHOWN_MS = 1500;
 
 /**
  * @param {string} text
- * @param {HTMLElement} button says for a moment that it is done
+ * @param {HTMLElement} button confirms the copy for a moment
  */
 export async function copyText(text, button) {
   try {
@@ -15,7 +15,7 @@ export async function copyText(text, button) {
   } catch {
     if (!copyBySelection(text)) return;
   }
-  if (button.classList.contains("done")) return; // it says so already
+  if (button.classList.contains("done")) return; // already confirmed
   const before = [...button.childNodes];
   const hasIcon = button.querySelector("svg") !== null;
   button.replaceChildren(hasIcon ? icon("check") : t("copied"));

@@ -1,4 +1,4 @@
-// One column of the page: who answers, and its questions and answers. Knows no requests: it shows a column as it is.
+// The view of one column: its model, questions and answers.
 
 /** @import { Answer, Column, ModelCard, Question } from "../types.js" */
 /** @import { Key } from "./i18n.js" */
@@ -10,17 +10,17 @@ import { ModelPicker } from "./model-picker.js";
 import { QuestionView } from "./question-view.js";
 import { hideTokenCard } from "./token-view.js";
 
-const NEAR_END_PX = 60; // whoever has scrolled further up reads there, and is left alone
+const NEAR_END_PX = 60; // further up, the column does not scroll with the answer
 
 /**
- * What can be asked of the page by a column; `view` is the one that asks.
+ * Events of a column for the page; `view` is the column.
  * @typedef {object} ColumnEvents
  * @property {() => void} changed
  * @property {() => void} opened
  * @property {() => void} enterKey
  * @property {(view: ColumnView) => void} remove
  * @property {(view: ColumnView) => void} regenerate
- * @property {(view: ColumnView, question: Question, text: string) => Key | null} edited says why it cannot be asked
+ * @property {(view: ColumnView, question: Question, text: string) => Key | null} edited returns why not
  * @property {(text: string) => void} example
  */
 
@@ -38,7 +38,7 @@ export class ColumnView {
     this.head = make("div", { class: "column-head" });
     this.thread = make("div", { class: "thread", tabindex: "0", role: "group" });
     this.element = make("section", { class: "column" }, this.head, this.thread);
-    /** @type {WeakMap<Question, QuestionView>} Kept, since one may be edited just now. */
+    /** @type {WeakMap<Question, QuestionView>} Kept, because one may be in editing. */
     this.questions = new WeakMap();
     /** @type {AnswerView | null} The answer that may still change. */
     this.last = null;
@@ -55,31 +55,31 @@ export class ColumnView {
     this.picker.showCards(cards);
   }
 
-  /** What scrolls: on a phone, where columns lie one below the other, they do so together. */
+  /** The scrolling element: on a phone, where columns are stacked, they scroll together. */
   get #scroller() {
     const isTogether = getComputedStyle(this.thread).overflowY === "visible";
     return isTogether ? (this.element.parentElement ?? this.thread) : this.thread;
   }
 
-  /** How far the thread's end lies below what is seen; negative above. */
+  /** The distance of the thread's end below the visible part; negative above. */
   get #beyondPx() {
     const scroller = this.#scroller;
     if (scroller === this.thread) return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight;
     return this.thread.getBoundingClientRect().bottom - scroller.getBoundingClientRect().bottom;
   }
 
-  /** Whether the end is seen, in the lower half or just below: what is typed makes the frame smaller and larger. */
+  /** Whether the end is visible in the lower half, or just below it, because typing changes the frame's height. */
   get #isAtEnd() {
     const beyondPx = this.#beyondPx;
     return -this.#scroller.clientHeight / 2 < beyondPx && beyondPx < NEAR_END_PX;
   }
 
-  /** Where somebody reads; null at the end. */
+  /** The scroll position; null at the end. */
   get scrollTop() {
     return this.element.isConnected && !this.#isAtEnd ? this.#scroller.scrollTop : null;
   }
 
-  /** @param {number | null} top null: where the thread ends, or the examples begin */
+  /** @param {number | null} top null: the end of the thread, or the start of the examples */
   scrollTo(top) {
     const scroller = this.#scroller;
     if (top !== null) scroller.scrollTop = top;
@@ -87,7 +87,7 @@ export class ColumnView {
     else scroller.scrollTop += this.#beyondPx;
   }
 
-  /** How much of the column's height is seen; negative when it is out of sight. */
+  /** The visible part of the column's height; negative if none is visible. */
   get visiblePx() {
     const frame = (this.element.parentElement ?? this.element).getBoundingClientRect();
     const { top, bottom } = this.element.getBoundingClientRect();
@@ -152,11 +152,11 @@ export class ColumnView {
   }
 
   /**
-   * Show a change of the last answer. Who sees the end goes on to see it; where columns scroll together, in the one
-   * that is looked at.
+   * Show a change of the last answer. A visible end stays visible; if columns scroll together, that of the column in
+   * view.
    * @param {Answer} answer
    * @param {boolean} isLookedAt
-   * @param {number | null} silentS nothing has come for so long
+   * @param {number | null} silentS seconds since the last data
    */
   update(answer, isLookedAt, silentS = null) {
     if (this.last?.answer !== answer) return;

@@ -1,4 +1,4 @@
-// Watches a server that has stopped answering until it answers again. Knows no page.
+// Polls a server that has stopped answering until it answers again.
 
 import { ApiError } from "./api.js";
 
@@ -21,8 +21,8 @@ export class Connection {
   }
 
   /**
-   * Ask until the server is ready. That it is "back" is told only if it was away; else it is "up".
-   * @param {boolean} isAway whether that is known; then it is given a moment first
+   * Poll until the server is ready. The state is then "back" if the server was away, else "up".
+   * @param {boolean} isAway whether the server is known to be away; the first poll is then delayed
    */
   watch(isAway) {
     if (this.isWatching) return;
@@ -32,7 +32,7 @@ export class Connection {
     else void this.#ask();
   }
 
-  /** Ask now, not only at the next turn. */
+  /** Poll now, not only at the next interval. */
   hurry() {
     if (!this.isWatching || this.timer === undefined) return;
     clearTimeout(this.timer);

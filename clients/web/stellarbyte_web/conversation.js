@@ -1,13 +1,13 @@
-// What was asked and answered, column by column, and what of it a request holds. Knows no page and no network.
+// Questions and answers by column, and the requests made from them.
 
 /** @import { Answer, ChatBody, Column, Message, Sampling } from "../types.js" */
 
-export const MAX_COLUMNS = 4; // each streams over a connection of its own, of which browsers allow six
+export const MAX_COLUMNS = 4; // each streams over a separate connection, of which browsers allow six
 export const MAX_SCALE = 8;
 const TOP_LOGPROBS = 5;
 
 /**
- * @param {string | null} model null: none is known yet
+ * @param {string | null} model null: not yet known
  * @param {number} scale
  * @returns {Column}
  */
@@ -16,7 +16,7 @@ export function makeColumn(model = null, scale = 1) {
 }
 
 /**
- * An answer that is asked for now.
+ * A new answer, requested now.
  * @param {string} model
  * @param {number | null} scale null without an adapter
  * @returns {Answer}
@@ -38,7 +38,7 @@ export function makeAnswer(model, scale) {
 }
 
 /**
- * What the column's last question asks of the server. Questions without any answer are left out, except the last.
+ * The body of the request for the column's last question. Earlier questions without an answer are omitted.
  * @param {Column} column
  * @param {{ system: string, sampling: Sampling, withLogprobs: boolean, isAdapter: boolean }} settings
  * @returns {ChatBody}
@@ -72,7 +72,7 @@ export function lastQuestion(column) {
 }
 
 /**
- * The answer that is shown last; null before the first.
+ * The last answer shown; null before the first.
  * @param {Column} column
  * @returns {Answer | null}
  */
@@ -82,7 +82,7 @@ export function lastAnswer(column) {
 }
 
 /**
- * Whether another try has only lost what the answer before it had: it failed, or was stopped, with nothing.
+ * Whether a retry is worse than the answer before it: the retry failed or was stopped without any text.
  * @param {Answer} answer
  * @param {Answer} before
  */
@@ -91,7 +91,7 @@ export function isNoBetter(answer, before) {
 }
 
 /**
- * Columns as text. Probabilities are left out: they are much larger than the answers.
+ * Columns as text, without probabilities, which are much larger than the answers.
  * @param {readonly Column[]} columns
  */
 export function columnsToText(columns) {
@@ -100,7 +100,7 @@ export function columnsToText(columns) {
 }
 
 /**
- * Columns out of such a text; an answer that was on its way has been stopped. Empty for any other text.
+ * Columns from such a text; unfinished answers become stopped. Empty for any other text.
  * @param {string} text
  * @returns {Column[]}
  */

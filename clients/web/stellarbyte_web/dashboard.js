@@ -1,4 +1,4 @@
-// The charts of the status page: what they show, fed by one reading of the server's metrics after the other.
+// The charts of the status page, updated with each scrape of the server's metrics.
 
 /** @import { Sample } from "../types.js" */
 
@@ -39,7 +39,7 @@ export class Dashboard {
 
   /**
    * @param {number} nowMs
-   * @param {readonly Sample[] | null} samples null when the server did not answer
+   * @param {readonly Sample[] | null} samples null if the server did not answer
    */
   add(nowMs, samples) {
     const read = (/** @type {string} */ name) => (samples === null ? null : total(samples, name));
@@ -60,7 +60,7 @@ export class Dashboard {
 class Card {
   /**
    * @param {import("./i18n.js").Key} title
-   * @param {{ key: import("./i18n.js").Key | null, history: History }[]} lines without a key the value says it all
+   * @param {{ key: import("./i18n.js").Key | null, history: History }[]} lines without a key, only the value is shown
    * @param {{ format: (value: number) => string, most?: number }} options
    */
   constructor(title, lines, options) {

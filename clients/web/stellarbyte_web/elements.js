@@ -1,14 +1,14 @@
-// Short ways to find and make elements. Text is always text: nothing here reads markup.
+// Helpers to find and create elements. Text is never parsed as markup.
 
 /**
- * true: there, without a value; false: not there.
+ * true: present without a value; false: absent.
  * @typedef {string | boolean | ((event: any) => void)} AttributeValue
  */
 
 /**
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
- * @param {Record<string, AttributeValue>} attributes those that are functions listen to the event of that name
+ * @param {Record<string, AttributeValue>} attributes functions become listeners of the event with that name
  * @param {(Node | string)[]} children
  * @returns {HTMLElementTagNameMap[Tag]}
  */
@@ -39,7 +39,7 @@ export function makeSvg(tag, attributes = {}, ...children) {
 }
 
 /**
- * The element of the page with an id; a mistake of ours if there is none of that class.
+ * The element of the page with an id; throws if no element of that class has it.
  * @template {Element} Kind
  * @param {string} id
  * @param {new () => Kind} kind

@@ -1,4 +1,4 @@
-// What the pages say, in English. Every other language has the same keys: tsc tells what is missing.
+// The texts of the pages in English. Every other language has the same keys; tsc reports missing ones.
 
 export const english = {
   // Both pages
@@ -18,7 +18,7 @@ export const english = {
   key: "API key",
   adminKey: "Admin key",
   keyHint: "Kept in this tab only, until it is closed.",
-  keyNotAscii: "A key has letters, digits and signs of ASCII only.",
+  keyNotAscii: "A key may contain only ASCII letters, digits and signs.",
 
   // Chat: asking
   question: "Your question",
@@ -28,9 +28,9 @@ export const english = {
   stopHint: "Stop (Esc)",
   newChat: "New chat",
   compare: "Compare",
-  compareHint: "Add a column with a model or adapter of its own",
+  compareHint: "Add a column with a separate model or adapter",
   probabilities: "Probabilities",
-  probabilitiesHint: "Show each token's probability and its alternatives, in place of formatted text",
+  probabilitiesHint: "Show each token's probability and its alternatives, instead of formatted text",
   keysHint: "Enter sends, Shift+Enter begins a new line",
   emptyTitle: "What would you like to know?",
   emptyText: "Ask the model, or one of its adapters. Compare puts several side by side: they answer in one batch.",
@@ -97,7 +97,7 @@ export const english = {
   seed: "Seed",
   repetition_penalty: "Repetition penalty",
   stopStrings: "Stop strings",
-  stopStringsHint: "One a line, at most four; \\n is a new line.",
+  stopStringsHint: "One per line, at most 32; \\n is a new line.",
   context_overflow: "When the context is full",
   serverDefault: "Server's default",
   overflowError: "Refuse",
@@ -107,14 +107,14 @@ export const english = {
   notAnInteger: "This must be a whole number.",
   notBetween: "This must be from {min} to {max}.",
   notAtLeast: "This must be at least {min}.",
-  tooManyLines: "At most {max} lines are possible.",
-  tooLong: "At most {max} characters are possible.",
+  tooManyLines: "At most {max} lines are allowed.",
+  tooLong: "At most {max} characters are allowed.",
   fixFields: "A sampling field is not valid; it is marked in the settings.",
 
-  // What can go wrong
+  // Failures
   failedKey: "The server needs a valid API key. Enter it in the settings, then try again.",
   failedForbidden: "This key may not do that.",
-  failedModel: "This model or adapter is not served any more. Choose another one.",
+  failedModel: "This model or adapter is no longer served. Choose another one.",
   failedBusy: "Too many requests are waiting or running. Try again in a moment.",
   failedBusyIn: "Too many requests are waiting or running. Try again in {seconds} s.",
   failedUnavailable: "The server cannot answer at the moment.",

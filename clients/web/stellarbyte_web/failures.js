@@ -1,11 +1,11 @@
-// What went wrong, as a sentence for people. Knows the server's statuses and no page.
+// Failures as sentences for the user.
 
 /** @import { Failure } from "../types.js" */
 
 import { t } from "./i18n.js";
 
 /**
- * Our sentence, and the server's own, which may say more ("" if there is none).
+ * The page's sentence, and the server's, which may have more detail ("" if it sent none).
  * @param {Failure} failure
  * @returns {{ sentence: string, detail: string }}
  */
@@ -16,8 +16,8 @@ export function explain(failure) {
 }
 
 /**
- * Whether the same question may get an answer when it is asked again: later, or with the key that the sentence wants.
- * What the server refused as wrong stays wrong until it is asked otherwise.
+ * Whether a retry of the same question may succeed: later, or with the key that the sentence asks for. Invalid
+ * requests stay invalid.
  * @param {Failure} failure
  */
 export function canRetry({ status }) {

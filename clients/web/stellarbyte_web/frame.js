@@ -1,4 +1,4 @@
-// What both pages have around their contents: language, theme, the key, and how the server is.
+// The frame of both pages: language, theme, key, and the server's state.
 
 /** @import { Language } from "./i18n.js" */
 
@@ -12,7 +12,7 @@ import { lasting, session } from "./storage.js";
 let condition = "connecting";
 
 /**
- * @param {() => void} languageChanged called after what is marked on the page has been translated again
+ * @param {() => void} languageChanged called after the marked elements of the page have been translated
  */
 export function startFrame(languageChanged) {
   const select = byId("language", HTMLSelectElement);
@@ -51,7 +51,7 @@ function showTheme() {
 }
 
 /**
- * How the server is, in the bar.
+ * Show the server's state in the bar.
  * @param {Condition} now
  */
 export function showCondition(now) {
@@ -60,14 +60,14 @@ export function showCondition(now) {
   if (pill.dataset["condition"] === now && pill.lang === currentLanguage()) return;
   pill.dataset["condition"] = now;
   pill.lang = currentLanguage();
-  pill.title = t(now); // where a phone has no room for the word
+  pill.title = t(now); // for phones, which have no room for the word
   pill.replaceChildren(make("span", { class: "dot" }), t(now));
 }
 
 /**
- * A field for a key, which is kept until the tab is closed.
- * @param {string} id of the field; what is wrong with it is shown at `ID-problem`
- * @param {string} name under which it is kept
+ * Set up a field for a key, which is kept until the tab is closed.
+ * @param {string} id of the field; its problem is shown at `ID-problem`
+ * @param {string} name of the key in the storage
  * @param {() => void} changed
  */
 export function startKeyField(id, name, changed) {
@@ -76,7 +76,7 @@ export function startKeyField(id, name, changed) {
   field.value = session.read(name);
   field.addEventListener("change", () => {
     const key = field.value.trim();
-    const isValid = /^[\x21-\x7e]*$/.test(key); // what a header can carry
+    const isValid = /^[\x21-\x7e]*$/.test(key); // characters allowed in a header
     field.setAttribute("aria-invalid", String(!isValid));
     problem.textContent = isValid ? "" : t("keyNotAscii");
     session.write(name, isValid ? key : "");

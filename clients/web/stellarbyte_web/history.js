@@ -1,11 +1,11 @@
-// What was measured in the last minutes: points of time and value, and a counter's rate. Knows no page and no clock.
+// Measurements of the last minutes: points of time and value, and a counter's rate.
 
 /** @import { Point } from "../types.js" */
 
 export const WINDOW_MS = 5 * 60 * 1000;
-export const GAP_MS = 5000; // longer without a point, as while the page is hidden, and nothing is known between
+export const GAP_MS = 5000; // a longer time between points, as while the page is hidden, is shown as a gap
 
-/** Points of one line, of which those that are too old are forgotten. A value of null is a gap. */
+/** The recent points of one line; old ones are dropped. A value of null is a gap. */
 export class History {
   constructor() {
     /** @type {Point[]} */
@@ -27,7 +27,7 @@ export class History {
   }
 }
 
-/** How fast a counter grows, from one reading to the next. */
+/** The rate of a counter between two readings. */
 export class Rate {
   constructor() {
     /** @type {{ timeMs: number, count: number } | null} */
@@ -35,7 +35,7 @@ export class Rate {
   }
 
   /**
-   * Per second since the last reading; null for the first one, after a gap, and after the counter began anew.
+   * The rate per second since the last reading; null for the first one, after a gap, and after a reset of the counter.
    * @param {number} timeMs
    * @param {number | null} count
    */

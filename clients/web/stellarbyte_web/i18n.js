@@ -1,4 +1,4 @@
-// The language of the pages: which one it is, and what is said in it. Knows nothing of what is on a page but its marks.
+// The language of the pages, and their texts in it.
 
 import { chinese } from "./chinese.js";
 import { english } from "./english.js";
@@ -15,7 +15,7 @@ const TAGS = { en: "en", zh: "zh-CN" };
 let language = "en";
 
 /**
- * The language that was chosen before, else the browser's.
+ * The language chosen before, else the browser's.
  * @returns {Language}
  */
 export function preferredLanguage() {
@@ -34,7 +34,7 @@ export function currentLanguage() {
 }
 
 /**
- * A sentence of the current language, with its {places} filled.
+ * A text in the current language, with its {places} filled.
  * @param {Key} key
  * @param {Record<string, string | number>} values
  */
@@ -60,7 +60,7 @@ export function formatBytes(bytes) {
 }
 
 /**
- * Translate what is marked: data-i18n is an element's text, data-i18n-NAME its attribute NAME.
+ * Translate marked elements: data-i18n is an element's text, data-i18n-NAME its attribute NAME.
  * @param {ParentNode} root
  */
 export function translate(root) {

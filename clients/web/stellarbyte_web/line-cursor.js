@@ -8,7 +8,7 @@ export class LineCursor {
     this.column = 0;
   }
 
-  /** What is not consumed yet. */
+  /** The rest of the line. */
   get rest() {
     return this.text.slice(this.position);
   }
@@ -32,7 +32,7 @@ export class LineCursor {
   }
 
   /**
-   * Consume white space, but not beyond it. A tab that is wider leaves spaces.
+   * Consume at most `count` columns of white space. A wider tab leaves spaces.
    * @param {number} count
    */
   skipColumns(count) {
@@ -50,7 +50,7 @@ export class LineCursor {
     }
   }
 
-  /** @param {number} count of characters that are no tabs */
+  /** @param {number} count of characters, none of them tabs */
   skipCharacters(count) {
     this.position += count;
     this.column += count;

@@ -1,7 +1,7 @@
-// Markdown's block structure: lines to a tree of paragraphs, lists, quotes, tables and code. Knows no inline marks and
-// no DOM. Follows CommonMark without raw HTML and link reference definitions, with GitHub's tables.
+// Markdown's block structure: lines to a tree of paragraphs, lists, quotes, tables and code. Follows CommonMark without
+// raw HTML and link reference definitions, with GitHub's tables.
 //
-// One pass over the lines with a stack of open blocks, so the time is bounded by lines × MAX_DEPTH, whatever they say.
+// One pass over the lines with a stack of open blocks, so the time is bounded by lines × MAX_DEPTH for any text.
 
 /** @import { Block } from "../types.js" */
 
@@ -10,11 +10,11 @@ import { FENCE, HEADING, MARKER, RULE, UNDERLINE, closesFence, withoutClosingMar
 import { alignmentsOf, cellsOf } from "./markdown-table.js";
 import { unescapeText } from "./markdown-text.js";
 
-const MAX_DEPTH = 32; // of quotes and list items within each other; what is deeper is text
+const MAX_DEPTH = 32; // of nested quotes and list items; deeper ones are text
 
 /**
- * The blocks of a text. Each block of the outermost level tells at which character its first line starts: what begins
- * there can be parsed again on its own.
+ * The blocks of a text. Each block of the outermost level has the index of its first line's first character, from
+ * which the text can be parsed again separately.
  * @param {string} text
  * @returns {Block[]}
  */
@@ -48,7 +48,7 @@ class BlockParser {
 
   /**
    * @param {string} text without its line end
-   * @param {number} start its first character in the whole text
+   * @param {number} start index of its first character in the whole text
    */
   addLine(text, start) {
     this.lineNumber += 1;
@@ -72,7 +72,7 @@ class BlockParser {
       hasStarted = true;
     }
     if (!hasStarted && depth < this.stack.length && this.tip.kind === "paragraph" && !cursor.isBlank) {
-      this.tip.lines.push(cursor.trimmed); // a lazy line: the paragraph goes on though its quote or item does not
+      this.tip.lines.push(cursor.trimmed); // a lazy line: the paragraph continues although its quote or item does not
       this.tip.lastLine = this.lineNumber;
       return;
     }
@@ -95,7 +95,7 @@ class BlockParser {
   }
 
   /**
-   * How many of the open blocks go on in this line, which is consumed as far as they say; null if it ends a fence.
+   * The number of open blocks that continue in this line, after consuming their marks; null if the line ends a fence.
    * @param {LineCursor} cursor
    */
   #matchOpenBlocks(cursor) {
@@ -135,7 +135,7 @@ class BlockParser {
   }
 
   /**
-   * Start a block if the line says so, inside of the first `depth` open ones. A container takes its mark of the line.
+   * Start a block inside the first `depth` open ones, if the line begins one. A container consumes its mark.
    * @param {LineCursor} cursor
    * @param {number} depth
    * @returns {"leaf" | "container" | null}
@@ -203,7 +203,7 @@ class BlockParser {
   }
 
   /**
-   * A line of dashes and bars makes a table of the paragraph's last line, if they have as many cells.
+   * A line of dashes and bars turns the paragraph's last line into a table, if both have the same number of cells.
    * @param {Block} paragraph
    * @param {number} depth
    * @param {string} line
@@ -253,7 +253,7 @@ class BlockParser {
   }
 
   /**
-   * Close what is open beyond `depth`, and a paragraph or table there: what starts now comes after it.
+   * Close the open blocks beyond `depth`, and a paragraph or table there, because the next block follows it.
    * @param {number} depth
    */
   #leaveTo(depth) {
@@ -262,7 +262,7 @@ class BlockParser {
   }
 
   /**
-   * Open a block inside of the innermost open one; a list has only items, so it ends before anything else.
+   * Open a block inside the innermost open one. A list contains only items, so other blocks close it.
    * @param {Block["kind"]} kind
    */
   #open(kind) {

@@ -1,17 +1,17 @@
-// Which runs of *, _ and ~~ belong together, and the tree that they make of a line of pieces. CommonMark's algorithm.
+// Matches runs of *, _ and ~~, and builds the tree of a line of pieces, by CommonMark's algorithm.
 
 /** @import { Delimiter, MarkElement, MarkNode, Piece } from "../types.js" */
 
-const MAX_DEPTH = 32; // of elements within each other; what is deeper keeps its marks as text
+const MAX_DEPTH = 32; // of nested elements; deeper ones keep their marks as text
 
 /**
- * Note at each run which elements end and begin there.
+ * Record at each run which elements end and begin there.
  * @param {Piece[]} pieces
  */
 export function resolveEmphasis(pieces) {
   /** @type {Delimiter[]} */
   const openers = [];
-  /** @type {Map<string, number>} For a kind of closing run: openers that are known to be too few, from the bottom. */
+  /** @type {Map<string, number>} By kind of closing run: the number of openers, from the bottom, that cannot match. */
   const bottoms = new Map();
   for (const closer of pieces.filter(isDelimiter)) {
     while (closer.canClose && closer.count > 0) {
@@ -57,7 +57,7 @@ function matches(opener, closer) {
 }
 
 /**
- * The tree of pieces whose emphasis is resolved.
+ * The tree of pieces with resolved emphasis.
  * @param {Piece[]} pieces
  * @returns {MarkNode[]}
  */

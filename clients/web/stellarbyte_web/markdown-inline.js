@@ -1,4 +1,4 @@
-// Markdown inside of a block: emphasis, code, links, breaks. Text to a tree of elements and text. Knows no DOM.
+// Markdown inside a block: emphasis, code, links, breaks. Text to a tree of elements and text.
 // Follows CommonMark without raw HTML and reference links; with strikethrough, bare web addresses, and emphasis next
 // to Chinese, Japanese and Korean text, which has no spaces around it. Images become links: nothing is ever loaded.
 
@@ -15,7 +15,7 @@ const BARE_ADDRESS = /https?:\/\/[^\s<>[\]"'`*|\u3000-\u30ff\u3400-\u9fff\uff00-
 const TICKS = /`+/g;
 
 /**
- * @param {string} text lines without the white space they begin with
+ * @param {string} text lines without leading white space
  * @returns {MarkNode[]}
  */
 export function parseInline(text) {
@@ -72,7 +72,7 @@ class InlineParser {
 
   /**
    * @param {Piece} piece
-   * @param {number} length characters of the text that it stands for
+   * @param {number} length characters of the text that it replaces
    */
   #add(piece, length) {
     this.pieces.push(piece);
@@ -122,7 +122,7 @@ class InlineParser {
       !isSpace(after) && (!isPunctuation(after) || isSpace(before) || isPunctuation(before) || isCjk(before));
     const closes =
       !isSpace(before) && (!isPunctuation(before) || isSpace(after) || isPunctuation(after) || isCjk(after));
-    const isUnderscore = character === "_"; // which does nothing inside of a word
+    const isUnderscore = character === "_"; // which has no effect inside a word
     this.#add(
       {
         character,
@@ -221,7 +221,7 @@ function count(text, character) {
 }
 
 /**
- * A link as the page shows it: it opens beside the page, which it learns nothing of.
+ * A link that opens in a new tab, without access to this page or its address.
  * @param {string} address
  * @param {MarkNode[]} children
  * @returns {MarkElement}
@@ -231,7 +231,7 @@ function link(address, children) {
 }
 
 /**
- * A link has no links inside of it.
+ * Replaces links by their content, because links cannot be nested.
  * @param {MarkNode} node
  * @returns {MarkNode[]}
  */

@@ -1,4 +1,4 @@
-// What one line of Markdown says by itself, its indentation taken away. Knows no other lines.
+// Parses single lines of Markdown, without their indentation.
 
 import { withoutEnd } from "./markdown-text.js";
 

@@ -1,14 +1,14 @@
-// What follows a link's text: (address "title"). Knows no brackets and no emphasis.
+// Parses the part after a link's text: (address "title").
 
 import { unescapeText } from "./markdown-text.js";
 
-const MAX_LENGTH = 2000; // of an address; also what one bracket may cost
+const MAX_LENGTH = 2000; // of an address; also bounds the time per bracket
 const MAX_PARENTHESES = 32;
 const TITLE = /[ \t\n]+(?:"(?:\\.|[^"\\]){0,500}"|'(?:\\.|[^'\\]){0,500}'|\((?:\\.|[^()\\]){0,500}\))/sy;
 const SPACE = /[ \t]*\n?[ \t]*/y;
 
 /**
- * The address that begins at `position`, and where what belongs to it ends; null if there is none. Titles are dropped.
+ * The address that begins at `position`, and the end of its parentheses; null if there is none. Titles are dropped.
  * @param {string} text
  * @param {number} position
  * @returns {{ address: string, end: number } | null}

@@ -1,4 +1,4 @@
-// The rows of a Markdown table: cells between bars. Knows no blocks around it.
+// The rows of a Markdown table: cells between bars.
 
 /** @import { Alignment } from "../types.js" */
 
@@ -27,7 +27,7 @@ export function cellsOf(line) {
 }
 
 /**
- * What a line such as `| :-- | --: |` says of the columns; null if it is no such line.
+ * The alignments in a line such as `| :-- | --: |`; null for other lines.
  * @param {string} line
  * @returns {Alignment[] | null}
  */

@@ -1,9 +1,9 @@
-// Kinds of characters, entities and addresses, as Markdown sees them. Knows no structure.
+// Kinds of characters, entities and addresses in Markdown.
 
 const SCHEMES = /^(?:https?:\/\/|mailto:)/i;
 const ESCAPED = /\\([!-/:-@[-`{-~])|&(?:#\d{1,7}|#x[0-9a-f]{1,6}|[a-z][a-z0-9]{1,31});/gi;
 
-/** @type {Record<string, string>} Those that answers have; others stay as they are written. */
+/** @type {Record<string, string>} Entities that answers contain; others stay unchanged. */
 // prettier-ignore
 const ENTITIES = {
   amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", reg: "®", trade: "™", deg: "°",
@@ -15,7 +15,7 @@ const ENTITIES = {
 };
 
 /**
- * The character that `&…;` stands for; null for a name that is not known.
+ * The character of an entity `&…;`; null for an unknown name.
  * @param {string} entity
  */
 export function decodeEntity(entity) {
@@ -35,7 +35,7 @@ export function unescapeText(text) {
 }
 
 /**
- * An address that a click may go to: of the web or of mail; null for any other.
+ * An address that a link may have: http, https or mailto; null for others.
  * @param {string} address
  */
 export function safeAddress(address) {
@@ -60,7 +60,7 @@ export function isCjk(character) {
 }
 
 /**
- * Text without those of its last characters that are among `characters`.
+ * Text without trailing characters that are among `characters`.
  * @param {string} text
  * @param {string} characters
  */

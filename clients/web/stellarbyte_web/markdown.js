@@ -1,5 +1,5 @@
-// Markdown to elements of the page. Only ever makes elements of a few kinds and text nodes, never markup out of a
-// string, so whatever a model writes is inert. Loads nothing: pictures are shown as links.
+// Markdown to elements of the page. Creates only elements of a few kinds and text nodes, and never parses a string as
+// markup, so a model's text is inert. Loads nothing: images are shown as links.
 
 /** @import { Block, MarkElement, MarkNode } from "../types.js" */
 
@@ -10,24 +10,24 @@ import { patch } from "./patch.js";
 /**
  * The tree of a whole text.
  * @param {string} text
- * @param {string} copyLabel what the buttons beside code say
+ * @param {string} copyLabel the label of the copy buttons of code
  * @returns {MarkNode[]}
  */
 export function markdownTree(text, copyLabel) {
   return parseBlocks(text).map((block) => nodeOf(block, copyLabel));
 }
 
-/** An answer that grows. Finished blocks are left as they are, so that each piece costs what is behind them. */
+/** A growing answer. Finished blocks stay unchanged, so that the cost of an update is that of the text after them. */
 export class MarkdownView {
   /**
-   * @param {Element} element whose children are those of the text, and nobody else's
+   * @param {Element} element its children are managed here only
    * @param {string} copyLabel
    */
   constructor(element, copyLabel) {
     this.element = element;
     this.copyLabel = copyLabel;
     this.text = "";
-    /** How many blocks are finished, and where what is behind them starts. */
+    /** The number of finished blocks, and the start of the text after them. */
     this.finished = 0;
     this.start = 0;
   }
@@ -47,7 +47,7 @@ export class MarkdownView {
   }
 
   /**
-   * A block is finished once another one begins behind it in a line that is complete: no later line changes it.
+   * A block is finished once another one begins after it in a complete line: no later line changes it.
    * @param {number} end of the last complete line
    */
   #finish(end) {
@@ -142,7 +142,7 @@ function tableOf(table) {
 }
 
 /**
- * Whether blank lines lie between a list's items, or between what one of them holds: then its items are paragraphs.
+ * Whether blank lines separate a list's items or the blocks of an item: then its items are paragraphs.
  * @param {Block} list
  */
 function isLoose(list) {

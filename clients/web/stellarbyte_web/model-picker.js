@@ -1,4 +1,4 @@
-// Chooses the model or an adapter of one column, and how strongly the adapter acts. Knows no conversation.
+// The controls of one column for the model or adapter, and the adapter's scale.
 
 /** @import { Column, ModelCard } from "../types.js" */
 
@@ -6,12 +6,12 @@ import { MAX_SCALE } from "./conversation.js";
 import { make } from "./elements.js";
 import { formatNumber, t } from "./i18n.js";
 
-const USUAL_SCALE = 2; // as far as the slider goes until a larger number is typed
+const USUAL_SCALE = 2; // the slider's maximum, until a larger number is typed
 const STEP = 0.05;
 
 export class ModelPicker {
   /**
-   * @param {Column} column its model and scale are changed here
+   * @param {Column} column its model and scale are changed
    * @param {{ opened: () => void, changed: () => void }} events `opened`: the list may be out of date
    */
   constructor(column, events) {
@@ -49,7 +49,7 @@ export class ModelPicker {
     return this.cards.some((card) => card.id === this.column.model && card.parent !== null);
   }
 
-  /** @param {readonly ModelCard[]} cards what is served now */
+  /** @param {readonly ModelCard[]} cards the models and adapters served now */
   showCards(cards) {
     this.cards = cards;
     const { column } = this;

@@ -1,4 +1,4 @@
-// Makes an element's children those of a tree, by the fewest changes: what stays keeps focus and selection.
+// Updates an element's children to a tree with few changes: unchanged elements keep focus and selection.
 
 /** @import { MarkElement, MarkNode } from "../types.js" */
 
@@ -10,7 +10,7 @@ const TAGS = new Set([
 /**
  * @param {Element} parent
  * @param {readonly MarkNode[]} nodes
- * @param {number} first children before it stay as they are
+ * @param {number} first children before it stay unchanged
  */
 export function patch(parent, nodes, first = 0) {
   nodes.forEach((node, i) => {

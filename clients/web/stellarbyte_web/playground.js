@@ -1,4 +1,4 @@
-// The conversation of the page: asks the server for every column at once, and lets the columns show what comes.
+// The conversation of the page: requests the answers of all columns at once, and passes them to the columns.
 
 /** @import { Answer, Column, ModelCard, Question } from "../types.js" */
 /** @import { Server } from "./api.js" */
@@ -25,12 +25,12 @@ import { session } from "./storage.js";
 
 /**
  * @typedef {object} PlaygroundEvents
- * @property {() => void} changed something is asked, or nothing any more
- * @property {() => void} asked what had the focus may be gone
+ * @property {() => void} changed the first answer has begun, or the last one ended
+ * @property {() => void} asked the focused element may be gone
  * @property {() => void} removed a column is gone, and the focus with it
- * @property {(seconds: number) => void} silent nothing of an answer has come for so long
+ * @property {(seconds: number) => void} silent an answer has received no data for this time
  * @property {(answer: Answer) => void} finished
- * @property {(answer: Answer) => void} restored the answer has nothing, and the one before it is shown again
+ * @property {(answer: Answer) => void} restored the answer is empty, so the previous one is shown again
  * @property {(text: string) => void} example
  * @property {() => void} modelsWanted
  * @property {() => void} notKept
@@ -49,7 +49,7 @@ export class Playground {
     this.withTokens = session.read("probabilities") === "yes";
     /** @type {readonly ModelCard[]} */
     this.cards = [];
-    /** @type {Map<ColumnView, AbortController>} Columns whose answer is on its way. */
+    /** @type {Map<ColumnView, AbortController>} Columns with an unfinished answer. */
     this.asking = new Map();
     const kept = columnsFromText(session.read("columns"));
     this.views = (kept.length > 0 ? kept : [makeColumn()]).map((column) => this.#makeView(column));
@@ -73,8 +73,8 @@ export class Playground {
   }
 
   /**
-   * Show everything anew.
-   * @param {ColumnView} lookedAt stays in sight
+   * Render everything again.
+   * @param {ColumnView} lookedAt stays visible
    */
   show(lookedAt = this.#lookedAt) {
     const { isOnly, views, withTokens } = this;
@@ -83,19 +83,19 @@ export class Playground {
     columns.dataset["count"] = String(views.length);
     columns.replaceChildren(...views.map((view) => view.element));
     views.forEach((view, i) => view.show({ number: i + 1, isOnly, withTokens }));
-    // On a phone, where columns scroll together, the last one decides.
+    // On a phone, where columns scroll together, the last one sets the position.
     for (const view of [...views, lookedAt]) view.scrollTo(scrollTops.get(view) ?? null);
     this.#showAsking();
   }
 
-  /** The column of which most is seen; the first of several. */
+  /** The column with the largest visible part; the first of several. */
   get #lookedAt() {
     return this.views.reduce((most, view) => (view.visiblePx > most.visiblePx ? view : most));
   }
 
-  /** @param {readonly ModelCard[]} cards what the server has now */
+  /** @param {readonly ModelCard[]} cards the models and adapters served now */
   showModels(cards) {
-    const isNew = JSON.stringify(cards) !== JSON.stringify(this.cards); // else a list that is open stays as it is
+    const isNew = JSON.stringify(cards) !== JSON.stringify(this.cards); // otherwise an open list stays unchanged
     this.cards = cards;
     for (const view of isNew ? this.views : []) {
       view.column.model ??= cards[0]?.id ?? null;
@@ -111,7 +111,7 @@ export class Playground {
     this.show();
   }
 
-  /** Another column, for the first adapter that no column has yet. */
+  /** Add a column, for the first adapter without one. */
   addColumn() {
     const taken = new Set(this.views.map((view) => view.column.model));
     const adapter = this.cards.find((card) => card.parent !== null && !taken.has(card.id));
@@ -121,7 +121,7 @@ export class Playground {
     this.#changed(view);
   }
 
-  /** Forget what was said; models and scales stay. */
+  /** Clear the conversation; models and scales stay. */
   newChat() {
     this.stop();
     for (const view of this.views) view.column.messages = [];
@@ -130,13 +130,13 @@ export class Playground {
 
   /**
    * @param {string} question for all columns
-   * @returns {boolean} false if the settings do not allow it, where the panel then shows why
+   * @returns {boolean} false if the settings are invalid; the panel then shows the reason
    */
   ask(question) {
     return this.#askAll(this.views, ({ column }) => column.messages.push({ role: "user", content: question }));
   }
 
-  /** Columns without an answer that another try may give. */
+  /** Columns with a failed answer for which a retry may succeed. */
   get #failed() {
     return this.views.filter(({ column }) => {
       const failure = lastAnswer(column)?.failure ?? null;
@@ -148,7 +148,7 @@ export class Playground {
     return this.#failed.length > 0;
   }
 
-  /** Ask again whatever got no answer because of the connection. */
+  /** Retry the questions without an answer because of the connection. */
   retryFailed() {
     this.#askAll(this.#failed);
   }
@@ -176,11 +176,11 @@ export class Playground {
   }
 
   /**
-   * One question stands in every column that was asked it, so it is edited in all of them.
+   * A question is in every column that was asked it, so it is edited in all of them.
    * @param {ColumnView} view
    * @param {Question} question
    * @param {string} text
-   * @returns {Key | null} why it cannot be asked; then nothing has changed
+   * @returns {Key | null} the reason if it cannot be asked; then nothing has changed
    */
   #edit(view, question, text) {
     if (this.cards.length === 0) return "failedUnavailable";
@@ -191,19 +191,19 @@ export class Playground {
     const isAsked = this.#askAll(views, ({ column }) => {
       const last = lastQuestion(column);
       if (last !== null) last.content = text;
-      if (lastAnswer(column) !== null) column.messages.pop(); // it was to another question
+      if (lastAnswer(column) !== null) column.messages.pop(); // it answered another question
     });
     return isAsked ? null : "fixFields";
   }
 
   /**
-   * Let columns answer their last question, but those that are at it. An answer that they have to it goes.
+   * Request answers to the last question of columns, except those with an unfinished answer. Replaces existing answers.
    * @param {ColumnView[]} views
-   * @param {(view: ColumnView) => void} prepare changes what is asked, if anything can be asked
-   * @returns {boolean} false if the settings do not allow it, or what is served is not known yet
+   * @param {(view: ColumnView) => void} prepare changes the questions, if a request is possible
+   * @returns {boolean} false if the settings are invalid, or the served models are not yet known
    */
   #askAll(views, prepare = () => undefined) {
-    if (this.cards.length === 0) return false; // whether a scale is to be sent depends on it
+    if (this.cards.length === 0) return false; // they determine whether to send a scale
     const sampling = this.settings.sampling();
     if (sampling === null) {
       this.settings.showProblem();
@@ -232,7 +232,7 @@ export class Playground {
     }
     for (const view of free) view.scrollTo(null);
     const shown = free.includes(lookedAt) ? lookedAt : free[0];
-    shown?.scrollTo(null); // on a phone, where columns scroll together, it decides
+    shown?.scrollTo(null); // on a phone, where columns scroll together, it sets the position
     this.#showAsking();
     this.events.asked();
     return true;
@@ -242,7 +242,7 @@ export class Playground {
    * @param {ColumnView} view
    * @param {Answer} answer
    * @param {import("../types.js").ChatBody} body
-   * @param {Answer | null} before is shown again if nothing better comes
+   * @param {Answer | null} before is shown again if the new answer is no better
    */
   async #fill(view, answer, body, before) {
     const abort = new AbortController();
@@ -266,7 +266,7 @@ export class Playground {
     } finally {
       silence.end();
       this.asking.delete(view);
-      view.update(answer, view === this.#lookedAt); // also while the page is hidden, where nothing is drawn
+      view.update(answer, view === this.#lookedAt); // also while the page is hidden and draws nothing
       if (before !== null && lastAnswer(view.column) === answer && isNoBetter(answer, before)) {
         const { scrollTop } = view;
         view.column.messages.splice(-1, 1, before);

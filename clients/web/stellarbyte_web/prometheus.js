@@ -1,11 +1,11 @@
-// Prometheus' text format to numbers. Knows no metric.
+// Reads numbers from Prometheus' text format.
 
 /** @import { Sample } from "../types.js" */
 
 const SAMPLE = /^([a-zA-Z_:][\w:]*)(?:\{.*\})?[ \t]+(\S+)(?:[ \t]+-?\d+)?$/;
 
 /**
- * All samples of a scrape, without their labels. Lines that are none are passed over.
+ * All samples of a scrape, without their labels. Other lines are skipped.
  * @param {string} text
  * @returns {Sample[]}
  */
@@ -27,7 +27,7 @@ function valueOf(text) {
 }
 
 /**
- * The sum of a metric over all its labels; null if there is none.
+ * The sum of a metric over all its labels; null if the metric is absent.
  * @param {readonly Sample[]} samples
  * @param {string} name
  */

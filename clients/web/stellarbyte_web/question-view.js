@@ -1,4 +1,4 @@
-// One question on the page, which can be edited in its place. Knows no requests.
+// The view of one question, which can be edited in place.
 
 /** @import { Question } from "../types.js" */
 /** @import { Key } from "./i18n.js" */
@@ -9,7 +9,7 @@ import { t } from "./i18n.js";
 export class QuestionView {
   /**
    * @param {Question} question
-   * @param {(text: string) => Key | null} edited is given the new text; says why it cannot be asked, if it cannot
+   * @param {(text: string) => Key | null} edited gets the new text; returns the reason if it cannot be asked
    */
   constructor(question, edited) {
     this.question = question;
@@ -19,7 +19,7 @@ export class QuestionView {
     this.show();
   }
 
-  /** Show the question anew; a draft that is being written stays. */
+  /** Render the question again; an open draft stays. */
   show() {
     if (!this.isEditing) this.#showText();
   }
@@ -56,7 +56,7 @@ export class QuestionView {
     };
     const submit = () => {
       if (area.value.trim() === "") return;
-      this.isEditing = false; // what is asked is shown as text
+      this.isEditing = false; // a sent question is shown as text
       const reason = this.edited(area.value.trim());
       if (reason === null) return;
       this.isEditing = true;

@@ -1,4 +1,4 @@
-// The sampling controls: how their texts are read, and what they make of a request.
+// Parses the texts of the sampling controls, for requests.
 
 import { SAMPLING_FIELDS } from "./sampling-fields.js";
 
@@ -8,7 +8,7 @@ import { SAMPLING_FIELDS } from "./sampling-fields.js";
 export const FIELDS = SAMPLING_FIELDS;
 
 /**
- * What was typed into a field: its value, undefined when it is empty, or what is wrong with it.
+ * Parse the text of a field: its value, undefined if it is empty, or its problem.
  * @param {SamplingField} field
  * @param {string} text
  * @returns {{ value: number | string | string[] | undefined } | { problem: Problem }}
@@ -30,7 +30,7 @@ export function readField(field, text) {
 }
 
 /**
- * Stop strings, one a line; \n, \t and \\ stand for what cannot be typed there.
+ * Stop strings, one per line; \n, \t and \\ are escapes.
  * @param {{ maxLines: number, maxCharacters: number }} field
  * @param {string} text
  * @returns {{ value: string[] | undefined } | { problem: Problem }}
@@ -48,7 +48,7 @@ function readLines(field, text) {
 }
 
 /**
- * What the controls set; null when something in them is wrong.
+ * The sampling parameters of all controls; null if one is invalid.
  * @param {Record<string, string>} texts by the fields' names
  * @returns {Sampling | null}
  */

@@ -1,4 +1,4 @@
-// The panel of settings: key, system prompt, sampling controls. Kept until the tab is closed. Knows no conversation.
+// The panel of settings: key, system prompt, sampling controls. They are kept until the tab is closed.
 
 /** @import { SamplingField } from "../types.js" */
 
@@ -10,7 +10,7 @@ import { session } from "./storage.js";
 
 const LABELS = /** @type {const} */ ({ stop: "stopStrings" });
 const CHOICES = /** @type {const} */ ({ error: "overflowError", slide: "overflowSlide" });
-const WIDE = "(min-width: 64rem)"; // where the panel has room beside the conversation
+const WIDE = "(min-width: 64rem)"; // the panel has room next to the conversation
 
 export class SettingsPanel {
   /** @param {() => void} keyChanged */
@@ -19,7 +19,7 @@ export class SettingsPanel {
     this.toggle = byId("settings-toggle", HTMLButtonElement);
     this.system = byId("system", HTMLTextAreaElement);
     const kept = readKept();
-    /** @type {Record<string, string>} What stands in the sampling controls. */
+    /** @type {Record<string, string>} The texts of the sampling controls. */
     this.texts = kept.texts;
     this.system.value = kept.system;
     this.system.addEventListener("change", () => this.#keep());
@@ -43,7 +43,7 @@ export class SettingsPanel {
     this.#setOpen(matchMedia(WIDE).matches && session.read("settings-open") === "yes");
   }
 
-  /** What the controls set; null when something in them is wrong, which is then marked. */
+  /** The sampling parameters; null if a control is invalid, which is then marked. */
   sampling() {
     return readSampling(this.texts);
   }
@@ -58,13 +58,13 @@ export class SettingsPanel {
     byId("key", HTMLInputElement).focus();
   }
 
-  /** Open the panel at the first field that is wrong. */
+  /** Open the panel at the first invalid field. */
   showProblem() {
     this.#open(true);
     /** @type {HTMLElement | null} */ (this.panel.querySelector("[aria-invalid=true]"))?.focus();
   }
 
-  /** Show the sampling controls anew. */
+  /** Render the sampling controls again. */
   showFields() {
     byId("sampling", HTMLElement).replaceChildren(...FIELDS.map((field) => this.#makeField(field)));
   }
@@ -108,7 +108,7 @@ export class SettingsPanel {
   #setOpen(isOpen) {
     this.panel.hidden = !isOpen;
     this.toggle.setAttribute("aria-expanded", String(isOpen));
-    byId("main", HTMLElement).inert = isOpen && !matchMedia(WIDE).matches; // where the panel covers it
+    byId("main", HTMLElement).inert = isOpen && !matchMedia(WIDE).matches; // if the panel covers it
   }
 }
 

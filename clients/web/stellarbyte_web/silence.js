@@ -1,9 +1,9 @@
-// Notes when nothing has come for a while, which a server that hangs never tells by itself. Knows no page, no network.
+// Detects silence: a hanging server sends nothing at all.
 
-export const SILENCE_S = 10; // a server without other work begins an answer sooner
+export const SILENCE_S = 10; // an idle server begins an answer sooner
 
 export class SilenceWatch {
-  /** @param {(seconds: number) => void} told is called each SILENCE_S seconds until something is heard */
+  /** @param {(seconds: number) => void} told is called every SILENCE_S seconds until data arrives */
   constructor(told) {
     this.told = told;
     /** @type {ReturnType<typeof setInterval> | undefined} */

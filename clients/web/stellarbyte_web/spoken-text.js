@@ -1,4 +1,4 @@
-// An answer as it is read out: its text without Markdown's marks, a line for each paragraph, item and row.
+// An answer for screen readers: its text without Markdown's marks, a line for each paragraph, item and row.
 
 /** @import { MarkNode } from "../types.js" */
 

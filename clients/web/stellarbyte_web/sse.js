@@ -1,9 +1,9 @@
-// Server-sent events out of a stream of bytes. Knows nothing of what they hold, and no network.
+// Parses server-sent events from a stream of bytes.
 
-/** Bytes come in pieces of any size; an event is complete at its blank line. */
+/** Takes bytes in pieces of any size; an event is complete at its blank line. */
 class EventReader {
   constructor() {
-    this.decoder = new TextDecoder(); // takes a byte order mark away
+    this.decoder = new TextDecoder(); // removes a byte order mark
     this.text = "";
     this.endedWithReturn = false;
     /** @type {string[]} */
@@ -12,7 +12,7 @@ class EventReader {
 
   /**
    * @param {Uint8Array} bytes
-   * @returns {string[]} what the events that are complete now hold
+   * @returns {string[]} the data of newly completed events
    */
   push(bytes) {
     let text = this.decoder.decode(bytes, { stream: true });
@@ -38,7 +38,7 @@ class EventReader {
 }
 
 /**
- * The data of each event. An event that the stream cuts off is dropped.
+ * The data of each event. An event without its end is dropped.
  * @param {AsyncIterable<Uint8Array>} chunks
  * @returns {AsyncGenerator<string, void, void>}
  */

@@ -1,4 +1,4 @@
-// The status page: asks the server each second how it is, and loads and unloads adapters. Pauses while it is hidden.
+// The status page: polls the server's state every second, and loads and unloads adapters. Pauses while hidden.
 
 /** @import { AdapterEntry, Failure } from "../types.js" */
 
@@ -32,7 +32,7 @@ byId("adapters", HTMLElement).append(table.element);
 startKeyField("key", "key", () => void refresh());
 startKeyField("admin-key", "admin-key", () => void refresh());
 
-/** One round of questions, whose answers are shown. If the server goes away meanwhile, the next round tells. */
+/** Poll once, and show the answers. If the server fails meanwhile, the next poll shows it. */
 async function refresh() {
   await readAll().catch(failureOf);
 }
@@ -46,7 +46,7 @@ async function readAll() {
   }
   if (readiness.status === "rejected") {
     const failure = failureOf(readiness.reason);
-    isDescribed = false; // what comes back may be another version, with another model
+    isDescribed = false; // the server may return with another version or model
     showCondition(failure.kind === "gone" ? "notReachable" : "notReady");
     if (failure.kind === "gone") showBanner("bad", () => t("bannerGone"));
     else showBanner("bad", () => t("bannerNotReady", { message: failure.message }));
@@ -63,7 +63,7 @@ async function readAll() {
 
 let isDescribed = false;
 
-/** Version and model, which do not change while a server runs. */
+/** Show version and model, which do not change while a server runs. */
 async function describe() {
   const [version, models] = await Promise.all([server.version(), server.models()]);
   byId("version", HTMLElement).textContent = version;
@@ -73,7 +73,7 @@ async function describe() {
 
 /** @param {Failure} failure */
 function sentenceOf(failure) {
-  if (failure.status === 404) return failure.message; // there is no adapter to choose another of, as in a chat
+  if (failure.status === 404) return failure.message; // not the chat's sentence, which asks to choose another model
   return Object.values(explain(failure)).join(" ");
 }
 
@@ -105,7 +105,7 @@ async function unload(name) {
 }
 
 /**
- * What stands in a field of the form; "" and a note beside it if it is empty.
+ * The text of a field of the form; if it is empty, "" and a note next to the field.
  * @param {string} id
  * @param {"nameMissing" | "pathMissing"} problem
  */
@@ -124,7 +124,7 @@ byId("load", HTMLFormElement).addEventListener("submit", async (event) => {
   const name = readRequired("adapter-name", "nameMissing");
   const path = readRequired("adapter-path", "pathMissing");
   if (name === "" || path === "") return;
-  button.setAttribute("aria-disabled", "true"); // disabled, it would lose the focus
+  button.setAttribute("aria-disabled", "true"); // a disabled button would lose the focus
   button.textContent = t("loading");
   try {
     const loaded = await admin.loadAdapter(name, path, byId("in-place", HTMLInputElement).checked);

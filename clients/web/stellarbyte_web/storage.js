@@ -1,13 +1,13 @@
-// What the page keeps in the browser. Where that is switched off or full, the page itself remembers, and works on.
+// The browser's storage. If it is disabled or full, values are kept in memory, until the page is left.
 
 /** @param {() => Storage} storage */
 function keeper(storage) {
-  /** @type {Map<string, string>} What the browser did not take: known until the page is left. */
+  /** @type {Map<string, string>} Values that the browser did not store. */
   const notTaken = new Map();
   return {
     /**
      * @param {string} name
-     * @returns {string} "" when nothing is kept
+     * @returns {string} "" if nothing is stored
      */
     read(name) {
       const known = notTaken.get(name);
@@ -20,7 +20,7 @@ function keeper(storage) {
     },
     /**
      * @param {string} name
-     * @param {string} value "" forgets it
+     * @param {string} value "" removes it
      * @returns {boolean} false if the browser has no room for it
      */
     write(name, value) {
@@ -37,8 +37,8 @@ function keeper(storage) {
   };
 }
 
-/** Until the tab is closed: conversations, and keys, which are nowhere else. */
+/** Until the tab is closed: conversations, and keys, which are stored nowhere else. */
 export const session = keeper(() => sessionStorage);
 
-/** For good: how the page looks. */
+/** Permanently: the appearance of the page. */
 export const lasting = keeper(() => localStorage);

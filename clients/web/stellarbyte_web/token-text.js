@@ -1,11 +1,11 @@
-// What each token of an answer shows: a character whose bytes lie in several tokens is shown by the last of them.
+// The text of each token of an answer: a character with bytes in several tokens is shown at the last of them.
 
 /** @import { TokenLogprob } from "../types.js" */
 
 const PART = "·"; // a token that ends within a character
 
 /**
- * A function that is given the tokens of one answer in their order.
+ * A function that takes the tokens of one answer in order, and returns their texts.
  * @returns {(token: TokenLogprob) => string}
  */
 export function tokenTexts() {

@@ -1,5 +1,5 @@
-// An answer as its tokens, coloured by their probability; one at a time tells its alternatives in a card. By pointer,
-// by touch, or by keyboard: the list is one stop, arrow keys go from token to token. Knows no requests.
+// An answer as its tokens, coloured by their probability; a card shows the alternatives of one token. By pointer, touch
+// or keyboard: the list is one tab stop, and arrow keys move from token to token.
 
 /** @import { TokenLogprob } from "../types.js" */
 
@@ -7,7 +7,7 @@ import { byId, make } from "./elements.js";
 import { formatNumber, t } from "./i18n.js";
 import { tokenTexts } from "./token-text.js";
 
-let lists = 0; // made so far, for ids
+let lists = 0; // number of lists created, for ids
 
 export class TokenView {
   constructor() {
@@ -92,10 +92,10 @@ export class TokenView {
   }
 }
 
-/** The token that the card is of. */
+/** The token of the card. */
 let beside = /** @type {Element | null} */ (null);
 
-/** What the card lies beside is gone, or is no more where it was. */
+/** Hide the card when its token has gone or moved. */
 export function hideTokenCard() {
   beside?.classList.remove("active");
   beside = null;
@@ -144,7 +144,7 @@ function othersOf(token) {
 }
 
 /**
- * What the card shows, for ears.
+ * The content of the card for screen readers.
  * @param {TokenLogprob} token
  * @param {string} shown
  */
@@ -157,7 +157,7 @@ function labelOf(token, shown) {
 }
 
 /**
- * Parts of characters all have the same text; their bytes tell them apart.
+ * Parts of characters all have the same text, so they are identified by their bytes.
  * @param {import("../types.js").TopLogprob} token
  */
 function identityOf({ token, bytes }) {

@@ -155,7 +155,7 @@ test("fields of the sampling controls hold what the server takes", () => {
     ["max_tokens", "0", "notAtLeast"],
     ["min_p", "1.1", "notBetween"],
     ["seed", "1e300", "notAtLeast"],
-    ["stop", "1\n2\n3\n4\n5", "tooManyLines"],
+    ["stop", Array.from({ length: 33 }, (_, i) => i).join("\n"), "tooManyLines"],
     ["stop", "x".repeat(1001), "tooLong"],
   ]) {
     assert.equal(read(name, text).problem?.key, key, JSON.stringify([name, text]));

@@ -65,9 +65,9 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def owner(self) -> str:
-        """Whose the things are that are made with this key and outlive the server: a name that a file gives stays.
+        """An id of this key for stored files and batches, which stays the same when the server is restarted.
 
-        Keys of flags have their names from their order, so these are known by the keys themselves.
+        The names of keys given as flags depend on their order, so these ids are hashes of the keys.
         """
         if _OF_FLAGS.fullmatch(self.name) is None or self.is_admin:
             return f"name:{self.name}"
@@ -84,7 +84,7 @@ class Keyring:
     """The current keys. `replace` may be called from any thread."""
 
     def __init__(self, settings: ServerSettings, of_file: Sequence[Key] = ()) -> None:
-        """`of_file` are those of --keys."""
+        """`of_file` are the keys of --keys."""
         self._of_flags = keys_of_flags(settings)
         self._keys = (*self._of_flags, *of_file)
         self.has_admin_key = settings.admin_api_key is not None
@@ -103,7 +103,7 @@ class Keyring:
         return found
 
     def of_owner(self, owner: str) -> Key | None:
-        """The key whose `owner` that is; None: whoever needs no key. LookupError when there is none any more."""
+        """The key with this `owner`; None: no key is needed. LookupError if the key no longer exists."""
         if owner == NO_OWNER and not self.has_user_keys:
             return None
         for key in self._keys:

@@ -14,18 +14,18 @@ from stellarbyte_server.api.service import Service
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest
 
-BATCH = "batch"  # in a scope's state, where only this server can put it: the `BatchCaller`
+BATCH = "batch"  # key of the `BatchCaller` in a scope's state, which only this server can set
 
 
 @dataclass(frozen=True)
 class BatchCaller:
-    """A batch makes the request, for the key that made the batch."""
+    """The caller of a batch's request: the key that created the batch."""
 
     key: Key | None
 
 
 def owner_id(http: Request) -> str:
-    """Whose the files and batches are that the request makes and sees."""
+    """The owner of the files and batches that the request creates and sees."""
     key = _key_of(http)
     return NO_OWNER if key is None else key.owner
 
@@ -43,7 +43,7 @@ def owner_of(http: Request) -> str:
 
 
 def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    """The requests with the fields that depend on the caller's key."""
+    """The requests, with the fields set that depend on the caller's key."""
     key = _key_of(http)
     lowest, highest = (BACKGROUND_PRIORITY,) * 2 if BATCH in http.scope["state"] else _priorities(key)
     return [
@@ -91,7 +91,7 @@ def require_permitted(http: Request, service: Service, body: Any) -> None:
 
 
 def most_tokens(http: Request, service: Service) -> int | None:
-    """Most tokens that one answer may have, by the server's settings and the caller's key; None: no limit."""
+    """The maximum number of tokens of one answer, by the server's settings and the caller's key; None: no limit."""
     key = _key_of(http)
     limits = (service.settings.max_tokens_per_request, None if key is None else key.max_tokens_per_request)
     return min((limit for limit in limits if limit is not None), default=None)

@@ -63,7 +63,7 @@ def with_adapter_as_model(body: BodyT, base: str) -> BodyT:
 
 
 def with_ignored(headers: dict[str, str], paths: Sequence[str]) -> dict[str, str]:
-    """Headers that also tell of these fields that they were ignored."""
+    """The headers, with these fields added to the list of ignored ones."""
     if not paths:
         return headers
     named = [headers[_IGNORED]] if _IGNORED in headers else []
@@ -84,7 +84,7 @@ async def parse_apart(request: Request, service: Service, parse: Callable[[bytes
 
 
 def _require_json(request: Request) -> None:
-    """ApiError 415 when the header says that the body is something else; without one it may be JSON."""
+    """ApiError 415 if the Content-Type is not JSON; a missing header is accepted."""
     given = request.headers.get("content-type")
     kind = "" if given is None else given.partition(";")[0].strip().lower()
     if given is not None and not (kind in ("application/json", "text/json") or kind.endswith("+json")):
@@ -142,8 +142,8 @@ class Bounds:
     """Limits of a request's length."""
 
     overflow: Literal["error", "slide"]  # behaviour at the end of the context
-    context: int  # most tokens of prompt and answer together
-    answer: int | None  # most tokens of one answer; None: the rest of the context
+    context: int  # maximum tokens of prompt and answer together
+    answer: int | None  # maximum tokens of one answer; None: the rest of the context
 
     @classmethod
     def of(cls, http: Request, body: GenerationBody, service: Service) -> "Bounds":
@@ -193,7 +193,7 @@ def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None
     wanted, most = num_prompts * body.num_candidates, most_at_once(service)
     if wanted > most:
         raise bad_request(
-            f"The request asks for {wanted} answers; there may be at most {most}.", "prompt" if num_prompts > 1 else "n"
+            f"The request asks for {wanted} answers; at most {most} are allowed.", "prompt" if num_prompts > 1 else "n"
         )
 
 

@@ -1,6 +1,6 @@
-"""What happens around every request, as plain ASGI: its id, its line in the log, its errors, its size and time.
+"""ASGI middleware of every request: ids, access log, CORS, unexpected errors, and bounds on bodies.
 
-Nothing here wraps `receive` in a way that hides a disconnect.
+Each wrapper of `receive` passes disconnects on.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ from stellarbyte_server.observe.tracing import Tracing
 logger = logging.getLogger("server.access")
 
 UPLOAD_PATH = "/v1/files"
-MAX_FORM_BYTES = 64 * 1024  # of an upload beside its file
-SLOWEST_UPLOAD = 64 * 1024  # bytes a second
-BODY_ERROR = "body_error"  # in a scope's state: the ApiError for what is wrong with the body that is being received
+MAX_FORM_BYTES = 64 * 1024  # of an upload, without its file
+SLOWEST_UPLOAD = 64 * 1024  # bytes per second
+BODY_ERROR = "body_error"  # key in a scope's state of the ApiError for an invalid body, found while it is received
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@~-]{1,128}")
 
 
 class RequestLog:
-    """Gives each request an id and a record, and tells at its end what became of it: in the log, metrics, a trace.
+    """Gives each request an id and a record, and reports its outcome to the log, the metrics and the trace.
 
-    A client's own X-Request-Id is used if it is one that can stand anywhere.
+    See `request_id_for` for the X-Request-Id of a client.
     """
 
     def __init__(self, app: ASGIApp, routes: RouteTable, service: Service, tracing: Tracing | None) -> None:
@@ -74,7 +74,7 @@ class RequestLog:
 
 
 def request_id_for(headers: Headers) -> str:
-    """The client's X-Request-Id, if it has one that is safe in headers, logs and shells, else a new one."""
+    """The client's X-Request-Id if it is safe in headers, logs and shells; otherwise a new id."""
     given = headers.getlist("x-request-id")
     return given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(8)
 
@@ -104,9 +104,9 @@ def _log(scope: Scope, status: int | None, record: RequestRecord) -> None:
 def log_request(
     request_id: str, method: str | None, path: str | bytes | None, status: int | None, **fields: str | float | None
 ) -> None:
-    """The one line of a request; what is None it did not have. The path is given decoded, and encoded again.
+    """Write the access log's line for a request; None: the request has no such field.
 
-    So no part of it can be taken for a field of the line.
+    The path is given decoded and is percent-encoded here, so that no part of it looks like a field of the line.
     """
     shown_path = None if path is None else quote(path, safe="/:@!$&'()*+,;=")  # RFC 3986, 3.3
     said = {"method": method, "path": shown_path, "status": status}
@@ -115,7 +115,7 @@ def log_request(
 
 
 class Cors(CORSMiddleware):
-    """Starlette's, whose refusals have the one form of errors."""
+    """Starlette's CORS middleware; refused preflights get this API's error format."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
@@ -123,11 +123,11 @@ class Cors(CORSMiddleware):
             return response
         headers = {"Vary": response.headers["vary"]}
         error = ApiError(400, f"{bytes(response.body).decode()}; see --cors-origin.", headers=headers)
-        return error.response("", None)  # a preflight is of no API
+        return error.response("", None)  # a preflight belongs to neither OpenAI's nor Anthropic's API
 
 
 class Unexpected:
-    """Answers 500 to what nobody expected. Inside of what adds headers to every answer."""
+    """Answers 500 to unexpected exceptions. Inside the middleware that adds headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -150,10 +150,10 @@ class Unexpected:
 
 
 class BodyBounds:
-    """Refuses bodies that are compressed (415), and those over `max_bytes` (413): declared, or as soon as they grow so.
+    """Refuses compressed bodies (415), and bodies that declare or reach more than `max_bytes` (413).
 
-    And those that do not come within `timeout_s`, or not a byte in a quarter of that (408): the connection is closed.
-    Uploads of files have a bound of their own, and more time the more of them has come.
+    408 for bodies that do not arrive within `timeout_s`, or pause for a quarter of it; the connection is closed. File
+    uploads have a separate size limit, and more time with each byte received.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int, timeout_s: float) -> None:
@@ -183,7 +183,7 @@ class BodyBounds:
 
         async def receive_bounded() -> Message:
             nonlocal received, is_complete
-            if is_complete:  # what may still come is the client's leave
+            if is_complete:  # only a disconnect can follow
                 return await receive()
             try:
                 longer_s = received / SLOWEST_UPLOAD if is_upload else 0.0
@@ -204,11 +204,11 @@ class BodyBounds:
         await self._app(scope, receive_bounded, send)
 
     def _encoded(self, coding: str) -> ApiError:
-        message = f"The body's Content-Encoding {coding[:80]!r} is not supported; send it as it is."
+        message = f"The body's Content-Encoding {coding[:80]!r} is not supported; send it uncompressed."
         return ApiError(415, message, headers={"Accept-Encoding": "identity"})  # RFC 9110, 12.5.3
 
     def _too_slow(self) -> ApiError:
-        message = f"The body did not come within {self._timeout_s:g} s, or stopped for a quarter of that."
+        message = f"The body did not arrive within {self._timeout_s:g} s, or paused for a quarter of that."
         return ApiError(408, message, code="request_timeout", headers={"Connection": "close"})
 
 

@@ -32,11 +32,11 @@ class Service:
 
     @property
     def reasoning(self) -> Reasoning | None:
-        """How the model marks its reasoning; None: it does not, or that is not to be looked for."""
+        """The marks of the model's reasoning; None: it has none, or reasoning is not parsed."""
         return None if self.settings.reasoning_parser == "none" else self.tokenizer.reasoning
 
     def fingerprint(self, adapter_hash: str) -> str:
-        """A name of weights, adapter and number formats, on which the answer to a seeded request depends.
+        """Identifies the weights, adapter and number formats, on which the answer to a seeded request depends.
 
         `adapter_hash` is "" without an adapter.
         """

@@ -1,4 +1,4 @@
-"""The form that a request wants its answer to have becomes a grammar, whichever field asks for it."""
+"""Makes a grammar from the structure that a request asks for, in any of several fields."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,15 +22,15 @@ GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class Structure(NamedTuple):
-    """What the text of an answer must be: JSON by a schema, or what another grammar allows."""
+    """The required form of an answer's text: JSON by a schema, or another grammar."""
 
-    param: str  # the field that asks for it
+    param: str  # the field of the request
     schema: dict[str, Any] | None = None
     strict: bool = False
-    make: Callable[[], str] | None = None  # makes the grammar that is no schema; ApiError
+    make: Callable[[], str] | None = None  # makes a grammar other than a schema's; raises ApiError
 
     def grammar(self) -> str:
-        """ApiError when it cannot be enforced."""
+        """The grammar's text; ApiError if it cannot be enforced."""
         if self.make is not None:
             return self.make()
         assert self.schema is not None
@@ -38,15 +38,15 @@ class Structure(NamedTuple):
 
 
 class Grammar(NamedTuple):
-    """What the engine is given, and what of the answer is looked at afterwards."""
+    """The grammar that the engine enforces, and the check of the finished answer."""
 
-    text: str | None = None  # in llguidance's Lark; None: the answer is free
-    param: str | None = None  # the field that asks for it
+    text: str | None = None  # in llguidance's Lark; None: any answer
+    param: str | None = None  # the field of the request
     check: AnswerCheck | None = None
 
 
 def requested_structure(body: GenerationBody) -> Structure | None:
-    """What `structured_outputs` or a `guided_` field asks for; ApiError when several do."""
+    """The structure that `structured_outputs` or a `guided_` field asks for; ApiError if several do."""
     found: list[Structure] = []
     outputs = body.structured_outputs
     if outputs is not None:
@@ -59,7 +59,7 @@ def requested_structure(body: GenerationBody) -> Structure | None:
 
 
 def only_one(*structures: Structure | None) -> Structure | None:
-    """ApiError when there are several."""
+    """The structure that is given, if any; ApiError if several are."""
     found = [structure for structure in structures if structure is not None]
     if len(found) > 1:
         first, second = found[0].param, found[1].param
@@ -83,7 +83,7 @@ def _structure(kind: str, value: Any, param: str) -> Structure:
 
 
 def _schema(text: str, param: str) -> dict[str, Any]:
-    """A schema that is given as JSON in a text."""
+    """Parse a schema given as a string of JSON."""
     reason = too_large(text.encode(errors="surrogatepass"))
     try:
         schema = None if reason is not None else from_json(text, allow_inf_nan=False)
@@ -95,13 +95,13 @@ def _schema(text: str, param: str) -> dict[str, Any]:
 
 
 async def enforceable(http: Request, service: Service, make: Callable[[], str], param: str) -> Grammar:
-    """What `make` makes, in a thread because schemas may be large, once it is known that the engine can use it."""
+    """Make a grammar, in a thread because schemas may be large, and check that the engine can use it."""
     text = await off_loop(http, service, make, record_of(http).body_bytes)
     return Grammar(await checked(text, param, service.text_work, owner_of(http)), param)
 
 
 async def text_grammar(http: Request, service: Service, structure: Structure | None) -> Grammar:
-    """The grammar of an answer that is a text; ApiError when it cannot be enforced, which names the field."""
+    """The grammar of an answer without tool calls; ApiError naming the field if it cannot be enforced."""
     if structure is None:
         return Grammar()
     grammar = await enforceable(http, service, structure.grammar, structure.param)

@@ -25,7 +25,7 @@ from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected, SamplingParams
 from stellarbyte_server.tokens.tokenizer import UnembeddableTokenError
 
-_AT_ONCE = 32  # inputs of one request in the engine at once, to leave room for others
+_AT_ONCE = 32  # inputs of one request in the engine at once, to leave room for other requests
 _NOTHING = SamplingParams(max_tokens=0, seed=0)
 
 

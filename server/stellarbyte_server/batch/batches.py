@@ -1,4 +1,4 @@
-"""Batches: what was asked, how far each is. Every change of state is one transaction of the index."""
+"""Batches and their progress. Every change of state is one transaction of the index."""
 
 import secrets
 import time
@@ -18,7 +18,7 @@ Endpoint = Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings", 
 
 
 class BatchProblem(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a batch failed."""
+    """A reason why a batch failed."""
 
     code: str
     message: str
@@ -33,7 +33,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """As of now. Times are Unix seconds."""
+    """A batch in its current state. Times are Unix seconds."""
 
     id: str
     owner: str
@@ -42,9 +42,9 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] | None
     outputs_kept_s: int = KEPT_S
     status: Status = "validating"
-    ending: Ending | None = None  # what a batch that is finalizing becomes
+    ending: Ending | None = None  # the final status, once it is decided
     problems: tuple[BatchProblem, ...] = ()
-    output_file_id: str | None = None  # of a batch that is finalizing: what it will be
+    output_file_id: str | None = None  # may be set before the file exists
     error_file_id: str | None = None
     counts: Counts = Counts()
     created_at: int
@@ -60,7 +60,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Batches:
-    """The batches in --data-dir. Any thread; all of it may wait for the disk."""
+    """The batches in --data-dir. Any thread; every method may block on the disk."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -74,7 +74,7 @@ class Batches:
         metadata: dict[str, str] | None,
         outputs_kept_s: int,
     ) -> Batch:
-        """NoRoom when the owner has too many that have not ended, LookupError when the input is gone."""
+        """NoRoom if the owner has too many unfinished batches, LookupError if the input no longer exists."""
         now = int(time.time())
         batch = Batch(
             id=f"batch_{secrets.token_hex(16)}",
@@ -90,9 +90,7 @@ class Batches:
             query = "SELECT COUNT(*) FROM batches WHERE owner = ? AND NOT is_over"
             (number,) = database.execute(query, (owner,)).fetchone()
             if number >= MAX_UNFINISHED:
-                raise NoRoom(
-                    f"There are {number} unfinished batches already, which is the limit; wait for some to end."
-                )
+                raise NoRoom(f"The limit of {number} unfinished batches is reached; wait until some have ended.")
             if database.execute("SELECT 1 FROM files WHERE id = ?", (input_file_id,)).fetchone() is None:
                 raise LookupError("no such file")
             database.execute(
@@ -102,7 +100,7 @@ class Batches:
         return batch
 
     def find(self, batch_id: str, owner: str | None = None) -> Batch | None:
-        """`owner` None: whoever's it is."""
+        """A batch of an owner; `owner` None: of any owner."""
         with self._index.reading() as database:
             row = database.execute("SELECT owner, content FROM batches WHERE id = ?", (batch_id,)).fetchone()
         if row is None or (owner is not None and row["owner"] != owner):
@@ -110,7 +108,7 @@ class Batches:
         return msgspec.json.decode(row["content"], type=Batch)
 
     def page(self, owner: str, *, limit: int, after: str | None) -> tuple[list[Batch], bool]:
-        """Up to `limit` batches, newest first, behind `after`, and whether there are more; KeyError: no such batch."""
+        """Up to `limit` batches after `after`, newest first, and whether more follow; KeyError if `after` is absent."""
         where, values = "owner = ?", [owner]
         with self._index.reading() as database:
             if after is not None:
@@ -124,14 +122,14 @@ class Batches:
         return [msgspec.json.decode(row["content"], type=Batch) for row in rows[:limit]], len(rows) > limit
 
     def unfinished(self, limit: int) -> list[Batch]:
-        """The oldest of those that have not ended."""
+        """The oldest unfinished batches."""
         with self._index.reading() as database:
             query = "SELECT content FROM batches WHERE NOT is_over ORDER BY number LIMIT ?"
             rows = database.execute(query, (limit,)).fetchall()
         return [msgspec.json.decode(row["content"], type=Batch) for row in rows]
 
     def change(self, batch_id: str, change: Callable[[Batch], Batch]) -> Batch | None:
-        """Replace a batch with what `change` makes of it; what it is then, None if there is none any more."""
+        """Replace a batch with the result of `change`, and return it; None if the batch no longer exists."""
         with self._index.transaction() as database:
             row = database.execute("SELECT content FROM batches WHERE id = ?", (batch_id,)).fetchone()
             if row is None:
@@ -146,11 +144,11 @@ class Batches:
         return after
 
     def cancel(self, batch_id: str) -> Batch | None:
-        """Let a batch that has not ended, or is not about to, end early; any other stays as it is."""
+        """Cancel a batch, unless it has ended or is about to end."""
         return self.change(batch_id, _cancelled)
 
     def remove_old(self) -> None:
-        """Forget batches that have ended long ago."""
+        """Delete batches that ended long ago."""
         with self._index.transaction() as database:
             database.execute("DELETE FROM batches WHERE is_over AND forget_at <= ?", (int(time.time()),))
 

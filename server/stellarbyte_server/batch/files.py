@@ -1,4 +1,4 @@
-"""Stored files: each belongs to the key that uploaded it, for as long as it said."""
+"""Stored files. Each belongs to the key that uploaded it, until it expires."""
 
 import contextlib
 import os
@@ -18,11 +18,11 @@ from stellarbyte_server.batch.index import Index
 DAY_S = 86_400
 KEPT_S = 30 * DAY_S  # unless an upload says otherwise
 MAX_FILES = 1000  # of one key
-MAX_UPLOADS = 4  # of one key to one process, at the same time: what they bring is counted at their end
+MAX_UPLOADS = 4  # of one key to one process at once, because uploads count against the limits only at their end
 
 
 class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What the index knows of a file. Times are Unix seconds."""
+    """A file's entry in the index. Times are Unix seconds."""
 
     id: str
     owner: str
@@ -34,11 +34,11 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TooManyUploads(Exception):
-    """A key uploads too many files at the same time; str() is one sentence for the user."""
+    """A key uploads too many files at once; str() is one sentence for the user."""
 
 
 class NoRoom(Exception):
-    """A key has reached a limit of what it may store; str() is one sentence for the user."""
+    """A key has reached a storage limit; str() is one sentence for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class StoreLimits:
 
 
 class Upload:
-    """A file that is being received; `Files.keep` makes it one that is there. Always `close` it."""
+    """A file that is being received; `Files.keep` stores it. Always `close` it."""
 
     def __init__(self, folder: DataFolder) -> None:
         self.name = secrets.token_hex(16)
@@ -66,7 +66,7 @@ class Upload:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Forget it, unless it was kept."""
+        """Delete the file, unless it was stored."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -74,7 +74,7 @@ class Upload:
 
 
 class Files:
-    """The files in --data-dir. Any thread; all of it may wait for the disk."""
+    """The files in --data-dir. Any thread; every method may block on the disk."""
 
     def __init__(self, folder: DataFolder, index: Index, limits: StoreLimits) -> None:
         self.limits = limits
@@ -84,9 +84,9 @@ class Files:
 
     @contextlib.contextmanager
     def uploading(self, owner: str) -> Iterator[None]:
-        """The owner uploads a file meanwhile; TooManyUploads. Event loop only."""
+        """A context in which the owner uploads a file; TooManyUploads. Event loop only."""
         if self._uploading[owner] >= MAX_UPLOADS:
-            raise TooManyUploads(f"{MAX_UPLOADS} files are being uploaded already; try again when one is complete.")
+            raise TooManyUploads(f"{MAX_UPLOADS} files are already being uploaded; try again when one is complete.")
         self._uploading[owner] += 1
         try:
             yield
@@ -99,7 +99,7 @@ class Files:
         return Upload(self._folder)
 
     def keep(self, upload: Upload, *, owner: str, filename: str, purpose: str, kept_s: int) -> StoredFile:
-        """Make an upload a file; NoRoom when its owner has too many, or too much."""
+        """Store an upload as a file; NoRoom if its owner would have too many files or bytes."""
         upload.sync()
         now = int(time.time())
         file = StoredFile(
@@ -115,10 +115,10 @@ class Files:
             query = "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM files WHERE owner = ?"
             number, num_bytes = database.execute(query, (owner,)).fetchone()
             if number >= MAX_FILES:
-                raise NoRoom(f"There are {number} files already, which is the limit; delete some first.")
+                raise NoRoom(f"The limit of {number} files is reached; delete some first.")
             if num_bytes + file.bytes > self.limits.owner_bytes:
                 raise NoRoom(
-                    f"The files would have {num_bytes + file.bytes} bytes together; at most {self.limits.owner_bytes}"
+                    f"All files together would have {num_bytes + file.bytes} bytes; at most {self.limits.owner_bytes}"
                     " are allowed; delete some first."
                 )
             self._folder.move("uploads", upload.name, "files", file.id)
@@ -126,7 +126,7 @@ class Files:
         return file
 
     def adopt(self, name: str, file: StoredFile) -> None:
-        """Make a file of work/ one that is there; nothing is left to do if this happened before."""
+        """Store a file from work/. May be repeated after an interruption."""
         if self._folder.size("work", name) is not None:
             self._folder.move("work", name, "files", file.id)
         with self._index.transaction() as database:
@@ -139,7 +139,7 @@ class Files:
         return int(num_bytes)
 
     def find(self, owner: str, file_id: str, *, even_expired: bool = False) -> StoredFile | None:
-        """A file of that owner that has not expired; `even_expired`: or is still there because a batch reads it."""
+        """A file of the owner that has not expired. `even_expired`: also one kept because a batch reads it."""
         now = -1 if even_expired else int(time.time())
         query = f"SELECT {_COLUMNS} FROM files WHERE id = ? AND owner = ? AND expires_at > ?"
         with self._index.reading() as database:
@@ -147,13 +147,13 @@ class Files:
         return None if row is None else StoredFile(**row)
 
     def open(self, file: StoredFile) -> BinaryIO:
-        """OSError when it is gone."""
+        """Open a file for reading; OSError if it no longer exists."""
         return self._folder.open("files", file.id, "rb")
 
     def page(
         self, owner: str, *, limit: int, newest_first: bool, after: str | None, purpose: str | None
     ) -> tuple[list[StoredFile], bool]:
-        """Up to `limit` files behind the file `after`, and whether there are more; KeyError: there is no such file."""
+        """Up to `limit` files after the file `after`, and whether more follow; KeyError if `after` does not exist."""
         order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
         where, values = "owner = ? AND expires_at > ?", [owner, int(time.time())]
         with self._index.reading() as database:
@@ -169,7 +169,7 @@ class Files:
         return [StoredFile(**row) for row in rows[:limit]], len(rows) > limit
 
     def remove(self, file: StoredFile) -> str | None:
-        """Remove a file, unless a batch that has not ended reads it: the id of that batch."""
+        """Remove a file, unless an unfinished batch reads it. Returns the id of that batch."""
         with self._index.transaction() as database:
             query = "SELECT id FROM batches WHERE input_file_id = ? AND NOT is_over"
             row = database.execute(query, (file.id,)).fetchone()
@@ -180,7 +180,7 @@ class Files:
         return None
 
     def remove_expired(self) -> None:
-        """Files whose time is over and that no batch reads."""
+        """Remove expired files that no batch reads."""
         unused = "id NOT IN (SELECT input_file_id FROM batches WHERE NOT is_over)"
         with self._index.transaction() as database:
             query = f"DELETE FROM files WHERE expires_at <= ? AND {unused} RETURNING id"
@@ -189,7 +189,7 @@ class Files:
             self._folder.remove("files", file_id)
 
     def remove_leftovers(self, planned: set[str]) -> None:
-        """At the start: what a server that was ended in the middle has left. Files that are `planned` stay."""
+        """At the start: remove the remains of an interrupted server. `planned` files stay."""
         with self._index.reading() as database:
             known = {row["id"] for row in database.execute("SELECT id FROM files").fetchall()}
         for name in set(self._folder.names("files")) - known - planned:

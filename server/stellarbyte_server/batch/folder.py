@@ -1,12 +1,12 @@
-"""The folder --data-dir: who may use it, where what lies in it. Nothing is read or written outside.
+"""The folder --data-dir: its locks and layout. No file outside it is read or written.
 
 Names of files are made by the server; folders are opened once, and no link is followed below --data-dir.
 
-    lock, runner.lock   held by the server, and by the process of it that runs batches
-    index.sqlite3       what files and batches there are (see index.py)
+    lock, runner.lock   held by the server, and by the HTTP process that runs batches
+    index.sqlite3       the index of files and batches (see index.py)
     files/ID            the content of a file
-    uploads/NAME        files that are still being received; emptied at the start
-    work/ID.output      what a running batch has answered so far, and work/ID.errors
+    uploads/NAME        files that are being received; emptied at the start
+    work/ID.output      answers of a running batch, and work/ID.errors
 """
 
 import errno
@@ -27,10 +27,10 @@ class DataFolderError(ValueError):
 
 
 class DataFolder:
-    """One process's way into --data-dir. Any thread."""
+    """The folder --data-dir, opened by one process. Any thread."""
 
     def __init__(self, path: str) -> None:
-        """Opens the folder and makes what is missing in it; DataFolderError."""
+        """Open the folder and create missing subfolders; DataFolderError."""
         self.path = Path(path)
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class DataFolder:
         return os.open(place, _FOLDER_FLAGS, dir_fd=self._root)
 
     def _refuse_link(self, name: str) -> None:
-        """OSError when there is something else than a plain file under a name."""
+        """Open a plain file; OSError if the name is something else."""
         try:
             mode = os.lstat(name, dir_fd=self._root).st_mode
         except FileNotFoundError:
@@ -57,7 +57,7 @@ class DataFolder:
             raise OSError(errno.EINVAL, f"{name} is not a plain file")
 
     def lock(self, name: str) -> int | None:
-        """A file descriptor that holds a lock of the folder until it is closed; None while another process has it."""
+        """Take a lock of the folder. Returns a file descriptor that holds it until closed; None: it is taken."""
         lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._root)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +67,7 @@ class DataFolder:
         return lock
 
     def open(self, place: Place, name: str, mode: Literal["rb", "xb", "ab"]) -> BinaryIO:
-        """Open a file without a buffer; OSError."""
+        """Open a file unbuffered; OSError."""
 
         def opener(path: str, flags: int) -> int:
             return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._folders[place])
@@ -75,19 +75,19 @@ class DataFolder:
         return open(name, mode, buffering=0, opener=opener)
 
     def move(self, place: Place, name: str, to: Place, new_name: str) -> None:
-        """Move a file, for good once this returns."""
+        """Move a file durably."""
         os.replace(name, new_name, src_dir_fd=self._folders[place], dst_dir_fd=self._folders[to])
         os.fsync(self._folders[to])
 
     def remove(self, place: Place, name: str) -> None:
-        """Remove a file if it is there."""
+        """Remove a file if it exists."""
         try:
             os.unlink(name, dir_fd=self._folders[place])
         except FileNotFoundError:
             pass
 
     def size(self, place: Place, name: str) -> int | None:
-        """Bytes of a file; None if it is not there."""
+        """The size of a file in bytes; None if it does not exist."""
         try:
             return os.stat(name, dir_fd=self._folders[place], follow_symlinks=False).st_size
         except FileNotFoundError:

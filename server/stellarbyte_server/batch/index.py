@@ -1,6 +1,6 @@
 """The index of files and batches: one SQLite database, which all HTTP processes of a server open.
 
-SQLite is the one place that says what there is, so a server that ends in the middle of anything goes on from it.
+The database is the only record of existing files and batches, so an interrupted server continues from it.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ CREATE INDEX unfinished_batches ON batches (number) WHERE NOT is_over;
 
 
 class Index:
-    """A connection that threads take in turn."""
+    """A connection that one thread uses at a time."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
@@ -48,7 +48,7 @@ class Index:
         self._connection.execute("PRAGMA synchronous = FULL")
 
     def prepare(self) -> None:
-        """Make the tables; ValueError when they are of another version of the server."""
+        """Create the tables; ValueError if another version of the server made them."""
         with self.transaction() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == 0:
@@ -60,7 +60,7 @@ class Index:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All statements within happen at once, or none; no other process writes meanwhile."""
+        """A transaction that excludes other processes' writes."""
         with self._lock:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -72,7 +72,7 @@ class Index:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """For single statements that change nothing."""
+        """For single statements that only read."""
         with self._lock:
             yield self._connection
 

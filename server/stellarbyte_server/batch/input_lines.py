@@ -1,4 +1,4 @@
-"""The input of a batch: one request a line. All lines are checked before the first is run."""
+"""The input of a batch: one request per line. All lines are checked before the first is run."""
 
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
@@ -9,13 +9,13 @@ from stellarbyte_server.batch.batches import BatchProblem
 
 MAX_LINES = 50_000
 MAX_ID_CHARACTERS = 512
-MAX_PROBLEMS = 100  # that are told
-_MORE_THAN_BODY = 8192  # bytes of a line beside its body
+MAX_PROBLEMS = 100  # reported to the user
+_MORE_THAN_BODY = 8192  # bytes of a line, without its body
 _READ_BYTES = 2**20
 
 
 class InputLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One request; its body is checked like that of any other request, when it is run."""
+    """One request; its body is checked when it is run, like that of any other request."""
 
     custom_id: str
     method: str
@@ -24,7 +24,7 @@ class InputLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LinePlace(NamedTuple):
-    """Where a request stands in the file. A batch may have many, so their texts are read when they are run."""
+    """The place of a request in the file. A batch may have many requests, so each is read when it is run."""
 
     custom_id: str
     start: int
@@ -40,7 +40,7 @@ _object_decoder = msgspec.json.Decoder(_Object)
 
 
 def check_input(file: BinaryIO, endpoint: str, max_body_bytes: int) -> tuple[list[LinePlace], list[BatchProblem]]:
-    """The requests of a file, and what is wrong with it: if there is anything, none of them is to be run."""
+    """The requests of a file, and its problems; if it has any, no request must be run."""
     places: list[LinePlace] = []
     problems: list[BatchProblem] = []
     seen: dict[str, int] = {}
@@ -58,7 +58,7 @@ def check_input(file: BinaryIO, endpoint: str, max_body_bytes: int) -> tuple[lis
         if isinstance(line, BatchProblem):
             problems.append(line)
         elif line.custom_id in seen:
-            message = f"The custom_id {line.custom_id!r:.100} is that of line {seen[line.custom_id]} already."
+            message = f"Line {seen[line.custom_id]} has the same custom_id, {line.custom_id!r:.100}."
             problems.append(_problem("duplicate_custom_id", message, number, "custom_id"))
         else:
             seen[line.custom_id] = number
@@ -69,7 +69,7 @@ def check_input(file: BinaryIO, endpoint: str, max_body_bytes: int) -> tuple[lis
 
 
 def body_at(file: BinaryIO, place: LinePlace) -> bytes:
-    """The body of a request that was checked; OSError or ValueError when the file has changed since."""
+    """The body of a checked request; OSError or ValueError if the file has changed since the check."""
     file.seek(place.start)
     text = file.read(place.num_bytes)
     return bytes(_decoder.decode(text).body)
@@ -80,7 +80,7 @@ def _checked(text: bytes, number: int, endpoint: str, max_body_bytes: int) -> In
         line = _decoder.decode(text)
         _object_decoder.decode(line.body)
     except msgspec.ValidationError as error:
-        return _problem("invalid_line", f"The line is not a request of a batch: {error}.", number)
+        return _problem("invalid_line", f"The line is not a valid request: {error}.", number)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return _problem("invalid_json_line", f"The line is not valid JSON: {error}.", number)
     if not 1 <= len(line.custom_id) <= MAX_ID_CHARACTERS:
@@ -101,8 +101,8 @@ def _problem(code: str, message: str, line: int, param: str | None = None) -> Ba
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """Number, start and text of each line that is not blank; no text where it has more than `most` bytes."""
-    number, start = 1, 0  # of the line that `text` begins
+    """Number, start and text of each line that is not blank; None for a text of more than `most` bytes."""
+    number, start = 1, 0  # of the line that begins with `text`
     text = bytearray()
     is_too_long = False
 

@@ -1,6 +1,6 @@
-"""What a running batch has answered so far: two files to which each answered request adds a line.
+"""The results of a running batch: two files, to which each answered request adds a line.
 
-They say what need not be done again when a server ends in the middle. A line that was cut off is done again.
+An interrupted server continues with the requests that have no complete line.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from stellarbyte_server.batch.folder import DataFolder
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request of a batch was answered."""
+    """The answer to one request of a batch."""
 
     status: int
     request_id: str
@@ -26,7 +26,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def error_code(self) -> str | None:
-        """Of an answer that is an error."""
+        """The code of an error; None for other answers."""
         with contextlib.suppress(msgspec.MsgspecError):
             return msgspec.json.decode(self.body, type=_ErrorBody).error.code
         return None
@@ -53,10 +53,10 @@ def errors_name(batch: Batch) -> str:
 
 
 class Results:
-    """The results of one batch that runs; `close` it. Any thread."""
+    """The results of one running batch; `close` it. Any thread."""
 
     def __init__(self, folder: DataFolder, batch: Batch) -> None:
-        """Finds what was answered before."""
+        """Read the results that an earlier process has written."""
         self.done: set[str] = set()  # custom_ids
         self.num_bytes = 0
         self._num_failed = 0
@@ -110,7 +110,7 @@ class Results:
             self.num_bytes += len(line)
 
     def sync(self) -> None:
-        """What was added stays, even if the machine fails."""
+        """Make all added results durable."""
         for file in (self._outputs, self._errors):
             os.fsync(file.fileno())
 
@@ -120,7 +120,7 @@ class Results:
 
 
 def planned(batch: Batch, results: Results, ending: Ending, now: int) -> Batch:
-    """A batch that is about to end, with the ids that its files will have; a file without lines is not kept."""
+    """The batch before its end, with the ids of its future files; a file without lines is not kept."""
     counts = results.counts(batch.counts.total)
     return msgspec.structs.replace(
         batch,
@@ -134,7 +134,7 @@ def planned(batch: Batch, results: Results, ending: Ending, now: int) -> Batch:
 
 
 def publish(batch: Batch, folder: DataFolder, files: Files, now: int) -> None:
-    """Make the results of a batch that is about to end files of its owner; it may be repeated."""
+    """Store the results of a `planned` batch as files of its owner. May be repeated after an interruption."""
     for name, file_id, kind in (
         (output_name(batch), batch.output_file_id, "output"),
         (errors_name(batch), batch.error_file_id, "error"),
@@ -146,7 +146,7 @@ def publish(batch: Batch, folder: DataFolder, files: Files, now: int) -> None:
         if num_bytes is None:
             num_bytes = folder.size("files", file_id)
         if num_bytes is None:
-            continue  # it was published, and removed since
+            continue  # published before, and since removed
         file = StoredFile(
             id=file_id,
             owner=batch.owner,

@@ -1,7 +1,7 @@
-"""Runs the requests of batches. Of all processes of a server one does, the one that holds the folder's lock.
+"""Runs the requests of batches, in the HTTP process that holds the folder's lock.
 
-Requests go the way of any other request (`Ask`), at the lowest priority and in the name of the key that made the
-batch. A server that is ended goes on with its batches when it is started again.
+Requests pass through the application like any other (`Ask`), at the lowest priority and with the key that made the
+batch. A restarted server continues its batches.
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from stellarbyte_server.batch.storage import Storage
 
 logger = logging.getLogger("server.batch")
 
-MAX_BATCHES = 16  # that run at once; the others wait
-LOOK_S = 0.25  # between looks for new and cancelled batches
+MAX_BATCHES = 16  # running at once; others wait
+LOOK_S = 0.25  # between polls for new and cancelled batches
 _CLEAN_S = 60.0
-_RETRY_S = 60.0  # after the server has failed: a full disk, for example
-_REFUSED = (429, 503)  # that is, for now
-# How often a request may be refused for now before that is its answer: 503 is a crash in the middle of it.
+_RETRY_S = 60.0  # after an error of the server, such as a full disk
+_REFUSED = (429, 503)  # temporary refusals
+# The number of temporary refusals after which a refusal becomes the answer: 503 means a crash during the request.
 _MOST_REFUSALS = {"engine_unavailable": 3, "rate_limit_exceeded": 100}
 
 
 class OwnerGone(Exception):
-    """The key that made a batch does not exist any more."""
+    """The key that made a batch no longer exists."""
 
 
 Ask = Callable[[str, str, bytes], Awaitable[Answer]]  # owner, endpoint, body; raises OwnerGone
@@ -44,7 +44,7 @@ class BatchRunner:
     def __init__(
         self, storage: Storage, ask: Ask, *, is_open: Callable[[], bool], at_once: int, max_body_bytes: int
     ) -> None:
-        """`is_open`: whether the engine takes requests now; `at_once`: requests of all batches."""
+        """`is_open`: whether the engine takes requests now; `at_once`: maximum concurrent requests of all batches."""
         self._storage = storage
         self._ask = ask
         self._is_open = is_open
@@ -72,7 +72,7 @@ class BatchRunner:
             os.close(lock)
 
     async def _start_new(self) -> None:
-        """Begin what is to be run now, and remove what is old."""
+        """Start new batches, and remove expired data."""
         if time.monotonic() - self._cleaned_s >= _CLEAN_S:
             self._cleaned_s = time.monotonic()
             await asyncio.to_thread(self._storage.remove_old)
@@ -111,7 +111,7 @@ class BatchRunner:
         return changed
 
     async def _start(self, batch: Batch) -> tuple[Batch, list[LinePlace]]:
-        """A batch whose input was checked, with its requests; it is about to fail when the input is not right."""
+        """Check the input of a batch. Returns the batch and its requests; with invalid input, `ending` is failed."""
         places, problems = await asyncio.to_thread(self._check, batch)
 
         def begin(now: Batch) -> Batch:
@@ -132,11 +132,11 @@ class BatchRunner:
             with self._storage.files.open(file) as content:
                 return check_input(content, batch.endpoint, self._max_body_bytes)
         except FileNotFoundError:
-            message = f"The file {batch.input_file_id} does not exist any more."
+            message = f"The file {batch.input_file_id} no longer exists."
             return [], [BatchProblem(code="file_not_found", message=message, param="input_file_id")]
 
     async def _ask_until_answered(self, batch: Batch, place: LinePlace) -> Answer:
-        """The final answer to a request: refusals for now are waited for, without a place among those that run."""
+        """The final answer to a request. After a temporary refusal it waits, without a place among running requests."""
         refusals: Counter[str | None] = Counter()
         while True:
             async with self._places:
@@ -163,7 +163,7 @@ AskLine = Callable[[Batch, LinePlace], Awaitable[Answer]]
 
 
 class _RunningBatch:
-    """One batch from its first request, or the first that is left, to its last."""
+    """Runs the remaining requests of one batch."""
 
     def __init__(self, storage: Storage, batch: Batch, places: list[LinePlace], results: Results, ask: AskLine) -> None:
         self.problems: tuple[BatchProblem, ...] = ()
@@ -174,7 +174,7 @@ class _RunningBatch:
         self._left = deque(place for place in places if place.custom_id not in results.done)
 
     async def run(self, at_once: int) -> Ending:
-        """How it ends; what was running then is not among the results."""
+        """Run until the end, and return how the batch ends; requests still running then have no results."""
         workers = [asyncio.create_task(self._work()) for _ in range(min(at_once, len(self._left)))]
         watcher = asyncio.create_task(self._watch())
         everything = asyncio.ensure_future(asyncio.gather(*workers))
@@ -184,7 +184,7 @@ class _RunningBatch:
             if not everything.done():
                 ending = watcher.result()
             elif isinstance(error := everything.exception(), OwnerGone):
-                ending = self._fail("invalid_api_key", "The API key that made the batch does not exist any more.")
+                ending = self._fail("invalid_api_key", "The API key that made the batch no longer exists.")
             elif error is not None:
                 raise error
             else:
@@ -208,7 +208,7 @@ class _RunningBatch:
                 raise
 
     async def _watch(self) -> Ending:
-        """Why to end early; meanwhile it notes how far the batch is."""
+        """Record the progress until the batch must end early; returns how it ends."""
         storage, batch = self._storage, self._batch
         stored = await asyncio.to_thread(storage.files.used_bytes, batch.owner)
         while True:
@@ -221,7 +221,7 @@ class _RunningBatch:
             if time.time() >= now.expires_at:
                 return "expired"
             if stored + self._results.num_bytes > storage.files.limits.owner_bytes:
-                return self._fail("storage_full", "The key's files would be larger than it may store.")
+                return self._fail("storage_full", "The key's files would exceed its storage limit.")
             await asyncio.sleep(LOOK_S)
 
     def _fail(self, code: str, message: str) -> Ending:
@@ -235,7 +235,7 @@ class _RunningBatch:
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Do work that a cancelled caller waits for as well, since a thread goes on with it."""
+    """Wait for work in a thread to its end, even if the caller is cancelled, because the thread continues."""
     working = asyncio.ensure_future(work)
     try:
         await asyncio.shield(working)
@@ -245,7 +245,7 @@ async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _plan(batch: Batch, *, results: Results, ending: Ending, problems: tuple[BatchProblem, ...]) -> Batch:
-    """A batch that was told to be cancelled while its last request was answered is cancelled."""
+    """The batch before its end. If it was cancelled while its last request ran, it ends as cancelled."""
     ending = "cancelled" if batch.status == "cancelling" else ending
     return msgspec.structs.replace(planned(batch, results, ending, int(time.time())), problems=problems)
 

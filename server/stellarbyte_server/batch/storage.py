@@ -1,4 +1,4 @@
-"""All that --data-dir holds, as one process of the server has it."""
+"""The contents of --data-dir, as opened by one process of the server."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from stellarbyte_server.batch.index import Index
 
 @dataclass(frozen=True)
 class Storage:
-    """Any thread."""
+    """Files and batches. Any thread."""
 
     folder: DataFolder
     files: Files
@@ -19,13 +19,13 @@ class Storage:
 
     @classmethod
     def open(cls, path: str, limits: StoreLimits) -> "Storage":
-        """A process's own way to a folder that `claim_folder` has prepared."""
+        """Open a folder that `claim_folder` has prepared."""
         folder = DataFolder(path)
         index = Index(folder.path / INDEX)
         return cls(folder, Files(folder, index, limits), Batches(index), index)
 
     def remove_old(self) -> None:
-        """What has expired."""
+        """Remove expired files and batches."""
         self.files.remove_expired()
         self.batches.remove_old()
 
@@ -35,10 +35,10 @@ class Storage:
 
 
 def claim_folder(path: str) -> int:
-    """Make a folder this server's: the descriptor that returns holds it until it is closed.
+    """Claim a folder for this server; the returned descriptor holds it until closed.
 
     Raises:
-        DataFolderError: it cannot be used, or another server uses it.
+        DataFolderError: the folder cannot be used, or another server uses it.
     """
     storage = Storage.open(path, StoreLimits(file_bytes=0, owner_bytes=0))
     try:

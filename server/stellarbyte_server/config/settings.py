@@ -199,8 +199,8 @@ class ServerSettings:
     reasoning_parser: Literal["auto", "none"] = option(
         one_of("auto", "none"),
         "auto|none",
-        "auto: answers to chats show the model's reasoning apart, if its vocabulary or chat template has marks for it;"
-        " none: as a part of the text",
+        "auto: answers to chats show the model's reasoning separately, if its vocabulary or chat template has marks for"
+        " it; none: as part of the text",
         "auto",
     )
     api_key: tuple[str, ...] = option(
@@ -248,13 +248,13 @@ class ServerSettings:
     data_dir: str | None = option(
         not_empty,
         "DIR",
-        "folder for uploaded files and batches, which is made if it is missing (default: none, so /v1/files and"
-        " /v1/batches are off)",
+        "folder for uploaded files and batches, created if missing (default: none, so /v1/files and /v1/batches are"
+        " off)",
         None,
     )
     max_file_bytes: int = option(byte_count, "BYTES", "maximum size of an uploaded file", 200 * 2**20)
     max_stored_bytes: int = option(
-        byte_count, "BYTES", "maximum size of the files of one key, those of batches' results included", 2 * 2**30
+        byte_count, "BYTES", "maximum size of all files of one key, including results of batches", 2 * 2**30
     )
     receive_timeout: float = option(
         some_seconds,
@@ -276,7 +276,7 @@ class ServerSettings:
     unknown_fields: str = option(
         one_of("error", "warn"),
         "error|warn",
-        "unknown or unsupported request fields: error refuses the request; warn names them in a response header",
+        "unknown or unsupported request fields: error refuses the request; warn lists them in a response header",
         "error",
     )
     otlp_endpoint: str | None = option(

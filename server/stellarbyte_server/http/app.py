@@ -31,7 +31,7 @@ from stellarbyte_server.tokens.tokenizer import NoTokenizerError
 # Response headers that pages of other origins may read.
 _EXPOSED = ("X-Request-Id", "Request-Id", "X-Ignored-Fields", "Retry-After", "WWW-Authenticate")
 
-# Newer versions of FastAPI have spans and logs that would contain users' data; ours are in tracing.py.
+# Newer versions of FastAPI have spans and logs that would contain users' data; this server's are in tracing.py.
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 

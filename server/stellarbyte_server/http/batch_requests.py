@@ -1,4 +1,4 @@
-"""The requests of batches go through the whole application like any other, without a socket."""
+"""Passes the requests of batches through the whole application, without a socket."""
 
 import asyncio
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ class _Choices(msgspec.Struct):
 
 @dataclass(frozen=True)
 class BatchRequests:
-    """Asks an application in the name of the keys that made batches."""
+    """Sends requests to an application, with the keys that made the batches."""
 
     app: ASGIApp
     keyring: Keyring
     client: EngineClient
 
     async def ask(self, owner: str, endpoint: str, body: bytes) -> Answer:
-        """The answer to a request; OwnerGone when its key does not exist any more."""
+        """The answer to a request; OwnerGone if its key no longer exists."""
         try:
             key = self.keyring.of_owner(owner)
         except LookupError:
@@ -56,27 +56,27 @@ class BatchRequests:
         num_lost = self.client.num_lost
         await self.app(scope, exchange.receive, exchange.send)
         answer = exchange.answer()
-        if answer.status == 500 and self.client.num_lost > num_lost:  # it may be another request's fault
+        if answer.status == 500 and self.client.num_lost > num_lost:  # possibly because of another request
             error = unavailable("The engine process ended while it worked on this request.")
             return msgspec.structs.replace(answer, status=error.status, body=msgspec.json.encode(error.content()))
         return answer
 
 
 def _refused(body: bytes) -> Answer | None:
-    """The answer to a body that asks for what only requests of their own can have."""
+    """The refusal of a body with fields that are not available in a batch, or None."""
     choices = msgspec.json.decode(body, type=_Choices)
     error = None
     if choices.stream not in (None, False):
         error = bad_request("The field 'stream' must be false in a batch.", "stream")
     elif choices.priority not in (None, 0):
-        error = bad_request("The field 'priority' is not available in a batch, which runs after all else.", "priority")
+        error = bad_request("The field 'priority' is not available in a batch, which has the lowest one.", "priority")
     if error is None:
         return None
     return Answer(status=error.status, request_id="", body=msgspec.json.encode(error.content()))
 
 
 class _Exchange:
-    """One request and its answer, as ASGI has them. The client never leaves: who does not want the answer cancels."""
+    """One request and its answer, in ASGI's form. The client never disconnects; to abort, cancel the task."""
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body

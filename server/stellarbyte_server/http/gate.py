@@ -35,7 +35,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             batch = scope.get("state", {}).get(BATCH)
-            if batch is not None:  # it was checked when the batch was made
+            if batch is not None:  # checked when the batch was created
                 scope["state"]["key"] = batch.key
             elif scope["type"] != "lifespan":  # not a client's request
                 self._check(scope)
@@ -103,7 +103,7 @@ class Gate:
         return match is not None and match["host"].lower() == headers.get("host", "").lower()
 
     def _key(self, headers: Headers) -> Key | None:
-        """That of the header Authorization or, if it has none of ours, of x-api-key (Anthropic's clients)."""
+        """The key in the header Authorization or, if that has no valid key, in x-api-key (Anthropic's clients)."""
         given = headers.getlist("authorization")
         scheme, _, token = given[0].partition(" ") if len(given) == 1 else ("", "", "")
         key = self._keyring.find(token.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
@@ -116,8 +116,8 @@ class Gate:
         """ApiError unless the key is the operator's, or --allow-local-admin allows programs of this machine.
 
         A request does not show whether it comes from a program of this machine or from a proxy or tunnel on it: nginx
-        by default connects from loopback, with the loopback in Host and no further header. So the operator has to state
-        that there is none; the checks of proxies' and pages' headers are a second line of defence.
+        by default connects from loopback, with the loopback in Host and no further header. So the operator must declare
+        that no proxy exists; the checks of proxies' and pages' headers are a second line of defence.
 
         A web page open on this machine can send requests here, too. It cannot send JSON without a preflight, which only
         --cors-origin grants; its Origin header identifies it, or, after DNS rebinding, the Host header.

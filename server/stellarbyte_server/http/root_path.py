@@ -7,7 +7,7 @@ from stellarbyte_server.access.rules import RouteTable
 
 
 class RootPath:
-    """Takes the prefix off a path that came with it. uvicorn puts it before every path."""
+    """Removes the prefix from paths that had it already. uvicorn adds it to every path."""
 
     def __init__(self, app: ASGIApp, routes: RouteTable) -> None:
         self._app = app
@@ -17,7 +17,7 @@ class RootPath:
         root: str = scope.get("root_path", "")
         if root and scope["type"] == "http":
             path = path_of(scope)
-            # A route that begins like the prefix is meant as it is.
+            # A route that begins like the prefix stays unchanged.
             if path.startswith(f"{root}/") and not self._routes.methods_of(path):
                 scope["path"] = scope["path"][len(root) :]
                 scope["raw_path"] = scope["raw_path"][len(root.encode()) :]

@@ -132,7 +132,7 @@ def _start_batches(
 
 
 async def _stop(batches: asyncio.Task[None] | None) -> None:
-    """Drop the requests of batches that run; they run again when the server is started again."""
+    """Abort the running requests of batches; a restarted server runs them again."""
     if batches is not None:
         batches.cancel()
         await asyncio.gather(batches, return_exceptions=True)
@@ -170,7 +170,7 @@ async def _run_until_stopped(
             async with asyncio.timeout(shutdown_timeout_s):
                 while server.server_state.tasks and not told_again.is_set():
                     await asyncio.sleep(_POLL_S)
-        await _stop(batches)  # or the errors that streams end with would be answers
+        await _stop(batches)  # before streams end with errors, which would count as answers
         client.end_streams(SHUTTING_DOWN)
         server.should_exit = True
 

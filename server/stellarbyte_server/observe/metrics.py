@@ -48,7 +48,7 @@ class _TotalsCollector(Collector):
             ("vllm:request_inference_time_seconds", "Time from the first step to the last token.", totals.inference_s),
             ("vllm:request_prefill_time_seconds", "Time from the first step to the first token.", totals.prefill_s),
             ("vllm:request_decode_time_seconds", "Time from the first token to the last.", totals.decode_s),
-            ("vllm:request_params_max_tokens", "Most tokens that an answer could have.", totals.max_tokens),
+            ("vllm:request_params_max_tokens", "Maximum tokens of an answer.", totals.max_tokens),
             ("vllm:request_params_n", "Answers to one prompt.", totals.num_choices),
             ("vllm:request_num_preemptions", "Preemptions of completed requests.", totals.num_preemptions),
             ("vllm:request_prompt_tokens", "Prompt tokens of completed requests.", totals.prompt_tokens),

@@ -28,11 +28,11 @@ _ROOM = 2**20  # bytes that a file may be larger than allowed until writing it f
 def main() -> None:
     source, max_bytes, limit_s = AdapterSource.parse(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that output of libraries is not taken for the answer
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGALRM, _leave)
     signal.setitimer(signal.ITIMER_REAL, limit_s)  # the parent may have been killed
-    # The bound holds for whatever a host sends: writing beyond it is an error.
+    # Bounds the download for any host: writing beyond it is an error.
     resource.setrlimit(resource.RLIMIT_FSIZE, (max(max_bytes, MAX_CONFIG_BYTES) + _ROOM,) * 2)
     os.nice(NICENESS)
     outcome: Fetched | NotFetched
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def fetch_into_cache(source: AdapterSource, max_bytes: int) -> AdapterSource:
-    """The source in its newest version, which is in the cache folder afterwards; FetchError or CheckpointError."""
+    """Download a source's newest version to the cache folder; FetchError or CheckpointError."""
     remote = hub.find(source) if source.scheme == HUB else s3.find(source)
     pinned = source.at(remote.version)
     target = adapter_cache() / folder_name(str(pinned))
@@ -65,7 +65,7 @@ def fetch_into_cache(source: AdapterSource, max_bytes: int) -> AdapterSource:
         with staged_folder(target) as staging:
             _download(remote, pinned, staging, limits)
     except CheckpointError:
-        if not target.is_dir():  # else another process was quicker
+        if not target.is_dir():  # otherwise another process was faster
             raise
     return pinned
 
@@ -77,9 +77,7 @@ def _download(remote: RemoteAdapter, pinned: AdapterSource, staging: Path, limit
             file = remote.download(name, scratch)
         except OSError as error:
             if error.errno == errno.EFBIG:
-                raise FetchError(
-                    400, f"{name} of {pinned} is larger than the {limit} bytes that are allowed."
-                ) from None
+                raise FetchError(400, f"{name} of {pinned} is larger than the limit of {limit} bytes.") from None
             raise
         _refuse_large(pinned, name, file.stat().st_size, limit)
         os.replace(file, staging / name)
@@ -92,7 +90,7 @@ def _refuse_large(pinned: AdapterSource, name: str, num_bytes: int, limit: int) 
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Exit at a signal, which removes what is staged."""
+    """Exit on a signal; this removes staged files."""
     del number, frame
     sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""Starts the process that downloads an adapter, and ends it in time. Never imports what it runs."""
+"""Starts the process that downloads an adapter, and ends it in time. Does not import `child`."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ CHILD_MODULE = "stellarbyte_server.sources.child"
 FETCH_LIMIT_S = 600.0
 MAX_WEIGHTS_BYTES = 4 * 2**30
 _at_once = asyncio.Semaphore(4)  # downloads of this process; others wait
-_END_LIMIT_S = 5.0  # for the removal of what was downloaded
+_END_LIMIT_S = 5.0  # for the removal of partial downloads
 
 
 async def fetch(
@@ -31,21 +31,21 @@ async def fetch(
         max_bytes: of its weights.
 
     Raises:
-        FetchError: it is absent, may not be read, is too large, or did not come in time.
+        FetchError: the adapter does not exist, may not be read, is too large, or did not arrive in time.
     """
     async with _at_once:
         line = await _answer(source, limit_s, max_bytes)
     try:
         outcome = msgspec.json.decode(line, type=Fetched | NotFetched)
     except msgspec.DecodeError:
-        raise FetchError(502, f"The process that fetches the adapter {source} has ended without an answer.") from None
+        raise FetchError(502, f"The process that downloads the adapter {source} ended without an answer.") from None
     if isinstance(outcome, NotFetched):
         raise FetchError(outcome.status, outcome.message)
     return source.at(outcome.source.partition("@")[2])
 
 
 async def _answer(source: AdapterSource, limit_s: float, max_bytes: int) -> bytes:
-    """What the downloading process prints; FetchError if it takes too long."""
+    """The output of the downloading process; FetchError if it takes too long."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", CHILD_MODULE, str(source), str(max_bytes), str(limit_s + _END_LIMIT_S)),
         stdin=DEVNULL,
@@ -60,13 +60,13 @@ async def _answer(source: AdapterSource, limit_s: float, max_bytes: int) -> byte
             line, _ = await process.communicate()
         return line
     except TimeoutError:
-        raise FetchError(504, f"The adapter {source} did not come within {limit_s:g} seconds.") from None
+        raise FetchError(504, f"The adapter {source} did not arrive within {limit_s:g} seconds.") from None
     finally:
         await _end(process)
 
 
 def child_environment(ours: Mapping[str, str]) -> dict[str, str]:
-    """Settings of the Hub's and of AWS' libraries, the place of the cache folder, and no keys of this server."""
+    """The environment, with settings of the Hub's and AWS' libraries and the cache, without this server's keys."""
     kept = {name: value for name, value in ours.items() if not _is_setting(name)}
     return safe_environment(kept) | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
@@ -76,7 +76,7 @@ def _is_setting(name: str) -> bool:
 
 
 async def _end(process: Process) -> None:
-    """End the process if it runs: first so that it removes what it has."""
+    """End the process if it runs; first with a signal on which it removes partial downloads."""
     if process.returncode is not None:
         return
     with contextlib.suppress(ProcessLookupError):

@@ -16,13 +16,13 @@ _TOKEN_ADVICE = "the server's HF_TOKEN gives access"
 
 
 def find(source: AdapterSource) -> RemoteAdapter:
-    """The adapter, at the commit that its revision means now; FetchError."""
+    """The adapter, at the current commit of its revision; FetchError."""
     repository = "/".join(source.path)
     with _in_words(source):
         revision = "main" if source.version is None else source.version
         info = HfApi().model_info(repository, revision=revision, timeout=CALL_LIMIT_S)
         commit = info.sha
-        # The new name of a repository may lie outside of what --adapter-source allows.
+        # --adapter-source may not allow the repository's new name.
         if info.id.casefold() != repository.casefold():
             raise FetchError(403, f"The repository {repository} is now called {info.id}; load it by that name.")
         if commit is None:
@@ -41,7 +41,7 @@ def _size(repository: str, name: str, commit: str) -> int:
         size = get_hf_file_metadata(hf_hub_url(repository, name, revision=commit), timeout=CALL_LIMIT_S).size
     except errors.RemoteEntryNotFoundError:
         raise FetchError(404, f"The repository {repository} has no file {name}.") from None
-    return 0 if size is None else size  # the download is bounded, too
+    return 0 if size is None else size  # the download itself is bounded
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _in_words(source: AdapterSource) -> Iterator[None]:
     except errors.HFValidationError:
         raise FetchError(400, f"{repository!r} is not a name that the Hub allows.") from None
     except errors.OfflineModeIsEnabled:
-        raise FetchError(502, "The server must not ask the Hub: HF_HUB_OFFLINE is set.") from None
+        raise FetchError(502, "The server may not access the Hub, because HF_HUB_OFFLINE is set.") from None
     except errors.HfHubHTTPError as error:
         raise _refused(source, error.response.status_code) from None
     except httpx.HTTPStatusError as error:
@@ -70,7 +70,7 @@ def _in_words(source: AdapterSource) -> Iterator[None]:
     except httpx.TimeoutException:
         raise FetchError(504, f"{constants.ENDPOINT} does not answer in time.") from None
     except (httpx.TransportError, errors.LocalEntryNotFoundError):
-        raise FetchError(502, f"{constants.ENDPOINT} cannot be reached, or breaks off.") from None
+        raise FetchError(502, f"{constants.ENDPOINT} cannot be reached, or closed the connection.") from None
 
 
 def _refused(source: AdapterSource, status: int) -> FetchError:

@@ -6,7 +6,7 @@ import msgspec
 class Fetched(msgspec.Struct, frozen=True, tag=True):
     """The adapter is in the cache folder."""
 
-    source: str  # its name with the version that was downloaded
+    source: str  # its name with the downloaded version
 
 
 class NotFetched(msgspec.Struct, frozen=True, tag=True):

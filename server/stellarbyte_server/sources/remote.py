@@ -1,4 +1,4 @@
-"""An adapter on another host, found and not downloaded yet."""
+"""An adapter found on another host, not yet downloaded."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,5 +12,5 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)  # no others are downloaded
 @dataclass(frozen=True, kw_only=True)
 class RemoteAdapter:
     version: str  # the files of a version never change
-    sizes: Mapping[str, int]  # bytes of each of FILES, as the host says
+    sizes: Mapping[str, int]  # bytes of each of FILES, as reported by the host
     download: Callable[[str, Path], Path]  # of one of FILES into a folder; FetchError

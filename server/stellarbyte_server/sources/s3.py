@@ -17,7 +17,7 @@ _CHANGED = ("412", "PreconditionFailed")
 
 
 def find(source: AdapterSource) -> RemoteAdapter:
-    """The adapter, in the version that its two objects have now; FetchError."""
+    """The adapter, in the current version of its two objects; FetchError."""
     bucket, prefix = source.path[0], "/".join(source.path[1:])
     client = _client()
     tags: dict[str, str] = {}

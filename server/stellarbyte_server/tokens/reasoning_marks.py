@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 from stellarbyte_server.protocol.request import Reasoning
 from stellarbyte_server.tokens.token_bytes import token_bytes_of
 
-# Pairs in use; the first that a model knows counts. A mark is ASCII, and its first character in no other place of it.
+# Known pairs; the first that a model has is used. A mark is ASCII, and its first character must not recur in it.
 _MARKS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -20,9 +20,9 @@ _MARKS = (
 
 
 def find_marks(tokenizer: Tokenizer, template_source: str | None, vocab_size: int) -> Reasoning | None:
-    """How the model marks its reasoning; None: it has none.
+    """The marks of the model's reasoning; None: it has none.
 
-    It knows a pair of marks when both are tokens that were added to its vocabulary, or when its chat template has both.
+    A model has a pair of marks if both are added tokens of its vocabulary, or if its chat template contains both.
     """
     added = {token.content: token_id for token_id, token in tokenizer.get_added_tokens_decoder().items()}
     source = "" if template_source is None else template_source

@@ -46,7 +46,7 @@ class TokenBytes:
 
 @functools.lru_cache(maxsize=8)
 def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes:
-    """Those of a tokenizer that does not change any more."""
+    """The bytes of a tokenizer's tokens; the tokenizer must not change afterwards."""
     return TokenBytes(tokenizer)
 
 

@@ -34,7 +34,7 @@ logger = logging.getLogger("server.tokens")
 
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"  # transformers' names of a model's chat templates
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Names that mean something to every chat template; all others are a request's to set.
+# Names reserved in every chat template; requests may set all others.
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
     | {"raise_exception", "strftime_now", "self", "super", "loop", "caller", "varargs", "kwargs"}
@@ -78,17 +78,17 @@ class PromptTokenizer:
         self._chat_templates = chat_templates
         self.token_bytes = TokenBytes(tokenizer)
         self.reasoning = None if is_stand_in else find_marks(tokenizer, self.chat_template_source, vocab_size)
-        # At least its characters. A stand-in refuses every text, so none is too long.
+        # An upper bound in characters. A stand-in refuses every text, so it needs no bound.
         self.longest_token = sys.maxsize if is_stand_in else max(map(len, tokenizer.get_vocab()), default=1)
 
     @property
     def chat_template_source(self) -> str | None:
-        """Of the template for chats with tools; None: there is none."""
+        """The source of the template for chats with tools; None: no template."""
         template = self._chat_template(has_tools=True)
         return None if template is None else template.source
 
     def _chat_template(self, *, has_tools: bool) -> "ChatTemplate | None":
-        """As transformers chooses among several."""
+        """The template that transformers would choose."""
         default = self._chat_templates.get(DEFAULT_TEMPLATE)
         return self._chat_templates.get(TOOL_TEMPLATE, default) if has_tools else default
 
@@ -180,7 +180,7 @@ class PromptTokenizer:
         return self._tokenizer.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def special_token_id(self, text: str) -> int | None:
-        """The special token that is written so, if there is one that the model can read."""
+        """The id of the special token with this text, if the model has an embedding for it."""
         token_id = self._tokenizer.token_to_id(text)
         if token_id is None or token_id not in self.token_bytes.special_ids or token_id >= self._vocab_size:
             return None
@@ -213,7 +213,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def takes_system(self) -> bool:
-        """It shows a message by the system; others refuse it or leave it out."""
+        """Whether the template shows system messages; others refuse or omit them."""
         content = "instructions"
         try:
             shown = self.render([{"role": "system", "content": content}, {"role": "user", "content": "question"}])
@@ -331,7 +331,7 @@ def load_prompt_tokenizer(
             names = ", ".join(sorted(sources))
             logger.warning("the model has chat templates (%s), but no default; --chat-template FILE gives one", names)
     tokens = _special_tokens(config)
-    # Templates of other names are never asked for, so their mistakes do no harm.
+    # Templates of other names are not used, so their errors do not matter.
     used = {name: source for name, source in sources.items() if name in (DEFAULT_TEMPLATE, TOOL_TEMPLATE)}
     templates = {name: ChatTemplate(source, tokens) for name, source in used.items()}
     return PromptTokenizer(tokenizer, templates, vocab_size)

@@ -67,6 +67,8 @@ def pack_layer(
     parts = [part for part in layer_parts(config, layer) if part not in of_experts]
     if unknown := [part.name for part in parts if part.name not in _VECTORS and part.reads not in _INPUTS]:
         raise ValueError(f"the GPU kernels do not support {unknown[0]}")
+    if not config.qk_norm_per_head:
+        raise ValueError("the GPU kernels do not support norms over all heads together (qk_norm_per_head false)")
 
     def pack(group: Sequence[Part]) -> Weight:
         """Stack the matrices of linears. The linears get views of the result, or nothing, so that no memory is held

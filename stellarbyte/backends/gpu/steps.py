@@ -1,4 +1,4 @@
-"""Steps of a model over GPU-resident slots: decoding as graphs, and prompts. Knows slots, not requests."""
+"""Steps of a model over GPU-resident slots: decoding as graphs, and prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Reads a GGUF file (versions 2 and 3, little-endian) strictly.
 
-The gguf package's own reader checks no bounds: a file that is cut short gives IndexErrors, or arrays that are too
-short. It also makes two numpy views for every token of a vocabulary, which takes seconds. This one reads the same
-metadata in a tenth of a second and refuses what does not fit; types and dequantisation are the package's.
+The gguf package's own reader checks no bounds: a truncated file gives IndexErrors, or arrays that are too short. It
+also makes two numpy views for every token of a vocabulary, which takes seconds. This reader needs a tenth of a second
+and refuses inconsistent files; types and dequantisation are the package's.
 """
 
 import math
@@ -61,7 +61,7 @@ class GGUFTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What `GGUFFile.read` returns: the stored float type, float32 for quantised blocks."""
+        """The dtype of `GGUFFile.read`: the stored float type, or float32 for quantised blocks."""
         return FLOATS.get(self.type, torch.float32)
 
 
@@ -75,7 +75,7 @@ class GGUFFile:
     tensors: Mapping[str, GGUFTensor]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in memory of its own: floats as they are stored, blocks dequantised to float32."""
+        """A copy of one tensor: floats as stored, blocks dequantised to float32."""
         tensor = self.tensors[name]
         raw = np.frombuffer(self.content, np.uint8, tensor.num_bytes, tensor.start)
         if tensor.type in FLOATS:
@@ -89,7 +89,7 @@ def open_gguf(path: Path) -> GGUFFile:
     """Read a file's metadata and tensor table.
 
     Raises:
-        CheckpointError: not a GGUF file, cut short, corrupt, or with a tensor type that is not supported.
+        CheckpointError: not a GGUF file, truncated, corrupt, or with an unsupported tensor type.
     """
     try:
         with path.open("rb") as stream:
@@ -150,7 +150,7 @@ def _place(
 
 
 class _Cursor:
-    """Reads forwards through the mapped file and never past its end."""
+    """Reads forwards through the mapped file, never past its end."""
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self.path = path

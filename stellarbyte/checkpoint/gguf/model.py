@@ -1,4 +1,4 @@
-"""A GGUF file (llama, qwen2, qwen3) as a conversion plan: config and tensors."""
+"""A GGUF file (llama, qwen2, qwen3 and their mixtures of experts) as a conversion plan: config and tensors."""
 
 import math
 import re
@@ -11,19 +11,20 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.gguf.experts import EXPERT_ARCHITECTURES, expert_options, with_joined_experts
 from stellarbyte.checkpoint.gguf.file import FLOATS, GGUFFile, open_gguf
 from stellarbyte.checkpoint.gguf.tokenizer import plan_tokenizer
 from stellarbyte.checkpoint.native import one_line
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model import parts
-from stellarbyte.model.parts import Part, module_path
+from stellarbyte.model.parts import Part, module_path, parameter_name
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", *EXPERT_ARCHITECTURES)
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FREQS = "rope_freqs.weight"
-CHANGES_THE_MODEL = (  # metadata that other architectures' forks use; a value in a file we accept would be ignored
+CHANGES_THE_MODEL = (  # metadata that forks of other architectures use; refused, as it would be ignored
     *("attention.scale", "attention.clamp_kqv", "attention.temperature_scale", "attention.max_alibi_bias"),
     *("logit_scale", "residual_scale", "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping"),
 )
@@ -36,7 +37,7 @@ def plan_gguf(path: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
         dtype: of the target; None: that of the matrices if all have one float type, float32 if any is quantised.
 
     Raises:
-        CheckpointError: the file is corrupt, or something in it is not supported; the message names it.
+        CheckpointError: the file is corrupt, or has an unsupported feature, which the message names.
     """
     file = open_gguf(path)
     try:
@@ -50,7 +51,7 @@ def plan_gguf(path: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
 
 
 def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
-    """`plan_gguf`; also raises KeyError for what is absent, and whatever values of a wrong kind lead to."""
+    """`plan_gguf`, which also raises KeyError for absent metadata, and other exceptions for values of a wrong type."""
     path, metadata = file.path, file.metadata
     architecture = metadata["general.architecture"]
     if architecture not in ARCHITECTURES:
@@ -61,48 +62,59 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
         raise CheckpointError(
             f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge first."
         )
-    targets = {name: _target(path, name) for name in file.tensors if name != ROPE_FREQS}
     tokenizer = plan_tokenizer(path, metadata)
     target_dtype = dtype if dtype is not None else _common_dtype(file)
     config = _translate_config(file, architecture, target_dtype, tokenizer.token_ids)
+    planned = {
+        name: PlannedTensor(
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            read=partial(_read_tensor, file, name, _rotated_heads(architecture, name, config)),
+        ).cast(target_dtype)
+        for name, tensor in file.tensors.items()
+        if name != ROPE_FREQS
+    }
     return ConversionPlan(
         source=path,
         config=config,
         generation=tokenizer.token_ids,
-        tensors={
-            target: PlannedTensor(
-                dtype=file.tensors[name].dtype,
-                shape=file.tensors[name].shape,
-                read=partial(_read_tensor, file, name, _rotated_heads(architecture, part, config)),
-            ).cast(target_dtype)
-            for name, (target, part) in targets.items()
-        },
+        tensors={_target(path, name): tensor for name, tensor in with_joined_experts(planned).items()},
         write_tokenizer=tokenizer.write,
     )
 
 
 def _common_dtype(file: GGUFFile) -> torch.dtype:
-    types = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    routers = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # float32 in files of every type
+    types = {
+        tensor.type for name, tensor in file.tensors.items() if len(tensor.shape) > 1 and not name.endswith(routers)
+    }
     return FLOATS.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
 
 
-def _target(path: Path, name: str) -> tuple[str, Part | None]:
-    """The target's name for a tensor, and the part of a layer that it belongs to, if it does."""
+def _target(path: Path, name: str) -> str:
+    """The target's name for a tensor."""
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSORS:
-            return f"{TENSORS[stem]}.{kind}", None
-        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-        part = next((part for part in parts.PARTS if layer and part.gguf == layer[2]), None)
-        if layer and part is not None:
-            return f"{module_path(int(layer[1]), part.name)}.{kind}", part
+            return f"{TENSORS[stem]}.{kind}"
+        layer, part = _place(stem)
+        if part is not None:
+            return module_path(layer, parameter_name(part) if kind == "weight" else f"{part.name}.bias")
     raise CheckpointError(f"{path} holds the tensor {name}, which is not supported.")
+
+
+def _place(stem: str) -> tuple[int, Part | None]:
+    """Layer and part of a tensor's name without its ending; None: it is no part of a layer."""
+    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if layer is None:
+        return 0, None
+    return int(layer[1]), next((part for part in parts.PARTS if part.gguf == layer[2]), None)
 
 
 def _translate_config(
     file: GGUFFile, architecture: str, dtype: torch.dtype, token_ids: Mapping[str, Any]
 ) -> ByteModelConfig:
-    """Raises KeyError for absent metadata and ValueError for what a ByteTransformer cannot be."""
+    """The config; raises KeyError for absent metadata and ValueError for features that a ByteTransformer lacks."""
     metadata = {
         key.removeprefix(f"{architecture}."): value
         for key, value in file.metadata.items()
@@ -111,8 +123,6 @@ def _translate_config(
     for name in CHANGES_THE_MODEL:
         if metadata.get(name):
             raise ValueError(f"{architecture}.{name} is not supported")
-    if metadata.get("expert_count"):
-        raise ValueError("it is a mixture of experts, which is not supported")
     hidden, heads = (
         _number(metadata, architecture, "embedding_length"),
         _number(metadata, architecture, "attention.head_count"),
@@ -149,12 +159,14 @@ def _translate_config(
         attention_bias=_has_bias(file, "self_attn.q_proj"),
         attention_output_bias=_has_bias(file, "self_attn.o_proj"),
         mlp_bias=_has_bias(file, "mlp.gate_proj"),
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "qwen3moe", "olmoe"),
+        qk_norm_per_head=architecture != "olmoe",
         sliding_window=window,
         rope_parameters=_rope_parameters(file, metadata, head_dim),
         use_xpos=False,
         dtype=dtype,
         **token_ids,
+        **expert_options(file, architecture, metadata),
     )
 
 
@@ -181,7 +193,7 @@ def _rope_parameters(file: GGUFFile, metadata: Mapping[str, Any], head_dim: int)
     kind = metadata.get("rope.scaling.type", "none")
     factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0))
     if "rope.scaling.type" not in metadata and factor != 1.0:
-        kind = "linear"  # files from before rope.scaling.type
+        kind = "linear"  # files older than rope.scaling.type
     if kind == "linear":
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind == "yarn":
@@ -209,10 +221,10 @@ def _yarn_parameters(metadata: Mapping[str, Any], factor: float) -> dict[str, An
 
 
 def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
-    """The scaling whose divisors (float64 [head_dim / 2]) the file has baked in.
+    """The scaling parameters of the divisors (float64 [head_dim / 2]) in the file.
 
-    Only its results are stored. All Llama 3.1 to 3.3 models share every parameter but the factor, which is the
-    largest divisor; anything that these do not reproduce is refused.
+    Files store only the divisors. All Llama 3.1 to 3.3 models share every parameter but the factor, which is the
+    largest divisor; divisors that these parameters do not reproduce are refused.
     """
     if torch.all(divisors == 1):
         return {}
@@ -227,8 +239,9 @@ def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> d
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}
 
 
-def _rotated_heads(architecture: str, part: Part | None, config: ByteModelConfig) -> int:
+def _rotated_heads(architecture: str, name: str, config: ByteModelConfig) -> int:
     """Heads of a projection that the file stores for interleaved rotation; 0 for other tensors."""
+    _, part = _place(name.rpartition(".")[0])
     if architecture != "llama" or part is None or part.rotated_heads is None:
         return 0
     return part.rotated_heads(config)

@@ -1,7 +1,7 @@
 """Rebuilds a tokenizer from GGUF metadata, as llama.cpp would use it.
 
-transformers can do this too, but takes a pre-tokenizer that it does not know for GPT-2's: SmolLM2 would then read
-"2024" as one piece where it was trained on four. Here an unknown one is refused by name.
+transformers can do this, too, but treats unknown pre-tokenizers as GPT-2's: SmolLM2 would then read "2024" as one
+piece, although it was trained on four. Here an unknown pre-tokenizer is refused by name.
 """
 
 import json
@@ -32,17 +32,17 @@ DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0
 
 @dataclass(frozen=True, kw_only=True)
 class _ByteLevelStyle:
-    """How one family of byte-level vocabularies cuts text before merging; the splits act one after the other."""
+    """How one family of byte-level vocabularies splits text before merging; the splits are applied in turn."""
 
     splits: Sequence[str]
     is_nfc: bool = False
-    ignores_merges: bool = False  # a piece that is a token is taken whole
-    adds_bos: bool = False  # unless the file says otherwise
+    ignores_merges: bool = False  # a piece that is a token is not split
+    adds_bos: bool = False  # default, if the file does not set it
 
 
 _LLAMA3 = _ByteLevelStyle(splits=(LLAMA3_SPLIT,), ignores_merges=True, adds_bos=True)
 _SINGLE_DIGITS = _ByteLevelStyle(splits=(r"\p{N}", GPT2_SPLIT))
-STYLES = {  # tokenizer.ggml.pre, of those used with the architectures that are converted
+STYLES = {  # by tokenizer.ggml.pre: those used with the supported architectures
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
@@ -56,16 +56,16 @@ STYLES = {  # tokenizer.ggml.pre, of those used with the architectures that are 
     "tekken": _ByteLevelStyle(splits=(TEKKEN_SPLIT,), ignores_merges=True, adds_bos=True),
     "default": _ByteLevelStyle(splits=DEFAULT_SPLITS),
 }
-# Tokens with these texts end an answer in llama.cpp, whichever of them the file names as its own end.
+# Tokens with these texts end an answer in llama.cpp, in addition to those that the file names.
 END_TEXTS = frozenset(
     "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|>"
     " <|end_of_text|> </s> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> <｜end▁of▁sentence｜>"
-    # Of code with gaps to fill; no answer goes on after one of these either.
+    # Fill-in-the-middle tokens, which also end an answer.
     " <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"
     " <|file_sep|>".split()
 )
 END_IDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # of tokenizer.ggml.…_token_id
-NO_TOKEN = 2**32 - 1  # -1, as files say that there is no such token
+NO_TOKEN = 2**32 - 1  # -1: the file's value for an absent token
 
 
 class TokenType(IntEnum):
@@ -81,7 +81,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTokenizer:
-    """A tokenizer in memory. `settings` is tokenizer_config.json; `token_ids` has bos, eos and pad, where known."""
+    """A tokenizer in memory. `settings` is tokenizer_config.json; `token_ids` has bos, eos and pad, if known."""
 
     tokenizer: Tokenizer
     settings: Mapping[str, Any]
@@ -100,7 +100,7 @@ def plan_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PlannedTokenizer:
     """The tokenizer that a file's metadata describes.
 
     Raises:
-        CheckpointError: there is none, or it is of a kind that is not supported; the message names it.
+        CheckpointError: the file has no tokenizer, or one of an unsupported kind, which the message names.
     """
     fields = {
         key.removeprefix("tokenizer.ggml."): value
@@ -188,12 +188,12 @@ def _byte_level(path: Path, fields: Mapping[str, Any], tokens: list[str]) -> tup
 
 
 def _split_merge(merge: str) -> tuple[str, str]:
-    left, _, right = merge[1:].partition(" ")  # a part is never empty, so the first character belongs to the left
+    left, _, right = merge[1:].partition(" ")  # the left part is not empty, so the first character belongs to it
     return merge[:1] + left, right
 
 
 def _sentencepiece(path: Path, fields: Mapping[str, Any], tokens: list[str], types: Sequence[int]) -> Tokenizer:
-    """SentencePiece's BPE with byte fallback; a space is put in front of each stretch of text, as llama.cpp does."""
+    """SentencePiece's BPE with byte fallback; a space is added before each contiguous text, as in llama.cpp."""
     scores = fields.get("scores", [])
     if len(scores) != len(tokens):
         raise CheckpointError(f"{path} is corrupt: it has {len(tokens)} tokens and {len(scores)} token scores.")
@@ -220,7 +220,7 @@ def _bpe(path: Path, tokens: list[str], merges: list[tuple[str, str]], **options
 
 
 def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: Sequence[int]) -> None:
-    """Tokens that are found in text before anything is merged; control tokens are also left out of decoded text."""
+    """Tokens that are matched in text before merging; control tokens are also omitted from decoded text."""
     pairs = list(zip(tokens, types, strict=True))
     is_control = {token: kind == TokenType.CONTROL or token in END_TEXTS for token, kind in pairs}
     controls = [AddedToken(token, normalized=False, special=True) for token, _ in pairs if is_control[token]]

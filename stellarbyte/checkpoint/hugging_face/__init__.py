@@ -1,1 +1,1 @@
-"""Models in the format of Hugging Face: folders, and the Hub."""
+"""Models in Hugging Face's format: folders, and the Hub."""

@@ -1,4 +1,5 @@
-"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) as a conversion plan. Runs no code from the folder."""
+"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3 and their mixtures of experts) as a conversion plan. Runs no
+code from the folder."""
 
 import re
 from collections.abc import Mapping
@@ -12,6 +13,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.hugging_face.experts import (
+    EXPERT_TYPES,
+    expert_name,
+    expert_options,
+    with_stacked_experts,
+)
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
 from stellarbyte.checkpoint.native import one_line, read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
@@ -25,9 +32,11 @@ MODEL_TYPES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    **EXPERT_TYPES,
 }
-WINDOWED = ("mistral", "qwen2", "qwen3")  # whose class reads sliding_window
-LAYERED = ("qwen2", "qwen3")  # whose class reads layer_types
+WINDOWED = ("mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")  # read sliding_window
+LAYERED = ("qwen2", "qwen3", "qwen2_moe")  # their classes read layer_types
+BIASED = ("llama", "qwen3", "qwen3_moe", "olmoe")  # attention_bias, which includes one on o
 HIDDEN_ACTS = {
     "silu": "silu",
     "swish": "silu",
@@ -42,7 +51,7 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     """Read a folder's config and headers.
 
     Args:
-        dtype: of the target; None: every tensor as it is stored, bit by bit.
+        dtype: of the target; None: every tensor as stored, bit for bit.
 
     Raises:
         CheckpointError: anything is missing, corrupt or not supported; the message names it.
@@ -59,16 +68,18 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
         source=folder,
         config=config,
         generation=_generation_defaults(folder, config, tokenizer.eos_token_id),
-        tensors={_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()},
+        tensors=with_stacked_experts(
+            folder, {_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()}, config
+        ),
         write_tokenizer=tokenizer.write,
     )
 
 
 def _target_name(name: str) -> str:
-    """Names are those of transformers' Llama classes on both sides, but for parts that have another one here."""
+    """The target's name for a tensor: as in transformers' Llama classes, except for parts with `hugging_face` names."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     part = next((part for part in parts.PARTS if layer and part.hugging_face == layer[2]), None)
-    return name if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
+    return expert_name(name) if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
 
 
 def _planned(name: str, info: TensorInfo, dtype: torch.dtype | None) -> PlannedTensor:
@@ -80,7 +91,7 @@ def read_config(folder: Path, headers: Mapping[str, TensorInfo], dtype: torch.dt
     """The folder's config.json, translated; `headers` and `dtype` as in `translate_config`.
 
     Raises:
-        CheckpointError: it is not valid, or describes what a ByteTransformer cannot be.
+        CheckpointError: it is invalid, or describes features that a ByteTransformer lacks.
     """
     try:
         source = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -124,23 +135,23 @@ def _read_weight_headers(folder: Path) -> dict[str, TensorInfo]:
 def translate_config(
     source: PreTrainedConfig, headers: Mapping[str, TensorInfo], dtype: torch.dtype | None = None
 ) -> ByteModelConfig:
-    """The ByteTransformer that computes what `source` computes with the tensors that `headers` describe.
+    """The config of the ByteTransformer equivalent to `source` with the tensors that `headers` describe.
 
-    `dtype` is what its weights are to be stored in; None: as the embedding is.
+    `dtype` is that of the stored weights; None: the embedding's.
 
     Raises:
-        ValueError: the source uses something that a ByteTransformer cannot be.
+        ValueError: the source uses a feature that a ByteTransformer lacks.
     """
     kind = source.model_type
     if source.hidden_act not in HIDDEN_ACTS:
         raise ValueError(f"hidden_act {source.hidden_act!r} is not supported")
-    # Any config may carry these fields; transformers' classes of other kinds do not read them.
+    # Any config may contain these fields, but not all of transformers' classes read them.
     window = getattr(source, "sliding_window", None) if kind in WINDOWED else None
     layer_types = getattr(source, "layer_types", None) if kind in LAYERED else None
     if layer_types is not None and "sliding_attention" not in layer_types:
         window = None
-    has_bias_option = kind in ("llama", "qwen3")  # there it also puts a bias on o
-    attention_bias = bool(has_bias_option and source.attention_bias)
+    attention_bias = bool(kind in BIASED and source.attention_bias)
+    has_qkv_bias = kind == "qwen2" or (kind == "qwen2_moe" and source.qkv_bias)
     if dtype is None and (embedding := headers.get("model.embed_tokens.weight")) is not None:
         dtype = DTYPES.get(embedding.dtype)
     return ByteModelConfig(
@@ -156,10 +167,11 @@ def translate_config(
         rms_norm_eps=source.rms_norm_eps,
         initializer_range=source.initializer_range,
         tie_word_embeddings=source.tie_word_embeddings and _is_head_tied(headers),
-        attention_bias=attention_bias or kind == "qwen2",
+        attention_bias=attention_bias or has_qkv_bias,
         attention_output_bias=attention_bias,
         mlp_bias=bool(kind == "llama" and source.mlp_bias),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
+        qk_norm_per_head=kind != "olmoe",
         sliding_window=window,
         layer_types=layer_types,
         rope_parameters=dict(source.rope_parameters),
@@ -169,11 +181,12 @@ def translate_config(
         eos_token_id=source.eos_token_id,
         pad_token_id=source.pad_token_id,
         dtype=dtype,
+        **expert_options(source),
     )
 
 
 def _is_head_tied(headers: Mapping[str, TensorInfo]) -> bool:
-    """False where a folder said to be tied stores another head after all; transformers does not tie it either."""
+    """Whether the head is tied; False if the folder stores a different head, as in transformers."""
     head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
     if head is None or embedding is None:
         return True
@@ -197,11 +210,11 @@ def _read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
 
 
 def _generation_defaults(folder: Path, config: ByteModelConfig, tokenizer_eos: int | None) -> dict[str, Any]:
-    """generation_config.json, with the config's token ids where it names none, and at last the tokenizer's eos."""
+    """generation_config.json; absent token ids are taken from the config, then from the tokenizer."""
     given = {
         name: value for name, value in read_generation(folder).items() if value is not None and not name.startswith("_")
     }
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer_eos is not None and read_json(folder / "config.json").get("eos_token_id") is None:
-        ids["eos_token_id"] = tokenizer_eos  # the config's would be its class's default, of another vocabulary
+        ids["eos_token_id"] = tokenizer_eos  # the config's is its class's default, for another vocabulary
     return {name: value for name, value in ids.items() if value is not None} | given

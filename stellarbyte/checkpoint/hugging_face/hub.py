@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub by their names, downloaded into the Hub's own cache."""
+"""Downloads models from the Hugging Face Hub by their names, into the Hub's own cache."""
 
 import re
 from pathlib import Path
@@ -18,15 +18,15 @@ TOKEN_ADVICE = "`hf auth login` or the variable HF_TOKEN gives access"
 
 
 def download(name: str, *, needs_weights: bool = True) -> Path:
-    """The folder of a model that is named as HUB_NAME has it; only files that are missing are downloaded.
+    """The folder of a model, by a name that matches HUB_NAME; downloads only missing files.
 
-    Cache, token and address are huggingface_hub's (HF_HOME, HF_TOKEN, HF_ENDPOINT); without a connection, its cache
-    alone counts.
+    Cache, token and address are huggingface_hub's (HF_HOME, HF_TOKEN, HF_ENDPOINT); without a connection, the cache is
+    used.
 
     Raises:
-        CheckpointError: there is no such model or revision, it may not be read, or it cannot be downloaded.
+        CheckpointError: the model or revision does not exist, may not be read, or cannot be downloaded.
     """
-    # It takes a while to import, and few starts need it.
+    # Slow to import, and few starts need it.
     from huggingface_hub import constants, errors, snapshot_download
 
     match = HUB_NAME.fullmatch(name)
@@ -57,7 +57,7 @@ def download(name: str, *, needs_weights: bool = True) -> Path:
             f"There is no path {name}, the Hub's cache ({constants.HF_HUB_CACHE}) does not hold all of a model of this"
             f" name, and {why}."
         ) from error
-    except Exception as error:  # whatever goes wrong in HTTP, in the cache or on the disk
+    except Exception as error:  # errors of HTTP, the cache or the disk have no common base
         raise CheckpointError(f"{name} cannot be downloaded: {one_line(error)}.") from error
     if not (Path(folder) / "config.json").is_file():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, as transformers makes it of the files. Runs no code from the folder."""
+"""The tokenizer of a Hugging Face folder, as transformers loads it. Runs no code from the folder."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from stellarbyte.checkpoint.native import one_line
 logger = logging.getLogger(__name__)
 
 SENTENCEPIECE = "tokenizer.model"
-OTHER_SOURCES = ("vocab.json", "tokenizer.json")  # what else a tokenizer can be made from
+OTHER_SOURCES = ("vocab.json", "tokenizer.json")  # other files with a tokenizer
 SENTENCEPIECE_PACKAGES = ("sentencepiece", "google.protobuf")
 DEFAULT_TEMPLATE = "default"
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
@@ -33,8 +33,8 @@ class FolderTokenizer:
 
     Attributes:
         settings: tokenizer_config.json.
-        chat_templates: by name, as transformers has them; the usual one is "default".
-        eos_token_id: of `settings`' eos_token; None: there is none.
+        chat_templates: by transformers' names; the usual one is "default".
+        eos_token_id: of the eos_token in `settings`; None: absent.
     """
 
     folder: Path
@@ -60,19 +60,19 @@ class FolderTokenizer:
 
 
 def read_tokenizer(folder: Path) -> FolderTokenizer:
-    """The tokenizer that AutoTokenizer makes of a folder, with its flags of tokens and its chat templates.
+    """The tokenizer that AutoTokenizer loads from a folder, with the tokens' flags and the chat templates.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or a package for it is not installed.
+        CheckpointError: the folder has no tokenizer, it cannot be read, or a package for it is not installed.
     """
     _require_source(folder)
     try:
         made = _make(folder)
         tokenizer = made.backend_tokenizer
-        tokenizer.no_truncation()  # settings of the training run, which would cut prompts
+        tokenizer.no_truncation()  # a setting of the training run, which would truncate prompts
         tokenizer.no_padding()
         settings = {name: value for name, value in made.init_kwargs.items() if name not in NOT_KEPT}
-        # The class is the one that takes tokenizer.json as it is; others rebuild it from its vocabulary.
+        # This class uses tokenizer.json unchanged; others rebuild it from its vocabulary.
         settings |= {**made.special_tokens_map, "tokenizer_class": "PreTrainedTokenizerFast"}
         return FolderTokenizer(
             folder=folder,
@@ -83,12 +83,12 @@ def read_tokenizer(folder: Path) -> FolderTokenizer:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # tokenizers raises nothing narrower, and transformers' classes raise anything
+    except Exception as error:  # tokenizers raises plain Exception, and transformers' classes various ones
         raise CheckpointError(f"{folder} has no tokenizer that can be read: {one_line(error)}.") from error
 
 
 def _make(folder: Path) -> PreTrainedTokenizerFast:
-    """As AutoTokenizer chooses the class; where it would need code or packages from elsewhere, from tokenizer.json."""
+    """The tokenizer of AutoTokenizer's class, or of tokenizer.json if that class needs other code or packages."""
     try:
         made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if isinstance(made, PreTrainedTokenizerFast):
@@ -114,7 +114,7 @@ def _require_source(folder: Path) -> None:
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package above it
+    except ModuleNotFoundError:  # for a missing parent package
         return False
 
 

@@ -1,4 +1,4 @@
-"""The addends of adapters in a mixed batch: out += scale · Bᵀ(A x), in two launches. Knows slots, not requests.
+"""The addends of adapters in a mixed batch: out += scale · Bᵀ(A x), in two launches.
 
 The rows of a step come in segments, short runs of rows that use one slot of the bank. A program reads its share of a
 slot's numbers once for all rows of its segment, so a step reads each segment's adapter once. Slots and ranks are read
@@ -17,7 +17,7 @@ import triton.language as tl
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 
-# T rows of the step, X segments, K inputs, N outputs of projections beside each other, R ranks of projections together
+# T rows of the step, X segments, K inputs, N outputs of adjacent projections, R ranks of projections together
 
 SEGMENT_ROWS = 16  # minimum of the matrix units
 PROMPT_SEGMENT_ROWS = 64  # tokens of a prompt for each read of an adapter's numbers

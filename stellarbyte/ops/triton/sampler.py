@@ -41,7 +41,7 @@ CAPACITY = 4096  # of a row's list
 _PART = 2048
 _LARGEST_INVERSE = tl.constexpr(2.0**127)  # of a temperature; inf · 0 would be NaN
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
-_BLOCK = 8192  # tokens of a row that one program looks at together
+_BLOCK = 8192  # tokens of a row that one program processes together
 
 
 class SamplingRows(NamedTuple):

@@ -116,7 +116,7 @@ def test_a_call_that_breaks_its_tools_schema_says_so(demo_server) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     answer = ask(demo_server, "chat/completions", tools=tools, tool_choice="required", parallel_tool_calls=False)
     (choice,) = answer.json()["choices"]
-    assert choice["schema_violation"].startswith("The call of f breaks") and "$.pair" in choice["schema_violation"]
+    assert choice["schema_violation"].startswith("The call of f violates") and "$.pair" in choice["schema_violation"]
     tools[0]["function"]["strict"] = True
     assert_error(ask(demo_server, "chat/completions", tools=tools), 400, "tools[0].function.parameters")
 

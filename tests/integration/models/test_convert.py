@@ -11,7 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
 from tests.support.models.gguf_files import write_gguf
-from tests.support.models.hugging_face import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.support.models.hugging_face import (
+    tiny_llama,
+    tiny_mistral,
+    tiny_mixtral,
+    tiny_olmoe,
+    tiny_qwen2,
+    tiny_qwen2_moe,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+)
 
 LENGTH = 40  # several windows of 8
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
@@ -49,6 +58,24 @@ MODELS = {
         tiny_qwen3,
         {"attention_bias": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
     ),
+    "mixtral": (tiny_mixtral, {}),
+    "mixtral window, sharded": (tiny_mixtral, {"sliding_window": 8, "max_shard_size": "40KB"}),
+    "mixtral in stacks": (tiny_mixtral, {"save_original_format": False}),
+    "qwen2 moe": (tiny_qwen2_moe, {}),
+    "qwen2 moe renormalised, windows": (
+        tiny_qwen2_moe,
+        {"norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    ),
+    "qwen2 moe in stacks": (tiny_qwen2_moe, {"save_original_format": False, "decoder_sparse_step": 1}),
+    "qwen2 moe without biases": (tiny_qwen2_moe, {"qkv_bias": False}),
+    "qwen3 moe": (tiny_qwen3_moe, {}),
+    "qwen3 moe window, biases, not renormalised": (
+        tiny_qwen3_moe,
+        {"use_sliding_window": True, "sliding_window": 8, "attention_bias": True, "norm_topk_prob": False},
+    ),
+    "qwen3 moe dense": (tiny_qwen3_moe, {"mlp_only_layers": [0, 1, 2]}),
+    "olmoe": (tiny_olmoe, {}),
+    "olmoe renormalised, biases": (tiny_olmoe, {"norm_topk_prob": True, "attention_bias": True}),
 }
 
 
@@ -58,6 +85,10 @@ GGUF_MODELS = {
     "llama biases": (tiny_llama, {"attention_bias": True, "mlp_bias": True}, "llama"),
     "qwen2": (tiny_qwen2, {}, "qwen2"),
     "qwen3": (tiny_qwen3, {}, "qwen3"),
+    "mixtral": (tiny_mixtral, {}, "llama"),
+    "qwen2 moe": (tiny_qwen2_moe, {"decoder_sparse_step": 1}, "qwen2moe"),
+    "qwen3 moe, first layer dense": (tiny_qwen3_moe, {}, "qwen3moe"),
+    "olmoe": (tiny_olmoe, {}, "olmoe"),
 }
 
 

@@ -222,6 +222,20 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         renamed("0.self_attn.q_proj", "7.self_attn.q_proj"),
         "no module 'model.layers.7.self_attn.q_proj' ",
     ),
+    "experts": (
+        renamed("layers.0.self_attn.q_proj", "layers.0.mlp.experts.3.up_proj"),
+        "adapters of experts and their routers are not supported, but it adapts 'model.layers.0.mlp.experts.3.up_proj'",
+    ),
+    "stacks of experts": (renamed("layers.0.self_attn.q_proj", "layers.0.mlp.experts"), "adapters of experts and"),
+    "shared expert": (
+        renamed("layers.0.self_attn.q_proj", "layers.0.mlp.shared_expert.up_proj"),
+        "adapters of experts and",
+    ),
+    "router": (renamed("layers.0.self_attn.q_proj", "layers.0.mlp.gate"), "adapters of experts and their routers"),
+    "parameters of experts": (
+        config(target_parameters=["mlp.experts.gate_up_proj"]),
+        r"'target_parameters' is \['mlp.experts.gate_up_proj'\], but only plain LoRA",
+    ),
     "unknown modules": (renamed("self_attn", "attention"), "no module 'model.layers.*' and 1 more that can be adapted"),
     "width": (
         tensors({f"{Q}.lora_A.weight": torch.ones(2, 5)}),

@@ -26,6 +26,25 @@ VARIANTS = {
     "deepnorm": {"deepnorm": True},
     "deepnorm parallel": {"deepnorm": True, "parallel_residual": True},
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
+    "experts": EXPERTS,
+    "experts, shared with a gate, some layers dense": EXPERTS
+    | {
+        "moe_layers": [0, 2],
+        "shared_expert_intermediate_size": 40,
+        "shared_expert_gate": True,
+        "norm_topk_prob": False,
+    },
+    "experts by sigmoid and biases": EXPERTS
+    | {"router_score": "sigmoid", "router_bias": True, "router_selection_bias": True, "num_experts_per_tok": 3},
+    "experts of pools, one shared": EXPERTS | {"expert_pools": [4, 2, 4], "shared_expert_intermediate_size": 16},
+    "experts by share": EXPERTS | {"router_top_p": 0.8, "num_experts_per_tok": 5, "min_experts_per_tok": 2},
+    "experts, parallel, norms over all heads": EXPERTS
+    | {"parallel_residual": True, "qk_norm": True, "qk_norm_per_head": False, "hidden_act": "gelu_tanh"},
+    "experts, deepnorm, windows": EXPERTS
+    | {"deepnorm": True, "sliding_window": W, "sink_tokens": 4, "layer_scale_init": 0.1},
+}
 
 
 def make_config(**overrides: Any) -> ByteModelConfig:

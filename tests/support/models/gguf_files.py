@@ -1,11 +1,13 @@
 """Writes tiny GGUF files as llama.cpp's converter would, for tests."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from safetensors.torch import load_file
@@ -27,7 +29,16 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
+ROUTERS = ("mlp.gate", "mlp.shared_expert_gate")  # which the converter keeps in float32
 
 
 def gguf_name(name: str) -> str:
@@ -63,12 +74,11 @@ def write_gguf(
     for key, value in fields.items():
         if value is not None:
             add_field(writer, key, value)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.float().numpy()
+    for name, array in stacked_experts(load_file(folder / "model.safetensors")).items():
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             array = permute(array, config.num_attention_heads if ".q_" in name else config.num_key_value_heads)
-        if array.ndim == 1:
-            writer.add_tensor(gguf_name(name), array)
+        if array.ndim == 1 or name.removesuffix(".weight").endswith(ROUTERS):
+            writer.add_tensor(gguf_name(name), array.squeeze())
         else:
             writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
     for name, array in (extra_tensors or {}).items():
@@ -78,6 +88,37 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def stacked_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The tensors in float32, the matrices of single experts as stacks, under Qwen's names."""
+    stacks: dict[str, dict[int, np.ndarray]] = {}
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        for mixtral, qwen in (
+            ("block_sparse_moe.", "mlp."),
+            (".w1.", ".gate_proj."),
+            (".w3.", ".up_proj."),
+            (".w2.", ".down_proj."),
+        ):
+            name = name.replace(mixtral, qwen)
+        expert = re.fullmatch(r"(.+\.experts)\.(\d+)\.(.+)", name)
+        if expert is None:
+            arrays[name] = tensor.float().numpy()
+        else:
+            stacks.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = tensor.float().numpy()
+    return arrays | {name: np.stack([stack[e] for e in range(len(stack))]) for name, stack in stacks.items()}
+
+
+def expert_fields(config: Any) -> dict[str, Any]:
+    """What the converter writes of a mixture of experts; {} of a dense model."""
+    if not getattr(config, "num_experts", 0):
+        return {}
+    fields = {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+    for theirs, ours in (("moe_intermediate_size", ""), ("shared_expert_intermediate_size", "shared_")):
+        if hasattr(config, theirs):
+            fields[f"expert_{ours}feed_forward_length"] = getattr(config, theirs)
+    return fields
 
 
 def llama_fields(config: Any, architecture: str) -> dict[str, Any]:
@@ -93,6 +134,7 @@ def llama_fields(config: Any, architecture: str) -> dict[str, Any]:
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        **expert_fields(config),
     }
     return {f"{architecture}.{name}": value for name, value in fields.items()}
 

@@ -1,4 +1,4 @@
-"""Tiny random Llama, Mistral, Qwen2 and Qwen3 folders as transformers saves them, with a tokenizer, for tests."""
+"""Tiny random folders of supported models as transformers saves them, with a tokenizer, for tests."""
 
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,21 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 CHAT_TEMPLATE = (
@@ -59,17 +67,42 @@ def tiny_qwen3(path: Path, **overrides: Any) -> Path:
     return save_tiny(path, Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16} | overrides)
 
 
+def tiny_mixtral(path: Path, **overrides: Any) -> Path:
+    """A Mixtral folder with 6 experts in every layer."""
+    return save_tiny(path, MixtralConfig, MixtralForCausalLM, {"num_local_experts": 6} | overrides)
+
+
+def tiny_qwen2_moe(path: Path, **overrides: Any) -> Path:
+    """A Qwen2-MoE folder: 6 experts and a shared one with a gate in every second layer."""
+    sizes = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "decoder_sparse_step": 2}
+    options = sizes | {"shared_expert_intermediate_size": 40} | overrides
+    return save_tiny(path, Qwen2MoeConfig, Qwen2MoeForCausalLM, options)
+
+
+def tiny_qwen3_moe(path: Path, **overrides: Any) -> Path:
+    """A Qwen3-MoE folder: 8 experts with renormalised gates in all layers but the first."""
+    sizes = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [0]}
+    options = sizes | {"head_dim": 16, "norm_topk_prob": True} | overrides
+    return save_tiny(path, Qwen3MoeConfig, Qwen3MoeForCausalLM, options)
+
+
+def tiny_olmoe(path: Path, **overrides: Any) -> Path:
+    """An OLMoE folder: 6 experts in every layer, norms over the whole of queries and keys."""
+    return save_tiny(path, OlmoeConfig, OlmoeForCausalLM, {"num_experts": 6, "num_experts_per_tok": 2} | overrides)
+
+
 def save_tiny(
     path: Path, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel], overrides: dict[str, Any]
 ) -> Path:
     """Save a random model and its tokenizer in `path`.
 
-    `overrides` are fields of the config, and three options of this function: `chat_template` (None: none),
-    `max_shard_size` (as in save_pretrained) and `dtype`.
+    `overrides` are fields of the config, and options of this function: `chat_template` (None: none), `max_shard_size`
+    and `save_original_format` (False: stacks of experts; both as in save_pretrained), and `dtype`.
     """
     settings = SHAPE | overrides
     chat_template = settings.pop("chat_template", CHAT_TEMPLATE)
     max_shard_size = settings.pop("max_shard_size", "1GB")
+    original_format = settings.pop("save_original_format", True)
     dtype = settings.pop("dtype", torch.float32)
     torch.manual_seed(0)
     model = model_class(config_class(**settings)).to(dtype)
@@ -77,7 +110,7 @@ def save_tiny(
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1: they would not be tested
                 parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(path, max_shard_size=max_shard_size)
+    model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=original_format)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer(settings["vocab_size"]),
         bos_token=BOS,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from stellarbyte.config import ByteModelConfig
+from tests.support.models import expert_oracle
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -38,6 +39,8 @@ def _logprobs(
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         of_layer = {name.removeprefix(prefix): t for name, t in w.items() if name.startswith(prefix)}
+        holder = f"model.layers.{config.expert_layers[layer]}."  # of the experts that the layer uses
+        of_layer |= {name.removeprefix(holder): t for name, t in w.items() if name.startswith(f"{holder}mlp.experts.")}
         x = _layer(of_layer, config, layer, x, attend)
     x = _rms_norm(x[positions], w["model.norm.weight"], config.rms_norm_eps)
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
@@ -51,8 +54,11 @@ def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, att
         return _attention(w, config, layer, y, attend) * w.get("attention_scale.weight", torch.tensor(1.0))
 
     def mlp(y: torch.Tensor) -> torch.Tensor:
-        gate = _gate(config.hidden_act, _linear(w, "mlp.gate_proj", y))
-        out = _linear(w, "mlp.down_proj", gate * _linear(w, "mlp.up_proj", y))
+        if config.expert_layers[layer] is not None:
+            out = expert_oracle.mixture(w, config, y)
+        else:
+            gate = expert_oracle.gate(config.hidden_act, _linear(w, "mlp.gate_proj", y))
+            out = _linear(w, "mlp.down_proj", gate * _linear(w, "mlp.up_proj", y))
         return out * w.get("mlp_scale.weight", torch.tensor(1.0))
 
     def both(y: torch.Tensor) -> torch.Tensor:
@@ -74,10 +80,13 @@ def _layer(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, att
 def _attention(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor, attend: Attend) -> torch.Tensor:
     length, dim, num_kv_heads = len(x), _head_dim(config), config.num_key_value_heads
     assert num_kv_heads is not None  # the config fills it in
-    q = _linear(w, "self_attn.q_proj", x).view(length, config.num_attention_heads, dim)
-    k = _linear(w, "self_attn.k_proj", x).view(length, num_kv_heads, dim)
-    v = _linear(w, "self_attn.v_proj", x).view(length, num_kv_heads, dim)
-    if config.qk_norm:
+    q, k, v = (_linear(w, f"self_attn.{name}_proj", x) for name in "qkv")
+    if config.qk_norm and not config.qk_norm_per_head:
+        q = _rms_norm(q, w["self_attn.q_norm.weight"], config.rms_norm_eps)
+        k = _rms_norm(k, w["self_attn.k_norm.weight"], config.rms_norm_eps)
+    q = q.view(length, config.num_attention_heads, dim)
+    k, v = k.view(length, num_kv_heads, dim), v.view(length, num_kv_heads, dim)
+    if config.qk_norm and config.qk_norm_per_head:
         q = _rms_norm(q, w["self_attn.q_norm.weight"], config.rms_norm_eps)
         k = _rms_norm(k, w["self_attn.k_norm.weight"], config.rms_norm_eps)
     groups = config.num_attention_heads // num_kv_heads
@@ -165,11 +174,3 @@ def _linear(w: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight
-
-
-def _gate(name: str, x: torch.Tensor) -> torch.Tensor:
-    if name == "silu":
-        return x / (1 + torch.exp(-x))
-    if name == "gelu":
-        return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -22,7 +22,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.demo import find_demo_gguf
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
-from tests.support.models.hugging_face import tiny_llama
+from tests.support.models.hugging_face import tiny_llama, tiny_mixtral, tiny_olmoe, tiny_qwen3_moe
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,65 @@ def test_unsupported_source_is_refused_before_a_byte_is_written(name: str, whole
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def without(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def replaced(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        save_file(load_file(folder / "model.safetensors") | {name: tensor}, folder / "model.safetensors")
+
+    return edit
+
+
+EXPERT = "model.layers.1.mlp.experts"
+REFUSED_EXPERTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (without(f"{EXPERT}.2.up_proj.weight"), f"lacks the tensor {EXPERT}.2.up_proj.weight, which the config"),
+    "too many": (
+        replaced(f"{EXPERT}.8.up_proj.weight", torch.ones(24, 32)),
+        f"holds the tensor {EXPERT}.8.up_proj.weight",
+    ),
+    "shape": (
+        replaced(f"{EXPERT}.3.down_proj.weight", torch.ones(32, 8)),
+        f"{EXPERT}.3.down_proj.weight as torch.float32",
+    ),
+    "type": (
+        replaced(f"{EXPERT}.3.gate_proj.weight", torch.ones(24, 32).half()),
+        f"{EXPERT}.3.gate_proj.weight as torch.float16 [24, 32], but {EXPERT}.0.gate_proj.weight as torch.float32",
+    ),
+    "size": (edit_json("config.json", moe_intermediate_size=16), "mlp.experts.gate_up_proj as [8, 48, 32]; the config"),
+    "no number": (edit_json("config.json", num_experts_per_tok=9), "num_experts_per_tok (9) must be from 1 to num_exp"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_EXPERTS)
+def test_experts_that_do_not_fit_are_refused_by_name(name: str, tmp_path: Path):
+    source = tiny_qwen3_moe(tmp_path / "source")
+    change, message = REFUSED_EXPERTS[name]
+    change(source)
+    with pytest.raises(CheckpointError) as caught:
+        convert(source, tmp_path / "target")
+    assert message in str(caught.value)
+
+
+def test_what_changes_the_numbers_of_experts_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"clip_qkv 3\.0 is not supported"):
+        convert(tiny_olmoe(tmp_path / "olmoe", clip_qkv=3.0), tmp_path / "target")
+    with pytest.raises(CheckpointError, match=r"router_jitter_noise 0\.1 is not supported"):
+        convert(tiny_mixtral(tmp_path / "mixtral", router_jitter_noise=0.1), tmp_path / "target")
+
+
+def test_the_source_s_balance_loss_is_kept(tmp_path: Path):
+    source = tiny_mixtral(tmp_path / "a", output_router_logits=True, router_aux_loss_coef=0.03)
+    assert open_checkpoint(convert(source, tmp_path / "b")).config.router_balance_coef == 0.03
+    assert open_checkpoint(convert(tiny_mixtral(tmp_path / "c"), tmp_path / "d")).config.router_balance_coef == 0.0
 
 
 def test_existing_targets_are_not_touched(whole: Path, tmp_path: Path):

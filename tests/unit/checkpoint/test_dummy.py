@@ -10,7 +10,16 @@ from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_languag
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config
 from tests.support.models.byte_transformer import make_config, make_model
-from tests.support.models.hugging_face import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
+from tests.support.models.hugging_face import (
+    tiny_llama,
+    tiny_mistral,
+    tiny_mixtral,
+    tiny_olmoe,
+    tiny_qwen2,
+    tiny_qwen2_moe,
+    tiny_qwen3,
+    tiny_qwen3_moe,
+)
 
 CPU = torch.device("cpu")
 
@@ -21,6 +30,7 @@ CPU = torch.device("cpu")
         {},
         {"tie_word_embeddings": True, "qk_norm": True, "attention_bias": True},
         {"layer_scale_init": 0.25, "parallel_residual": True, "xpos_learnable_scale": True},
+        {"num_experts": 6, "moe_layers": [0, 2], "shared_expert_intermediate_size": 40, "moe_intermediate_size": 40},
     ],
 )
 def test_the_weights_are_those_of_a_model_that_was_just_made(overrides):
@@ -47,7 +57,13 @@ def test_the_weights_are_those_of_a_model_that_was_just_made(overrides):
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3),
+        *(tiny_mixtral, tiny_qwen2_moe, tiny_qwen3_moe, tiny_olmoe),
+    ],
+)
 def test_a_hugging_face_config_alone_gives_the_model_that_its_conversion_would(tmp_path, make):
     source = make(tmp_path / "source")
     converted = load_config(convert(source, tmp_path / "converted"))

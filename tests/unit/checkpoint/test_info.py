@@ -7,7 +7,7 @@ import pytest
 
 from stellarbyte.checkpoint.info import ModelInfo, describe, describe_lines, size
 from stellarbyte.checkpoint.native import open_checkpoint
-from tests.support.models.byte_transformer import make_model
+from tests.support.models.byte_transformer import EXPERTS, make_model
 
 
 def info(folder: Path, **overrides: Any) -> ModelInfo:
@@ -23,6 +23,46 @@ def test_counts_are_those_of_the_model(tmp_path: Path):
     assert found.disk_bytes == (tmp_path / "model.safetensors").stat().st_size
     assert found.stored_dtype == "float32"
     assert found.kv_bytes_per_token == {"float32": 2 * 3 * 2 * 16 * 4, "bfloat16": 2 * 3 * 2 * 16 * 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "experts", "idle"),
+    [
+        (
+            {"shared_expert_intermediate_size": 16, "shared_expert_gate": True, "moe_layers": [1, 2]},
+            "1 × (attention + MLP 80, silu) and 2 × (attention + experts, silu)",
+            "6 of 24, 2 per token, softmax scores, renormalised; a shared one of 16 with a gate; in layers 1, 2",
+            2 * 4,
+        ),
+        (
+            {"expert_pools": [0, 1, 0], "router_score": "sigmoid", "norm_topk_prob": False},
+            "3 × (attention + experts, silu)",
+            "6 of 24, 2 per token, sigmoid scores; 2 pools",
+            2 * 6 - 3 * 2,
+        ),
+        (
+            {"router_top_p": 0.5, "num_experts_per_tok": 4},
+            "3 × (attention + experts, silu)",
+            "6 of 24, 1 to 4 per token, up to 0.5 of the scores, softmax scores, renormalised",
+            3 * 2,
+        ),
+    ],
+)
+def test_experts_count_as_total_and_as_active_parameters(
+    options: dict[str, Any], layers: str, experts: str, idle: int, tmp_path: Path
+):
+    found = info(tmp_path, **(EXPERTS | options))
+    lines = dict(describe_lines(open_checkpoint(tmp_path)))
+    assert found.num_parameters == sum(p.numel() for p in make_model(**(EXPERTS | options)).parameters())
+    assert found.num_active_parameters == found.num_parameters - idle * 3 * 48 * 24
+    assert (lines["layers"], lines["experts"]) == (layers, experts)
+    assert lines["parameters"] == f"{found.num_parameters:,}, of which a token uses {found.num_active_parameters:,}"
+
+
+def test_every_parameter_of_a_dense_model_is_active(tmp_path: Path):
+    found = info(tmp_path)
+    assert found.num_active_parameters == found.num_parameters
+    assert "experts" not in dict(describe_lines(open_checkpoint(tmp_path)))
 
 
 @pytest.mark.parametrize(

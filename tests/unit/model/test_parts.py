@@ -24,7 +24,7 @@ from stellarbyte.model.parts import ATTENTION_INPUT, MLP_INPUT, Part, linears_by
 from tests.support.engines.engine import Backend, ModelEngine
 from tests.support.models import oracle
 from tests.support.models.adapters import merged, random_adapter
-from tests.support.models.byte_transformer import make_config, make_model, random_tokens
+from tests.support.models.byte_transformer import EXPERTS, make_config, make_model, random_tokens
 from tests.support.models.gguf_files import write_gguf
 from tests.support.models.hugging_face import tiny_llama
 
@@ -72,9 +72,19 @@ def test_the_model_and_its_checkpoint_have_the_part_in_its_layer_only() -> None:
     assert model.model.layers[0].self_attn.g_proj is None
 
 
-def test_the_model_s_own_order_is_that_of_the_checkpoint() -> None:
-    model = make_model(
-        attention_bias=True, mlp_bias=True, qk_norm=True, layer_scale_init=0.5, xpos_learnable_scale=True
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_bias": True, "mlp_bias": True, "layer_scale_init": 0.5, "xpos_learnable_scale": True},
+        {"router_bias": True, "router_selection_bias": True, "shared_expert_intermediate_size": 8} | EXPERTS,
+        {"shared_expert_intermediate_size": 8, "shared_expert_gate": True, "moe_layers": [0, 2]} | EXPERTS,
+        {"router_noise": "noisy_top_k", "expert_pools": [1, 1, 0]} | EXPERTS,
+    ],
+)
+def test_the_model_s_own_order_is_that_of_the_checkpoint(options: dict[str, object]) -> None:
+    model = make_model(qk_norm=True, **options)
+    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == expected_shapes(
+        model.config
     )
     assert list(expected_shapes(model.config)) == [name for name, _ in model.named_parameters()]
 

@@ -7,8 +7,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stellarbyte import ByteConfig, ByteModelConfig, ByteTransformer
 from stellarbyte.cache.relative import RelativeCache
 from tests.support.models import oracle
-from tests.support.models.byte_transformer import VARIANTS, VOCABULARY, W, make_config, make_model, random_tokens
+from tests.support.models.byte_transformer import (
+    EXPERT_VARIANTS,
+    VARIANTS,
+    VOCABULARY,
+    W,
+    make_config,
+    make_model,
+    random_tokens,
+)
 
+ALL_VARIANTS = VARIANTS | EXPERT_VARIANTS
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]
 POSITIONS = {"xpos": {"use_xpos": True}, "rope": {"use_xpos": False}}
 
@@ -18,10 +27,10 @@ def assert_matches_oracle(model: ByteTransformer, tokens: list[int], logits_TV: 
     assert (logits_TV.double().log_softmax(dim=-1) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_forward_matches_oracle(variant: str, implementation: str) -> None:
-    model = make_model(attn_implementation=implementation, **VARIANTS[variant])
+    model = make_model(attn_implementation=implementation, **ALL_VARIANTS[variant])
     tokens = random_tokens(4 * W + 3)
     assert_matches_oracle(model, tokens, model(torch.tensor([tokens])).logits[0])
 
@@ -35,10 +44,10 @@ def test_window_and_sinks_match_oracle(positions: str, sinks: int, length: int) 
     assert_matches_oracle(model, tokens, model(torch.tensor([tokens])).logits[0])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_cached_forward_matches_oracle(variant: str, chunk: int) -> None:
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**ALL_VARIANTS[variant])
     tokens = random_tokens(4 * W + 3)
     cache, logits = None, []
     for start in range(0, len(tokens), chunk):
@@ -48,9 +57,9 @@ def test_cached_forward_matches_oracle(variant: str, chunk: int) -> None:
     assert_matches_oracle(model, tokens, torch.cat(logits))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_forward_step_matches_oracle(variant: str) -> None:
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**ALL_VARIANTS[variant])
     tokens, others = random_tokens(4 * W + 3), random_tokens(4 * W + 3, seed=1)
     past_k = past_v = None
     logits = []
@@ -76,7 +85,7 @@ def test_long_xpos_sequences_stay_finite_and_exact(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("variant", ["qwen2", "xpos window sinks"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(variant: str, side: str) -> None:
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**ALL_VARIANTS[variant])
     rows = [random_tokens(4 * W), random_tokens(2 * W + 1, seed=1), random_tokens(5, seed=2)]
     ids, mask = torch.zeros(3, 4 * W, dtype=torch.long), torch.zeros(3, 4 * W, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -88,9 +97,9 @@ def test_padding_changes_nothing(variant: str, side: str) -> None:
         assert_matches_oracle(model, row, logits[i][mask[i].bool()])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_generate_from_left_padded_prompts_equals_each_prompt_alone(variant: str) -> None:
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**ALL_VARIANTS[variant])
     prompts = [random_tokens(2 * W), random_tokens(3, seed=1)]
     ids, mask = torch.zeros(2, 2 * W, dtype=torch.long), torch.zeros(2, 2 * W, dtype=torch.long)
     for i, prompt in enumerate(prompts):
@@ -139,9 +148,9 @@ def test_loss_ignores_masked_labels() -> None:
     assert abs(model(tokens, labels=labels).loss.item() + picked.mean().item()) < 1e-5
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_save_and_load_round_trip(variant: str, tmp_path) -> None:
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**ALL_VARIANTS[variant])
     model.save_pretrained(tmp_path)
     tokens = torch.tensor([random_tokens(30)])
     for loaded in (ByteTransformer.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):

@@ -1,1 +1,1 @@
-"""Answers are written from the engine's deltas."""
+"""Writes answers from the engine's deltas."""

@@ -27,29 +27,29 @@ from stellarbyte_server.protocol.request import GenerationRequest, RequestReject
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
 _OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
-_INLINE_TOKENS = 5000  # longer answers are written in a thread, so that they hold up no stream
+_INLINE_TOKENS = 5000  # longer answers are written in a thread, so that they do not delay streams
 _CHUNK_OBJECT = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPlan:
-    """How the requests that were made of one body are answered.
+    """The engine's requests for one body, and the form of the answer.
 
-    There are `candidates` requests for each prompt, one after the other; of their answers the best `choices` are shown.
+    Each prompt has `candidates` consecutive requests; the best `choices` of their answers are shown.
     """
 
     kind: Kind
-    model: str  # as the client called it
+    model: str  # as named by the client
     requests: tuple[GenerationRequest, ...]
     candidates: int
     choices: int
-    reader: Callable[[int], ChoiceReader]  # for the request of that number
+    reader: Callable[[int], ChoiceReader]  # by the index of the request
     stream: bool
-    grammar_param: str | None = None  # the field that the requests' grammar is made of
-    check: AnswerCheck | None = None  # what is looked at when an answer has ended
+    grammar_param: str | None = None  # the field that the requests' grammar comes from
+    check: AnswerCheck | None = None  # of finished answers
     include_usage: bool = False
     continuous_usage: bool = False
-    begins_with_text: bool = True  # of a chat; otherwise its answers are calls of tools and nothing else
+    begins_with_text: bool = True  # of a chat; False: its answers consist of tool calls only
     ignored: tuple[str, ...] = ()  # paths of fields without an effect on this model
 
 
@@ -90,7 +90,7 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
 
 
 def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidates: int = 1) -> TokenCount:
-    """A count of the requests' tokens, which the access log will show."""
+    """A counter of the requests' tokens, shared with the access log."""
     tokens = TokenCount(
         sum(len(request.prompt_token_ids) for request in requests[::candidates]),
         reasoning=None if requests[0].reasoning is None else 0,
@@ -100,7 +100,7 @@ def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidate
 
 
 def note_adapter(http: Request, request: GenerationRequest, streams: Sequence[DeltaStream]) -> str:
-    """Put the adapter that the requests run with into the access log; its content hash ("": none)."""
+    """Record the requests' adapter for the access log. Returns its content hash; "" without an adapter."""
     if request.adapter is None:
         return ""
     adapter_hash = next(stream.adapter_hash for stream in streams if stream.accepted.done())
@@ -111,7 +111,7 @@ def note_adapter(http: Request, request: GenerationRequest, streams: Sequence[De
 def _base(
     http: Request, service: Service, plan: AnswerPlan, streams: Sequence[DeltaStream], object_names: dict[str, str]
 ) -> dict[str, Any]:
-    """The fields that all of an answer's objects share."""
+    """The fields common to all objects of an answer."""
     adapter_hash = note_adapter(http, plan.requests[0], streams)
     return {
         "id": _ID_PREFIX[plan.kind] + plan.requests[0].request_id,
@@ -124,7 +124,7 @@ def _base(
 
 @dataclass(kw_only=True)
 class ReadChoice:
-    """An answer that was read to its end."""
+    """An answer, read to its end."""
 
     reader: ChoiceReader
     fragments: list[Fragment]
@@ -137,7 +137,7 @@ class ReadChoice:
 
 
 def _best(read: Sequence[ReadChoice], plan: AnswerPlan) -> list[ReadChoice]:
-    """What is shown: of each prompt's answers those with the highest scores, the best first."""
+    """The answers to show: for each prompt those with the highest scores, best first."""
     if plan.candidates == plan.choices:
         return list(read)
     best: list[ReadChoice] = []
@@ -168,7 +168,7 @@ async def _events(
     tokens: TokenCount,
     ends: AnswerEnds = UNCHECKED,
 ) -> AsyncIterator[bytes]:
-    """The answer as server-sent events; a failure is its last one."""
+    """The answer as server-sent events; a failure is the last event."""
     readers = [plan.reader(number) for number in range(len(streams))]
     if plan.kind == "chat":
         content = "" if plan.begins_with_text else None
@@ -178,7 +178,7 @@ async def _events(
         async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
             fragment = await ends.note(number, readers[number].read(delta))
             if plan.kind == "chat":
-                fragment.prompt_token_ids = None  # told with the role
+                fragment.prompt_token_ids = None  # sent with the role
             chunk = writer.fragment(number, fragment)
             if chunk:
                 yield chunk
@@ -193,7 +193,7 @@ async def _events(
 async def read_deltas(
     streams: Sequence[DeltaStream], tokens: TokenCount, candidates: int = 1, grammar_param: str | None = None
 ) -> AsyncIterator[tuple[int, Delta]]:
-    """The deltas of several streams as they come, each with its stream's number, counted; ApiError when one fails."""
+    """The deltas of several streams as they arrive, with their stream's index, counted; ApiError if one fails."""
     async for number, delta in interleaved(streams):
         if delta.finish_reason == "error":
             raise _failure(delta, grammar_param)
@@ -202,7 +202,7 @@ async def read_deltas(
 
 
 async def interleaved(streams: Sequence[DeltaStream]) -> AsyncIterator[tuple[int, Delta]]:
-    """The deltas of several streams as they come, each with the number of its stream."""
+    """The deltas of several streams as they arrive, each with the index of its stream."""
     if len(streams) == 1:
         async for delta in streams[0]:
             yield 0, delta
@@ -226,7 +226,7 @@ async def _next(stream: DeltaStream) -> Delta | None:
 
 
 def _failure(delta: Delta, grammar_param: str | None) -> ApiError:
-    """What the last delta of a request that failed means to the user."""
+    """The error for the user from the last delta of a failed request."""
     message = "The engine failed." if delta.error is None else delta.error
     if delta.code is not None:
         return from_engine(RequestRejected(message, delta.code, delta.param), grammar_param)

@@ -1,4 +1,4 @@
-"""Reads the arguments of one call as they arrive, whatever the model writes them as."""
+"""Incremental readers for the arguments of one call, for each format in which models write them."""
 
 import json
 import re
@@ -11,32 +11,32 @@ from stellarbyte_server.api.structured.tool_formats import ToolFormat
 
 _STRUCTURE = re.compile(r'["{}\[\]]')
 _STRING_END = re.compile(r'["\\]')
-# Whole characters and escapes of a string; a high surrogate only with the low one that follows it.
+# Complete characters and escapes of a string; a high surrogate only with the low surrogate that follows it.
 _WHOLE = re.compile(
     r'(?:[^"\\]|\\[^u]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[0-9a-fA-F]{4})*', re.DOTALL
 )
 
 
 class ArgumentsReader(Protocol):
-    """Reads one call's arguments, from what the last part before them is followed by."""
+    """Reads one call's arguments, beginning after `parts_before`."""
 
-    opening: str  # that the parts before them say already
+    opening: str  # beginning of the arguments that `parts_before` has consumed
     is_complete: bool
 
     def read(self, text: str, position: int) -> tuple[int, str]:
-        """How far it came, and what that says."""
+        """Read from a position on. Returns the position reached, and the arguments' text read."""
         ...
 
 
 def parts_before(tool: OfferedTool, format: ToolFormat) -> tuple[str, ...]:
-    """Parts of a call after which it is certain to be one: the first ones of its arguments."""
+    """The first parts of a call's arguments, after which the text is certainly a call."""
     if format.arguments == "tags":
         return ("<parameter=", INPUT, ">") if tool.is_custom else ()
     return ("{", f'"{INPUT}"', ":", '"') if tool.is_custom else ("{",)
 
 
 def parts_after(tool: OfferedTool, format: ToolFormat) -> tuple[str, ...]:
-    """Parts that belong to the arguments but are not read with them."""
+    """Closing parts of the arguments, which the reader does not consume."""
     if not tool.is_custom:
         return ()
     return ("</function>",) if format.arguments == "tags" else ("}",)
@@ -51,7 +51,7 @@ def arguments_reader(tool: OfferedTool, format: ToolFormat) -> ArgumentsReader:
 
 
 class JsonObject:
-    """An object, as it was written; its first brace was read already."""
+    """A JSON object, unchanged; its first brace has been read."""
 
     opening = "{"
 
@@ -85,13 +85,13 @@ class JsonObject:
 
 
 class JsonString:
-    """The text that a string means; its first quote was read already."""
+    """A JSON string, decoded; its first quote has been read."""
 
     opening = ""
 
     def __init__(self) -> None:
         self.is_complete = False
-        self._held = ""  # the beginning of an escape
+        self._held = ""  # an incomplete escape
 
     def read(self, text: str, position: int) -> tuple[int, str]:
         written = self._held + text[position:]
@@ -102,7 +102,7 @@ class JsonString:
         if self.is_complete:
             return len(text) - (len(written) - end - 1), said
         self._held = written[end:]
-        if len(self._held) > 12:  # no escape is as long, so this is none
+        if len(self._held) > 12:  # longer than any escape, so it is invalid
             said, self._held = said + self._held, ""
         return len(text), said
 
@@ -110,13 +110,13 @@ class JsonString:
 def _decoded(written: str) -> str:
     try:
         said: str = json.loads(f'"{written}"', strict=False)
-    except ValueError:  # an escape that JSON does not know
+    except ValueError:  # an invalid escape
         said = written
-    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of characters are none
+    return said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # replaces lone surrogates
 
 
 class RestOfAnswer:
-    """A text up to the end of the answer."""
+    """Any text, up to the end of the answer."""
 
     opening = ""
 

@@ -10,24 +10,24 @@ _PART = re.compile(r'"\w+"|[{}\[\]:,"]|[^\s{}\[\]:,"]+')
 
 
 def parts_of(text: str) -> tuple[str, ...]:
-    """The parts between which space means nothing: `, "arguments": ` has three."""
+    """Split a text into parts between which white space is insignificant: `, "arguments": ` has three."""
     return tuple(_PART.findall(text))
 
 
 class CallParts:
-    """Matches texts with any space before each; None is a tool's name, which `name_end` follows at once."""
+    """Matches a sequence of parts, each after any white space. None is a tool's name, which ends at `name_end`."""
 
     def __init__(self, parts: tuple[str | None, ...], name_end: str = "") -> None:
         self._parts = parts
         self._name_end = name_end
-        self._number = 0  # of the part that is being matched
-        self._num_matched = 0  # characters of it
+        self._number = 0  # index of the current part
+        self._num_matched = 0  # characters of the current part
         self._names: list[list[str]] = []
         self._text: list[str] = []
-        self._finished = 0  # characters up to the end of the last whole part
+        self._finished = 0  # characters up to the end of the last complete part
 
     def push(self, character: str) -> bool:
-        """Whether it goes on with that character, which is taken only then."""
+        """Consume a character if it matches. Returns whether it did."""
         part = self._parts[self._number]
         is_end = False
         if part is None:
@@ -58,15 +58,15 @@ class CallParts:
 
     @property
     def name(self) -> str:
-        """The first one."""
+        """The first name."""
         return "".join(self._names[0])
 
     @property
     def text(self) -> str:
-        """All that was taken."""
+        """All consumed characters."""
         return "".join(self._text)
 
     @property
     def unfinished(self) -> str:
-        """What was taken after the last whole part."""
+        """The characters consumed after the last complete part."""
         return "".join(self._text[self._finished :])

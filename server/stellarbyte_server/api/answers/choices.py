@@ -1,6 +1,6 @@
-"""Deltas of the engine become fragments of a choice, and fragments the whole choice.
+"""Turns the engine's deltas into fragments of a choice, and fragments into the whole choice.
 
-A streamed choice sends its fragments, one that is not streamed their sum; so both say the same.
+A streamed choice sends its fragments and an unstreamed one their concatenation, so both have the same content.
 """
 
 from collections.abc import Sequence
@@ -26,53 +26,53 @@ Kind = Literal["completion", "chat"]
 
 
 class PromptEcho(NamedTuple):
-    """What an answer that repeats its prompt begins with."""
+    """The prompt, repeated at the start of an answer."""
 
     text: str
     token_ids: Sequence[int]
-    offsets: Sequence[int] = ()  # characters of the text before each token, where log-probabilities are wanted
+    offsets: Sequence[int] = ()  # characters of the text before each token, if log-probabilities are requested
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceForm:
-    """What a choice shows beside its text."""
+    """The contents of a choice in addition to its text."""
 
     kind: Kind
-    logprobs: int | None = None  # alternatives beside each token; None: no log-probabilities
+    logprobs: int | None = None  # number of alternatives for each token; None: no log-probabilities
     echo: PromptEcho | None = None
-    prompt_logprobs: int | None = None  # the same of the prompt's tokens, apart from the text
-    prompt_token_ids: Sequence[int] | None = None  # to be shown, with those of the answer
+    prompt_logprobs: int | None = None  # number of alternatives for each token of the prompt, apart from the text
+    prompt_token_ids: Sequence[int] | None = None  # shown together with the answer's token ids; None: neither
     with_tools: bool = False
-    are_functions: bool = False  # a call is shown as function_call, the older form
-    shows_reasoning: bool = True  # if there is some
+    are_functions: bool = False  # calls are shown as function_call, the deprecated form
+    shows_reasoning: bool = True
 
     @property
     def is_plain(self) -> bool:
-        """Only text, as it comes."""
+        """Whether the deltas' text and reasoning are passed on unparsed, and nothing else."""
         of_prompt = (self.echo, self.prompt_logprobs, self.prompt_token_ids)
         return self.logprobs is None and of_prompt == (None, None, None) and not self.with_tools
 
 
 @dataclass(kw_only=True, slots=True)
 class Fragment:
-    """A part of a choice; the last one has a finish reason."""
+    """A part of a choice; the last part has a finish reason."""
 
     text: str = ""
     reasoning: str = ""  # before the text
     calls: Sequence[dict[str, Any]] = ()  # deltas of tool calls
-    function_call: dict[str, Any] | None = None  # of a call of the older form
-    pieces: Sequence[Piece] | None = None  # text and calls in their order; None: there are no calls
+    function_call: dict[str, Any] | None = None  # delta of a call in the deprecated form
+    pieces: Sequence[Piece] | None = None  # text and calls in their order; None: no tools
     logprobs: dict[str, Any] | None = None
     token_ids: list[int] | None = None
-    prompt_logprobs: list[dict[str, Any] | None] | None = None  # of an answer that is not streamed
+    prompt_logprobs: list[dict[str, Any] | None] | None = None  # of an unstreamed answer
     prompt_token_ids: list[int] | None = None
     finish_reason: str | None = None
-    stop_reason: str | int | None = None  # with it: the stop string, or the id of the stop token
-    schema_violation: str | None = None  # with it, where there is one
+    stop_reason: str | int | None = None  # with finish_reason: the stop string, or the id of the stop token
+    schema_violation: str | None = None  # with finish_reason
 
     @property
     def call_fields(self) -> dict[str, Any]:
-        """What it adds to calls, as fields of a chunk's delta."""
+        """The deltas of calls, as fields of a chunk's delta."""
         if self.function_call is not None:
             return {"function_call": self.function_call}
         return {"tool_calls": self.calls} if self.calls else {}
@@ -84,7 +84,7 @@ class Fragment:
 
     @property
     def is_text(self) -> bool:
-        """There is nothing but text."""
+        """Whether the fragment has no content other than text."""
         return (
             not self.reasoning
             and not self.call_fields
@@ -109,7 +109,7 @@ class ChoiceReader:
 
     @property
     def prompt_token_ids(self) -> Sequence[int] | None:
-        """To be shown."""
+        """The prompt's token ids, if they are shown."""
         return self._form.prompt_token_ids
 
     def read(self, delta: Delta) -> Fragment:
@@ -131,7 +131,7 @@ class ChoiceReader:
         return fragment
 
     def whole(self, index: int, fragments: Sequence[Fragment]) -> dict[str, Any]:
-        """All fragments of the choice as the API shows it when it is not streamed."""
+        """The choice of an unstreamed answer, from all its fragments."""
         text = "".join([fragment.text for fragment in fragments])
         choice: dict[str, Any] = {"index": index}
         if self._form.kind == "chat":
@@ -156,12 +156,12 @@ class ChoiceReader:
             choice["schema_violation"] = fragments[-1].schema_violation
         if fragments[-1].token_ids is not None:
             choice["token_ids"] = [token_id for fragment in fragments for token_id in fragment.token_ids or ()]
-        if self._form.kind == "completion":
+        if self._form.kind == "completion":  # a chat has one prompt and shows it outside its choices
             choice |= prompt_fields(fragments[0])
         return choice
 
     def _begin(self, fragment: Fragment, delta: Delta) -> None:
-        """Put what the prompt adds in front of the first fragment."""
+        """Add the prompt's text, log-probabilities and token ids to the first fragment, where requested."""
         echo = self._form.echo
         if echo is not None:
             fragment.text = echo.text + fragment.text
@@ -191,14 +191,14 @@ class ChoiceReader:
         return legacy_logprobs(tokens, self._token_bytes)
 
     def _parse(self, parser: ToolCallParser, fragment: Fragment) -> None:
-        """Take the calls out of the text."""
+        """Move the calls from the fragment's text to its calls."""
         pieces = parser.push(fragment.text)
         if fragment.finish_reason is not None:
             pieces += parser.flush()
         fragment.pieces = pieces
         fragment.text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
         deltas = self._deltas.of([piece for piece in pieces if not isinstance(piece, Content)])
-        if self._form.are_functions:  # there is one at most
+        if self._form.are_functions:  # at most one
             fragment.function_call = deltas[0]["function"] if deltas else None
         else:
             fragment.calls = deltas
@@ -208,7 +208,7 @@ class ChoiceReader:
 
 
 def prompt_fields(first: Fragment) -> dict[str, Any]:
-    """What a first fragment tells of its prompt: a field of a completion's choice, or of a whole chat."""
+    """The prompt's fields in the first fragment, for a completion's choice or a whole chat."""
     fields = {"prompt_token_ids": first.prompt_token_ids, "prompt_logprobs": first.prompt_logprobs}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -219,5 +219,5 @@ def _with_top(logprob: TokenLogprob, num_top: int | None) -> TokenLogprob:
 
 
 def reasoning_fields(reasoning: str) -> dict[str, str]:
-    """Of a message or a delta, under both names that clients know; none without reasoning."""
+    """The reasoning of a message or delta, under both names that clients read; no fields without reasoning."""
     return {"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {}

@@ -16,7 +16,7 @@ Calls = Sequence[tuple[str, str]]  # names and arguments
 
 
 class AnswerEnds:
-    """Validates the answers of one request when they have ended, if their grammar left out a part of their schema."""
+    """Validates the finished answers of one request if their grammar omits a part of their schema."""
 
     def __init__(self, check: Callable[[str, Calls], Awaitable[str | None]] | None) -> None:
         self._check = check
@@ -38,7 +38,7 @@ class AnswerEnds:
         return cls(in_thread)
 
     async def note(self, number: int, fragment: Fragment) -> Fragment:
-        """The next fragment of a choice; the last one is told what the answer breaks."""
+        """Take the next fragment of a choice. Sets the `schema_violation` of the last one."""
         if self._check is None:
             return fragment
         parts = self._parts.setdefault(number, [])

@@ -1,6 +1,6 @@
-"""Log-probabilities are shown token by token, beside the text they belong to.
+"""Aligns tokens and their log-probabilities with the text of an answer.
 
-A token is shown once its text is. Tokens whose text a stop string has cut away are never shown.
+A token is shown with its text. If a stop string removes the text, the token is not shown.
 """
 
 from collections import deque
@@ -12,7 +12,7 @@ from stellarbyte_server.tokens.token_bytes import TokenBytes
 
 
 class ShownToken(NamedTuple):
-    """A token in its place; `logprob` is None for the first token of a prompt, which nothing comes before."""
+    """A token and its place in the text; `logprob` is None for the first token of a prompt."""
 
     token_id: int
     logprob: TokenLogprob | None
@@ -20,18 +20,18 @@ class ShownToken(NamedTuple):
 
 
 class TokenAligner:
-    """Shows the tokens of one text beside it."""
+    """Holds the tokens of one text until the text is shown."""
 
     def __init__(self) -> None:
-        self._num_shown = 0  # characters of the text that was shown
-        self._waiting: deque[ShownToken] = deque()  # one without text waits for the next that has some
+        self._num_shown = 0  # characters of shown text
+        self._waiting: deque[ShownToken] = deque()  # a token without text waits for the next text
 
     def add(self, tokens: Iterable[ShownToken]) -> None:
-        """The next tokens, whether or not their text is shown yet."""
+        """Add the next tokens, whether or not their text has been shown."""
         self._waiting += tokens
 
     def show(self, text: str, finish_reason: str | None) -> list[ShownToken]:
-        """The tokens that belong to text as far as it is shown now; at the end by length all there are."""
+        """The tokens of the text shown so far, including `text`; all remaining ones if the answer ends by length."""
         self._num_shown += len(text)
         shown: list[ShownToken] = []
         while self._waiting and (finish_reason == "length" or self._waiting[0].offset < self._num_shown):
@@ -55,7 +55,7 @@ def _chat_entry(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[
 
 
 def legacy_logprobs(tokens: Sequence[ShownToken], token_bytes: TokenBytes) -> dict[str, Any]:
-    """The shape of /v1/completions: four lists side by side. The chosen token is always among the alternatives."""
+    """The format of /v1/completions: four parallel lists. The chosen token is always among the alternatives."""
     return {
         "tokens": [token_bytes.name(token.token_id) for token in tokens],
         "token_logprobs": [None if token.logprob is None else token.logprob.logprob for token in tokens],
@@ -68,7 +68,7 @@ def _legacy_top(token: ShownToken, token_bytes: TokenBytes) -> dict[str, float] 
     if token.logprob is None:
         return None
     top = {token_bytes.name(token_id): logprob for token_id, logprob in reversed(token.logprob.top)}
-    # Likelier tokens come last above and win over others of the same name; here all are put in order again.
+    # Reversed above, so that of tokens with the same name the likeliest is kept; here the order is restored.
     ordered = dict(reversed(top.items()))
     return ordered | {token_bytes.name(token.token_id): token.logprob.logprob}
 
@@ -76,7 +76,7 @@ def _legacy_top(token: ShownToken, token_bytes: TokenBytes) -> dict[str, float] 
 def prompt_logprobs(
     logprobs: Sequence[TokenLogprob], num_top: int, token_bytes: TokenBytes
 ) -> list[dict[str, dict[str, Any]] | None]:
-    """vLLM's form: for each token of a prompt a map from token ids, its own first; the first token has none."""
+    """vLLM's format: for each token of a prompt a map from token ids, its own first; None for the first token."""
     return [None, *(_prompt_entries(token, num_top, token_bytes) for token in logprobs)]
 
 
@@ -95,7 +95,7 @@ def _prompt_entries(token: TokenLogprob, num_top: int, token_bytes: TokenBytes) 
 
 
 def joined_logprobs(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What several fragments of one answer show, as one. Every list is continued."""
+    """Join the log-probabilities of an answer's fragments by concatenating each list."""
     joined = {name: list(value) if isinstance(value, list) else value for name, value in parts[0].items()}
     for part in parts[1:]:
         for name, value in part.items():

@@ -1,6 +1,6 @@
-"""Answers in the form of Anthropic's API: a message of content blocks, whole or as its events.
+"""Answers in the format of Anthropic's API: a message of content blocks, whole or as events.
 
-What is not streamed is made of the same steps as what is, so both say the same.
+Streamed and unstreamed messages are made from the same steps, so both have the same content.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,34 +27,34 @@ _EMPTY: dict[Kind, dict[str, Any]] = {
     "text": {"text": ""},
     "tool_use": {"input": {}},
 }
-SIGNATURE = "c3RlbGxhcmJ5dGU="  # of all thinking, which is not checked: clients do not send back what has none
+SIGNATURE = "c3RlbGxhcmJ5dGU="  # of all thinking; never verified, but clients do not return thinking without one
 _STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
 class BlockStart(NamedTuple):
     kind: Kind
-    head: dict[str, Any]  # its fields that are known from the start
+    head: dict[str, Any]  # the block's fields that are known from the start
 
 
 class BlockText(NamedTuple):
-    """A part of the open block: of its thinking, of its text, or of its input's JSON."""
+    """A part of the open block's thinking, text, or input as JSON."""
 
     text: str
 
 
 class BlockSignature(NamedTuple):
-    """The open block is thinking, and nearly whole."""
+    """The open block is thinking, and its text is complete."""
 
 
 class BlockStop(NamedTuple):
-    """The open block is whole."""
+    """The open block is complete."""
 
 
 Step = BlockStart | BlockText | BlockSignature | BlockStop
 
 
 class BlockReader:
-    """Divides the fragments of an answer into content blocks, of which one at most is open."""
+    """Divides the fragments of an answer into content blocks; at most one is open."""
 
     def __init__(self, *, omits_thinking: bool = False) -> None:
         self._open: Kind | None = None
@@ -91,7 +91,7 @@ class BlockReader:
 
 
 def whole_blocks(steps: Iterable[Step]) -> list[dict[str, Any]]:
-    """The content that the steps of a whole answer make."""
+    """The content of a message, from all its steps."""
     blocks: list[dict[str, Any]] = []
     texts: list[str] = []
     for step in steps:
@@ -110,7 +110,7 @@ def whole_blocks(steps: Iterable[Step]) -> list[dict[str, Any]]:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Of a call that was cut off, those that are whole, as clients read them of a stream."""
+    """A call's arguments; of a truncated call the complete part, as clients parse it from a stream."""
     try:
         arguments = from_json(text, allow_partial=True)
     except ValueError:
@@ -120,12 +120,12 @@ def _arguments(text: str) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class MessageWriter:
-    """One message as far as it has come: `add` what is read, then write it whole or event by event."""
+    """Writes one message: convert each fragment with `steps`, then write them as a whole or as events."""
 
     message_id: str
     model: str
     tokens: TokenCount
-    ends_with_context: bool  # at its most tokens the context is full
+    ends_with_context: bool  # the context is full when the message has its maximum number of tokens
     omits_thinking: bool = False
     _reader: BlockReader = field(init=False)
     _num_blocks: int = 0
@@ -138,7 +138,7 @@ class MessageWriter:
         self._reader = BlockReader(omits_thinking=self.omits_thinking)
 
     def steps(self, fragment: Fragment, delta: Delta) -> list[Step]:
-        """What a fragment, read of a delta, adds to the content."""
+        """The steps of a fragment, which was read from `delta`."""
         steps = list(self._reader.read(fragment))
         if fragment.finish_reason is not None:
             steps += self._reader.end()
@@ -194,7 +194,7 @@ class MessageWriter:
         return {"type": "content_block_stop", "index": self._num_blocks - 1}
 
     def _usage(self) -> dict[str, Any]:
-        """`input_tokens` are those that were not in the cache, as there."""
+        """As in Anthropic's API, `input_tokens` excludes cached tokens."""
         tokens = self.tokens
         usage: dict[str, Any] = {
             "input_tokens": tokens.prompt - tokens.cached,
@@ -208,7 +208,7 @@ class MessageWriter:
 
 
 def message_event(content: dict[str, Any]) -> bytes:
-    """A server-sent event, which is named as its data's type."""
+    """A server-sent event, named after the type of its data."""
     return f"event: {content['type']}\ndata: ".encode() + encode_json(content) + b"\n\n"
 
 

@@ -1,4 +1,4 @@
-"""A stream that waits in the queue: its client hears of it before proxies on the way give up."""
+"""Streams that wait in the queue: their headers are sent before proxies time out."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +14,7 @@ from stellarbyte_server.client.delta_stream import DeltaStream
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected
 
-HEADERS_AFTER_S = 10.0  # of waiting; until then a refusal has its own status
+HEADERS_AFTER_S = 10.0  # of waiting; until then, a refusal has its own status
 
 Events = Callable[[list[DeltaStream]], AsyncIterator[bytes]]
 
@@ -28,9 +28,9 @@ async def stream_when_running(
     grammar_param: str | None = None,
     form: StreamForm = OPENAI_STREAM,
 ) -> DeltaStreamResponse:
-    """Submit requests and stream `events` of them, once one of them runs or after `HEADERS_AFTER_S`.
+    """Submit requests and stream their `events`, as soon as one of them runs or after `HEADERS_AFTER_S`.
 
-    Raises RequestRejected, EngineDead or ClientLeft before that. Later a refusal is the stream's only event.
+    Raises RequestRejected, EngineDead or ClientLeft before that. Later, a refusal is the stream's only event.
     """
     submitting = asyncio.ensure_future(submit(http, service, *requests))
     try:

@@ -1,7 +1,7 @@
-"""Streamed answers are written as ready bytes and sent as server-sent events.
+"""Encodes streamed answers and sends them as server-sent events.
 
-A chunk's JSON is made once per choice; for every delta that only has text, that text is escaped and set in, which is
-what lets one process carry hundreds of fast streams.
+The constant JSON of a chunk is encoded once per choice; for a delta of text alone only the text is encoded, so that one
+process can serve hundreds of fast streams.
 """
 
 import asyncio
@@ -31,9 +31,10 @@ def event(content: Any) -> bytes:
 
 
 class ChunkWriter:
-    """The events of one answer. `base` holds the fields that all its chunks share.
+    """Encodes the events of one answer. `base` has the fields common to all chunks.
 
-    With `include_usage` every chunk has a usage field, null in all but the last; with `usage_so_far` what that says.
+    With `include_usage` every chunk has a usage field, which is null except in the last chunk; with `usage_so_far` it
+    is the usage so far.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ChunkWriter:
         return b'}],"usage":' + encode_json(self._usage_so_far()) + b"}\n\n"
 
     def role(self, index: int, content: str | None = "", prompt_token_ids: Sequence[int] | None = None) -> bytes:
-        """The first chunk of a choice of a chat: content None where none follows, and the prompt if it is shown."""
+        """The first chunk of a chat's choice; content None: the choice has no text."""
         head = self._heads[index]
         if prompt_token_ids is not None:
             head = head.replace(b',"choices":', b',"prompt_token_ids":%s,"choices":' % encode_json(prompt_token_ids), 1)
@@ -71,7 +72,7 @@ class ChunkWriter:
         return head + delta + b',"logprobs":null,"finish_reason":null' + self._tail
 
     def fragment(self, index: int, fragment: Fragment) -> bytes:
-        """b"" when the fragment has nothing to say yet. A finish reason gets a chunk of its own, the choice's last."""
+        """The chunks of a fragment; b"" if it is empty. A finish reason is sent in a separate last chunk."""
         chunk = b""
         if fragment.text and fragment.is_text:
             chunk = self._before_text[index] + encode_json(fragment.text) + self._after_text + self._tail
@@ -106,7 +107,7 @@ class ChunkWriter:
 
 
 class StreamForm(NamedTuple):
-    """How an API's streams say that there is nothing to say yet, and that they have failed."""
+    """An API's keep-alive and error events."""
 
     ping: Callable[[], ServerSentEvent]
     failure: Callable[[ApiError], bytes]
@@ -120,7 +121,7 @@ OPENAI_STREAM = StreamForm(
 async def _told_of_failure(
     events: AsyncIterator[bytes], streams: Sequence[DeltaStream], form: StreamForm
 ) -> AsyncIterator[bytes]:
-    """The events; when one cannot be made, an error as the last one: the headers are gone, so no status can tell."""
+    """The events. If one raises, the last event is an error, because the headers with the status have been sent."""
     try:
         async for content in events:
             yield content
@@ -134,7 +135,7 @@ Submission = asyncio.Future[list[DeltaStream]]
 
 
 def abandon(submission: Submission) -> None:
-    """Cancel a submission, or abort the requests that it has just submitted."""
+    """Cancel a submission, or abort its requests if it has just completed."""
     submission.add_done_callback(_close_submitted)
     submission.cancel()
 
@@ -146,9 +147,8 @@ def _close_submitted(submission: Submission) -> None:
 
 
 class DeltaStreamResponse(EventSourceResponse):
-    """Sends `events`, made from `streams`; the requests are aborted when the client leaves, from the first byte on.
-
-    So are those of a `pending` submission, which adds to the streams.
+    """Sends `events`, which read `streams`. When the response ends or the client disconnects, the requests of `streams`
+    and of a `pending` submission are aborted.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Reads arguments that are written as parameters in tags, as they arrive: see `structured.tagged_parameters`."""
+"""Incremental readers for arguments written as tagged parameters: see `structured.tagged_parameters`."""
 
 import json
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from stellarbyte_server.api.structured.tagged_parameters import VALUE_END, Kind
 
 
 class Ending:
-    """Finds the first end mark of a text that arrives in parts. The mark's first character is nowhere else in it."""
+    """Finds the first end mark in a text that arrives in parts. The mark's first character must not recur in it."""
 
     def __init__(self, mark: str) -> None:
         self._mark = mark
         self._num_matched = 0
 
     def read(self, text: str, position: int) -> tuple[int, str, bool]:
-        """How far it came, the text that is certain to come before the mark, and whether the mark is complete."""
+        """The position reached, the text that is certainly before the mark, and whether the mark is complete."""
         certain: list[str] = []
         mark = self._mark
         while position < len(text):
@@ -37,7 +37,7 @@ class Ending:
 
 
 class TaggedInput:
-    """The text of the only parameter, whose tag was read already."""
+    """The text of the only parameter, after its opening tag."""
 
     opening = ""
 
@@ -55,16 +55,16 @@ class TaggedInput:
 
 
 class TaggedArguments:
-    """All parameters as a JSON object, up to the end tag of the function."""
+    """All parameters as a JSON object, up to the function's closing tag."""
 
     opening = ""
 
     def __init__(self, kinds: Mapping[str, Kind]) -> None:
         self.is_complete = False
         self._kinds = kinds
-        self._is_begun = False  # the object
+        self._is_begun = False  # the object's opening brace was emitted
         self._tag: list[str] = []
-        self._value: _Value | None = None  # that is being read
+        self._value: _Value | None = None  # being read
 
     def read(self, text: str, position: int) -> tuple[int, str]:
         said: list[str] = []
@@ -101,8 +101,8 @@ class _Value:
         self._kind = kind
         self._ending = Ending(VALUE_END)
         self._is_begun = False
-        self._held: list[str] = []  # that may still be no text
-        self._is_text = False  # a quote was said
+        self._held: list[str] = []  # JSON or text, not known yet
+        self._is_text = False  # the opening quote was emitted
 
     def read(self, text: str, position: int, said: list[str]) -> int:
         if not self._is_begun:

@@ -1,4 +1,4 @@
-"""Calls of tools as chats show them: deltas of chunks, and whole ones."""
+"""Tool calls in the format of chat completions: deltas of chunks, and complete calls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ class CallDeltas:
         self._customs: set[int] = set()  # calls of custom tools
 
     def of(self, pieces: Sequence[CallStart | CallArguments]) -> list[dict[str, Any]]:
-        """One delta for each call: clients expect no call twice in a chunk."""
+        """One delta per call, because clients expect each call at most once in a chunk."""
         deltas: dict[int, dict[str, Any]] = {}
         for piece in pieces:
             if isinstance(piece, CallStart) and piece.is_custom:
@@ -29,7 +29,7 @@ class CallDeltas:
 
 
 def joined_calls(deltas: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The calls that deltas say together."""
+    """Join deltas into complete calls."""
     calls: dict[int, dict[str, Any]] = {}
     texts: dict[int, list[str]] = {}
     for delta in deltas:
@@ -48,5 +48,5 @@ def _whole(call: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def joined_function_call(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The call of the older form that deltas say together."""
+    """Join deltas into the complete call of the deprecated form."""
     return {"name": deltas[0]["name"], "arguments": "".join(delta["arguments"] for delta in deltas)}

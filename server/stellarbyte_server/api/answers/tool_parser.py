@@ -1,6 +1,6 @@
-"""The tool parser divides the text of an answer into content and tool calls, as it arrives.
+"""The tool parser: divides the text of an answer into content and tool calls, as it arrives.
 
-Every character is looked at a bounded number of times, and none is held back but what may still become a call.
+Each character is examined a bounded number of times, and held back only while it may be part of a call.
 """
 
 import re
@@ -32,7 +32,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call begins; the first one has index 0. Every call has an id of its own."""
+    """The start of a call; the first call has index 0. Ids are unique."""
 
     index: int
     name: str
@@ -42,7 +42,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """A part of the arguments of the call with that index: JSON, or the input of a custom tool."""
+    """A part of the arguments of call `index`: JSON, or the input of a custom tool."""
 
     index: int
     text: str
@@ -52,12 +52,12 @@ Piece = Content | CallStart | CallArguments
 
 
 class ToolCallParser:
-    """Reads one answer, in parts of any length; how it is cut changes nothing in what the pieces say together.
+    """Parses one answer, in parts of any length; the division into parts does not change the result.
 
-    A call is what is written in `format` and calls one of `tools`; all else is content, as the model wrote it, but
-    for the newline before a call and space that stands alone before, between or after calls. Of a call that is cut
-    off there is what was written; where not even its name and the start of its arguments were, that is content, or
-    nothing where a call is all that an answer can be (`required`).
+    A call is a text in `format` that calls one of `tools`. All other text is content, unchanged, except that the
+    newline before a call and white space that stands alone before, between or after calls are dropped. A truncated
+    call is returned as far as it was written; if it ends before its arguments begin, it is content, or dropped if the
+    answer must be a call (`required`).
     """
 
     def __init__(self, format: ToolFormat, tools: Mapping[str, OfferedTool], *, required: bool = False) -> None:
@@ -66,7 +66,7 @@ class ToolCallParser:
         self._may_begin = re.compile(f"[\n{re.escape(format.trigger[0])}]") if format.trigger else None
         self._name_parts = (*parts_of(format.begin), None)
         self._name_end, after_name = format.name_end[0], format.name_end[1:]
-        if CALL_ID in after_name:  # an id is read as a name is
+        if CALL_ID in after_name:  # an id is matched like a name
             before, _, after_name = after_name.partition(CALL_ID)
             self._after_name: tuple[str | None, ...] = (*parts_of(before), None, *parts_of(after_name[1:]))
         else:
@@ -74,23 +74,23 @@ class ToolCallParser:
         self._tools = tools
         self._required = required
         self._num_calls = 0
-        self._read = self._read_space  # what the next character is read as
-        self._space: list[str] = []  # held back: space that may stand alone
-        self._before = ""  # held back: what is dropped before a call
+        self._read = self._read_space  # the state: how the next character is read
+        self._space: list[str] = []  # held back: white space that may stand alone
+        self._before = ""  # held back: dropped if a call follows
         self._num_matched = 0  # characters of the mark
-        self._name = CallParts(())  # of a call, up to its end
+        self._name = CallParts(())  # of a call, up to and including its name
         self._parts = CallParts(())  # after the name, or after the arguments
         self._tool: OfferedTool | None = None
         self._arguments: ArgumentsReader | None = None
 
     def push(self, text: str) -> list[Piece]:
-        """What has become certain with `text`."""
+        """Add the next part of the answer. Returns the pieces that are certain now."""
         pieces: list[Piece] = []
         self._feed(text, pieces)
         return pieces
 
     def flush(self) -> list[Piece]:
-        """What is left at the end of the answer; nothing may be pushed after it."""
+        """End the answer. Returns the remaining pieces; no `push` may follow."""
         held = ""
         if self._read == self._read_space and not self._num_calls:
             held = "".join(self._space)
@@ -107,7 +107,7 @@ class ToolCallParser:
         while position < len(text):
             position = self._read(text, position, pieces)
 
-    # Each reads from a position on and returns how far it came, with another one to go on if it came to its end.
+    # The states. Each method reads from a position, returns the position reached, and may set the next state.
 
     def _read_space(self, text: str, position: int, pieces: list[Piece]) -> int:
         """At the start of the answer, or after a call."""
@@ -145,7 +145,7 @@ class ToolCallParser:
 
     def _read_mark(self, text: str, position: int, pieces: list[Piece]) -> int:
         if text[position] != self._mark[self._num_matched]:
-            # Its first character is nowhere else in a mark, so another one can only begin here.
+            # A mark's first character does not recur in it, so that another mark can only begin here.
             self._be_content(self._before + self._mark[: self._num_matched], pieces)
             return position
         self._num_matched += 1
@@ -215,12 +215,12 @@ class ToolCallParser:
         return position + 1
 
     def _end_call(self) -> None:
-        """Go on behind a call if all of its end was read."""
+        """Leave the call if its end has been read completely."""
         if self._parts.is_complete:
             self._read = self._read_between if self._format.is_list else self._read_space
 
     def _read_between(self, text: str, position: int, pieces: list[Piece]) -> int:
-        """After a call in a list of them."""
+        """After a call in a list of calls."""
         del pieces
         if text[position] == self._format.closing:
             self._read = self._read_space
@@ -233,7 +233,7 @@ class ToolCallParser:
         return position + 1
 
     def _be_content_again(self, text: str, pieces: list[Piece]) -> None:
-        """What looked like a call is content, but what follows its mark may hold another one."""
+        """The text is not a call: its mark is content, and the rest is read again because it may contain a call."""
         self._be_content(self._before, pieces)
         self._feed(text, pieces)
 

@@ -1,1 +1,1 @@
-"""A chat becomes requests to the engine."""
+"""Turns chats into requests to the engine."""

@@ -1,4 +1,4 @@
-"""The response format and the tools of a chat give the grammar of its answer."""
+"""Makes the grammar of a chat's answer from its response format and tools."""
 
 from functools import partial
 
@@ -21,17 +21,17 @@ from stellarbyte_server.api.structured.grammars import json_rule
 
 
 def chat_structure(body: ChatBody) -> Structure | None:
-    """What the text of an answer must be, whichever field says so; ApiError when several do."""
+    """The required form of an answer's text, from any field that sets it; ApiError if several do."""
     return only_one(_of_format(body.response_format), requested_structure(body))
 
 
 async def chat_grammar(
     http: Request, service: Service, structure: Structure | None, toolbox: Toolbox | None
 ) -> Grammar:
-    """ApiError when it cannot be enforced, which names the field."""
+    """The grammar of an answer; ApiError naming the field if it cannot be enforced."""
     if toolbox is None or not toolbox.called:
         return await text_grammar(http, service, structure)
-    if structure is not None:  # by itself first: an error should name the field that it is in
+    if structure is not None:  # checked alone first, so that an error names its field
         if structure.schema is None:
             raise bad_request(f"'{structure.param}' cannot be combined with tools that may be called.", structure.param)
         await text_grammar(http, service, structure)
@@ -51,7 +51,7 @@ def _tools_grammar(toolbox: Toolbox, structure: Structure | None, service: Servi
 
 
 def special_marks(toolbox: Toolbox, service: Service) -> dict[str, int]:
-    """The marks of a toolbox's calls that are special tokens of the tokenizer."""
+    """The marks of the toolbox's call format that are special tokens, with their ids."""
     ids = {mark: service.tokenizer.special_token_id(mark) for mark in toolbox.format.marks}
     return {mark: token_id for mark, token_id in ids.items() if token_id is not None}
 

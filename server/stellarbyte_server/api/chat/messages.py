@@ -1,4 +1,4 @@
-"""Messages are converted to the form that a chat template reads, with tools, calls and results."""
+"""Converts messages, with tools, calls and results, to the form that a chat template reads."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from stellarbyte_server.api.structured.tool_formats import ToolFormat
 
 
 class ChatMessage(Protocol):
-    """What is read of a message of a request."""
+    """The fields read from a message of a request."""
 
     @property
     def role(self) -> str: ...
@@ -47,10 +47,10 @@ def messages_for_template(
     takes_system: bool = True,
     may_end_open: bool = False,
 ) -> list[dict[str, Any]]:
-    """Messages as the chat template knows them; ApiError where results do not fit their calls.
+    """Messages in the form that the chat template reads; ApiError if results do not match their calls.
 
-    `template_source` tells, where there is no toolbox, how earlier calls are shown. `takes_system` says whether the
-    template knows messages by the system; `may_end_open` whether the last call may be without its result.
+    Without a toolbox, `template_source` determines the format of earlier calls. `takes_system`: the template supports
+    system messages. `may_end_open`: the last call may lack its result.
     """
     name = reasoning_field(template_source)
     known = [given | _reasoning(message, name) for given, message in zip(_known(messages), messages, strict=True)]
@@ -62,8 +62,8 @@ def messages_for_template(
 
 
 def _known(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
-    """The fields that templates read. Those of the older form become calls of tools, and results of them."""
-    called: FunctionCall | None = None  # by the message before
+    """The fields that templates read. Deprecated function calls and their results become tool calls and results."""
+    called: FunctionCall | None = None  # by the previous message
     for i, message in enumerate(messages):
         known = _known_fields(message)
         if message.role == "function":
@@ -80,7 +80,7 @@ def _known(messages: Sequence[ChatMessage]) -> Iterator[dict[str, Any]]:
 
 
 def _known_fields(message: ChatMessage) -> dict[str, Any]:
-    """Templates call the developer's role system."""
+    """Templates use the role system for developer messages."""
     content = message.refusal if message.content is None else message.content
     known: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
@@ -96,7 +96,7 @@ def _known_fields(message: ChatMessage) -> dict[str, Any]:
 
 
 def _known_call(call: ToolCall) -> dict[str, Any]:
-    """Models know custom tools as functions with one parameter."""
+    """Custom tools are presented to models as functions with one parameter."""
     if call.custom is not None:
         return _call(call.id, call.custom.name, json.dumps({INPUT: call.custom.input}, ensure_ascii=False))
     assert call.function is not None, "checked with the body"
@@ -108,7 +108,7 @@ def _call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def for_template_with_tools(messages: Sequence[dict[str, Any]], format: ToolFormat) -> list[dict[str, Any]]:
-    """Messages for a template that knows tools, and shows calls in that format."""
+    """Messages for a template that supports tools, and writes calls in `format`."""
     shown = with_parsed_arguments(messages)
     if format.arguments == "tags":
         shown = [_with_objects(message) for message in shown]
@@ -118,13 +118,13 @@ def for_template_with_tools(messages: Sequence[dict[str, Any]], format: ToolForm
 
 
 def reasoning_field(template_source: str | None) -> str | None:
-    """The field of messages in which a template looks for the assistant's reasoning; None: it does not."""
+    """The message field from which a template reads the assistant's reasoning; None: it reads none."""
     names = re.findall(r"(?:\.|\[['\"])(reasoning_content|reasoning|thinking)\b(?!\.)", template_source or "")
     return next((name for name in ("reasoning_content", "reasoning", "thinking") if name in names), None)
 
 
 def _reasoning(message: ChatMessage, name: str | None) -> dict[str, str]:
-    """In the field of that name."""
+    """The message's reasoning as the field `name`, if the template reads one."""
     if name is None:
         return {}
     reasoning = message.reasoning_content or message.reasoning
@@ -132,7 +132,7 @@ def _reasoning(message: ChatMessage, name: str | None) -> dict[str, str]:
 
 
 def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages whose calls have arguments as objects, where they are, and not as text."""
+    """The messages, with the arguments of calls parsed from JSON where they are objects."""
     return [
         {**message, "tool_calls": list(_parsed_calls(message))} if message.get("tool_calls") else dict(message)
         for message in messages
@@ -146,7 +146,7 @@ def _parsed_calls(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _parsed_arguments(text: str) -> dict[str, Any] | str:
-    """A JSON object, or the text itself: a call may have been cut off by its answer's length."""
+    """A JSON object, or the text itself if it is not one: the answer's length may have truncated the call."""
     try:
         arguments = from_json(text or "{}", allow_inf_nan=False)
     except ValueError:
@@ -155,7 +155,7 @@ def _parsed_arguments(text: str) -> dict[str, Any] | str:
 
 
 def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A template that goes through the parameters one by one gets a text as the only one."""
+    """For templates that iterate over parameters: arguments that are a text become a single parameter."""
     if not message.get("tool_calls"):
         return message
     calls = []

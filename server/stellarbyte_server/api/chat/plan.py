@@ -1,4 +1,4 @@
-"""A chat becomes the engine's requests and a plan of how they are answered."""
+"""Turns a chat into the engine's requests and a plan of the answer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,13 +33,13 @@ DEFAULT_SLIDING_MAX_TOKENS = 4096
 
 
 async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
-    """What to run for a chat and how to answer it; ApiError."""
+    """The engine's requests for a chat, and the form of the answer; ApiError."""
     structure = chat_structure(body)
     _check(body, service, structure)
     bounds = Bounds.of(http, body, service)
     toolbox = _toolbox(body, service)
     if toolbox is not None and special_marks(toolbox, service):
-        body = body.model_copy(update={"skip_special_tokens": False})  # of which the grammar allows only these marks
+        body = body.model_copy(update={"skip_special_tokens": False})  # the grammar allows no others than these marks
     grammar = await chat_grammar(http, service, structure, toolbox)
     variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, service, toolbox)
     encode = chat_encoder(body, service, toolbox, variables.values)
@@ -77,18 +77,18 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
 
 
 def _toolbox(body: ChatBody, service: Service) -> Toolbox | None:
-    """The tools of a chat, in either of their forms; ApiError when fields do not fit each other."""
+    """The tools of a chat, in the current or deprecated form; ApiError if fields contradict each other."""
     source = service.tokenizer.chat_template_source
     if body.functions is None and body.function_call is None:
         return Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, source)
     older, newer = "functions" if body.function_call is None else "function_call", ("tools", "tool_choice")
     if body.tools or body.tool_choice is not None:
-        raise bad_request(f"The field '{older}' is of the older form; give it or '{newer[0]}' and '{newer[1]}'.", older)
+        raise bad_request(f"The field '{older}' cannot be combined with '{newer[0]}' or '{newer[1]}'.", older)
     return Toolbox.of_functions(body.functions or (), body.function_call, source)
 
 
 def _check(body: ChatBody, service: Service, structure: Structure | None) -> None:
-    """ApiError when fields do not fit each other."""
+    """ApiError if fields contradict each other."""
     check_body(body, 1, service)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise bad_request("'max_tokens' and 'max_completion_tokens' differ; give one of them.", "max_tokens")
@@ -97,7 +97,7 @@ def _check(body: ChatBody, service: Service, structure: Structure | None) -> Non
     check_continuation(body)
     if body.continue_final_message and structure is not None:
         raise bad_request(
-            f"'continue_final_message' cannot be combined with '{structure.param}': a begun answer is not looked at.",
+            f"'continue_final_message' cannot be combined with '{structure.param}', which needs a whole answer.",
             "continue_final_message",
         )
 
@@ -105,7 +105,7 @@ def _check(body: ChatBody, service: Service, structure: Structure | None) -> Non
 async def _encode(
     http: Request, body: ChatBody, service: Service, encode: Callable[[], list[int]], limit: int
 ) -> list[int]:
-    """The chat as token ids; ApiError when the template refuses it, or the model cannot read it."""
+    """The chat as token ids; ApiError if the template refuses it or the model has no embedding for a token."""
     check_characters(content_characters(body), limit, service, "messages")
     try:
         return await off_loop(http, service, encode, record_of(http).body_bytes)
@@ -114,17 +114,17 @@ async def _encode(
 
 
 def _max_tokens(body: ChatBody, bounds: Bounds, token_ids: list[int]) -> int:
-    """Most tokens of each answer; ApiError when the prompt leaves no room for one."""
+    """The maximum number of tokens of each answer; ApiError if the prompt leaves no room for one."""
     room = check_prompt(token_ids, bounds.context, "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if wanted is None:  # to the end of the context, if it has one
+    if wanted is None:  # up to the end of the context, unless it slides
         wanted = bounds.default_tokens(DEFAULT_SLIDING_MAX_TOKENS if bounds.overflow == "slide" else room)
         wanted = min(wanted, MAX_TOKENS_AT_ONCE // (body.num_candidates * (1 + (body.top_logprobs or 0))))
     return min(wanted, room)
 
 
 def _reader(form: ChoiceForm, service: Service, toolbox: Toolbox | None, _number: int) -> ChoiceReader:
-    """Reads the answer to one of the requests."""
+    """A reader for the answer to one request."""
     parser = None
     if toolbox is not None and toolbox.called:
         parser = ToolCallParser(toolbox.format, toolbox.by_name, required=toolbox.requires_call)

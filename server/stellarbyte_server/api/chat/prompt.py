@@ -1,4 +1,4 @@
-"""A chat is rendered by its template and tokenized, to generate from it or to count its tokens."""
+"""Renders a chat with its template and tokenizes it, to generate an answer or to count tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from stellarbyte_server.api.service import Service
 
 
 class ChatInput(Protocol):
-    """What is read of a body."""
+    """The fields read from a body."""
 
     @property
     def messages(self) -> list[Message]: ...
@@ -28,17 +28,17 @@ class ChatInput(Protocol):
 
 
 def check_continuation(body: ChatInput) -> None:
-    """ApiError when the final message cannot be continued."""
+    """ApiError if the final message is to be continued but cannot be."""
     if body.continue_final_message and body.add_generation_prompt:
         raise bad_request(
             "'continue_final_message' and 'add_generation_prompt' cannot both be true.", "continue_final_message"
         )
     if body.continue_final_message and body.messages[-1].role != "assistant":
-        raise bad_request("'continue_final_message' needs a last message of the assistant.", "continue_final_message")
+        raise bad_request("'continue_final_message' needs a last message by the assistant.", "continue_final_message")
 
 
 def content_characters(body: ChatInput) -> int:
-    """Characters of the messages: no prompt has fewer tokens than they must make."""
+    """The number of characters of all messages, for a lower bound on the prompt's tokens."""
     return sum(len(message.content) for message in body.messages if message.content is not None)
 
 
@@ -50,9 +50,10 @@ def chat_encoder(
     *,
     may_end_open: bool = False,
 ) -> Callable[[], list[int]]:
-    """Makes the tokens, in a thread: a template is a program. Raises ApiError or ChatTemplateError.
+    """A function that makes the prompt's tokens, for a thread, because a template is a program. The function raises
+    ApiError or ChatTemplateError.
 
-    Only a chat that nothing answers, or that is continued, may end with a call that has no result.
+    With `may_end_open`, or if the final message is continued, the last call may lack its result.
     """
     tokenizer, continues = service.tokenizer, bool(body.continue_final_message)
 

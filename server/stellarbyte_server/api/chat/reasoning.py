@@ -1,4 +1,4 @@
-"""The reasoning of a chat: what its template is told of it, and how it is found in the answer."""
+"""The reasoning of a chat: the variables for its template, and the marks in its answer."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -15,14 +15,14 @@ _NUM_LAST_TOKENS = 64  # of a prompt: a mark and the white space after it
 
 
 class TemplateVariables(NamedTuple):
-    """What a chat template is given beside its messages."""
+    """The variables of a chat template other than its messages."""
 
     values: Mapping[str, Any]
     ignored: tuple[str, ...]  # paths of fields that the template does not read
 
 
 class ReasoningInput(Protocol):
-    """What is read of a body."""
+    """The fields read from a body."""
 
     @property
     def messages(self) -> list[Message]: ...
@@ -38,7 +38,7 @@ def template_variables(
     service: Service,
     toolbox: Toolbox | None = None,
 ) -> TemplateVariables:
-    """Of `chat_template_kwargs` and `reasoning_effort`; the former win."""
+    """The variables set by `chat_template_kwargs` and `reasoning_effort`; the former override the latter."""
     has_tools = toolbox is not None and toolbox.for_template is not None
     known = service.tokenizer.template_variables(has_tools=has_tools)
     given = {} if arguments is None else arguments
@@ -56,12 +56,13 @@ def template_variables(
 
 
 def reasoning_of(body: ReasoningInput, prompt_token_ids: list[int], service: Service) -> Reasoning | None:
-    """How the answer's reasoning is found; None: there can be none. ApiError for a limit that cannot be held."""
+    """The marks and limit of the answer's reasoning; None: no reasoning is possible. ApiError if the limit cannot be
+    enforced."""
     marks = service.reasoning
     if marks is None:
         if body.max_reasoning_tokens is not None:
             raise bad_request(
-                "The field 'max_reasoning_tokens' needs a model whose reasoning is marked; leave it out for this one.",
+                "The field 'max_reasoning_tokens' needs a model that marks its reasoning; omit it for this model.",
                 "max_reasoning_tokens",
             )
         return None
@@ -72,7 +73,7 @@ def reasoning_of(body: ReasoningInput, prompt_token_ids: list[int], service: Ser
 
 
 def _is_open(body: ReasoningInput, prompt_token_ids: list[int], marks: Reasoning, service: Service) -> bool | None:
-    """Whether the prompt has begun the reasoning; None: it has even ended it, or begun the answer."""
+    """Whether the prompt has begun the reasoning; None: the prompt has also ended it, or begun the answer."""
     final = body.messages[-1].content
     if body.continue_final_message and final:
         return True if final.rfind(marks.start) > final.rfind(marks.end) else None

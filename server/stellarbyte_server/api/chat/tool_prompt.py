@@ -1,4 +1,4 @@
-"""Tools, calls and results as texts, for a chat template that knows nothing of them."""
+"""Writes tools, calls and results as text, for chat templates without support for tools."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from stellarbyte_server.api.structured.tool_formats import HERMES
 def with_tool_prompt(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[OfferedTool], *, takes_system: bool = True
 ) -> list[dict[str, Any]]:
-    """Messages of the roles that such a template knows, with arguments as objects in those given.
+    """Messages with the roles system, user and assistant only. The arguments of `messages` must be parsed.
 
-    The tools are described in the system's message, or in the user's first where the template knows none by the system.
+    The tools are described in the system message, or in the first user message if the template takes no system message.
     """
     shown: list[dict[str, Any]] = []
-    results: list[str] = []  # since the assistant's message
+    results: list[str] = []  # since the last message by the assistant
     for message in messages:
         if message["role"] == "tool":
             results.append(f"<tool_response>\n{message['content']}\n</tool_response>")
             continue
         if results:
             shown.append({"role": "user", "content": "\n".join(results)})
-        if results and message["role"] == "user":  # templates want the user and the assistant to take turns
+        if results and message["role"] == "user":  # templates require user and assistant to alternate
             shown[-1]["content"] += f"\n{message['content']}"
         elif message.get("tool_calls"):
             texts = [message["content"], *(_call_text(call["function"]) for call in message["tool_calls"])]
@@ -40,7 +40,7 @@ def with_tool_prompt(
 
 
 def _instruct(shown: list[dict[str, Any]], instructions: str, takes_system: bool) -> None:
-    """Put instructions where the model finds them."""
+    """Add instructions to the system message, or to the first user message if the template takes no system message."""
     if shown and shown[0]["role"] == "system":
         shown[0]["content"] += f"\n\n{instructions}"
     elif takes_system:
@@ -57,7 +57,7 @@ def _call_text(function: Mapping[str, Any]) -> str:
 
 
 def _instructions(tools: Sequence[OfferedTool]) -> str:
-    """Without an example: a small model would copy its values into a call."""
+    """Without an example, because small models copy its values into calls."""
     lines = "\n".join(json.dumps(describe_tool(tool), ensure_ascii=False) for tool in tools)
     return (
         "You may call functions to help with the user's request. These are the functions, each as one line of JSON:\n"

@@ -1,4 +1,4 @@
-"""Results of tools belong to the calls of the message before them, by their ids."""
+"""Matches the results of tools to the calls of the preceding message, by their ids."""
 
 import hashlib
 import re
@@ -14,10 +14,10 @@ Message = dict[str, Any]
 
 
 def with_results_in_order(messages: Sequence[Message], *, may_end_open: bool) -> list[Message]:
-    """The messages with each call's result in the place that the call has: templates may not look at ids.
+    """The messages, with results in the order of their calls, because templates may ignore ids.
 
-    ApiError, naming the message, for a result without its call, a second one, and a call without a result before the
-    next message, or at the end unless the chat `may_end_open`.
+    ApiError, naming the message, for a result without its call, a second result, and a call without a result before the
+    next message, or at the end unless `may_end_open`.
     """
     ordered: list[Message] = []
     position = 0
@@ -25,7 +25,7 @@ def with_results_in_order(messages: Sequence[Message], *, may_end_open: bool) ->
         message = messages[position]
         if message["role"] == "tool":
             raise bad_request(
-                "A message with the role tool must follow a message of the assistant with tool_calls.",
+                "A message with the role tool must follow a message by the assistant with tool_calls.",
                 f"messages[{position}]",
             )
         ordered.append(message)
@@ -40,20 +40,20 @@ def with_results_in_order(messages: Sequence[Message], *, may_end_open: bool) ->
 
 
 def _results(message: Message, results: Sequence[Message], start: int, may_be_open: bool) -> Iterator[Message]:
-    """The results of a message's calls, which begin at messages[start], in the order of the calls."""
+    """The results of a message's calls, in the order of the calls. `results` begin at messages[start]."""
     calls: dict[str, Message] = {}
     for i, call in enumerate(message["tool_calls"]):
         if call["id"] in calls:
             path = f"messages[{start - 1}].tool_calls[{i}].id"
-            raise bad_request(f"Two calls of this message have the id {_shown(call['id'])}; each needs its own.", path)
+            raise bad_request(f"Two calls of this message have the id {_shown(call['id'])}; ids must differ.", path)
         calls[call["id"]] = call
     by_id: dict[str, Message] = {}
     for i, result in enumerate(results, start):
         call_id = result["tool_call_id"]
         if call_id not in calls:
-            why = "which no call of the message before has"
+            why = "which is not a call of the preceding message"
         elif call_id in by_id:
-            why = "which was answered already"
+            why = "which already has a result"
         else:
             by_id[call_id] = result
             continue
@@ -73,7 +73,7 @@ def _shown(call_id: str) -> str:
 
 
 def with_call_after_call(messages: Sequence[Message]) -> list[Message]:
-    """The same for a template that shows one call in a message: each call comes with its result."""
+    """The messages for a template with one call per message: each call is followed by its result."""
     shown: list[Message] = []
     position = 0
     while position < len(messages):
@@ -95,7 +95,7 @@ def with_call_after_call(messages: Sequence[Message]) -> list[Message]:
 
 
 def with_short_ids(messages: Sequence[Message]) -> list[Message]:
-    """The same for a template that wants ids of nine letters and digits."""
+    """The messages for a template that requires ids of nine letters and digits."""
     return [_with_short_ids(message) for message in messages]
 
 

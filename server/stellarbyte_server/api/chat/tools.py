@@ -1,7 +1,7 @@
-"""The tools of a chat are checked, and the format in which its model writes calls is found.
+"""Checks the tools of a chat, and detects the format in which its model writes calls.
 
-A model writes its calls in the format that its chat template shows. A template that shows none that is known here gets
-our own instructions in HERMES.
+A model writes calls in the format that its chat template shows. With a template that shows no known format, the prompt
+gets this server's instructions, in the format HERMES.
 """
 
 import functools
@@ -34,38 +34,38 @@ _NO_MARKS: Mapping[str, int] = {}
 
 
 def tool_format(template_source: str | None) -> ToolFormat:
-    """How a model with that chat template writes calls; HERMES where the template does not say."""
+    """The call format of a model with this chat template; HERMES if the template shows no known format."""
     shown = shown_format(template_source)
     return shown if shown is not None and template_takes_tools(template_source) else HERMES
 
 
 @functools.lru_cache(maxsize=8)
 def template_takes_tools(template_source: str | None) -> bool:
-    """Whether a chat template tells the model of tools, and of a format that is known here."""
+    """Whether a chat template describes tools to the model, with a known call format."""
     if template_source is None or shown_format(template_source) is None:
         return False
-    # A tag that only marks text for training; jinja2 does not know it.
+    # {% generation %} marks text for training; jinja2 cannot parse it.
     source = re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", template_source)
     try:
         parsed = jinja2.Environment(extensions=[jinja2.ext.loopcontrols]).parse(source)
         return "tools" in jinja2.meta.find_undeclared_variables(parsed)
-    except jinja2.TemplateError:  # no template; the tokenizer tells the user
+    except jinja2.TemplateError:  # the tokenizer reports the error to the user
         return False
 
 
 def _check_names(tools: Sequence[OfferedTool]) -> None:
-    """ApiError when tools have the same name."""
+    """ApiError if two tools have the same name."""
     names: set[str] = set()
     for tool in tools:
         if tool.name in names:
-            raise bad_request(f"There are two tools named '{tool.name}'.", f"{tool.path}.name")
+            raise bad_request(f"Two tools are named '{tool.name}'; names must differ.", f"{tool.path}.name")
         names.add(tool.name)
 
 
 def _called(
     tools: Sequence[OfferedTool], choice: Choice | FunctionName | None, param: str
 ) -> tuple[Literal["none", "auto", "required"], tuple[OfferedTool, ...]]:
-    """Whether there is a call, and the tools that may be called; ApiError when the choice is none of them."""
+    """The mode of the choice, and the tools that may be called; ApiError if the choice names no tool of the request."""
     if isinstance(choice, NamedTool | NamedCustomTool | FunctionName):
         return "required", (_named(choice, tools, param),)
     if isinstance(choice, AllowedToolsChoice):
@@ -86,15 +86,15 @@ def _named(choice: NamedTool | NamedCustomTool | FunctionName, tools: Sequence[O
 
 @dataclass(frozen=True, kw_only=True)
 class Toolbox:
-    """The tools of one request, checked, and what was chosen of them."""
+    """The checked tools of one request, and the request's choice of tools."""
 
     tools: tuple[OfferedTool, ...]
     choice: Literal["none", "auto", "required"]
-    called: tuple[OfferedTool, ...]  # those that may be called
-    several: bool  # there may be several calls in one answer
+    called: tuple[OfferedTool, ...]  # the tools that may be called
+    several: bool  # one answer may have several calls
     format: ToolFormat
-    takes_tools: bool  # the template does; else the prompt gets our instructions
-    are_functions: bool = False  # the request is of the older form, and so is its answer
+    takes_tools: bool  # the template supports tools; else the prompt gets this server's instructions
+    are_functions: bool = False  # request and answer have the deprecated form
 
     @classmethod
     def of(
@@ -104,7 +104,7 @@ class Toolbox:
         parallel: bool | None,
         template_source: str | None,
     ) -> "Toolbox | None":
-        """None without tools; ApiError when the fields do not fit each other."""
+        """None without tools; ApiError if the fields contradict each other."""
         offered = () if tools is None else offered_tools(tools)
         is_named = isinstance(choice, NamedTool | NamedCustomTool)
         return cls._checked(offered, choice, "tool_choice", template_source, parallel is not False and not is_named)
@@ -116,7 +116,7 @@ class Toolbox:
         choice: Literal["none", "auto"] | FunctionName | None,
         template_source: str | None,
     ) -> "Toolbox | None":
-        """The same for the older fields `functions` and `function_call`."""
+        """As `of`, for the deprecated fields `functions` and `function_call`."""
         offered = offered_functions(functions)
         return cls._checked(offered, choice, "function_call", template_source, False, are_functions=True)
 
@@ -155,13 +155,13 @@ class Toolbox:
 
     @property
     def for_template(self) -> list[dict[str, Any]] | None:
-        """What the template is given as `tools`; with the choice "none" the model is told of no tools."""
+        """The template's variable `tools`; None with the choice "none", so that the model sees no tools."""
         if not self.takes_tools or self.choice == "none":
             return None
         return [describe_tool(tool) for tool in self.tools]
 
     def grammar(self, special_ids: Mapping[str, int] = _NO_MARKS, content_rule: str | None = None) -> str | None:
-        """What an answer has to be; None: any text. `special_ids` has the format's marks that are special tokens."""
+        """The grammar of an answer; None: any text. `special_ids` has the format's marks that are special tokens."""
         if not self.called:
             return None
         return tools_grammar(
@@ -175,7 +175,7 @@ class Toolbox:
 
 
 def describe_tool(tool: OfferedTool) -> dict[str, Any]:
-    """A tool as chat templates know it: a function. A custom one has one parameter, its input."""
+    """A tool as a function, for a chat template. A custom tool has one parameter, its input."""
     function: dict[str, Any] = {"name": tool.name}
     description = input_description(tool) if tool.is_custom else tool.description
     if description:

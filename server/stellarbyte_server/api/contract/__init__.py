@@ -1,1 +1,1 @@
-"""The contract defines requests and answers as the API documents them."""
+"""The API's contract: requests and answers, as documented."""

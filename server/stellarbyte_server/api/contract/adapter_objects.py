@@ -1,4 +1,4 @@
-"""Models of answers about adapters, for the document and for tests (see objects.py)."""
+"""Models of answers about adapters, for the OpenAPI document and tests (see objects.py)."""
 
 from typing import Annotated, Literal
 
@@ -28,12 +28,12 @@ class AdapterEntry(AnswerObject):
         Literal["loading", "ready", "draining", "failed"],
         Field(description="draining: unloaded or replaced, while its last requests end."),
     ]
-    error: Annotated[str | None, Field(description="Why it could not be read.")]
+    error: Annotated[str | None, Field(description="The reason why it could not be read.")]
     tier: Annotated[Literal["gpu", "slot", "cpu", "disk"], Field(description="slot: in use on a CPU.")]
     content_hash: Annotated[
         str | None, Field(description="SHA-256 of its content, for NAME@HASH; null until it is read.")
     ]
-    root: Annotated[str, Field(description="Its path inside --adapter-dir, or its source and version.")]
+    root: Annotated[str, Field(description="The path inside --adapter-dir, or the source and version.")]
     rank: Annotated[int | None, Field(description="The largest rank of its modules; null until it is read.")]
     bytes: Annotated[Count, Field(description="Bytes in memory.")]
     refcount: Annotated[Count, Field(description="Running and waiting requests of this version.")]

@@ -1,4 +1,4 @@
-"""These models describe files and batches, for the document and for tests (see objects.py)."""
+"""Models of files and batches, for the OpenAPI document and tests (see objects.py)."""
 
 from typing import Annotated, Literal
 
@@ -57,7 +57,7 @@ class BatchObject(AnswerObject):
     id: str
     object: Literal["batch"]
     endpoint: str
-    errors: Annotated[BatchErrors | None, Field(description="Why the batch failed.")]
+    errors: Annotated[BatchErrors | None, Field(description="The reasons why the batch failed.")]
     input_file_id: str
     completion_window: Literal["24h"]
     status: Literal[

@@ -1,6 +1,6 @@
-"""Errors of the API, in one form: {"error": {message, type, param, code}}.
+"""Errors of the API, in one format: {"error": {message, type, param, code}}.
 
-On the routes of Anthropic's API they have its form: {"type": "error", "error": {type, message}, "request_id"}.
+The routes of Anthropic's API use its format: {"type": "error", "error": {type, message}, "request_id"}.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,18 +35,18 @@ _TYPES = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
     HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
 }
-# In Anthropic's form; all its own that are not here have the fallbacks' names.
+# Types in Anthropic's format; other statuses get one of the fallbacks.
 _ANTHROPIC_TYPES = _TYPES | {HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error"}
 
-# Temporary refusals of the engine: status, and seconds until a retry.
+# Temporary refusals by the engine: status, and seconds until a retry.
 _NOT_NOW = {QUEUE_FULL: (429, "1"), QUEUE_TIMEOUT: (503, "5"), GRAMMARS_BUSY: (503, "5"), SHUTTING_DOWN: (503, "5")}
-# Types with other names in Python than in JSON.
+# Types whose names differ between Python and JSON.
 _WRONG_KINDS = {
     "model_type": "it should be an object",
     "dict_type": "it should be an object",
     "list_type": "it should be a list",
 }
-VARIANT = "variant "  # begins the tags of unions (bodies.variants) in the locations of errors, as no field's name does
+VARIANT = "variant "  # prefix of the tags of unions (bodies.variants) in the locations of errors; no field begins so
 _NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
 
 
@@ -72,15 +72,15 @@ class ApiError(Exception):
         return error_content(self.status, str(self), self.param, self.code)
 
     def anthropic_content(self, request_id: str | None) -> dict[str, Any]:
-        """As Anthropic's API has it; also the last event of a stream that failed."""
+        """In Anthropic's format; also the last event of a failed stream."""
         fallback = "api_error" if self.status >= 500 else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(HTTPStatus(self.status), fallback)
         is_named = self.param is None or self.param in str(self)
-        message = str(self) if is_named else f"{self.param}: {self}"  # the form has no other place for it
+        message = str(self) if is_named else f"{self.param}: {self}"  # the format has no field for `param`
         return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
     def response(self, path: str, request_id: str | None) -> JSONResponse:
-        """In the form of the API that a path (without --root-path) belongs to."""
+        """In the format of the API to which a path (without --root-path) belongs."""
         content = self.anthropic_content(request_id) if is_anthropics(path) else self.content()
         return JSONResponse(content, self.status, self.headers)
 
@@ -89,7 +89,7 @@ class ApiError(Exception):
         return self.response(path_of(scope), None if record is None else record.request_id)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send this error, and note it in the request's record."""
+        """Send this error, and record it for the access log."""
         if (record := scope.get("state", {}).get("record")) is not None:
             record.error_code = self.code
         await self.response_to(scope)(scope, receive, send)

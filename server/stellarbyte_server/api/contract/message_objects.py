@@ -1,4 +1,4 @@
-"""These models describe answers and errors of /v1/messages, for the document and for tests (see objects.py)."""
+"""Models of answers and errors of /v1/messages, for the OpenAPI document and tests (see objects.py)."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "mod
 class AnswerThinkingBlock(AnswerObject):
     type: Literal["thinking"]
     thinking: str
-    signature: Annotated[str, Field(description="The same for all thinking; it is never checked.")]
+    signature: Annotated[str, Field(description="A constant; it is never verified.")]
 
 
 class AnswerTextBlock(AnswerObject):
@@ -24,9 +24,7 @@ class AnswerToolUseBlock(AnswerObject):
     type: Literal["tool_use"]
     id: str
     name: str
-    input: Annotated[
-        dict[str, Any], Field(description="The arguments; of a call that was cut off, those that are whole.")
-    ]
+    input: Annotated[dict[str, Any], Field(description="The arguments; of a truncated call, its complete part.")]
 
 
 AnswerBlock = AnswerThinkingBlock | AnswerTextBlock | AnswerToolUseBlock
@@ -38,11 +36,15 @@ class MessageTokenDetails(AnswerObject):
 
 class MessageUsage(AnswerObject):
     input_tokens: Annotated[Count, Field(description="Prompt tokens that were not in the prefix cache.")]
-    cache_creation_input_tokens: Annotated[Literal[0], Field(description="The cache needs no request for it.")]
+    cache_creation_input_tokens: Annotated[
+        Literal[0], Field(description="Always 0: every prompt is cached without a request for it.")
+    ]
     cache_read_input_tokens: Annotated[Count, Field(description="Prompt tokens that were in the prefix cache.")]
     output_tokens: Count
-    output_tokens_details: Left[Annotated[MessageTokenDetails, Field(description="Of a model that thinks.")]]
-    evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens that went out of sight: the context slid.")]]
+    output_tokens_details: Left[
+        Annotated[MessageTokenDetails, Field(description="Only of a model that marks its reasoning.")]
+    ]
+    evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens evicted because the context slid.")]]
 
 
 class AssistantMessage(AnswerObject):
@@ -52,7 +54,7 @@ class AssistantMessage(AnswerObject):
     model: str
     content: list[AnswerBlock]
     stop_reason: StopReason | None
-    stop_sequence: Annotated[str | None, Field(description="Which of the stop sequences ended the answer.")]
+    stop_sequence: Annotated[str | None, Field(description="The stop sequence that ended the answer.")]
     usage: MessageUsage
     schema_violation: Left[SchemaViolation]
 
@@ -79,7 +81,7 @@ class MessagesErrorDetail(AnswerObject):
 
 
 class MessagesError(AnswerObject):
-    """Every error of these routes, and the last event of a stream that failed."""
+    """Every error of these routes, and the last event of a failed stream."""
 
     type: Literal["error"]
     error: MessagesErrorDetail
@@ -106,7 +108,7 @@ class ThinkingPart(AnswerObject):
 
 
 class SignaturePart(AnswerObject):
-    """Before the end of a block of thinking."""
+    """Sent before the end of a thinking block."""
 
     type: Literal["signature_delta"]
     signature: str
@@ -150,7 +152,7 @@ class MessageStopEvent(AnswerObject):
 
 
 class PingEvent(AnswerObject):
-    """Sent where there is nothing else to send for a while."""
+    """Sent when no other event has been sent for a while."""
 
     type: Literal["ping"]
 

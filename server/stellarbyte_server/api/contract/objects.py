@@ -1,8 +1,8 @@
-"""These models describe the objects of answers, for the document at /openapi.json and for tests.
+"""Models of answers, for the document at /openapi.json and for tests.
 
-Answers are never made of them, because making bytes directly is much faster. `Left` marks a field that is left out
-when there is nothing to say; any other field is always there. The objects of
-/v1/responses and those of adapters are in files of their own.
+Answers are not made from these models, because encoding bytes directly is much faster. `Left` marks a field that is
+omitted when it has no value; all other fields are always present. Other modules have the objects of /v1/responses,
+/v1/messages, adapters, batches and rankings.
 """
 
 from typing import Annotated, Literal, TypeVar
@@ -15,10 +15,10 @@ Left = Annotated[T | SkipJsonSchema[None], Field(default=None)]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 ChatFinishReason = FinishReason | Literal["function_call"]
-StopReason = Annotated[str | int, Field(description="The stop string, or the id of the stop token, that ended it.")]
+StopReason = Annotated[str | int, Field(description="The stop string, or the id of the stop token, at the end.")]
 SchemaViolation = Annotated[
     str,
-    Field(description="What the whole answer breaks of a schema that is not strict: one sentence, for the user."),
+    Field(description="How the whole answer violates a schema that is not strict: one sentence, for the user."),
 ]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Count = Annotated[int, Field(ge=0)]
@@ -42,17 +42,17 @@ class ErrorDetail(AnswerObject):
         "rate_limit_error",
         "server_error",
     ]
-    param: Annotated[str | None, Field(description="The field that is wrong, such as messages[0].role.")]
+    param: Annotated[str | None, Field(description="The invalid field, such as messages[0].role.")]
     code: str | None
 
 
 class ErrorBody(AnswerObject):
-    """Every error, and the last event of a stream that failed."""
+    """Every error, and the last event of a failed stream."""
 
     error: ErrorDetail
 
 
-# What generated answers share
+# Common to generated answers
 
 
 class PromptTokensDetails(AnswerObject):
@@ -69,7 +69,7 @@ class Usage(AnswerObject):
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: Left[CompletionTokensDetails]
-    evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens that went out of sight: the context slid.")]]
+    evicted_tokens: Left[Annotated[int, Field(ge=1, description="Tokens evicted because the context slid.")]]
 
 
 class _Answer(AnswerObject):
@@ -185,10 +185,10 @@ class AnswerMessage(AnswerObject):
     content: str | None
     refusal: None
     annotations: Annotated[list[None], Field(max_length=0)]
-    reasoning_content: Left[Annotated[str, Field(description="What the model wrote before its answer.")]]
+    reasoning_content: Left[Annotated[str, Field(description="The model's text before its answer.")]]
     reasoning: Left[Annotated[str, Field(description="The same as reasoning_content.")]]
     tool_calls: Left[list[AnswerToolCall | AnswerCustomToolCall]]
-    function_call: Left[Annotated[AnswerFunctionCall, Field(description="In place of tool_calls, for `functions`.")]]
+    function_call: Left[Annotated[AnswerFunctionCall, Field(description="Instead of tool_calls, for `functions`.")]]
 
 
 class ChatChoice(AnswerObject):
@@ -262,7 +262,7 @@ class ChatCompletionChunk(_Answer):
 class Embedding(AnswerObject):
     object: Literal["embedding"]
     index: Count
-    embedding: Annotated[list[float] | str, Field(description="Numbers, or float32 as base64 if asked for.")]
+    embedding: Annotated[list[float] | str, Field(description="Numbers, or float32 as base64 if requested.")]
 
 
 class EmbeddingUsage(AnswerObject):
@@ -288,7 +288,7 @@ class ModelCard(AnswerObject):
     root: str
     parent: Annotated[str | None, Field(description="The model that an adapter belongs to.")]
     max_model_len: int
-    content_hash: Annotated[str | None, Field(description="Of the weights; null while an adapter is unread.")]
+    content_hash: Annotated[str | None, Field(description="Of the weights; null until an adapter has been read.")]
 
 
 class ModelList(AnswerObject):

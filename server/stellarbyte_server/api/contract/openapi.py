@@ -21,7 +21,7 @@ _ERRORS = {
     400: "The request is not valid; `param` names the field.",
     401: "Neither `Authorization: Bearer KEY` nor `x-api-key: KEY` has a valid key.",
     403: "The key does not permit the request or its model; or a server without keys got an unknown host name.",
-    404: "There is no such model, adapter, file, batch or route.",
+    404: "The model, adapter, file, batch or route does not exist.",
     408: "The body did not arrive in time.",
     409: "Another call is loading this adapter.",
     413: "The body is larger than the server's --max-body-bytes, or an uploaded file than --max-file-bytes.",
@@ -38,7 +38,7 @@ _RETRY_AFTER = {429, 503}
 def make_document(
     operations: Mapping[tuple[str, str], Operation], model_name: str, *, allows_unknown_fields: bool
 ) -> Schema:
-    """An OpenAPI 3.1 document of all operations (by method and path), for a server of that model."""
+    """An OpenAPI 3.1 document of all operations, by method and path, for a server of this model."""
     refs, models = _models(operations.values(), _LenientSchemas if allows_unknown_fields else _Schemas)
     for schema in models.values():
         if "model" in schema.get("properties", {}):
@@ -81,7 +81,7 @@ def make_document(
 class _Schemas(GenerateJsonSchema):
     """Schemas without titles of fields and without null defaults of optional fields."""
 
-    unknown_fields: ClassVar[Schema | bool] = {"type": "null"}  # of a model that passes them to our own checks
+    unknown_fields: ClassVar[Schema | bool] = {"type": "null"}  # of models whose unknown fields `bodies.body` checks
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         del schema
@@ -158,7 +158,7 @@ def _operation(method: str, path: str, operation: Operation, refs: Refs) -> Sche
 
 
 def _query_parameters(model: Model) -> list[Schema]:
-    """What may be left out cannot be null in a URL."""
+    """Remove null, which a URL cannot express, from optional parameters."""
     parameters = []
     for name, field in model.model_json_schema(schema_generator=_Schemas)["properties"].items():
         (schema,) = [part for part in field["anyOf"] if part != {"type": "null"}]
@@ -183,7 +183,7 @@ def _answer(operation: Operation, refs: Refs) -> Schema:
 def _event(model: Model, ends_with_done: bool, refs: Refs) -> Schema:
     """One server-sent event, by which OpenAPI 3.1 describes streams."""
     json = {"type": "string", "contentMediaType": "application/json"}
-    description = "One event of the stream with `stream: true`. After a failure the last one is an error."
+    description = "One event of the stream with `stream: true`. After a failure, the last event is an error."
     data: Schema
     if ends_with_done:
         description += " Otherwise it is [DONE]."
@@ -204,7 +204,7 @@ def _event(model: Model, ends_with_done: bool, refs: Refs) -> Schema:
 
 
 def _error_name(status: int, error: Model) -> str:
-    """Of its response among the document's components; those of OpenAI's form need no more than the status."""
+    """The name of an error response in the document's components; for OpenAI's format it depends on the status only."""
     return str(status) if error is objects.ErrorBody else f"{error.__name__}{status}"
 
 

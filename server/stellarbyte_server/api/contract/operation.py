@@ -1,4 +1,4 @@
-"""Operations describe one method of one route, for the document at /openapi.json."""
+"""An operation: one method of one route, for the document at /openapi.json."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ GENERATION_REFUSED = (*BODY_REFUSED, 404, 429)
 class Operation:
     """A decorator, below the router's, with an endpoint's access, bodies and answer.
 
-    Routes read their bodies themselves, so the framework does not know these.
+    The framework cannot derive the bodies, because routes read them themselves.
     """
 
     access: Access
     summary: str
     tag: str
     answer: Model | str  # a media type: text
-    bodies: tuple[Model, ...] = ()  # the request's JSON is one of them
+    bodies: tuple[Model, ...] = ()  # alternatives for the request's JSON
     form: Model | None = None  # of a multipart request
     query: Model | None = None
     event: Model | None = None  # of the stream, if the body has `stream`

@@ -1,4 +1,4 @@
-"""These models describe the answers of /v1/score and /v1/rerank, for the document and for tests (see objects.py)."""
+"""Models of answers of /v1/score and /v1/rerank, for the OpenAPI document and tests (see objects.py)."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""These models describe answers of /v1/responses, for the document and for tests (see objects.py)."""
+"""Models of answers of /v1/responses, for the OpenAPI document and tests (see objects.py)."""
 
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ class OutputFunctionCall(AnswerObject):
     id: str
     type: Literal["function_call"]
     status: Literal["in_progress", "completed", "incomplete"]
-    call_id: Annotated[str, Field(description="What the call's result refers to.")]
+    call_id: Annotated[str, Field(description="The id by which the call's result refers to it.")]
     name: str
     arguments: Annotated[str, Field(description="JSON as the model wrote it.")]
 
@@ -155,7 +155,7 @@ class Response(AnswerObject):
 
 
 class ResponseStateEvent(AnswerObject):
-    """The whole response as it is at the start, and at the end."""
+    """The whole response, at the start or the end of the stream."""
 
     type: Literal[
         "response.created",

@@ -1,1 +1,1 @@
-"""Each file defines one endpoint, or a few that belong together."""
+"""The endpoints of the API. Each file defines one endpoint or a few related ones."""

@@ -62,7 +62,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
 
 
 async def _fetched(body: LoadBody, service: Service) -> str:
-    """The source of a body with the version that is in the cache folder now; ApiError."""
+    """The source in a body, with the version that is now in the cache folder; ApiError."""
     try:
         source = AdapterSource.parse(body.lora_path)
     except SourceError:

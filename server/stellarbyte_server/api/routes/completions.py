@@ -87,7 +87,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
 async def _prompt(
     http: Request, body: CompletionBody, service: Service, given: PromptInput, num_characters: int, bounds: Bounds
 ) -> Prompt:
-    """A prompt as token ids, and the room it leaves; ApiError."""
+    """A prompt as token ids, and the number of tokens it leaves for the answer; ApiError."""
     limit = bounds.context
     least = 0 if body.max_tokens == 0 else 1
     if isinstance(given, str):
@@ -112,7 +112,7 @@ async def _prompt(
 
 
 def _encode(body: CompletionBody, service: Service, given: PromptInput) -> tuple[list[int], PromptEcho | None]:
-    """A prompt's token ids, and what is repeated of it; ApiError."""
+    """A prompt's token ids, and its echo; ApiError."""
     tokenizer = service.tokenizer
     if isinstance(given, str):
         add_special_tokens = body.add_special_tokens is not False

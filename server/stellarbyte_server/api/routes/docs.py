@@ -1,4 +1,4 @@
-"""GET /openapi.json, the API's document, and GET /docs, a page to try it, from files of this server."""
+"""GET /openapi.json, the API's document, and GET /docs, a page to try the API, without other hosts."""
 
 import functools
 from collections.abc import Callable

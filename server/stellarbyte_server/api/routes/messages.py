@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API. Runs as the chat that a request asks for."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API. Requests run as chats."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,13 +41,13 @@ from stellarbyte_server.protocol.request import RequestRejected
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
 router = APIRouter()
-InTerms = Callable[[ApiError], ApiError]  # of the request's own fields
+InTerms = Callable[[ApiError], ApiError]  # converts an error to the names of Anthropic's fields
 
 
 @router.post("/v1/messages")
 @Operation(
     access=Access.USER,
-    summary="Answer a chat, in the form of Anthropic's Messages API",
+    summary="Answer a chat, in the format of Anthropic's Messages API",
     tag="Generation",
     bodies=(MessagesBody,),
     answer=message_objects.AssistantMessage,
@@ -115,7 +115,7 @@ async def count_message_tokens(http: Request, service: ServiceOfRequest) -> Resp
 
 async def _chat(http: Request, service: Service, body: CountTokensBody) -> tuple[ChatBody, InTerms]:
     chat, in_terms = await off_loop_if_long(http, service, partial(as_chat, body), record_of(http).body_bytes)
-    if service.reasoning is None:  # clients send their budget whether the model thinks or not
+    if service.reasoning is None:  # clients send a budget even if the model does not think
         chat = chat.model_copy(update={"max_reasoning_tokens": None})
     return chat, in_terms
 
@@ -126,7 +126,7 @@ def _without_effect(body: CountTokensBody, ignored: Sequence[str], service: Serv
 
 @contextmanager
 def _errors(in_terms: InTerms) -> Iterator[None]:
-    """Raise errors, those of the engine too, in terms of the request."""
+    """Raise errors, including those of the engine, with the names of the request's fields."""
     try:
         yield
     except ApiError as error:
@@ -156,7 +156,7 @@ async def _events(
     failure: Callable[[ApiError], bytes],
     ends: AnswerEnds,
 ) -> AsyncIterator[bytes]:
-    """The answer as server-sent events; a failure is its last one."""
+    """The answer as server-sent events; a failure is the last event."""
     reader = plan.reader(0)
     yield writer.begin()
     try:

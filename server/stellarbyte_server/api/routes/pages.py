@@ -15,8 +15,8 @@ FILES_PATH = "/web/{path:path}"
 _PAGES = {"/": "index.html", "/status": "status.html"}
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
 
-# Pages show text of models, which is untrusted: only scripts and styles of these files, no other host, and no text as
-# markup.
+# Pages show untrusted text from models: they may use only scripts and styles from these files, contact no other host,
+# and parse no text as markup.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"

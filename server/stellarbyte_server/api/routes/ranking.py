@@ -1,4 +1,4 @@
-"""POST /v1/score and /v1/rerank: how close texts are, by the vectors that /v1/embeddings has for them."""
+"""POST /v1/score and /v1/rerank: the similarity of texts, by the vectors that /v1/embeddings returns for them."""
 
 import secrets
 import time
@@ -44,11 +44,9 @@ async def score(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ScoreBody)
     first, second = body.text_1, body.text_2
     if len(first) not in (1, len(second)):
-        raise bad_request(
-            f"The field 'text_1' must have one text or as many as 'text_2', which has {len(second)}.", "text_1"
-        )
+        raise bad_request(f"The field 'text_1' must have one text, or {len(second)} texts as in 'text_2'.", "text_1")
     if len(first) + len(second) > MAX_INPUTS:
-        message = f"There are {len(first) + len(second)} texts in both fields; at most {MAX_INPUTS} are allowed."
+        message = f"The fields have {len(first) + len(second)} texts; at most {MAX_INPUTS} are allowed."
         raise bad_request(message, "text_2")
     texts = [*((text, "text_1") for text in first), *((text, "text_2") for text in second)]
     vectors, num_tokens = await vectors_of(http, service, body, texts)
@@ -88,7 +86,7 @@ async def rerank(http: Request, service: ServiceOfRequest) -> Response:
 
 
 def _cosines(first: list[bytes], second: list[bytes]) -> list[float]:
-    """Of each pair of vectors of length 1; one vector is paired with each of the others."""
+    """The cosine of each pair of vectors of length 1; a single first vector is paired with each second one."""
     one, other = (np.stack([np.frombuffer(vector, "<f4") for vector in vectors]) for vectors in (first, second))
     products: list[float] = (one.astype(np.float64) * other).sum(axis=1).clip(-1, 1).tolist()
     return products

@@ -1,4 +1,4 @@
-"""POST /v1/responses: OpenAI's newer form of a chat, text only and stateless. Runs as the chat it asks for."""
+"""POST /v1/responses: OpenAI's newer chat API, text only and stateless. Requests run as chats."""
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -35,7 +35,7 @@ router = APIRouter()
 @router.post("/v1/responses")
 @Operation(
     access=Access.USER,
-    summary="Answer a chat, in the form of OpenAI's Responses API",
+    summary="Answer a chat, in the format of OpenAI's Responses API",
     tag="Generation",
     bodies=(ResponsesBody,),
     answer=response_objects.Response,
@@ -67,10 +67,10 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
 
 
 def _check(body: ResponsesBody) -> None:
-    """ApiError when fields ask for what is not there."""
+    """ApiError if fields refer to a stored response, or need a missing field."""
     if body.previous_response_id is not None:
         raise bad_request(
-            "No response is stored, so none can be gone on from; give the whole conversation as 'input'.",
+            "Responses are not stored, so none can be continued; give the whole conversation as 'input'.",
             "previous_response_id",
         )
     if body.top_logprobs and not body.with_logprobs:
@@ -78,7 +78,7 @@ def _check(body: ResponsesBody) -> None:
 
 
 async def _plan(http: Request, body: ResponsesBody, service: Service) -> AnswerPlan:
-    """What to run for a response; ApiError, which names the fields as they are called here."""
+    """The plan of a response; ApiError with the names of the response's fields."""
     chat = await off_loop_if_long(http, service, partial(ResponseChat.of, body), record_of(http).body_bytes)
     try:
         plan = await plan_chat(http, chat.body, service)

@@ -1,7 +1,7 @@
-"""The input of a custom tool as a grammar: a text, a regular expression, or a grammar in Lark.
+"""The grammar of a custom tool's input: any text, a regular expression, or a grammar in Lark.
 
-Where a model writes arguments as JSON, the input is a string of that name. A grammar in Lark is written into it as it
-is, without escapes, and ends with the answer: no mark could tell its end from its text.
+If the model writes arguments as JSON, the input is a string named `input`. An input with a grammar in Lark is written
+without escapes and ends with the answer, because its text may contain any end mark.
 """
 
 import json
@@ -14,13 +14,13 @@ from stellarbyte_server.api.structured.json_patterns import rust_pattern
 from stellarbyte_server.api.structured.offered_tools import INPUT, OfferedTool
 from stellarbyte_server.api.structured.tagged_parameters import VALUE_END, text_rule
 
-LAST_INPUT = f'{{"{INPUT}": "'  # before an input that ends the answer, where arguments are JSON
+LAST_INPUT = f'{{"{INPUT}": "'  # precedes an input that ends the answer, if arguments are JSON
 _DIRECTIVE = re.compile(r"%(json|lark|regex|llguidance)\b")
-_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)  # of which a backslash already has its own
+_SLASH = re.compile(r"\\.|/|\n", re.DOTALL)  # an existing escape, or a character to escape
 
 
 def input_schema(tool: OfferedTool) -> dict[str, Any]:
-    """The arguments of a custom tool as the schema of a function's, for the model and for formats of JSON."""
+    """A schema of the custom tool's arguments, for the model and for JSON formats."""
     text: dict[str, Any] = {"type": "string"}
     if tool.grammar is not None and tool.grammar.syntax == "regex":
         text["pattern"] = f"^(?:{_without_anchors(tool.grammar.definition)})$"
@@ -28,7 +28,7 @@ def input_schema(tool: OfferedTool) -> dict[str, Any]:
 
 
 def input_description(tool: OfferedTool) -> str:
-    """What the tool does and what its input is, for the model."""
+    """The description of the tool and its input, for the model."""
     lines = [] if tool.description is None else [tool.description]
     if tool.grammar is not None:
         kind = "this grammar in Lark" if tool.grammar.syntax == "lark" else "this regular expression"
@@ -39,7 +39,7 @@ def input_description(tool: OfferedTool) -> str:
 def input_rules(rule: str, tool: OfferedTool, *, is_tagged: bool) -> Iterator[str]:
     """Rules in Lark for an input that is written without escapes; ApiError for a grammar that cannot be used.
 
-    A grammar in Lark is one of `input_grammars`, by the name of the rule.
+    A custom tool's own grammar in Lark is referenced by the rule's name: see `input_grammar`.
     """
     opening = json.dumps(f"<parameter={INPUT}>\n" if is_tagged else LAST_INPUT)
     if tool.grammar is None:
@@ -50,7 +50,7 @@ def input_rules(rule: str, tool: OfferedTool, *, is_tagged: bool) -> Iterator[st
         try:
             pattern = rust_pattern(_without_anchors(tool.grammar.definition))
         except ValueError as error:
-            message = f"The field '{path}' has {json.dumps(str(error))} in it, which is not supported."
+            message = f"The field '{path}' contains {json.dumps(str(error))}, which is not supported."
             raise bad_request(message, path) from None
         yield f"{rule}: {opening} {rule.upper()}_VALUE"
         yield f"{rule.upper()}_VALUE: /(?:{_SLASH.sub(_escaped, pattern)})/ {json.dumps(VALUE_END + chr(10))}"
@@ -59,7 +59,7 @@ def input_rules(rule: str, tool: OfferedTool, *, is_tagged: bool) -> Iterator[st
 
 
 def input_grammar(rule: str, tool: OfferedTool) -> dict[str, str]:
-    """A grammar in Lark as llguidance has one of several; ApiError for what it could do beyond Lark."""
+    """The tool's grammar as an entry of llguidance's `grammars`; ApiError for llguidance's extensions of Lark."""
     assert tool.grammar is not None and tool.grammar.syntax == "lark"
     path = f"{tool.path}.format.grammar.definition"
     if (directive := _DIRECTIVE.search(tool.grammar.definition)) is not None:
@@ -69,7 +69,7 @@ def input_grammar(rule: str, tool: OfferedTool) -> dict[str, str]:
 
 
 def _without_anchors(pattern: str) -> str:
-    """Regular expressions are for the whole input."""
+    """The pattern without outer anchors, which are redundant because patterns must match the whole input."""
     if "|" in pattern:
         return pattern
     return pattern.removeprefix("^") if pattern.endswith("\\$") else pattern.removeprefix("^").removesuffix("$")

@@ -1,4 +1,4 @@
-"""JSON schemas become grammars in llguidance's language, checked before a request is queued."""
+"""Makes grammars in llguidance's language from JSON schemas, and checks grammars before a request is queued."""
 
 import asyncio
 import hashlib
@@ -16,8 +16,8 @@ from stellarbyte_server.tokens.text_work import TextWork, TooMuchText
 CHECK_LIMIT_S = 5.0
 NUM_REMEMBERED_VERDICTS = 256
 
-# One space after a comma and a colon as json.dumps writes them, and none elsewhere: a sampled answer could otherwise go
-# on in spaces for ever.
+# Spaces only after commas and colons, as json.dumps writes them: otherwise, a sampled answer could continue with spaces
+# for ever.
 _OPTIONS = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -27,15 +27,15 @@ _OPTIONS = {
 
 
 def json_grammar(schema: dict[str, Any] | bool, param: str = "response_format", *, strict: bool = False) -> str:
-    """The grammar of the JSON texts that a schema allows; ApiError 400 naming `param`. `checked` comes next.
+    """The grammar of the JSON texts that a schema allows; ApiError 400 naming `param`. Must be checked with `checked`.
 
-    Without `strict` it leaves out what cannot be enforced: see `answer_check`.
+    Without `strict`, it omits the parts that cannot be enforced: see `answer_check`.
     """
     return json_rule("start", schema, param, strict=strict)
 
 
 def json_rule(name: str, schema: dict[str, Any] | bool, param: str = "response_format", *, strict: bool = False) -> str:
-    """The same as a rule of a larger grammar, one line. `name` is lower-case letters and underscores."""
+    """The same as one rule of a larger grammar, on one line. `name` has lower-case letters, digits and underscores."""
     root = EnforceableSchema(schema, param, strict=strict).root
     return f"{name}: %json {json.dumps({**root, 'x-guidance': _OPTIONS}, ensure_ascii=False)}\n"
 
@@ -44,9 +44,9 @@ _verdicts: OrderedDict[bytes, str | None] = OrderedDict()
 
 
 async def checked(grammar: str, param: str, work: TextWork, owner: str) -> str:
-    """The grammar itself, if the engine can use it; ApiError 400 naming `param`, 503 if it is not known in time.
+    """The grammar itself if the engine can use it; otherwise ApiError 400 naming `param`, or 503 at the time limit.
 
-    It is checked in a thread, in its owner's turn.
+    Checked in a thread, in its owner's turn.
     """
     digest = hashlib.sha256(grammar.encode()).digest()
     if digest not in _verdicts:
@@ -61,7 +61,7 @@ async def checked(grammar: str, param: str, work: TextWork, owner: str) -> str:
 
 
 async def _verdict(grammar: str, work: TextWork, owner: str) -> str | None:
-    """Why a grammar is refused, or None."""
+    """The reason why a grammar is refused, or None."""
     check = work.check(partial(check_grammar, grammar), owner, len(grammar))
     try:
         await asyncio.wait_for(check, CHECK_LIMIT_S)
@@ -69,7 +69,7 @@ async def _verdict(grammar: str, work: TextWork, owner: str) -> str | None:
         return str(error)
     except TooMuchText as error:
         raise ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"}) from None
-    except TimeoutError:  # through its own fault or that of others: nothing to remember
+    except TimeoutError:  # because of this grammar or of others, so the verdict is not remembered
         message = "The grammar could not be checked in time; it is too complex, or the server is busy."
         raise ApiError(503, message, code=GRAMMARS_BUSY, headers={"Retry-After": "5"}) from None
     return None

@@ -1,4 +1,4 @@
-"""Regular expressions and formats of JSON schemas, said so that llguidance reads them as a schema means them."""
+"""Rewrites regular expressions and formats of JSON schemas so that llguidance matches what the schema allows."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from stellarbyte_server.protocol.grammar import GrammarRefused, check_grammar
 _SIGNS = re.compile(
     r"\\[pP](?:\{[^}]*\}|.)|\\[xu]\{[^}]*\}|\\x..|\\u....|\\.|\(\?[a-zA-Z-]*|\[\^?\]?|\]|&&|--|~~|\0", re.DOTALL
 )
-_PROPERTY = re.compile(  # those without control characters
+_PROPERTY = re.compile(  # Unicode properties without control characters
     r"\\p(?:[LMNPSZ]|\{(?:[LMNPSZ][a-z]?|(?:(?:Script|sc)=)?"
     r"(?:Latin|Greek|Cyrillic|Han|Hiragana|Katakana|Hangul|Arabic|Hebrew|Thai|Devanagari))\})"
 )
@@ -25,9 +25,10 @@ EXACT_FORMATS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_D
 
 
 def rust_pattern(pattern: str) -> str:
-    """The same for llguidance; ValueError with the first sign that it would read differently.
+    """The pattern for llguidance; ValueError with the first token that llguidance would interpret differently.
 
-    No answer has a NUL, which could only be written as \\u0000: negated sets leave it out, and others may not have it.
+    Answers contain no NUL, because its only JSON escape, \\u0000, is not allowed: negated sets exclude it, and
+    elsewhere in a pattern it is refused.
     """
     in_class = in_negated = False
 
@@ -61,12 +62,12 @@ def rust_pattern(pattern: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def is_regular(pattern: str) -> bool:
-    """Whether llguidance can use a pattern that `rust_pattern` made: it has no look-around and no backreferences."""
+    """Whether llguidance can use a result of `rust_pattern`: it must have no look-around and no backreferences."""
     return is_usable({"type": "string", "pattern": pattern})
 
 
 def is_usable(schema: dict[str, Any]) -> bool:
-    """Whether llguidance can use a schema as it is."""
+    """Whether llguidance accepts a schema unchanged."""
     try:
         check_grammar(f"start: %json {json.dumps(schema)}\n")
     except GrammarRefused:

@@ -1,19 +1,19 @@
-"""A JSON schema is made enforceable: what llguidance would ignore or answer wrongly is left out, refused or rewritten.
+"""Makes a JSON schema enforceable: omits, refuses or rewrites parts that llguidance would ignore or enforce wrongly.
 
-With `strict` it is refused with a 400 that names the reason, so that every answer is valid. Without it every valid
-schema is taken: unknown keywords and formats are annotations (JSON Schema 2020-12, validation, 7.2.1), and assertions
-that a grammar cannot enforce are left out of it; `answer_check` looks at the finished answer. What takes minutes is
-refused in either case, so that no grammar holds up a server:
+With `strict`, such a schema gets a 400 that names the reason, so that every answer is valid. Without it, every valid
+schema is accepted: unknown keywords and formats are annotations (JSON Schema 2020-12, validation, 7.2.1), and
+assertions that a grammar cannot enforce are omitted from it; `answer_check` validates the finished answer. Schemas that
+take minutes are refused in either case, so that no grammar blocks the server. llguidance's limits:
 
-- Regular expressions that must hold at once multiply: four harmless-looking ones take a second for one mask, six take
-  minutes to compile. So do multiples of large numbers. Properties of which some must be there cost their number cubed.
-- Long constants cost time when a mask first meets them: 60 kB of them 5 to 10 ms. A thousand branches end an answer in
-  the middle.
-- Its grammar allows the same key twice, which parsers count once; and `\\u0061` for a key `a` that has its own schema.
-- Its numbers are 64-bit floats: beyond 2**53 it would allow others than the schema does.
+- Regular expressions that apply to the same text multiply: four ordinary ones take a second for one mask, six take
+  minutes to compile. So do multiples of large numbers. Counted properties cost the cube of their number.
+- Long constants cost time when a mask first contains them: 60 kB of them 5 to 10 ms. A thousand branches end an answer
+  in the middle.
+- Its grammar allows duplicate keys, which parsers count once; and `\\u0061` for a key `a` with a separate schema.
+- Its numbers are 64-bit floats: beyond 2**53 it would allow numbers that the schema does not.
 - Its years have a 29 February and its minutes a 61st second, which common parsers refuse.
-- Its regular expressions are Rust's, where some signs mean something else than in a schema. Sets that have all control
-  characters it lets have the quote and the backslash too, whatever they say: `[^"]` is read as any character.
+- Its regular expressions are Rust's, where some tokens differ in meaning from a schema's. It adds the quote and the
+  backslash to sets that contain all control characters: `[^"]` matches any character.
 """
 
 import json
@@ -39,10 +39,10 @@ from stellarbyte_server.api.structured.schema_values import (
 
 
 class EnforceableSchema:
-    """A copy of a schema in which everything is known, small enough, and said so that llguidance gets it right.
+    """A bounded copy of a schema, rewritten so that llguidance enforces all of it.
 
-    `root` is that copy, `whole` one of everything. `left_out` says where `root` has less than `whole`; with `strict` it
-    is empty.
+    `root` is that copy, and `whole` an unchanged copy. `left_out` has the paths of the parts omitted from `root`; with
+    `strict` it is empty.
     """
 
     def __init__(self, schema: dict[str, Any] | bool, param: str, *, strict: bool) -> None:
@@ -50,8 +50,8 @@ class EnforceableSchema:
         self._param = param
         self._strict = strict
         self._nodes: dict[int, dict[str, Any]] = {}  # every schema inside the schema, by identity
-        self._apart: dict[int, dict[str, Any]] = {}  # those inside of what is left out
-        self._names: set[str] = set()  # of schemas, by which references may call them
+        self._apart: dict[int, dict[str, Any]] = {}  # schemas inside omitted keywords
+        self._names: set[str] = set()  # $id and anchors, to which references may point
         self._has_inner_documents = False
         self._num_properties = 0
         self._num_pattern_properties = 0
@@ -72,7 +72,7 @@ class EnforceableSchema:
         return bad_request(f"The schema{_at(path)} {why}.", self._param)
 
     def _leave_out(self, why: str, path: str = "#") -> None:
-        """ApiError with `strict`."""
+        """Record an omitted part; ApiError with `strict`."""
         if self._strict:
             raise self._refuse(why, path)
         self.left_out.append(path)
@@ -99,13 +99,13 @@ class EnforceableSchema:
             text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
             num_bytes = len(text.encode())
         except (ValueError, TypeError) as error:
-            raise self._refuse("has a character or a number that JSON does not know") from error
+            raise self._refuse("has a character or a number that is not valid in JSON") from error
         if num_bytes > most:
             raise self._refuse(f"is larger than {most} bytes")
         return text
 
     def _take_document_keywords(self) -> None:
-        """$schema and $id speak of the document; what they would change is refused elsewhere."""
+        """Remove $schema and $id, which describe the document; keywords that depend on them are refused elsewhere."""
         draft = self.root.pop("$schema", None)
         is_known = isinstance(draft, str) and draft.rstrip("#").endswith(keywords.DRAFTS)
         if draft is not None and not is_known and (self._strict or not isinstance(draft, str)):
@@ -167,11 +167,11 @@ class EnforceableSchema:
             except NotEnforceable as error:
                 self._leave_out(str(error), place)
                 del value[pattern]
-                node["additionalProperties"] = True  # a schema for all other names would be one for these
+                node["additionalProperties"] = True  # otherwise its schema would apply to the omitted names
         self._num_pattern_properties += len(value)
 
     def _is_unknown(self, keyword: str, value: Any, path: str) -> bool:
-        """Whether a keyword is one that is never enforced: its schemas are checked all the same, and it is noted."""
+        """Whether a keyword is never enforced. Its schemas are still checked, and an omitted assertion is recorded."""
         place = f"{path}/{keyword}"
         nodes, self._nodes = self._nodes, self._apart
         if keyword in keywords.ONE_APART:
@@ -204,7 +204,7 @@ class EnforceableSchema:
         self.left_out.append(f"{path}/{keyword}")
 
     def _is_enforceable(self, keyword: str, node: dict[str, Any], path: str) -> bool:
-        """Whether a grammar can enforce a keyword that has no schemas in it; if not, it is noted as left out."""
+        """Whether a grammar can enforce a keyword without subschemas; if not, the keyword is recorded as omitted."""
         place = f"{path}/{keyword}"
         try:
             value = node[keyword] = self._value(keyword, node[keyword], place)
@@ -222,7 +222,7 @@ class EnforceableSchema:
         return True
 
     def _value(self, keyword: str, value: Any, place: str) -> Any:
-        """The value of a keyword without schemas, as llguidance knows it; ApiError, NotEnforceable."""
+        """The value of a keyword without subschemas, for llguidance; ApiError, NotEnforceable."""
         try:
             return whole_number(keyword, value) if keyword in keywords.COUNTS_APART else plain_value(keyword, value)
         except InvalidSchema as error:
@@ -235,7 +235,7 @@ class EnforceableSchema:
             raise self._refuse(str(error), place) from None
 
     def _is_sayable(self, name: str, place: str) -> bool:
-        """Whether an answer can have a property of that name; if not, it is noted as left out."""
+        """Whether an answer can have a property of that name; if not, it is recorded as omitted."""
         try:
             check_literal(name)
         except InvalidSchema as error:
@@ -253,7 +253,7 @@ class EnforceableSchema:
             said = rust_pattern(pattern)
         except ValueError as error:
             raise NotEnforceable(f"has {json.dumps(str(error))} in a pattern, which is not supported") from error
-        if not self._strict and not is_regular(said):  # with it `grammars.checked` says why
+        if not self._strict and not is_regular(said):  # with `strict`, `grammars.checked` reports the reason
             raise NotEnforceable("has a pattern that is not supported")
 
     def _check_reference(self, node: dict[str, Any]) -> None:
@@ -267,14 +267,14 @@ class EnforceableSchema:
         is_name = isinstance(reference, str) and reference in self._names
         if self._strict or not (is_name or isinstance(_target(self.whole, reference), dict | bool)):
             shown = json.dumps(reference)[:120]
-            raise bad_request(f"The schema's $ref {shown} leads to no schema inside the schema.", self._param)
+            raise bad_request(f"The schema's $ref {shown} does not point to a schema inside the schema.", self._param)
         del node["$ref"]
         self.left_out.append("$ref")
 
     def _say_differently(self, node: dict[str, Any]) -> None:
         for keyword in [keyword for keyword in node if _says_nothing(keyword)]:
-            del node[keyword]  # beside some of them llguidance does not follow a $ref into a circle
-        node.pop("uniqueItems", None)  # it is false, or was left out
+            del node[keyword]  # next to some of them, llguidance does not follow a recursive $ref
+        node.pop("uniqueItems", None)  # false, or recorded as omitted
         if "pattern" in node:
             node["pattern"] = rust_pattern(node["pattern"])
         if "patternProperties" in node:
@@ -286,9 +286,9 @@ class EnforceableSchema:
             node.setdefault("allOf", []).append({"pattern": exact})
         if "oneOf" in node and self._strict:
             node["x-any"] = (
-                True  # with any other key beside it, oneOf's branches are looked up before they are compared
+                True  # with any other key next to oneOf, llguidance resolves its branches before comparing them
             )
-        elif "oneOf" in node:  # llguidance refuses what it cannot tell to be exclusive
+        elif "oneOf" in node:  # llguidance refuses branches that it cannot prove exclusive
             self.left_out.append("oneOf")
             branches = node.pop("oneOf")
             if "anyOf" in node:
@@ -301,7 +301,7 @@ class EnforceableSchema:
             why = f"has more than {keywords.MAX_COUNTED_PROPERTIES} properties while it uses minProperties or"
             self._leave_out_everywhere(f"{why} maxProperties", "minProperties", "maxProperties")
         elif self._counts_properties and not self._strict and not is_usable(self.root):
-            # llguidance counts properties only where all that have names are required
+            # llguidance counts properties only if all named ones are required
             self._leave_out_everywhere("counts properties", "minProperties", "maxProperties")
         if self._num_properties > keywords.MAX_PROPERTIES:
             raise self._refuse(f"has more than {keywords.MAX_PROPERTIES} properties")
@@ -328,7 +328,7 @@ class EnforceableSchema:
 
 
 def _say_limits_as_numbers(node: dict[str, Any]) -> None:
-    """Say draft 4's `exclusiveMinimum: true`, which OpenAPI 3.0 has too, as later drafts do."""
+    """Convert the `exclusiveMinimum: true` of draft 4 and OpenAPI 3.0 to the form of later drafts."""
     for limit, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         is_exclusive = node.get(exclusive)
         if isinstance(is_exclusive, bool):
@@ -343,7 +343,7 @@ def _at(path: str) -> str:
 
 
 def _target(root: dict[str, Any], reference: Any) -> Any:
-    """What "#/a/b" points to, or None."""
+    """The target of a reference such as "#/a/b", or None."""
     if not isinstance(reference, str) or not re.match(r"#(/|$)", reference):
         return None
     target: Any = root
@@ -359,12 +359,12 @@ def _target(root: dict[str, Any], reference: Any) -> Any:
 
 
 def _says_nothing(keyword: str) -> bool:
-    """Whether it only describes. x-guidance does not: it would change what is written above."""
+    """Whether a keyword is an annotation. x-guidance is not: it would override this server's options."""
     return keyword in keywords.ANNOTATIONS or (keyword.startswith("x-") and keyword != "x-guidance")
 
 
 def _is_enforced(keyword: str, value: Any) -> bool:
-    """Of a keyword that has no schemas in it; whether its value is valid does not matter."""
+    """Whether a keyword without subschemas is enforced; its value may be invalid."""
     if keyword == "format" and isinstance(value, str):
         return value in keywords.FORMATS
     if keyword == "uniqueItems":

@@ -1,28 +1,28 @@
-"""The tools of a request, whichever field they came in, as grammars and parsers need them."""
+"""The tools of a request, in one form for grammars and parsers, from either field."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stellarbyte_server.api.contract.bodies.tools import CustomGrammar, CustomTool, Function, FunctionTool, Schema
 
-INPUT = "input"  # the only parameter of a custom tool, as the model sees it
+INPUT = "input"  # the model's name for the only parameter of a custom tool
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfferedTool:
-    """A function with arguments in JSON, or a custom tool with a text as its input."""
+    """A function with arguments in JSON, or a custom tool with a text input."""
 
     name: str
-    path: str  # of it in the request: tools[0].function
+    path: str  # in the request: tools[0].function
     description: str | None = None
-    parameters: Schema | None = None  # None: it takes none
+    parameters: Schema | None = None  # None: no parameters
     strict: bool = False
     is_custom: bool = False
     grammar: CustomGrammar | None = None  # of a custom tool's input; None: any text
 
     @property
     def is_last(self) -> bool:
-        """A call of it ends the answer: where a grammar in Lark ends, only the end of the answer can tell."""
+        """Whether a call ends the answer: an input with a grammar in Lark has no other end."""
         return self.grammar is not None and self.grammar.syntax == "lark"
 
 
@@ -36,7 +36,7 @@ def offered_tools(tools: Sequence[FunctionTool | CustomTool]) -> tuple[OfferedTo
 
 
 def offered_functions(functions: Sequence[Function]) -> tuple[OfferedTool, ...]:
-    """Those of the older field `functions`."""
+    """The tools of the deprecated field `functions`."""
     return tuple(_function(function, f"functions[{i}]") for i, function in enumerate(functions))
 
 

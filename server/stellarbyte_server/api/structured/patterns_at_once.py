@@ -1,20 +1,20 @@
-"""How many patterns, formats and lengths may apply to one text of a schema: their automata multiply."""
+"""Counts the patterns, formats and lengths that may apply to the same text of a schema: their automata multiply."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_REFERENCES = 100
-MAX_NAMES_JOINED = 1_000_000  # of properties, wherever schemas apply at once or by choice: 0.3 s
+MAX_NAMES_JOINED = 1_000_000  # names of properties in all joined schemas together: 0.3 s
 
 
 class TooMuchAtOnce(ValueError):
-    """A schema combines too much to be counted; str() goes on after "The schema "."""
+    """A schema has too many combinations to count; str() continues "The schema "."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _AtOnce:
-    """How many of them apply to one text: here, in properties by name, and in all else inside."""
+    """The number that apply to one text: at this place, in properties by name, and at all other places inside."""
 
     here: int = 0
     named: dict[str, int] = field(default_factory=dict)
@@ -36,16 +36,16 @@ class _AtOnce:
 
 
 class PatternsAtOnce:
-    """An upper bound for what one text has to match at once, with every branch taken that may apply."""
+    """An upper bound on the number that applies to one text, over all branches."""
 
     def __init__(self, target: Callable[[Any], Any]) -> None:
-        """`target` is the schema that a $ref points to, or None."""
+        """`target` resolves a $ref to its schema, or None."""
         self._target = target
         self._known: dict[int, _AtOnce] = {}
         self._num_joined = 0
 
     def most(self, root: Any) -> int:
-        """Raises TooMuchAtOnce."""
+        """The highest number for any text; TooMuchAtOnce."""
         return self._count(root, 0).most
 
     def _count(self, node: Any, depth: int) -> _AtOnce:
@@ -54,8 +54,8 @@ class PatternsAtOnce:
         if id(node) in self._known:
             return self._known[id(node)]
         if depth > MAX_REFERENCES:
-            raise TooMuchAtOnce(f"goes through more than {MAX_REFERENCES} references in a row")
-        self._known[id(node)] = _AtOnce()  # llguidance refuses what would add itself to itself
+            raise TooMuchAtOnce(f"has a chain of more than {MAX_REFERENCES} references")
+        self._known[id(node)] = _AtOnce()  # llguidance refuses schemas that add themselves to themselves
 
         def look(value: Any) -> _AtOnce:
             return self._count(value, depth + 1)

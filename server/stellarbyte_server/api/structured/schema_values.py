@@ -1,4 +1,4 @@
-"""The plain values of JSON schemas: what is valid, and what a grammar can enforce."""
+"""Checks the plain values of JSON schemas: whether they are valid, and whether a grammar can enforce them."""
 
 import re
 from decimal import Decimal
@@ -6,19 +6,19 @@ from typing import Any
 
 from stellarbyte_server.api.structured import schema_keywords as keywords
 
-_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")  # no answer has these: their JSON escapes are not allowed
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")  # never in answers: their JSON escapes are not allowed
 
 
 class InvalidSchema(ValueError):
-    """A part of a schema is not valid, or too large; str() goes on after "The schema at PLACE "."""
+    """A part of a schema is invalid or too large; str() continues "The schema at PLACE "."""
 
 
 class NotEnforceable(ValueError):
-    """A part is valid, and a grammar cannot enforce it; str() goes on after "The schema at PLACE "."""
+    """A part is valid, but a grammar cannot enforce it; str() continues "The schema at PLACE "."""
 
 
 def plain_value(keyword: str, value: Any) -> Any:
-    """The value of a keyword that has no schemas in it, as llguidance knows it; InvalidSchema, NotEnforceable."""
+    """The value of a keyword without subschemas, for llguidance; InvalidSchema, NotEnforceable."""
     if keyword in keywords.COUNTS:
         count = whole_number(keyword, value)
         if keyword == "minProperties" and count > 1:
@@ -44,7 +44,7 @@ def plain_value(keyword: str, value: Any) -> Any:
 
 
 def whole_number(keyword: str, value: Any) -> int:
-    """A count. No answer comes up to a larger upper bound than MAX_COUNT."""
+    """A count. Upper bounds are capped at MAX_COUNT, which no answer reaches."""
     is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == int(value)
     most = keywords.MAX_COUNT
     if not is_whole or value < 0 or (value > most and not keyword.startswith("max")):
@@ -64,7 +64,7 @@ def digits(multiple: float) -> int:
 
 
 def check_literal(value: Any) -> None:
-    """Of a value that an answer may have to have."""
+    """Check a value that an answer may have to contain; InvalidSchema, NotEnforceable."""
     if isinstance(value, dict | list):
         for part in parts(value):
             check_literal(part)
@@ -92,7 +92,7 @@ def is_texts(values: list[Any]) -> bool:
 
 
 def parts(value: Any) -> list[Any]:
-    """The values inside a list or an object, its keys too."""
+    """The values inside a list or an object, including its keys."""
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""Arguments as models write them that put every parameter in a tag: texts as they are, all else as JSON.
+"""Arguments of models that write each parameter in a tag: strings without quotes, other values as JSON.
 
 <parameter=city>
 Paris
@@ -17,10 +17,10 @@ from stellarbyte_server.api.structured.offered_tools import INPUT, OfferedTool
 VALUE_END = "\n</parameter>"
 MAX_PARAMETERS = 1000  # of one tool
 MAX_RULE_CHARACTERS = 2**18  # of one tool
-_MAX_REFERENCES = 8  # in a row
-_MAX_PARTS = 200  # of one schema; more are left out
+_MAX_REFERENCES = 8  # in a chain
+_MAX_PARTS = 200  # of one schema; further parts are ignored
 
-# text: as it is. nullable: the same, but null is no text. json: JSON. any: JSON where it is that, else a text.
+# text: a string without quotes. nullable: likewise, but null is null. json: JSON. any: JSON if it is valid, else text.
 Kind = Literal["text", "nullable", "json", "any"]
 
 
@@ -30,11 +30,11 @@ class Parameter:
     kind: Kind
     schema: Mapping[str, Any]
     is_required: bool
-    choices: tuple[str, ...] | None = None  # the only texts there may be
+    choices: tuple[str, ...] | None = None  # the allowed texts; None: any
 
 
 def parameters_of(schema: Mapping[str, Any] | None) -> list[Parameter]:
-    """Those that an object's schema names, at its root, behind a $ref or in a part of allOf, anyOf or oneOf."""
+    """The properties named by an object's schema: at its root, behind a $ref, or in a part of allOf, anyOf or oneOf."""
     if schema is None:
         return []
     properties: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def parameters_of(schema: Mapping[str, Any] | None) -> list[Parameter]:
 def _parts(
     node: Any, root: Mapping[str, Any], is_certain: bool, seen: set[tuple[int, bool]]
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Schemas that an object must follow (certain) or may have to follow, each once."""
+    """The schemas that apply to an object certainly (True) or possibly, each once."""
     if not isinstance(node, dict) or (id(node), is_certain) in seen or len(seen) > _MAX_PARTS:
         return
     seen.add((id(node), is_certain))
@@ -63,7 +63,7 @@ def _parts(
 
 
 def _target(reference: Any, root: Mapping[str, Any]) -> Any:
-    """What "#/$defs/NAME" points to, or None."""
+    """The target of a reference such as "#/$defs/NAME", or None."""
     steps = reference.split("/") if isinstance(reference, str) else []
     if len(steps) != 3 or steps[0] != "#" or steps[1] not in ("$defs", "definitions"):
         return None
@@ -81,7 +81,7 @@ def _parameter(name: str, schema: Any, root: Mapping[str, Any], is_required: boo
 
 
 def _without_null(schema: Any, root: Mapping[str, Any]) -> tuple[Any, bool]:
-    """What a value may be, but for null; and whether it may be that."""
+    """The schema of a value other than null, and whether null is allowed."""
     node, is_nullable = schema, False
     for _ in range(_MAX_REFERENCES):
         if not isinstance(node, dict):
@@ -111,19 +111,19 @@ def _choices(node: Any) -> tuple[str, ...] | None:
 
 
 def _is_any_text(node: Any) -> bool:
-    """Texts of other schemas are written as JSON, whose grammar knows their keywords."""
+    """Whether a schema allows any string. Strings of other schemas are written as JSON, whose grammar enforces them."""
     limits = ("pattern", "format", "minLength", "maxLength", "enum", "const", "anyOf", "oneOf", "allOf", "not", "if")
     return isinstance(node, dict) and node.get("type") == "string" and not any(limit in node for limit in limits)
 
 
 def is_open(tool: OfferedTool) -> bool:
-    """It takes parameters of any name, since it names none."""
+    """Whether a function takes parameters of any name, because its schema names none."""
     schema = tool.parameters
     return schema is not None and schema.get("additionalProperties") is not False and not parameters_of(schema)
 
 
 def kinds_of(tool: OfferedTool) -> dict[str, Kind]:
-    """How the value of each parameter is read; those that are not in it are of the kind any."""
+    """The kind of each named parameter's value; all others have the kind any."""
     return {INPUT: "text"} if tool.is_custom else {each.name: each.kind for each in parameters_of(tool.parameters)}
 
 
@@ -170,5 +170,5 @@ def _rules_of(rule: str, parameter: Parameter, tool: OfferedTool, path: str) -> 
 
 
 def text_rule(rule: str) -> list[str]:
-    """Any text up to the first end of a value."""
+    """A rule for any text up to the first VALUE_END."""
     return [f"{rule}[lazy]: /(?s:.*)/ {json.dumps(VALUE_END + chr(10))}"]

@@ -1,6 +1,6 @@
-"""A grammar restricts calls of tools to the format that the model knows.
+"""The grammar, in llguidance's Lark, of answers that consist of text and calls of the offered tools.
 
-A grammar (llguidance's Lark) lets the model write nothing but text and calls of the offered tools.
+Calls have the format on which the model was trained.
 """
 
 import json
@@ -30,19 +30,20 @@ def tools_grammar(
     special_ids: Mapping[str, int] = _NO_MARKS,
     content_rule: str | None = None,
 ) -> str:
-    """What an answer has to be that may call `tools`, in llguidance's Lark.
+    """The grammar of an answer that may call `tools`.
 
-    Free text may hold anything but the trigger, after which a call has to follow. With `required` there is at least one
-    call and no text; without `several` there is one call at most. `content_rule` is a rule in Lark that an answer
-    without calls follows instead of being free. `special_ids` has the format's marks that are special tokens.
+    Free text may contain anything except the trigger, after which a call must follow. With `required`, an answer has at
+    least one call and no text; without `several`, it has at most one call. `content_rule` is a rule in Lark for the
+    text of an answer without calls; None: any text. `special_ids` has the format's marks that are special tokens.
     ApiError for a schema that cannot be enforced.
     """
     assert tools, "there is a tool that may be called"
     marks = _Marks(special_ids)
     trigger = [marks.lexeme(format.trigger)] if format.trigger else []
     rules = [*_start(format, marks, required, content_rule), *_calls(tools, format, trigger, several)]
-    # The lexer takes the longest lexeme. So beside TEXT a call begins with one that is longer than TEXT can be. Beside
-    # JSON its lexemes are those of JSON, or no other key could stand there, up to the one that tells it is a call.
+    # The lexer takes the longest lexeme. As an alternative to TEXT, a call therefore begins with a lexeme longer than
+    # TEXT can be. As an alternative to JSON, its lexemes are those of JSON up to the key that identifies a call;
+    # otherwise the content could have no other key.
     is_beside_json = not required and content_rule is not None and not format.trigger
     num_characters = 0
     for i, tool in enumerate(tools):
@@ -61,7 +62,7 @@ def tools_grammar(
 
 
 class _Marks:
-    """Marks as lexemes: those that the tokenizer has as special tokens are no text."""
+    """Marks as lexemes: special tokens by their id, others as text."""
 
     def __init__(self, special_ids: Mapping[str, int]) -> None:
         self._special_ids = special_ids
@@ -83,7 +84,7 @@ def _start(format: ToolFormat, marks: _Marks, required: bool, content_rule: str 
         return [f"start: TEXT | calls {tagged}", r'TEXT: /(?s:.*)/ & ~/\s*\{\s*"name"\s*:(?s:.*)/']
     if marks.is_special(format.trigger):
         return ["start: TEXT | TEXT calls", "TEXT: /(?s:.*)/"]
-    # The lazy lexeme ends with the first trigger; there it wins over TEXT.
+    # The lazy lexeme ends with the first trigger, where it has precedence over TEXT.
     return [
         "start: TEXT | text_and_trigger after_trigger",
         "TEXT: /(?s:.*)/",
@@ -112,7 +113,7 @@ def _calls(tools: Sequence[OfferedTool], format: ToolFormat, trigger: list[str],
 
 
 def _head(tool: OfferedTool, format: ToolFormat, marks: _Marks) -> Iterator[str]:
-    """The lexemes of a call up to its arguments; text between marks that are special tokens is one."""
+    """The lexemes of a call up to its arguments; text between special tokens is one lexeme."""
     text = format.begin + tool.name
     marked = "|".join(map(re.escape, format.name_end_marks))
     for piece in re.split(f"({marked})", format.name_end) if marked else [format.name_end]:

@@ -1,4 +1,4 @@
-"""The formats in which models write calls of tools, and which of them a chat template shows.
+"""The formats in which models write tool calls, and their detection in a chat template.
 
 A call is BEGIN, the tool's name, NAME_END, its arguments, END. Calls follow a trigger, which ends free text.
 """
@@ -9,19 +9,19 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class ToolFormat:
-    """Marks may be special tokens of a tokenizer; all else is text."""
+    """A format. Marks may be special tokens of a tokenizer; everything else is text."""
 
     trigger: str = ""  # a mark; "": a call is the whole answer
-    prefix: str = ""  # a mark that may stand before a call that is the whole answer
+    prefix: str = ""  # an optional mark before a call that is the whole answer
     opening: str = ""  # after the trigger, before the first of a list of calls
     begin: str
     name_end: str  # from the name to the arguments
-    name_end_marks: tuple[str, ...] = ()  # the marks in it
+    name_end_marks: tuple[str, ...] = ()  # the marks in `name_end`
     arguments: Literal["json", "tags"] = "json"
     end: str
-    separator: str | None  # between calls; None: there is one at most
+    separator: str | None  # between calls; None: at most one call
     closing: str = ""  # after the last of a list of calls
-    short_ids: bool = False  # the template wants ids of nine letters and digits
+    short_ids: bool = False  # the template requires ids of nine letters and digits
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ class ToolFormat:
 
     @property
     def is_list(self) -> bool:
-        """One trigger for all calls; otherwise each has its own."""
+        """Whether one trigger precedes all calls; otherwise a trigger precedes each call."""
         return bool(self.closing)
 
 
@@ -61,7 +61,7 @@ MISTRAL_LIST = ToolFormat(  # Mistral up to Small 3.1
     closing="]",
     short_ids=True,
 )
-MISTRAL = ToolFormat(  # later ones
+MISTRAL = ToolFormat(  # later Mistral models
     trigger="[TOOL_CALLS]",
     begin="",
     name_end="[ARGS]",
@@ -70,12 +70,12 @@ MISTRAL = ToolFormat(  # later ones
     separator="",
     short_ids=True,
 )
-CALL_ID = "123456789"  # stands for an id in a `name_end` that has one
+CALL_ID = "123456789"  # placeholder for the id in a `name_end`
 MISTRAL_WITH_IDS = replace(MISTRAL, name_end=f"[CALL_ID]{CALL_ID}[ARGS]", name_end_marks=("[CALL_ID]", "[ARGS]"))
 
 
 def shown_format(template_source: str | None) -> ToolFormat | None:
-    """The format of calls in a chat template; None where it is none of these."""
+    """The format of calls in a chat template; None: no known format."""
     source = "" if template_source is None else template_source.replace('\\"', '"')
     if HERMES.trigger in source:
         if QWEN_CODER.begin.strip() in source:

@@ -1,8 +1,8 @@
-"""A text's value is validated against a whole schema in bounded time, whatever the schema and the value are.
+"""Validates a value against a whole schema in bounded time, for any schema and value.
 
-`jsonschema` does it, and its keywords are replaced where they would take unbounded time, ask another host, or miss what
-older drafts write: patterns of the module `re` can take longer than the universe is old, equal items are looked for by
-comparing all with all, and a schema that refers to itself twice at each level doubles the work with each.
+Uses `jsonschema` with replacements for keywords that would take unbounded time, contact another host, or ignore the
+forms of older drafts: patterns of the module `re` can take exponential time, equal items are found by comparing all
+pairs, and a schema that refers to itself twice doubles the work with each level.
 """
 
 import json
@@ -28,11 +28,11 @@ _has_patterns: ContextVar[bool] = ContextVar("has_patterns")
 
 
 class NotValidated(Exception):
-    """It could not be found out; str() is the reason, in a few words."""
+    """A value could not be validated; str() is the reason, in a few words."""
 
 
 def violation(schema: dict[str, Any], value: Any) -> str | None:
-    """What of a value a schema does not allow, as one sentence; None: it is valid. NotValidated."""
+    """The first violation of the schema, as one sentence; None: the value is valid. NotValidated."""
     document = {keyword: inner for keyword, inner in schema.items() if keyword != "$schema"}
     _has_patterns.set('"patternProperties"' in json.dumps(document))
     _due_s.set(time.thread_time() + LIMIT_S)
@@ -80,7 +80,7 @@ def _timed(check: _Keyword) -> _Keyword:
 
 
 def _found(pattern: str, text: str) -> bool:
-    """Whether a text has a match; also where that cannot be found out, so that nothing is called wrong without need."""
+    """Whether a pattern matches in a text; True for invalid or too long patterns, to report no false violation."""
     if len(pattern) > _MAX_PATTERN_LENGTH:
         return True
     try:
@@ -113,11 +113,11 @@ def _additional_properties(validator: Any, value: Any, instance: Any, schema: An
 
 
 def _unevaluated_properties(check: _Keyword) -> _Keyword:
-    """jsonschema looks up by `re` which properties patterns have evaluated."""
+    """Refuses schemas with patterns, because jsonschema finds their evaluated properties with `re`."""
 
     def without_patterns(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         if _has_patterns.get():
-            raise NotValidated("it has unevaluatedProperties beside patternProperties")
+            raise NotValidated("it has both unevaluatedProperties and patternProperties")
         yield from check(validator, value, instance, schema) or ()
 
     return without_patterns
@@ -131,7 +131,7 @@ def _unique_items(validator: Any, value: Any, instance: Any, _schema: Any) -> It
 
 
 def _as_equal(value: Any) -> Any:
-    """The value with equal numbers written alike."""
+    """The value, with equal numbers in one notation."""
     if isinstance(value, dict):
         return {name: _as_equal(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -147,7 +147,7 @@ def _items(check: _Keyword, of_lists: _Keyword) -> _Keyword:
 
 
 def _limit(exclusive: str, check: _Keyword, check_exclusive: _Keyword) -> _Keyword:
-    """Of draft 4, where a boolean beside the limit tells whether it is exclusive."""
+    """The limit of draft 4, where a separate boolean makes it exclusive, and of later drafts."""
 
     def of_either(validator: Any, value: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
         is_exclusive = schema.get(exclusive) is True

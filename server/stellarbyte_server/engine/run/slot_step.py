@@ -43,7 +43,7 @@ class SlotStep:
         self._steps = steps
         self._pinned = pinned
         self._done: torch.cuda.Event | None = None
-        self._result = StepResult(tokens=[[]] * num_rows)
+        self._result = StepResult(tokens=[[] for _ in range(num_rows)])
         self.parts: list[StepPart] = []
         self.prompts: list[tuple[ResidentSlot, PlannedChunk]] = []  # whose hidden states are needed
 

@@ -169,8 +169,12 @@ def _make_gpu_executor(
             config, settings, cache_dtype, step_tokens, budget, device_type="cuda", num_steps_ahead=ahead
         )
 
+    try:
+        packed = TritonModel(model, config, bank, quantization=settings.quantization)
+    except ValueError as error:
+        raise StartupError(f"--device cuda cannot serve this model: {error}.") from error
     return make_gpu_executor(
-        TritonModel(model, config, bank, quantization=settings.quantization),
+        packed,
         plan_for,
         cache_dtype=cache_dtype,
         max_num_seqs=concurrency_of(settings, "cuda"),
@@ -209,7 +213,8 @@ def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank
             return packed
     if quantization != "none":
         raise StartupError(
-            f"--quantization {quantization} on a CPU needs float32 and heads of a multiple of 16 channels."
+            f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"
+            " multiple of 16 channels, no experts."
         )
     return TorchModel(model, config, bank)
 

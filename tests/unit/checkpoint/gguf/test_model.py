@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -15,7 +16,7 @@ from stellarbyte.checkpoint.convert import convert, make_plan
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config, open_checkpoint
 from tests.support.models.gguf_files import write_gguf
-from tests.support.models.hugging_face import tiny_llama, tiny_qwen2
+from tests.support.models.hugging_face import tiny_llama, tiny_qwen2, tiny_qwen3_moe
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,13 @@ def test_window_and_numbers_of_the_config(source: Path, tmp_path: Path):
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "longrope": ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type 'longrope'"),
-    "experts": ({"llama.expert_count": 8}, "mixture of experts"),
+    "experts without their number": ({"llama.expert_count": 8}, "it has no llama.expert_used_count"),
+    "experts without matrices": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 2},
+        "moe_layers ([]) must be",
+    ),
+    "expert groups": ({"llama.expert_count": 8, "llama.expert_group_count": 2}, "llama.expert_group_count is not"),
+    "expert scores": ({"llama.expert_count": 8, "llama.expert_gating_func": 2}, "expert_gating_func 2 is not"),
     "partial rotation": ({"llama.rope.dimension_count": 4}, "rotation of only a part"),
     "key width": ({"llama.attention.value_length": 4}, "keys and values of different width"),
     "kv heads by layer": ({"llama.attention.head_count_kv": [2, 1, 2]}, "cannot be converted"),
@@ -109,11 +116,14 @@ def test_unsupported_metadata_is_refused_by_name(name: str, source: Path, tmp_pa
 
 def test_unsupported_architecture_and_tensors_are_refused(source: Path, tmp_path: Path):
     file = write_gguf(tmp_path / "x.gguf", source, architecture="gemma3")
-    with pytest.raises(CheckpointError, match="the architecture 'gemma3'; supported are llama, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match="the architecture 'gemma3'; supported are llama, qwen2, qwen3, qwen2moe"):
         make_plan(file)
     extra = {"blk.0.ssm_a.weight": np.zeros(4, dtype=np.float32)}
     with pytest.raises(CheckpointError, match=r"holds the tensor blk\.0\.ssm_a\.weight, which is not supported"):
         make_plan(write_gguf(tmp_path / "y.gguf", source, extra_tensors=extra))
+    old = {"blk.0.ffn_gate.0.weight": np.zeros((4, 4), dtype=np.float32)}  # Mixtral as files had it in early 2024
+    with pytest.raises(CheckpointError, match=r"holds the tensor blk\.0\.ffn_gate\.0\.weight, which is not supported"):
+        make_plan(write_gguf(tmp_path / "z.gguf", source, extra_tensors=old))
 
 
 def test_window_of_a_qwen_file_is_refused(tmp_path: Path):
@@ -140,3 +150,21 @@ def test_dtype_of_the_target(
     assert {info.dtype for info in open_checkpoint(target).tensors.values()} == {stored}
     names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     assert load_config(target).dtype == names[stored]
+
+
+def test_experts_of_a_file(tmp_path: Path):
+    """Stacks that are joined already, gates that are renormalised or not, float16 with routers in float32."""
+    folder = tiny_qwen3_moe(tmp_path / "source", hidden_size=64, moe_intermediate_size=32)
+    file = write_gguf(tmp_path / "x.gguf", folder, architecture="qwen3moe", kind=GGMLQuantizationType.F16)
+    plan = make_plan(file)
+    assert (plan.config.dtype, plan.config.moe_layers, plan.config.norm_topk_prob) == (torch.float16, [1, 2], True)
+    metadata = {"qwen3moe.expert_weights_norm": False}
+    file = write_gguf(tmp_path / "y.gguf", folder, architecture="qwen3moe", metadata=metadata)
+    assert not make_plan(file).config.norm_topk_prob
+    names = [f"model.layers.1.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    gate_up, down = (make_plan(file).tensors[name].read() for name in names)
+    matrices = load_file(folder / "model.safetensors")
+    for e in range(8):
+        kinds = ("gate", "up", "down")
+        gate, up, own_down = (matrices[f"model.layers.1.mlp.experts.{e}.{kind}_proj.weight"] for kind in kinds)
+        assert torch.equal(gate_up[e], torch.cat((gate, up))) and torch.equal(down[e], own_down)

@@ -22,7 +22,7 @@ from stellarbyte_server.protocol.request import GenerationRequest
 
 def check(num_prompts: int, grammar: str | None = None, **fields: Any) -> None:
     body = CompletionBody.model_validate({"model": "m", "prompt": ["a"] * num_prompts, **fields})
-    _check_amounts(body, [Prompt(token_ids=[1], max_tokens=4)] * num_prompts, None, grammar)
+    _check_amounts(body, [Prompt(token_ids=[1], max_tokens=4)] * num_prompts, None, None, grammar)
 
 
 BIASES = {str(token_id): 1.0 for token_id in range(MAX_BIASED_TOKENS)}

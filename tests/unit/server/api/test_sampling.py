@@ -27,7 +27,14 @@ FIELDS = {
     "return_token_ids": True,
 }
 OF_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-ELSEWHERE = {"max_tokens", "seed", "logit_bias", "stop", "stop_token_ids"}  # see the tests of what computes them
+ELSEWHERE = {
+    "max_tokens",
+    "seed",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "prompt_logprobs",
+}  # see the tests of what computes them
 NEUTRAL = SamplingParams(max_tokens=9, seed=5)
 
 

@@ -51,7 +51,7 @@ def test_a_host_cannot_write_more_than_is_allowed(store: Store, cache: Path) -> 
     store.objects[f"bucket/a/x/{WEIGHTS}"] = bytes(2**22)
     store.claimed[f"bucket/a/x/{WEIGHTS}"] = 100
     error = refused(FROM_S3, max_bytes=1000)
-    assert error.status == 400 and "larger than the 1000 bytes" in str(error)
+    assert error.status == 400 and "larger than the limit of 1000 bytes" in str(error)
     assert not [*cache.iterdir()]
 
 

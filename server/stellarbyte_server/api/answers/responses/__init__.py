@@ -1,1 +1,1 @@
-"""Answers of /v1/responses: items of output, their events, and the whole object."""
+"""Answers of /v1/responses: output items, their events, and the whole object."""

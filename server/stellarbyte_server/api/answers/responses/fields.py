@@ -8,7 +8,7 @@ from stellarbyte_server.protocol.request import GenerationRequest
 
 
 def response_fields(body: ResponsesBody, request: GenerationRequest) -> dict[str, Any]:
-    """What was asked for, with the values that apply where the body leaves it open."""
+    """The request's fields, with the values that apply where the body has none."""
     sampling = request.sampling
     return {
         "background": False,

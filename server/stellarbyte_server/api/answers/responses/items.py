@@ -1,4 +1,4 @@
-"""Items of a response's output grow as the answer comes, and tell of it in events.
+"""Output items of a response. They grow as the answer arrives, and return an event for each change.
 
 An event is a dict with its type; the response numbers and encodes it.
 """

@@ -1,4 +1,4 @@
-"""Log-probabilities go with the text that they belong to, which calls of functions do not have."""
+"""Assigns log-probabilities to the parts of a response's text; function calls have none."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -6,17 +6,17 @@ from typing import Any
 
 
 class TextLogprobs:
-    """Those of the text before the first call. It is the beginning of what the model wrote."""
+    """The log-probabilities of the text before the first call, with which the model's output begins."""
 
     def __init__(self) -> None:
         self._waiting: deque[dict[str, Any]] = deque()
-        self._num_bytes = 0  # of the text, less those of the tokens that were shown with it
+        self._num_bytes = 0  # of the text, minus those of the tokens taken
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
         self._waiting += entries
 
     def take(self, text: str) -> list[dict[str, Any]]:
-        """Those of the next part of the text."""
+        """The log-probabilities of the next part of the text."""
         self._num_bytes += len(text.encode())
         taken = []
         while self._waiting and self._num_bytes > 0:
@@ -25,5 +25,5 @@ class TextLogprobs:
         return taken
 
     def rest(self) -> list[dict[str, Any]]:
-        """Those that are left at the end of an answer without calls."""
+        """The remaining log-probabilities at the end of an answer without calls."""
         return list(self._waiting)

@@ -1,7 +1,6 @@
-"""A response is written from the fragments of its answer, whole or as events.
+"""Writes a response from the fragments of its answer, whole or as events.
 
-Its output has an item for each stretch of text and for each call, in the order in which the model wrote them, after an
-item for the reasoning.
+The output is an item for the reasoning, then an item for each contiguous text and each call, in the model's order.
 """
 
 import time
@@ -20,9 +19,9 @@ Item = ReasoningItem | TextItem | CallItem
 
 
 class ResponseWriter:
-    """One response as far as it has come. `fixed` are the fields that do not change meanwhile.
+    """The state of one response. `fixed` has the fields that do not change.
 
-    Each method returns the events that tell what it did; they are made into bytes by `encoded`, in order.
+    Each method returns the events of its change; `encoded` must encode them in order.
     """
 
     def __init__(self, response_id: str, fixed: Mapping[str, Any], tokens: TokenCount) -> None:
@@ -45,7 +44,7 @@ class ResponseWriter:
         return [{"type": kind, "response": response} for kind in ("response.created", "response.in_progress")]
 
     def add(self, fragment: Fragment) -> list[Event]:
-        """Take the next fragment; the one with the finish reason is the last."""
+        """Take the next fragment; the last one has a finish reason."""
         self._finish_reason, self._violation = fragment.finish_reason, fragment.schema_violation
         events = self._thought(fragment.reasoning) if fragment.reasoning else []
         entries = [] if fragment.logprobs is None else fragment.logprobs["content"]
@@ -93,7 +92,7 @@ class ResponseWriter:
         ]
 
     def response(self) -> dict[str, Any]:
-        """The whole object as of now."""
+        """The whole object in its current state."""
         is_cut = self._status == "incomplete"
         violation = {} if self._violation is None else {"schema_violation": self._violation}
         return {
@@ -141,7 +140,7 @@ class ResponseWriter:
         return item.add(piece.text)
 
     def _next(self, item: Item) -> list[Event]:
-        """Begin an item, which ends the one before it."""
+        """Begin an item; this ends the previous item."""
         events = self._items[-1].end("completed") if self._items else []
         self._items.append(item)
         return [*events, *item.begin()]

@@ -1,1 +1,1 @@
-"""Bodies define the fields of requests, with their bounds and meanings."""
+"""The bodies of requests: fields with their bounds and descriptions."""

@@ -16,11 +16,11 @@ class LoadBody(BaseModel):
 
     lora_name: Text = required(_NAME)
     lora_path: Text = required(
-        "A folder inside --adapter-dir, the path of one of --lora-modules, or what --adapter-source allows of"
-        " hf://ORG/NAME[@REVISION] and s3://BUCKET/PREFIX."
+        "A folder inside --adapter-dir, the path of one of --lora-modules, or a source hf://ORG/NAME[@REVISION] or"
+        " s3://BUCKET/PREFIX that --adapter-source allows."
     )
     load_inplace: bool | None = optional(
-        "Replace an adapter of this name. Default: false, which refuses a name that is taken."
+        "Replace the adapter of this name. Default: false, which refuses a name in use."
     )
 
 

@@ -1,7 +1,7 @@
-"""Bodies of requests are read and checked; a body that cannot be used is an ApiError.
+"""Parses and checks bodies of requests; an invalid body raises ApiError.
 
-A field that is known but not supported, and one that is unknown, is an error unless its value asks for nothing (see
-`unsupported`). Those of `unused` have OpenAI's types and no effect. null means absent everywhere.
+Unsupported and unknown fields are errors, unless the value of an unsupported field is neutral (see `unsupported`).
+The fields of `unused` have OpenAI's types and no effect. null means absent everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,11 @@ MAX_IGNORED = 1000  # fields that an answer can name
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
-    ignores_unknown: ClassVar[bool] = False  # as if the server warned of unknown fields only
+    ignores_unknown: ClassVar[bool] = False  # as with --unknown-fields warn
 
     @classmethod
     def class_for(cls, content: dict[str, Any]) -> type[Self]:
-        """The class that checks a body of this kind with that content."""
+        """The class that checks a body with this content."""
         del content
         return cls
 
@@ -35,7 +35,7 @@ PlainBodyT = TypeVar("PlainBodyT", bound=BaseModel)
 
 
 def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> tuple[BodyT, list[str]]:
-    """A checked body, and the fields that were ignored; ApiError when it is refused.
+    """A checked body, and the fields that were ignored; ApiError if it is refused.
 
     Unknown fields are ignored with `warn_unknown`, or if the class does so.
     """
@@ -51,22 +51,22 @@ def parse_body(body_class: type[BodyT], text: bytes, *, warn_unknown: bool) -> t
 
 
 def parse_plain_body(body_class: type[PlainBodyT], text: bytes) -> PlainBodyT:
-    """A checked body, whatever other fields it has unless its class forbids them; ApiError when it is refused."""
+    """A checked body; unknown fields are accepted unless its class forbids them. ApiError if it is refused."""
     return _checked(body_class, _content_of(text))
 
 
 def parse_named(named_class: type[PlainBodyT], given: Mapping[str, str] | Sequence[tuple[str, str]]) -> PlainBodyT:
-    """Checked fields of a query or a form, whose values are texts; ApiError."""
+    """Checked fields of a query or a form; their values are strings. ApiError."""
     fields: dict[str, Any] = {}
     for name, value in given.items() if isinstance(given, Mapping) else given:
         if name in fields:
-            raise bad_request(f"The field {name!r:.100} may be there only once.", name[:100])
+            raise bad_request(f"The field {name!r:.100} may occur only once.", name[:100])
         fields[name] = value
     return _checked(named_class, fields)
 
 
 def _content_of(text: bytes) -> dict[str, Any]:
-    """The fields of a body, as many as are checked in a short time; ApiError."""
+    """The fields of a body, bounded so that they can be checked in a short time; ApiError."""
     if (reason := too_large(text)) is not None:
         raise bad_request(reason)
     try:

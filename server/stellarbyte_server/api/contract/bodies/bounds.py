@@ -1,7 +1,7 @@
-"""The size of a request's JSON is bounded before it is parsed.
+"""Bounds on the structure of a request's JSON, checked before it is parsed.
 
-Python lets no other thread run while a JSON text is read or a body is checked, so what either may take is bounded here:
-a body of 2 MiB that is nothing but brackets would take half a second, and every item of a list that is wrong an error.
+Parsing JSON and checking a body block all other threads, so both must be short: a body of 2 MiB of brackets would take
+half a second, and each wrong item of a list would cost an error.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ _SCANNED_AT_ONCE = 2**18  # bytes; between them other threads may run
 
 
 def wrong(message: str) -> PydanticCustomError:
-    """What a validator raises; `message` goes on after "The field ... is not valid: "."""
+    """An error for a validator to raise; `message` continues "The field ... is not valid: "."""
     return PydanticCustomError("value", "{message}", {"message": message})
 
 
 def too_large(text: bytes) -> str | None:
-    """Why a JSON text holds too much, as one sentence; None if it does not, or is not JSON at all."""
-    if not _exceeds(*_counts(text)):  # even if all its strings were structure
+    """The bound that a JSON text exceeds, as one sentence; None if it exceeds none or is not JSON."""
+    if not _exceeds(*_counts(text)):  # even if the contents of strings are counted
         return None
     containers, members = _counts_outside_strings(text)
     if containers > MAX_CONTAINERS:
@@ -38,12 +38,12 @@ def _exceeds(containers: int, members: int) -> bool:
 
 
 def _counts(text: bytes) -> tuple[int, int]:
-    """Signs that begin lists and objects, and those of members."""
+    """The number of characters that begin lists and objects, and of those that mark members."""
     return text.count(b"[") + text.count(b"{"), text.count(b":")
 
 
 def _counts_outside_strings(text: bytes) -> tuple[int, int]:
-    """The same without those inside of strings, as far as it takes to know that there are too many."""
+    """The same outside strings only, up to the first excess."""
     if b"\\" in text:
         text = text.replace(rb"\\", b"").replace(rb"\"", b"")
     containers = members = in_string = 0
@@ -59,9 +59,9 @@ def _counts_outside_strings(text: bytes) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class AtMost:
-    """Annotates a list or a dict of a body: its items are counted before any is looked at.
+    """Annotates a list or a dict of a body: its number of items is checked before any item.
 
-    A list is checked up to its first wrong item. A dict is checked whole, so its bound should be small.
+    A list is checked up to its first invalid item; a dict is checked completely, so its bound should be small.
     """
 
     num_items: int
@@ -77,7 +77,7 @@ class AtMost:
         return {**shown, "maxItems" if shown["type"] == "array" else "maxProperties": self.num_items}
 
     def check(self, value: object) -> object:
-        """The value itself; PydanticCustomError when it is a list or a dict with too many items."""
+        """The value itself; PydanticCustomError if it is a list or a dict with too many items."""
         if isinstance(value, list | dict) and len(value) > self.num_items:
             raise wrong(f"it has {len(value)} items; at most {self.num_items} are allowed")
         return value

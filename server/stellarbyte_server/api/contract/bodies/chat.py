@@ -54,7 +54,7 @@ def _content(value: object) -> str | None:
 
 
 def _part_text(i: int, part: object) -> str:
-    """The text of a part, whatever else an SDK has put into it."""
+    """The text of a part; other fields are ignored, because SDKs add some."""
     if isinstance(part, dict):
         kind = part.get("type")  # of any JSON type
         text = part.get("refusal" if kind == "refusal" else "text")
@@ -65,54 +65,54 @@ def _part_text(i: int, part: object) -> str:
 
 def _no_audio(value: object) -> None:
     if value is not None:
-        raise wrong("answers in audio are not supported; send what was said as the content")
+        raise wrong("audio is not supported; send its transcript as the content")
 
 
 class Message(BaseModel):
-    """Unknown fields have no effect: SDKs send the answers that they have read back with fields of their own."""
+    """Unknown fields have no effect, because SDKs add fields to answers that they send back."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"] = required("Who says it.")
     content: Annotated[str | None, BeforeValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = optional(
-        "A text, or parts of text, which are joined by newlines. Only the assistant's may have none."
+        "A text, or parts of text, which are joined by newlines. Optional only for the assistant."
     )
-    refusal: str | None = optional("What the assistant said in place of an answer; its content where it has none.")
+    refusal: str | None = optional("The assistant's refusal; used as the content if the message has none.")
     audio: Annotated[None, BeforeValidator(_no_audio)] = optional("Not supported.")
-    name: Annotated[str, Field(max_length=256)] | None = optional("Who it is by, where the chat template shows that.")
+    name: Annotated[str, Field(max_length=256)] | None = optional("The author, if the chat template shows it.")
     tool_calls: Annotated[list[ToolCall], AtMost(MAX_TOOLS)] | None = optional("Calls that the assistant made.")
     reasoning_content: str | None = optional("The assistant's reasoning, for chat templates that show it.")
-    reasoning: str | None = optional("The same as reasoning_content, which wins.")
+    reasoning: str | None = optional("The same as reasoning_content, which has precedence.")
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = optional(
-        "Which call a tool's message answers."
+        "The id of the call that a tool's message answers."
     )
-    function_call: FunctionCall | None = optional("The older form of tool_calls, of an answer to `functions`.")
+    function_call: FunctionCall | None = optional("The deprecated form of tool_calls, of an answer to `functions`.")
 
     @model_validator(mode="after")
     def _fits_role(self) -> "Message":
         if self.tool_calls and self.role != "assistant":
-            raise wrong("only a message of the assistant has tool_calls")
+            raise wrong("only a message by the assistant may have tool_calls")
         if self.function_call is not None and (self.role != "assistant" or self.tool_calls):
-            raise wrong("only a message of the assistant has a function_call, and none that has tool_calls")
+            raise wrong("only a message by the assistant without tool_calls may have a function_call")
         if self.role == "function" and self.name is None:
-            raise wrong("a message of a function has its name")
+            raise wrong("a message with the role function must have a name")
         if (self.reasoning_content or self.reasoning) and self.role != "assistant":
-            raise wrong("only a message of the assistant has reasoning")
+            raise wrong("only a message by the assistant may have reasoning")
         if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise wrong("a message has a tool_call_id exactly if its role is tool")
+            raise wrong("a message must have a tool_call_id if its role is tool, and only then")
         if self.content is None and self.role != "assistant":
             raise wrong("it has no content")
         return self
 
 
 STRICT = (
-    "Refuse a schema of which a grammar cannot enforce every part. Default: false; the answer is then checked when it"
+    "Refuse a schema that a grammar cannot enforce completely. Default: false; the answer is then checked when it"
     " is whole."
 )
 
 
 class JsonSchema(Body):
-    name: SchemaName = required("A name for it; the model does not see it.")
+    name: SchemaName = required("A name; the model does not see it.")
     description: str | None = optional("For people; the model does not see it.")
     schema_: Schema | None = Field(
         default=None, alias="schema", description="The JSON Schema of the answer. Default: any JSON."
@@ -121,15 +121,13 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"] = required(
-        "Any text, any JSON object, or what json_schema says."
-    )
-    json_schema: JsonSchema | None = optional("Exactly if the type is json_schema.")
+    type: Literal["text", "json_object", "json_schema"] = required("Any text, any JSON object, or JSON by json_schema.")
+    json_schema: JsonSchema | None = optional("Required if the type is json_schema, and only allowed then.")
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise wrong("it has a json_schema exactly if its type is json_schema")
+            raise wrong("it must have a json_schema if its type is json_schema, and only then")
         return self
 
 
@@ -141,14 +139,14 @@ TOOLS = "Functions and custom tools that the model may call."
 
 
 class ReasoningFields(Body):
-    """What chats and responses share."""
+    """Fields common to chats and responses."""
 
     chat_template_kwargs: TemplateArguments | None = optional(
-        "Variables for the chat template, such as enable_thinking; X-Ignored-Fields names those that it does not read."
+        "Variables for the chat template, such as enable_thinking; X-Ignored-Fields lists those that it does not read."
     )
     include_reasoning: bool | None = optional("Show the reasoning's text. Its tokens count in any case. Default: true.")
     max_reasoning_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
-        "Most tokens of the reasoning, which then ends and lets the answer begin. Default: no limit of its own."
+        "Maximum tokens of the reasoning; at the limit, the reasoning ends and the answer begins. Default: no limit."
     )
 
 
@@ -156,33 +154,34 @@ class ChatBody(GenerationBody, ReasoningFields):
     not_supported: ClassVar = unsupported.OF_CHATS
 
     max_tokens: MaxTokens | None = optional(
-        "Most tokens of the answer; as many as fit the context, where this is more. Default: to the context's end; 4096"
-        " where the context slides."
+        "Maximum tokens of the answer; reduced to the rest of the context. Default: the rest of the context, or 4096 if"
+        " the context slides."
     )
     add_special_tokens: bool | None = optional(
-        "The same on top of the chat template, which writes its own. Default: false."
+        "Add the tokenizer's special tokens to those of the chat template. Default: false."
     )
     messages: Messages = required(MESSAGES)
     max_completion_tokens: MaxTokens | None = optional("The same as max_tokens, under its newer name.")
     logprobs: bool | None = optional("Log-probabilities of the answer's tokens. Default: false.")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = optional(
-        "With so many of the likeliest tokens beside each. Default: 0."
+        "Number of likeliest tokens to list with each token. Default: 0."
     )
-    response_format: ResponseFormat | None = optional("What form the answer must have. Default: any text.")
+    response_format: ResponseFormat | None = optional("The required form of the answer. Default: any text.")
     tools: Annotated[list[Tool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
     tool_choice: ToolChoice | None = optional(
-        "Call none, as the model likes, at least one, exactly this one, or some of them. Default: auto."
+        "none: no calls; auto: the model decides; required: at least one call; or one named tool, or a selection of"
+        " the tools. Default: auto."
     )
-    functions: Annotated[list[Function], AtMost(MAX_TOOLS)] | None = optional("The older form of tools.")
-    function_call: FunctionChoice | None = optional("The older form of tool_choice, for functions. Default: auto.")
+    functions: Annotated[list[Function], AtMost(MAX_TOOLS)] | None = optional("The deprecated form of tools.")
+    function_call: FunctionChoice | None = optional("The deprecated form of tool_choice, for functions. Default: auto.")
     parallel_tool_calls: bool | None = optional("Whether one answer may have several calls. Default: true.")
     add_generation_prompt: bool | None = optional(
-        "Begin the assistant's message. Default: true, unless the last one is continued."
+        "Begin the assistant's message. Default: true, unless the last message is continued."
     )
     continue_final_message: bool | None = optional(
-        "Go on with the last message, which is the assistant's. Default: false."
+        "Continue the last message, which must be the assistant's. Default: false."
     )
     reasoning_effort: ReasoningEffort | None = optional(
-        "How much to reason, for chat templates that read it; none also turns reasoning off where the template has a"
-        " switch. Otherwise it has no effect, and X-Ignored-Fields names it."
+        "The amount of reasoning, for chat templates that read it; none also turns reasoning off if the template has a"
+        " switch. Otherwise it has no effect, and X-Ignored-Fields lists it."
     )

@@ -18,17 +18,19 @@ class CompletionBody(GenerationBody):
     not_supported: ClassVar = unsupported.OF_COMPLETIONS
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
-        "Most tokens of the answer; 0 needs echo or prompt_logprobs. Default: 16."
+        "Maximum tokens of the answer; 0 needs echo or prompt_logprobs. Default: 16."
     )
     prompt: Annotated[list[PromptInput], *prompts_at_most(MAX_CHOICES)] = required(
         "One prompt or a list of them, each a text or token ids."
     )
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = optional(
-        "Answers to generate; the n with the highest mean log-probability stay. Default: n."
+        "Answers to generate; those n with the highest mean log-probability are returned. Default: n."
     )
-    echo: bool | None = optional("Begin each answer with its prompt. With max_tokens 0 that is all. Default: false.")
+    echo: bool | None = optional(
+        "Begin each answer with its prompt. With max_tokens 0, return only the prompt. Default: false."
+    )
     logprobs: Annotated[Annotated[int, Field(ge=0, le=5)] | None, BeforeValidator(_false_is_none)] = optional(
-        "Log-probabilities, with so many of the likeliest tokens. Default: none."
+        "Log-probabilities, with this number of likeliest tokens. Default: none."
     )
 
     @property

@@ -12,13 +12,13 @@ MAX_INPUTS = 2048
 
 
 class PoolingFields(ModelFields):
-    """What requests for vectors have."""
+    """Fields common to requests for vectors."""
 
     pooling: Literal["last", "mean"] | None = optional(
         "The state after the last token, or the mean over all tokens. Default: last."
     )
     add_special_tokens: bool | None = optional(
-        "Add what the tokenizer adds to a text, such as a first token. Default: true."
+        "Add the tokenizer's special tokens, such as a first token. Default: true."
     )
 
 
@@ -29,4 +29,4 @@ class EmbeddingsBody(PoolingFields):
     encoding_format: Literal["float", "base64"] | None = optional(
         "Numbers, or float32, little-endian, in base64. Default: float."
     )
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = optional("Refused unless it is the model's own.")
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = optional("Must equal the size of the model's vectors.")

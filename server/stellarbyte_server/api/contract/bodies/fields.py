@@ -1,4 +1,4 @@
-"""These types are shared by fields of several bodies."""
+"""Types of fields common to several bodies."""
 
 import re
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,24 +14,24 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 1000
 MAX_TOKEN_ID = 2**31 - 1
 
-ONLY_KIND = "The only kind there is."
+ONLY_KIND = "The only supported value."
 UNUSED = "Has no effect."
 MODEL = "The served model's name; an adapter's name; or NAME@HASH, an adapter in one version."
 
 T = TypeVar("T")
 OF_MODEL = object()  # in the metadata of a field
-OfModel = Annotated[T | None, OF_MODEL]  # the model's generation_config.json sets it where a request does not
+OfModel = Annotated[T | None, OF_MODEL]  # the default comes from the model's generation_config.json
 
 
 def of_model(meaning: str, otherwise: object) -> Any:
-    """An `OfModel` field; `otherwise` is its value where the file does not set it either, as users read it."""
+    """An `OfModel` field; `otherwise` documents the default if the file does not set the field."""
     return Field(
-        default=None, description=f"{meaning} Default: as the model's generation_config.json says, else {otherwise}."
+        default=None, description=f"{meaning} Default: from the model's generation_config.json, else {otherwise}."
     )
 
 
 def optional(meaning: str) -> Any:
-    """A field that may be absent or null, which mean the same."""
+    """A field that may be absent or null, with the same meaning."""
     return Field(default=None, description=meaning)
 
 
@@ -40,7 +40,7 @@ def required(meaning: str) -> Any:
 
 
 class OrText:
-    """Says in the document that a list may also be a text. A union would name its branches in errors."""
+    """Documents that a list may also be a string. A union would name its branches in errors."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"anyOf": [{"type": "string"}, handler(schema)]}
@@ -100,7 +100,7 @@ _VARIABLE_NAME = re.compile("[a-zA-Z][a-zA-Z0-9_]{0,63}")
 def _variables(value: dict[str, Any]) -> dict[str, Any]:
     for name in value:
         if _VARIABLE_NAME.fullmatch(name) is None:
-            raise wrong(f"{name!r:.80} is no name of a variable: a letter, then up to 63 letters, digits and _")
+            raise wrong(f"{name!r:.80} is not a name of a variable: a letter, then up to 63 letters, digits and _")
         if name in RESERVED_VARIABLES:
             raise wrong(f"'{name}' is not a variable that a request may set")
     num_bytes = len(to_json(value))

@@ -1,4 +1,4 @@
-"""Fields that requests to generate share are declared here once, with their bounds and meanings."""
+"""Fields common to requests that generate text, with their bounds and descriptions."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -44,14 +44,14 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 def _biases(value: dict[str, float]) -> dict[str, float]:
     for token_id, bias in value.items():
         if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 11):
-            raise wrong(f"{token_id!r:.50} is no token id")
+            raise wrong(f"{token_id!r:.50} is not a token id")
         if not -100 <= bias <= 100:
             raise wrong(f"the bias of token {token_id} is not between -100 and 100")
     return value
 
 
 def _schema_or_text(value: object) -> object:
-    """Refuses here what is neither, because the error of a union would name no field."""
+    """Checks the union itself, because pydantic's error for a union would name no field."""
     if isinstance(value, str) and 1 <= len(value) <= MAX_GRAMMAR:
         return value
     if isinstance(value, dict) and len(value) <= MAX_KEYWORDS:
@@ -77,9 +77,9 @@ Choices = Annotated[
 ]
 GrammarText = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
 JSON = "JSON by this schema, which may be given as a text."
-REGEX = "What the whole of this regular expression matches, in Rust's syntax: no look-around, no backreferences."
+REGEX = "Text that this regular expression matches as a whole, in Rust's syntax: no look-around, no backreferences."
 CHOICE = "One of these texts."
-GRAMMAR = "What this grammar, in Lark or in GBNF, allows."
+GRAMMAR = "Text that this grammar, in Lark or GBNF, allows."
 
 
 class StreamOptions(Body):
@@ -87,12 +87,12 @@ class StreamOptions(Body):
 
     include_usage: bool | None = optional("Send the usage as a last event. Default: false.")
     continuous_usage_stats: bool | None = optional(
-        "With include_usage: every event has the usage so far, not the last one only. Default: false."
+        "With include_usage: every event has the usage so far, not only the last event. Default: false."
     )
 
 
 class StructuredOutputs(Body):
-    """vLLM's field: what the answer must be."""
+    """vLLM's field: the required form of the answer."""
 
     not_supported: ClassVar = unsupported.OF_STRUCTURED_OUTPUTS
 
@@ -104,7 +104,7 @@ class StructuredOutputs(Body):
 
     @property
     def only(self) -> tuple[str, Any]:
-        """The one kind that is asked for, and its value."""
+        """The requested kind and its value."""
         (asked,) = self._asked()
         return asked
 
@@ -126,35 +126,32 @@ class StructuredOutputs(Body):
 
 
 class ModelFields(Body):
-    """What every request to the model has."""
+    """Fields of every request to the model."""
 
     model: str = required(MODEL)
     priority: Priority | None = optional(
         "Lower runs first; a level is worth 10 seconds of waiting. 0 to 100, or the key's bounds. Default: 0."
     )
     cache_salt: CacheSalt | None = optional(
-        "Requests of a key share the prefix cache only with those that have the same one. Default: none."
+        "Requests of a key share the prefix cache only if they have the same salt. Default: none."
     )
-    adapter_scale: AdapterScale | None = optional(
-        "How strongly the adapter acts, beside its own alpha / r. Default: 1."
-    )
+    adapter_scale: AdapterScale | None = optional("Multiplies the adapter's own scale, alpha / r. Default: 1.")
     adapter_id: AdapterId | None = optional(
-        "LoRAX's field: an adapter in the place of 'model', which must then be the served model's name or the same"
-        " adapter. Default: none."
+        "LoRAX's field: an adapter; 'model' must then be the served model's name or the same adapter. Default: none."
     )
     adapter_source: AdapterSource = optional("LoRAX's field: the server's own adapters are the only source.")
     user: str | None = optional(UNUSED)
 
 
 class CommonFields(ModelFields):
-    """What chats, completions and responses share. A field that /v1/responses does not have is in GenerationBody."""
+    """Fields common to chats, completions and responses. GenerationBody has those that /v1/responses does not have."""
 
     temperature: OfModel[Temperature] = of_model("Higher is more random; 0 takes the likeliest token.", 1)
     top_p: OfModel[TopP] = of_model("Keep the likeliest tokens that together reach this probability.", 1)
     top_k: OfModel[TopK] = of_model("Keep this many of the likeliest tokens; 0 and -1 keep all.", "all")
-    min_p: OfModel[MinP] = of_model("Keep tokens that are at least this share as likely as the likeliest.", 0)
+    min_p: OfModel[MinP] = of_model("Keep tokens with at least this fraction of the likeliest token's probability.", 0)
     seed: Seed | None = optional(
-        "The same seed draws the same random numbers, whatever else the server does. Default: a random one."
+        "The same seed draws the same random numbers, independently of other requests. Default: random."
     )
     stop: StopStrings = optional("Up to 32 texts that end the answer.")
     stream: bool | None = optional("Send the answer as server-sent events while it is generated. Default: false.")
@@ -166,30 +163,30 @@ class CommonFields(ModelFields):
 
 
 class GenerationBody(CommonFields):
-    """What both chats and completions have."""
+    """Fields common to chats and completions."""
 
     max_tokens: MaxTokens | None = None
     presence_penalty: Penalty | None = optional(
-        "Taken from the logit of a token that the answer has already. Default: 0."
+        "Subtracted from the logits of tokens that the answer already contains. Default: 0."
     )
-    frequency_penalty: Penalty | None = optional("Taken from it for every time the answer has it. Default: 0.")
+    frequency_penalty: Penalty | None = optional(
+        "Subtracted from a token's logit for each occurrence in the answer. Default: 0."
+    )
     repetition_penalty: OfModel[Annotated[float, Field(ge=0.01, le=100)]] = of_model(
         "Divides the logits of tokens in prompt and answer.", 1
     )
     logit_bias: Annotated[dict[str, float], AfterValidator(_biases), AtMost(MAX_BIASED_TOKENS)] | None = optional(
-        "Token id to a number from -100 to 100 that is added to its logit; at most 1024 of them, and 16384 over all"
-        " answers to a request."
+        "A map from token ids to numbers from -100 to 100 that are added to their logits; at most 1024 entries, and"
+        " 16384 over all answers to a request."
     )
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = optional("Answers to each prompt. Default: 1.")
     stop_token_ids: Annotated[list[TokenId], AtMost(MAX_STOP_TOKENS)] | None = optional("Tokens that end the answer.")
-    min_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional(
-        "The answer does not end before it has so many tokens. Default: 0."
-    )
-    include_stop_str_in_output: bool | None = optional("Keep what ended the answer in its text. Default: false.")
+    min_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = optional("Minimum tokens of the answer. Default: 0.")
+    include_stop_str_in_output: bool | None = optional("Keep the stop string or token in the text. Default: false.")
     ignore_eos: bool | None = optional("Do not end at the model's end-of-sequence tokens. Default: false.")
-    skip_special_tokens: bool | None = optional("Leave special tokens out of the text. Default: true.")
+    skip_special_tokens: bool | None = optional("Omit special tokens from the text. Default: true.")
     add_special_tokens: bool | None = optional(
-        "Add what the tokenizer adds to a text, such as a first token. Default: true."
+        "Add the tokenizer's special tokens, such as a first token. Default: true."
     )
     prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = optional(
         "Add the log-probability and rank of each token of the prompt, with so many of the likeliest tokens; not with"
@@ -197,11 +194,11 @@ class GenerationBody(CommonFields):
     )
     return_token_ids: bool | None = optional("Add token_ids, and prompt_token_ids, to the answer. Default: false.")
     context_overflow: Literal["error", "slide"] | None = optional(
-        "At the context's end: refuse (error), or let the oldest tokens go out of sight (slide). Default: as the"
+        "At the context's end: refuse (error), or evict the oldest tokens (slide). Default: as the"
         " server's --context-overflow."
     )
     stream_options: StreamOptions | None = optional("How to stream; only with stream.")
-    structured_outputs: StructuredOutputs | None = optional("What form the answer must have. Default: any text.")
+    structured_outputs: StructuredOutputs | None = optional("The required form of the answer. Default: any text.")
     guided_json: JsonSchemaOrText | None = optional(f"An older name of structured_outputs.json: {JSON}")
     guided_regex: Regex | None = optional(f"An older name of structured_outputs.regex: {REGEX}")
     guided_choice: Choices | None = optional(f"An older name of structured_outputs.choice: {CHOICE}")
@@ -213,16 +210,16 @@ class GenerationBody(CommonFields):
 
     @property
     def continuous_usage(self) -> bool:
-        """Every event of a stream tells the usage so far."""
+        """Whether every event of a stream has the usage so far."""
         options = self.stream_options
         return options is not None and self.include_usage and bool(options.continuous_usage_stats)
 
     @property
     def num_choices(self) -> int:
-        """Answers to each prompt."""
+        """Answers returned for each prompt."""
         return 1 if self.n is None else self.n
 
     @property
     def num_candidates(self) -> int:
-        """Answers that are generated to each prompt."""
+        """Answers generated for each prompt."""
         return self.num_choices

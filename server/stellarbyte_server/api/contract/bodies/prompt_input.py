@@ -1,4 +1,4 @@
-"""A prompt of /v1/completions or /v1/embeddings is text or token ids."""
+"""Prompts of /v1/completions and inputs of /v1/embeddings: text or token ids."""
 
 from typing import Any, TypeGuard
 
@@ -6,7 +6,7 @@ from pydantic import PlainValidator, WithJsonSchema
 
 from stellarbyte_server.api.contract.bodies.bounds import wrong
 
-MAX_PROMPT_TOKENS = 2**20  # that are given as token ids
+MAX_PROMPT_TOKENS = 2**20  # of a prompt given as token ids
 
 PromptInput = str | list[int]
 
@@ -57,7 +57,7 @@ _TOKEN_IDS_SCHEMA = {
 
 
 def prompts_at_most(most: int) -> tuple[PlainValidator, WithJsonSchema]:
-    """What checks a field with up to `most` prompts, and describes it."""
+    """Checks and describes a field with up to `most` prompts."""
     several = {"type": "array", "minItems": 1, "maxItems": most}
     shown = {
         "anyOf": [

@@ -14,15 +14,15 @@ from stellarbyte_server.api.contract.errors import bad_request
 MAX_TOKENS = 2**20
 MAX_CHARACTERS = 2**22
 
-_MODEL = "As elsewhere; all have one tokenizer. Default: the served model."
-_ABSENT = "Absent: a body has a prompt or messages."
+_MODEL = "The model or an adapter; all share one tokenizer. Default: the served model."
+_ABSENT = "Must be absent: a body has either a prompt or messages."
 
 
 class TokenizeBody(Body):
-    """What both kinds of it share."""
+    """Fields common to both kinds of body."""
 
     model: str | None = optional(_MODEL)
-    return_token_strs: bool | None = optional("Also answer with each token's text. Default: false.")
+    return_token_strs: bool | None = optional("Also return each token's text. Default: false.")
 
     @classmethod
     def class_for(cls, content: dict[str, Any]) -> type[Any]:
@@ -37,7 +37,7 @@ class TokenizePromptBody(TokenizeBody):
     prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] = required("The text.")
     messages: None = optional(_ABSENT)
     add_special_tokens: bool | None = optional(
-        "Add what the tokenizer adds to a text, such as a first token. Default: true."
+        "Add the tokenizer's special tokens, such as a first token. Default: true."
     )
 
 
@@ -52,7 +52,7 @@ class TokenizeChatBody(TokenizeBody):
 
 
 def _fast(value: Any, slow: ValidatorFunctionWrapHandler) -> Any:
-    """Token ids as `slow` checks them one by one, which takes three times as long but names the wrong one."""
+    """Checks token ids at once. If that fails, `slow` checks them one by one, three times slower, to name the error."""
     is_list = isinstance(value, list) and 0 < len(value) <= MAX_TOKENS
     is_right = is_list and {*map(type, value)} == {int} and 0 <= min(value) and max(value) <= MAX_TOKEN_ID
     return value if is_right else slow(value)

@@ -1,4 +1,4 @@
-"""Tools and calls of them, as requests have them."""
+"""Tools and tool calls in requests."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,20 +11,20 @@ from stellarbyte_server.api.contract.errors import VARIANT
 
 MAX_TOOLS = 128
 MAX_NAME_CHARACTERS = 64
-MAX_KEYWORDS = 1000  # of a schema itself, those that only describe it included
+MAX_KEYWORDS = 1000  # at a schema's top level, including annotations
 MAX_GRAMMAR_CHARACTERS = 16_384  # of a custom tool
 
 _NAME_PATTERN = f"^[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARACTERS}}}$"
 
 Name = Annotated[str, Field(pattern=_NAME_PATTERN)]
-Schema = Annotated[dict[str, Any], AtMost(MAX_KEYWORDS)]  # a JSON schema, which is checked where it is enforced
+Schema = Annotated[dict[str, Any], AtMost(MAX_KEYWORDS)]  # a JSON schema, checked by `structured.json_schema`
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
 
 
-# The forms of a union are told apart by their types, so that an error names a field, and not a form.
+# Unions are discriminated by type, so that an error names a field and not a variant.
 
 
 def _type_of(value: object) -> object:
@@ -44,7 +44,7 @@ def _form_of_function_choice(value: object) -> str:
 
 
 def _of_tool(value: object) -> object:
-    """Of what is no custom tool."""
+    """The type of a tool other than a custom tool."""
     if value != "function":
         raise wrong("it must be function or custom")
     return value
@@ -52,54 +52,54 @@ def _of_tool(value: object) -> object:
 
 FunctionType = Annotated[Literal["function"], BeforeValidator(_of_tool)]
 
-# What is offered
+# Offered tools
 
 
 STRICT = (
-    "Refuse a schema of which a grammar cannot enforce every part. Default: false; calls are then checked when they are"
+    "Refuse a schema that a grammar cannot enforce completely. Default: false; calls are then checked when they are"
     " whole."
 )
 
 
 class Function(_Part):
-    name: Name = required("What the model calls it by.")
-    description: str | None = optional("What it does, for the model.")
-    parameters: Schema | None = optional("The JSON Schema of its arguments. Default: it takes none.")
+    name: Name = required("The name for the model.")
+    description: str | None = optional("A description of the function, for the model.")
+    parameters: Schema | None = optional("The JSON Schema of the arguments. Default: no arguments.")
     strict: bool | None = optional(STRICT)
 
 
 class FunctionTool(_Part):
     type: FunctionType = required("A function with arguments in JSON.")
-    function: Function = required("What can be called.")
+    function: Function = required("The function.")
 
 
 class CustomGrammar(_Part):
-    syntax: Literal["lark", "regex"] = required("How it is written.")
+    syntax: Literal["lark", "regex"] = required("The syntax of the definition.")
     definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)] = required(
         "A grammar in Lark whose first rule is start, or a regular expression for the whole input."
     )
 
 
 class CustomFormat(_Part):
-    type: Literal["text", "grammar"] = required("Any text, or what the grammar allows.")
-    grammar: CustomGrammar | None = optional("Exactly if the type is grammar.")
+    type: Literal["text", "grammar"] = required("Any text, or text that the grammar allows.")
+    grammar: CustomGrammar | None = optional("Required if the type is grammar, and only allowed then.")
 
     @model_validator(mode="after")
     def _has_its_grammar(self) -> "CustomFormat":
         if (self.type == "grammar") != (self.grammar is not None):
-            raise wrong("it has a grammar exactly if its type is grammar")
+            raise wrong("it must have a grammar if its type is grammar, and only then")
         return self
 
 
 class Custom(_Part):
-    name: Name = required("What the model calls it by.")
-    description: str | None = optional("What it does, for the model.")
-    format: CustomFormat | None = optional("What its input is. Default: any text.")
+    name: Name = required("The name for the model.")
+    description: str | None = optional("A description of the tool, for the model.")
+    format: CustomFormat | None = optional("The format of the input. Default: any text.")
 
 
 class CustomTool(_Part):
-    type: Literal["custom"] = required("A tool with a text as its input.")
-    custom: Custom = required("What can be called.")
+    type: Literal["custom"] = required("A tool with a text input.")
+    custom: Custom = required("The tool.")
 
 
 Tool = Annotated[
@@ -107,7 +107,7 @@ Tool = Annotated[
     Discriminator(_form_of_tool),
 ]
 
-# Which of it is called
+# The choice of tools
 
 
 class FunctionName(_Part):
@@ -139,8 +139,8 @@ Named = Annotated[
 
 
 class AllowedTools(_Part):
-    mode: Literal["auto", "required"] = required("Call them as the model likes, or at least one.")
-    tools: Annotated[list[Named], Field(min_length=1), AtMost(MAX_TOOLS)] = required("Those that may be called.")
+    mode: Literal["auto", "required"] = required("auto: the model decides; required: at least one call.")
+    tools: Annotated[list[Named], Field(min_length=1), AtMost(MAX_TOOLS)] = required("The tools that may be called.")
 
 
 class AllowedToolsChoice(_Part):
@@ -177,18 +177,18 @@ FunctionChoice = Annotated[
     BeforeValidator(_known_function_choice),
 ]
 
-# What was called
+# Calls in earlier answers
 
 
 class _SentBack(BaseModel):
-    """Of an earlier answer, with whatever an SDK has added to it."""
+    """A call in an earlier answer; SDKs may have added fields to it."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class FunctionCall(_SentBack):
     name: Name = required("The tool's name.")
-    arguments: str = required("JSON, as text; an answer that was cut off may hold the beginning of one.")
+    arguments: str = required("A string of JSON; of a truncated answer, its beginning.")
 
 
 class CustomCall(_SentBack):
@@ -197,14 +197,16 @@ class CustomCall(_SentBack):
 
 
 class ToolCall(_SentBack):
-    id: Annotated[str, Field(min_length=1, max_length=256)] = required("As it was in the answer.")
-    type: Literal["function", "custom"] | None = optional("Of which kind the tool is. Default: function.")
-    function: FunctionCall | None = optional("What was called, exactly if the type is function.")
-    custom: CustomCall | None = optional("What was called, exactly if the type is custom.")
+    id: Annotated[str, Field(min_length=1, max_length=256)] = required("The id from the answer.")
+    type: Literal["function", "custom"] | None = optional("The kind of tool. Default: function.")
+    function: FunctionCall | None = optional(
+        "The called function. Required if the type is function, and only allowed then."
+    )
+    custom: CustomCall | None = optional("The called tool. Required if the type is custom, and only allowed then.")
 
     @model_validator(mode="after")
     def _has_its_call(self) -> "ToolCall":
         is_custom = self.type == "custom"
         if (self.function is None) != is_custom or (self.custom is None) == is_custom:
-            raise wrong("it has a function exactly if its type is function, and a custom exactly if that is its type")
+            raise wrong("it must have exactly one of function and custom, the one that its type names")
         return self

@@ -1,13 +1,13 @@
-"""Known fields that are not supported are listed here, with the values that ask for nothing.
+"""Known fields that are not supported, with their neutral values.
 
-A body keeps what its class does not declare; here it is decided what of that is refused.
+A body keeps fields that its class does not declare; this module decides which of them are refused.
 """
 
 from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel
 
-Neutral = Mapping[str, tuple[object, ...]]  # field, values beside null that are fine
+Neutral = Mapping[str, tuple[object, ...]]  # field, accepted values in addition to null
 
 _OF_GUIDED: Neutral = {"guided_decoding_backend": (), "guided_whitespace_pattern": ()}
 OF_COMPLETIONS: Neutral = {"suffix": ("",), **_OF_GUIDED}
@@ -46,15 +46,15 @@ OF_STRUCTURED_OUTPUTS: Neutral = {
     "structural_tag": (),
     "whitespace_pattern": (),
     "disable_fallback": (True, False),
-    "disable_any_whitespace": (True, False),  # there is none in either case
+    "disable_any_whitespace": (True, False),  # grammars never allow arbitrary white space
     "disable_additional_properties": (False,),
 }
 
 
 def refused_fields(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """Path of every field that asks for something we do not do, at any depth, and whether it is a known one.
+    """The path of every undeclared field with a value that is not neutral, at any depth, and whether it is known.
 
-    What a class knows and does not support is its `not_supported`.
+    The known fields of a class are its `not_supported`.
     """
     known: Neutral = getattr(part, "not_supported", {})
     for name, value in (part.model_extra or {}).items():
@@ -65,11 +65,11 @@ def refused_fields(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, boo
         path = prefix + (field.alias or name)
         if isinstance(value, BaseModel):
             yield from refused_fields(value, f"{path}.")
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):  # all are, or none
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):  # all items are models, or none is
             for i, item in enumerate(value):
                 yield from refused_fields(item, f"{path}[{i}].")
 
 
 def _equal(value: object, neutral: object) -> bool:
-    """Python's own equality takes true for 1."""
+    """Equality that distinguishes true from 1."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -1,4 +1,4 @@
-"""OpenAI's fields without an effect here have OpenAI's types, so that wrong values are refused."""
+"""OpenAI's fields that have no effect here, with OpenAI's types, so that invalid values are refused."""
 
 from typing import Annotated, Literal
 
@@ -12,7 +12,7 @@ MAX_METADATA_VALUE = 512
 
 
 def _metadata(value: object) -> object:
-    """Counted before any pair is looked at."""
+    """Checks the number of pairs before any pair."""
     if value is None:
         return None
     problem = None

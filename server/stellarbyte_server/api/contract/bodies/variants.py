@@ -1,4 +1,4 @@
-"""Values of several forms are told apart by their `type`, so that an error names a field, and not a form."""
+"""Unions discriminated by `type`, so that an error names a field and not a variant."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,19 +8,19 @@ from pydantic import Discriminator, Tag
 
 from stellarbyte_server.api.contract.errors import VARIANT
 
-TEXT = "text"  # the form of a plain string
+TEXT = "text"  # the variant of a plain string
 
 
 def variant(name: str) -> Tag:
-    """Annotates one form of a union."""
+    """Annotates one variant of a union."""
     return Tag(VARIANT + name)
 
 
 def by_type(otherwise: str | None = None, same: Mapping[str, str] = MappingProxyType({})) -> Discriminator:
-    """Annotates the union; `otherwise` is the form of an object without a type, `same` has types of a form of another
-    name.
+    """Annotates the union; `otherwise` is the variant of an object without a type, and `same` maps types to the variant
+    that accepts them.
 
-    An object of no form should be refused before it comes here, with an error that says which there are.
+    Objects of unknown types should be refused before, with an error that lists the types.
     """
 
     def form(value: Any) -> str:
@@ -34,5 +34,5 @@ def by_type(otherwise: str | None = None, same: Mapping[str, str] = MappingProxy
 
 
 def type_of(value: object) -> object:
-    """The `type` of an object, as it was sent; None for anything without one."""
+    """The `type` of an object, unchecked; None for values without one."""
     return value.get("type") if isinstance(value, dict) else None

@@ -78,7 +78,7 @@ async def list_batches(http: Request, service: ServiceOfRequest) -> dict[str, An
     try:
         found = await asyncio.to_thread(storage.batches.page, owner_id(http), limit=limit, after=query.after)
     except KeyError:
-        raise bad_request(f"There is no batch {query.after!r:.100}.", "after") from None
+        raise bad_request(f"The batch {query.after!r:.100} does not exist.", "after") from None
     batches, has_more = found
     return page([_object(batch) for batch in batches], has_more=has_more)
 
@@ -112,7 +112,7 @@ async def cancel_batch(batch_id: str, http: Request, service: ServiceOfRequest) 
     if cancelled is None:
         raise no_such("batch", batch_id)
     if cancelled.status != "cancelling":
-        raise bad_request(f"The batch is {cancelled.status}, so it cannot be cancelled any more.")
+        raise bad_request(f"The batch is {cancelled.status}, so it can no longer be cancelled.")
     return _object(cancelled)
 
 

@@ -50,7 +50,7 @@ async def upload_file(http: Request, service: ServiceOfRequest) -> dict[str, Any
         raise bad_request(str(error), "file", "storage_limit") from None
     except OSError:
         logger.exception("a file could not be stored")
-        message = "The server could not store the file; its operator finds the reason in the log."
+        message = "The server could not store the file; its log has the reason."
         raise ApiError(503, message, code="storage_unavailable", headers={"Retry-After": "60"}) from None
 
 
@@ -98,7 +98,7 @@ async def list_files(http: Request, service: ServiceOfRequest) -> dict[str, Any]
             purpose=query.purpose,
         )
     except KeyError:
-        raise bad_request(f"There is no file {query.after!r:.100}.", "after") from None
+        raise bad_request(f"The file {query.after!r:.100} does not exist.", "after") from None
     return page([_object(file) for file in files], has_more=has_more)
 
 
@@ -129,7 +129,7 @@ async def delete_file(file_id: str, http: Request, service: ServiceOfRequest) ->
     file = await _find(http, storage, file_id)
     batch_id = await asyncio.to_thread(storage.files.remove, file)
     if batch_id is not None:
-        raise bad_request(f"The batch {batch_id} still reads this file; wait for its end, or cancel it.")
+        raise bad_request(f"The batch {batch_id} still reads this file; wait until it ends, or cancel it.")
     return {"id": file.id, "object": "file", "deleted": True}
 
 

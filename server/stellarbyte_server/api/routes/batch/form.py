@@ -12,7 +12,7 @@ from stellarbyte_server.api.contract.bodies.batch.files import MAX_FILENAME
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.batch.files import Upload
 
-if TYPE_CHECKING:  # it is there for type checkers only
+if TYPE_CHECKING:  # exists for type checkers only
     from python_multipart.multipart import MultipartCallbacks
 
 FILE_FIELD = "file"
@@ -32,7 +32,7 @@ class _Part:
 
 @dataclass
 class Form:
-    """What has been received so far: the fields, and of the file its name and what is still to be written."""
+    """The form so far: its fields, the file's name, and the file's bytes that are not yet written."""
 
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
@@ -40,7 +40,7 @@ class Form:
 
 
 async def read_form(http: Request, upload: Upload, max_file_bytes: int) -> Form:
-    """The fields of a request's form; its file is in `upload`. ApiError."""
+    """The fields of a request's form; the file is written to `upload`. ApiError."""
     kind, options = parse_options_header(http.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not 1 <= len(boundary) <= 70:
@@ -72,7 +72,7 @@ async def _write(form: Form, upload: Upload) -> None:
 
 
 class _FormReader:
-    """What the parser finds, step by step; ApiError for what a form of ours does not have."""
+    """Callbacks of the parser; ApiError for unexpected parts."""
 
     def __init__(self) -> None:
         self.form = Form()
@@ -112,10 +112,10 @@ class _FormReader:
             raise bad_request("A part of the form has no name.")
         if name == FILE_FIELD:
             if self.form.filename is not None:
-                raise bad_request("The field 'file' may be there only once.", FILE_FIELD)
+                raise bad_request("The field 'file' may occur only once.", FILE_FIELD)
             self.form.filename = _shown_name(options.get(b"filename", b""))
         elif name in self.form.fields:
-            raise bad_request(f"The field {name!r:.100} may be there only once.", name[:100])
+            raise bad_request(f"The field {name!r:.100} may occur only once.", name[:100])
         elif len(self.form.fields) == MAX_FIELDS:
             raise bad_request(f"The form has more than {MAX_FIELDS} fields.")
 
@@ -137,7 +137,7 @@ class _FormReader:
 
 
 def _shown_name(given: bytes) -> str:
-    """A file's name as it is shown; ApiError for one that no file has. It is never a path here."""
+    """A file's name for display; ApiError for an invalid name. It is never used as a path."""
     name = given.decode(errors="replace")
     if not 1 <= len(name) <= MAX_FILENAME or not name.isprintable():
         raise bad_request(f"The filename of 'file' must have 1 to {MAX_FILENAME} printable characters.", FILE_FIELD)

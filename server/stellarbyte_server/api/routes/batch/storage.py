@@ -1,4 +1,4 @@
-"""What the routes of files and batches share: the storage, whose things a request sees, pages of lists."""
+"""Common to the routes of files and batches: the storage, its objects that a request may see, and pages of lists."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from stellarbyte_server.batch.storage import Storage
 
 
 def storage_of(service: Service) -> Storage:
-    """ApiError when the server was started without one."""
+    """The storage; ApiError if the server was started without one."""
     if service.storage is None:
         raise bad_request(
             "Files and batches are off because the server was started without --data-dir.", code="data_dir_required"
@@ -18,8 +18,8 @@ def storage_of(service: Service) -> Storage:
 
 
 def no_such(kind: str, given: str, param: str | None = None) -> ApiError:
-    """What is another key's is not there."""
-    return ApiError(404, f"There is no {kind} {given!r:.100}.", param=param)
+    """The error for objects that do not exist or belong to another key."""
+    return ApiError(404, f"The {kind} {given!r:.100} does not exist.", param=param)
 
 
 def page(objects: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_what_the_grammar_leaves_out_is_looked_at_afterwards(schema: dict[str, A
     check = AnswerCheck.of(schema)
     assert check is not None
     said = check.violation(json.dumps(value), [])
-    assert said is not None and keyword in said and said.startswith("The answer breaks") and "\n" not in said
+    assert said is not None and keyword in said and said.startswith("The answer violates") and "\n" not in said
     refusal(schema, strict=True)
 
 
@@ -168,7 +168,7 @@ def test_calls_are_checked_against_the_schema_of_their_tool() -> None:
     assert check is not None
     assert check.violation("", [("loose", '{"a": [1, 2]}'), ("any", "{}")]) is None
     said = check.violation("", [("any", "{}"), ("loose", '{"a": [2, 2]}')])
-    assert said is not None and said.startswith("The call of loose breaks") and "$.a" in said
+    assert said is not None and said.startswith("The call of loose violates") and "$.a" in said
     assert AnswerCheck.of(None, [tool("any"), tool("held", parameters=OBJECT, strict=True)]) is None
 
 
@@ -191,5 +191,5 @@ def test_a_schema_that_is_enforced_whole_is_not_looked_at_again() -> None:
 
 
 def test_a_name_without_strict_is_refused_only_where_it_leads_nowhere() -> None:
-    with pytest.raises(ApiError, match="leads to no schema"):
+    with pytest.raises(ApiError, match="does not point to a schema"):
         json_grammar({"$ref": "https://example.com/schema"})

@@ -17,7 +17,7 @@ from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, generated, make_request, sampling_by
 from tests.support.models import oracle
 from tests.support.models.adapters import merged, random_adapter
-from tests.support.models.byte_transformer import VARIANTS, make_config, make_model, random_tokens
+from tests.support.models.byte_transformer import EXPERTS, VARIANTS, make_config, make_model, random_tokens
 
 MODELS = {
     "gated parts of 8": {},
@@ -39,6 +39,19 @@ def test_every_token_of_an_adapted_request_matches_the_oracle(backend: Backend, 
         engine = ModelEngine(model, backend=backend, adapters={"a": adapter}, max_num_batched_tokens=7)
         found = engine.teacher_forced(tokens, 20, adapter="a", adapter_scale=scale)
         assert (found - expected[19:]).abs().max() <= 1e-4
+
+
+def test_adapters_of_attention_are_exact_beside_experts() -> None:
+    model = make_model(**EXPERTS, moe_layers=[0, 2], shared_expert_intermediate_size=16)
+    adapter = random_adapter(model.config, seed=1)
+    adapted = {module.split(".", 3)[3] for module in adapter.weights}
+    assert {"self_attn.q_proj", "mlp.up_proj"} <= adapted and not any("expert" in module for module in adapted)
+    assert not any(module.startswith("model.layers.2.mlp") for module in adapter.weights)
+    tokens = random_tokens(40)
+    expected = oracle.logprobs(merged(model, adapter, 0.7).state_dict(), model.config, tokens)
+    engine = ModelEngine(model, adapters={"a": adapter}, max_num_batched_tokens=7)
+    found = engine.teacher_forced(tokens, 20, adapter="a", adapter_scale=0.7)
+    assert (found - expected[19:]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,8 +4,9 @@ import pytest
 
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
 from tests.support.models import oracle
-from tests.support.models.byte_transformer import VARIANTS, make_model, random_tokens
+from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, make_model, random_tokens
 
+ALL_VARIANTS = VARIANTS | EXPERT_VARIANTS
 W = 12
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]
 
@@ -25,10 +26,10 @@ def test_matches_oracle_at_every_position(use_xpos: bool, sinks: int, chunk: int
         assert engine.scheduler.pool.num_used == 0
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 @pytest.mark.parametrize("block_size", [1, 5, 16])
 def test_every_kind_of_model_matches_oracle(variant: str, block_size: int) -> None:
-    model = make_model(**VARIANTS[variant])
+    model = make_model(**ALL_VARIANTS[variant])
     tokens = random_tokens(4 * W + 3)
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)
     engine = ModelEngine(model, max_num_batched_tokens=10, block_size=block_size)

@@ -1,1 +1,1 @@
-"""Anthropic's requests: their bodies, and the chats that they ask for."""
+"""Anthropic's requests: their bodies, and their conversion to chats."""

@@ -1,4 +1,4 @@
-"""An Anthropic request becomes the chat that answers it, and errors of that chat speak of the request again."""
+"""Converts an Anthropic request to a chat, and the field names in the chat's errors back to those of the request."""
 
 import re
 from collections.abc import Callable, Collection
@@ -21,7 +21,7 @@ from stellarbyte_server.api.contract.bodies.chat import THINKING_SWITCHES, ChatB
 from stellarbyte_server.api.contract.bodies.generation import ModelFields
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_validation
 
-# Fields of a chat under the names they have here.
+# Fields of a chat → their names in Anthropic's API.
 _NAMES = {
     "max_completion_tokens": "max_tokens",
     "stop": "stop_sequences",
@@ -44,11 +44,11 @@ class Turn:
     """A message of the chat."""
 
     role: str
-    place: str  # the field of the request that it is made of, or the first one
+    place: str  # the field of the request from which the message is made, or the first of several
     thoughts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
-    call_id: str | None = None  # that it is the result of
+    call_id: str | None = None  # of a result: its call
 
     def message(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": self.role, "content": None if self.is_only_calls else "\n".join(self.texts)}
@@ -66,13 +66,13 @@ class Turn:
 
 
 class Chat:
-    """The turns of a chat. Thoughts, texts and calls of one role that follow each other are one turn."""
+    """The turns of a chat. Consecutive thoughts, texts and calls of one role are one turn."""
 
     def __init__(self) -> None:
         self.turns: list[Turn] = []
 
     def add(self, place: str, role: str, content: Blocks | Texts) -> None:
-        """A message of the request: its results come before its text, because they answer the turn before."""
+        """Add a message of the request. Its results precede its text, because they answer the previous turn."""
         for i, block in enumerate(content):
             if isinstance(block, ToolResultBlock):
                 result = Turn("tool", f"{place}.content[{i}]", texts=[_result(block)], call_id=block.tool_use_id)
@@ -89,7 +89,7 @@ class Chat:
         self.turns[-1].calls += calls
 
     def in_terms_of_request(self, error: ApiError) -> ApiError:
-        """An error of the chat, naming the request's fields in place of the chat's."""
+        """An error of the chat, with the names of the request's fields."""
         rename = self._rename
         return ApiError(
             error.status,
@@ -112,7 +112,7 @@ class Chat:
 
 
 def as_chat(body: CountTokensBody) -> tuple[ChatBody, Callable[[ApiError], ApiError]]:
-    """The chat, and what puts its errors into terms of the body; ApiError when there can be no such chat."""
+    """The chat, and a function that renames the fields in its errors; ApiError if the body has no valid chat."""
     chat = Chat()
     if body.system is not None:
         chat.add("system", "system", body.system)
@@ -134,15 +134,15 @@ def as_chat(body: CountTokensBody) -> tuple[ChatBody, Callable[[ApiError], ApiEr
 
 
 def _check_prefill(body: CountTokensBody, last: Turn) -> None:
-    """ApiError when the last turn, which is the assistant's, cannot be gone on from."""
+    """ApiError if the last turn, which is the assistant's, cannot be continued."""
     if last.calls:
         raise bad_request(
-            f"The calls in '{last.place}' have no results; give them in a message of the user.", last.place
+            f"The calls in '{last.place}' have no results; give them in a message by the user.", last.place
         )
     if last.thoughts and not last.texts:
         raise bad_request(
-            f"'{last.place}' has only thinking, so the answer cannot go on from it; give a text, or a message of the"
-            " user after it.",
+            f"'{last.place}' has only thinking, so it cannot be continued; add a text, or a message by the user after"
+            " it.",
             last.place,
         )
     if body.output_config is not None and body.output_config.format is not None:
@@ -171,7 +171,7 @@ def _thinking(body: CountTokensBody) -> dict[str, Any]:
 
 
 def without_effect(body: CountTokensBody, ignored: Collection[str], *, thinks: bool) -> list[str]:
-    """Paths of fields that have none, given those of the chat; `thinks`: the model marks its reasoning."""
+    """Paths of ignored fields, from the chat's `ignored` ones; `thinks`: the model marks its reasoning."""
     names = ["output_config.effort"] if "reasoning_effort" in ignored else []
     switch = None if body.thinking is None else body.thinking.switch
     is_read = any(f"chat_template_kwargs.{name}" not in ignored for name in THINKING_SWITCHES)

@@ -1,4 +1,4 @@
-"""The content blocks of Anthropic's messages. An unknown field of any of them is ignored, and named in the answer."""
+"""The content blocks of Anthropic's messages. Their unknown fields are ignored, and listed in X-Ignored-Fields."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,22 +14,22 @@ from stellarbyte_server.api.contract.errors import VARIANT
 MAX_BLOCKS = 10_000  # of one message, or of one result
 MAX_BLOCKS_AT_ONCE = 20_000  # of all messages, with those of results
 _KINDS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
-_KIND = "Which kind of block it is."
+_KIND = "The kind of block."
 
 
 class LenientBody(Body):
-    """Clients of Anthropic's API add fields that a server need not know."""
+    """Unknown fields are ignored, because clients of Anthropic's API add optional ones."""
 
     ignores_unknown: ClassVar = True
 
 
 class CacheControl(LenientBody):
-    type: Literal["ephemeral"] = required("The only kind there is.")
+    type: Literal["ephemeral"] = required("The only supported value.")
     ttl: Literal["5m", "1h"] | None = optional(UNUSED)
 
 
 Cached = CacheControl | None
-CACHED = "Has no effect: the prefix cache finds what was computed before by itself."
+CACHED = "Has no effect: every prompt uses the prefix cache."
 
 
 class _BlockBase(LenientBody):
@@ -42,7 +42,7 @@ class TextBlock(_BlockBase):
 
 
 def _only_text(value: object) -> object:
-    """ "it is a text block" is said of what has another type; other mistakes have better errors."""
+    """Replaces pydantic's error for blocks of other types."""
     if isinstance(value, dict) and isinstance(kind := value.get("type"), str) and kind != "text":
         raise wrong(f"blocks of the type {kind!r:.64} are not supported here; only text is")
     return value
@@ -62,26 +62,26 @@ Texts = Annotated[
 
 class ToolUseBlock(_BlockBase):
     type: Literal["tool_use"] = required(_KIND)
-    id: Annotated[str, Field(min_length=1, max_length=256)] = required("As it was in the answer.")
-    name: Name = required("The tool that was called.")
+    id: Annotated[str, Field(min_length=1, max_length=256)] = required("The id from the answer.")
+    name: Name = required("The called tool.")
     input: Annotated[dict[str, Any], AtMost(MAX_KEYWORDS)] = required("Its arguments.")
 
 
 class ToolResultBlock(_BlockBase):
     type: Literal["tool_result"] = required(_KIND)
-    tool_use_id: Annotated[str, Field(min_length=1, max_length=256)] = required("Which call it is the result of.")
-    content: Texts | None = optional("A text, or blocks of text, which are joined by newlines. Default: nothing.")
-    is_error: bool | None = optional("The call failed: the model is shown the content as an error. Default: false.")
+    tool_use_id: Annotated[str, Field(min_length=1, max_length=256)] = required("The id of the call that it answers.")
+    content: Texts | None = optional("A text, or blocks of text, which are joined by newlines. Default: empty.")
+    is_error: bool | None = optional("The call failed: the content is shown to the model as an error. Default: false.")
 
 
 class ThinkingBlock(LenientBody):
     type: Literal["thinking"] = required(_KIND)
-    thinking: str = required("What the model thought, for chat templates that show it.")
+    thinking: str = required("The model's thinking, for chat templates that show it.")
     signature: str | None = optional(UNUSED)
 
 
 class RedactedThinkingBlock(LenientBody):
-    """Of another server; the model is not shown it."""
+    """Encrypted thinking from another server; not shown to the model."""
 
     type: Literal["redacted_thinking"] = required(_KIND)
     data: str = required(UNUSED)
@@ -94,7 +94,7 @@ def _supported(value: object) -> object:
 
 
 def _tag(value: Any) -> str | None:
-    """A step that is left out where an error names the field."""
+    """The union's tag, which is omitted when an error names the field."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"{VARIANT}{kind}" if isinstance(kind, str) else None
 
@@ -112,7 +112,7 @@ Blocks = Annotated[list[Block], AtMost(MAX_BLOCKS), BeforeValidator(_as_blocks),
 
 
 def few_blocks(messages: object) -> object:
-    """Counts the blocks of messages before any is looked at: a body has room for four times as many."""
+    """Checks the number of all messages' blocks before any block: a body has room for four times as many."""
     contents = [each.get("content") for each in _dicts(messages)]
     blocks = [block for content in contents for block in _dicts(content)]
     num_blocks = len(blocks) + sum(len(_dicts(block.get("content"))) for block in blocks)

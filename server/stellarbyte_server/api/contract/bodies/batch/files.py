@@ -13,13 +13,13 @@ Purpose = Literal["batch"]
 
 
 class FileForm(BaseModel):
-    """The fields of a form beside its file; brackets are a part of their names."""
+    """The fields of a form other than its file; brackets are part of their names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     purpose: Purpose = required("batch: the input of a batch, JSON lines.")
     anchor: Literal["created_at"] | None = Field(
-        default=None, alias="expires_after[anchor]", description="When the time of expires_after[seconds] begins."
+        default=None, alias="expires_after[anchor]", description="The start of the time in expires_after[seconds]."
     )
     seconds: KeptSeconds | None = Field(
         default=None,
@@ -29,7 +29,7 @@ class FileForm(BaseModel):
 
 
 class UploadForm(FileForm):
-    """The whole form, for the document."""
+    """The whole form, for the OpenAPI document."""
 
     file: Annotated[Any, WithJsonSchema({"type": "string", "format": "binary"})] = required(
         "The content, with a filename."
@@ -40,6 +40,6 @@ class FilesQuery(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     purpose: Literal["batch", "batch_output"] | None = optional("Only files of this purpose.")
-    after: FileId | None = optional("The id of the last file of the page before.")
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = optional("Files of a page, 1 to 10000. Default: 10000.")
-    order: Literal["asc", "desc"] | None = optional("By creation. Default: desc, the newest first.")
+    after: FileId | None = optional("The id of the last file of the previous page.")
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = optional("Files per page, 1 to 10000. Default: 10000.")
+    order: Literal["asc", "desc"] | None = optional("The order by creation. Default: desc, newest first.")

@@ -15,7 +15,7 @@ def _texts(value: object) -> list[str]:
 
 
 def _documents(value: object) -> list[str]:
-    """Texts, each a string or {"text"}; counted before any is looked at."""
+    """Texts, each a string or {"text"}; their number is checked first."""
     if not isinstance(value, list):
         raise wrong("it must be a list of strings")
     if len(value) > MAX_INPUTS:
@@ -26,7 +26,7 @@ def _documents(value: object) -> list[str]:
     for item in value:
         text = item["text"] if isinstance(item, dict) and item.keys() == {"text"} else item
         if not isinstance(text, str) or not text:
-            raise wrong("its items must be texts that are not empty")
+            raise wrong("its items must be non-empty texts")
         texts.append(text)
     return texts
 
@@ -40,12 +40,14 @@ Documents = Annotated[list[str], PlainValidator(_documents), WithJsonSchema(_LIS
 
 
 class ScoreBody(PoolingFields):
-    text_1: Texts = required("One text, which is compared with each of text_2, or as many as text_2 has.")
+    text_1: Texts = required("One text, which is compared with each text in text_2, or as many texts as in text_2.")
     text_2: Texts = required("One text or a list of up to 2048, each a string or {text}.")
 
 
 class RerankBody(PoolingFields):
-    query: Annotated[str, Field(min_length=1)] = required("What the documents are compared with.")
+    query: Annotated[str, Field(min_length=1)] = required("The text to compare with each document.")
     documents: Documents = required("Up to 2048 texts, each a string or {text}.")
-    top_n: Annotated[int, Field(ge=1, lt=2**31)] | None = optional("Return so many of the best. Default: all.")
+    top_n: Annotated[int, Field(ge=1, lt=2**31)] | None = optional(
+        "The number of best documents to return. Default: all."
+    )
     return_documents: bool | None = optional("Return the documents with their scores. Default: true.")

@@ -1,1 +1,1 @@
-"""The body of POST /v1/responses, and the chat that it asks for."""
+"""The body of POST /v1/responses, and its conversion to a chat."""

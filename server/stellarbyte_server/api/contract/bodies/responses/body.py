@@ -15,7 +15,7 @@ from stellarbyte_server.api.contract.bodies.responses.tools import Tool, ToolCho
 from stellarbyte_server.api.contract.bodies.tools import MAX_TOOLS, Schema
 from stellarbyte_server.api.contract.bodies.unused import Metadata
 
-LOGPROBS = "message.output_text.logprobs"  # of what `include` may ask for, there is only this to include
+LOGPROBS = "message.output_text.logprobs"  # the only value of `include` with an effect
 
 Includable = Literal[
     "message.output_text.logprobs",
@@ -34,9 +34,9 @@ def _as_message(value: object) -> object:
 
 
 class TextFormat(Body):
-    """As `response_format` of a chat, with the schema's fields beside the type."""
+    """As `response_format` of a chat, with the schema's fields at the same level as the type."""
 
-    type: Literal["text", "json_object", "json_schema"] = required("Any text, any JSON object, or what schema says.")
+    type: Literal["text", "json_object", "json_schema"] = required("Any text, any JSON object, or JSON by schema.")
     name: SchemaName | None = optional("A name for the schema; the model does not see it.")
     description: str | None = optional("For people; the model does not see it.")
     schema_: Schema | None = Field(default=None, alias="schema", description="The JSON Schema of the answer.")
@@ -45,26 +45,26 @@ class TextFormat(Body):
     @model_validator(mode="after")
     def _has_its_schema(self) -> "TextFormat":
         if (self.type == "json_schema") != (self.schema_ is not None and self.name is not None):
-            raise wrong("it has a name and a schema exactly if its type is json_schema")
+            raise wrong("it must have a name and a schema if its type is json_schema, and only then")
         return self
 
 
 class TextSettings(Body):
     not_supported: ClassVar = unsupported.OF_TEXT_SETTINGS
 
-    format: TextFormat | None = optional("What form the answer must have. Default: any text.")
+    format: TextFormat | None = optional("The required form of the answer. Default: any text.")
 
 
 class ReasoningOptions(Body):
     not_supported: ClassVar = unsupported.OF_REASONING
 
     effort: ReasoningEffort | None = optional(
-        "How much to reason, as a chat's reasoning_effort. Where it has no effect, X-Ignored-Fields names it."
+        "The amount of reasoning, as a chat's reasoning_effort. If it has no effect, X-Ignored-Fields lists it."
     )
     summary: Literal["auto", "concise", "detailed"] | None = optional(
-        "Never made: it has no effect, and X-Ignored-Fields names it."
+        "Not supported: it has no effect, and X-Ignored-Fields lists it."
     )
-    generate_summary: Literal["auto", "concise", "detailed"] | None = optional("The same, under its older name.")
+    generate_summary: Literal["auto", "concise", "detailed"] | None = optional("The deprecated name of summary.")
 
 
 class ResponseStreamOptions(Body):
@@ -76,38 +76,43 @@ class ResponsesBody(CommonFields, ReasoningFields):
 
     input: Annotated[
         list[InputItem], Field(min_length=1), AtMost(MAX_MESSAGES), BeforeValidator(_as_message), OrText()
-    ] = required("A text of the user, or a list of messages, calls and their results.")
-    instructions: str | None = optional("Becomes the first message, by the system.")
+    ] = required("A text by the user, or a list of messages, calls and their results.")
+    instructions: str | None = optional("The text of a first message by the system.")
     max_output_tokens: MaxTokens | None = optional(
-        "Most tokens of the answer. Default: to the context's end; 4096 where the context slides."
+        "Maximum tokens of the answer. Default: the rest of the context, or 4096 if the context slides."
     )
     presence_penalty: Penalty | None = optional(
-        "Taken from the logit of a token that the answer has already. Default: 0."
+        "Subtracted from the logits of tokens that the answer already contains. Default: 0."
     )
-    frequency_penalty: Penalty | None = optional("Taken from it for every time the answer has it. Default: 0.")
-    text: TextSettings | None = optional("What form the answer must have. Default: any text.")
+    frequency_penalty: Penalty | None = optional(
+        "Subtracted from a token's logit for each occurrence in the answer. Default: 0."
+    )
+    text: TextSettings | None = optional("The required form of the answer. Default: any text.")
     tools: Annotated[list[Tool], AtMost(MAX_TOOLS)] | None = optional(TOOLS)
     tool_choice: ToolChoice | None = optional(
-        "Call none, as the model likes, at least one, this one, or one of some. Default: auto."
+        "none: no calls; auto: the model decides; required: at least one call; or one named function, or a selection of"
+        " the functions. Default: auto."
     )
     parallel_tool_calls: bool | None = optional("Whether one answer may have several calls. Default: true.")
     max_tool_calls: Annotated[int, Field(ge=1, lt=2**63)] | None = optional(
-        "Most calls of built-in tools, of which there are none: it limits nothing."
+        "Has no effect: it limits calls of built-in tools, which this server does not have."
     )
     reasoning: ReasoningOptions | None = optional("How to reason.")
     include: Annotated[list[Includable], AtMost(32)] | None = optional(
-        "What to add to the answer: its log-probabilities. Of the rest there is nothing to add."
+        "Additions to the answer: its log-probabilities. Other values have no effect."
     )
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = optional(
-        "With so many of the likeliest tokens beside each. Default: 0."
+        "Number of likeliest tokens to list with each token. Default: 0."
     )
     truncation: Literal["auto", "disabled"] | None = optional(
-        "At the context's end: let the oldest tokens go out of sight (auto), or refuse (disabled). Default: as the"
+        "At the context's end: evict the oldest tokens (auto), or refuse (disabled). Default: as the"
         " server's --context-overflow."
     )
-    metadata: Metadata = optional("Comes back with the response.")
-    previous_response_id: str | None = optional("Always refused: nothing is stored. Send the whole conversation.")
-    stream_options: ResponseStreamOptions | None = optional("How to stream; there is nothing to choose.")
+    metadata: Metadata = optional("Returned with the response.")
+    previous_response_id: str | None = optional(
+        "Always refused: responses are not stored. Send the whole conversation."
+    )
+    stream_options: ResponseStreamOptions | None = optional("Has no effect.")
 
     @property
     def with_logprobs(self) -> bool:
@@ -119,7 +124,7 @@ class ResponsesBody(CommonFields, ReasoningFields):
 
     @property
     def without_effect(self) -> list[str]:
-        """Paths of its fields that change the answer of no model, though they could have been meant to."""
+        """Paths of given fields that have no effect on any model."""
         if self.reasoning is None:
             return []
         given = self.reasoning.model_dump(exclude_none=True, include={"summary", "generate_summary"})

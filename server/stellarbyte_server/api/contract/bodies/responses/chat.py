@@ -1,7 +1,7 @@
-"""The chat that a request for a response asks for.
+"""Converts a request for a response to a chat.
 
-Its items become messages: consecutive items of one answer are one message of the assistant, with its reasoning, its
-text and its calls. Errors name the chat's fields, and are renamed to those of the request.
+Items become messages: consecutive items of one answer are one message by the assistant, with its reasoning, text and
+calls. The field names in the chat's errors are converted to those of the request.
 """
 
 import re
@@ -29,7 +29,7 @@ from stellarbyte_server.api.contract.bodies.tools import (
 from stellarbyte_server.api.contract.errors import ApiError, from_validation
 
 _SAME = (*CommonFields.model_fields, *ReasoningFields.model_fields)
-# Fields of a chat under the names that they have here.
+# Fields of a chat → their names in /v1/responses.
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -45,13 +45,13 @@ _OF_ITEMS = {".tool_call_id": ".call_id", ".id": ".call_id"}
 
 @dataclass(kw_only=True)
 class _Turn:
-    """A message of the chat, and the items that it is made of."""
+    """A message of the chat, and the items from which it is made."""
 
     role: str
     reasoning: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
-    call_id: str | None = None  # of a function's result
+    call_id: str | None = None  # of a result: its call
     place: int | None  # of the first item; None: the instructions
     call_places: list[int] = field(default_factory=list)
 
@@ -69,14 +69,14 @@ class _Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class ResponseChat:
-    """A chat, and how the fields of the request are called that its fields were made of."""
+    """A chat, and the request's names of its fields."""
 
     body: ChatBody
     turns: list[_Turn]
 
     @classmethod
     def of(cls, body: ResponsesBody) -> "ResponseChat":
-        """ApiError when the fields do not fit each other."""
+        """ApiError if the fields contradict each other."""
         turns = _turns(body)
         try:
             chat = ChatBody.model_validate(
@@ -102,7 +102,7 @@ class ResponseChat:
         return cls(body=chat, turns=turns)
 
     def name_of(self, param: str | None) -> str | None:
-        """What the request calls a field of the chat."""
+        """The request's name of a field of the chat."""
         if param is None:
             return None
         if (found := _MESSAGE.fullmatch(param)) is not None:
@@ -114,7 +114,7 @@ class ResponseChat:
         return _NAMES.get(param, param)
 
     def renamed(self, error: ApiError) -> ApiError:
-        """An error of the chat, about the request's field."""
+        """An error of the chat, with the name of the request's field."""
         name = self.name_of(error.param)
         message = str(error).replace(f"'{error.param}'", f"'{name}'")
         return ApiError(error.status, message, param=name, code=error.code, headers=error.headers)
@@ -128,7 +128,7 @@ class _Turns:
         if instructions is not None:
             self.turns.append(_Turn(role="system", texts=[instructions], place=None))
         self._answer: _Turn | None = None  # the last turn, if it is the assistant's
-        self._reasoning: list[str] = []  # of no turn yet
+        self._reasoning: list[str] = []  # not yet part of a turn
 
     def add(self, place: int, item: InputItem) -> None:
         if isinstance(item, ReasoningItem):
@@ -146,7 +146,7 @@ class _Turns:
             self.turns.append(_turn_of_others(item, place))
 
     def end_answer(self, place: int) -> None:
-        """No item after that place belongs to the answer; reasoning without an answer is a turn of its own."""
+        """End the current answer at an item; reasoning without text or calls becomes a separate turn."""
         if self._reasoning:
             self._of_assistant(place, goes_on=self._has_called)
         self._answer = None

@@ -1,7 +1,7 @@
 """Items of a request's `input`: messages, calls of functions, their results, and reasoning.
 
-An answer's output may be sent back as it came, together with what a client adds to it. So of an item only those fields
-are looked at that are declared here.
+Clients send an answer's output back, sometimes with additional fields. So only the fields declared here are checked;
+others are ignored.
 """
 
 from typing import Annotated, Literal
@@ -22,17 +22,17 @@ class Item(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-# Parts of a content
+# Parts of content
 
 
 class TextPart(Item):
-    type: Literal["input_text", "output_text", "text"] = required("Any of them is a text.")
+    type: Literal["input_text", "output_text", "text"] = required("All are texts.")
     text: str = required("The text.")
 
 
 class RefusalPart(Item):
-    type: Literal["refusal"] = required("The assistant said that it would not answer.")
-    refusal: str = required("Its words, which are a text like any other.")
+    type: Literal["refusal"] = required("A refusal by the assistant.")
+    refusal: str = required("The text of the refusal.")
 
     @property
     def text(self) -> str:
@@ -40,20 +40,20 @@ class RefusalPart(Item):
 
 
 class ReasoningPart(Item):
-    type: Literal["reasoning_text", "summary_text"] = required("Either is a text.")
+    type: Literal["reasoning_text", "summary_text"] = required("Both are texts.")
     text: str = required("The text.")
 
 
 def _known_part(value: object) -> object:
     kind = type_of(value)
     if kind is not None and kind not in (*_TEXTS, "refusal"):
-        raise wrong(f"{kind!r:.40} is no text, and only text parts are supported")
+        raise wrong(f"parts of the type {kind!r:.40} are not supported; only text parts are")
     return value
 
 
 def _known_result(value: object) -> object:
     if type_of(value) == "refusal":
-        raise wrong("a function's result is made of text parts")
+        raise wrong("a function's result must consist of text parts")
     return _known_part(value)
 
 
@@ -72,7 +72,7 @@ Part = Annotated[
 
 
 class MessageItem(Item):
-    type: Literal["message"] | None = optional("May be left out.")
+    type: Literal["message"] | None = optional("Optional.")
     role: Literal["system", "developer", "user", "assistant"] = required("Who says it.")
     content: Annotated[list[Part], AtMost(MAX_PARTS), BeforeValidator(_as_parts), OrText()] = required(
         "A text, or parts of text, which are joined by newlines."
@@ -84,19 +84,19 @@ class MessageItem(Item):
 
 
 class FunctionCallItem(Item):
-    """A call that the assistant made."""
+    """A call by the assistant."""
 
     type: Literal["function_call"] = required("A call of a function.")
-    call_id: Annotated[str, Field(min_length=1, max_length=256)] = required("As it was in the answer.")
+    call_id: Annotated[str, Field(min_length=1, max_length=256)] = required("The id from the answer.")
     name: Name = required("The function's name.")
     arguments: str = required("JSON, as text.")
 
 
 class FunctionCallOutputItem(Item):
-    """What a call resulted in."""
+    """The result of a call."""
 
     type: Literal["function_call_output"] = required("The result of a call.")
-    call_id: Annotated[str, Field(min_length=1, max_length=256)] = required("Of the call that it is the result of.")
+    call_id: Annotated[str, Field(min_length=1, max_length=256)] = required("The call_id of its call.")
     output: Annotated[
         list[Annotated[TextPart, BeforeValidator(_known_result)]],
         AtMost(MAX_PARTS),
@@ -114,13 +114,13 @@ class ReasoningItem(Item):
 
     type: Literal["reasoning"] = required("An earlier answer's reasoning.")
     content: Annotated[list[ReasoningPart], AtMost(MAX_PARTS)] | None = optional(
-        "Its text, which chat templates get that show it. Parts are joined by newlines."
+        "The text, for chat templates that show it. Parts are joined by newlines."
     )
-    summary: Annotated[list[ReasoningPart], AtMost(MAX_PARTS)] | None = optional("Stands in where it has no content.")
+    summary: Annotated[list[ReasoningPart], AtMost(MAX_PARTS)] | None = optional("Used if it has no content.")
 
     @property
     def text(self) -> str:
-        """It is empty where another server has encrypted it."""
+        """The text; empty if another server has encrypted it."""
         parts = self.content if self.content else self.summary
         return "\n".join(part.text for part in parts or ())
 
@@ -128,7 +128,7 @@ class ReasoningItem(Item):
 def _known_item(value: object) -> object:
     kind = type_of(value)
     if kind == "item_reference":
-        raise wrong("no item is stored that it could refer to; send the item itself, as the answer had it")
+        raise wrong("items are not stored, so it refers to none; send the item itself, as in the answer")
     if kind is not None and kind not in _KINDS:
         raise wrong(f"its type {kind!r:.40} is not supported; it must be one of {', '.join(_KINDS)}")
     return value

@@ -1,4 +1,4 @@
-"""Tools of /v1/responses, and which of them may be called."""
+"""Tools of /v1/responses, and the choice of tools."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,12 +17,12 @@ _MODES = ("none", "auto", "required")
 def _is_function(value: object) -> object:
     kind = type_of(value)
     if kind not in (None, "function"):
-        raise wrong(f"{kind!r:.40} is no type of tool that there is here; only functions are supported")
+        raise wrong(f"tools of the type {kind!r:.40} are not supported; only functions are")
     return value
 
 
 def _known_choice(value: object) -> object:
-    """A union's own error would name its branches."""
+    """Checks the union itself, because pydantic's error would name its branches."""
     if value in _MODES or type_of(value) in ("function", "allowed_tools"):
         return value
     raise wrong("it must be none, auto, required, a function by its name or allowed_tools")
@@ -31,10 +31,10 @@ def _known_choice(value: object) -> object:
 class ResponseTool(Body):
     not_supported: ClassVar = unsupported.OF_FUNCTION_TOOLS
 
-    type: Literal["function"] = required("A function of the client's; there are no built-in tools.")
-    name: Name = required("What the model calls it by.")
-    description: str | None = optional("What it does, for the model.")
-    parameters: Schema | None = optional("The JSON Schema of its arguments. Default: it takes none.")
+    type: Literal["function"] = required("A function run by the client; built-in tools are not supported.")
+    name: Name = required("The name for the model.")
+    description: str | None = optional("A description of the function, for the model.")
+    parameters: Schema | None = optional("The JSON Schema of the arguments. Default: no arguments.")
     strict: bool | None = optional(STRICT)
 
 
@@ -45,10 +45,10 @@ class NamedFunction(Body):
 
 class AllowedFunctions(Body):
     type: Literal["allowed_tools"] = required("Some of the functions.")
-    mode: Literal["auto", "required"] = required("Call one of them as the model likes, or at least one.")
+    mode: Literal["auto", "required"] = required("auto: the model decides; required: at least one call.")
     tools: Annotated[
         list[Annotated[NamedFunction, BeforeValidator(_is_function)]], Field(min_length=1), AtMost(MAX_TOOLS)
-    ] = required("Those that may be called.")
+    ] = required("The functions that may be called.")
 
 
 Tool = Annotated[ResponseTool, BeforeValidator(_is_function)]
@@ -63,7 +63,7 @@ ToolChoice = Annotated[
 
 
 def shown_choice(choice: Choice | None) -> str | dict[str, Any]:
-    """A choice as answers show it."""
+    """A choice in the format of answers."""
     if choice is None:
         return "auto"
     return choice if isinstance(choice, str) else choice.model_dump()

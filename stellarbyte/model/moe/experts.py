@@ -1,0 +1,48 @@
+"""The experts of a layer, as stacks of matrices."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.building import add_parts
+from stellarbyte.model.mlp import GATES
+from stellarbyte.model.residual import deepnorm_beta
+
+# N rows sorted by expert, E experts, C hidden size, I inner size of an expert, O outputs
+
+
+class ByteExperts(nn.Module):
+    """down(act(gate(x)) · up(x)) of each row by its own expert; gates lie above ups in `gate_up_proj`."""
+
+    gate_up_proj: nn.Parameter  # [E, 2 I, C]
+    down_proj: nn.Parameter  # [E, C, I]
+
+    def __init__(self, config: ByteModelConfig, layer: int) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.activation = GATES[config.hidden_act]
+        self.init_gain = deepnorm_beta(config)  # read by `_init_weights`
+        add_parts(self, "mlp.experts", config, layer)
+
+    def forward(self, x_NC: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """[N, C]; the first counts_E[0] rows belong to expert 0, the next counts_E[1] to expert 1, and so on."""
+        gate_NI, up_NI = grouped_linear(x_NC, self.gate_up_proj, counts_E).chunk(2, dim=-1)
+        return grouped_linear(self.activation(gate_NI) * up_NI, self.down_proj, counts_E)
+
+
+def grouped_linear(x_NK: torch.Tensor, weight_EOK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+    """[N, O] = x · weight[expert of the row]ᵀ: one kernel where the device has one, or a loop over the experts."""
+    if takes_grouped(x_NK, weight_EOK):
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        return F.grouped_mm(x_NK, weight_EOK.transpose(1, 2), offs=ends_E)
+    # `unbind` gives the stack one gradient; indexing would add up one of its size for each expert.
+    rows, matrices = x_NK.split(counts_E.tolist()), weight_EOK.unbind()
+    return torch.cat([F.linear(own_NK, matrix_OK) for own_NK, matrix_OK in zip(rows, matrices, strict=True)])
+
+
+def takes_grouped(x_NK: torch.Tensor, weight_EOK: torch.Tensor) -> bool:
+    """Whether `F.grouped_mm` computes this product: bfloat16 on a CUDA device, rows of a multiple of 16 bytes."""
+    is_bfloat16 = x_NK.dtype == weight_EOK.dtype == torch.bfloat16
+    is_aligned = weight_EOK.shape[1] % 8 == 0 and weight_EOK.shape[2] % 8 == 0
+    return x_NK.is_cuda and is_bfloat16 and is_aligned and hasattr(F, "grouped_mm")
