@@ -1,6 +1,6 @@
 """All targets on one GPU in one table: the device's limits, the engine alone, the server over HTTP.
 
-    python -m benchmarks.gpu                                all of it, within ten minutes
+    python -m benchmarks.gpu                                all but the models that take minutes to load, in ten minutes
     python -m benchmarks.gpu --only limits 0.6b/1 8b/64     these (--list says what there is)
     python -m benchmarks.gpu --profile                      and the kernels of a decoding step of each work
 
@@ -21,7 +21,7 @@ import threading
 import time
 from typing import Any
 
-from benchmarks.gpu.workloads import BASE_OF, ENGINES, NAMES, PEER, RESULT, ROWS, WORKS, Row
+from benchmarks.gpu.workloads import BASE_OF, ENGINES, NAMES, PEER, RESULT, ROWS, USUAL_NAMES, WORKS, Row
 from benchmarks.support.record import ROOT, write_result
 
 LIMIT_S = 570  # of the whole, so that ten minutes are enough
@@ -168,7 +168,7 @@ def print_list() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, metavar="NAME", help="these works")
+    parser.add_argument("--only", nargs="+", default=USUAL_NAMES, choices=NAMES, metavar="NAME", help="these works")
     parser.add_argument("--list", action="store_true", help="list all workloads and exit")
     parser.add_argument("--profile", action="store_true", help="also the kernels of decoding steps, without HTTP")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

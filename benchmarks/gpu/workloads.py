@@ -1,8 +1,8 @@
 """The workloads of benchmarks.gpu: shapes of models, engines, workloads, and a peer's figures.
 
 The peer's figures are notes of what vLLM 0.22.1 (torch 2.11.0+cu130) reached on another H100 80GB HBM3 before, in bf16,
-with random weights and token ids, temperature 0.6, ignore_eos; there is no file of results. Where vLLM is installed,
-`benchmarks.gpu` measures it.
+with random weights and token ids, temperature 0.6, ignore_eos; there is no file of results. Those of 30b-a3b are vLLM
+0.26's on an H200. Where vLLM is installed, `benchmarks.gpu` measures it.
 """
 
 import contextlib
@@ -21,6 +21,9 @@ MAX_STEP_TOKENS = 8192
 RANK = 16
 
 
+EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A decoder; the fields are named as in config.json."""
@@ -36,15 +39,24 @@ class Shape:
     tie_word_embeddings: bool
     rope_theta: float
     max_position_embeddings: int
+    num_experts: int = 0  # of every layer; 0: an MLP of intermediate_size
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
 
     def config(self, *, for_transformers: bool) -> dict[str, Any]:
-        """The content of config.json: transformers' Llama or Qwen3, or our own model."""
+        """The content of config.json: transformers' Llama, Qwen3 or Qwen3-MoE, or our own model."""
         fields = dataclasses.asdict(self) | {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+        if self.num_experts:
+            fields["norm_topk_prob"] = True
+        else:
+            fields = {name: value for name, value in fields.items() if name not in EXPERT_FIELDS}
         rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
         if not for_transformers:
             return fields | {"model_type": "bytetransformer", "use_xpos": False, "rope_parameters": rope}
         kind = "Qwen3" if fields.pop("qk_norm") else "Llama"
         fields |= {"model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"], "dtype": "bfloat16"}
+        if self.num_experts:
+            fields |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1}
         return fields | {"rope_parameters": rope, "rope_theta": rope["rope_theta"]}
 
 
@@ -64,12 +76,18 @@ SHAPES = {
         head_dim=128, intermediate_size=14_336, qk_norm=False, tie_word_embeddings=False, rope_theta=5e5,
         max_position_embeddings=131_072,
     ),
+    "30b-a3b": Shape(  # Qwen3-30B-A3B
+        vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+        head_dim=128, intermediate_size=6144, qk_norm=True, tie_word_embeddings=False, rope_theta=1e6,
+        max_position_embeddings=40_960, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+    ),
 }  # fmt: skip
 TINY = Shape(
     vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, intermediate_size=96, qk_norm=True, tie_word_embeddings=False, rope_theta=1e4,
     max_position_embeddings=4096,
 )  # fmt: skip
+TINY_EXPERTS = dataclasses.replace(TINY, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +109,7 @@ ENGINES = {
     "8b-lora": Engine(shape="8b", adapters=32),
     "8b-int8": Engine(shape="8b", quantization="int8"),
     "8b-fp8": Engine(shape="8b", quantization="fp8"),
+    "30b-a3b": Engine(shape="30b-a3b", max_num_seqs=256),
 }
 
 
@@ -138,6 +157,10 @@ WORKS = {
     "8b-int8/1": Work(engine="8b-int8", **ONE),
     "8b-fp8/1": Work(engine="8b-fp8", **ONE),
     "8b-fp8/64": Work(engine="8b-fp8", requests=64),
+    "30b-a3b/1": Work(engine="30b-a3b", **ONE),
+    "30b-a3b/8": Work(engine="30b-a3b", requests=8, **ONE),
+    "30b-a3b/64": Work(engine="30b-a3b", requests=64),
+    "30b-a3b/256": Work(engine="30b-a3b", requests=256),
 }
 
 
@@ -188,6 +211,10 @@ ROWS = (
     Row(work="8b-int8/1", key="tok_s", unit="tok/s", target=330),
     Row(work="8b-fp8/1", key="tok_s", unit="tok/s", target=330),
     Row(work="8b-fp8/64", key="tok_s", unit="tok/s"),
+    Row(work="30b-a3b/1", key="tok_s", unit="tok/s", target=450, peer=237),
+    Row(work="30b-a3b/8", key="tok_s", unit="tok/s", target=1600, peer=836),
+    Row(work="30b-a3b/64", key="tok_s", unit="tok/s", target=4500, peer=3144),
+    Row(work="30b-a3b/256", key="tok_s", unit="tok/s", target=8500, peer=6653),
     Row(work="0.6b/start", key="start_s", unit="s", target=15, peer=90, less_is_better=True),  # the peer's best: 90-159
     Row(work="0.6b/http-1", key="tpot_ms", unit="ms/token", target=0.9, peer=2.55, less_is_better=True),
     Row(work="0.6b/http-1", key="ttft_ms", unit="ms TTFT", target=8, peer=19, less_is_better=True),
@@ -197,11 +224,15 @@ ROWS = (
     Row(work="0.6b/http-256", key="ttft_ms", unit="ms TTFT", peer=500, less_is_better=True),
 )
 NAMES = list(dict.fromkeys(row.work for row in ROWS))
+USUAL_NAMES = [name for name in NAMES if not name.startswith("30b-a3b/")]  # the others take minutes to load
 BASE_OF = {"8b/64-lora32": "8b/64", "8b/64-lora1": "8b/64"}  # the denominator of `of_base`
 
 
 def shape_of(engine: Engine, *, is_tiny: bool) -> Shape:
-    return TINY if is_tiny else SHAPES[engine.shape]
+    shape = SHAPES[engine.shape]
+    if is_tiny:
+        return TINY_EXPERTS if shape.num_experts else TINY
+    return shape
 
 
 def work_of(name: str, *, is_tiny: bool) -> Work:

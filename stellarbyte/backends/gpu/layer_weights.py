@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 
+from stellarbyte.backends.gpu.expert_weights import ExpertLayer, expert_parts, pack_experts
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import (
@@ -39,8 +40,9 @@ class Layer:
 
     qkv: Weight
     output: Weight
-    gate_up: Weight
-    down: Weight
+    gate_up: Weight | None = None  # None: the layer has experts
+    down: Weight | None = None
+    experts: ExpertLayer | None = None
     input_norm_C: torch.Tensor
     mlp_norm_C: torch.Tensor | None = None  # None: attention and MLP in parallel
     q_norm_D: torch.Tensor | None = None
@@ -50,13 +52,19 @@ class Layer:
     window: int | None
 
 
-def pack_layer(model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str) -> Layer:
+def pack_layer(
+    model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str, earlier: Sequence[Layer] = ()
+) -> Layer:
     """Pack one layer's weights. Quantization frees the model's own matrices.
+
+    Args:
+        earlier: the layers before it, whose experts it may share.
 
     Raises:
         ValueError: the kernels do not support a part of the layer.
     """
-    parts = layer_parts(config, layer)
+    of_experts = expert_parts(layer_parts(config, layer))
+    parts = [part for part in layer_parts(config, layer) if part not in of_experts]
     if unknown := [part.name for part in parts if part.name not in _VECTORS and part.reads not in _INPUTS]:
         raise ValueError(f"the GPU kernels do not support {unknown[0]}")
     if not config.qk_norm_per_head:
@@ -82,6 +90,13 @@ def pack_layer(model: ByteLanguageModel, config: ByteModelConfig, layer: int, qu
     for part in parts:
         if part.reads is None:
             fields[_VECTORS[part.name]] = model.get_parameter(f"{module_path(layer, part.name)}.weight")
+    if of_experts:
+        holder = config.expert_layers[layer]
+        pool = earlier[holder].experts if holder < layer else None
+        fields["experts"] = pack_experts(
+            model, config, layer, of_experts, quantization=quantization, pack=pack,
+            pool=None if pool is None else pool.experts,
+        )  # fmt: skip
     return Layer(**fields, window=config.windows[layer])
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from stellarbyte.backends.gpu.adapters import Adapters
-from stellarbyte.backends.gpu.layer_weights import pack_layer
+from stellarbyte.backends.gpu.expert_weights import ExpertLayer
+from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
@@ -21,11 +22,15 @@ from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.gates import GATES, apply_gate
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
 from stellarbyte.ops.triton.lora import Addend
+from stellarbyte.ops.triton.moe.layer import make_scratch, moe
+from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
 # T tokens, C hidden size, R rows of some of them, V vocabulary, A = heads · head dim, N = A + keys and values
+
+_MAX_EXPERT_ROWS = 4096  # tokens that a layer's experts compute together: enough for full tiles
 
 Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, packed q|k|v [T, N] → [T, A]
 
@@ -66,7 +71,9 @@ class TritonModel:
         head_weight = Weight(matrix_NK=model.lm_head.weight)
         # The head's rounding errors reach the logits directly, and those of fp8 are larger.
         self.head_weight = head_weight if quantization == "none" else quantize(head_weight, "int8")
-        self.layers = [pack_layer(model, config, layer, quantization) for layer in range(config.num_hidden_layers)]
+        self.layers: list[Layer] = []
+        for layer in range(config.num_hidden_layers):
+            self.layers.append(pack_layer(model, config, layer, quantization, self.layers))
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.gate = GATES[config.hidden_act]
         self.score_scale = decoder.rotary.score_scale
@@ -94,6 +101,11 @@ class TritonModel:
             log_decay_D = self._rotary.log_decay(self.device)
             self._rotations = Rotations(cos_OD, sin_OD, None if log_decay_D is None else log_decay_D.contiguous())
         return self._rotations
+
+    def make_expert_scratch(self, max_rows: int) -> ExpertScratch | None:
+        """For `forward` on one stream, of up to `max_rows` tokens; None: no layer has experts."""
+        layers = [layer.experts for layer in self.layers if layer.experts is not None]
+        return make_scratch(min(max_rows, _MAX_EXPERT_ROWS), layers[0].router, layers[0].experts) if layers else None
 
     def prefill(
         self,
@@ -125,18 +137,22 @@ class TritonModel:
 
     # The layers
 
-    def forward(self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
+    def forward(
+        self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None, expert_scratch: ExpertScratch | None
+    ) -> torch.Tensor:
         """Token embeddings → hidden states after the final norm; x_TC may be written to."""
         is_plain = adapters is None and self.alpha is None and not self.config.parallel_residual
-        if is_plain and len(x_TC) <= MAX_NORMED_ROWS and is_for_few(x_TC, self.layers[0].qkv):
-            return self._forward_few(x_TC, attend)
-        return self._forward_many(x_TC, attend, adapters)
+        has_shared = any(layer.experts is not None and layer.experts.shared is not None for layer in self.layers)
+        is_few = len(x_TC) <= MAX_NORMED_ROWS and is_for_few(x_TC, self.layers[0].qkv)
+        if is_plain and is_few and not has_shared:
+            return self._forward_few(x_TC, attend, expert_scratch)
+        return self._forward_many(x_TC, attend, adapters, expert_scratch)
 
-    def _forward_few(self, x_TC: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _forward_few(self, x_TC: torch.Tensor, attend: Attend, expert_scratch: ExpertScratch | None) -> torch.Tensor:
         """Few rows: norms, gates and residuals are fused into the products."""
         for i in range(len(self.layers)):
             x_TC = self._attention_of_few(x_TC, i, attend)
-            x_TC = self._mlp_of_few(x_TC, i)
+            x_TC = self._mlp_of_few(x_TC, i, expert_scratch)
         return add_norm(x_TC, None, self.final_norm_C, self.config.rms_norm_eps)
 
     def _attention_of_few(self, x_TC: torch.Tensor, i: int, attend: Attend) -> torch.Tensor:
@@ -145,14 +161,23 @@ class TritonModel:
         attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps), None)
         return linear(attended_TA, layer.output, residual_TN=x_TC, branch_scale_N=layer.attention_scale_C)
 
-    def _mlp_of_few(self, x_TC: torch.Tensor, i: int) -> torch.Tensor:
+    def _mlp_of_few(self, x_TC: torch.Tensor, i: int, expert_scratch: ExpertScratch | None) -> torch.Tensor:
         """x + the MLP branch of layer i, added by its last product."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
         assert layer.mlp_norm_C is not None
+        if layer.experts is not None:
+            assert expert_scratch is not None
+            return moe(
+                x_TC, layer.experts.router, layer.experts.experts, expert_scratch, gate=self.gate,
+                norm_C=layer.mlp_norm_C, eps=eps, residual_TC=x_TC, branch_scale_C=layer.mlp_scale_C,
+            )  # fmt: skip
+        assert layer.gate_up is not None and layer.down is not None
         inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
         return linear(inner_TI, layer.down, residual_TN=x_TC, branch_scale_N=layer.mlp_scale_C)
 
-    def _forward_many(self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None) -> torch.Tensor:
+    def _forward_many(
+        self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None, expert_scratch: ExpertScratch | None
+    ) -> torch.Tensor:
         """Many rows: the kernel of the next branch's norm adds a branch to the residual stream."""
         norms = [layer.input_norm_C for layer in self.layers]
         source_TC = x_TC if self.alpha is not None else add_norm(x_TC, None, norms[0], self.config.rms_norm_eps)
@@ -167,7 +192,7 @@ class TritonModel:
             else:
                 source_TC = self._add(x_TC, branch, own_norm_C, layer.mlp_norm_C, alpha)
                 own_norm_C = layer.mlp_norm_C
-            branch = self._mlp(source_TC, i, adapters)
+            branch = self._mlp(source_TC, i, adapters, expert_scratch)
             source_TC = self._add(x_TC, branch, own_norm_C, next_norm_C, alpha)
         return source_TC if self.alpha is None else add_norm(x_TC, None, self.final_norm_C, self.config.rms_norm_eps)
 
@@ -177,12 +202,28 @@ class TritonModel:
         attended_TA = attend(i, *self._project(x_TC, layer.qkv, i, ATTENTION_INPUT, adapters))
         return Branch(*self._project(attended_TA, layer.output, i, ATTENDED, adapters), layer.attention_scale_C)
 
-    def _mlp(self, x_TC: torch.Tensor, i: int, adapters: Adapters | None) -> Branch:
+    def _mlp(
+        self, x_TC: torch.Tensor, i: int, adapters: Adapters | None, expert_scratch: ExpertScratch | None
+    ) -> Branch:
         """The MLP branch of layer i for its input x."""
         layer = self.layers[i]
+        if layer.experts is not None:
+            assert expert_scratch is not None
+            return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, layer.mlp_scale_C)
+        assert layer.gate_up is not None and layer.down is not None
         gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
         inner_TI = apply_gate(gate_up_TI, self.gate, addend)
         return Branch(*self._project(inner_TI, layer.down, i, GATED, adapters), layer.mlp_scale_C)
+
+    def _experts(self, x_TC: torch.Tensor, layer: ExpertLayer, scratch: ExpertScratch) -> torch.Tensor:
+        """The sum of the chosen experts and the shared one."""
+        shared_TC = None
+        if layer.shared is not None:
+            inner_TI = apply_gate(_apply(x_TC, layer.shared.gate_up), self.gate)
+            shared_TC = _apply(inner_TI, layer.shared.down)
+            if layer.shared.gate_1C is not None:
+                shared_TC *= F.linear(x_TC, layer.shared.gate_1C).sigmoid()
+        return moe(x_TC, layer.router, layer.experts, scratch, gate=self.gate, residual_TC=shared_TC)
 
     def _add(
         self,

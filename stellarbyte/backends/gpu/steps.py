@@ -106,6 +106,7 @@ class Steps:
         self._num_multiprocessors = num_multiprocessors_of(device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
         self._sampler_scratch = SamplerScratch.make(max_samples, vocab_size, device)
+        self._expert_scratch = model.make_expert_scratch(max(max_rows, max_tokens, MAX_PADDED_TOKENS))
         self._lora_scratch = self._side_stream = None
         if model.bank.num_slots:
             self._lora_scratch = LoraScratch.make(
@@ -151,6 +152,7 @@ class Steps:
             x_BC,
             lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
             self._adapters(lora, self._side_stream),
+            self._expert_scratch,
         )
         model.head(hidden_BC, out=logits_BV)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
@@ -213,7 +215,7 @@ class Steps:
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
         attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
         x_TC = F.embedding(inputs.token_ids_T, model.embedding_VC)
-        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None))
+        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None), self._expert_scratch)
         num_samples = len(inputs.sample_rows_R)
         logits_RV = model.head(hidden_TC[inputs.sample_rows_R])
         if num_samples:

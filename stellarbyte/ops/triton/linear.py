@@ -98,7 +98,7 @@ def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tu
 
 
 @triton.jit
-def _finish(
+def finish(
     total, ups, addend, out, scales, bias, branch_scale, offsets, n, num_outputs, inside, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
@@ -142,10 +142,10 @@ def _vector_kernel(
     k = tl.arange(0, BLOCK_K)
     tile = weight + n.to(tl.int64)[:, None] * num_inputs + k[None, :]
     to_ups = num_outputs.to(tl.int64) * num_inputs
-    w = _weights(tile, inside, k < num_inputs, EVEN_K)
+    w = load_weights(tile, inside, k < num_inputs, EVEN_K)
     w_up = w
     if GATE:
-        w_up = _weights(tile + to_ups, inside, k < num_inputs, EVEN_K)
+        w_up = load_weights(tile + to_ups, inside, k < num_inputs, EVEN_K)
     wait_for_inputs(OVERLAPS)
     total = tl.zeros([BLOCK_N], tl.float32)
     addend = total
@@ -163,24 +163,24 @@ def _vector_kernel(
         if i + 1 < NUM_TILES:
             k += BLOCK_K
             tile += BLOCK_K
-            w = _weights(tile, inside, k < num_inputs, EVEN_K)
+            w = load_weights(tile, inside, k < num_inputs, EVEN_K)
             if GATE:
-                w_up = _weights(tile + to_ups, inside, k < num_inputs, EVEN_K)
-        total += tl.sum(_float32(this) * v[None, :], axis=1)
+                w_up = load_weights(tile + to_ups, inside, k < num_inputs, EVEN_K)
+        total += tl.sum(as_float32(this) * v[None, :], axis=1)
         if GATE:
-            ups += tl.sum(_float32(this_up) * v[None, :], axis=1)
+            ups += tl.sum(as_float32(this_up) * v[None, :], axis=1)
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / num_inputs + eps)
         total *= factor
         ups *= factor
-    _finish(
+    finish(
         total, ups, addend, out, scales, bias, branch_scale, n, n, num_outputs, inside,
         HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
     )  # fmt: skip
 
 
 @triton.jit
-def _float32(w):
+def as_float32(w):
     """Weights as float32. Four int8 become the last bytes of 2^23 + 128 + w, twice as fast as conversions."""
     if _HAS_PTX and w.dtype == tl.int8:
         return tl.inline_asm_elementwise(
@@ -205,7 +205,7 @@ def _float32(w):
 
 
 @triton.jit
-def _weights(tile, inside_n, inside_k, EVEN_K: tl.constexpr):
+def load_weights(tile, inside_n, inside_k, EVEN_K: tl.constexpr):
     """Load a tile of weights; each is read once in a step."""
     if EVEN_K:
         return tl.load(tile, mask=inside_n[:, None], other=0.0, eviction_policy="evict_first")
@@ -255,7 +255,7 @@ def _rows_kernel(
     addend = total
     if HAS_RESIDUAL:
         addend = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
-    _finish(
+    finish(
         total, ups, addend, out, scales, bias, branch_scale, offsets, many_n, num_outputs, inside,
         HAS_SCALES, HAS_BIAS, HAS_RESIDUAL, HAS_BRANCH_SCALE, GATE,
     )  # fmt: skip

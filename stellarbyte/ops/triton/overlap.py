@@ -40,3 +40,12 @@ def wait_for_inputs(OVERLAPS: tl.constexpr):
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
+
+
+@triton.jit
+def wait_then_let_next_begin(OVERLAPS: tl.constexpr):
+    """As `wait_for_inputs`, but the next kernel begins later: it may read before its wait what was written before this
+    kernel, past its own multiprocessor's cache (".cg")."""
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()

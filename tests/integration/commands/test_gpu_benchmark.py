@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from benchmarks.gpu import run_all
+from benchmarks.gpu.__main__ import run_all
 from benchmarks.gpu.engine import Run
 from benchmarks.gpu.profile import busy_us
 from benchmarks.gpu.workloads import ROWS, WORKS
@@ -46,6 +46,16 @@ def test_a_profile_names_what_a_step_runs_and_how_often():
     launches = {line.split()[-1]: float(line.split()[2]) for line in table.splitlines() if "aten::" in line}
     assert launches["aten::linear"] >= 15  # seven of each of two layers, and the head
     assert re.search(r"[\d.]+ us a step with.*\n\d+\.\d% of it the device was idle", table)
+
+
+def test_the_kernels_of_experts_are_measured_and_their_bytes_counted():
+    command = [sys.executable, "-m", "benchmarks.gpu.moe_kernels", "--device", "cpu", "--tiny", "--no-record"]
+    pytest.importorskip("triton", reason="Triton is not installed")
+    table = subprocess.run([*command, "--tokens", "3"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tokens, experts, megabytes = (float(cell) for cell in table.splitlines()[-1].split()[:3])
+    assert tokens == 3 and 2 <= experts <= 8
+    assert megabytes == pytest.approx((experts * 3 * 64 * 32 * 4 + 8 * 64 * 2) / 1e6, abs=0.06)
+    assert all(name in table for name in ("gate_up", "down", "combine", "routing"))
 
 
 FAULTY = """

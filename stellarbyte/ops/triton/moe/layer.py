@@ -1,0 +1,85 @@
+"""A mixture-of-experts layer on the GPU: route, multiply by the chosen experts, sum by their gates."""
+
+from dataclasses import dataclass
+
+import torch
+
+from stellarbyte.ops.triton.moe import groups, pairs
+from stellarbyte.ops.triton.moe.routing import MAX_NORMED_ROWS, Router, route
+from stellarbyte.ops.triton.moe.scratch import ExpertScratch
+from stellarbyte.ops.triton.weights import ExpertWeight
+
+# T tokens, E experts, C hidden size, I intermediate size of an expert
+
+MAX_PAIR_ROWS = 2  # of tokens whose pairs are computed one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Gated MLPs of one size, without biases."""
+
+    gate_up: ExpertWeight  # [E, 2I, C], an expert's gates above its ups
+    down: ExpertWeight  # [E, C, I]
+
+
+def make_scratch(max_rows: int, router: Router, experts: Experts) -> ExpertScratch:
+    """For layers like this one, and up to `max_rows` tokens at a time."""
+    num_experts, hidden_size, intermediate_size = experts.down.matrix_ENK.shape
+    return ExpertScratch.make(
+        max_rows=max_rows,
+        max_normed_rows=min(max_rows, MAX_NORMED_ROWS),
+        num_experts=num_experts,
+        top_k=router.top_k,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        dtype=router.weight_EC.dtype,
+        device=router.weight_EC.device,
+    )
+
+
+def moe(
+    x_TC: torch.Tensor,
+    router: Router,
+    experts: Experts,
+    scratch: ExpertScratch,
+    *,
+    gate: int,
+    norm_C: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual_TC: torch.Tensor | None = None,
+    branch_scale_C: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + branch_scale · Σ g_e · down_e (gate(gates_e x) · ups_e x) over each token's chosen experts e.
+
+    Gates g_e in float32, sums in float32, their terms in the model's dtype. No token is dropped. More rows than the
+    scratch is for are computed in parts.
+
+    Args:
+        x_TC: contiguous, float32 or bfloat16, like all matrices that are not quantized.
+        gate: of `gates.GATES`.
+        norm_C: weight of an RMSNorm of x before all else, with `eps`; for at most `MAX_NORMED_ROWS` rows.
+        residual_TC: contiguous, of x's shape and dtype.
+    """
+    out_TC = torch.empty_like(x_TC)
+    for first in range(0, len(x_TC), scratch.max_rows):
+        rows = slice(first, first + scratch.max_rows)
+        part_TC, out_part_TC = x_TC[rows], out_TC[rows]
+        residual_part_TC = None if residual_TC is None else residual_TC[rows]
+        num_tokens, top_k, num_experts = len(part_TC), router.top_k, len(router.weight_EC)
+        is_paired = num_tokens <= MAX_PAIR_ROWS
+        part_TC = route(part_TC, router, scratch, norm_C=norm_C, eps=eps, lists_pairs=not is_paired)
+        if is_paired:
+            pairs.gate_up(
+                part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate,
+                tile=pairs.gate_up_tile(part_TC.shape[1]),
+            )  # fmt: skip
+            pairs.down(
+                out_part_TC, experts.down, scratch, top_k=top_k, residual_TC=residual_part_TC,
+                branch_scale_C=branch_scale_C, tile=pairs.down_tile(experts.down.matrix_ENK.shape[2]),
+            )  # fmt: skip
+            continue
+        sizes = (num_tokens, top_k, num_experts, x_TC.dtype)
+        groups.gate_up(part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, tile=groups.gate_up_tile(*sizes))
+        groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=groups.down_tile(*sizes))
+        groups.combine(out_part_TC, scratch, top_k=top_k, residual_TC=residual_part_TC, branch_scale_C=branch_scale_C)
+    return out_TC

@@ -1,0 +1,52 @@
+"""Models with experts on the GPU engine against the float64 oracle; on a CPU by Triton's interpreter."""
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from stellarbyte.backends.gpu.model import TritonModel
+from tests.support.engines.gpu_engine import GpuEngine, own_stream
+from tests.support.models import oracle
+from tests.support.models.byte_transformer import EXPERT_VARIANTS, EXPERTS, make_model, random_tokens
+
+REFUSED = {
+    "experts by share": "router_top_p",
+    "experts, parallel, norms over all heads": "qk_norm_per_head",
+}
+SERVED = {name: fields for name, fields in EXPERT_VARIANTS.items() if name not in REFUSED}
+FIRST, LENGTH = 11, 14  # the prompt is one step, then each token
+
+
+@pytest.mark.parametrize("variant", [*SERVED, "experts, parallel"])
+def test_logprobs_equal_the_oracles(variant: str, device: torch.device) -> None:
+    fields: dict[str, Any] = SERVED.get(variant, EXPERTS | {"parallel_residual": True, "hidden_act": "gelu_tanh"})
+    model, tokens = make_model(**fields), random_tokens(LENGTH)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)[FIRST - 1 :]
+    with own_stream(device):
+        engine = GpuEngine(model, device, num_blocks=20, max_num_seqs=2)
+        assert (engine.teacher_forced(tokens, FIRST) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("variant", REFUSED)
+def test_what_the_kernels_do_not_support_is_refused_by_name(variant: str) -> None:
+    model = make_model(**EXPERT_VARIANTS[variant])
+    with pytest.raises(ValueError, match=f"the GPU kernels do not support .*{REFUSED[variant]}"):
+        TritonModel(model, model.config)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_pool_is_packed_once_and_its_weights_are_held_once(quantization: str) -> None:
+    model = make_model(**EXPERT_VARIANTS["experts of pools, one shared"])
+    layers = TritonModel(model, model.config, quantization=quantization).layers
+    first, second, third = (layer.experts for layer in layers)
+    assert first is not None and second is not None and third is not None
+    assert third.experts is first.experts and second.experts is not first.experts
+    assert third.router.weight_EC is not first.router.weight_EC
+    own = model.model.layers[0].mlp.experts.down_proj
+    if quantization == "none":
+        assert own.data_ptr() == first.experts.down.matrix_ENK.data_ptr()
+    else:
+        assert own.numel() == 0 and first.experts.down.matrix_ENK.dtype == torch.int8
