@@ -1,6 +1,7 @@
 """Low-rank adapters: in a model for training, in PEFT's files, and packed for serving."""
 
 from stellarbyte.lora.config import LoRAConfig
+from stellarbyte.lora.freezing import freeze, unfreeze
 from stellarbyte.lora.layers import (
     LoRALinear,
     activate_lora,
@@ -21,10 +22,12 @@ __all__ = [
     "activate_lora",
     "apply_lora_to_model",
     "deactivate_lora",
+    "freeze",
     "load_adapter",
     "merge_lora",
     "read_adapter",
     "remove_lora",
     "save_adapter",
+    "unfreeze",
     "unmerge_lora",
 ]

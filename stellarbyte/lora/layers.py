@@ -7,7 +7,7 @@ model that `apply_lora_to_model` was called with.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = nn.ModuleDict()
         self.scales: dict[str, float] = {}
         self.configs: dict[str, LoRAConfig] = {}
-        self.trainable: set[str] = set()  # adapters that train while active
+        self.frozen: set[tuple[str, str]] = set()  # adapter and "A" or "B"; other matrices train while active
         self.active: tuple[str, ...] = ()
         self._unmerged: list[nn.Parameter] = []  # the base's own weight while merged; in a list: not registered
         self.train(base.training)
@@ -64,10 +64,10 @@ class LoRALinear(nn.Module):
             if given is None:
                 nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
                 nn.init.zeros_(b.weight)
-                self.trainable.add(name)
             else:
                 a.weight.copy_(given[0])
                 b.weight.copy_(given[1])
+                self.frozen |= {(name, "A"), (name, "B")}
         self.lora_A[name], self.lora_B[name] = a, b
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.scales[name] = config.scale_of(module_name)
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
         """Remove an adapter of this layer."""
         for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scales, self.configs):
             del by_name[name]
-        self.trainable.discard(name)
+        self.frozen -= {(name, "A"), (name, "B")}
         self.active = tuple(other for other in self.active if other != name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,11 +121,18 @@ class LoRALinear(nn.Module):
         self.train(self.base_layer.training)
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Activate the adapters of `names` that this layer has; they train unless their weights were given."""
+        """Activate the adapters of `names` that this layer has; their matrices train unless frozen."""
         self.active = tuple(name for name in dict.fromkeys(names) if name in self.configs)
         for name in self.configs:
-            for weight in self.matrices(name):
-                weight.requires_grad_(name in self.active and name in self.trainable)
+            for letter, weight in zip("AB", self.matrices(name), strict=True):
+                weight.requires_grad_(name in self.active and (name, letter) not in self.frozen)
+
+    def set_frozen(self, weights: Set[torch.Tensor], frozen: bool) -> None:
+        """Remember which of its matrices are frozen, for later activations."""
+        for name in self.configs:
+            for letter, weight in zip("AB", self.matrices(name), strict=True):
+                if weight in weights:
+                    (self.frozen.add if frozen else self.frozen.discard)((name, letter))
 
     def matrices(self, name: str) -> Weights:
         """A [r, in] and B [out, r] of one adapter."""
@@ -252,8 +259,8 @@ def add_adapter(model: nn.Module, name: str, config: LoRAConfig, weights: Mappin
 def activate_lora(model: nn.Module, *names: str) -> None:
     """Activate exactly these adapters, whose outputs add up; restores the wrappers if LoRA was deactivated.
 
-    Of the LoRA parameters only theirs are then trainable, except those loaded from files. Merged adapters are
-    unmerged first.
+    Of the LoRA parameters only theirs are then trainable, except frozen ones, as those loaded from files are until
+    `unfreeze`. Merged adapters are unmerged first.
 
     Raises:
         ValueError: no name is given, or a name is unknown.
