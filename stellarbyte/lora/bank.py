@@ -107,7 +107,7 @@ def pack_adapter(
     adapted = [place for place in projections.modules() if place[2] in weights]
     for layer, projection, name in adapted:
         ranks_LP[layer, projection] = len(weights[name][0])
-    a_LP, b_LP, total = _offsets(ranks_LP, projections)
+    a_LP, b_LP, total = offsets(ranks_LP, projections)
     numbers = large_array(total, dtype)
     bits = _bits(numbers)
     for layer, projection, name in adapted:
@@ -132,11 +132,12 @@ def _bits(numbers: torch.Tensor) -> npt.NDArray[np.generic]:
     return numbers.view({2: torch.int16, 4: torch.int32}[numbers.element_size()]).numpy()
 
 
-def _part(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Tensor:
+def matrix_at(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Tensor:
+    """[rank, width]: a view of the A or Bᵀ, or of some of its rows, that begins at an offset of a slot's numbers."""
     return numbers[offset : offset + rank * width].view(rank, width)
 
 
-def _offsets(ranks_LP: Integers, projections: Projections) -> tuple[Integers, Integers, int]:
+def offsets(ranks_LP: Integers, projections: Projections) -> tuple[Integers, Integers, int]:
     """The offset of each A and each Bᵀ, and the end of the last one."""
     shapes_LP2 = np.array(projections.shapes, dtype=np.int64)
     sizes_L2P: Integers = np.stack([ranks_LP * shapes_LP2[:, :, 1], ranks_LP * shapes_LP2[:, :, 0]], 1)
@@ -218,7 +219,7 @@ class LoraBank:
         if self._copies is None:
             self.clear(slot)
             self.numbers_SF[slot, : len(adapter.numbers)].copy_(adapter.numbers)
-        self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], _ = _offsets(adapter.ranks_LP, self.projections)
+        self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], _ = offsets(adapter.ranks_LP, self.projections)
         self.ranks_SLP[slot] = adapter.ranks_LP
         if self._copies is not None:
             numbers = (adapter.numbers, self.numbers_SF[slot, : len(adapter.numbers)])
@@ -238,10 +239,10 @@ class LoraBank:
         """[Σ r, in]: the stacked A's of projections that share an input."""
         start = int(self.a_offsets_SLP[slot, layer, projections.start])
         rank = int(self.ranks_SLP[slot, layer, projections].sum())
-        return _part(self.numbers_SF[slot], start, rank, self.projections.input_width(layer, projections))
+        return matrix_at(self.numbers_SF[slot], start, rank, self.projections.input_width(layer, projections))
 
     def b(self, slot: int, layer: int, projection: int) -> torch.Tensor:
         """[r, out]: alpha / r · Bᵀ of one projection."""
         rank = int(self.ranks_SLP[slot, layer, projection])
         start = int(self.b_offsets_SLP[slot, layer, projection])
-        return _part(self.numbers_SF[slot], start, rank, self.projections.shapes[layer][projection][0])
+        return matrix_at(self.numbers_SF[slot], start, rank, self.projections.shapes[layer][projection][0])

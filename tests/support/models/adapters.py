@@ -122,16 +122,29 @@ class FakeStore:
     def forget(self, version: AdapterVersion) -> None:
         self.in_memory.discard(version)
 
+    def _read(self, version: AdapterVersion) -> ReadDone:
+        if error := self.errors.get(version.name):
+            return ReadDone(version=version, seconds=0.01, error=error)
+        content_hash = self.content(version)
+        return ReadDone(version=version, seconds=0.01, content_hash=content_hash, num_bytes=100, rank=4)
+
+    def _mix(self, version: AdapterVersion) -> ReadDone:
+        """Its content is that of the parts, those in memory as they were read, with their scales."""
+        hashes = {part: part.content_hash for part, _ in version.parts if part in self.in_memory}
+        read = [self._read(part) for part, _ in version.parts if part not in hashes]
+        hashes |= {done.version: done.content_hash for done in read}
+        error = next((done.error for done in read if done.error), self.errors.get(version.name, ""))
+        content = " + ".join(f"{scale} {hashes[part]}" for part, scale in version.parts)
+        return ReadDone(version=version, seconds=0.01, error=error, content_hash=content, rank=8, parts=tuple(read))
+
     def finished(self) -> list[ReadDone | FillDone | Looked]:
         """Everything that was started."""
         done: list[ReadDone | FillDone | Looked] = [Looked(partial(note, look())) for look, note in self.looks]
         for version in self.reads:
-            if error := self.errors.get(version.name):
-                done.append(ReadDone(version=version, seconds=0.01, error=error))
-                continue
-            self.in_memory.add(version)
-            content_hash = self.content(version)
-            done.append(ReadDone(version=version, seconds=0.01, content_hash=content_hash, num_bytes=100, rank=4))
+            read = self._mix(version) if version.parts else self._read(version)
+            if not read.error:
+                self.in_memory.add(version)
+            done.append(read)
         for version, slot in self.fills:
             if error := self.fill_errors.get(version.name):
                 done.append(FillDone(version=version, slot=slot, error=error))

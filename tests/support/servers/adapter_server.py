@@ -1,5 +1,6 @@
 """A server on a tiny model with adapters whose answers are known, for tests over HTTP."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from tokenizers import Tokenizer
 from stellarbyte import ByteTransformer
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
-from stellarbyte.lora import load_adapter, merge_lora
+from stellarbyte.lora import activate_lora, load_adapter, merge_lora
+from stellarbyte.lora.layers import lora_layers
 from stellarbyte_server.engine.text import TextStream
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models.adapters import write_adapter
@@ -46,6 +48,19 @@ class KnownModel:
             if answers is not None:
                 return answers
             seed += 1_000_000
+
+    def mix_answers(self, scales: Mapping[Path, float], num_tokens: int = NUM_TOKENS) -> list[str] | None:
+        """The `answers` with several adapter folders at once, each times its scale."""
+        merged = ByteTransformer(self.model.config).eval()
+        merged.load_state_dict(self.model.state_dict())
+        for folder in scales:
+            load_adapter(merged, folder, folder.name)
+        for folder, scale in scales.items():
+            for layer in lora_layers(merged).values():
+                layer.scales[folder.name] *= scale
+        activate_lora(merged, *(folder.name for folder in scales))
+        merge_lora(merged)
+        return self.answers(merged, num_tokens)
 
     def answers(self, model: ByteTransformer, num_tokens: int = NUM_TOKENS) -> list[str] | None:
         """The answer's text when it is cut after 0, 1, ... num_tokens tokens; None if the model nearly had a choice."""

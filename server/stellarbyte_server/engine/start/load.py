@@ -19,8 +19,9 @@ from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.user_cache import adapter_cache
 from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
-from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
+from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore

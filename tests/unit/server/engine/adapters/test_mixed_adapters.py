@@ -79,6 +79,33 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
         assert ModelEngine(alone, backend=backend).generate([plain]) == [tokens]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mix_of_adapters_beside_its_parts_equals_both_merged(backend: Backend) -> None:
+    """With a scale of each and one of the request, which multiplies the whole mix."""
+    model = make_model()
+    parts = {f"a{i}": random_adapter(model.config, seed=i, ranks=(1, 3, 5), share=0.7) for i in range(3)}
+    scales = {"a0": 0.5, "a1": 2.0, "a2": 1.0}
+    packed = [
+        (pack_adapter(adapter.weights, adapter.scales, model.config, torch.float32), scales[name])
+        for name, adapter in parts.items()
+    ]
+    engine = ModelEngine(model, backend=backend, adapters=parts, num_mixes=1, max_num_batched_tokens=7)
+    engine.add_mix("a0+a1+a2", packed)
+    tokens = random_tokens(60)
+    for scale in (1.0, 0.5):
+        whole = model
+        for name, adapter in parts.items():
+            whole = merged(whole, adapter, scales[name] * scale)
+        expected = oracle.logprobs(whole.state_dict(), model.config, tokens)
+        together = [
+            make_request(tokens[:20], 4, str(i), seed=i, adapter=name, adapter_scale=scale)
+            for i, name in enumerate(["a0", "a0+a1+a2", None, "a2"])
+        ]
+        engine.generate(together)
+        found = engine.teacher_forced(tokens, 20, adapter="a0+a1+a2", adapter_scale=scale)
+        assert (found - expected[19:]).abs().max() <= 1e-4
+
+
 def generate_with_logprobs(
     engine: ModelEngine, requests: list[GenerationRequest]
 ) -> tuple[list[list[int]], list[torch.Tensor]]:

@@ -55,6 +55,60 @@ def test_an_adapter_goes_from_disk_to_a_slot_and_leaves_nothing(version: Adapter
     assert not bank.ranks_SLP.any() and not bank.numbers_SF.any()
 
 
+def offered(folder: Path, name: str, seed: int, rank: int = 4) -> AdapterVersion:
+    """An adapter of that name, written into the folder."""
+    write_adapter(folder / name, make_model(), seed, rank)
+    files = AdapterFolder(str(folder), {}).offered(name)
+    assert files is not None
+    return AdapterVersion(name=name, files=files)
+
+
+def read(store: AdapterStore, version: AdapterVersion) -> ReadDone:
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone)
+    return done
+
+
+def test_a_mix_is_the_same_from_parts_in_memory_and_on_disk(tmp_path: Path) -> None:
+    a, b = offered(tmp_path, "a", 1), offered(tmp_path, "b", 2, rank=3)
+    bank = LoraBank(make_model().config, 2, 8)
+    store = AdapterStore(bank)
+    mix = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 0.5)))
+    of_disk = read(store, mix)
+    assert of_disk.rank == 7 and [done.version for done in of_disk.parts] == [a, b]
+    assert all(len(done.content_hash) == 64 for done in of_disk.parts)
+    store.fill(mix, 1)
+    wait(store)
+    for part in (a, b):
+        part.content_hash = read(store, part).content_hash
+    for part in (a, b):  # what is in memory serves whatever became of the files
+        assert part.files is not None
+        part.files.weights.unlink()
+    again = AdapterVersion(name="a+b", files=None, parts=mix.parts)
+    of_memory = read(store, again)
+    assert of_memory.parts == () and of_memory.content_hash == of_disk.content_hash
+    store.fill(again, 2)
+    wait(store)
+    assert torch.equal(bank.numbers_SF[1], bank.numbers_SF[2]) and bank.numbers_SF[1].any()
+    other = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 0.25)))
+    assert read(store, other).content_hash != of_disk.content_hash
+
+
+def test_a_mix_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    a, b = offered(tmp_path, "a", 1), offered(tmp_path, "b", 2, rank=5)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    mix = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 1.0)))
+    refused = read(store, mix).error
+    assert refused == (
+        "The mix 'a+b' cannot be loaded: its ranks add up to 9, but at most 8 is supported (--max-lora-rank)."
+    )
+    b.files.config.write_text("{")
+    done = read(store, mix)
+    assert "The adapter 'b' cannot be loaded: adapter_config.json" in done.error
+    assert [(part.version, bool(part.error)) for part in done.parts] == [(a, False), (b, True)]
+
+
 def test_unloading_gives_back_the_bytes_that_the_registry_counts(tmp_path: Path) -> None:
     model = make_model(hidden_size=512, intermediate_size=2048)
     write_adapter(tmp_path / "a", model, seed=1, rank=64)
