@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from stellarbyte.lora.layers import LoRALinear
+from stellarbyte.lora.layers import AdapterLayer
 
 Parameters = dict[str, nn.Parameter]
 
@@ -49,7 +49,7 @@ def _set_trainable(model: nn.Module, patterns: Iterable[str], trains: bool) -> t
     for parameter in matched.values():
         parameter.requires_grad_(trains)
     for layer in model.modules():
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, AdapterLayer):
             layer.set_frozen(set(matched.values()), not trains)
     return tuple(matched)
 

@@ -11,7 +11,8 @@ from stellarbyte import ByteTransformer
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.lora import activate_lora, load_adapter, merge_lora
-from stellarbyte.lora.layers import lora_layers
+from stellarbyte.lora.adapted_model import adapter_layers
+from stellarbyte.lora.layers import LoRALayer
 from stellarbyte_server.engine.text import TextStream
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models.adapters import write_adapter
@@ -56,7 +57,8 @@ class KnownModel:
         for folder in scales:
             load_adapter(merged, folder, folder.name)
         for folder, scale in scales.items():
-            for layer in lora_layers(merged).values():
+            for layer in adapter_layers(merged).values():
+                assert isinstance(layer, LoRALayer)
                 layer.scales[folder.name] *= scale
         activate_lora(merged, *(folder.name for folder in scales))
         merge_lora(merged)
