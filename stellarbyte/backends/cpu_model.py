@@ -32,7 +32,7 @@ from stellarbyte.ops.cpu.instructions import LANES
 from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, StackedLinears, forward_layers, rms_norm
 from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
-from stellarbyte.ops.cpu.packing import interleave_gated, pack
+from stellarbyte.ops.cpu.packing import PackedWeight, interleave_gated, interleaved_rows, pack, unpack
 from stellarbyte.ops.cpu.sampler import sample
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
@@ -107,6 +107,7 @@ class CpuModel(ServedModel):
             norm_eps=config.rms_norm_eps,
             alpha=deepnorm_alpha(config) if config.deepnorm else 0.0,
         )
+        self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
         self._rotations: Rotations | None = None
 
@@ -133,6 +134,17 @@ class CpuModel(ServedModel):
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows, self.num_threads)
+
+    def weight(self, module: str) -> torch.Tensor:
+        layer, number = self._places[module]
+        groups = self.bank.projections.shared_inputs.items()
+        field = next(_INPUTS[name] for name, group in groups if group.start <= number < group.stop)
+        linears: StackedLinears = getattr(self.layers, field)
+        packed = PackedWeight(linears.weights[layer], linears.scales[layer], linears.minima[layer])
+        widths, i = linears.widths, number - linears.first
+        first = int(widths[:i].sum())
+        rows = interleaved_rows(int(widths[i]), i) if field == "gate_up" else np.arange(first, first + int(widths[i]))
+        return torch.from_numpy(unpack(packed)[rows])
 
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         other = copy.copy(self)

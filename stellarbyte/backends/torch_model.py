@@ -32,6 +32,14 @@ class ServedModel(ABC):
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
         """[R, V] logits of the next token."""
 
+    def weight(self, module: str) -> torch.Tensor:
+        """[out, in] the weight of an adaptable module as products read it, for DoRA's norms. Any thread.
+
+        Raises:
+            NotImplementedError: the backend serves no DoRA.
+        """
+        raise NotImplementedError(f"no DoRA for {module}")
+
     @abstractmethod
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         """The same weights, served with the windows and sinks of `config`."""
@@ -76,6 +84,9 @@ class TorchModel(ServedModel):
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()
 
+    def weight(self, module: str) -> torch.Tensor:
+        return self.model.get_parameter(f"{module}.weight").detach()
+
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         other = copy.copy(self)
         other.config = config
@@ -83,7 +94,8 @@ class TorchModel(ServedModel):
 
 
 class _AdaptedProjection:
-    """The `project` of one step: y = W x + scale · Bᵀ(A x), each row with its own sequence's adapter and scale."""
+    """The `project` of one step: y = W x + scale · (d ⊙ W x + Bᵀ(A x)), each row with its own sequence's adapter and
+    scale; without DoRA d is 0."""
 
     def __init__(self, bank: LoraBank, places: Mapping[nn.Module, tuple[int, int]], batch: ForwardBatch) -> None:
         self.bank = bank
@@ -102,5 +114,10 @@ class _AdaptedProjection:
             shrunk = scale * (x[rows] @ self.bank.a(slot, layer, projections).T)
             ranks = self.bank.ranks_SLP[slot, layer, projections].tolist()
             for i, hidden in enumerate(shrunk.split(ranks, dim=-1)):
+                if (d := self.bank.d(slot, layer, first + i)) is not None:
+                    bias = linears[i].bias
+                    assert bias is None or isinstance(bias, torch.Tensor)
+                    product = outputs[i][rows] if bias is None else outputs[i][rows] - bias
+                    outputs[i][rows] += scale * d * product
                 outputs[i][rows] += hidden @ self.bank.b(slot, layer, first + i)
         return outputs

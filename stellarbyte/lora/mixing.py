@@ -1,4 +1,4 @@
-"""Several packed adapters as one, whose A's are stacked and whose B's are concatenated."""
+"""Several packed adapters as one, whose A's are stacked, B's concatenated, and DoRA's d's added up."""
 
 from collections.abc import Sequence
 
@@ -25,11 +25,12 @@ def mixed(parts: Sequence[tuple[PackedAdapter, float]], config: ByteModelConfig,
     ranks_LP: Integers = np.sum([adapter.ranks_LP for adapter, _ in parts], axis=0, dtype=np.int64)
     if (rank := int(ranks_LP.max())) > max_rank:
         raise AdapterError(f"its ranks add up to {rank}, but at most {max_rank} is supported (--max-lora-rank).")
-    a_LP, b_LP, total = offsets(ranks_LP, projections)
+    has_factors_LP = np.any([adapter.has_factors_LP for adapter, _ in parts], axis=0)
+    a_LP, b_LP, d_LP, total = offsets(ranks_LP, has_factors_LP, projections)
     numbers = large_array(total, parts[0][0].numbers.dtype)
     filled_LP = np.zeros_like(ranks_LP)
     for adapter, scale in parts:
-        a_from_LP, b_from_LP, _ = offsets(adapter.ranks_LP, projections)
+        a_from_LP, b_from_LP, d_from_LP, _ = offsets(adapter.ranks_LP, adapter.has_factors_LP, projections)
         for place in zip(*np.nonzero(adapter.ranks_LP), strict=True):
             out, width = projections.shapes[place[0]][place[1]]
             rank, filled = int(adapter.ranks_LP[place]), int(filled_LP[place])
@@ -37,5 +38,9 @@ def mixed(parts: Sequence[tuple[PackedAdapter, float]], config: ByteModelConfig,
             b = matrix_at(adapter.numbers, int(b_from_LP[place]), rank, out)
             matrix_at(numbers, int(a_LP[place]) + filled * width, rank, width).copy_(a)
             matrix_at(numbers, int(b_LP[place]) + filled * out, rank, out).copy_(b.float() * scale)
+            if adapter.has_factors_LP[place]:
+                d = adapter.numbers[int(d_from_LP[place]) :][:out].float() * scale
+                total_d = numbers[int(d_LP[place]) :][:out]
+                total_d.copy_(total_d.float() + d)
         filled_LP += adapter.ranks_LP
-    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP)
+    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP, has_factors_LP=has_factors_LP)

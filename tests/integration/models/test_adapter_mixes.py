@@ -1,4 +1,4 @@
-"""Mixes of adapters over HTTP: answers, keys, versions, limits."""
+"""Mixes of adapters, one of which has DoRA, over HTTP: answers, keys, versions, limits."""
 
 import time
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ key = "key-pair"
 models = ["a", "b"]
 """
 MIXES: dict[str, dict[str, float]] = {"a+b": {"a": 1.0, "b": 1.0}, "scaled": {"a": 0.5, "b": 2.0, "c": 0.25}}
+DORA = "c"  # the others are plain LoRA
 
 
 @dataclass
@@ -55,7 +56,9 @@ def mixing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixing]:
     answers: dict[str, str] = {}
     for seed in range(50):  # the first seeds without near ties in any answer
         names = {name: 3 * seed + i for i, name in enumerate("abc")}
-        answers = {name: known.add_adapter(offered / name, number)[-1] for name, number in names.items()}
+        answers = {
+            name: known.add_adapter(offered / name, number, use_dora=name == DORA)[-1] for name, number in names.items()
+        }
         mixed = {
             mix: known.mix_answers({offered / name: s for name, s in scales.items()}) for mix, scales in MIXES.items()
         }

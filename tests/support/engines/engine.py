@@ -182,7 +182,8 @@ class ModelEngine:
         bank = self._bank = LoraBank(config, len(adapters) + num_mixes, 16, device=device)
         self.versions: dict[str, AdapterVersion] = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
-            self._fill(slot, name, pack_adapter(adapter.weights, adapter.scales, config, torch.float32))
+            packed = pack_adapter(adapter.weights, adapter.scales, config, torch.float32, adapter.factors)
+            self._fill(slot, name, packed)
         self.executor = HostExecutor(backend(model, config, bank), cache, layout)
         self.runner = PlanRunner(self.executor)
 

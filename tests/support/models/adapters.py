@@ -27,14 +27,21 @@ class RandomAdapter:
 
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → A [r, in], B [out, r]
     scales: Mapping[str, float]
+    factors: Mapping[str, torch.Tensor]  # of rows [out], with DoRA
 
 
 def random_adapter(
-    config: ByteModelConfig, seed: int, ranks: tuple[int, ...] = (1, 4, 7, 16), share: float = 1.0, size: float = 0.3
+    config: ByteModelConfig,
+    seed: int,
+    ranks: tuple[int, ...] = (1, 4, 7, 16),
+    share: float = 1.0,
+    size: float = 0.3,
+    dora: float = 0.0,
 ) -> RandomAdapter:
-    """Ranks are drawn from `ranks` for every module, and so is whether it is adapted, with chance `share`."""
+    """Ranks are drawn from `ranks` for every module, and so are whether it is adapted, with chance `share`, and whether
+    with DoRA, with chance `dora`."""
     numbers = torch.Generator().manual_seed(seed)
-    weights, scales = {}, {}
+    weights, scales, factors = {}, {}, {}
     for module, (out, width) in adaptable_modules(config).items():
         rank = ranks[int(torch.randint(len(ranks), (), generator=numbers))]
         if torch.rand((), generator=numbers) > share:
@@ -42,30 +49,41 @@ def random_adapter(
         a = torch.randn(rank, width, generator=numbers) * width**-0.5
         b = torch.randn(out, rank, generator=numbers) * size * rank**-0.5
         weights[module], scales[module] = (a, b), 0.5 + float(torch.rand((), generator=numbers))
-    return RandomAdapter(weights, scales)
+        if dora and torch.rand((), generator=numbers) < dora:
+            factors[module] = 0.5 + torch.rand(out, generator=numbers)
+    return RandomAdapter(weights, scales, factors)
 
 
 def merged(model: ByteTransformer, adapter: RandomAdapter, scale: float = 1.0) -> ByteTransformer:
-    """A model of its own whose weights are W + scale · (alpha / r) · B A."""
+    """A model of its own whose weights are W + scale · (alpha / r) · B A; with factors f of rows,
+    W + scale · (f ⊙ (W + (alpha / r) · B A) - W)."""
     copy = ByteTransformer(model.config).eval()
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
         for module, (a, b) in adapter.weights.items():
-            delta = (b.double() @ a.double()) * (scale * adapter.scales[module])
             weight = copy.get_submodule(module).weight
-            weight.copy_((weight.double() + delta).float())
+            own = model.get_submodule(module).weight.double()
+            changed = own + (b.double() @ a.double()) * adapter.scales[module]
+            if module in adapter.factors:
+                changed = adapter.factors[module].double()[:, None] * changed
+            weight.copy_((own + scale * (changed - own)).float())
     return copy
 
 
-def write_adapter(folder: Path, model: ByteTransformer, seed: int, rank: int = 4, size: float = 1.0) -> Path:
+def write_adapter(
+    folder: Path, model: ByteTransformer, seed: int, rank: int = 4, size: float = 1.0, *, use_dora: bool = False
+) -> Path:
     """A PEFT folder of a random adapter of all linear modules; `model` is left as it was."""
     copy = ByteTransformer(model.config).eval()
     copy.load_state_dict(model.state_dict())
-    apply_lora_to_model(copy, LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    config = LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora)
+    apply_lora_to_model(copy, config)
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            if ".lora_" in name:
+            if ".lora_magnitude_vector." in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=numbers))
+            elif ".lora_" in name:
                 spread = size * (parameter.shape[1] ** -0.5)
                 parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)
     save_adapter(copy, folder)

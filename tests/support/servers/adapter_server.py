@@ -10,9 +10,8 @@ from tokenizers import Tokenizer
 from stellarbyte import ByteTransformer
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
-from stellarbyte.lora import activate_lora, load_adapter, merge_lora
+from stellarbyte.lora import load_adapter, merge_lora
 from stellarbyte.lora.adapted_model import adapter_layers
-from stellarbyte.lora.layers import LoRALayer
 from stellarbyte_server.engine.text import TextStream
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models.adapters import write_adapter
@@ -37,10 +36,12 @@ class KnownModel:
         tokenizer = Tokenizer.from_file(str(parent / "tiny" / "tokenizer.json"))
         return cls(parent / "tiny", load_model(parent / "tiny"), tokenizer)
 
-    def add_adapter(self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS) -> list[str]:
+    def add_adapter(
+        self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS, *, use_dora: bool = False
+    ) -> list[str]:
         """Write an adapter and return its `answers`; of the seeds from `seed` on the first without near ties."""
         while True:
-            write_adapter(folder, self.model, seed)
+            write_adapter(folder, self.model, seed, use_dora=use_dora)
             merged = ByteTransformer(self.model.config).eval()
             merged.load_state_dict(self.model.state_dict())
             load_adapter(merged, folder)
@@ -51,18 +52,17 @@ class KnownModel:
             seed += 1_000_000
 
     def mix_answers(self, scales: Mapping[Path, float], num_tokens: int = NUM_TOKENS) -> list[str] | None:
-        """The `answers` with several adapter folders at once, each times its scale."""
-        merged = ByteTransformer(self.model.config).eval()
-        merged.load_state_dict(self.model.state_dict())
-        for folder in scales:
-            load_adapter(merged, folder, folder.name)
+        """The `answers` with what several adapter folders change in the weights added up, each times its scale."""
+        total = ByteTransformer(self.model.config).eval()
+        total.load_state_dict(self.model.state_dict())
         for folder, scale in scales.items():
-            for layer in adapter_layers(merged).values():
-                assert isinstance(layer, LoRALayer)
-                layer.scales[folder.name] *= scale
-        activate_lora(merged, *(folder.name for folder in scales))
-        merge_lora(merged)
-        return self.answers(merged, num_tokens)
+            merged = ByteTransformer(self.model.config).eval()
+            merged.load_state_dict(self.model.state_dict())
+            merge_lora(load_adapter(merged, folder))
+            for name, layer in adapter_layers(merged).items():
+                own = self.model.get_submodule(name).weight.data
+                total.get_submodule(name).weight.data += scale * (layer.base_layer.weight.data - own)
+        return self.answers(total, num_tokens)
 
     def answers(self, model: ByteTransformer, num_tokens: int = NUM_TOKENS) -> list[str] | None:
         """The answer's text when it is cut after 0, 1, ... num_tokens tokens; None if the model nearly had a choice."""

@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from stellarbyte.lora import AdapterError, read_adapter
+from stellarbyte.lora import Adapter, AdapterError, read_adapter
 from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.dora import row_factors
 from stellarbyte.lora.mixing import mixed
+from stellarbyte.lora.peft_config import USE_DORA
 from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
@@ -41,8 +43,10 @@ class AdapterStore:
     `wake_fd` becomes readable when `finished` has results.
     """
 
-    def __init__(self, bank: LoraBank) -> None:
+    def __init__(self, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
+        """`weight_of` gives the weight of a module as the backend multiplies by it; None: DoRA is not served."""
         self._bank = bank
+        self._weight_of = weight_of
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
@@ -125,10 +129,16 @@ class AdapterStore:
             assert files is not None, "only versions with files are read"
             opener = functools.partial(open_inside, files.root)
             adapter = read_adapter(
-                files.config, files.weights, self._shapes, max_rank=self._bank.max_rank, opener=opener
+                files.config,
+                files.weights,
+                self._shapes,
+                max_rank=self._bank.max_rank,
+                accepts=frozenset() if self._weight_of is None else {USE_DORA},
+                opener=opener,
             )
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
-            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
+            factors = self._factors(adapter)
+            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype, factors)
             if not packed.is_finite():
                 raise AdapterError("its weights times alpha / r overflow the serving dtype.")
         except AdapterError as error:
@@ -146,6 +156,19 @@ class AdapterStore:
             unmatched=adapter.unmatched_targets,
         )
         return done, packed
+
+    def _factors(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """DoRA's factors of rows, by module."""
+        factors: dict[str, torch.Tensor] = {}
+        for name, magnitude in adapter.magnitudes.items():
+            assert self._weight_of is not None  # else the adapter has been refused
+            try:
+                factors[name] = row_factors(
+                    self._weight_of(name), *adapter.weights[name], adapter.scale_of(name), magnitude
+                )
+            except ZeroDivisionError as error:
+                raise AdapterError(f"it has DoRA, but in {name} {error}.") from None
+        return factors
 
     def _mixed(self, version: AdapterVersion) -> tuple[ReadDone, PackedAdapter | None]:
         """A mix of its parts, of which those that are not in memory are read from disk and not kept."""

@@ -4,12 +4,16 @@ import os
 import select
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from stellarbyte.backends.cpu_model import CpuModel
+from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.memory import FillDone, ReadDone
@@ -93,6 +97,49 @@ def test_a_mix_is_the_same_from_parts_in_memory_and_on_disk(tmp_path: Path) -> N
     assert torch.equal(bank.numbers_SF[1], bank.numbers_SF[2]) and bank.numbers_SF[1].any()
     other = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 0.25)))
     assert read(store, other).content_hash != of_disk.content_hash
+
+
+BACKENDS: list[Any] = [
+    TorchModel,
+    partial(CpuModel, quantization="none", num_threads=1),
+    partial(CpuModel, quantization="int8", num_threads=1),
+    partial(CpuModel, quantization="int4", num_threads=1),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=["torch", "cpu", "int8", "int4"])
+def test_doras_factors_are_those_of_the_weights_as_they_are_served(tmp_path: Path, backend: Any) -> None:
+    model = make_model(hidden_size=64, intermediate_size=128)
+    write_adapter(tmp_path / "a", model, 1, rank=3, use_dora=True)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    version = AdapterVersion(name="a", files=files)
+    bank = LoraBank(model.config, 1, 8)
+    served = backend(model, model.config, bank)
+    store = AdapterStore(bank, served.weight)
+    assert not read(store, version).error
+    store.fill(version, 1)
+    wait(store)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    keys = ("A.weight", "B.weight", "magnitude_vector")
+    for layer, number, name in bank.projections.modules():
+        a, b, m = (tensors[f"base_model.model.{name}.lora_{key}"].double() for key in keys)
+        changed = served.weight(name).double() + 2 * b @ a
+        factors = m / changed.norm(dim=1)
+        d = bank.d(1, layer, number)
+        assert d is not None
+        torch.testing.assert_close(d.double(), factors - 1, rtol=0, atol=1e-5)
+        expected = (2 * factors[:, None] * b).T
+        torch.testing.assert_close(bank.b(1, layer, number).double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(bank.a(1, layer, slice(number, number + 1)).double(), a)
+
+
+def test_a_backend_without_dora_refuses_it_by_name(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", make_model(), 1, use_dora=True)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    refused = read(AdapterStore(LoraBank(make_model().config, 1, 8)), AdapterVersion(name="a", files=files))
+    assert "'use_dora' is True, but only plain LoRA without it is supported" in refused.error
 
 
 def test_a_mix_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path) -> None:
