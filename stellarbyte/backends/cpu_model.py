@@ -8,11 +8,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from stellarbyte.backends.replaced import RowAdapters, add_embeddings, add_logits
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.lora.bank import LoraBank, Projections
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, Projections
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import (
     ATTENDED,
@@ -112,8 +113,9 @@ class CpuModel(ServedModel):
         self._rotations: Rotations | None = None
 
     def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        embeddings_TC = torch.from_numpy(self.embedding_VC[batch.token_ids_T.numpy()])
         hidden_TC = self._run(
-            self.embedding_VC[batch.token_ids_T.numpy()],
+            add_embeddings(embeddings_TC, batch, self.bank).numpy(),
             batch_arrays(batch),
             adapters_of(batch, self.bank),
             self.rotations_up_to(batch.reach + cache.block_size),
@@ -122,12 +124,12 @@ class CpuModel(ServedModel):
         )
         return torch.from_numpy(hidden_TC)
 
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
         logits_RV = np.empty((len(hidden_RC), self.vocab_size), np.float32)
         if len(logits_RV):
             head = tuple(self.head_weight)
             linear(hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
-        return torch.from_numpy(logits_RV)
+        return add_logits(torch.from_numpy(logits_RV), hidden_RC, adapters, self.bank)
 
     def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
         adjust_logits(logits_RV, rows)
@@ -136,6 +138,10 @@ class CpuModel(ServedModel):
         return sample(logits_RV, rows, self.num_threads)
 
     def weight(self, module: str) -> torch.Tensor:
+        if module == EMBEDDING:
+            return torch.from_numpy(self.embedding_VC)
+        if module == HEAD:
+            return torch.from_numpy(unpack(self.head_weight)[: self.vocab_size])
         layer, number = self._places[module]
         groups = self.bank.projections.shared_inputs.items()
         field = next(_INPUTS[name] for name, group in groups if group.start <= number < group.stop)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stellarbyte.backends.paged_attention import PagedAttention
+from stellarbyte.backends.replaced import RowAdapters, add_embeddings, add_logits
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
@@ -29,16 +30,16 @@ class ServedModel(ABC):
         """Compute a step, writing its keys and values to the cache; [T, C] hidden states after the final norm."""
 
     @abstractmethod
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        """[R, V] logits of the next token."""
+    def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
+        """[R, V] logits of the next token; `adapters` are those of the rows, (): none replaces the head."""
 
     def weight(self, module: str) -> torch.Tensor:
-        """[out, in] the weight of an adaptable module as products read it, for DoRA's norms. Any thread.
+        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps read it. Any thread.
 
         Raises:
-            NotImplementedError: the backend serves no DoRA.
+            NotImplementedError: the backend serves only plain LoRA.
         """
-        raise NotImplementedError(f"no DoRA for {module}")
+        raise NotImplementedError(f"only plain LoRA is served, also in {module}")
 
     @abstractmethod
     def with_windows_of(self, config: ByteModelConfig) -> Self:
@@ -53,7 +54,7 @@ class ServedModel(ABC):
         """The next token of each row of logits, or NO_TOKEN; see `stellarbyte.sampling.sampler`."""
 
     def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
-        """Compute a step; [R, V] logits of the rows that sample."""
+        """Compute a step; [R, V] logits of the rows that sample, of adapters that replace no head."""
         return self.head(self.hidden(batch, cache)[batch.logits_rows])
 
 
@@ -76,10 +77,10 @@ class TorchModel(ServedModel):
         decoder = self.model.model
         attend = PagedAttention(self.config, decoder.rotary, cache, batch)
         project = _AdaptedProjection(self.bank, self._places, batch) if any(batch.adapter_slots) else plain_projection
-        return decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
+        return decoder(add_embeddings(decoder.embed_tokens(batch.token_ids_T), batch, self.bank), attend, project)
 
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden_RC)
+    def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
+        return add_logits(self.model.lm_head(hidden_RC), hidden_RC, adapters, self.bank)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()

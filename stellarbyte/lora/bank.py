@@ -11,7 +11,7 @@ change of the output, d ⊙ W x + Bᵀ(A x), is linear: a request's scale multip
 import math
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,6 +31,8 @@ Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 Shape = tuple[int, int]  # (out, in)
 _NO_SHAPE = (0, 0)
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"  # what adapters may replace (modules_to_save), on a CPU
+NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +84,16 @@ class PackedAdapter:
     numbers: torch.Tensor  # [n ≤ F], in the bank's dtype
     ranks_LP: Integers  # 0: no adapter for that projection
     has_factors_LP: Booleans  # DoRA's
+    replaced: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # HEAD, EMBEDDING → [V, C] the adapter's matrix less the base's
 
     @property
     def num_bytes(self) -> int:
-        return self.numbers.nbytes
+        return self.numbers.nbytes + sum(matrix.nbytes for matrix in self.replaced.values())
 
     def is_finite(self) -> bool:
-        return is_finite(self.numbers)
+        return all(map(is_finite, (self.numbers, *self.replaced.values())))
 
 
 def is_finite(numbers: torch.Tensor) -> bool:
@@ -101,7 +106,8 @@ def pack_adapter(
     scales: Mapping[str, float],
     config: ByteModelConfig,
     dtype: torch.dtype,
-    factors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    factors: Mapping[str, torch.Tensor] = NOTHING,
+    replaced: Mapping[str, torch.Tensor] = NOTHING,
 ) -> PackedAdapter:
     """Pack an adapter into a slot's layout.
 
@@ -109,6 +115,7 @@ def pack_adapter(
         weights: module name → (A [r, in], B [out, r]); names and shapes are those of `adaptable_modules`.
         scales: module name → alpha / r of that module.
         factors: module name → f [out] of DoRA.
+        replaced: see `PackedAdapter`.
     """
     projections = Projections.of(config)
     ranks_LP = np.zeros((config.num_hidden_layers, len(projections.names)), dtype=np.int64)
@@ -130,7 +137,7 @@ def pack_adapter(
             numbers[d_LP[layer, projection] :][:out] = factor - 1
             b = b.float() * factor.float()[:, None]
         bits[b_start : b_start + rank * out].reshape(rank, out)[:] = _bits(_scaled(b, scales[name], dtype)).T
-    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP, has_factors_LP=has_factors_LP)
+    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP, has_factors_LP=has_factors_LP, replaced=replaced)
 
 
 def _scaled(matrix: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -206,6 +213,7 @@ class LoraBank:
         self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         host_tables = map(torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP))
         self.tables = self._host_tables = BankTables(*host_tables)
+        self.replaced: dict[int, Mapping[str, torch.Tensor]] = {}  # slot → as in `PackedAdapter`
         self.d_offsets_SLP = np.full(shape, -1, dtype=np.int64)  # -1: no DoRA
         full = 1 + max_rank * sum(out + width for out, width in adaptable_modules(config).values())
         if torch.device(device).type == "cpu":  # backends of other devices serve no DoRA
@@ -241,6 +249,8 @@ class LoraBank:
         starts = offsets(adapter.ranks_LP, adapter.has_factors_LP, self.projections)
         self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], d_LP, _ = starts
         self.d_offsets_SLP[slot] = np.where(adapter.has_factors_LP, d_LP, -1)
+        if adapter.replaced:
+            self.replaced[slot] = {name: matrix.clone() for name, matrix in adapter.replaced.items()}
         self.ranks_SLP[slot] = adapter.ranks_LP
         if self._copies is not None:
             numbers = (adapter.numbers, self.numbers_SF[slot, : len(adapter.numbers)])
@@ -251,6 +261,7 @@ class LoraBank:
         """Make a slot's adapter the null adapter; on a CPU its memory returns to the system."""
         assert 1 <= slot <= self.num_slots
         self.ranks_SLP[slot], self.d_offsets_SLP[slot] = 0, -1
+        self.replaced.pop(slot, None)
         if self._copies is not None:
             self.tables.ranks_SLP[slot].zero_()
         if self._memory is not None and hasattr(mmap, "MADV_DONTNEED"):

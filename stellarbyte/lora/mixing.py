@@ -1,8 +1,9 @@
-"""Several packed adapters as one, whose A's are stacked, B's concatenated, and DoRA's d's added up."""
+"""Several packed adapters as one, whose A's are stacked, B's concatenated, and other changes added up."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import Integers, PackedAdapter, Projections, matrix_at, offsets
@@ -43,4 +44,8 @@ def mixed(parts: Sequence[tuple[PackedAdapter, float]], config: ByteModelConfig,
                 total_d = numbers[int(d_LP[place]) :][:out]
                 total_d.copy_(total_d.float() + d)
         filled_LP += adapter.ranks_LP
-    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP, has_factors_LP=has_factors_LP)
+    replaced: dict[str, torch.Tensor] = {}
+    for adapter, scale in parts:
+        for name, matrix in adapter.replaced.items():
+            replaced[name] = matrix * scale if name not in replaced else replaced[name].add_(matrix, alpha=scale)
+    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP, has_factors_LP=has_factors_LP, replaced=replaced)

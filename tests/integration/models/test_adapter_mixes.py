@@ -1,10 +1,11 @@
-"""Mixes of adapters, one of which has DoRA, over HTTP: answers, keys, versions, limits."""
+"""Mixes of adapters, also with DoRA or a head of their own, over HTTP: answers, keys, versions, limits."""
 
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -26,7 +27,11 @@ key = "key-pair"
 models = ["a", "b"]
 """
 MIXES: dict[str, dict[str, float]] = {"a+b": {"a": 1.0, "b": 1.0}, "scaled": {"a": 0.5, "b": 2.0, "c": 0.25}}
-DORA = "c"  # the others are plain LoRA
+FORMS: dict[str, dict[str, Any]] = {
+    "a": {},
+    "b": {"modules_to_save": ("lm_head", "embed_tokens")},
+    "c": {"use_dora": True},
+}
 
 
 @dataclass
@@ -56,9 +61,7 @@ def mixing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixing]:
     answers: dict[str, str] = {}
     for seed in range(50):  # the first seeds without near ties in any answer
         names = {name: 3 * seed + i for i, name in enumerate("abc")}
-        answers = {
-            name: known.add_adapter(offered / name, number, use_dora=name == DORA)[-1] for name, number in names.items()
-        }
+        answers = {name: known.add_adapter(offered / name, number, **FORMS[name])[-1] for name, number in names.items()}
         mixed = {
             mix: known.mix_answers({offered / name: s for name, s in scales.items()}) for mix, scales in MIXES.items()
         }

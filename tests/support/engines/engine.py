@@ -15,7 +15,7 @@ from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter
 from stellarbyte.lora.mixing import mixed
 from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.engine.run.host_executor import HostExecutor
@@ -182,8 +182,7 @@ class ModelEngine:
         bank = self._bank = LoraBank(config, len(adapters) + num_mixes, 16, device=device)
         self.versions: dict[str, AdapterVersion] = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
-            packed = pack_adapter(adapter.weights, adapter.scales, config, torch.float32, adapter.factors)
-            self._fill(slot, name, packed)
+            self._fill(slot, name, adapter.packed(config))
         self.executor = HostExecutor(backend(model, config, bank), cache, layout)
         self.runner = PlanRunner(self.executor)
 

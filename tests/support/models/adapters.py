@@ -10,6 +10,7 @@ import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
+from stellarbyte.lora.bank import PackedAdapter, pack_adapter
 from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
@@ -28,6 +29,12 @@ class RandomAdapter:
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → A [r, in], B [out, r]
     scales: Mapping[str, float]
     factors: Mapping[str, torch.Tensor]  # of rows [out], with DoRA
+    replaced: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # what its head and embedding differ from the model's [V, C]
+
+    def packed(self, config: ByteModelConfig, dtype: torch.dtype = torch.float32) -> PackedAdapter:
+        return pack_adapter(self.weights, self.scales, config, dtype, self.factors, self.replaced)
 
 
 def random_adapter(
@@ -37,6 +44,7 @@ def random_adapter(
     share: float = 1.0,
     size: float = 0.3,
     dora: float = 0.0,
+    replaced: tuple[str, ...] = (),
 ) -> RandomAdapter:
     """Ranks are drawn from `ranks` for every module, and so are whether it is adapted, with chance `share`, and whether
     with DoRA, with chance `dora`."""
@@ -51,7 +59,9 @@ def random_adapter(
         weights[module], scales[module] = (a, b), 0.5 + float(torch.rand((), generator=numbers))
         if dora and torch.rand((), generator=numbers) < dora:
             factors[module] = 0.5 + torch.rand(out, generator=numbers)
-    return RandomAdapter(weights, scales, factors)
+    matrix = config.vocab_size, config.hidden_size
+    changes = {module: 0.02 * torch.randn(matrix, generator=numbers) for module in replaced}
+    return RandomAdapter(weights, scales, factors, changes)
 
 
 def merged(model: ByteTransformer, adapter: RandomAdapter, scale: float = 1.0) -> ByteTransformer:
@@ -67,22 +77,35 @@ def merged(model: ByteTransformer, adapter: RandomAdapter, scale: float = 1.0) -
             if module in adapter.factors:
                 changed = adapter.factors[module].double()[:, None] * changed
             weight.copy_((own + scale * (changed - own)).float())
+        for module, change in adapter.replaced.items():
+            copy.get_submodule(module).weight.add_(change, alpha=scale)
     return copy
 
 
 def write_adapter(
-    folder: Path, model: ByteTransformer, seed: int, rank: int = 4, size: float = 1.0, *, use_dora: bool = False
+    folder: Path,
+    model: ByteTransformer,
+    seed: int,
+    rank: int = 4,
+    size: float = 1.0,
+    *,
+    use_dora: bool = False,
+    modules_to_save: tuple[str, ...] = (),
 ) -> Path:
     """A PEFT folder of a random adapter of all linear modules; `model` is left as it was."""
     copy = ByteTransformer(model.config).eval()
     copy.load_state_dict(model.state_dict())
-    config = LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora)
+    config = LoRAConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora, modules_to_save=modules_to_save
+    )
     apply_lora_to_model(copy, config)
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             if ".lora_magnitude_vector." in name:
                 parameter.mul_(0.5 + torch.rand(parameter.shape, generator=numbers))
+            elif ".modules_to_save." in name:
+                parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=numbers))
             elif ".lora_" in name:
                 spread = size * (parameter.shape[1] ** -0.5)
                 parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)

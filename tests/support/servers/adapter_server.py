@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -36,12 +37,10 @@ class KnownModel:
         tokenizer = Tokenizer.from_file(str(parent / "tiny" / "tokenizer.json"))
         return cls(parent / "tiny", load_model(parent / "tiny"), tokenizer)
 
-    def add_adapter(
-        self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS, *, use_dora: bool = False
-    ) -> list[str]:
+    def add_adapter(self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS, **fields: Any) -> list[str]:
         """Write an adapter and return its `answers`; of the seeds from `seed` on the first without near ties."""
         while True:
-            write_adapter(folder, self.model, seed, use_dora=use_dora)
+            write_adapter(folder, self.model, seed, **fields)
             merged = ByteTransformer(self.model.config).eval()
             merged.load_state_dict(self.model.state_dict())
             load_adapter(merged, folder)

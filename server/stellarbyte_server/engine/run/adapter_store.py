@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import torch
 
 from stellarbyte.lora import Adapter, AdapterError, read_adapter
-from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, PackedAdapter, pack_adapter
 from stellarbyte.lora.dora import row_factors
 from stellarbyte.lora.mixing import mixed
-from stellarbyte.lora.peft_config import USE_DORA
+from stellarbyte.lora.peft_config import MODULES_TO_SAVE, USE_DORA
 from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
@@ -44,9 +44,11 @@ class AdapterStore:
     """
 
     def __init__(self, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
-        """`weight_of` gives the weight of a module as the backend multiplies by it; None: DoRA is not served."""
+        """`weight_of`: `ServedModel.weight`; None: the backend serves plain LoRA only."""
         self._bank = bank
         self._weight_of = weight_of
+        matrix = bank.config.vocab_size, bank.config.hidden_size
+        self._replaceable = {} if weight_of is None else {f"{module}.weight": matrix for module in (HEAD, EMBEDDING)}
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
@@ -133,12 +135,14 @@ class AdapterStore:
                 files.weights,
                 self._shapes,
                 max_rank=self._bank.max_rank,
-                accepts=frozenset() if self._weight_of is None else {USE_DORA},
+                accepts=frozenset() if self._weight_of is None else {USE_DORA, MODULES_TO_SAVE},
+                copies=self._replaceable,
                 opener=opener,
             )
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
             factors = self._factors(adapter)
-            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype, factors)
+            replaced = self._replaced(adapter)
+            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype, factors, replaced)
             if not packed.is_finite():
                 raise AdapterError("its weights times alpha / r overflow the serving dtype.")
         except AdapterError as error:
@@ -169,6 +173,15 @@ class AdapterStore:
             except ZeroDivisionError as error:
                 raise AdapterError(f"it has DoRA, but in {name} {error}.") from None
         return factors
+
+    def _replaced(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """What the head and the embedding of an adapter differ from the model's."""
+        replaced: dict[str, torch.Tensor] = {}
+        for parameter, matrix_VC in adapter.copies.items():
+            assert self._weight_of is not None  # else the adapter has been refused
+            module = parameter.removesuffix(".weight")
+            replaced[module] = (matrix_VC.float() - self._weight_of(module).float()).to(self._bank.dtype)
+        return replaced
 
     def _mixed(self, version: AdapterVersion) -> tuple[ReadDone, PackedAdapter | None]:
         """A mix of its parts, of which those that are not in memory are read from disk and not kept."""

@@ -9,7 +9,7 @@ import torch
 
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.cpu_model import CpuModel
-from stellarbyte.lora.bank import LoraBank, pack_adapter
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, pack_adapter
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.packing import pack
 from stellarbyte.sampling.sampler import RowSampling
@@ -81,11 +81,13 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", ["biases, odd sizes", "parallel"])
-def test_dora_and_plain_adapters_in_one_batch_match_the_oracle(backend: Backend, shape: str) -> None:
+def test_dora_replaced_heads_and_plain_adapters_in_one_batch_match_the_oracle(backend: Backend, shape: str) -> None:
     model = make_model(**MODELS[shape])
     adapters = {
-        name: random_adapter(model.config, seed, share=0.8, dora=dora)
-        for seed, (name, dora) in enumerate([("dora", 1.0), ("some", 0.5), ("plain", 0.0)])
+        name: random_adapter(model.config, seed, share=0.8, dora=dora, replaced=replaced)
+        for seed, (name, dora, replaced) in enumerate(
+            [("dora", 1.0, (HEAD,)), ("some", 0.5, (HEAD, EMBEDDING)), ("plain", 0.0, ())]
+        )
     }
     assert 0 < len(adapters["some"].factors) < len(adapters["some"].weights)
     tokens = random_tokens(60)
@@ -114,14 +116,13 @@ def test_a_mix_of_adapters_beside_its_parts_equals_both_merged(backend: Backend)
     """With a scale of each and one of the request, which multiplies the whole mix."""
     model = make_model()
     parts = {
-        f"a{i}": random_adapter(model.config, seed=i, ranks=(1, 3, 5), share=0.7, dora=(0.0, 0.6, 0.6)[i])
+        f"a{i}": random_adapter(
+            model.config, seed=i, ranks=(1, 3, 5), share=0.7, dora=(0.0, 0.6, 0.6)[i], replaced=(HEAD, EMBEDDING)[:i]
+        )
         for i in range(3)
     }
     scales = {"a0": 0.5, "a1": 2.0, "a2": 1.0}
-    packed = [
-        (pack_adapter(adapter.weights, adapter.scales, model.config, torch.float32, adapter.factors), scales[name])
-        for name, adapter in parts.items()
-    ]
+    packed = [(adapter.packed(model.config), scales[name]) for name, adapter in parts.items()]
     engine = ModelEngine(model, backend=backend, adapters=parts, num_mixes=1, max_num_batched_tokens=7)
     engine.add_mix("a0+a1+a2", packed)
     tokens = random_tokens(60)
@@ -178,7 +179,7 @@ def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: s
     expected = ModelEngine(merged(rounded, adapter)).teacher_forced(random_tokens(40), 20)
     assert (engine.teacher_forced(random_tokens(40), 20, adapter="a") - expected).abs().max() <= 1e-4
     served = engine.executor.model
-    for name in adapter.weights:  # what DoRA's norms are computed from
+    for name in (*adapter.weights, HEAD, EMBEDDING):  # what DoRA's norms and replaced heads are computed from
         torch.testing.assert_close(served.weight(name), rounded.get_submodule(name).weight, rtol=0, atol=1e-5)
 
 

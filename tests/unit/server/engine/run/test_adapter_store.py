@@ -1,6 +1,7 @@
 """The threads that read and copy adapters, with real files and a real bank."""
 
 import os
+import re
 import select
 import threading
 import time
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import TorchModel
-from stellarbyte.lora.bank import LoraBank
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.memory import FillDone, ReadDone
 from stellarbyte_server.engine.run import adapter_store
@@ -134,12 +135,49 @@ def test_doras_factors_are_those_of_the_weights_as_they_are_served(tmp_path: Pat
         torch.testing.assert_close(bank.a(1, layer, slice(number, number + 1)).double(), a)
 
 
-def test_a_backend_without_dora_refuses_it_by_name(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "a", make_model(), 1, use_dora=True)
-    files = AdapterFolder(str(tmp_path), {}).offered("a")
-    assert files is not None
-    refused = read(AdapterStore(LoraBank(make_model().config, 1, 8)), AdapterVersion(name="a", files=files))
-    assert "'use_dora' is True, but only plain LoRA without it is supported" in refused.error
+@pytest.mark.parametrize("backend", BACKENDS, ids=["torch", "cpu", "int8", "int4"])
+def test_a_head_and_an_embedding_are_kept_as_what_they_differ_from_the_served(tmp_path: Path, backend: Any) -> None:
+    model = make_model(hidden_size=64, intermediate_size=128)
+    write_adapter(tmp_path / "a", model, 1, modules_to_save=("lm_head", "embed_tokens"))
+    version = AdapterVersion(name="a", files=AdapterFolder(str(tmp_path), {}).offered("a"))
+    bank = LoraBank(model.config, 1, 8)
+    served = backend(model, model.config, bank)
+    store = AdapterStore(bank, served.weight)
+    done = read(store, version)
+    assert not done.error and done.num_bytes > 2 * 4 * model.config.vocab_size * 64
+    store.fill(version, 1)
+    wait(store)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert bank.replaced[1].keys() == {HEAD, EMBEDDING}
+    for name, change in bank.replaced[1].items():
+        expected = tensors[f"base_model.model.{name}.weight"]
+        assert (expected - model.get_submodule(name).weight).abs().max() > 0.01
+        torch.testing.assert_close(served.weight(name) + change, expected)
+    store.clear(1)
+    assert not bank.replaced
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": True}, "'use_dora' is True"),
+    ({"modules_to_save": ("lm_head",)}, r"'modules_to_save' is \['lm_head'\]"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), FIELDS)
+def test_a_backend_for_plain_lora_refuses_more_by_name(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    write_adapter(tmp_path / "a", make_model(), 1, **fields)
+    version = AdapterVersion(name="a", files=AdapterFolder(str(tmp_path), {}).offered("a"))
+    refused = read(AdapterStore(LoraBank(make_model().config, 1, 8)), version)
+    assert re.search(f"{said}, but only plain LoRA without it is supported", refused.error)
+
+
+def test_other_copied_modules_are_refused_by_name(tmp_path: Path) -> None:
+    model = make_model()
+    write_adapter(tmp_path / "a", model, 1, modules_to_save=("input_layernorm",))
+    version = AdapterVersion(name="a", files=AdapterFolder(str(tmp_path), {}).offered("a"))
+    bank = LoraBank(model.config, 1, 8)
+    refused = read(AdapterStore(bank, TorchModel(model, model.config, bank).weight), version)
+    assert "modules_to_save has 'input_layernorm', which is no module that can be replaced" in refused.error
 
 
 def test_a_mix_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path) -> None:
