@@ -22,7 +22,7 @@ import zmq
 
 from benchmarks.support.record import write_result
 from stellarbyte.checkpoint.source import resolve_model
-from stellarbyte_server.engine.adapters.registry import no_adapters
+from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.loop import EngineLoop

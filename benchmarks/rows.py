@@ -19,6 +19,7 @@ import tokenizers
 import torch
 
 from benchmarks.support.record import write_result
+from stellarbyte.backends.replaced import RowAdapters
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.source import resolve_model
@@ -58,7 +59,7 @@ class _Logits:
     def hidden(self, batch: ForwardBatch, _: PagedKVCache) -> torch.Tensor:
         return torch.zeros(len(batch.token_ids_T), 8)
 
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden_RC: torch.Tensor, _: RowAdapters) -> torch.Tensor:
         return self._logits_RV[: len(hidden_RC)]
 
     def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:

@@ -8,11 +8,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from stellarbyte.backends.replaced import RowAdapters, add_embeddings, add_logits
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.lora.bank import LoraBank, Projections
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, Projections
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import (
     ATTENDED,
@@ -32,7 +33,7 @@ from stellarbyte.ops.cpu.instructions import LANES
 from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, StackedLinears, forward_layers, rms_norm
 from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
-from stellarbyte.ops.cpu.packing import interleave_gated, pack
+from stellarbyte.ops.cpu.packing import PackedWeight, interleave_gated, interleaved_rows, pack, unpack
 from stellarbyte.ops.cpu.sampler import sample
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
@@ -108,12 +109,14 @@ class CpuModel(ServedModel):
             norm_eps=config.rms_norm_eps,
             alpha=deepnorm_alpha(config) if config.deepnorm else 0.0,
         )
+        self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
         self._rotations: Rotations | None = None
 
     def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
+        embeddings_TC = torch.from_numpy(self.embedding_VC[batch.token_ids_T.numpy()])
         hidden_TC = self._run(
-            self.embedding_VC[batch.token_ids_T.numpy()],
+            add_embeddings(embeddings_TC, batch, self.bank).numpy(),
             batch_arrays(batch),
             adapters_of(batch, self.bank),
             self.rotations_up_to(batch.reach + cache.block_size),
@@ -122,18 +125,33 @@ class CpuModel(ServedModel):
         )
         return torch.from_numpy(hidden_TC)
 
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
         logits_RV = np.empty((len(hidden_RC), self.vocab_size), np.float32)
         if len(logits_RV):
             head = tuple(self.head_weight)
             linear(hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
-        return torch.from_numpy(logits_RV)
+        return add_logits(torch.from_numpy(logits_RV), hidden_RC, adapters, self.bank)
 
     def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
         adjust_logits(logits_RV, rows)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows, self.num_threads)
+
+    def weight(self, module: str) -> torch.Tensor:
+        if module == EMBEDDING:
+            return torch.from_numpy(self.embedding_VC)
+        if module == HEAD:
+            return torch.from_numpy(unpack(self.head_weight)[: self.vocab_size])
+        layer, number = self._places[module]
+        groups = self.bank.projections.shared_inputs.items()
+        field = next(_INPUTS[name] for name, group in groups if group.start <= number < group.stop)
+        linears: StackedLinears = getattr(self.layers, field)
+        packed = PackedWeight(linears.weights[layer], linears.scales[layer], linears.minima[layer])
+        widths, i = linears.widths, number - linears.first
+        first = int(widths[:i].sum())
+        rows = interleaved_rows(int(widths[i]), i) if field == "gate_up" else np.arange(first, first + int(widths[i]))
+        return torch.from_numpy(unpack(packed)[rows])
 
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         other = copy.copy(self)

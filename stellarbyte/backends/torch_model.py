@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from stellarbyte.backends.paged_attention import PagedAttention
+from stellarbyte.backends.replaced import RowAdapters, add_embeddings, add_logits
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
@@ -29,8 +30,16 @@ class ServedModel(ABC):
         """Compute a step, writing its keys and values to the cache; [T, C] hidden states after the final norm."""
 
     @abstractmethod
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        """[R, V] logits of the next token."""
+    def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
+        """[R, V] logits of the next token; `adapters` are those of the rows, (): none replaces the head."""
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps read it. Any thread.
+
+        Raises:
+            NotImplementedError: the backend serves only plain LoRA.
+        """
+        raise NotImplementedError(f"only plain LoRA is served, also in {module}")
 
     @abstractmethod
     def with_windows_of(self, config: ByteModelConfig) -> Self:
@@ -45,7 +54,7 @@ class ServedModel(ABC):
         """The next token of each row of logits, or NO_TOKEN; see `stellarbyte.sampling.sampler`."""
 
     def logits(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
-        """Compute a step; [R, V] logits of the rows that sample."""
+        """Compute a step; [R, V] logits of the rows that sample, of adapters that replace no head."""
         return self.head(self.hidden(batch, cache)[batch.logits_rows])
 
 
@@ -68,13 +77,16 @@ class TorchModel(ServedModel):
         decoder = self.model.model
         attend = PagedAttention(self.config, decoder.rotary, cache, batch)
         project = _AdaptedProjection(self.bank, self._places, batch) if any(batch.adapter_slots) else plain_projection
-        return decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
+        return decoder(add_embeddings(decoder.embed_tokens(batch.token_ids_T), batch, self.bank), attend, project)
 
-    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden_RC)
+    def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
+        return add_logits(self.model.lm_head(hidden_RC), hidden_RC, adapters, self.bank)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()
+
+    def weight(self, module: str) -> torch.Tensor:
+        return self.model.get_parameter(f"{module}.weight").detach()
 
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         other = copy.copy(self)
@@ -83,7 +95,8 @@ class TorchModel(ServedModel):
 
 
 class _AdaptedProjection:
-    """The `project` of one step: y = W x + scale · Bᵀ(A x), each row with its own sequence's adapter and scale."""
+    """The `project` of one step: y = W x + scale · (d ⊙ W x + Bᵀ(A x)), each row with its own sequence's adapter and
+    scale; without DoRA d is 0."""
 
     def __init__(self, bank: LoraBank, places: Mapping[nn.Module, tuple[int, int]], batch: ForwardBatch) -> None:
         self.bank = bank
@@ -102,5 +115,10 @@ class _AdaptedProjection:
             shrunk = scale * (x[rows] @ self.bank.a(slot, layer, projections).T)
             ranks = self.bank.ranks_SLP[slot, layer, projections].tolist()
             for i, hidden in enumerate(shrunk.split(ranks, dim=-1)):
+                if (d := self.bank.d(slot, layer, first + i)) is not None:
+                    bias = linears[i].bias
+                    assert bias is None or isinstance(bias, torch.Tensor)
+                    product = outputs[i][rows] if bias is None else outputs[i][rows] - bias
+                    outputs[i][rows] += scale * d * product
                 outputs[i][rows] += hidden @ self.bank.b(slot, layer, first + i)
         return outputs

@@ -25,9 +25,13 @@ def fingerprint(model: nn.Module) -> str:
     """
     config = model.config
     fields = {name: getattr(config, name) for name in ByteModelConfig.__annotations__ if name not in _IRRELEVANT}
-    # The state dict holds the weights of all adapters; a LoRALinear knows which of them it adds, and by which factor.
+    # The state dict holds the weights of all adapters; a wrapper of LoRA knows which of them are active, and the factor
+    # and the activation of each one that is added (a copy of the module has neither).
     adapters = {
-        name: [(adapter, module.scales[adapter]) for adapter in module.active]
+        name: [
+            (adapter, getattr(module, "scales", {}).get(adapter), module.configs[adapter].activation)
+            for adapter in module.active
+        ]
         for name, module in model.named_modules()
         if getattr(module, "active", ())
     }

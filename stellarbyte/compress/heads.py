@@ -151,7 +151,7 @@ def prune_heads(model: ByteTransformer, keep_LH: torch.Tensor) -> ByteTransforme
     before, after = expected_shapes(config), expected_shapes(pruned)
     weights = model.state_dict()
     if not before.keys() <= weights.keys():
-        raise ValueError("the model has adapters; deactivate or remove them before pruning")
+        raise ValueError("the model has adapters or quantized layers; prune the original model")
     state = {}
     for name, shape in before.items():
         weight = weights[name]

@@ -1,15 +1,19 @@
 """Adapters in the layout of the serving kernels: one row of numbers for each slot.
 
-A slot holds an adapter compactly, by layers; within a layer first every A [r, in], then every scale · Bᵀ [r, out], both
-in the order of `Projections`. So the A's of projections that share an input are adjacent, and one product
-computes all of them. B includes `alpha / r`; a request adds its own scale.
+A slot holds an adapter compactly, by layers; within a layer first every A [r, in], then every scale · Bᵀ [r, out], then
+every d [out] of DoRA, all in the order of `Projections`. So the A's of projections that share an input are adjacent,
+and one product computes all of them. B includes `alpha / r`; a request adds its own scale.
+
+With DoRA, f = m / ‖W + scale · B A‖ by rows is computed when an adapter is packed; B includes it, and d = f - 1. So the
+change of the output, d ⊙ W x + Bᵀ(A x), is linear: a request's scale multiplies it, and those of a mix add up.
 """
 
 import math
 import mmap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +28,11 @@ from stellarbyte.model.parts import Part, adaptable_modules, linears_by_input, m
 # S slots, L layers, P projections, F numbers of a slot, r rank
 
 Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 Shape = tuple[int, int]  # (out, in)
 _NO_SHAPE = (0, 0)
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"  # what adapters may replace (modules_to_save), on a CPU
+NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +83,17 @@ class PackedAdapter:
 
     numbers: torch.Tensor  # [n ≤ F], in the bank's dtype
     ranks_LP: Integers  # 0: no adapter for that projection
+    has_factors_LP: Booleans  # DoRA's
+    replaced: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # HEAD, EMBEDDING → [V, C] the adapter's matrix less the base's
 
     @property
     def num_bytes(self) -> int:
-        return self.numbers.nbytes
+        return self.numbers.nbytes + sum(matrix.nbytes for matrix in self.replaced.values())
 
     def is_finite(self) -> bool:
-        return is_finite(self.numbers)
+        return all(map(is_finite, (self.numbers, *self.replaced.values())))
 
 
 def is_finite(numbers: torch.Tensor) -> bool:
@@ -95,19 +106,25 @@ def pack_adapter(
     scales: Mapping[str, float],
     config: ByteModelConfig,
     dtype: torch.dtype,
+    factors: Mapping[str, torch.Tensor] = NOTHING,
+    replaced: Mapping[str, torch.Tensor] = NOTHING,
 ) -> PackedAdapter:
     """Pack an adapter into a slot's layout.
 
     Args:
         weights: module name → (A [r, in], B [out, r]); names and shapes are those of `adaptable_modules`.
         scales: module name → alpha / r of that module.
+        factors: module name → f [out] of DoRA.
+        replaced: see `PackedAdapter`.
     """
     projections = Projections.of(config)
     ranks_LP = np.zeros((config.num_hidden_layers, len(projections.names)), dtype=np.int64)
+    has_factors_LP = np.zeros(ranks_LP.shape, dtype=np.bool_)
     adapted = [place for place in projections.modules() if place[2] in weights]
     for layer, projection, name in adapted:
         ranks_LP[layer, projection] = len(weights[name][0])
-    a_LP, b_LP, total = _offsets(ranks_LP, projections)
+        has_factors_LP[layer, projection] = name in factors
+    a_LP, b_LP, d_LP, total = offsets(ranks_LP, has_factors_LP, projections)
     numbers = large_array(total, dtype)
     bits = _bits(numbers)
     for layer, projection, name in adapted:
@@ -115,8 +132,12 @@ def pack_adapter(
         a, b = weights[name]
         rank, a_start, b_start = len(a), a_LP[layer, projection], b_LP[layer, projection]
         bits[a_start : a_start + rank * width].reshape(rank, width)[:] = _bits(a if a.dtype == dtype else a.to(dtype))
+        factor = factors.get(name)
+        if factor is not None:
+            numbers[d_LP[layer, projection] :][:out] = factor - 1
+            b = b.float() * factor.float()[:, None]
         bits[b_start : b_start + rank * out].reshape(rank, out)[:] = _bits(_scaled(b, scales[name], dtype)).T
-    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP)
+    return PackedAdapter(numbers=numbers, ranks_LP=ranks_LP, has_factors_LP=has_factors_LP, replaced=replaced)
 
 
 def _scaled(matrix: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
@@ -132,17 +153,20 @@ def _bits(numbers: torch.Tensor) -> npt.NDArray[np.generic]:
     return numbers.view({2: torch.int16, 4: torch.int32}[numbers.element_size()]).numpy()
 
 
-def _part(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Tensor:
+def matrix_at(numbers: torch.Tensor, offset: int, rank: int, width: int) -> torch.Tensor:
+    """[rank, width]: a view of the A or Bᵀ, or of some of its rows, that begins at an offset of a slot's numbers."""
     return numbers[offset : offset + rank * width].view(rank, width)
 
 
-def _offsets(ranks_LP: Integers, projections: Projections) -> tuple[Integers, Integers, int]:
-    """The offset of each A and each Bᵀ, and the end of the last one."""
-    shapes_LP2 = np.array(projections.shapes, dtype=np.int64)
-    sizes_L2P: Integers = np.stack([ranks_LP * shapes_LP2[:, :, 1], ranks_LP * shapes_LP2[:, :, 0]], 1)
-    ends = np.cumsum(sizes_L2P, dtype=np.int64).reshape(sizes_L2P.shape)
-    starts = ends - sizes_L2P
-    return starts[:, 0].copy(), starts[:, 1].copy(), int(ends[-1, -1, -1])
+def offsets(
+    ranks_LP: Integers, has_factors_LP: Booleans, projections: Projections
+) -> tuple[Integers, Integers, Integers, int]:
+    """The offset of each A, each Bᵀ and each d, and the end of the last one."""
+    out_LP, in_LP = np.moveaxis(np.array(projections.shapes, dtype=np.int64), -1, 0)
+    sizes_L3P: Integers = np.stack([ranks_LP * in_LP, ranks_LP * out_LP, has_factors_LP * out_LP], 1)
+    ends = np.cumsum(sizes_L3P, dtype=np.int64).reshape(sizes_L3P.shape)
+    a_LP, b_LP, d_LP = np.moveaxis(ends - sizes_L3P, 1, 0)
+    return a_LP.copy(), b_LP.copy(), d_LP.copy(), int(ends[-1, -1, -1])
 
 
 class BankTables(NamedTuple):
@@ -189,7 +213,11 @@ class LoraBank:
         self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         host_tables = map(torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP))
         self.tables = self._host_tables = BankTables(*host_tables)
+        self.replaced: dict[int, Mapping[str, torch.Tensor]] = {}  # slot → as in `PackedAdapter`
+        self.d_offsets_SLP = np.full(shape, -1, dtype=np.int64)  # -1: no DoRA
         full = 1 + max_rank * sum(out + width for out, width in adaptable_modules(config).values())
+        if torch.device(device).type == "cpu":  # backends of other devices serve no DoRA
+            full += sum(out for out, _ in adaptable_modules(config).values())
         bytes_per_slot = -(-full * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         count = (num_slots + 1) * bytes_per_slot // dtype.itemsize
         self._memory: mmap.mmap | None = None
@@ -218,7 +246,11 @@ class LoraBank:
         if self._copies is None:
             self.clear(slot)
             self.numbers_SF[slot, : len(adapter.numbers)].copy_(adapter.numbers)
-        self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], _ = _offsets(adapter.ranks_LP, self.projections)
+        starts = offsets(adapter.ranks_LP, adapter.has_factors_LP, self.projections)
+        self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], d_LP, _ = starts
+        self.d_offsets_SLP[slot] = np.where(adapter.has_factors_LP, d_LP, -1)
+        if adapter.replaced:
+            self.replaced[slot] = {name: matrix.clone() for name, matrix in adapter.replaced.items()}
         self.ranks_SLP[slot] = adapter.ranks_LP
         if self._copies is not None:
             numbers = (adapter.numbers, self.numbers_SF[slot, : len(adapter.numbers)])
@@ -228,7 +260,8 @@ class LoraBank:
     def clear(self, slot: int) -> None:
         """Make a slot's adapter the null adapter; on a CPU its memory returns to the system."""
         assert 1 <= slot <= self.num_slots
-        self.ranks_SLP[slot] = 0
+        self.ranks_SLP[slot], self.d_offsets_SLP[slot] = 0, -1
+        self.replaced.pop(slot, None)
         if self._copies is not None:
             self.tables.ranks_SLP[slot].zero_()
         if self._memory is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -238,10 +271,16 @@ class LoraBank:
         """[Σ r, in]: the stacked A's of projections that share an input."""
         start = int(self.a_offsets_SLP[slot, layer, projections.start])
         rank = int(self.ranks_SLP[slot, layer, projections].sum())
-        return _part(self.numbers_SF[slot], start, rank, self.projections.input_width(layer, projections))
+        return matrix_at(self.numbers_SF[slot], start, rank, self.projections.input_width(layer, projections))
 
     def b(self, slot: int, layer: int, projection: int) -> torch.Tensor:
         """[r, out]: alpha / r · Bᵀ of one projection."""
         rank = int(self.ranks_SLP[slot, layer, projection])
         start = int(self.b_offsets_SLP[slot, layer, projection])
-        return _part(self.numbers_SF[slot], start, rank, self.projections.shapes[layer][projection][0])
+        return matrix_at(self.numbers_SF[slot], start, rank, self.projections.shapes[layer][projection][0])
+
+    def d(self, slot: int, layer: int, projection: int) -> torch.Tensor | None:
+        """[out]: DoRA's f - 1 of one projection; None: it has none."""
+        start = int(self.d_offsets_SLP[slot, layer, projection])
+        out, _ = self.projections.shapes[layer][projection]
+        return None if start < 0 else self.numbers_SF[slot, start : start + out]

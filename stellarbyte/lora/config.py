@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 ALL_LINEAR = "all-linear"
+ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 Value = TypeVar("Value", int, float)
 Endings = list[tuple[re.Pattern[str], Value]]
@@ -22,8 +23,14 @@ class LoRAConfig:
         use_rslora: scale = lora_alpha / sqrt(r) (Kalajdzievski 2023).
         fan_in_fan_out: the adapted layers store their weights [in, out], as transformers' Conv1D does.
         bias: only "none": biases are not trained.
+        use_dora: the weight is m ⊙ (W + scale · B A) / ‖W + scale · B A‖ by rows, with a trained m (Liu et al. 2024).
+        modules_to_save: endings of the names of modules that each adapter has a whole copy of, such as "lm_head"; the
+            copies train.
         rank_pattern, alpha_pattern: r and lora_alpha of some modules. A key is a regular expression for the end of the
             dotted name, after a dot or from the start; the first key that matches applies.
+    And one that PEFT does not have:
+        activation: "gelu", "relu", "silu" or "tanh" between A and B: y = W x + scale · B act(A x). Such an adapter can
+            be neither merged nor served. None: linear.
 
     Raises:
         ValueError: a value is impossible; the message names the field.
@@ -36,6 +43,9 @@ class LoRAConfig:
     use_rslora: bool = False
     fan_in_fan_out: bool = False
     bias: str = "none"
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] | list[str] = ()
+    activation: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
@@ -48,12 +58,17 @@ class LoRAConfig:
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout ({self.lora_dropout}) must be at least 0 and less than 1")
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "fan_in_fan_out", "use_dora"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} ({getattr(self, name)!r:.100}) must be True or False")
         if self.bias != "none":
             raise ValueError(f"bias ({self.bias!r:.100}) must be 'none': biases are not trained")
         object.__setattr__(self, "target_modules", _checked_targets(self.target_modules))
+        object.__setattr__(self, "modules_to_save", _checked_copies(self.modules_to_save))
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation ({self.activation!r:.100}) must be one of {', '.join(ACTIVATIONS)}, or None")
+        if self.activation is not None and self.use_dora:
+            raise ValueError("activation cannot be combined with use_dora")
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
@@ -71,6 +86,10 @@ class LoRAConfig:
             return self.targets_all_linear or re.fullmatch(self.target_modules, module_name) is not None
         return any(module_name == name or module_name.endswith(f".{name}") for name in self.target_modules)
 
+    def copies(self, module_name: str) -> bool:
+        """Whether an adapter has a copy of this module; not only after a dot, as in PEFT."""
+        return module_name.endswith(tuple(self.modules_to_save))
+
     @property
     def targets_all_linear(self) -> bool:
         """Whether every linear module but the output head is adapted."""
@@ -84,6 +103,12 @@ class LoRAConfig:
         rank = self.rank_of(module_name)
         alphas = (alpha for ending, alpha in self._alpha_pattern if ending.match(module_name))
         return next(alphas, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _checked_copies(names: object) -> tuple[str, ...]:
+    if isinstance(names, list | tuple) and all(isinstance(name, str) and name for name in names):
+        return tuple(names)
+    raise ValueError(f"modules_to_save ({names!r:.100}) must be a list of module names such as ['lm_head']")
 
 
 def _checked_targets(targets: object) -> tuple[str, ...] | str:

@@ -1,142 +1,304 @@
-"""Linear layers with low-rank adapters, and the functions that put them into a model.
+"""Layers with adapters, which stand in the places of a model's own layers.
 
-Adapters have names. `LoRALinear` modules replace the linear layers and hold the adapters. While LoRA is deactivated,
-the original layers are back in place and the wrappers are in the model's plain attribute `_lora_aside`, a dict by
-dotted module name: not a submodule, so neither `state_dict` nor `parameters` includes them. All functions take the
-model that `apply_lora_to_model` was called with.
+Adapters have names. A `LoRALayer` adds low-rank changes to a layer; `TrainedCopies` replace it by a copy (PEFT's
+modules_to_save).
 """
 
+import copy
 import math
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Set
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from stellarbyte.lora.config import LoRAConfig
+from stellarbyte.lora.quantized_base import FrozenInt8Linear
 
-Model = TypeVar("Model", bound=nn.Module)
-Weights = tuple[torch.Tensor, torch.Tensor]  # A [r, in], B [out, r]
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
-ASIDE = "_lora_aside"
+
+class LowRank(NamedTuple):
+    """The weights of an adapter in one layer."""
+
+    a: torch.Tensor  # [r, in], or [r, in, height, width] of a convolution
+    b: torch.Tensor  # [out, r], or [out, r, 1, 1]
+    magnitude: torch.Tensor | None = None  # [out], with DoRA
 
 
-class LoRALinear(nn.Module):
-    """A linear layer plus, for every active adapter, scale · B A dropout(x).
+class AdapterLayer(nn.Module):
+    """A layer (`base_layer`) with adapters. `active` names those in use, in the order of addition.
 
-    `base_layer` is an nn.Linear, or a Conv1D of transformers (weights [in, out]). `active` names the adapters in
-    use, in the order of addition. While merged, the forward is the base layer's alone; unmerge before any change of
-    adapters.
+    While merged, the forward is the base layer's alone; unmerge before any change of adapters.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base_layer = base
-        self.in_features, self.out_features = features(base)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
-        self.scales: dict[str, float] = {}
         self.configs: dict[str, LoRAConfig] = {}
-        self.trainable: set[str] = set()  # adapters that train while active
+        self.frozen: set[tuple[str, str]] = set()  # adapter and parameter; the others train while active
         self.active: tuple[str, ...] = ()
-        self._unmerged: list[nn.Parameter] = []  # the base's own weight while merged; in a list: not registered
+        self._unmerged: dict[str, nn.Parameter] = {}  # the base's own parameters while merged; a dict: not registered
         self.train(base.training)
 
     @property
     def merged(self) -> bool:
         return bool(self._unmerged)
 
-    def add_adapter(self, name: str, module_name: str, config: LoRAConfig, given: Weights | None = None) -> None:
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter."""
+        raise NotImplementedError
+
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """The base layer's parameters that the active adapters change, as changed."""
+        raise NotImplementedError
+
+    def why_not_merged(self) -> str | None:
+        """Why the active adapters cannot be merged, as the rest of a sentence about the layer; None: they can."""
+        return None
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter of this layer."""
+        self.frozen -= {(name, key) for key in self.parameters_of(name)}
+        self._remove(name)
+        del self.configs[name]
+        self.active = tuple(other for other in self.active if other != name)
+
+    def _remove(self, name: str) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Replace the base layer's parameters by those with the active adapters; a tied weight elsewhere stays."""
+        if self.merged or not self.active:
+            return
+        for key, parameter in self.merged_parameters().items():
+            self._unmerged[key] = self.base_layer.get_parameter(key)
+            _set_parameter(self.base_layer, key, parameter)
+
+    def unmerge(self) -> None:
+        """Restore the base layer's own parameters, the same objects with the same bits."""
+        for key, parameter in self._unmerged.items():
+            now = self.base_layer.get_parameter(key)
+            parameter.data = parameter.data.to(device=now.device, dtype=now.dtype)  # it may have moved while merged
+            _set_parameter(self.base_layer, key, parameter)
+        self._unmerged.clear()
+
+    def follow_base(self) -> None:
+        """Move the adapters to the base's device and into its training mode."""
+        self.to(next(chain(self.base_layer.parameters(), self.base_layer.buffers())).device)
+        self.train(self.base_layer.training)
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Activate the adapters of `names` that this layer has; their parameters train unless frozen."""
+        self.active = tuple(name for name in dict.fromkeys(names) if name in self.configs)
+        for name in self.configs:
+            for key, parameter in self.parameters_of(name).items():
+                parameter.requires_grad_(name in self.active and (name, key) not in self.frozen)
+
+    def set_frozen(self, parameters: Set[torch.Tensor], frozen: bool) -> None:
+        """Remember which of its adapters' parameters are frozen, for later activations."""
+        for name in self.configs:
+            for key, parameter in self.parameters_of(name).items():
+                if parameter in parameters:
+                    (self.frozen.add if frozen else self.frozen.discard)((name, key))
+
+
+class LoRALayer(AdapterLayer):
+    """A layer plus, for every active adapter, scale · B act(A dropout(x)); without an activation, act(h) = h.
+
+    With DoRA (Liu et al. 2024) the weight is m ⊙ (W + scale · B A) / ‖W + scale · B A‖ instead, by rows [out]; the norm
+    gets no gradient (section 4.3). Of several active adapters, the changes of the weight add up.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
+        self.scales: dict[str, float] = {}
+
+    def add_adapter(self, name: str, module_name: str, config: LoRAConfig, given: LowRank | None = None) -> None:
         """Add an adapter, inactive. Without `given` A is random and B zero, so the output does not change.
 
-        New weights take the base's dtype. Given ones are copied, keep their dtype if it is wider, and are not
-        trained.
+        New weights take the base's dtype. Given ones are copied, keep their dtype if it is wider, and are frozen.
         """
-        base = self._base_weight()
+        base = weight_of(self.base_layer)
         dtype = base.dtype
-        for weight in given or ():
+        for weight in (given.a, given.b) if given is not None else ():
             dtype = torch.promote_types(dtype, weight.dtype)
-        rank = config.rank_of(module_name) if given is None else len(given[0])
-        a = nn.Linear(self.in_features, rank, bias=False, device=base.device, dtype=dtype)
-        b = nn.Linear(rank, self.out_features, bias=False, device=base.device, dtype=dtype)
+        rank = config.rank_of(module_name) if given is None else len(given.a)
+        a, b = self._new_matrices(rank, base.device, dtype)
         with torch.no_grad():
             if given is None:
                 nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
                 nn.init.zeros_(b.weight)
-                self.trainable.add(name)
             else:
-                a.weight.copy_(given[0])
-                b.weight.copy_(given[1])
+                a.weight.copy_(given.a)
+                b.weight.copy_(given.b)
         self.lora_A[name], self.lora_B[name] = a, b
         self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.scales[name] = config.scale_of(module_name)
         self.configs[name] = config
+        if config.use_dora:
+            magnitude = self._row_norms(name) if given is None or given.magnitude is None else given.magnitude
+            self.lora_magnitude_vector[name] = nn.Parameter(magnitude.to(base.device, dtype, copy=True))
+        if given is not None:
+            self.frozen |= {(name, key) for key in self.parameters_of(name)}
         self.train(self.training)
 
-    def remove_adapter(self, name: str) -> None:
-        """Remove an adapter of this layer."""
-        for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scales, self.configs):
+    def _new_matrices(
+        self, rank: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
+        raise NotImplementedError
+
+    def _remove(self, name: str) -> None:
+        for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scales):
             del by_name[name]
-        self.trainable.discard(name)
-        self.active = tuple(other for other in self.active if other != name)
+        if name in self.lora_magnitude_vector:
+            del self.lora_magnitude_vector[name]
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        found = {"lora_A": self.lora_A[name].weight, "lora_B": self.lora_B[name].weight}
+        if name in self.lora_magnitude_vector:
+            found["lora_magnitude_vector"] = self.lora_magnitude_vector[name]
+        return found  # type: ignore[return-value]  # torch declares attributes of modules as Tensor | Module
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base_layer(x)
+        product = y = self.base_layer(x)
         if self.merged:
             return y
         for name in self.active:
-            dtype = self.matrices(name)[0].dtype
-            update = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x.to(dtype))))
-            y = y + (self.scales[name] * update).to(y.dtype)
+            y = y + self._change(name, x, product).to(y.dtype)
         return y
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Replace the base layer's weight by its sum with the active adapters; a tied weight elsewhere does not change.
+    def _change(self, name: str, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        """What an adapter adds to the base layer's output for x."""
+        hidden = self.lora_A[name](self.lora_dropout[name](x.to(self.parameters_of(name)["lora_A"].dtype)))
+        activation = self.configs[name].activation
+        update = self.lora_B[name](hidden if activation is None else _ACTIVATIONS[activation](hidden))
+        update = self.scales[name] * update
+        if name not in self.lora_magnitude_vector:
+            return update
+        factors, bias = self._row_factors(name), self.base_layer.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return (factors - 1) * (product if bias is None else product - bias) + factors * update
 
-        The sum is computed in float32 at least, for any dtype of the weight.
-        """
-        if self.merged or not self.active:
-            return
-        weight = self._base_weight()
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    def _delta(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """scale · B A in the shape of `weight_of`."""
+        a, b = (self.parameters_of(name)[key].to(dtype) for key in ("lora_A", "lora_B"))
+        return (self.scales[name] * (b.flatten(1) @ a.flatten(1))).view(len(b), *a.shape[1:])
+
+    def _row_norms(self, name: str) -> torch.Tensor:
+        """[out] ‖W + scale · B A‖ by rows, without gradient, in float32 at least."""
+        with torch.no_grad():
+            weight = _widened(weight_of(self.base_layer))
+            return torch.linalg.vector_norm(weight + self._delta(name, weight.dtype), dim=1)
+
+    def _row_factors(self, name: str) -> torch.Tensor:
+        """[out] m / ‖W + scale · B A‖."""
+        return self.lora_magnitude_vector[name] / self._row_norms(name)
+
+    def why_not_merged(self) -> str | None:
         for name in self.active:
-            a, b = self.matrices(name)
-            update = self.scales[name] * (b.to(total.dtype) @ a.to(total.dtype))
-            total = total + (update.T if is_conv1d(self.base_layer) else update)
-        self._unmerged.append(weight)
-        self.base_layer.weight = nn.Parameter(total.to(weight.dtype), requires_grad=weight.requires_grad)
+            if (activation := self.configs[name].activation) is not None:
+                return f"adapter {name!r} has the activation {activation!r}: non-linear adapters cannot be merged"
+        if self.active and isinstance(self.base_layer, FrozenInt8Linear):
+            return "its weight is quantized; merge into the model before quantize_frozen"
+        return None
 
-    def unmerge(self) -> None:
-        """Restore the base layer's own weight, the same object with the same bits."""
-        if self.merged:
-            now, weight = self._base_weight(), self._unmerged.pop()
-            weight.data = weight.data.to(device=now.device, dtype=now.dtype)  # the model may have moved while merged
-            self.base_layer.weight = weight
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        """The sum is taken in float32 at least, whatever the weight's dtype."""
+        own = self.base_layer.get_parameter("weight")
+        weight = total = _widened(weight_of(self.base_layer))
+        for name in self.active:
+            changed = weight + self._delta(name, weight.dtype)
+            if name in self.lora_magnitude_vector:
+                changed = changed * self._row_factors(name).to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+            total = total + (changed - weight)
+        total = total.T if is_conv1d(self.base_layer) else total
+        return {"weight": nn.Parameter(total.to(own.dtype).contiguous(), requires_grad=own.requires_grad)}
 
-    def follow_base(self) -> None:
-        """Move the adapters to the base's device and into its training mode."""
-        self.to(self._base_weight().device)
-        self.train(self.base_layer.training)
 
-    def activate(self, names: tuple[str, ...]) -> None:
-        """Activate the adapters of `names` that this layer has; they train unless their weights were given."""
-        self.active = tuple(name for name in dict.fromkeys(names) if name in self.configs)
-        for name in self.configs:
-            for weight in self.matrices(name):
-                weight.requires_grad_(name in self.active and name in self.trainable)
+class LoRALinear(LoRALayer):
+    """Of an nn.Linear, a `FrozenInt8Linear`, or a Conv1D of transformers (weights [in, out])."""
 
-    def matrices(self, name: str) -> Weights:
-        """A [r, in] and B [out, r] of one adapter."""
-        a, b = self.lora_A[name], self.lora_B[name]
-        assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)
-        return a.weight, b.weight
+    def _new_matrices(self, rank: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear]:
+        out, width = weight_shape(self.base_layer)
+        a = nn.Linear(width, rank, bias=False, device=device, dtype=dtype)
+        return a, nn.Linear(rank, out, bias=False, device=device, dtype=dtype)
 
-    def _base_weight(self) -> nn.Parameter:
-        weight = self.base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+
+class LoRAConv2d(LoRALayer):
+    """Of an nn.Conv2d with one group: A is a convolution as the layer's, B one of 1 × 1."""
+
+    def _new_matrices(self, rank: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Conv2d, nn.Conv2d]:
+        base = self.base_layer
+        assert isinstance(base, nn.Conv2d)
+        a = nn.Conv2d(
+            base.in_channels,
+            rank,
+            base.kernel_size,  # type: ignore[arg-type]  # torch declares tuples of any length
+            base.stride,  # type: ignore[arg-type]
+            base.padding,  # type: ignore[arg-type]
+            base.dilation,  # type: ignore[arg-type]
+            bias=False,
+            padding_mode=base.padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        return a, nn.Conv2d(rank, base.out_channels, 1, bias=False, device=device, dtype=dtype)
+
+
+class TrainedCopies(AdapterLayer):
+    """A module in the place of which each adapter has a whole copy; at most one is active."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self.modules_to_save = nn.ModuleDict()
+
+    def add_copy(self, name: str, config: LoRAConfig, given: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Add an adapter's copy, inactive; of the base module, or with the given parameters, which are frozen."""
+        new = copy.deepcopy(self.base_layer)
+        if given is not None:
+            with torch.no_grad():
+                for key, parameter in new.named_parameters():
+                    parameter.copy_(given[key])
+            self.frozen |= {(name, key) for key, _ in new.named_parameters()}
+        self.modules_to_save[name] = new
+        self.configs[name] = config
+        self.train(self.training)
+
+    def _remove(self, name: str) -> None:
+        del self.modules_to_save[name]
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        return dict(self.modules_to_save[name].named_parameters())
+
+    def forward(self, *arguments: object, **options: object) -> object:
+        used = self.base_layer if self.merged or not self.active else self.modules_to_save[self.active[0]]
+        return used(*arguments, **options)
+
+    def merged_parameters(self) -> dict[str, nn.Parameter]:
+        copied = self.parameters_of(self.active[0])
+        return {key: nn.Parameter(own.detach().clone(), requires_grad=False) for key, own in copied.items()}
+
+
+def _widened(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _set_parameter(module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+    owner, _, name = key.rpartition(".")
+    setattr(module.get_submodule(owner), name, parameter)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -144,178 +306,24 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
-def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear layer, wrapped or not."""
-    if isinstance(module, LoRALinear):
-        return module.in_features, module.out_features
-    weight = module.weight
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether a layer, wrapped or not, can have low-rank adapters."""
+    return isinstance(module, LoRALayer | nn.Linear | nn.Conv2d | FrozenInt8Linear) or is_conv1d(module)
+
+
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """[out, in], or [out, in, height, width]: the weight that an unwrapped layer multiplies by."""
+    if isinstance(layer, FrozenInt8Linear):
+        return layer.dequantized()
+    weight = layer.weight
     assert isinstance(weight, torch.Tensor)
-    width, out = weight.shape if is_conv1d(module) else reversed(weight.shape)
-    return width, out
+    return weight.T if is_conv1d(layer) else weight
 
 
-def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its dotted name as it was before LoRA: a wrapper counts as its layer, without its parts."""
-    wrappers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    parts = {part for wrapper in wrappers for part in wrapper.modules() if part is not wrapper}
-    return {name: module for name, module in model.named_modules() if name and module not in parts}
-
-
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by its dotted name, wrapped or not."""
-    return {
-        name: module
-        for name, module in outer_modules(model).items()
-        if isinstance(module, LoRALinear | nn.Linear) or is_conv1d(module)
-    }
-
-
-def targeted_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The linear layers that `config` adapts, by their dotted names."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {
-        name: layer
-        for name, layer in linear_layers(model).items()
-        if config.targets(name) and not (config.targets_all_linear and layer is head)
-    }
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every wrapper by the dotted name of the layer it wraps; while LoRA is deactivated, those kept aside."""
-    standing = {name: layer for name, layer in linear_layers(model).items() if isinstance(layer, LoRALinear)}
-    aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
-    return standing | aside
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the model's adapters, active or not."""
-    return sorted({name for layer in lora_layers(model).values() for name in layer.configs})
-
-
-def refuse_unknown(model: nn.Module, *names: str) -> None:
-    """Raise ValueError for the first of `names` that no adapter of the model has."""
-    known = adapter_names(model)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(map(repr, known)) or 'none'}")
-
-
-def apply_lora_to_model(model: Model, config: LoRAConfig, name: str = "default") -> Model:
-    """Add a new adapter to every targeted linear layer of `model`, in place, and make it the active one.
-
-    Only its parameters stay trainable. Layers that already have an adapter of that name keep it. Merged adapters are
-    unmerged first, and deactivated LoRA is activated. Returns `model`.
-
-    Raises:
-        ValueError: no linear layer is targeted, `config.fan_in_fan_out` does not match a layer's weight, or torch
-            rejects the name; the model is then unchanged.
-    """
-    targets = targeted_layers(model, config)
-    if not targets:
-        given = config.target_modules
-        shown = repr(given) if isinstance(given, str) else list(given)
-        raise ValueError(f"target_modules {shown} match no linear module of the model")
-    for module_name, layer in targets.items():
-        base = layer.base_layer if isinstance(layer, LoRALinear) else layer
-        if config.fan_in_fan_out != is_conv1d(base):
-            raise ValueError(
-                f"fan_in_fan_out must be {is_conv1d(base)}: {module_name} is a {type(base).__name__}, "
-                f"which stores its weight {'[in, out]' if is_conv1d(base) else '[out, in]'}"
-            )
-    add_adapter(model, name, config, dict.fromkeys(targets))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    activate_lora(model, name)
-    return model
-
-
-def add_adapter(model: nn.Module, name: str, config: LoRAConfig, weights: Mapping[str, Weights | None]) -> None:
-    """Add an adapter, inactive, to the linear layers that `weights` names and that have none of that name.
-
-    Raises:
-        ValueError: torch rejects the name; the model is then unchanged.
-    """
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"adapter name {name!r} must not be empty, contain a dot or be an attribute of torch's modules"
-        )
-    unmerge_lora(model)
-    _put_back(model)
-    for module_name, given in weights.items():
-        standing = model.get_submodule(module_name)
-        wrapper = standing if isinstance(standing, LoRALinear) else LoRALinear(standing)
-        if name not in wrapper.configs:
-            wrapper.add_adapter(name, module_name, config, given)
-        model.set_submodule(module_name, wrapper)
-
-
-def activate_lora(model: nn.Module, *names: str) -> None:
-    """Activate exactly these adapters, whose outputs add up; restores the wrappers if LoRA was deactivated.
-
-    Of the LoRA parameters only theirs are then trainable, except those loaded from files. Merged adapters are
-    unmerged first.
-
-    Raises:
-        ValueError: no name is given, or a name is unknown.
-    """
-    if not names:
-        raise ValueError("activate_lora needs the name of at least one adapter")
-    refuse_unknown(model, *names)
-    unmerge_lora(model)
-    _put_back(model)
-    for layer in lora_layers(model).values():
-        layer.activate(names)
-
-
-def deactivate_lora(model: nn.Module) -> None:
-    """Restore the model's original layers, the same objects; `activate_lora` restores the adapters.
-
-    Merged adapters are unmerged first. Frozen parameters stay frozen. Does nothing if LoRA is not active.
-    """
-    unmerge_lora(model)
-    wrapped = lora_layers(model)
-    for module_name, layer in wrapped.items():
-        model.set_submodule(module_name, layer.base_layer)
-    setattr(model, ASIDE, wrapped)
-
-
-def remove_lora(model: nn.Module, name: str) -> None:
-    """Remove one adapter; a layer without another becomes the original layer. Merged adapters are unmerged first.
-
-    Raises:
-        ValueError: the model has no adapter of that name.
-    """
-    refuse_unknown(model, name)
-    unmerge_lora(model)
-    aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
-    for module_name, layer in lora_layers(model).items():
-        if name in layer.configs:
-            layer.remove_adapter(name)
-        if not layer.configs and aside.pop(module_name, None) is None:
-            model.set_submodule(module_name, layer.base_layer)
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add the active adapters to the weights, so that the forward costs no more than without LoRA.
-
-    A layer with active adapters gets a new weight; a weight tied to it (an embedding) does not change. Does nothing if
-    adapters are already merged or LoRA is deactivated.
-    """
-    if not getattr(model, ASIDE, {}):
-        for layer in lora_layers(model).values():
-            layer.merge()
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: restores the same weight tensors, bit for bit. Does nothing without a merge."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-
-
-def _put_back(model: nn.Module) -> None:
-    """Undo `deactivate_lora`: puts the wrappers back, on the model's device and in its training mode."""
-    aside: dict[str, LoRALinear] = getattr(model, ASIDE, {})
-    for module_name, layer in aside.items():
-        layer.follow_base()
-        model.set_submodule(module_name, layer)
-    aside.clear()
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of `weight_of` for a layer, wrapped or not."""
+    base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    if isinstance(base, FrozenInt8Linear):
+        return base.out_features, base.in_features
+    assert isinstance(base, nn.Module)
+    return tuple(weight_of(base).shape)

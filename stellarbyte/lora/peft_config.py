@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Set
 from typing import Any
 
 from stellarbyte.lora.config import LoRAConfig
@@ -15,7 +16,13 @@ from stellarbyte.lora.config import LoRAConfig
 MAX_REGEX_CHARACTERS = 500
 MAX_KEY_CHARACTERS = 200
 
-OUR_FIELDS = tuple(field.name for field in dataclasses.fields(LoRAConfig) if field.init)
+ACTIVATION = "stellarbyte_activation"  # the field of non-linear adapters, which have a peft_type of their own:
+NON_LINEAR = "STELLARBYTE_LORA"  # PEFT, which would ignore the field, refuses the type
+_FILE_NAMES = {"activation": ACTIVATION}
+OUR_FIELDS = {_FILE_NAMES.get(f.name, f.name): f.name for f in dataclasses.fields(LoRAConfig) if f.init}
+# Fields of adapters that are more than plain LoRA, accepted where the caller says so.
+USE_DORA, MODULES_TO_SAVE = "use_dora", "modules_to_save"
+BEYOND_PLAIN = frozenset({USE_DORA, MODULES_TO_SAVE, ACTIVATION})
 # Fields of PEFT's LoraConfig that do not change the outputs: how an adapter was made and its modules were chosen.
 NEUTRAL_FIELDS = frozenset(
     "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode runtime_config "
@@ -36,15 +43,16 @@ class AdapterError(ValueError):
     """An adapter's files cannot be used. str() is one sentence for the user, with file names and without folders."""
 
 
-def parse_config(raw: bytes, *, max_rank: int, max_keys: int) -> LoRAConfig:
+def parse_config(raw: bytes, *, max_rank: int, max_keys: int, accepts: Set[str] = frozenset()) -> LoRAConfig:
     """Parse an adapter_config.json; absent fields have PEFT's defaults.
 
     Args:
         max_rank: largest accepted r, also in rank_pattern.
         max_keys: most entries of rank_pattern or alpha_pattern.
+        accepts: the fields of BEYOND_PLAIN that may be set.
 
     Raises:
-        AdapterError: this is not the config of a plain LoRA adapter; the message does not name the file.
+        AdapterError: this is not the config of such an adapter; the message does not name the file.
     """
     try:
         content = json.loads(raw)
@@ -52,19 +60,17 @@ def parse_config(raw: bytes, *, max_rank: int, max_keys: int) -> LoRAConfig:
         raise AdapterError(f"it is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise AdapterError("it must contain a JSON object")
-    if content.get("peft_type") != "LORA":
-        raise AdapterError(f"peft_type is {content.get('peft_type')!r:.100}, but only 'LORA' is supported")
-    for name, value in content.items():
-        if name not in OUR_FIELDS and name not in NEUTRAL_FIELDS and value:
-            raise AdapterError(f"{name!r:.100} is {value!r:.100}, but only plain LoRA without it is supported")
+    known = _known_fields(content, accepts)
     start = content.get("init_lora_weights")
     if start not in NEUTRAL_STARTS:
         raise AdapterError(
             f"init_lora_weights is {start!r:.100}, which also changes the base model's weights; "
             "save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
+    if content.get(MODULES_TO_SAVE) is None:
+        known.discard(MODULES_TO_SAVE)
     settings = {"r": 8, "lora_alpha": 8, "target_modules": None} | {
-        name: content[name] for name in OUR_FIELDS if name in content
+        ours: content[name] for name, ours in OUR_FIELDS.items() if name in content and name in known
     }
     for name in ("rank_pattern", "alpha_pattern"):
         if settings.get(name) is None:
@@ -85,6 +91,21 @@ def parse_config(raw: bytes, *, max_rank: int, max_keys: int) -> LoRAConfig:
     return config
 
 
+def _known_fields(content: dict[str, Any], accepts: Set[str]) -> set[str]:
+    """The fields that are understood; AdapterError for a peft_type or a field that is not."""
+    activation = content.get(ACTIVATION)
+    if activation and ACTIVATION not in accepts:
+        raise AdapterError(f"{ACTIVATION} is {activation!r:.100}, but only linear adapters can be merged or served")
+    peft_type = NON_LINEAR if activation else "LORA"
+    if content.get("peft_type") != peft_type:
+        raise AdapterError(f"peft_type is {content.get('peft_type')!r:.100}, but only {peft_type!r} is supported")
+    known = (set(OUR_FIELDS) | NEUTRAL_FIELDS) - (BEYOND_PLAIN - accepts)
+    for name, value in content.items():
+        if name not in known and value:
+            raise AdapterError(f"{name!r:.100} is {value!r:.100}, but only plain LoRA without it is supported")
+    return known
+
+
 def _check_keys(name: str, pattern: dict[str, Any], max_keys: int) -> None:
     if len(pattern) > max_keys:
         raise AdapterError(f"{name} has {len(pattern)} entries, but at most {max_keys} are supported")
@@ -103,9 +124,14 @@ def _cost(key: str) -> int:
     return 50 ** min(wildcards, 9) * math.prod(group.count("|") + 1 for group in re.findall(r"\([^)]*", key))
 
 
-def config_json(config: LoRAConfig) -> str:
-    """An adapter_config.json that PEFT reads as this config, for inference."""
-    content = {name: getattr(config, name) for name in OUR_FIELDS}
-    content |= {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "revision": None}
-    content |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "use_dora": False}
+def config_json(config: LoRAConfig, *, is_causal_lm: bool) -> str:
+    """An adapter_config.json that PEFT reads as this config, for inference; PEFT refuses non-linear adapters."""
+    content = {name: getattr(config, ours) for name, ours in OUR_FIELDS.items()}
+    content |= {"peft_type": "LORA", "task_type": "CAUSAL_LM" if is_causal_lm else None}
+    content |= {"base_model_name_or_path": None, "revision": None}
+    content |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": config.modules_to_save or None}
+    if config.activation is None:
+        del content[ACTIVATION]
+    else:
+        content["peft_type"] = NON_LINEAR
     return json.dumps(content, indent=2, sort_keys=True) + "\n"

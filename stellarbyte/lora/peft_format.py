@@ -1,53 +1,43 @@
-"""Adapters in PEFT's files: read for serving, read into a model and written from one.
+"""Adapters in PEFT's files, read and checked.
 
 Files are untrusted: nothing is unpickled, headers are checked before tensors are read, and no message contains a
 folder.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
-import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
-from torch import nn
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.safetensors_file import DTYPES, Header, parse_header, write_file
+from stellarbyte.checkpoint.safetensors_file import DTYPES, Header, parse_header
 from stellarbyte.lora.bank import is_finite
 from stellarbyte.lora.config import LoRAConfig
-from stellarbyte.lora.layers import (
-    Model,
-    Weights,
-    activate_lora,
-    adapter_names,
-    add_adapter,
-    features,
-    linear_layers,
-    lora_layers,
-    outer_modules,
-    refuse_unknown,
-)
-from stellarbyte.lora.peft_config import AdapterError, config_json, parse_config
+from stellarbyte.lora.peft_config import AdapterError, parse_config
 from stellarbyte.lora.untouched_memory import large_array
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_HEADER_BYTES = 10_000_000
-MAX_OWN_RANK = 1 << 16  # for `load_adapter`, where the caller chose the files
 CHUNK_BYTES = 1 << 24
 PREFIX = "base_model.model."
 EXPERT_MODULE = re.compile(r"\.(experts|shared_expert|shared_expert_gate|mlp\.gate|block_sparse_moe)(\.|$)")
+MAGNITUDE_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight")  # some tools keep the name
+
+
+Shape = tuple[int, ...]
+NO_COPIES: Mapping[str, Shape] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,19 +45,25 @@ class Adapter:
     """The contents of an adapter's files.
 
     Attributes:
-        weights: module name, as in the model → A [r, in] and B [out, r] in the stored dtype, all finite.
+        weights: module name, as in the model → A [r, in] and B [out, r] in the stored dtype, all finite. Of a
+            convolution A is [r, in, height, width] and B [out, r, 1, 1].
+        magnitudes: with DoRA, of the same modules, m [out].
+        copies: parameters of modules_to_save by their full names, such as "lm_head.weight".
         content_hash: SHA-256 (hex) of the weights' file and the fields that the scales depend on.
         unmatched_targets: entries of a target_modules list without a tensor in the file.
     """
 
     config: LoRAConfig
-    weights: Mapping[str, Weights]
+    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    magnitudes: Mapping[str, torch.Tensor]
+    copies: Mapping[str, torch.Tensor]
     content_hash: str
     unmatched_targets: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
-        return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
+        matrices = sum(a.nbytes + b.nbytes for a, b in self.weights.values())
+        return matrices + sum(tensor.nbytes for tensor in (*self.magnitudes.values(), *self.copies.values()))
 
     def scale_of(self, module: str) -> float:
         """The factor of B A x in this module."""
@@ -77,9 +73,11 @@ class Adapter:
 def read_adapter(
     config_file: Path,
     weights_file: Path,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     *,
     max_rank: int,
+    accepts: Set[str] = frozenset(),
+    copies: Mapping[str, Shape] = NO_COPIES,
     opener: Callable[[str, int], int] = os.open,
 ) -> Adapter:
     """Read and check an adapter from untrusted files.
@@ -87,8 +85,11 @@ def read_adapter(
     Needs little more memory than the weights, and holds the GIL only briefly at a time.
 
     Args:
-        shapes: (out, in) of every adaptable module, by its dotted name in the model.
+        shapes: (out, in) of every adaptable module, by its dotted name in the model; of convolutions (out, in, height,
+            width).
         max_rank: largest accepted r, in the config and in the tensors' shapes.
+        accepts: what may go beyond plain LoRA: fields of `peft_config.BEYOND_PLAIN`.
+        copies: shapes of the parameters, by their full names, that modules_to_save may replace.
         opener: opens both files, as the argument of `open`; no other file is read.
 
     Raises:
@@ -103,11 +104,14 @@ def read_adapter(
         raw = stream.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
             raise AdapterError(f"it has more than {MAX_CONFIG_BYTES} bytes")
-        config = parse_config(raw, max_rank=max_rank, max_keys=max(256, len(shapes)))
+        config = parse_config(raw, max_rank=max_rank, max_keys=max(256, len(shapes)), accepts=accepts)
+        copied = _copied(config, copies)
     with _opened(weights_file, opener) as stream:
         header = parse_header(stream, Path(weights_file.name), max_bytes=MAX_HEADER_BYTES)
-        modules = _pair_tensors(header)
+        modules = _pair_tensors(name for name in header.tensors if not _is_other(name, config, copied))
         _check_modules(header, modules, config, shapes, max_rank)
+        magnitudes = _magnitudes(header, modules, shapes) if config.use_dora else {}
+        _check_copies(header, copied)
         digest = hashlib.sha256(_scale_fields(config) + header.raw)
         payload = _read_payload(stream, header.payload_bytes, digest)
         tensors = _tensors(payload, header)
@@ -116,6 +120,8 @@ def read_adapter(
     return Adapter(
         config=config,
         weights={module: (tensors[names["A"]], tensors[names["B"]]) for module, names in modules.items()},
+        magnitudes={module: tensors[name] for module, name in magnitudes.items()},
+        copies={name: tensors[PREFIX + name] for name in copied},
         content_hash=digest.hexdigest(),
         unmatched_targets=tuple(name for name in listed if name not in endings),
     )
@@ -138,10 +144,67 @@ def _opened(file: Path, opener: Callable[[str, int], int]) -> Iterator[BufferedR
         raise AdapterError(f"{file.name} cannot be used: {error}.") from error.__cause__
 
 
-def _pair_tensors(header: Header) -> dict[str, dict[str, str]]:
+def _copied(config: LoRAConfig, copies: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The parameters that `config.modules_to_save` replaces, of those that may be."""
+    found: dict[str, Shape] = {}
+    for entry in config.modules_to_save:
+        of_entry = {name: shape for name, shape in copies.items() if _is_inside(name, entry)}
+        if not of_entry:
+            raise AdapterError(f"modules_to_save has {entry!r:.100}, which is no module that can be replaced")
+        found |= of_entry
+    return found
+
+
+def _is_inside(parameter: str, entry: str) -> bool:
+    """Whether a parameter belongs to a module that an entry of modules_to_save names."""
+    parts = parameter.split(".")
+    return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts)))
+
+
+def _is_other(name: str, config: LoRAConfig, copied: Mapping[str, Shape]) -> bool:
+    """Whether a tensor is no low-rank matrix, but one that the config explains."""
+    is_copy = name.startswith(PREFIX) and name.removeprefix(PREFIX) in copied
+    return is_copy or (config.use_dora and MAGNITUDE_NAME.fullmatch(name) is not None)
+
+
+def _magnitudes(header: Header, modules: Iterable[str], shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """The names of DoRA's vectors, one for each module."""
+    found: dict[str, str] = {}
+    for name, (info, _) in header.tensors.items():
+        match = MAGNITUDE_NAME.fullmatch(name)
+        if match is None:
+            continue
+        module = match[1]
+        if module in found or module not in set(modules):
+            raise AdapterError(f"its tensor {name!r:.200} must be the only magnitude of a module with lora_A")
+        if info.dtype not in DTYPES or tuple(info.shape) != shapes[module][:1]:
+            raise AdapterError(
+                f"lora_magnitude_vector of {module} is {list(info.shape)} of type {info.dtype}, but must be"
+                f" {list(shapes[module][:1])} of {', '.join(DTYPES)}"
+            )
+        found[module] = name
+    if absent := [module for module in modules if module not in found]:
+        raise AdapterError(f"use_dora is True, but it contains no lora_magnitude_vector of {absent[0]!r:.200}")
+    return found
+
+
+def _check_copies(header: Header, copied: Mapping[str, Shape]) -> None:
+    """Refuse a file that lacks a parameter of modules_to_save, or has one that does not fit the model."""
+    for name, shape in copied.items():
+        if PREFIX + name not in header.tensors:
+            raise AdapterError(f"it contains no {PREFIX}{name}, which modules_to_save needs")
+        info, _ = header.tensors[PREFIX + name]
+        if info.dtype not in DTYPES or tuple(info.shape) != shape:
+            raise AdapterError(
+                f"{PREFIX}{name} is {list(info.shape)} of type {info.dtype}, but must be {list(shape)} of"
+                f" {', '.join(DTYPES)}"
+            )
+
+
+def _pair_tensors(tensor_names: Iterable[str]) -> dict[str, dict[str, str]]:
     """The names of every module's tensors: {"A": …, "B": …}, always both."""
     modules: dict[str, dict[str, str]] = {}
-    for name in header.tensors:
+    for name in tensor_names:
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise AdapterError(
@@ -164,7 +227,7 @@ def _check_modules(
     header: Header,
     modules: Mapping[str, Mapping[str, str]],
     config: LoRAConfig,
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, Shape],
     max_rank: int,
 ) -> None:
     """Refuse modules and shapes that do not fit the model, ranks that differ from the config, and unsupported
@@ -176,16 +239,17 @@ def _check_modules(
             raise AdapterError(f"adapters of experts and their routers are not supported, but it adapts {some}{others}")
         raise AdapterError(f"the model has no module {some}{others} that can be adapted")
     for module, names in modules.items():
-        out, width = shapes[module]
+        out, *inner = shapes[module]
         (a, _), (b, _) = header.tensors[names["A"]], header.tensors[names["B"]]
         for letter, info in (("A", a), ("B", b)):
             if info.dtype not in DTYPES:
                 raise AdapterError(f"lora_{letter} of {module} is of type {info.dtype}, not one of {', '.join(DTYPES)}")
-        rank = a.shape[0] if len(a.shape) == 2 else 0
-        if rank < 1 or a.shape != (rank, width) or b.shape != (out, rank):
+        rank, ones = (a.shape[0] if len(a.shape) == len(shapes[module]) else 0), [1] * (len(inner) - 1)
+        if rank < 1 or list(a.shape) != [rank, *inner] or list(b.shape) != [out, rank, *ones]:
+            wanted = f"[{', '.join(map(str, ['r', *inner]))}] and [{', '.join(map(str, [out, 'r', *ones]))}]"
             raise AdapterError(
                 f"lora_A and lora_B of {module} have the shapes {list(a.shape)} and {list(b.shape)}, "
-                f"but must have [r, {width}] and [{out}, r]"
+                f"but must have {wanted}"
             )
         if rank > max_rank:
             raise AdapterError(f"lora_A of {module} has rank {rank}, but at most {max_rank} is supported")
@@ -240,69 +304,3 @@ def _endings(module: str) -> Iterator[str]:
     """The names that select this module in a target_modules list."""
     parts = module.split(".")
     return (".".join(parts[start:]) for start in range(len(parts)))
-
-
-def load_adapter(model: Model, folder: str | os.PathLike[str], name: str = "default") -> Model:
-    """Add the adapter in `folder`, in PEFT's layout, and make it the active one; returns `model`.
-
-    Its weights are not trainable, the base model's do not change, and the model is put into evaluation mode. Merged
-    adapters are unmerged first, and deactivated LoRA is activated.
-
-    Raises:
-        AdapterError: as `read_adapter`.
-        ValueError: the model has an adapter of that name, or torch rejects the name.
-    """
-    if name in adapter_names(model):
-        raise ValueError(f"the model already has an adapter {name!r}; remove it first or give another name")
-    shapes = {module: features(layer)[::-1] for module, layer in linear_layers(model).items()}
-    adapter = read_adapter(Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE, shapes, max_rank=MAX_OWN_RANK)
-    config = adapter.config
-    if isinstance(config.target_modules, str):  # an untrusted regular expression: never run
-        config = dataclasses.replace(config, target_modules=tuple(adapter.weights))
-    add_adapter(model, name, config, adapter.weights)
-    activate_lora(model, name)
-    model.eval()
-    return model
-
-
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], name: str = "default") -> None:
-    """Write one adapter of `model` into `folder` in PEFT's layout, for PEFT and `load_adapter`.
-
-    Existing files are replaced atomically.
-
-    Raises:
-        ValueError: the model has no adapter of that name, or its layers have it from different configs.
-        OSError: the folder cannot be written.
-    """
-    refuse_unknown(model, name)
-    layers = {module: layer for module, layer in sorted(lora_layers(model).items()) if name in layer.configs}
-    tensors = {
-        f"{PREFIX}{module}.lora_{letter}.weight": weight.detach().cpu()
-        for module, layer in layers.items()
-        for letter, weight in zip("AB", layer.matrices(name), strict=True)
-    }
-    text = config_json(_config_of(model, {module: layer.configs[name] for module, layer in layers.items()}))
-    folder, suffix = Path(folder), f".partial-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-        write_file(folder / (WEIGHTS_FILE + suffix), layout, tensors.values())
-        (folder / (CONFIG_FILE + suffix)).write_text(text, encoding="utf-8")
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(folder / (file + suffix), folder / file)
-    finally:
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            (folder / (file + suffix)).unlink(missing_ok=True)
-
-
-def _config_of(model: nn.Module, configs: Mapping[str, LoRAConfig]) -> LoRAConfig:
-    """One config for an adapter's layers; target_modules lists them unless the given one selects exactly them."""
-    modules = tuple(configs)
-    first = configs[modules[0]]
-    listed = dataclasses.replace(first, target_modules=modules)
-    if any(dataclasses.replace(other, target_modules=modules) != listed for other in configs.values()):
-        raise ValueError("the adapter's layers have it from different configs; give each config its own adapter name")
-    if first.targets_all_linear:
-        return listed  # as PEFT writes it
-    meant = {module for module in outer_modules(model) if first.targets(module)}
-    return first if meant == set(modules) else listed

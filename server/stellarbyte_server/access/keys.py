@@ -31,7 +31,7 @@ import msgspec
 
 from stellarbyte_server.config.setting_values import SettingsError, secret
 from stellarbyte_server.config.settings import ServerSettings
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import parse_references
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import MAX_PRIORITY
 
@@ -74,10 +74,12 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
         return f"key:{_digest(self.digest)[:32]}"
 
     def allows(self, model: str, served_model: str) -> bool:
-        """Whether a request may name `model`: the served model, or a reference to an adapter."""
+        """Whether a request may name `model`: the served model, an adapter, or a mix of allowed adapters."""
         if self.models is None:
             return True
-        return (model if model == served_model else AdapterReference.parse(model).name) in self.models
+        if model == served_model:
+            return model in self.models
+        return all(reference.name in self.models for reference in parse_references(model))
 
 
 class Keyring:

@@ -70,7 +70,7 @@ def _salt(key: Key | None, given: str) -> str:
 
 
 def may_use(http: Request, service: Service, model: str) -> bool:
-    """Whether the request may list and use a model: the served one, or an adapter as NAME or NAME@VERSION."""
+    """Whether the request may list and use a model: the served one, NAME or NAME@VERSION of an adapter, or a mix."""
     key = _key_of(http)
     return key is None or key.allows(model, service.settings.model_name)
 
@@ -82,9 +82,13 @@ def require_permitted(http: Request, service: Service, body: Any) -> None:
         require_model(http, service, model)
     base = service.settings.model_name
     # At a scale near 0 answers are nearly the base model's, and any other bound would be arbitrary.
-    if scale not in (None, 1) and model != base and not may_use(http, service, base):
-        message = f"The key may not use the model {base!r:.200} without an adapter, so 'adapter_scale' must be 1."
-        raise ApiError(403, message, param="adapter_scale", code="model_not_allowed")
+    mixed = getattr(body, "adapters", None)
+    scales = {"adapter_scale": [scale], "adapters": [] if mixed is None else [adapter.scale for adapter in mixed]}
+    for param, given in scales.items():
+        if model != base and any(each not in (None, 1) for each in given) and not may_use(http, service, base):
+            scaled = "'adapter_scale'" if param == "adapter_scale" else "each 'scale' in 'adapters'"
+            message = f"The key may not use the model {base!r:.200} without an adapter, so {scaled} must be 1."
+            raise ApiError(403, message, param=param, code="model_not_allowed")
     lowest, highest = _priorities(_key_of(http))
     if priority is not None and not lowest <= priority <= highest:
         raise bad_request(f"The field 'priority' must be between {lowest} and {highest} here.", "priority")

@@ -18,7 +18,13 @@ from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.sampling import sampling_params
 from stellarbyte_server.api.service import Service
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import (
+    MAX_MIXED_ADAPTERS,
+    AdapterMix,
+    AdapterReference,
+    mix_of,
+    parse_references,
+)
 from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, Reasoning
 from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
@@ -51,15 +57,19 @@ async def read_body(request: Request, service: Service, body_class: type[BodyT])
 
 
 def with_adapter_as_model(body: BodyT, base: str) -> BodyT:
-    """The body with the adapter of `adapter_id`, if given, as its `model`; ApiError if `model` names another."""
-    if not isinstance(body, ModelFields) or body.adapter_id is None:
+    """The body with the adapters of `adapter_id` or `adapters`, if given, as its `model`; ApiError if it has others."""
+    if not isinstance(body, ModelFields) or (body.adapter_id is None and body.adapters is None):
         return body
-    if body.model not in (base, body.adapter_id):
+    field, named = "adapter_id", body.adapter_id
+    if body.adapters is not None:
+        field, named = "adapters", "+".join(adapter.name for adapter in body.adapters)
+        if body.adapter_id is not None:
+            raise bad_request("Give either the field 'adapter_id' or the field 'adapters'.", field)
+    if body.model not in (base, named):
         raise bad_request(
-            f"The fields 'adapter_id' and 'model' name two adapters; give one of them, or {base!r:.200} as 'model'.",
-            "adapter_id",
+            f"The fields {field!r} and 'model' name two adapters; give one of them, or {base!r:.200} as 'model'.", field
         )
-    return body.model_copy(update={"model": body.adapter_id})
+    return body.model_copy(update={"model": named})
 
 
 def with_ignored(headers: dict[str, str], paths: Sequence[str]) -> dict[str, str]:
@@ -112,12 +122,27 @@ def _too_much(error: TooMuchText) -> ApiError:
     return ApiError(429, str(error), code=QUEUE_FULL, headers={"Retry-After": "1"})
 
 
-def adapter_of(model: str, scale: float | None, service: Service) -> tuple[AdapterReference | None, float]:
-    """The adapter and scale of a request's `model`; ApiError for a scale without an adapter."""
-    adapter = None if model == service.settings.model_name else AdapterReference.parse(model)
-    if adapter is None and scale not in (None, 1):
-        raise bad_request("The field 'adapter_scale' needs an adapter in 'model'.", "adapter_scale")
-    return adapter, 1.0 if scale is None else float(scale)
+def adapter_of(body: ModelFields, service: Service) -> tuple[AdapterReference | AdapterMix | None, float]:
+    """The adapter, or the mix of several, that a body names, and its scale; ApiError if there can be none such."""
+    scale = 1.0 if body.adapter_scale is None else float(body.adapter_scale)
+    if body.adapters is None and body.model == service.settings.model_name:
+        if scale != 1:
+            raise bad_request("The field 'adapter_scale' needs an adapter in 'model'.", "adapter_scale")
+        return None, scale
+    references = parse_references(body.model)
+    field = "model" if body.adapters is None else "adapters"
+    if len(references) > MAX_MIXED_ADAPTERS:
+        message = f"The field {field!r} mixes {len(references)} adapters; at most {MAX_MIXED_ADAPTERS} are allowed."
+        raise bad_request(message, field)
+    names = [reference.name for reference in references]
+    for name in names:
+        if names.count(name) > 1:
+            raise bad_request(f"The field {field!r} names the adapter {name!r:.200} twice.", field)
+    given = [None] * len(names) if body.adapters is None else [adapter.scale for adapter in body.adapters]
+    scales = [1.0 if each is None else float(each) for each in given]
+    if len(references) == 1:
+        return references[0], scale * scales[0]
+    return mix_of(tuple(zip(references, scales, strict=True))), scale
 
 
 def check_characters(num_characters: int, limit: int, service: Service, param: str) -> None:
@@ -215,7 +240,7 @@ def make_requests(
     of_prompt = [number for number in (echoed_logprobs, body.prompt_logprobs) if number is not None]
     prompt_logprobs = max(of_prompt, default=None)
     _check_amounts(body, prompts, logprobs, prompt_logprobs, grammar)
-    adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
+    adapter, adapter_scale = adapter_of(body, service)
     bias = {} if body.logit_bias is None else {int(token): value for token, value in body.logit_bias.items()}
     check_token_ids(list(bias), service, "logit_bias")
     stop_token_ids = () if body.stop_token_ids is None else tuple(body.stop_token_ids)

@@ -87,7 +87,7 @@ async def _token_ids(
 
 
 def _request(body: PoolingFields, service: Service, token_ids: list[int]) -> GenerationRequest:
-    adapter, adapter_scale = adapter_of(body.model, body.adapter_scale, service)
+    adapter, adapter_scale = adapter_of(body, service)
     return GenerationRequest(
         request_id=secrets.token_hex(12),
         prompt_token_ids=tuple(token_ids),

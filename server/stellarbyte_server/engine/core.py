@@ -109,7 +109,8 @@ class EngineCore:
                 self.answers.replies += self.adapters.release(adapter)
             raise
         if adapter is not None:
-            adapter.totals.num_requests += 1
+            for version in adapter.of_files:
+                version.totals.num_requests += 1
         ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         sequence.end_token_ids = ends | frozenset(request.sampling.stop_token_ids)
         followed = self._with_reasoning(request, grammar, sequence.end_token_ids)

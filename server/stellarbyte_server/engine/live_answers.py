@@ -89,7 +89,8 @@ class LiveAnswers:
             return None
         self.num_generated_tokens += delta.num_tokens
         if sequence.adapter is not None:
-            sequence.adapter.totals.num_tokens += delta.num_tokens
+            for version in sequence.adapter.of_files:
+                version.totals.num_tokens += delta.num_tokens
         if delta.finish_reason is None:
             return delta
         evicted_tokens = self._scheduler.evicted_tokens(sequence)

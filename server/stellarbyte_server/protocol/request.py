@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
 
 # Most tokens of prompt and answer together if the context slides: positions fit 32 bits.
 MAX_SLIDING_TOKENS = 2**31 - 1
@@ -81,7 +81,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     priority: int = 0  # lower runs first; -MAX_PRIORITY..MAX_PRIORITY, or BACKGROUND_PRIORITY
     context_overflow: Literal["error", "slide"] = "error"  # at the context's end: refuse, or evict the oldest tokens
-    adapter: AdapterReference | None = None
+    adapter: AdapterReference | AdapterMix | None = None
     adapter_scale: float = 1.0  # factor on top of its own alpha / r
     cache_salt: str = ""  # cached blocks are shared only between requests with the same salt
     follows: str | None = None  # id of an earlier request with the same prompt, which computes the prompt for both
@@ -110,7 +110,7 @@ def adapter_loading(name: str) -> RequestRejected:
     return RequestRejected(message, ADAPTER_LOADING, "lora_name")
 
 
-def model_not_found(name: str | AdapterReference) -> RequestRejected:
+def model_not_found(name: str | AdapterReference | AdapterMix) -> RequestRejected:
     return RequestRejected(
         f"The model {str(name)!r:.200} does not exist; GET /v1/models lists those that do.", MODEL_NOT_FOUND, "model"
     )

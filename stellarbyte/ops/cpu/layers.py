@@ -9,7 +9,7 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, paged_attention, write_kv
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
-from stellarbyte.ops.cpu.lora import write_addends
+from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
 
 # L layers, T tokens, C hidden size, D head dim, P panels of R rows
 
@@ -137,11 +137,19 @@ def _addend(linears, num_tokens, adapters):
 
 @njit(inline="always")
 def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
-    """out = `linear` of x by one layer of stacked linears, plus each token's adapter."""
+    """out = `linear` of x by one layer of stacked linears, plus each token's adapter.
+
+    For DoRA, the products of tokens with adapters are computed once more beforehand, so that other steps pay nothing.
+    """
+    weight = linears.weights[layer], linears.scales[layer], linears.minima[layer]
     if len(adapters.tokens_J):
         is_gated = activation != NO_ACTIVATION
         write_addends(x, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
-    weight = linears.weights[layer], linears.scales[layer], linears.minima[layer]
+        if adapters.has_dora:
+            rows, products = x[adapters.tokens_J], np.empty((len(adapters.tokens_J), addend.shape[1]), np.float32)
+            no_bias, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+            linear(rows, weight, no_bias, no_addend, products, NO_ACTIVATION, num_threads)
+            add_rescaled(products, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
     linear(x, weight, linears.bias_LN[layer], addend, out, activation, num_threads)
 
 

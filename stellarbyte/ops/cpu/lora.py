@@ -1,4 +1,4 @@
-"""The addends of adapters to packed products, on the CPU: scale · Bᵀ(A x), row by row.
+"""The addends of adapters to packed products, on the CPU: scale · (d ⊙ W x + Bᵀ(A x)), row by row.
 
 In decoding, the cost is reading an adapter's numbers once for each of its tokens. So a thread computes whole tokens,
 ordered by adapter, and needs no barrier between A and B.
@@ -28,6 +28,8 @@ class Adapters(NamedTuple):
     ranks_SLP: Integers
     a_offsets_SLP: Integers
     b_offsets_SLP: Integers
+    d_offsets_SLP: Integers  # -1: no DoRA
+    has_dora: bool  # of the step's adapters
     tokens_J: Integers  # ordered by slot
     slots_J: Integers
     scales_J: Floats
@@ -56,6 +58,8 @@ def _adapters(bank: LoraBank, tokens_J: Integers, slots_J: Integers, scales_J: F
         ranks_SLP=bank.ranks_SLP,
         a_offsets_SLP=bank.a_offsets_SLP,
         b_offsets_SLP=bank.b_offsets_SLP,
+        d_offsets_SLP=bank.d_offsets_SLP,
+        has_dora=bool((bank.d_offsets_SLP[np.unique(slots_J)] >= 0).any()),
         tokens_J=tokens_J,
         slots_J=slots_J,
         scales_J=scales_J,
@@ -129,4 +133,28 @@ def write_addends(x, adapters, layer, first, widths, is_gated, addend, num_threa
                     _interleave(gated, i, out)
                 else:
                     _expand(hidden, b, out[column : column + widths[i]])
+                column += widths[i]
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+def add_rescaled(products, adapters, layer, first, widths, is_gated, addend, num_threads):
+    """addend[t] += scale · d ⊙ W x for tokens whose adapter has DoRA; the arguments are those of `write_addends`.
+
+    Args:
+        products: [J, P · R] W x of the tokens with an adapter, without bias, in the addend's order.
+    """
+    num_tokens = len(adapters.tokens_J)
+    for thread in prange(num_threads):
+        for j in range(thread * num_tokens // num_threads, (thread + 1) * num_tokens // num_threads):
+            slot, scale, out = adapters.slots_J[j], adapters.scales_J[j], addend[adapters.tokens_J[j]]
+            column = 0
+            for i in range(len(widths)):
+                start = adapters.d_offsets_SLP[slot, layer, first + i]
+                if start >= 0:
+                    d = adapters.numbers_SF[slot, start : start + widths[i]]
+                    for n in range(widths[i]):
+                        place = column + n
+                        if is_gated:
+                            place = n // _HALF_PANEL * 2 * _HALF_PANEL + i * _HALF_PANEL + n % _HALF_PANEL
+                        out[place] += scale * d[n] * products[j, place]
                 column += widths[i]

@@ -55,6 +55,19 @@ def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
     return PackedWeight(_panels(pairs), _panels(scale_NG), _panels(minimum_NG))
 
 
+def unpack(weight: PackedWeight) -> Floats:
+    """[P · R, K]: the matrix that products read, padding included."""
+    if not weight.scales.size:
+        return _rows(weight.weights)
+    if not weight.minima.size:
+        group, numbers = INT8_GROUP, _rows(weight.weights).astype(np.float32)
+        return numbers * _rows(weight.scales).repeat(group, axis=1)
+    pairs = _rows(weight.weights)
+    nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1).astype(np.float32)
+    scales, minima = (_rows(part).repeat(INT4_GROUP, axis=1) for part in (weight.scales, weight.minima))
+    return nibbles * scales + minima
+
+
 def interleave_gated(gate_NK: Floats, up_NK: Floats) -> Floats:
     """Rows of gate and up in the order of `linear` with an activation: 8 gates, their 8 ups, and so on."""
     half = PANEL_ROWS // 2
@@ -62,6 +75,17 @@ def interleave_gated(gate_NK: Floats, up_NK: Floats) -> Floats:
     padding = np.zeros((missing, *gate_NK.shape[1:]), np.float32)
     pairs = [np.concatenate([matrix, padding]).reshape(-1, half, *matrix.shape[1:]) for matrix in (gate_NK, up_NK)]
     return np.stack(pairs, axis=1).reshape(-1, *gate_NK.shape[1:])
+
+
+def interleaved_rows(num_rows: int, half: int) -> npt.NDArray[np.int64]:
+    """Where `interleave_gated` puts the rows of gate (half 0) or up (half 1)."""
+    rows = np.arange(num_rows)
+    return rows // (PANEL_ROWS // 2) * PANEL_ROWS + half * (PANEL_ROWS // 2) + rows % (PANEL_ROWS // 2)
+
+
+def _rows(panels: npt.NDArray[Number]) -> npt.NDArray[Number]:
+    """[P, K, R] → [P · R, K]."""
+    return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])
 
 
 def _panels(matrix: npt.NDArray[Number]) -> npt.NDArray[Number]:

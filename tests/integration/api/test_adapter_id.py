@@ -1,4 +1,4 @@
-"""LoRAX's fields that choose an adapter, on every route that takes a model."""
+"""Fields that choose an adapter, LoRAX's or for a mix of several, on every route that takes a model."""
 
 import httpx
 import pytest
@@ -28,6 +28,19 @@ def test_adapter_id_is_the_model_that_is_asked(fake_server: ServerProcess, route
 
 
 @pytest.mark.parametrize("route", BODIES)
+def test_a_mix_is_the_model_that_is_asked(fake_server: ServerProcess, route: str):
+    scaled = [{"name": "pirate"}, {"name": "bard@01234567", "scale": 0.5}]
+    for fields, said in (
+        ({"model": "pirate+bard"}, "bard+pirate"),
+        ({"adapters": scaled}, "bard@01234567+pirate"),
+        ({"model": "pirate+bard@01234567", "adapters": scaled, "adapter_scale": 2}, "bard@01234567+pirate"),
+    ):
+        absent = post(fake_server, route, **fields)
+        assert absent.status_code == 404 and f"'{said}' does not exist" in absent.json()["error"]["message"]
+    assert post(fake_server, route, adapters=None).status_code == 200
+
+
+@pytest.mark.parametrize("route", BODIES)
 @pytest.mark.parametrize(
     ("fields", "field", "said"),
     [
@@ -36,6 +49,8 @@ def test_adapter_id_is_the_model_that_is_asked(fake_server: ServerProcess, route
         ({"adapter_id": ""}, "adapter_id", "at least 1 character"),
         ({"adapter_id": "x" * 257}, "adapter_id", "at most 256 characters"),
         ({"adapter_id": 5}, "adapter_id", "string"),
+        ({"model": "pirate+bard+pirate"}, "model", "names the adapter 'pirate' twice"),
+        ({"adapters": [{"name": "pirate", "scale": -1}]}, "adapters[0].scale", "greater than or equal to 0"),
         ({"adapter_source": "hub"}, "adapter_source", "must be 'local'"),
         ({"adapter_source": 1}, "adapter_source", "must be 'local'"),
         ({"adapter_source": ["local"]}, "adapter_source", "must be 'local'"),

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Sequence
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import AdapterReference, mix_of, parse_references
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, Reply
 from tests.support.engines.engine import make_request, make_scheduler
 from tests.support.models.adapters import FakeStore
@@ -35,6 +37,13 @@ class AdapterEngine:
     def submit(self, adapter: str | None, max_tokens: int = 4, **fields: Any) -> Sequence:
         version = None if adapter is None else self.adapters.bind(AdapterReference.parse(adapter))
         return self.scheduler.add(make_request([1, 2, 3], max_tokens, adapter=adapter, **fields), version)
+
+    def submit_mix(self, mix: str, *scales: float, max_tokens: int = 4) -> Sequence:
+        """A request for NAME+NAME…; each adapter acts with its scale, 1 if none is given."""
+        references = parse_references(mix)
+        reference = mix_of(tuple(zip(references, scales or (1.0,) * len(references), strict=True)))
+        request = msgspec.structs.replace(make_request([1, 2, 3], max_tokens), adapter=reference)
+        return self.scheduler.add(request, self.adapters.bind(reference))
 
     def step(self) -> list[Sequence]:
         """One step; the sequences that were in it."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
-from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
+from stellarbyte_server.engine.adapters.absent import no_adapters
+from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.step_plan import StepResult

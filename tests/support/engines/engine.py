@@ -15,7 +15,8 @@ from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte.lora.bank import LoraBank, pack_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter
+from stellarbyte.lora.mixing import mixed
 from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner, Runner, RunningStep
@@ -164,6 +165,7 @@ class ModelEngine:
         backend: Backend = TorchModel,
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         device: str = "cpu",
+        num_mixes: int = 0,
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -177,14 +179,20 @@ class ModelEngine:
         cache = PagedKVCache(config, pool.num_blocks, layout.block_size, torch.float32, torch.device(device))
         cache.keys_LBSKD.fill_(float("nan"))  # whatever is read before it was written shows
         cache.values_LBSKD.fill_(float("nan"))
-        bank = LoraBank(config, len(adapters), 16, device=device)
-        self.versions = {}
+        bank = self._bank = LoraBank(config, len(adapters) + num_mixes, 16, device=device)
+        self.versions: dict[str, AdapterVersion] = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
-            bank.fill(slot, pack_adapter(adapter.weights, adapter.scales, config, torch.float32))
-            version = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
-            self.versions[name] = version
+            self._fill(slot, name, adapter.packed(config))
         self.executor = HostExecutor(backend(model, config, bank), cache, layout)
         self.runner = PlanRunner(self.executor)
+
+    def _fill(self, slot: int, name: str, packed: PackedAdapter) -> None:
+        self._bank.fill(slot, packed)
+        self.versions[name] = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
+
+    def add_mix(self, name: str, parts: list[tuple[PackedAdapter, float]]) -> None:
+        """Put a mix of packed adapters into the next free slot, under a name that requests may give."""
+        self._fill(len(self.versions) + 1, name, mixed(parts, self._bank.config, self._bank.max_rank))
 
     def add(self, request: GenerationRequest) -> Sequence:
         return self.scheduler.add(request, None if request.adapter is None else self.versions[request.adapter.name])

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from stellarbyte import ByteTransformer
 from stellarbyte.cache.paged_kv import PagedKVCache
-from stellarbyte_server.engine.adapters.registry import no_adapters
+from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.host_executor import HostExecutor

@@ -10,6 +10,7 @@ import torch
 
 from stellarbyte import ByteModelConfig, ByteTransformer
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, save_adapter
+from stellarbyte.lora.bank import PackedAdapter, pack_adapter
 from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
@@ -27,14 +28,28 @@ class RandomAdapter:
 
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # module → A [r, in], B [out, r]
     scales: Mapping[str, float]
+    factors: Mapping[str, torch.Tensor]  # of rows [out], with DoRA
+    replaced: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # what its head and embedding differ from the model's [V, C]
+
+    def packed(self, config: ByteModelConfig, dtype: torch.dtype = torch.float32) -> PackedAdapter:
+        return pack_adapter(self.weights, self.scales, config, dtype, self.factors, self.replaced)
 
 
 def random_adapter(
-    config: ByteModelConfig, seed: int, ranks: tuple[int, ...] = (1, 4, 7, 16), share: float = 1.0, size: float = 0.3
+    config: ByteModelConfig,
+    seed: int,
+    ranks: tuple[int, ...] = (1, 4, 7, 16),
+    share: float = 1.0,
+    size: float = 0.3,
+    dora: float = 0.0,
+    replaced: tuple[str, ...] = (),
 ) -> RandomAdapter:
-    """Ranks are drawn from `ranks` for every module, and so is whether it is adapted, with chance `share`."""
+    """Ranks are drawn from `ranks` for every module, and so are whether it is adapted, with chance `share`, and whether
+    with DoRA, with chance `dora`."""
     numbers = torch.Generator().manual_seed(seed)
-    weights, scales = {}, {}
+    weights, scales, factors = {}, {}, {}
     for module, (out, width) in adaptable_modules(config).items():
         rank = ranks[int(torch.randint(len(ranks), (), generator=numbers))]
         if torch.rand((), generator=numbers) > share:
@@ -42,30 +57,56 @@ def random_adapter(
         a = torch.randn(rank, width, generator=numbers) * width**-0.5
         b = torch.randn(out, rank, generator=numbers) * size * rank**-0.5
         weights[module], scales[module] = (a, b), 0.5 + float(torch.rand((), generator=numbers))
-    return RandomAdapter(weights, scales)
+        if dora and torch.rand((), generator=numbers) < dora:
+            factors[module] = 0.5 + torch.rand(out, generator=numbers)
+    matrix = config.vocab_size, config.hidden_size
+    changes = {module: 0.02 * torch.randn(matrix, generator=numbers) for module in replaced}
+    return RandomAdapter(weights, scales, factors, changes)
 
 
 def merged(model: ByteTransformer, adapter: RandomAdapter, scale: float = 1.0) -> ByteTransformer:
-    """A model of its own whose weights are W + scale · (alpha / r) · B A."""
+    """A model of its own whose weights are W + scale · (alpha / r) · B A; with factors f of rows,
+    W + scale · (f ⊙ (W + (alpha / r) · B A) - W)."""
     copy = ByteTransformer(model.config).eval()
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
         for module, (a, b) in adapter.weights.items():
-            delta = (b.double() @ a.double()) * (scale * adapter.scales[module])
             weight = copy.get_submodule(module).weight
-            weight.copy_((weight.double() + delta).float())
+            own = model.get_submodule(module).weight.double()
+            changed = own + (b.double() @ a.double()) * adapter.scales[module]
+            if module in adapter.factors:
+                changed = adapter.factors[module].double()[:, None] * changed
+            weight.copy_((own + scale * (changed - own)).float())
+        for module, change in adapter.replaced.items():
+            copy.get_submodule(module).weight.add_(change, alpha=scale)
     return copy
 
 
-def write_adapter(folder: Path, model: ByteTransformer, seed: int, rank: int = 4, size: float = 1.0) -> Path:
+def write_adapter(
+    folder: Path,
+    model: ByteTransformer,
+    seed: int,
+    rank: int = 4,
+    size: float = 1.0,
+    *,
+    use_dora: bool = False,
+    modules_to_save: tuple[str, ...] = (),
+) -> Path:
     """A PEFT folder of a random adapter of all linear modules; `model` is left as it was."""
     copy = ByteTransformer(model.config).eval()
     copy.load_state_dict(model.state_dict())
-    apply_lora_to_model(copy, LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    config = LoRAConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora, modules_to_save=modules_to_save
+    )
+    apply_lora_to_model(copy, config)
     numbers = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            if ".lora_" in name:
+            if ".lora_magnitude_vector." in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=numbers))
+            elif ".modules_to_save." in name:
+                parameter.add_(0.3 * parameter.std() * torch.randn(parameter.shape, generator=numbers))
+            elif ".lora_" in name:
                 spread = size * (parameter.shape[1] ** -0.5)
                 parameter.copy_(torch.randn(parameter.shape, generator=numbers) * spread)
     save_adapter(copy, folder)
@@ -122,16 +163,29 @@ class FakeStore:
     def forget(self, version: AdapterVersion) -> None:
         self.in_memory.discard(version)
 
+    def _read(self, version: AdapterVersion) -> ReadDone:
+        if error := self.errors.get(version.name):
+            return ReadDone(version=version, seconds=0.01, error=error)
+        content_hash = self.content(version)
+        return ReadDone(version=version, seconds=0.01, content_hash=content_hash, num_bytes=100, rank=4)
+
+    def _mix(self, version: AdapterVersion) -> ReadDone:
+        """Its content is that of the parts, those in memory as they were read, with their scales."""
+        hashes = {part: part.content_hash for part, _ in version.parts if part in self.in_memory}
+        read = [self._read(part) for part, _ in version.parts if part not in hashes]
+        hashes |= {done.version: done.content_hash for done in read}
+        error = next((done.error for done in read if done.error), self.errors.get(version.name, ""))
+        content = " + ".join(f"{scale} {hashes[part]}" for part, scale in version.parts)
+        return ReadDone(version=version, seconds=0.01, error=error, content_hash=content, rank=8, parts=tuple(read))
+
     def finished(self) -> list[ReadDone | FillDone | Looked]:
         """Everything that was started."""
         done: list[ReadDone | FillDone | Looked] = [Looked(partial(note, look())) for look, note in self.looks]
         for version in self.reads:
-            if error := self.errors.get(version.name):
-                done.append(ReadDone(version=version, seconds=0.01, error=error))
-                continue
-            self.in_memory.add(version)
-            content_hash = self.content(version)
-            done.append(ReadDone(version=version, seconds=0.01, content_hash=content_hash, num_bytes=100, rank=4))
+            read = self._mix(version) if version.parts else self._read(version)
+            if not read.error:
+                self.in_memory.add(version)
+            done.append(read)
         for version, slot in self.fills:
             if error := self.fill_errors.get(version.name):
                 done.append(FillDone(version=version, slot=slot, error=error))

@@ -1,7 +1,9 @@
 """A server on a tiny model with adapters whose answers are known, for tests over HTTP."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -10,6 +12,7 @@ from stellarbyte import ByteTransformer
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.lora import load_adapter, merge_lora
+from stellarbyte.lora.adapted_model import adapter_layers
 from stellarbyte_server.engine.text import TextStream
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models.adapters import write_adapter
@@ -34,10 +37,10 @@ class KnownModel:
         tokenizer = Tokenizer.from_file(str(parent / "tiny" / "tokenizer.json"))
         return cls(parent / "tiny", load_model(parent / "tiny"), tokenizer)
 
-    def add_adapter(self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS) -> list[str]:
+    def add_adapter(self, folder: Path, seed: int, num_tokens: int = NUM_TOKENS, **fields: Any) -> list[str]:
         """Write an adapter and return its `answers`; of the seeds from `seed` on the first without near ties."""
         while True:
-            write_adapter(folder, self.model, seed)
+            write_adapter(folder, self.model, seed, **fields)
             merged = ByteTransformer(self.model.config).eval()
             merged.load_state_dict(self.model.state_dict())
             load_adapter(merged, folder)
@@ -46,6 +49,19 @@ class KnownModel:
             if answers is not None:
                 return answers
             seed += 1_000_000
+
+    def mix_answers(self, scales: Mapping[Path, float], num_tokens: int = NUM_TOKENS) -> list[str] | None:
+        """The `answers` with what several adapter folders change in the weights added up, each times its scale."""
+        total = ByteTransformer(self.model.config).eval()
+        total.load_state_dict(self.model.state_dict())
+        for folder, scale in scales.items():
+            merged = ByteTransformer(self.model.config).eval()
+            merged.load_state_dict(self.model.state_dict())
+            merge_lora(load_adapter(merged, folder))
+            for name, layer in adapter_layers(merged).items():
+                own = self.model.get_submodule(name).weight.data
+                total.get_submodule(name).weight.data += scale * (layer.base_layer.weight.data - own)
+        return self.answers(total, num_tokens)
 
     def answers(self, model: ByteTransformer, num_tokens: int = NUM_TOKENS) -> list[str] | None:
         """The answer's text when it is cut after 0, 1, ... num_tokens tokens; None if the model nearly had a choice."""

@@ -1,5 +1,6 @@
 """Memory: segments that read it equal one pass over the whole text, in every layer; the oracle is float64."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_adapters_project_the_memory_too() -> None:
         for name in ("k_proj", "v_proj"):
             module = f"model.layers.{layer}.self_attn.{name}"
             wrapper = adapted.get_submodule(module)
-            a, b = wrapper.matrices("default")
+            a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
             b.normal_()
             expected.get_submodule(module).weight.add_(wrapper.scales["default"] * b @ a)
     tokens = random_tokens(LENGTH)
@@ -280,6 +281,19 @@ def test_a_memory_of_another_model_is_refused(tmp_path: Path) -> None:
         layer.self_attn.q_proj.active = ()
     with pytest.raises(ValueError, match="was made by another model"):
         Memory.load(file, adapted)
+
+
+@torch.no_grad()
+def test_a_memory_names_copied_modules_and_activations_of_adapters(tmp_path: Path) -> None:
+    copied = apply_lora_to_model(make_model(), LoRAConfig(target_modules=["q_proj"], modules_to_save=["v_proj"]))
+    memory = Memory(copied.config, W)
+    read_in_segments(copied, [random_tokens(W)], memory, 5)
+    memory.save(file := tmp_path / "memory.safetensors", copied)
+    assert Memory.load(file, copied).num_seen == W
+    configs = copied.model.layers[0].self_attn.q_proj.configs
+    configs["default"] = dataclasses.replace(configs["default"], activation="silu")
+    with pytest.raises(ValueError, match="was made by another model"):
+        Memory.load(file, copied)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from stellarbyte import ByteTransformer
 from stellarbyte.lora import (
     LoRAConfig,
-    LoRALinear,
+    LoRALayer,
     activate_lora,
     apply_lora_to_model,
     deactivate_lora,
@@ -57,7 +57,7 @@ def reference_logits(model: ByteTransformer, *names: str) -> torch.Tensor:
     """The same model without any wrapper: W + scale · B A written into the weights by hand."""
     plain = make_model()
     for module_name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             weight = plain.get_submodule(module_name).weight
             for name in names:
                 if name in module.lora_A:
@@ -115,7 +115,7 @@ def test_applying_the_same_name_again_keeps_the_weights_and_activates_it() -> No
 
 def test_all_linear_leaves_the_output_head_alone() -> None:
     model = apply_lora_to_model(make_model(), LoRAConfig(target_modules="all-linear"))
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALayer)}
     linear = {name for name, module in make_model().named_modules() if isinstance(module, nn.Linear)}
     assert wrapped == linear - {"lm_head"} and len(wrapped) == 21
 
@@ -160,7 +160,7 @@ def test_applying_while_deactivated_keeps_the_others() -> None:
 @pytest.mark.parametrize("aside", [False, True])
 def test_removing_the_last_adapter_returns_the_original_layer(aside: bool) -> None:
     model = adapted_model()
-    objects = {name: m.base_layer for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    objects = {name: m.base_layer for name, m in model.named_modules() if isinstance(m, LoRALayer)}
     activate_lora(model, "a")
     expected = logits(model)
     if aside:
@@ -300,7 +300,7 @@ def test_conv1d_stores_weights_the_other_way_round() -> None:
     config = LoRAConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     with pytest.raises(ValueError, match=r"^fan_in_fan_out must be True: transformer.h.0.attn.c_attn is a Conv1D"):
         apply_lora_to_model(model, LoRAConfig(target_modules=["c_attn"]))
-    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
     apply_lora_to_model(model, config)
     fill(model)
     layer, x = model.transformer.h[1].mlp.c_proj, torch.randn(3, 96)

@@ -17,7 +17,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.lora import (
     Adapter,
     LoRAConfig,
-    LoRALinear,
+    LoRALayer,
     activate_lora,
     apply_lora_to_model,
     deactivate_lora,
@@ -27,7 +27,8 @@ from stellarbyte.lora import (
     remove_lora,
     save_adapter,
 )
-from stellarbyte.lora.layers import features, linear_layers
+from stellarbyte.lora.adapted_model import adaptable_layers
+from stellarbyte.lora.layers import weight_shape
 from tests.support.models.hugging_face import tiny_llama
 
 TOKENS = torch.tensor([[5, 17, 200, 31, 8, 90, 2, 44]])
@@ -80,7 +81,7 @@ def peft_adapter(base: nn.Module, folder: Path, seed: int = 0, **settings: Any) 
 
 
 def read(model: nn.Module, folder: Path, max_rank: int = 64) -> Adapter:
-    shapes = {name: features(layer)[::-1] for name, layer in linear_layers(model).items()}
+    shapes = {name: weight_shape(layer) for name, layer in adaptable_layers(model).items()}
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     return read_adapter(config, weights, shapes, max_rank=max_rank)
 
@@ -171,7 +172,7 @@ def test_two_loaded_adapters_are_added_up_as_in_peft(bases: tuple[Path, Path], t
         load_adapter(model, tmp_path / "b", "a")
     remove_lora(model, "a")
     remove_lora(model, "b")
-    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
 
 
 def test_a_loaded_adapter_is_frozen_and_ready_for_inference(bases: tuple[Path, Path], tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_tensors_that_are_not_aligned_are_read_right(bases: tuple[Path, Path], t
     raw = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(raw)) + raw + body)
     model = ByteTransformer.from_pretrained(bases[1])
-    shapes = {name: features(layer)[::-1] for name, layer in linear_layers(model).items()}
+    shapes = {name: weight_shape(layer) for name, layer in adaptable_layers(model).items()}
     shapes["model.layers.0.self_attn.q_proj"] = (32, 1)
     adapter = read_adapter(tmp_path / "adapter_config.json", file, shapes, max_rank=8)
     for module, (a, _) in adapter.weights.items():

@@ -26,7 +26,7 @@ from stellarbyte_server.api.key_rate import charge
 from stellarbyte_server.api.routes.adapters import adapters_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.submission import record_of
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import parse_references
 from stellarbyte_server.protocol.request import model_not_found
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
@@ -111,15 +111,13 @@ def _json(content: bytes, headers: dict[str, str]) -> Response:
 
 
 async def require_served(model: str | None, service: Service) -> None:
-    """ApiError unless `model` is the served model, one of its adapters, or absent.
+    """ApiError unless `model` is the served model, one of its adapters, a mix of them, or absent.
 
     They all share one tokenizer.
     """
     if model is None or model == service.settings.model_name:
         return
-    reference = AdapterReference.parse(model)
-    for card in (await adapters_of(service)).cards:
-        is_served = card.is_current and card.state != "failed" and card.name == reference.name
-        if is_served and reference.selects(card.content_hash):
-            return
-    raise from_engine(model_not_found(model))
+    cards = [card for card in (await adapters_of(service)).cards if card.is_current and card.state != "failed"]
+    for reference in parse_references(model):
+        if not any(card.name == reference.name and reference.selects(card.content_hash) for card in cards):
+            raise from_engine(model_not_found(str(reference)))

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ReadDone:
-    """A version was read into CPU memory; or `error` says in one sentence why not."""
+    """A version was read into CPU memory, or a mix put together there; or `error` says in one sentence why not."""
 
     version: AdapterVersion
     seconds: float  # duration
@@ -24,6 +24,7 @@ class ReadDone:
     rank: int = 0
     matched: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    parts: "tuple[ReadDone, ...]" = ()  # of a mix: of the parts whose files were read for it, which stay on disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class AdapterStore(Protocol):
         """Run scans in order on a thread that may wait for a disk; `note` gets the result, None if the scan failed."""
 
     def read(self, version: AdapterVersion) -> None:
-        """Read a version from disk into CPU memory."""
+        """Read a version from disk into CPU memory; or put a mix together of its parts there or on disk."""
 
     def fill(self, version: AdapterVersion, slot: int) -> None:
         """Copy a version from CPU memory into a slot, in place of its adapter."""
@@ -65,35 +66,6 @@ class AdapterStore(Protocol):
     @property
     def wake_fd(self) -> int | None:
         """A file descriptor that becomes readable when `finished` has results."""
-
-
-class NoStore:
-    """The store of an engine without adapters."""
-
-    wake_fd = None
-
-    def __init__(self) -> None:
-        self._looked: list[Looked] = []
-
-    def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
-        found = look()  # on this thread: there is no folder to wait for
-        self._looked.append(Looked(lambda: note(found)))
-
-    def read(self, *_: object) -> None:
-        raise AssertionError("there is no adapter to read")
-
-    def fill(self, *_: object) -> None:
-        raise AssertionError("there is no slot to fill")
-
-    def clear(self, *_: object) -> None:
-        raise AssertionError("there is no slot to clear")
-
-    def forget(self, *_: object) -> None:
-        raise AssertionError("there is no adapter to forget")
-
-    def finished(self) -> list[ReadDone | FillDone | Looked]:
-        looked, self._looked = self._looked, []
-        return [*looked]
 
 
 class AdapterMemory:

@@ -3,7 +3,7 @@
 A name has one current version. Other threads find, read and check its files (`AdapterStore`); this code runs on the
 engine's thread between steps and reads no files. A version that is replaced or unloaded drains: it serves the requests
 bound to it and is then forgotten. Memory has three tiers: slots of the bank, CPU memory, disk. Least recently used
-versions move down; versions of running requests do not move.
+versions move down; versions of running requests do not move. Mixes of versions are versions, too (`mixes.py`).
 """
 
 import logging
@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
+from stellarbyte_server.config.setting_values import is_adapter_name
+from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.listing import AdapterListing, card_of
-from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, NoStore, ReadDone
+from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
+from stellarbyte_server.engine.adapters.mixes import AdapterMixes
 from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.engine.state.sequence import Sequence
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
 from stellarbyte_server.protocol.histogram import Histogram
 from stellarbyte_server.protocol.messages import (
     AdapterCard,
@@ -29,23 +31,12 @@ from stellarbyte_server.protocol.messages import (
     Reply,
     adapter_is_loading,
 )
-from stellarbyte_server.protocol.request import (
-    ADAPTER_FAILED,
-    ADAPTER_NOT_FOUND,
-    INTERNAL_ERROR,
-    RequestRejected,
-    model_not_found,
-)
+from stellarbyte_server.protocol.request import RequestRejected, model_not_found
 
 logger = logging.getLogger("server.engine")
 
 RETRY_FAILED_S = 5.0  # minimum time between attempts to read an adapter that failed
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
-
-def no_adapters() -> "Adapters":
-    """The registry of an engine without adapters."""
-    return Adapters(AdapterFolder(None, {}), NoStore(), num_slots=0, max_in_memory=1)
 
 
 class Adapters:
@@ -71,6 +62,7 @@ class Adapters:
         self._memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
         self._current: dict[str, AdapterVersion] = {}
+        self._mixes = AdapterMixes()
         self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
         self._withdrawn: set[str] = set()  # unloaded folders of --adapter-dir, available again after a load
         self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id
@@ -82,33 +74,42 @@ class Adapters:
 
     # Requests
 
-    def bind(self, reference: AdapterReference) -> AdapterVersion:
-        """Bind a new request to the adapter's current version, until `release`.
+    def bind(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
+        """Bind a new request to the adapter's current version, or to a mix of current ones, until `release`.
 
         Raises:
-            RequestRejected: the adapter cannot exist, or could not be read. If its files are still being looked up,
+            RequestRejected: an adapter cannot exist, or could not be read. If its files are still being looked up,
                 `refusal` reports an absent adapter later.
         """
+        version = self._version(reference)
+        for bound in version.with_parts:
+            bound.num_bound += 1
+        self._touch(version)
+        return version
+
+    def _version(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
+        if isinstance(reference, AdapterMix):
+            parts = tuple((self._version(part), scale) for part, scale in reference.parts)
+            return self._mixes.version(reference.name, parts)
         version = self._find(reference.name)
         if version is None:
             raise model_not_found(reference)
-        refusal = _refusal(version, reference)
+        refusal = refusals.refusal_of(version, reference)
         if refusal is not None:
             raise refusal
-        version.num_bound += 1
-        self._touch(version)
         return version
 
     def release(self, version: AdapterVersion) -> list[Reply]:
         """Release a request's version when it has ended."""
-        version.num_bound -= 1
         self._touch(version)
-        return self._drop_if_drained(version)
+        for bound in version.with_parts:
+            bound.num_bound -= 1
+        return [reply for bound in version.with_parts for reply in self._drop_if_drained(bound)]
 
     def refusal(self, sequence: Sequence) -> RequestRejected | None:
         """Why a bound request cannot run, by the current state of its adapter; None: it can, or may."""
         version, reference = sequence.adapter, sequence.request.adapter
-        return None if version is None or reference is None else _refusal(version, reference)
+        return None if version is None or reference is None else refusals.refusal_of(version, reference)
 
     def place(self, waiting: Iterable[Sequence]) -> Move | None:
         """Start moving adapters of waiting requests into slots.
@@ -150,19 +151,17 @@ class Adapters:
     def load(self, call_id: str, name: str, path: str, in_place: bool) -> CallFailed | None:
         """Load an adapter under `name`; `collect` returns the answer unless it is refused at once."""
         if not is_adapter_name(name):
-            message = f"lora_name must be {ADAPTER_NAME_RULE}; {name!r:.200} is not."
-            return CallFailed(call_id, message, param="lora_name")
+            return refusals.bad_name(call_id, name)
         if self._is_loading(name):
             return adapter_is_loading(call_id, name)
         current = self._current.get(name)
         if current is not None and current.files is not None and current.state != "failed" and not in_place:
-            message = f"The adapter {name!r} is already loaded; set load_inplace to replace it."
-            return CallFailed(call_id, message, param="lora_name")
-        message = f"There is no adapter {path!r:.300} in --adapter-dir or among --lora-modules."
-        absent = CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_path")
+            return refusals.already_loaded(call_id, name)
         version = AdapterVersion(name=name, files=None, state="loading")
         self._loads[version] = call_id
-        self._store.look(partial(self._folder.at, path), partial(self._note_looked, version, absent))
+        self._store.look(
+            partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
+        )
         return None
 
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
@@ -184,13 +183,13 @@ class Adapters:
         if version is not None and version.files is not None:
             return self._withdraw(call_id, name)
         if name in self._withdrawn or not self._folder.may_offer(name):
-            return [_no_adapter(call_id, name)]
+            return [refusals.no_adapter(call_id, name)]
         self._store.look(partial(self._folder.offered, name), partial(self._note_to_unload, call_id, name))
         return []
 
     def _note_to_unload(self, call_id: str, name: str, files: AdapterFiles | None) -> list[Reply]:
         """Complete the unloading of a name that was not in use, after looking up its files."""
-        return [_no_adapter(call_id, name)] if files is None else self._withdraw(call_id, name)
+        return [refusals.no_adapter(call_id, name)] if files is None else self._withdraw(call_id, name)
 
     def _withdraw(self, call_id: str, name: str) -> list[Reply]:
         version = self._current.pop(name, None)
@@ -223,7 +222,8 @@ class Adapters:
         return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
 
     def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
-        return card_of(version, self.slots.num_running(version), is_current=is_current)
+        num_running = sum(map(self.slots.num_running, (version, *self._mixes.of(version))))
+        return card_of(version, num_running, is_current=is_current)
 
     def _is_loading(self, name: str) -> bool:
         return any(version.name == name for version in self._loads)
@@ -244,8 +244,6 @@ class Adapters:
             elif isinstance(done, FillDone):
                 self.slots.filled(done.slot)
                 replies += self._note_failed_fill(done) if done.error else self._drop_if_drained(done.version)
-            elif done.error:
-                replies += self._note_failed_read(done.version, done.error, is_fault=done.is_fault)
             else:
                 replies += self._note_read(done)
         return replies
@@ -268,7 +266,9 @@ class Adapters:
         return [*([] if absent is None else [absent]), *self._drop_if_drained(version)]
 
     def _note_read(self, done: ReadDone) -> list[Reply]:
-        version = done.version
+        version, error = done.version, self._note_parts(done) or done.error
+        if error:
+            return self._note_failed_read(version, error, is_fault=done.is_fault)
         if version.content_hash and version.content_hash != done.content_hash:
             return self._note_changed_files(version)
         self.num_reads += 1
@@ -286,6 +286,23 @@ class Adapters:
             card = self._card(self._current[version.name], is_current=True)
             replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
         return replies + self._drop_if_drained(version)
+
+    def _note_parts(self, done: ReadDone) -> str:
+        """Note the parts that were read for a mix only; returns why that cannot be used, if one has other content."""
+        error = ""
+        for read in done.parts:
+            part = read.version
+            is_other = not read.error and part.content_hash not in ("", read.content_hash)
+            error = refusals.files_changed(part) if is_other else error
+            if part.is_reading or part.is_in_memory:
+                continue  # by itself, meanwhile
+            if is_other:
+                self._note_changed_files(part)
+            elif read.error:
+                self._note_failed_read(part, read.error, is_fault=read.is_fault)
+            else:
+                part.content_hash = read.content_hash
+        return error
 
     def _install(self, version: AdapterVersion) -> list[Reply]:
         """Make a loaded version the current one of its name. Equal content changes nothing."""
@@ -311,8 +328,7 @@ class Adapters:
         version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
         call_id = self._loads.pop(version, None)
-        code = INTERNAL_ERROR if is_fault else ADAPTER_FAILED
-        failed = [] if call_id is None else [CallFailed(call_id, error, code=code, param="lora_path")]
+        failed = [] if call_id is None else [refusals.not_read(call_id, error, is_fault=is_fault)]
         return [*failed, *self._drop_if_drained(version)]
 
     def _note_failed_fill(self, done: FillDone) -> list[Reply]:
@@ -324,11 +340,9 @@ class Adapters:
     def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
         """After a change of a version's files, make their content the current version for new requests."""
         if self._current.get(version.name) is version:
-            self._current[version.name] = _unread(version)
+            self._current[version.name] = AdapterVersion(name=version.name, files=version.files, totals=version.totals)
             self._others.add(version)
-        return self._note_failed_read(
-            version, f"The files of the adapter {version.name!r} have changed; send the request again."
-        )
+        return self._note_failed_read(version, refusals.files_changed(version))
 
     # Names and memory
 
@@ -375,26 +389,11 @@ class Adapters:
         self._memory.forget(version)
         self._others.discard(version)
         call_id = self._unloads.pop(version, None)
-        return [] if call_id is None else [AdapterUnloaded(call_id, freed)]
+        replies: list[Reply] = [] if call_id is None else [AdapterUnloaded(call_id, freed)]
+        for mix in self._mixes.take(version):
+            replies += self._drain(mix)
+        return replies
 
     def _touch(self, version: AdapterVersion) -> None:
         self._num_uses += 1
         version.used_at = self._num_uses
-
-
-def _no_adapter(call_id: str, name: str) -> CallFailed:
-    return CallFailed(call_id, f"There is no adapter {name!r}.", code=ADAPTER_NOT_FOUND, param="lora_name")
-
-
-def _unread(version: AdapterVersion) -> AdapterVersion:
-    """A version of the same files, not read yet."""
-    return AdapterVersion(name=version.name, files=version.files, totals=version.totals)
-
-
-def _refusal(version: AdapterVersion, reference: AdapterReference) -> RequestRejected | None:
-    """Why a version does not serve requests for a reference, if known; None: it does, or may."""
-    if version.state == "failed" and version.files is None:
-        return model_not_found(reference)
-    if version.state == "failed":
-        return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
-    return None if reference.selects(version.content_hash) else model_not_found(reference)

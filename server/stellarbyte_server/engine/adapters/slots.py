@@ -92,7 +92,7 @@ class AdapterSlots:
         wanted = {slot.number for slot in self._slots if slot.is_promised and slot.version in waited_for}
         for sequence in waiting:
             version = sequence.adapter
-            if version is None or version in seen or version.files is None:
+            if version is None or version in seen or not version.is_found:
                 continue
             seen.add(version)
             if version.slot:

@@ -5,6 +5,8 @@ The threads have the lowest priority, so that running streams keep their pace.
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 import time
@@ -15,8 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from stellarbyte.lora import AdapterError, read_adapter
-from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora import Adapter, AdapterError, read_adapter
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.dora import row_factors
+from stellarbyte.lora.mixing import mixed
+from stellarbyte.lora.peft_config import MODULES_TO_SAVE, USE_DORA
 from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
@@ -38,8 +43,12 @@ class AdapterStore:
     `wake_fd` becomes readable when `finished` has results.
     """
 
-    def __init__(self, bank: LoraBank) -> None:
+    def __init__(self, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
+        """`weight_of`: `ServedModel.weight`; None: the backend serves plain LoRA only."""
         self._bank = bank
+        self._weight_of = weight_of
+        matrix = bank.config.vocab_size, bank.config.hidden_size
+        self._replaceable = {} if weight_of is None else {f"{module}.weight": matrix for module in (HEAD, EMBEDDING)}
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
@@ -109,25 +118,39 @@ class AdapterStore:
         thread.submit(run)
 
     def _read(self, version: AdapterVersion) -> ReadDone:
+        """Bring a version into memory."""
+        done, packed = self._mixed(version) if version.parts else self._read_files(version)
+        if packed is not None:
+            self._packed[version] = packed
+        return done
+
+    def _read_files(self, version: AdapterVersion) -> tuple[ReadDone, PackedAdapter | None]:
         started_s = time.perf_counter()
         files = version.files
         try:
             assert files is not None, "only versions with files are read"
             opener = functools.partial(open_inside, files.root)
             adapter = read_adapter(
-                files.config, files.weights, self._shapes, max_rank=self._bank.max_rank, opener=opener
+                files.config,
+                files.weights,
+                self._shapes,
+                max_rank=self._bank.max_rank,
+                accepts=frozenset() if self._weight_of is None else {USE_DORA, MODULES_TO_SAVE},
+                copies=self._replaceable,
+                opener=opener,
             )
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
-            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype)
+            factors = self._factors(adapter)
+            replaced = self._replaced(adapter)
+            packed = pack_adapter(adapter.weights, scales, self._bank.config, self._bank.dtype, factors, replaced)
             if not packed.is_finite():
                 raise AdapterError("its weights times alpha / r overflow the serving dtype.")
         except AdapterError as error:
-            return self._failed(version, started_s, str(error))
+            return self._failed(version, started_s, str(error)), None
         except Exception:  # must not end the engine
             logger.exception("reading the adapter %s failed", version.name)
-            return self._failed(version, started_s, "it could not be read; see the server's log.", is_fault=True)
-        self._packed[version] = packed
-        return ReadDone(
+            return self._failed(version, started_s, "it could not be read; see the server's log.", is_fault=True), None
+        done = ReadDone(
             version=version,
             seconds=time.perf_counter() - started_s,
             content_hash=adapter.content_hash,
@@ -136,10 +159,90 @@ class AdapterStore:
             matched=tuple(adapter.weights),
             unmatched=adapter.unmatched_targets,
         )
+        return done, packed
 
-    def _failed(self, version: AdapterVersion, started_s: float, error: str, *, is_fault: bool = False) -> ReadDone:
-        message = f"The adapter {version.name!r} cannot be loaded: {error}"
-        return ReadDone(version=version, seconds=time.perf_counter() - started_s, error=message, is_fault=is_fault)
+    def _factors(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """DoRA's factors of rows, by module."""
+        factors: dict[str, torch.Tensor] = {}
+        for name, magnitude in adapter.magnitudes.items():
+            assert self._weight_of is not None  # else the adapter has been refused
+            try:
+                factors[name] = row_factors(
+                    self._weight_of(name), *adapter.weights[name], adapter.scale_of(name), magnitude
+                )
+            except ZeroDivisionError as error:
+                raise AdapterError(f"it has DoRA, but in {name} {error}.") from None
+        return factors
+
+    def _replaced(self, adapter: Adapter) -> dict[str, torch.Tensor]:
+        """What the head and the embedding of an adapter differ from the model's."""
+        replaced: dict[str, torch.Tensor] = {}
+        for parameter, matrix_VC in adapter.copies.items():
+            assert self._weight_of is not None  # else the adapter has been refused
+            module = parameter.removesuffix(".weight")
+            replaced[module] = (matrix_VC.float() - self._weight_of(module).float()).to(self._bank.dtype)
+        return replaced
+
+    def _mixed(self, version: AdapterVersion) -> tuple[ReadDone, PackedAdapter | None]:
+        """A mix of its parts, of which those that are not in memory are read from disk and not kept."""
+        started_s = time.perf_counter()
+        parts: list[tuple[PackedAdapter, float]] = []
+        hashes: list[tuple[str, float]] = []
+        read: list[ReadDone] = []
+        for part, scale in version.parts:
+            packed, content_hash = self._packed.get(part), part.content_hash
+            if packed is None or not content_hash:
+                done, packed = self._read_files(part)
+                read.append(done)
+                content_hash = done.content_hash
+            if packed is None:
+                failed = ReadDone(
+                    version=version,
+                    seconds=time.perf_counter() - started_s,
+                    error=done.error,
+                    is_fault=done.is_fault,
+                    parts=tuple(read),
+                )
+                return failed, None
+            parts.append((packed, scale))
+            hashes.append((content_hash, scale))
+        try:
+            whole = mixed(parts, self._bank.config, self._bank.max_rank)
+            if not whole.is_finite():
+                raise AdapterError("its weights times their scales overflow the serving dtype.")
+        except AdapterError as error:
+            return self._failed(version, started_s, str(error), parts=tuple(read)), None
+        except Exception:  # must not end the engine
+            logger.exception("mixing the adapters %s failed", version.name)
+            message = "it could not be put together; see the server's log."
+            return self._failed(version, started_s, message, is_fault=True, parts=tuple(read)), None
+        done = ReadDone(
+            version=version,
+            seconds=time.perf_counter() - started_s,
+            content_hash=hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+            num_bytes=whole.num_bytes,
+            rank=int(whole.ranks_LP.max()),
+            parts=tuple(read),
+        )
+        return done, whole
+
+    def _failed(
+        self,
+        version: AdapterVersion,
+        started_s: float,
+        error: str,
+        *,
+        is_fault: bool = False,
+        parts: tuple[ReadDone, ...] = (),
+    ) -> ReadDone:
+        kind = "mix" if version.parts else "adapter"
+        return ReadDone(
+            version=version,
+            seconds=time.perf_counter() - started_s,
+            error=f"The {kind} {version.name!r} cannot be loaded: {error}",
+            is_fault=is_fault,
+            parts=parts,
+        )
 
 
 def _readers() -> ThreadPoolExecutor:

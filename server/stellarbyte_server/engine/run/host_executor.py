@@ -88,6 +88,17 @@ class HostExecutor:
         return rows + [_Row(slots[chunk.slot], chunk.start, chunk.length, chunk.samples) for chunk in plan.chunks]
 
 
+class _AdaptedHead:
+    """A model's last part for rows of one sequence."""
+
+    def __init__(self, model: ServedModel, begin: SlotBegin) -> None:
+        self._model = model
+        self._adapter = begin.adapter_slot, begin.adapter_scale
+
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        return self._model.head(hidden_RC, [self._adapter] * len(hidden_RC))
+
+
 class HostStep:
     """A step with its final hidden states."""
 
@@ -107,7 +118,8 @@ class HostStep:
                 zip(self._rows, self._batch.query_starts, strict=False)
             ):
                 if slot.wants_hidden:
-                    slot.read_prompt(self._result, row, self._model, start, self._hidden_TC[first : first + length])
+                    head = _AdaptedHead(self._model, slot.begin)
+                    slot.read_prompt(self._result, row, head, start, self._hidden_TC[first : first + length])
 
     def result(self) -> StepResult:
         return self._result
@@ -117,7 +129,8 @@ class HostStep:
         if not sampling:
             return
         model, result = self._model, self._result
-        logits_RV = model.head(self._hidden_TC[self._batch.logits_rows]).float()
+        adapters = [(slot.begin.adapter_slot, slot.begin.adapter_scale) for _, slot in sampling]
+        logits_RV = model.head(self._hidden_TC[self._batch.logits_rows], adapters).float()
         vocab_size = logits_RV.shape[-1]
         scored = [
             i for i, (row, s) in enumerate(sampling) if s.sampling.logprobs is not None and row not in finish.over

@@ -6,6 +6,7 @@ import math
 import os
 import select
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.user_cache import adapter_cache
 from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
-from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
+from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
@@ -68,10 +70,14 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     num_slots = settings.max_loras if settings.serves_adapters else 0
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
     model = folder.language_model(dtype, device)
-    adapters = _load_adapters(settings, bank)
-    make_executor = _make_cpu_executor if device.type == "cpu" else _make_gpu_executor
     cache_dtype = _cache_dtype(settings, dtype, device)
-    executor, serving = make_executor(settings, model, config, bank, cache_dtype)
+    if device.type == "cpu":  # DoRA needs the weights as they are served
+        served = _cpu_model(model, config, bank, settings.quantization)
+        adapters = _load_adapters(settings, bank, served.weight)
+        executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
+    else:
+        adapters = _load_adapters(settings, bank, None)
+        executor, serving = _make_gpu_executor(settings, model, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
@@ -130,13 +136,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
 
 
 def _make_cpu_executor(
-    settings: EngineSettings,
-    model: ByteLanguageModel,
-    config: ByteModelConfig,
-    bank: LoraBank,
-    cache_dtype: torch.dtype,
+    settings: EngineSettings, served: ServedModel, config: ByteModelConfig, cache_dtype: torch.dtype
 ) -> tuple[Executor, ServingPlan]:
-    served = _cpu_model(model, config, bank, settings.quantization)
     step_tokens, _ = tokens_a_step(settings, "cpu")
     budget = settings.kv_cache_memory
     if budget is None:
@@ -219,8 +220,10 @@ def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank
     return TorchModel(model, config, bank)
 
 
-def _load_adapters(settings: EngineSettings, bank: LoraBank) -> Adapters:
-    """The registry, with the adapters of --lora-modules read and checked.
+def _load_adapters(
+    settings: EngineSettings, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None
+) -> Adapters:
+    """The registry, with the adapters of --lora-modules read and checked; without `weight_of` there is no DoRA.
 
     Raises:
         StartupError: one of them is not there or cannot be used.
@@ -230,7 +233,7 @@ def _load_adapters(settings: EngineSettings, bank: LoraBank) -> Adapters:
     fetched = adapter_cache() if settings.adapter_source else None
     folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules), fetched)
     max_in_memory = 4 * settings.max_loras if settings.max_cpu_loras is None else settings.max_cpu_loras
-    store = AdapterStore(bank)
+    store = AdapterStore(bank, weight_of)
     adapters = Adapters(folder, store, num_slots=bank.num_slots, max_in_memory=max_in_memory)
     for name, path in settings.lora_modules:
         files = folder.module(name)

@@ -1,4 +1,4 @@
-"""A version of an adapter: one content under one name, from its first use on. Plain data."""
+"""A version of an adapter: one content under one name, from its first use on; or a mix of such. Plain data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,14 @@ class AdapterTotals:
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class AdapterVersion:
-    """A version. Accepted requests are bound to it until they end, even if its name gets another version."""
+    """A version. Accepted requests are bound to it until they end, even if its name gets another version.
+
+    A mix of versions, each times a scale, has `parts`, and no files of its own.
+    """
 
     name: str
-    files: AdapterFiles | None  # None: lookup in progress, or not found
+    files: AdapterFiles | None  # None: lookup in progress, or not found; or a mix
+    parts: "tuple[tuple[AdapterVersion, float], ...]" = ()  # of a mix: versions with their scales
     state: AdapterState = "ready"  # loading: first read; draining: replaced or unloaded, with requests left
     content_hash: str = ""  # SHA-256, hexadecimal; "" until read
     num_bytes: int = 0  # in memory
@@ -47,3 +51,18 @@ class AdapterVersion:
     num_bound: int = 0  # requests not ended
     used_at: int = 0  # order of use
     totals: AdapterTotals = field(default_factory=AdapterTotals)
+
+    @property
+    def of_files(self) -> "tuple[AdapterVersion, ...]":
+        """The versions whose files it is made of: a mix's parts, or itself."""
+        return tuple(part for part, _ in self.parts) if self.parts else (self,)
+
+    @property
+    def with_parts(self) -> "tuple[AdapterVersion, ...]":
+        """Itself and a mix's parts, to all of which a request is bound."""
+        return (self, *(part for part, _ in self.parts))
+
+    @property
+    def is_found(self) -> bool:
+        """Whether its files are known."""
+        return all(version.files is not None for version in self.of_files)

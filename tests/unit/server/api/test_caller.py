@@ -86,6 +86,23 @@ def test_a_scale_gives_no_key_the_answers_of_a_base_model_that_it_may_not_use(sc
             assert refusal(key, model=model, adapter_scale=scale) is None
 
 
+def test_a_key_may_mix_only_adapters_that_it_may_use_and_only_at_scale_1_without_the_base() -> None:
+    one, two = make_key("a", models=("pirate",)), make_key("b", models=("pirate", "bard"))
+    all_three = make_key("c", models=("pirate", "bard", "base"))
+    for model in ("pirate+bard", "bard@01234567+pirate", "pirate+bard+nobody"):
+        error = refusal(one, model=model)
+        assert error is not None and (error.status, error.param) == (403, "model")
+    assert refusal(two, model="pirate+bard") is None
+    for scale in (0, 0.5, 2):
+        given = {"adapters": [{"name": "pirate"}, {"name": "bard", "scale": scale}]}
+        error = refusal(two, model="pirate+bard", **given)
+        assert error is not None and (error.status, error.param) == (403, "adapters")
+        assert refusal(all_three, model="pirate+bard", **given) is None
+        error = refusal(two, model="pirate+bard", adapter_scale=scale)
+        assert error is not None and (error.status, error.param) == (403, "adapter_scale")
+    assert refusal(two, model="pirate+bard", adapters=[{"name": "pirate", "scale": 1}, {"name": "bard"}]) is None
+
+
 def test_priorities_are_between_0_and_100_unless_the_file_of_keys_says_otherwise() -> None:
     file = """
         [plain]

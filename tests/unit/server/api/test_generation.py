@@ -1,10 +1,13 @@
 """The engine's requests that a body becomes, and what it may ask of all its answers together."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from stellarbyte_server.api.contract.bodies.body import parse_body
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
 from stellarbyte_server.api.contract.bodies.generation import MAX_BIASED_TOKENS
 from stellarbyte_server.api.contract.errors import ApiError
@@ -15,8 +18,9 @@ from stellarbyte_server.api.generation import (
     Prompt,
     _check_amounts,
     make_requests,
+    with_adapter_as_model,
 )
-from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
 from stellarbyte_server.protocol.request import GenerationRequest
 
 
@@ -44,7 +48,9 @@ def test_what_each_answer_carries_is_bounded_over_all_answers(fields: dict[str, 
 
 
 def requests_for(num_prompts: int = 1, **fields: Any) -> tuple[GenerationRequest, ...]:
-    body = CompletionBody.model_validate({"model": "base", "prompt": ["a"] * num_prompts, **fields})
+    content = {"model": "base", "prompt": ["a"] * num_prompts, **fields}
+    body, _ = parse_body(CompletionBody, json.dumps(content).encode(), warn_unknown=False)
+    body = with_adapter_as_model(body, "base")
     service = SimpleNamespace(
         settings=SimpleNamespace(model_name="base"), info=SimpleNamespace(vocab_size=100), sampling_defaults={}
     )
@@ -72,6 +78,49 @@ def test_answers_to_one_prompt_differ_in_their_numbers_only_and_share_its_comput
     assert {(request.adapter, request.adapter_scale) for request in requests} == {
         (AdapterReference("a", "01234567"), 2.0)
     }
+
+
+A, B = AdapterReference("a"), AdapterReference("b", "01234567")
+
+
+@pytest.mark.parametrize(
+    ("fields", "adapter", "scale"),
+    [
+        ({"model": "a+b@01234567"}, AdapterMix(((A, 1.0), (B, 1.0))), 1.0),
+        ({"model": "b@01234567+a", "adapter_scale": 2}, AdapterMix(((A, 1.0), (B, 1.0))), 2.0),
+        ({"adapters": [{"name": "b@01234567", "scale": 0.5}, {"name": "a"}]}, AdapterMix(((A, 1.0), (B, 0.5))), 1.0),
+        ({"model": "a", "adapters": [{"name": "a", "scale": 0.5}], "adapter_scale": 3}, A, 1.5),
+        ({"model": "a+b", "adapter_id": "a+b"}, AdapterMix(((A, 1.0), (AdapterReference("b"), 1.0))), 1.0),
+    ],
+)
+def test_a_mix_reaches_the_engine_with_its_scales_in_the_order_of_names(
+    fields: dict[str, Any], adapter: AdapterReference | AdapterMix, scale: float
+) -> None:
+    (request,) = requests_for(**fields)
+    assert (request.adapter, request.adapter_scale) == (adapter, scale)
+    encoded = msgspec.msgpack.encode(request)
+    assert msgspec.msgpack.decode(encoded, type=GenerationRequest).adapter == adapter
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"model": "a+b+c+d+e"}, "model", "'model' mixes 5 adapters; at most 4 are allowed"),
+        ({"model": "a+b+a@01234567"}, "model", "'model' names the adapter 'a' twice"),
+        ({"adapters": [{"name": "a"}, {"name": "a"}]}, "adapters", "'adapters' names the adapter 'a' twice"),
+        ({"model": "c", "adapters": [{"name": "a"}]}, "adapters", "'adapters' and 'model' name two adapters"),
+        ({"adapter_id": "a", "adapters": [{"name": "a"}]}, "adapters", "either the field 'adapter_id' or"),
+        ({"adapters": []}, "adapters", "adapters"),
+        ({"adapters": [{"name": str(i)} for i in range(5)]}, "adapters", "4"),
+        ({"adapters": [{"name": "a+b"}]}, "adapters[0].name", "name"),
+        ({"adapters": [{"name": "a", "scale": 9}]}, "adapters[0].scale", "scale"),
+        ({"adapters": [{"name": "a", "weight": 1}]}, "adapters[0].weight", "is unknown"),
+    ],
+)
+def test_a_mix_that_cannot_be_is_named(fields: dict[str, Any], param: str, said: str) -> None:
+    with pytest.raises(ApiError, match=said) as refusal:
+        requests_for(**fields)
+    assert (refusal.value.status, refusal.value.param) == (400, param)
 
 
 @pytest.mark.parametrize(

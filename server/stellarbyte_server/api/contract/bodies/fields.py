@@ -16,7 +16,10 @@ MAX_TOKEN_ID = 2**31 - 1
 
 ONLY_KIND = "The only supported value."
 UNUSED = "Has no effect."
-MODEL = "The served model's name; an adapter's name; or NAME@HASH, an adapter in one version."
+MODEL = (
+    "The served model's name; an adapter's name; NAME@HASH, an adapter in one version; or up to 4 adapters, joined by"
+    " +, whose changes to the weights add up."
+)
 
 T = TypeVar("T")
 OF_MODEL = object()  # in the metadata of a field
@@ -57,6 +60,7 @@ Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 AdapterScale = Annotated[float, Field(ge=0, le=8)]
 AdapterId = Annotated[str, Field(min_length=1, max_length=256)]
+MixedName = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^+]+$")]
 MaxTokens = Annotated[int, Field(ge=1, lt=2**63)]
 
 

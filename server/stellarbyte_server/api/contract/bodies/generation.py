@@ -16,6 +16,7 @@ from stellarbyte_server.api.contract.bodies.fields import (
     CacheSalt,
     MaxTokens,
     MinP,
+    MixedName,
     OfModel,
     Priority,
     Seed,
@@ -30,6 +31,7 @@ from stellarbyte_server.api.contract.bodies.fields import (
 )
 from stellarbyte_server.api.contract.bodies.tools import MAX_KEYWORDS
 from stellarbyte_server.api.contract.bodies.unused import Metadata, SafetyIdentifier, ServiceTier
+from stellarbyte_server.protocol.adapter_reference import MAX_MIXED_ADAPTERS
 
 MAX_STOP_TOKENS = 128
 MAX_CONSTRAINED = 1000  # texts of a choice
@@ -125,6 +127,13 @@ class StructuredOutputs(Body):
         return self
 
 
+class ScaledAdapter(Body):
+    """One adapter of a mix."""
+
+    name: MixedName = required("An adapter's name, or NAME@HASH.")
+    scale: AdapterScale | None = optional("Multiplies its own scale, alpha / r. Default: 1.")
+
+
 class ModelFields(Body):
     """Fields of every request to the model."""
 
@@ -135,9 +144,15 @@ class ModelFields(Body):
     cache_salt: CacheSalt | None = optional(
         "Requests of a key share the prefix cache only if they have the same salt. Default: none."
     )
-    adapter_scale: AdapterScale | None = optional("Multiplies the adapter's own scale, alpha / r. Default: 1.")
+    adapter_scale: AdapterScale | None = optional(
+        "Multiplies the adapter's own scale, alpha / r, or those of a mix. Default: 1."
+    )
     adapter_id: AdapterId | None = optional(
         "LoRAX's field: an adapter; 'model' must then be the served model's name or the same adapter. Default: none."
+    )
+    adapters: Annotated[list[ScaledAdapter], Field(min_length=1), AtMost(MAX_MIXED_ADAPTERS)] | None = optional(
+        "Adapters whose changes to the weights add up, each with its scale, in the place of 'model', which must then be"
+        " the served model's name or the same adapters, joined by +. Default: those of 'model'."
     )
     adapter_source: AdapterSource = optional("LoRAX's field: the server's own adapters are the only source.")
     user: str | None = optional(UNUSED)

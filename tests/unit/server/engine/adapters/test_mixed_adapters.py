@@ -9,7 +9,7 @@ import torch
 
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.cpu_model import CpuModel
-from stellarbyte.lora.bank import LoraBank, pack_adapter
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, pack_adapter
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.packing import pack
 from stellarbyte.sampling.sampler import RowSampling
@@ -92,6 +92,68 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
         assert ModelEngine(alone, backend=backend).generate([plain]) == [tokens]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ["biases, odd sizes", "parallel"])
+def test_dora_replaced_heads_and_plain_adapters_in_one_batch_match_the_oracle(backend: Backend, shape: str) -> None:
+    model = make_model(**MODELS[shape])
+    adapters = {
+        name: random_adapter(model.config, seed, share=0.8, dora=dora, replaced=replaced)
+        for seed, (name, dora, replaced) in enumerate(
+            [("dora", 1.0, (HEAD,)), ("some", 0.5, (HEAD, EMBEDDING)), ("plain", 0.0, ())]
+        )
+    }
+    assert 0 < len(adapters["some"].factors) < len(adapters["some"].weights)
+    tokens = random_tokens(60)
+    engine = ModelEngine(model, backend=backend, adapters=adapters, max_num_batched_tokens=13, num_blocks=200)
+    names = ["dora", None, "some", "plain", "dora"]
+    requests = [
+        make_request(
+            random_tokens(9 + i, seed=i), 8, str(i), seed=i, adapter=name, adapter_scale=0.5 if i == 4 else 1.0
+        )
+        for i, name in enumerate(names)
+    ]
+    together, logprobs = generate_with_logprobs(engine, requests)
+    for request, generated_tokens, found in zip(requests, together, logprobs, strict=True):
+        name, scale = request.adapter and request.adapter.name, request.adapter_scale
+        alone = model if name is None else merged(model, adapters[name], scale)
+        prompt = list(request.prompt_token_ids)
+        expected = oracle.logprobs(alone.state_dict(), model.config, prompt + generated_tokens)
+        assert (found - expected[len(prompt) - 1 : -1]).abs().max() <= 1e-4
+    expected = oracle.logprobs(merged(model, adapters["dora"], 0.25).state_dict(), model.config, tokens)
+    forced = engine.teacher_forced(tokens, 20, adapter="dora", adapter_scale=0.25)
+    assert (forced - expected[19:]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mix_of_adapters_beside_its_parts_equals_both_merged(backend: Backend) -> None:
+    """With a scale of each and one of the request, which multiplies the whole mix."""
+    model = make_model()
+    parts = {
+        f"a{i}": random_adapter(
+            model.config, seed=i, ranks=(1, 3, 5), share=0.7, dora=(0.0, 0.6, 0.6)[i], replaced=(HEAD, EMBEDDING)[:i]
+        )
+        for i in range(3)
+    }
+    scales = {"a0": 0.5, "a1": 2.0, "a2": 1.0}
+    packed = [(adapter.packed(model.config), scales[name]) for name, adapter in parts.items()]
+    engine = ModelEngine(model, backend=backend, adapters=parts, num_mixes=1, max_num_batched_tokens=7)
+    engine.add_mix("a0+a1+a2", packed)
+    tokens = random_tokens(60)
+    for scale in (1.0, 0.5):
+        weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        for name, adapter in parts.items():  # what each adds to the base's weights
+            for key, tensor in merged(model, adapter, scales[name] * scale).state_dict().items():
+                weights[key] = weights[key] + (tensor.double() - model.state_dict()[key].double())
+        expected = oracle.logprobs({key: tensor.float() for key, tensor in weights.items()}, model.config, tokens)
+        together = [
+            make_request(tokens[:20], 4, str(i), seed=i, adapter=name, adapter_scale=scale)
+            for i, name in enumerate(["a0", "a0+a1+a2", None, "a2"])
+        ]
+        engine.generate(together)
+        found = engine.teacher_forced(tokens, 20, adapter="a0+a1+a2", adapter_scale=scale)
+        assert (found - expected[19:]).abs().max() <= 1e-4
+
+
 def generate_with_logprobs(
     engine: ModelEngine, requests: list[GenerationRequest]
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -113,10 +175,11 @@ def generate_with_logprobs(
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: str) -> None:
+@pytest.mark.parametrize("dora", [0.0, 1.0])
+def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: str, dora: float) -> None:
     """The same tokens as on float32 weights that were rounded as the quantization rounds, then merged."""
     model = make_model(hidden_size=64, intermediate_size=128)
-    adapter = random_adapter(model.config, seed=3)
+    adapter = random_adapter(model.config, seed=3, dora=dora)
     rounded = ByteTransformer(model.config).eval()
     rounded.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -128,6 +191,9 @@ def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: s
     )
     expected = ModelEngine(merged(rounded, adapter)).teacher_forced(random_tokens(40), 20)
     assert (engine.teacher_forced(random_tokens(40), 20, adapter="a") - expected).abs().max() <= 1e-4
+    served = engine.executor.model
+    for name in (*adapter.weights, HEAD, EMBEDDING):  # what DoRA's norms and replaced heads are computed from
+        torch.testing.assert_close(served.weight(name), rounded.get_submodule(name).weight, rtol=0, atol=1e-5)
 
 
 def as_multiplied(weight: torch.Tensor, quantization: str) -> torch.Tensor:

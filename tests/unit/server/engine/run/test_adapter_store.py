@@ -1,16 +1,21 @@
 """The threads that read and copy adapters, with real files and a real bank."""
 
 import os
+import re
 import select
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from stellarbyte.lora.bank import LoraBank
+from stellarbyte.backends.cpu_model import CpuModel
+from stellarbyte.backends.torch_model import TorchModel
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.memory import FillDone, ReadDone
 from stellarbyte_server.engine.run import adapter_store
@@ -53,6 +58,140 @@ def test_an_adapter_goes_from_disk_to_a_slot_and_leaves_nothing(version: Adapter
     store.clear(2)
     store.forget(version)
     assert not bank.ranks_SLP.any() and not bank.numbers_SF.any()
+
+
+def offered(folder: Path, name: str, seed: int, rank: int = 4) -> AdapterVersion:
+    """An adapter of that name, written into the folder."""
+    write_adapter(folder / name, make_model(), seed, rank)
+    files = AdapterFolder(str(folder), {}).offered(name)
+    assert files is not None
+    return AdapterVersion(name=name, files=files)
+
+
+def read(store: AdapterStore, version: AdapterVersion) -> ReadDone:
+    store.read(version)
+    done = wait(store)
+    assert isinstance(done, ReadDone)
+    return done
+
+
+def test_a_mix_is_the_same_from_parts_in_memory_and_on_disk(tmp_path: Path) -> None:
+    a, b = offered(tmp_path, "a", 1), offered(tmp_path, "b", 2, rank=3)
+    bank = LoraBank(make_model().config, 2, 8)
+    store = AdapterStore(bank)
+    mix = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 0.5)))
+    of_disk = read(store, mix)
+    assert of_disk.rank == 7 and [done.version for done in of_disk.parts] == [a, b]
+    assert all(len(done.content_hash) == 64 for done in of_disk.parts)
+    store.fill(mix, 1)
+    wait(store)
+    for part in (a, b):
+        part.content_hash = read(store, part).content_hash
+    for part in (a, b):  # what is in memory serves whatever became of the files
+        assert part.files is not None
+        part.files.weights.unlink()
+    again = AdapterVersion(name="a+b", files=None, parts=mix.parts)
+    of_memory = read(store, again)
+    assert of_memory.parts == () and of_memory.content_hash == of_disk.content_hash
+    store.fill(again, 2)
+    wait(store)
+    assert torch.equal(bank.numbers_SF[1], bank.numbers_SF[2]) and bank.numbers_SF[1].any()
+    other = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 0.25)))
+    assert read(store, other).content_hash != of_disk.content_hash
+
+
+BACKENDS: list[Any] = [
+    TorchModel,
+    partial(CpuModel, quantization="none", num_threads=1),
+    partial(CpuModel, quantization="int8", num_threads=1),
+    partial(CpuModel, quantization="int4", num_threads=1),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=["torch", "cpu", "int8", "int4"])
+def test_doras_factors_are_those_of_the_weights_as_they_are_served(tmp_path: Path, backend: Any) -> None:
+    model = make_model(hidden_size=64, intermediate_size=128)
+    write_adapter(tmp_path / "a", model, 1, rank=3, use_dora=True)
+    files = AdapterFolder(str(tmp_path), {}).offered("a")
+    assert files is not None
+    version = AdapterVersion(name="a", files=files)
+    bank = LoraBank(model.config, 1, 8)
+    served = backend(model, model.config, bank)
+    store = AdapterStore(bank, served.weight)
+    assert not read(store, version).error
+    store.fill(version, 1)
+    wait(store)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    keys = ("A.weight", "B.weight", "magnitude_vector")
+    for layer, number, name in bank.projections.modules():
+        a, b, m = (tensors[f"base_model.model.{name}.lora_{key}"].double() for key in keys)
+        changed = served.weight(name).double() + 2 * b @ a
+        factors = m / changed.norm(dim=1)
+        d = bank.d(1, layer, number)
+        assert d is not None
+        torch.testing.assert_close(d.double(), factors - 1, rtol=0, atol=1e-5)
+        expected = (2 * factors[:, None] * b).T
+        torch.testing.assert_close(bank.b(1, layer, number).double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(bank.a(1, layer, slice(number, number + 1)).double(), a)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=["torch", "cpu", "int8", "int4"])
+def test_a_head_and_an_embedding_are_kept_as_what_they_differ_from_the_served(tmp_path: Path, backend: Any) -> None:
+    model = make_model(hidden_size=64, intermediate_size=128)
+    write_adapter(tmp_path / "a", model, 1, modules_to_save=("lm_head", "embed_tokens"))
+    version = AdapterVersion(name="a", files=AdapterFolder(str(tmp_path), {}).offered("a"))
+    bank = LoraBank(model.config, 1, 8)
+    served = backend(model, model.config, bank)
+    store = AdapterStore(bank, served.weight)
+    done = read(store, version)
+    assert not done.error and done.num_bytes > 2 * 4 * model.config.vocab_size * 64
+    store.fill(version, 1)
+    wait(store)
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert bank.replaced[1].keys() == {HEAD, EMBEDDING}
+    for name, change in bank.replaced[1].items():
+        expected = tensors[f"base_model.model.{name}.weight"]
+        assert (expected - model.get_submodule(name).weight).abs().max() > 0.01
+        torch.testing.assert_close(served.weight(name) + change, expected)
+    store.clear(1)
+    assert not bank.replaced
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": True}, "'use_dora' is True"),
+    ({"modules_to_save": ("lm_head",)}, r"'modules_to_save' is \['lm_head'\]"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), FIELDS)
+def test_a_backend_for_plain_lora_refuses_more_by_name(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    write_adapter(tmp_path / "a", make_model(), 1, **fields)
+    version = AdapterVersion(name="a", files=AdapterFolder(str(tmp_path), {}).offered("a"))
+    refused = read(AdapterStore(LoraBank(make_model().config, 1, 8)), version)
+    assert re.search(f"{said}, but only plain LoRA without it is supported", refused.error)
+
+
+def test_other_copied_modules_are_refused_by_name(tmp_path: Path) -> None:
+    model = make_model()
+    write_adapter(tmp_path / "a", model, 1, modules_to_save=("input_layernorm",))
+    version = AdapterVersion(name="a", files=AdapterFolder(str(tmp_path), {}).offered("a"))
+    bank = LoraBank(model.config, 1, 8)
+    refused = read(AdapterStore(bank, TorchModel(model, model.config, bank).weight), version)
+    assert "modules_to_save has 'input_layernorm', which is no module that can be replaced" in refused.error
+
+
+def test_a_mix_that_cannot_be_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    a, b = offered(tmp_path, "a", 1), offered(tmp_path, "b", 2, rank=5)
+    store = AdapterStore(LoraBank(make_model().config, 1, 8))
+    mix = AdapterVersion(name="a+b", files=None, parts=((a, 1.0), (b, 1.0)))
+    refused = read(store, mix).error
+    assert refused == (
+        "The mix 'a+b' cannot be loaded: its ranks add up to 9, but at most 8 is supported (--max-lora-rank)."
+    )
+    b.files.config.write_text("{")
+    done = read(store, mix)
+    assert "The adapter 'b' cannot be loaded: adapter_config.json" in done.error
+    assert [(part.version, bool(part.error)) for part in done.parts] == [(a, False), (b, True)]
 
 
 def test_unloading_gives_back_the_bytes_that_the_registry_counts(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stellarbyte_server.api.structured.grammars import json_grammar
+from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
-from stellarbyte_server.engine.adapters.registry import Adapters, no_adapters
+from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.run.step_plan import StepResult

@@ -1,0 +1,59 @@
+"""Why requests and calls for adapters are refused."""
+
+from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE
+from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
+from stellarbyte_server.protocol.messages import CallFailed
+from stellarbyte_server.protocol.request import (
+    ADAPTER_FAILED,
+    ADAPTER_NOT_FOUND,
+    INTERNAL_ERROR,
+    RequestRejected,
+    model_not_found,
+)
+
+
+def refusal_of(version: AdapterVersion, reference: AdapterReference | AdapterMix) -> RequestRejected | None:
+    """Why a version does not serve requests for a reference, if known; None: it does, or may.
+
+    A mix does not need its parts once it is put together, so a part that has failed since then does not matter.
+    """
+    if isinstance(reference, AdapterMix):
+        for (part, _), (asked, _) in zip(version.parts, reference.parts, strict=True):
+            if (part.state == "failed" and part.files is None) or not asked.selects(part.content_hash):
+                return model_not_found(asked)
+        return _failure(version) if version.state == "failed" else None
+    if version.state == "failed":
+        return model_not_found(reference) if version.files is None else _failure(version)
+    return None if reference.selects(version.content_hash) else model_not_found(reference)
+
+
+def _failure(version: AdapterVersion) -> RequestRejected:
+    return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
+
+
+def files_changed(version: AdapterVersion) -> str:
+    """Why requests are refused whose version is no longer what its files hold."""
+    return f"The files of the adapter {version.name!r} have changed; send the request again."
+
+
+def no_adapter(call_id: str, name: str) -> CallFailed:
+    return CallFailed(call_id, f"There is no adapter {name!r}.", code=ADAPTER_NOT_FOUND, param="lora_name")
+
+
+def bad_name(call_id: str, name: str) -> CallFailed:
+    return CallFailed(call_id, f"lora_name must be {ADAPTER_NAME_RULE}; {name!r:.200} is not.", param="lora_name")
+
+
+def already_loaded(call_id: str, name: str) -> CallFailed:
+    message = f"The adapter {name!r} is already loaded; set load_inplace to replace it."
+    return CallFailed(call_id, message, param="lora_name")
+
+
+def no_files(call_id: str, path: str) -> CallFailed:
+    message = f"There is no adapter {path!r:.300} in --adapter-dir or among --lora-modules."
+    return CallFailed(call_id, message, code=ADAPTER_NOT_FOUND, param="lora_path")
+
+
+def not_read(call_id: str, error: str, *, is_fault: bool) -> CallFailed:
+    return CallFailed(call_id, error, code=INTERNAL_ERROR if is_fault else ADAPTER_FAILED, param="lora_path")
