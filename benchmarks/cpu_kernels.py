@@ -21,7 +21,7 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.ops.cpu.attention import paged_attention
+from stellarbyte.ops.cpu.attention import Rotations, paged_attention
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.sampling.sampler import RowSampling
 
@@ -75,7 +75,7 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
 def _all_attention(qkv, shape, batch, rotations, keys, values, scale, out, num_threads):
     for layer in range(len(keys)):
         paged_attention(
-            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, np.float32(scale), out, num_threads
+            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0), out, num_threads
         )
 
 
@@ -140,10 +140,10 @@ def measure_batch(
             arrays["qkv"],
             (options.num_heads, options.num_kv_heads, options.head_dim),
             batch_arrays(batch),
-            model.rotations_up_to(context + BLOCK_SIZE),
+            Rotations(*(table[0] for table in model.rotations_up_to(context + BLOCK_SIZE))),
             cache.keys_LBSKD.numpy(),
             cache.values_LBSKD.numpy(),
-            options.score_scale,
+            model.layers.score_scales_L[0],
             arrays["attended"],
             threads,
         ),

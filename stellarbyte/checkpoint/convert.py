@@ -41,7 +41,7 @@ def convert(
     One tensor at a time is in memory. A warning is logged where the tokenizer has tokens that the model cannot read.
 
     Args:
-        source: a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3) or a GGUF file (llama, qwen2, qwen3).
+        source: a Hugging Face folder (of the families in docs/models.md) or a GGUF file (llama, qwen2, qwen3).
         dtype: of the target; None: as stored, and float32 for a GGUF file with quantised tensors.
         progress: called after each tensor.
 

@@ -23,7 +23,7 @@ def add_parts(owner: nn.Module, prefix: str, config: ByteModelConfig, layer: int
 def _build(part: parts.Part, config: ByteModelConfig, layer: int) -> nn.Module:
     shape = part.shape(config, layer)
     if part.kind == "norm":
-        return ByteRMSNorm(shape[0], config.rms_norm_eps)
+        return ByteRMSNorm(shape[0], config.rms_norm_eps, zero_centered=config.zero_centered_norms)
     if part.kind == "scale":
         assert config.layer_scale_init is not None
         return LayerScale(shape[0], config.layer_scale_init)

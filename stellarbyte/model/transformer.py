@@ -15,6 +15,7 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.auto import register_model_if_wanted
 from stellarbyte.model.decoder import ByteDecoder
 from stellarbyte.model.dense_attention import DenseAttention
+from stellarbyte.model.logits import finish_logits
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.residual import LayerScale
 from stellarbyte.xpos import XPosRotaryEmbedding
@@ -28,7 +29,7 @@ CACHE = (
 
 
 class ByteTransformer(PreTrainedModel, GenerationMixin):
-    """A causal language model; with parts switched off in its config it is Llama, Mistral, Qwen2 or Qwen3."""
+    """A causal language model; its config switches parts on and off, which makes it Llama and many of its relatives."""
 
     config_class = ByteModelConfig
     base_model_prefix = "model"
@@ -93,7 +94,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         attend = self._dense_attention(embeddings, attention_mask, position_ids, cache)
         hidden = self.model(embeddings, attend)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        products = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        logits = finish_logits(products, self.config.logits_multiplier, self.config.logits_softcap)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -156,6 +158,20 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = RelativeCache(self.config)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of `generate`'s next forward: the whole sequence where longrope's factors change, as in
+        transformers, since the keys that upper layers hold come from the factors before."""
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if isinstance(cache, RelativeCache) and cache.get_seq_length():
+            length = input_ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
+            if self.model.rotary.changes_with(length - input_ids.shape[1] + cache.get_seq_length(), length):
+                cache.reset()
+                next_sequence_length = None
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return prepared
+
     @torch.no_grad()
     def forward_step(
         self, x_t: torch.Tensor, past_k: torch.Tensor | None = None, past_v: torch.Tensor | None = None
@@ -197,7 +213,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             case nn.Embedding():
                 init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             case ByteRMSNorm():
-                init.ones_(module.weight)
+                init.constant_(module.weight, 0.0 if module.zero_centered else 1.0)
             case LayerScale():
                 init.constant_(module.weight, module.start)
             case XPosRotaryEmbedding():
