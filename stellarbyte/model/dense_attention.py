@@ -4,6 +4,7 @@ Visibility and distances are those of the numerics: a query at m sees the keys n
 the first `sink_tokens` of the sequence, whose distance never exceeds what the window allows.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -49,7 +50,7 @@ class DenseAttention:
         self.has_padding = has_padding
         self.max_position = max_position
         self.cache = cache
-        self.softmax_attention = partial(eager, softcap=config.attention_softcap)
+        self.softmax_attention: Callable[..., torch.Tensor] = partial(eager, softcap=config.attention_softcap)
         if implementation == "sdpa" and config.attention_softcap is None:
             self.softmax_attention = sdpa
         self.dropout = dropout

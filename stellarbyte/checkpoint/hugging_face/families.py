@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model import parts
 from stellarbyte.model.parts import Part, module_path
@@ -135,6 +136,9 @@ def pieces(model_type: str, name: str, num_rows: int, config: ByteModelConfig) -
     Names are those of transformers' Llama classes on both sides, but for modules that the family, or the table of
     parts, gives another name. Pairs of channels that are rotated together lie half a head apart in the target, also
     where only a part of each head is rotated: those rows of q and k are reordered.
+
+    Raises:
+        CheckpointError: a fused linear does not have the rows of its members.
     """
     family = FAMILIES.get(model_type, LLAMA)
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -149,7 +153,7 @@ def pieces(model_type: str, name: str, num_rows: int, config: ByteModelConfig) -
     members = [by_name[member] for member in family.fused[module]]
     heights = [part.shape(config, layer)[0] for part in members]
     if sum(heights) != num_rows:
-        raise ValueError(f"{name} has {num_rows} rows; the config implies {sum(heights)}")
+        raise CheckpointError(f"The tensor {name} has {num_rows} rows; the config implies {sum(heights)}.")
     ends = [sum(heights[: i + 1]) for i in range(len(heights))]
     return [
         Piece(

@@ -1,6 +1,7 @@
 """Converted models compute what their sources compute: ByteTransformer's logprobs against transformers' classes."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
+from tests.support.models.families import tiny_family
 from tests.support.models.gguf_files import write_gguf
 from tests.support.models.hugging_face import tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3
 
@@ -58,6 +60,13 @@ GGUF_MODELS = {
     "llama biases": (tiny_llama, {"attention_bias": True, "mlp_bias": True}, "llama"),
     "qwen2": (tiny_qwen2, {}, "qwen2"),
     "qwen3": (tiny_qwen3, {}, "qwen3"),
+    "granite": (partial(tiny_family, name="granite"), {}, "granite"),
+    "smollm3": (
+        partial(tiny_family, name="smollm3"),
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
+        "smollm3",
+    ),
+    "olmo2": (partial(tiny_family, name="olmo2"), {}, "olmo2"),
 }
 
 
