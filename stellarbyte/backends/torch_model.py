@@ -15,6 +15,7 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.logits import finish_logits
 from stellarbyte.sampling.adjustment import RowAdjustment, adjust_logits
 from stellarbyte.sampling.sampler import RowSampling, sample
 
@@ -71,7 +72,8 @@ class TorchModel(ServedModel):
         return decoder(decoder.embed_tokens(batch.token_ids_T), attend, project)
 
     def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(hidden_RC)
+        products_RV = self.model.lm_head(hidden_RC)
+        return finish_logits(products_RV, self.config.logits_multiplier, self.config.logits_softcap)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()

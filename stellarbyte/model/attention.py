@@ -33,8 +33,7 @@ def plain_projection(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor
 
 
 class ByteMultiHeadSelfAttention(nn.Module):
-    """Grouped-query self-attention with optional biases and norms of queries and keys, per head or of all heads
-    together."""
+    """Grouped-query self-attention with optional biases and norms of queries and keys."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -54,9 +53,9 @@ class ByteMultiHeadSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, attend: Attend, project: Project) -> torch.Tensor:
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        if self.qk_norm_per_head:
-            q, k = q.view(heads), k.view(heads)
         if self.q_norm is not None and self.k_norm is not None:
+            if self.qk_norm_per_head:
+                q, k = q.view(heads), k.view(heads)
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.view(heads), k.view(heads), v.view(heads)
         (out,) = project(attend(self.layer, q, k, v).flatten(-2), self.o_proj)

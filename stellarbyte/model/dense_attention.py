@@ -4,12 +4,16 @@ Visibility and distances are those of the numerics: a query at m sees the keys n
 the first `sink_tokens` of the sequence, whose distance never exceeds what the window allows.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
 from stellarbyte.cache.relative import RelativeCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.xpos import XPosRotaryEmbedding
+from stellarbyte.model.logits import soft_cap
+from stellarbyte.xpos import Rotation, XPosRotaryEmbedding
 
 # B sequences, T queries, S keys, H query heads, K key/value heads, D head dim
 
@@ -24,7 +28,7 @@ class DenseAttention:
         has_padding: whether any position is -1.
         max_position: largest position in the batch.
         cache: extended by every layer; None: the T tokens are the whole sequence.
-        implementation: "sdpa", or "eager" for plain torch operations.
+        implementation: "sdpa", or "eager" for plain torch operations, which soft caps always take.
         dropout: of attention weights; 0 outside training.
     """
 
@@ -46,7 +50,9 @@ class DenseAttention:
         self.has_padding = has_padding
         self.max_position = max_position
         self.cache = cache
-        self.softmax_attention = sdpa if implementation == "sdpa" else eager
+        self.softmax_attention: Callable[..., torch.Tensor] = partial(eager, softcap=config.attention_softcap)
+        if implementation == "sdpa" and config.attention_softcap is None:
+            self.softmax_attention = sdpa
         self.dropout = dropout
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -56,6 +62,7 @@ class DenseAttention:
             k_BKSD, v_BKSD = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=self.positions_BT)
             k_BSKD, v_BSKD, key_positions_BS = k_BKSD.transpose(1, 2), v_BKSD.transpose(1, 2), held.positions
         length = q_BTHD.shape[1]
+        rotation = self.rotary.of_layer(layer, self.max_position + 1)
         # Plain rotations may share one base at any length; XPos factors would overflow.
         chunk = min(length, XPOS_CHUNK) if self.config.use_xpos else length
         outputs = []
@@ -64,6 +71,7 @@ class DenseAttention:
             num_keys = k_BSKD.shape[1] - (length - stop)  # keys after the chunk's last query are in its future
             outputs.append(
                 self._attend_chunk(
+                    rotation,
                     self.config.windows[layer],
                     q_BTHD[:, start:stop],
                     self.positions_BT[:, start:stop],
@@ -76,6 +84,7 @@ class DenseAttention:
 
     def _attend_chunk(
         self,
+        rotation: Rotation,
         window: int | None,
         q_BTHD: torch.Tensor,
         query_positions_BT: torch.Tensor,
@@ -83,18 +92,18 @@ class DenseAttention:
         v_BSKD: torch.Tensor,
         key_positions_BS: torch.Tensor,
     ) -> torch.Tensor:
-        rotary, reach = self.rotary, self.max_position + 1
+        reach = self.max_position + 1
         base_B1 = query_positions_BT[:, :1].clamp(min=0)
-        q = rotary.rotate_queries(q_BTHD, query_positions_BT - base_B1, reach)
-        k = rotary.rotate_keys(k_BSKD, key_positions_BS - base_B1, reach)
+        q = rotation.rotate_queries(q_BTHD, query_positions_BT - base_B1, reach)
+        k = rotation.rotate_keys(k_BSKD, key_positions_BS - base_B1, reach)
         if window is not None and 0 < self.config.sink_tokens and self.max_position >= window:
-            q, k = self._with_sinks(window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
+            q, k = self._with_sinks(rotation, window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
         visible = self._visible(window, query_positions_BT, key_positions_BS)
-        scale = rotary.score_scale
-        return self.softmax_attention(q, k, v_BSKD, visible, scale, self.dropout)
+        return self.softmax_attention(q, k, v_BSKD, visible, rotation.score_scale, self.dropout)
 
     def _with_sinks(
         self,
+        rotation: Rotation,
         window: int,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -108,8 +117,8 @@ class DenseAttention:
         is_sink = ((key_positions_BS >= 0) & (key_positions_BS < sinks))[:, :, None, None]
         capped = query_positions_BT.clamp(max=window + sinks - 1)
         reach = self.max_position + 1
-        q_sink = self.rotary.rotate_queries(q_BTHD, capped, reach)
-        k_sink = self.rotary.rotate_keys(k_BSKD, key_positions_BS.clamp(max=sinks), reach)
+        q_sink = rotation.rotate_queries(q_BTHD, capped, reach)
+        k_sink = rotation.rotate_keys(k_BSKD, key_positions_BS.clamp(max=sinks), reach)
         return torch.cat((q, q_sink), -1), torch.cat((k.masked_fill(is_sink, 0), k_sink.masked_fill(~is_sink, 0)), -1)
 
     def _visible(self, window: int | None, queries_BT: torch.Tensor, keys_BS: torch.Tensor) -> torch.Tensor | None:
@@ -149,11 +158,14 @@ def eager(
     visible: torch.Tensor | None,
     scale: float,
     dropout: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """`sdpa` as plain torch operations, softmax in float32."""
+    """`sdpa` as plain torch operations, softmax in float32, with a soft cap of scores."""
     groups = q_BTHD.shape[2] // k_BSKD.shape[2]
     k, v = k_BSKD.repeat_interleave(groups, dim=2), v_BSKD.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k).float() * scale
+    if softcap is not None:
+        scores_BHTS = soft_cap(scores_BHTS, softcap)
     if visible is None and q_BTHD.shape[1] > 1:
         visible = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()
     if visible is not None:

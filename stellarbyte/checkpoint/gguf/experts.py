@@ -9,7 +9,6 @@ from stellarbyte.checkpoint.plan import Place, PlannedTensor, assembled
 
 # E experts, C hidden size, I inner size of an expert
 
-EXPERT_ARCHITECTURES = ("qwen2moe", "qwen3moe", "olmoe")  # beside llama, which has experts where it is Mixtral
 RENORMALISING = ("llama", "qwen3moe")  # whose gates llama.cpp divides by their sum
 SOFTMAX = 1  # of expert_gating_func
 NOT_SUPPORTED = (  # metadata of other architectures that would change the model
