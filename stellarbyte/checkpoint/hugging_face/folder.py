@@ -223,7 +223,9 @@ def _read_piece(name: str, info: TensorInfo, piece: Piece) -> torch.Tensor:
 def _generation_defaults(folder: Path, config: ByteModelConfig, tokenizer_eos: int | None) -> dict[str, Any]:
     """generation_config.json; absent token ids are taken from the config, then from the tokenizer."""
     given = {
-        name: value for name, value in read_generation(folder).items() if value is not None and not name.startswith("_")
+        name: value
+        for name, value in read_generation(folder).items()
+        if value is not None and not name.startswith("_") and name != "cache_implementation"  # one of transformers'
     }
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer_eos is not None and read_json(folder / "config.json").get("eos_token_id") is None:

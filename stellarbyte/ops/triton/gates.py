@@ -35,6 +35,8 @@ def soft_cap(x, cap):
 def finish_logits(logits_RV: torch.Tensor, multiplier: float, softcap: float | None) -> None:
     """logits = c · tanh(multiplier · logits / c), in place; `softcap` c None: multiplier · logits. Contiguous."""
     count = logits_RV.numel()
+    if not count:
+        return
     _finish_logits_kernel[(triton.cdiv(count, _COLUMNS),)](
         logits_RV, count, multiplier, softcap, BLOCK=_COLUMNS, **overlapping(logits_RV.device)
     )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,3 +122,32 @@ def test_the_served_context_chooses_the_factors_of_longrope(backend: str, device
     short = ByteModelConfig.from_dict(pair.ours.config.to_dict() | {"full_attention_window": ORIGINAL_LENGTH})
     engine = make_engine(backend, pair.ours, short, device)
     torch.testing.assert_close(engine.teacher_forced(tokens, ORIGINAL_LENGTH - 2).double(), expected, rtol=0, atol=1e-4)
+
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("smollm3", {"layer_rotations": None}),
+    ("granite", {"embedding_multiplier": 1.0}),
+    ("granite", {"attention_multiplier": None}),
+    ("granite", {"residual_multiplier": 1.0}),
+    ("granite", {"logits_multiplier": 1.0}),
+    ("phi3", {"sliding_window": None, "layer_types": None}),
+    ("phi3 longrope", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ("olmo3", {"layer_rotations": None, "local_rope_parameters": None}),
+    ("gemma2", {"zero_centered_norms": False}),
+    ("gemma2", {"attention_softcap": None}),
+    ("gemma2", {"logits_softcap": None}),
+    ("gemma3", {"layer_rotations": None, "local_rope_parameters": None}),
+    ("ministral", {"layer_types": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), OPTIONS, ids=str)
+def test_each_option_matters_to_the_models_compared(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Else a backend that ignored it would pass."""
+    pair = make_pair(name, tmp_path)
+    other = ByteTransformer(ByteModelConfig.from_dict(pair.ours.config.to_dict() | changes)).eval()
+    other.load_state_dict(pair.ours.state_dict())
+    tokens = tokens_of(LENGTH)
+    with torch.no_grad():
+        found = other(torch.tensor([tokens])).logits[0, -NUM_TOKENS:].double()
+    assert (found - their_logits(pair.theirs, tokens)[-NUM_TOKENS:]).abs().amax(dim=-1).min() > 1e-2

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from stellarbyte.checkpoint.convert import convert, make_plan
 from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.native import load_model
 from tests.support.models.families import FAMILIES, tiny_family
 
 
@@ -40,6 +41,16 @@ def test_a_fused_projection_is_split_and_pairs_lie_half_a_head_apart(tmp_path: P
     channels = [0, 1, 2, 3, 4, 5, 12, 13, 6, 7, 8, 9, 10, 11, 14, 15]
     rows = [16 * head + channel for head in range(6) for channel in channels]
     assert torch.equal(torch.cat([q, k]), fused[rows]) and torch.equal(v, fused[96:])
+
+
+def test_gemmas_choice_of_a_cache_is_left_out(tmp_path: Path) -> None:
+    """Its generation_config.json names a cache of transformers', which `generate` here would refuse."""
+    source = tiny_family(tmp_path / "source", "gemma2")
+    file = source / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"cache_implementation": "hybrid", "top_k": 7}))
+    model = load_model(convert(source, tmp_path / "target"))
+    assert model.generation_config.top_k == 7
+    assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False, eos_token_id=None).shape == (1, 4)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
