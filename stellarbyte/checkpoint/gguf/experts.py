@@ -13,7 +13,7 @@ RENORMALISING = ("llama", "qwen3moe")  # whose gates llama.cpp divides by their 
 SOFTMAX = 1  # of expert_gating_func
 NOT_SUPPORTED = (  # metadata of other architectures that would change the model
     *("expert_weights_scale", "expert_group_count", "expert_group_used_count", "expert_group_scale"),
-    *("expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step", "moe_every_n_layers"),
+    *("leading_dense_block_count", "interleave_moe_layer_step", "moe_every_n_layers"),
 )
 _ROUTER = re.compile(r"blk\.(\d+)\.ffn_gate_inp\.weight")
 
