@@ -13,8 +13,11 @@ ROPE_TYPES = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "yarn": {"factor"},
+    "longrope": {"factor", "original_max_position_embeddings"},
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+ROTATIONS = ("global", "local", "none")
+BRANCH_NORMS = ("before", "after", "both")
 
 
 @strict
@@ -23,6 +26,7 @@ class ByteModelConfig(PreTrainedConfig):
 
     The defaults give a ByteTransformer with XPos. With only ``use_xpos=False`` changed the model *is*
     Llama; ``sliding_window`` makes it Mistral, ``attention_bias`` Qwen2, ``qk_norm`` Qwen3, ``num_experts`` Mixtral.
+    docs/models.md lists what makes it other families.
 
     Args (in the groups of the fields below):
         num_key_value_heads: heads of keys and values (grouped-query attention); None: as many as query heads.
@@ -30,15 +34,21 @@ class ByteModelConfig(PreTrainedConfig):
         hidden_act: the gate of the MLP: "silu", "gelu" (exact) or "gelu_tanh".
         max_position_embeddings: context length in tokens. No table has this length.
         attention_bias / attention_output_bias / mlp_bias: biases on q,k,v / on o / on gate, up and down.
-        qk_norm: RMSNorm of q and k before the rotation: over each head (Qwen3), or over all heads together.
-        qk_norm_per_head: False: over all heads together (OLMoE, OLMo 2).
+        qk_norm: RMSNorm over each head of q and k before the rotation (Qwen3).
+        qk_norm_per_head: False: those norms are over all heads of q, and over all heads of k (OLMo 2).
+        branch_norms: RMSNorm "before" attention and MLP, "after" them and before the sum (OLMo 2), or "both" (Gemma 2).
+        zero_centered_norms: norms multiply by 1 + weight (Gemma).
         sliding_window: a query at m sees keys n > m - sliding_window; None: all. In tokens.
         layer_types: "full_attention" or "sliding_attention" for each layer; None: all alike.
         full_attention_window: the same limit for full_attention layers; None: none. Serving sets it to its context
             length, so that a stream can outgrow that.
         sink_tokens: the first tokens of a sequence, which windowed layers always see (StreamingLLM).
-        rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn", "rope_theta": ..., ...}, as in
-            transformers.
+        rope_parameters: {"rope_type": "default" | "linear" | "llama3" | "yarn" | "longrope", "rope_theta": ..., ...},
+            as in transformers. With "partial_rotary_factor", that part of the pairs (j, j + head_dim / 2) is rotated.
+            Longrope's factors are chosen by the length of a sequence, in serving by the served context length.
+        local_rope_parameters: the same for "local" layers (Gemma 3, OLMo 3).
+        layer_rotations: for each layer "global" (`rope_parameters`), "local" or "none" (SmolLM3; without XPos, too);
+            None: all "global".
         use_xpos: multiply scores by the XPos decay (Sun et al. 2022); False: plain RoPE.
         xpos_scale_base / xpos_gamma: the paper's b (in tokens) and γ.
         xpos_learnable_scale: train the decay of each rotation pair, starting from the paper's values.
@@ -46,6 +56,12 @@ class ByteModelConfig(PreTrainedConfig):
         drop_path_rate: chance that a sample skips a branch in the last layer, growing linearly from 0 in the first.
         deepnorm: norm after the sum, residual scaled by (2N)^1/4, initial weights by (8N)^-1/4 (Wang et al. 2022).
         parallel_residual: attention and MLP read one norm and are added together.
+        embedding_multiplier: factor of token embeddings, rounded to the model's dtype (Gemma, Granite).
+        attention_multiplier: factor of attention scores (Granite; 1 / sqrt(Gemma's query_pre_attn_scalar)); None:
+            head_dim^-0.5.
+        residual_multiplier: factor of each branch in the sum (Granite).
+        logits_multiplier: factor of logits (Granite).
+        attention_softcap / logits_softcap: c of the cap c · tanh(x / c) on scores / on logits (Gemma 2); None: no cap.
         attention_dropout / residual_dropout / embedding_dropout: in training only.
         num_experts: experts of a mixture-of-experts layer, in the place of its MLP; 0: every layer is dense.
         num_experts_per_tok: experts that a token chooses.
@@ -98,6 +114,8 @@ class ByteModelConfig(PreTrainedConfig):
     mlp_bias: bool = False
     qk_norm: bool = False
     qk_norm_per_head: bool = True
+    branch_norms: str = "before"
+    zero_centered_norms: bool = False
 
     sliding_window: int | None = None
     layer_types: list[str] | None = None
@@ -105,6 +123,8 @@ class ByteModelConfig(PreTrainedConfig):
     sink_tokens: int = 0
 
     rope_parameters: dict[str, Any] | None = None
+    local_rope_parameters: dict[str, Any] | None = None
+    layer_rotations: list[str] | None = None
     use_xpos: bool = True
     xpos_scale_base: int = 512
     xpos_gamma: float = 0.4
@@ -114,6 +134,13 @@ class ByteModelConfig(PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     deepnorm: bool = False
     parallel_residual: bool = False
+
+    embedding_multiplier: float | int = 1.0
+    attention_multiplier: float | int | None = None
+    residual_multiplier: float | int = 1.0
+    logits_multiplier: float | int = 1.0
+    attention_softcap: float | int | None = None
+    logits_softcap: float | int | None = None
 
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
@@ -165,13 +192,16 @@ class ByteModelConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        if self.layer_rotations is None:
+            self.layer_rotations = ["global"] * self.num_hidden_layers
         self._check_attention()
+        self._check_norms_and_factors()
         self._check_training()
         if self.num_experts and self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         check_experts(self)
         super().__post_init__(**kwargs)
-        self._check_rope()
+        self._check_rotations()
 
     def _check_attention(self) -> None:
         assert self.num_key_value_heads is not None and self.head_dim is not None and self.layer_types is not None
@@ -198,8 +228,6 @@ class ByteModelConfig(PreTrainedConfig):
             raise ValueError(f"layer_types holds {unknown[0]!r}; known are {', '.join(LAYER_TYPES)}")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention layers but sliding_window is null")
-        if not self.qk_norm_per_head and not self.qk_norm:
-            raise ValueError("qk_norm_per_head false needs qk_norm")
 
     def _check_training(self) -> None:
         for name in ("attention_dropout", "residual_dropout", "embedding_dropout", "drop_path_rate"):
@@ -208,19 +236,35 @@ class ByteModelConfig(PreTrainedConfig):
         if self.xpos_learnable_scale and not self.use_xpos:
             raise ValueError("xpos_learnable_scale needs use_xpos")
 
-    def _check_rope(self) -> None:
-        rope = self.rope_parameters
-        assert rope is not None  # the base class filled it in
-        rope_type = rope["rope_type"]
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_parameters: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("rope_parameters: partial_rotary_factor is not supported; every pair is rotated")
-        for name in sorted(ROPE_TYPES[rope_type] | {"rope_theta"}):
-            if not isinstance(rope.get(name), int | float) or rope[name] <= 0:
-                raise ValueError(
-                    f"rope_parameters: rope_type {rope_type} needs {name} greater than 0, got {rope.get(name)!r}"
-                )
+    def _check_norms_and_factors(self) -> None:
+        if self.branch_norms not in BRANCH_NORMS:
+            raise ValueError(f"branch_norms {self.branch_norms!r} is not one of {', '.join(BRANCH_NORMS)}")
+        if self.branch_norms != "before":
+            for name in ("deepnorm", "parallel_residual"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} needs branch_norms before, got {self.branch_norms}")
+        if not self.qk_norm and not self.qk_norm_per_head:
+            raise ValueError("qk_norm_per_head is false but qk_norm is, too: there is no norm of queries and keys")
+        _require_positive(self, "embedding_multiplier", "residual_multiplier", "logits_multiplier")
+        for name in ("attention_multiplier", "attention_softcap", "logits_softcap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be greater than 0, or null")
+
+    def _check_rotations(self) -> None:
+        assert self.layer_rotations is not None
+        if len(self.layer_rotations) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_rotations names {len(self.layer_rotations)} layers, num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
+        if unknown := sorted(set(self.layer_rotations) - set(ROTATIONS)):
+            raise ValueError(f"layer_rotations holds {unknown[0]!r}; known are {', '.join(ROTATIONS)}")
+        if ("local" in self.layer_rotations) != (self.local_rope_parameters is not None):
+            raise ValueError("local_rope_parameters and local layers in layer_rotations need each other")
+        assert self.rope_parameters is not None  # the base class filled it in
+        _check_rope("rope_parameters", self.rope_parameters, self.head_dim or 0)
+        if self.local_rope_parameters is not None:
+            _check_rope("local_rope_parameters", self.local_rope_parameters, self.head_dim or 0)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -242,6 +286,13 @@ class ByteModelConfig(PreTrainedConfig):
         return tuple(owners)
 
     @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence that does not slide: that of the model, or the one that is served."""
+        if self.full_attention_window is None:
+            return self.max_position_embeddings
+        return self.full_attention_window + self.sink_tokens
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """eos_token_id as a tuple: it may be None, one id or a list."""
         if self.eos_token_id is None:
@@ -253,3 +304,21 @@ def _require_positive(config: ByteModelConfig, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(f"{name} ({getattr(config, name)}) must be greater than 0")
+
+
+def _check_rope(field: str, rope: dict[str, Any], head_dim: int) -> None:
+    """`field` is the name of `rope` in errors."""
+    rope_type = rope.get("rope_type")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"{field}: rope_type {rope_type!r} is not one of {', '.join(ROPE_TYPES)}")
+    for name in sorted(ROPE_TYPES[rope_type] | {"rope_theta"}):
+        if not isinstance(rope.get(name), int | float) or rope[name] <= 0:
+            raise ValueError(f"{field}: rope_type {rope_type} needs {name} greater than 0, got {rope.get(name)!r}")
+    part = rope.get("partial_rotary_factor")
+    if part is not None and (not 0 < part <= 1 or int(head_dim * part) < 2 or int(head_dim * part) % 2):
+        raise ValueError(f"{field}: partial_rotary_factor {part} of {head_dim} channels is not an even number of them")
+    rotated = head_dim if part is None else int(head_dim * part)
+    for name in ("short_factor", "long_factor") if rope_type == "longrope" else ():
+        factors = rope.get(name)
+        if not isinstance(factors, list) or len(factors) != rotated // 2 or not all(factor > 0 for factor in factors):
+            raise ValueError(f"{field}: {name} must be a list of {rotated // 2} numbers greater than 0")

@@ -6,6 +6,7 @@ at any position.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +19,42 @@ from stellarbyte.config import ByteModelConfig
 CPU_FLOAT64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
-def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> torch.Tensor:
-    """θ_j for j = 0..head_dim/2-1, float64. `rope` is a validated `rope_parameters`."""
-    theta: float = rope["rope_theta"]
-    exponents = torch.arange(0, head_dim, 2, **CPU_FLOAT64) / head_dim
-    frequencies = theta**-exponents
+def inverse_frequencies(rope: dict[str, Any], head_dim: int, length: int) -> torch.Tensor:
+    """θ_j for j = 0..head_dim/2-1, float64; 0 for the last pairs where only a part of each head is rotated.
+
+    Args:
+        rope: a validated `rope_parameters`.
+        length: tokens of the longest sequence that will be rotated; only longrope depends on it.
+    """
+    rotated = rotated_channels(rope, head_dim)
+    exponents = torch.arange(0, rotated, 2, **CPU_FLOAT64) / rotated
+    frequencies = rope["rope_theta"] ** -exponents
     match rope["rope_type"]:
         case "default":
-            return frequencies
+            pass
         case "linear":
-            return frequencies / rope["factor"]
+            frequencies = frequencies / rope["factor"]
         case "llama3":
-            return _llama3(frequencies, rope)
+            frequencies = _llama3(frequencies, rope)
         case "yarn":
-            return _yarn(frequencies, rope, head_dim)
+            frequencies = _yarn(frequencies, rope, rotated)
+        case "longrope":
+            factors = rope["long_factor" if is_long(rope, length) else "short_factor"]
+            frequencies = frequencies / torch.tensor(factors, **CPU_FLOAT64)
         case other:
             raise ValueError(f"rope_parameters: unknown rope_type {other!r}")
+    return F.pad(frequencies, (0, (head_dim - rotated) // 2))
+
+
+def rotated_channels(rope: dict[str, Any], head_dim: int) -> int:
+    """Channels of a head that are rotated: `partial_rotary_factor` of all."""
+    factor = rope.get("partial_rotary_factor")
+    return head_dim if factor is None else int(head_dim * factor)
+
+
+def is_long(rope: dict[str, Any], length: int) -> bool:
+    """Whether sequences of up to `length` tokens take longrope's long factors (Ding et al. 2024)."""
+    return rope["rope_type"] == "longrope" and length > rope["original_max_position_embeddings"]
 
 
 def _llama3(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
@@ -44,28 +65,31 @@ def _llama3(frequencies: torch.Tensor, rope: dict[str, Any]) -> torch.Tensor:
     return frequencies * (kept + (1 - kept) / rope["factor"])
 
 
-def _yarn(frequencies: torch.Tensor, rope: dict[str, Any], head_dim: int) -> torch.Tensor:
+def _yarn(frequencies: torch.Tensor, rope: dict[str, Any], rotated: int) -> torch.Tensor:
     """YaRN (Peng et al. 2023), "NTK by parts": pairs with many turns in the original context are kept."""
     original, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
 
     def pair_with_turns(turns: float) -> float:
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair_with_turns(rope.get("beta_fast") or 32), pair_with_turns(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, head_dim - 1)
+    first, last = max(first, 0), min(last, rotated - 1)
     width = max(last - first, 0.001)
-    slowed = ((torch.arange(head_dim // 2, **CPU_FLOAT64) - first) / width).clamp(0, 1)
+    slowed = ((torch.arange(rotated // 2, **CPU_FLOAT64) - first) / width).clamp(0, 1)
     return frequencies * (1 - slowed + slowed / rope["factor"])
 
 
 def attention_factor(rope: dict[str, Any]) -> float:
-    """YaRN's factor for queries and for keys; 1 for the other types."""
-    if rope["rope_type"] != "yarn":
+    """YaRN's and longrope's factor for queries and for keys; 1 for the other types."""
+    if rope["rope_type"] not in ("yarn", "longrope"):
         return 1.0
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        return 1.0 if rope["factor"] <= 1 else math.sqrt(1 + math.log(rope["factor"]) / math.log(original))
 
     def mscale(weight: float) -> float:
         return 1.0 if rope["factor"] <= 1 else 0.1 * weight * math.log(rope["factor"]) + 1.0
@@ -78,7 +102,7 @@ def attention_factor(rope: dict[str, Any]) -> float:
 class RotaryCache:
     """cos and sin of distance · θ_j for distances 0..length-1, computed in float64, kept in float32 per device.
 
-    One is shared by all layers of a model. It grows by doubling when a longer distance is reserved.
+    One is shared by all layers with this rotation. It grows by doubling when a longer distance is reserved.
     """
 
     def __init__(self, frequencies: torch.Tensor) -> None:
@@ -97,28 +121,57 @@ class RotaryCache:
 
 
 class XPosRotaryEmbedding(nn.Module):
-    """Rotates queries and keys; one module serves every layer.
-
-    Score of a query at m and a key at n from the same base P, both rotated by their offset from P:
-    Σ_j ζ_j^((m-n)/b) · Re[q_j · conj(k_j) · e^{i(m-n)θ_j}]. Without XPos ζ = 1. Scores must be multiplied by
-    `score_scale`, which holds 1/sqrt(D) and YaRN's attention factor.
-    """
+    """The rotations of a model's layers, which may differ, and their common XPos decay."""
 
     def __init__(self, config: ByteModelConfig) -> None:
         super().__init__()
-        rope = config.rope_parameters
-        assert rope is not None and config.head_dim is not None  # ByteModelConfig sets both
-        self.cache = RotaryCache(inverse_frequencies(rope, config.head_dim))
-        self.score_scale = config.head_dim**-0.5 * attention_factor(rope) ** 2
+        assert config.head_dim is not None and config.layer_rotations is not None  # ByteModelConfig sets both
+        self.head_dim = config.head_dim
+        self.layer_rotations = config.layer_rotations
+        self.ropes = {"global": config.rope_parameters, "local": config.local_rope_parameters}
+        self.multiplier = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.scale_base = config.xpos_scale_base
         self.gamma = config.xpos_gamma
         self.use_xpos = config.use_xpos
         self.raw_decay = nn.Parameter(torch.empty(config.head_dim // 2)) if config.xpos_learnable_scale else None
+        self._rotations: dict[tuple[str, bool], Rotation] = {}
         self.reset_parameters()
+
+    def of_layer(self, layer: int, length: int) -> "Rotation":
+        """The rotation of a layer, one object for all layers that share it.
+
+        `length`: tokens of the longest sequence that will be rotated; longrope chooses its factors by it.
+        """
+        kind = self.layer_rotations[layer]
+        rope = self.ropes.get(kind)
+        key = kind, rope is not None and is_long(rope, length)
+        if key not in self._rotations:
+            self._rotations[key] = self._make(rope, length)
+        return self._rotations[key]
+
+    def changes_with(self, before: int, after: int) -> bool:
+        """Whether some layer is rotated in another way when sequences grow from `before` to `after` tokens."""
+        return any(is_long(rope, before) != is_long(rope, after) for rope in self.ropes.values() if rope is not None)
+
+    def _make(self, rope: dict[str, Any] | None, length: int) -> "Rotation":
+        if rope is None:
+            nothing = torch.zeros(self.head_dim // 2, **CPU_FLOAT64)
+            return Rotation(embedding=self, cache=RotaryCache(nothing), score_scale=self.multiplier, decays=False)
+        frequencies = inverse_frequencies(rope, self.head_dim, length)
+        factor, gain = attention_factor(rope) ** 2, None
+        if factor != 1 and not frequencies.all():
+            gain, factor = torch.where(frequencies > 0, factor, 1.0).float(), 1.0
+        return Rotation(
+            embedding=self,
+            cache=RotaryCache(frequencies),
+            score_scale=self.multiplier * factor,
+            decays=self.use_xpos,
+            query_gain=gain,
+        )
 
     def _paper_log_zeta(self) -> torch.Tensor:
         """log ζ_j of the paper, [D/2] float64, all below 0."""
-        pairs = len(self.cache.frequencies)
+        pairs = self.head_dim // 2
         j = torch.arange(pairs, **CPU_FLOAT64)
         return torch.log((j / pairs + self.gamma) / (1 + self.gamma))
 
@@ -128,21 +181,43 @@ class XPosRotaryEmbedding(nn.Module):
         if self.raw_decay is not None:
             self.raw_decay.copy_(torch.log(torch.expm1(-self._paper_log_zeta())))
 
-    def log_decay(self, device: torch.device) -> torch.Tensor | None:
-        """log ζ_j / b, [D/2] float32, never above 0 (so scores stay bounded while it is trained); None without XPos."""
-        if not self.use_xpos:
-            return None
+    def log_decay(self, device: torch.device) -> torch.Tensor:
+        """log ζ_j / b, [D/2] float32, never above 0, so that scores stay bounded while it is trained."""
         if self.raw_decay is not None:
             return -F.softplus(self.raw_decay.float()) / self.scale_base
         return (self._paper_log_zeta() / self.scale_base).float().to(device)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """Rotates the queries and keys of some layers. `XPosRotaryEmbedding.of_layer` makes it.
+
+    Score of a query at m and a key at n from the same base P, both rotated by their offset from P:
+    Σ_j ζ_j^((m-n)/b) · Re[q_j · conj(k_j) · e^{i(m-n)θ_j}]. Without XPos ζ = 1; without rotation θ = 0, too. Scores
+    must be multiplied by `score_scale`, which holds 1/sqrt(D) or `attention_multiplier`, and the attention factors of
+    YaRN and longrope. Where only a part of the pairs is rotated, those factors are for that part: `query_gain`, which
+    `rotate_queries` multiplies with.
+    """
+
+    embedding: XPosRotaryEmbedding
+    cache: RotaryCache
+    score_scale: float
+    decays: bool
+    query_gain: torch.Tensor | None = None  # of each pair, [D/2] float32 on the CPU; None: all are 1
+
+    def log_decay(self, device: torch.device) -> torch.Tensor | None:
+        """As `XPosRotaryEmbedding.log_decay`; None without XPos."""
+        return self.embedding.log_decay(device) if self.decays else None
+
     def rotate_queries(self, q: torch.Tensor, offsets: torch.Tensor, max_offset: int) -> torch.Tensor:
-        """q_n · e^{i·offset·θ} · ζ^(offset/b).
+        """q_n · e^{i·offset·θ} · ζ^(offset/b) · gain.
 
         Args:
             q: [..., H, D].
             offsets: signed distance of each query from its base, integers [...], |offset| ≤ max_offset.
         """
+        if self.query_gain is not None:
+            q = (q * self.query_gain.to(q.device).repeat(2)).to(q.dtype)
         return self._rotate(q, offsets, max_offset, decay_sign=1)
 
     def rotate_keys(self, k: torch.Tensor, offsets: torch.Tensor, max_offset: int) -> torch.Tensor:

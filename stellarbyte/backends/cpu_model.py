@@ -15,6 +15,8 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, Projections
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.logits import finish_logits
+from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.parts import (
     ATTENDED,
     ATTENTION_INPUT,
@@ -25,7 +27,7 @@ from stellarbyte.model.parts import (
     model_parts,
     module_path,
 )
-from stellarbyte.model.residual import deepnorm_alpha
+from stellarbyte.model.residual import LayerScale, deepnorm_alpha
 from stellarbyte.ops.cpu import one_compiles
 from stellarbyte.ops.cpu.adjustment import adjust_logits
 from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Integers, Rotations
@@ -44,7 +46,9 @@ from stellarbyte.sampling.sampler import GREEDY, RowSampling
 _INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
 _VECTORS = {  # norms and scales → fields of `LayerWeights`
     "input_layernorm": "input_norm_LC",
+    "attention_output_norm": "attention_output_norm_LC",
     "post_attention_layernorm": "mlp_norm_LC",
+    "mlp_output_norm": "mlp_output_norm_LC",
     "self_attn.q_norm": "q_norm_LD",
     "self_attn.k_norm": "k_norm_LD",
     "attention_scale": "attention_scale_LC",
@@ -53,9 +57,8 @@ _VECTORS = {  # norms and scales → fields of `LayerWeights`
 
 
 def fits(config: ByteModelConfig) -> bool:
-    """Whether the kernels support a model: heads are whole vectors with norms of their own, and they take every part in
-    all layers."""
-    has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0 and config.qk_norm_per_head
+    """Whether the kernels support a model: heads are whole vectors, and they take every part in all layers."""
+    has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0
     return has_whole_heads and all(_has_place(part, config) for part in model_parts(config))
 
 
@@ -94,9 +97,11 @@ class CpuModel(ServedModel):
         self.num_threads = num_threads
         self.vocab_size = config.vocab_size
         self.embedding_VC = _numpy(decoder.embed_tokens.weight)
-        self.final_norm_C = _numpy(decoder.norm.weight)
+        self.embedding_multiplier = config.embedding_multiplier
+        self.final_norm_C = _numpy(decoder.norm.gain)
         # The head's rounding errors reach the logits directly: int4 would cost more quality than it saves memory.
         self.head_weight = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
+        self.logits_multiplier, self.logits_softcap = config.logits_multiplier, config.logits_softcap
         self.layers = _stack_layers(model, config, quantization, self.bank.projections)
         self.options = LayerOptions(
             num_heads=config.num_attention_heads,
@@ -105,18 +110,23 @@ class CpuModel(ServedModel):
             intermediate_size=config.intermediate_size,
             activation=ACTIVATIONS[config.hidden_act],
             sink_tokens=config.sink_tokens,
-            score_scale=decoder.rotary.score_scale,
+            softcap=float(config.attention_softcap or 0.0),
             norm_eps=config.rms_norm_eps,
             alpha=deepnorm_alpha(config) if config.deepnorm else 0.0,
+            is_parallel=config.parallel_residual,
         )
         self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
+        self._context_length = config.context_length
         self._rotations: Rotations | None = None
 
     def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
         embeddings_TC = torch.from_numpy(self.embedding_VC[batch.token_ids_T.numpy()])
+        embeddings_TC = add_embeddings(embeddings_TC, batch, self.bank).numpy()
+        if self.embedding_multiplier != 1:
+            embeddings_TC *= np.float32(self.embedding_multiplier)
         hidden_TC = self._run(
-            add_embeddings(embeddings_TC, batch, self.bank).numpy(),
+            embeddings_TC,
             batch_arrays(batch),
             adapters_of(batch, self.bank),
             self.rotations_up_to(batch.reach + cache.block_size),
@@ -130,7 +140,8 @@ class CpuModel(ServedModel):
         if len(logits_RV):
             head = tuple(self.head_weight)
             linear(hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
-        return add_logits(torch.from_numpy(logits_RV), hidden_RC, adapters, self.bank)
+        products_RV = add_logits(torch.from_numpy(logits_RV), hidden_RC, adapters, self.bank)
+        return finish_logits(products_RV, self.logits_multiplier, self.logits_softcap)
 
     def adjust(self, logits_RV: torch.Tensor, rows: list[RowAdjustment | None]) -> None:
         adjust_logits(logits_RV, rows)
@@ -157,6 +168,7 @@ class CpuModel(ServedModel):
         other = copy.copy(self)
         other.layers = self.layers._replace(windows_L=_windows(config))
         other.options = self.options._replace(sink_tokens=config.sink_tokens)
+        other._context_length, other._rotations = config.context_length, None
         return other
 
     def _run(
@@ -189,13 +201,22 @@ class CpuModel(ServedModel):
             self.sample(logits_RV, [GREEDY])
 
     def rotations_up_to(self, offset: int) -> Rotations:
-        if self._rotations is None or len(self._rotations.cos_OD) <= offset:
-            cos, sin = self._rotary.cache.tables(offset + 1, torch.device("cpu"))
-            log_decay = self._rotary.log_decay(torch.device("cpu"))
-            decay = torch.ones_like(cos)
-            if log_decay is not None:
-                decay = torch.exp(torch.arange(len(cos))[:, None] * log_decay.detach())
-            self._rotations = Rotations(cos.numpy(), sin.numpy(), decay.numpy())
+        """The tables of all rotations for offsets up to `offset`."""
+        if self._rotations is None or self._rotations.cos_OD.shape[1] <= offset:
+            kinds = [self._rotary.of_layer(layer, self._context_length) for layer in _first_layers(self.layers)]
+            cpu = torch.device("cpu")
+            tables = [kind.cache.tables(offset + 1, cpu) for kind in kinds]
+            rows = min(len(cos) for cos, _ in tables)
+            decays = [torch.ones(rows, self.options.head_dim // 2) for _ in kinds]
+            for kind, decay in zip(kinds, decays, strict=True):
+                if (log_decay := kind.log_decay(cpu)) is not None:
+                    torch.exp(torch.arange(rows)[:, None] * log_decay.detach(), out=decay)
+            cos, sin = (torch.stack([table[:rows] for table in group]) for group in zip(*tables, strict=True))
+            one = torch.ones(self.options.head_dim // 2)
+            gains = [one if kind.query_gain is None else kind.query_gain for kind in kinds]
+            has_gain = any(kind.query_gain is not None for kind in kinds)
+            gain = torch.stack(gains if has_gain else [one[:0]] * len(kinds))
+            self._rotations = Rotations(cos.numpy(), sin.numpy(), torch.stack(decays).numpy(), gain.numpy())
         return self._rotations
 
 
@@ -230,15 +251,37 @@ def _stack_layers(
         for name, group in linears_by_input(parts).items()
     }
     fields |= {field: np.zeros((config.num_hidden_layers, 0), np.float32) for field in _VECTORS.values()}
+    layers = range(config.num_hidden_layers)
     for part in parts:
         if part.reads is None:
-            fields[_VECTORS[part.name]] = np.stack(
-                [
-                    _numpy(model.get_parameter(f"{module_path(layer, part.name)}.weight"))
-                    for layer in range(config.num_hidden_layers)
-                ]
-            )
-    return LayerWeights(**fields, windows_L=_windows(config))
+            fields[_VECTORS[part.name]] = np.stack([_gain(model, part, layer) for layer in layers])
+    if config.residual_multiplier != 1:
+        for name in ("attention_scale_LC", "mlp_scale_LC"):
+            scale_LC = fields[name] if fields[name].size else np.ones((len(layers), config.hidden_size), np.float32)
+            fields[name] = scale_LC * np.float32(config.residual_multiplier)
+    assert config.layer_rotations is not None  # ByteModelConfig
+    kinds = list(dict.fromkeys(config.layer_rotations))
+    rotary = model.model.rotary
+    scales_L = [rotary.of_layer(layer, config.context_length).score_scale for layer in layers]
+    return LayerWeights(
+        **fields,
+        windows_L=_windows(config),
+        rotations_L=np.array([kinds.index(kind) for kind in config.layer_rotations], dtype=np.int64),
+        score_scales_L=np.array(scales_L, dtype=np.float32),
+    )
+
+
+def _gain(model: ByteLanguageModel, part: Part, layer: int) -> Floats:
+    """The factors of a norm or of a LayerScale."""
+    module = model.get_submodule(module_path(layer, part.name))
+    assert isinstance(module, ByteRMSNorm | LayerScale)
+    return _numpy(module.gain)
+
+
+def _first_layers(layers: LayerWeights) -> list[int]:
+    """The first layer of each rotation."""
+    kinds = layers.rotations_L.tolist()
+    return [kinds.index(kind) for kind in range(max(kinds) + 1)]
 
 
 def _windows(config: ByteModelConfig) -> Integers:

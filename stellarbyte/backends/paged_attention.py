@@ -23,14 +23,16 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys_BSKD, values_BSKD = self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer]
-        k_relative = self.rotary.rotate_keys(k, self.batch.offsets_T, self.cache.block_size)
+        rotation = self.rotary.of_layer(layer, self.config.context_length)
+        k_relative = rotation.rotate_keys(k, self.batch.offsets_T, self.cache.block_size)
         reference.write_kv(keys_BSKD, values_BSKD, self.batch.slots_T, k_relative, v)
         return reference.paged_attention(
             q,
             keys_BSKD,
             values_BSKD,
             self.batch,
-            self.rotary,
+            rotation,
             window=self.config.windows[layer],
             sink_tokens=self.config.sink_tokens,
+            softcap=self.config.attention_softcap,
         )

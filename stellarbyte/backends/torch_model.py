@@ -16,6 +16,7 @@ from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.logits import finish_logits
 from stellarbyte.sampling.adjustment import RowAdjustment, adjust_logits
 from stellarbyte.sampling.sampler import RowSampling, sample
 
@@ -80,7 +81,8 @@ class TorchModel(ServedModel):
         return decoder(add_embeddings(decoder.embed_tokens(batch.token_ids_T), batch, self.bank), attend, project)
 
     def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
-        return add_logits(self.model.lm_head(hidden_RC), hidden_RC, adapters, self.bank)
+        products_RV = add_logits(self.model.lm_head(hidden_RC), hidden_RC, adapters, self.bank)
+        return finish_logits(products_RV, self.config.logits_multiplier, self.config.logits_softcap)
 
     def sample(self, logits_RV: torch.Tensor, rows: list[RowSampling]) -> list[int]:
         return sample(logits_RV, rows).tolist()

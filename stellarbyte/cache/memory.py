@@ -39,7 +39,7 @@ class Memory:
         detach: hold rows without their graph, so that gradients end at the present segment.
 
     Raises:
-        ValueError: mem_len or ratio is out of range.
+        ValueError: mem_len or ratio is out of range, or the model has longrope.
     """
 
     def __init__(self, config: ByteModelConfig, mem_len: int, *, ratio: float | int = 1.0, detach: bool = True) -> None:
@@ -47,6 +47,9 @@ class Memory:
             raise ValueError(f"mem_len ({mem_len}) must be at least 1")
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio ({ratio}) must be greater than 0 and at most 1")
+        assert config.rope_parameters is not None  # ByteModelConfig sets it
+        if config.rope_parameters["rope_type"] == "longrope":
+            raise ValueError("a memory cannot hold states of a model with longrope, whose rotations change with length")
         self.mem_len = mem_len
         self.ratio = ratio
         self.detach = detach

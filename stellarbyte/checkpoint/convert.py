@@ -42,7 +42,7 @@ def convert(
 
     Args:
         source: a Hugging Face folder of one of `hugging_face.folder.MODEL_TYPES`, or a GGUF file of one of
-            `gguf.model.ARCHITECTURES`.
+            `gguf.families.FAMILIES`.
         dtype: of the target; None: as stored, and float32 for a GGUF file with quantised tensors.
         progress: called after each tensor.
 

@@ -32,7 +32,8 @@ def dummy_config(folder: Path) -> ByteModelConfig:
 def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
     """The bare model in evaluation mode, with weights drawn on the device; the same weights every time.
 
-    Matrices and biases are normal with `initializer_range`, norms 1, scales of layers and decays at their start.
+    Matrices and biases are normal with `initializer_range`; norms multiply by 1; scales of layers and decays are at
+    their start.
     """
     with torch.device("meta"):
         model = ByteLanguageModel(config)
@@ -41,7 +42,7 @@ def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device:
     for name, shape in expected_shapes(config).items():
         weight = state[name] = torch.empty(shape, dtype=dtype, device=device)
         if name.endswith("norm.weight"):
-            weight.fill_(1.0)
+            weight.fill_(0.0 if config.zero_centered_norms else 1.0)
         elif name.endswith("_scale.weight"):
             weight.fill_(1.0 if config.layer_scale_init is None else config.layer_scale_init)
         else:

@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from stellarbyte.checkpoint.native import Checkpoint, stored_dtype
 from stellarbyte.checkpoint.shapes import expected_shapes
@@ -70,6 +71,7 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("position", _position(config)),
         ("window", _windows(config)),
         ("norms", _norms(config)),
+        ("factors", _factors(config)),
         ("biases", _biases(config)),
         ("residual", _residual(config)),
         ("parameters", _parameters(info)),
@@ -145,12 +147,32 @@ def _by_dtype(sizes: Mapping[str, int]) -> str:
 
 
 def _position(config: ByteModelConfig) -> str:
-    rope = dict(config.rope_parameters or {})
-    kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
-    scaling = "" if kind == "default" else f", {kind} " + ", ".join(f"{name} {value}" for name, value in rope.items())
+    assert config.rope_parameters is not None and config.layer_rotations is not None  # the config fills both in
+    rope = _rope(config.rope_parameters)
+    if set(config.layer_rotations) != {"global"}:
+        named = {"global": rope, "none": "none"}
+        if config.local_rope_parameters is not None:
+            named["local"] = _rope(config.local_rope_parameters)
+        rope = "; ".join(f"{named[kind]} in {span}" for kind, span in _runs(config.layer_rotations))
     method = f"XPos (base {config.xpos_scale_base}, γ {config.xpos_gamma})" if config.use_xpos else "RoPE"
     learned = ", learned decay" if config.xpos_learnable_scale else ""
-    return f"{method}{learned}, θ {theta:g}{scaling}, context {config.max_position_embeddings:,}"
+    return f"{method}{learned}, {rope}, context {config.max_position_embeddings:,}"
+
+
+def _rope(rope: Mapping[str, Any]) -> str:
+    """One rotation; longrope's factors, a list for each pair, are left out."""
+    scaling = {name: value for name, value in rope.items() if not isinstance(value, list)}
+    kind, theta = scaling.pop("rope_type"), scaling.pop("rope_theta")
+    part = scaling.pop("partial_rotary_factor", None) or 1
+    text = f"θ {theta:g}" + ("" if part == 1 else f" on {part:.0%} of each head")
+    return text if kind == "default" else f"{text}, {kind} " + ", ".join(f"{name} {scaling[name]}" for name in scaling)
+
+
+def _runs(kinds: Sequence[Any]) -> Iterator[tuple[Any, str]]:
+    """Runs of layers of one kind, such as 2–5."""
+    for kind, layers in groupby(range(len(kinds)), key=lambda layer: kinds[layer]):
+        numbers = list(layers)
+        yield kind, str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
 def _windows(config: ByteModelConfig) -> str:
@@ -160,17 +182,32 @@ def _windows(config: ByteModelConfig) -> str:
     sinks = f", {config.sink_tokens} sink tokens" if config.sink_tokens else ""
     if None not in counts:
         return f"{config.sliding_window:,} tokens in every layer{sinks}"
-    runs = []
-    for window, layers in groupby(range(config.num_hidden_layers), key=lambda layer: config.windows[layer]):
-        numbers = list(layers)
-        span = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
-        runs.append(f"{'full' if window is None else f'{window:,}'} in {span}")
+    runs = [f"{'full' if window is None else f'{window:,}'} in {span}" for window, span in _runs(config.windows)]
     return f"by layer: {'; '.join(runs)}{sinks}"
 
 
 def _norms(config: ByteModelConfig) -> str:
-    where = "after the sum (DeepNorm)" if config.deepnorm else "before each branch"
-    return f"RMSNorm {where}, ε {config.rms_norm_eps:g}{', of queries and keys' if config.qk_norm else ''}"
+    where = {"before": "before", "after": "after", "both": "before and after"}[config.branch_norms] + " each branch"
+    where = "after the sum (DeepNorm)" if config.deepnorm else where
+    of_heads = "" if config.qk_norm_per_head else " over all heads"
+    queries = f", of queries and keys{of_heads}" if config.qk_norm else ""
+    return f"RMSNorm {where}, ε {config.rms_norm_eps:g}{queries}{', 1 + weight' if config.zero_centered_norms else ''}"
+
+
+def _factors(config: ByteModelConfig) -> str:
+    """What embeddings, scores, branches and logits are multiplied with, and their soft caps."""
+    told = []
+    if config.attention_multiplier is not None:
+        told.append(f"scores × {config.attention_multiplier:.6g}")
+    others = {
+        "embeddings": config.embedding_multiplier,
+        "branches": config.residual_multiplier,
+        "logits": config.logits_multiplier,
+    }
+    told += [f"{name} × {factor:.6g}" for name, factor in others.items() if factor != 1]
+    caps = {"scores": config.attention_softcap, "logits": config.logits_softcap}
+    told += [f"{name} capped at {cap:g}" for name, cap in caps.items() if cap is not None]
+    return ", ".join(told) or "none"
 
 
 def _biases(config: ByteModelConfig) -> str:

@@ -35,8 +35,7 @@ def plain_projection(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor
 
 
 class ByteMultiHeadSelfAttention(nn.Module):
-    """Grouped-query self-attention with optional biases and norms of queries and keys, per head or of all heads
-    together."""
+    """Grouped-query self-attention with optional biases and norms of queries and keys."""
 
     q_proj: nn.Linear
     k_proj: nn.Linear

@@ -31,7 +31,7 @@ def _build(part: parts.Part, config: ByteModelConfig, layer: int) -> nn.Module |
     if part.kind == "parameter":
         return nn.Parameter(torch.empty(shape))  # its owner's case in `_init_weights` fills it
     if part.kind == "norm":
-        return ByteRMSNorm(shape[0], config.rms_norm_eps)
+        return ByteRMSNorm(shape[0], config.rms_norm_eps, zero_centered=config.zero_centered_norms)
     if part.kind == "scale":
         assert config.layer_scale_init is not None
         return LayerScale(shape[0], config.layer_scale_init)

@@ -23,8 +23,10 @@ from stellarbyte.xpos import XPosRotaryEmbedding
 class ByteDecoderLayer(nn.Module):
     """Attention and MLP (or a mixture of experts) around the residual stream, one after the other or in parallel."""
 
-    input_layernorm: ByteRMSNorm
+    input_layernorm: ByteRMSNorm | None
+    attention_output_norm: ByteRMSNorm | None
     post_attention_layernorm: ByteRMSNorm | None
+    mlp_output_norm: ByteRMSNorm | None
     attention_scale: LayerScale | None
     mlp_scale: LayerScale | None
 
@@ -35,6 +37,7 @@ class ByteDecoderLayer(nn.Module):
         self.self_attn = ByteMultiHeadSelfAttention(config, layer)
         self.mlp = ByteMLP(config, layer) if config.expert_layers[layer] is None else ByteMoE(config, layer)
         add_parts(self, "", config, layer)
+        self.is_parallel = config.parallel_residual
         self.residual = Residual(config, layer)
 
     def forward(
@@ -55,6 +58,7 @@ class ByteDecoderLayer(nn.Module):
         def attention(y: torch.Tensor) -> torch.Tensor:
             earlier = None if memory is None else self.residual.branch_input(memory, self.input_layernorm)
             y = self.self_attn(y, attend, project, earlier)
+            y = y if self.attention_output_norm is None else self.attention_output_norm(y)
             return y if self.attention_scale is None else self.attention_scale(y)
 
         def mlp(y: torch.Tensor) -> torch.Tensor:
@@ -63,9 +67,10 @@ class ByteDecoderLayer(nn.Module):
                 y, sums = self.mlp(y, project, log)
             else:
                 y = self.mlp(y, project)
+            y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
             return y if self.mlp_scale is None else self.mlp_scale(y)
 
-        if self.post_attention_layernorm is None:
+        if self.is_parallel:
             return self.residual(x, lambda y: attention(y) + mlp(y), self.input_layernorm), sums
         x = self.residual(x, attention, self.input_layernorm)
         return self.residual(x, mlp, self.post_attention_layernorm), sums
@@ -77,6 +82,7 @@ class ByteDecoder(nn.Module):
     def __init__(self, config: ByteModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_multiplier = config.embedding_multiplier
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(ByteDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         mixtures = {number: layer.mlp for number, layer in enumerate(self.layers) if isinstance(layer.mlp, ByteMoE)}
@@ -84,7 +90,7 @@ class ByteDecoder(nn.Module):
             holder = config.expert_layers[number]
             if holder is not None and holder != number:
                 mixture.use_experts_of(mixtures[holder])
-        self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = ByteRMSNorm(config.hidden_size, config.rms_norm_eps, zero_centered=config.zero_centered_norms)
         self.rotary = XPosRotaryEmbedding(config)
 
     def forward(
@@ -97,13 +103,15 @@ class ByteDecoder(nn.Module):
         memory: Sequence[torch.Tensor | None] | None = None,
         layer_inputs: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """[..., hidden] token embeddings → [..., hidden] after the final norm.
+        """[..., hidden] rows of `embed_tokens` → [..., hidden] after the final norm.
 
         Args:
             log: gets the sums of every router; None: not wanted.
             memory: for each layer its inputs for earlier tokens, [B, M, hidden]; None: there are none.
             layer_inputs: gets the input of every layer appended, [..., hidden]; None: not wanted.
         """
+        if self.embedding_multiplier != 1:
+            embeddings = embeddings * embeddings.new_tensor(self.embedding_multiplier)
         x = self.dropout(embeddings)
         for number, layer in enumerate(self.layers):
             if layer_inputs is not None:

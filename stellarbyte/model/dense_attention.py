@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from stellarbyte.cache.memory import Memory
 from stellarbyte.cache.relative import PrunedCacheLayer, RelativeCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.xpos import XPosRotaryEmbedding
+from stellarbyte.model.logits import soft_cap
+from stellarbyte.xpos import Rotation, XPosRotaryEmbedding
 
 # B sequences, T queries, S keys, M of them of a memory, H query heads, K key/value heads, D head dim
 
@@ -33,7 +34,7 @@ class DenseAttention:
         max_position: largest position in the batch.
         cache: extended by every layer; None: the T tokens are the whole sequence, but for the memory.
         memory: whose rows every layer reads before the T tokens; None: there are none.
-        implementation: "sdpa", or "eager" for plain torch operations.
+        implementation: "sdpa", or "eager" for plain torch operations, which soft caps and pruned caches always take.
         dropout: of attention weights; 0 outside training.
     """
 
@@ -59,28 +60,38 @@ class DenseAttention:
         # Taken now: recomputed layers read them when the memory has moved on.
         layers = range(config.num_hidden_layers)
         self.memory_positions_M = None if memory is None else [memory.positions(layer) for layer in layers]
-        self.softmax_attention: SoftmaxAttention = sdpa if implementation == "sdpa" else eager
+        self.eager = partial(eager, softcap=config.attention_softcap)
+        uses_sdpa = implementation == "sdpa" and config.attention_softcap is None
+        self.softmax_attention: SoftmaxAttention = sdpa if uses_sdpa else self.eager
         self.dropout = dropout
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         window, positions_BS = self.config.windows[layer], self.positions_BT
+        rotation = self.rotary.of_layer(layer, self.max_position + 1)
         if self.memory_positions_M is not None:
             earlier_M = self.memory_positions_M[layer].to(q.device)
             positions_BS = torch.cat((earlier_M.expand(len(q), -1), positions_BS), dim=1)
         # Plain rotations may share one base at any length; XPos factors would overflow.
         chunk = XPOS_CHUNK if self.config.use_xpos else q.shape[1]
         if self.cache is None:
-            return self._attend(window, q, self.positions_BT, k, v, positions_BS, chunk, self.softmax_attention)
+            return self._attend(
+                rotation, window, q, self.positions_BT, k, v, positions_BS, chunk, self.softmax_attention
+            )
         held = self.cache.layers[layer]
         num_memory = k.shape[1] - q.shape[1]
         k, v = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=positions_BS, num_memory=num_memory)
         if isinstance(held, PrunedCacheLayer):
-            return self._attend_pruned(held, q, k, v)
+            return self._attend_pruned(rotation, held, q, k, v)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return self._attend(window, q, self.positions_BT, k, v, held.positions, chunk, self.softmax_attention)
+        return self._attend(rotation, window, q, self.positions_BT, k, v, held.positions, chunk, self.softmax_attention)
 
     def _attend_pruned(
-        self, held: PrunedCacheLayer, q_BTHD: torch.Tensor, k_BKSD: torch.Tensor, v_BKSD: torch.Tensor
+        self,
+        rotation: Rotation,
+        held: PrunedCacheLayer,
+        q_BTHD: torch.Tensor,
+        k_BKSD: torch.Tensor,
+        v_BKSD: torch.Tensor,
     ) -> torch.Tensor:
         """Each key head has keys of its own, so it is computed as a sequence of its own, with its group of queries."""
         assert held.positions is not None
@@ -89,14 +100,15 @@ class DenseAttention:
         k, v = (t.flatten(0, 1).unsqueeze(2) for t in (k_BKSD, v_BKSD))
         queries, keys = self.positions_BT.repeat_interleave(heads, dim=0), held.positions.flatten(0, 1)
         counted = partial(
-            eager, on_weights=lambda w: held.add_attention(w.sum(dim=(1, 2)).unflatten(0, (batch, heads)))
+            self.eager, on_weights=lambda w: held.add_attention(w.sum(dim=(1, 2)).unflatten(0, (batch, heads)))
         )
-        out = self._attend(held.window, q, queries, k, v, keys, PRUNED_CHUNK, counted)
+        out = self._attend(rotation, held.window, q, queries, k, v, keys, PRUNED_CHUNK, counted)
         held.prune()
         return out.unflatten(0, (batch, heads)).transpose(1, 2).flatten(2, 3)
 
     def _attend(
         self,
+        rotation: Rotation,
         window: int | None,
         q_BTHD: torch.Tensor,
         query_positions_BT: torch.Tensor,
@@ -114,6 +126,7 @@ class DenseAttention:
             num_keys = k_BSKD.shape[1] - (length - stop)  # keys after the chunk's last query are in its future
             outputs.append(
                 self._attend_chunk(
+                    rotation,
                     window,
                     q_BTHD[:, start:stop],
                     query_positions_BT[:, start:stop],
@@ -127,6 +140,7 @@ class DenseAttention:
 
     def _attend_chunk(
         self,
+        rotation: Rotation,
         window: int | None,
         q_BTHD: torch.Tensor,
         query_positions_BT: torch.Tensor,
@@ -135,17 +149,18 @@ class DenseAttention:
         key_positions_BS: torch.Tensor,
         softmax_attention: SoftmaxAttention,
     ) -> torch.Tensor:
-        rotary, reach = self.rotary, self.max_position + 1
+        reach = self.max_position + 1
         base_B1 = query_positions_BT[:, :1].clamp(min=0)
-        q = rotary.rotate_queries(q_BTHD, query_positions_BT - base_B1, reach)
-        k = rotary.rotate_keys(k_BSKD, key_positions_BS - base_B1, reach)
+        q = rotation.rotate_queries(q_BTHD, query_positions_BT - base_B1, reach)
+        k = rotation.rotate_keys(k_BSKD, key_positions_BS - base_B1, reach)
         if window is not None and 0 < self.config.sink_tokens and self.max_position >= window:
-            q, k = self._with_sinks(window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
+            q, k = self._with_sinks(rotation, window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
         visible = self._visible(window, query_positions_BT, key_positions_BS)
-        return softmax_attention(q, k, v_BSKD, visible, rotary.score_scale, self.dropout)
+        return softmax_attention(q, k, v_BSKD, visible, rotation.score_scale, self.dropout)
 
     def _with_sinks(
         self,
+        rotation: Rotation,
         window: int,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -159,8 +174,8 @@ class DenseAttention:
         is_sink = ((key_positions_BS >= 0) & (key_positions_BS < sinks))[:, :, None, None]
         capped = query_positions_BT.clamp(max=window + sinks - 1)
         reach = self.max_position + 1
-        q_sink = self.rotary.rotate_queries(q_BTHD, capped, reach)
-        k_sink = self.rotary.rotate_keys(k_BSKD, key_positions_BS.clamp(max=sinks), reach)
+        q_sink = rotation.rotate_queries(q_BTHD, capped, reach)
+        k_sink = rotation.rotate_keys(k_BSKD, key_positions_BS.clamp(max=sinks), reach)
         return torch.cat((q, q_sink), -1), torch.cat((k.masked_fill(is_sink, 0), k_sink.masked_fill(~is_sink, 0)), -1)
 
     def _visible(self, window: int | None, queries_BT: torch.Tensor, keys_BS: torch.Tensor) -> torch.Tensor | None:
@@ -201,12 +216,16 @@ def eager(
     scale: float,
     dropout: float,
     *,
+    softcap: float | None = None,
     on_weights: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """`sdpa` as plain torch operations, softmax in float32. `on_weights` gets the weights [B, H, T, S], detached."""
+    """`sdpa` as plain torch operations, softmax in float32, with a soft cap of scores. `on_weights` gets the weights
+    [B, H, T, S], detached."""
     groups = q_BTHD.shape[2] // k_BSKD.shape[2]
     k, v = k_BSKD.repeat_interleave(groups, dim=2), v_BSKD.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k).float() * scale
+    if softcap is not None:
+        scores_BHTS = soft_cap(scores_BHTS, softcap)
     if visible is None and q_BTHD.shape[1] > 1:
         visible = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()
     if visible is not None:

@@ -60,9 +60,14 @@ def _num_kv_heads(config: ByteModelConfig) -> int:
     return config.num_key_value_heads
 
 
-def _head_dim(config: ByteModelConfig) -> int:
+def _q_norm_shape(config: ByteModelConfig, _layer: int) -> Shape:
     assert config.head_dim is not None
-    return config.head_dim
+    return (config.head_dim if config.qk_norm_per_head else _query_size(config),)
+
+
+def _k_norm_shape(config: ByteModelConfig, _layer: int) -> Shape:
+    assert config.head_dim is not None
+    return (config.head_dim if config.qk_norm_per_head else _key_size(config),)
 
 
 def _hidden(config: ByteModelConfig, _layer: int) -> Shape:
@@ -98,6 +103,10 @@ def _router(config: ByteModelConfig, _layer: int) -> Shape:
     return (config.num_experts, config.hidden_size)
 
 
+def _has_output_norms(config: ByteModelConfig, _layer: int) -> bool:
+    return config.branch_norms != "before"
+
+
 def _has_layer_scale(config: ByteModelConfig, _layer: int) -> bool:
     return config.layer_scale_init is not None
 
@@ -128,14 +137,8 @@ PARTS: tuple[Part, ...] = (
         has_bias=lambda config, _: config.attention_output_bias,
         has_deepnorm_gain=True,
     ),
-    Part(
-        name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", exists=_has_qk_norm,
-        shape=lambda config, _: (_head_dim(config) if config.qk_norm_per_head else _query_size(config),),
-    ),
-    Part(
-        name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", exists=_has_qk_norm,
-        shape=lambda config, _: (_head_dim(config) if config.qk_norm_per_head else _key_size(config),),
-    ),
+    Part(name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_q_norm_shape, exists=_has_qk_norm),
+    Part(name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_k_norm_shape, exists=_has_qk_norm),
     Part(
         name="mlp.gate_proj", kind="linear", gguf="ffn_gate", reads=MLP_INPUT, cut="out", is_adaptable=True,
         exists=_is_dense,
@@ -198,11 +201,18 @@ PARTS: tuple[Part, ...] = (
         shape=lambda config, _: (1, config.hidden_size),
         exists=lambda config, layer: config.shared_expert_gate and _has_shared_expert(config, layer),
     ),
-    Part(name="input_layernorm", kind="norm", gguf="attn_norm", shape=_hidden),
     Part(
-        name="post_attention_layernorm", kind="norm", gguf="ffn_norm", shape=_hidden,
-        exists=lambda config, _: not config.parallel_residual,
+        name="input_layernorm", kind="norm", gguf="attn_norm", shape=_hidden,
+        exists=lambda config, _: config.branch_norms != "after",
     ),
+    Part(
+        name="attention_output_norm", kind="norm", gguf="post_attention_norm", shape=_hidden, exists=_has_output_norms,
+    ),
+    Part(
+        name="post_attention_layernorm", kind="norm", gguf="ffn_norm", shape=_hidden,  # before the MLP
+        exists=lambda config, _: not config.parallel_residual and config.branch_norms != "after",
+    ),
+    Part(name="mlp_output_norm", kind="norm", gguf="post_ffw_norm", shape=_hidden, exists=_has_output_norms),
     Part(name="attention_scale", kind="scale", shape=_hidden, exists=_has_layer_scale),
     Part(name="mlp_scale", kind="scale", shape=_hidden, exists=_has_layer_scale),
 )  # fmt: skip

@@ -20,6 +20,11 @@ class LayerScale(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight
 
+    @property
+    def gain(self) -> torch.Tensor:
+        """The factor of each channel."""
+        return self.weight
+
 
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al. 2016): in training a sample skips the branch with chance `rate`.
@@ -52,24 +57,30 @@ def deepnorm_beta(config: ByteModelConfig) -> float:
 
 
 class Residual(nn.Module):
-    """x + branch(norm(x)), or norm(α·x + branch(x)) with DeepNorm; dropout and DropPath on the branch.
+    """x + m · branch(norm(x)), or norm(α·x + m · branch(x)) with DeepNorm; dropout and DropPath on the branch.
 
-    Layers own the norms, under the names in checkpoints.
+    m is `residual_multiplier`. Layers own the norms, under the names in checkpoints.
     """
 
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
         self.deepnorm = config.deepnorm
         self.alpha = deepnorm_alpha(config)
+        self.multiplier = config.residual_multiplier
         self.dropout = nn.Dropout(config.residual_dropout)
         self.drop_path = DropPath(config.drop_path_rate * layer / max(1, config.num_hidden_layers - 1))
 
-    def branch_input(self, x: torch.Tensor, norm: ByteRMSNorm) -> torch.Tensor:
+    def branch_input(self, x: torch.Tensor, norm: ByteRMSNorm | None) -> torch.Tensor:
         """What a branch reads of the residual stream x, or of a memory of it."""
-        return x if self.deepnorm else norm(x)
+        return x if self.deepnorm or norm is None else norm(x)
 
     def forward(
-        self, x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], norm: ByteRMSNorm
+        self, x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor], norm: ByteRMSNorm | None
     ) -> torch.Tensor:
-        added = self.drop_path(self.dropout(branch(self.branch_input(x, norm))))
-        return norm(self.alpha * x + added) if self.deepnorm else x + added
+        """`norm` None: the branch reads x itself."""
+        out = branch(self.branch_input(x, norm))
+        out = self.drop_path(self.dropout(out if self.multiplier == 1 else self.multiplier * out))
+        if self.deepnorm:
+            assert norm is not None  # ByteModelConfig
+            return norm(self.alpha * x + out)
+        return x + out

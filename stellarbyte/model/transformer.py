@@ -17,6 +17,7 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.auto import register_model_if_wanted
 from stellarbyte.model.decoder import ByteDecoder
 from stellarbyte.model.dense_attention import DenseAttention
+from stellarbyte.model.logits import finish_logits
 from stellarbyte.model.moe.experts import ByteExperts
 from stellarbyte.model.moe.layer import ByteMoE
 from stellarbyte.model.moe.losses import RouterLog, router_losses
@@ -47,8 +48,7 @@ class ByteOutput(CausalLMOutputWithPast):
 
 
 class ByteTransformer(PreTrainedModel, GenerationMixin):
-    """A causal language model; with parts switched on or off in its config it is Llama, Mistral, Qwen2, Qwen3 or one of
-    their mixtures of experts."""
+    """A causal language model; its config switches parts on and off, which makes it Llama and many of its relatives."""
 
     config_class = ByteModelConfig
     base_model_prefix = "model"
@@ -120,7 +120,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         cache = self._cache(cache, use_cache, memory)
         wants_log = self.config.num_experts > 0 and (self.training or labels is not None)
         hidden, log = self._hidden(embeddings, attention_mask, position_ids, cache, memory, wants_log)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        products = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        logits = finish_logits(products, self.config.logits_multiplier, self.config.logits_softcap)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -259,6 +260,20 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         if model_kwargs.get("memory") is not None or getattr(model_kwargs.get(CACHE), "memory", None) is not None:
             _refuse_with_memory(generation_config)
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of `generate`'s next forward: the whole sequence where longrope's factors change, as in
+        transformers, since the keys that upper layers hold come from the factors before."""
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if isinstance(cache, RelativeCache) and cache.get_seq_length():
+            length = input_ids.shape[1] if mask is None else int(mask.sum(dim=-1).max())
+            if self.model.rotary.changes_with(length - input_ids.shape[1] + cache.get_seq_length(), length):
+                cache.reset()
+                next_sequence_length = None
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return prepared
+
     @torch.no_grad()
     def forward_step(
         self, x_t: torch.Tensor, past_k: torch.Tensor | None = None, past_v: torch.Tensor | None = None
@@ -308,7 +323,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
                 for stack in (module.gate_up_proj, module.down_proj):
                     init.normal_(stack, mean=0.0, std=self.config.initializer_range * module.init_gain)
             case ByteRMSNorm():
-                init.ones_(module.weight)
+                init.constant_(module.weight, 0.0 if module.zero_centered else 1.0)
             case LayerScale():
                 init.constant_(module.weight, module.start)
             case XPosRotaryEmbedding():

@@ -3,7 +3,8 @@
 import torch
 
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.xpos import XPosRotaryEmbedding
+from stellarbyte.model.logits import soft_cap
+from stellarbyte.xpos import Rotation
 
 # T tokens of the step, Q of one sequence, H query heads, G = H/K queries per key head, K key/value heads, D head dim
 # B blocks of the cache, M blocks of one sequence, S block size, N = M·S keys of one sequence
@@ -37,10 +38,11 @@ def paged_attention(
     keys_BSKD: torch.Tensor,
     values_BSKD: torch.Tensor,
     batch: ForwardBatch,
-    rotary: XPosRotaryEmbedding,
+    rotation: Rotation,
     *,
     window: int | None,
     sink_tokens: int,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attention of every token over the live blocks of its own sequence, including its own key. Returns [T, H, D].
 
@@ -60,9 +62,10 @@ def paged_attention(
             bases_M,
             batch.num_sink_blocks[i],
             batch.reach,
-            rotary,
+            rotation,
             window,
             sink_tokens,
+            softcap,
         )
     return out_THD
 
@@ -75,22 +78,25 @@ def _attend_sequence(
     bases_M: torch.Tensor,
     num_sink_blocks: int,
     reach: int,
-    rotary: XPosRotaryEmbedding,
+    rotation: Rotation,
     window: int | None,
     sink_tokens: int,
+    softcap: float | None,
 ) -> torch.Tensor:
     block_size, sinks = keys_MSKD.shape[1], num_sink_blocks
     key_positions_MS = bases_M[:, None] + torch.arange(block_size, device=bases_M.device)
 
     base = positions_Q[0]
     shift_MS = (bases_M[sinks:, None] - base).expand(-1, block_size)
-    k = rotary.rotate_keys(keys_MSKD[sinks:], shift_MS, reach).flatten(0, 1)
-    scores = [_scores(rotary.rotate_queries(q_QHD, positions_Q - base, reach), k)]
+    k = rotation.rotate_keys(keys_MSKD[sinks:], shift_MS, reach).flatten(0, 1)
+    scores = [_scores(rotation.rotate_queries(q_QHD, positions_Q - base, reach), k)]
     if sinks:  # the window caps their distance, so they have their own rotation
         capped_Q = positions_Q if window is None else positions_Q.clamp(max=window + sink_tokens - 1)
-        k_sink = rotary.rotate_keys(keys_MSKD[:sinks], bases_M[:sinks, None].expand(-1, block_size), reach)
-        scores.insert(0, _scores(rotary.rotate_queries(q_QHD, capped_Q, reach), k_sink.flatten(0, 1)))
-    scores_KGQN = torch.cat(scores, dim=-1) * rotary.score_scale
+        k_sink = rotation.rotate_keys(keys_MSKD[:sinks], bases_M[:sinks, None].expand(-1, block_size), reach)
+        scores.insert(0, _scores(rotation.rotate_queries(q_QHD, capped_Q, reach), k_sink.flatten(0, 1)))
+    scores_KGQN = torch.cat(scores, dim=-1) * rotation.score_scale
+    if softcap is not None:
+        scores_KGQN = soft_cap(scores_KGQN, softcap)
 
     visible_QN = _visible(positions_Q, key_positions_MS, sinks, window, sink_tokens)
     weights_KGQN = scores_KGQN.masked_fill(~visible_QN, float("-inf")).softmax(dim=-1).to(q_QHD.dtype)

@@ -19,7 +19,7 @@ from stellarbyte.ops.triton.attention import (
 )
 from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
-from stellarbyte.xpos import XPosRotaryEmbedding
+from stellarbyte.xpos import Rotation, XPosRotaryEmbedding
 from tests.support.models.byte_transformer import make_config
 
 # T tokens, H query heads, K kv heads, D head dim, N packed row or sequences, A = H · D, B blocks, S block size
@@ -42,6 +42,7 @@ class Case:
     head_dim: int = 16
     xpos: bool = True
     qk_norm: bool = False
+    softcap: float | None = None
 
     def __str__(self) -> str:
         default = Case(spans=[])
@@ -56,7 +57,7 @@ class Step:
     case: Case
     batch: ForwardBatch
     config: ByteModelConfig
-    rotary: XPosRotaryEmbedding
+    rotation: Rotation
     norms: tuple[ByteRMSNorm, ByteRMSNorm] | None
     qkv_TN: torch.Tensor
     keys_BSKD: torch.Tensor
@@ -75,12 +76,13 @@ class Step:
         q_THD, k_TKD, v_TKD = self.qkv_TN.unflatten(1, (-1, case.head_dim)).split(sizes, dim=1)
         if self.norms is not None:
             q_THD, k_TKD = self.norms[0](q_THD), self.norms[1](k_TKD)
-        k_TKD = self.rotary.rotate_keys(k_TKD, self.batch.offsets_T, case.block_size)
+        k_TKD = self.rotation.rotate_keys(k_TKD, self.batch.offsets_T, case.block_size)
         keys, values = (x.float().nan_to_num().to(x.dtype) for x in (self.keys_BSKD, self.values_BSKD))
         reference.write_kv(keys, values, self.batch.slots_T, k_TKD, v_TKD)
         out_THD = reference.paged_attention(
-            q_THD.contiguous(), keys, values, self.batch, self.rotary, window=case.window, sink_tokens=case.sinks
-        )
+            q_THD.contiguous(), keys, values, self.batch, self.rotation, window=case.window, sink_tokens=case.sinks,
+            softcap=case.softcap,
+        )  # fmt: skip
         return out_THD.flatten(1), keys, values
 
     def prefill(self) -> torch.Tensor:
@@ -100,8 +102,8 @@ class Step:
         out_TA = self.empty_output()
         prefill_attention(
             self.qkv_TN, out_TA, self.keys_BSKD, self.values_BSKD, self.rows, starts_X, counts_X, self.rotations,
-            self.heads, window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotary.score_scale,
-            q_norm_D=q_norm_D, norm_eps=self.config.rms_norm_eps,
+            self.heads, window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotation.score_scale,
+            softcap=self.case.softcap, q_norm_D=q_norm_D, norm_eps=self.config.rms_norm_eps,
         )  # fmt: skip
         return out_TA
 
@@ -114,9 +116,9 @@ class Step:
         out_TA = self.empty_output()
         decode_attention(
             self.qkv_TN, out_TA, self.keys_BSKD, self.values_BSKD, self.rows, scratch, self.rotations, self.heads,
-            window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotary.score_scale,
-            q_norm_D=q_norm_D, k_norm_D=k_norm_D, norm_eps=self.config.rms_norm_eps, num_splits=num_splits,
-            addend=addend,
+            window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotation.score_scale,
+            softcap=self.case.softcap, q_norm_D=q_norm_D, k_norm_D=k_norm_D, norm_eps=self.config.rms_norm_eps,
+            num_splits=num_splits, addend=addend,
         )  # fmt: skip
         return out_TA
 
@@ -137,7 +139,7 @@ def make_step(
         sliding_window=case.window, sink_tokens=case.sinks, use_xpos=case.xpos, qk_norm=case.qk_norm,
         num_hidden_layers=1,
     )  # fmt: skip
-    rotary = XPosRotaryEmbedding(config)
+    rotation = XPosRotaryEmbedding(config).of_layer(0, config.context_length)
     tables = [_live_blocks(case, first, first + count - 1) for first, count in case.spans]
     reach = max(TILE_ROWS - 1, *(_reach(case, table, *span) for table, span in zip(tables, case.spans, strict=True)))
 
@@ -162,7 +164,7 @@ def make_step(
         for position in (position for position in slots if position < first):
             k_1KD, v_1KD = torch.randn(2, 1, case.num_kv_heads, case.head_dim)
             offset = torch.tensor([slots[position] % case.block_size])
-            k_1KD = rotary.rotate_keys(k_1KD, offset, case.block_size).to(device)
+            k_1KD = rotation.rotate_keys(k_1KD, offset, case.block_size).to(device)
             reference.write_kv(
                 keys_BSKD, values_BSKD, torch.tensor([slots[position]], device=device), k_1KD, v_1KD.to(device)
             )
@@ -193,7 +195,8 @@ def make_step(
     )
     norms = None
     if case.qk_norm:
-        norms = ByteRMSNorm(case.head_dim, config.rms_norm_eps), ByteRMSNorm(case.head_dim, config.rms_norm_eps)
+        q_norm, k_norm = (ByteRMSNorm(case.head_dim, config.rms_norm_eps, zero_centered=False) for _ in "qk")
+        norms = q_norm, k_norm
         for norm in norms:
             norm.to(device, dtype).weight.uniform_(0.5, 1.5)
     width_N = (case.num_heads + 2 * case.num_kv_heads) * case.head_dim
@@ -201,7 +204,7 @@ def make_step(
         case=case,
         batch=batch,
         config=config,
-        rotary=rotary,
+        rotation=rotation,
         norms=norms,
         qkv_TN=torch.randn(len(positions_T), width_N).to(device, dtype),
         keys_BSKD=keys_BSKD,
@@ -211,7 +214,7 @@ def make_step(
             torch.tensor([i for i, _ in tokens], dtype=torch.int32, device=device),
             _rings(case, tables_of_ids, unused=num_blocks - 1).to(device),
         ),
-        rotations=_rotations(rotary, reach, device),
+        rotations=_rotations(rotation, reach, device),
     )
 
 
@@ -242,10 +245,11 @@ def _rings(case: Case, tables: list[list[tuple[int, int, bool]]], unused: int) -
     return tables_NE[:, :entries]
 
 
-def _rotations(rotary: XPosRotaryEmbedding, reach: int, device: torch.device) -> Rotations:
+def _rotations(rotation: Rotation, reach: int, device: torch.device) -> Rotations:
     """Tables as long as they must be; whoever reads past them reads NaN."""
     cos_OD, sin_OD = (
         torch.cat([table[: reach + 1], torch.full_like(table[:64], torch.nan)])[: reach + 1]
-        for table in rotary.cache.tables(reach + 1, device)
+        for table in rotation.cache.tables(reach + 1, device)
     )
-    return Rotations(cos_OD, sin_OD, rotary.log_decay(device))
+    gain_D = None if rotation.query_gain is None else rotation.query_gain.to(device)
+    return Rotations(cos_OD, sin_OD, rotation.log_decay(device), gain_D)

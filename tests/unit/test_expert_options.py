@@ -60,8 +60,6 @@ def test_no_option_is_ignored_without_experts(name: str) -> None:
 def test_experts_are_a_number() -> None:
     with pytest.raises(ValueError, match=r"num_experts \(-1\) must be at least 0"):
         make_config(num_experts=-1)
-    with pytest.raises(ValueError, match="qk_norm_per_head false needs qk_norm"):
-        make_config(qk_norm_per_head=False)
 
 
 def test_layers_know_who_holds_their_experts(tmp_path) -> None:

@@ -9,6 +9,7 @@ import torch
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer, expert_parts, pack_experts
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.parts import (
     ATTENDED,
     ATTENTION_INPUT,
@@ -19,6 +20,7 @@ from stellarbyte.model.parts import (
     linears_by_input,
     module_path,
 )
+from stellarbyte.model.residual import LayerScale
 from stellarbyte.ops.triton.weights import Weight, quantize
 
 # N outputs, K inputs, C hidden size, D head dim
@@ -26,7 +28,9 @@ from stellarbyte.ops.triton.weights import Weight, quantize
 _INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
 _VECTORS = {  # norms and scales → fields of `Layer`
     "input_layernorm": "input_norm_C",
+    "attention_output_norm": "attention_output_norm_C",
     "post_attention_layernorm": "mlp_norm_C",
+    "mlp_output_norm": "mlp_output_norm_C",
     "self_attn.q_norm": "q_norm_D",
     "self_attn.k_norm": "k_norm_D",
     "attention_scale": "attention_scale_C",
@@ -43,11 +47,14 @@ class Layer:
     gate_up: Weight | None = None  # None: the layer has experts
     down: Weight | None = None
     experts: ExpertLayer | None = None
-    input_norm_C: torch.Tensor
-    mlp_norm_C: torch.Tensor | None = None  # None: attention and MLP in parallel
+    input_norm_C: torch.Tensor | None = None
+    attention_output_norm_C: torch.Tensor | None = None
+    mlp_norm_C: torch.Tensor | None = None
+    mlp_output_norm_C: torch.Tensor | None = None
     q_norm_D: torch.Tensor | None = None
     k_norm_D: torch.Tensor | None = None
-    attention_scale_C: torch.Tensor | None = None  # LayerScale
+    qk_norm_N: torch.Tensor | None = None  # of one norm over all of q and one over all of k, instead of those
+    attention_scale_C: torch.Tensor | None = None  # LayerScale and the residual multiplier
     mlp_scale_C: torch.Tensor | None = None
     window: int | None
 
@@ -67,8 +74,6 @@ def pack_layer(
     parts = [part for part in layer_parts(config, layer) if part not in of_experts]
     if unknown := [part.name for part in parts if part.name not in _VECTORS and part.reads not in _INPUTS]:
         raise ValueError(f"the GPU kernels do not support {unknown[0]}")
-    if not config.qk_norm_per_head:
-        raise ValueError("the GPU kernels do not support norms over all heads together (qk_norm_per_head false)")
 
     def pack(group: Sequence[Part]) -> Weight:
         """Stack the matrices of linears. The linears get views of the result, or nothing, so that no memory is held
@@ -89,9 +94,18 @@ def pack_layer(
     fields: dict[str, Any] = {_INPUTS[name]: pack(group) for name, group in linears_by_input(parts).items()}
     for part in parts:
         if part.reads is None:
-            fields[_VECTORS[part.name]] = model.get_parameter(f"{module_path(layer, part.name)}.weight")
+            module = model.get_submodule(module_path(layer, part.name))
+            assert isinstance(module, ByteRMSNorm | LayerScale)
+            fields[_VECTORS[part.name]] = module.gain
+    if not config.qk_norm_per_head:
+        fields["qk_norm_N"] = torch.cat([fields.pop("q_norm_D"), fields.pop("k_norm_D")])
+    if config.residual_multiplier != 1:
+        one_C = torch.ones(config.hidden_size, device=fields["output"].matrix_NK.device)
+        for name in ("attention_scale_C", "mlp_scale_C"):  # float32: the multiplier is not rounded
+            fields[name] = config.residual_multiplier * fields.get(name, one_C).float()
     if of_experts:
         holder = config.expert_layers[layer]
+        assert holder is not None, "the layer has experts"
         pool = earlier[holder].experts if holder < layer else None
         fields["experts"] = pack_experts(
             model, config, layer, of_experts, quantization=quantization, pack=pack,

@@ -19,13 +19,14 @@ from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.fp8 import product, takes_fp8
-from stellarbyte.ops.triton.gates import GATES, apply_gate
+from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
 from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.moe.layer import make_scratch, moe
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
+from stellarbyte.ops.triton.rotate_write import norm_projections
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
 # T tokens, C hidden size, R rows of some of them, V vocabulary, A = heads · head dim, N = A + keys and values
@@ -40,6 +41,7 @@ class Branch(NamedTuple):
 
     out_TC: torch.Tensor
     addend: Addend | None  # part of the output; valid until the next product
+    norm_C: torch.Tensor | None  # RMSNorm of the output, before the scale
     scale_C: torch.Tensor | None
 
 
@@ -67,24 +69,32 @@ class TritonModel:
         self.bank = LoraBank(config) if bank is None else bank
         self.embedding_VC = decoder.embed_tokens.weight
         self.device = self.embedding_VC.device
-        self.final_norm_C = decoder.norm.weight
+        self.embedding_multiplier = float(self.embedding_VC.new_tensor(config.embedding_multiplier))
+        self.final_norm_C = decoder.norm.gain
         head_weight = Weight(matrix_NK=model.lm_head.weight)
         # The head's rounding errors reach the logits directly, and those of fp8 are larger.
         self.head_weight = head_weight if quantization == "none" else quantize(head_weight, "int8")
         self.layers: list[Layer] = []
         for layer in range(config.num_hidden_layers):
             self.layers.append(pack_layer(model, config, layer, quantization, self.layers))
+        # The fused kernels of few rows add the sum of a token's experts to the residual: nothing may come between.
+        self.can_fuse = not any(
+            layer.experts is not None and (layer.experts.shared is not None or layer.mlp_output_norm_C is not None)
+            for layer in self.layers
+        )
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.gate = GATES[config.hidden_act]
-        self.score_scale = decoder.rotary.score_scale
+        num_layers = range(config.num_hidden_layers)
+        self.score_scales = [decoder.rotary.of_layer(i, config.context_length).score_scale for i in num_layers]
         self.alpha = deepnorm_alpha(config) if config.deepnorm else None
         self._rotary = decoder.rotary
-        self._rotations: Rotations | None = None
+        self._rotations: list[Rotations] = []
 
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         """The same weights, served with the windows and sinks of `config`."""
         other = copy.copy(self)
         other.config = config
+        other._rotations = []
         other.layers = [
             dataclasses.replace(layer, window=window) for layer, window in zip(self.layers, config.windows, strict=True)
         ]
@@ -92,14 +102,30 @@ class TritonModel:
 
     def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R, V] logits of the next token, in `out` if given."""
-        return _apply(hidden_RC.contiguous(), self.head_weight, out)
+        logits_RV = _apply(hidden_RC.contiguous(), self.head_weight, out)
+        if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
+            finish_logits(logits_RV, self.config.logits_multiplier, self.config.logits_softcap)
+        return logits_RV
 
-    def rotations(self, distance: int) -> Rotations:
-        """Tables for distances up to `distance`."""
-        if self._rotations is None or len(self._rotations.cos_OD) <= distance:
-            cos_OD, sin_OD = self._rotary.cache.tables(distance + 1, self.device)
-            log_decay_D = self._rotary.log_decay(self.device)
-            self._rotations = Rotations(cos_OD, sin_OD, None if log_decay_D is None else log_decay_D.contiguous())
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        """[T, C] embeddings of tokens."""
+        x_TC = F.embedding(token_ids_T, self.embedding_VC)
+        return x_TC if self.embedding_multiplier == 1 else x_TC * self.embedding_multiplier
+
+    def rotations(self, distance: int) -> list[Rotations]:
+        """The tables of each layer for distances up to `distance`; layers with one rotation share them."""
+        if not self._rotations or len(self._rotations[0].cos_OD) <= distance:
+            kinds = [self._rotary.of_layer(i, self.config.context_length) for i in range(len(self.layers))]
+            tables: dict[int, Rotations] = {}
+            for kind in kinds:
+                if id(kind) not in tables:
+                    log_decay_D = kind.log_decay(self.device)
+                    tables[id(kind)] = Rotations(
+                        *kind.cache.tables(distance + 1, self.device),
+                        None if log_decay_D is None else log_decay_D.contiguous(),
+                        None if kind.query_gain is None else kind.query_gain.to(self.device),
+                    )
+            self._rotations = [tables[id(kind)] for kind in kinds]
         return self._rotations
 
     def make_expert_scratch(self, max_rows: int) -> ExpertScratch | None:
@@ -113,7 +139,7 @@ class TritonModel:
         rows: PagedRows,
         tile_starts_X: torch.Tensor,
         tile_counts_X: torch.Tensor,
-        rotations: Rotations,
+        rotations: list[Rotations],
     ) -> Attend:
         """Attention of many tokens of each sequence."""
 
@@ -122,14 +148,14 @@ class TritonModel:
             weights, keys, values = self.layers[layer], cache.keys_LBSKD[layer], cache.values_LBSKD[layer]
             eps, sink_tokens = self.config.rms_norm_eps, self.config.sink_tokens
             write_kv(
-                qkv_TN, keys, values, rows, rotations, self.heads,
+                qkv_TN, keys, values, rows, rotations[layer], self.heads,
                 sink_tokens=sink_tokens, k_norm_D=weights.k_norm_D, norm_eps=eps,
             )  # fmt: skip
             out_TA = qkv_TN.new_empty(len(qkv_TN), self.heads.num_heads * self.heads.head_dim)
             prefill_attention(
-                qkv_TN, out_TA, keys, values, rows, tile_starts_X, tile_counts_X, rotations, self.heads,
-                window=weights.window, sink_tokens=sink_tokens, score_scale=self.score_scale,
-                q_norm_D=weights.q_norm_D, norm_eps=eps,
+                qkv_TN, out_TA, keys, values, rows, tile_starts_X, tile_counts_X, rotations[layer],
+                self.heads, window=weights.window, sink_tokens=sink_tokens, score_scale=self.score_scales[layer],
+                softcap=self.config.attention_softcap, q_norm_D=weights.q_norm_D, norm_eps=eps,
             )  # fmt: skip
             return out_TA
 
@@ -142,9 +168,8 @@ class TritonModel:
     ) -> torch.Tensor:
         """Token embeddings → hidden states after the final norm; x_TC may be written to."""
         is_plain = adapters is None and self.alpha is None and not self.config.parallel_residual
-        has_shared = any(layer.experts is not None and layer.experts.shared is not None for layer in self.layers)
         is_few = len(x_TC) <= MAX_NORMED_ROWS and is_for_few(x_TC, self.layers[0].qkv)
-        if is_plain and is_few and not has_shared:
+        if is_plain and is_few and self.can_fuse:
             return self._forward_few(x_TC, attend, expert_scratch)
         return self._forward_many(x_TC, attend, adapters, expert_scratch)
 
@@ -158,13 +183,15 @@ class TritonModel:
     def _attention_of_few(self, x_TC: torch.Tensor, i: int, attend: Attend) -> torch.Tensor:
         """x + the attention branch of layer i, added by its last product."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
-        attended_TA = attend(i, linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps), None)
-        return linear(attended_TA, layer.output, residual_TN=x_TC, branch_scale_N=layer.attention_scale_C)
+        qkv_TN = linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps)
+        attended_TA = attend(i, *self._normed_projections(qkv_TN, None, layer))
+        return self._add_product(
+            x_TC, attended_TA, layer.output, layer.attention_output_norm_C, layer.attention_scale_C
+        )
 
     def _mlp_of_few(self, x_TC: torch.Tensor, i: int, expert_scratch: ExpertScratch | None) -> torch.Tensor:
         """x + the MLP branch of layer i, added by its last product."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
-        assert layer.mlp_norm_C is not None
         if layer.experts is not None:
             assert expert_scratch is not None
             return moe(
@@ -173,19 +200,35 @@ class TritonModel:
             )  # fmt: skip
         assert layer.gate_up is not None and layer.down is not None
         inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
-        return linear(inner_TI, layer.down, residual_TN=x_TC, branch_scale_N=layer.mlp_scale_C)
+        return self._add_product(x_TC, inner_TI, layer.down, layer.mlp_output_norm_C, layer.mlp_scale_C)
+
+    def _add_product(
+        self,
+        x_TC: torch.Tensor,
+        inner_TK: torch.Tensor,
+        weight: Weight,
+        norm_C: torch.Tensor | None,
+        scale_C: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x + scale · norm(W · inner); with a norm x is changed in place."""
+        if norm_C is None:
+            return linear(inner_TK, weight, residual_TN=x_TC, branch_scale_N=scale_C)
+        add_branch(x_TC, linear(inner_TK, weight), scale_C, branch_norm_C=norm_C, eps=self.config.rms_norm_eps)
+        return x_TC
 
     def _forward_many(
         self, x_TC: torch.Tensor, attend: Attend, adapters: Adapters | None, expert_scratch: ExpertScratch | None
     ) -> torch.Tensor:
         """Many rows: the kernel of the next branch's norm adds a branch to the residual stream."""
         norms = [layer.input_norm_C for layer in self.layers]
-        source_TC = x_TC if self.alpha is not None else add_norm(x_TC, None, norms[0], self.config.rms_norm_eps)
+        source_TC = x_TC
+        if self.alpha is None and norms[0] is not None:
+            source_TC = add_norm(x_TC, None, norms[0], self.config.rms_norm_eps)
         for i, layer in enumerate(self.layers):
             own_norm_C, next_norm_C = layer.input_norm_C, norms[i + 1] if i + 1 < len(norms) else self.final_norm_C
             alpha = self.alpha
             branch = self._attention(source_TC, i, attend, adapters)
-            if layer.mlp_norm_C is None:  # in parallel: the MLP has the same input, and the next norm follows both sums
+            if self.config.parallel_residual:  # the MLP has the same input, and the next norm follows both sums
                 source_TC = source_TC.clone() if alpha is not None else source_TC
                 add_branch(x_TC, branch.out_TC, branch.scale_C, alpha, branch.addend)
                 alpha = None if alpha is None else 1.0
@@ -199,8 +242,19 @@ class TritonModel:
     def _attention(self, x_TC: torch.Tensor, i: int, attend: Attend, adapters: Adapters | None) -> Branch:
         """The attention branch of layer i for its input x."""
         layer = self.layers[i]
-        attended_TA = attend(i, *self._project(x_TC, layer.qkv, i, ATTENTION_INPUT, adapters))
-        return Branch(*self._project(attended_TA, layer.output, i, ATTENDED, adapters), layer.attention_scale_C)
+        qkv_TN, addend = self._project(x_TC, layer.qkv, i, ATTENTION_INPUT, adapters)
+        attended_TA = attend(i, *self._normed_projections(qkv_TN, addend, layer))
+        out_TC, addend = self._project(attended_TA, layer.output, i, ATTENDED, adapters)
+        return Branch(out_TC, addend, layer.attention_output_norm_C, layer.attention_scale_C)
+
+    def _normed_projections(
+        self, qkv_TN: torch.Tensor, addend: Addend | None, layer: Layer
+    ) -> tuple[torch.Tensor, Addend | None]:
+        """q | k | v and what is still to be added to them, after norms over all heads of q and of k, if there are."""
+        if layer.qk_norm_N is None:
+            return qkv_TN, addend
+        norm_projections(qkv_TN, layer.qk_norm_N, self.heads, self.config.rms_norm_eps, addend)
+        return qkv_TN, None
 
     def _mlp(
         self, x_TC: torch.Tensor, i: int, adapters: Adapters | None, expert_scratch: ExpertScratch | None
@@ -209,11 +263,13 @@ class TritonModel:
         layer = self.layers[i]
         if layer.experts is not None:
             assert expert_scratch is not None
-            return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, layer.mlp_scale_C)
+            out_TC = self._experts(x_TC, layer.experts, expert_scratch)
+            return Branch(out_TC, None, layer.mlp_output_norm_C, layer.mlp_scale_C)
         assert layer.gate_up is not None and layer.down is not None
         gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
         inner_TI = apply_gate(gate_up_TI, self.gate, addend)
-        return Branch(*self._project(inner_TI, layer.down, i, GATED, adapters), layer.mlp_scale_C)
+        out_TC, addend = self._project(inner_TI, layer.down, i, GATED, adapters)
+        return Branch(out_TC, addend, layer.mlp_output_norm_C, layer.mlp_scale_C)
 
     def _experts(self, x_TC: torch.Tensor, layer: ExpertLayer, scratch: ExpertScratch) -> torch.Tensor:
         """The sum of the chosen experts and the shared one."""
@@ -229,18 +285,21 @@ class TritonModel:
         self,
         x_TC: torch.Tensor,
         branch: Branch,
-        own_norm_C: torch.Tensor,
-        next_norm_C: torch.Tensor,
+        own_norm_C: torch.Tensor | None,
+        next_norm_C: torch.Tensor | None,
         alpha: float | None,
     ) -> torch.Tensor:
         """Add a branch to the residual stream x in place; returns the input of the next branch.
 
         With DeepNorm (`alpha`) that is the sum after the branch's own norm; without, the sum after the next branch's
-        norm.
+        norm, or the sum itself if the next branch has none.
         """
-        norm_C = next_norm_C if alpha is None else own_norm_C
+        norm_C, eps = next_norm_C if alpha is None else own_norm_C, self.config.rms_norm_eps
+        if norm_C is None:
+            add_branch(x_TC, branch.out_TC, branch.scale_C, None, branch.addend, branch_norm_C=branch.norm_C, eps=eps)
+            return x_TC
         return add_norm(
-            x_TC, branch.out_TC, norm_C, self.config.rms_norm_eps, branch_scale_C=branch.scale_C, alpha=alpha,
+            x_TC, branch.out_TC, norm_C, eps, branch_scale_C=branch.scale_C, branch_norm_C=branch.norm_C, alpha=alpha,
             addend=branch.addend,
         )  # fmt: skip
 

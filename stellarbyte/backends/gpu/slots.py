@@ -120,23 +120,24 @@ def begin_decode(
     positions_B: torch.Tensor,
     fields_BF: torch.Tensor,
     x_BC: torch.Tensor,
+    multiplier: float = 1.0,
 ) -> None:
-    """For every row: the position and the embedding of its slot's newest token, and its fields.
+    """For every row: the position, the embedding of its slot's newest token times `multiplier`, and its fields.
 
     Advances the slot to the next position, which is also the one among the fields.
     """
     _begin_kernel[(len(x_BC),)](
         memory.rows_B, memory.slots_SF, memory.slot_size, embedding_VC, embedding_VC.shape[1], positions_B, fields_BF,
-        x_BC, IS_DECODE=True, FIELDS=NUM_FIELDS, BLOCK=triton.next_power_of_2(embedding_VC.shape[1]),
-        **overlapping(x_BC.device),
+        x_BC, multiplier, IS_DECODE=True, SCALES=multiplier != 1, FIELDS=NUM_FIELDS,
+        BLOCK=triton.next_power_of_2(embedding_VC.shape[1]), **overlapping(x_BC.device),
     )  # fmt: skip
 
 
 def gather_fields(memory: SlotMemory, slots_R: torch.Tensor, fields_RF: torch.Tensor) -> None:
     """Copy the fields of the given slots."""
     _begin_kernel[(len(slots_R),)](
-        slots_R, memory.slots_SF, memory.slot_size, slots_R, 1, slots_R, fields_RF, slots_R,
-        IS_DECODE=False, FIELDS=NUM_FIELDS, BLOCK=1, **overlapping(slots_R.device),
+        slots_R, memory.slots_SF, memory.slot_size, slots_R, 1, slots_R, fields_RF, slots_R, 1.0,
+        IS_DECODE=False, SCALES=False, FIELDS=NUM_FIELDS, BLOCK=1, **overlapping(slots_R.device),
     )  # fmt: skip
 
 
@@ -160,8 +161,8 @@ def _update_kernel(numbers, pairs, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def _begin_kernel(
-    rows, slots, slot_size, embedding, width, positions, fields, x,
-    IS_DECODE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    rows, slots, slot_size, embedding, width, positions, fields, x, multiplier,
+    IS_DECODE: tl.constexpr, SCALES: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
     b = tl.program_id(0)
@@ -179,6 +180,8 @@ def _begin_kernel(
         column = tl.arange(0, BLOCK)
         inside = column < width
         numbers = tl.load(embedding + token.to(tl.int64) * width + column, mask=inside)
+        if SCALES:
+            numbers = (numbers.to(tl.float32) * multiplier).to(numbers.dtype)
         tl.store(x + b.to(tl.int64) * width + column, numbers, mask=inside)
     tl.store(fields + b * FIELDS + field, values)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from stellarbyte.backends.gpu.adapters import Adapters, SideStream
 from stellarbyte.backends.gpu.graphs import Graphs
@@ -137,7 +136,7 @@ class Steps:
         memory, model = self.memory, self.model
         x_BC, positions_B = self._x_BC[:count], self._positions_B[:count]
         fields_BF, logits_BV, tokens_B = self._fields_BF[:count], self._logits_BV[:count], self._tokens_B[:count]
-        begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC)
+        begin_decode(memory, model.embedding_VC, positions_B, fields_BF, x_BC, model.embedding_multiplier)
         rows = PagedRows(positions_B, memory.rows_B[:count], memory.tables_SE)
         lora = None
         if segments:
@@ -166,9 +165,9 @@ class Steps:
         out_BA = qkv_BN.new_empty(len(qkv_BN), model.heads.num_heads * model.heads.head_dim)
         decode_attention(
             qkv_BN, out_BA, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows,
-            self._attention_scratch, self._rotations, model.heads, window=weights.window,
-            sink_tokens=config.sink_tokens, score_scale=model.score_scale, q_norm_D=weights.q_norm_D,
-            k_norm_D=weights.k_norm_D, norm_eps=config.rms_norm_eps, num_splits=num_splits,
+            self._attention_scratch, self._rotations[layer], model.heads, window=weights.window,
+            sink_tokens=config.sink_tokens, score_scale=model.score_scales[layer], softcap=config.attention_softcap,
+            q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D, norm_eps=config.rms_norm_eps, num_splits=num_splits,
             addend=addend,
         )  # fmt: skip
         return out_BA
@@ -214,7 +213,7 @@ class Steps:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
         attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
-        x_TC = F.embedding(inputs.token_ids_T, model.embedding_VC)
+        x_TC = model.embed(inputs.token_ids_T)
         hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None), self._expert_scratch)
         num_samples = len(inputs.sample_rows_R)
         logits_RV = model.head(hidden_TC[inputs.sample_rows_R])

@@ -9,12 +9,11 @@ from stellarbyte.checkpoint.plan import Place, PlannedTensor, assembled
 
 # E experts, C hidden size, I inner size of an expert
 
-EXPERT_ARCHITECTURES = ("qwen2moe", "qwen3moe", "olmoe")  # beside llama, which has experts where it is Mixtral
 RENORMALISING = ("llama", "qwen3moe")  # whose gates llama.cpp divides by their sum
 SOFTMAX = 1  # of expert_gating_func
 NOT_SUPPORTED = (  # metadata of other architectures that would change the model
     *("expert_weights_scale", "expert_group_count", "expert_group_used_count", "expert_group_scale"),
-    *("expert_shared_count", "leading_dense_block_count", "interleave_moe_layer_step", "moe_every_n_layers"),
+    *("leading_dense_block_count", "interleave_moe_layer_step", "moe_every_n_layers"),
 )
 _ROUTER = re.compile(r"blk\.(\d+)\.ffn_gate_inp\.weight")
 

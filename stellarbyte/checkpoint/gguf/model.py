@@ -1,4 +1,4 @@
-"""A GGUF file (llama, qwen2, qwen3 and their mixtures of experts) as a conversion plan: config and tensors."""
+"""A GGUF file as a conversion plan: config and tensors."""
 
 import math
 import re
@@ -11,7 +11,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.gguf.experts import EXPERT_ARCHITECTURES, expert_options, with_joined_experts
+from stellarbyte.checkpoint.gguf.experts import expert_options, with_joined_experts
+from stellarbyte.checkpoint.gguf.families import FAMILIES
 from stellarbyte.checkpoint.gguf.file import FLOATS, GGUFFile, open_gguf
 from stellarbyte.checkpoint.gguf.tokenizer import plan_tokenizer
 from stellarbyte.checkpoint.native import one_line
@@ -20,7 +21,6 @@ from stellarbyte.config import ByteModelConfig
 from stellarbyte.model import parts
 from stellarbyte.model.parts import Part, module_path, parameter_name
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", *EXPERT_ARCHITECTURES)
 LINEAR_ATTENTION = ("qwen3next", "qwen35", "qwen35moe")  # hybrids
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -60,10 +60,8 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
             f"{path} has the architecture {architecture!r}, whose linear-attention layers (Gated DeltaNet) are not "
             "supported."
         )
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{path} has the architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}."
-        )
+    if architecture not in FAMILIES:
+        raise CheckpointError(f"{path} has the architecture {architecture!r}; supported are {', '.join(FAMILIES)}.")
     if metadata.get("split.count", 1) > 1:
         raise CheckpointError(
             f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge first."
@@ -126,8 +124,9 @@ def _translate_config(
         for key, value in file.metadata.items()
         if key.startswith(f"{architecture}.")
     }
+    family = FAMILIES[architecture]
     for name in CHANGES_THE_MODEL:
-        if metadata.get(name):
+        if name not in family.factors and metadata.get(name):
             raise ValueError(f"{architecture}.{name} is not supported")
     hidden, heads = (
         _number(metadata, architecture, "embedding_length"),
@@ -165,14 +164,13 @@ def _translate_config(
         attention_bias=_has_bias(file, "self_attn.q_proj"),
         attention_output_bias=_has_bias(file, "self_attn.o_proj"),
         mlp_bias=_has_bias(file, "mlp.gate_proj"),
-        qk_norm=architecture in ("qwen3", "qwen3moe", "olmoe"),
-        qk_norm_per_head=architecture != "olmoe",
         sliding_window=window,
         rope_parameters=_rope_parameters(file, metadata, head_dim),
         use_xpos=False,
         dtype=dtype,
         **token_ids,
         **expert_options(file, architecture, metadata),
+        **family.options(metadata, layers),
     )
 
 
@@ -248,7 +246,7 @@ def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> d
 def _rotated_heads(architecture: str, name: str, config: ByteModelConfig) -> int:
     """Heads of a projection that the file stores for interleaved rotation; 0 for other tensors."""
     _, part = _place(name.rpartition(".")[0])
-    if architecture != "llama" or part is None or part.rotated_heads is None:
+    if not FAMILIES[architecture].is_interleaved or part is None or part.rotated_heads is None:
         return 0
     return part.rotated_heads(config)
 

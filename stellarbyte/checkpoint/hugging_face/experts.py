@@ -13,12 +13,6 @@ from stellarbyte.config import ByteModelConfig
 
 # E experts, C hidden size, I inner size of an expert
 
-EXPERT_TYPES = {
-    "mixtral": "MixtralForCausalLM",
-    "qwen2_moe": "Qwen2MoeForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "olmoe": "OlmoeForCausalLM",
-}
 RENAMED = {"block_sparse_moe.": "mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}  # Mixtral's
 MATRIX = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
@@ -30,8 +24,6 @@ def expert_options(source: PreTrainedConfig) -> dict[str, Any]:
         ValueError: the source uses something that a ByteTransformer cannot be.
     """
     kind = source.model_type
-    if kind not in EXPERT_TYPES:
-        return {}
     if getattr(source, "router_jitter_noise", 0):
         raise ValueError(f"router_jitter_noise {source.router_jitter_noise} is not supported")
     if getattr(source, "clip_qkv", None) is not None:

@@ -1,7 +1,5 @@
-"""A Hugging Face folder (Llama, Mistral, Qwen2, Qwen3 and their mixtures of experts) as a conversion plan. Runs no
-code from the folder."""
+"""A Hugging Face folder as a conversion plan. Runs no code from the folder."""
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,30 +11,31 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.hugging_face.experts import (
-    EXPERT_TYPES,
-    expert_name,
-    expert_options,
-    with_stacked_experts,
-)
+from stellarbyte.checkpoint.hugging_face.experts import expert_name, with_stacked_experts
+from stellarbyte.checkpoint.hugging_face.families import FAMILIES, Piece, common_rope, family_options, pieces
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
 from stellarbyte.checkpoint.native import one_line, read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.model import parts
-from stellarbyte.model.parts import module_path
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-    **EXPERT_TYPES,
+    **{model_type: family.model_class for model_type, family in FAMILIES.items()},
 }
-WINDOWED = ("mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")  # read sliding_window
-LAYERED = ("qwen2", "qwen3", "qwen2_moe")  # their classes read layer_types
-BIASED = ("llama", "qwen3", "qwen3_moe", "olmoe")  # attention_bias, which includes one on o
+# Types of which the class reads sliding_window, layer_types, and attention_bias (which includes a bias on o)
+WINDOWED = (
+    *("mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo3", "gemma2", "gemma3_text", "ministral"),
+    *("mixtral", "qwen2_moe", "qwen3_moe"),
+)
+LAYERED = ("qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text", "ministral")
+BIASED = (
+    *("llama", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma2", "gemma3_text"),
+    *("qwen3_moe", "olmoe"),
+)
 HIDDEN_ACTS = {
     "silu": "silu",
     "swish": "silu",
@@ -62,6 +61,7 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     config = read_config(folder, headers, dtype)
     tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
     tokenizer = read_tokenizer(folder)
+    model_type = read_json(folder / "config.json")["model_type"]
     for name, info in tensors.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{info.file} holds {name} as {info.dtype}; only {', '.join(DTYPES)} are supported.")
@@ -70,21 +70,21 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
         config=config,
         generation=_generation_defaults(folder, config, tokenizer.eos_token_id),
         tensors=with_stacked_experts(
-            folder, {_target_name(name): _planned(name, info, dtype) for name, info in tensors.items()}, config
+            folder,
+            {
+                piece.name: _planned(name, info, piece, dtype)
+                for name, info in tensors.items()
+                for piece in pieces(model_type, expert_name(name), info.shape[0] if info.shape else 0, config)
+            },
+            config,
         ),
         write_tokenizer=tokenizer.write,
     )
 
 
-def _target_name(name: str) -> str:
-    """The target's name for a tensor: as in transformers' Llama classes, except for parts with `hugging_face` names."""
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-    part = next((part for part in parts.PARTS if layer and part.hugging_face == layer[2]), None)
-    return expert_name(name) if layer is None or part is None else f"{module_path(int(layer[1]), part.name)}.{layer[3]}"
-
-
-def _planned(name: str, info: TensorInfo, dtype: torch.dtype | None) -> PlannedTensor:
-    stored = PlannedTensor(dtype=DTYPES[info.dtype], shape=info.shape, read=partial(_read_tensor, name, info))
+def _planned(name: str, info: TensorInfo, piece: Piece, dtype: torch.dtype | None) -> PlannedTensor:
+    shape = (piece.rows.stop - piece.rows.start, *info.shape[1:]) if info.shape else ()
+    stored = PlannedTensor(dtype=DTYPES[info.dtype], shape=shape, read=partial(_read_piece, name, info, piece))
     return stored if dtype is None else stored.cast(dtype)
 
 
@@ -150,18 +150,18 @@ def translate_config(
         ValueError: the source uses a feature that a ByteTransformer lacks.
     """
     kind = source.model_type
-    if source.hidden_act not in HIDDEN_ACTS:
-        raise ValueError(f"hidden_act {source.hidden_act!r} is not supported")
+    hidden_act = getattr(source, "hidden_activation", None) or source.hidden_act  # Gemma has the former
+    if hidden_act not in HIDDEN_ACTS:
+        raise ValueError(f"hidden_act {hidden_act!r} is not supported")
     # Any config may contain these fields, but not all of transformers' classes read them.
     window = getattr(source, "sliding_window", None) if kind in WINDOWED else None
     layer_types = getattr(source, "layer_types", None) if kind in LAYERED else None
     if layer_types is not None and "sliding_attention" not in layer_types:
         window = None
     attention_bias = bool(kind in BIASED and source.attention_bias)
-    has_qkv_bias = kind == "qwen2" or (kind == "qwen2_moe" and source.qkv_bias)
     if dtype is None and (embedding := headers.get("model.embed_tokens.weight")) is not None:
         dtype = DTYPES.get(embedding.dtype)
-    return ByteModelConfig(
+    fields: dict[str, Any] = dict(
         vocab_size=source.vocab_size,
         hidden_size=source.hidden_size,
         intermediate_size=source.intermediate_size,
@@ -169,27 +169,26 @@ def translate_config(
         num_attention_heads=source.num_attention_heads,
         num_key_value_heads=source.num_key_value_heads,
         head_dim=getattr(source, "head_dim", None),
-        hidden_act=HIDDEN_ACTS[source.hidden_act],
+        hidden_act=HIDDEN_ACTS[hidden_act],
         max_position_embeddings=source.max_position_embeddings,
         rms_norm_eps=source.rms_norm_eps,
         initializer_range=source.initializer_range,
         tie_word_embeddings=source.tie_word_embeddings and _is_head_tied(headers),
-        attention_bias=attention_bias or has_qkv_bias,
+        attention_bias=attention_bias or kind == "qwen2",
         attention_output_bias=attention_bias,
-        mlp_bias=bool(kind == "llama" and source.mlp_bias),
-        qk_norm=kind in ("qwen3", "qwen3_moe", "olmoe"),
-        qk_norm_per_head=kind != "olmoe",
+        mlp_bias=bool(kind in ("llama", "smollm3", "granite") and source.mlp_bias),
+        qk_norm=kind == "qwen3",
         sliding_window=window,
         layer_types=layer_types,
-        rope_parameters=dict(source.rope_parameters),
+        rope_parameters=common_rope(source),
         use_xpos=False,
         attention_dropout=source.attention_dropout or 0.0,
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
         pad_token_id=source.pad_token_id,
         dtype=dtype,
-        **expert_options(source),
     )
+    return ByteModelConfig(**(fields | family_options(source)))
 
 
 def _is_head_tied(headers: Mapping[str, TensorInfo]) -> bool:
@@ -216,10 +215,24 @@ def _read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
         raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
 
 
+def _read_piece(name: str, info: TensorInfo, piece: Piece) -> torch.Tensor:
+    if piece.rows == slice(0, info.shape[0] if info.shape else 0):
+        tensor = _read_tensor(name, info)
+    else:
+        try:
+            with safe_open(info.file, framework="pt") as tensors:
+                tensor = tensors.get_slice(name)[piece.rows]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
+    return tensor if piece.order is None else tensor[list(piece.order)]
+
+
 def _generation_defaults(folder: Path, config: ByteModelConfig, tokenizer_eos: int | None) -> dict[str, Any]:
     """generation_config.json; absent token ids are taken from the config, then from the tokenizer."""
     given = {
-        name: value for name, value in read_generation(folder).items() if value is not None and not name.startswith("_")
+        name: value
+        for name, value in read_generation(folder).items()
+        if value is not None and not name.startswith("_") and name != "cache_implementation"  # one of transformers'
     }
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer_eos is not None and read_json(folder / "config.json").get("eos_token_id") is None:

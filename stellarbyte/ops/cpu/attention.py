@@ -30,11 +30,16 @@ class BatchArrays(NamedTuple):
 
 
 class Rotations(NamedTuple):
-    """cos and sin of offset · θ_j and the XPos factor ζ_j^(offset/b), each [O, D/2]; the factor is 1 without XPos."""
+    """cos and sin of offset · θ_j and the XPos factor ζ_j^(offset/b), each [O, D/2]; the factor is 1 without XPos.
+
+    The gain is a factor of the pairs of queries, [D/2]; empty: 1. Those of all layers have a leading dimension, one for
+    each rotation of `layers.LayerWeights.rotations_L`.
+    """
 
     cos_OD: Floats
     sin_OD: Floats
     decay_OD: Floats
+    query_gain_D: Floats
 
 
 @njit(inline="always")
@@ -61,40 +66,54 @@ def _norm_head(head, weight, eps):
         head[d] *= factor * weight[d]
 
 
+@njit(inline="always")
+def _amplify(head, gain):
+    for j in range(len(gain)):
+        head[j] *= gain[j]
+        head[j + len(gain)] *= gain[j]
+
+
 @njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
 def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, num_threads):
-    """Store a step's keys, rotated by their offset in their block, and values; normalise q and k if weights are given.
+    """Store a step's keys, rotated by their offset in their block, and values; normalise q and k if weights are given,
+    and multiply q with its gain.
 
     Args:
-        qkv: [T, at least (H + 2K) · D]; its queries are normalised in place.
+        qkv: [T, at least (H + 2K) · D]; its queries are normalised and multiplied in place.
         shape: (H, K, D).
-        q_norm, k_norm: [D], or empty.
+        q_norm, k_norm: [D], [H · D] and [K · D] for one norm over all heads, or empty.
         keys, values: [B, S, K, D] of one layer.
     """
     num_heads, num_kv_heads, dim = shape
     block_size = keys.shape[1]
     for thread in prange(num_threads):
         for t in range(thread, len(qkv), num_threads):
-            heads = qkv[t, : (num_heads + 2 * num_kv_heads) * dim].reshape((num_heads + 2 * num_kv_heads, dim))
+            row = qkv[t, : (num_heads + 2 * num_kv_heads) * dim]
+            heads = row.reshape((num_heads + 2 * num_kv_heads, dim))
             block, place = batch.slots_T[t] // block_size, batch.slots_T[t] % block_size
             if len(q_norm):
+                for first in range(0, num_heads * dim, len(q_norm)):
+                    _norm_head(row[first : first + len(q_norm)], q_norm, eps)
+            if len(rotations.query_gain_D):
                 for h in range(num_heads):
-                    _norm_head(heads[h], q_norm, eps)
+                    _amplify(heads[h], rotations.query_gain_D)
+            if len(k_norm):
+                for first in range(num_heads * dim, (num_heads + num_kv_heads) * dim, len(k_norm)):
+                    _norm_head(row[first : first + len(k_norm)], k_norm, eps)
             for h in range(num_kv_heads):
                 key = heads[num_heads + h]
-                if len(k_norm):
-                    _norm_head(key, k_norm, eps)
                 _rotate(key, batch.offsets_T[t], -1, rotations, keys[block, place, h])
                 values[block, place, h] = heads[num_heads + num_kv_heads + h]
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, out, num_threads):
+def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, softcap, out, num_threads):
     """out [T, H · D] = attention of every token over the live blocks of its sequence.
 
     Args:
         window: tokens a query looks back, 0 for all; `sinks`: first tokens, always seen.
         scale: of scores, before the softmax.
+        softcap: c of c · tanh(score / c), before the softmax; 0: none.
     """
     num_heads, num_kv_heads, dim = shape
     group = num_heads // num_kv_heads
@@ -137,7 +156,7 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
                     _scores(rotated, dim, keys, key, stride, scores, g * scores.shape[1] + count, stop - start)
                 count += stop - start
             for g in range(together):
-                weight_sums[g] = _exponentials(scores[g, :count], scale)
+                weight_sums[g] = _exponentials(scores[g, :count], scale, softcap)
             totals[:] = 0
             seen = 0
             for b in range(batch.num_blocks_N[n]):
@@ -178,8 +197,21 @@ def _scores(rotated, dim, keys, key, stride, scores, at, count):
 
 
 @njit(inline="always")
-def _exponentials(scores, scale):
-    """scores = e^(scale · (score - the largest)); returns their sum."""
+def _cap(scores, scale, softcap):
+    """scores = softcap · tanh(scale · score / softcap)"""
+    for i in range(len(scores)):
+        x = scores[i] * scale / softcap
+        shrunk = exp(np.float32(-2.0) * abs(x))
+        size = softcap * (np.float32(1.0) - shrunk) / (np.float32(1.0) + shrunk)
+        scores[i] = size if x > 0 else -size
+
+
+@njit(inline="always")
+def _exponentials(scores, scale, softcap):
+    """scores = e^(scale · (score - the largest)), of capped scores if there is a cap; returns their sum."""
+    if softcap > 0:
+        _cap(scores, scale, softcap)
+        scale = np.float32(1.0)
     best = scores[0]
     for i in range(len(scores)):
         best = max(best, scores[i])

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from numba import njit, prange
 
 from stellarbyte.ops.cpu import KEEP_COMPILED
-from stellarbyte.ops.cpu.attention import Floats, Integers, paged_attention, write_kv
+from stellarbyte.ops.cpu.attention import Floats, Integers, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
 
@@ -33,12 +33,16 @@ class LayerWeights(NamedTuple):
     gate_up: StackedLinears  # in the order of `interleave_gated`
     down: StackedLinears
     input_norm_LC: Floats
-    mlp_norm_LC: Floats  # empty: attention and MLP in parallel
+    attention_output_norm_LC: Floats
+    mlp_norm_LC: Floats
+    mlp_output_norm_LC: Floats
     q_norm_LD: Floats
     k_norm_LD: Floats
-    attention_scale_LC: Floats  # LayerScale
+    attention_scale_LC: Floats  # LayerScale and the residual multiplier
     mlp_scale_LC: Floats
     windows_L: Integers  # 0: none
+    rotations_L: Integers  # which of the model's rotations
+    score_scales_L: Floats
 
 
 class LayerOptions(NamedTuple):
@@ -48,9 +52,10 @@ class LayerOptions(NamedTuple):
     intermediate_size: int
     activation: int
     sink_tokens: int
-    score_scale: float
+    softcap: float  # of scores; 0: none
     norm_eps: float
-    alpha: float  # DeepNorm's factor of the residual stream; 0: norms come before the branches
+    alpha: float  # DeepNorm's factor of the residual stream; 0: no DeepNorm
+    is_parallel: bool  # attention and MLP read one norm
 
 
 class Buffers(NamedTuple):
@@ -68,22 +73,25 @@ class Buffers(NamedTuple):
 def forward_layers(x, weights, options, batch, adapters, rotations, keys, values, num_threads):
     """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D]."""
     eps, alpha = np.float32(options.norm_eps), np.float32(options.alpha)
-    is_parallel = weights.mlp_norm_LC.shape[1] == 0
     buffers = _buffers(x, weights, options, adapters)
     normed, branch, other = np.empty_like(x), np.empty_like(x), np.empty_like(x)
     for layer in range(len(weights.windows_L)):
         norm = weights.input_norm_LC[layer]
         source = _branch_input(x, norm, eps, alpha, normed, num_threads)
+        kind = weights.rotations_L[layer]
+        rotation = Rotations(
+            rotations.cos_OD[kind], rotations.sin_OD[kind], rotations.decay_OD[kind], rotations.query_gain_D[kind]
+        )
         attention(
-            source, layer, weights, options, batch, adapters, rotations, keys[layer], values[layer], buffers, branch,
+            source, layer, weights, options, batch, adapters, rotation, keys[layer], values[layer], buffers, branch,
             num_threads,
         )  # fmt: skip
-        if not is_parallel:
+        if not options.is_parallel:
             add_branch(x, branch, norm, eps, alpha, num_threads)
             norm = weights.mlp_norm_LC[layer]
             source = _branch_input(x, norm, eps, alpha, normed, num_threads)
         mlp(source, layer, weights, options, adapters, buffers, other, num_threads)
-        if is_parallel:
+        if options.is_parallel:
             other += branch
         add_branch(x, other, norm, eps, alpha, num_threads)
 
@@ -99,10 +107,10 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
     )  # fmt: skip
     paged_attention(
         qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
-        np.float32(options.score_scale), attended, num_threads,
+        weights.score_scales_L[layer], np.float32(options.softcap), attended, num_threads,
     )  # fmt: skip
     _project(attended, layer, weights.output, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
-    scale_channels(out, weights.attention_scale_LC[layer])
+    finish_branch(out, weights.attention_output_norm_LC[layer], weights.attention_scale_LC[layer], options, num_threads)
 
 
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
@@ -111,7 +119,7 @@ def mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
     inner = buffers.inner
     _project(x, layer, weights.gate_up, adapters, options.activation, buffers.gate_up_addend, inner, num_threads)
     _project(inner, layer, weights.down, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
-    scale_channels(out, weights.mlp_scale_LC[layer])
+    finish_branch(out, weights.mlp_output_norm_LC[layer], weights.mlp_scale_LC[layer], options, num_threads)
 
 
 @njit(inline="always")
@@ -155,8 +163,8 @@ def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
 
 @njit(inline="always")
 def _branch_input(x, norm, eps, alpha, normed, num_threads):
-    """x with DeepNorm, else its norm, written to `normed`."""
-    if alpha != 0:
+    """x with DeepNorm or without a norm before the branch, else its norm, written to `normed`."""
+    if alpha != 0 or len(norm) == 0:
         return x
     rms_norm(x, norm, eps, normed, num_threads)
     return normed
@@ -202,6 +210,9 @@ def add_branch(x, branch, norm, eps, alpha, num_threads):
 
 
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def scale_channels(x, scale):
+def finish_branch(branch, norm, scale, options, num_threads):
+    """branch = scale · norm(branch), in place; each of them only if it is there."""
+    if len(norm):
+        rms_norm(branch, norm, np.float32(options.norm_eps), branch, num_threads)
     if len(scale):
-        x *= scale
+        branch *= scale

@@ -9,13 +9,22 @@ in parts: a tile is a block or a part of one.
 import triton
 import triton.language as tl
 
+from stellarbyte.ops.triton.gates import soft_cap
 from stellarbyte.ops.triton.overlap import wait_for_inputs
 from stellarbyte.ops.triton.paged import table_entry
-from stellarbyte.ops.triton.rotate_write import add_heads, load_heads, norm_heads, rotate, rotation, store_newest
+from stellarbyte.ops.triton.rotate_write import (
+    add_heads,
+    amplify,
+    load_heads,
+    norm_heads,
+    rotate,
+    rotation,
+    store_newest,
+)
 
 # M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), J both halves of it, W head dim padded
 # R splits
-# scale: of scores, including log2(e), as all exponentials are powers of 2
+# scale: of scores, including log2(e), as all exponentials are powers of 2; softcap: of scaled scores, None: no cap
 
 _NOTHING_SEEN = tl.constexpr(-1e30)  # initial largest score; finite, to avoid inf - inf
 _OUT_OF_SIGHT = tl.constexpr(0x7FFFFFFF)  # the position of an empty slot; after every query
@@ -52,7 +61,7 @@ def _place_of(tile, is_sink, SINKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS
 
 @triton.jit
 def _meet(
-    first_MP, second_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, scale,
+    first_MP, second_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, scale, softcap,
     sum_MW, weight_M, peak_M, dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +78,10 @@ def _meet(
     second_NP = tl.load(keys + start + place_N1 + HEAD_DIM // 2 + pair_1P, mask=readable, other=0.0)
     score_MN = tl.dot(first_MP.to(dtype), tl.trans(first_NP.to(dtype)), input_precision="ieee")
     score_MN = tl.dot(second_MP.to(dtype), tl.trans(second_NP.to(dtype)), score_MN, input_precision="ieee")
-    score_MN = tl.where(visible_MN & readable_N[None, :], score_MN * scale, float("-inf"))
+    score_MN *= scale
+    if softcap is not None:
+        score_MN = soft_cap(score_MN, softcap)
+    score_MN = tl.where(visible_MN & readable_N[None, :], score_MN, float("-inf"))
 
     return _weigh(score_MN, values + start, place_N1, readable_N, sum_MW, weight_M, peak_M, dtype, HEAD_DIM, WIDTH)
 
@@ -92,7 +104,7 @@ def _weigh(
 @triton.jit
 def prefill_kernel(
     qkv, out, keys, values, positions, sequences, tables, table_stride, ring, tile_starts, tile_counts,
-    cos, sin, log_decay, q_norm, norm_eps, scale, window,
+    cos, sin, log_decay, gain, q_norm, norm_eps, scale, softcap, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -118,6 +130,8 @@ def prefill_kernel(
     first_MP, second_MP = load_heads(packed_M1, inside_M, HEAD_DIM, PAIRS)
     if q_norm is not None:
         first_MP, second_MP = norm_heads(first_MP, second_MP, q_norm, norm_eps, HEAD_DIM, PAIRS)
+    if gain is not None:
+        first_MP, second_MP = amplify(first_MP, second_MP, gain, HEAD_DIM, PAIRS)
     first_MP, second_MP = first_MP * scale, second_MP * scale
     sum_MW = tl.zeros([HEADS * ROWS, WIDTH], tl.float32)
     weight_M = tl.zeros([HEADS * ROWS], tl.float32)
@@ -136,7 +150,7 @@ def prefill_kernel(
         visible_MN = key_N[None, :] <= position_M[:, None]
         sum_MW, weight_M, peak_M = _meet_many(
             first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN,
-            sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
+            softcap, sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
 
     # For other blocks it is the distance of the tile's first row, plus the row's own distance from that, rotated once.
@@ -151,12 +165,12 @@ def prefill_kernel(
         num_whole = tl.maximum(tl.maximum(first + 1 - SINKS, 0) // KEYS - first_whole, 0)
         sum_MW, weight_M, peak_M = _meet_tiles(
             first_whole, first_whole + num_whole, first_whole, 0, first_MP, second_MP, position_M, first, last, window,
-            keys, values, kv_head, table, ring, cos, sin, log_decay, sum_MW, weight_M, peak_M, False,
+            keys, values, kv_head, table, ring, cos, sin, log_decay, softcap, sum_MW, weight_M, peak_M, False,
             dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, ROWS, KEYS, PAIRS, WIDTH,
         )  # fmt: skip
     sum_MW, weight_M, peak_M = _meet_tiles(
         first_tile, end_tile - num_whole, first_whole, num_whole, first_MP, second_MP, position_M, first, last, window,
-        keys, values, kv_head, table, ring, cos, sin, log_decay, sum_MW, weight_M, peak_M, True,
+        keys, values, kv_head, table, ring, cos, sin, log_decay, softcap, sum_MW, weight_M, peak_M, True,
         dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SINKS, ROWS, KEYS, PAIRS, WIDTH,
     )  # fmt: skip
 
@@ -169,7 +183,7 @@ def prefill_kernel(
 @triton.jit
 def _meet_tiles(
     begin, end, gap, gap_length, first_MP, second_MP, position_M, first, last, window, keys, values, kv_head, table,
-    ring, cos, sin, log_decay, sum_MW, weight_M, peak_M, MASKED: tl.constexpr, dtype: tl.constexpr,
+    ring, cos, sin, log_decay, softcap, sum_MW, weight_M, peak_M, MASKED: tl.constexpr, dtype: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINKS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -194,15 +208,15 @@ def _meet_tiles(
             visible_MN = (key_N[None, :] <= position_M[:, None]) & (key_N[None, :] > position_M[:, None] - window)
         sum_MW, weight_M, peak_M = _meet_many(
             first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN,
-            sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
+            softcap, sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
     return sum_MW, weight_M, peak_M
 
 
 @triton.jit
 def _meet_many(
-    first_MP, second_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, sum_MW, weight_M, peak_M,
-    dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    first_MP, second_MP, keys, values, block, kv_head, offset_N, readable_N, visible_MN, softcap, sum_MW, weight_M,
+    peak_M, dtype: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAIRS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """`_meet` for many queries, already scaled: joins their halves into one product, which is faster then.
@@ -221,6 +235,8 @@ def _meet_many(
     halves_M2P = tl.permute(tl.join(first_MP.to(dtype), second_MP.to(dtype)), (0, 2, 1))
     query_MJ = tl.reshape(halves_M2P, [first_MP.shape[0], 2 * PAIRS])
     score_MN = tl.dot(query_MJ, tl.trans(key_NJ.to(dtype)), input_precision="ieee")
+    if softcap is not None:
+        score_MN = soft_cap(score_MN, softcap)
     if visible_MN is not None:
         score_MN = tl.where(visible_MN, score_MN, float("-inf"))
     return _weigh(score_MN, values + start, place_N1, readable_N, sum_MW, weight_M, peak_M, dtype, HEAD_DIM, WIDTH)
@@ -229,7 +245,7 @@ def _meet_many(
 @triton.jit
 def decode_kernel(
     qkv, delta, delta_scales, out, keys, values, positions, sequences, tables, table_stride, ring,
-    sums, weights, peaks, counters, cos, sin, log_decay, q_norm, k_norm, norm_eps, scale, window,
+    sums, weights, peaks, counters, cos, sin, log_decay, gain, q_norm, k_norm, norm_eps, scale, softcap, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -270,6 +286,8 @@ def decode_kernel(
         tl.debug_barrier()  # other threads of this program read it
     if q_norm is not None:
         first_MP, second_MP = norm_heads(first_MP, second_MP, q_norm, norm_eps, HEAD_DIM, PAIRS)
+    if gain is not None:
+        first_MP, second_MP = amplify(first_MP, second_MP, gain, HEAD_DIM, PAIRS)
     sum_MW = tl.zeros([GROUP, WIDTH], tl.float32)
     weight_M = tl.zeros([GROUP], tl.float32)
     peak_M = tl.full([GROUP], _NOTHING_SEEN, tl.float32)
@@ -288,7 +306,7 @@ def decode_kernel(
         readable_N = (offset_N < BLOCK_SIZE) & (key_N <= position) & seen_N
         sum_MW, weight_M, peak_M = _meet(
             first_turned_MP, second_turned_MP, keys, values, block, kv_head, offset_N, readable_N, readable_N[None, :],
-            scale, sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
+            scale, softcap, sum_MW, weight_M, peak_M, dtype, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, PAIRS, WIDTH,
         )  # fmt: skip
 
     column_1W = tl.arange(0, WIDTH)[None, :]

@@ -1,4 +1,4 @@
-"""The gates of the MLP, for use in other kernels and as a separate kernel."""
+"""Functions of single numbers, for use in other kernels and as separate kernels: gates of the MLP, soft caps."""
 
 import torch
 import triton
@@ -7,7 +7,7 @@ import triton.language as tl
 from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 
-# T tokens, I intermediate size
+# T tokens, I intermediate size, R rows that sample, V vocabulary
 
 GATES = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 NO_GATE = 0
@@ -24,6 +24,33 @@ def activate(x, GATE: tl.constexpr):
     else:  # tanh(y) = 2 · sigmoid(2y) - 1
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * tl.sigmoid(2.0 * inner)
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap · tanh(x / cap) of float32 numbers, with tanh(y) = 2 · sigmoid(2y) - 1."""
+    return cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)
+
+
+def finish_logits(logits_RV: torch.Tensor, multiplier: float, softcap: float | None) -> None:
+    """logits = c · tanh(multiplier · logits / c), in place; `softcap` c None: multiplier · logits. Contiguous."""
+    count = logits_RV.numel()
+    if not count:
+        return
+    _finish_logits_kernel[(triton.cdiv(count, _COLUMNS),)](
+        logits_RV, count, multiplier, softcap, BLOCK=_COLUMNS, **overlapping(logits_RV.device)
+    )
+
+
+@triton.jit(do_not_specialize=["count"])
+def _finish_logits_kernel(logits, count, multiplier, softcap, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_inputs(OVERLAPS)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    numbers = tl.load(logits + i, mask=inside, other=0.0).to(tl.float32) * multiplier
+    if softcap is not None:
+        numbers = soft_cap(numbers, softcap)
+    tl.store(logits + i, numbers.to(logits.dtype.element_ty), mask=inside)
 
 
 def apply_gate(gate_up_TI: torch.Tensor, gate: int, addend: Addend | None = None) -> torch.Tensor:

@@ -17,16 +17,17 @@ def add_norm(
     eps: float,
     *,
     branch_scale_C: torch.Tensor | None = None,
+    branch_norm_C: torch.Tensor | None = None,
     alpha: float | None = None,
     addend: Addend | None = None,
 ) -> torch.Tensor:
     """x += scale · branch, in place; returns RMSNorm(x), statistics in float32.
 
     With `alpha` (DeepNorm): x = RMSNorm(alpha · x + scale · branch), in place; returns x. Without a branch x does not
-    change. `addend` is added to the branch.
+    change. `addend` is added to the branch, before the RMSNorm of the branch, if `branch_norm_C` is given.
     """
     normed_TC = x_TC if alpha is not None else torch.empty_like(x_TC)
-    _launch(x_TC, branch_TC, norm_C, normed_TC, eps, branch_scale_C, alpha, addend)
+    _launch(x_TC, branch_TC, norm_C, normed_TC, eps, branch_scale_C, branch_norm_C, alpha, addend)
     return normed_TC
 
 
@@ -36,9 +37,12 @@ def add_branch(
     branch_scale_C: torch.Tensor | None,
     alpha: float | None = None,
     addend: Addend | None = None,
+    *,
+    branch_norm_C: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
-    """x = alpha · x + scale · branch, in place; alpha None: 1."""
-    _launch(x_TC, branch_TC, None, x_TC, 0.0, branch_scale_C, alpha, addend)
+    """x = alpha · x + scale · branch, in place; alpha None: 1. `addend` and `branch_norm_C` as in `add_norm`."""
+    _launch(x_TC, branch_TC, None, x_TC, eps, branch_scale_C, branch_norm_C, alpha, addend)
 
 
 def _launch(
@@ -48,6 +52,7 @@ def _launch(
     out_TC: torch.Tensor,
     eps: float,
     branch_scale_C: torch.Tensor | None,
+    branch_norm_C: torch.Tensor | None,
     alpha: float | None,
     addend: Addend | None,
 ) -> None:
@@ -56,6 +61,7 @@ def _launch(
         x_TC,
         x_TC if branch_TC is None else branch_TC,
         x_TC if branch_scale_C is None else branch_scale_C,
+        x_TC if branch_norm_C is None else branch_norm_C,
         x_TC if norm_C is None else norm_C,
         out_TC,
         width,
@@ -64,6 +70,7 @@ def _launch(
         *((None, None) if addend is None else addend),
         HAS_BRANCH=branch_TC is not None,
         HAS_SCALE=branch_scale_C is not None,
+        HAS_BRANCH_NORM=branch_norm_C is not None,
         HAS_NORM=norm_C is not None,
         IN_PLACE=out_TC is x_TC,
         BLOCK=triton.next_power_of_2(width),
@@ -74,9 +81,9 @@ def _launch(
 
 @triton.jit
 def _add_norm_kernel(
-    x, branch, scale, norm, out, width, eps, alpha, delta, delta_scales,
-    HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_NORM: tl.constexpr, IN_PLACE: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+    x, branch, scale, branch_norm, norm, out, width, eps, alpha, delta, delta_scales,
+    HAS_BRANCH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BRANCH_NORM: tl.constexpr, HAS_NORM: tl.constexpr,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -89,6 +96,10 @@ def _add_norm_kernel(
         if delta is not None:
             if tl.load(delta_scales + row) != 0:
                 addend += tl.load(delta + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BRANCH_NORM:
+            branch_factor = tl.rsqrt(tl.sum(addend * addend, axis=0) / width + eps)
+            branch_weight = tl.load(branch_norm + column, mask=inside, other=0.0).to(tl.float32)
+            addend = (addend * branch_factor).to(element).to(tl.float32) * branch_weight
         if HAS_SCALE:
             addend *= tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
         total = alpha * total + addend

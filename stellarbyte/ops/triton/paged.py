@@ -12,11 +12,15 @@ UNLIMITED = 2**30  # a window larger than any distance
 
 
 class Rotations(NamedTuple):
-    """cos and sin of distance · θ_j for distances 0..O-1, float32 [O, D/2]; log ζ_j / b, float32 [D/2], None: RoPE."""
+    """cos and sin of distance · θ_j for distances 0..O-1, float32 [O, D/2]; log ζ_j / b, float32 [D/2], None: RoPE.
+
+    The gain is a factor of the pairs of queries, float32 [D/2]; None: 1.
+    """
 
     cos_OD: torch.Tensor
     sin_OD: torch.Tensor
     log_decay_D: torch.Tensor | None
+    query_gain_D: torch.Tensor | None
 
 
 class HeadShape(NamedTuple):

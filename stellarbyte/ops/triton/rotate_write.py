@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from stellarbyte.ops.triton.lora import Addend
+from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations, locate, ring_length
 
 # T tokens, N = (H + 2K) · D packed row, H query heads, K kv heads, D head dim, P pairs (D/2, padded)
@@ -36,10 +38,46 @@ def write_kv(
     num_heads, num_kv_heads, head_dim = heads
     _write_kernel[(len(qkv_TN),)](
         qkv_TN, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
-        ring_length(rows, block_size, sink_tokens), *rotations, k_norm_D, norm_eps,
+        ring_length(rows, block_size, sink_tokens), *rotations[:3], k_norm_D, norm_eps,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, SINKS=sink_tokens,
         KV_HEADS=triton.next_power_of_2(num_kv_heads), PAIRS=triton.next_power_of_2(head_dim // 2),
     )  # fmt: skip
+
+
+def norm_projections(
+    qkv_TN: torch.Tensor, norm_N: torch.Tensor, heads: HeadShape, eps: float, addend: Addend | None = None
+) -> None:
+    """Add the addend to packed rows q | k | v, then norm them, in place: an RMSNorm over all of q, and one over k.
+
+    `norm_N`: the weights of both, one after the other.
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    _norm_projections_kernel[(len(qkv_TN), 2 if addend is None else 3)](
+        qkv_TN, *((None, None) if addend is None else addend), norm_N, eps, num_heads * head_dim,
+        num_kv_heads * head_dim, BLOCK=triton.next_power_of_2(num_heads * head_dim), **overlapping(qkv_TN.device),
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_projections_kernel(
+    qkv, delta, delta_scales, norm, eps, q_width, k_width, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):
+    """q, k or v of one row."""
+    wait_for_inputs(OVERLAPS)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    width = tl.where(part == 0, q_width, k_width)
+    first = tl.where(part == 0, 0, q_width + (part - 1) * k_width)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = row * (q_width + 2 * k_width) + first + column
+    numbers = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        if tl.load(delta_scales + row) != 0:
+            numbers += tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)
+    if part < 2:
+        factor = tl.rsqrt(tl.sum(numbers * numbers, axis=0) / width + eps)
+        numbers *= factor * tl.load(norm + first + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(qkv + place, numbers.to(qkv.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -75,6 +113,14 @@ def norm_heads(first_XP, second_XP, norm, eps, HEAD_DIM: tl.constexpr, PAIRS: tl
     first_XP = (first_XP * factor_X).to(dtype).to(tl.float32) * first_weight_P
     second_XP = (second_XP * factor_X).to(dtype).to(tl.float32) * second_weight_P
     return first_XP.to(dtype).to(tl.float32), second_XP.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def amplify(first_XP, second_XP, gain, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
+    """The heads with each pair multiplied by its gain."""
+    pair_P = tl.arange(0, PAIRS)
+    gain_1P = tl.load(gain + pair_P, mask=pair_P < HEAD_DIM // 2, other=0.0)[None, :]
+    return first_XP * gain_1P, second_XP * gain_1P
 
 
 @triton.jit

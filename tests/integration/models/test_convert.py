@@ -1,6 +1,7 @@
 """Converted models compute what their sources compute: ByteTransformer's logprobs against transformers' classes."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
+from tests.support.models.families import tiny_family
 from tests.support.models.gguf_files import write_gguf
 from tests.support.models.hugging_face import (
     tiny_llama,
@@ -89,6 +91,13 @@ GGUF_MODELS = {
     "qwen2 moe": (tiny_qwen2_moe, {"decoder_sparse_step": 1}, "qwen2moe"),
     "qwen3 moe, first layer dense": (tiny_qwen3_moe, {}, "qwen3moe"),
     "olmoe": (tiny_olmoe, {}, "olmoe"),
+    "granite": (partial(tiny_family, name="granite"), {}, "granite"),
+    "smollm3": (
+        partial(tiny_family, name="smollm3"),
+        {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
+        "smollm3",
+    ),
+    "olmo2": (partial(tiny_family, name="olmo2"), {}, "olmo2"),
 }
 
 

@@ -23,6 +23,39 @@ VARIANTS = {
     "xpos window sinks": {"sliding_window": W, "sink_tokens": 4, "hidden_act": "gelu_tanh"},
     "layer scale": {"layer_scale_init": 0.1},
     "parallel": {"parallel_residual": True, "layer_scale_init": 0.1},
+    "norms after": {
+        "branch_norms": "after",
+        "qk_norm": True,
+        "qk_norm_per_head": False,
+        "sliding_window": W,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "residual_multiplier": 0.7,
+    },
+    "norms before and after": {
+        "use_xpos": False,
+        "branch_norms": "both",
+        "zero_centered_norms": True,
+        "qk_norm": True,
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 7.0,
+        "attention_multiplier": 0.3,
+        "attention_softcap": 2.0,
+        "logits_softcap": 3.0,
+        "sliding_window": W,
+        "sink_tokens": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "layer_rotations": ["local", "global", "local"],
+        "local_rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "hidden_act": "gelu_tanh",
+    },
+    "rotation of a part, not in all layers": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+        "layer_rotations": ["global", "none", "global"],
+        "logits_multiplier": 0.25,
+        "embedding_multiplier": 3,
+        "residual_multiplier": 0.4,
+        "layer_scale_init": 0.1,
+    },
     "deepnorm": {"deepnorm": True},
     "deepnorm parallel": {"deepnorm": True, "parallel_residual": True},
 }
@@ -44,6 +77,9 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
     | {"parallel_residual": True, "qk_norm": True, "qk_norm_per_head": False, "hidden_act": "gelu_tanh"},
     "experts, deepnorm, windows": EXPERTS
     | {"deepnorm": True, "sliding_window": W, "sink_tokens": 4, "layer_scale_init": 0.1},
+    "experts, norms before and after": EXPERTS
+    | {"branch_norms": "both", "zero_centered_norms": True, "residual_multiplier": 0.7, "moe_layers": [1, 2]},
+    "experts, norms after": EXPERTS | {"branch_norms": "after", "embedding_multiplier": 3, "logits_softcap": 3.0},
 }
 
 

@@ -41,12 +41,17 @@ NAMES = {
 ROUTERS = ("mlp.gate", "mlp.shared_expert_gate")  # which the converter keeps in float32
 
 
-def gguf_name(name: str) -> str:
+OUTPUT_NORMS = {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"}
+INTERLEAVED = ("llama", "granite", "smollm3")  # architectures of which llama.cpp reorders q and k
+
+
+def gguf_name(name: str, architecture: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in NAMES:
         return f"{NAMES[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.{kind}"
+    names = NAMES | OUTPUT_NORMS if architecture == "olmo2" else NAMES
+    return f"blk.{layer}.{names[part]}.{kind}"
 
 
 def permute(tensor: np.ndarray, heads: int) -> np.ndarray:
@@ -75,12 +80,12 @@ def write_gguf(
         if value is not None:
             add_field(writer, key, value)
     for name, array in stacked_experts(load_file(folder / "model.safetensors")).items():
-        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if architecture in INTERLEAVED and (".q_proj." in name or ".k_proj." in name):
             array = permute(array, config.num_attention_heads if ".q_" in name else config.num_key_value_heads)
         if array.ndim == 1 or name.removesuffix(".weight").endswith(ROUTERS):
-            writer.add_tensor(gguf_name(name), array.squeeze())
+            writer.add_tensor(gguf_name(name, architecture), array.squeeze())
         else:
-            writer.add_tensor(gguf_name(name), quantize(array, kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name(name, architecture), quantize(array, kind), raw_dtype=kind)
     for name, array in (extra_tensors or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -136,6 +141,13 @@ def llama_fields(config: Any, architecture: str) -> dict[str, Any]:
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         **expert_fields(config),
     }
+    if architecture == "granite":
+        fields |= {
+            "embedding_scale": config.embedding_multiplier,
+            "attention.scale": config.attention_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
     return {f"{architecture}.{name}": value for name, value in fields.items()}
 
 

@@ -23,6 +23,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "sink_tokens": 2,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
+    "soft caps, other rotations": {
+        "attention_softcap": 2.0,
+        "attention_multiplier": 0.5,
+        "layer_rotations": ["local", "global", "none"],
+        "local_rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
 }
 PRUNINGS = {
     "half": {"ratio": 0.5},
@@ -47,11 +53,10 @@ def heavy_hitters(
         limits += [] if window is None else [window - 1 + sinks]
         return max(min(limits), sinks + 1)
 
-    def attend(
-        config: ByteModelConfig, window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(config: ByteModelConfig, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         assert config.num_key_value_heads is not None
         group = q.shape[1] // config.num_key_value_heads
+        window = config.windows[layer]
         sinks = 0 if window is None else config.sink_tokens
         out = torch.empty_like(q)
         for first in range(0, q.shape[1], group):
@@ -66,7 +71,7 @@ def heavy_hitters(
                 if window is not None:
                     visible = visible & ((n > m - window) | (n < sinks))
                     distance = torch.where(n < sinks, m.clamp(max=window + sinks - 1) - n, distance)
-                scores = oracle.pair_scores(config, q[start:end, heads], k[n[0], heads], distance)
+                scores = oracle.pair_scores(config, layer, q[start:end, heads], k[n[0], heads], distance)
                 weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
                 out[start:end, heads] = torch.einsum("hmn,nhd->mhd", weights, v[n[0], heads])
                 if end <= num_memory:

@@ -25,6 +25,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepnorm": {"deepnorm": True, "sliding_window": W},
     "parallel": {"parallel_residual": True, "sliding_window": W, "layer_scale_init": 0.3},
     "experts": EXPERTS | {"use_xpos": False, "sliding_window": W, "qk_norm": True, "qk_norm_per_head": False},
+    "norms before and after, caps, other rotations": {
+        "branch_norms": "both",
+        "zero_centered_norms": True,
+        "embedding_multiplier": 3.0,
+        "attention_softcap": 2.0,
+        "logits_softcap": 3.0,
+        "sliding_window": W,
+        "sink_tokens": 2,
+        "layer_rotations": ["local", "global", "none"],
+        "local_rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "norms after": {"branch_norms": "after", "residual_multiplier": 0.7, "sliding_window": W},
 }
 
 
@@ -98,12 +110,10 @@ def test_positions_stay_small_in_a_stream_of_any_length() -> None:
 def attend_to_segments(starts: list[int]) -> oracle.Attend:
     """Attention in which the query at m sees the keys from starts[m] to m, in layers of any kind."""
 
-    def attend(
-        config: ByteModelConfig, _window: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(config: ByteModelConfig, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         m, n = torch.arange(len(q))[:, None], torch.arange(len(q))[None, :]
         visible = (n <= m) & (n >= torch.tensor(starts)[:, None])
-        scores = oracle.pair_scores(config, q, k, m - n).masked_fill(~visible, -math.inf)
+        scores = oracle.pair_scores(config, layer, q, k, m - n).masked_fill(~visible, -math.inf)
         return torch.einsum("hmn,nhd->mhd", scores.softmax(dim=-1), v)
 
     return attend
@@ -350,6 +360,10 @@ def test_what_a_memory_cannot_do_is_told_in_a_sentence() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Memory(config, **settings)
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    with pytest.raises(ValueError, match="cannot hold states of a model with longrope"):
+        Memory(make_config(rope_parameters=longrope | factors, use_xpos=False), 4)
     memory = Memory(config, W)
     with pytest.raises(ValueError, match=r"hidden has shape \[2, 48\], expected \[batch, tokens, 48\]"):
         memory.update(0, torch.zeros(2, 48))

@@ -7,7 +7,7 @@ import pytest
 
 from stellarbyte.checkpoint.info import ModelInfo, describe, describe_lines, size
 from stellarbyte.checkpoint.native import open_checkpoint
-from tests.support.models.byte_transformer import EXPERTS, make_model
+from tests.support.models.byte_transformer import EXPERTS, VARIANTS, make_model
 
 
 def info(folder: Path, **overrides: Any) -> ModelInfo:
@@ -92,6 +92,22 @@ def test_mixed_windows_are_told_by_layer(tmp_path: Path):
     lines = dict(describe_lines(open_checkpoint(tmp_path)))
     assert lines["window"] == "by layer: full in 0; 32 in 1–2"
     assert lines["memory"].startswith("grows with the sequence: some layers have a window")
+
+
+def test_options_of_families_are_told(tmp_path: Path):
+    make_model(**VARIANTS["norms before and after"]).save_pretrained(tmp_path)
+    lines = dict(describe_lines(open_checkpoint(tmp_path)))
+    assert lines["position"] == "RoPE, θ 100 in 0; θ 10000 in 1; θ 100 in 2, context 256"
+    assert lines["norms"] == "RMSNorm before and after each branch, ε 1e-06, of queries and keys, 1 + weight"
+    assert lines["factors"] == "scores × 0.3, embeddings × 7, scores capped at 2, logits capped at 3"
+
+
+def test_rotations_of_a_part_of_heads_and_of_some_layers_are_told(tmp_path: Path):
+    make_model(use_xpos=False, **VARIANTS["rotation of a part, not in all layers"]).save_pretrained(tmp_path)
+    lines = dict(describe_lines(open_checkpoint(tmp_path)))
+    rope = "θ 10000 on 75% of each head"
+    assert lines["position"] == f"RoPE, {rope} in 0; none in 1; {rope} in 2, context 256"
+    assert lines["factors"] == "embeddings × 3, branches × 0.4, logits × 0.25"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.model.mlp import GATES as GATE_FUNCTIONS
 from stellarbyte.ops.triton.fp8 import product, quantize_rows, takes_fp8
-from stellarbyte.ops.triton.gates import GATES, apply_gate
+from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, MAX_ROWS, linear
 from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.norm import add_branch, add_norm
+from stellarbyte.ops.triton.paged import HeadShape
+from stellarbyte.ops.triton.rotate_write import norm_projections
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
 EPS = 1e-5
@@ -82,6 +84,40 @@ def test_adding_a_branch_and_the_norm_of_the_sum(options: dict[str, Any], device
     found = add_norm(x, branch, norm[0], EPS, branch_scale_C=scale, alpha=alpha)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(x, expected if alpha is not None else total, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_the_norm_of_a_branch_comes_before_its_scale(has_scale: bool, device: torch.device) -> None:
+    x, branch = random(5, 48, device=device), random(5, 48, device=device, seed=1)
+    norm, branch_norm, scale = random(3, 48, device=device, seed=2)
+    added, delta = addend(5, 48, device)
+    expected = x + rms_norm(branch + delta, branch_norm) * (scale if has_scale else 1)
+    sum_only = x.clone()
+    options = {"branch_norm_C": branch_norm, "addend": added}
+    add_branch(sum_only, branch, scale if has_scale else None, eps=EPS, **options)
+    torch.testing.assert_close(sum_only, expected, atol=1e-5, rtol=1e-5)
+    found = add_norm(x, branch, norm, EPS, branch_scale_C=scale if has_scale else None, **options)
+    torch.testing.assert_close(found, rms_norm(expected, norm), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_addend", [False, True])
+def test_norms_over_all_heads_of_q_and_of_k(has_addend: bool, device: torch.device) -> None:
+    heads = HeadShape(num_heads=6, num_kv_heads=2, head_dim=16)
+    qkv, weights = random(5, 160, device=device), random(128, device=device, seed=1)
+    added, delta = addend(5, 160, device)
+    q, k, v = (qkv + (delta if has_addend else 0)).split([96, 32, 32], dim=1)
+    expected = torch.cat([rms_norm(q, weights[:96]), rms_norm(k, weights[96:]), v], dim=1)
+    norm_projections(qkv, weights, heads, EPS, added if has_addend else None)
+    torch.testing.assert_close(qkv, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_the_factor_and_the_cap_of_logits(softcap: float | None, device: torch.device) -> None:
+    logits = 4 * random(3, 700, device=device)
+    expected = 0.3 * logits if softcap is None else softcap * torch.tanh(0.3 * logits / softcap)
+    finish_logits(logits, 0.3, softcap)
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
 
 
 def addend(num_rows: int, width: int, device: torch.device) -> tuple[Addend, torch.Tensor]:

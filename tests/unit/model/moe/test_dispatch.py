@@ -1,5 +1,6 @@
 """Every token gets its experts' outputs, and with a capacity what a float64 loop over tokens and experts says."""
 
+import math
 import random
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from stellarbyte.model.attention import plain_projection
 from stellarbyte.model.moe import experts as experts_module
-from stellarbyte.model.moe.dispatch import capacity, dispatch, within_capacity
+from stellarbyte.model.moe.dispatch import dispatch, within_capacity
 from stellarbyte.model.moe.experts import ByteExperts, grouped_linear, takes_grouped
 from stellarbyte.model.moe.layer import ByteMoE
 from stellarbyte.model.moe.router import Routing
@@ -77,7 +78,7 @@ def test_capacity_priority_and_rerouting_are_those_of_a_loop(seed: int) -> None:
     is_token = [chance.random() < 0.8 for _ in range(tokens)]
     routing = routing_of(scores_TE, num_chosen, most, renormalised=seed % 2 == 0)
     wanted = [count if there else 0 for count, there in zip(num_chosen, is_token, strict=True)]
-    room = capacity(factor, sum(wanted), num_experts)
+    room = math.ceil(factor * sum(wanted) / num_experts)
     expected = expert_oracle.placed_experts(scores_TE.tolist(), routing.ranking_TE.tolist(), wanted, room)
 
     found = within_capacity(routing, factor, torch.tensor(is_token))
@@ -125,7 +126,7 @@ def test_a_token_without_an_expert_keeps_the_shared_expert_in_training_and_is_se
     out_TC, _ = layer(x_TC, plain_projection)
     shared_TC = layer.shared_expert(x_TC, plain_projection)
     alone_T = torch.isclose(out_TC, shared_TC, atol=1e-6).all(dim=1)
-    assert alone_T.sum() == 20 - 8 * capacity(0.1, 40, 8)  # every place is taken by another token here
+    assert alone_T.sum() == 20 - 8  # an expert takes ⌈0.1 · 40 / 8⌉ = 1 token, each another one here
     served_TC, _ = layer.eval()(x_TC, plain_projection)
     dropless_TC, _ = make_layer(shared_expert_intermediate_size=16).eval()(x_TC, plain_projection)
     assert torch.equal(served_TC, dropless_TC)

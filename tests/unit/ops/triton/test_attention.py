@@ -34,6 +34,7 @@ PROMPTS = [
     Case(spans=[(0, 3), (90, 70)], window=70, sinks=4, block_size=64, head_dim=80),
     Case(spans=[(150, 3), (0, 70)], window=90, sinks=70, block_size=100, head_dim=24),
     Case(spans=[(20, 3), (0, 5)], window=7, sinks=3, block_size=1, num_heads=6, num_kv_heads=2),
+    Case(spans=[(0, 30), (2, 70), (777, 33)], window=10, sinks=4, softcap=1.5),
 ]
 
 
@@ -61,6 +62,7 @@ DECODES = [
     newest([0, 63, 64, 150], window=70, sinks=4, block_size=64, head_dim=80),
     newest([50, 63, 64, 69, 70, 133, 134, 170, 400], window=90, sinks=70, block_size=100, head_dim=24),
     newest([0, 20], window=7, sinks=3, block_size=1, num_heads=6, num_kv_heads=2),
+    newest([0, 2, 3, 12, 15, 500], window=10, sinks=4, softcap=1.5),
 ]
 
 

@@ -25,6 +25,8 @@ MODELS = {
     "parallel": VARIANTS["parallel"],
     "deepnorm": VARIANTS["deepnorm"],
     "window, sinks, XPos": VARIANTS["xpos window sinks"],
+    "norms after": VARIANTS["norms after"],
+    "norms before and after": VARIANTS["norms before and after"],
 }
 
 

@@ -33,6 +33,7 @@ from tests.support.models.byte_transformer import make_model
 from tests.support.schemas import SCHEMAS
 
 VOCABULARY = 50
+OLMO2 = {"branch_norms": "after", "qk_norm": True, "qk_norm_per_head": False}
 WINDOW = {"sliding_window": 7, "sink_tokens": 2}
 
 
@@ -101,9 +102,10 @@ def test_sequences_that_are_preempted_go_on_with_the_same_tokens(device: torch.d
     engine.check_nothing_is_left()
 
 
-def test_each_row_of_a_batch_has_its_own_adapter_and_scale(device: torch.device) -> None:
+@pytest.mark.parametrize("options", [{}, OLMO2], ids=["plain", "norms over all heads and after branches"])
+def test_each_row_of_a_batch_has_its_own_adapter_and_scale(device: torch.device, options: dict) -> None:
     """Two sequences share an adapter, with different scales; one has none. They join and leave at different steps."""
-    model = tiny_model()
+    model = tiny_model(**options)
     adapters = {f"a{i}": random_adapter(model.config, seed=i, share=0.8) for i in range(2)}
     wishes = [("a0", 1.0), (None, 1.0), ("a1", 0.5), ("a0", 2.0)]
     requests = [
