@@ -192,8 +192,6 @@ class ByteModelConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
-        if self.layer_rotations is None:
-            self.layer_rotations = ["global"] * self.num_hidden_layers
         self._check_attention()
         self._check_norms_and_factors()
         self._check_training()
@@ -251,15 +249,13 @@ class ByteModelConfig(PreTrainedConfig):
                 raise ValueError(f"{name} ({getattr(self, name)}) must be greater than 0, or null")
 
     def _check_rotations(self) -> None:
-        assert self.layer_rotations is not None
-        if len(self.layer_rotations) != self.num_hidden_layers:
+        if len(self.rotations) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_rotations names {len(self.layer_rotations)} layers, num_hidden_layers is "
-                f"{self.num_hidden_layers}"
+                f"layer_rotations names {len(self.rotations)} layers, num_hidden_layers is {self.num_hidden_layers}"
             )
-        if unknown := sorted(set(self.layer_rotations) - set(ROTATIONS)):
+        if unknown := sorted(set(self.rotations) - set(ROTATIONS)):
             raise ValueError(f"layer_rotations holds {unknown[0]!r}; known are {', '.join(ROTATIONS)}")
-        if ("local" in self.layer_rotations) != (self.local_rope_parameters is not None):
+        if ("local" in self.rotations) != (self.local_rope_parameters is not None):
             raise ValueError("local_rope_parameters and local layers in layer_rotations need each other")
         assert self.rope_parameters is not None  # the base class filled it in
         _check_rope("rope_parameters", self.rope_parameters, self.head_dim or 0)
@@ -284,6 +280,11 @@ class ByteModelConfig(PreTrainedConfig):
             for layer, pool in zip(layers, pools, strict=True):
                 owners[layer] = first.setdefault(pool, layer)
         return tuple(owners)
+
+    @property
+    def rotations(self) -> tuple[str, ...]:
+        """The rotation of each layer: "global", "local" or "none"."""
+        return tuple(["global"] * self.num_hidden_layers if self.layer_rotations is None else self.layer_rotations)
 
     @property
     def context_length(self) -> int:

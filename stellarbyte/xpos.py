@@ -125,9 +125,9 @@ class XPosRotaryEmbedding(nn.Module):
 
     def __init__(self, config: ByteModelConfig) -> None:
         super().__init__()
-        assert config.head_dim is not None and config.layer_rotations is not None  # ByteModelConfig sets both
+        assert config.head_dim is not None  # ByteModelConfig sets it
         self.head_dim = config.head_dim
-        self.layer_rotations = config.layer_rotations
+        self.kinds = config.rotations
         self.ropes = {"global": config.rope_parameters, "local": config.local_rope_parameters}
         self.multiplier = config.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.scale_base = config.xpos_scale_base
@@ -142,7 +142,7 @@ class XPosRotaryEmbedding(nn.Module):
 
         `length`: tokens of the longest sequence that will be rotated; longrope chooses its factors by it.
         """
-        kind = self.layer_rotations[layer]
+        kind = self.kinds[layer]
         rope = self.ropes.get(kind)
         key = kind, rope is not None and is_long(rope, length)
         if key not in self._rotations:

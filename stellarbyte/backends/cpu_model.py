@@ -121,12 +121,11 @@ class CpuModel(ServedModel):
         self._rotations: Rotations | None = None
 
     def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:
-        embeddings_TC = torch.from_numpy(self.embedding_VC[batch.token_ids_T.numpy()])
-        embeddings_TC = add_embeddings(embeddings_TC, batch, self.bank).numpy()
+        x_TC = add_embeddings(torch.from_numpy(self.embedding_VC[batch.token_ids_T.numpy()]), batch, self.bank)
         if self.embedding_multiplier != 1:
-            embeddings_TC *= np.float32(self.embedding_multiplier)
+            x_TC *= self.embedding_multiplier
         hidden_TC = self._run(
-            embeddings_TC,
+            x_TC.numpy(),
             batch_arrays(batch),
             adapters_of(batch, self.bank),
             self.rotations_up_to(batch.reach + cache.block_size),
@@ -259,14 +258,13 @@ def _stack_layers(
         for name in ("attention_scale_LC", "mlp_scale_LC"):
             scale_LC = fields[name] if fields[name].size else np.ones((len(layers), config.hidden_size), np.float32)
             fields[name] = scale_LC * np.float32(config.residual_multiplier)
-    assert config.layer_rotations is not None  # ByteModelConfig
-    kinds = list(dict.fromkeys(config.layer_rotations))
+    kinds = list(dict.fromkeys(config.rotations))
     rotary = model.model.rotary
     scales_L = [rotary.of_layer(layer, config.context_length).score_scale for layer in layers]
     return LayerWeights(
         **fields,
         windows_L=_windows(config),
-        rotations_L=np.array([kinds.index(kind) for kind in config.layer_rotations], dtype=np.int64),
+        rotations_L=np.array([kinds.index(kind) for kind in config.rotations], dtype=np.int64),
         score_scales_L=np.array(scales_L, dtype=np.float32),
     )
 

@@ -147,13 +147,13 @@ def _by_dtype(sizes: Mapping[str, int]) -> str:
 
 
 def _position(config: ByteModelConfig) -> str:
-    assert config.rope_parameters is not None and config.layer_rotations is not None  # the config fills both in
+    assert config.rope_parameters is not None  # the config fills it in
     rope = _rope(config.rope_parameters)
-    if set(config.layer_rotations) != {"global"}:
+    if set(config.rotations) != {"global"}:
         named = {"global": rope, "none": "none"}
         if config.local_rope_parameters is not None:
             named["local"] = _rope(config.local_rope_parameters)
-        rope = "; ".join(f"{named[kind]} in {span}" for kind, span in _runs(config.layer_rotations))
+        rope = "; ".join(f"{named[kind]} in {span}" for kind, span in _runs(config.rotations))
     method = f"XPos (base {config.xpos_scale_base}, γ {config.xpos_gamma})" if config.use_xpos else "RoPE"
     learned = ", learned decay" if config.xpos_learnable_scale else ""
     return f"{method}{learned}, {rope}, context {config.max_position_embeddings:,}"

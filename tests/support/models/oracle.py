@@ -179,8 +179,7 @@ def _frequencies(config: ByteModelConfig, layer: int) -> tuple[torch.Tensor, tor
     """θ_j (0 without rotation) and ζ_j (1 without XPos)."""
     dim = _head_dim(config)
     j = torch.arange(dim // 2, dtype=torch.float64)
-    assert config.rope_parameters is not None and config.layer_rotations is not None  # the config fills both in
-    kind = config.layer_rotations[layer]
+    kind = "global" if config.layer_rotations is None else config.layer_rotations[layer]
     if kind == "none":
         return torch.zeros_like(j), torch.ones_like(j)
     rope = config.local_rope_parameters if kind == "local" else config.rope_parameters

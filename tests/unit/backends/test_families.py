@@ -19,7 +19,7 @@ from tests.support.engines.engine import ModelEngine
 from tests.support.models.families import FAMILIES, LENGTH, ORIGINAL_LENGTH, tiny_family
 
 NUM_TOKENS = 3  # of an answer
-BACKENDS = {"torch": 30, "cpu": 30, "triton": LENGTH - NUM_TOKENS}  # tokens of the prompt: the interpreter is slow
+BACKENDS = {"torch": 30, "cpu": 30, "triton": LENGTH - 1}  # tokens of the prompt: the interpreter is slow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ def their_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return model(torch.tensor([tokens])).logits[0].double()
 
 
-def their_answer(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+def their_answer(model: PreTrainedModel, prompt: list[int], num_tokens: int = NUM_TOKENS) -> list[int]:
     tokens = list(prompt)
-    for _ in range(NUM_TOKENS):
+    for _ in range(num_tokens):
         tokens.append(int(their_logits(model, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
 
@@ -96,8 +96,8 @@ def test_the_library_agrees_with_transformers(pair: Pair, implementation: str) -
 def test_the_library_generates_what_transformers_does(pair: Pair) -> None:
     """Across longrope's original length, where the keys in the cache get other rotations."""
     prompt = tokens_of(ORIGINAL_LENGTH - 2)
-    found = pair.ours.generate(torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None)
-    assert found[0, len(prompt) :].tolist() == their_answer(pair.theirs, prompt)
+    found = pair.ours.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert found[0, len(prompt) :].tolist() == their_answer(pair.theirs, prompt, 6)
 
 
 @pytest.mark.usefixtures("own_stream")
@@ -109,7 +109,8 @@ def test_served_families_agree_with_transformers(pair: Pair, backend: str, devic
     engine = make_engine(backend, pair.ours, pair.ours.config, device)
     found = engine.teacher_forced(tokens, BACKENDS[backend]).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert found.argmax(dim=-1)[-NUM_TOKENS - 1 : -1].tolist() == tokens[-NUM_TOKENS:]
+    num_answered = min(NUM_TOKENS, LENGTH - BACKENDS[backend])
+    assert found.argmax(dim=-1)[-num_answered - 1 : -1].tolist() == tokens[-num_answered:]
 
 
 @pytest.mark.usefixtures("own_stream")
@@ -118,10 +119,10 @@ def test_the_served_context_chooses_the_factors_of_longrope(backend: str, device
     """Short ones where no sequence can be longer than the original length."""
     pair = make_pair("phi3 longrope", tmp_path)
     tokens = tokens_of(ORIGINAL_LENGTH)
-    expected = their_logits(pair.theirs, tokens).log_softmax(dim=-1)[-3:]
+    expected = their_logits(pair.theirs, tokens).log_softmax(dim=-1)[-2:]
     short = ByteModelConfig.from_dict(pair.ours.config.to_dict() | {"full_attention_window": ORIGINAL_LENGTH})
     engine = make_engine(backend, pair.ours, short, device)
-    torch.testing.assert_close(engine.teacher_forced(tokens, ORIGINAL_LENGTH - 2).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(engine.teacher_forced(tokens, ORIGINAL_LENGTH - 1).double(), expected, rtol=0, atol=1e-4)
 
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
