@@ -92,6 +92,7 @@ def pack_layer(
             fields[_VECTORS[part.name]] = model.get_parameter(f"{module_path(layer, part.name)}.weight")
     if of_experts:
         holder = config.expert_layers[layer]
+        assert holder is not None  # a layer with a router has experts
         pool = earlier[holder].experts if holder < layer else None
         fields["experts"] = pack_experts(
             model, config, layer, of_experts, quantization=quantization, pack=pack,
