@@ -105,7 +105,7 @@ def pack_layer(
             fields[name] = config.residual_multiplier * fields.get(name, one_C).float()
     if of_experts:
         holder = config.expert_layers[layer]
-        assert holder is not None, "the layer has experts"
+        assert holder is not None  # a layer with a router has experts
         pool = earlier[holder].experts if holder < layer else None
         fields["experts"] = pack_experts(
             model, config, layer, of_experts, quantization=quantization, pack=pack,
