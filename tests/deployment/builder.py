@@ -89,5 +89,6 @@ def _write_pip_configuration(file: Path) -> set[str]:
     with file.open("w") as text:
         configuration.write(text)
     words = [word for value in values.values() for word in value.split()]
-    paths = [urlsplit(word).path if word.startswith("file:") else word for word in words]
+    # The pages of an index link to files that lie beside their folder.
+    paths = [str(Path(urlsplit(word).path).parent) if word.startswith("file:") else word for word in words]
     return {path for path in paths if path.startswith("/") and Path(path).exists()} - {"/"}
