@@ -52,6 +52,7 @@ class GpuEngine:
         config: ByteModelConfig | None = None,
         dtype: torch.dtype = torch.float32,
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
+        quantization: str = "none",
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -74,7 +75,7 @@ class GpuEngine:
             self.versions[name] = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
         served = copy.deepcopy(model).requires_grad_(False).to(device, dtype)
         self.steps = Steps(
-            TritonModel(served, config, bank),
+            TritonModel(served, config, bank, quantization=quantization),
             cache,
             max_rows=limits.max_num_seqs,
             max_tokens=limits.max_num_batched_tokens,

@@ -1,14 +1,20 @@
 """Models with experts on the GPU engine against the float64 oracle; on a CPU by Triton's interpreter."""
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.backends.gpu.model import TritonModel
+from stellarbyte.model.transformer import ByteTransformer
+from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
+from tests.support.engines.engine import ModelEngine
 from tests.support.engines.gpu_engine import GpuEngine, own_stream
 from tests.support.models import oracle
-from tests.support.models.byte_transformer import EXPERT_VARIANTS, make_model, random_tokens
+from tests.support.models.adapters import random_adapter
+from tests.support.models.byte_transformer import EXPERT_VARIANTS, EXPERTS, make_model, random_tokens
 
 REFUSED = {"experts by share": "router_top_p"}
 SERVED = {name: fields for name, fields in EXPERT_VARIANTS.items() if name not in REFUSED}
@@ -22,6 +28,37 @@ def test_logprobs_equal_the_oracles(variant: str, device: torch.device) -> None:
     with own_stream(device):
         engine = GpuEngine(model, device, num_blocks=20, max_num_seqs=2)
         assert (engine.teacher_forced(tokens, FIRST) - expected).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def rounded_to_8_bits(model: ByteTransformer) -> ByteTransformer:
+    """A copy whose weights are those that int8 stores: of all products but the routers' and the shared experts' gates,
+    with a scale for each output."""
+    rounded = copy.deepcopy(model)
+    for name, parameter in rounded.named_parameters():
+        if parameter.dim() == 1 or "embed_tokens" in name or "mlp.gate." in name or "shared_expert_gate" in name:
+            continue
+        matrices = parameter if parameter.dim() == 3 else parameter[None]
+        for matrix in matrices:
+            matrix.copy_(dequantized(quantize(Weight(matrix_NK=matrix), "int8"), torch.float32))
+    return rounded
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("shared_size", [0, 40])
+def test_prompts_adapters_and_quantization_equal_the_torch_backend(
+    shared_size: int, quantization: str, device: torch.device
+) -> None:
+    """A prompt of many rows in one step and then each token, alone and with an adapter of attention and dense MLPs."""
+    fields = {"shared_expert_intermediate_size": shared_size, "shared_expert_gate": shared_size > 0}
+    model, tokens = make_model(**EXPERTS, **fields, moe_layers=[0, 2]), random_tokens(42)
+    adapters = {"a": random_adapter(model.config, seed=1)}
+    reference = ModelEngine(model if quantization == "none" else rounded_to_8_bits(model), adapters=adapters)
+    with own_stream(device):
+        engine = GpuEngine(model, device, adapters=adapters, quantization=quantization, num_blocks=20, max_num_seqs=2)
+        for name in (None, "a"):
+            expected = reference.teacher_forced(tokens, 40, adapter=name)
+            assert (engine.teacher_forced(tokens, 40, adapter=name) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("variant", REFUSED)

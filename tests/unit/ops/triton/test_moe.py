@@ -10,13 +10,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.model.mlp import GATES as GATE_FUNCTIONS
-from stellarbyte.ops.reference_moe import choose_experts, sum_of_experts
 from stellarbyte.ops.triton.gates import GATES
 from stellarbyte.ops.triton.moe import groups
 from stellarbyte.ops.triton.moe.layer import MAX_PAIR_ROWS, Experts, make_scratch, moe
 from stellarbyte.ops.triton.moe.routing import MAX_NORMED_ROWS, Router, route
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.weights import ExpertWeight, quantize_experts
+from tests.support.chosen_experts import choose_experts, sum_of_experts
 
 EPS = 1e-5
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")

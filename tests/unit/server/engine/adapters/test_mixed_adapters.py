@@ -27,6 +27,7 @@ MODELS = {
     "window, sinks, XPos": VARIANTS["xpos window sinks"],
     "norms after": VARIANTS["norms after"],
     "norms before and after": VARIANTS["norms before and after"],
+    "factors": VARIANTS["rotation of a part, not in all layers"] | {"logits_softcap": 3.0},
 }
 
 
@@ -95,7 +96,7 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ["biases, odd sizes", "parallel"])
+@pytest.mark.parametrize("shape", ["biases, odd sizes", "parallel", "norms after", "factors"])
 def test_dora_replaced_heads_and_plain_adapters_in_one_batch_match_the_oracle(backend: Backend, shape: str) -> None:
     model = make_model(**MODELS[shape])
     adapters = {

@@ -1,4 +1,4 @@
-"""A mixture of experts in plain torch, token by token: the reference in the tests of kernels."""
+"""A mixture of experts in plain torch, token by token: what kernels of experts must compute."""
 
 from collections.abc import Callable
 
