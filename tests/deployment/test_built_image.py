@@ -91,7 +91,11 @@ def test_it_never_imports_from_the_current_folder(image: Path, tmp_path: Path) -
     """Mounted models and adapters stand in the current folder of many a deployment."""
     (tmp_path / "root").mkdir()
     result = run(
-        image, tmp_path / "root", "sh", "-c", "cd /tmp && echo raise SystemExit(3) > numpy.py && stellarbyte --version"
+        image,
+        tmp_path / "root",
+        "/bin/sh",
+        "-c",
+        "cd /tmp && echo raise SystemExit(3) > numpy.py && stellarbyte --version",
     )
     assert result.returncode == 0, result.stderr
 
