@@ -61,3 +61,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow") is not None:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+        if item.get_closest_marker("slow_without_gpu") is not None and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="takes minutes without a GPU; run with --slow"))

@@ -20,6 +20,10 @@ from tests.support.models.families import FAMILIES, LENGTH, ORIGINAL_LENGTH, tin
 
 NUM_TOKENS = 3  # of an answer
 BACKENDS = {"torch": 30, "cpu": 30, "triton": LENGTH - 1}  # tokens of the prompt: the interpreter is slow
+INTERPRETED = ("gemma2", "phi3 longrope")  # also without a GPU: most options of the kernels
+ON_A_GPU = [
+    name if name in INTERPRETED else pytest.param(name, marks=pytest.mark.slow_without_gpu) for name in FAMILIES
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +105,18 @@ def test_the_library_generates_what_transformers_does(pair: Pair) -> None:
     assert found[0, len(prompt) :].tolist() == their_answer(pair.theirs, prompt, 6)
 
 
-@pytest.mark.usefixtures("own_stream")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_served_families_agree_with_transformers(pair: Pair, backend: str, device: torch.device) -> None:
+    check_served(pair, backend, device)
+
+
+@pytest.mark.usefixtures("own_stream")
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_gpu_kernels_of_families_agree_with_transformers(name: str, device: torch.device, tmp_path: Path) -> None:
+    check_served(make_pair(name, tmp_path), "triton", device)
+
+
+def check_served(pair: Pair, backend: str, device: torch.device) -> None:
     prompt = tokens_of(LENGTH - NUM_TOKENS)
     tokens = prompt + their_answer(pair.theirs, prompt)
     expected = their_logits(pair.theirs, tokens).log_softmax(dim=-1)[BACKENDS[backend] - 1 :]

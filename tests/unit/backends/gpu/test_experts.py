@@ -44,6 +44,7 @@ def rounded_to_8_bits(model: ByteTransformer) -> ByteTransformer:
     return rounded
 
 
+@pytest.mark.slow_without_gpu
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("shared_size", [0, 40])
 def test_prompts_adapters_and_quantization_equal_the_torch_backend(
