@@ -25,6 +25,7 @@ from tokenizers import models
 
 from benchmarks.support.record import write_result
 from stellarbyte import ByteModelConfig, ByteTransformer
+from stellarbyte.backends.replaced import RowAdapters
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.config.settings import EngineSettings
@@ -85,8 +86,8 @@ def keep_samples(core: EngineCore, every: int) -> dict[int, torch.Tensor]:
         position = chunks[-1].start + chunks[-1].length - 1
         return start(chunks)
 
-    def keep_logits(hidden_RC: torch.Tensor) -> torch.Tensor:
-        logits_RV = head(hidden_RC)
+    def keep_logits(hidden_RC: torch.Tensor, adapters: RowAdapters) -> torch.Tensor:
+        logits_RV = head(hidden_RC, adapters)
         if position % every == every - 1:
             samples[position] = logits_RV[-1].log_softmax(dim=-1)
         return logits_RV
