@@ -139,7 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         keys = write_keys(Path(folder))
         for attack in ATTACKS:
-            with running(REAL, "--keys", keys, limit_s=180) as server:
+            with running(REAL, "--keys", keys) as server:
                 asyncio.run(measure(server, None, 3.0))  # warm-up
                 equal = asyncio.run(measure(server, None, seconds))
                 attacked = asyncio.run(measure(server, attack, seconds))
