@@ -259,13 +259,13 @@ def test_with_an_admin_key_nothing_else_opens_the_operators_routes(fake_model: s
 def test_a_broken_module_stops_the_start_with_one_line(tmp_path: Path, adapted: Adapted) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}')
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_bias": true}')
     (broken / "adapter_model.safetensors").write_bytes(b"")
     model = str(adapted.folder.parent / "tiny")
     flags = ["--model", model, "--lora-modules"]
     servers = [ServerProcess(REAL, *flags, f"x={path}") for path in (broken, tmp_path / "absent")]  # both start at once
     try:
-        for server, said in zip(servers, ("'use_dora' is True", "holds no adapter_config.json"), strict=True):
+        for server, said in zip(servers, ("'lora_bias' is True", "holds no adapter_config.json"), strict=True):
             assert server.wait(60) == 1
             assert said in server.log() and "Traceback" not in server.log()
     finally:

@@ -98,10 +98,12 @@ def test_totals_equal_what_clients_did(server: ServerProcess) -> None:
             == rejected.total()
         )
     )
+    finished = 12 + 1 + 4 + 1
+    until(lambda: value(samples(server), "vllm:time_to_first_token_seconds_count") == finished - 1 + 3)
+    until(lambda: value(samples(server), "vllm:e2e_request_latency_seconds_count") == finished)
     seen = samples(server)
     for reason, count in rejected.items():
         assert value(seen, "stellarbyte:rejected_requests_total", reason=reason) == count, reason
-    finished = 12 + 1 + 4 + 1
     assert value(seen, "vllm:request_success_total", finished_reason="stop") == 1
     assert value(seen, "vllm:request_success_total", finished_reason="length") == finished - 1
     for name, count in (

@@ -73,7 +73,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     cache_dtype = _cache_dtype(settings, dtype, device)
     if device.type == "cpu":  # DoRA needs the weights as they are served
         served = _cpu_model(model, config, bank, settings.quantization)
-        adapters = _load_adapters(settings, bank, served.weight)
+        adapters = _load_adapters(settings, bank, served.weight)  # fails before the minute of compiling
+        _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
         adapters = _load_adapters(settings, bank, None)
@@ -206,18 +207,24 @@ def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank
 
         if fits(config):
             try:
-                packed = CpuModel(model, config, bank, quantization=quantization, num_threads=torch.get_num_threads())
+                return CpuModel(model, config, bank, quantization=quantization, num_threads=torch.get_num_threads())
             except ValueError as error:
                 raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
-            logger.info("preparing the CPU kernels (the first start compiles them, which takes up to a minute)")
-            packed.warm_up()
-            return packed
     if quantization != "none":
         raise StartupError(
             f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"
             " multiple of 16 channels, no experts."
         )
     return TorchModel(model, config, bank)
+
+
+def _compile_kernels(served: ServedModel) -> None:
+    """Of a CPU; plain torch has none."""
+    from stellarbyte.backends.cpu_model import CpuModel  # numba is not needed on a GPU
+
+    if isinstance(served, CpuModel):
+        logger.info("preparing the CPU kernels (the first start compiles them, which takes up to a minute)")
+        served.warm_up()
 
 
 def _load_adapters(
