@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fairness import measure, write_keys
+from benchmarks.fairness.__main__ import measure, write_keys
 from benchmarks.fairness.attacks import ATTACKS, Attack
 from tests.support.servers.server_process import REAL, ServerProcess, running
 

@@ -8,7 +8,7 @@ from anthropic import Anthropic
 from openai import OpenAI
 
 from stellarbyte_server.api.answers.messages import SIGNATURE
-from tests.support import anthropic_client, openai_client
+from tests.support.clients import anthropic_client, openai_client
 from tests.support.over_http import assert_error
 from tests.support.response_events import checked, events_of
 from tests.support.servers.server_process import ServerProcess

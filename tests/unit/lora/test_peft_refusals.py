@@ -12,12 +12,14 @@ import torch
 
 from stellarbyte.lora import Adapter, AdapterError, read_adapter
 from stellarbyte.lora import peft_format as peft_format_module
+from stellarbyte.lora.peft_config import MODULES_TO_SAVE, USE_DORA
 from tests.support.models.bad_adapters import REFUSED, SHAPES, Q, config, tensors, write_adapter
 
 
 def read(folder: Path, max_rank: int = 8) -> Adapter:
     files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    return read_adapter(*files, SHAPES, max_rank=max_rank)
+    copies = {"lm_head.weight": (6, 4)}
+    return read_adapter(*files, SHAPES, max_rank=max_rank, accepts={USE_DORA, MODULES_TO_SAVE}, copies=copies)
 
 
 @pytest.mark.parametrize("case", REFUSED)
