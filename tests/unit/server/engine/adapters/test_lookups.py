@@ -14,14 +14,6 @@ from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.adapter_engine import AdapterEngine
 from tests.support.models.adapters import touch_adapter
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in "abcdefgh":
-        touch_adapter(tmp_path / name)
-    return tmp_path
-
-
 FILE_CALLS = ("stat", "lstat", "listdir", "scandir", "open", "readlink")
 
 

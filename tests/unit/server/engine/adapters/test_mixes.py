@@ -9,14 +9,6 @@ from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.adapter_engine import AdapterEngine
-from tests.support.models.adapters import touch_adapter
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name in "abcdefgh":
-        touch_adapter(tmp_path / name)
-    return tmp_path
 
 
 def content_of(sequence: Sequence) -> str:
