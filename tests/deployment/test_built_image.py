@@ -95,7 +95,7 @@ def test_it_never_imports_from_the_current_folder(image: Path, tmp_path: Path) -
         tmp_path / "root",
         "/bin/sh",
         "-c",
-        "cd /tmp && echo raise SystemExit(3) > numpy.py && stellarbyte --version",
+        "cd /tmp && echo 'raise SystemExit(3)' > numpy.py && stellarbyte --version",
     )
     assert result.returncode == 0, result.stderr
 
