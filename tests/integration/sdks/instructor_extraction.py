@@ -8,6 +8,10 @@ from openai import OpenAI
 from pydantic import BaseModel, Field
 
 
+# The mode JSON tells the schema in the prompt only: what the demo model makes of it alone is a schema.
+QUESTION = 'Jason is 25 years old. Answer with this line: {"name": "Jason", "age": 25}'
+
+
 class Person(BaseModel):
     name: str
     age: int = Field(ge=0, le=150)
@@ -20,7 +24,7 @@ def main(url: str, model: str) -> None:
         person = client.chat.completions.create(
             model=model,
             response_model=Person,
-            messages=[{"role": "user", "content": "Extract the person: Jason is 25 years old."}],
+            messages=[{"role": "user", "content": QUESTION}],
             temperature=0,
             max_tokens=200,
             max_retries=3,
