@@ -126,10 +126,10 @@ def _attend(
         visible = visible & ((n > m - window) | (n < sinks))
         distance = torch.where(n < sinks, m.clamp(max=window + sinks - 1) - n, distance)
     scores = pair_scores(config, layer, q, k, distance).masked_fill(~visible, -math.inf)
-    return torch.einsum("hmn,nhd->mhd", _softmax(scores, sink_H), v)
+    return torch.einsum("hmn,nhd->mhd", softmax(scores, sink_H), v)
 
 
-def _softmax(scores: torch.Tensor, sink_H: torch.Tensor | None) -> torch.Tensor:
+def softmax(scores: torch.Tensor, sink_H: torch.Tensor | None) -> torch.Tensor:
     """e^s / (Σ e^s + e^sink) of scores [H, M, N]."""
     largest = scores.amax(dim=-1, keepdim=True)
     exponentials = (scores - largest).exp()
@@ -176,7 +176,7 @@ def _attend_in_bands(
         s = torch.arange(min(sinks, int(m[-1]) + 1))
         met_at = m if window is None else m.clamp(max=window + sinks - 1)
         far = _scores(config, layer, q[m], met_at, k[s], s).masked_fill(s > m[:, None], -math.inf)
-        probabilities = _softmax(torch.cat([far, near], dim=-1), sink_H)
+        probabilities = softmax(torch.cat([far, near], dim=-1), sink_H)
         out[m] = torch.einsum("hmn,nhd->mhd", probabilities, torch.cat([v[s], v[n]]))
     return out
 
