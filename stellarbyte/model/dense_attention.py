@@ -76,7 +76,7 @@ class DenseAttention:
             positions_BS = torch.cat((earlier_M.expand(len(q), -1), positions_BS), dim=1)
         # Plain rotations may share one base at any length; XPos factors would overflow.
         chunk = XPOS_CHUNK if self.config.use_xpos else q.shape[1]
-        softmax_attention: SoftmaxAttention = self.softmax_attention
+        softmax_attention: Callable[..., torch.Tensor] = self.softmax_attention
         if softmax_sink_H is not None:
             softmax_attention = partial(softmax_attention, sink_BH=softmax_sink_H[None])
         if self.cache is None:

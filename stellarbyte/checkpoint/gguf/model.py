@@ -173,7 +173,7 @@ def _translate_config(
         attention_output_bias=_has_bias(file, "self_attn.o_proj"),
         mlp_bias=_has_bias(file, "mlp.gate_proj"),
         sliding_window=window,
-        rope_parameters=_rope_parameters(file, metadata, head_dim) | family.rope,
+        rope_parameters={**_rope_parameters(file, metadata, head_dim), **family.rope},
         use_xpos=False,
         dtype=dtype,
         **token_ids,

@@ -51,15 +51,14 @@ def interleaved_experts(folder: Path, headers: Mapping[str, TensorInfo]) -> dict
             _require(info.dtype in DTYPES, name, info, f"only {', '.join(DTYPES)} are supported")
             if kind == _BIAS:
                 _require(len(info.shape) == 2, name, info, "biases are [experts, outputs]")
-                read = partial(_read_bias, name, info, is_gated)
-                planned[name] = PlannedTensor(dtype=DTYPES[info.dtype], shape=info.shape, read=read)
+                planned[name] = PlannedTensor(
+                    dtype=DTYPES[info.dtype], shape=info.shape, read=partial(_read_bias, name, info, is_gated)
+                )
             else:
                 _require(len(info.shape) == 3, name, info, "stacks are [experts, inputs, outputs]")
                 count, num_inputs, num_outputs = info.shape
-                planned[name] = _stack(
-                    (count, num_outputs, num_inputs), DTYPES[info.dtype], is_gated,
-                    lambda e, name=name, info=info: _of_expert(name, info, e).T,
-                )  # fmt: skip
+                read = partial(_transposed, name, info)
+                planned[name] = _stack((count, num_outputs, num_inputs), DTYPES[info.dtype], is_gated, read)
     return planned
 
 
@@ -112,6 +111,10 @@ def _of_expert(name: str, info: TensorInfo, expert: int) -> torch.Tensor:
             return matrix
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
+
+
+def _transposed(name: str, info: TensorInfo, expert: int) -> torch.Tensor:
+    return _of_expert(name, info, expert).T
 
 
 def _read_bias(name: str, info: TensorInfo, is_gated: bool) -> torch.Tensor:

@@ -167,7 +167,9 @@ def _down_kernel(
         if HAS_SCALES:
             product *= tl.load(scales + its_expert * num_outputs + n, mask=inside, other=0.0)[:, None]
         products += product
-    total = tl.sum(products, axis=1) + biases
+    total = tl.sum(products, axis=1)
+    if HAS_BIAS:
+        total += biases
     finish(
         total, total, addend, out, scales, residual, branch_scale, offsets, n, num_outputs, inside,
         False, False, HAS_RESIDUAL, HAS_BRANCH_SCALE, 0,
