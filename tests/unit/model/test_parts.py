@@ -147,6 +147,11 @@ def test_what_the_cpu_kernels_have_no_place_for_is_left_to_torch(
     assert not fits(make_config())
 
 
+@pytest.mark.parametrize("options", [{"expert_bias": True}, {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}], ids=str)
+def test_experts_as_those_of_gpt_oss_are_left_to_torch(options: dict[str, object]) -> None:
+    assert not fits(make_config(**options, **EXPERTS))
+
+
 def test_the_gpu_packs_the_part_below_those_that_read_the_same(
     device: torch.device, with_part: Callable[[Part], None]
 ) -> None:
