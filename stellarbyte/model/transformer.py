@@ -333,12 +333,6 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
                     module.reset_parameters()
 
 
-def _start_at_zero(*parameters: torch.Tensor | None) -> None:
-    for parameter in parameters:
-        if parameter is not None:
-            init.zeros_(parameter)
-
-
 def _like(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
     return None if rows is None else rows.to(x)
 
@@ -349,6 +343,12 @@ def _refuse_with_memory(generation_config: Any) -> None:
             raise ValueError(f"{name} must be 1 with a memory, which is extended by one answer for each prompt")
     if not generation_config.use_cache:
         raise ValueError("generate with a memory needs use_cache=True: otherwise every step would extend it anew")
+
+
+def _start_at_zero(*parameters: torch.Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            init.zeros_(parameter)
 
 
 register_model_if_wanted()
