@@ -62,6 +62,8 @@ class ByteModelConfig(PreTrainedConfig):
         residual_multiplier: factor of each branch in the sum (Granite).
         logits_multiplier: factor of logits (Granite).
         attention_softcap / logits_softcap: c of the cap c · tanh(x / c) on scores / on logits (Gemma 2); None: no cap.
+        softmax_sink: a learned logit of each head takes part in the softmax over scores and has no value (gpt-oss), so
+            that a head may attend to nothing. Not a token: unlike `sink_tokens`, it has no key and no position.
         attention_dropout / residual_dropout / embedding_dropout: in training only.
         num_experts: experts of a mixture-of-experts layer, in the place of its MLP; 0: every layer is dense.
         num_experts_per_tok: experts that a token chooses.
@@ -69,6 +71,9 @@ class ByteModelConfig(PreTrainedConfig):
         moe_layers: numbers of the layers that have experts; None: all.
         expert_pools: for each layer of moe_layers, the number of its pool; layers of one pool share its experts, each
             with a router of its own. None: a pool for each layer.
+        expert_bias: biases on the gates, ups and downs of the experts that routers choose.
+        swiglu_limit / swiglu_alpha: those experts compute (up + 1) · gate · sigmoid(swiglu_alpha · gate), the gate at
+            most swiglu_limit, up within ±swiglu_limit (gpt-oss); None: act(gate) · up, as in MLPs.
         shared_expert_intermediate_size: inner width of an expert that every token uses; 0: none.
         shared_expert_gate: the shared expert's output is multiplied by a learned sigmoid (Qwen2-MoE).
         router_score: "softmax" or "sigmoid" of the router's logits; in float32.
@@ -141,6 +146,7 @@ class ByteModelConfig(PreTrainedConfig):
     logits_multiplier: float | int = 1.0
     attention_softcap: float | int | None = None
     logits_softcap: float | int | None = None
+    softmax_sink: bool = False
 
     attention_dropout: float | int = 0.0
     residual_dropout: float | int = 0.0
@@ -151,6 +157,9 @@ class ByteModelConfig(PreTrainedConfig):
     moe_intermediate_size: int | None = None
     moe_layers: list[int] | None = None
     expert_pools: list[int] | None = None
+    expert_bias: bool = False
+    swiglu_limit: float | int | None = None
+    swiglu_alpha: float | int | None = None
     shared_expert_intermediate_size: int = 0
     shared_expert_gate: bool = False
     router_score: str = "softmax"

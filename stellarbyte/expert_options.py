@@ -10,7 +10,8 @@ ROUTER_SCORES = ("softmax", "sigmoid")
 ROUTER_NOISES = ("none", "noisy_top_k", "gumbel")
 FACTORS = ("router_noise_scale", "router_balance_coef", "router_z_coef", "router_entropy_coef", "router_load_coef")
 OPTIONS = frozenset(
-    {"num_experts_per_tok", "moe_intermediate_size", "moe_layers", "expert_pools", "shared_expert_intermediate_size"}
+    {"expert_bias", "swiglu_limit", "swiglu_alpha"}
+    | {"num_experts_per_tok", "moe_intermediate_size", "moe_layers", "expert_pools", "shared_expert_intermediate_size"}
     | {"shared_expert_gate", "router_score", "norm_topk_prob", "router_bias", "router_selection_bias", "router_top_p"}
     | {"min_experts_per_tok", "router_top_p_start", "router_top_p_steps", "router_noise", "capacity_factor", *FACTORS}
 )
@@ -27,6 +28,7 @@ def check_experts(config: "ByteModelConfig") -> None:
         return
     _check_layers(config)
     _check_sizes(config)
+    _check_swiglu(config)
     _check_choice(config)
     _check_training(config)
 
@@ -57,6 +59,16 @@ def _check_sizes(config: "ByteModelConfig") -> None:
         )
     if config.shared_expert_gate and not config.shared_expert_intermediate_size:
         raise ValueError("shared_expert_gate needs shared_expert_intermediate_size greater than 0")
+
+
+def _check_swiglu(config: "ByteModelConfig") -> None:
+    if (config.swiglu_limit is None) != (config.swiglu_alpha is None):
+        raise ValueError("swiglu_limit and swiglu_alpha need each other")
+    for name in ("swiglu_limit", "swiglu_alpha"):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise ValueError(f"{name} ({getattr(config, name)}) must be greater than 0, or null")
+    if config.swiglu_limit is not None and config.hidden_act != "silu":
+        raise ValueError(f"swiglu_limit needs hidden_act silu, got {config.hidden_act}")
 
 
 def _check_choice(config: "ByteModelConfig") -> None:

@@ -44,11 +44,12 @@ from stellarbyte.sampling.sampler import GREEDY, RowSampling
 
 
 _INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
-_VECTORS = {  # norms and scales → fields of `LayerWeights`
+_VECTORS = {  # norms, scales and bare vectors → fields of `LayerWeights`
     "input_layernorm": "input_norm_LC",
     "attention_output_norm": "attention_output_norm_LC",
     "post_attention_layernorm": "mlp_norm_LC",
     "mlp_output_norm": "mlp_output_norm_LC",
+    "self_attn.softmax_sink": "softmax_sink_LH",
     "self_attn.q_norm": "q_norm_LD",
     "self_attn.k_norm": "k_norm_LD",
     "attention_scale": "attention_scale_LC",
@@ -253,7 +254,7 @@ def _stack_layers(
     layers = range(config.num_hidden_layers)
     for part in parts:
         if part.reads is None:
-            fields[_VECTORS[part.name]] = np.stack([_gain(model, part, layer) for layer in layers])
+            fields[_VECTORS[part.name]] = np.stack([_vector(model, part, layer) for layer in layers])
     if config.residual_multiplier != 1:
         for name in ("attention_scale_LC", "mlp_scale_LC"):
             scale_LC = fields[name] if fields[name].size else np.ones((len(layers), config.hidden_size), np.float32)
@@ -269,8 +270,10 @@ def _stack_layers(
     )
 
 
-def _gain(model: ByteLanguageModel, part: Part, layer: int) -> Floats:
-    """The factors of a norm or of a LayerScale."""
+def _vector(model: ByteLanguageModel, part: Part, layer: int) -> Floats:
+    """The factors of a norm or of a LayerScale, or a bare parameter."""
+    if part.kind == "parameter":
+        return _numpy(model.get_parameter(module_path(layer, part.name)))
     module = model.get_submodule(module_path(layer, part.name))
     assert isinstance(module, ByteRMSNorm | LayerScale)
     return _numpy(module.gain)

@@ -21,7 +21,9 @@ class PagedAttention:
         self.cache = cache
         self.batch = batch
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_sink_H: torch.Tensor | None
+    ) -> torch.Tensor:
         keys_BSKD, values_BSKD = self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer]
         rotation = self.rotary.of_layer(layer, self.config.context_length)
         k_relative = rotation.rotate_keys(k, self.batch.offsets_T, self.cache.block_size)
@@ -35,4 +37,5 @@ class PagedAttention:
             window=self.config.windows[layer],
             sink_tokens=self.config.sink_tokens,
             softcap=self.config.attention_softcap,
+            softmax_sink_H=softmax_sink_H,
         )

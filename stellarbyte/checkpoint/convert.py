@@ -43,7 +43,8 @@ def convert(
     Args:
         source: a Hugging Face folder of one of `hugging_face.folder.MODEL_TYPES`, or a GGUF file of one of
             `gguf.families.FAMILIES`.
-        dtype: of the target; None: as stored, and float32 for a GGUF file with quantised tensors.
+        dtype: of the target; None: as stored, with MXFP4 as bfloat16, and float32 for a GGUF file with
+            tensors quantised in another way.
         progress: called after each tensor.
 
     Returns:

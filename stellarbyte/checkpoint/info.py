@@ -91,8 +91,8 @@ def _num_idle_parameters(config: ByteModelConfig) -> int:
     idle = 0
     for layer, holder in enumerate(config.expert_layers):
         if holder is not None:
-            stacks = [shapes[module_path(holder, f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj")]
-            of_one = sum(math.prod(stack[1:]) for stack in stacks)
+            prefix = module_path(holder, "mlp.experts.")
+            of_one = sum(math.prod(shape[1:]) for name, shape in shapes.items() if name.startswith(prefix))
             idle -= config.num_experts_per_tok * of_one
             idle += config.num_experts * of_one if holder == layer else 0
     return idle
@@ -122,6 +122,8 @@ def _experts(config: ByteModelConfig) -> str:
         chosen = f"{least} to {most} per token, up to {config.router_top_p:g} of the scores"
     score = f"{config.router_score} scores{', renormalised' if config.norm_topk_prob else ''}"
     text = [f"{config.num_experts} of {config.moe_intermediate_size}, {chosen}, {score}"]
+    if config.swiglu_limit is not None:
+        text.append(f"SwiGLU clamped at {config.swiglu_limit:g}, α {config.swiglu_alpha:g}")
     if config.shared_expert_intermediate_size:
         gated = " with a gate" if config.shared_expert_gate else ""
         text.append(f"a shared one of {config.shared_expert_intermediate_size}{gated}")
@@ -195,7 +197,7 @@ def _norms(config: ByteModelConfig) -> str:
 
 
 def _factors(config: ByteModelConfig) -> str:
-    """What embeddings, scores, branches and logits are multiplied with, and their soft caps."""
+    """What embeddings, scores, branches and logits are multiplied with, their soft caps, and sinks of the softmax."""
     told = []
     if config.attention_multiplier is not None:
         told.append(f"scores × {config.attention_multiplier:.6g}")
@@ -207,11 +209,14 @@ def _factors(config: ByteModelConfig) -> str:
     told += [f"{name} × {factor:.6g}" for name, factor in others.items() if factor != 1]
     caps = {"scores": config.attention_softcap, "logits": config.logits_softcap}
     told += [f"{name} capped at {cap:g}" for name, cap in caps.items() if cap is not None]
+    if config.softmax_sink:
+        told.append("a sink in the softmax of each head")
     return ", ".join(told) or "none"
 
 
 def _biases(config: ByteModelConfig) -> str:
     options = {"q, k, v": config.attention_bias, "o": config.attention_output_bias, "MLP": config.mlp_bias}
+    options |= {"experts": config.expert_bias, "router": config.router_bias}
     return ", ".join(name for name, is_on in options.items() if is_on) or "none"
 
 

@@ -31,7 +31,7 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_HEADER_BYTES = 10_000_000
 CHUNK_BYTES = 1 << 24
 PREFIX = "base_model.model."
-EXPERT_MODULE = re.compile(r"\.(experts|shared_expert|shared_expert_gate|mlp\.gate|block_sparse_moe)(\.|$)")
+EXPERT_MODULE = re.compile(r"\.(experts|shared_expert|shared_expert_gate|mlp\.gate|mlp\.router|block_sparse_moe)(\.|$)")
 MAGNITUDE_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)(?:\.default)?\.weight")  # some tools keep the name
 

@@ -16,9 +16,12 @@ from stellarbyte.model.norm import ByteRMSNorm
 class Attend(Protocol):
     """Attention of one layer over the keys that the implementation stores."""
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_sink_H: torch.Tensor | None
+    ) -> torch.Tensor:
         """Args: q [..., H, D], k and v [..., K, D], none of them rotated; with a memory, its M tokens come first in k
-        and v. Returns [..., H, D]."""
+        and v. `softmax_sink_H`: a logit of each head in the softmax over its scores, without a value; None: none.
+        Returns [..., H, D]."""
         ...
 
 
@@ -35,8 +38,9 @@ def plain_projection(x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor
 
 
 class ByteMultiHeadSelfAttention(nn.Module):
-    """Grouped-query self-attention with optional biases and norms of queries and keys."""
+    """Grouped-query self-attention with optional biases, norms of queries and keys, and sinks of the softmax."""
 
+    softmax_sink: nn.Parameter | None  # [H], see `ByteModelConfig`; sinks in the cache are tokens, this is a logit
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
@@ -65,7 +69,7 @@ class ByteMultiHeadSelfAttention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))
         if self.qk_norm_per_head:
             q, k = self._norm(q, k)
-        (out,) = project(attend(self.layer, q, k, v).flatten(-2), self.o_proj)
+        (out,) = project(attend(self.layer, q, k, v, self.softmax_sink).flatten(-2), self.o_proj)
         return out
 
     def _norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

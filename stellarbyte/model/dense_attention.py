@@ -22,6 +22,7 @@ from stellarbyte.xpos import Rotation, XPosRotaryEmbedding
 SoftmaxAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float, float], torch.Tensor]
 
 XPOS_CHUNK = 2048  # queries that share a base: ζ^(-offset/b) of their own keys stays below 1e3 with the paper's values
+_SINK_CHANNELS = 8  # added to heads for a sink of the softmax: fused kernels take multiples of 8
 PRUNED_CHUNK = 256  # queries whose attention weights are in memory at once
 
 
@@ -62,10 +63,12 @@ class DenseAttention:
         self.memory_positions_M = None if memory is None else [memory.positions(layer) for layer in layers]
         self.eager = partial(eager, softcap=config.attention_softcap)
         uses_sdpa = implementation == "sdpa" and config.attention_softcap is None
-        self.softmax_attention: SoftmaxAttention = sdpa if uses_sdpa else self.eager
+        self.softmax_attention = sdpa if uses_sdpa else self.eager
         self.dropout = dropout
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_sink_H: torch.Tensor | None
+    ) -> torch.Tensor:
         window, positions_BS = self.config.windows[layer], self.positions_BT
         rotation = self.rotary.of_layer(layer, self.max_position + 1)
         if self.memory_positions_M is not None:
@@ -73,17 +76,18 @@ class DenseAttention:
             positions_BS = torch.cat((earlier_M.expand(len(q), -1), positions_BS), dim=1)
         # Plain rotations may share one base at any length; XPos factors would overflow.
         chunk = XPOS_CHUNK if self.config.use_xpos else q.shape[1]
+        softmax_attention: Callable[..., torch.Tensor] = self.softmax_attention
+        if softmax_sink_H is not None:
+            softmax_attention = partial(softmax_attention, sink_BH=softmax_sink_H[None])
         if self.cache is None:
-            return self._attend(
-                rotation, window, q, self.positions_BT, k, v, positions_BS, chunk, self.softmax_attention
-            )
+            return self._attend(rotation, window, q, self.positions_BT, k, v, positions_BS, chunk, softmax_attention)
         held = self.cache.layers[layer]
         num_memory = k.shape[1] - q.shape[1]
         k, v = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=positions_BS, num_memory=num_memory)
         if isinstance(held, PrunedCacheLayer):
-            return self._attend_pruned(rotation, held, q, k, v)
+            return self._attend_pruned(rotation, held, q, k, v, softmax_sink_H)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return self._attend(rotation, window, q, self.positions_BT, k, v, held.positions, chunk, self.softmax_attention)
+        return self._attend(rotation, window, q, self.positions_BT, k, v, held.positions, chunk, softmax_attention)
 
     def _attend_pruned(
         self,
@@ -92,6 +96,7 @@ class DenseAttention:
         q_BTHD: torch.Tensor,
         k_BKSD: torch.Tensor,
         v_BKSD: torch.Tensor,
+        softmax_sink_H: torch.Tensor | None,
     ) -> torch.Tensor:
         """Each key head has keys of its own, so it is computed as a sequence of its own, with its group of queries."""
         assert held.positions is not None
@@ -99,8 +104,11 @@ class DenseAttention:
         q = q_BTHD.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
         k, v = (t.flatten(0, 1).unsqueeze(2) for t in (k_BKSD, v_BKSD))
         queries, keys = self.positions_BT.repeat_interleave(heads, dim=0), held.positions.flatten(0, 1)
+        sink = None if softmax_sink_H is None else softmax_sink_H.view(heads, -1).repeat(batch, 1)
         counted = partial(
-            self.eager, on_weights=lambda w: held.add_attention(w.sum(dim=(1, 2)).unflatten(0, (batch, heads)))
+            self.eager,
+            sink_BH=sink,
+            on_weights=lambda w: held.add_attention(w.sum(dim=(1, 2)).unflatten(0, (batch, heads))),
         )
         out = self._attend(rotation, held.window, q, queries, k, v, keys, PRUNED_CHUNK, counted)
         held.prune()
@@ -199,13 +207,48 @@ def sdpa(
     visible: torch.Tensor | None,
     scale: float,
     dropout: float,
+    *,
+    sink_BH: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torch's fused attention; `visible` None: causal; a single query sees all keys. Returns [B, T, H, D]."""
+    """torch's fused attention; `visible` None: causal; a single query sees all keys. Returns [B, T, H, D].
+
+    `sink_BH` ([1, H]: of all sequences): one more logit in each head's softmax, without a value.
+    """
+    if sink_BH is not None:
+        q_BTHD, k_BSKD, v_BSKD, visible = _with_sink_key(q_BTHD, k_BSKD, v_BSKD, visible, sink_BH.float() / scale)
     q, k, v = q_BTHD.transpose(1, 2), k_BSKD.transpose(1, 2), v_BSKD.transpose(1, 2)
     causal = visible is None and q.shape[2] > 1
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, visible, dropout, causal, scale=scale, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _causal(q_BTHD: torch.Tensor, k_BSKD: torch.Tensor) -> torch.Tensor | None:
+    """[T, S] true where a query sees a key, of as many keys as queries; None: one query sees all keys."""
+    length, num_keys = q_BTHD.shape[1], k_BSKD.shape[1]
+    return torch.ones(length, num_keys, dtype=torch.bool, device=q_BTHD.device).tril() if length > 1 else None
+
+
+def _with_sink_key(
+    q_BTHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    visible: torch.Tensor | None,
+    product_BH: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """One more key, last, which every query sees, with the given product with each query, and a value of 0.
+
+    Additional channels hold the product, in queries, as the sum of two numbers, since bfloat16 would round one.
+    """
+    if visible is None:
+        visible = _causal(q_BTHD, k_BSKD)
+    high_BH = product_BH.to(q_BTHD.dtype)
+    low_BH = (product_BH - high_BH.float()).to(q_BTHD.dtype)
+    both_BH2 = torch.stack((high_BH, low_BH), dim=-1)[:, None].expand(*q_BTHD.shape[:3], 2)
+    q = F.pad(torch.cat((q_BTHD, both_BH2), dim=-1), (0, _SINK_CHANNELS - 2))
+    k = F.pad(k_BSKD, (0, _SINK_CHANNELS, 0, 0, 0, 1))
+    k[:, -1, :, -_SINK_CHANNELS : -_SINK_CHANNELS + 2] = 1
+    return q, k, F.pad(v_BSKD, (0, 0, 0, 0, 0, 1)), None if visible is None else F.pad(visible, (0, 1), value=True)
 
 
 def eager(
@@ -216,21 +259,28 @@ def eager(
     scale: float,
     dropout: float,
     *,
+    sink_BH: torch.Tensor | None = None,
     softcap: float | None = None,
     on_weights: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """`sdpa` as plain torch operations, softmax in float32, with a soft cap of scores. `on_weights` gets the weights
-    [B, H, T, S], detached."""
+    """`sdpa` as plain torch operations, softmax in float32, with a soft cap of scores, not of sinks.
+
+    `on_weights` gets the weights [B, H, T, S], detached.
+    """
     groups = q_BTHD.shape[2] // k_BSKD.shape[2]
     k, v = k_BSKD.repeat_interleave(groups, dim=2), v_BSKD.repeat_interleave(groups, dim=2)
     scores_BHTS = torch.einsum("bthd,bshd->bhts", q_BTHD, k).float() * scale
     if softcap is not None:
         scores_BHTS = soft_cap(scores_BHTS, softcap)
-    if visible is None and q_BTHD.shape[1] > 1:
-        visible = torch.ones(scores_BHTS.shape[-2:], dtype=torch.bool, device=q_BTHD.device).tril()
+    if visible is None:
+        visible = _causal(q_BTHD, k_BSKD)
     if visible is not None:
         scores_BHTS = scores_BHTS.masked_fill(~visible, float("-inf"))
-    weights_BHTS = scores_BHTS.softmax(dim=-1)
+    if sink_BH is None:
+        weights_BHTS = scores_BHTS.softmax(dim=-1)
+    else:
+        sink_BHT1 = sink_BH.float()[:, :, None, None].expand(*scores_BHTS.shape[:3], 1)
+        weights_BHTS = torch.cat((scores_BHTS, sink_BHT1), dim=-1).softmax(dim=-1)[..., :-1]
     if on_weights is not None:
         on_weights(weights_BHTS.detach())
     return torch.einsum("bhts,bshd->bthd", F.dropout(weights_BHTS.to(v.dtype), dropout), v)

@@ -1,6 +1,7 @@
 """The gated feed-forward part of a layer (Shazeer 2020)."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,6 +17,25 @@ GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClampedSwiglu:
+    """(up + 1) · gate · sigmoid(alpha · gate), the gate at most `limit`, up within ±limit: as experts of gpt-oss."""
+
+    alpha: float
+    limit: float
+
+    @classmethod
+    def of(cls, config: ByteModelConfig) -> "ClampedSwiglu | None":
+        """None: the config's experts multiply act(gate) · up."""
+        if config.swiglu_alpha is None or config.swiglu_limit is None:
+            return None
+        return cls(alpha=config.swiglu_alpha, limit=config.swiglu_limit)
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * (gate * torch.sigmoid(self.alpha * gate))
 
 
 class ByteMLP(nn.Module):

@@ -41,8 +41,8 @@ class Part:
     rotated_heads: Callable[[ByteModelConfig], int] | None = None  # heads in the rows of a linear, if RoPE rotates them
     is_adaptable: bool = False  # by LoRA in serving
     has_deepnorm_gain: bool = False  # of its initial weights
-    gguf: str | None = None  # its name in GGUF files; None: not stored there
-    hugging_face: str | None = None  # its name in Hugging Face folders; None: the same
+    gguf: str | None = None  # its name in GGUF files, of a parameter with the ending; None: not stored there
+    hugging_face: str | None = None  # another name in Hugging Face folders; None: the same
 
 
 def _query_size(config: ByteModelConfig) -> int:
@@ -74,6 +74,10 @@ def _hidden(config: ByteModelConfig, _layer: int) -> Shape:
     return (config.hidden_size,)
 
 
+def _per_head(config: ByteModelConfig, _layer: int) -> Shape:
+    return (config.num_attention_heads,)
+
+
 def _has_qk_norm(config: ByteModelConfig, _layer: int) -> bool:
     return config.qk_norm
 
@@ -88,6 +92,10 @@ def _has_router(config: ByteModelConfig, layer: int) -> bool:
 
 def _holds_experts(config: ByteModelConfig, layer: int) -> bool:
     return config.expert_layers[layer] == layer
+
+
+def _has_expert_bias(config: ByteModelConfig, layer: int) -> bool:
+    return config.expert_bias and _holds_experts(config, layer)
 
 
 def _has_shared_expert(config: ByteModelConfig, layer: int) -> bool:
@@ -113,6 +121,10 @@ def _has_layer_scale(config: ByteModelConfig, _layer: int) -> bool:
 
 # In the order of the model's own parameters. The names are those of transformers' Llama classes.
 PARTS: tuple[Part, ...] = (
+    Part(
+        name="self_attn.softmax_sink", kind="parameter", gguf="attn_sinks.weight", hugging_face="self_attn.sinks",
+        shape=_per_head, exists=lambda config, _: config.softmax_sink, cut="out",
+    ),
     Part(
         name="self_attn.q_proj", kind="linear", gguf="attn_q", reads=ATTENTION_INPUT, cut="out", is_adaptable=True,
         shape=lambda config, _: (_query_size(config), config.hidden_size),
@@ -160,9 +172,13 @@ PARTS: tuple[Part, ...] = (
         has_bias=lambda config, _: config.mlp_bias,
         has_deepnorm_gain=True,
     ),
-    Part(name="mlp.gate.weight", kind="parameter", gguf="ffn_gate_inp", shape=_router, exists=_has_router),
     Part(
-        name="mlp.gate.bias", kind="parameter", shape=lambda config, _: (config.num_experts,),
+        name="mlp.gate.weight", kind="parameter", gguf="ffn_gate_inp.weight", hugging_face="mlp.router.weight",
+        shape=_router, exists=_has_router,
+    ),
+    Part(
+        name="mlp.gate.bias", kind="parameter", gguf="ffn_gate_inp.bias", hugging_face="mlp.router.bias",
+        shape=lambda config, _: (config.num_experts,),
         exists=lambda config, layer: config.router_bias and _has_router(config, layer),
     ),
     Part(
@@ -174,12 +190,20 @@ PARTS: tuple[Part, ...] = (
         exists=lambda config, layer: config.router_noise == "noisy_top_k" and _has_router(config, layer),
     ),
     Part(
-        name="mlp.experts.gate_up_proj", kind="parameter", gguf="ffn_gate_up_exps", exists=_holds_experts,
+        name="mlp.experts.gate_up_proj", kind="parameter", gguf="ffn_gate_up_exps.weight", exists=_holds_experts,
         shape=lambda config, _: (config.num_experts, 2 * _expert_size(config), config.hidden_size),
     ),
     Part(
-        name="mlp.experts.down_proj", kind="parameter", gguf="ffn_down_exps", exists=_holds_experts,
+        name="mlp.experts.gate_up_proj_bias", kind="parameter", gguf="ffn_gate_up_exps.bias",
+        shape=lambda config, _: (config.num_experts, 2 * _expert_size(config)), exists=_has_expert_bias,
+    ),
+    Part(
+        name="mlp.experts.down_proj", kind="parameter", gguf="ffn_down_exps.weight", exists=_holds_experts,
         shape=lambda config, _: (config.num_experts, config.hidden_size, _expert_size(config)),
+    ),
+    Part(
+        name="mlp.experts.down_proj_bias", kind="parameter", gguf="ffn_down_exps.bias",
+        shape=lambda config, _: (config.num_experts, config.hidden_size), exists=_has_expert_bias,
     ),
     Part(
         name="mlp.shared_expert.gate_proj", kind="linear", gguf="ffn_gate_shexp", reads=SHARED_EXPERT_INPUT, cut="out",

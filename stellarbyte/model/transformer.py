@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from stellarbyte.cache.memory import Memory
 from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model.attention import ByteMultiHeadSelfAttention
 from stellarbyte.model.auto import register_model_if_wanted
 from stellarbyte.model.decoder import ByteDecoder
 from stellarbyte.model.dense_attention import DenseAttention
@@ -316,12 +317,13 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
                 init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             case ByteRouter():
                 init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-                for start_at_zero in (module.bias, module.e_score_correction_bias, module.noise_weight):
-                    if start_at_zero is not None:
-                        init.zeros_(start_at_zero)
+                _start_at_zero(module.bias, module.e_score_correction_bias, module.noise_weight)
             case ByteExperts():
                 for stack in (module.gate_up_proj, module.down_proj):
                     init.normal_(stack, mean=0.0, std=self.config.initializer_range * module.init_gain)
+                _start_at_zero(module.gate_up_proj_bias, module.down_proj_bias)
+            case ByteMultiHeadSelfAttention():
+                _start_at_zero(module.softmax_sink)
             case ByteRMSNorm():
                 init.constant_(module.weight, 0.0 if module.zero_centered else 1.0)
             case LayerScale():
@@ -341,6 +343,12 @@ def _refuse_with_memory(generation_config: Any) -> None:
             raise ValueError(f"{name} must be 1 with a memory, which is extended by one answer for each prompt")
     if not generation_config.use_cache:
         raise ValueError("generate with a memory needs use_cache=True: otherwise every step would extend it anew")
+
+
+def _start_at_zero(*parameters: torch.Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            init.zeros_(parameter)
 
 
 register_model_if_wanted()

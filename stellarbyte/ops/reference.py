@@ -43,8 +43,11 @@ def paged_attention(
     window: int | None,
     sink_tokens: int,
     softcap: float | None = None,
+    softmax_sink_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every token over the live blocks of its own sequence, including its own key. Returns [T, H, D].
+
+    `softmax_sink_H`: one more logit of each head in the softmax, without a value and without the cap.
 
     Stored keys are moved to a base near the queries (the sequence's first query of the step), which shrinks
     the XPos factors of earlier keys; keys of the step itself are less than one prefill chunk away.
@@ -66,6 +69,7 @@ def paged_attention(
             window,
             sink_tokens,
             softcap,
+            softmax_sink_H,
         )
     return out_THD
 
@@ -82,6 +86,7 @@ def _attend_sequence(
     window: int | None,
     sink_tokens: int,
     softcap: float | None,
+    softmax_sink_H: torch.Tensor | None,
 ) -> torch.Tensor:
     block_size, sinks = keys_MSKD.shape[1], num_sink_blocks
     key_positions_MS = bases_M[:, None] + torch.arange(block_size, device=bases_M.device)
@@ -99,7 +104,12 @@ def _attend_sequence(
         scores_KGQN = soft_cap(scores_KGQN, softcap)
 
     visible_QN = _visible(positions_Q, key_positions_MS, sinks, window, sink_tokens)
-    weights_KGQN = scores_KGQN.masked_fill(~visible_QN, float("-inf")).softmax(dim=-1).to(q_QHD.dtype)
+    scores_KGQN = scores_KGQN.masked_fill(~visible_QN, float("-inf"))
+    if softmax_sink_H is None:
+        weights_KGQN = scores_KGQN.softmax(dim=-1).to(q_QHD.dtype)
+    else:
+        sink_KGQ1 = softmax_sink_H.float().view(*scores_KGQN.shape[:2], 1, 1).expand(-1, -1, len(q_QHD), 1)
+        weights_KGQN = torch.cat((scores_KGQN, sink_KGQ1), dim=-1).softmax(dim=-1)[..., :-1].to(q_QHD.dtype)
     # Invisible slots hold arbitrary numbers, even NaN of an earlier request, which a weight of 0 would not remove.
     values_NKD = values_MSKD.flatten(0, 1).masked_fill(~visible_QN.any(dim=0)[:, None, None], 0)
     out_QKGD = torch.einsum("kgqn,nkd->qkgd", weights_KGQN, values_NKD)

@@ -43,6 +43,7 @@ class Case:
     xpos: bool = True
     qk_norm: bool = False
     softcap: float | None = None
+    softmax_sink: bool = False
 
     def __str__(self) -> str:
         default = Case(spans=[])
@@ -59,6 +60,7 @@ class Step:
     config: ByteModelConfig
     rotation: Rotation
     norms: tuple[ByteRMSNorm, ByteRMSNorm] | None
+    softmax_sink_H: torch.Tensor | None
     qkv_TN: torch.Tensor
     keys_BSKD: torch.Tensor
     values_BSKD: torch.Tensor
@@ -81,7 +83,7 @@ class Step:
         reference.write_kv(keys, values, self.batch.slots_T, k_TKD, v_TKD)
         out_THD = reference.paged_attention(
             q_THD.contiguous(), keys, values, self.batch, self.rotation, window=case.window, sink_tokens=case.sinks,
-            softcap=case.softcap,
+            softcap=case.softcap, softmax_sink_H=self.softmax_sink_H,
         )  # fmt: skip
         return out_THD.flatten(1), keys, values
 
@@ -103,7 +105,8 @@ class Step:
         prefill_attention(
             self.qkv_TN, out_TA, self.keys_BSKD, self.values_BSKD, self.rows, starts_X, counts_X, self.rotations,
             self.heads, window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotation.score_scale,
-            softcap=self.case.softcap, q_norm_D=q_norm_D, norm_eps=self.config.rms_norm_eps,
+            softcap=self.case.softcap, softmax_sink_H=self.softmax_sink_H, q_norm_D=q_norm_D,
+            norm_eps=self.config.rms_norm_eps,
         )  # fmt: skip
         return out_TA
 
@@ -117,8 +120,8 @@ class Step:
         decode_attention(
             self.qkv_TN, out_TA, self.keys_BSKD, self.values_BSKD, self.rows, scratch, self.rotations, self.heads,
             window=self.case.window, sink_tokens=self.case.sinks, score_scale=self.rotation.score_scale,
-            softcap=self.case.softcap, q_norm_D=q_norm_D, k_norm_D=k_norm_D, norm_eps=self.config.rms_norm_eps,
-            num_splits=num_splits, addend=addend,
+            softcap=self.case.softcap, softmax_sink_H=self.softmax_sink_H, q_norm_D=q_norm_D, k_norm_D=k_norm_D,
+            norm_eps=self.config.rms_norm_eps, num_splits=num_splits, addend=addend,
         )  # fmt: skip
         return out_TA
 
@@ -199,6 +202,7 @@ def make_step(
         norms = q_norm, k_norm
         for norm in norms:
             norm.to(device, dtype).weight.uniform_(0.5, 1.5)
+    sink_H = torch.linspace(-1, 6, case.num_heads)  # from less than a key to most of the softmax
     width_N = (case.num_heads + 2 * case.num_kv_heads) * case.head_dim
     return Step(
         case=case,
@@ -206,6 +210,7 @@ def make_step(
         config=config,
         rotation=rotation,
         norms=norms,
+        softmax_sink_H=sink_H.to(device, dtype) if case.softmax_sink else None,
         qkv_TN=torch.randn(len(positions_T), width_N).to(device, dtype),
         keys_BSKD=keys_BSKD,
         values_BSKD=values_BSKD,

@@ -39,16 +39,30 @@ def sum_of_experts(
     gate_up_ENK: torch.Tensor,
     down_ENK: torch.Tensor,
     activation: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    swiglu: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """Σ g_e · down_e (activation(gates_e x) · ups_e x) over each token's chosen experts e. Returns [T, C].
 
     Args:
         gate_up_ENK: [E, 2I, C], an expert's gates above its ups.
         down_ENK: [E, C, I].
+        biases: of both, [E, 2I] and [E, C].
+        swiglu: alpha and limit of gpt-oss's product of gates and ups; None: that of the activation.
     """
     out_TC = torch.zeros_like(x_TC)
     for t, (chosen_J, gates_J) in enumerate(zip(chosen_TJ.tolist(), gates_TJ, strict=True)):
         for expert, gate in zip(chosen_J, gates_J, strict=True):
-            gates_I, ups_I = (gate_up_ENK[expert] @ x_TC[t]).chunk(2)
-            out_TC[t] += gate * (down_ENK[expert] @ (activation(gates_I) * ups_I))
+            gate_up = gate_up_ENK[expert] @ x_TC[t]
+            if biases is not None:
+                gate_up = gate_up + biases[0][expert]
+            gates_I, ups_I = gate_up.chunk(2)
+            if swiglu is None:
+                inner_I = activation(gates_I) * ups_I
+            else:
+                alpha, limit = swiglu
+                gates_I, ups_I = gates_I.clamp(max=limit), ups_I.clamp(-limit, limit)
+                inner_I = (ups_I + 1) * gates_I / (1 + torch.exp(-alpha * gates_I))
+            out_TC[t] += gate * (down_ENK[expert] @ inner_I + (0 if biases is None else biases[1][expert]))
     return out_TC

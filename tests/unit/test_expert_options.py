@@ -19,6 +19,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"expert_pools": [0, 0]}, "expert_pools names the pools of 2 layers, but 3 layers have experts"),
     ({"moe_layers": [0], "expert_pools": [0, 0]}, "but 1 layers have experts"),
     ({"shared_expert_intermediate_size": -1}, r"shared_expert_intermediate_size \(-1\) must be at least 0"),
+    ({"swiglu_limit": 7.0}, "swiglu_limit and swiglu_alpha need each other"),
+    ({"swiglu_alpha": 1.7}, "swiglu_limit and swiglu_alpha need each other"),
+    ({"swiglu_limit": 0.0, "swiglu_alpha": 1.7}, r"swiglu_limit \(0.0\) must be greater than 0, or null"),
+    ({"swiglu_limit": 7.0, "swiglu_alpha": -1.0}, r"swiglu_alpha \(-1.0\) must be greater than 0, or null"),
+    ({"swiglu_limit": 7.0, "swiglu_alpha": 1.7, "hidden_act": "gelu"}, "swiglu_limit needs hidden_act silu, got gelu"),
     ({"shared_expert_gate": True}, "shared_expert_gate needs shared_expert_intermediate_size"),
     ({"router_score": "tanh"}, "router_score 'tanh' is not one of softmax, sigmoid"),
     ({"router_noise": "white"}, "router_noise 'white' is not one of none, noisy_top_k, gumbel"),
@@ -43,6 +48,7 @@ def test_impossible_options_are_refused_by_name(options: dict[str, Any], message
 
 OTHER_VALUES = {
     "num_experts_per_tok": 3, "moe_intermediate_size": 8, "moe_layers": [0], "expert_pools": [0, 0, 0],
+    "expert_bias": True, "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
     "shared_expert_intermediate_size": 8, "shared_expert_gate": True, "router_score": "sigmoid",
     "norm_topk_prob": False, "router_bias": True, "router_selection_bias": True, "router_top_p": 0.5,
     "min_experts_per_tok": 2, "router_top_p_start": 0.5, "router_top_p_steps": 5, "router_noise": "gumbel",

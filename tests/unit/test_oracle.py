@@ -16,8 +16,9 @@ W = 12
 def test_bands_give_what_all_pairs_give(use_xpos: bool, window: int | None, sinks: int, rows: int) -> None:
     config = make_model(sliding_window=window, sink_tokens=sinks, use_xpos=use_xpos, attention_softcap=5.0).config
     q, k, v = (torch.randn(4 * W + 3, 4, 16, dtype=torch.float64) for _ in range(3))
-    banded = oracle._attend_in_bands(config, 0, q, k, v, rows)
-    torch.testing.assert_close(banded, oracle._attend(config, 0, q, k, v), rtol=0, atol=1e-12)
+    for sink_H in (None, torch.randn(4, dtype=torch.float64)):
+        banded = oracle._attend_in_bands(config, 0, q, k, v, sink_H, rows)
+        torch.testing.assert_close(banded, oracle._attend(config, 0, q, k, v, sink_H), rtol=0, atol=1e-12)
 
 
 def test_positions_may_be_chosen() -> None:

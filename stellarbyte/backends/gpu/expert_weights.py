@@ -7,6 +7,7 @@ import torch
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.model.mlp import ClampedSwiglu
 from stellarbyte.model.parts import Part, module_path
 from stellarbyte.ops.triton.moe.layer import Experts
 from stellarbyte.ops.triton.moe.routing import Router
@@ -88,17 +89,18 @@ def pack_experts(
             down=pack([names[f"{_SHARED}.down_proj"]]),
             gate_1C=model.get_parameter(gate).data if _SHARED_GATE in names else None,
         )
-    return ExpertLayer(router=router, experts=pool or _pack_matrices(model, layer, quantization), shared=shared)
+    return ExpertLayer(router=router, experts=pool or _pack_matrices(model, config, layer, quantization), shared=shared)
 
 
-def _pack_matrices(model: ByteLanguageModel, layer: int, quantization: str) -> Experts:
+def _pack_matrices(model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str) -> Experts:
     module = model.get_submodule(module_path(layer, _EXPERTS))
 
     def pack(name: str) -> ExpertWeight:
-        weight = ExpertWeight(matrix_ENK=module.get_parameter(name).data)
+        bias_EN = module.get_parameter(f"{name}_bias").data if config.expert_bias else None
+        weight = ExpertWeight(matrix_ENK=module.get_parameter(name).data, bias_EN=bias_EN)
         if quantization == "none":
             return weight
         setattr(module, name, torch.nn.Parameter(weight.matrix_ENK.new_empty(0), requires_grad=False))
         return quantize_experts(weight, quantization)
 
-    return Experts(gate_up=pack("gate_up_proj"), down=pack("down_proj"))
+    return Experts(gate_up=pack("gate_up_proj"), down=pack("down_proj"), swiglu=ClampedSwiglu.of(config))

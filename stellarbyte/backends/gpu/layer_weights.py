@@ -26,11 +26,12 @@ from stellarbyte.ops.triton.weights import Weight, quantize
 # N outputs, K inputs, C hidden size, D head dim
 
 _INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
-_VECTORS = {  # norms and scales → fields of `Layer`
+_VECTORS = {  # norms, scales and bare vectors → fields of `Layer`
     "input_layernorm": "input_norm_C",
     "attention_output_norm": "attention_output_norm_C",
     "post_attention_layernorm": "mlp_norm_C",
     "mlp_output_norm": "mlp_output_norm_C",
+    "self_attn.softmax_sink": "softmax_sink_H",
     "self_attn.q_norm": "q_norm_D",
     "self_attn.k_norm": "k_norm_D",
     "attention_scale": "attention_scale_C",
@@ -51,6 +52,7 @@ class Layer:
     attention_output_norm_C: torch.Tensor | None = None
     mlp_norm_C: torch.Tensor | None = None
     mlp_output_norm_C: torch.Tensor | None = None
+    softmax_sink_H: torch.Tensor | None = None
     q_norm_D: torch.Tensor | None = None
     k_norm_D: torch.Tensor | None = None
     qk_norm_N: torch.Tensor | None = None  # of one norm over all of q and one over all of k, instead of those
@@ -93,7 +95,9 @@ def pack_layer(
 
     fields: dict[str, Any] = {_INPUTS[name]: pack(group) for name, group in linears_by_input(parts).items()}
     for part in parts:
-        if part.reads is None:
+        if part.kind == "parameter":
+            fields[_VECTORS[part.name]] = model.get_parameter(module_path(layer, part.name)).data
+        elif part.reads is None:
             module = model.get_submodule(module_path(layer, part.name))
             assert isinstance(module, ByteRMSNorm | LayerScale)
             fields[_VECTORS[part.name]] = module.gain

@@ -155,7 +155,8 @@ class TritonModel:
             prefill_attention(
                 qkv_TN, out_TA, keys, values, rows, tile_starts_X, tile_counts_X, rotations[layer],
                 self.heads, window=weights.window, sink_tokens=sink_tokens, score_scale=self.score_scales[layer],
-                softcap=self.config.attention_softcap, q_norm_D=weights.q_norm_D, norm_eps=eps,
+                softcap=self.config.attention_softcap, softmax_sink_H=weights.softmax_sink_H,
+                q_norm_D=weights.q_norm_D, norm_eps=eps,
             )  # fmt: skip
             return out_TA
 

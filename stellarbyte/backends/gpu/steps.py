@@ -167,8 +167,8 @@ class Steps:
             qkv_BN, out_BA, self.cache.keys_LBSKD[layer], self.cache.values_LBSKD[layer], rows,
             self._attention_scratch, self._rotations[layer], model.heads, window=weights.window,
             sink_tokens=config.sink_tokens, score_scale=model.score_scales[layer], softcap=config.attention_softcap,
-            q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D, norm_eps=config.rms_norm_eps, num_splits=num_splits,
-            addend=addend,
+            softmax_sink_H=weights.softmax_sink_H, q_norm_D=weights.q_norm_D, k_norm_D=weights.k_norm_D,
+            norm_eps=config.rms_norm_eps, num_splits=num_splits, addend=addend,
         )  # fmt: skip
         return out_BA
 

@@ -9,11 +9,11 @@ from stellarbyte.checkpoint.plan import Place, PlannedTensor, assembled
 
 # E experts, C hidden size, I inner size of an expert
 
-RENORMALISING = ("llama", "qwen3moe")  # whose gates llama.cpp divides by their sum
+RENORMALISING = ("llama", "qwen3moe", "gpt-oss")  # whose gates llama.cpp divides by their sum
 SOFTMAX = 1  # of expert_gating_func
 NOT_SUPPORTED = (  # metadata of other architectures that would change the model
     *("expert_weights_scale", "expert_group_count", "expert_group_used_count", "expert_group_scale"),
-    *("leading_dense_block_count", "interleave_moe_layer_step", "moe_every_n_layers"),
+    *("leading_dense_block_count", "interleave_moe_layer_step", "moe_every_n_layers", "swiglu_clamp_exp"),
 )
 _ROUTER = re.compile(r"blk\.(\d+)\.ffn_gate_inp\.weight")
 
@@ -54,15 +54,16 @@ def expert_options(file: GGUFFile, architecture: str, metadata: Mapping[str, Any
 
 def with_joined_experts(tensors: Mapping[str, PlannedTensor]) -> dict[str, PlannedTensor]:
     """The tensors by their names in the file, with gates above ups: ffn_gate_exps and ffn_up_exps [E, I, C] become
-    ffn_gate_up_exps [E, 2 I, C]. The gate of a shared expert, which files store as [C], becomes [1, C]."""
+    ffn_gate_up_exps [E, 2 I, C], and their biases [E, I] become [E, 2 I]. The gate of a shared expert, which files
+    store as [C], becomes [1, C]."""
     joined: dict[str, PlannedTensor] = {}
     for name, tensor in tensors.items():
         other = tensors.get(name.replace(".ffn_gate_exps.", ".ffn_up_exps."))
         if ".ffn_gate_exps." in name and other is not None and other.shape == tensor.shape:
-            count, size, width = tensor.shape
+            count, size, *width = tensor.shape
             gates: Place = (slice(None), slice(0, size))
             ups: Place = (slice(None), slice(size, 2 * size))
-            stack = assembled((count, 2 * size, width), [(gates, tensor), (ups, other)])
+            stack = assembled((count, 2 * size, *width), [(gates, tensor), (ups, other)])
             joined[name.replace(".ffn_gate_exps.", ".ffn_gate_up_exps.")] = stack
         elif name.endswith(".ffn_gate_inp_shexp.weight") and len(tensor.shape) == 1:
             joined[name] = assembled((1, *tensor.shape), [((0,), tensor)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf.constants import GGMLQuantizationType
 from huggingface_hub.errors import StrictDataclassError
 
 from stellarbyte.checkpoint.errors import CheckpointError
@@ -19,12 +20,13 @@ from stellarbyte.checkpoint.native import one_line
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model import parts
-from stellarbyte.model.parts import Part, module_path, parameter_name
+from stellarbyte.model.parts import Part, module_path
 
 LINEAR_ATTENTION = ("qwen3next", "qwen35", "qwen35moe")  # hybrids
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FREQS = "rope_freqs.weight"
+EXACT = FLOATS | {GGMLQuantizationType.MXFP4: torch.bfloat16}  # types of which a dtype holds every number
 CHANGES_THE_MODEL = (  # metadata that forks of other architectures use; refused, as it would be ignored
     *("attention.scale", "attention.clamp_kqv", "attention.temperature_scale", "attention.max_alibi_bias"),
     *("logit_scale", "residual_scale", "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping"),
@@ -35,7 +37,8 @@ def plan_gguf(path: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
     """Read a file's metadata.
 
     Args:
-        dtype: of the target; None: that of the matrices if all have one float type, float32 if any is quantised.
+        dtype: of the target; None: that of the matrices if all have one float type, with MXFP4 as bfloat16, or float32
+            if any is quantised in another way.
 
     Raises:
         CheckpointError: the file is corrupt, or has an unsupported feature, which the message names.
@@ -82,37 +85,41 @@ def _plan(file: GGUFFile, dtype: torch.dtype | None) -> ConversionPlan:
         source=path,
         config=config,
         generation=tokenizer.token_ids,
-        tensors={_target(path, name): tensor for name, tensor in with_joined_experts(planned).items()},
+        tensors={_target(path, architecture, name): tensor for name, tensor in with_joined_experts(planned).items()},
         write_tokenizer=tokenizer.write,
     )
 
 
 def _common_dtype(file: GGUFFile) -> torch.dtype:
-    routers = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")  # float32 in files of every type
-    types = {
-        tensor.type for name, tensor in file.tensors.items() if len(tensor.shape) > 1 and not name.endswith(routers)
+    small = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", ".bias")  # float32 in files of every type
+    dtypes = {
+        EXACT.get(tensor.type, torch.float32)
+        for name, tensor in file.tensors.items()
+        if len(tensor.shape) > 1 and not name.endswith(small)
     }
-    return FLOATS.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _target(path: Path, name: str) -> str:
+def _target(path: Path, architecture: str, name: str) -> str:
     """The target's name for a tensor."""
+    for theirs, ours in FAMILIES[architecture].renamed.items():
+        name = name.replace(f".{theirs}.", f".{ours}.")
     stem, _, kind = name.rpartition(".")
     if kind in ("weight", "bias"):
         if stem in TENSORS:
             return f"{TENSORS[stem]}.{kind}"
-        layer, part = _place(stem)
+        layer, part = _place(name)
         if part is not None:
-            return module_path(layer, parameter_name(part) if kind == "weight" else f"{part.name}.bias")
+            return module_path(layer, part.name if part.kind == "parameter" else f"{part.name}.{kind}")
     raise CheckpointError(f"{path} holds the tensor {name}, which is not supported.")
 
 
-def _place(stem: str) -> tuple[int, Part | None]:
-    """Layer and part of a tensor's name without its ending; None: it is no part of a layer."""
-    layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if layer is None:
+def _place(name: str) -> tuple[int, Part | None]:
+    """Layer and part of a tensor's name; None: it is no part of a layer."""
+    found = re.fullmatch(r"blk\.(\d+)\.((\w+)\.\w+)", name)
+    if found is None:
         return 0, None
-    return int(layer[1]), next((part for part in parts.PARTS if part.gguf == layer[2]), None)
+    return int(found[1]), next((part for part in parts.PARTS if part.gguf in (found[2], found[3])), None)
 
 
 def _translate_config(
@@ -146,7 +153,8 @@ def _translate_config(
     window = metadata.get("attention.sliding_window") or None
     if window is not None and window >= context:
         window = None
-    if window is not None and architecture != "llama":
+    options = family.options(metadata, layers)
+    if window is not None and architecture != "llama" and "layer_types" not in options:
         raise ValueError(
             f"{architecture}.attention.sliding_window is not supported: the file does not say in which layers"
         )
@@ -165,12 +173,12 @@ def _translate_config(
         attention_output_bias=_has_bias(file, "self_attn.o_proj"),
         mlp_bias=_has_bias(file, "mlp.gate_proj"),
         sliding_window=window,
-        rope_parameters=_rope_parameters(file, metadata, head_dim),
+        rope_parameters={**_rope_parameters(file, metadata, head_dim), **family.rope},
         use_xpos=False,
         dtype=dtype,
         **token_ids,
         **expert_options(file, architecture, metadata),
-        **family.options(metadata, layers),
+        **options,
     )
 
 
@@ -245,7 +253,7 @@ def _llama3_parameters(divisors: torch.Tensor, theta: float, head_dim: int) -> d
 
 def _rotated_heads(architecture: str, name: str, config: ByteModelConfig) -> int:
     """Heads of a projection that the file stores for interleaved rotation; 0 for other tensors."""
-    _, part = _place(name.rpartition(".")[0])
+    _, part = _place(name)
     if not FAMILIES[architecture].is_interleaved or part is None or part.rotated_heads is None:
         return 0
     return part.rotated_heads(config)

@@ -39,7 +39,7 @@ def expert_options(source: PreTrainedConfig) -> dict[str, Any]:
         "num_experts_per_tok": source.num_experts_per_tok,
         "moe_intermediate_size": getattr(source, "moe_intermediate_size", source.intermediate_size),
         "moe_layers": None if len(layers) == source.num_hidden_layers else layers,
-        "norm_topk_prob": kind == "mixtral" or source.norm_topk_prob,
+        "norm_topk_prob": kind in ("mixtral", "gpt_oss") or source.norm_topk_prob,
     }
     if source.output_router_logits:  # without them, the source adds no such loss
         options["router_balance_coef"] = source.router_aux_loss_coef

@@ -33,12 +33,14 @@ class Family:
         options: the fields of ByteModelConfig that differ from Llama's, from the source's config.
         renamed: modules of a layer that have another name in ByteTransformer.
         fused: linears that are several of ByteTransformer's, one below the other.
+        has_interleaved_experts: whether experts are stored as `interleaved_experts` reads them, perhaps in MXFP4.
     """
 
     model_class: str
     options: Callable[[PreTrainedConfig], dict[str, Any]] = lambda _: {}
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    has_interleaved_experts: bool = False
 
 
 def _smollm3(source: PreTrainedConfig) -> dict[str, Any]:
@@ -104,6 +106,15 @@ def _olmoe(source: PreTrainedConfig) -> dict[str, Any]:
     return {"qk_norm": True, "qk_norm_per_head": False} | expert_options(source)
 
 
+def _gpt_oss(source: PreTrainedConfig) -> dict[str, Any]:
+    biases = {"router_bias": True, "expert_bias": True}
+    # Releases of transformers before 5.24 have no such fields.
+    swiglu = {"swiglu_alpha": getattr(source, "swiglu_alpha", 1.702)} | {
+        "swiglu_limit": getattr(source, "swiglu_limit", 7.0)
+    }
+    return expert_options(source) | biases | swiglu | {"softmax_sink": True}
+
+
 def _rotations_by_layer_type(source: PreTrainedConfig) -> dict[str, Any]:
     kinds = ["local" if kind == "sliding_attention" else "global" for kind in source.layer_types]
     local = dict(source.rope_parameters["sliding_attention"]) if "local" in kinds else None
@@ -123,6 +134,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family(model_class="Qwen2MoeForCausalLM", options=_qwen2_moe),
     "qwen3_moe": Family(model_class="Qwen3MoeForCausalLM", options=_qwen3_moe),
     "olmoe": Family(model_class="OlmoeForCausalLM", options=_olmoe),
+    "gpt_oss": Family(model_class="GptOssForCausalLM", options=_gpt_oss, has_interleaved_experts=True),
 }
 LLAMA = Family(model_class="LlamaForCausalLM")
 
@@ -158,11 +170,15 @@ def pieces(model_type: str, name: str, num_rows: int, config: ByteModelConfig) -
         CheckpointError: a fused linear does not have the rows of its members.
     """
     family = FAMILIES.get(model_type, LLAMA)
+    by_name = {part.name: part for part in parts.PARTS} | {part.hugging_face: part for part in parts.PARTS}
+    of_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    part = None if of_layer is None else by_name.get(of_layer[2])
+    if of_layer is not None and part is not None and part.kind == "parameter":
+        return [Piece(name=module_path(int(of_layer[1]), part.name), rows=slice(0, num_rows), order=None)]
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
         return [Piece(name=name, rows=slice(0, num_rows), order=None)]
     layer, module, kind = int(found[1]), found[2], found[3]
-    by_name = {part.name: part for part in parts.PARTS} | {part.hugging_face: part for part in parts.PARTS}
     if module not in family.fused:
         part = by_name.get(family.renamed.get(module, module))
         target = name if part is None else f"{module_path(layer, part.name)}.{kind}"

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.hugging_face.experts import expert_name, with_stacked_experts
 from stellarbyte.checkpoint.hugging_face.families import FAMILIES, Piece, common_rope, family_options, pieces
+from stellarbyte.checkpoint.hugging_face.interleaved_experts import interleaved_experts, is_stack
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
 from stellarbyte.checkpoint.native import one_line, read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
@@ -29,12 +30,12 @@ MODEL_TYPES = {
 # Types of which the class reads sliding_window, layer_types, and attention_bias (which includes a bias on o)
 WINDOWED = (
     *("mistral", "qwen2", "qwen3", "smollm3", "phi3", "olmo3", "gemma2", "gemma3_text", "ministral"),
-    *("mixtral", "qwen2_moe", "qwen3_moe"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"),
 )
-LAYERED = ("qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text", "ministral")
+LAYERED = ("qwen2", "qwen3", "qwen2_moe", "smollm3", "olmo3", "gemma2", "gemma3_text", "ministral", "gpt_oss")
 BIASED = (
     *("llama", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma2", "gemma3_text"),
-    *("qwen3_moe", "olmoe"),
+    *("qwen3_moe", "olmoe", "gpt_oss"),
 )
 HIDDEN_ACTS = {
     "silu": "silu",
@@ -59,9 +60,13 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     refuse_unsupported(folder)
     headers = _read_weight_headers(folder)
     config = read_config(folder, headers, dtype)
-    tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
     tokenizer = read_tokenizer(folder)
     model_type = read_json(folder / "config.json")["model_type"]
+    experts: dict[str, PlannedTensor] = {}
+    tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
+    if model_type in FAMILIES and FAMILIES[model_type].has_interleaved_experts:
+        experts = interleaved_experts(folder, headers)
+        tensors = {name: info for name, info in tensors.items() if not is_stack(name)}
     for name, info in tensors.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{info.file} holds {name} as {info.dtype}; only {', '.join(DTYPES)} are supported.")
@@ -77,7 +82,8 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
                 for piece in pieces(model_type, expert_name(name), info.shape[0] if info.shape else 0, config)
             },
             config,
-        ),
+        )
+        | {name: tensor if dtype is None else tensor.cast(dtype) for name, tensor in experts.items()},
         write_tokenizer=tokenizer.write,
     )
 
@@ -123,8 +129,8 @@ def refuse_unsupported(folder: Path) -> None:
     if architectures and architectures != [MODEL_TYPES[model_type]]:
         raise CheckpointError(f"{folder} holds {architectures[0]}, not {MODEL_TYPES[model_type]}.")
     quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and (model_type, method) != ("gpt_oss", "mxfp4"):
         raise CheckpointError(f"{folder} is quantized with {method!r}, which is not supported.")
 
 

@@ -6,29 +6,44 @@ from torch.nn import functional as F
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.building import add_parts
-from stellarbyte.model.mlp import GATES
+from stellarbyte.model.mlp import GATES, ClampedSwiglu
 from stellarbyte.model.residual import deepnorm_beta
 
 # N rows sorted by expert, E experts, C hidden size, I inner size of an expert, O outputs
 
 
 class ByteExperts(nn.Module):
-    """down(act(gate(x)) · up(x)) of each row by its own expert; gates lie above ups in `gate_up_proj`."""
+    """down(act(gate(x)) · up(x)) of each row by its own expert; gates lie above ups in `gate_up_proj`.
+
+    With `swiglu_limit`, a `ClampedSwiglu` is in the place of act(gate) · up.
+    """
 
     gate_up_proj: nn.Parameter  # [E, 2 I, C]
+    gate_up_proj_bias: nn.Parameter | None  # [E, 2 I]
     down_proj: nn.Parameter  # [E, C, I]
+    down_proj_bias: nn.Parameter | None  # [E, C]
 
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
         self.num_experts = config.num_experts
         self.activation = GATES[config.hidden_act]
+        self.swiglu = ClampedSwiglu.of(config)
         self.init_gain = deepnorm_beta(config)  # read by `_init_weights`
         add_parts(self, "mlp.experts", config, layer)
 
     def forward(self, x_NC: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """[N, C]; the first counts_E[0] rows belong to expert 0, the next counts_E[1] to expert 1, and so on."""
-        gate_NI, up_NI = grouped_linear(x_NC, self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        return grouped_linear(self.activation(gate_NI) * up_NI, self.down_proj, counts_E)
+        gate_up = _biased(grouped_linear(x_NC, self.gate_up_proj, counts_E), self.gate_up_proj_bias, counts_E)
+        gate_NI, up_NI = gate_up.chunk(2, dim=-1)
+        inner_NI = self.activation(gate_NI) * up_NI if self.swiglu is None else self.swiglu(gate_NI, up_NI)
+        return _biased(grouped_linear(inner_NI, self.down_proj, counts_E), self.down_proj_bias, counts_E)
+
+
+def _biased(x_NO: torch.Tensor, bias_EO: torch.Tensor | None, counts_E: torch.Tensor) -> torch.Tensor:
+    """x plus the bias of each row's expert."""
+    if bias_EO is None:
+        return x_NO
+    return x_NO + bias_EO.repeat_interleave(counts_E, dim=0, output_size=len(x_NO)).to(x_NO.dtype)
 
 
 def grouped_linear(x_NK: torch.Tensor, weight_EOK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

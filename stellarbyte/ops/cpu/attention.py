@@ -107,13 +107,16 @@ def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, nu
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, softcap, out, num_threads):
+def paged_attention(
+    qkv, shape, batch, rotations, keys, values, window, sinks, scale, softcap, softmax_sink, out, num_threads
+):
     """out [T, H · D] = attention of every token over the live blocks of its sequence.
 
     Args:
         window: tokens a query looks back, 0 for all; `sinks`: first tokens, always seen.
         scale: of scores, before the softmax.
         softcap: c of c · tanh(score / c), before the softmax; 0: none.
+        softmax_sink: [H] one more logit of each head in the softmax, without a value; empty: none.
     """
     num_heads, num_kv_heads, dim = shape
     group = num_heads // num_kv_heads
@@ -156,7 +159,8 @@ def paged_attention(qkv, shape, batch, rotations, keys, values, window, sinks, s
                     _scores(rotated, dim, keys, key, stride, scores, g * scores.shape[1] + count, stop - start)
                 count += stop - start
             for g in range(together):
-                weight_sums[g] = _exponentials(scores[g, :count], scale, softcap)
+                sink = softmax_sink[first_head + g : first_head + g + 1]
+                weight_sums[g] = _exponentials(scores[g, :count], scale, softcap, sink)
             totals[:] = 0
             seen = 0
             for b in range(batch.num_blocks_N[n]):
@@ -207,8 +211,11 @@ def _cap(scores, scale, softcap):
 
 
 @njit(inline="always")
-def _exponentials(scores, scale, softcap):
-    """scores = e^(scale · (score - the largest)), of capped scores if there is a cap; returns their sum."""
+def _exponentials(scores, scale, softcap, sink):
+    """scores = e^(scale · score - the largest), of capped scores if there is a cap; returns their sum.
+
+    With a sink of the softmax, `sink` [1] or empty, the largest may be its logit, and the sum includes its term.
+    """
     if softcap > 0:
         _cap(scores, scale, softcap)
         scale = np.float32(1.0)
@@ -216,6 +223,9 @@ def _exponentials(scores, scale, softcap):
     for i in range(len(scores)):
         best = max(best, scores[i])
     total = np.float32(0.0)
+    if len(sink):
+        best = max(best, sink[0] / scale)
+        total = exp(sink[0] - best * scale)
     for i in range(len(scores)):
         weight = exp((scores[i] - best) * scale)
         scores[i] = weight

@@ -36,6 +36,7 @@ class LayerWeights(NamedTuple):
     attention_output_norm_LC: Floats
     mlp_norm_LC: Floats
     mlp_output_norm_LC: Floats
+    softmax_sink_LH: Floats
     q_norm_LD: Floats
     k_norm_LD: Floats
     attention_scale_LC: Floats  # LayerScale and the residual multiplier
@@ -107,7 +108,8 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
     )  # fmt: skip
     paged_attention(
         qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
-        weights.score_scales_L[layer], np.float32(options.softcap), attended, num_threads,
+        weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
+        attended, num_threads,
     )  # fmt: skip
     _project(attended, layer, weights.output, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
     finish_branch(out, weights.attention_output_norm_LC[layer], weights.attention_scale_LC[layer], options, num_threads)

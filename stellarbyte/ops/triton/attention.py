@@ -76,6 +76,7 @@ def prefill_attention(
     sink_tokens: int,
     score_scale: float,
     softcap: float | None,
+    softmax_sink_H: torch.Tensor | None,
     q_norm_D: torch.Tensor | None,
     norm_eps: float,
 ) -> None:
@@ -89,6 +90,7 @@ def prefill_attention(
         rotations: for every distance to a visible block's base, and for 0..TILE_ROWS-1.
         window: tokens that a query sees, including its own; 0 or None: all.
         softcap: c of c · tanh(score / c) on scaled scores; None: no cap.
+        softmax_sink_H: one more logit of each head in the softmax, without a value; None: none.
     """
     tables_NE, constants = rows.tables_NE, _constants(keys_BSKD, heads, sink_tokens)
     # Eight warps for two heads that share keys, or for one head with long rows.
@@ -100,7 +102,7 @@ def prefill_attention(
     prefill_kernel[(len(tile_starts_X), heads.num_heads // heads_together)](
         qkv_TN, out_TA, keys_BSKD, values_BSKD, rows.positions_T, rows.sequences_T, tables_NE, tables_NE.stride(0),
         ring_length(rows, keys_BSKD.shape[1], sink_tokens), tile_starts_X, tile_counts_X, *rotations, q_norm_D,
-        norm_eps, score_scale * _LOG2_E, _in_base_2(softcap), window or UNLIMITED, ROWS=TILE_ROWS,
+        norm_eps, score_scale * _LOG2_E, _in_base_2(softcap), softmax_sink_H, window or UNLIMITED, ROWS=TILE_ROWS,
         HEADS=heads_together, **constants, num_warps=num_warps,
     )  # fmt: skip
 
@@ -119,6 +121,7 @@ def decode_attention(
     sink_tokens: int,
     score_scale: float,
     softcap: float | None,
+    softmax_sink_H: torch.Tensor | None,
     q_norm_D: torch.Tensor | None,
     k_norm_D: torch.Tensor | None,
     norm_eps: float,
@@ -140,7 +143,7 @@ def decode_attention(
     decode_kernel[(len(qkv_TN), heads.num_kv_heads, num_splits)](
         qkv_TN, *((None, None) if addend is None else addend), out_TA, keys_BSKD, values_BSKD, rows.positions_T,
         rows.sequences_T, tables_NE, tables_NE.stride(0), ring_length(rows, keys_BSKD.shape[1], sink_tokens),
-        *scratch, *rotations, q_norm_D, k_norm_D, norm_eps, score_scale * _LOG2_E, _in_base_2(softcap),
+        *scratch, *rotations, q_norm_D, k_norm_D, norm_eps, score_scale * _LOG2_E, _in_base_2(softcap), softmax_sink_H,
         window or UNLIMITED, SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
         **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 3 if keys_BSKD.element_size() == 1 else 2},
         num_warps=_NUM_WARPS, maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),

@@ -25,8 +25,10 @@ from stellarbyte.ops.triton.rotate_write import (
 # M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), J both halves of it, W head dim padded
 # R splits
 # scale: of scores, including log2(e), as all exponentials are powers of 2; softcap: of scaled scores, None: no cap
+# softmax_sink: logits [H] without keys, in base e; None: none. SINKS: first tokens, which windows do not hide
 
 _NOTHING_SEEN = tl.constexpr(-1e30)  # initial largest score; finite, to avoid inf - inf
+_LOG2_E = tl.constexpr(1.4426950408889634)
 _OUT_OF_SIGHT = tl.constexpr(0x7FFFFFFF)  # the position of an empty slot; after every query
 
 
@@ -57,6 +59,19 @@ def _place_of(tile, is_sink, SINKS: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     base = tile // PARTS * BLOCK_SIZE + tl.where(is_sink, 0, SINKS)
     return base, tile % PARTS * KEYS + tl.arange(0, KEYS)
+
+
+@triton.jit
+def _first_weights(softmax_sink, head_M, is_first, inside_M):
+    """Weights and peaks of the online softmax before any key: those of the sinks' logits, in the one program of a row
+    that is its first."""
+    weight_M = tl.zeros(head_M.shape, tl.float32)
+    peak_M = tl.full(head_M.shape, _NOTHING_SEEN, tl.float32)
+    if softmax_sink is not None:
+        logit_M = tl.load(softmax_sink + head_M, mask=inside_M, other=0.0).to(tl.float32) * _LOG2_E
+        weight_M = tl.where(is_first, 1.0, weight_M)
+        peak_M = tl.where(is_first, logit_M, peak_M)
+    return weight_M, peak_M
 
 
 @triton.jit
@@ -104,7 +119,7 @@ def _weigh(
 @triton.jit
 def prefill_kernel(
     qkv, out, keys, values, positions, sequences, tables, table_stride, ring, tile_starts, tile_counts,
-    cos, sin, log_decay, gain, q_norm, norm_eps, scale, softcap, window,
+    cos, sin, log_decay, gain, q_norm, norm_eps, scale, softcap, softmax_sink, window,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -134,8 +149,7 @@ def prefill_kernel(
         first_MP, second_MP = amplify(first_MP, second_MP, gain, HEAD_DIM, PAIRS)
     first_MP, second_MP = first_MP * scale, second_MP * scale
     sum_MW = tl.zeros([HEADS * ROWS, WIDTH], tl.float32)
-    weight_M = tl.zeros([HEADS * ROWS], tl.float32)
-    peak_M = tl.full([HEADS * ROWS], _NOTHING_SEEN, tl.float32)
+    weight_M, peak_M = _first_weights(softmax_sink, head + query_M // ROWS, True, inside_M)
 
     # Each row has its own distance to a sink, since the window caps it.
     capped_M = tl.minimum(position_M, window + SINKS - 1)
@@ -245,8 +259,8 @@ def _meet_many(
 @triton.jit
 def decode_kernel(
     qkv, delta, delta_scales, out, keys, values, positions, sequences, tables, table_stride, ring,
-    sums, weights, peaks, counters, cos, sin, log_decay, gain, q_norm, k_norm, norm_eps, scale, softcap, window,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    sums, weights, peaks, counters, cos, sin, log_decay, gain, q_norm, k_norm, norm_eps, scale, softcap, softmax_sink,
+    window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
     WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -289,8 +303,7 @@ def decode_kernel(
     if gain is not None:
         first_MP, second_MP = amplify(first_MP, second_MP, gain, HEAD_DIM, PAIRS)
     sum_MW = tl.zeros([GROUP, WIDTH], tl.float32)
-    weight_M = tl.zeros([GROUP], tl.float32)
-    peak_M = tl.full([GROUP], _NOTHING_SEEN, tl.float32)
+    weight_M, peak_M = _first_weights(softmax_sink, head_M, split == 0, inside_M)
     for i in range(start, num_tiles * (split + 1) // shares):
         tile, is_sink, block = next_tile, next_is_sink, next_block
         next_is_sink = i + 1 < sink_tiles

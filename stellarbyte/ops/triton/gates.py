@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stellarbyte.model.mlp import ClampedSwiglu
 from stellarbyte.ops.triton.lora import Addend
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 
@@ -11,6 +12,7 @@ from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
 
 GATES = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
 NO_GATE = 0
+_CLAMPED_SWIGLU = 4  # of experts alone
 _COLUMNS = 1024
 
 
@@ -24,6 +26,24 @@ def activate(x, GATE: tl.constexpr):
     else:  # tanh(y) = 2 · sigmoid(2y) - 1
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * tl.sigmoid(2.0 * inner)
+
+
+@triton.jit
+def gate_product(gate, up, GATE: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """The gated product of float32 numbers; ALPHA and LIMIT are a clamped SwiGLU's. NaN stays NaN."""
+    if GATE == 4:
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        return (up + 1.0) * (gate * tl.sigmoid(ALPHA * gate))
+    else:
+        return activate(gate, GATE) * up
+
+
+def gate_constants(gate: int, swiglu: ClampedSwiglu | None) -> dict[str, float]:
+    """Compile-time constants for `gate_product`: of `gate`, or of the clamped SwiGLU in its place."""
+    if swiglu is None:
+        return {"GATE": gate, "ALPHA": 0.0, "LIMIT": 0.0}
+    return {"GATE": _CLAMPED_SWIGLU, "ALPHA": float(swiglu.alpha), "LIMIT": float(swiglu.limit)}
 
 
 @triton.jit

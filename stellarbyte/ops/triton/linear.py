@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from stellarbyte.ops.triton.fp8 import takes_fp8
-from stellarbyte.ops.triton.gates import NO_GATE, activate
+from stellarbyte.ops.triton.gates import NO_GATE, gate_product
 from stellarbyte.ops.triton.overlap import let_next_begin, overlapping, wait_for_inputs
 from stellarbyte.ops.triton.weights import Weight
 
@@ -101,6 +101,7 @@ def _tile(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int) -> tu
 def finish(
     total, ups, addend, out, scales, bias, branch_scale, offsets, n, num_outputs, inside, HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr,
+    ALPHA: tl.constexpr = 0.0, LIMIT: tl.constexpr = 0.0,
 ):  # fmt: skip
     """Store addend + branch_scale · (total + bias), or with a gate, the gated product of total and ups.
 
@@ -116,7 +117,7 @@ def finish(
             ups *= tl.load(scales + num_outputs + n, mask=inside, other=0.0)
         if HAS_BIAS:
             ups += tl.load(bias + num_outputs + n, mask=inside, other=0.0).to(tl.float32)
-        total = activate(total, GATE) * ups
+        total = gate_product(total, ups, GATE, ALPHA, LIMIT)
     total = total.to(element).to(tl.float32)  # round like separate operators
     if HAS_BRANCH_SCALE:
         total *= tl.load(branch_scale + n, mask=inside, other=0.0).to(tl.float32)

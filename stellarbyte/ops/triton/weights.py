@@ -18,10 +18,12 @@ class Weight:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeight:
-    """The matrices of all experts, [E, N, K], plain or quantized with one float32 scale for each output."""
+    """The matrices of all experts, [E, N, K], plain or quantized with one float32 scale for each output; biases are in
+    the model's dtype."""
 
     matrix_ENK: torch.Tensor
     scales_EN: torch.Tensor | None = None
+    bias_EN: torch.Tensor | None = None
 
 
 def quantize(weight: Weight, quantization: str) -> Weight:
@@ -34,7 +36,7 @@ def quantize(weight: Weight, quantization: str) -> Weight:
 def quantize_experts(weight: ExpertWeight, quantization: str) -> ExpertWeight:
     """As `quantize`, for every expert."""
     matrices, scales = zip(*(_in_8_bits(matrix_NK, quantization) for matrix_NK in weight.matrix_ENK), strict=True)
-    return ExpertWeight(matrix_ENK=torch.stack(matrices), scales_EN=torch.stack(scales))
+    return ExpertWeight(matrix_ENK=torch.stack(matrices), scales_EN=torch.stack(scales), bias_EN=weight.bias_EN)
 
 
 def _in_8_bits(matrix_NK: torch.Tensor, quantization: str) -> tuple[torch.Tensor, torch.Tensor]:

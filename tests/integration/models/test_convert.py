@@ -98,6 +98,7 @@ GGUF_MODELS = {
         "smollm3",
     ),
     "olmo2": (partial(tiny_family, name="olmo2"), {}, "olmo2"),
+    "gpt-oss": (partial(tiny_family, name="gpt_oss"), {"swiglu_limit": 7.0}, "gpt-oss"),
 }
 
 

@@ -16,6 +16,7 @@ from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.user_cache import cache_folder
 from tests.support.engines.engine import ModelEngine, make_request
+from tests.support.models.families import tiny_family
 from tests.support.models.hugging_face import tiny_mixtral, tiny_olmoe, tiny_qwen2_moe, tiny_qwen3_moe
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "qwen2-moe": tiny_qwen2_moe,
     "qwen3-moe": tiny_qwen3_moe,
     "olmoe": tiny_olmoe,
+    "gpt-oss": partial(tiny_family, name="gpt_oss"),
 }
 
 

@@ -232,6 +232,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         "adapters of experts and",
     ),
     "router": (renamed("layers.0.self_attn.q_proj", "layers.0.mlp.gate"), "adapters of experts and their routers"),
+    "router of gpt-oss": (
+        renamed("layers.0.self_attn.q_proj", "layers.0.mlp.router"),
+        "adapters of experts and their routers",
+    ),
     "parameters of experts": (
         config(target_parameters=["mlp.experts.gate_up_proj"]),
         r"'target_parameters' is \['mlp.experts.gate_up_proj'\], but only plain LoRA",

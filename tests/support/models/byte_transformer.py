@@ -56,6 +56,14 @@ VARIANTS = {
         "residual_multiplier": 0.4,
         "layer_scale_init": 0.1,
     },
+    "sinks of the softmax": {
+        "softmax_sink": True,
+        "sliding_window": W,
+        "sink_tokens": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attention_softcap": 2.0,
+    },
+    "sinks of the softmax, plain": {"softmax_sink": True, "use_xpos": False},
     "deepnorm": {"deepnorm": True},
     "deepnorm parallel": {"deepnorm": True, "parallel_residual": True},
 }
@@ -79,6 +87,17 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
     | {"deepnorm": True, "sliding_window": W, "sink_tokens": 4, "layer_scale_init": 0.1},
     "experts, norms before and after": EXPERTS
     | {"branch_norms": "both", "zero_centered_norms": True, "residual_multiplier": 0.7, "moe_layers": [1, 2]},
+    "experts with biases, clamped": EXPERTS
+    | {
+        "expert_bias": True,
+        "router_bias": True,
+        "swiglu_limit": 1.0,
+        "swiglu_alpha": 1.702,
+        "softmax_sink": True,
+        "use_xpos": False,
+        "sliding_window": W,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "experts, norms after": EXPERTS | {"branch_norms": "after", "embedding_multiplier": 3, "logits_softcap": 3.0},
 }
 
@@ -105,7 +124,7 @@ def make_model(seed: int = 0, **overrides: Any) -> ByteTransformer:
     model = ByteTransformer(make_config(**overrides)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name or name.endswith("_scale.weight"):
+            if name.endswith(("bias", "_scale.weight", "softmax_sink")) or "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
 

@@ -64,9 +64,21 @@ def chosen_experts(scores: list[float], bias: list[float], config: ByteModelConf
 
 
 def expert(w: Weights, config: ByteModelConfig, e: int, x: torch.Tensor) -> torch.Tensor:
-    gate_up, down = w["mlp.experts.gate_up_proj"][e], w["mlp.experts.down_proj"][e]
+    gate_up = w["mlp.experts.gate_up_proj"][e] @ x
+    if config.expert_bias:
+        gate_up = gate_up + w["mlp.experts.gate_up_proj_bias"][e]
     size = len(gate_up) // 2
-    return down @ (gate(config.hidden_act, gate_up[:size] @ x) * (gate_up[size:] @ x))
+    out = w["mlp.experts.down_proj"][e] @ _product(config, gate_up[:size], gate_up[size:])
+    return out + w["mlp.experts.down_proj_bias"][e] if config.expert_bias else out
+
+
+def _product(config: ByteModelConfig, gates: torch.Tensor, ups: torch.Tensor) -> torch.Tensor:
+    if config.swiglu_limit is None:
+        return gate(config.hidden_act, gates) * ups
+    assert config.swiglu_alpha is not None
+    limit = torch.tensor(config.swiglu_limit, dtype=torch.float64)
+    gates, ups = torch.minimum(gates, limit), torch.maximum(torch.minimum(ups, limit), -limit)
+    return (ups + 1) * gates / (1 + torch.exp(-config.swiglu_alpha * gates))
 
 
 def shared_expert(w: Weights, config: ByteModelConfig, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     MinistralConfig,
@@ -86,6 +88,18 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], dict[st
         Gemma3TextConfig,
         Gemma3ForCausalLM,
         {**GEMMA, **ALTERNATING, "tie_word_embeddings": True, "rope_parameters": BOTH_ROPES},
+    ),
+    "gpt_oss": (
+        GptOssConfig,
+        GptOssForCausalLM,
+        {
+            "head_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+            **ALTERNATING,
+        },
     ),
     "ministral": (MinistralConfig, MinistralForCausalLM, {**ALTERNATING, "head_dim": 16}),
 }

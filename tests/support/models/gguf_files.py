@@ -29,6 +29,7 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.sinks": "attn_sinks",
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
@@ -50,7 +51,7 @@ def gguf_name(name: str, architecture: str) -> str:
     if stem in NAMES:
         return f"{NAMES[stem]}.{kind}"
     _, _, layer, part = stem.split(".", 3)
-    names = NAMES | OUTPUT_NORMS if architecture == "olmo2" else NAMES
+    names = NAMES | OUTPUT_NORMS if architecture in ("olmo2", "gpt-oss") else NAMES
     return f"blk.{layer}.{names[part]}.{kind}"
 
 
@@ -79,10 +80,12 @@ def write_gguf(
     for key, value in fields.items():
         if value is not None:
             add_field(writer, key, value)
-    for name, array in stacked_experts(load_file(folder / "model.safetensors")).items():
+    tensors = load_file(folder / "model.safetensors")
+    arrays = stacked_experts(gpt_oss_tensors(tensors) if architecture == "gpt-oss" else tensors)
+    for name, array in arrays.items():
         if architecture in INTERLEAVED and (".q_proj." in name or ".k_proj." in name):
             array = permute(array, config.num_attention_heads if ".q_" in name else config.num_key_value_heads)
-        if array.ndim == 1 or name.removesuffix(".weight").endswith(ROUTERS):
+        if array.ndim == 1 or name.endswith(".bias") or name.removesuffix(".weight").endswith(ROUTERS):
             writer.add_tensor(gguf_name(name, architecture), array.squeeze())
         else:
             writer.add_tensor(gguf_name(name, architecture), quantize(array, kind), raw_dtype=kind)
@@ -93,6 +96,26 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gpt_oss_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """gpt-oss's tensors under Qwen's names: gates and ups apart, stacks with a row for each output."""
+    named: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.replace(".mlp.router.", ".mlp.gate.").partition("_proj_bias")[0].rpartition(".")
+        is_bias = name.endswith("_proj_bias")
+        if ".mlp.experts" not in name:
+            suffix = ".weight" if name.endswith(".sinks") else ""
+            named[name.replace(".mlp.router.", ".mlp.gate.") + suffix] = tensor
+            continue
+        rows = tensor if is_bias else tensor.transpose(1, 2)
+        ending = "bias" if is_bias else "weight"
+        if kind.startswith("gate_up"):
+            named[f"{stem}.gate_proj.{ending}"] = rows[:, 0::2].contiguous()
+            named[f"{stem}.up_proj.{ending}"] = rows[:, 1::2].contiguous()
+        else:
+            named[f"{stem}.down_proj.{ending}"] = rows.contiguous()
+    return named
 
 
 def stacked_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -141,6 +164,15 @@ def llama_fields(config: Any, architecture: str) -> dict[str, Any]:
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
         **expert_fields(config),
     }
+    if architecture == "gpt-oss":
+        rope = config.rope_parameters
+        fields |= {
+            "attention.sliding_window": config.sliding_window,
+            "expert_feed_forward_length": config.intermediate_size,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        }
     if architecture == "granite":
         fields |= {
             "embedding_scale": config.embedding_multiplier,

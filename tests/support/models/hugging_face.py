@@ -108,7 +108,8 @@ def save_tiny(
     model = model_class(config_class(**settings)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # transformers starts them at 0 and 1: they would not be tested
+            # transformers starts them at 0 and 1: they would not be tested
+            if name.endswith(("bias", "sinks")) or "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(path, max_shard_size=max_shard_size, save_original_format=original_format)
     tokenizer = PreTrainedTokenizerFast(

@@ -15,8 +15,9 @@ from tests.support.models import expert_oracle
 Weights = Mapping[str, torch.Tensor]
 
 
-# (config, layer, queries, keys, values), the last three [T, H, D] → [T, H, D]
-Attend = Callable[[ByteModelConfig, int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# (config, layer, queries, keys, values), the last three [T, H, D] → [T, H, D]. With sinks of the
+# softmax, their logits [H] come last.
+Attend = Callable[..., torch.Tensor]
 
 
 def logprobs(
@@ -105,10 +106,18 @@ def _attention(w: Weights, config: ByteModelConfig, layer: int, x: torch.Tensor,
         q, k = _rms_norm(q, w["self_attn.q_norm.weight"], config), _rms_norm(k, w["self_attn.k_norm.weight"], config)
     groups = config.num_attention_heads // num_kv_heads
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return _linear(w, "self_attn.o_proj", attend(config, layer, q, k, v).flatten(1))
+    sink = (w["self_attn.softmax_sink"],) if config.softmax_sink else ()
+    return _linear(w, "self_attn.o_proj", attend(config, layer, q, k, v, *sink).flatten(1))
 
 
-def _attend(config: ByteModelConfig, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _attend(
+    config: ByteModelConfig,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_H: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Every pair (m, n): Re[q_m · conj(k_n) · e^{i·distance·θ}] · ζ^(distance/b)."""
     length, sinks, window = len(q), config.sink_tokens, config.windows[layer]
     m, n = torch.arange(length)[:, None], torch.arange(length)[None, :]
@@ -116,8 +125,18 @@ def _attend(config: ByteModelConfig, layer: int, q: torch.Tensor, k: torch.Tenso
     if window is not None:
         visible = visible & ((n > m - window) | (n < sinks))
         distance = torch.where(n < sinks, m.clamp(max=window + sinks - 1) - n, distance)
-    probabilities = pair_scores(config, layer, q, k, distance).masked_fill(~visible, -math.inf).softmax(dim=-1)
-    return torch.einsum("hmn,nhd->mhd", probabilities, v)
+    scores = pair_scores(config, layer, q, k, distance).masked_fill(~visible, -math.inf)
+    return torch.einsum("hmn,nhd->mhd", softmax(scores, sink_H), v)
+
+
+def softmax(scores: torch.Tensor, sink_H: torch.Tensor | None) -> torch.Tensor:
+    """e^s / (Σ e^s + e^sink) of scores [H, M, N]."""
+    largest = scores.amax(dim=-1, keepdim=True)
+    exponentials = (scores - largest).exp()
+    total = exponentials.sum(dim=-1, keepdim=True)
+    if sink_H is not None:
+        total = total + (sink_H[:, None, None] - largest).exp()
+    return exponentials / total
 
 
 def pair_scores(
@@ -134,7 +153,13 @@ def pair_scores(
 
 
 def _attend_in_bands(
-    config: ByteModelConfig, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: int = 256
+    config: ByteModelConfig,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink_H: torch.Tensor | None = None,
+    rows: int = 256,
 ) -> torch.Tensor:
     """`rows` queries in turn, over the sinks and the keys that they see; those are turned relative to the first one."""
     window = config.windows[layer]
@@ -151,7 +176,7 @@ def _attend_in_bands(
         s = torch.arange(min(sinks, int(m[-1]) + 1))
         met_at = m if window is None else m.clamp(max=window + sinks - 1)
         far = _scores(config, layer, q[m], met_at, k[s], s).masked_fill(s > m[:, None], -math.inf)
-        probabilities = torch.cat([far, near], dim=-1).softmax(dim=-1)
+        probabilities = softmax(torch.cat([far, near], dim=-1), sink_H)
         out[m] = torch.einsum("hmn,nhd->mhd", probabilities, torch.cat([v[s], v[n]]))
     return out
 

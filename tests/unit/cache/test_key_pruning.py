@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "sink_tokens": 2,
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
+    "sinks of the softmax": {"use_xpos": False, "softmax_sink": True},
     "soft caps, other rotations": {
         "attention_softcap": 2.0,
         "attention_multiplier": 0.5,
@@ -53,7 +54,14 @@ def heavy_hitters(
         limits += [] if window is None else [window - 1 + sinks]
         return max(min(limits), sinks + 1)
 
-    def attend(config: ByteModelConfig, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(
+        config: ByteModelConfig,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert config.num_key_value_heads is not None
         group = q.shape[1] // config.num_key_value_heads
         window = config.windows[layer]
@@ -72,7 +80,8 @@ def heavy_hitters(
                     visible = visible & ((n > m - window) | (n < sinks))
                     distance = torch.where(n < sinks, m.clamp(max=window + sinks - 1) - n, distance)
                 scores = oracle.pair_scores(config, layer, q[start:end, heads], k[n[0], heads], distance)
-                weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+                sink = None if sink_H is None else sink_H[heads]
+                weights = oracle.softmax(scores.masked_fill(~visible, -math.inf), sink)
                 out[start:end, heads] = torch.einsum("hmn,nhd->mhd", weights, v[n[0], heads])
                 if end <= num_memory:
                     continue

@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "norms of queries and keys": {"use_xpos": False, "qk_norm": True, "attention_bias": True, "sliding_window": W},
     "one key head": {"sliding_window": W, "num_key_value_heads": 1},
     "sinks": {"sliding_window": W, "sink_tokens": 4},
+    "sinks of the softmax": {"use_xpos": False, "sliding_window": W, "softmax_sink": True},
     "rope and sinks": {"use_xpos": False, "sliding_window": W, "sink_tokens": 3},
     "deepnorm": {"deepnorm": True, "sliding_window": W},
     "parallel": {"parallel_residual": True, "sliding_window": W, "layer_scale_init": 0.3},

@@ -1,6 +1,7 @@
 """Random weights: a folder needs only its config.json, and the model has the shape that the config says."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_languag
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config
 from tests.support.models.byte_transformer import make_config, make_model
+from tests.support.models.families import tiny_family
 from tests.support.models.hugging_face import (
     tiny_llama,
     tiny_mistral,
@@ -61,7 +63,7 @@ def test_the_weights_are_those_of_a_model_that_was_just_made(overrides):
     "make",
     [
         *(tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3),
-        *(tiny_mixtral, tiny_qwen2_moe, tiny_qwen3_moe, tiny_olmoe),
+        *(tiny_mixtral, tiny_qwen2_moe, tiny_qwen3_moe, tiny_olmoe, partial(tiny_family, name="gpt_oss")),
     ],
 )
 def test_a_hugging_face_config_alone_gives_the_model_that_its_conversion_would(tmp_path, make):

@@ -46,6 +46,12 @@ def test_counts_are_those_of_the_model(tmp_path: Path):
             "6 of 24, 1 to 4 per token, up to 0.5 of the scores, softmax scores, renormalised",
             3 * 2,
         ),
+        (
+            {"swiglu_limit": 7.0, "swiglu_alpha": 1.702},
+            "3 × (attention + experts, silu)",
+            "6 of 24, 2 per token, softmax scores, renormalised; SwiGLU clamped at 7, α 1.702",
+            3 * 4,
+        ),
     ],
 )
 def test_experts_count_as_total_and_as_active_parameters(
@@ -57,6 +63,14 @@ def test_experts_count_as_total_and_as_active_parameters(
     assert found.num_active_parameters == found.num_parameters - idle * 3 * 48 * 24
     assert (lines["layers"], lines["experts"]) == (layers, experts)
     assert lines["parameters"] == f"{found.num_parameters:,}, of which a token uses {found.num_active_parameters:,}"
+
+
+def test_biases_of_experts_and_sinks_of_the_softmax_are_told(tmp_path: Path):
+    found = info(tmp_path, expert_bias=True, router_bias=True, softmax_sink=True, **EXPERTS)
+    lines = dict(describe_lines(open_checkpoint(tmp_path)))
+    assert lines["biases"] == "experts, router" and lines["factors"] == "a sink in the softmax of each head"
+    of_one_expert = 3 * 48 * 24 + 2 * 24 + 48
+    assert found.num_active_parameters == found.num_parameters - 3 * 4 * of_one_expert
 
 
 def test_every_parameter_of_a_dense_model_is_active(tmp_path: Path):

@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "two heads share keys": {"use_xpos": False, "attention_bias": True, "attention_output_bias": True},
     "norms and tied": {"qk_norm": True, "tie_word_embeddings": True},
     "window and sinks": {"sliding_window": W, "sink_tokens": 2},
+    "sinks of the softmax": {"use_xpos": False, "softmax_sink": True},
 }
 WITH_EXPERTS = {"experts of a pool": EXPERTS | {"moe_layers": [0, 2], "expert_pools": [0, 0]}}
 

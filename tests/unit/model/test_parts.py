@@ -79,6 +79,7 @@ def test_the_model_and_its_checkpoint_have_the_part_in_its_layer_only() -> None:
         {"router_bias": True, "router_selection_bias": True, "shared_expert_intermediate_size": 8} | EXPERTS,
         {"shared_expert_intermediate_size": 8, "shared_expert_gate": True, "moe_layers": [0, 2]} | EXPERTS,
         {"router_noise": "noisy_top_k", "expert_pools": [1, 1, 0]} | EXPERTS,
+        {"softmax_sink": True, "expert_bias": True, "router_bias": True, "expert_pools": [1, 1, 0]} | EXPERTS,
     ],
 )
 def test_the_model_s_own_order_is_that_of_the_checkpoint(options: dict[str, object]) -> None:
@@ -144,6 +145,11 @@ def test_what_the_cpu_kernels_have_no_place_for_is_left_to_torch(
     assert fits(make_config())
     with_part(made_up(**unknown))
     assert not fits(make_config())
+
+
+@pytest.mark.parametrize("options", [{"expert_bias": True}, {"swiglu_limit": 7.0, "swiglu_alpha": 1.702}], ids=str)
+def test_experts_as_those_of_gpt_oss_are_left_to_torch(options: dict[str, object]) -> None:
+    assert not fits(make_config(**options, **EXPERTS))
 
 
 def test_the_gpu_packs_the_part_below_those_that_read_the_same(
@@ -262,7 +268,7 @@ def test_ranks_that_hold_their_share_of_a_layer_give_its_branches_together(num_r
 
 @torch.no_grad()
 def branches(layer: ByteDecoderLayer, config: ByteModelConfig, x_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(_: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _sink: None) -> torch.Tensor:
         q, k, v = (
             q.transpose(0, 1),
             *(

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stellarbyte.ops.triton.gates import NO_GATE
+from stellarbyte.model.mlp import ClampedSwiglu
+from stellarbyte.ops.triton.gates import NO_GATE, gate_constants
 from stellarbyte.ops.triton.linear import finish
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs, wait_then_let_next_begin
@@ -72,16 +73,24 @@ def most_tiles(num_tokens: int, top_k: int, num_experts: int, rows: int) -> int:
 
 
 def gate_up(
-    x_TC: torch.Tensor, weight: ExpertWeight, scratch: ExpertScratch, *, top_k: int, gate: int, tile: GroupTile
+    x_TC: torch.Tensor,
+    weight: ExpertWeight,
+    scratch: ExpertScratch,
+    *,
+    top_k: int,
+    gate: int,
+    swiglu: ClampedSwiglu | None = None,
+    tile: GroupTile,
 ) -> None:
     """Write the gated hidden rows of all pairs to the scratch, after `route`."""
-    _launch(x_TC, scratch.hidden, weight, scratch, num_tokens=len(x_TC), top_k=top_k, gate=gate, tile=tile)
+    constants = gate_constants(gate, swiglu)
+    _launch(x_TC, scratch.hidden, weight, scratch, num_tokens=len(x_TC), top_k=top_k, gate=constants, tile=tile)
 
 
 def down(num_tokens: int, weight: ExpertWeight, scratch: ExpertScratch, *, top_k: int, tile: GroupTile) -> None:
     """Write the outputs of all pairs, times their gates, to the scratch, after `gate_up`."""
-    hidden = scratch.hidden
-    _launch(hidden, scratch.outputs, weight, scratch, num_tokens=num_tokens, top_k=top_k, gate=NO_GATE, tile=tile)
+    hidden, no_gate = scratch.hidden, gate_constants(NO_GATE, None)
+    _launch(hidden, scratch.outputs, weight, scratch, num_tokens=num_tokens, top_k=top_k, gate=no_gate, tile=tile)
 
 
 def combine(
@@ -111,29 +120,31 @@ def _launch(
     *,
     num_tokens: int,
     top_k: int,
-    gate: int,
+    gate: dict[str, float],
     tile: GroupTile,
 ) -> None:
     num_experts, num_outputs, num_inputs = weight.matrix_ENK.shape
-    num_outputs //= 2 if gate else 1
+    num_outputs //= 2 if gate["GATE"] else 1
     block_k = min(tile.block_k, max(16, triton.next_power_of_2(num_inputs)))
     tiles = most_tiles(num_tokens, top_k, num_experts, tile.rows)
     # The tiles of one expert run together, and find its weights in the cache.
     _grouped_kernel[(triton.cdiv(num_outputs, tile.block_n), tiles)](
-        x, weight.matrix_ENK, x if weight.scales_EN is None else weight.scales_EN, scratch.counts, scratch.lists,
-        scratch.gates, out, num_tokens, num_experts, num_outputs, num_inputs, TOP_K=top_k,
-        EXPERTS=triton.next_power_of_2(num_experts), ROWS=tile.rows, BLOCK_N=tile.block_n, BLOCK_K=block_k,
-        NUM_TILES=triton.cdiv(num_inputs, block_k), EVEN_K=num_inputs % block_k == 0,
-        HAS_SCALES=weight.scales_EN is not None, GATE=gate, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        x, weight.matrix_ENK, x if weight.scales_EN is None else weight.scales_EN,
+        x if weight.bias_EN is None else weight.bias_EN, scratch.counts, scratch.lists, scratch.gates, out,
+        num_tokens, num_experts, num_outputs, num_inputs, TOP_K=top_k, EXPERTS=triton.next_power_of_2(num_experts),
+        ROWS=tile.rows, BLOCK_N=tile.block_n, BLOCK_K=block_k, NUM_TILES=triton.cdiv(num_inputs, block_k),
+        EVEN_K=num_inputs % block_k == 0, HAS_SCALES=weight.scales_EN is not None,
+        HAS_BIAS=weight.bias_EN is not None, **gate, num_warps=tile.num_warps, num_stages=tile.num_stages,
         **overlapping(x.device),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _grouped_kernel(
-    x, weight, scales, counts, lists, gates, out, num_tokens, num_experts, num_outputs, num_inputs, TOP_K: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_TILES: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_SCALES: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
+    x, weight, scales, bias, counts, lists, gates, out, num_tokens, num_experts, num_outputs, num_inputs,
+    TOP_K: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM_TILES: tl.constexpr, EVEN_K: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GATE: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """With GATE the first product, of tokens' rows; without, the second one, of pairs' rows, times their gates."""
     if GATE:
@@ -180,13 +191,20 @@ def _grouped_kernel(
         if GATE:
             w_up = tl.load(w_row + to_ups + k[None, :], mask=mask, other=0.0).to(element)
             ups = tl.dot(w_up, v, ups, input_precision="ieee")
-    if not GATE:
-        total *= tl.load(gates + pair, mask=inside_r, other=0.0)[None, :]
     many_n = n[:, None] + tl.zeros([1, ROWS], tl.int32)
-    finish(
-        total, ups, total, out, scales + first_output, x, x, pair[None, :] * num_outputs + many_n, many_n, num_outputs,
-        inside_n[:, None] & inside_r[None, :], HAS_SCALES, False, False, False, GATE,
-    )  # fmt: skip
+    offsets, inside = pair[None, :] * num_outputs + many_n, inside_n[:, None] & inside_r[None, :]
+    if GATE:
+        finish(
+            total, ups, total, out, scales + first_output, bias + first_output, x, offsets, many_n, num_outputs, inside,
+            HAS_SCALES, HAS_BIAS, False, False, GATE, ALPHA, LIMIT,
+        )  # fmt: skip
+    else:  # a pair's gate multiplies its expert's bias, too
+        if HAS_SCALES:
+            total *= tl.load(scales + first_output + n, mask=inside_n, other=0.0)[:, None]
+        if HAS_BIAS:
+            total += tl.load(bias + first_output + n, mask=inside_n, other=0.0).to(tl.float32)[:, None]
+        total *= tl.load(gates + pair, mask=inside_r, other=0.0)[None, :]
+        tl.store(out + offsets, total.to(element), mask=inside)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stellarbyte.model.mlp import ClampedSwiglu
 from stellarbyte.ops.triton.moe import groups, pairs
 from stellarbyte.ops.triton.moe.routing import MAX_NORMED_ROWS, Router, route
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
@@ -16,10 +17,11 @@ MAX_PAIR_ROWS = 2  # of tokens whose pairs are computed one by one
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """Gated MLPs of one size, without biases."""
+    """Gated MLPs of one size."""
 
     gate_up: ExpertWeight  # [E, 2I, C], an expert's gates above its ups
     down: ExpertWeight  # [E, C, I]
+    swiglu: ClampedSwiglu | None = None  # in the place of the gate
 
 
 def make_scratch(max_rows: int, router: Router, experts: Experts) -> ExpertScratch:
@@ -51,12 +53,12 @@ def moe(
 ) -> torch.Tensor:
     """residual + branch_scale · Σ g_e · down_e (gate(gates_e x) · ups_e x) over each token's chosen experts e.
 
-    Gates g_e in float32, sums in float32, their terms in the model's dtype. No token is dropped. More rows than the
-    scratch is for are computed in parts.
+    Products have their biases. Gates g_e in float32, sums in float32, their terms in the model's
+    dtype. No token is dropped. More rows than the scratch is for are computed in parts.
 
     Args:
         x_TC: contiguous, float32 or bfloat16, like all matrices that are not quantized.
-        gate: of `gates.GATES`.
+        gate: of `gates.GATES`; unless the experts have a clamped SwiGLU.
         norm_C: weight of an RMSNorm of x before all else, with `eps`; for at most `MAX_NORMED_ROWS` rows.
         residual_TC: contiguous, of x's shape and dtype.
     """
@@ -70,7 +72,7 @@ def moe(
         part_TC = route(part_TC, router, scratch, norm_C=norm_C, eps=eps, lists_pairs=not is_paired)
         if is_paired:
             pairs.gate_up(
-                part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate,
+                part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu,
                 tile=pairs.gate_up_tile(part_TC.shape[1]),
             )  # fmt: skip
             pairs.down(
@@ -79,7 +81,10 @@ def moe(
             )  # fmt: skip
             continue
         sizes = (num_tokens, top_k, num_experts, x_TC.dtype)
-        groups.gate_up(part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, tile=groups.gate_up_tile(*sizes))
+        groups.gate_up(
+            part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu,
+            tile=groups.gate_up_tile(*sizes),
+        )  # fmt: skip
         groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=groups.down_tile(*sizes))
         groups.combine(out_part_TC, scratch, top_k=top_k, residual_TC=residual_part_TC, branch_scale_C=branch_scale_C)
     return out_TC

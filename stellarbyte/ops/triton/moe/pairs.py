@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from stellarbyte.model.mlp import ClampedSwiglu
+from stellarbyte.ops.triton.gates import gate_constants
 from stellarbyte.ops.triton.linear import as_float32, finish, load_weights
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.overlap import let_next_begin, overlapping, wait_for_inputs, wait_then_let_next_begin
@@ -37,16 +39,25 @@ def down_tile(num_inputs: int) -> PairTile:
 
 
 def gate_up(
-    x_TC: torch.Tensor, weight: ExpertWeight, scratch: ExpertScratch, *, top_k: int, gate: int, tile: PairTile
+    x_TC: torch.Tensor,
+    weight: ExpertWeight,
+    scratch: ExpertScratch,
+    *,
+    top_k: int,
+    gate: int,
+    swiglu: ClampedSwiglu | None = None,
+    tile: PairTile,
 ) -> None:
     """Write the gated hidden rows of all pairs to the scratch, after `route`."""
     num_tokens, num_inputs = x_TC.shape
     width = weight.matrix_ENK.shape[1] // 2
     _gate_up_kernel[(triton.cdiv(width, tile.block_n), num_tokens * top_k)](
-        x_TC, weight.matrix_ENK, x_TC if weight.scales_EN is None else weight.scales_EN, scratch.chosen,
-        scratch.hidden, width, num_inputs, TOP_K=top_k, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        NUM_TILES=triton.cdiv(num_inputs, tile.block_k), EVEN_K=num_inputs % tile.block_k == 0,
-        HAS_SCALES=weight.scales_EN is not None, GATE=gate, num_warps=tile.num_warps, **overlapping(x_TC.device),
+        x_TC, weight.matrix_ENK, x_TC if weight.scales_EN is None else weight.scales_EN,
+        x_TC if weight.bias_EN is None else weight.bias_EN, scratch.chosen, scratch.hidden, width, num_inputs,
+        TOP_K=top_k, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, NUM_TILES=triton.cdiv(num_inputs, tile.block_k),
+        EVEN_K=num_inputs % tile.block_k == 0, HAS_SCALES=weight.scales_EN is not None,
+        HAS_BIAS=weight.bias_EN is not None, **gate_constants(gate, swiglu),
+        num_warps=tile.num_warps, **overlapping(x_TC.device),
     )  # fmt: skip
 
 
@@ -64,11 +75,12 @@ def down(
     num_tokens, num_outputs = out_TC.shape
     num_inputs = weight.matrix_ENK.shape[2]
     _down_kernel[(triton.cdiv(num_outputs, tile.block_n), num_tokens)](
-        scratch.hidden, weight.matrix_ENK, out_TC if weight.scales_EN is None else weight.scales_EN, scratch.chosen,
-        scratch.gates, out_TC if residual_TC is None else residual_TC,
-        out_TC if branch_scale_C is None else branch_scale_C, out_TC, num_outputs, num_inputs, TOP_K=top_k,
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, NUM_TILES=triton.cdiv(num_inputs, tile.block_k),
-        EVEN_K=num_inputs % tile.block_k == 0, HAS_SCALES=weight.scales_EN is not None,
+        scratch.hidden, weight.matrix_ENK, out_TC if weight.scales_EN is None else weight.scales_EN,
+        out_TC if weight.bias_EN is None else weight.bias_EN, scratch.chosen, scratch.gates,
+        out_TC if residual_TC is None else residual_TC, out_TC if branch_scale_C is None else branch_scale_C, out_TC,
+        num_outputs, num_inputs, TOP_K=top_k, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        NUM_TILES=triton.cdiv(num_inputs, tile.block_k), EVEN_K=num_inputs % tile.block_k == 0,
+        HAS_SCALES=weight.scales_EN is not None, HAS_BIAS=weight.bias_EN is not None,
         HAS_RESIDUAL=residual_TC is not None, HAS_BRANCH_SCALE=branch_scale_C is not None, num_warps=tile.num_warps,
         **overlapping(out_TC.device),
     )  # fmt: skip
@@ -76,9 +88,9 @@ def down(
 
 @triton.jit
 def _gate_up_kernel(
-    x, weight, scales, chosen, hidden, num_outputs, num_inputs, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, scales, bias, chosen, hidden, num_outputs, num_inputs, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, NUM_TILES: tl.constexpr, EVEN_K: tl.constexpr, HAS_SCALES: tl.constexpr,
-    GATE: tl.constexpr, OVERLAPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, GATE: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Some gates and ups of one pair; weights are loaded a tile ahead."""
     wait_then_let_next_begin(OVERLAPS)
@@ -105,16 +117,17 @@ def _gate_up_kernel(
         total += tl.sum(as_float32(this) * v, axis=1)
         ups += tl.sum(as_float32(this_up) * v, axis=1)
     finish(
-        total, ups, total, hidden, scales + expert * (2 * num_outputs), x, x, pair * num_outputs + n, n, num_outputs,
-        inside, HAS_SCALES, False, False, False, GATE,
+        total, ups, total, hidden, scales + expert * (2 * num_outputs), bias + expert * (2 * num_outputs), x,
+        pair * num_outputs + n, n, num_outputs, inside, HAS_SCALES, HAS_BIAS, False, False, GATE, ALPHA, LIMIT,
     )  # fmt: skip
 
 
 @triton.jit
 def _down_kernel(
-    hidden, weight, scales, chosen, gates, residual, branch_scale, out, num_outputs, num_inputs, TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_TILES: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_SCALES: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, OVERLAPS: tl.constexpr,
+    hidden, weight, scales, bias, chosen, gates, residual, branch_scale, out, num_outputs, num_inputs,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NUM_TILES: tl.constexpr, EVEN_K: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of one token over all of its experts; weights are loaded a tile ahead, the first one while
     `_gate_up_kernel` still runs, which begins after the choice."""
@@ -133,11 +146,16 @@ def _down_kernel(
     if HAS_RESIDUAL:  # early, as nothing hides its latency at the end
         addend = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
     products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)  # summed across threads only once
+    biases = tl.zeros([BLOCK_N], tl.float32)
     for i in tl.static_range(TOP_K * NUM_TILES):
         pair, k = first_pair + i // NUM_TILES, (i % NUM_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)
         v = tl.load(hidden + pair * num_inputs + k, mask=k < num_inputs, other=0.0).to(tl.float32)
-        v *= tl.load(gates + pair)
+        gate = tl.load(gates + pair)
+        v *= gate
         this, its_expert = w, expert
+        if HAS_BIAS:
+            if i % NUM_TILES == 0:
+                biases += gate * tl.load(bias + expert * num_outputs + n, mask=inside, other=0.0).to(tl.float32)
         if i + 1 < TOP_K * NUM_TILES:
             expert = tl.load(chosen + first_pair + (i + 1) // NUM_TILES).to(tl.int64)
             next_k = ((i + 1) % NUM_TILES) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -150,6 +168,8 @@ def _down_kernel(
             product *= tl.load(scales + its_expert * num_outputs + n, mask=inside, other=0.0)[:, None]
         products += product
     total = tl.sum(products, axis=1)
+    if HAS_BIAS:
+        total += biases
     finish(
         total, total, addend, out, scales, residual, branch_scale, offsets, n, num_outputs, inside,
         False, False, HAS_RESIDUAL, HAS_BRANCH_SCALE, 0,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -15,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from stellarbyte.checkpoint.convert import convert, make_plan
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config, open_checkpoint
+from tests.support.models.families import tiny_family
 from tests.support.models.gguf_files import write_gguf
 from tests.support.models.hugging_face import tiny_llama, tiny_qwen2, tiny_qwen3_moe
 
@@ -177,3 +179,26 @@ def test_experts_of_a_file(tmp_path: Path):
         kinds = ("gate", "up", "down")
         gate, up, own_down = (matrices[f"model.layers.1.mlp.experts.{e}.{kind}_proj.weight"] for kind in kinds)
         assert torch.equal(gate_up[e], torch.cat((gate, up))) and torch.equal(down[e], own_down)
+
+
+def test_mxfp4_is_decoded_exactly_and_stored_as_bfloat16(tmp_path: Path):
+    """Beside matrices in bfloat16, as in files of gpt-oss; its gates and ups are apart there."""
+    folder = tiny_family(tmp_path / "source", "gpt_oss", intermediate_size=64)
+    file = write_gguf(tmp_path / "x.gguf", folder, architecture="gpt-oss", kind=GGMLQuantizationType.MXFP4)
+    plan = make_plan(file)
+    tensor = plan.tensors["model.layers.1.mlp.experts.gate_up_proj"]
+    assert plan.config.dtype == tensor.dtype == torch.bfloat16
+    stack = load_file(folder / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj"].transpose(1, 2)
+    rows = torch.cat((stack[:, 0::2], stack[:, 1::2]), dim=1).contiguous().numpy()
+    packed = quantize(rows, GGMLQuantizationType.MXFP4)
+    assert np.array_equal(tensor.read().float().numpy(), dequantize(packed, GGMLQuantizationType.MXFP4))
+
+
+def test_windows_of_gpt_oss_alternate_and_its_yarn_is_not_truncated(tmp_path: Path):
+    folder = tiny_family(tmp_path / "source", "gpt_oss")
+    config = make_plan(write_gguf(tmp_path / "x.gguf", folder, architecture="gpt-oss")).config
+    assert config.windows == (8, None, 8) and config.softmax_sink and config.expert_bias
+    assert config.rope_parameters is not None and config.rope_parameters["truncate"] is False
+    metadata = {"gpt-oss.attention.sliding_window": None}
+    config = make_plan(write_gguf(tmp_path / "y.gguf", folder, architecture="gpt-oss", metadata=metadata)).config
+    assert config.windows == (None, None, None)

@@ -35,6 +35,8 @@ PROMPTS = [
     Case(spans=[(150, 3), (0, 70)], window=90, sinks=70, block_size=100, head_dim=24),
     Case(spans=[(20, 3), (0, 5)], window=7, sinks=3, block_size=1, num_heads=6, num_kv_heads=2),
     Case(spans=[(0, 30), (2, 70), (777, 33)], window=10, sinks=4, softcap=1.5),
+    Case(spans=[(0, 30), (2, 70), (777, 33)], window=10, softmax_sink=True, xpos=False),
+    Case(spans=[(0, 9), (40, 3)], sinks=4, num_heads=6, num_kv_heads=2, softmax_sink=True, softcap=1.5),
 ]
 
 
@@ -63,6 +65,8 @@ DECODES = [
     newest([50, 63, 64, 69, 70, 133, 134, 170, 400], window=90, sinks=70, block_size=100, head_dim=24),
     newest([0, 20], window=7, sinks=3, block_size=1, num_heads=6, num_kv_heads=2),
     newest([0, 2, 3, 12, 15, 500], window=10, sinks=4, softcap=1.5),
+    newest([0, 3, 12, 500], window=10, softmax_sink=True, xpos=False),
+    newest([0, 7, 70], sinks=4, num_heads=6, num_kv_heads=2, softmax_sink=True, softcap=1.5),
 ]
 
 

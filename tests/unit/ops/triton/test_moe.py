@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.model.mlp import GATES as GATE_FUNCTIONS
+from stellarbyte.model.mlp import ClampedSwiglu
 from stellarbyte.ops.triton.gates import GATES
 from stellarbyte.ops.triton.moe import groups
 from stellarbyte.ops.triton.moe.layer import MAX_PAIR_ROWS, Experts, make_scratch, moe
@@ -56,7 +57,13 @@ class Layer:
         """The reference in float64, of the weights as they are stored."""
         chosen_TJ, gates_TJ = self.choice(x_TC)
         gate_up, down = (in_float64(weight) for weight in (self.experts.gate_up, self.experts.down))
-        return sum_of_experts(x_TC.double(), chosen_TJ, gates_TJ, gate_up, down, GATE_FUNCTIONS[self.gate])
+        experts, biases = self.experts, None
+        if experts.gate_up.bias_EN is not None and experts.down.bias_EN is not None:
+            biases = experts.gate_up.bias_EN.double(), experts.down.bias_EN.double()
+        return sum_of_experts(
+            x_TC.double(), chosen_TJ, gates_TJ, gate_up, down, GATE_FUNCTIONS[self.gate], biases=biases,
+            swiglu=None if experts.swiglu is None else (experts.swiglu.alpha, experts.swiglu.limit),
+        )  # fmt: skip
 
 
 def in_float64(weight: ExpertWeight) -> torch.Tensor:
@@ -75,18 +82,22 @@ def make_layer(
     dtype: torch.dtype = torch.float32,
     quantization: str = "none",
     gate: str = "silu",
+    has_biases: bool = False,
+    swiglu: ClampedSwiglu | None = None,
     **router: Any,
 ) -> Layer:
     def matrices(rows: int, columns: int, seed: int) -> ExpertWeight:
         numbers = random(num_experts, rows, columns, device=device, seed=seed, dtype=dtype) * columns**-0.5
-        weight = ExpertWeight(matrix_ENK=numbers)
+        bias_EN = random(num_experts, rows, device=device, seed=10 + seed, dtype=dtype) if has_biases else None
+        weight = ExpertWeight(matrix_ENK=numbers, bias_EN=bias_EN)
         return weight if quantization == "none" else quantize_experts(weight, quantization)
 
     made = Router(
         weight_EC=random(num_experts, hidden, device=device, seed=1, dtype=dtype) * hidden**-0.5, top_k=top_k,
         **{"score": "softmax", "renormalizes": True} | router,
     )  # fmt: skip
-    experts = Experts(gate_up=matrices(2 * intermediate, hidden, 2), down=matrices(hidden, intermediate, 3))
+    gate_up, down = matrices(2 * intermediate, hidden, 2), matrices(hidden, intermediate, 3)
+    experts = Experts(gate_up=gate_up, down=down, swiglu=swiglu)
     return Layer(made, experts, make_scratch(max_rows, made, experts), gate)
 
 
@@ -125,6 +136,22 @@ def test_gates_of_every_kind(gate: str, num_tokens: int, device: torch.device) -
     layer = make_layer(device, num_experts=6, top_k=2, gate=gate)
     x = 3 * random(num_tokens, 48, device=device)
     assert_near(layer(x), layer.expected(x))
+
+
+CLAMPED = ClampedSwiglu(alpha=1.702, limit=0.9)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize(("has_biases", "swiglu"), [(True, None), (False, CLAMPED), (True, CLAMPED)], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_biases_of_experts_and_the_clamped_product(
+    num_tokens: int, has_biases: bool, swiglu: ClampedSwiglu | None, quantization: str, device: torch.device
+) -> None:
+    layer = make_layer(
+        device, num_experts=6, top_k=3, intermediate=75, has_biases=has_biases, swiglu=swiglu, quantization=quantization
+    )
+    x, residual = 2 * random(num_tokens, 48, device=device), random(num_tokens, 48, device=device, seed=7)
+    assert_near(layer(x, residual_TC=residual), layer.expected(x) + residual)
 
 
 ROUTERS: list[dict[str, Any]] = [
@@ -185,9 +212,11 @@ def test_equal_scores_go_to_the_lower_expert(num_tokens: int, device: torch.devi
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, MAX_NORMED_ROWS + 1])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_a_row_that_is_not_finite_stays_alone_in_that(score: str, num_tokens: int, device: torch.device) -> None:
-    layer = make_layer(device, num_experts=5, top_k=2, score=score)
+@pytest.mark.parametrize("options", [{"score": "softmax"}, {"score": "sigmoid"}, {"swiglu": CLAMPED}], ids=str)
+def test_a_row_that_is_not_finite_stays_alone_in_that(
+    options: dict[str, Any], num_tokens: int, device: torch.device
+) -> None:
+    layer = make_layer(device, num_experts=5, top_k=2, **options)
     x = random(num_tokens, 48, device=device)
     expected = layer.expected(x)
     x[num_tokens // 2, 3] = torch.nan
