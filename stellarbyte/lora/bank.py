@@ -178,6 +178,7 @@ class BankTables(NamedTuple):
     ranks_SLP: torch.Tensor
     a_offsets_SLP: torch.Tensor
     b_offsets_SLP: torch.Tensor
+    d_offsets_SLP: torch.Tensor  # -1: no DoRA
 
 
 class LoraBank:
@@ -211,13 +212,14 @@ class LoraBank:
         )
         shape = (num_slots + 1, config.num_hidden_layers, len(self.projections.names))
         self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        host_tables = map(torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP))
-        self.tables = self._host_tables = BankTables(*host_tables)
-        self.replaced: dict[int, Mapping[str, torch.Tensor]] = {}  # slot → as in `PackedAdapter`
         self.d_offsets_SLP = np.full(shape, -1, dtype=np.int64)  # -1: no DoRA
-        full = 1 + max_rank * sum(out + width for out, width in adaptable_modules(config).values())
-        if torch.device(device).type == "cpu":  # backends of other devices serve no DoRA
-            full += sum(out for out, _ in adaptable_modules(config).values())
+        host_tables = map(
+            torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP, self.d_offsets_SLP)
+        )
+        self.tables = self._host_tables = BankTables(*host_tables)
+        self.slots_with_factors: set[int] = set()  # of adapters with DoRA
+        self.replaced: dict[int, Mapping[str, torch.Tensor]] = {}  # slot → as in `PackedAdapter`
+        full = 1 + sum(max_rank * (out + width) + out for out, width in adaptable_modules(config).values())
         bytes_per_slot = -(-full * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         count = (num_slots + 1) * bytes_per_slot // dtype.itemsize
         self._memory: mmap.mmap | None = None
@@ -249,6 +251,7 @@ class LoraBank:
         starts = offsets(adapter.ranks_LP, adapter.has_factors_LP, self.projections)
         self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], d_LP, _ = starts
         self.d_offsets_SLP[slot] = np.where(adapter.has_factors_LP, d_LP, -1)
+        (self.slots_with_factors.add if adapter.has_factors_LP.any() else self.slots_with_factors.discard)(slot)
         if adapter.replaced:
             self.replaced[slot] = {name: matrix.clone() for name, matrix in adapter.replaced.items()}
         self.ranks_SLP[slot] = adapter.ranks_LP
@@ -261,6 +264,7 @@ class LoraBank:
         """Make a slot's adapter the null adapter; on a CPU its memory returns to the system."""
         assert 1 <= slot <= self.num_slots
         self.ranks_SLP[slot], self.d_offsets_SLP[slot] = 0, -1
+        self.slots_with_factors.discard(slot)
         self.replaced.pop(slot, None)
         if self._copies is not None:
             self.tables.ranks_SLP[slot].zero_()

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from stellarbyte.backends.gpu.adapters import Adapters
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer
-from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer
+from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer, part_of
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.lora.bank import LoraBank
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
@@ -87,6 +87,7 @@ class TritonModel:
         num_layers = range(config.num_hidden_layers)
         self.score_scales = [decoder.rotary.of_layer(i, config.context_length).score_scale for i in num_layers]
         self.alpha = deepnorm_alpha(config) if config.deepnorm else None
+        self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
         self._rotations: list[Rotations] = []
 
@@ -99,6 +100,16 @@ class TritonModel:
             dataclasses.replace(layer, window=window) for layer, window in zip(self.layers, config.windows, strict=True)
         ]
         return other
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps multiply by it; in
+        float32 if quantized. Any thread."""
+        if module == EMBEDDING:
+            return self.embedding_VC.detach()
+        if module == HEAD:
+            return dequantized(self.head_weight, torch.float32).detach()
+        layer, number = self._places[module]
+        return part_of(self.layers[layer], self.bank.projections, layer, number).detach()
 
     def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R, V] logits of the next token, in `out` if given."""
@@ -312,7 +323,7 @@ class TritonModel:
         projections = self.bank.projections.shared_inputs[source]
         adapters.begin(x_TK, layer, projections)
         out_TN = _apply(x_TK, weight)
-        return out_TN, adapters.end(out_TN, layer, projections)
+        return out_TN, adapters.end(out_TN, layer, projections, weight.bias_N)
 
 
 def _apply(x_TK: torch.Tensor, weight: Weight, out_TN: torch.Tensor | None = None) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Decoding(NamedTuple):
     rows: int  # one of `Steps.row_counts`
     segments: int  # of rows with adapters, a power of two or all rows; 0: no adapters
     truncates: bool  # any row has top_k, top_p or min_p
+    has_factors: bool = False  # any row's adapter has DoRA
 
 
 class Prefill(NamedTuple):
@@ -51,6 +52,7 @@ class Prefill(NamedTuple):
 
     shape: PromptShape
     truncates: bool
+    has_factors: bool = False  # as in `Decoding`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,16 +117,17 @@ class Steps:
 
     # Sequences that decode
 
-    def decode(self, num_rows: int, *, num_segments: int, truncates: bool) -> Computed:
+    def decode(self, num_rows: int, *, num_segments: int, truncates: bool, has_factors: bool = False) -> Computed:
         """Compute the next token of the memory's first `num_rows` rows.
 
         Args:
             num_segments: of rows with adapters, in the memory; 0: no adapters.
             truncates: any row has top_k, top_p or min_p.
+            has_factors: any row's adapter has DoRA.
         """
         count = next(count for count in self.row_counts if count >= num_rows)
         segments = min(1 << (num_segments - 1).bit_length(), count) if num_segments else 0
-        key = Decoding(count, segments, truncates)
+        key = Decoding(count, segments, truncates, has_factors)
         self._graphs.run(key, lambda: self._decode(*key))
         return Computed(
             logits_RV=self._logits_BV[:num_rows],
@@ -132,7 +135,7 @@ class Steps:
             slots_R=self.memory.rows_B[:num_rows],
         )
 
-    def _decode(self, count: int, segments: int, truncates: bool) -> None:
+    def _decode(self, count: int, segments: int, truncates: bool, has_factors: bool = False) -> None:
         memory, model = self.memory, self.model
         x_BC, positions_B = self._x_BC[:count], self._positions_B[:count]
         fields_BF, logits_BV, tokens_B = self._fields_BF[:count], self._logits_BV[:count], self._tokens_B[:count]
@@ -150,7 +153,7 @@ class Steps:
         hidden_BC = model.forward(
             x_BC,
             lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
-            self._adapters(lora, self._side_stream),
+            self._adapters(lora, self._side_stream, has_factors),
             self._expert_scratch,
         )
         model.head(hidden_BC, out=logits_BV)
@@ -178,28 +181,31 @@ class Steps:
         computed.tokens_R[index_R] = tokens_R.int()
         store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
 
-    def _adapters(self, rows: LoraRows | None, side_stream: SideStream | None) -> Adapters | None:
+    def _adapters(self, rows: LoraRows | None, side_stream: SideStream | None, has_factors: bool) -> Adapters | None:
         if rows is None:
             return None
         assert self._lora_scratch is not None
-        return Adapters(self.model.bank, rows, self._lora_scratch, side_stream)
+        return Adapters(self.model.bank, rows, self._lora_scratch, side_stream, has_factors=has_factors)
 
     # Prompts
 
-    def prefill(self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False) -> Computed:
+    def prefill(
+        self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False, has_factors: bool = False
+    ) -> Computed:
         """Compute prompt tokens; sample the next tokens of the rows that need them, and store these in their slots.
 
         Args:
             truncates: any row that samples has top_k, top_p or min_p.
             wants_hidden: include the hidden states in the result.
+            has_factors: any sequence's adapter has DoRA.
         """
         num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
         captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
-        key = Prefill(shape_of(prompts, padded=captured), truncates)
+        key = Prefill(shape_of(prompts, padded=captured), truncates, has_factors)
         inputs = key.shape.unpack(self._upload.copy(key.shape.pack(prompts), self._prompt_numbers))
 
         def program() -> tuple[torch.Tensor, torch.Tensor]:
-            return self._prefill(inputs, truncates)
+            return self._prefill(inputs, truncates, has_factors)
 
         hidden_TC, logits_RV = program() if not captured else self._graphs.run(key, program, will_recur=False)
         return Computed(
@@ -209,12 +215,14 @@ class Steps:
             hidden_TC=hidden_TC if wants_hidden else None,
         )
 
-    def _prefill(self, inputs: PromptTensors, truncates: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prefill(self, inputs: PromptTensors, truncates: bool, has_factors: bool) -> tuple[torch.Tensor, torch.Tensor]:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
         attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
         x_TC = model.embed(inputs.token_ids_T)
-        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None), self._expert_scratch)
+        hidden_TC = model.forward(
+            x_TC, attend, self._adapters(inputs.adapters, None, has_factors), self._expert_scratch
+        )
         num_samples = len(inputs.sample_rows_R)
         logits_RV = model.head(hidden_TC[inputs.sample_rows_R])
         if num_samples:
@@ -250,4 +258,4 @@ class Steps:
         if isinstance(key, Decoding):
             return lambda: self._decode(*key)
         inputs = key.shape.unpack(self._prompt_numbers)
-        return lambda: self._prefill(inputs, key.truncates)
+        return lambda: self._prefill(inputs, key.truncates, key.has_factors)

@@ -44,11 +44,17 @@ class AdapterStore:
     """
 
     def __init__(self, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
-        """`weight_of`: `ServedModel.weight`; None: the backend serves plain LoRA only."""
+        """`weight_of`: `weight` of the backend's model; None: plain LoRA only."""
         self._bank = bank
         self._weight_of = weight_of
+        self._accepts: frozenset[str] = frozenset()
+        if weight_of is not None:  # heads and embeddings of adapters would take memory that a GPU's cache has
+            self._accepts = frozenset(
+                {USE_DORA, MODULES_TO_SAVE} if bank.numbers_SF.device.type == "cpu" else {USE_DORA}
+            )
         matrix = bank.config.vocab_size, bank.config.hidden_size
-        self._replaceable = {} if weight_of is None else {f"{module}.weight": matrix for module in (HEAD, EMBEDDING)}
+        replaceable = (HEAD, EMBEDDING) if MODULES_TO_SAVE in self._accepts else ()
+        self._replaceable = {f"{module}.weight": matrix for module in replaceable}
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
@@ -135,7 +141,7 @@ class AdapterStore:
                 files.weights,
                 self._shapes,
                 max_rank=self._bank.max_rank,
-                accepts=frozenset() if self._weight_of is None else {USE_DORA, MODULES_TO_SAVE},
+                accepts=self._accepts,
                 copies=self._replaceable,
                 opener=opener,
             )

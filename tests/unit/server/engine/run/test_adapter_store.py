@@ -108,7 +108,24 @@ BACKENDS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=["torch", "cpu", "int8", "int4"])
+def on_triton(quantization: str) -> Any:
+    """The GPU backend, whose weights a machine without a GPU can pack, too."""
+
+    def make(*arguments: Any) -> Any:
+        pytest.importorskip("triton", reason="Triton is not installed")
+        from stellarbyte.backends.gpu.model import TritonModel
+
+        return TritonModel(*arguments, quantization=quantization)
+
+    return make
+
+
+ON_TRITON = [pytest.param(on_triton(name), id=f"triton {name}") for name in ("none", "int8", "fp8")]
+
+
+@pytest.mark.parametrize(
+    "backend", [*map(pytest.param, BACKENDS), *ON_TRITON], ids=["torch", "cpu", "int8", "int4", None, None, None]
+)
 def test_doras_factors_are_those_of_the_weights_as_they_are_served(tmp_path: Path, backend: Any) -> None:
     model = make_model(hidden_size=64, intermediate_size=128)
     write_adapter(tmp_path / "a", model, 1, rank=3, use_dora=True)
