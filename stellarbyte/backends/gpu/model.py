@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from stellarbyte.backends.gpu.adapters import Adapters
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer
 from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer, part_of
+from stellarbyte.backends.gpu.replaced import add_logits
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
@@ -21,7 +22,7 @@ from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
-from stellarbyte.ops.triton.lora import Addend
+from stellarbyte.ops.triton.lora import Addend, LoraRows
 from stellarbyte.ops.triton.moe.layer import make_scratch, moe
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
@@ -111,9 +112,15 @@ class TritonModel:
         layer, number = self._places[module]
         return part_of(self.layers[layer], self.bank.projections, layer, number).detach()
 
-    def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, V] logits of the next token, in `out` if given."""
-        logits_RV = _apply(hidden_RC.contiguous(), self.head_weight, out)
+    def head(
+        self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None, adapters: LoraRows | None = None
+    ) -> torch.Tensor:
+        """[R, V] logits of the next token, in `out` if given; `adapters` are those of the rows, None: none has a
+        head."""
+        hidden_RC = hidden_RC.contiguous()
+        logits_RV = _apply(hidden_RC, self.head_weight, out)
+        if adapters is not None:
+            add_logits(logits_RV, hidden_RC, adapters, self.bank)
         if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
             finish_logits(logits_RV, self.config.logits_multiplier, self.config.logits_softcap)
         return logits_RV

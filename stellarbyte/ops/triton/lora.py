@@ -67,6 +67,14 @@ def segments(slots_in_row_order: Sequence[int]) -> tuple[list[int], list[int], l
     return starts, counts, slots
 
 
+def rows_of_one(num_rows: int, slot: int, scale: float, device: torch.device) -> LoraRows:
+    """Of rows that all use one slot."""
+    starts = torch.arange(0, num_rows, PROMPT_SEGMENT_ROWS, dtype=torch.int32, device=device)
+    counts = (num_rows - starts).clamp(max=PROMPT_SEGMENT_ROWS)
+    scales = torch.full((num_rows,), scale, dtype=torch.float32, device=device)
+    return LoraRows(starts, counts, torch.full_like(starts, slot), scales, PROMPT_SEGMENT_ROWS)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraScratch:
     """A x from `shrink` for `expand`: sums over parts of K, by row, with adjacent projections."""

@@ -39,8 +39,8 @@ class SlotExecutor:
         self._rows: list[ResidentSlot] = []  # decoding rows, in the order of the plan
         self._order: list[int] = []  # row of the batch → index in `_rows`
         self._num_segments = 0  # of rows with adapters
-        self._truncates = self._needs_host = self._has_factors = False  # of any row
-        self._factored = steps.model.bank.slots_with_factors
+        self._truncates = self._needs_host = self._beyond_plain = False  # of any row
+        self._slots_beyond_plain = steps.model.bank.slots_beyond_plain
         self._indices: list[int] = []
         self._values: list[int] = []
         self._pinned = [_pinned(2 * max_rows) for _ in range(self.num_steps_ahead + 1)]
@@ -96,7 +96,10 @@ class SlotExecutor:
         self._pinned.append(self._pinned.pop(0))
         if decoding:
             computed = self._steps.decode(
-                len(decoding), num_segments=self._num_segments, truncates=self._truncates, has_factors=self._has_factors
+                len(decoding),
+                num_segments=self._num_segments,
+                truncates=self._truncates,
+                beyond_plain=self._beyond_plain,
             )
             step.add_part(computed, [decoding[i] for i in self._order], self._order, self._needs_host)
         if prompt_slots:  # after decoding: graphs share memory, including this one's logits
@@ -104,7 +107,7 @@ class SlotExecutor:
             wants_hidden = any([slot.wants_hidden for slot in prompt_slots])
             computed = self._steps.prefill(
                 prompts, truncates=any([prompt_slots[i].truncates for i in sampling]), wants_hidden=wants_hidden,
-                has_factors=any([slot.begin.adapter_slot in self._factored for slot in prompt_slots]),
+                beyond_plain=any([slot.begin.adapter_slot in self._slots_beyond_plain for slot in prompt_slots]),
             )  # fmt: skip
             sampled = [prompt_slots[i] for i in sampling]
             needs_host = any([slot.needs_host for slot in sampled])
@@ -163,7 +166,7 @@ class SlotExecutor:
         self._truncates = any([slot.truncates for slot in decoding])
         self._needs_host = any([slot.needs_host for slot in decoding])
         bank_slots = [slot.begin.adapter_slot for slot in decoding]
-        self._has_factors = not self._factored.isdisjoint(bank_slots)
+        self._beyond_plain = not self._slots_beyond_plain.isdisjoint(bank_slots)
         # Long sequences first, so that the last programs are short.
         order = sorted(range(len(decoding)), key=lambda i: (bank_slots[i], -starts[i]))
         self._order, self._num_segments = order, 0

@@ -125,10 +125,10 @@ def test_dora_scales_the_product_without_its_bias_in_rows_that_have_it(has_bias:
 def test_a_slot_that_had_dora_has_none_when_it_is_filled_again(device: torch.device) -> None:
     config = make_config(num_hidden_layers=1)
     bank = make_bank(config, device, dora=(1.0, 1.0, 0.0))
-    assert bank.slots_with_factors == {1, 2}
+    assert bank.slots_beyond_plain == {1, 2}
     bank.fill(1, packed(config, seed=9))
     bank.clear(2)
-    assert not bank.slots_with_factors
+    assert not bank.slots_beyond_plain
     group = bank.projections.shared_inputs[ATTENTION_INPUT]
     rows, scratch = lora_rows(MIXED, device), LoraScratch.make(len(MIXED), MAX_RANK, device)
     found, expected = add(bank, MIXED, rows, scratch, 0, group, has_factors=True)

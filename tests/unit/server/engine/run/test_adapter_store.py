@@ -152,7 +152,9 @@ def test_doras_factors_are_those_of_the_weights_as_they_are_served(tmp_path: Pat
         torch.testing.assert_close(bank.a(1, layer, slice(number, number + 1)).double(), a)
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=["torch", "cpu", "int8", "int4"])
+@pytest.mark.parametrize(
+    "backend", [*map(pytest.param, BACKENDS), *ON_TRITON], ids=["torch", "cpu", "int8", "int4", None, None, None]
+)
 def test_a_head_and_an_embedding_are_kept_as_what_they_differ_from_the_served(tmp_path: Path, backend: Any) -> None:
     model = make_model(hidden_size=64, intermediate_size=128)
     write_adapter(tmp_path / "a", model, 1, modules_to_save=("lm_head", "embed_tokens"))
@@ -303,6 +305,21 @@ def test_a_copy_that_fails_is_heard_of(
     else:
         done = wait(store)
         assert isinstance(done, FillDone) and "could not be copied to the device" in done.error
+
+
+def test_a_device_without_room_for_a_head_is_named(version: AdapterVersion, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = LoraBank(make_model().config, 1, 8)
+    store = AdapterStore(bank)
+    store.read(version)
+    wait(store)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bank, "fill", fail)
+    store.fill(version, 1)
+    done = wait(store)
+    assert isinstance(done, FillDone) and "no room for the head or the embedding of the adapter 'a'" in done.error
 
 
 def test_an_adapter_that_cannot_be_read_for_no_reason_of_its_own_is_the_servers_fault(
