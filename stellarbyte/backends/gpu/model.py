@@ -103,12 +103,16 @@ class TritonModel:
         return other
 
     def weight(self, module: str) -> torch.Tensor:
-        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps multiply by it; in
-        float32 if quantized. Any thread."""
+        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps multiply by it;
+        if quantized in float32, the head then on the CPU. Any thread."""
         if module == EMBEDDING:
             return self.embedding_VC.detach()
         if module == HEAD:
-            return dequantized(self.head_weight, torch.float32).detach()
+            head = self.head_weight
+            if head.scales_N is None:
+                return head.matrix_NK.detach()
+            # On the CPU: in float32 it takes gigabytes.
+            return dequantized(Weight(matrix_NK=head.matrix_NK.cpu(), scales_N=head.scales_N.cpu()), torch.float32)
         layer, number = self._places[module]
         return part_of(self.layers[layer], self.bank.projections, layer, number).detach()
 
