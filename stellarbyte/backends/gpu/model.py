@@ -23,7 +23,7 @@ from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
 from stellarbyte.ops.triton.lora import Addend, LoraRows
-from stellarbyte.ops.triton.moe.layer import make_scratch, moe
+from stellarbyte.ops.triton.moe.layer import has_terms, make_scratch, moe, terms
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
@@ -40,10 +40,11 @@ Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, pa
 class Branch(NamedTuple):
     """The output of attention or MLP, not yet scaled and added to the residual stream."""
 
-    out_TC: torch.Tensor
+    out_TC: torch.Tensor  # or [T · J, C], the terms of its rows' sums
     addend: Addend | None  # part of the output; valid until the next product
     norm_C: torch.Tensor | None  # RMSNorm of the output, before the scale
     scale_C: torch.Tensor | None
+    counts_E: torch.Tensor | None = None  # to be set to 0 when the branch is read
 
 
 class TritonModel:
@@ -285,8 +286,12 @@ class TritonModel:
         layer = self.layers[i]
         if layer.experts is not None:
             assert expert_scratch is not None
-            out_TC = self._experts(x_TC, layer.experts, expert_scratch)
-            return Branch(out_TC, None, layer.mlp_output_norm_C, layer.mlp_scale_C)
+            norm_C, scale_C = layer.mlp_output_norm_C, layer.mlp_scale_C
+            if layer.experts.shared is None and has_terms(x_TC, expert_scratch):
+                router, experts = layer.experts.router, layer.experts.experts
+                out_PC = terms(x_TC, router, experts, expert_scratch, gate=self.gate)
+                return Branch(out_PC, None, norm_C, scale_C, expert_scratch.counts)
+            return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, norm_C, scale_C)
         assert layer.gate_up is not None and layer.down is not None
         gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
         inner_TI = apply_gate(gate_up_TI, self.gate, addend)
@@ -318,11 +323,14 @@ class TritonModel:
         """
         norm_C, eps = next_norm_C if alpha is None else own_norm_C, self.config.rms_norm_eps
         if norm_C is None:
-            add_branch(x_TC, branch.out_TC, branch.scale_C, None, branch.addend, branch_norm_C=branch.norm_C, eps=eps)
+            add_branch(
+                x_TC, branch.out_TC, branch.scale_C, None, branch.addend, branch_norm_C=branch.norm_C, eps=eps,
+                counts_E=branch.counts_E,
+            )  # fmt: skip
             return x_TC
         return add_norm(
             x_TC, branch.out_TC, norm_C, eps, branch_scale_C=branch.scale_C, branch_norm_C=branch.norm_C, alpha=alpha,
-            addend=branch.addend,
+            addend=branch.addend, counts_E=branch.counts_E,
         )  # fmt: skip
 
     def _project(
