@@ -34,13 +34,10 @@ class ServedModel(ABC):
     def head(self, hidden_RC: torch.Tensor, adapters: RowAdapters = ()) -> torch.Tensor:
         """[R, V] logits of the next token; `adapters` are those of the rows, (): none replaces the head."""
 
+    @abstractmethod
     def weight(self, module: str) -> torch.Tensor:
-        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps read it. Any thread.
-
-        Raises:
-            NotImplementedError: the backend serves only plain LoRA.
-        """
-        raise NotImplementedError(f"only plain LoRA is served, also in {module}")
+        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps read it. Any
+        thread."""
 
     @abstractmethod
     def with_windows_of(self, config: ByteModelConfig) -> Self:

@@ -31,7 +31,7 @@ Integers = npt.NDArray[np.int64]
 Booleans = npt.NDArray[np.bool_]
 Shape = tuple[int, int]  # (out, in)
 _NO_SHAPE = (0, 0)
-HEAD, EMBEDDING = "lm_head", "model.embed_tokens"  # what adapters may replace (modules_to_save), on a CPU
+REPLACEABLE = HEAD, EMBEDDING = "lm_head", "model.embed_tokens"  # what adapters may replace (modules_to_save)
 NOTHING: Mapping[str, torch.Tensor] = MappingProxyType({})
 
 
@@ -178,6 +178,8 @@ class BankTables(NamedTuple):
     ranks_SLP: torch.Tensor
     a_offsets_SLP: torch.Tensor
     b_offsets_SLP: torch.Tensor
+    d_offsets_SLP: torch.Tensor  # -1: no DoRA
+    replaced_offsets_S2: torch.Tensor  # from the bank's first number to what is replaced; 0: nothing
 
 
 class LoraBank:
@@ -211,13 +213,13 @@ class LoraBank:
         )
         shape = (num_slots + 1, config.num_hidden_layers, len(self.projections.names))
         self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        host_tables = map(torch.from_numpy, (self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP))
-        self.tables = self._host_tables = BankTables(*host_tables)
-        self.replaced: dict[int, Mapping[str, torch.Tensor]] = {}  # slot → as in `PackedAdapter`
         self.d_offsets_SLP = np.full(shape, -1, dtype=np.int64)  # -1: no DoRA
-        full = 1 + max_rank * sum(out + width for out, width in adaptable_modules(config).values())
-        if torch.device(device).type == "cpu":  # backends of other devices serve no DoRA
-            full += sum(out for out, _ in adaptable_modules(config).values())
+        self._replaced_offsets_S2: Integers = np.zeros((num_slots + 1, len(REPLACEABLE)), dtype=np.int64)
+        host_tables = self.ranks_SLP, self.a_offsets_SLP, self.b_offsets_SLP, self.d_offsets_SLP
+        self.tables = self._host_tables = BankTables(*map(torch.from_numpy, (*host_tables, self._replaced_offsets_S2)))
+        self.slots_beyond_plain: set[int] = set()  # of adapters with DoRA, a head or an embedding
+        self.replaced: dict[int, Mapping[str, torch.Tensor]] = {}  # slot → as in `PackedAdapter`, on the bank's device
+        full = 1 + sum(max_rank * (out + width) + out for out, width in adaptable_modules(config).values())
         bytes_per_slot = -(-full * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         count = (num_slots + 1) * bytes_per_slot // dtype.itemsize
         self._memory: mmap.mmap | None = None
@@ -241,29 +243,58 @@ class LoraBank:
 
         Args:
             fence: a CUDA device writes the slot only after it; None: after the work now in this thread's stream.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room for the adapter's head or embedding.
         """
         assert 1 <= slot <= self.num_slots
+        after = self.fence() if fence is None else fence
         if self._copies is None:
             self.clear(slot)
+        elif after is not None and slot in self.replaced:
+            after.synchronize()  # what the steps before it read goes back to the allocator
+        replaced = self._make_replaced(slot, adapter)
+        if self._copies is None:
             self.numbers_SF[slot, : len(adapter.numbers)].copy_(adapter.numbers)
         starts = offsets(adapter.ranks_LP, adapter.has_factors_LP, self.projections)
         self.a_offsets_SLP[slot], self.b_offsets_SLP[slot], d_LP, _ = starts
         self.d_offsets_SLP[slot] = np.where(adapter.has_factors_LP, d_LP, -1)
-        if adapter.replaced:
-            self.replaced[slot] = {name: matrix.clone() for name, matrix in adapter.replaced.items()}
+        is_plain = not (adapter.replaced or adapter.has_factors_LP.any())
+        (self.slots_beyond_plain.discard if is_plain else self.slots_beyond_plain.add)(slot)
         self.ranks_SLP[slot] = adapter.ranks_LP
-        if self._copies is not None:
+        if self._copies is None:
+            for source, target in replaced:
+                target.copy_(source)
+        else:
             numbers = (adapter.numbers, self.numbers_SF[slot, : len(adapter.numbers)])
             tables = [(host[slot], there[slot]) for host, there in zip(self._host_tables, self.tables, strict=True)]
-            self._copies.run([numbers, *tables], after=self.fence() if fence is None else fence)
+            self._copies.run([numbers, *replaced, *tables], after=after)
+
+    def _make_replaced(self, slot: int, adapter: PackedAdapter) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Memory on the device for what an adapter replaces; the matrices to copy there."""
+        self._replaced_offsets_S2[slot] = 0
+        self.replaced.pop(slot, None)
+        device, first = self.numbers_SF.device, self.numbers_SF.data_ptr()
+        made = {name: torch.empty_like(matrix, device=device) for name, matrix in adapter.replaced.items()}
+        for name, matrix in made.items():
+            offset = (matrix.data_ptr() - first) // self.dtype.itemsize
+            self._replaced_offsets_S2[slot, REPLACEABLE.index(name)] = offset
+        if made:
+            self.replaced[slot] = made
+        return [(adapter.replaced[name], matrix) for name, matrix in made.items()]
 
     def clear(self, slot: int) -> None:
         """Make a slot's adapter the null adapter; on a CPU its memory returns to the system."""
         assert 1 <= slot <= self.num_slots
         self.ranks_SLP[slot], self.d_offsets_SLP[slot] = 0, -1
-        self.replaced.pop(slot, None)
+        self.slots_beyond_plain.discard(slot)
+        self._replaced_offsets_S2[slot] = 0
+        for matrix in self.replaced.pop(slot, {}).values():
+            if matrix.is_cuda:  # steps that are still running may read it
+                matrix.record_stream(torch.cuda.current_stream(matrix.device))
         if self._copies is not None:
             self.tables.ranks_SLP[slot].zero_()
+            self.tables.replaced_offsets_S2[slot].zero_()
         if self._memory is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, slot * self._bytes_per_slot, self._bytes_per_slot)
 

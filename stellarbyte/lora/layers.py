@@ -6,6 +6,7 @@ modules_to_save).
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from itertools import chain
 from typing import NamedTuple
@@ -33,7 +34,7 @@ class LowRank(NamedTuple):
     magnitude: torch.Tensor | None = None  # [out], with DoRA
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(nn.Module, ABC):
     """A layer (`base_layer`) with adapters. `active` names those in use, in the order of addition.
 
     While merged, the forward is the base layer's alone; unmerge before any change of adapters.
@@ -52,13 +53,13 @@ class AdapterLayer(nn.Module):
     def merged(self) -> bool:
         return bool(self._unmerged)
 
+    @abstractmethod
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged_parameters(self) -> dict[str, nn.Parameter]:
         """The base layer's parameters that the active adapters change, as changed."""
-        raise NotImplementedError
 
     def why_not_merged(self) -> str | None:
         """Why the active adapters cannot be merged, as the rest of a sentence about the layer; None: they can."""
@@ -71,8 +72,9 @@ class AdapterLayer(nn.Module):
         del self.configs[name]
         self.active = tuple(other for other in self.active if other != name)
 
+    @abstractmethod
     def _remove(self, name: str) -> None:
-        raise NotImplementedError
+        """Drop what `parameters_of` returns, and all else that belongs to the adapter."""
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -155,10 +157,11 @@ class LoRALayer(AdapterLayer):
             self.frozen |= {(name, key) for key in self.parameters_of(name)}
         self.train(self.training)
 
+    @abstractmethod
     def _new_matrices(
         self, rank: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
-        raise NotImplementedError
+        """Modules that multiply by A and by B, with weights of any values."""
 
     def _remove(self, name: str) -> None:
         for by_name in (self.lora_A, self.lora_B, self.lora_dropout, self.scales):

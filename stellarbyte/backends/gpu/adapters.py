@@ -1,8 +1,8 @@
 """Adapters of a step's products: shrink each shared input once, then expand.
 
 In steps of few rows, two more small kernels for each product would cost noticeable time. There both run concurrently
-with the product, on their own stream, and the kernel that reads the product adds their result. Steps of many rows
-expand into the product in place.
+with the product, on their own stream, and the kernel that reads the product adds their result. Steps of many rows, and
+those with DoRA, which needs the product, expand into it in place.
 """
 
 import torch
@@ -29,12 +29,20 @@ class Adapters:
     """The adapters of one step's rows."""
 
     def __init__(
-        self, bank: LoraBank, rows: LoraRows, scratch: LoraScratch, side_stream: SideStream | None = None
+        self,
+        bank: LoraBank,
+        rows: LoraRows,
+        scratch: LoraScratch,
+        side_stream: SideStream | None = None,
+        *,
+        has_factors: bool = False,
     ) -> None:
+        """`has_factors`: any of them may have DoRA."""
         self._bank = bank
         self._rows = rows
         self._scratch = scratch
-        self._side_stream = side_stream
+        self._side_stream = None if has_factors else side_stream
+        self._has_factors = has_factors
 
     def begin(self, x_TK: torch.Tensor, layer: int, projections: slice) -> None:
         """Call before the product of projections that share the input x: starts the part that does not need the
@@ -50,10 +58,16 @@ class Adapters:
             delta_TN = self._delta(len(x_TK), layer, projections)
             expand(self._scratch, delta_TN, self._rows, self._bank, layer, projections, adds=False)
 
-    def end(self, out_TN: torch.Tensor, layer: int, projections: slice) -> Addend | None:
-        """Call after the product: the addend for its reader, valid until the next `begin`; None if already added."""
+    def end(
+        self, out_TN: torch.Tensor, layer: int, projections: slice, bias_N: torch.Tensor | None = None
+    ) -> Addend | None:
+        """Call after the product, which includes the bias: the addend for its reader, valid until the next `begin`;
+        None if already added."""
         if self._side_stream is None:
-            expand(self._scratch, out_TN, self._rows, self._bank, layer, projections)
+            expand(
+                self._scratch, out_TN, self._rows, self._bank, layer, projections,
+                has_factors=self._has_factors, bias_N=bias_N if self._has_factors else None,
+            )  # fmt: skip
             return None
         if self._side_stream.stream is not None:
             torch.cuda.current_stream().wait_stream(self._side_stream.stream)

@@ -8,6 +8,7 @@ import torch
 
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer, expert_parts, pack_experts
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.lora.bank import Projections
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.norm import ByteRMSNorm
 from stellarbyte.model.parts import (
@@ -21,7 +22,7 @@ from stellarbyte.model.parts import (
     module_path,
 )
 from stellarbyte.model.residual import LayerScale
-from stellarbyte.ops.triton.weights import Weight, quantize
+from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
 
 # N outputs, K inputs, C hidden size, D head dim
 
@@ -116,6 +117,19 @@ def pack_layer(
             pool=None if pool is None else pool.experts,
         )  # fmt: skip
     return Layer(**fields, window=config.windows[layer])
+
+
+def part_of(weights: Layer, projections: Projections, layer: int, number: int) -> torch.Tensor:
+    """The matrix [out, in] of one projection of a layer; of quantized weights in float32."""
+    name, group = next(
+        (name, group) for name, group in projections.shared_inputs.items() if group.start <= number < group.stop
+    )
+    packed: Weight = getattr(weights, _INPUTS[name])
+    heights = [out for out, _ in projections.shapes[layer][group]]
+    first = sum(heights[: number - group.start])
+    rows = slice(first, first + heights[number - group.start])
+    scales_N = None if packed.scales_N is None else packed.scales_N[rows]
+    return dequantized(Weight(matrix_NK=packed.matrix_NK[rows], scales_N=scales_N), torch.float32)
 
 
 def _bias(linear: torch.nn.Linear) -> torch.Tensor:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 
 from stellarbyte.backends.gpu.adapters import Adapters
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer
-from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer
+from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer, part_of
+from stellarbyte.backends.gpu.replaced import add_logits
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.lora.bank import LoraBank
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
@@ -21,8 +22,8 @@ from stellarbyte.ops.triton.attention import prefill_attention, write_kv
 from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
 from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
-from stellarbyte.ops.triton.lora import Addend
-from stellarbyte.ops.triton.moe.layer import make_scratch, moe
+from stellarbyte.ops.triton.lora import Addend, LoraRows
+from stellarbyte.ops.triton.moe.layer import has_terms, make_scratch, moe, terms
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
@@ -39,10 +40,11 @@ Attend = Callable[[int, torch.Tensor, Addend | None], torch.Tensor]  # layer, pa
 class Branch(NamedTuple):
     """The output of attention or MLP, not yet scaled and added to the residual stream."""
 
-    out_TC: torch.Tensor
+    out_TC: torch.Tensor  # or [T · J, C], the terms of its rows' sums
     addend: Addend | None  # part of the output; valid until the next product
     norm_C: torch.Tensor | None  # RMSNorm of the output, before the scale
     scale_C: torch.Tensor | None
+    counts_E: torch.Tensor | None = None  # to be set to 0 when the branch is read
 
 
 class TritonModel:
@@ -87,6 +89,7 @@ class TritonModel:
         num_layers = range(config.num_hidden_layers)
         self.score_scales = [decoder.rotary.of_layer(i, config.context_length).score_scale for i in num_layers]
         self.alpha = deepnorm_alpha(config) if config.deepnorm else None
+        self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
         self._rotations: list[Rotations] = []
 
@@ -100,9 +103,29 @@ class TritonModel:
         ]
         return other
 
-    def head(self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """[R, V] logits of the next token, in `out` if given."""
-        logits_RV = _apply(hidden_RC.contiguous(), self.head_weight, out)
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight of an adaptable module [out, in], the head or the embedding [V, C], as steps multiply by it;
+        if quantized in float32, the head then on the CPU. Any thread."""
+        if module == EMBEDDING:
+            return self.embedding_VC.detach()
+        if module == HEAD:
+            head = self.head_weight
+            if head.scales_N is None:
+                return head.matrix_NK.detach()
+            # On the CPU: in float32 it takes gigabytes.
+            return dequantized(Weight(matrix_NK=head.matrix_NK.cpu(), scales_N=head.scales_N.cpu()), torch.float32)
+        layer, number = self._places[module]
+        return part_of(self.layers[layer], self.bank.projections, layer, number).detach()
+
+    def head(
+        self, hidden_RC: torch.Tensor, out: torch.Tensor | None = None, adapters: LoraRows | None = None
+    ) -> torch.Tensor:
+        """[R, V] logits of the next token, in `out` if given; `adapters` are those of the rows, None: none has a
+        head."""
+        hidden_RC = hidden_RC.contiguous()
+        logits_RV = _apply(hidden_RC, self.head_weight, out)
+        if adapters is not None:
+            add_logits(logits_RV, hidden_RC, adapters, self.bank)
         if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
             finish_logits(logits_RV, self.config.logits_multiplier, self.config.logits_softcap)
         return logits_RV
@@ -264,8 +287,12 @@ class TritonModel:
         layer = self.layers[i]
         if layer.experts is not None:
             assert expert_scratch is not None
-            out_TC = self._experts(x_TC, layer.experts, expert_scratch)
-            return Branch(out_TC, None, layer.mlp_output_norm_C, layer.mlp_scale_C)
+            norm_C, scale_C = layer.mlp_output_norm_C, layer.mlp_scale_C
+            if layer.experts.shared is None and has_terms(x_TC, expert_scratch):
+                router, experts = layer.experts.router, layer.experts.experts
+                out_PC = terms(x_TC, router, experts, expert_scratch, gate=self.gate)
+                return Branch(out_PC, None, norm_C, scale_C, expert_scratch.counts)
+            return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, norm_C, scale_C)
         assert layer.gate_up is not None and layer.down is not None
         gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
         inner_TI = apply_gate(gate_up_TI, self.gate, addend)
@@ -297,11 +324,14 @@ class TritonModel:
         """
         norm_C, eps = next_norm_C if alpha is None else own_norm_C, self.config.rms_norm_eps
         if norm_C is None:
-            add_branch(x_TC, branch.out_TC, branch.scale_C, None, branch.addend, branch_norm_C=branch.norm_C, eps=eps)
+            add_branch(
+                x_TC, branch.out_TC, branch.scale_C, None, branch.addend, branch_norm_C=branch.norm_C, eps=eps,
+                counts_E=branch.counts_E,
+            )  # fmt: skip
             return x_TC
         return add_norm(
             x_TC, branch.out_TC, norm_C, eps, branch_scale_C=branch.scale_C, branch_norm_C=branch.norm_C, alpha=alpha,
-            addend=branch.addend,
+            addend=branch.addend, counts_E=branch.counts_E,
         )  # fmt: skip
 
     def _project(
@@ -313,7 +343,7 @@ class TritonModel:
         projections = self.bank.projections.shared_inputs[source]
         adapters.begin(x_TK, layer, projections)
         out_TN = _apply(x_TK, weight)
-        return out_TN, adapters.end(out_TN, layer, projections)
+        return out_TN, adapters.end(out_TN, layer, projections, weight.bias_N)
 
 
 def _apply(x_TK: torch.Tensor, weight: Weight, out_TN: torch.Tensor | None = None) -> torch.Tensor:

@@ -40,6 +40,10 @@ def usual_programs(steps: Steps) -> Iterator[Decoding | Prefill]:
             yield Prefill(shape, truncates=False)
     for rows in steps.row_counts:
         yield Decoding(rows, 0, truncates=True)
+    if steps.model.bank.num_slots:  # for their few kernels; most steps of adapters are of plain ones
+        for rows in sorted({1, steps.row_counts[-1]}):
+            yield Decoding(rows, 1, truncates=False, beyond_plain=True)
+        yield Prefill(next(usual_shapes(steps.max_tokens, with_adapters=True)), truncates=False, beyond_plain=True)
 
 
 def _segment_counts(rows: int) -> list[int]:

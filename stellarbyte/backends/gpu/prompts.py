@@ -38,6 +38,7 @@ class Prompts:
     segment_counts: list[int] = field(default_factory=list)
     segment_slots: list[int] = field(default_factory=list)  # in the bank
     scales: list[float] = field(default_factory=list)  # of every token
+    sample_bank_slots: list[int] = field(default_factory=list)
 
     def add(
         self, token_ids: list[int], first_position: int, slot: int, *, samples: bool, bank_slot: int, scale: float
@@ -63,6 +64,7 @@ class Prompts:
         if samples:
             self.sample_rows.append(start + count - 1)
             self.sample_slots.append(slot)
+            self.sample_bank_slots.append(bank_slot)
 
 
 class PromptTensors(NamedTuple):
@@ -76,6 +78,15 @@ class PromptTensors(NamedTuple):
     sample_rows_R: torch.Tensor
     sample_slots_R: torch.Tensor
     adapters: LoraRows | None
+    sample_bank_slots_R: torch.Tensor | None  # None without adapters
+
+    def sample_adapters(self) -> LoraRows:
+        """The adapters of the rows that sample; each row is a segment."""
+        assert self.adapters is not None and self.sample_bank_slots_R is not None
+        slots_R = self.sample_bank_slots_R
+        starts_R = torch.arange(len(slots_R), dtype=torch.int32, device=slots_R.device)
+        scales_R = self.adapters.scales_T[self.sample_rows_R]
+        return LoraRows(starts_R, torch.ones_like(starts_R), slots_R, scales_R)
 
 
 class PromptShape(NamedTuple):
@@ -104,6 +115,7 @@ class PromptShape(NamedTuple):
                 (prompts.segment_slots, self.segments),
             ]
             parts.append((np.array(prompts.scales, np.float32).view(np.int32), self.tokens))
+            parts.append((prompts.sample_bank_slots, self.samples))
         packed = np.zeros(sum(_aligned(size) for _, size in parts), np.int32)
         start = 0
         for values, size in parts:
@@ -115,15 +127,17 @@ class PromptShape(NamedTuple):
         """Views of the array's parts."""
         sizes = [self.tokens] * 3 + [self.tiles] * 2 + [self.samples] * 2
         if self.segments:
-            sizes += [self.segments] * 3 + [self.tokens]
+            sizes += [self.segments] * 3 + [self.tokens, self.samples]
         aligned = [_aligned(size) for size in sizes]
         parts = [part[:size] for part, size in zip(packed[: sum(aligned)].split(aligned), sizes, strict=True)]
         tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, *lora = parts
-        adapters = None
+        adapters = sample_bank_slots = None
         if self.segments:
-            starts, counts, bank_slots, scales = lora
+            starts, counts, bank_slots, scales, sample_bank_slots = lora
             adapters = LoraRows(starts, counts, bank_slots, scales.view(torch.float32), PROMPT_SEGMENT_ROWS)
-        return PromptTensors(tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, adapters)
+        return PromptTensors(
+            tokens, positions, slots, tile_starts, tile_counts, sample_rows, sample_slots, adapters, sample_bank_slots
+        )
 
 
 def shape_of(prompts: Prompts, *, padded: bool) -> PromptShape:

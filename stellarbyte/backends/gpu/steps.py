@@ -17,9 +17,11 @@ from stellarbyte.backends.gpu.prompts import (
     PromptTensors,
     shape_of,
 )
+from stellarbyte.backends.gpu.replaced import add_embeddings
 from stellarbyte.backends.gpu.slots import (
     NUM_FIELDS,
     POSITION,
+    TOKEN,
     SlotMemory,
     Upload,
     begin_decode,
@@ -44,6 +46,7 @@ class Decoding(NamedTuple):
     rows: int  # one of `Steps.row_counts`
     segments: int  # of rows with adapters, a power of two or all rows; 0: no adapters
     truncates: bool  # any row has top_k, top_p or min_p
+    beyond_plain: bool = False  # any row's adapter has DoRA, a head or an embedding
 
 
 class Prefill(NamedTuple):
@@ -51,6 +54,7 @@ class Prefill(NamedTuple):
 
     shape: PromptShape
     truncates: bool
+    beyond_plain: bool = False  # as in `Decoding`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,7 @@ class Steps:
         most_parts = (
             max_tokens // PROMPT_SEGMENT_ROWS + max_tokens + 128
         )  # tiles or segments of sequences of any lengths
-        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 2 * max_samples + 5 * most_parts + 64
+        most_numbers = 4 * max(max_tokens, MAX_PADDED_TOKENS) + 3 * max_samples + 5 * most_parts + 64
         self._prompt_numbers = torch.zeros(most_numbers, dtype=torch.int32, device=device)
         self._num_multiprocessors = num_multiprocessors_of(device)
         self._attention_scratch = DecodeScratch.make(max_rows, model.heads, self._num_multiprocessors, device)
@@ -115,16 +119,17 @@ class Steps:
 
     # Sequences that decode
 
-    def decode(self, num_rows: int, *, num_segments: int, truncates: bool) -> Computed:
+    def decode(self, num_rows: int, *, num_segments: int, truncates: bool, beyond_plain: bool = False) -> Computed:
         """Compute the next token of the memory's first `num_rows` rows.
 
         Args:
             num_segments: of rows with adapters, in the memory; 0: no adapters.
             truncates: any row has top_k, top_p or min_p.
+            beyond_plain: any row's adapter has DoRA, a head or an embedding.
         """
         count = next(count for count in self.row_counts if count >= num_rows)
         segments = min(1 << (num_segments - 1).bit_length(), count) if num_segments else 0
-        key = Decoding(count, segments, truncates)
+        key = Decoding(count, segments, truncates, beyond_plain)
         self._graphs.run(key, lambda: self._decode(*key))
         return Computed(
             logits_RV=self._logits_BV[:num_rows],
@@ -132,7 +137,7 @@ class Steps:
             slots_R=self.memory.rows_B[:num_rows],
         )
 
-    def _decode(self, count: int, segments: int, truncates: bool) -> None:
+    def _decode(self, count: int, segments: int, truncates: bool, beyond_plain: bool = False) -> None:
         memory, model = self.memory, self.model
         x_BC, positions_B = self._x_BC[:count], self._positions_B[:count]
         fields_BF, logits_BV, tokens_B = self._fields_BF[:count], self._logits_BV[:count], self._tokens_B[:count]
@@ -146,14 +151,16 @@ class Steps:
                 memory.segment_slots_B[:segments],
                 memory.scales_B[:count],
             )
+            if beyond_plain:
+                add_embeddings(x_BC, fields_BF[:, TOKEN], lora, model.bank, model.embedding_multiplier)
         num_splits = num_splits_for(count, model.heads.num_kv_heads, self._num_multiprocessors)
         hidden_BC = model.forward(
             x_BC,
             lambda layer, qkv_BN, addend: self._attend(layer, qkv_BN, addend, rows, num_splits),
-            self._adapters(lora, self._side_stream),
+            self._adapters(lora, self._side_stream, beyond_plain),
             self._expert_scratch,
         )
-        model.head(hidden_BC, out=logits_BV)
+        model.head(hidden_BC, out=logits_BV, adapters=lora if beyond_plain else None)
         sample(logits_BV, sampling_rows(fields_BF), tokens_B, self._sampler_scratch, truncates=truncates)
         store_tokens(memory, memory.rows_B[:count], tokens_B)
 
@@ -178,28 +185,31 @@ class Steps:
         computed.tokens_R[index_R] = tokens_R.int()
         store_tokens(self.memory, computed.slots_R[index_R], tokens_R.int())
 
-    def _adapters(self, rows: LoraRows | None, side_stream: SideStream | None) -> Adapters | None:
+    def _adapters(self, rows: LoraRows | None, side_stream: SideStream | None, beyond_plain: bool) -> Adapters | None:
         if rows is None:
             return None
         assert self._lora_scratch is not None
-        return Adapters(self.model.bank, rows, self._lora_scratch, side_stream)
+        return Adapters(self.model.bank, rows, self._lora_scratch, side_stream, has_factors=beyond_plain)
 
     # Prompts
 
-    def prefill(self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False) -> Computed:
+    def prefill(
+        self, prompts: Prompts, *, truncates: bool, wants_hidden: bool = False, beyond_plain: bool = False
+    ) -> Computed:
         """Compute prompt tokens; sample the next tokens of the rows that need them, and store these in their slots.
 
         Args:
             truncates: any row that samples has top_k, top_p or min_p.
             wants_hidden: include the hidden states in the result.
+            beyond_plain: any sequence's adapter has DoRA, a head or an embedding.
         """
         num_tokens, num_samples = len(prompts.token_ids), len(prompts.sample_rows)
         captured = not wants_hidden and num_tokens <= MAX_PADDED_TOKENS and num_samples <= MAX_PADDED_SAMPLES
-        key = Prefill(shape_of(prompts, padded=captured), truncates)
+        key = Prefill(shape_of(prompts, padded=captured), truncates, beyond_plain)
         inputs = key.shape.unpack(self._upload.copy(key.shape.pack(prompts), self._prompt_numbers))
 
         def program() -> tuple[torch.Tensor, torch.Tensor]:
-            return self._prefill(inputs, truncates)
+            return self._prefill(inputs, truncates, beyond_plain)
 
         hidden_TC, logits_RV = program() if not captured else self._graphs.run(key, program, will_recur=False)
         return Computed(
@@ -209,14 +219,20 @@ class Steps:
             hidden_TC=hidden_TC if wants_hidden else None,
         )
 
-    def _prefill(self, inputs: PromptTensors, truncates: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _prefill(self, inputs: PromptTensors, truncates: bool, beyond_plain: bool) -> tuple[torch.Tensor, torch.Tensor]:
         model, memory = self.model, self.memory
         rows = PagedRows(inputs.positions_T, inputs.slots_T, memory.tables_SE)
         attend = model.prefill(self.cache, rows, inputs.tile_starts_X, inputs.tile_counts_X, self._rotations)
-        x_TC = model.embed(inputs.token_ids_T)
-        hidden_TC = model.forward(x_TC, attend, self._adapters(inputs.adapters, None), self._expert_scratch)
+        x_TC, sample_adapters = model.embed(inputs.token_ids_T), None
+        if beyond_plain:
+            assert inputs.adapters is not None
+            add_embeddings(x_TC, inputs.token_ids_T, inputs.adapters, model.bank, model.embedding_multiplier)
+            sample_adapters = inputs.sample_adapters()
+        hidden_TC = model.forward(
+            x_TC, attend, self._adapters(inputs.adapters, None, beyond_plain), self._expert_scratch
+        )
         num_samples = len(inputs.sample_rows_R)
-        logits_RV = model.head(hidden_TC[inputs.sample_rows_R])
+        logits_RV = model.head(hidden_TC[inputs.sample_rows_R], adapters=sample_adapters)
         if num_samples:
             fields_RF, tokens_R = self._prompt_fields_RF[:num_samples], self._prompt_tokens_R[:num_samples]
             gather_fields(memory, inputs.sample_slots_R, fields_RF)
@@ -250,4 +266,4 @@ class Steps:
         if isinstance(key, Decoding):
             return lambda: self._decode(*key)
         inputs = key.shape.unpack(self._prompt_numbers)
-        return lambda: self._prefill(inputs, key.truncates)
+        return lambda: self._prefill(inputs, key.truncates, key.beyond_plain)

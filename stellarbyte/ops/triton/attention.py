@@ -145,6 +145,7 @@ def decode_attention(
         rows.sequences_T, tables_NE, tables_NE.stride(0), ring_length(rows, keys_BSKD.shape[1], sink_tokens),
         *scratch, *rotations, q_norm_D, k_norm_D, norm_eps, score_scale * _LOG2_E, _in_base_2(softcap), softmax_sink_H,
         window or UNLIMITED, SPLITS=num_splits, GROUP=max(16, triton.next_power_of_2(group)),
+        HEADS=triton.next_power_of_2(group),
         **_constants(keys_BSKD, heads, sink_tokens) | {"num_stages": 3 if keys_BSKD.element_size() == 1 else 2},
         num_warps=_NUM_WARPS, maxnreg=_DECODE_REGISTERS, **overlapping(qkv_TN.device),
     )  # fmt: skip

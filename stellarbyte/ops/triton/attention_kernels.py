@@ -23,12 +23,13 @@ from stellarbyte.ops.triton.rotate_write import (
 )
 
 # M queries of a program, N keys of a tile, P pairs of a head (D/2, padded), J both halves of it, W head dim padded
-# R splits
+# R splits, G heads that share a kv head
 # scale: of scores, including log2(e), as all exponentials are powers of 2; softcap: of scaled scores, None: no cap
 # softmax_sink: logits [H] without keys, in base e; None: none. SINKS: first tokens, which windows do not hide
 
 _NOTHING_SEEN = tl.constexpr(-1e30)  # initial largest score; finite, to avoid inf - inf
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_READ_TOGETHER = tl.constexpr(8)  # programs whose sums are read at once
 _OUT_OF_SIGHT = tl.constexpr(0x7FFFFFFF)  # the position of an empty slot; after every query
 
 
@@ -262,7 +263,7 @@ def decode_kernel(
     sums, weights, peaks, counters, cos, sin, log_decay, gain, q_norm, k_norm, norm_eps, scale, softcap, softmax_sink,
     window, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SINKS: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr, PAIRS: tl.constexpr,
-    WIDTH: tl.constexpr, OVERLAPS: tl.constexpr,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """The heads of one kv head of one row, over one share of the visible tiles of keys."""
     dtype: tl.constexpr = tl.float16 if keys.dtype.element_ty == tl.float8e4nv else keys.dtype.element_ty
@@ -339,33 +340,41 @@ def decode_kernel(
         if tl.atomic_add(counter, 1, sem="acq_rel") == shares - 1:
             tl.store(counter, 0)
             _combine(
-                sums, weights, peaks, target, row, kv_head, shares, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, SPLITS, WIDTH
-            )
+                sums, weights, peaks, target, row, kv_head, shares, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, SPLITS, WIDTH,
+                HEADS,
+            )  # fmt: skip
 
 
 @triton.jit
 def _combine(
     sums, weights, peaks, target, row, kv_head, shares, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """Combine the partial sums of all programs of a row and kv head into the outputs; reads from L2, where they were
-    written."""
+    written: all that a few programs wrote at once, as each read takes longer than its arithmetic."""
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    split_R = tl.arange(0, SPLITS)
-    there_R = split_R < shares
+    head_G = tl.arange(0, HEADS)
+    inside_G = head_G < GROUP
     column_W = tl.arange(0, WIDTH)
-    inside_W = column_W < HEAD_DIM
-    for g in range(GROUP):
-        place_R = ((row * NUM_KV_HEADS + kv_head) * SPLITS + split_R) * GROUP + g
-        peak_R = tl.load(peaks + place_R, mask=there_R, other=_NOTHING_SEEN, cache_modifier=".cg")
-        weight_R = tl.load(weights + place_R, mask=there_R, other=0.0, cache_modifier=".cg")
-        sum_RW = tl.load(
-            sums + place_R[:, None] * HEAD_DIM + column_W[None, :],
-            mask=there_R[:, None] & inside_W[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        factor_R = tl.exp2(peak_R - tl.max(peak_R, axis=0))
-        sum_W = tl.sum(sum_RW * factor_R[:, None], axis=0) / tl.sum(weight_R * factor_R, axis=0)
-        head = kv_head * GROUP + g
-        tl.store(target + head * HEAD_DIM + column_W, sum_W.to(target.dtype.element_ty), mask=inside_W)
+    inside_GW = inside_G[:, None] & (column_W < HEAD_DIM)[None, :]
+    split_R = tl.arange(0, SPLITS)
+    first = (row * NUM_KV_HEADS + kv_head) * SPLITS
+    place_RG = (first + split_R)[:, None] * GROUP + head_G[None, :]
+    there_RG = (split_R < shares)[:, None] & inside_G[None, :]
+    peak_RG = tl.load(peaks + place_RG, mask=there_RG, other=_NOTHING_SEEN, cache_modifier=".cg")
+    weight_RG = tl.load(weights + place_RG, mask=there_RG, other=0.0, cache_modifier=".cg")
+    peak_G = tl.max(peak_RG, axis=0)
+    weight_G = tl.sum(weight_RG * tl.exp2(peak_RG - peak_G[None, :]), axis=0)
+    sum_GW = tl.zeros([HEADS, WIDTH], tl.float32)
+    for split in range(0, shares, _READ_TOGETHER):
+        for r in tl.static_range(_READ_TOGETHER):
+            is_there_G = inside_G & (split + r < shares)
+            place_G = (first + split + r) * GROUP + head_G
+            own_peak_G = tl.load(peaks + place_G, mask=is_there_G, other=_NOTHING_SEEN, cache_modifier=".cg")
+            part_GW = tl.load(
+                sums + place_G[:, None] * HEAD_DIM + column_W[None, :], mask=inside_GW & is_there_G[:, None], other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            sum_GW += part_GW * tl.exp2(own_peak_G - peak_G)[:, None]
+    target_GW = target + (kv_head * GROUP + head_G)[:, None] * HEAD_DIM + column_W[None, :]
+    tl.store(target_GW, (sum_GW / weight_G[:, None]).to(target.dtype.element_ty), mask=inside_GW)

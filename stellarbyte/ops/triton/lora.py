@@ -1,4 +1,4 @@
-"""The addends of adapters in a mixed batch: out += scale · Bᵀ(A x), in two launches.
+"""The addends of adapters in a mixed batch: out += scale · (d ⊙ W x + Bᵀ(A x)), in two launches; d: of DoRA.
 
 The rows of a step come in segments, short runs of rows that use one slot of the bank. A program reads its share of a
 slot's numbers once for all rows of its segment, so a step reads each segment's adapter once. Slots and ranks are read
@@ -65,6 +65,14 @@ def segments(slots_in_row_order: Sequence[int]) -> tuple[list[int], list[int], l
                 slots.append(slot)
         row = stop
     return starts, counts, slots
+
+
+def rows_of_one(num_rows: int, slot: int, scale: float, device: torch.device) -> LoraRows:
+    """Of rows that all use one slot."""
+    starts = torch.arange(0, num_rows, PROMPT_SEGMENT_ROWS, dtype=torch.int32, device=device)
+    counts = (num_rows - starts).clamp(max=PROMPT_SEGMENT_ROWS)
+    scales = torch.full((num_rows,), scale, dtype=torch.float32, device=device)
+    return LoraRows(starts, counts, torch.full_like(starts, slot), scales, PROMPT_SEGMENT_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,13 +154,17 @@ def expand(
     projections: slice,
     *,
     adds: bool = True,
+    has_factors: bool = False,
+    bias_N: torch.Tensor | None = None,
 ) -> None:
     """out += scale · B (A x) for each row in a segment, after `shrink` of the same rows, layer and projections.
 
     Args:
         out_TN: contiguous, in the bank's dtype; the outputs of adjacent projections.
         adds: False: overwrite these rows of out instead of adding to them.
+        has_factors: also add scale · d ⊙ (out - bias), where an adapter has DoRA; out must be the product W x + bias.
     """
+    assert adds or not has_factors, "DoRA changes the product itself"
     num_rows, num_outputs = out_TN.shape
     num_segments = len(lora.segment_starts_X)
     shapes = bank.projections.shapes[layer][projections]
@@ -173,6 +185,8 @@ def expand(
         bank.numbers_SF.stride(0),
         tables.ranks_SLP,
         tables.b_offsets_SLP,
+        tables.d_offsets_SLP,
+        bias_N,
         tables.ranks_SLP.stride(0),
         layer * tables.ranks_SLP.stride(1) + projections.start,
         *widths,
@@ -185,6 +199,7 @@ def expand(
         BLOCK_R=_BLOCK_R,
         BLOCK_N=block_n,
         ADDS=adds,
+        HAS_FACTORS=has_factors,
         num_warps=4,
         num_stages=1,  # usually one round
         **overlapping(out_TN.device),
@@ -243,9 +258,10 @@ def _shrink_kernel(
 
 @triton.jit(do_not_specialize=["place"])
 def _expand_kernel(
-    hidden, out, starts, counts, slots, scales, numbers, slot_stride, ranks, b_offsets, table_stride, place,
-    width_0, width_1, width_2, num_outputs, WIDTH: tl.constexpr, SPLITS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr,
+    hidden, out, starts, counts, slots, scales, numbers, slot_stride, ranks, b_offsets, d_offsets, bias, table_stride,
+    place, width_0, width_1, width_2, num_outputs, WIDTH: tl.constexpr, SPLITS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, ADDS: tl.constexpr, HAS_FACTORS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(OVERLAPS)
     tile, segment = tl.program_id(0), tl.program_id(1)
@@ -293,7 +309,17 @@ def _expand_kernel(
     scale = tl.load(scales + row, mask=inside_t, other=0.0)
     place_out = out + row[:, None] * num_outputs + (first_column + n)[None, :]
     inside = inside_t[:, None] & inside_n[None, :]
-    added = scale[:, None] * total
     if ADDS:
-        added += tl.load(place_out, mask=inside, other=0.0).to(tl.float32)
-    tl.store(place_out, added.to(out.dtype.element_ty), mask=inside)
+        product = tl.load(place_out, mask=inside, other=0.0).to(tl.float32)
+        if HAS_FACTORS:
+            d_offset = tl.load(d_offsets + table + projection)
+            d = tl.load(numbers + slot * slot_stride + d_offset + n, mask=inside_n & (d_offset >= 0), other=0.0)
+            change = d.to(tl.float32)[None, :] * product
+            if bias is not None:
+                b_n = tl.load(bias + first_column + n, mask=inside_n, other=0.0).to(tl.float32)
+                change -= (d.to(tl.float32) * b_n)[None, :]
+            total += change
+        total = product + scale[:, None] * total
+    else:
+        total *= scale[:, None]
+    tl.store(place_out, total.to(out.dtype.element_ty), mask=inside)

@@ -49,3 +49,9 @@ def wait_then_let_next_begin(OVERLAPS: tl.constexpr):
     if OVERLAPS:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def no_tiles():
+    """The tuple to which an unrolled loop adds the tiles that it loads ahead."""
+    return ()

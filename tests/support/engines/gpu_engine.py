@@ -12,7 +12,7 @@ from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.steps import Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
-from stellarbyte.lora.bank import LoraBank, pack_adapter
+from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.run.runner import PlanRunner, PlanStep
@@ -71,7 +71,7 @@ class GpuEngine:
         bank = LoraBank(config, len(adapters), 16, dtype, device)
         self.versions = {}
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
-            bank.fill(slot, pack_adapter(adapter.weights, adapter.scales, config, dtype))
+            bank.fill(slot, adapter.packed(config, dtype))
             self.versions[name] = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
         served = copy.deepcopy(model).requires_grad_(False).to(device, dtype)
         self.steps = Steps(

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from stellarbyte.lora import Adapter, AdapterError, read_adapter
-from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import REPLACEABLE, LoraBank, PackedAdapter, pack_adapter
 from stellarbyte.lora.dora import row_factors
 from stellarbyte.lora.mixing import mixed
 from stellarbyte.lora.peft_config import MODULES_TO_SAVE, USE_DORA
@@ -26,7 +26,7 @@ from stellarbyte.model.parts import adaptable_modules
 from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
 from stellarbyte_server.engine.run.device_errors import device_errors
-from stellarbyte_server.engine.run.executor import DeviceLost
+from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.messages import Reply
@@ -44,11 +44,11 @@ class AdapterStore:
     """
 
     def __init__(self, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
-        """`weight_of`: `ServedModel.weight`; None: the backend serves plain LoRA only."""
+        """`weight_of`: `weight` of the backend's model; None: plain LoRA only."""
         self._bank = bank
         self._weight_of = weight_of
         matrix = bank.config.vocab_size, bank.config.hidden_size
-        self._replaceable = {} if weight_of is None else {f"{module}.weight": matrix for module in (HEAD, EMBEDDING)}
+        self._replaceable = {} if weight_of is None else {f"{module}.weight": matrix for module in REPLACEABLE}
         self._shapes = adaptable_modules(bank.config)
         self._packed: dict[AdapterVersion, PackedAdapter] = {}
         self._done: deque[ReadDone | FillDone | Looked | Exception] = deque()
@@ -81,6 +81,13 @@ class AdapterStore:
                     self._bank.fill(slot, packed, fence)
             except DeviceLost:
                 raise
+            except OutOfDeviceMemory:  # all but heads and embeddings has memory of its own since the start
+                logger.exception("the device has no room for the adapter %s", version.name)
+                error = (
+                    f"The device has no room for the head or the embedding of the adapter {version.name!r};"
+                    " lower --gpu-memory-utilization."
+                )
+                return FillDone(version=version, slot=slot, error=error)
             except Exception:  # other adapters may still work
                 logger.exception("copying the adapter %s to its slot failed", version.name)
                 error = f"The adapter {version.name!r} could not be copied to the device; see the server's log."
@@ -180,7 +187,7 @@ class AdapterStore:
         for parameter, matrix_VC in adapter.copies.items():
             assert self._weight_of is not None  # else the adapter has been refused
             module = parameter.removesuffix(".weight")
-            replaced[module] = (matrix_VC.float() - self._weight_of(module).float()).to(self._bank.dtype)
+            replaced[module] = (matrix_VC.float() - self._weight_of(module).cpu().float()).to(self._bank.dtype)
         return replaced
 
     def _mixed(self, version: AdapterVersion) -> tuple[ReadDone, PackedAdapter | None]:

@@ -39,7 +39,8 @@ class SlotExecutor:
         self._rows: list[ResidentSlot] = []  # decoding rows, in the order of the plan
         self._order: list[int] = []  # row of the batch → index in `_rows`
         self._num_segments = 0  # of rows with adapters
-        self._truncates = self._needs_host = False  # of any row
+        self._truncates = self._needs_host = self._beyond_plain = False  # of any row
+        self._slots_beyond_plain = steps.model.bank.slots_beyond_plain
         self._indices: list[int] = []
         self._values: list[int] = []
         self._pinned = [_pinned(2 * max_rows) for _ in range(self.num_steps_ahead + 1)]
@@ -94,14 +95,20 @@ class SlotExecutor:
         step = SlotStep(self._steps, self._pinned[0], len(decoding) + len(prompt_slots))
         self._pinned.append(self._pinned.pop(0))
         if decoding:
-            computed = self._steps.decode(len(decoding), num_segments=self._num_segments, truncates=self._truncates)
+            computed = self._steps.decode(
+                len(decoding),
+                num_segments=self._num_segments,
+                truncates=self._truncates,
+                beyond_plain=self._beyond_plain,
+            )
             step.add_part(computed, [decoding[i] for i in self._order], self._order, self._needs_host)
         if prompt_slots:  # after decoding: graphs share memory, including this one's logits
             sampling = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
             wants_hidden = any([slot.wants_hidden for slot in prompt_slots])
             computed = self._steps.prefill(
-                prompts, truncates=any([prompt_slots[i].truncates for i in sampling]), wants_hidden=wants_hidden
-            )
+                prompts, truncates=any([prompt_slots[i].truncates for i in sampling]), wants_hidden=wants_hidden,
+                beyond_plain=any([slot.begin.adapter_slot in self._slots_beyond_plain for slot in prompt_slots]),
+            )  # fmt: skip
             sampled = [prompt_slots[i] for i in sampling]
             needs_host = any([slot.needs_host for slot in sampled])
             step.add_part(computed, sampled, [len(decoding) + i for i in sampling], needs_host)
@@ -159,6 +166,7 @@ class SlotExecutor:
         self._truncates = any([slot.truncates for slot in decoding])
         self._needs_host = any([slot.needs_host for slot in decoding])
         bank_slots = [slot.begin.adapter_slot for slot in decoding]
+        self._beyond_plain = not self._slots_beyond_plain.isdisjoint(bank_slots)
         # Long sequences first, so that the last programs are short.
         order = sorted(range(len(decoding)), key=lambda i: (bank_slots[i], -starts[i]))
         self._order, self._num_segments = order, 0

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.steps import Computed, Steps
+from stellarbyte.ops.triton.lora import rows_of_one
 from stellarbyte.sampling.adjustment import adjust_logits
 from stellarbyte.sampling.sampler import NO_TOKEN, sample
 from stellarbyte_server.engine.run.device_errors import device_errors
@@ -24,6 +26,20 @@ class ResidentSlot(ExecutorSlot):
         self.is_random = sampling.temperature > 0
         self.truncates = self.is_random and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
         self.needs_host = needs_host(sampling, begin.has_grammar)
+
+
+class _AdaptedHead:
+    """A model's last part for rows of one sequence."""
+
+    def __init__(self, model: TritonModel, slot: ResidentSlot) -> None:
+        self._model = model
+        self._begin = slot.begin
+
+    def head(self, hidden_RC: torch.Tensor) -> torch.Tensor:
+        begin, adapters = self._begin, None
+        if begin.adapter_slot in self._model.bank.slots_beyond_plain:
+            adapters = rows_of_one(len(hidden_RC), begin.adapter_slot, begin.adapter_scale, hidden_RC.device)
+        return self._model.head(hidden_RC, adapters=adapters)
 
 
 @dataclass(slots=True)
@@ -124,5 +140,6 @@ class SlotStep:
         first_row = len(self._result.tokens) - len(self.prompts)
         start = 0
         for row, (slot, chunk) in enumerate(self.prompts, first_row):
-            slot.read_prompt(self._result, row, self._steps.model, chunk.start, hidden_TC[start : start + chunk.length])
+            head = _AdaptedHead(self._steps.model, slot)
+            slot.read_prompt(self._result, row, head, chunk.start, hidden_TC[start : start + chunk.length])
             start += chunk.length

@@ -71,14 +71,13 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
     model = folder.language_model(dtype, device)
     cache_dtype = _cache_dtype(settings, dtype, device)
-    if device.type == "cpu":  # DoRA needs the weights as they are served
+    if device.type == "cpu":
         served = _cpu_model(model, config, bank, settings.quantization)
         adapters = _load_adapters(settings, bank, served.weight)  # fails before the minute of compiling
         _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
-        adapters = _load_adapters(settings, bank, None)
-        executor, serving = _make_gpu_executor(settings, model, config, bank, cache_dtype)
+        adapters, executor, serving = _make_gpu_executor(settings, model, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
@@ -155,7 +154,7 @@ def _make_gpu_executor(
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Executor, ServingPlan]:
+) -> tuple[Adapters, Executor, ServingPlan]:
     _require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
     from stellarbyte_server.engine.run.slot_executor import SlotExecutor
@@ -175,7 +174,8 @@ def _make_gpu_executor(
         packed = TritonModel(model, config, bank, quantization=settings.quantization)
     except ValueError as error:
         raise StartupError(f"--device cuda cannot serve this model: {error}.") from error
-    return make_gpu_executor(
+    adapters = _load_adapters(settings, bank, packed.weight)  # fails before kernels are compiled
+    executor, serving = make_gpu_executor(
         packed,
         plan_for,
         cache_dtype=cache_dtype,
@@ -184,6 +184,7 @@ def _make_gpu_executor(
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory=settings.kv_cache_memory,
     )
+    return adapters, executor, serving
 
 
 def _require_triton() -> None:
@@ -227,10 +228,8 @@ def _compile_kernels(served: ServedModel) -> None:
         served.warm_up()
 
 
-def _load_adapters(
-    settings: EngineSettings, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None
-) -> Adapters:
-    """The registry, with the adapters of --lora-modules read and checked; without `weight_of` there is no DoRA.
+def _load_adapters(settings: EngineSettings, bank: LoraBank, weight_of: Callable[[str], torch.Tensor]) -> Adapters:
+    """The registry, with the adapters of --lora-modules read and checked; DoRA needs the weights as they are served.
 
     Raises:
         StartupError: one of them is not there or cannot be used.

@@ -35,29 +35,33 @@ class GroupTile(NamedTuple):
 
 
 def gate_up_tile(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> GroupTile:
-    rows = _rows(num_tokens, top_k, num_experts)
-    if rows <= 32:
-        tile = GroupTile(rows, 32, 128, 4, 4)
+    rows = _rows(num_tokens, top_k, num_experts, 2)
+    if num_tokens > 8:
+        rows = max(16, rows)
+    if rows <= 16:
+        tile = GroupTile(rows, 64, 128, 4, 3)
+    elif rows == 32:
+        tile = GroupTile(rows, 64, 64, 4, 4)
     else:
         tile = GroupTile(rows, 64, 64, 4 if rows == 64 else 8, 3)
     return _of_dtype(tile, dtype)
 
 
 def down_tile(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> GroupTile:
-    rows = _rows(num_tokens, top_k, num_experts)
-    if rows <= 32:
+    rows = _rows(num_tokens, top_k, num_experts, 1.5)
+    if rows == 8:
         tile = GroupTile(rows, 64, 128, 4, 4)
+    elif rows <= 32:
+        tile = GroupTile(rows, 64, 64, 4, 4)
     else:
         tile = GroupTile(rows, 128, 64, 4 if rows == 64 else 8, 3)
     return _of_dtype(tile, dtype)
 
 
-def _rows(num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Enough for twice the mean number of an expert's pairs, so that few experts need a second tile."""
-    if num_tokens <= 8:
-        return 8
+def _rows(num_tokens: int, top_k: int, num_experts: int, of_mean: float) -> int:
+    """Enough for more than the mean number of an expert's pairs, so that few experts need a second tile."""
     mean = num_tokens * top_k / num_experts
-    return min(128, max(16, triton.next_power_of_2(round(2 * mean))))
+    return min(128, max(8, triton.next_power_of_2(round(of_mean * mean))))
 
 
 def _of_dtype(tile: GroupTile, dtype: torch.dtype) -> GroupTile:

@@ -67,8 +67,7 @@ def moe(
         rows = slice(first, first + scratch.max_rows)
         part_TC, out_part_TC = x_TC[rows], out_TC[rows]
         residual_part_TC = None if residual_TC is None else residual_TC[rows]
-        num_tokens, top_k, num_experts = len(part_TC), router.top_k, len(router.weight_EC)
-        is_paired = num_tokens <= MAX_PAIR_ROWS
+        top_k, is_paired = router.top_k, len(part_TC) <= MAX_PAIR_ROWS
         part_TC = route(part_TC, router, scratch, norm_C=norm_C, eps=eps, lists_pairs=not is_paired)
         if is_paired:
             pairs.gate_up(
@@ -80,11 +79,32 @@ def moe(
                 branch_scale_C=branch_scale_C, tile=pairs.down_tile(experts.down.matrix_ENK.shape[2]),
             )  # fmt: skip
             continue
-        sizes = (num_tokens, top_k, num_experts, x_TC.dtype)
-        groups.gate_up(
-            part_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu,
-            tile=groups.gate_up_tile(*sizes),
-        )  # fmt: skip
-        groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=groups.down_tile(*sizes))
+        _products(part_TC, router, experts, scratch, gate)
         groups.combine(out_part_TC, scratch, top_k=top_k, residual_TC=residual_part_TC, branch_scale_C=branch_scale_C)
     return out_TC
+
+
+def has_terms(x_TC: torch.Tensor, scratch: ExpertScratch) -> bool:
+    """Whether `terms` computes these rows: several, in one part."""
+    return MAX_PAIR_ROWS < len(x_TC) <= scratch.max_rows
+
+
+def terms(x_TC: torch.Tensor, router: Router, experts: Experts, scratch: ExpertScratch, *, gate: int) -> torch.Tensor:
+    """[P, C]: the terms of each token's sum, adjacent, in the scratch. Their reader sets `counts` of the scratch to 0.
+
+    For a reader that can sum them itself (`norm.add_norm`); otherwise as `moe`.
+    """
+    route(x_TC, router, scratch)
+    _products(x_TC, router, experts, scratch, gate)
+    num_pairs, width = len(x_TC) * router.top_k, x_TC.shape[1]
+    return scratch.outputs[: num_pairs * width].view(num_pairs, width)
+
+
+def _products(x_TC: torch.Tensor, router: Router, experts: Experts, scratch: ExpertScratch, gate: int) -> None:
+    """The terms of several tokens, after `route`."""
+    num_tokens, top_k = len(x_TC), router.top_k
+    sizes = (num_tokens, top_k, len(router.weight_EC), x_TC.dtype)
+    groups.gate_up(
+        x_TC, experts.gate_up, scratch, top_k=top_k, gate=gate, swiglu=experts.swiglu, tile=groups.gate_up_tile(*sizes)
+    )
+    groups.down(num_tokens, experts.down, scratch, top_k=top_k, tile=groups.down_tile(*sizes))

@@ -126,6 +126,11 @@ def _many_logits(x_TC: torch.Tensor, router: Router, bias: torch.Tensor, scratch
 
 
 @triton.jit
+def _without_nan(preference, inside):
+    return tl.where(inside & (preference == preference), preference, float("-inf"))
+
+
+@triton.jit
 def _choose(
     selection_bias, logits, chosen, gates, counts, lists, num_tokens, num_experts, token,
     TOP_K: tl.constexpr, IS_SOFTMAX: tl.constexpr, RENORMALIZES: tl.constexpr, HAS_SELECTION_BIAS: tl.constexpr,
@@ -138,20 +143,22 @@ def _choose(
     logit = tl.load(row + e, mask=inside, other=float("-inf"))
     if IS_SOFTMAX:
         score = tl.exp(logit - tl.max(logit, axis=0))
-        score /= tl.sum(score, axis=0)
+        if HAS_SELECTION_BIAS or not RENORMALIZES:  # otherwise only their ratios count
+            score /= tl.sum(score, axis=0)
     else:
         score = tl.sigmoid(logit)
-    preference = score
+    preference = logit  # in the order of the scores, and at hand before them
     if HAS_SELECTION_BIAS:
-        preference += tl.load(selection_bias + e, mask=inside, other=0.0)
-    preference = tl.where(inside & (preference == preference), preference, float("-inf"))
-    # Through memory, so that both sides of a comparison have the same bits.
-    tl.store(row + e, preference, mask=inside)
-    tl.debug_barrier()
+        preference = score + tl.load(selection_bias + e, mask=inside, other=0.0)
+        # Through memory, so that both sides of a comparison have the same bits.
+        tl.store(row + e, preference, mask=inside)
+        tl.debug_barrier()
+    preference = _without_nan(preference, inside)
     rank = tl.zeros([EXPERTS], tl.int32)
-    for first in range(0, num_experts, _RANKED_TOGETHER):
+    for first in tl.static_range(0, EXPERTS, _RANKED_TOGETHER):  # unrolled, so that no load waits for another
         other = first + tl.arange(0, _RANKED_TOGETHER)
-        theirs = tl.load(row + other, mask=other < num_experts, other=float("-inf"))[None, :]
+        theirs = tl.load(row + other, mask=other < num_experts, other=float("-inf"))
+        theirs = _without_nan(theirs, other < num_experts)[None, :]
         ties = (theirs == preference[:, None]) & (other[None, :] < e[:, None])
         rank += tl.sum(((theirs > preference[:, None]) | ties).to(tl.int32), axis=1)
     is_chosen = rank < TOP_K

@@ -86,6 +86,20 @@ def test_adding_a_branch_and_the_norm_of_the_sum(options: dict[str, Any], device
     torch.testing.assert_close(x, expected if alpha is not None else total, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_terms", [1, 3])
+def test_a_branch_of_several_terms_for_each_row(num_terms: int, device: torch.device) -> None:
+    x, norm = random(5, 48, device=device), random(48, device=device, seed=1)
+    branch, counts = random(5 * num_terms, 48, device=device, seed=2), torch.arange(7, dtype=torch.int32, device=device)
+    expected = x + branch.view(5, num_terms, 48).sum(dim=1)
+    sum_only = x.clone()
+    add_branch(sum_only, branch, None)
+    torch.testing.assert_close(sum_only, expected, atol=1e-5, rtol=1e-5)
+    found = add_norm(x, branch, norm, EPS, counts_E=counts)
+    torch.testing.assert_close(found, rms_norm(expected, norm), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+    assert not counts.any()
+
+
 @pytest.mark.parametrize("has_scale", [False, True])
 def test_the_norm_of_a_branch_comes_before_its_scale(has_scale: bool, device: torch.device) -> None:
     x, branch = random(5, 48, device=device), random(5, 48, device=device, seed=1)

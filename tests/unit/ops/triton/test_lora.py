@@ -1,4 +1,4 @@
-"""What kernels add for a mixed batch against scale · B (A x) of the bank's own views, row by row."""
+"""What kernels add for a mixed batch against scale · (d ⊙ W x + B (A x)) of the bank's own views, row by row."""
 
 import random
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora import pinned_copies
-from stellarbyte.lora.bank import LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import LoraBank, PackedAdapter
 from stellarbyte.model.parts import ATTENTION_INPUT
 from stellarbyte.ops.triton.lora import SEGMENT_ROWS, LoraRows, LoraScratch, expand, segments, shrink
 from tests.support.models.adapters import random_adapter
@@ -20,16 +20,18 @@ MAX_RANK = 40  # more than a kernel takes at once
 needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 
 
-def packed(config: ByteModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> PackedAdapter:
+def packed(config: ByteModelConfig, seed: int, dtype: torch.dtype = torch.float32, dora: float = 0.0) -> PackedAdapter:
     """Of another rank in every projection, and none in some."""
-    adapter = random_adapter(config, seed, ranks=(1, 4, 7, 16, MAX_RANK), share=0.7)
-    return pack_adapter(adapter.weights, adapter.scales, config, dtype)
+    return random_adapter(config, seed, ranks=(1, 4, 7, 16, MAX_RANK), share=0.7, dora=dora).packed(config, dtype)
 
 
-def make_bank(config: ByteModelConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> LoraBank:
+def make_bank(
+    config: ByteModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, dora: tuple[float, ...] = ()
+) -> LoraBank:
+    """`dora`: the shares of projections with it, for slots 1, 2 ...; otherwise none."""
     bank = LoraBank(config, 3, MAX_RANK, dtype, device)
-    for slot in (1, 2, 3):
-        bank.fill(slot, packed(config, slot, dtype))
+    for slot, share in zip((1, 2, 3), dora or (0.0, 0.0, 0.0), strict=True):
+        bank.fill(slot, packed(config, slot, dtype, share))
     return bank
 
 
@@ -48,21 +50,35 @@ def random_rows(num_rows: int, width: int, like: torch.Tensor, seed: int) -> tor
 
 
 def add(
-    bank: LoraBank, slots: Sequence[int], rows: LoraRows, scratch: LoraScratch, layer: int, group: slice
+    bank: LoraBank,
+    slots: Sequence[int],
+    rows: LoraRows,
+    scratch: LoraScratch,
+    layer: int,
+    group: slice,
+    *,
+    has_factors: bool = False,
+    has_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels make of random inputs and outputs, and what it should be, in float64."""
     shapes = bank.projections.shapes[layer][group]
+    widths = [out for out, _ in shapes]
     x_TK = random_rows(len(slots), shapes[0][1], bank.numbers_SF, seed=layer)
-    out_TN = random_rows(len(slots), sum(out for out, _ in shapes), bank.numbers_SF, seed=layer + 10)
+    product_TN = random_rows(len(slots), sum(widths), bank.numbers_SF, seed=layer + 10)
+    bias_N = random_rows(1, sum(widths), bank.numbers_SF, seed=layer + 20)[0] if has_bias else None
+    out_TN = product_TN if bias_N is None else product_TN + bias_N
     expected_TN = out_TN.double()
     for row, slot in enumerate(slots):
         ranks = bank.ranks_SLP[slot, layer, group].tolist()
         hidden = (bank.a(slot, layer, group).double() @ x_TK[row].double()).split(ranks)
         added = [h @ bank.b(slot, layer, group.start + i).double() for i, h in enumerate(hidden)]
+        for i, product in enumerate(product_TN[row].double().split(widths)):
+            if (d := bank.d(slot, layer, group.start + i)) is not None:
+                added[i] = added[i] + d.double() * product
         expected_TN[row] += float(rows.scales_T[row]) * torch.cat(added)
     scratch.hidden.fill_(torch.nan)
     shrink(x_TK, scratch, rows, bank, layer, group)
-    expand(scratch, out_TN, rows, bank, layer, group)
+    expand(scratch, out_TN, rows, bank, layer, group, has_factors=has_factors, bias_N=bias_N)
     return out_TN, expected_TN
 
 
@@ -92,6 +108,31 @@ def test_every_row_gets_its_own_adapter_at_its_own_scale(
         for group in bank.projections.shared_inputs.values():
             found, expected = add(bank, MIXED, rows, scratch, layer, group)
             torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_dora_scales_the_product_without_its_bias_in_rows_that_have_it(has_bias: bool, device: torch.device) -> None:
+    config = make_config(intermediate_size=75, num_hidden_layers=1)
+    bank = make_bank(config, device, dora=(1.0, 0.0, 0.5))
+    assert (bank.d_offsets_SLP[1] >= 0).any() and (bank.d_offsets_SLP[2] < 0).all()
+    scratch = LoraScratch.make(len(MIXED), MAX_RANK, device)
+    for group in bank.projections.shared_inputs.values():
+        rows = lora_rows(MIXED, device, 9)
+        found, expected = add(bank, MIXED, rows, scratch, 0, group, has_factors=True, has_bias=has_bias)
+        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_slot_that_had_dora_has_none_when_it_is_filled_again(device: torch.device) -> None:
+    config = make_config(num_hidden_layers=1)
+    bank = make_bank(config, device, dora=(1.0, 1.0, 0.0))
+    assert bank.slots_beyond_plain == {1, 2}
+    bank.fill(1, packed(config, seed=9))
+    bank.clear(2)
+    assert not bank.slots_beyond_plain
+    group = bank.projections.shared_inputs[ATTENTION_INPUT]
+    rows, scratch = lora_rows(MIXED, device), LoraScratch.make(len(MIXED), MAX_RANK, device)
+    found, expected = add(bank, MIXED, rows, scratch, 0, group, has_factors=True)
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
 
 
 def test_rows_without_an_adapter_keep_their_bits(device: torch.device) -> None:
