@@ -21,7 +21,7 @@ from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.ops.cpu.attention import paged_attention
+from stellarbyte.ops.cpu.attention import Rotations, paged_attention
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.sampling.sampler import RowSampling
 
@@ -30,8 +30,8 @@ BATCHES = (1, 8, 32)
 
 
 @njit(parallel=True, fastmath=True)
-def _read(words, num_threads):
-    """The sum of all numbers, each read once."""
+def read_all(words, num_threads):
+    """The sum of all float32 numbers, each read once."""
     totals = np.zeros(num_threads, np.float32)
     part = len(words) // num_threads
     for thread in prange(num_threads):
@@ -75,7 +75,7 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
 def _all_attention(qkv, shape, batch, rotations, keys, values, scale, out, num_threads):
     for layer in range(len(keys)):
         paged_attention(
-            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, np.float32(scale), out, num_threads
+            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0), out, num_threads
         )
 
 
@@ -140,10 +140,10 @@ def measure_batch(
             arrays["qkv"],
             (options.num_heads, options.num_kv_heads, options.head_dim),
             batch_arrays(batch),
-            model.rotations_up_to(context + BLOCK_SIZE),
+            Rotations(*(table[0] for table in model.rotations_up_to(context + BLOCK_SIZE))),
             cache.keys_LBSKD.numpy(),
             cache.values_LBSKD.numpy(),
-            options.score_scale,
+            model.layers.score_scales_L[0],
             arrays["attended"],
             threads,
         ),
@@ -155,7 +155,7 @@ def measure_batch(
 def measure_limits(num_threads: int) -> dict[str, float]:
     words = np.ones(64 * 2**20, np.float32)
     rounds = 200_000
-    ms = least_ms(5, {"read": lambda: _read(words, num_threads), "fma": lambda: _multiply_add(rounds, num_threads)})
+    ms = least_ms(5, {"read": lambda: read_all(words, num_threads), "fma": lambda: _multiply_add(rounds, num_threads)})
     return {
         "read_gb_per_s": round(words.nbytes / ms["read"] / 1e6, 1),
         "float32_gflop_per_s": round(2 * 96 * rounds * num_threads / ms["fma"] / 1e6, 1),

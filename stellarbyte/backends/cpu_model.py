@@ -2,40 +2,39 @@
 
 import copy
 from array import array
-from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 
+from stellarbyte.backends.cpu_weights import (
+    EXPERT_PARTS,
+    GATED_INPUTS,
+    INPUTS,
+    SHARED_INPUTS,
+    VECTORS,
+    numpy_float32,
+    stack_layers,
+    windows,
+)
 from stellarbyte.backends.replaced import RowAdapters, add_embeddings, add_logits
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
-from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank, Projections
+from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.logits import finish_logits
-from stellarbyte.model.norm import ByteRMSNorm
-from stellarbyte.model.parts import (
-    ATTENDED,
-    ATTENTION_INPUT,
-    GATED,
-    MLP_INPUT,
-    Part,
-    linears_by_input,
-    model_parts,
-    module_path,
-)
-from stellarbyte.model.residual import LayerScale, deepnorm_alpha
+from stellarbyte.model.parts import Part, model_parts
+from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.ops.cpu import one_compiles
 from stellarbyte.ops.cpu.adjustment import adjust_logits
-from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Integers, Rotations
+from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Rotations
 from stellarbyte.ops.cpu.instructions import LANES
-from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, StackedLinears, forward_layers, rms_norm
-from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, PANEL_ROWS, linear
+from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
+from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
-from stellarbyte.ops.cpu.packing import PackedWeight, interleave_gated, interleaved_rows, pack, unpack
+from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears, interleaved_rows, pack, unpack
 from stellarbyte.ops.cpu.sampler import sample
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
@@ -43,32 +42,22 @@ from stellarbyte.sampling.sampler import GREEDY, RowSampling
 # T tokens, R rows that sample, C hidden size, V vocabulary, O offsets, D head dim
 
 
-_INPUTS = {ATTENTION_INPUT: "qkv", ATTENDED: "output", MLP_INPUT: "gate_up", GATED: "down"}  # of linears → fields
-_VECTORS = {  # norms, scales and bare vectors → fields of `LayerWeights`
-    "input_layernorm": "input_norm_LC",
-    "attention_output_norm": "attention_output_norm_LC",
-    "post_attention_layernorm": "mlp_norm_LC",
-    "mlp_output_norm": "mlp_output_norm_LC",
-    "self_attn.softmax_sink": "softmax_sink_LH",
-    "self_attn.q_norm": "q_norm_LD",
-    "self_attn.k_norm": "k_norm_LD",
-    "attention_scale": "attention_scale_LC",
-    "mlp_scale": "mlp_scale_LC",
-}
-
-
 def fits(config: ByteModelConfig) -> bool:
-    """Whether the kernels support a model: heads are whole vectors, and they take every part in all layers."""
+    """Whether the kernels support a model: heads are whole vectors, tokens choose equally many experts, whose SwiGLU is
+    not clamped, and there is a place for every part."""
     has_whole_heads = config.head_dim is not None and config.head_dim % LANES == 0
-    return has_whole_heads and all(_has_place(part, config) for part in model_parts(config))
+    has_plain_experts = config.router_top_p is None and config.swiglu_limit is None
+    return has_whole_heads and has_plain_experts and all(_has_place(part, config) for part in model_parts(config))
 
 
 def _has_place(part: Part, config: ByteModelConfig) -> bool:
-    """Whether the kernels take a part. Only linears may be missing in some layers, where zeros replace them."""
+    """Whether the kernels take a part. Norms and scales must be in all layers, linears and experts in some."""
     layers = range(config.num_hidden_layers)
     if len({part.shape(config, layer) for layer in layers}) > 1:
         return False
-    return part.reads in _INPUTS or (part.name in _VECTORS and all(part.exists(config, layer) for layer in layers))
+    if part.reads in INPUTS | SHARED_INPUTS or part.name in EXPERT_PARTS:
+        return True
+    return part.name in VECTORS and all(part.exists(config, layer) for layer in layers)
 
 
 class CpuModel(ServedModel):
@@ -77,7 +66,7 @@ class CpuModel(ServedModel):
     Args:
         config: for serving; its windows and sinks may differ from the model's own.
         bank: the adapters, float32; None: no adapters.
-        quantization: "none", "int8" or "int4": of all matrices but the embedding.
+        quantization: "none", "int8" or "int4": of all matrices but the embedding and routers.
         num_threads: numba threads to use.
 
     Raises:
@@ -97,13 +86,13 @@ class CpuModel(ServedModel):
         self.bank = LoraBank(config) if bank is None else bank
         self.num_threads = num_threads
         self.vocab_size = config.vocab_size
-        self.embedding_VC = _numpy(decoder.embed_tokens.weight)
+        self.embedding_VC = numpy_float32(decoder.embed_tokens.weight)
         self.embedding_multiplier = config.embedding_multiplier
-        self.final_norm_C = _numpy(decoder.norm.gain)
+        self.final_norm_C = numpy_float32(decoder.norm.gain)
         # The head's rounding errors reach the logits directly: int4 would cost more quality than it saves memory.
-        self.head_weight = pack(_numpy(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
+        self.head_weight = pack(numpy_float32(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
         self.logits_multiplier, self.logits_softcap = config.logits_multiplier, config.logits_softcap
-        self.layers = _stack_layers(model, config, quantization, self.bank.projections)
+        self.layers = stack_layers(model, config, quantization, self.bank.projections)
         self.options = LayerOptions(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or 0,
@@ -156,17 +145,23 @@ class CpuModel(ServedModel):
             return torch.from_numpy(unpack(self.head_weight)[: self.vocab_size])
         layer, number = self._places[module]
         groups = self.bank.projections.shared_inputs.items()
-        field = next(_INPUTS[name] for name, group in groups if group.start <= number < group.stop)
-        linears: StackedLinears = getattr(self.layers, field)
-        packed = PackedWeight(linears.weights[layer], linears.scales[layer], linears.minima[layer])
+        shared = next(name for name, group in groups if group.start <= number < group.stop)
+        linears: StackedLinears = (
+            getattr(self.layers, INPUTS[shared])
+            if shared in INPUTS
+            else getattr(self.layers.experts, SHARED_INPUTS[shared])
+        )
+        place = linears.places_L[layer]
+        packed = PackedWeight(linears.weights[place], linears.scales[place], linears.minima[place])
         widths, i = linears.widths, number - linears.first
         first = int(widths[:i].sum())
-        rows = interleaved_rows(int(widths[i]), i) if field == "gate_up" else np.arange(first, first + int(widths[i]))
+        is_gated = shared in GATED_INPUTS
+        rows = interleaved_rows(int(widths[i]), i) if is_gated else np.arange(first, first + int(widths[i]))
         return torch.from_numpy(unpack(packed)[rows])
 
     def with_windows_of(self, config: ByteModelConfig) -> Self:
         other = copy.copy(self)
-        other.layers = self.layers._replace(windows_L=_windows(config))
+        other.layers = self.layers._replace(windows_L=windows(config))
         other.options = self.options._replace(sink_tokens=config.sink_tokens)
         other._context_length, other._rotations = config.context_length, None
         return other
@@ -224,10 +219,6 @@ _NO_BIAS = np.zeros(0, np.float32)
 _NO_ADDEND = np.zeros((0, 0), np.float32)
 
 
-def _numpy(tensor: torch.Tensor) -> Floats:
-    return tensor.detach().float().contiguous().numpy()
-
-
 def batch_arrays(batch: ForwardBatch) -> BatchArrays:
     starts = np.array(batch.query_starts, dtype=np.int64)
     return BatchArrays(
@@ -242,85 +233,7 @@ def batch_arrays(batch: ForwardBatch) -> BatchArrays:
     )
 
 
-def _stack_layers(
-    model: ByteLanguageModel, config: ByteModelConfig, quantization: str, projections: Projections
-) -> LayerWeights:
-    parts = model_parts(config)
-    fields: dict[str, Any] = {
-        _INPUTS[name]: _stack_linears(model, config, group, quantization, projections.shared_inputs[name].start)
-        for name, group in linears_by_input(parts).items()
-    }
-    fields |= {field: np.zeros((config.num_hidden_layers, 0), np.float32) for field in _VECTORS.values()}
-    layers = range(config.num_hidden_layers)
-    for part in parts:
-        if part.reads is None:
-            fields[_VECTORS[part.name]] = np.stack([_vector(model, part, layer) for layer in layers])
-    if config.residual_multiplier != 1:
-        for name in ("attention_scale_LC", "mlp_scale_LC"):
-            scale_LC = fields[name] if fields[name].size else np.ones((len(layers), config.hidden_size), np.float32)
-            fields[name] = scale_LC * np.float32(config.residual_multiplier)
-    kinds = list(dict.fromkeys(config.rotations))
-    rotary = model.model.rotary
-    scales_L = [rotary.of_layer(layer, config.context_length).score_scale for layer in layers]
-    return LayerWeights(
-        **fields,
-        windows_L=_windows(config),
-        rotations_L=np.array([kinds.index(kind) for kind in config.rotations], dtype=np.int64),
-        score_scales_L=np.array(scales_L, dtype=np.float32),
-    )
-
-
-def _vector(model: ByteLanguageModel, part: Part, layer: int) -> Floats:
-    """The factors of a norm or of a LayerScale, or a bare parameter."""
-    if part.kind == "parameter":
-        return _numpy(model.get_parameter(module_path(layer, part.name)))
-    module = model.get_submodule(module_path(layer, part.name))
-    assert isinstance(module, ByteRMSNorm | LayerScale)
-    return _numpy(module.gain)
-
-
 def _first_layers(layers: LayerWeights) -> list[int]:
     """The first layer of each rotation."""
     kinds = layers.rotations_L.tolist()
     return [kinds.index(kind) for kind in range(max(kinds) + 1)]
-
-
-def _windows(config: ByteModelConfig) -> Integers:
-    """Of each layer; 0: none."""
-    return np.array([window or 0 for window in config.windows], dtype=np.int64)
-
-
-def _stack_linears(
-    model: ByteLanguageModel, config: ByteModelConfig, group: Sequence[Part], quantization: str, first: int
-) -> StackedLinears:
-    """Pack the linears that share an input; a missing one is zero."""
-    layers = range(config.num_hidden_layers)
-    joined = interleave_gated if group[0].reads == MLP_INPUT else _below_each_other
-    packed = [pack(joined(*[_weight(model, config, part, layer) for part in group]), quantization) for layer in layers]
-    bias_LN = np.zeros((len(layers), 0), np.float32)
-    if any(part.has_bias(config, layer) for part in group for layer in layers):
-        bias_LN = np.stack([joined(*[_bias(model, config, part, layer) for part in group]) for layer in layers])
-    return StackedLinears(
-        weights=np.stack([weight.weights for weight in packed]),
-        scales=np.stack([weight.scales for weight in packed]),
-        minima=np.stack([weight.minima for weight in packed]),
-        bias_LN=np.pad(bias_LN, ((0, 0), (0, -bias_LN.shape[1] % PANEL_ROWS))),
-        widths=np.array([part.shape(config, 0)[0] for part in group], dtype=np.int64),
-        first=first,
-    )
-
-
-def _weight(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: int) -> Floats:
-    if not part.exists(config, layer):
-        return np.zeros(part.shape(config, layer), np.float32)
-    return _numpy(model.get_parameter(f"{module_path(layer, part.name)}.weight"))
-
-
-def _bias(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: int) -> Floats:
-    if not part.exists(config, layer) or not part.has_bias(config, layer):
-        return np.zeros(part.shape(config, layer)[:1], np.float32)
-    return _numpy(model.get_parameter(f"{module_path(layer, part.name)}.bias"))
-
-
-def _below_each_other(*arrays: Floats) -> Floats:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

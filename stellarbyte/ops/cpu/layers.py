@@ -1,28 +1,18 @@
 """The decoder's layers, compiled. The mathematics is that of `model/decoder.py`."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit, prange
 
 from stellarbyte.ops.cpu import KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
+from stellarbyte.ops.cpu.moe import ExpertBuffers, Experts, make_expert_buffers, mixture
+from stellarbyte.ops.cpu.packing import StackedLinears
 
 # L layers, T tokens, C hidden size, D head dim, P panels of R rows
-
-
-class StackedLinears(NamedTuple):
-    """The linears that share an input, of all layers, stacked: `PackedWeight`s with a leading layer dimension."""
-
-    weights: npt.NDArray[Any]
-    scales: Floats
-    minima: Floats
-    bias_LN: Floats  # [L, P · R] in the rows' order, or [L, 0]
-    widths: Integers  # rows of each linear
-    first: int  # number of the first linear in the adapter bank
 
 
 class LayerWeights(NamedTuple):
@@ -32,6 +22,7 @@ class LayerWeights(NamedTuple):
     output: StackedLinears
     gate_up: StackedLinears  # in the order of `interleave_gated`
     down: StackedLinears
+    experts: Experts | None  # None: all layers are dense
     input_norm_LC: Floats
     attention_output_norm_LC: Floats
     mlp_norm_LC: Floats
@@ -68,6 +59,7 @@ class Buffers(NamedTuple):
     qkv_addend: Floats
     gate_up_addend: Floats
     hidden_addend: Floats
+    experts: ExpertBuffers | None
 
 
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
@@ -91,7 +83,7 @@ def forward_layers(x, weights, options, batch, adapters, rotations, keys, values
             add_branch(x, branch, norm, eps, alpha, num_threads)
             norm = weights.mlp_norm_LC[layer]
             source = _branch_input(x, norm, eps, alpha, normed, num_threads)
-        mlp(source, layer, weights, options, adapters, buffers, other, num_threads)
+        mlp(source, layer, weights, weights.experts, options, adapters, buffers, other, num_threads)
         if options.is_parallel:
             other += branch
         add_branch(x, other, norm, eps, alpha, num_threads)
@@ -116,12 +108,25 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
 
 
 @njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
-    """out [T, C] = the MLP branch of a layer for its input x."""
+def mlp(x, layer, weights, experts, options, adapters, buffers, out, num_threads):
+    """out [T, C] = the MLP branch of a layer for its input x.
+
+    `experts`: the weights' own, an argument so that numba compiles nothing of them where they are None.
+    """
+    if experts is None:
+        _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads)
+    elif experts.places_L[layer] < 0:
+        _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads)
+    else:
+        mixture(x, layer, experts, options.activation, buffers.experts, out, num_threads)
+    finish_branch(out, weights.mlp_output_norm_LC[layer], weights.mlp_scale_LC[layer], options, num_threads)
+
+
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+def _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
     inner = buffers.inner
     _project(x, layer, weights.gate_up, adapters, options.activation, buffers.gate_up_addend, inner, num_threads)
     _project(inner, layer, weights.down, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
-    finish_branch(out, weights.mlp_output_norm_LC[layer], weights.mlp_scale_LC[layer], options, num_threads)
 
 
 @njit(inline="always")
@@ -134,6 +139,7 @@ def _buffers(x, weights, options, adapters):
         _addend(weights.qkv, num_tokens, adapters),
         _addend(weights.gate_up, num_tokens, adapters),
         _addend(weights.output, num_tokens, adapters),
+        make_expert_buffers(x, weights.experts),
     )
 
 
@@ -151,7 +157,8 @@ def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
 
     For DoRA, the products of tokens with adapters are computed once more beforehand, so that other steps pay nothing.
     """
-    weight = linears.weights[layer], linears.scales[layer], linears.minima[layer]
+    place = linears.places_L[layer]
+    weight = linears.weights[place], linears.scales[place], linears.minima[place]
     if len(adapters.tokens_J):
         is_gated = activation != NO_ACTIVATION
         write_addends(x, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
@@ -160,7 +167,7 @@ def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
             no_bias, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
             linear(rows, weight, no_bias, no_addend, products, NO_ACTIVATION, num_threads)
             add_rescaled(products, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
-    linear(x, weight, linears.bias_LN[layer], addend, out, activation, num_threads)
+    linear(x, weight, linears.bias_LN[place], addend, out, activation, num_threads)
 
 
 @njit(inline="always")

@@ -185,7 +185,7 @@ _product_4, _product_5, _product_6 = _panel_product(4), _panel_product(5), _pane
 
 
 @intrinsic
-def _unpack(typing_context, weights, scales, minima, panel, num_columns, out):
+def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, out):
     """Write a panel to `out` [1, K, R] as float32."""
     signature = types.void(weights, scales, minima, types.intp, types.intp, out)
 
@@ -214,7 +214,7 @@ def _activate(x, activation):
 
 
 @njit(inline="always")
-def _product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+def tile_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
     if num_tokens == 6:
         _product_6(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 1:
@@ -230,7 +230,7 @@ def _product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums)
 
 
 @njit(inline="always")
-def _write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
+def write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
     """Write a tile of sums to the output. With an activation, rows 0..7 of a panel are gates of rows 8..15."""
     half = PANEL_ROWS // 2
     row = panel * PANEL_ROWS
@@ -256,7 +256,7 @@ def _write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
 
 
 @njit(fastmath=True, nogil=True)
-def _group_sums(x, num_groups):
+def group_sums(x, num_groups):
     """[T, num_groups] sums over int4's groups of columns; empty for other formats, which have no minima."""
     sums = np.zeros((len(x), num_groups), np.float32)
     for t in range(len(x)):
@@ -283,18 +283,18 @@ def linear(x, weight, bias, addend, out, activation, num_threads):
     num_panels, num_tokens = weights.shape[0], x.shape[0]
     # Unpacking costs about as much as a tile, so few tokens read the packed form directly.
     unpack_first = weights.itemsize == 1 and num_tokens > 2 * TOKENS_PER_TILE
-    x_sums = _group_sums(x, minima.shape[1])
+    x_sums = group_sums(x, minima.shape[1])
     per_thread = (num_panels + num_threads - 1) // num_threads
     for thread in prange(num_threads):
         sums = np.empty(TOKENS_PER_TILE * PANEL_ROWS, np.float32)
         unpacked = np.empty((1, x.shape[1] if unpack_first else 0, PANEL_ROWS), np.float32)
         for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread)):
             if unpack_first:
-                _unpack(weights, scales, minima, panel, x.shape[1], unpacked)
+                unpack_panel(weights, scales, minima, panel, x.shape[1], unpacked)
             for first in range(0, num_tokens, TOKENS_PER_TILE):
                 tile = min(TOKENS_PER_TILE, num_tokens - first)
                 if unpack_first:
-                    _product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums)
+                    tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums)
                 else:
-                    _product(weights, scales, minima, panel, x, first, tile, sums, x_sums)
-                _write_tile(sums, tile, first, panel, bias, addend, out, activation)
+                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums)
+                write_tile(sums, tile, first, panel, bias, addend, out, activation)

@@ -1,5 +1,6 @@
 """Weights in the layout of the CPU kernels: panels of 16 rows, float32 or quantized."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -7,9 +8,10 @@ import numpy.typing as npt
 
 from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP, PANEL_ROWS
 
-# N rows, K columns, P panels of R rows, G columns that share a scale
+# N rows, K columns, P panels of R rows, G columns that share a scale, L layers
 
 Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -23,6 +25,18 @@ class PackedWeight(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return self.weights.nbytes + self.scales.nbytes + self.minima.nbytes
+
+
+class StackedLinears(NamedTuple):
+    """The linears that share an input, of all layers that have one: `PackedWeight`s with a leading layer dimension."""
+
+    weights: npt.NDArray[Any]
+    scales: Floats
+    minima: Floats
+    bias_LN: Floats  # [L, P · R] in the rows' order, or [L, 0]
+    places_L: Integers  # of each of the model's layers in this stack; -1: it has none of them
+    widths: Integers  # rows of each linear
+    first: int  # number of the first linear in the adapter bank
 
 
 def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
@@ -53,6 +67,27 @@ def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
     nibbles = nibbles.reshape(matrix_NK.shape)
     pairs = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     return PackedWeight(_panels(pairs), _panels(scale_NG), _panels(minimum_NG))
+
+
+def pack_below_each_other(matrices: Iterable[Floats], count: int, quantization: str) -> PackedWeight:
+    """The panels of `count` matrices of one shape, one matrix at a time: the result is the only large memory.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    stacked: list[npt.NDArray[Any]] = []
+    num_panels = 0
+    for i, matrix_NK in enumerate(matrices):
+        packed = pack(matrix_NK, quantization)
+        if not stacked:
+            num_panels = len(packed.weights)
+            stacked = [
+                np.empty((count * len(part) if part.size else 1, *part.shape[1:]), part.dtype) for part in packed
+            ]
+        for target, part in zip(stacked, packed, strict=True):
+            if part.size:
+                target[i * num_panels : (i + 1) * num_panels] = part
+    return PackedWeight(*stacked)
 
 
 def unpack(weight: PackedWeight) -> Floats:

@@ -12,17 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stellarbyte import ByteTransformer
+from stellarbyte.backends.cpu_model import fits
+from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.user_cache import cache_folder
-from tests.support.engines.engine import ModelEngine, make_request
+from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
 from tests.support.models.families import tiny_family
 from tests.support.models.hugging_face import tiny_mixtral, tiny_olmoe, tiny_qwen2_moe, tiny_qwen3_moe
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NEAR_TIE = 1e-3
 PROMPTS, NEW_TOKENS = 20, 64
-FAMILIES: dict[str, Callable[[Path], Path]] = {
+FAMILIES: dict[str, Callable[..., Path]] = {
     "mixtral": tiny_mixtral,
     "mixtral with a window": partial(tiny_mixtral, sliding_window=8),
     "qwen2-moe": tiny_qwen2_moe,
@@ -30,13 +32,14 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     "olmoe": tiny_olmoe,
     "gpt-oss": partial(tiny_family, name="gpt_oss"),
 }
+HIDDEN = 64  # heads of 16 channels, which the CPU kernels take
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
     """transformers' model and ours."""
     folder = tmp_path_factory.mktemp("families")
-    source = FAMILIES[request.param](folder / "source")
+    source = FAMILIES[request.param](folder / "source", hidden_size=HIDDEN)
     theirs = AutoModelForCausalLM.from_pretrained(source, local_files_only=True).eval()
     return theirs, load_model(convert(source, folder / "target"))
 
@@ -46,27 +49,42 @@ def engine_of(model: ByteTransformer, **options: object) -> ModelEngine:
     return ModelEngine(model, max_num_batched_tokens=13, **(windows | options))
 
 
+def check_that_it_is_served_so(model: ByteTransformer, backend: Backend) -> None:
+    is_left_to_torch = model.config.swiglu_limit is not None
+    assert fits(model.config) != is_left_to_torch
+    if is_left_to_torch and backend is not TorchModel:
+        pytest.skip("the CPU kernels leave clamped SwiGLU to torch")
+
+
 def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(3, 290, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
-def test_logprobs_over_the_paged_cache_are_those_of_transformers(both: tuple[PreTrainedModel, ByteTransformer]) -> None:
+def test_logprobs_over_the_paged_cache_are_those_of_transformers(
+    both: tuple[PreTrainedModel, ByteTransformer], backend: Backend
+) -> None:
     """A prompt in chunks, then token by token, past several windows of 8."""
     theirs, ours = both
     tokens = random_prompt(60, seed=1)
     expected = theirs(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
-    found = engine_of(ours).teacher_forced(tokens, 25)
+    check_that_it_is_served_so(ours, backend)
+    found = engine_of(ours, backend=backend).teacher_forced(tokens, 25)
     assert (found.double() - expected[24:]).abs().max() <= 1e-4
 
 
-def test_greedy_tokens_are_those_of_transformers(both: tuple[PreTrainedModel, ByteTransformer]) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_tokens_are_those_of_transformers(
+    both: tuple[PreTrainedModel, ByteTransformer], backend: Backend
+) -> None:
     """In one batch of all prompts. They may differ from the first place on where transformers' two best are a tie."""
     theirs, ours = both
+    check_that_it_is_served_so(ours, backend)
     prompts = [random_prompt(3 + seed, seed) for seed in range(PROMPTS)]
     requests = [make_request(prompt, NEW_TOKENS, str(number)) for number, prompt in enumerate(prompts)]
     near_ties = 0
-    for prompt, found in zip(prompts, engine_of(ours).generate(requests), strict=True):
+    for prompt, found in zip(prompts, engine_of(ours, backend=backend).generate(requests), strict=True):
         out = theirs.generate(
             torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
             eos_token_id=None, output_logits=True, return_dict_in_generate=True,

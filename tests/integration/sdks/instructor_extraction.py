@@ -7,7 +7,6 @@ import instructor
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-
 # The mode JSON tells the schema in the prompt only: what the demo model makes of it alone is a schema.
 QUESTION = 'Jason is 25 years old. Answer with this line: {"name": "Jason", "age": 25}'
 

@@ -214,7 +214,7 @@ def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank
     if quantization != "none":
         raise StartupError(
             f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"
-            " multiple of 16 channels, no experts."
+            " multiple of 16 channels, no router_top_p."
         )
     return TorchModel(model, config, bank)
 

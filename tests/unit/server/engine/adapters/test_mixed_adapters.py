@@ -44,7 +44,8 @@ def test_every_token_of_an_adapted_request_matches_the_oracle(backend: Backend, 
         assert (found - expected[19:]).abs().max() <= 1e-4
 
 
-def test_adapters_of_attention_are_exact_beside_experts() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_of_attention_are_exact_beside_experts(backend: Backend) -> None:
     model = make_model(**EXPERTS, moe_layers=[0, 2], shared_expert_intermediate_size=16)
     adapter = random_adapter(model.config, seed=1)
     adapted = {module.split(".", 3)[3] for module in adapter.weights}
@@ -52,7 +53,7 @@ def test_adapters_of_attention_are_exact_beside_experts() -> None:
     assert not any(module.startswith("model.layers.2.mlp") for module in adapter.weights)
     tokens = random_tokens(40)
     expected = oracle.logprobs(merged(model, adapter, 0.7).state_dict(), model.config, tokens)
-    engine = ModelEngine(model, adapters={"a": adapter}, max_num_batched_tokens=7)
+    engine = ModelEngine(model, backend=backend, adapters={"a": adapter}, max_num_batched_tokens=7)
     found = engine.teacher_forced(tokens, 20, adapter="a", adapter_scale=0.7)
     assert (found - expected[19:]).abs().max() <= 1e-4
 

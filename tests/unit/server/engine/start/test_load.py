@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte_server.engine.start.load import _cpu_model, _require_triton
@@ -30,3 +31,9 @@ def test_a_cpu_serves_what_its_kernels_do_not_support_in_plain_torch() -> None:
     assert isinstance(_cpu_model(model, model.config, LoraBank(model.config), "none"), TorchModel)
     with pytest.raises(StartupError, match="--quantization int8 on a CPU needs float32 and a model that its kernels"):
         _cpu_model(model, model.config, LoraBank(model.config), "int8")
+
+
+def test_a_cpu_serves_experts_by_its_kernels() -> None:
+    model = make_model(**EXPERTS | {"hidden_size": 64, "moe_intermediate_size": 64})
+    for quantization in ("none", "int8", "int4"):
+        assert isinstance(_cpu_model(model, model.config, LoraBank(model.config), quantization), CpuModel)
