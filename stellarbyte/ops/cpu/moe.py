@@ -87,7 +87,8 @@ def mixture(x, layer, experts, activation, buffers, out, num_threads):
     expert_linear(buffers.inner_NI, experts.down, first, pairs, out, NO_ACTIVATION, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+# NumPy's error model, or a gate of NaN would raise ZeroDivisionError: fast arithmetic treats NaN as 0.
+@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
 def _shared_expert(x, layer, experts, activation, buffers, out, num_threads):
     """out = the shared expert's output; its gate multiplies the fewer numbers before the last product."""
     inner, logits = buffers.shared_inner_TS, buffers.pairs.logits_TE
