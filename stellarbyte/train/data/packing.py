@@ -82,16 +82,18 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class PackedDocuments(Dataset[Batch]):
     """Documents in rows of `length` tokens: packed as densely as they fit, or one in each row.
 
-    `ids` and `labels` hold all documents one after the other; document i ends before `ends[i]`.
+    `ids` holds all documents one after the other; document i ends before `ends[i]`. Tokens are learned where
+    `is_learned`, which has the form of `ids`.
     """
 
     def __init__(
-        self, ids: np.ndarray, labels: np.ndarray, ends: np.ndarray, *, length: int, padding_id: int, is_packed: bool
+        self, ids: np.ndarray, is_learned: np.ndarray, ends: np.ndarray, *, length: int, padding_id: int, packing: bool
     ) -> None:
-        self._ids, self._labels, self._ends = ids, labels, ends
+        """Every document must have from 1 to `length` tokens."""
+        self._ids, self._is_learned, self._ends = ids, is_learned, ends
         self._length, self._padding_id = length, padding_id
         lengths = np.diff(ends, prepend=0).tolist()
-        self.rows = best_fit(lengths, length) if is_packed else [[number] for number in range(len(lengths))]
+        self.rows = best_fit(lengths, length) if packing else [[number] for number in range(len(lengths))]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,8 +103,8 @@ class PackedDocuments(Dataset[Batch]):
 
     def _document(self, number: int) -> Document:
         start = int(self._ends[number - 1]) if number else 0
-        end = int(self._ends[number])
-        return self._ids[start:end], self._labels[start:end]
+        part = slice(start, int(self._ends[number]))
+        return self._ids[part], np.where(self._is_learned[part], self._ids[part], NO_LABEL)
 
 
 def collate(rows: Sequence[Batch]) -> Batch:

@@ -1,5 +1,6 @@
 """The documents of a file, one after the other: memory grows with the longest document, not with the file."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from types import TracebackType
@@ -47,28 +48,32 @@ class DocumentReader:
         return self._raw.tell()
 
     def __iter__(self) -> Iterator[Document]:
-        unit = "row" if self._file.format == "parquet" else "line"
-        try:
-            for text in self._texts():
-                place = f"{self.path}, {unit} {self._number}"
+        with self._errors_of_reading():
+            for text in self._separated() if self._file.format == "text" else self._read_texts():
+                place = self._place
                 if text.strip():
                     yield Document(text, _utf8(text, place), place)
+
+    def objects(self) -> Iterator[tuple[Any, str]]:
+        """The objects of a JSON file instead of their texts, each with its place for errors."""
+        with self._errors_of_reading():
+            for record in self._records():
+                yield record, self._place
+
+    @property
+    def _place(self) -> str:
+        return f"{self.path}, {'row' if self._file.format == 'parquet' else 'line'} {self._number}"
+
+    @contextlib.contextmanager
+    def _errors_of_reading(self) -> Iterator[None]:
+        try:
+            yield
         except READ_ERRORS as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or "it ends too early"
-            raise TrainError(f"{self.path}, {unit} {self._number} cannot be read: {reason.rstrip('.')}.") from error
-
-    def _texts(self) -> Iterator[str]:
-        if self._file.format == "parquet":
-            return self._rows(self._parquet())
-        opened = open_decompressed(self.path, self._raw)
-        if self._file.format == "jsonl":
-            return self._rows(self._lines(opened))
-        if self._file.format == "json":
-            return self._rows(self._objects(opened))
-        return self._separated(opened)
+            raise TrainError(f"{self._place} cannot be read: {reason.rstrip('.')}.") from error
 
     def _refuse(self, reason: str) -> TrainError:
-        return TrainError(f"{self.path}, line {self._number} {reason}.")
+        return TrainError(f"{self._place} {reason}.")
 
     def _characters(self, opened: BinaryIO) -> Iterator[str]:
         num_lines = 0
@@ -80,10 +85,10 @@ class DocumentReader:
             self._number = num_lines + 1 + error.object[: error.start].count(b"\n")
             raise self._refuse(f"is not UTF-8: byte {error.object[error.start]:#04x}") from error
 
-    def _separated(self, opened: BinaryIO) -> Iterator[str]:
+    def _separated(self) -> Iterator[str]:
         """The texts between separators; without one, the whole file."""
         separator, waiting = self._file.source.separator, ""
-        for piece in self._characters(opened):
+        for piece in self._characters(open_decompressed(self.path, self._raw)):
             waiting += piece
             if separator is not None:
                 *texts, waiting = waiting.split(separator)
@@ -94,14 +99,20 @@ class DocumentReader:
                 raise self._refuse(_TOO_LONG + "; separator says what stands between documents")
         yield waiting
 
-    def _rows(self, records: Iterator[Any]) -> Iterator[str]:
-        """The texts of objects; `records` counts them."""
-        read, unit = text_reader(self._file.source), "row" if self._file.format == "parquet" else "line"
-        for record in records:
+    def _read_texts(self) -> Iterator[str]:
+        read = text_reader(self._file.source)
+        for record in self._records():
             try:
                 yield read(record)
             except ValueError as error:
-                raise TrainError(f"{self.path}, {unit} {self._number} {error}.") from error
+                raise self._refuse(str(error)) from error
+
+    def _records(self) -> Iterator[Any]:
+        """The objects or rows of the file. Keeps the number of the line or row."""
+        if self._file.format == "parquet":
+            return self._parquet()
+        opened = open_decompressed(self.path, self._raw)
+        return self._lines(opened) if self._file.format == "jsonl" else self._objects(opened)
 
     def _lines(self, opened: BinaryIO) -> Iterator[Any]:
         """The values of JSON lines. Empty lines are skipped."""
@@ -149,7 +160,7 @@ class DocumentReader:
                     self._number += 1
         except pyarrow.ArrowException as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            raise TrainError(f"{self.path}, row {self._number} cannot be read: {reason}.") from error
+            raise self._refuse(f"cannot be read: {reason}") from error
 
 
 _TOO_LONG = f"starts a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB"
