@@ -139,6 +139,7 @@ BAD_LINES = [
     ("a.jsonl", b"[" * 200_000, {}, "line 1 is nested too deeply."),
     ("a.json", b'[{"text": "a"},\n\n {"text": ]', {}, "line 3 is not valid JSON: Expecting value."),
     ("a.json", b'[{"text": "a"},\n {"txt":\n "a"}]', {}, "line 2 has no field text."),
+    ("a.json", b'[{"text":\n "a"},\n {"txt": "a"}]', {}, "line 3 has no field text."),
     ("a.json", b'[{"text": "a"}\n {"text": "a"}]', {}, "line 2 is not valid JSON: ',' or ']' is missing."),
     ("a.json", b'[{"text": "a"}\n', {}, "line 2 is not valid JSON: ',' or ']' is missing."),
     ("a.json", b'[{"text": "a"},\n5]', {}, "line 2 must start an object."),
