@@ -9,6 +9,8 @@ import os
 from importlib.metadata import version
 from typing import Any
 
+from stellarbyte.cli.train_arguments import add_train
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_URL = "http://127.0.0.1:8000"
 SOURCES = "Hugging Face folder, GGUF file, or name on the Hub: ORG/NAME[@REVISION]"
@@ -44,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_adapters(commands)
     _add_bench(commands)
+    add_train(commands)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Training: from texts to a tokenizer, token files and a model. Serving imports nothing of it."""

@@ -1,0 +1,1 @@
+"""The commands of `stellarbyte train`, one in each module."""

@@ -1,0 +1,1 @@
+"""Texts as tokens: from files to token shards, and from shards and chats to training batches."""

@@ -1,0 +1,79 @@
+"""Which tokens of a chat are learned: those that the assistant writes, with the end token of each answer.
+
+The model's own chat template renders the chat, as the server does. A template with {% generation %} blocks says itself
+what the assistant writes. Of any other, an answer is what the template adds to the prompt before it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+Messages = Sequence[dict[str, Any]]
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatLabels:
+    """For one tokenizer, which must have a chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special_ids = {number for number, token in added.items() if token.special}
+        self._special_texts = tuple(token.content for token in added.values() if token.special)
+
+    def of(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[list[int], np.ndarray]:
+        """Token ids, and for each whether it is learned. ValueError with the end of a sentence."""
+        if not any(message["role"] == "assistant" for message in messages):
+            raise ValueError("has no message of the assistant")
+        if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
+            return self._by_blocks(messages, tools)
+        return self._by_prompts(messages, tools)
+
+    def _by_blocks(self, messages: Messages, tools: Sequence[Any] | None) -> tuple[list[int], np.ndarray]:
+        rendered = self._apply(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+        ids, is_learned = rendered["input_ids"], np.array(rendered["assistant_masks"], bool)
+        for end in np.flatnonzero(is_learned[:-1] & ~is_learned[1:]):  # a block may leave out the end token
+            if ids[end] not in self._special_ids and ids[end + 1] in self._special_ids:
+                is_learned[end + 1] = True
+        return ids, is_learned
+
+    def _by_prompts(self, messages: Messages, tools: Sequence[Any] | None) -> tuple[list[int], np.ndarray]:
+        text = self._render(messages, tools)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        spans = np.array(encoded["offset_mapping"]).reshape(-1, 2)
+        is_learned = np.zeros(len(spans), bool)
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end = self._answer(text, messages[: number + 1], tools)
+                is_learned |= (spans[:, 0] >= start) & (spans[:, 1] <= end)
+        return encoded["input_ids"], is_learned
+
+    def _answer(self, text: str, messages: Messages, tools: Sequence[Any] | None) -> tuple[int, int]:
+        """The characters of the last message, from the end of the prompt for it to its end token."""
+        prompt = self._render(messages[:-1], tools, add_generation_prompt=True)
+        answered = self._render(messages, tools).rstrip()
+        if not text.startswith(answered) or not answered.startswith(prompt):
+            raise ValueError(
+                f"has message {len(messages)} in another form than the prompt before it: use a chat template with"
+                " {% generation %}, or a line for each answer"
+            )
+        if not answered.endswith(self._special_texts):
+            raise ValueError("has an answer that the chat template ends without a special token, so none would end")
+        return len(prompt), len(answered)
+
+    def _render(self, messages: Messages, tools: Sequence[Any] | None, *, add_generation_prompt: bool = False) -> str:
+        if not messages:
+            raise ValueError("starts with the assistant; use a chat template with {% generation %}")
+        text: str = self._apply(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return text
+
+    def _apply(self, messages: Messages, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), **options)
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template is a program that the messages can make fail.
+            raise ValueError(f"is refused by the chat template: {' '.join(str(error).split()).rstrip('.')}") from error

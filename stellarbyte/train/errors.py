@@ -1,0 +1,10 @@
+"""The error of this package."""
+
+
+class TrainError(ValueError):
+    """A setting, a text or a file that training cannot use. str() is one sentence for the user, naming it."""
+
+
+def missing_library(name: str, purpose: str) -> TrainError:
+    """The error for a library of the extra `train` that is not installed."""
+    return TrainError(f"{purpose} needs {name}: pip install 'stellarbyte[train]'.")

@@ -1,0 +1,1 @@
+"""Training of byte-level BPE tokenizers, in stages of growing vocabularies."""
