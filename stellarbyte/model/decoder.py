@@ -119,7 +119,8 @@ class ByteDecoder(nn.Module):
                 layer_inputs.append(x)
             earlier = None if memory is None else memory[number]
             if self.training and layer.gradient_checkpointing:
-                x, sums = layer.recompute(layer, x, attend, project, log, earlier)
+                recompute: Callable[..., Any] = layer.recompute  # type: ignore[assignment]  # of a bare Module
+                x, sums = recompute(layer, x, attend, project, log, earlier)
             else:
                 x, sums = layer(x, attend, project, log, earlier)
             if log is not None and sums is not None:

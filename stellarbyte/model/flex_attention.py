@@ -48,7 +48,7 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Softmax attention under the mask, with a soft cap of scores; [B, T, H, D]. On a CPU slow and without gradients."""
+    """Softmax attention under the mask, with a soft cap of scores; [B, T, H, D]. On a CPU: slow, no gradients."""
 
     def capped(score: torch.Tensor, *_indices: torch.Tensor) -> torch.Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)

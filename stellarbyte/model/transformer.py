@@ -17,7 +17,7 @@ from stellarbyte.cache.memory import Memory
 from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.auto import register_model_if_wanted
-from stellarbyte.model.decoder import ByteDecoder
+from stellarbyte.model.decoder import ByteDecoder, ByteDecoderLayer
 from stellarbyte.model.dense_attention import DenseAttention
 from stellarbyte.model.logits import finish_logits
 from stellarbyte.model.loss import NO_LABEL, next_tokens, summed_loss, summed_loss_of_hidden
@@ -200,7 +200,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             raise ValueError(f"every_n_layers ({every_n_layers}) must be at least 1")
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("use_reentrant must be False: layers take and return more than tensors")
-        for number, layer in enumerate(self.model.layers):
+        layers: list[ByteDecoderLayer] = list(self.model.layers)  # type: ignore[arg-type]
+        for number, layer in enumerate(layers):
             layer.gradient_checkpointing = enable and number % every_n_layers == 0
             layer.recompute = gradient_checkpointing_func
 

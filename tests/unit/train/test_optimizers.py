@@ -1,0 +1,120 @@
+"""Every trainable parameter has one optimizer; learning rates follow their formulas; states are continued exactly."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from stellarbyte.train.config.run import Stop, Train
+from stellarbyte.train.errors import TrainError
+from stellarbyte.train.optimizers import TwoOptimizers, make_optimizer, parameter_groups
+from tests.support.models.byte_transformer import EXPERTS, make_model, random_tokens
+
+TOKENS = torch.tensor([random_tokens(20)])
+
+
+def settings(**changes: Any) -> Train:
+    return Train.model_validate({"batch_tokens": 192, "micro_batch": 2, "lr": 0.01} | changes)
+
+
+@pytest.mark.parametrize("uses_muon", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_word_embeddings": True, "attention_bias": True, "layer_scale_init": 0.1}]
+)
+def test_groups_partition_the_parameters(uses_muon: bool, options: dict[str, Any]) -> None:
+    model = make_model(qk_norm=True, **options)
+    model.model.norm.weight.requires_grad_(False)
+    groups = parameter_groups(model, uses_muon=uses_muon)
+    grouped = [id(parameter) for group in groups.values() for parameter in group]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    orthogonal = {names[id(parameter)] for parameter in groups["orthogonal"]}
+    linears = {
+        f"{name}.weight" for name, m in model.named_modules() if "layers" in name and isinstance(m, torch.nn.Linear)
+    }
+    assert orthogonal == (linears if uses_muon else set())
+    assert all("norm" in names[id(p)] or names[id(p)].endswith(("bias", "scale.weight")) for p in groups["kept"])
+
+
+def test_muon_steps_are_orthogonal_and_of_the_size_of_adamws() -> None:
+    """U Vᵀ of the momentum, times 0.2 · sqrt(the larger side) · lr (Liu et al. 2025)."""
+    model = make_model()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    optimizer = make_optimizer(model, settings(optimizer="muon", weight_decay=0.0))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    gradient = weight.grad.clone()
+    optimizer.step()
+    u, _, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
+    step = (before - weight.detach()).double() / (0.01 * 0.2 * math.sqrt(max(weight.shape)))
+    cosine = (step * (u @ vh)).sum() / step.norm() / (u @ vh).norm()
+    assert cosine > 0.97 and abs(step.norm() / (u @ vh).norm() - 1) < 0.3
+
+
+def test_muon_refuses_stacks_of_matrices() -> None:
+    with pytest.raises(
+        TrainError, match=r"muon is for matrices, but model.layers.0.mlp.experts.gate_up_proj is a stack"
+    ):
+        make_optimizer(make_model(**EXPERTS), settings(optimizer="muon"))
+
+
+def test_two_optimizers_are_continued_exactly_and_share_the_learning_rate(tmp_path: Path) -> None:
+    def trained(steps: int, saved: Path | None = None) -> list[torch.Tensor]:
+        model = make_model()
+        optimizer = make_optimizer(model, settings(optimizer="muon"))
+        assert isinstance(optimizer, TwoOptimizers)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        if saved is not None and saved.exists():
+            state = torch.load(saved, weights_only=True)
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            model.load_state_dict(state["model"])
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            schedule.step()
+        rates = {group["lr"] for inner in optimizer.optimizers for group in inner.param_groups}
+        assert rates == {0.01 / (1 + schedule.last_epoch)}
+        if saved is not None and not saved.exists():
+            state = {
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "model": model.state_dict(),
+            }
+            torch.save(state, saved)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    whole = trained(4)
+    trained(2, tmp_path / "state.pt")
+    continued = trained(2, tmp_path / "state.pt")
+    assert all(torch.equal(a, b) for a, b in zip(whole, continued, strict=True))
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_cosine_with_restarts_follows_its_formula(cycles: int, tmp_path: Path) -> None:
+    """Of the arguments that a run gets: warm-up, then `cycles` half cosines over the rest of the steps."""
+    from stellarbyte.train.arguments import Schedule, training_arguments
+
+    plan = Schedule(batch_rows=8, accumulated=4, num_steps=40)
+    told = settings(schedule="cosine_with_restarts", cycles=cycles, warmup=5)
+    arguments = training_arguments(
+        told, Stop(), folder=tmp_path, seed=0, track=[], workers=0, plan=plan, evaluates=False
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=arguments.learning_rate)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(arguments.max_steps),
+        num_training_steps=arguments.max_steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
+    for step in range(40):
+        progress = (step - 5) / 35
+        expected = step / 5 if step < 5 else 0.5 * (1 + math.cos(math.pi * ((cycles * progress) % 1)))
+        assert abs(schedule.get_last_lr()[0] - 0.01 * expected) < 1e-12
+        optimizer.step()
+        schedule.step()
