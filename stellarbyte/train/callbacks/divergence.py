@@ -45,9 +45,12 @@ class Divergence(TrainerCallback):
         step = state.global_step + 1
         folder = self.folder / f"diverged-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        names = sorted({name for batch in self._batches for name in batch})
-        rows = {name: torch.cat([batch[name].cpu() for batch in self._batches]).contiguous() for name in names}
-        save_file(rows, folder / f"batch-rank-{args.process_index}.safetensors")
+        batches = {
+            f"{number}.{name}": tensor.cpu().contiguous()
+            for number, batch in enumerate(self._batches)
+            for name, tensor in batch.items()
+        }
+        save_file(batches, folder / f"batches-rank-{args.process_index}.safetensors")
         if is_first_rank():
             weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
             save_file(weights, folder / "weights.safetensors")
@@ -55,5 +58,5 @@ class Divergence(TrainerCallback):
         norm = float(torch.stack(list(torch._foreach_norm(gradients))).norm())
         return TrainError(
             f"Step {step} would not be finite (loss {loss:g}, gradient norm {norm:g}); "
-            f"the weights of step {step - 1} and the batch are in {folder}."
+            f"the weights of step {step - 1} and the batches are in {folder}."
         )

@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "poet-30m": _NATIVE
     | {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8},
     "storyteller-47m": _NATIVE
-    | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8},
+    | {"hidden_size": 512, "intermediate_size": 1664, "num_hidden_layers": 12, "num_attention_heads": 8},
     "base-98m": _NATIVE
-    | {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+    | {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12},
 }

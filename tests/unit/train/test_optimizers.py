@@ -40,18 +40,21 @@ def test_groups_partition_the_parameters(uses_muon: bool, options: dict[str, Any
 
 
 def test_muon_steps_are_orthogonal_and_of_the_size_of_adamws() -> None:
-    """U Vᵀ of the momentum, times 0.2 · sqrt(the larger side) · lr (Liu et al. 2025)."""
+    """U Vᵀ of the momentum, times 0.2 · sqrt(the larger side) · lr (Liu et al. 2025). Newton-Schulz brings singular
+    values that are not tiny between 0.68 and 1.13 (Jordan et al. 2024)."""
     model = make_model()
     weight = model.model.layers[0].self_attn.q_proj.weight
     before = weight.detach().clone()
     optimizer = make_optimizer(model, settings(optimizer="muon", weight_decay=0.0))
     model(TOKENS, labels=TOKENS).loss.backward()
-    gradient = weight.grad.clone()
+    u, values, vh = torch.linalg.svd(weight.grad.double(), full_matrices=False)
     optimizer.step()
-    u, _, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
     step = (before - weight.detach()).double() / (0.01 * 0.2 * math.sqrt(max(weight.shape)))
-    cosine = (step * (u @ vh)).sum() / step.norm() / (u @ vh).norm()
-    assert cosine > 0.97 and abs(step.norm() / (u @ vh).norm() - 1) < 0.3
+    along = u.T @ step @ vh.T
+    large = int((values > 0.1 * values[0]).sum())
+    assert large >= 5
+    assert ((along.diag()[:large] > 0.6) & (along.diag()[:large] < 1.25)).all()
+    assert (along[:large, :large] - along[:large, :large].diag().diag()).abs().max() < 0.1
 
 
 def test_muon_refuses_stacks_of_matrices() -> None:
@@ -77,8 +80,8 @@ def test_two_optimizers_are_continued_exactly_and_share_the_learning_rate(tmp_pa
             model(TOKENS, labels=TOKENS).loss.backward()
             optimizer.step()
             schedule.step()
-        rates = {group["lr"] for inner in optimizer.optimizers for group in inner.param_groups}
-        assert rates == {0.01 / (1 + schedule.last_epoch)}
+        rates = [group["lr"] for inner in optimizer.optimizers for group in inner.param_groups]
+        assert rates == pytest.approx([0.01 / (1 + schedule.last_epoch)] * 3)
         if saved is not None and not saved.exists():
             state = {
                 "optimizer": optimizer.state_dict(),
