@@ -3,12 +3,13 @@
     python -m tests.support.training.one_run FILE
 
 FILE: {"folder": ..., "train": {...}, "model": {...}, "workers": 0, "rows": 40, "held_out": 0, "resume": false,
-"signal_at": null or a batch of this rank, counted from 0, "signal_rank": 0, "signal": "SIGTERM",
-"kill_while_saving": null or a step, "poison_at": null or a batch}
+"signal_at": null or a batch of this rank, counted from 0, "signal_rank": 0, "signal": "SIGTERM", "signals": 1,
+"to_group": false, "kill_while_saving": null or a step, "full_disk_at": null or a step}
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def main() -> int:
 
 
 def _inject(told: dict[str, Any]) -> None:
-    """Make the trainer send this process a signal, or read a poisoned batch, at a place that a test has chosen."""
+    """Make the trainer send this process a signal, or lose its disk, at a place that a test has chosen."""
     batches = 0
     step = trainer_module.ByteTrainer.training_step
     rank = int(os.environ.get("RANK", "0"))
@@ -57,14 +58,21 @@ def _inject(told: dict[str, Any]) -> None:
     def training_step(self: Any, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
         nonlocal batches
         if batches == told.get("signal_at") and rank == told.get("signal_rank", 0):
-            os.kill(os.getpid(), getattr(signal, told.get("signal", "SIGTERM")))
-        if batches == told.get("poison_at"):
-            with torch.no_grad():
-                self.model.model.norm.weight.grad.fill_(float("inf"))
+            number = getattr(signal, told.get("signal", "SIGTERM"))
+            for _ in range(told.get("signals", 1)):
+                (os.killpg if told.get("to_group") else os.kill)(os.getpid(), number)
         batches += 1
         return step(self, model, inputs, num_items_in_batch)
 
     trainer_module.ByteTrainer.training_step = training_step  # type: ignore[method-assign]
+    save_model = trainer_module.ByteTrainer.save_model
+
+    def without_space(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.state.global_step == told.get("full_disk_at"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # as on a full disk: writes fail
+        save_model(self, output_dir, _internal_call)
+
+    trainer_module.ByteTrainer.save_model = without_space  # type: ignore[method-assign]
     if told.get("kill_while_saving") is not None:
         save = trainer_module.ByteTrainer._save_rng_state
 

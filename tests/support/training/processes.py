@@ -63,7 +63,14 @@ def run(folder: Path, *, ranks: int = 1, **changes: Any) -> Ended:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
         command = [sys.executable, "-m", "tests.support.training.one_run", str(file)]
         processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,  # a signal for its group reaches its loader workers, and nothing of ours
+            )
         )
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     return Ended([process.returncode for process in processes], "\n".join(outputs))
