@@ -57,7 +57,7 @@ class TrainTokenizer(Section):
     stages: list[Stage] = Field(min_length=1)
     splits: Splits = Splits()
     special_tokens: SpecialTokens = SpecialTokens()
-    sample_bytes: int = Field(default=1 << 27, ge=1 << 10, le=MAX_SAMPLE_BYTES, description="of text for each stage")
+    sample_bytes: int = Field(default=1 << 25, ge=1 << 20, le=MAX_SAMPLE_BYTES, description="of text for each stage")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

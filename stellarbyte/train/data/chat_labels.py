@@ -29,17 +29,12 @@ class ChatLabels:
         """Token ids, and for each whether it is learned. ValueError with the end of a sentence."""
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError("has no message of the assistant")
-        try:
-            if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
-                return self._by_blocks(messages, tools)
-            return self._by_prompts(messages, tools)
-        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"is refused by the chat template: {' '.join(str(error).split()).rstrip('.')}") from error
+        if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
+            return self._by_blocks(messages, tools)
+        return self._by_prompts(messages, tools)
 
     def _by_blocks(self, messages: Messages, tools: Sequence[Any] | None) -> tuple[list[int], np.ndarray]:
-        rendered = self._tokenizer.apply_chat_template(
-            list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True
-        )
+        rendered = self._apply(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
         ids, is_learned = rendered["input_ids"], np.array(rendered["assistant_masks"], bool)
         for end in np.flatnonzero(is_learned[:-1] & ~is_learned[1:]):  # a block may leave out the end token
             if ids[end] not in self._special_ids and ids[end + 1] in self._special_ids:
@@ -71,7 +66,14 @@ class ChatLabels:
         return len(prompt), len(answered)
 
     def _render(self, messages: Messages, tools: Sequence[Any] | None, *, add_generation_prompt: bool = False) -> str:
-        rendered: str = self._tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return rendered
+        if not messages:
+            raise ValueError("starts with the assistant; use a chat template with {% generation %}")
+        text: str = self._apply(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return text
+
+    def _apply(self, messages: Messages, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), **options)
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template is a program that the messages can make fail.
+            raise ValueError(f"is refused by the chat template: {' '.join(str(error).split()).rstrip('.')}") from error

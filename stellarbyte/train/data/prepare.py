@@ -18,6 +18,7 @@ from stellarbyte.train.data.shards import (
     SourceRecord,
     Split,
     SplitIndex,
+    partial_of,
     read_index,
     sha256_of,
     write_json,
@@ -68,7 +69,8 @@ def _complete(output: Path, told: str, is_resumed: bool) -> ShardIndex:
 def _start(output: Path) -> None:
     if (output / PROGRESS).is_file():
         raise TrainError(f"{output} holds an unfinished run; continue it with --resume, or delete the folder.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # A run that was killed before its first state was whole has left a part of that.
+    if output.exists() and not (output.is_dir() and set(output.iterdir()) <= {partial_of(output / PROGRESS)}):
         raise TrainError(f"{output} is not an empty folder; name one that does not exist yet.")
     output.mkdir(parents=True, exist_ok=True)
 

@@ -103,12 +103,17 @@ def read_index(folder: Path) -> ShardIndex:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a file whole or not at all, also if the machine stops."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = partial_of(file)
     with partial.open("w", encoding="utf-8") as opened:
         json.dump(content, opened, ensure_ascii=False, indent=1)
         opened.flush()
         os.fsync(opened.fileno())
     partial.replace(file)
+
+
+def partial_of(file: Path) -> Path:
+    """Where `write_json` writes until it renames."""
+    return file.with_name(f".{file.name}.partial")
 
 
 def sha256_of(parts: Iterable[bytes]) -> str:

@@ -23,18 +23,23 @@ def parts(files: Iterable[SourceFile], *, of_report: bool) -> Iterator[tuple[str
 
 
 def sample(texts: Iterable[bytes], max_bytes: int) -> list[str]:
-    """Of at most `max_bytes`: all texts, or those with the lowest hashes, so each is as likely as any other.
+    """The texts with the lowest hashes, up to the first that would exceed `max_bytes`, in the order of the hashes.
 
-    Copies of a text have one hash; all of them or none are in the sample, as far as there is room. The order is that
-    of the hashes. Holds one text more than the sample.
+    So every text is as likely as any other, and the order in which they come does not matter. Holds one text more than
+    the sample.
     """
     kept: list[tuple[float, bytes]] = []  # a heap, the highest rank first
-    num_bytes = 0
+    num_bytes, limit = 0, 1.0  # texts of the rank `limit` did not fit
     for text in texts:
-        heapq.heappush(kept, (-_rank(text, b"sample"), text))
+        rank = _rank(text, b"sample")
+        if rank >= limit:
+            continue
+        heapq.heappush(kept, (-rank, text))
         num_bytes += len(text)
         while num_bytes > max_bytes:
-            num_bytes -= len(heapq.heappop(kept)[1])
+            negative, dropped = heapq.heappop(kept)
+            num_bytes -= len(dropped)
+            limit = -negative
     return [text.decode() for _, text in sorted(kept, reverse=True)]
 
 

@@ -1,0 +1,177 @@
+"""Chats as labels, compared with ones that are written by hand: answers and their end tokens, nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stellarbyte.train.data.chat_labels import ChatLabels
+from stellarbyte.train.data.packing import NO_LABEL, PADDING
+from stellarbyte.train.data.sft import Chats, read_chats
+from stellarbyte.train.errors import TrainError
+from stellarbyte.train.tokenizer.stages import CHAT_TEMPLATE
+from tests.support.training.byte_tokenizer import byte_tokenizer, ids_of
+
+PLAIN = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + eos_token + '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+WITHOUT_END_IN_BLOCK = PLAIN.replace(
+    "message['content'] +",
+    "'' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{",
+)
+THINKING = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' and loop.last -%}{{- '<think></think>' -}}{%- endif -%}
+    {{- message['content'] + eos_token -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "谁?"},
+    {"role": "assistant", "content": "李白。\n"},
+    {"role": "user", "content": "who?"},
+    {"role": "assistant", "content": " Li Bai"},
+]
+# The same chat by hand: a text, and whether the assistant wrote it.
+PARTS = [
+    ("<|bos|><|im_start|>system\nbe brief<|eos|>\n<|im_start|>user\n谁?<|eos|>\n<|im_start|>assistant\n", False),
+    ("李白。\n<|eos|>", True),
+    ("\n<|im_start|>user\nwho?<|eos|>\n<|im_start|>assistant\n", False),
+    (" Li Bai<|eos|>", True),
+    ("\n", False),
+]
+IDS = [number for text, _ in PARTS for number in ids_of(text)]
+IS_LEARNED = [is_learned for text, is_learned in PARTS for _ in ids_of(text)]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN, WITHOUT_END_IN_BLOCK])
+def test_answers_and_their_end_tokens_are_learned(template: str) -> None:
+    ids, is_learned = ChatLabels(byte_tokenizer(template=template)).of(CHAT)
+    assert ids == IDS
+    assert is_learned.tolist() == IS_LEARNED
+
+
+def test_the_prompt_is_that_of_serving() -> None:
+    """What comes before an answer is what `apply_chat_template` makes for generation."""
+    for template in (CHAT_TEMPLATE, PLAIN):
+        tokenizer = byte_tokenizer(template=template)
+        ids, is_learned = ChatLabels(tokenizer).of(CHAT[:3])
+        prompt = tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=False)
+        first = int(np.argmax(is_learned))
+        assert ids[:first] == prompt
+
+
+def test_what_a_template_writes_before_an_answer_is_learned_with_it() -> None:
+    ids, is_learned = ChatLabels(byte_tokenizer(template=THINKING)).of(CHAT[1:3])
+    prompt = "<|im_start|>user\n谁?<|eos|><|im_start|>assistant\n"
+    assert ids == ids_of(prompt + "<think></think>李白。\n<|eos|>")
+    assert is_learned.tolist() == [number >= len(ids_of(prompt)) for number in range(len(ids))]
+
+
+def write(file: Path, *rows: Any) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def chat(answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]}
+
+
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", chat("one"), {"messages": CHAT}, chat("a long answer that is cut"))
+    tokenizer = byte_tokenizer(template=CHAT_TEMPLATE)
+    length = len(IDS)
+    chats = read_chats([file], tokenizer, max_length=length)
+    rows = chats["train"].rows(tokenizer, length=length, packing=False)
+    assert len(chats["held_out"].ends) == 0
+    assert rows[1]["input_ids"].tolist() == IDS
+    learned = [number if is_learned else NO_LABEL for number, is_learned in zip(IDS, IS_LEARNED, strict=True)]
+    assert rows[1]["labels"].tolist() == learned
+    prompt = ids_of("<|bos|><|im_start|>user\nq<|eos|>\n<|im_start|>assistant\n")
+    answer, end = ids_of("one<|eos|>"), ids_of("\n")
+    rest = length - len(prompt + answer + end)
+    assert rows[0]["input_ids"].tolist() == prompt + answer + end + [tokenizer.pad_token_id] * rest
+    assert rows[0]["labels"].tolist() == [NO_LABEL] * len(prompt) + answer + [NO_LABEL] * (1 + rest)
+    assert rows[0]["document_ids"].tolist() == [0] * (length - rest) + [PADDING] * rest
+    packed = chats["train"].rows(tokenizer, length=3 * length, packing=True)
+    assert len(packed) == 1
+    assert sorted(packed[0]["labels"].tolist()) == sorted(
+        label for number in range(3) for label in rows[number]["labels"].tolist()
+    )
+
+
+def test_a_cut_answer_has_no_end_token(tmp_path: Path) -> None:
+    file, tokenizer = write(tmp_path / "a.jsonl", {"messages": CHAT}), byte_tokenizer(template=CHAT_TEMPLATE)
+    length = IS_LEARNED.index(True) + 4
+    row = read_chats([file], tokenizer, max_length=length)["train"].rows(tokenizer, length=length, packing=True)[0]
+    assert row["labels"].tolist() == [NO_LABEL] * (length - 4) + IDS[length - 4 : length]
+
+
+def test_held_out_chats_are_the_same_in_every_order(tmp_path: Path) -> None:
+    rows = [chat(f"answer {number}") for number in range(200)]
+    tokenizer = byte_tokenizer(template=CHAT_TEMPLATE)
+
+    def held_out(*chats: dict[str, Any]) -> tuple[Chats, set[str]]:
+        read = read_chats([write(tmp_path / "a.jsonl", *chats)], tokenizer, max_length=99, held_out=0.25)
+        assert len(read["train"].ends) + len(read["held_out"].ends) == len(chats)
+        return read["train"], {tokenizer.decode(ids) for ids in np.split(read["held_out"].ids, read["held_out"].ends)}
+
+    train, texts = held_out(*rows)
+    other, same = held_out(*reversed(rows))
+    assert same == texts
+    assert 25 < len(texts) < 80
+    assert train.fingerprint != other.fingerprint
+    assert train.fingerprint == held_out(*rows)[0].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (chat("long"), "no answer token is left of 10."),
+        (5, 'needs "messages": a list of objects with a role and content.'),
+        ({"messages": []}, 'needs "messages": a list of objects with a role and content.'),
+        ({"messages": [{"content": "x"}]}, 'needs "messages": a list of objects with a role and content.'),
+        ({"messages": CHAT[:2]}, "has no message of the assistant."),
+        ({"messages": [*CHAT[:2], {"role": "assistant"}]}, "is refused by the chat template: "),
+        ({"messages": [*CHAT[:2], {"role": "assistant", "content": None}]}, "is refused by the chat template: "),
+    ],
+)
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN])
+def test_a_bad_line_is_named(row: Any, said: str, template: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    limit = 10 if "left of 10" in said else 99
+    write(file, *([] if limit == 10 else [chat("")]), row)
+    with pytest.raises(TrainError) as caught:
+        read_chats([file], byte_tokenizer(template=template), max_length=limit)
+    number = 1 if limit == 10 else 2
+    assert str(caught.value).startswith(f"{file}, line {number}: {said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_that_cannot_be_trained(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", {"messages": CHAT})
+    for template, said in (
+        (THINKING, "has message 3 in another form than the prompt before it: use a chat template with"),
+        (PLAIN.replace("eos_token", "''"), "has an answer that the chat template ends without a special token"),
+    ):
+        with pytest.raises(TrainError, match=said):
+            read_chats([file], byte_tokenizer(template=template), max_length=512)
+    file = write(tmp_path / "a.jsonl", {"messages": CHAT[2:]})
+    with pytest.raises(TrainError, match=r"line 1: starts with the assistant; use a chat template with"):
+        read_chats([file], byte_tokenizer(template=PLAIN), max_length=512)
+    with pytest.raises(TrainError, match=r"has no chat template; its folder needs a chat_template\.jinja"):
+        read_chats([file], byte_tokenizer(), max_length=512)
+    file = tmp_path / "a.txt"
+    file.touch()
+    with pytest.raises(TrainError, match=r"a\.txt must be a \.json or \.jsonl file"):
+        read_chats([file], byte_tokenizer(template=PLAIN), max_length=512)
