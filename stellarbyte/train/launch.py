@@ -152,7 +152,7 @@ def _trainer(kind: str, config: Config, data: RunData, plan: Schedule, console: 
     )
     callbacks = [guard, progress]
     if model.config.num_experts:
-        callbacks.append(Routers())
+        callbacks.append(Routers(settings.balance_rate))
     if config.stop.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.stop.patience))
     origin = {

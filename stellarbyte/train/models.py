@@ -24,6 +24,11 @@ def make_model(config: Pretrain | Sft | LoraRun, data: RunData) -> ByteTransform
         CheckpointError: the checkpoint cannot be read.
     """
     model = _new(config, data) if config.model.path is None else _loaded(config, data)
+    has_biases, rate = model.config.router_selection_bias, config.train.balance_rate
+    if rate is not None and not has_biases:
+        raise TrainError("train.balance_rate needs model.router_selection_bias: true.")
+    if rate is None and has_biases and config.model.path is None:
+        raise TrainError("train.balance_rate is missing: it moves the biases of model.router_selection_bias.")
     if config.data.sequence > model.config.max_position_embeddings:
         raise TrainError(
             f"data.sequence ({config.data.sequence}) is beyond the model's context of "

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from stellarbyte.train.callbacks.divergence import Divergence
 from stellarbyte.train.callbacks.ema import Ema
 from stellarbyte.train.callbacks.guard import leave_signals_to_the_parent
+from stellarbyte.train.callbacks.routers import Routers
 from stellarbyte.train.checkpoints import Checkpoints
 from stellarbyte.train.config.run import Train
 from stellarbyte.train.metrics import held_out_loss
@@ -60,6 +61,7 @@ class ByteTrainer(Trainer):
         self.ema = ema
         self.divergence = divergence
         self.saves_only_trained = saves_only_trained
+        self.routers = next((callback for callback in callbacks if isinstance(callback, Routers)), None)
         own = [callback for callback in (divergence, ema) if callback is not None]
         super().__init__(
             model=model,
@@ -89,7 +91,10 @@ class ByteTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         inputs = {**inputs, "skip_logits": True, "smoothing": self.settings.label_smoothing}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.routers is not None:
+            self.routers.remember(outputs["expert_load"])
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)

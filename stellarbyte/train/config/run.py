@@ -95,6 +95,7 @@ class Train(Section):
     Attributes:
         batch_tokens: of one step, over all ranks and accumulated batches; micro_batch: rows of one forward on a rank.
         lr: largest learning rate; warmup: steps up to it; cycles: of cosine_with_restarts.
+        balance_rate: by which each step moves the biases of `router_selection_bias` towards an even load of experts.
         ema: decay of the averaged weights, which then are the finished model's; None: none.
         recompute_every: layers 0, n, 2n, ... keep no activations; None: all keep them.
         checkpoint_every, evaluate_every: steps; None: only at the end. keep: checkpoints on disk, beside the best.
@@ -113,6 +114,7 @@ class Train(Section):
     clip: float = Field(default=1.0, gt=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     ema: float | None = Field(default=None, gt=0, lt=1)
+    balance_rate: float | None = Field(default=None, gt=0, lt=1)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False
     recompute_every: int | None = Field(default=None, ge=1)

@@ -23,7 +23,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_batches_divided_over_forwards_and_ranks_are_one(tmp_path: Path) -> None:
-    """8 rows of uneven documents: at once, in two, in four, and in two on each of two ranks; layers recomputed in one."""
+    """8 rows of uneven documents: at once, in two, in four, and in two on each of two ranks."""
     for divided, changes in {8: {}, 4: {"recompute_every": 2}, 2: {}}.items():
         folder = tmp_path / str(divided)
         config = Pretrain.model_validate(

@@ -15,7 +15,7 @@ from stellarbyte.checkpoint.training_record import read_record
 from stellarbyte.cli.main import main
 from stellarbyte.lora import load_adapter
 from stellarbyte.train.callbacks.ema import Ema
-from stellarbyte.train.config.run import LoraRun, Pretrain
+from stellarbyte.train.config.run import LoraRun, Model, Pretrain
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RunData
@@ -172,6 +172,22 @@ def test_a_second_run_into_the_folder_is_refused(tmp_path: Path) -> None:
     trained(tmp_path)
     with pytest.raises(ValueError, match=r"run/model is not empty"):
         trained(tmp_path)
+
+
+def test_experts_are_balanced_by_every_step(tmp_path: Path) -> None:
+    """Biases move by the rate, up where the load is below the mean and down where it is above."""
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "router_selection_bias": True, "router_score": "sigmoid"}
+    settings = config(tmp_path, balance_rate=0.01).model_copy(update={"model": Model.model_validate(MODEL | experts)})
+    outcome = train("pretrain", settings, run_data(tmp_path), resume=False, console=Console(file=io.StringIO()))
+    assert outcome.folder is not None
+    biases = [w for name, w in load_file(outcome.folder / "model.safetensors").items() if "correction_bias" in name]
+    assert len(biases) == 2
+    for bias in biases:
+        moves = bias / 0.01
+        assert moves.abs().max() >= 1 and moves.abs().max() <= 6.001
+        torch.testing.assert_close(moves, moves.round(), atol=1e-3, rtol=0)
+    with pytest.raises(TrainError, match=r"train.balance_rate needs model.router_selection_bias"):
+        trained(tmp_path / "dense", balance_rate=0.01)
 
 
 @pytest.mark.parametrize(
