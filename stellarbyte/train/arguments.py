@@ -70,7 +70,7 @@ def training_arguments(
         gradient_accumulation_steps=plan.accumulated,
         average_tokens_across_devices=True,
         learning_rate=settings.lr,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         lr_scheduler_kwargs=scheduler,
         warmup_steps=settings.warmup,
         max_grad_norm=settings.clip,

@@ -4,9 +4,10 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -130,6 +131,7 @@ def _sole_run(folder: Path) -> Iterator[None]:
 
 def _trainer(kind: str, config: Config, data: RunData, plan: Schedule, console: Console) -> tuple[ByteTrainer, Guard]:
     settings = config.train
+    _prepare_trackers(config.run.track)
     args = training_arguments(
         settings,
         config.stop,
@@ -174,7 +176,16 @@ def _trainer(kind: str, config: Config, data: RunData, plan: Schedule, console: 
         callbacks=callbacks,
         saves_only_trained=kind == "lora",
     )
+    if args.process_index > 0:  # the weights are alike on all ranks; dropout is not
+        set_seed(config.run.seed + args.process_index)
     return trainer, guard
+
+
+def _prepare_trackers(names: Sequence[str]) -> None:
+    for name in names:
+        if find_spec(name) is None:
+            raise TrainError(f"run.track names {name}, which is not installed: pip install {name}.")
+    os.environ.setdefault("SWANLAB_MODE", "local")  # to its cloud only if the user says so
 
 
 def num_active_parameters(model: ByteTransformer) -> int:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from stellarbyte.train.config.run import LoraRun, Model, Pretrain
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RunData
+from stellarbyte.train.trainer import ByteTrainer
 from tests.support.models.byte_transformer import make_model, random_tokens
 from tests.support.training.processes import MODEL, TRAIN
 from tests.support.training.rows import run_data
@@ -82,12 +85,11 @@ def test_averages_are_of_the_trained_parameters_alone(tmp_path: Path) -> None:
         ema.load(tmp_path)
 
 
-def test_the_best_model_is_kept_and_patience_ends_the_run(tmp_path: Path) -> None:
+def test_the_best_model_is_kept_and_patience_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random tokens cannot be learned: the held-out loss grows soon."""
+    settings = {"epochs": 40, "lr": 0.03, "evaluate_every": 2, "checkpoint_every": 2, "keep": 1, "warmup": 0}
     data = run_data(tmp_path, held_out=9)
-    output = trained(
-        tmp_path, data, stop={"patience": 2}, epochs=40, lr=0.03, evaluate_every=2, checkpoint_every=2, keep=1, warmup=0
-    )
+    output = trained(tmp_path, data, stop={"patience": 2}, **settings)
     steps = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "run").glob("checkpoint-*"))
     state = json.loads((tmp_path / "run" / f"checkpoint-{steps[-1]}" / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
@@ -101,11 +103,27 @@ def test_the_best_model_is_kept_and_patience_ends_the_run(tmp_path: Path) -> Non
     assert record is not None and abs(record.held_out["eval_loss"] - losses[best]) < 1e-6
     assert "perplexity" in output and "bits per byte" in output and "best" in output
 
+    step, batches = ByteTrainer.training_step, []
+
+    def stopped(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        batches.append(inputs)
+        if len(batches) == 4 * (best + 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss: torch.Tensor = step(self, model, inputs, num_items_in_batch)
+        return loss
+
+    again = config(tmp_path / "again", stop={"patience": 2}, **settings)
+    console = Console(file=io.StringIO())
+    monkeypatch.setattr(ByteTrainer, "training_step", stopped)
+    outcome = train("pretrain", again, data, resume=False, console=console)
+    assert (outcome.folder, outcome.step, outcome.number) == (None, best + 3, signal.SIGTERM)
+    assert train("pretrain", again, data, resume=True, console=console).step == best + 4
+    assert found.keys() == (repeated := load_file(tmp_path / "again" / "run" / "model" / "model.safetensors")).keys()
+    assert all(torch.equal(found[name], repeated[name]) for name in found)
+
 
 def test_the_weights_stay_when_a_step_would_not_be_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite gradient in the second batch of step 3 leaves the weights of step 2, and the batches of step 3."""
-    from stellarbyte.train.trainer import ByteTrainer
-
     step, batches = ByteTrainer.training_step, []
 
     def poisoned(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -135,8 +153,6 @@ def test_the_weights_stay_when_a_step_would_not_be_finite(tmp_path: Path, monkey
 
 
 def test_the_check_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stellarbyte.train.trainer import ByteTrainer
-
     monkeypatch.setattr(
         ByteTrainer, "compute_loss", lambda _self, model, *_a, **_k: model.lm_head.weight.sum() * float("nan")
     )
@@ -196,6 +212,7 @@ def test_experts_are_balanced_by_every_step(tmp_path: Path) -> None:
         ({"batch_tokens": 200}, r"train.batch_tokens 200 is not a multiple of 2×24 \(micro_batch × sequence\)"),
         ({"epochs": 0.1}, r"The data has 40 rows of 24 tokens: 0.1 epochs are less than one step of 8 rows"),
         ({"warmup": 6}, r"train.warmup \(6\) must be less than the 6 steps of the run"),
+        ({"run": {"track": ["trackio"]}}, "run.track names trackio, which is not installed: pip install trackio"),
         ({"evaluate_every": 2}, "train.evaluate_every needs held-out data"),
         (
             {"stop": {"patience": 1}, "evaluate_every": 2, "checkpoint_every": 2},

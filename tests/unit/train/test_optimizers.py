@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from stellarbyte.train.arguments import Schedule, training_arguments
 from stellarbyte.train.config.run import Stop, Train
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.optimizers import TwoOptimizers, make_optimizer, parameter_groups
@@ -97,13 +98,19 @@ def test_two_optimizers_are_continued_exactly_and_share_the_learning_rate(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(whole, continued, strict=True))
 
 
-@pytest.mark.parametrize("cycles", [1, 3])
-def test_cosine_with_restarts_follows_its_formula(cycles: int, tmp_path: Path) -> None:
-    """Of the arguments that a run gets: warm-up, then `cycles` half cosines over the rest of the steps."""
-    from stellarbyte.train.arguments import Schedule, training_arguments
+SCHEDULES = {  # of the share of the steps after the warm-up
+    "cosine": (1, lambda share: 0.5 * (1 + math.cos(math.pi * share))),
+    "cosine_with_restarts": (3, lambda share: 0.5 * (1 + math.cos(math.pi * ((3 * share) % 1)))),
+    "linear": (1, lambda share: 1 - share),
+    "constant": (1, lambda _share: 1.0),
+}
 
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rates_follow_their_formulas(name: str, tmp_path: Path) -> None:
+    cycles, formula = SCHEDULES[name]
     plan = Schedule(batch_rows=8, accumulated=4, num_steps=40)
-    told = settings(schedule="cosine_with_restarts", cycles=cycles, warmup=5)
+    told = settings(schedule=name, cycles=cycles, warmup=5)
     arguments = training_arguments(
         told, Stop(), folder=tmp_path, seed=0, track=[], workers=0, plan=plan, evaluates=False
     )
@@ -116,8 +123,7 @@ def test_cosine_with_restarts_follows_its_formula(cycles: int, tmp_path: Path) -
         scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
     )
     for step in range(40):
-        progress = (step - 5) / 35
-        expected = step / 5 if step < 5 else 0.5 * (1 + math.cos(math.pi * ((cycles * progress) % 1)))
+        expected = step / 5 if step < 5 else formula((step - 5) / 35)
         assert abs(schedule.get_last_lr()[0] - 0.01 * expected) < 1e-12
         optimizer.step()
         schedule.step()

@@ -11,6 +11,7 @@ from stellarbyte.train.config.presets import PRESETS
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
 from stellarbyte.train.config.yaml_file import Section, read_yaml
 from stellarbyte.train.errors import TrainError
+from tests.support.servers.server_process import ROOT
 
 PRETRAIN: dict[str, Any] = {
     "run": {"dir": "runs/poet", "seed": 1, "track": ["tensorboard"]},
@@ -87,3 +88,9 @@ def test_patience_needs_the_best_model_on_disk(tmp_path: Path) -> None:
         TrainError, match=r"train.checkpoint_every \(6\) to be a multiple of train.evaluate_every \(4\)"
     ):
         read(tmp_path, Pretrain, PRETRAIN, *overrides)
+
+
+def test_the_examples_load() -> None:
+    found = read_yaml(ROOT / "examples" / "poet" / "pretrain.yaml", Pretrain)
+    assert found.train.batch_tokens % (found.train.micro_batch * found.data.sequence) == 0
+    assert found.model.fields == {"sliding_window": 256, "sink_tokens": 4}
