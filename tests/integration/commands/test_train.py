@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, chats, and the pretrained model in `base`."""
     folder = tmp_path_factory.mktemp("made")
     byte_tokenizer(template=CHAT_TEMPLATE).save_pretrained(folder / "tokenizer")
-    texts = "".join(json.dumps({"text": POEM * (1 + n % 3)}) + "\n" for n in range(60))
+    texts = "".join(json.dumps({"text": POEM * (1 + n % 3) + str(n)}) + "\n" for n in range(60))
     (folder / "texts.jsonl").write_text(texts, encoding="utf-8")
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
     settings = {
