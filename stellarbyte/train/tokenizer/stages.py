@@ -1,8 +1,10 @@
 """Trains a tokenizer in stages: tokenizers' BpeTrainer for the first, continued merges for the others."""
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
@@ -80,7 +82,7 @@ def first_stage(texts: Iterable[str], stage: Stage, splits: Splits, special_toke
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _in_a_thread(lambda: tokenizer.train_from_iterator(texts, trainer))
     if special_tokens.bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{special_tokens.bos} $A",
@@ -88,6 +90,21 @@ def first_stage(texts: Iterable[str], stage: Stage, splits: Splits, special_toke
             special_tokens=[(special_tokens.bos, tokenizer.token_to_id(special_tokens.bos))],
         )
     return tokenizer
+
+
+def _in_a_thread(function: Callable[[], None]) -> None:
+    """Run code that takes minutes outside Python, so that Ctrl-C and SIGTERM end the program while it runs."""
+    done: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            function()
+            done.set_result(None)
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # the threads of an executor would be waited for at exit
+    done.result()
 
 
 def next_stage(tokenizer: Tokenizer, texts: Iterable[str], stage: Stage) -> Tokenizer:

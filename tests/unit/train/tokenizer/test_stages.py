@@ -1,6 +1,10 @@
 """Tokenizers in stages. The oracle is tokenizers' own BpeTrainer, which learns in one."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -195,3 +199,67 @@ def test_texts_that_are_too_few_and_folders_that_are_there(trained: Path, tmp_pa
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="is not empty"):
         train_tokenizer(settings.model_copy(update={"output": trained}))
+
+
+PEAK = """
+import resource, sys
+from stellarbyte.train.config.tokenizer import TrainTokenizer
+from stellarbyte.train.tokenizer.stages import train_tokenizer
+train_tokenizer(TrainTokenizer.model_validate_json(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_grows_with_the_sample_and_not_with_the_texts(tmp_path: Path) -> None:
+    """Texts of 2 and 14 MB of words that occur once; samples of 1 MiB."""
+    peaks = []
+    for size in (2, 14):
+        file = tmp_path / f"{size}.txt"
+        with file.open("w") as opened:
+            for number in range(size * 100):
+                opened.write(" ".join(f"w{number * 1000 + i:x}".translate(LETTERS) for i in range(1000)) + "\n\n")
+        given = {
+            "output": str(tmp_path / f"out-{size}"),
+            "sources": [{"files": [str(file)], "separator": "\n\n"}],
+            "stages": [{"vocabulary": 300}, {"vocabulary": 320}],
+            "sample_bytes": 1 << 20,
+        }
+        ran = subprocess.run(
+            [sys.executable, "-c", PEAK, json.dumps(given)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "RAYON_NUM_THREADS": "1"},
+        )
+        peaks.append(int(ran.stdout) >> 10)
+    assert peaks[1] - peaks[0] < 50, peaks
+
+
+LETTERS = str.maketrans("0123456789", "ghijklmnop")  # digits would be cut apart
+
+
+STOPPED = """
+import os, signal, sys, threading
+from pathlib import Path
+from stellarbyte.cli.main import main
+from stellarbyte.train.tokenizer import stages
+
+class Trained:
+    def train_from_iterator(self, texts, trainer):
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait()  # as if it took for ever
+
+stages.Tokenizer = lambda model: Trained()
+stages.pretokens.install = lambda tokenizer, splits: None
+sys.exit(main(["train", "tokenizer", sys.argv[1]]))
+"""
+
+
+def test_sigterm_ends_the_program_while_tokens_are_learned(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two one two")
+    given = {"output": str(tmp_path / "out"), "sources": [{"files": [str(tmp_path / "a.txt")]}]}
+    (tmp_path / "a.yaml").write_text(json.dumps({**given, "stages": [{"vocabulary": 300}]}))
+    ran = subprocess.run([sys.executable, "-c", STOPPED, str(tmp_path / "a.yaml")], capture_output=True, text=True)
+    assert ran.returncode == 128 + signal.SIGTERM, ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "out").exists()
