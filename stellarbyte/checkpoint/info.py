@@ -9,6 +9,7 @@ from typing import Any
 
 from stellarbyte.checkpoint.native import Checkpoint, stored_dtype
 from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.checkpoint.training_record import read_record, record_lines
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.parts import module_path
 
@@ -60,7 +61,7 @@ def describe(checkpoint: Checkpoint) -> ModelInfo:
 
 def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
     """`describe` and the architecture as (label, text) for people."""
-    config, info = checkpoint.config, describe(checkpoint)
+    config, info, record = checkpoint.config, describe(checkpoint), read_record(checkpoint.path)
     return [
         ("path", str(checkpoint.path)),
         ("layers", _layers(config)),
@@ -80,6 +81,7 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("KV per token", _by_dtype(info.kv_bytes_per_token)),
         ("KV when full", f"{_by_dtype(info.kv_bytes_full_sequence)} for {info.tokens_kept:,} tokens"),
         ("memory", _growth(config, info)),
+        *([] if record is None else record_lines(record)),
     ]
 
 

@@ -9,6 +9,7 @@ from stellarbyte.checkpoint.info import describe, describe_lines
 from stellarbyte.checkpoint.native import open_checkpoint
 from stellarbyte.checkpoint.progress import ProgressBar
 from stellarbyte.checkpoint.source import resolve_model
+from stellarbyte.checkpoint.training_record import read_record
 
 FAILURES = (CheckpointError,)
 
@@ -17,7 +18,10 @@ def run(options: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(resolve_model(options.model, ProgressBar("Converting")))
     if options.json:
         figures = dataclasses.asdict(describe(checkpoint))
-        print(json.dumps({"path": str(checkpoint.path), **figures, "config": checkpoint.config.to_dict()}, indent=2))
+        record = read_record(checkpoint.path)
+        training = None if record is None else dataclasses.asdict(record)
+        config = checkpoint.config.to_dict()
+        print(json.dumps({"path": str(checkpoint.path), **figures, "training": training, "config": config}, indent=2))
         return 0
     for label, text in describe_lines(checkpoint):
         print(f"{label:>12}  {text}")

@@ -7,6 +7,10 @@ from typing import Any
 TRAIN_COMMANDS = (
     ("tokenizer", "train a tokenizer on texts", False),
     ("prepare", "turn texts into token shards", True),
+    ("pretrain", "train a model on token shards", True),
+    ("sft", "train a model on chats", True),
+    ("lora", "train an adapter on chats", True),
+    ("check", "show what a training run would do, and measure a step of it", False),
 )
 
 

@@ -42,7 +42,10 @@ def _register_model() -> None:
     from stellarbyte.config import ByteModelConfig
     from stellarbyte.model.transformer import ByteTransformer
 
-    sys.modules[AUTO_MODEL].AutoModelForCausalLM.register(ByteModelConfig, ByteTransformer, exist_ok=True)
+    auto = sys.modules[AUTO_MODEL]
+    auto.AutoModelForCausalLM.register(ByteModelConfig, ByteTransformer, exist_ok=True)
+    # By these names, transformers' Trainer knows which models' labels it must shift when it smooths them.
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ByteModelConfig.model_type] = ByteTransformer.__name__
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

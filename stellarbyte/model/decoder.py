@@ -3,11 +3,11 @@
 Serving runs these directly: importing transformers' model classes would delay the start by seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.attention import Attend, ByteMultiHeadSelfAttention, Project, plain_projection
@@ -30,7 +30,8 @@ class ByteDecoderLayer(nn.Module):
     attention_scale: LayerScale | None
     mlp_scale: LayerScale | None
 
-    gradient_checkpointing = False  # transformers' `gradient_checkpointing_enable` sets it on every module that has it
+    gradient_checkpointing = False  # set by transformers through `ByteTransformer._set_gradient_checkpointing`,
+    recompute: Callable[..., Any]  # with the function that calls a layer and forgets what its backward pass needs
 
     def __init__(self, config: ByteModelConfig, layer: int) -> None:
         super().__init__()
@@ -118,7 +119,8 @@ class ByteDecoder(nn.Module):
                 layer_inputs.append(x)
             earlier = None if memory is None else memory[number]
             if self.training and layer.gradient_checkpointing:
-                x, sums = checkpoint(layer, x, attend, project, log, earlier, use_reentrant=False)
+                recompute: Callable[..., Any] = layer.recompute  # type: ignore[assignment]  # of a bare Module
+                x, sums = recompute(layer, x, attend, project, log, earlier)
             else:
                 x, sums = layer(x, attend, project, log, earlier)
             if log is not None and sums is not None:

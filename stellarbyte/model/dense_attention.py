@@ -9,17 +9,19 @@ from functools import partial
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from stellarbyte.cache.memory import Memory
 from stellarbyte.cache.relative import PrunedCacheLayer, RelativeCache
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.model import flex_attention
 from stellarbyte.model.logits import soft_cap
+from stellarbyte.model.positions import Places, Positions
 from stellarbyte.xpos import Rotation, XPosRotaryEmbedding
 
 # B sequences, T queries, S keys, M of them of a memory, H query heads, K key/value heads, D head dim
 
-# (q, k, v, visible, scale, dropout) → [B, T, H, D], as `sdpa`
-SoftmaxAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float, float], torch.Tensor]
+SoftmaxAttention = Callable[..., torch.Tensor]  # `sdpa` or `eager`
 
 XPOS_CHUNK = 2048  # queries that share a base: ζ^(-offset/b) of their own keys stays below 1e3 with the paper's values
 _SINK_CHANNELS = 8  # added to heads for a sink of the softmax: fused kernels take multiples of 8
@@ -30,23 +32,23 @@ class DenseAttention:
     """The `attend` of one forward over [B, T] tokens.
 
     Args:
-        positions_BT: position of each token in its sequence; -1 for padding, which is masked.
-        has_padding: whether any position is -1.
-        max_position: largest position in the batch.
+        positions: of the tokens.
         cache: extended by every layer; None: the T tokens are the whole sequence, but for the memory.
         memory: whose rows every layer reads before the T tokens; None: there are none.
-        implementation: "sdpa", or "eager" for plain torch operations, which soft caps and pruned caches always take.
+        implementation: "sdpa"; "eager" for plain torch operations, which soft caps and pruned caches always take; or
+            "flex_attention", which windows, documents and soft caps take on a GPU anyway, without cache and dropout.
         dropout: of attention weights; 0 outside training.
+
+    Raises:
+        ValueError: flex attention is asked for with a dropout or with sinks of the softmax.
     """
 
     def __init__(
         self,
         config: ByteModelConfig,
         rotary: XPosRotaryEmbedding,
-        positions_BT: torch.Tensor,
+        positions: Positions,
         *,
-        has_padding: bool,
-        max_position: int,
         cache: RelativeCache | None,
         memory: Memory | None,
         implementation: str,
@@ -54,40 +56,47 @@ class DenseAttention:
     ) -> None:
         self.config = config
         self.rotary = rotary
-        self.positions_BT = positions_BT
-        self.has_padding = has_padding
-        self.max_position = max_position
+        self.positions = positions
         self.cache = cache
         # Taken now: recomputed layers read them when the memory has moved on.
         layers = range(config.num_hidden_layers)
         self.memory_positions_M = None if memory is None else [memory.positions(layer) for layer in layers]
         self.eager = partial(eager, softcap=config.attention_softcap)
-        uses_sdpa = implementation == "sdpa" and config.attention_softcap is None
-        self.softmax_attention = sdpa if uses_sdpa else self.eager
+        if implementation == "flex_attention" and dropout > 0:
+            raise ValueError("attention_dropout needs attn_implementation sdpa or eager; flex_attention has none")
+        if implementation == "flex_attention" and config.softmax_sink:
+            raise ValueError("softmax_sink needs attn_implementation sdpa or eager; flex_attention has none")
+        self.implementation = implementation
+        self.block_masks: dict[tuple[int | None, int], BlockMask] = {}  # by window and first query
+        uses_sdpa = implementation != "eager" and config.attention_softcap is None
+        self.softmax_attention: SoftmaxAttention = sdpa if uses_sdpa else self.eager
         self.dropout = dropout
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_sink_H: torch.Tensor | None
     ) -> torch.Tensor:
-        window, positions_BS = self.config.windows[layer], self.positions_BT
-        rotation = self.rotary.of_layer(layer, self.max_position + 1)
+        window, queries = self.config.windows[layer], self.positions.places
+        rotation = self.rotary.of_layer(layer, self.positions.limit + 1)
+        keys = queries
         if self.memory_positions_M is not None:
             earlier_M = self.memory_positions_M[layer].to(q.device)
-            positions_BS = torch.cat((earlier_M.expand(len(q), -1), positions_BS), dim=1)
+            position_BS = torch.cat((earlier_M.expand(len(q), -1), queries.position_BT), dim=1)
+            keys = Places(position_BS, position_BS)
         # Plain rotations may share one base at any length; XPos factors would overflow.
         chunk = XPOS_CHUNK if self.config.use_xpos else q.shape[1]
-        softmax_attention: Callable[..., torch.Tensor] = self.softmax_attention
+        softmax_attention: SoftmaxAttention = self.softmax_attention
         if softmax_sink_H is not None:
             softmax_attention = partial(softmax_attention, sink_BH=softmax_sink_H[None])
         if self.cache is None:
-            return self._attend(rotation, window, q, self.positions_BT, k, v, positions_BS, chunk, softmax_attention)
+            return self._attend(rotation, window, q, queries, k, v, keys, chunk, softmax_attention)
         held = self.cache.layers[layer]
         num_memory = k.shape[1] - q.shape[1]
-        k, v = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=positions_BS, num_memory=num_memory)
+        k, v = held.update(k.transpose(1, 2), v.transpose(1, 2), positions=keys.position_BT, num_memory=num_memory)
         if isinstance(held, PrunedCacheLayer):
             return self._attend_pruned(rotation, held, q, k, v, softmax_sink_H)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        return self._attend(rotation, window, q, self.positions_BT, k, v, held.positions, chunk, softmax_attention)
+        keys = Places(held.positions, held.positions)
+        return self._attend(rotation, window, q, queries, k, v, keys, chunk, softmax_attention)
 
     def _attend_pruned(
         self,
@@ -103,7 +112,9 @@ class DenseAttention:
         batch, heads = k_BKSD.shape[:2]
         q = q_BTHD.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
         k, v = (t.flatten(0, 1).unsqueeze(2) for t in (k_BKSD, v_BKSD))
-        queries, keys = self.positions_BT.repeat_interleave(heads, dim=0), held.positions.flatten(0, 1)
+        query_positions = self.positions.places.position_BT.repeat_interleave(heads, dim=0)
+        queries = Places(query_positions, query_positions)
+        keys = Places(*[held.positions.flatten(0, 1)] * 2)
         sink = None if softmax_sink_H is None else softmax_sink_H.view(heads, -1).repeat(batch, 1)
         counted = partial(
             self.eager,
@@ -119,10 +130,10 @@ class DenseAttention:
         rotation: Rotation,
         window: int | None,
         q_BTHD: torch.Tensor,
-        query_positions_BT: torch.Tensor,
+        queries: Places,
         k_BSKD: torch.Tensor,
         v_BSKD: torch.Tensor,
-        key_positions_BS: torch.Tensor,
+        keys: Places,
         chunk: int,
         softmax_attention: SoftmaxAttention,
     ) -> torch.Tensor:
@@ -132,70 +143,81 @@ class DenseAttention:
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
             num_keys = k_BSKD.shape[1] - (length - stop)  # keys after the chunk's last query are in its future
-            outputs.append(
-                self._attend_chunk(
-                    rotation,
-                    window,
-                    q_BTHD[:, start:stop],
-                    query_positions_BT[:, start:stop],
-                    k_BSKD[:, :num_keys],
-                    v_BSKD[:, :num_keys],
-                    key_positions_BS[:, :num_keys],
-                    softmax_attention,
+            k, v = k_BSKD[:, :num_keys], v_BSKD[:, :num_keys]
+            of_chunk, seen = queries.between(start, stop), keys.between(0, num_keys)
+            q, k = self._rotated(rotation, window, q_BTHD[:, start:stop], of_chunk, k, seen)
+            if self._takes_flex_attention(q, window):
+                mask = self._block_mask(window, start, of_chunk, seen)
+                outputs.append(
+                    flex_attention.attend(q, k, v, mask, rotation.score_scale, self.config.attention_softcap)
                 )
-            )
+                continue
+            visible = self._visible(window, of_chunk, seen)
+            outputs.append(softmax_attention(q, k, v, visible, rotation.score_scale, self.dropout))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _attend_chunk(
+    def _rotated(
         self,
         rotation: Rotation,
         window: int | None,
         q_BTHD: torch.Tensor,
-        query_positions_BT: torch.Tensor,
+        queries: Places,
         k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        key_positions_BS: torch.Tensor,
-        softmax_attention: SoftmaxAttention,
-    ) -> torch.Tensor:
-        reach = self.max_position + 1
-        base_B1 = query_positions_BT[:, :1].clamp(min=0)
-        q = rotation.rotate_queries(q_BTHD, query_positions_BT - base_B1, reach)
-        k = rotation.rotate_keys(k_BSKD, key_positions_BS - base_B1, reach)
-        if window is not None and 0 < self.config.sink_tokens and self.max_position >= window:
-            q, k = self._with_sinks(rotation, window, q, k, q_BTHD, query_positions_BT, k_BSKD, key_positions_BS)
-        visible = self._visible(window, query_positions_BT, key_positions_BS)
-        return softmax_attention(q, k, v_BSKD, visible, rotation.score_scale, self.dropout)
-
-    def _with_sinks(
-        self,
-        rotation: Rotation,
-        window: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        q_BTHD: torch.Tensor,
-        query_positions_BT: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        key_positions_BS: torch.Tensor,
+        keys: Places,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys of width 2D: the second half holds the sinks' own distances, the first all other keys'."""
+        """Queries and keys relative to the first query."""
+        reach = self.positions.limit + 1
+        base_B1 = queries.turn_BT[:, :1].clamp(min=0)
+        q = rotation.rotate_queries(q_BTHD, queries.turn_BT - base_B1, reach)
+        k = rotation.rotate_keys(k_BSKD, keys.turn_BT - base_B1, reach)
+        if window is None or self.config.sink_tokens == 0 or self.positions.limit < window:
+            return q, k
+        # Queries and keys of width 2D: the second half holds the sinks' own distances, the first all other keys'.
         sinks = self.config.sink_tokens
-        is_sink = ((key_positions_BS >= 0) & (key_positions_BS < sinks))[:, :, None, None]
-        capped = query_positions_BT.clamp(max=window + sinks - 1)
-        reach = self.max_position + 1
+        is_sink = ((keys.position_BT >= 0) & (keys.position_BT < sinks))[:, :, None, None]
+        capped = queries.position_BT.clamp(max=window + sinks - 1)
         q_sink = rotation.rotate_queries(q_BTHD, capped, reach)
-        k_sink = rotation.rotate_keys(k_BSKD, key_positions_BS.clamp(max=sinks), reach)
+        k_sink = rotation.rotate_keys(k_BSKD, keys.position_BT.clamp(max=sinks), reach)
         return torch.cat((q, q_sink), -1), torch.cat((k.masked_fill(is_sink, 0), k_sink.masked_fill(~is_sink, 0)), -1)
 
-    def _visible(self, window: int | None, queries_BT: torch.Tensor, keys_BS: torch.Tensor) -> torch.Tensor | None:
+    def _takes_flex_attention(self, q: torch.Tensor, window: int | None) -> bool:
+        """Without cache, dropout and sinks of the softmax; on a CPU only where it is asked for, without gradients."""
+        if self.cache is not None or self.dropout > 0 or self.implementation == "eager" or self.config.softmax_sink:
+            return False
+        if not q.is_cuda and q.requires_grad:
+            return False
+        if self.implementation == "flex_attention":
+            return True
+        reaches_all = window is None or self.positions.limit < window
+        is_plain = reaches_all and self.positions.places.document_BT is None and not self.positions.has_padding
+        return q.is_cuda and not (is_plain and self.config.attention_softcap is None)
+
+    def _block_mask(self, window: int | None, start: int, queries: Places, keys: Places) -> BlockMask:
+        """Made once for all layers with this window."""
+        if (window, start) not in self.block_masks:
+            self.block_masks[window, start] = flex_attention.block_mask(
+                queries,
+                keys,
+                window=window,
+                sinks=self.config.sink_tokens,
+                has_padding=self.positions.has_padding,
+                are_consecutive=self.positions.are_consecutive,
+            )
+        return self.block_masks[window, start]
+
+    def _visible(self, window: int | None, queries: Places, keys: Places) -> torch.Tensor | None:
         """[B, 1, T, S] true where a query sees a key; None for plain causal attention."""
-        length, num_keys = queries_BT.shape[1], keys_BS.shape[1]
-        if not self.has_padding and (window is None or self.max_position < window) and (length in (1, num_keys)):
+        length, num_keys = queries.position_BT.shape[1], keys.position_BT.shape[1]
+        reaches_all = window is None or self.positions.limit < window
+        if not self.positions.has_padding and queries.document_BT is None and reaches_all and length in (1, num_keys):
             return None
-        m, n = queries_BT[:, :, None], keys_BS[:, None, :]
+        m, n = queries.position_BT[:, :, None], keys.position_BT[:, None, :]
         visible = (n >= 0) & (n <= m)
         if window is not None:
             visible &= (n > m - window) | (n < self.config.sink_tokens)
-        if self.has_padding:  # a padding query sees all padding, so that no row of the softmax is empty
+        if queries.document_BT is not None and keys.document_BT is not None:
+            visible &= queries.document_BT[:, :, None] == keys.document_BT[:, None, :]
+        if self.positions.has_padding:  # a padding query sees all padding, so that no row of the softmax is empty
             visible |= (m < 0) & (n < 0)
         return visible[:, None]
 

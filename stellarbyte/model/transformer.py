@@ -2,11 +2,13 @@
 `decoder.py`."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -16,14 +18,16 @@ from stellarbyte.cache.relative import RelativeCache, RelativeCacheLayer
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.attention import ByteMultiHeadSelfAttention
 from stellarbyte.model.auto import register_model_if_wanted
-from stellarbyte.model.decoder import ByteDecoder
+from stellarbyte.model.decoder import ByteDecoder, ByteDecoderLayer
 from stellarbyte.model.dense_attention import DenseAttention
 from stellarbyte.model.logits import finish_logits
+from stellarbyte.model.loss import NO_LABEL, next_tokens, summed_loss, summed_loss_of_hidden
 from stellarbyte.model.moe.experts import ByteExperts
 from stellarbyte.model.moe.layer import ByteMoE
-from stellarbyte.model.moe.losses import RouterLog, router_losses
+from stellarbyte.model.moe.losses import RouterLog, RouterLosses, router_losses
 from stellarbyte.model.moe.router import ByteRouter, move_selection_bias
 from stellarbyte.model.norm import ByteRMSNorm
+from stellarbyte.model.positions import positions_of
 from stellarbyte.model.residual import LayerScale
 from stellarbyte.xpos import XPosRotaryEmbedding
 
@@ -57,11 +61,12 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
     _no_split_modules: ClassVar = ["ByteDecoderLayer"]
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     _supports_sdpa = True
+    _supports_flex_attn = True
     accepts_loss_kwargs = True  # tells transformers' Trainer that forward takes num_items_in_batch
 
     def __init__(self, config: ByteModelConfig) -> None:
         super().__init__(config)
-        self.loss_type = "ForCausalLM"
+        self.loss_type = "ForCausalLM"  # tells transformers' Trainer which labels count
         self.model = ByteDecoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -78,7 +83,10 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         cache: RelativeCache | None = None,
         memory: Memory | None = None,
+        document_ids: torch.Tensor | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
+        smoothing: float = 0.0,
+        skip_logits: bool = False,
         return_dict: bool | None = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -91,55 +99,72 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
             attention_mask: [B, past + T], 0 for padding on either side.
             position_ids: [B, T], counted from the end of the memory; default: counted from the attention mask.
-            labels: [B, T]; the loss is the mean over positions whose next label is not -100. In training, the auxiliary
-                losses of routers are added with their coefficients.
+            labels: [B, T]; the loss is the mean over positions whose next label is not -100 and in the same document.
+                In training, the auxiliary losses of routers are added with their coefficients.
             past_key_values, cache: the cache that the previous call returned; two names of one argument (newer
                 releases of transformers use `cache`).
             memory: of the B sequences' earlier segments; read as context, then extended by these T tokens. A cache that
                 has begun with it goes on with it.
-            use_cache: return a cache for the next call; default: `config.use_cache` outside training.
+            document_ids: [B, T], the number of each token's document where rows hold several, one after the other; less
+                than 0: padding. A document is a run of one number: it sees no other, and its positions start at 0.
+            use_cache: return a cache for the next call; default: `config.use_cache` outside training and without
+                documents.
             logits_to_keep: number of last tokens that get logits; 0: all tokens.
             num_items_in_batch: divisor of the summed loss (gradient accumulation); default: the number of labels here.
+            smoothing: of labels, ε of `stellarbyte.model.loss.summed_loss`, at least 0 and less than 1. (Trainers take
+                every argument with "label" in its name for labels.)
+            skip_logits: return no logits; the loss then never needs those of all tokens in memory.
             return_dict, output_attentions, output_hidden_states: passed by PEFT; only their defaults are supported.
 
         Returns:
-            logits [B, T, V] in the model's dtype, loss or None, the cache or None (as `past_key_values`, and as `cache`
-            where transformers knows that name); the fields of `ByteOutput` for mixtures of experts.
+            logits [B, T, V] in the model's dtype or None, loss or None, the cache or None (as `past_key_values`, and as
+            `cache` where transformers knows that name); the fields of `ByteOutput` for mixtures of experts.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None and cache is not None:
-            raise ValueError("give only one of past_key_values and cache: they are the same argument")
+        _refuse_arguments(input_ids, inputs_embeds, past_key_values, cache, return_dict)
         if output_attentions or output_hidden_states:
             raise ValueError("output_attentions and output_hidden_states are not supported")
-        if return_dict is False:
-            raise ValueError("return_dict=False is not supported; the output is always a CausalLMOutputWithPast")
         embeddings = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if memory is None and isinstance(cache, RelativeCache):
             memory = cache.memory
-        cache = self._cache(cache, use_cache, memory)
+        cache = self._cache(cache, use_cache, memory, is_packed=document_ids is not None)
         wants_log = self.config.num_experts > 0 and (self.training or labels is not None)
-        hidden, log = self._hidden(embeddings, attention_mask, position_ids, cache, memory, wants_log)
-        products = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        logits = finish_logits(products, self.config.logits_multiplier, self.config.logits_softcap)
+        hidden, log = self._hidden(embeddings, attention_mask, position_ids, document_ids, cache, memory, wants_log)
+        logits = None if skip_logits else self._logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        losses = None if log is None else router_losses(log.layers)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
-            )
-        if log is None:
-            return ByteOutput(loss=loss, logits=logits, **{CACHE: cache})
-        losses = router_losses(log.layers)
-        if loss is not None and labels is not None and self.training:
-            loss = loss + self._share_of_batch(labels, num_items_in_batch) * losses.weighted(self.config).to(
-                loss.device
-            )
-        return ByteOutput(loss=loss, logits=logits, **{CACHE: cache}, **losses._asdict())
+            targets = next_tokens(labels, document_ids)
+            loss = self._loss(hidden, logits, targets, smoothing, num_items_in_batch, losses)
+        return ByteOutput(loss=loss, logits=logits, **{CACHE: cache}, **({} if losses is None else losses._asdict()))
 
-    def _share_of_batch(self, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None) -> Any:
-        """Labels here / labels of all batches whose gradients are accumulated: so the auxiliary losses count once."""
-        return 1.0 if num_items_in_batch is None else (labels[:, 1:] != -100).sum() / num_items_in_batch
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return finish_logits(self.lm_head(hidden), self.config.logits_multiplier, self.config.logits_softcap)
+
+    def _loss(
+        self,
+        hidden: torch.Tensor,
+        logits: torch.Tensor | None,
+        targets: torch.Tensor,
+        smoothing: float,
+        num_items_in_batch: int | torch.Tensor | None,
+        losses: RouterLosses | None,
+    ) -> torch.Tensor:
+        """Of the logits if they are there for all tokens, and otherwise without them; in training with `losses`."""
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing ({smoothing}) must be at least 0 and less than 1")
+        if logits is not None and logits.shape[1] == hidden.shape[1]:
+            total = summed_loss(logits.flatten(0, 1), targets.flatten(), smoothing)
+        else:
+            total = summed_loss_of_hidden(
+                hidden.flatten(0, 1), targets.flatten(), self._logits, self.config.vocab_size, smoothing
+            )
+        num_targets = (targets != NO_LABEL).sum()
+        loss = total / (num_targets if num_items_in_batch is None else num_items_in_batch)
+        if losses is not None and self.training:  # as a share of all batches that are accumulated: they count once
+            share = 1.0 if num_items_in_batch is None else num_targets / num_items_in_batch
+            loss = loss + share * losses.weighted(self.config).to(loss.device)
+        return loss
 
     def set_training_step(self, step: int) -> None:
         """Tell the routers the number of this training step, for `router_top_p_steps`. Loading starts at 0."""
@@ -161,6 +186,26 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             assert router.e_score_correction_bias is not None  # as the config says
             move_selection_bias(router.e_score_correction_bias, load_E, rate)
 
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """transformers' hook: recompute layers 0, n, 2n, ... in the backward pass, through the given function.
+
+        Raises:
+            ValueError: every_n_layers is less than 1, or the function is the reentrant one.
+        """
+        if every_n_layers < 1:
+            raise ValueError(f"every_n_layers ({every_n_layers}) must be at least 1")
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant must be False: layers take and return more than tensors")
+        layers: list[ByteDecoderLayer] = list(self.model.layers)  # type: ignore[arg-type]
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = enable and number % every_n_layers == 0
+            layer.recompute = gradient_checkpointing_func
+
     def _routers(self) -> list[ByteRouter]:
         return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, ByteMoE)]
 
@@ -169,6 +214,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
+        document_ids: torch.Tensor | None,
         cache: RelativeCache | None,
         memory: Memory | None,
         wants_log: bool,
@@ -178,10 +224,25 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the memory holds {memory.batch_size} sequences, but the input has {len(embeddings)}")
         is_first = cache is None or cache.get_seq_length() == 0
         read = memory if is_first else None  # later, the cache has its keys
-        attend = self._dense_attention(embeddings, attention_mask, position_ids, cache, read)
-        log = None
-        if wants_log:
-            log = RouterLog(attend.positions_BT >= 0 if attend.has_padding else None)
+        places = positions_of(
+            embeddings,
+            attention_mask,
+            position_ids,
+            document_ids,
+            cache=cache,
+            memory=read,
+            context=self.config.max_position_embeddings,
+        )
+        attend = DenseAttention(
+            self.config,
+            self.model.rotary,
+            places,
+            cache=cache,
+            memory=read,
+            implementation=self.config._attn_implementation or "sdpa",
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+        log = RouterLog(places.is_token_BT) if wants_log else None
         if memory is None:
             return self.model(embeddings, attend, log=log), log
         layers = range(self.config.num_hidden_layers)
@@ -192,64 +253,21 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         return hidden, log
 
     def _cache(
-        self, given: RelativeCache | None, use_cache: bool | None, memory: Memory | None
+        self, given: RelativeCache | None, use_cache: bool | None, memory: Memory | None, *, is_packed: bool
     ) -> RelativeCache | None:
-        if self.training and self.model.layers[0].gradient_checkpointing:
+        if self.training and any(layer.gradient_checkpointing for layer in self.model.layers):
             return None  # a layer runs twice there and would extend the cache twice
         if isinstance(given, RelativeCache):
             given.attach(memory)
             return given
         if given is not None and given.get_seq_length() > 0:
             raise ValueError(f"the cache must be a RelativeCache, got {type(given).__name__}")
-        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        wanted = self.config.use_cache and not self.training and not is_packed if use_cache is None else use_cache
         if not wanted:
             return None
         cache = RelativeCache(self.config)
         cache.attach(memory)
         return cache
-
-    def _dense_attention(
-        self,
-        embeddings: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: RelativeCache | None,
-        memory: Memory | None,
-    ) -> DenseAttention:
-        batch, length = embeddings.shape[:2]
-        seen = 0 if cache is None else cache.get_seq_length()
-        start = cache.start if cache is not None else 0 if memory is None else memory.next_position
-        has_padding = False
-        if attention_mask is not None:
-            if attention_mask.shape != (batch, seen + length):
-                raise ValueError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch, seen + length]} "
-                    "(tokens already in the cache count)"
-                )
-            has_padding = not bool(attention_mask.all())
-        if has_padding and (memory is not None or (cache is not None and cache.memory is not None)):
-            raise ValueError("attention_mask marks padding, which a memory cannot hold: give rows of one length")
-        if has_padding:
-            assert attention_mask is not None
-            counted = attention_mask.long().cumsum(-1) - 1 if position_ids is None else position_ids
-            positions = counted[:, -length:].masked_fill(attention_mask[:, -length:] == 0, -1)
-        elif position_ids is not None:
-            positions = start + position_ids.expand(batch, -1)
-        else:
-            first = start + seen
-            positions = torch.arange(first, first + length, device=embeddings.device).expand(batch, -1)
-        max_position = start + seen + length - 1 if position_ids is None else int(positions.max())
-        return DenseAttention(
-            self.config,
-            self.model.rotary,
-            positions,
-            has_padding=has_padding,
-            max_position=max(max_position, 0),
-            cache=cache,
-            memory=memory,
-            implementation=self.config._attn_implementation or "sdpa",
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
         """Start `generate` with a RelativeCache: transformers' default cache keeps absolute rotations and drops
@@ -331,6 +349,21 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
             case XPosRotaryEmbedding():
                 if module.raw_decay is not None and not getattr(module.raw_decay, "_is_hf_initialized", False):
                     module.reset_parameters()
+
+
+def _refuse_arguments(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    past_key_values: RelativeCache | None,
+    cache: RelativeCache | None,
+    return_dict: bool | None,
+) -> None:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give only one of past_key_values and cache: they are the same argument")
+    if return_dict is False:
+        raise ValueError("return_dict=False is not supported; the output is always a CausalLMOutputWithPast")
 
 
 def _like(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,232 @@
+"""Runs a training from its settings: from the data to the finished model."""
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from transformers import EarlyStoppingCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
+from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
+from stellarbyte.checkpoint.training_record import TrainingRecord
+from stellarbyte.lora import save_adapter
+from stellarbyte.model.transformer import ByteTransformer
+from stellarbyte.train.arguments import Schedule, schedule, training_arguments
+from stellarbyte.train.callbacks.divergence import Divergence
+from stellarbyte.train.callbacks.ema import Ema
+from stellarbyte.train.callbacks.guard import Guard
+from stellarbyte.train.callbacks.progress import ProgressBar
+from stellarbyte.train.callbacks.routers import Routers
+from stellarbyte.train.card import versions, write_card
+from stellarbyte.train.checkpoints import Checkpoints
+from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
+from stellarbyte.train.errors import TrainError
+from stellarbyte.train.metrics import flops_per_token, peak_flops
+from stellarbyte.train.models import make_model
+from stellarbyte.train.plots import draw_run
+from stellarbyte.train.ranks import is_first_rank, ranks_expected, wait_for_all
+from stellarbyte.train.rows import RunData, num_rows
+from stellarbyte.train.trainer import ByteTrainer
+
+_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens")
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"  # in the run's folder, when the run has ended
+
+Config = Pretrain | Sft | LoraRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Attributes: folder: of the finished model or adapter; None: the run was stopped by the signal `number`."""
+
+    folder: Path | None
+    step: int
+    number: int | None = None
+
+
+def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Console) -> Outcome:
+    """Train to the last step, or until a signal; every rank calls it.
+
+    Raises:
+        TrainError, CheckpointError: a setting does not fit the data or the machine, a checkpoint is of another run, a
+            step would not be finite, or a file cannot be written.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    _refuse_unmeasured(config, data)
+    plan = plan_of(config, data)
+    folder = config.run.dir
+    target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
+    refuse_existing(target)
+    with _sole_run(folder):
+        trainer, guard = _trainer(kind, config, data, plan, console)
+        last = trainer.checkpoints.last()
+        if last is not None:
+            if not resume:
+                raise TrainError(f"{folder} has {last.name}; continue with --resume, or give another run.dir.")
+            trainer.checkpoints.refuse_other_origin(last)
+            console.print(f"Continuing after {last.name}.")
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            guard.restore()
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, ProgressBar):
+                    callback.close()
+        if guard.stopped:
+            return Outcome(folder=None, step=trainer.state.global_step, number=guard.number or signal.SIGTERM)
+        if trainer.ema is not None:
+            trainer.ema.put_into_model()
+        if data.held_out is not None and not _evaluated_last(trainer):
+            trainer.evaluate()
+        wait_for_all()
+        if is_first_rank():
+            _write_result(kind, config, data, trainer, target)
+            if config.run.plots:
+                draw_run(trainer.state.log_history, folder)
+        wait_for_all()
+        return Outcome(folder=target, step=trainer.state.global_step)
+
+
+def plan_of(config: Config, data: RunData) -> Schedule:
+    """Rows and steps on this number of ranks. Raises TrainError."""
+    return schedule(config.train, sequence=config.data.sequence, rows=num_rows(data.train), ranks=ranks_expected())
+
+
+def _refuse_unmeasured(config: Config, data: RunData) -> None:
+    if data.held_out is None:
+        for name, value in (
+            ("stop.patience", config.stop.patience),
+            ("train.evaluate_every", config.train.evaluate_every),
+        ):
+            if value is not None:
+                raise TrainError(f"{name} needs held-out data, of which there is none; set held_out above 0.")
+
+
+@contextmanager
+def _sole_run(folder: Path) -> Iterator[None]:
+    """The run's folder, made and held by one run at a time."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise TrainError(f"Another process is training into {folder}.") from error
+    except (FileExistsError, PermissionError, NotADirectoryError) as error:
+        raise TrainError(f"{folder} cannot be written: {error.strerror}.") from error
+
+
+def _trainer(kind: str, config: Config, data: RunData, plan: Schedule, console: Console) -> tuple[ByteTrainer, Guard]:
+    settings = config.train
+    _prepare_trackers(config.run.track)
+    args = training_arguments(
+        settings,
+        config.stop,
+        folder=config.run.dir,
+        seed=config.run.seed,
+        track=config.run.track,
+        workers=config.data.workers,
+        plan=plan,
+        evaluates=data.held_out is not None,
+    )
+    set_seed(config.run.seed)
+    model = make_model(config, data)
+    guard = Guard()
+    peak = peak_flops(args.device)
+    progress = ProgressBar(
+        console,
+        batch_tokens=settings.batch_tokens,
+        flops_per_token=flops_per_token(model.config, num_active_parameters(model), config.data.sequence),
+        peak_flops=None if peak is None else peak * args.world_size,
+    )
+    callbacks = [guard, progress]
+    if model.config.num_experts:
+        callbacks.append(Routers(settings.balance_rate))
+    if config.stop.patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.stop.patience))
+    origin = {
+        "data": data.fingerprint,
+        "sequence": config.data.sequence,
+        "packing": config.data.packing,
+        "batch_tokens": settings.batch_tokens,
+        "seed": config.run.seed,
+    }
+    trainer = ByteTrainer(
+        model,
+        args,
+        data,
+        settings,
+        Checkpoints(config.run.dir, origin),
+        batch_rows=plan.batch_rows,
+        ema=None if settings.ema is None else Ema(model, settings.ema),
+        divergence=Divergence(config.run.dir) if config.stop.nan else None,
+        callbacks=callbacks,
+        saves_only_trained=kind == "lora",
+    )
+    if args.process_index > 0:  # the weights are alike on all ranks; dropout is not
+        set_seed(config.run.seed + args.process_index)
+    return trainer, guard
+
+
+def _prepare_trackers(names: Sequence[str]) -> None:
+    for name in names:
+        if find_spec(name) is None:
+            raise TrainError(f"run.track names {name}, which is not installed: pip install {name}.")
+    os.environ.setdefault("SWANLAB_MODE", "local")  # to its cloud only if the user says so
+
+
+def num_active_parameters(model: ByteTransformer) -> int:
+    """Parameters that one token uses at most: not those of experts that it does not choose."""
+    config = model.config
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    used = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
+    return int(sum(p.numel() for p in model.parameters()) - experts * (1 - used))
+
+
+def _evaluated_last(trainer: ByteTrainer) -> bool:
+    """Whether the weights are those of the last evaluation: it came after the last step, and they were not changed."""
+    if trainer.ema is not None or trainer.state.best_model_checkpoint is not None:
+        return False
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(evaluated) and evaluated[-1] == trainer.state.global_step
+
+
+def _write_result(kind: str, config: Config, data: RunData, trainer: ByteTrainer, target: Path) -> None:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    held_out = {name: evaluations[-1][name] for name in evaluations[-1] if name in _METRICS} if evaluations else {}
+    steps = trainer.state.global_step
+    record = TrainingRecord(
+        kind=kind,
+        base=config.model.path,
+        data_sha256=data.fingerprint,
+        licenses=data.licenses,
+        tokens=steps * config.train.batch_tokens,
+        steps=steps,
+        epochs=steps * trainer.batch_rows / num_rows(data.train),
+        loss=losses[-1],
+        held_out=held_out,
+        settings=config.model_dump(mode="json", exclude_unset=True),
+        versions=versions(),
+    )
+    with staged_folder(target) as staging:
+        if kind == "lora":
+            save_adapter(trainer.model, staging)
+        else:
+            trainer.model.save_pretrained(staging)
+            read_tokenizer(data.tokenizer).write(staging)
+        write_card(record, staging, name=config.run.dir.name)

@@ -1,0 +1,67 @@
+"""What a run learns from: rows of tokens, where they come from, and the order in which they are read."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from stellarbyte.train.data.packing import Batch
+
+Collate = Callable[[Sequence[Batch]], Batch]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """The data of one run.
+
+    Attributes:
+        train, held_out: of rows as `stellarbyte.train.data.packing` has them; None: nothing is held out.
+        collate: rows → batch of the same names, [B, T].
+        fingerprint: SHA-256 of what the rows are made of; equal rows have equal fingerprints.
+        licenses: of the texts, without repetitions.
+        bytes_per_token: UTF-8 bytes of the held-out text for each of its tokens; None: not known.
+        tokenizer: the folder with its files.
+        vocab_size, special_ids: of the tokenizer, as the fields of a model's config.
+    """
+
+    train: Dataset[Batch]
+    held_out: Dataset[Batch] | None
+    collate: Collate
+    fingerprint: str
+    licenses: tuple[str, ...]
+    bytes_per_token: float | None
+    tokenizer: Path
+    vocab_size: int
+    special_ids: Mapping[str, int | None]
+
+
+class ShuffledStream(Sampler[int]):
+    """Indices of `num_rows` rows, epoch after epoch, each in an order of its own that only the seed decides.
+
+    A batch may end one epoch and begin the next, so every epoch reads every row once, whatever the batch size.
+    """
+
+    def __init__(self, num_rows: int, length: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.length = length
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        left, epoch = self.length, 0
+        while left > 0:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.num_rows, generator=generator)[:left]
+            for part in order.split(1 << 16):
+                yield from part.tolist()
+            left -= len(order)
+            epoch += 1
+
+
+def num_rows(dataset: Any) -> int:
+    return len(dataset)

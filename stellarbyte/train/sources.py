@@ -1,0 +1,74 @@
+"""The rows of a run, from the data section of its file."""
+
+from transformers import PreTrainedTokenizerFast
+
+from stellarbyte.checkpoint.native import load_config
+from stellarbyte.checkpoint.source import resolve_model
+from stellarbyte.train.config.run import Pretrain, Sft, TokenData
+from stellarbyte.train.data.packing import collate
+from stellarbyte.train.data.sft import read_chats
+from stellarbyte.train.data.shards import SPLITS, read_index, sha256_of
+from stellarbyte.train.data.tokens import Layout, TokenSequences
+from stellarbyte.train.errors import TrainError
+from stellarbyte.train.rows import RunData
+
+
+def token_rows(config: Pretrain) -> RunData:
+    """Rows of token shards. Raises TrainError: the folder is not complete."""
+    data = config.data
+    index = read_index(data.shards)
+    held_out = index.splits.get("held_out")
+    has_held_out = held_out is not None and held_out.tokens > 0
+    return RunData(
+        train=TokenSequences(data.shards, "train", data.sequence, _layout(data)),
+        held_out=TokenSequences(data.shards, "held_out", data.sequence, _layout(data)) if has_held_out else None,
+        collate=collate,
+        fingerprint=index.fingerprint,
+        licenses=tuple(sorted({source.license for source in index.sources})),
+        bytes_per_token=held_out.text_bytes / held_out.tokens if held_out is not None and has_held_out else None,
+        tokenizer=data.shards / "tokenizer",
+        special_ids={
+            "pad_token_id": index.pad_token_id,
+            "bos_token_id": index.bos_token_id,
+            "eos_token_id": index.eos_token_id,
+        },
+        vocab_size=index.vocab_size,
+    )
+
+
+def chat_rows(config: Sft) -> RunData:
+    """Rows of chats, by the tokenizer and the chat template of the model.
+
+    Raises:
+        TrainError: a file or a chat in it cannot be used.
+        CheckpointError: there is no such model.
+    """
+    data = config.data
+    assert config.model.path is not None  # Sft checks it
+    folder = resolve_model(config.model.path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    chats = read_chats(data.chats, tokenizer, max_length=data.sequence, held_out=data.held_out)
+    rows = {
+        split: chats[split].rows(tokenizer, length=data.sequence, packing=data.packing)
+        for split in SPLITS
+        if len(chats[split].ends)
+    }
+    if "train" not in rows:
+        raise TrainError(f"data.chats holds no chat to train on{'; all are held out' if rows else ''}.")
+    return RunData(
+        train=rows["train"],
+        held_out=rows.get("held_out"),
+        collate=collate,
+        fingerprint=sha256_of(chats[split].fingerprint.encode() for split in SPLITS),
+        licenses=(data.license,),
+        bytes_per_token=None,
+        tokenizer=folder,
+        vocab_size=load_config(folder).vocab_size,
+        special_ids={},
+    )
+
+
+def _layout(data: TokenData) -> Layout:
+    if not data.packing:
+        return "single"
+    return "cut" if data.cut else "whole"

@@ -1,0 +1,96 @@
+"""The files of runs: each wrong value is one sentence that names it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stellarbyte.train.config.presets import PRESETS
+from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
+from stellarbyte.train.config.yaml_file import Section, read_yaml
+from stellarbyte.train.errors import TrainError
+from tests.support.servers.server_process import ROOT
+
+PRETRAIN: dict[str, Any] = {
+    "run": {"dir": "runs/poet", "seed": 1, "track": ["tensorboard"]},
+    "model": {"preset": "poet-30m", "sliding_window": 128},
+    "data": {"shards": "data/poet", "sequence": 512, "packing": True},
+    "train": {"batch_tokens": 262144, "micro_batch": 64, "epochs": 8, "lr": 0.003, "schedule": "cosine_with_restarts"},
+}
+CHATS: dict[str, Any] = {
+    "run": {"dir": "runs/chat"},
+    "model": {"path": "demo", "residual_dropout": 0.1},
+    "data": {"chats": ["chats.jsonl"], "sequence": 512},
+    "train": {"batch_tokens": 4096, "micro_batch": 8, "lr": 1e-3},
+}
+
+
+def read(folder: Path, kind: type[Section], content: dict[str, Any], *overrides: str) -> Any:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return read_yaml(file, kind, overrides)
+
+
+def test_values_overrides_and_defaults(tmp_path: Path) -> None:
+    found = read(tmp_path, Pretrain, PRETRAIN, "train.ema=0.99", "model.qk_norm=false")
+    assert found.train.ema == 0.99 and found.train.cycles == 1 and found.stop.nan and found.stop.patience is None
+    assert found.model.fields == {"sliding_window": 128, "qk_norm": False}
+    assert read(tmp_path, LoraRun, CHATS, "lora.r=4").lora.r == 4
+    assert read(tmp_path, Sft, CHATS).model.fields == {"residual_dropout": 0.1}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_the_size_of_their_names(preset: str) -> None:
+    from stellarbyte.checkpoint.shapes import expected_shapes
+    from stellarbyte.config import ByteModelConfig
+
+    shapes = expected_shapes(ByteModelConfig(vocab_size=8192, **PRESETS[preset]))
+    millions = sum(math.prod(shape) for shape in shapes.values()) / 1e6
+    assert round(millions) == int(preset.rpartition("-")[2].removesuffix("m"))
+
+
+REFUSED: list[tuple[type[Section], dict[str, Any], str, str]] = [
+    (Pretrain, PRETRAIN, "data.sequense=3", "data.sequense is unknown; did you mean sequence?"),
+    (Pretrain, PRETRAIN, "model.sliding_windo=3", "model.sliding_windo is unknown; did you mean sliding_window?"),
+    (Pretrain, PRETRAIN, "model.vocab_size=3", "model.vocab_size is unknown"),
+    (Pretrain, PRETRAIN, "model.preset=poem", "preset 'poem' is not one of tiny-1m, poet-30m"),
+    (Pretrain, PRETRAIN, "model.path=x", "give only one of path and preset"),
+    (Pretrain, PRETRAIN, "model={}", "give path, or a preset"),
+    (Pretrain, PRETRAIN, "model.sliding_window=wide", "model.sliding_window ('wide')"),
+    (Sft, CHATS, "model.hidden_size=64", "hidden_size is fixed by the checkpoint at demo"),
+    (Sft, CHATS, "model.path=null", "model.path is missing"),
+    (Sft, CHATS, "model={preset: poet-30m}", "model.path is missing"),
+    (Pretrain, PRETRAIN, "train.ema=1", "train.ema (1) should be less than 1"),
+    (Pretrain, PRETRAIN, "train.label_smoothing=1", "train.label_smoothing (1) should be less than 1"),
+    (Pretrain, PRETRAIN, "train.recompute_every=0", "train.recompute_every (0) should be greater than or equal to 1"),
+    (Pretrain, PRETRAIN, "train.schedule=cosin", "train.schedule ('cosin') should be 'cosine'"),
+    (Pretrain, PRETRAIN, "train={batch_tokens: 8, micro_batch: 1, lr: 1, cycles: 2}", "needs schedule cosine_with_res"),
+    (Pretrain, PRETRAIN, "stop.patience=2", "stop.patience needs train.evaluate_every"),
+    (Pretrain, PRETRAIN, "parallel.fsdp=2", "fsdp (2) must be 1: models are not sharded yet"),
+    (Pretrain, PRETRAIN, "parallel.tensor=2", "tensor (2) must be 1: models are not sharded yet"),
+    (Pretrain, PRETRAIN, "run.track=[wandb]", "run.track.0 ('wandb') should be 'tensorboard'"),
+    (LoraRun, CHATS, "train.optimizer=muon", "train.optimizer must be adamw"),
+]
+
+
+@pytest.mark.parametrize(("kind", "content", "override", "told"), REFUSED, ids=[row[2] for row in REFUSED])
+def test_wrong_values_are_told(tmp_path: Path, kind: type[Section], content: Any, override: str, told: str) -> None:
+    with pytest.raises(TrainError) as error:
+        read(tmp_path, kind, content, override)
+    assert told in str(error.value)
+
+
+def test_patience_needs_the_best_model_on_disk(tmp_path: Path) -> None:
+    overrides = ("stop.patience=2", "train.evaluate_every=4", "train.checkpoint_every=6")
+    with pytest.raises(
+        TrainError, match=r"train.checkpoint_every \(6\) to be a multiple of train.evaluate_every \(4\)"
+    ):
+        read(tmp_path, Pretrain, PRETRAIN, *overrides)
+
+
+def test_the_examples_load() -> None:
+    found = read_yaml(ROOT / "examples" / "poet" / "pretrain.yaml", Pretrain)
+    assert found.train.batch_tokens % (found.train.micro_batch * found.data.sequence) == 0
+    assert found.model.fields == {"sliding_window": 256, "sink_tokens": 4}
