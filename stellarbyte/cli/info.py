@@ -5,11 +5,10 @@ import dataclasses
 import json
 
 from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.info import describe, describe_lines
+from stellarbyte.checkpoint.info import describe, describe_lines, read_record
 from stellarbyte.checkpoint.native import open_checkpoint
 from stellarbyte.checkpoint.progress import ProgressBar
 from stellarbyte.checkpoint.source import resolve_model
-from stellarbyte.checkpoint.training_record import read_record
 
 FAILURES = (CheckpointError,)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from stellarbyte.checkpoint.training_record import TrainingRecord, record_lines
+from stellarbyte.checkpoint.info import TrainingRecord, record_lines
 
 _KINDS = {
     "pretrain": "A language model trained from the start on token shards",

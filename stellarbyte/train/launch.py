@@ -16,8 +16,8 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
+from stellarbyte.checkpoint.info import TrainingRecord
 from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
-from stellarbyte.checkpoint.training_record import TrainingRecord
 from stellarbyte.lora import save_adapter
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.arguments import Schedule, schedule, training_arguments

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from stellarbyte.checkpoint.info import read_record
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
-from stellarbyte.checkpoint.training_record import read_record
 from stellarbyte.cli.main import main
 from stellarbyte.lora import load_adapter
 from stellarbyte.train.callbacks.ema import Ema
