@@ -1,12 +1,10 @@
 """Token shards as a torch dataset: rows of at most `sequence` tokens, read from memory-mapped files."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from stellarbyte.train.data.packing import Batch, packed_row
 from stellarbyte.train.data.shards import ENDS_DTYPE, Split, ends_file, read_index, tokens_file
@@ -115,20 +113,3 @@ class _MappedSplit:
             fits = last >= 0 and ends[last] > rows[-1]
             rows.append(int(ends[last]) if fits else rows[-1] + length)
         return np.array(rows)
-
-
-class EpochPermutation(Sampler[int]):
-    """Every row once an epoch, in an order that the seed and the epoch decide."""
-
-    def __init__(self, num_rows: int, seed: int) -> None:
-        self._num_rows, self._seed, self._epoch = num_rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        yield from torch.randperm(self._num_rows, generator=generator).tolist()
