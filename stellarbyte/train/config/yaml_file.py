@@ -86,7 +86,7 @@ def _read(file: Path) -> bytes:
 def yaml_value(content: bytes | str, name: str) -> Any:
     """The value of a YAML text; `name` names it in errors. Raises TrainError."""
     try:
-        return yaml.load(content, _Loader)
+        return yaml.load(content, _Loader)  # nosec B506
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f", line {mark.line + 1}"
