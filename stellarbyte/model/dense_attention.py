@@ -36,7 +36,7 @@ class DenseAttention:
         cache: extended by every layer; None: the T tokens are the whole sequence, but for the memory.
         memory: whose rows every layer reads before the T tokens; None: there are none.
         implementation: "sdpa"; "eager" for plain torch operations, which soft caps and pruned caches always take; or
-            "flex_attention", which windows, documents and soft caps take on a GPU anyway, without cache and dropout.
+            "flex_attention" for masks by blocks (windows, documents), without a cache.
         dropout: of attention weights; 0 outside training.
 
     Raises:
@@ -146,7 +146,7 @@ class DenseAttention:
             k, v = k_BSKD[:, :num_keys], v_BSKD[:, :num_keys]
             of_chunk, seen = queries.between(start, stop), keys.between(0, num_keys)
             q, k = self._rotated(rotation, window, q_BTHD[:, start:stop], of_chunk, k, seen)
-            if self._takes_flex_attention(q, window):
+            if self._takes_flex_attention(q):
                 mask = self._block_mask(window, start, of_chunk, seen)
                 outputs.append(
                     flex_attention.attend(q, k, v, mask, rotation.score_scale, self.config.attention_softcap)
@@ -180,17 +180,10 @@ class DenseAttention:
         k_sink = rotation.rotate_keys(k_BSKD, keys.position_BT.clamp(max=sinks), reach)
         return torch.cat((q, q_sink), -1), torch.cat((k.masked_fill(is_sink, 0), k_sink.masked_fill(~is_sink, 0)), -1)
 
-    def _takes_flex_attention(self, q: torch.Tensor, window: int | None) -> bool:
-        """Without cache, dropout and sinks of the softmax; on a CPU only where it is asked for, without gradients."""
-        if self.cache is not None or self.dropout > 0 or self.implementation == "eager" or self.config.softmax_sink:
-            return False
-        if not q.is_cuda and q.requires_grad:
-            return False
-        if self.implementation == "flex_attention":
-            return True
-        reaches_all = window is None or self.positions.limit < window
-        is_plain = reaches_all and self.positions.places.document_BT is None and not self.positions.has_padding
-        return q.is_cuda and not (is_plain and self.config.attention_softcap is None)
+    def _takes_flex_attention(self, q: torch.Tensor) -> bool:
+        """Where it is asked for, without a cache; not for gradients on a CPU, which it does not have there."""
+        is_able = self.cache is None and (q.is_cuda or not q.requires_grad)
+        return self.implementation == "flex_attention" and is_able
 
     def _block_mask(self, window: int | None, start: int, queries: Places, keys: Places) -> BlockMask:
         """Made once for all layers with this window."""

@@ -1,6 +1,7 @@
 """FlexAttention's compiled kernels, and a run in bfloat16 on the card."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from stellarbyte.model import dense_attention
 from stellarbyte.train.config.run import Pretrain
 from stellarbyte.train.launch import train
 from tests.support.models.byte_transformer import VARIANTS, make_model, random_tokens
@@ -27,7 +27,7 @@ DOCUMENTS = torch.tensor([[0] * 77 + [1] * 100 + [2] * 23, [0] * 200])
 @pytest.mark.parametrize("packed", [False, True])
 def test_flex_attention_has_the_loss_and_gradients_of_eager_attention(variant: str, packed: bool) -> None:
     found = []
-    for implementation in ("eager", "sdpa"):
+    for implementation in ("eager", "flex_attention"):
         model = make_model(attn_implementation=implementation, **VARIANTS[variant]).cuda().train()
         arguments: dict[str, Any] = {"document_ids": DOCUMENTS.cuda()} if packed else {}
         loss = model(TOKENS.cuda(), labels=TOKENS.cuda(), **arguments).loss
@@ -37,18 +37,12 @@ def test_flex_attention_has_the_loss_and_gradients_of_eager_attention(variant: s
         torch.testing.assert_close(ours, reference, atol=2e-4, rtol=1e-3)
 
 
-def test_windows_take_flex_attention_and_plain_sequences_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    attend = dense_attention.flex_attention.attend
-    monkeypatch.setattr(dense_attention.flex_attention, "attend", lambda *a: calls.append(1) or attend(*a))
-    make_model(**VARIANTS["mistral"]).cuda()(TOKENS.cuda(), use_cache=False)
-    assert len(calls) == 3
-    make_model(**VARIANTS["llama"]).cuda()(TOKENS.cuda(), use_cache=False)
-    assert len(calls) == 3
-
-
 def test_a_windows_mask_of_all_pairs_is_never_in_memory() -> None:
-    model = make_model(**VARIANTS["mistral"], max_position_embeddings=16384).cuda().train()
+    model = (
+        make_model(attn_implementation="flex_attention", **VARIANTS["mistral"], max_position_embeddings=16384)
+        .cuda()
+        .train()
+    )
     tokens = torch.tensor([random_tokens(16384)], device="cuda")
     model(tokens, labels=tokens, skip_logits=True).loss.backward()  # compiles
     torch.cuda.reset_peak_memory_stats()
@@ -80,8 +74,6 @@ def test_a_run_in_bfloat16_learns(tmp_path: Path, compiles: bool) -> None:
     data = run_data(tmp_path, num_rows=16)
     console = Console(file=io.StringIO())
     assert train("pretrain", config, data, resume=False, console=console).folder is not None
-    import json
-
     newest = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
