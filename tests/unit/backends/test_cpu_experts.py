@@ -97,9 +97,9 @@ def test_the_weights_of_modules_are_those_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("variant", EXPERT_VARIANTS)
-def test_models_that_choose_by_a_share_are_left_to_torch(variant: str) -> None:
+def test_choices_by_a_share_and_clamped_experts_are_left_to_torch(variant: str) -> None:
     config = make_config(**EXPERT_VARIANTS[variant])
-    assert fits(config) == (config.router_top_p is None)
+    assert fits(config) == (config.router_top_p is None and config.swiglu_limit is None)
     assert not fits(make_config(**EXPERT_VARIANTS[variant], head_dim=8))
 
 
