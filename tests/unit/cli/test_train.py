@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import re
 import subprocess
 import sys
@@ -25,8 +26,10 @@ SETTINGS = {"tokenizer": TrainTokenizer, "prepare": Prepare}
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with chapters of a page and their settings."""
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [json.dumps({"title": f"Part {i}", "lines": part.split("\n")}) for i, part in enumerate(text.split("\n\n"))]
+    choice = random.Random(1)
+    words = ["".join(choice.choices("abcdefghijklmnopqrstuvwxyz", k=choice.randint(1, 9))) for _ in range(300)]
+    parts = [[" ".join(choice.choices(words, k=8)) for _ in range(3)] for _ in range(400)]
+    rows = [json.dumps({"title": f"Part {i}", "lines": part}) for i, part in enumerate(parts)]
     Path("pages.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
     source = {"files": ["*.jsonl.gz"], "template": "{title}\n{lines}", "kind": "page", "license": "MIT"}
     tokenizer = {"output": "tokenizer", "sources": [source], "stages": [{"vocabulary": 400}, {"vocabulary": 500}]}
