@@ -96,7 +96,8 @@ def test_the_demo_starts_with_an_empty_cache(root: Path) -> None:
         assert "Paris" in reply["choices"][0]["message"]["content"]
         assert "cannot be stored" not in server.log()  # compiled kernels
         kept = Path(f"/proc/{server.first_pid()}/root/var/cache/stellarbyte")
-        assert {path.name for path in kept.iterdir()} == {"SmolLM2-135M-Instruct-v2", "compiled"}
+        demo = "SmolLM2-135M-Instruct-v2"
+        assert {path.name for path in kept.iterdir()} == {demo, f".{demo}.lock", "compiled", "weight-hashes.json"}
 
 
 class Health(http.server.BaseHTTPRequestHandler):
