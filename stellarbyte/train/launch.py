@@ -69,7 +69,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
     target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
     refuse_existing(target)
     with _sole_run(folder):
-        trainer, guard = _trainer(kind, config, data, plan, console)
+        trainer, guard = make_trainer(kind, config, data, plan, console)
         last = trainer.checkpoints.last()
         if last is not None:
             if not resume:
@@ -129,7 +129,9 @@ def _sole_run(folder: Path) -> Iterator[None]:
         raise TrainError(f"{folder} cannot be written: {error.strerror}.") from error
 
 
-def _trainer(kind: str, config: Config, data: RunData, plan: Schedule, console: Console) -> tuple[ByteTrainer, Guard]:
+def make_trainer(
+    kind: str, config: Config, data: RunData, plan: Schedule, console: Console
+) -> tuple[ByteTrainer, Guard]:
     settings = config.train
     _prepare_trackers(config.run.track)
     args = training_arguments(
