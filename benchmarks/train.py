@@ -80,7 +80,7 @@ class StepTimes(TrainerCallback):
         self.skipped = skipped
         self.ends_s: list[float] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         wait()
         if state.global_step == self.skipped and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
