@@ -8,8 +8,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from stellarbyte.checkpoint.source import resolve_model
 from tests.support.models.references import Reference, transformers_answers
 from tests.support.servers.fake_engine import make_model_folder
+from tests.support.servers.harmony_server import make_model_folder as make_harmony_folder
 from tests.support.servers.reasoning_server import make_model_folder as make_thinker_folder
-from tests.support.servers.server_process import FAKE, REAL, REASONING, ServerProcess, running
+from tests.support.servers.server_process import FAKE, HARMONY, REAL, REASONING, ServerProcess, running
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,14 @@ def reasoning_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     """The model `thinker`, which repeats the last message, marks of reasoning included."""
     folder = make_thinker_folder(tmp_path_factory.mktemp("models") / "thinker")
     with running(REASONING, "--model", str(folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def harmony_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The model `oss`, which writes the last message as its own messages, marks of channels included."""
+    folder = make_harmony_folder(tmp_path_factory.mktemp("models") / "oss")
+    with running(HARMONY, "--model", str(folder)) as server:
         yield server
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from tests.support.clients.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_R, ENTER, ESCAPE, TAB, UP, Terminal
 from tests.support.servers.fake_engine import SLOW
+from tests.support.servers.harmony_server import make_model_folder as make_harmony_model
 from tests.support.servers.reasoning_server import make_model_folder as make_reasoning_model
-from tests.support.servers.server_process import FAKE, REASONING, ServerProcess, free_port, running
+from tests.support.servers.server_process import FAKE, HARMONY, REASONING, ServerProcess, free_port, running
 from tests.terminal.command import Adapted
 
 PROMPT = r"^❯$"  # an empty line waits for a question
@@ -60,6 +61,15 @@ def test_reasoning_is_shown_above_its_answer_and_counted(chat, tmp_path: Path) -
         terminal.wait_for(PROMPT).type("<think>Hm, which city?</think>Paris." + ENTER)
         terminal.wait_for(FIGURES).wait_for(PROMPT)
         assert "</think>Paris.\n\nHm, which city?\n\nParis.\n\n" in terminal.text
+
+
+def test_channels_are_shown_as_reasoning_and_answer(chat, tmp_path: Path) -> None:
+    model = make_harmony_model(tmp_path / "oss")
+    with running(HARMONY, "--model", str(model)) as server, chat("--url", server.url) as terminal:
+        written = "<|channel|>analysis<|message|>Which city?<|end|><|start|>assistant<|channel|>final<|message|>Paris."
+        terminal.wait_for(PROMPT).type(written + ENTER)
+        terminal.wait_for(FIGURES).wait_for(PROMPT)
+        assert "\n\nWhich city?\n\nParis.\n\n" in terminal.text
 
 
 def test_ctrl_c_stops_the_answer_and_the_request_but_not_the_chat(chat, fake_server: ServerProcess) -> None:

@@ -25,7 +25,13 @@ from stellarbyte_server.protocol.adapter_reference import (
     mix_of,
     parse_references,
 )
-from stellarbyte_server.protocol.request import MAX_SLIDING_TOKENS, QUEUE_FULL, GenerationRequest, Reasoning
+from stellarbyte_server.protocol.request import (
+    MAX_SLIDING_TOKENS,
+    QUEUE_FULL,
+    Channels,
+    GenerationRequest,
+    Reasoning,
+)
 from stellarbyte_server.tokens.text_work import SHORT_CHARACTERS, TooMuchText
 
 _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that they do not delay streams
@@ -231,7 +237,7 @@ def make_requests(
     logprobs: int | None = None,
     echoed_logprobs: int | None = None,
     grammar: str | None = None,
-    reasoning: Reasoning | None = None,
+    reasoning: Reasoning | Channels | None = None,
 ) -> tuple[GenerationRequest, ...]:
     """One request for each prompt and answer, in order; ApiError.
 

@@ -12,7 +12,7 @@ from stellarbyte_server.batch.storage import Storage
 from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
-from stellarbyte_server.protocol.request import Reasoning
+from stellarbyte_server.protocol.request import Channels, Reasoning
 from stellarbyte_server.tokens.text_work import TextWork
 from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer
 
@@ -31,9 +31,15 @@ class Service:
     text_work: TextWork = field(default_factory=TextWork)
 
     @property
-    def reasoning(self) -> Reasoning | None:
-        """The marks of the model's reasoning; None: it has none, or reasoning is not parsed."""
+    def reasoning(self) -> Reasoning | Channels | None:
+        """How the model sets its reasoning apart; None: it does not, or reasoning is not parsed."""
         return None if self.settings.reasoning_parser == "none" else self.tokenizer.reasoning
+
+    @property
+    def channels(self) -> Channels | None:
+        """The channels of the model's messages; None: its answers are one text, or reasoning is not parsed."""
+        reasoning = self.reasoning
+        return reasoning if isinstance(reasoning, Channels) else None
 
     def fingerprint(self, adapter_hash: str) -> str:
         """Identifies the weights, adapter and number formats, on which the answer to a seeded request depends.

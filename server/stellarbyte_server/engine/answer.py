@@ -4,13 +4,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from stellarbyte_server.engine.grammar.followed import Grammar
-from stellarbyte_server.engine.reasoning.divided_text import DividedText
+from stellarbyte_server.engine.reasoning.channel_text import ChannelText
+from stellarbyte_server.engine.reasoning.channel_tracker import ChannelTracker
+from stellarbyte_server.engine.reasoning.divided_text import Apart, DividedText
 from stellarbyte_server.engine.reasoning.tracker import ReasoningTracker
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.engine.text import TextStream
 from stellarbyte_server.protocol.messages import Delta, TokenLogprob, merged
-from stellarbyte_server.protocol.request import GRAMMAR_REFUSED
-from stellarbyte_server.tokens.token_bytes import token_bytes_of
+from stellarbyte_server.protocol.request import GRAMMAR_REFUSED, Channels, Reasoning
+from stellarbyte_server.tokens.token_bytes import TokenBytes, token_bytes_of
+
+_NOTHING_APART = Apart("", 0)
 
 
 class Answer:
@@ -22,16 +26,16 @@ class Answer:
         self._grammar = grammar
         self._sampling = sampling = sequence.request.sampling
         self._is_text_only = not sampling.return_token_ids and sampling.prompt_logprobs is None
-        self._text: TextStream | DividedText = TextStream(
+        text = TextStream(
             tokenizer,
             sampling.stop,
             skip_special_tokens=sampling.skip_special_tokens,
             include_stop=sampling.include_stop,
         )
-        self._divided: DividedText | None = None
+        self._divided: DividedText | ChannelText | None = None
         if (reasoning := sequence.request.reasoning) is not None:
-            tracker = ReasoningTracker(reasoning, token_bytes_of(tokenizer))
-            self._text = self._divided = DividedText(self._text, tracker)
+            self._divided = _divided(text, reasoning, token_bytes_of(tokenizer))
+        self._text = text if self._divided is None else self._divided
         self._prompt_logprobs: list[TokenLogprob] = []
         self._pooled: np.ndarray | None = None
 
@@ -78,8 +82,9 @@ class Answer:
         """Add a token, which `num_later` tokens of the sequence already follow; returns its delta."""
         offset = self._text.num_decoded
         text, finish_reason = self._read(token, num_later)
-        reasoning, num_reasoning_tokens = ("", 0) if self._divided is None else self._divided.take()
-        if finish_reason is None and logprob is None and self._is_text_only and not (reasoning or num_reasoning_tokens):
+        apart = _NOTHING_APART if self._divided is None else self._divided.take()
+        is_text = apart is _NOTHING_APART or apart == _NOTHING_APART
+        if finish_reason is None and logprob is None and self._is_text_only and is_text:
             return Delta(
                 request_id=self._request_id, text=text, num_tokens=1
             )  # the usual case; further fields cost time
@@ -90,8 +95,9 @@ class Answer:
             request_id=self._request_id,
             text=text,
             num_tokens=1,
-            reasoning=reasoning,
-            num_reasoning_tokens=num_reasoning_tokens,
+            reasoning=apart.reasoning,
+            num_reasoning_tokens=apart.num_reasoning_tokens,
+            recipients=apart.recipients,
             token_ids=(token,) if self._sampling.return_token_ids else (),
             logprobs=tuple(entry for entry, _ in logprobs),
             offsets=tuple(offset for _, offset in logprobs),
@@ -139,6 +145,12 @@ class Answer:
             return ()
         self.sequence.reads_cache = True
         return tuple(self._prompt_logprobs)
+
+
+def _divided(text: TextStream, reasoning: Reasoning | Channels, token_bytes: TokenBytes) -> DividedText | ChannelText:
+    if isinstance(reasoning, Channels):
+        return ChannelText(text, ChannelTracker(reasoning, token_bytes))
+    return DividedText(text, ReasoningTracker(reasoning, token_bytes))
 
 
 def _unit(vector_C: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ from stellarbyte_server.protocol.messages import (
 from stellarbyte_server.protocol.request import (
     QUEUE_FULL,
     QUEUE_TIMEOUT,
+    Channels,
     GenerationRequest,
     RequestRejected,
 )
@@ -112,6 +113,8 @@ class EngineCore:
             for version in adapter.of_files:
                 version.totals.num_requests += 1
         ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
+        if isinstance(request.reasoning, Channels) and not request.sampling.ignore_eos:
+            ends |= frozenset(request.reasoning.final_ids)  # files may name only one of them
         sequence.end_token_ids = ends | frozenset(request.sampling.stop_token_ids)
         followed = self._with_reasoning(request, grammar, sequence.end_token_ids)
         sequence.grammar = followed

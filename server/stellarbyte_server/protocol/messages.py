@@ -136,6 +136,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str
     num_tokens: int
     reasoning: str = ""  # text before the answer's
+    recipients: tuple[tuple[int, str], ...] = ()  # of the answer's text from that character on; "": the user
     num_reasoning_tokens: int = 0  # tokens, of this delta or earlier ones, that proved to be reasoning with this delta
     token_ids: tuple[int, ...] = ()  # if requested
     logprobs: tuple[TokenLogprob, ...] = ()  # of the answer's tokens, if requested
@@ -161,6 +162,7 @@ def merged(deltas: list[Delta]) -> Delta:
         text="".join([delta.text for delta in deltas]),
         num_tokens=sum([delta.num_tokens for delta in deltas]),
         reasoning="".join([delta.reasoning for delta in deltas]),
+        recipients=tuple(change for delta in deltas for change in delta.recipients),
         num_reasoning_tokens=sum([delta.num_reasoning_tokens for delta in deltas]),
         token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
         logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),

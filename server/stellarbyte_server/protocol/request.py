@@ -54,7 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool = False
 
 
-class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
+class Reasoning(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How a model marks its reasoning, which comes before its answer, and how long it may be.
 
     The first character of a mark is in no other place of it.
@@ -68,6 +68,27 @@ class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
     end_id: int | None = None
     is_open: bool = False  # the prompt ends with the start mark
     max_tokens: int | None = None  # of the reasoning, marks not counted
+
+
+class Channels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """How a model writes messages in channels, harmony's format, and how long those with its reasoning may be.
+
+    A message is START, its role, CHANNEL, its channel, perhaps a recipient and CONSTRAIN with a type of content,
+    MESSAGE, its text, and END. RETURN or CALL in the place of END ends the answer. Marks are tokens, never text.
+    """
+
+    start_id: int
+    channel_id: int
+    message_id: int
+    end_id: int
+    final_ids: tuple[int, ...]  # RETURN and CALL
+    constrain_id: int | None = None
+    role_token_ids: tuple[int, ...]  # "assistant" as the tokenizer writes it, like the next two
+    analysis_token_ids: tuple[int, ...]
+    commentary_token_ids: tuple[int, ...]
+    begun: tuple[int, ...] = ()  # the message that the prompt has begun, up to MESSAGE; (): it has ended all messages
+    may_comment: bool = True  # a grammar allows messages to the user before the answer
+    max_tokens: int | None = None  # of the reasoning, headers and marks not counted
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +107,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # cached blocks are shared only between requests with the same salt
     follows: str | None = None  # id of an earlier request with the same prompt, which computes the prompt for both
     pooling: Literal["last", "mean"] | None = None
-    reasoning: Reasoning | None = None  # None: all that is generated is the answer
+    reasoning: Reasoning | Channels | None = None  # None: all that is generated is the answer
 
 
 class RequestRejected(Exception):

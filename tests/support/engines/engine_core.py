@@ -55,9 +55,10 @@ def make_core(
     vocab_size: int = VOCABULARY,
     scheduler: Scheduler | None = None,
     tokenizer: Tokenizer | None = None,
+    ends: frozenset[int] = frozenset({END}),
     **options: Any,
 ) -> EngineCore:
-    tokenizer, ends = make_tokenizer() if tokenizer is None else tokenizer, frozenset({END})
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
     grammars = GrammarCompiler(tokenizer, ends, vocab_size)
     scheduler = make_scheduler(**options) if scheduler is None else scheduler
     return EngineCore(scheduler, runner, tokenizer, ends, no_adapters(), grammars)

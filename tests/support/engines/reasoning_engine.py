@@ -38,7 +38,7 @@ def reasoning_tokenizer() -> Tokenizer:
 
 def marks() -> Reasoning:
     found = find_marks(reasoning_tokenizer(), None, VOCABULARY)
-    assert found is not None
+    assert isinstance(found, Reasoning)
     return found
 
 
@@ -89,11 +89,11 @@ def last_message(sequence: Sequence) -> list[int]:
     return prompt[start:end]
 
 
-def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
-    info = EngineInfo(
+def scripted_info(settings: EngineSettings, vocab_size: int) -> EngineInfo:
+    return EngineInfo(
         model_path=settings.model,
         max_model_len=2048,
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         hidden_size=4,
         num_blocks=64,
         block_size=4,
@@ -104,8 +104,11 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         kv_cache_dtype="float32",
         weights_hash="0123456789abcdef" * 4,
     )
+
+
+def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     core = make_core(TokenScript(last_message), VOCABULARY, tokenizer=reasoning_tokenizer(), num_blocks=2048)
-    return core, info
+    return core, scripted_info(settings, VOCABULARY)
 
 
 if __name__ == "__main__":

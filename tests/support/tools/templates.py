@@ -53,3 +53,26 @@ IN_TURNS = (
     "{{ raise_exception('the user and the assistant take turns') }}{% endif %}"
     f"{_TURN}<|im_end|>\n{{% endfor %}}"
 )
+
+# Like gpt-oss's: one call a message, with one thought before it; the thoughts of earlier answers are not shown.
+HARMONY = (
+    "{% if reasoning_effort is defined %}<|start|>system<|message|>Reasoning: {{ reasoning_effort }}<|end|>{% endif %}"
+    "{% if tools %}<|start|>developer<|message|>namespace functions {% for tool in tools %}"
+    "{{ '// ' + tool.function.description + tool.function | tojson }}{% endfor %}<|end|>{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.tool_calls %}{% set call = message.tool_calls[0].function %}"
+    "{% if message.content and message.thinking %}{{ raise_exception('two thoughts') }}{% endif %}"
+    "{% if message.content or message.thinking %}<|start|>assistant<|channel|>analysis<|message|>"
+    "{{ message.thinking or message.content }}<|end|>{% endif %}"
+    "<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>"
+    "{{ call.arguments | tojson }}<|call|>"
+    "{% elif message.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>"
+    "{{ message.content | tojson }}<|end|>"
+    "{% elif message.role == 'assistant' %}"
+    "{% if message.thinking and loop.last %}<|start|>assistant<|channel|>analysis<|message|>"
+    "{{ message.thinking }}<|end|>{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ message.content }}"
+    "{{ '<|end|>' if add_generation_prompt or not loop.last else '<|return|>' }}"
+    "{% else %}<|start|>{{ message.role }}<|message|>{{ message.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from stellarbyte_server.api.answers.addressed_calls import AddressedCallParser
 from stellarbyte_server.api.answers.logprobs import (
     ShownToken,
     TokenAligner,
@@ -97,7 +98,12 @@ class Fragment:
 class ChoiceReader:
     """Reads the deltas of one choice, in order."""
 
-    def __init__(self, form: ChoiceForm, token_bytes: TokenBytes, parser: ToolCallParser | None = None) -> None:
+    def __init__(
+        self,
+        form: ChoiceForm,
+        token_bytes: TokenBytes,
+        parser: ToolCallParser | AddressedCallParser | None = None,
+    ) -> None:
         self._form = form
         self._token_bytes = token_bytes
         self._parser = parser
@@ -126,6 +132,8 @@ class ChoiceReader:
             self._add_logprobs(self._aligner, fragment, delta)
         if self._form.prompt_token_ids is not None:
             fragment.token_ids = list(delta.token_ids)
+        if isinstance(self._parser, AddressedCallParser):
+            self._parser.address(delta.recipients)
         if self._parser is not None:
             self._parse(self._parser, fragment)
         return fragment
@@ -190,7 +198,7 @@ class ChoiceReader:
             return chat_logprobs(tokens, self._token_bytes)
         return legacy_logprobs(tokens, self._token_bytes)
 
-    def _parse(self, parser: ToolCallParser, fragment: Fragment) -> None:
+    def _parse(self, parser: ToolCallParser | AddressedCallParser, fragment: Fragment) -> None:
         """Move the calls from the fragment's text to its calls."""
         pieces = parser.push(fragment.text)
         if fragment.finish_reason is not None:

@@ -4,6 +4,7 @@ from functools import partial
 
 from fastapi import Request
 
+from stellarbyte_server.api.chat.channels import calls_grammar, final_grammar
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import ChatBody, ResponseFormat
 from stellarbyte_server.api.contract.errors import bad_request
@@ -30,7 +31,7 @@ async def chat_grammar(
 ) -> Grammar:
     """The grammar of an answer; ApiError naming the field if it cannot be enforced."""
     if toolbox is None or not toolbox.called:
-        return await text_grammar(http, service, structure)
+        return _in_channel(await text_grammar(http, service, structure), service)
     if structure is not None:  # checked alone first, so that an error names its field
         if structure.schema is None:
             raise bad_request(f"'{structure.param}' cannot be combined with tools that may be called.", structure.param)
@@ -38,13 +39,26 @@ async def chat_grammar(
     param = "functions" if toolbox.are_functions else "tools"
     grammar = await enforceable(http, service, partial(_tools_grammar, toolbox, structure, service), param)
     content = None if structure is None or structure.strict else structure.schema
-    return grammar._replace(check=AnswerCheck.of(content, toolbox.called))
+    grammar = grammar._replace(check=AnswerCheck.of(content, toolbox.called))
+    return grammar if toolbox.format.in_channels else _in_channel(grammar, service)
+
+
+def _in_channel(grammar: Grammar, service: Service) -> Grammar:
+    """The grammar of a text, as that of the message that has it, if the model writes messages in channels."""
+    channels = service.channels
+    if channels is None or grammar.text is None:
+        return grammar
+    return grammar._replace(text=final_grammar(grammar.text, channels))
 
 
 def _tools_grammar(toolbox: Toolbox, structure: Structure | None, service: Service) -> str:
     rule = None
     if structure is not None and structure.schema is not None:
         rule = json_rule("content", structure.schema, structure.param, strict=structure.strict)
+    if toolbox.format.in_channels:
+        channels = service.channels
+        assert channels is not None, "checked with the body"
+        return calls_grammar(toolbox.called, channels, required=toolbox.requires_call, content_rule=rule)
     text = toolbox.grammar(special_marks(toolbox, service), rule)
     assert text is not None, "there is a tool that may be called"
     return text

@@ -8,7 +8,12 @@ from typing import Any, Protocol
 from pydantic_core import from_json
 
 from stellarbyte_server.api.chat.tool_prompt import with_tool_prompt
-from stellarbyte_server.api.chat.tool_results import with_call_after_call, with_results_in_order, with_short_ids
+from stellarbyte_server.api.chat.tool_results import (
+    REASONING_FIELDS,
+    with_call_after_call,
+    with_results_in_order,
+    with_short_ids,
+)
 from stellarbyte_server.api.chat.tools import Toolbox, template_takes_tools, tool_format
 from stellarbyte_server.api.contract.bodies.tools import FunctionCall, ToolCall
 from stellarbyte_server.api.contract.errors import bad_request
@@ -112,6 +117,8 @@ def for_template_with_tools(messages: Sequence[dict[str, Any]], format: ToolForm
     shown = with_parsed_arguments(messages)
     if format.arguments == "tags":
         shown = [_with_objects(message) for message in shown]
+    if format.in_channels:
+        shown = [_with_one_thought(message) for message in shown]
     if format.separator is None:
         shown = with_call_after_call(shown)
     return with_short_ids(shown) if format.short_ids else shown
@@ -119,8 +126,8 @@ def for_template_with_tools(messages: Sequence[dict[str, Any]], format: ToolForm
 
 def reasoning_field(template_source: str | None) -> str | None:
     """The message field from which a template reads the assistant's reasoning; None: it reads none."""
-    names = re.findall(r"(?:\.|\[['\"])(reasoning_content|reasoning|thinking)\b(?!\.)", template_source or "")
-    return next((name for name in ("reasoning_content", "reasoning", "thinking") if name in names), None)
+    names = re.findall(rf"(?:\.|\[['\"])({'|'.join(REASONING_FIELDS)})\b(?!\.)", template_source or "")
+    return next((name for name in REASONING_FIELDS if name in names), None)
 
 
 def _reasoning(message: ChatMessage, name: str | None) -> dict[str, str]:
@@ -129,6 +136,14 @@ def _reasoning(message: ChatMessage, name: str | None) -> dict[str, str]:
         return {}
     reasoning = message.reasoning_content or message.reasoning
     return {name: reasoning} if reasoning else {}
+
+
+def _with_one_thought(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates that show one text before a call: the content follows the reasoning, as more of it."""
+    name = next((name for name in REASONING_FIELDS if message.get(name)), None)
+    if name is None or not (message.get("tool_calls") and message["content"]):
+        return message
+    return {**message, name: f"{message[name]}\n{message['content']}", "content": ""}
 
 
 def with_parsed_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

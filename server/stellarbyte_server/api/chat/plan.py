@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
 from fastapi import Request
 
+from stellarbyte_server.api.answers.addressed_calls import AddressedCallParser
 from stellarbyte_server.api.answers.answer import AnswerPlan
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
@@ -25,8 +27,9 @@ from stellarbyte_server.api.generation import (
     off_loop,
 )
 from stellarbyte_server.api.service import Service
-from stellarbyte_server.api.structure import Structure
+from stellarbyte_server.api.structure import Grammar, Structure
 from stellarbyte_server.api.submission import record_of
+from stellarbyte_server.protocol.request import Channels
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
 DEFAULT_SLIDING_MAX_TOKENS = 4096
@@ -45,6 +48,11 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
     encode = chat_encoder(body, service, toolbox, variables.values)
     token_ids = await _encode(http, body, service, encode, bounds.context)
     reasoning = reasoning_of(body, token_ids, service)
+    if isinstance(reasoning, Channels):
+        may_comment = structure is None and not (toolbox is not None and toolbox.requires_call)
+        reasoning = msgspec.structs.replace(reasoning, may_comment=may_comment)
+        if body.continue_final_message:  # no call can come any more
+            grammar = Grammar()
     prompt = Prompt(token_ids=token_ids, max_tokens=_max_tokens(body, bounds, token_ids))
     alternatives = 0 if body.top_logprobs is None else body.top_logprobs
     logprobs = alternatives if body.logprobs else None
@@ -77,8 +85,29 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
 
 
 def _toolbox(body: ChatBody, service: Service) -> Toolbox | None:
-    """The tools of a chat, in the current or deprecated form; ApiError if fields contradict each other."""
-    source = service.tokenizer.chat_template_source
+    """The tools of a chat, in the current or deprecated form; ApiError if fields contradict each other, or the calls
+    cannot be read."""
+    toolbox = _given_toolbox(body, service.tokenizer.chat_template_source)
+    if toolbox is None or not (toolbox.called and toolbox.format.in_channels):
+        return toolbox
+    param = "functions" if toolbox.are_functions else "tools"
+    if service.channels is None:
+        raise bad_request(
+            f"The field '{param}' needs --reasoning-parser auto, and a tokenizer with the marks of channels, for this"
+            " model, which writes calls in channels.",
+            param,
+        )
+    if body.continue_final_message and toolbox.requires_call:
+        raise bad_request(
+            "'continue_final_message' cannot be combined with a required call: this model writes calls in messages of"
+            " their own.",
+            "continue_final_message",
+        )
+    return toolbox
+
+
+def _given_toolbox(body: ChatBody, source: str | None) -> Toolbox | None:
+    """ApiError if fields contradict each other. `source`: of the chat template."""
     if body.functions is None and body.function_call is None:
         return Toolbox.of(body.tools, body.tool_choice, body.parallel_tool_calls, source)
     older, newer = "functions" if body.function_call is None else "function_call", ("tools", "tool_choice")
@@ -125,7 +154,9 @@ def _max_tokens(body: ChatBody, bounds: Bounds, token_ids: list[int]) -> int:
 
 def _reader(form: ChoiceForm, service: Service, toolbox: Toolbox | None, _number: int) -> ChoiceReader:
     """A reader for the answer to one request."""
-    parser = None
-    if toolbox is not None and toolbox.called:
+    parser: ToolCallParser | AddressedCallParser | None = None
+    if toolbox is not None and toolbox.called and toolbox.format.in_channels:
+        parser = AddressedCallParser(toolbox.by_name)
+    elif toolbox is not None and toolbox.called:
         parser = ToolCallParser(toolbox.format, toolbox.by_name, required=toolbox.requires_call)
     return ChoiceReader(form, service.tokenizer.token_bytes, parser)

@@ -10,6 +10,8 @@ from stellarbyte_server.api.contract.errors import bad_request
 _SHORT_ID = re.compile("[a-zA-Z0-9]{9}")
 _SHORT_ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of messages, in templates
+
 Message = dict[str, Any]
 
 
@@ -88,10 +90,14 @@ def with_call_after_call(messages: Sequence[Message]) -> list[Message]:
             results[messages[position]["tool_call_id"]] = messages[position]
             position += 1
         for i, call in enumerate(calls):
-            shown.append({**message, "content": "" if i else message["content"], "tool_calls": [call]})
+            shown.append({**(_without_texts(message) if i else message), "tool_calls": [call]})
             if call["id"] in results:
                 shown.append(results[call["id"]])
     return shown
+
+
+def _without_texts(message: Message) -> Message:
+    return {name: value for name, value in message.items() if name not in REASONING_FIELDS} | {"content": ""}
 
 
 def with_short_ids(messages: Sequence[Message]) -> list[Message]:

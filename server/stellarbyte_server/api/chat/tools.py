@@ -158,7 +158,11 @@ class Toolbox:
         """The template's variable `tools`; None with the choice "none", so that the model sees no tools."""
         if not self.takes_tools or self.choice == "none":
             return None
-        return [describe_tool(tool) for tool in self.tools]
+        described = [describe_tool(tool) for tool in self.tools]
+        if self.format.in_channels:
+            for tool in described:
+                tool["function"].setdefault("description", "")  # gpt-oss's template cannot do without one
+        return described
 
     def grammar(self, special_ids: Mapping[str, int] = _NO_MARKS, content_rule: str | None = None) -> str | None:
         """The grammar of an answer; None: any text. `special_ids` has the format's marks that are special tokens."""

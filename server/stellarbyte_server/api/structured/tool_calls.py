@@ -45,18 +45,32 @@ def tools_grammar(
     # TEXT can be. As an alternative to JSON, its lexemes are those of JSON up to the key that identifies a call;
     # otherwise the content could have no other key.
     is_beside_json = not required and content_rule is not None and not format.trigger
-    num_characters = 0
-    for i, tool in enumerate(tools):
+    heads: list[Sequence[str]] = []
+    for tool in tools:
         head = list(_head(tool, format, marks))
         if is_beside_json:
             *lexemes, key, colon = _JSON_LEXEME.findall(format.begin + tool.name + format.name_end)
             head = [_quoted(lexeme) for lexeme in (*lexemes, key + colon)]
+        heads.append(head)
+    return with_calls(rules, tools, format, heads)
+
+
+def with_calls(
+    rules: Sequence[str], tools: Sequence[OfferedTool], format: ToolFormat, heads: Sequence[Sequence[str]]
+) -> str:
+    """The grammar of these rules, and one for each tool: `tool_0` is a call of the first, and so on.
+
+    `heads` are the lexemes with which the calls begin, up to their arguments. ApiError as of `tools_grammar`.
+    """
+    of_calls: list[str] = []
+    num_characters = 0
+    for i, (tool, head) in enumerate(zip(tools, heads, strict=True)):
         more = list(_tool_rules(f"tool_{i}", tool, format, head))
         num_characters += sum(map(len, more))
         if num_characters > MAX_GRAMMAR_CHARACTERS:
             raise bad_request("The schemas of all tools together are too large.", tool.path)
-        rules += more
-    grammar = "\n".join(rules) + "\n"
+        of_calls += more
+    grammar = "\n".join([*rules, *of_calls]) + "\n"
     inputs = [input_grammar(f"tool_{i}_arguments", tool) for i, tool in enumerate(tools) if tool.is_last]
     return json.dumps({"grammars": [{"lark_grammar": grammar}, *inputs]}) if inputs else grammar
 
@@ -133,7 +147,7 @@ def _head(tool: OfferedTool, format: ToolFormat, marks: _Marks) -> Iterator[str]
         yield _quoted(text)
 
 
-def _tool_rules(rule: str, tool: OfferedTool, format: ToolFormat, head: list[str]) -> Iterator[str]:
+def _tool_rules(rule: str, tool: OfferedTool, format: ToolFormat, head: Sequence[str]) -> Iterator[str]:
     end = [_quoted(format.end)] if format.end else []
     arguments = f"{rule}_arguments"
     if tool.is_last:

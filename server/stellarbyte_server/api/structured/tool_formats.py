@@ -22,6 +22,9 @@ class ToolFormat:
     separator: str | None  # between calls; None: at most one call
     closing: str = ""  # after the last of a list of calls
     short_ids: bool = False  # the template requires ids of nine letters and digits
+    in_channels: bool = (
+        False  # a call is a message to its tool, whose text is the arguments; the engine reads its header
+    )
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -73,10 +76,14 @@ MISTRAL = ToolFormat(  # later Mistral models
 CALL_ID = "123456789"  # placeholder for the id in a `name_end`
 MISTRAL_WITH_IDS = replace(MISTRAL, name_end=f"[CALL_ID]{CALL_ID}[ARGS]", name_end_marks=("[CALL_ID]", "[ARGS]"))
 
+HARMONY = ToolFormat(begin="", name_end="", end="", separator=None, in_channels=True)  # gpt-oss
+
 
 def shown_format(template_source: str | None) -> ToolFormat | None:
     """The format of calls in a chat template; None: no known format."""
     source = "" if template_source is None else template_source.replace('\\"', '"')
+    if "<|channel|>commentary" in source and "functions." in source:
+        return HARMONY
     if HERMES.trigger in source:
         if QWEN_CODER.begin.strip() in source:
             return QWEN_CODER if "<parameter=" in source else None

@@ -1,12 +1,21 @@
 """The text of an answer that may have reasoning, divided into the two as its tokens come."""
 
 import codecs
+from typing import NamedTuple
 
 from stellarbyte_server.engine.reasoning.tracker import Passed, Phase, ReasoningTracker
 from stellarbyte_server.engine.text import TextStream
 from stellarbyte_server.protocol.messages import TokenLogprob
 
 _NEWLINES = "\r\n"
+
+
+class Apart(NamedTuple):
+    """What has become certain beside the answer's text."""
+
+    reasoning: str
+    num_reasoning_tokens: int
+    recipients: tuple[tuple[int, str], ...] = ()  # as of `Delta`
 
 
 class DividedText:
@@ -47,7 +56,7 @@ class DividedText:
         is_token = passed != Passed() and token_id in tracker.mark_ids
         self._held += self._text.end_character() if is_token else self._text.decode(token_id)
         if passed.start is not None:  # white space before it says nothing
-            self._held, self._held_logprobs = self._after(passed.start), []
+            self._held, self._held_logprobs = end_of(self._held, passed.start), []
         if passed.end is not None:
             return self._end_reasoning(passed.end, 0 if is_token else tracker.num_end_bytes, may_stop)
         if tracker.is_answering:
@@ -58,14 +67,9 @@ class DividedText:
             self._reason()
         return "", False
 
-    def _after(self, data: bytes) -> str:
-        """The end of the held text that these bytes are."""
-        num_characters = len(codecs.getincrementaldecoder("utf-8")("replace").decode(data))
-        return self._held[len(self._held) - num_characters :]
-
     def _end_reasoning(self, rest: bytes, num_characters: int, may_stop: bool) -> tuple[str, bool]:
         """The end mark of so many characters is in the held text, with these bytes after it."""
-        after = self._after(rest)
+        after = end_of(self._held, rest)
         self._held = self._held[: max(0, len(self._held) - len(after) - num_characters)]
         self._reason(is_over=True)
         self._skips_newlines, self._shows_newest = True, False
@@ -86,12 +90,12 @@ class DividedText:
         text, stopped = self._text.add(held)
         return text if stopped else text + self._text.flush()
 
-    def take(self) -> tuple[str, int]:
-        """What has become certain of the reasoning since the last call: its text, and how many tokens."""
+    def take(self) -> Apart:
+        """What has become certain of the reasoning since the last call."""
         reasoning, self._reasoning = self._reasoning, ""
         num_tokens = self._tracker.place.num_tokens
         before, self._num_tokens = self._num_tokens, num_tokens
-        return reasoning, num_tokens - before
+        return Apart(reasoning, num_tokens - before)
 
     def take_logprobs(self, newest: TokenLogprob, offset: int) -> list[tuple[TokenLogprob, int]]:
         """Log-probabilities of the answer's tokens, with their offsets, up to the newest token; not those of others."""
@@ -118,3 +122,9 @@ class DividedText:
             self._skips_newlines = not text
             self._shows_newest = bool(text)
         return self._text.add(text, may_stop)
+
+
+def end_of(text: str, data: bytes) -> str:
+    """The end of the text that these bytes are; all of it if they are more."""
+    num_characters = len(codecs.getincrementaldecoder("utf-8")("replace").decode(data))
+    return text[max(0, len(text) - num_characters) :]

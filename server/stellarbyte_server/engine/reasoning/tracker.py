@@ -1,8 +1,9 @@
-"""Where an answer stands: before, in or after its reasoning. The only place that decides it."""
+"""Where an answer with marks around its reasoning stands: before, in or after it. The only place that decides it."""
 
 import enum
 from typing import NamedTuple
 
+from stellarbyte_server.engine.reasoning.words import going_past
 from stellarbyte_server.protocol.request import Reasoning
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
@@ -46,6 +47,8 @@ class ReasoningTracker:
         self._start, self._end = reasoning.start.encode(), reasoning.end.encode()
         self._start_id, self._end_id = reasoning.start_id, reasoning.end_id
         self._is_open = reasoning.is_open
+        self._next_of_start = _next_of(reasoning.start_token_ids, token_bytes)
+        self._next_of_end = _next_of(reasoning.end_token_ids, token_bytes)
         self.mark_ids = frozenset({reasoning.start_id, reasoning.end_id} - {None})
         self.num_end_bytes = len(self._end)
         self.place = Place()
@@ -63,6 +66,32 @@ class ReasoningTracker:
     def num_tokens(self) -> int:
         """Tokens of the reasoning, if no mark comes of the newest ones."""
         return self.place.num_tokens + (self.place.num_pending if self.is_reasoning else 0)
+
+    @property
+    def num_pending(self) -> int:
+        """As of `Tracker`."""
+        return self.place.num_pending
+
+    def opening(self, *, is_spent: bool) -> tuple[int, ...]:
+        """As of `Tracker`; at its limit, reasoning begins and ends at once."""
+        del is_spent
+        following = self._next_of_start.get(self.place.num_matched)
+        return () if following is None else (following,)
+
+    def reserved(self) -> tuple[int, ...]:
+        """As of `Tracker`: no second reasoning can begin."""
+        return ()
+
+    def forced(self, *, is_spent: bool, has_grammar: bool) -> int | None:
+        """As of `Tracker`."""
+        del has_grammar
+        return self._next_of_end.get(self.place.num_matched, self._next_of_end[0]) if is_spent else None
+
+    def barred(self, vocab_size: int) -> frozenset[int]:
+        """As of `Tracker`: the grammar would not see what comes after an end mark of text in the same token."""
+        if self._end_id is not None:
+            return frozenset()
+        return going_past(self._token_bytes, self._end, self.place.num_matched, vocab_size)
 
     def push(self, token_id: int) -> Passed:
         """Take the next token."""
@@ -145,3 +174,13 @@ class ReasoningTracker:
             if matched == len(self._end):
                 return matched, position + 1
         return matched, len(data)
+
+
+def _next_of(token_ids: tuple[int, ...], token_bytes: TokenBytes) -> dict[int, int]:
+    """The token that goes on with a mark, by how many of its bytes are written; 0: the first."""
+    following: dict[int, int] = {}
+    written = b""
+    for token_id in token_ids:
+        following[len(written.lstrip())] = token_id
+        written += token_bytes[token_id]
+    return following

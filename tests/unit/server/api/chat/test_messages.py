@@ -13,7 +13,16 @@ from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.tokens.tokenizer import ChatTemplate
 from tests.support.servers.fake_engine import CHAT_TEMPLATE
 from tests.support.tools.offered import TOOLS, hermes, llama, mistral, offered, qwen_coder
-from tests.support.tools.templates import IN_TURNS, LLAMA_3, MISTRAL_IDS, MISTRAL_NEW, MISTRAL_OLD, QWEN, QWEN_TAGS
+from tests.support.tools.templates import (
+    HARMONY,
+    IN_TURNS,
+    LLAMA_3,
+    MISTRAL_IDS,
+    MISTRAL_NEW,
+    MISTRAL_OLD,
+    QWEN,
+    QWEN_TAGS,
+)
 
 GET = hermes("get", '{"city": "São"}')
 TIME = hermes("get_time", "{}")
@@ -57,8 +66,23 @@ def shown(source, *messages, tools=True):
             '"get_time", "arg',
         ),
         (MISTRAL_IDS, "[TOOL_CALLS]get[CALL_ID]", "[TOOL_CALLS]get_time[CALL_ID]"),
+        (
+            HARMONY,
+            'assistant to=functions.get<|channel|>commentary json<|message|>{"city": "São"}<|call|>',
+            "assistant to=functions.get_time<|channel|>commentary json<|message|>{}<|call|>",
+        ),
     ],
-    ids=["qwen", "no tools", "in turns", "qwen coder", "llama", "mistral", "mistral list", "mistral with ids"],
+    ids=[
+        "qwen",
+        "no tools",
+        "in turns",
+        "qwen coder",
+        "llama",
+        "mistral",
+        "mistral list",
+        "mistral with ids",
+        "harmony",
+    ],
 )
 def test_calls_are_shown_in_the_templates_format_and_results_in_the_order_of_the_calls(source, first, second, tools):
     prompt = shown(source, USER, CALLED, *RESULTS, tools=tools)
@@ -171,3 +195,17 @@ def test_instructions_go_into_the_users_first_message_where_the_template_knows_n
 )
 def test_whether_a_template_knows_messages_by_the_system_is_tried(source, takes_system):
     assert ChatTemplate(source, {}).takes_system == takes_system
+
+
+def test_a_thought_before_calls_in_channels_is_shown_once_with_the_content_after_it():
+    called = CALLED | {"reasoning_content": "why", "content": "I look."}
+    prompt = shown(HARMONY, USER, called, *RESULTS)
+    assert "<|channel|>analysis<|message|>why\nI look.<|end|><|start|>assistant to=functions.get<" in prompt
+    assert prompt.count("analysis") == 1
+    alone = shown(HARMONY, USER, CALLED | {"content": "I look."}, *RESULTS)
+    assert "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant to=functions.get<" in alone
+
+
+def test_a_thought_without_a_call_reaches_the_templates_field_apart_from_the_content():
+    prompt = shown(HARMONY, USER, {"role": "assistant", "content": "so", "reasoning": "why"}, tools=False)
+    assert "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>final<|message|>so" in prompt

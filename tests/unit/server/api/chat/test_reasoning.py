@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from stellarbyte_server.api.chat.messages import reasoning_field
 from stellarbyte_server.api.chat.reasoning import reasoning_of, template_variables
@@ -10,13 +11,20 @@ from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
+from stellarbyte_server.protocol.request import Channels
 from stellarbyte_server.tokens.tokenizer import DEFAULT_TEMPLATE, ChatTemplate, PromptTokenizer
+from tests.support.engines import harmony_engine
+from tests.support.engines.harmony_engine import harmony_tokenizer, tokens_of
 from tests.support.engines.reasoning_engine import VOCABULARY, reasoning_tokenizer
+from tests.support.tools.templates import HARMONY
 
 
-def service_with(template: str = "{{ messages }}", parser: Any = "auto") -> Service:
+def service_with(
+    template: str = "{{ messages }}", parser: Any = "auto", known: Tokenizer | None = None, vocab_size: int = VOCABULARY
+) -> Service:
     settings = ServerSettings(engine=EngineSettings(model="m"), reasoning_parser=parser)
-    tokenizer = PromptTokenizer(reasoning_tokenizer(), {DEFAULT_TEMPLATE: ChatTemplate(template, {})}, VOCABULARY)
+    known = reasoning_tokenizer() if known is None else known
+    tokenizer = PromptTokenizer(known, {DEFAULT_TEMPLATE: ChatTemplate(template, {})}, vocab_size)
     unused: Any = None
     return Service(
         settings=settings, client=unused, info=unused, tokenizer=tokenizer, sampling_defaults={}, started_at=0
@@ -30,7 +38,12 @@ def is_open(prompt: str, final: str | None = None, **fields: Any) -> bool | None
     )
     service = service_with()
     found = reasoning_of(body, service.tokenizer.encode(prompt), service)
+    assert not isinstance(found, Channels)
     return None if found is None else found.is_open
+
+
+def in_channels(template: str = HARMONY) -> Service:
+    return service_with(template, known=harmony_tokenizer(), vocab_size=harmony_engine.VOCABULARY)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +91,46 @@ def test_without_a_parser_nothing_is_found_and_no_bound_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
+    ("effort", "shown", "limit"),
+    [("none", "low", 0), ("minimal", "low", 9), ("medium", "medium", 9), ("xhigh", "high", 9), ("max", "high", 9)],
+)
+def test_models_with_channels_get_an_effort_that_they_know(effort: Any, shown: str, limit: int) -> None:
+    service = in_channels()
+    assert template_variables(None, effort, service) == ({"reasoning_effort": shown}, ())
+    body = ChatBody.model_validate(
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "q"}],
+            "reasoning_effort": effort,
+            "max_reasoning_tokens": 9,
+        }
+    )
+    found = reasoning_of(body, tokens_of("<|start|>assistant"), service)
+    assert isinstance(found, Channels) and found.max_tokens == limit
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begun"),
+    [
+        ("<|start|>user<|message|>q<|end|><|start|>assistant", "<|start|>assistant"),
+        ("<|end|><|start|>assistant<|channel|>final<|message|>it is", "<|start|>assistant<|channel|>final<|message|>"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "<|start|>assistant<|channel|>analysis<|message|>"),
+        ("<|start|>assistant<|channel|>final<|message|>so<|return|>", ""),
+        ("<|start|>user<|message|>q<|end|>", ""),
+        ("plain", ""),
+    ],
+)
+def test_the_message_that_a_prompt_has_begun_is_known(prompt: str, begun: str) -> None:
+    body = ChatBody.model_validate({"model": "m", "messages": [{"role": "user", "content": "q"}]})
+    found = reasoning_of(body, tokens_of(prompt), in_channels())
+    assert isinstance(found, Channels) and found.begun == tuple(tokens_of(begun))
+
+
+@pytest.mark.parametrize(
     ("source", "name"),
     [
         (None, None),
+        (HARMONY, "thinking"),
         ("{{ message.content }}", None),
         ("{{ message.reasoning_content }}", "reasoning_content"),
         ("{% if message['reasoning'] %}{{ message['thinking'] }}{% endif %}", "reasoning"),

@@ -38,7 +38,7 @@ def divide(pieces: list[bytes], is_open: bool, stop: tuple[str, ...] = ()) -> tu
     reasoning, answer, num_tokens = [], [], 0
     for token_id in [*ids, None]:
         ready, stopped = (text.flush(), False) if token_id is None else text.push(token_id)
-        more, count = text.take()
+        more, count, _ = text.take()
         reasoning.append(more)
         answer.append(ready)
         num_tokens += count
