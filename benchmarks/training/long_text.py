@@ -30,7 +30,6 @@ from stellarbyte.train.data.tokens import TokenSequences
 
 # B documents of one length, T tokens of one bucket, N tokens of a document, V vocabulary
 
-BUCKET = 256
 AT_ONCE = 32  # documents
 LIMIT_S = 600
 
@@ -52,14 +51,16 @@ def long_documents(shards: Path, length: int, most: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def library_losses(model: ByteTransformer, documents: Sequence[np.ndarray], device: torch.device) -> np.ndarray:
+def library_losses(
+    model: ByteTransformer, documents: Sequence[np.ndarray], device: torch.device, *, bucket: int
+) -> np.ndarray:
     """[documents, N - 1]: -log p of every token but the first, by one pass with a cache that keeps what is visible."""
     model = model.to(device).eval()
     found = []
     for start in range(0, len(documents), AT_ONCE):
         ids_BN = torch.from_numpy(np.stack(documents[start : start + AT_ONCE])).to(device)
         cache, losses = RelativeCache(model.config), []
-        for ids_BT, next_BT in zip(ids_BN[:, :-1].split(BUCKET, 1), ids_BN[:, 1:].split(BUCKET, 1), strict=True):
+        for ids_BT, next_BT in zip(ids_BN[:, :-1].split(bucket, 1), ids_BN[:, 1:].split(bucket, 1), strict=True):
             logits_BTV = model(ids_BT, past_key_values=cache).logits.float()
             losses.append(F.cross_entropy(logits_BTV.transpose(1, 2), next_BT, reduction="none").cpu())
         found.append(torch.cat(losses, dim=1))
@@ -83,9 +84,9 @@ def _model_of(url: str) -> str:
     return httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
 
 
-def by_position(losses: np.ndarray) -> list[dict[str, float]]:
+def by_position(losses: np.ndarray, bucket: int) -> list[dict[str, float]]:
     """Mean loss and perplexity of each bucket of positions; `tokens` is the bucket's last position."""
-    parts = np.split(losses, range(BUCKET, losses.shape[1], BUCKET), axis=1)
+    parts = np.split(losses, range(bucket, losses.shape[1], bucket), axis=1)
     means = [float(part.mean()) for part in parts]
     ends = np.cumsum([part.shape[1] for part in parts])
     return [
@@ -108,15 +109,16 @@ def measure(model: Path, shards: Path, url: str, *, training_length: int, multip
     """The figures of one model; `url` is a server of the same checkpoint."""
     documents = long_documents(shards, multiple * training_length + 1, most)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours = library_losses(load_model(model, dtype=torch.float32), documents, device)
+    bucket = training_length // 2
+    ours = library_losses(load_model(model, dtype=torch.float32), documents, device, bucket=bucket)
     served = server_losses(url, documents)
-    buckets = by_position(ours)
+    buckets = by_position(ours, bucket)
     return {
         "documents": len(documents),
         "training_length": training_length,
         "multiple": multiple,
         "library": buckets,
-        "server": by_position(served),
+        "server": by_position(served, bucket),
         "growth": largest_growth(buckets, training_length),
         "largest_difference": round(float(np.abs(ours - served).max()), 6),
         "mean_difference": round(float(np.abs(ours.mean(axis=1) - served.mean(axis=1)).max()), 6),
@@ -131,8 +133,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 def cache_flags(model: Path, length: int) -> list[str]:
     """A KV cache of a quarter of `length` tokens: a sequence that kept all of its keys would not fit."""
-    of_a_token = describe(open_checkpoint(model)).kv_bytes_per_token["float32"]
-    return ["--dtype", "float32", "--kv-cache-memory", str(length // 4 * of_a_token), "--max-num-batched-tokens", "256"]
+    memory = length // 4 * describe(open_checkpoint(model)).kv_bytes_per_token["float32"]
+    return ["--dtype", "float32", "--kv-cache-memory", str(memory), "--max-num-batched-tokens", str(length // 16)]
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
     python -m benchmarks.training.story poet          data/poems must be there: examples/poet/poems.py
     python -m benchmarks.training.story storyteller   data/stories must be there: examples/storyteller/generate.py
 
---small trains a model of 1M parameters on fewer texts, for two CPU cores. --until STAGE ends early; stages that are done
-are not done again, so a story can be run in parts.
+--small trains a model of 1M parameters on fewer texts, for two CPU cores. --until STAGE ends early; stages that are
+done are not done again, so a story can be run in parts.
 
 The commands are printed before they run. What a stage has found stands in runs/story-NAME.json until all are done, and
 then in a result of benchmarks/results.
@@ -24,14 +24,14 @@ from typing import Any
 
 from openai import OpenAI
 
-from benchmarks.training import long_text
 from benchmarks.support.record import ROOT, write_result
+from benchmarks.training import long_text
 from examples.poet.poems import QUATRAIN, clauses, form_of
 from stellarbyte.checkpoint.info import describe, read_record
 from stellarbyte.checkpoint.native import open_checkpoint
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
-TRAINING_LENGTH = 512
+TRAINING_LENGTH, SMALL_LENGTH = 512, 128
 ANSWERS = 64  # of which the share in the adapter's form is counted
 SMALL: dict[str, dict[str, list[str]]] = {
     "poet": {
@@ -42,21 +42,27 @@ SMALL: dict[str, dict[str, list[str]]] = {
         ],
         "prepare": ["sources=[{files: [data/poems/ci.jsonl.gz], kind: ci, license: MIT}]", "held_out=0.05"],
         "pretrain": [
-            *("model.preset=tiny-1m", "train.batch_tokens=8192", "train.micro_batch=16", "train.epochs=3"),
+            *("model.preset=tiny-1m", "train.batch_tokens=4096", "train.micro_batch=32", "train.epochs=1"),
             *("train.precision=fp32", "train.compile=false", "data.workers=0"),
+            *("model.sliding_window=64", f"data.sequence={SMALL_LENGTH}"),
         ],
         "sft": [
-            *("train.batch_tokens=8192", "train.micro_batch=16", "train.epochs=0.1", "train.lr=0.002"),
-            *("train.precision=fp32", "data.workers=0", "train.evaluate_every=null"),
+            *("train.batch_tokens=4096", "train.micro_batch=16", "train.epochs=1", "train.lr=0.003"),
+            *("train.precision=fp32", "train.evaluate_every=null", "data.workers=0", "data.sequence=256"),
+            "data.chats=[data/poems/ci-chats.jsonl.gz]",
         ],
-        "lora": ["train.batch_tokens=8192", "train.micro_batch=16", "train.epochs=0.5", "train.precision=fp32"],
+        "lora": [
+            *("train.batch_tokens=4096", "train.micro_batch=16", "train.epochs=0.3", "train.precision=fp32"),
+            "data.sequence=256",
+        ],
     },
     "storyteller": {
         "tokenizer": ["stages=[{vocabulary: 2048}]", "sample_bytes=2097152"],
         "prepare": ["held_out=0.05"],
         "pretrain": [
-            *("model.preset=tiny-1m", "train.batch_tokens=8192", "train.micro_batch=16", "train.warmup=10"),
+            *("model.preset=tiny-1m", "train.batch_tokens=4096", "train.micro_batch=32", "train.warmup=10"),
             *("train.precision=fp32", "train.compile=false", "data.workers=0"),
+            *("model.sliding_window=64", f"data.sequence={SMALL_LENGTH}"),
         ],
         "sft": [
             *("train.batch_tokens=8192", "train.micro_batch=8", "train.precision=fp32", "data.workers=0"),
@@ -201,10 +207,11 @@ class Runner:
 
     def write_long(self) -> dict[str, Any]:
         """Perplexity by position, and a text of eight training lengths, from a cache that holds two of them."""
-        length = 8 * TRAINING_LENGTH
+        training_length = SMALL_LENGTH if self.small else TRAINING_LENGTH
+        length = 8 * training_length
         with _serving(self.base, *long_text.cache_flags(self.base, length)) as server:
             shards = Path("data") / self.name
-            sizes = {"training_length": TRAINING_LENGTH, "multiple": 8, "most": 64}
+            sizes = {"training_length": training_length, "multiple": 8, "most": 64}
             perplexity = long_text.measure(self.base, shards, server.url, **sizes)
             client = OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600)
             answer = client.completions.create(

@@ -4,9 +4,9 @@
 
 `package` is the unpacked package. Written are JSON lines, compressed, the same at every run:
 
-    shi.jsonl.gz, ci.jsonl.gz   {"text": ...}: a scroll, up to 128 poems of one author, one after the other
-    chats.jsonl.gz              {"messages": ...}: a request for a poem, and a poem that fulfils it
-    quatrains.jsonl.gz          the same with requests that name no form; all answers are quatrains of five characters
+    shi.jsonl.gz, ci.jsonl.gz               {"text": ...}: a scroll, up to 128 poems of one author
+    shi-chats.jsonl.gz, ci-chats.jsonl.gz   {"messages": ...}: a request for a poem, and a poem that fulfils it
+    quatrains.jsonl.gz                      the same: requests name no form, all answers are quatrains of five characters
 """
 
 import argparse
@@ -164,9 +164,10 @@ def main() -> int:
         poems = list(read_poems(options.package))
         options.out.mkdir(parents=True, exist_ok=True)
         for kind in ("shi", "ci"):
-            texts = ({"text": text} for text in scrolls(poem for poem in poems if poem.kind == kind))
+            own = [poem for poem in poems if poem.kind == kind]
+            texts = ({"text": text} for text in scrolls(own))
             print(f"{kind}.jsonl.gz: {write_lines(options.out / f'{kind}.jsonl.gz', texts):,} scrolls")
-        print(f"chats.jsonl.gz: {write_lines(options.out / 'chats.jsonl.gz', chats(poems)):,} chats")
+            print(f"{kind}-chats.jsonl.gz: {write_lines(options.out / f'{kind}-chats.jsonl.gz', chats(own)):,} chats")
         print(f"quatrains.jsonl.gz: {write_lines(options.out / 'quatrains.jsonl.gz', quatrains(poems)):,} chats")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -74,7 +74,7 @@ def test_texts_and_chats_of_a_package(package: Path, tmp_path: Path) -> None:
     assert parts[1] == "《雪》\n千山鳥飛絕，萬徑人蹤滅。"  # without the notes, and without the poem that has gaps
     (ci,) = [record["text"] for record in read(tmp_path / "poems" / "ci.jsonl.gz")]
     assert ci == "李清照\n\n《如梦令》\n" + "\n".join(SONG["paragraphs"])
-    for name, least in (("chats", 202 // 9), ("quatrains", 202)):
+    for name, least in (("shi-chats", 202 // 9), ("quatrains", 202)):
         chats = [record["messages"] for record in read(tmp_path / "poems" / f"{name}.jsonl.gz")]
         assert least <= len(chats) <= 204
         for user, assistant in chats:
@@ -82,9 +82,9 @@ def test_texts_and_chats_of_a_package(package: Path, tmp_path: Path) -> None:
             assert user["content"].startswith(("写一首", "仿")) and assistant["content"].startswith("《")
     assert all(poems.form_of(answer["content"]) == poems.QUATRAIN for _, answer in chats)
     assert not any(poems.QUATRAIN in request["content"] for request, _ in chats)
-    first = (tmp_path / "poems" / "chats.jsonl.gz").read_bytes()
+    first = (tmp_path / "poems" / "shi-chats.jsonl.gz").read_bytes()
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
-    assert (tmp_path / "poems" / "chats.jsonl.gz").read_bytes() == first
+    assert (tmp_path / "poems" / "shi-chats.jsonl.gz").read_bytes() == first
 
 
 def test_a_request_fits_its_poem(package: Path) -> None:
