@@ -148,11 +148,13 @@ class Runner:
                 return False
         return True
 
+    def overrides(self, command: str) -> list[str]:
+        return self._folders(command) + SMALL[self.story][command] if self.small else []
+
     def train(self, command: str) -> dict[str, Any]:
         """Run `stellarbyte train` and return what it has noted."""
-        overrides = self._folders(command) + SMALL[self.story][command] if self.small else []
         arguments = ["train", command, f"examples/{self.story}/{command}.yaml"]
-        arguments += [part for override in overrides for part in ("--set", override)]
+        arguments += [part for override in self.overrides(command) for part in ("--set", override)]
         print(f"$ stellarbyte {shlex.join(arguments)}", flush=True)
         subprocess.run([sys.executable, "-m", "stellarbyte.cli.main", *arguments], cwd=ROOT, check=True)
         match command:

@@ -6,7 +6,7 @@
 
     shi.jsonl.gz, ci.jsonl.gz               {"text": ...}: a scroll, up to 128 poems of one author
     shi-chats.jsonl.gz, ci-chats.jsonl.gz   {"messages": ...}: a request for a poem, and a poem that fulfils it
-    quatrains.jsonl.gz                      the same: requests name no form, all answers are quatrains of five characters
+    quatrains.jsonl.gz                      the same: all answers are quatrains of five characters
 """
 
 import argparse
