@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 POEMS_OF_A_SCROLL = 128
 LONGEST_ANSWER = 240  # characters of a poem in a chat
-CHATS_ONE_IN = 3  # poems, chosen by their hashes
+CHATS_ONE_IN = 6  # poems, chosen by their hashes
 QUATRAIN = "五言绝句"
 FORMS = {(5, 4): QUATRAIN, (7, 4): "七言绝句", (5, 8): "五言律诗", (7, 8): "七言律诗"}  # characters, clauses
 # What poems are asked for, and the characters by which it is found in a title or a text of either script

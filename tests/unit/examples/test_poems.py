@@ -74,7 +74,7 @@ def test_texts_and_chats_of_a_package(package: Path, tmp_path: Path) -> None:
     assert parts[1] == "《雪》\n千山鳥飛絕，萬徑人蹤滅。"  # without the notes, and without the poem that has gaps
     (ci,) = [record["text"] for record in read(tmp_path / "poems" / "ci.jsonl.gz")]
     assert ci == "李清照\n\n《如梦令》\n" + "\n".join(SONG["paragraphs"])
-    for name, least in (("shi-chats", 202 // 9), ("quatrains", 202)):
+    for name, least in (("shi-chats", 202 // 16), ("quatrains", 202)):
         chats = [record["messages"] for record in read(tmp_path / "poems" / f"{name}.jsonl.gz")]
         assert least <= len(chats) <= 204
         for user, assistant in chats:
