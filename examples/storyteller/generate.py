@@ -52,6 +52,7 @@ ASKED = (
     "Explain to {hero} in a few sentences why {thing} matters {place}.",
 )
 MIN_WORDS, MAX_WORDS = 40, 500
+HOPELESS = 100  # texts, if none of them is kept
 MAX_REPEATED = 0.2  # of the sequences of four words
 _WORD = re.compile(r"[\w']+")
 
@@ -130,14 +131,21 @@ class Collection:
 
 
 async def write_texts(client: AsyncOpenAI, model: str, collection: Collection, options: argparse.Namespace) -> None:
-    """Keep `options.concurrency` requests running until enough tokens are kept. Raises APIError."""
-    started_s, before = time.monotonic(), collection.tokens
+    """Keep `options.concurrency` requests running until enough tokens are kept.
+
+    Raises:
+        APIError: a request failed.
+        ValueError: of the first texts none was kept.
+    """
+    started_s, before, first = time.monotonic(), collection.tokens, collection.next_number
 
     async def work() -> None:
         while collection.tokens < options.tokens:
             number = collection.next_number
             collection.next_number += 1
             await _write_one(client, model, collection, number, options.max_tokens)
+            if collection.tokens == 0 and number >= first + HOPELESS:
+                raise ValueError(f"{model} writes no text that is kept: {_shown(collection.counts)}.")
             if number % 500 == 0:
                 speed = (collection.tokens - before) / (time.monotonic() - started_s)
                 print(
