@@ -4,8 +4,8 @@
     python -m benchmarks.training.long_text MODEL SHARDS --multiple 16 --url http://127.0.0.1:8000
 
 The texts are held-out documents of the shards, eight times as long as a training row. Each bucket of positions has the
-mean over the same documents. If attention or rotation depended on where a token stands, the loss would grow from bucket
-to bucket after the training length; the figures say by how much. Without --url, a server is started on the checkpoint
+mean over the same documents. If attention or rotation depended on where a token stands, tokens far in a text would cost
+more than the same tokens in rows of the training length; `cost_of_position` says how much. Without --url, a server is started on the checkpoint
 with a KV cache for a quarter of a document.
 """
 
@@ -95,14 +95,23 @@ def by_position(losses: np.ndarray, bucket: int) -> list[dict[str, float]]:
     ]
 
 
-def largest_growth(buckets: Sequence[dict[str, float]], training_length: int) -> float:
-    """By how much the worst bucket after the training length has more loss than those within it, nats per token.
+def row_losses(
+    model: ByteTransformer, documents: Sequence[np.ndarray], device: torch.device, training_length: int
+) -> np.ndarray:
+    """[documents, N - 1]: -log p of the same tokens, but each training length of a document read alone, from 0 on."""
+    starts = range(0, len(documents[0]) - 1, training_length)
+    rows = [ids[start : start + training_length + 1] for ids in documents for start in starts]
+    return library_losses(model, rows, device, bucket=training_length).reshape(len(documents), -1)
 
-    The first bucket is left out: its tokens have less context than all others.
+
+def cost_of_position(losses: np.ndarray, alone: np.ndarray, training_length: int) -> float:
+    """By how many nats a token costs more far in the text than the same token in a row of the training length.
+
+    The mean over tokens after the first training length, of second halves of rows: there a row has context, too.
+    Content cancels out: both are losses of the same tokens.
     """
-    within = [bucket["loss"] for bucket in buckets[1:] if bucket["tokens"] <= training_length]
-    beyond = [bucket["loss"] for bucket in buckets if bucket["tokens"] > training_length]
-    return round(max(beyond) - sum(within) / len(within), 4)
+    more = (losses - alone).reshape(len(losses), -1, training_length)[:, 1:, training_length // 2 :]
+    return round(float(more.mean()), 4)
 
 
 def measure(model: Path, shards: Path, url: str, *, training_length: int, multiple: int, most: int) -> dict[str, Any]:
@@ -110,16 +119,17 @@ def measure(model: Path, shards: Path, url: str, *, training_length: int, multip
     documents = long_documents(shards, multiple * training_length + 1, most)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bucket = training_length // 2
-    ours = library_losses(load_model(model, dtype=torch.float32), documents, device, bucket=bucket)
+    loaded = load_model(model, dtype=torch.float32)
+    ours = library_losses(loaded, documents, device, bucket=bucket)
+    alone = row_losses(loaded, documents, device, training_length)
     served = server_losses(url, documents)
-    buckets = by_position(ours, bucket)
     return {
         "documents": len(documents),
         "training_length": training_length,
         "multiple": multiple,
-        "library": buckets,
+        "library": by_position(ours, bucket),
         "server": by_position(served, bucket),
-        "growth": largest_growth(buckets, training_length),
+        "cost_of_position": cost_of_position(ours, alone, training_length),
         "largest_difference": round(float(np.abs(ours - served).max()), 6),
         "mean_difference": round(float(np.abs(ours.mean(axis=1) - served.mean(axis=1)).max()), 6),
     }
@@ -128,7 +138,8 @@ def measure(model: Path, shards: Path, url: str, *, training_length: int, multip
 def lines(found: dict[str, Any]) -> Iterator[str]:
     for ours, served in zip(found["library"], found["server"], strict=True):
         yield f"to {ours['tokens']:>6} tokens  perplexity {ours['perplexity']:>8}  served {served['perplexity']:>8}"
-    yield f"growth after {found['training_length']} tokens: {found['growth']} nats per token"
+    cost = found["cost_of_position"]
+    yield f"a token after position {found['training_length']} costs {cost} nats more than in a row of its own"
 
 
 def cache_flags(model: Path, length: int) -> list[str]:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks.training.long_text import by_position, largest_growth
+from benchmarks.training.long_text import by_position, cost_of_position
 from benchmarks.training.story import SMALL, STORIES, Runner, regular_poems
 from stellarbyte.train.config.prepare import Prepare
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
@@ -49,10 +50,9 @@ def test_poems_of_a_scroll_are_counted_by_quarter() -> None:
     assert quarters[3]["regular"] < quarters[3]["poems"]
 
 
-def test_growth_is_that_of_the_worst_bucket_beyond_the_training_length() -> None:
-    import numpy as np
-
-    losses = np.repeat([[3.0, 2.0, 2.0, 2.5, 2.1]], 4, axis=1)
-    buckets = by_position(losses, 4)
-    assert [(bucket["tokens"], bucket["loss"]) for bucket in buckets][:2] == [(4, 3.0), (8, 2.0)]
-    assert largest_growth(buckets, 8) == 0.5
+def test_the_cost_of_a_position_is_counted_where_a_row_has_context() -> None:
+    """Rows of 4: the first is within the training length, and first halves of rows do not count."""
+    alone = np.array([[9.0, 9.0, 2.0, 2.0, 9.0, 9.0, 1.0, 3.0, 9.0, 9.0, 5.0, 1.0]])
+    far = np.array([[1.0, 1.0, 7.0, 7.0, 1.0, 1.0, 1.5, 3.0, 1.0, 1.0, 5.0, 1.5]])
+    assert cost_of_position(far, alone, 4) == 0.25
+    assert [(bucket["tokens"], bucket["loss"]) for bucket in by_position(alone, 5)] == [(5, 6.2), (10, 6.2), (12, 3.0)]
