@@ -5,8 +5,8 @@
 
 The texts are held-out documents of the shards, eight times as long as a training row. Each bucket of positions has the
 mean over the same documents. If attention or rotation depended on where a token stands, tokens far in a text would cost
-more than the same tokens in rows of the training length; `cost_of_position` says how much. Without --url, a server is started on the checkpoint
-with a KV cache for a quarter of a document.
+more than the same tokens in rows of the training length; `cost_of_position` says how much. Without --url, a server is
+started on the checkpoint with a KV cache for a quarter of a document.
 """
 
 import argparse
