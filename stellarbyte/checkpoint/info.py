@@ -248,7 +248,8 @@ def _growth(config: ByteModelConfig, info: ModelInfo) -> str:
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
     """Attributes: data_sha256: fingerprint of the data; tokens: read in all steps; base: the model that was trained
-    further, or None; loss: of the last step; held_out: metrics of the last evaluation; versions: of the programs."""
+    further, or None; loss: of the last step; tokens_per_s: since the run was last started, evaluations included, or
+    None; held_out: metrics of the last evaluation; versions: of the programs."""
 
     kind: str  # pretrain, sft or lora
     base: str | None
@@ -258,6 +259,7 @@ class TrainingRecord:
     steps: int
     epochs: float
     loss: float
+    tokens_per_s: float | None
     held_out: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str]
@@ -286,6 +288,8 @@ def read_record(folder: Path) -> TrainingRecord | None:
 def record_lines(record: TrainingRecord) -> list[tuple[str, str]]:
     """The record as (label, text) for people."""
     trained = f"{record.kind}, {record.steps:,} steps, {record.tokens:,} tokens, {record.epochs:.3g} epochs"
+    if record.tokens_per_s is not None:
+        trained += f", {record.tokens_per_s:,.0f} tokens/s"
     losses = f"{record.loss:.4f} in training"
     if "eval_loss" in record.held_out:
         losses += f", {record.held_out['eval_loss']:.4f} held out"

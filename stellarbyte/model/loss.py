@@ -41,7 +41,11 @@ def summed_loss_of_hidden(
     smoothing: float,
 ) -> torch.Tensor:
     """As `summed_loss` of head(hidden), by chunks of at most CHUNK_ELEMENTS logits, which the backward pass
-    recomputes."""
+    recomputes. Only tokens with a target get logits: of a chat, those of the answers. (A compiled graph computes all:
+    its shapes cannot depend on the targets.)"""
+    if not torch.compiler.is_compiling():
+        learned_N = targets_N != NO_LABEL
+        hidden_NC, targets_N = hidden_NC[learned_N], targets_N[learned_N]
 
     def of_chunk(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return summed_loss(head(hidden), targets, smoothing)

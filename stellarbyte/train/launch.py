@@ -38,7 +38,7 @@ from stellarbyte.train.rows import RunData, num_rows
 from stellarbyte.train.trainer import ByteTrainer
 
 _METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens")
-MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"  # in the run's folder, when the run has ended
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"  # in the run's folder, where it names no output
 
 Config = Pretrain | Sft | LoraRun
 
@@ -66,7 +66,9 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
     _refuse_unmeasured(config, data)
     plan = plan_of(config, data)
     folder = config.run.dir
-    target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
+    target = config.run.output
+    if target is None:
+        target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
     refuse_existing(target)
     with _sole_run(folder):
         trainer, guard = make_trainer(kind, config, data, plan, console)
@@ -80,9 +82,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
             guard.restore()
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, ProgressBar):
-                    callback.close()
+            _progress_bar(trainer).close()
         if guard.stopped:
             return Outcome(folder=None, step=trainer.state.global_step, number=guard.number or signal.SIGTERM)
         if trainer.ema is not None:
@@ -183,6 +183,10 @@ def make_trainer(
     return trainer, guard
 
 
+def _progress_bar(trainer: ByteTrainer) -> ProgressBar:
+    return next(each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressBar))
+
+
 def _prepare_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
@@ -221,6 +225,7 @@ def _write_result(kind: str, config: Config, data: RunData, trainer: ByteTrainer
         steps=steps,
         epochs=steps * trainer.batch_rows / num_rows(data.train),
         loss=losses[-1],
+        tokens_per_s=_progress_bar(trainer).tokens_per_second,
         held_out=held_out,
         settings=config.model_dump(mode="json", exclude_unset=True),
         versions=versions(),

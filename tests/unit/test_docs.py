@@ -22,7 +22,7 @@ _FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 _CODE = re.compile(r"`([^`]+)`")
-_COMMAND = re.compile(r"(?:^ *|\| )(?:\S*/)?stellarbyte (.+)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:^ *|\| )(?:(?:\S*/)?stellarbyte |scripts/(?=train ))(.+)", re.MULTILINE)
 _OURS = re.compile(r"(?:stellarbyte-server|scripts/serve|python -m stellarbyte_server)\b[^\n`]*")
 
 
@@ -128,9 +128,12 @@ def test_the_stellarbyte_command_understands_what_pages_show_of_it(capsys: pytes
     wrong, seen = [], set()
     for page in PAGES:
         for kind, line in stellarbyte_commands(page):
-            words = itertools.takewhile(lambda word: word not in ("|", ">", "&&"), shlex.split(line, comments=True))
+            words = list(
+                itertools.takewhile(lambda word: word not in ("|", ">", "&&"), shlex.split(line, comments=True))
+            )
+            wrong += [word for word in words if word.startswith("examples/") and not (ROOT / word).exists()]
             try:
-                seen.add(make_parser().parse_args(list(words)).module)
+                seen.add(make_parser().parse_args(words).module)
             except SystemExit as exit:
                 said = capsys.readouterr().err
                 if exit.code and not (kind == "mention" and "arguments are required" in said):

@@ -20,7 +20,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "h
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the pictures are written")
-    parser.add_argument("--adapter-dir", help="adapters of the demo model, such as those of examples/train_adapter.py")
+    parser.add_argument("--adapter-dir", help="adapters of the demo model, such as those of examples/adapters")
     arguments = parser.parse_args()
     program = find_chromium()
     if program is None:

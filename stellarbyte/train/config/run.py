@@ -30,12 +30,20 @@ def _shape_fields() -> dict[str, Any]:
 
 
 class Run(Section):
-    """Attributes: dir: checkpoints, figures and the finished model; track: where losses are shown, too."""
+    """Attributes: dir: checkpoints and figures; output: the finished model or adapter, absent: model or adapter in dir;
+    track: where losses are shown, too."""
 
     dir: Path
+    output: Path | None = None
     seed: int = Field(default=0, ge=0, lt=2**32)
     track: tuple[Tracker, ...] = ()
     plots: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> "Run":
+        if self.output is not None and self.dir.resolve().is_relative_to(self.output.resolve()):
+            raise ValueError(f"output ({self.output}) must not hold dir ({self.dir}): it appears as a new folder")
+        return self
 
 
 class Model(create_model("_Shape", __base__=Section, **_shape_fields())):  # type: ignore[misc]

@@ -63,6 +63,17 @@ def test_the_logits_of_all_tokens_are_never_kept(monkeypatch: pytest.MonkeyPatch
     assert kept[False] > 0 and kept[True] == 0
 
 
+def test_only_tokens_with_a_target_get_logits() -> None:
+    model = make_model().train()
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    model(TOKENS, labels=LABELS, skip_logits=True)
+    assert rows == [int((LABELS[:, 1:] != -100).sum())] and rows[0] < TOKENS.numel() - len(TOKENS)
+    nothing = model(TOKENS, labels=torch.full_like(LABELS, -100), skip_logits=True, num_items_in_batch=1).loss
+    nothing.backward()
+    assert nothing.item() == 0 and all(not gradient.any() for gradient in gradients(model))
+
+
 def test_accumulated_batches_have_the_loss_of_one() -> None:
     model = make_model()
     whole = model(TOKENS, labels=LABELS).loss

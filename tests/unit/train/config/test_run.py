@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from stellarbyte.train.config.prepare import Prepare
 from stellarbyte.train.config.presets import PRESETS
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
+from stellarbyte.train.config.tokenizer import TrainTokenizer
 from stellarbyte.train.config.yaml_file import Section, read_yaml
 from stellarbyte.train.errors import TrainError
 from tests.support.servers.server_process import ROOT
@@ -71,6 +73,7 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str, str]] = [
     (Pretrain, PRETRAIN, "parallel.fsdp=2", "fsdp (2) must be 1: models are not sharded yet"),
     (Pretrain, PRETRAIN, "parallel.tensor=2", "tensor (2) must be 1: models are not sharded yet"),
     (Pretrain, PRETRAIN, "run.track=[wandb]", "run.track.0 ('wandb') should be 'tensorboard'"),
+    (LoraRun, CHATS, "run.output=runs", "run: output (runs) must not hold dir (runs/chat)"),
     (LoraRun, CHATS, "train.optimizer=muon", "train.optimizer must be adamw"),
 ]
 
@@ -90,7 +93,29 @@ def test_patience_needs_the_best_model_on_disk(tmp_path: Path) -> None:
         read(tmp_path, Pretrain, PRETRAIN, *overrides)
 
 
-def test_the_examples_load() -> None:
-    found = read_yaml(ROOT / "examples" / "poet" / "pretrain.yaml", Pretrain)
-    assert found.train.batch_tokens % (found.train.micro_batch * found.data.sequence) == 0
-    assert found.model.fields == {"sliding_window": 256, "sink_tokens": 4}
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+SECTIONS: dict[str, type[Section]] = {
+    "tokenizer": TrainTokenizer, "prepare": Prepare, "pretrain": Pretrain, "sft": Sft, "lora": LoraRun,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_the_examples_load(file: Path) -> None:
+    """And the command at the top of each reads it."""
+    name = file.stem if file.stem in SECTIONS else "lora"
+    found: Any = read_yaml(file, SECTIONS[name])
+    assert f"train {name} {file.relative_to(ROOT)}" in " ".join(file.read_text(encoding="utf-8").split("\n")[:2])
+    if name in ("pretrain", "sft", "lora"):
+        assert found.train.batch_tokens % (found.train.micro_batch * found.data.sequence) == 0
+    if name == "pretrain":
+        assert found.model.fields == {"sliding_window": 256, "sink_tokens": 4}
+
+
+@pytest.mark.parametrize("story", ["poet", "storyteller"])
+def test_a_storys_files_name_each_others_folders(story: str) -> None:
+    read = {name: yaml.safe_load((ROOT / "examples" / story / f"{name}.yaml").read_text("utf-8")) for name in SECTIONS}
+    assert read["prepare"]["tokenizer"] == read["tokenizer"]["output"]
+    assert read["prepare"]["sources"] == read["tokenizer"]["sources"]
+    assert read["pretrain"]["data"]["shards"] == read["prepare"]["output"]
+    assert read["sft"]["model"]["path"] == read["pretrain"]["run"]["dir"] + "/model"
+    assert read["lora"]["model"]["path"] == read["sft"]["run"]["dir"] + "/model"

@@ -1,0 +1,1 @@
+"""Models trained from nothing: what they cost, and how they hold beyond the length of their training."""
