@@ -50,14 +50,22 @@ def grouped_linear(x_NK: torch.Tensor, weight_EOK: torch.Tensor, counts_E: torch
     """[N, O] = x · weight[expert of the row]ᵀ: one kernel where the device has one, or a loop over the experts."""
     if takes_grouped(x_NK, weight_EOK):
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x_NK, weight_EOK.transpose(1, 2), offs=ends_E)
+        return F.grouped_mm(x_NK.bfloat16(), weight_EOK.bfloat16().transpose(1, 2), offs=ends_E)
     # `unbind` gives the stack one gradient; indexing would add up one of its size for each expert.
     rows, matrices = x_NK.split(counts_E.tolist()), weight_EOK.unbind()
     return torch.cat([F.linear(own_NK, matrix_OK) for own_NK, matrix_OK in zip(rows, matrices, strict=True)])
 
 
 def takes_grouped(x_NK: torch.Tensor, weight_EOK: torch.Tensor) -> bool:
-    """Whether `F.grouped_mm` computes this product: bfloat16 on a CUDA device, rows of a multiple of 16 bytes."""
-    is_bfloat16 = x_NK.dtype == weight_EOK.dtype == torch.bfloat16
+    """Whether `F.grouped_mm` computes this product: bfloat16, by autocast as well, on a CUDA device, rows of a multiple
+    of 16 bytes."""
     is_aligned = weight_EOK.shape[1] % 8 == 0 and weight_EOK.shape[2] % 8 == 0
-    return x_NK.is_cuda and is_bfloat16 and is_aligned and hasattr(F, "grouped_mm")
+    return x_NK.is_cuda and _in_bfloat16(x_NK, weight_EOK) and is_aligned and hasattr(F, "grouped_mm")
+
+
+def _in_bfloat16(x_NK: torch.Tensor, weight_EOK: torch.Tensor) -> bool:
+    """Whether `F.linear` would compute this product in bfloat16; autocast does not know `F.grouped_mm`."""
+    device = x_NK.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == torch.bfloat16
+    return x_NK.dtype == weight_EOK.dtype == torch.bfloat16

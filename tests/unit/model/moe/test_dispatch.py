@@ -14,7 +14,7 @@ from stellarbyte.model.moe.experts import ByteExperts, grouped_linear, takes_gro
 from stellarbyte.model.moe.layer import ByteMoE
 from stellarbyte.model.moe.router import Routing
 from tests.support.models import expert_oracle
-from tests.support.models.byte_transformer import make_config
+from tests.support.models.byte_transformer import EXPERT_VARIANTS, make_config, make_model, random_tokens
 
 HIDDEN = 48
 
@@ -177,6 +177,37 @@ def test_the_grouped_kernel_computes_what_the_loop_computes(
         torch.testing.assert_close(grouped.float(), looped.float(), atol=0.02 * scale, rtol=0.02)
 
 
+def test_autocast_computes_the_grouped_kernel_in_one_compiled_graph(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are in float32 there. A loop over the experts would divide the graph at every layer."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this release of torch has no grouped_mm")
+    results = []
+    for grouped in (False, True):
+        monkeypatch.setattr(experts_module, "takes_grouped", lambda *_, grouped=grouped: grouped)
+        torch.manual_seed(1)
+        model = make_model(**EXPERT_VARIANTS["experts, shared with a gate, some layers dense"]).to(device).train()
+        tokens = torch.tensor([random_tokens(30)], device=device)
+        compute = torch.compile(model, backend="aot_eager", fullgraph=True) if grouped else model
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = compute(tokens, labels=tokens, skip_logits=True).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for looped, found in zip(*results, strict=True):
+        assert found.dtype == torch.float32
+        scale = float(looped.abs().max())
+        torch.testing.assert_close(found, looped, atol=0.05 * scale, rtol=0.05)
+
+
 def test_only_bfloat16_on_a_gpu_takes_the_grouped_kernel() -> None:
     x_NK, weight_EOK = torch.zeros(4, 8), torch.zeros(2, 8, 8)
     assert not takes_grouped(x_NK, weight_EOK) and not takes_grouped(x_NK.bfloat16(), weight_EOK.bfloat16())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
+def test_autocast_to_bfloat16_on_a_gpu_takes_the_grouped_kernel() -> None:
+    x_NK, weight_EOK = torch.zeros(4, 8, device="cuda"), torch.zeros(2, 8, 8, device="cuda")
+    assert not takes_grouped(x_NK, weight_EOK)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert takes_grouped(x_NK, weight_EOK)
