@@ -137,17 +137,15 @@ class Stop(Section):
 
 
 class Parallel(Section):
-    """Ranks that share one copy of the model. Data parallelism needs nothing here: start with torchrun."""
+    """Ranks that share one copy of the model. Data parallelism needs nothing here: start with torchrun.
+
+    Attributes:
+        fsdp: ranks that divide the parameters; each gathers those of a layer when it computes it.
+        tensor: ranks that divide the heads and inner channels of every layer.
+    """
 
     fsdp: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "Parallel":
-        for name in ("fsdp", "tensor"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be 1: models are not sharded yet, only copied")
-        return self
 
 
 class Lora(Section):
@@ -179,7 +177,20 @@ class _Config(Section):
                     f"stop.patience needs train.checkpoint_every ({save}) to be a multiple of train.evaluate_every "
                     f"({evaluate}), so that the best model is on disk"
                 )
+        self._check_parallel()
         return self
+
+
+    def _check_parallel(self) -> None:
+        for name in ("fsdp", "tensor"):
+            number = getattr(self.parallel, name)
+            if number > 1 and self.train.optimizer == "muon":
+                raise ValueError(
+                    f"train.optimizer muon cannot be used with parallel.{name} ({number}): Muon needs whole matrices, "
+                    "of which ranks hold parts"
+                )
+            if number > 1 and self.train.compile:
+                raise ValueError(f"train.compile must be false with parallel.{name} ({number})")
 
 
 class Pretrain(_Config):
@@ -207,6 +218,11 @@ class LoraRun(Sft):
 
     @model_validator(mode="after")
     def _check_lora(self) -> "LoraRun":
+        if self.parallel.tensor > 1:
+            raise ValueError(
+                f"parallel.tensor ({self.parallel.tensor}) must be 1 for an adapter: its parts are not divided by "
+                "heads; use parallel.fsdp"
+            )
         if self.train.optimizer == "muon":
             raise ValueError("train.optimizer must be adamw: Muon is for whole matrices, not for their low-rank parts")
         return self

@@ -36,6 +36,7 @@ def main() -> int:
         "data": {"shards": str(folder), "sequence": 24, "workers": told.get("workers", 0)},
         "train": told["train"],
         "stop": told.get("stop", {}),
+        "parallel": told.get("parallel", {}),
     }
     config = Pretrain.model_validate(sections)
     changes = {"fingerprint": told["fingerprint"]} if "fingerprint" in told else {}
