@@ -180,7 +180,6 @@ class _Config(Section):
         self._check_parallel()
         return self
 
-
     def _check_parallel(self) -> None:
         for name in ("fsdp", "tensor"):
             number = getattr(self.parallel, name)
