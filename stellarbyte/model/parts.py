@@ -151,10 +151,12 @@ PARTS: tuple[Part, ...] = (
         has_deepnorm_gain=True,
     ),
     Part(
-        name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_q_norm_shape, exists=_has_qk_norm, reads_heads=True,
+        name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_q_norm_shape, exists=_has_qk_norm,
+        reads_heads=True,
     ),
     Part(
-        name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_k_norm_shape, exists=_has_qk_norm, reads_heads=True,
+        name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_k_norm_shape, exists=_has_qk_norm,
+        reads_heads=True,
     ),
     Part(
         name="mlp.gate_proj", kind="linear", gguf="ffn_gate", reads=MLP_INPUT, cut="out", is_adaptable=True,

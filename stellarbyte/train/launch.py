@@ -4,14 +4,13 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -30,14 +29,15 @@ from stellarbyte.train.callbacks.routers import Routers
 from stellarbyte.train.card import versions, write_card
 from stellarbyte.train.checkpoints import Checkpoints
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
+from stellarbyte.train.data.folder_lock import sole_writer
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.metrics import flops_per_token, peak_flops
 from stellarbyte.train.models import make_model, model_config
 from stellarbyte.train.parallel.layout import Layout, layout_of, refuse_undivided
 from stellarbyte.train.parallel.sharding import fill, gathered_weights, shard
 from stellarbyte.train.plots import draw_run
-from stellarbyte.train.ranks import is_first_rank, ranks_expected, wait_for_all
-from stellarbyte.train.rows import RunData, num_rows
+from stellarbyte.train.ranks import is_first_rank, rank_expected, ranks_expected, wait_for_all
+from stellarbyte.train.rows import RunData, ShiftedRows, num_rows
 from stellarbyte.train.trainer import ByteTrainer
 
 _METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens")
@@ -73,7 +73,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
     folder = config.run.dir
     target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
     refuse_existing(target)
-    with _sole_run(folder):
+    with sole_writer(folder, "training into") if rank_expected() == 0 else nullcontext():
         trainer, guard = _trainer(kind, config, data, plan, layout, console)
         last = trainer.checkpoints.last()
         if last is not None:
@@ -137,22 +137,6 @@ def _refuse_unmeasured(config: Config, data: RunData) -> None:
                 raise TrainError(f"{name} needs held-out data, of which there is none; set held_out above 0.")
 
 
-@contextmanager
-def _sole_run(folder: Path) -> Iterator[None]:
-    """The run's folder, made and held by one run at a time."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise TrainError(f"Another process is training into {folder}.") from error
-    except (FileExistsError, PermissionError, NotADirectoryError) as error:
-        raise TrainError(f"{folder} cannot be written: {error.strerror}.") from error
-
-
 def _trainer(
     kind: str, config: Config, data: RunData, plan: Schedule, layout: Layout, console: Console
 ) -> tuple[ByteTrainer, Guard]:
@@ -187,10 +171,12 @@ def _trainer(
         callbacks.append(Routers(settings.balance_rate))
     if config.stop.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.stop.patience))
+    shift = config.data.position_shift
     origin = {
         "data": data.fingerprint,
         "sequence": config.data.sequence,
         "packing": config.data.packing,
+        "position_shift": shift,
         "batch_tokens": settings.batch_tokens,
         "seed": config.run.seed,
     }
@@ -201,6 +187,7 @@ def _trainer(
         settings,
         Checkpoints(config.run.dir, origin, layout),
         layout,
+        rows=ShiftedRows(data.train, largest=shift, seed=config.run.seed) if shift else data.train,
         batch_rows=plan.batch_rows,
         ema=None if settings.ema is None else Ema(model, settings.ema),
         divergence=Divergence(config.run.dir) if config.stop.nan else None,

@@ -29,10 +29,12 @@ def make_model(config: Pretrain | Sft | LoraRun, data: RunData) -> ByteTransform
         raise TrainError("train.balance_rate needs model.router_selection_bias: true.")
     if rate is None and has_biases and config.model.path is None:
         raise TrainError("train.balance_rate is missing: it moves the biases of model.router_selection_bias.")
-    if config.data.sequence > model.config.max_position_embeddings:
+    shift, context = config.data.position_shift, model.config.max_position_embeddings
+    if config.data.sequence + shift > context:
+        shifted = f" and data.position_shift ({shift}) are" if shift else " is"
         raise TrainError(
-            f"data.sequence ({config.data.sequence}) is beyond the model's context of "
-            f"{model.config.max_position_embeddings} tokens (max_position_embeddings)."
+            f"data.sequence ({config.data.sequence}){shifted} beyond the model's context of {context} tokens "
+            "(max_position_embeddings)."
         )
     if isinstance(config, LoraRun):
         lora = config.lora

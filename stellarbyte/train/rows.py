@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -82,6 +83,22 @@ class RankBatches(Sampler[list[int]]):
             batch = list(islice(rows, self.size))
             if number % self.ranks == self.rank:
                 yield batch
+
+
+class ShiftedRows(Dataset[Batch]):
+    """The rows of `dataset`, the positions of each counted from a number in [0, largest] that its own number and the
+    seed decide."""
+
+    def __init__(self, dataset: Dataset[Batch], *, largest: int, seed: int) -> None:
+        self.dataset, self.largest, self.seed = dataset, largest, seed
+
+    def __len__(self) -> int:
+        return num_rows(self.dataset)
+
+    def __getitem__(self, row: int) -> Batch:
+        content = self.dataset[row]
+        shift = int(np.random.default_rng((self.seed, row)).integers(self.largest + 1))
+        return Batch(**{**content, "position_ids": content["position_ids"] + shift})
 
 
 class RankRows(Dataset[Batch]):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState
 
@@ -18,6 +18,7 @@ from stellarbyte.train.callbacks.guard import leave_signals_to_the_parent
 from stellarbyte.train.callbacks.routers import Routers
 from stellarbyte.train.checkpoints import Checkpoints
 from stellarbyte.train.config.run import Train
+from stellarbyte.train.data.packing import Batch
 from stellarbyte.train.metrics import held_out_loss
 from stellarbyte.train.optimizers import make_optimizer
 from stellarbyte.train.parallel.layout import Layout
@@ -47,6 +48,7 @@ class ByteTrainer(Trainer):
 
     Args:
         model: sharded, if the layout is (`stellarbyte.train.parallel.sharding.shard`).
+        rows: of data.train, in the form in which they are learned.
         ema, divergence: None: not wanted.
         saves_only_trained: checkpoints hold the trainable parameters, as of an adapter, and not the frozen ones.
     """
@@ -63,6 +65,7 @@ class ByteTrainer(Trainer):
         checkpoints: Checkpoints,
         layout: Layout,
         *,
+        rows: Dataset[Batch],
         batch_rows: int,
         ema: Ema | None,
         divergence: Divergence | None,
@@ -70,6 +73,7 @@ class ByteTrainer(Trainer):
         saves_only_trained: bool,
     ) -> None:
         self.data = data
+        self.rows = rows
         self.settings = settings
         self.checkpoints = checkpoints
         self.layout = layout
@@ -83,7 +87,7 @@ class ByteTrainer(Trainer):
             model=model,
             args=args,
             data_collator=data.collate,
-            train_dataset=data.train,
+            train_dataset=self.rows,
             eval_dataset=data.held_out,
             callbacks=[*own, *callbacks],
         )
@@ -97,7 +101,7 @@ class ByteTrainer(Trainer):
         stream = ShuffledStream(num_rows(self.data.train), self.args.max_steps * self.batch_rows, self.args.seed)
         ranks = self.layout.data_ranks
         return DataLoader(
-            self.data.train,
+            self.rows,
             batch_sampler=RankBatches(stream, size=self.args.train_batch_size, rank=self.data_rank, ranks=ranks),
             collate_fn=self.data.collate,
             num_workers=self.args.dataloader_num_workers,

@@ -69,20 +69,24 @@ class TokenData(Section):
     Attributes:
         packing: rows hold as many documents as fit; false: a row holds one, or a part of one.
         cut: a document may go on in the next row; false: one that does not fit into the rest of a row starts the next.
+        position_shift: largest number from which the positions of a row count; each row has a random one of its own.
     """
 
     shards: Path
     sequence: int = Field(ge=2)
+    position_shift: int = Field(default=0, ge=0)
     packing: bool = True
     cut: bool = True
     workers: int = Field(default=0, ge=0, le=64)
 
 
 class ChatData(Section):
-    """Attributes: chats: JSONL files of {"messages": [...]}; held_out: the share of chats that evaluation gets."""
+    """Attributes: chats: JSONL files of {"messages": [...]}; held_out: the share of chats that evaluation gets;
+    position_shift: as of `TokenData`."""
 
     chats: list[Path] = Field(min_length=1)
     sequence: int = Field(ge=2)
+    position_shift: int = Field(default=0, ge=0)
     packing: bool = True
     held_out: float = Field(default=0.0, ge=0, lt=1)
     license: str = Field(default="unknown", min_length=1)

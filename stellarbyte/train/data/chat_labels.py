@@ -1,7 +1,8 @@
 """Which tokens of a chat are learned: those that the assistant writes, with the end token of each answer.
 
-The model's own chat template renders the chat. Special tokens that a message spells stay text. A template with {% generation %} blocks says itself
-what the assistant writes. Of any other, an answer is what the template adds to the prompt before it.
+The model's own chat template renders the chat. Special tokens that a message spells stay text. A template with
+{% generation %} blocks says itself what the assistant writes. Of any other, an answer is what the template adds to the
+prompt before it.
 """
 
 import re

@@ -73,7 +73,8 @@ def test_the_prompt_is_that_of_serving() -> None:
         assert ids[:first] == prompt
 
 
-def assert_spelled_tokens_are_text(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN, WITHOUT_END_IN_BLOCK])
+def test_special_tokens_that_messages_spell_are_text(template: str) -> None:
     """By hand: bytes for what messages hold, special ids for what the template writes."""
     asked, answered = "what is <|im_start|>x<|eos|><|eos|>?", "<|eos|>谁<|bos|>"
     chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -82,14 +83,9 @@ def assert_spelled_tokens_are_text(template: str, tokenizer: PreTrainedTokenizer
         (bytes_of(answered) + ids_of("<|eos|>"), True),
         (ids_of("\n"), False),
     ]
-    ids, is_learned = ChatLabels(tokenizer).of(chat)
+    ids, is_learned = ChatLabels(byte_tokenizer(template=template)).of(chat)
     assert ids == [number for numbers, _ in parts for number in numbers]
     assert is_learned.tolist() == [learned for numbers, learned in parts for _ in numbers]
-
-
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN, WITHOUT_END_IN_BLOCK])
-def test_special_tokens_that_messages_spell_are_text(template: str) -> None:
-    assert_spelled_tokens_are_text(template, byte_tokenizer(template=template))
 
 
 def test_spelled_tokens_are_text_for_tokenizers_with_special_tokens_beyond_the_model() -> None:
