@@ -34,6 +34,7 @@ from stellarbyte.train.errors import TrainError
 from stellarbyte.train.metrics import flops_per_token, peak_flops
 from stellarbyte.train.models import make_model, model_config
 from stellarbyte.train.parallel.layout import Layout, layout_of, refuse_undivided
+from stellarbyte.train.parallel.messages import each_warning_once
 from stellarbyte.train.parallel.sharding import fill, gathered_weights, shard
 from stellarbyte.train.plots import draw_run
 from stellarbyte.train.ranks import is_first_rank, rank_expected, ranks_expected, wait_for_all
@@ -55,6 +56,7 @@ class Outcome:
     number: int | None = None
 
 
+@each_warning_once()
 def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Console) -> Outcome:
     """Train to the last step, or until a signal; every rank calls it.
 

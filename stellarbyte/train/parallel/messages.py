@@ -26,7 +26,7 @@ def each_warning_once() -> Iterator[None]:
     before = root.handlers[:]
     root.handlers[:] = [screen]
     with warnings.catch_warnings():
-        warnings.showwarning = screen.show_warning
+        warnings.showwarning = screen.show_warning  # type: ignore[assignment]
         try:
             yield
         finally:

@@ -112,7 +112,7 @@ def gathered(tree: Any) -> Any:
 
 def gathered_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The whole state of a sharded model, as `gathered`; tied parameters share one tensor."""
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)  # copies of the tensors would not show which are tied
     distinct = gathered({id(tensor): tensor for tensor in state.values()})
     return {name: distinct[id(tensor)] for name, tensor in state.items()}
 
