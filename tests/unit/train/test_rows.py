@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from stellarbyte.train.data.packing import NO_LABEL
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RankBatches, RankRows, ShiftedRows, ShuffledStream
+from stellarbyte.train.trainer import ByteTrainer
 from tests.support.training.processes import MODEL, TRAIN, final_hash
 from tests.support.training.rows import random_rows, run_data
 
@@ -59,16 +61,26 @@ def run_with_shift(folder: Path, shift: int) -> None:
             "run": {"dir": str(folder / "run"), "plots": False},
             "model": MODEL | {"max_position_embeddings": 64},
             "data": {"shards": str(folder), "sequence": 24, "position_shift": shift},
-            "train": TRAIN | {"ema": None, "epochs": 0.4},
+            "train": TRAIN | {"ema": None, "epochs": 0.8},
         }
     )
     train("pretrain", config, run_data(folder), resume=False, console=Console(file=io.StringIO()))
 
 
-def test_a_run_with_shifted_positions_learns_the_same(tmp_path: Path) -> None:
+def test_a_run_with_shifted_positions_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotations are relative, so that the shift costs nothing; beyond the context it is refused."""
+    step, starts = ByteTrainer.training_step, []
+
+    def observed(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        starts.extend(inputs["position_ids"][:, 0].tolist())
+        loss: torch.Tensor = step(self, model, inputs, num_items_in_batch)
+        return loss
+
+    monkeypatch.setattr(ByteTrainer, "training_step", observed)
     for shift in (0, 40):
+        starts.clear()
         run_with_shift(tmp_path / str(shift), shift)
+        assert len(starts) == 32 and (len(set(starts)) > 10) == (shift > 0) and max(starts) <= shift
     assert final_hash(tmp_path / "40") == final_hash(tmp_path / "0")
     with pytest.raises(TrainError, match=r"data.sequence \(24\) and data.position_shift \(41\) are beyond the model's"):
         run_with_shift(tmp_path / "beyond", 41)

@@ -68,8 +68,6 @@ REFUSED: list[tuple[type[Section], dict[str, Any], str, str]] = [
     (Pretrain, PRETRAIN, "train.schedule=cosin", "train.schedule ('cosin') should be 'cosine'"),
     (Pretrain, PRETRAIN, "train={batch_tokens: 8, micro_batch: 1, lr: 1, cycles: 2}", "needs schedule cosine_with_res"),
     (Pretrain, PRETRAIN, "stop.patience=2", "stop.patience needs train.evaluate_every"),
-    (Pretrain, PRETRAIN, "parallel.fsdp=2", "fsdp (2) must be 1: models are not sharded yet"),
-    (Pretrain, PRETRAIN, "parallel.tensor=2", "tensor (2) must be 1: models are not sharded yet"),
     (Pretrain, PRETRAIN, "run.track=[wandb]", "run.track.0 ('wandb') should be 'tensorboard'"),
     (LoraRun, CHATS, "train.optimizer=muon", "train.optimizer must be adamw"),
 ]

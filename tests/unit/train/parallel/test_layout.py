@@ -62,7 +62,7 @@ def test_the_model_is_refused_before_anything_is_loaded(tmp_path: Path, monkeypa
     make_model().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").write_bytes(b"")
     config = settings(tmp_path, model={"path": str(tmp_path / "base")}, parallel={"tensor": 3})
-    with pytest.raises(TrainError, match="3 does not divide model.num_attention_heads"):
+    with pytest.raises(TrainError, match=r"3 does not divide model.num_attention_heads"):
         train("pretrain", config, run_data(tmp_path), resume=False, console=None)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
 
