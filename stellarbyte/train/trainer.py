@@ -115,7 +115,7 @@ class ByteTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        """As transformers' own; a model that it gets wrapped it leaves to no one else, such as accelerate's DDP."""
+        """As transformers' own. The Trainer has accelerate wrap what comes back unwrapped, in DDP."""
         if not is_sharded(model):
             wrapped: nn.Module = super()._wrap_model(model, training, dataloader)
             return wrapped
