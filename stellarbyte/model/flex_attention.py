@@ -10,7 +10,7 @@ from stellarbyte.model.positions import Places
 
 # B sequences, T queries, S keys, H query heads, K key/value heads, D head dim
 
-_compiled: list[Any] = []  # flex_attention, compiled when it first runs on a GPU
+_compiled: dict[Any, Any] = {}  # torch's functions of FlexAttention, compiled when they first run on a GPU
 
 
 def block_mask(
@@ -37,7 +37,9 @@ def block_mask(
         return visible
 
     rows = None if are_consecutive else batch
-    return create_block_mask(is_visible, rows, None, length, num_keys, device=m_BT.device)
+    create = _compiled_on_gpus(create_block_mask, m_BT)  # not compiled, it would hold a mask of all pairs
+    mask: BlockMask = create(is_visible, rows, None, length, num_keys, device=m_BT.device)
+    return mask
 
 
 def attend(
@@ -54,7 +56,7 @@ def attend(
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     q, k, v = (t.transpose(1, 2) for t in (q_BTHD, k_BSKD, v_BSKD))
-    out: torch.Tensor = _function(q)(
+    out: torch.Tensor = _compiled_on_gpus(flex_attention, q)(
         q,
         k,
         v,
@@ -66,9 +68,9 @@ def attend(
     return out.transpose(1, 2)
 
 
-def _function(q: torch.Tensor) -> Any:
-    if not q.is_cuda or torch.compiler.is_compiling():
-        return flex_attention
-    if not _compiled:
-        _compiled.append(torch.compile(flex_attention))
-    return _compiled[0]
+def _compiled_on_gpus(function: Any, tensor: torch.Tensor) -> Any:
+    if not tensor.is_cuda or torch.compiler.is_compiling():
+        return function
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function)
+    return _compiled[function]

@@ -76,7 +76,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
     target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
     refuse_existing(target)
     with sole_writer(folder, "training into") if rank_expected() == 0 else nullcontext():
-        trainer, guard = _trainer(kind, config, data, plan, layout, console)
+        trainer, guard = make_trainer(kind, config, data, plan, layout, console)
         last = trainer.checkpoints.last()
         if last is not None:
             if not resume:
@@ -139,7 +139,7 @@ def _refuse_unmeasured(config: Config, data: RunData) -> None:
                 raise TrainError(f"{name} needs held-out data, of which there is none; set held_out above 0.")
 
 
-def _trainer(
+def make_trainer(
     kind: str, config: Config, data: RunData, plan: Schedule, layout: Layout, console: Console
 ) -> tuple[ByteTrainer, Guard]:
     settings = config.train

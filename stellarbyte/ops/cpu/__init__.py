@@ -9,11 +9,14 @@ import fcntl
 import hashlib
 import logging
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding
 import numba
+from numba.core import caching
 
 from stellarbyte.user_cache import cache_folder
 
@@ -37,13 +40,22 @@ def _make_folder() -> Path | None:
     return folder
 
 
+def _name_by_chance(file: Any, _number: int) -> str:
+    name: str = file._data_name_pattern.replace("{number:d}", uuid.uuid4().hex)
+    return name
+
+
+# numba numbers the files of compiled code. Of two processes that compile at once, both would take the same number, and
+# the index could then name one kind of model's code as another's, for ever: a segmentation fault.
+caching.IndexDataCacheFile._data_name = _name_by_chance
+
 _folder = _make_folder()
 KEEP_COMPILED = _folder is not None
 
 
 @contextlib.contextmanager
 def one_compiles() -> Iterator[None]:
-    """Let one process compile at a time: the others then load its code, and numba's index has one writer."""
+    """Let one process compile at a time: the others then load its code."""
     if _folder is None:
         yield
         return

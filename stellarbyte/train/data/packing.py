@@ -11,7 +11,7 @@ same predictions and the same number of labels as the documents in rows of their
 """
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ Document = tuple[np.ndarray, np.ndarray]  # ids and labels of one document
 
 
 class Batch(TypedDict):
-    """A row [T] or a batch [B, T]."""
+    """A row [T] or a batch [B, T]. Rows have all of it; a batch whose rows are one document each needs no more than ids
+    and labels, and then attention is plainly causal, which is the fastest."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    position_ids: torch.Tensor
-    document_ids: torch.Tensor
+    position_ids: NotRequired[torch.Tensor]
+    document_ids: NotRequired[torch.Tensor]
 
 
 def packed_row(documents: Sequence[Document], length: int, padding_id: int) -> Batch:
@@ -111,9 +112,13 @@ def collate(rows: Sequence[Batch]) -> Batch:
     """Rows of equal lengths [T] as a batch [B, T], without the padding that all of them end with."""
     documents_BT = torch.stack([row["document_ids"] for row in rows])
     used = int((documents_BT != PADDING).any(dim=0).sum())  # padding is at the end only
+    ids_BT = torch.stack([row["input_ids"] for row in rows])[:, :used]
+    labels_BT = torch.stack([row["labels"] for row in rows])[:, :used]
+    if not documents_BT[:, :used].any():  # document 0 only: no other, and no padding
+        return Batch(input_ids=ids_BT, labels=labels_BT)
     return Batch(
-        input_ids=torch.stack([row["input_ids"] for row in rows])[:, :used],
-        labels=torch.stack([row["labels"] for row in rows])[:, :used],
+        input_ids=ids_BT,
+        labels=labels_BT,
         position_ids=torch.stack([row["position_ids"] for row in rows])[:, :used],
         document_ids=documents_BT[:, :used],
     )

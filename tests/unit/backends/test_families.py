@@ -45,6 +45,9 @@ def make_pair(name: str, folder: Path) -> Pair:
     source = tiny_family(folder / "source", name)
     # eager: the other implementations of some releases leave Gemma 2's soft cap out.
     theirs = AutoModelForCausalLM.from_pretrained(source, local_files_only=True, attn_implementation="eager").eval()
+    for module in theirs.modules():
+        if hasattr(module, "limit"):  # experts of gpt-oss, which follow their config from transformers 5.24 on
+            module.limit = theirs.config.swiglu_limit
     return Pair(name=name, theirs=theirs, ours=load_model(convert(source, folder / "target")))
 
 

@@ -1,11 +1,13 @@
 """Packing: every document is in one row, as dense as best fit makes it, and means the same as alone."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stellarbyte.train.data.packing import NO_LABEL, PADDING, PackedDocuments, best_fit, collate, packed_row
+from tests.support.models.byte_transformer import VARIANTS, make_model, random_tokens
 
 CAPACITIES = st.integers(1, 60).flatmap(
     lambda capacity: st.tuples(st.just(capacity), st.lists(st.integers(1, capacity), max_size=60))
@@ -84,3 +86,19 @@ def test_batches_leave_out_padding_that_all_rows_have() -> None:
     for name in ("input_ids", "labels", "position_ids", "document_ids"):
         assert torch.equal(batch[name], torch.stack([row[name] for row in rows])[:, :5])
     assert batch["document_ids"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("variant", ["llama", "xpos window sinks"])
+def test_rows_of_one_document_need_ids_and_labels_only(variant: str) -> None:
+    documents = [np.array(random_tokens(20, seed=seed)) for seed in range(3)]
+    rows = [packed_row([(document, document)], 20, 0) for document in documents]
+    batch = collate(rows)
+    assert set(batch) == {"input_ids", "labels"}
+    found = []
+    for inputs in (batch, {name: torch.stack([row[name] for row in rows]) for name in rows[0]}):
+        model = make_model(**VARIANTS[variant])
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert len(found[0]) > 20
+    torch.testing.assert_close(found[0], found[1])
