@@ -31,6 +31,8 @@ from stellarbyte.train.launch import make_trainer, num_active_parameters, plan_o
 from stellarbyte.train.metrics import flops_per_token, peak_flops
 from stellarbyte.train.models import make_model
 from stellarbyte.train.optimizers import make_optimizer
+from stellarbyte.train.parallel.layout import layout_of
+from stellarbyte.train.ranks import ranks_expected
 from stellarbyte.train.rows import RunData
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -149,8 +151,9 @@ def measure(options: argparse.Namespace, variant: dict[str, Any]) -> dict[str, f
     """A run by the Trainer, as `stellarbyte train pretrain` makes it."""
     with tempfile.TemporaryDirectory() as name:
         config, data = config_of(options, variant, Path(name)), data_of(options, variant, Path(name))
-        plan = plan_of(config, data)
-        trainer, _guard = make_trainer("pretrain", config, data, plan, Console(file=io.StringIO()))
+        layout = layout_of(config.parallel, ranks_expected())
+        plan = plan_of(config, data, layout)
+        trainer, _guard = make_trainer("pretrain", config, data, plan, layout, Console(file=io.StringIO()))
         if "attention" in variant:
             trainer.model.config._attn_implementation = variant["attention"]
         times = StepTimes(options.skipped)
@@ -169,7 +172,8 @@ def measure_loop(options: argparse.Namespace, variant: dict[str, Any]) -> dict[s
         model = make_model(config, data).to(device).train()
         optimizer = make_optimizer(model, config.train)
         compiled: Any = torch.compile(model) if config.train.compile else model
-        plan = plan_of(config, data)
+        layout = layout_of(config.parallel, ranks_expected())
+        plan = plan_of(config, data, layout)
         batch: Any = data.collate([data.train[row] for row in range(config.train.micro_batch)])
         batch = {key: tensor.to(device) for key, tensor in batch.items()}
         tokens = config.train.batch_tokens

@@ -86,6 +86,8 @@ class DenseAttention:
         chunk = XPOS_CHUNK if self.config.use_xpos else q.shape[1]
         softmax_attention: SoftmaxAttention = self.softmax_attention
         if softmax_sink_H is not None:
+            if hasattr(softmax_sink_H, "to_local"):  # a DTensor: tensor parallelism divides the heads
+                softmax_sink_H = softmax_sink_H.to_local()
             softmax_attention = partial(softmax_attention, sink_BH=softmax_sink_H[None])
         if self.cache is None:
             return self._attend(rotation, window, q, queries, k, v, keys, chunk, softmax_attention)

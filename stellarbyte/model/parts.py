@@ -38,6 +38,7 @@ class Part:
     has_bias: Condition = _never
     reads: str | None = None  # the input of a linear; linears with one input are packed into one product; None: alone
     cut: Literal["out", "in"] | None = None  # axis of the weight that tensor-parallel ranks divide; None: replicated
+    reads_heads: bool = False  # each head alone: ranks have the weight whole, but see the gradient of their own heads
     rotated_heads: Callable[[ByteModelConfig], int] | None = None  # heads in the rows of a linear, if RoPE rotates them
     is_adaptable: bool = False  # by LoRA in serving
     has_deepnorm_gain: bool = False  # of its initial weights
@@ -149,8 +150,14 @@ PARTS: tuple[Part, ...] = (
         has_bias=lambda config, _: config.attention_output_bias,
         has_deepnorm_gain=True,
     ),
-    Part(name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_q_norm_shape, exists=_has_qk_norm),
-    Part(name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_k_norm_shape, exists=_has_qk_norm),
+    Part(
+        name="self_attn.q_norm", kind="norm", gguf="attn_q_norm", shape=_q_norm_shape, exists=_has_qk_norm,
+        reads_heads=True,
+    ),
+    Part(
+        name="self_attn.k_norm", kind="norm", gguf="attn_k_norm", shape=_k_norm_shape, exists=_has_qk_norm,
+        reads_heads=True,
+    ),
     Part(
         name="mlp.gate_proj", kind="linear", gguf="ffn_gate", reads=MLP_INPUT, cut="out", is_adaptable=True,
         exists=_is_dense,

@@ -37,7 +37,7 @@ class Positions:
     Attributes:
         has_padding: whether some position may be -1.
         are_consecutive: whether every row holds the positions 0 to T-1 of one sequence.
-        limit: no position and no turn exceeds it.
+        limit: no position and no difference of turns within a row exceeds it.
         is_token_BT: false where a row is padded; None: nowhere.
     """
 
@@ -113,20 +113,23 @@ def _packed(document_ids: torch.Tensor, position_ids: torch.Tensor | None) -> Po
 
     Args:
         document_ids: [B, T] integers.
-        position_ids: [B, T], which must count from the start of each document; None: they are counted here.
+        position_ids: [B, T], which must count from the start of each document, from a number of the row's own; None:
+            from 0. It turns all tokens of the row alike, which changes no score.
     """
     batch, length = document_ids.shape
     index_BT = torch.arange(length, device=document_ids.device).expand(batch, -1)
     starts_BT = document_starts(document_ids)
     first_BT = torch.where(starts_BT, index_BT, 0).cummax(dim=-1).values
-    position_BT = index_BT - first_BT
+    position_BT, turn_BT = index_BT - first_BT, index_BT
     if position_ids is not None:
+        shift_B1 = position_ids[:, :1]
         torch._assert_async(  # raises without waiting for the device
-            ((position_ids == position_BT) | (document_ids < 0)).all(),
-            "position_ids must count from 0 at the start of each document of document_ids",
+            ((position_ids - shift_B1 == position_BT) | (document_ids < 0)).all(),
+            "position_ids must count from the first number of their row at the start of each document of document_ids",
         )
+        turn_BT = index_BT + shift_B1
     return Positions(
-        places=Places(position_BT, index_BT, starts_BT.cumsum(dim=-1)),
+        places=Places(position_BT, turn_BT, starts_BT.cumsum(dim=-1)),
         limit=length - 1,
         is_token_BT=document_ids >= 0,
     )

@@ -4,6 +4,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -98,7 +99,8 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, hidden].
             attention_mask: [B, past + T], 0 for padding on either side.
-            position_ids: [B, T], counted from the end of the memory; default: counted from the attention mask.
+            position_ids: [B, T], counted from the end of the memory; default: counted from the attention mask. With
+                document_ids, from a number of the row's own at the start of each document.
             labels: [B, T]; the loss is the mean over positions whose next label is not -100 and in the same document.
                 In training, the auxiliary losses of routers are added with their coefficients.
             past_key_values, cache: the cache that the previous call returned; two names of one argument (newer
@@ -189,7 +191,7 @@ class ByteTransformer(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(
         self,
         enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False),  # noqa: B008
         every_n_layers: int = 1,
     ) -> None:
         """transformers' hook: recompute layers 0, n, 2n, ... in the backward pass, through the given function.

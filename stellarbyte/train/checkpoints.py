@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 
 from stellarbyte.train.errors import TrainError
+from stellarbyte.train.parallel.layout import Layout
 from stellarbyte.train.ranks import is_first_rank, wait_for_all
 
 ORIGIN_FILE = "origin.json"
@@ -24,11 +26,13 @@ class Checkpoints:
 
     Args:
         origin: of this run; written into every checkpoint, and compared before one is continued.
+        layout: of this run's ranks; written into every checkpoint, which other ranks may continue.
     """
 
-    def __init__(self, folder: Path, origin: Origin) -> None:
+    def __init__(self, folder: Path, origin: Origin, layout: Layout) -> None:
         self.folder = folder
         self.origin = dict(origin)
+        self.layout = layout
 
     def last(self) -> Path | None:
         """The newest checkpoint; None: there is none. Removes what a killed process has left of another."""
@@ -54,6 +58,10 @@ class Checkpoints:
             if origin.get(name) != value:
                 raise TrainError(f"{checkpoint.name} was made with {name} {origin.get(name)}; the file says {value}.")
 
+    def layout_in(self, checkpoint: Path) -> Layout:
+        """Of the ranks that made a checkpoint which `refuse_other_origin` accepts."""
+        return Layout(**json.loads((checkpoint / ORIGIN_FILE).read_text(encoding="utf-8"))["layout"])
+
     @contextmanager
     def staged(self, step: int) -> Iterator[Path]:
         """Yield a folder that becomes checkpoint-STEP when every rank has filled it.
@@ -67,7 +75,8 @@ class Checkpoints:
             if is_first_rank():
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
-                (staging / ORIGIN_FILE).write_text(json.dumps(self.origin, indent=1), encoding="utf-8")
+                content = self.origin | {"layout": asdict(self.layout)}
+                (staging / ORIGIN_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
             wait_for_all()
             yield staging
             wait_for_all()

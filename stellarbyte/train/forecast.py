@@ -12,8 +12,10 @@ from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
 from stellarbyte.train.launch import num_active_parameters, plan_of
 from stellarbyte.train.metrics import flops_per_token, peak_flops
-from stellarbyte.train.models import make_model
+from stellarbyte.train.models import make_model, model_config
 from stellarbyte.train.optimizers import make_optimizer
+from stellarbyte.train.parallel.layout import Layout, layout_of, refuse_undivided
+from stellarbyte.train.ranks import ranks_expected
 from stellarbyte.train.rows import RunData, num_rows
 
 MEASURED = 2  # batches, after one that is not measured
@@ -35,6 +37,7 @@ class Forecast:
     state_bytes: int
     peak_bytes: int
     device: str
+    layout: Layout
     step_s: float
     mfu: float | None
 
@@ -45,7 +48,9 @@ class Forecast:
 
 def forecast(config: Pretrain | Sft | LoraRun, data: RunData) -> Forecast:
     """Raises TrainError and CheckpointError, as the run would."""
-    plan = plan_of(config, data)
+    layout = layout_of(config.parallel, max(ranks_expected(), config.parallel.fsdp * config.parallel.tensor))
+    refuse_undivided(model_config(config, data), layout.tensor)
+    plan = plan_of(config, data, layout)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.run.seed)
     model = make_model(config, data).to(device).train()
@@ -85,6 +90,7 @@ def forecast(config: Pretrain | Sft | LoraRun, data: RunData) -> Forecast:
         state_bytes=_state_bytes(model, trained, optimizer, has_averages=config.train.ema is not None),
         peak_bytes=_peak_bytes(device),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        layout=layout,
         step_s=step_s,
         mfu=None if peak is None else flops * per_rank / step_s / peak,
     )
@@ -95,7 +101,7 @@ def forecast_lines(found: Forecast) -> list[tuple[str, str]]:
     size = found.batch_tokens
     accumulated = f", {found.accumulated} accumulated" if found.accumulated > 1 else ""
     speed = f"{found.step_s:.3g} s a step on one rank of {found.device}, {size / found.step_s:,.0f} tokens/s"
-    return [
+    lines = [
         ("parameters", f"{found.parameters:,}, of which {found.trained_parameters:,} are trained"),
         ("data", f"{found.rows:,} rows, {found.epochs:g} epochs"),
         ("batch", f"{size:,} tokens in {found.batch_rows:,} rows{accumulated}"),
@@ -104,6 +110,9 @@ def forecast_lines(found: Forecast) -> list[tuple[str, str]]:
         ("speed", speed if found.mfu is None else f"{speed}, MFU {found.mfu:.1%}"),
         ("time", _duration(found.steps * found.step_s)),
     ]
+    if found.layout.is_sharded:
+        lines.append(("ranks", f"{found.layout}; memory and speed were measured on one that holds the whole model"))
+    return lines
 
 
 def _state_bytes(

@@ -4,13 +4,13 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.utils import logging as transformers_logging
@@ -29,12 +29,16 @@ from stellarbyte.train.callbacks.routers import Routers
 from stellarbyte.train.card import versions, write_card
 from stellarbyte.train.checkpoints import Checkpoints
 from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
+from stellarbyte.train.data.folder_lock import sole_writer
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.metrics import flops_per_token, peak_flops
-from stellarbyte.train.models import make_model
+from stellarbyte.train.models import make_model, model_config
+from stellarbyte.train.parallel.layout import Layout, layout_of, refuse_undivided
+from stellarbyte.train.parallel.messages import each_warning_once
+from stellarbyte.train.parallel.sharding import fill, gathered_weights, shard
 from stellarbyte.train.plots import draw_run
-from stellarbyte.train.ranks import is_first_rank, ranks_expected, wait_for_all
-from stellarbyte.train.rows import RunData, num_rows
+from stellarbyte.train.ranks import is_first_rank, rank_expected, ranks_expected, wait_for_all
+from stellarbyte.train.rows import RunData, ShiftedRows, num_rows
 from stellarbyte.train.trainer import ByteTrainer
 
 _METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_tokens")
@@ -52,6 +56,7 @@ class Outcome:
     number: int | None = None
 
 
+@each_warning_once()
 def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Console) -> Outcome:
     """Train to the last step, or until a signal; every rank calls it.
 
@@ -64,20 +69,23 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     _refuse_unmeasured(config, data)
-    plan = plan_of(config, data)
+    layout = layout_of(config.parallel, ranks_expected())
+    refuse_undivided(model_config(config, data), layout.tensor)
+    plan = plan_of(config, data, layout)
     folder = config.run.dir
     target = config.run.output
     if target is None:
         target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
     refuse_existing(target)
-    with _sole_run(folder):
-        trainer, guard = make_trainer(kind, config, data, plan, console)
+    with sole_writer(folder, "training into") if rank_expected() == 0 else nullcontext():
+        trainer, guard = make_trainer(kind, config, data, plan, layout, console)
         last = trainer.checkpoints.last()
         if last is not None:
             if not resume:
                 raise TrainError(f"{folder} has {last.name}; continue with --resume, or give another run.dir.")
             trainer.checkpoints.refuse_other_origin(last)
-            console.print(f"Continuing after {last.name}.")
+            if is_first_rank():
+                console.print(_continuing(trainer.checkpoints, last))
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
@@ -90,17 +98,35 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
         if data.held_out is not None and not _evaluated_last(trainer):
             trainer.evaluate()
         wait_for_all()
+        weights = gathered_weights(trainer.model) if layout.is_sharded else None
         if is_first_rank():
-            _write_result(kind, config, data, trainer, target)
+            model = trainer.model if weights is None else _whole_model(config, data, weights)
+            _write_result(kind, config, data, trainer, model, target)
             if config.run.plots:
                 draw_run(trainer.state.log_history, folder)
         wait_for_all()
         return Outcome(folder=target, step=trainer.state.global_step)
 
 
-def plan_of(config: Config, data: RunData) -> Schedule:
-    """Rows and steps on this number of ranks. Raises TrainError."""
-    return schedule(config.train, sequence=config.data.sequence, rows=num_rows(data.train), ranks=ranks_expected())
+def plan_of(config: Config, data: RunData, layout: Layout) -> Schedule:
+    """Rows and steps on these ranks. Raises TrainError."""
+    rows = num_rows(data.train)
+    return schedule(config.train, sequence=config.data.sequence, rows=rows, ranks=layout.data_ranks)
+
+
+def _continuing(checkpoints: Checkpoints, last: Path) -> str:
+    before, now = checkpoints.layout_in(last), checkpoints.layout
+    if before == now:
+        return f"Continuing after {last.name}."
+    return f"Continuing after {last.name}, which {before} made, on {now}: with the same rows, and other dropout."
+
+
+def _whole_model(config: Config, data: RunData, weights: Mapping[str, torch.Tensor]) -> ByteTransformer:
+    """The finished model of a sharded run, as it would be without."""
+    model = make_model(config, data)
+    for name, parameter in model.named_parameters():
+        fill(parameter, weights[name])
+    return model
 
 
 def _refuse_unmeasured(config: Config, data: RunData) -> None:
@@ -113,24 +139,8 @@ def _refuse_unmeasured(config: Config, data: RunData) -> None:
                 raise TrainError(f"{name} needs held-out data, of which there is none; set held_out above 0.")
 
 
-@contextmanager
-def _sole_run(folder: Path) -> Iterator[None]:
-    """The run's folder, made and held by one run at a time."""
-    if int(os.environ.get("RANK", "0")) != 0:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise TrainError(f"Another process is training into {folder}.") from error
-    except (FileExistsError, PermissionError, NotADirectoryError) as error:
-        raise TrainError(f"{folder} cannot be written: {error.strerror}.") from error
-
-
 def make_trainer(
-    kind: str, config: Config, data: RunData, plan: Schedule, console: Console
+    kind: str, config: Config, data: RunData, plan: Schedule, layout: Layout, console: Console
 ) -> tuple[ByteTrainer, Guard]:
     settings = config.train
     _prepare_trackers(config.run.track)
@@ -146,12 +156,16 @@ def make_trainer(
     )
     set_seed(config.run.seed)
     model = make_model(config, data)
+    num_active = num_active_parameters(model)
+    device = args.device  # the ranks find each other
+    if layout.is_sharded:
+        shard(model, layout, device)
     guard = Guard()
-    peak = peak_flops(args.device)
+    peak = peak_flops(device)
     progress = ProgressBar(
         console,
         batch_tokens=settings.batch_tokens,
-        flops_per_token=flops_per_token(model.config, num_active_parameters(model), config.data.sequence),
+        flops_per_token=flops_per_token(model.config, num_active, config.data.sequence),
         peak_flops=None if peak is None else peak * args.world_size,
     )
     callbacks = [guard, progress]
@@ -159,10 +173,12 @@ def make_trainer(
         callbacks.append(Routers(settings.balance_rate))
     if config.stop.patience is not None:
         callbacks.append(EarlyStoppingCallback(config.stop.patience))
+    shift = config.data.position_shift
     origin = {
         "data": data.fingerprint,
         "sequence": config.data.sequence,
         "packing": config.data.packing,
+        "position_shift": shift,
         "batch_tokens": settings.batch_tokens,
         "seed": config.run.seed,
     }
@@ -171,15 +187,17 @@ def make_trainer(
         args,
         data,
         settings,
-        Checkpoints(config.run.dir, origin),
+        Checkpoints(config.run.dir, origin, layout),
+        layout,
+        rows=ShiftedRows(data.train, largest=shift, seed=config.run.seed) if shift else data.train,
         batch_rows=plan.batch_rows,
         ema=None if settings.ema is None else Ema(model, settings.ema),
         divergence=Divergence(config.run.dir) if config.stop.nan else None,
         callbacks=callbacks,
         saves_only_trained=kind == "lora",
     )
-    if args.process_index > 0:  # the weights are alike on all ranks; dropout is not
-        set_seed(config.run.seed + args.process_index)
+    if data_rank := layout.data_rank(args.process_index):  # the weights are alike on all ranks; dropout is not
+        set_seed(config.run.seed + data_rank)
     return trainer, guard
 
 
@@ -210,7 +228,9 @@ def _evaluated_last(trainer: ByteTrainer) -> bool:
     return bool(evaluated) and evaluated[-1] == trainer.state.global_step
 
 
-def _write_result(kind: str, config: Config, data: RunData, trainer: ByteTrainer, target: Path) -> None:
+def _write_result(
+    kind: str, config: Config, data: RunData, trainer: ByteTrainer, model: ByteTransformer, target: Path
+) -> None:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]
@@ -232,8 +252,8 @@ def _write_result(kind: str, config: Config, data: RunData, trainer: ByteTrainer
     )
     with staged_folder(target) as staging:
         if kind == "lora":
-            save_adapter(trainer.model, staging)
+            save_adapter(model, staging)
         else:
-            trainer.model.save_pretrained(staging)
+            model.save_pretrained(staging)
             read_tokenizer(data.tokenizer).write(staging)
         write_card(record, staging, name=config.run.dir.name)

@@ -43,8 +43,12 @@ def held_out_loss(
     *,
     bytes_per_token: float | None,
     autocast: AbstractContextManager[None] | None = None,
+    counts: bool = True,
 ) -> HeldOutLoss:
     """Σ -log p / the number of predicted tokens, over all batches of all ranks; each rank gives its own batches.
+
+    Args:
+        counts: false on ranks that give the same batches as another.
 
     Raises:
         TrainError: no token is predicted.
@@ -59,7 +63,7 @@ def held_out_loss(
             loss = model(**on_device, num_items_in_batch=1, skip_logits=True, use_cache=False).loss
             sums += torch.stack((loss.double(), (targets != NO_LABEL).sum().double()))
     model.train(was_training)
-    total, count = sum_over_ranks(sums).tolist()
+    total, count = sum_over_ranks(sums if counts else torch.zeros_like(sums)).tolist()
     if count == 0:
         raise TrainError("The held-out data has no token to predict; give more of it, or none.")
     loss_per_token = total / count

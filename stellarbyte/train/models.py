@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from stellarbyte.checkpoint.native import adopt_weights, load_model
+from stellarbyte.checkpoint.native import adopt_weights, load_config, load_model
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.config.presets import PRESETS
-from stellarbyte.train.config.run import LoraRun, Pretrain, Sft
+from stellarbyte.train.config.run import LoraRun, Model, Pretrain, Sft
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.rows import RunData
 
@@ -23,16 +23,18 @@ def make_model(config: Pretrain | Sft | LoraRun, data: RunData) -> ByteTransform
         TrainError: the shape is impossible, or the model does not fit the data.
         CheckpointError: the checkpoint cannot be read.
     """
-    model = _new(config, data) if config.model.path is None else _loaded(config, data)
+    model = _new(config, data) if config.model.path is None else _loaded(config.model, config.model.path, data)
     has_biases, rate = model.config.router_selection_bias, config.train.balance_rate
     if rate is not None and not has_biases:
         raise TrainError("train.balance_rate needs model.router_selection_bias: true.")
     if rate is None and has_biases and config.model.path is None:
         raise TrainError("train.balance_rate is missing: it moves the biases of model.router_selection_bias.")
-    if config.data.sequence > model.config.max_position_embeddings:
+    shift, context = config.data.position_shift, model.config.max_position_embeddings
+    if config.data.sequence + shift > context:
+        shifted = f" and data.position_shift ({shift}) are" if shift else " is"
         raise TrainError(
-            f"data.sequence ({config.data.sequence}) is beyond the model's context of "
-            f"{model.config.max_position_embeddings} tokens (max_position_embeddings)."
+            f"data.sequence ({config.data.sequence}){shifted} beyond the model's context of {context} tokens "
+            "(max_position_embeddings)."
         )
     if isinstance(config, LoraRun):
         lora = config.lora
@@ -53,25 +55,31 @@ def make_model(config: Pretrain | Sft | LoraRun, data: RunData) -> ByteTransform
     return model
 
 
-def _new(config: Pretrain | Sft, data: RunData) -> ByteTransformer:
+def model_config(config: Pretrain | Sft | LoraRun, data: RunData) -> ByteModelConfig:
+    """Of the model that the run trains; reads no weights. Raises as `make_model`."""
+    if config.model.path is not None:
+        found = load_config(resolve_model(config.model.path))
+        return ByteModelConfig.from_dict(found.to_dict() | config.model.fields)
     shape = {} if config.model.preset is None else PRESETS[config.model.preset]
     fields = shape | config.model.fields | {"vocab_size": data.vocab_size, **data.special_ids}
     try:
-        return ByteTransformer(ByteModelConfig(**fields))
+        return ByteModelConfig(**fields)
     except (ValueError, TypeError) as error:
         raise TrainError(f"model: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
-def _loaded(config: Pretrain | Sft, data: RunData) -> ByteTransformer:
-    assert config.model.path is not None
-    model = load_model(resolve_model(config.model.path), dtype=torch.float32)
+def _new(config: Pretrain | Sft, data: RunData) -> ByteTransformer:
+    return ByteTransformer(model_config(config, data))
+
+
+def _loaded(settings: Model, path: str, data: RunData) -> ByteTransformer:
+    model = load_model(resolve_model(path), dtype=torch.float32)
     if model.config.vocab_size < data.vocab_size:
         raise TrainError(
-            f"The data's tokenizer has {data.vocab_size} tokens, the model at {config.model.path} only "
-            f"{model.config.vocab_size}."
+            f"The data's tokenizer has {data.vocab_size} tokens, the model at {path} only {model.config.vocab_size}."
         )
-    if config.model.fields:
-        model = _with_fields(model, config.model.fields)
+    if settings.fields:
+        model = _with_fields(model, settings.fields)
     model.requires_grad_(True)
     return model
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from stellarbyte.train.config.run import Train
 from stellarbyte.train.errors import TrainError
+from stellarbyte.train.parallel.sharding import mesh_of
 
 Groups = dict[str, list[nn.Parameter]]
 
@@ -18,6 +19,7 @@ def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
     Raises:
         TrainError: Muon, for a model whose layers hold stacks of matrices (mixtures of experts).
     """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = parameter_groups(model, uses_muon=settings.optimizer == "muon")
     adamw_groups = [
         {"params": groups["decayed"], "weight_decay": settings.weight_decay},
@@ -27,7 +29,7 @@ def make_optimizer(model: nn.Module, settings: Train) -> torch.optim.Optimizer:
         [group for group in adamw_groups if group["params"]] or [{"params": []}],
         lr=settings.lr,
         betas=(0.9, settings.beta2),
-        fused=all(parameter.is_cuda for parameter in model.parameters()) or None,
+        fused=(all(p.is_cuda for p in trained) and len({mesh_of(p) for p in trained}) < 2) or None,
     )
     if settings.optimizer == "adamw":
         return adamw

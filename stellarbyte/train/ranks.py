@@ -11,13 +11,18 @@ def ranks_expected() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank_expected() -> int:
+    """As `ranks_expected`."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first_rank() -> bool:
-    return not _is_distributed() or distributed.get_rank() == 0
+    return not is_distributed() or distributed.get_rank() == 0
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on some rank. Every rank must call it at the same place."""
-    if not _is_distributed():
+    if not is_distributed():
         return flag
     number = torch.tensor(int(flag), device=device)
     distributed.all_reduce(number, op=distributed.ReduceOp.MAX)
@@ -26,15 +31,15 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's tensor, in place. Every rank must call it at the same place."""
-    if _is_distributed():
+    if is_distributed():
         distributed.all_reduce(values)
     return values
 
 
 def wait_for_all() -> None:
-    if _is_distributed():
+    if is_distributed():
         distributed.barrier()
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from stellarbyte.train.data.packing import Batch
+from stellarbyte.train.data.packing import NO_LABEL, Batch
 
 Collate = Callable[[Sequence[Batch]], Batch]
 
@@ -61,6 +63,59 @@ class ShuffledStream(Sampler[int]):
                 yield from part.tolist()
             left -= len(order)
             epoch += 1
+
+
+class RankBatches(Sampler[list[int]]):
+    """The batches of one of `ranks` ranks: batch b of the stream is that of rank b mod `ranks`.
+
+    A step reads the same rows on any number of ranks. The stream must have a multiple of size · ranks rows.
+    """
+
+    def __init__(self, stream: ShuffledStream, *, size: int, rank: int, ranks: int) -> None:
+        self.stream, self.size, self.rank, self.ranks = stream, size, rank, ranks
+
+    def __len__(self) -> int:
+        return len(self.stream) // (self.size * self.ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = iter(self.stream)
+        for number in range(len(self) * self.ranks):
+            batch = list(islice(rows, self.size))
+            if number % self.ranks == self.rank:
+                yield batch
+
+
+class ShiftedRows(Dataset[Batch]):
+    """The rows of `dataset`, the positions of each counted from a number in [0, largest] that its own number and the
+    seed decide."""
+
+    def __init__(self, dataset: Dataset[Batch], *, largest: int, seed: int) -> None:
+        self.dataset, self.largest, self.seed = dataset, largest, seed
+
+    def __len__(self) -> int:
+        return num_rows(self.dataset)
+
+    def __getitem__(self, row: int) -> Batch:
+        content = self.dataset[row]
+        shift = int(np.random.default_rng((self.seed, row)).integers(self.largest + 1))
+        return Batch(**{**content, "position_ids": content["position_ids"] + shift})
+
+
+class RankRows(Dataset[Batch]):
+    """Every row of `dataset` on one of `ranks` ranks, and on each rank as many: the missing are rows without labels."""
+
+    def __init__(self, dataset: Dataset[Batch], *, rank: int, ranks: int) -> None:
+        self.dataset, self.rank, self.ranks = dataset, rank, ranks
+
+    def __len__(self) -> int:
+        return -(-num_rows(self.dataset) // self.ranks)
+
+    def __getitem__(self, index: int) -> Batch:
+        number = index * self.ranks + self.rank
+        if number < num_rows(self.dataset):
+            return self.dataset[number]
+        row = self.dataset[0]
+        return Batch(**{**row, "labels": torch.full_like(row["labels"], NO_LABEL)})
 
 
 def num_rows(dataset: Any) -> int:

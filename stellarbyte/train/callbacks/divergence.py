@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from stellarbyte.train.errors import TrainError
+from stellarbyte.train.parallel.sharding import gathered, gradient_norm, gradients_of, local
 from stellarbyte.train.ranks import any_rank, is_first_rank
 
 
@@ -34,9 +35,10 @@ class Divergence(TrainerCallback):
         self._losses.append(loss)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        squared = torch.stack([*torch._foreach_norm(gradients), *(loss.float().reshape(()) for loss in self._losses)])
-        if any_rank(not bool(squared.isfinite().all()), args.device):
+        gradients = gradients_of(model)
+        parts = [local(gradient) for gradient in gradients]
+        numbers = torch.stack([*torch._foreach_norm(parts), *(loss.float().reshape(()) for loss in self._losses)])
+        if any_rank(not bool(numbers.isfinite().all()), args.device):
             raise self._error(args, state, model, gradients)
         self._batches.clear()
         self._losses.clear()
@@ -51,11 +53,12 @@ class Divergence(TrainerCallback):
             for name, tensor in batch.items()
         }
         save_file(batches, folder / f"batches-rank-{args.process_index}.safetensors")
+        weights = gathered({name: p.detach() for name, p in model.named_parameters()})
         if is_first_rank():
-            weights = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-            save_file(weights, folder / "weights.safetensors")
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
+            save_file(tensors, folder / "weights.safetensors")
         loss = float(sum(loss.float().cpu() for loss in self._losses))
-        norm = float(torch.stack(list(torch._foreach_norm(gradients))).norm())
+        norm = float(gradient_norm(gradients))
         return TrainError(
             f"Step {step} would not be finite (loss {loss:g}, gradient norm {norm:g}); "
             f"the weights of step {step - 1} and the batches are in {folder}."

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from stellarbyte.train.errors import TrainError
+from stellarbyte.train.parallel.sharding import fill, gathered, local
+from stellarbyte.train.ranks import is_first_rank
 
 EMA_FILE = "ema.safetensors"
 
@@ -17,7 +19,7 @@ class Ema(TrainerCallback):
     """After every step: average ← decay · average + (1 - decay) · weight, from the weights at the start.
 
     Args:
-        model: whose trainable parameters are averaged.
+        model: whose trainable parameters are averaged; of a sharded one, each rank averages its parts.
         decay: between 0 and 1.
     """
 
@@ -33,13 +35,15 @@ class Ema(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        averages = list(self.averages.values())
-        weights = [weight.detach().float() for weight in self._weights.values()]
+        averages = [local(average) for average in self.averages.values()]
+        weights = [local(weight.detach()).float() for weight in self._weights.values()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     def save(self, folder: Path) -> None:
-        """Write the averages into a checkpoint."""
-        save_file({name: average.cpu() for name, average in self.averages.items()}, folder / EMA_FILE)
+        """Write the averages into a checkpoint; every rank must call it."""
+        whole = gathered(self.averages)
+        if is_first_rank():
+            save_file({name: average.cpu() for name, average in whole.items()}, folder / EMA_FILE)
 
     def load(self, folder: Path) -> None:
         """Continue with the averages of a checkpoint.
@@ -53,10 +57,10 @@ class Ema(TrainerCallback):
         for name, average in self.averages.items():
             if name not in found or found[name].shape != average.shape:
                 raise TrainError(f"{folder.name} has no average of {name}.")
-            average.copy_(found[name])
+            fill(average, found[name])
 
     @torch.no_grad()
     def put_into_model(self) -> None:
         """Replace the model's weights by their averages."""
         for name, weight in self._weights.items():
-            weight.copy_(self.averages[name])
+            local(weight).copy_(local(self.averages[name]))

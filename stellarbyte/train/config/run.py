@@ -77,20 +77,24 @@ class TokenData(Section):
     Attributes:
         packing: rows hold as many documents as fit; false: a row holds one, or a part of one.
         cut: a document may go on in the next row; false: one that does not fit into the rest of a row starts the next.
+        position_shift: largest number from which the positions of a row count; each row has a random one of its own.
     """
 
     shards: Path
     sequence: int = Field(ge=2)
+    position_shift: int = Field(default=0, ge=0)
     packing: bool = True
     cut: bool = True
     workers: int = Field(default=0, ge=0, le=64)
 
 
 class ChatData(Section):
-    """Attributes: chats: JSONL files of {"messages": [...]}; held_out: the share of chats that evaluation gets."""
+    """Attributes: chats: JSONL files of {"messages": [...]}; held_out: the share of chats that evaluation gets;
+    position_shift: as of `TokenData`."""
 
     chats: list[Path] = Field(min_length=1)
     sequence: int = Field(ge=2)
+    position_shift: int = Field(default=0, ge=0)
     packing: bool = True
     held_out: float = Field(default=0.0, ge=0, lt=1)
     license: str = Field(default="unknown", min_length=1)
@@ -145,17 +149,15 @@ class Stop(Section):
 
 
 class Parallel(Section):
-    """Ranks that share one copy of the model. Data parallelism needs nothing here: start with torchrun."""
+    """Ranks that share one copy of the model. Data parallelism needs nothing here: start with torchrun.
+
+    Attributes:
+        fsdp: ranks that divide the parameters; each gathers those of a layer when it computes it.
+        tensor: ranks that divide the heads and inner channels of every layer.
+    """
 
     fsdp: int = Field(default=1, ge=1)
     tensor: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "Parallel":
-        for name in ("fsdp", "tensor"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be 1: models are not sharded yet, only copied")
-        return self
 
 
 class Lora(Section):
@@ -187,7 +189,19 @@ class _Config(Section):
                     f"stop.patience needs train.checkpoint_every ({save}) to be a multiple of train.evaluate_every "
                     f"({evaluate}), so that the best model is on disk"
                 )
+        self._check_parallel()
         return self
+
+    def _check_parallel(self) -> None:
+        for name in ("fsdp", "tensor"):
+            number = getattr(self.parallel, name)
+            if number > 1 and self.train.optimizer == "muon":
+                raise ValueError(
+                    f"train.optimizer muon cannot be used with parallel.{name} ({number}): Muon needs whole matrices, "
+                    "of which ranks hold parts"
+                )
+            if number > 1 and self.train.compile:
+                raise ValueError(f"train.compile must be false with parallel.{name} ({number})")
 
 
 class Pretrain(_Config):
@@ -215,6 +229,11 @@ class LoraRun(Sft):
 
     @model_validator(mode="after")
     def _check_lora(self) -> "LoraRun":
+        if self.parallel.tensor > 1:
+            raise ValueError(
+                f"parallel.tensor ({self.parallel.tensor}) must be 1 for an adapter: its parts are not divided by "
+                "heads; use parallel.fsdp"
+            )
         if self.train.optimizer == "muon":
             raise ValueError("train.optimizer must be adamw: Muon is for whole matrices, not for their low-rank parts")
         return self

@@ -1,7 +1,8 @@
 """Which tokens of a chat are learned: those that the assistant writes, with the end token of each answer.
 
-The model's own chat template renders the chat, as the server does. A template with {% generation %} blocks says itself
-what the assistant writes. Of any other, an answer is what the template adds to the prompt before it.
+The model's own chat template renders the chat. Special tokens that a message spells stay text. A template with
+{% generation %} blocks says itself what the assistant writes. Of any other, an answer is what the template adds to the
+prompt before it.
 """
 
 import re
@@ -12,7 +13,10 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from stellarbyte.train.data.spellings import Spellings
+
 Messages = Sequence[dict[str, Any]]
+Labels = tuple[list[int], np.ndarray, np.ndarray]  # ids, characters [tokens, 2] of the rendered chat, is learned
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -23,34 +27,49 @@ class ChatLabels:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._special_ids = {number for number, token in added.items() if token.special}
+        self._spellings = Spellings(tokenizer)
         self._special_texts = tuple(token.content for token in added.values() if token.special)
 
     def of(self, messages: Messages, tools: Sequence[Any] | None = None) -> tuple[list[int], np.ndarray]:
         """Token ids, and for each whether it is learned. ValueError with the end of a sentence."""
         if not any(message["role"] == "assistant" for message in messages):
             raise ValueError("has no message of the assistant")
-        if _GENERATION.search(self._tokenizer.get_chat_template(tools=tools)):
-            return self._by_blocks(messages, tools)
-        return self._by_prompts(messages, tools)
+        shown, shown_tools = self._spellings.hide(messages), self._spellings.hide(tools)
+        has_blocks = _GENERATION.search(self._tokenizer.get_chat_template(tools=tools))
+        ids, spans, is_learned = (self._by_blocks if has_blocks else self._by_prompts)(shown, shown_tools)
+        if shown == messages and shown_tools == tools:
+            return ids, is_learned
+        text = self._render(shown, shown_tools)
+        is_learned_character = np.zeros(len(text) + 1, bool)
+        for start, end in spans[is_learned]:
+            is_learned_character[start:end] = True
+        ids, found = self._spellings.encode(text)
+        return ids, np.array([end > start and is_learned_character[start:end].all() for start, end in found])
 
-    def _by_blocks(self, messages: Messages, tools: Sequence[Any] | None) -> tuple[list[int], np.ndarray]:
-        rendered = self._apply(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+    def _by_blocks(self, messages: Messages, tools: Sequence[Any] | None) -> Labels:
+        rendered = self._apply(
+            messages,
+            tools=tools,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
         ids, is_learned = rendered["input_ids"], np.array(rendered["assistant_masks"], bool)
         for end in np.flatnonzero(is_learned[:-1] & ~is_learned[1:]):  # a block may leave out the end token
             if ids[end] not in self._special_ids and ids[end + 1] in self._special_ids:
                 is_learned[end + 1] = True
-        return ids, is_learned
+        return ids, _characters(rendered["offset_mapping"]), is_learned
 
-    def _by_prompts(self, messages: Messages, tools: Sequence[Any] | None) -> tuple[list[int], np.ndarray]:
+    def _by_prompts(self, messages: Messages, tools: Sequence[Any] | None) -> Labels:
         text = self._render(messages, tools)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        spans = np.array(encoded["offset_mapping"]).reshape(-1, 2)
+        spans = _characters(encoded["offset_mapping"])
         is_learned = np.zeros(len(spans), bool)
         for number, message in enumerate(messages):
             if message["role"] == "assistant":
                 start, end = self._answer(text, messages[: number + 1], tools)
                 is_learned |= (spans[:, 0] >= start) & (spans[:, 1] <= end)
-        return encoded["input_ids"], is_learned
+        return encoded["input_ids"], spans, is_learned
 
     def _answer(self, text: str, messages: Messages, tools: Sequence[Any] | None) -> tuple[int, int]:
         """The characters of the last message, from the end of the prompt for it to its end token."""
@@ -77,3 +96,7 @@ class ChatLabels:
         except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
             # A template is a program that the messages can make fail.
             raise ValueError(f"is refused by the chat template: {' '.join(str(error).split()).rstrip('.')}") from error
+
+
+def _characters(offset_mapping: Sequence[tuple[int, int]]) -> np.ndarray:
+    return np.array(offset_mapping, np.int64).reshape(-1, 2)

@@ -10,6 +10,7 @@ from typing import Any
 from stellarbyte.train.config.prepare import Prepare
 from stellarbyte.train.data.encoding import DocumentEncoder
 from stellarbyte.train.data.files import SourceFile, files_of
+from stellarbyte.train.data.folder_lock import LOCK, sole_writer
 from stellarbyte.train.data.shard_writer import ShardWriter
 from stellarbyte.train.data.shards import (
     INDEX,
@@ -44,16 +45,21 @@ def prepare(settings: Prepare, *, is_resumed: bool = False, on_progress: OnProgr
     output = settings.output
     if (output / INDEX).is_file():
         return _complete(output, told, is_resumed)
-    state = _read_state(output, told, files) if is_resumed else None
-    try:
+    _refuse_foreign(output)
+    with sole_writer(output, "preparing"):
+        if (output / INDEX).is_file():  # another process has just finished
+            return _complete(output, told, is_resumed)
+        state = _read_state(output, told, files) if is_resumed else None
         if state is None:
-            _start(output)
+            if (output / PROGRESS).is_file():
+                raise TrainError(f"{output} holds an unfinished run; continue it with --resume, or delete the folder.")
             state = _new_state(told, files, len(settings.sources))
-        preparation = _Preparation(settings, encoder, files, state)
-        preparation.run(on_progress or (lambda *_: None))
-        return preparation.finish()
-    except OSError as error:
-        raise TrainError(f"{output} could not be written: {error.strerror or error}.") from error
+        try:
+            preparation = _Preparation(settings, encoder, files, state)
+            preparation.run(on_progress or (lambda *_: None))
+            return preparation.finish()
+        except OSError as error:
+            raise TrainError(f"{output} could not be written: {error.strerror or error}.") from error
 
 
 def _complete(output: Path, told: str, is_resumed: bool) -> ShardIndex:
@@ -66,13 +72,12 @@ def _complete(output: Path, told: str, is_resumed: bool) -> ShardIndex:
     return index
 
 
-def _start(output: Path) -> None:
-    if (output / PROGRESS).is_file():
-        raise TrainError(f"{output} holds an unfinished run; continue it with --resume, or delete the folder.")
+def _refuse_foreign(output: Path) -> None:
+    if not output.exists() or (output / PROGRESS).is_file():
+        return
     # A run that was killed before its first state was whole has left a part of that.
-    if output.exists() and not (output.is_dir() and set(output.iterdir()) <= {partial_of(output / PROGRESS)}):
+    if not (output.is_dir() and set(output.iterdir()) <= {output / LOCK, partial_of(output / PROGRESS)}):
         raise TrainError(f"{output} is not an empty folder; name one that does not exist yet.")
-    output.mkdir(parents=True, exist_ok=True)
 
 
 def _settings_hash(settings: Prepare, files: list[SourceFile], encoder: DocumentEncoder) -> str:

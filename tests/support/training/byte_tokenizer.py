@@ -41,9 +41,14 @@ def ids_of(text: str) -> list[int]:
     return ids
 
 
+def bytes_of(text: str) -> list[int]:
+    """A text in which special tokens are spelled, and are none."""
+    return [NUM_SPECIAL + byte for byte in text.encode()]
+
+
 def document_ids_of(text: str) -> list[int]:
     """A document as `prepare` writes it: what it contains is text."""
-    return [BOS_ID, *(NUM_SPECIAL + byte for byte in text.encode()), EOS_ID]
+    return [BOS_ID, *bytes_of(text), EOS_ID]
 
 
 def _letter(byte: int) -> str:

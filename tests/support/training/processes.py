@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,17 @@ class Ended:
 
 def run(folder: Path, *, ranks: int = 1, **changes: Any) -> Ended:
     """Run `tests.support.training.one_run` in `folder`; `changes` are those of its settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {"folder": str(folder), "model": MODEL, **changes, "train": TRAIN | changes.get("train", {})}
-    file = folder / "told.json"
-    file.write_text(json.dumps(told), encoding="utf-8")
+    return run_all([{"folder": folder, **changes}], ranks=ranks)
+
+
+def run_all(runs: Sequence[Mapping[str, Any]], *, ranks: int) -> Ended:
+    """Several runs one after the other in the same processes, which must all end well."""
+    told = []
+    for changes in runs:
+        changes["folder"].mkdir(parents=True, exist_ok=True)
+        told.append({"model": MODEL, **changes, "train": TRAIN | changes.get("train", {})})
+    file = runs[0]["folder"] / "told.json"
+    file.write_text(json.dumps(told, default=str), encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

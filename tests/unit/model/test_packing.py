@@ -37,6 +37,21 @@ def test_a_document_in_a_row_equals_the_document_alone(variant: str, implementat
         assert (part - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("variant", MASKED)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_rows_that_count_from_other_numbers_have_the_same_logits(variant: str, implementation: str) -> None:
+    """Scores depend on differences of positions: XPos, RoPE, windows and sinks, whatever number a row starts with."""
+    model = make_model(attn_implementation=implementation, **VARIANTS[variant])
+    shifted = torch.tensor([POSITIONS, POSITIONS]) + torch.tensor([[3], [90]])
+    positions = torch.where(torch.tensor([[True], [False]]), torch.arange(len(ROW)) + 3, shifted)
+    found = packed(model, position_ids=positions)
+    for part, tokens in zip(found.double().log_softmax(dim=-1).split(LENGTHS), DOCUMENTS, strict=True):
+        expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+        assert (part - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, packed(model), atol=1e-5, rtol=1e-5)
+
+
 def test_long_rows_of_documents_stay_exact_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """ζ^(-n/b) of a base far behind would pass float32's maximum at n = 142."""
     monkeypatch.setattr(dense_attention, "XPOS_CHUNK", 64)
@@ -56,8 +71,9 @@ def test_position_ids_alone_would_leak() -> None:
     assert (leaking - packed(model)).abs().max() > 0.1
     both = model(torch.tensor([ROW]), position_ids=positions, document_ids=torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(both, packed(model), atol=1e-5, rtol=1e-5)
-    with pytest.raises(RuntimeError, match="position_ids must count from 0 at the start of each document"):
-        model(torch.tensor([ROW]), position_ids=positions + 1, document_ids=torch.tensor([IDS]))
+    later = torch.where(torch.tensor([IDS]) > 1, positions + 1, positions)
+    with pytest.raises(RuntimeError, match="position_ids must count from the first number of their row"):
+        model(torch.tensor([ROW]), position_ids=later, document_ids=torch.tensor([IDS]))
     with pytest.raises(ValueError, match="document_ids take neither attention_mask"):
         model(torch.tensor([ROW]), attention_mask=torch.ones(1, len(ROW)), document_ids=torch.tensor([IDS]))
 

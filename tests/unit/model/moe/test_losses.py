@@ -134,17 +134,20 @@ def test_padding_is_left_out(side: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"router_noise": "noisy_top_k"}, {"capacity_factor": 0.8}], ids=str)
 def test_gradient_checkpointing_counts_once(options: dict[str, Any]) -> None:
     results = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "of training runs", "of transformers"):
         model = train_model(**COEFFICIENTS, **options)
-        if checkpointing:
+        if checkpointing == "of training runs":
+            model._set_gradient_checkpointing(every_n_layers=1)
+        elif checkpointing == "of transformers":
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         torch.manual_seed(7)
         out = model(TOKENS, labels=TOKENS)
         out.loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
         results.append([out[name] for name in ("loss", *FIELDS)] + gradients)
-    for plain, recomputed in zip(*results, strict=True):
-        torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)
+    for plain, *others in zip(*results, strict=True):
+        for recomputed in others:
+            torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)
 
 
 def test_every_loss_has_a_gradient_that_lowers_it() -> None:

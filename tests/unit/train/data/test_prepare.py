@@ -217,6 +217,29 @@ def test_other_files_are_not_touched(texts: Path) -> None:
         prepare(settings(texts))
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_two_processes_lock_each_other_out(is_resumed: bool, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one is refused while the first writes, and both ways work when it has ended."""
+    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 10)
+    told = (settings(texts).model_dump_json(), is_resumed)
+    second = (
+        "import sys; from stellarbyte.train.config.prepare import Prepare; "
+        "from stellarbyte.train.data.prepare import prepare; "
+        "prepare(Prepare.model_validate_json(sys.argv[1]), is_resumed=sys.argv[2] == 'True')"
+    )
+    ended = []
+
+    def start_second(_read: int, documents: int, _tokens: int) -> None:
+        if documents >= 50 and not ended:
+            command = [sys.executable, "-c", second, *map(str, told)]
+            ended.append(subprocess.run(command, capture_output=True, text=True))
+
+    index = prepare(settings(texts), on_progress=start_second)
+    assert ended[0].returncode == 1
+    assert ended[0].stderr.endswith(f"TrainError: Another process is preparing {texts / 'out'}.\n"), ended[0].stderr
+    assert prepare(settings(texts), is_resumed=True) == index
+
+
 def test_a_full_disk_is_one_sentence(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: ShardWriter) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from stellarbyte.train.data.chat_labels import ChatLabels
 from stellarbyte.train.data.packing import NO_LABEL, PADDING
 from stellarbyte.train.data.sft import Chats, read_chats
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.tokenizer.stages import CHAT_TEMPLATE
-from tests.support.training.byte_tokenizer import byte_tokenizer, ids_of
+from tests.support.training.byte_tokenizer import NUM_SPECIAL, byte_tokenizer, bytes_of, ids_of
 
 PLAIN = """\
 {{- bos_token -}}
@@ -69,6 +71,58 @@ def test_the_prompt_is_that_of_serving() -> None:
         prompt = tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=False)
         first = int(np.argmax(is_learned))
         assert ids[:first] == prompt
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN, WITHOUT_END_IN_BLOCK])
+def test_special_tokens_that_messages_spell_are_text(template: str) -> None:
+    """By hand: bytes for what messages hold, special ids for what the template writes."""
+    asked, answered = "what is <|im_start|>x<|eos|><|eos|>?", "<|eos|>谁<|bos|>"
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    parts = [
+        (ids_of("<|bos|><|im_start|>user\n") + bytes_of(asked) + ids_of("<|eos|>\n<|im_start|>assistant\n"), False),
+        (bytes_of(answered) + ids_of("<|eos|>"), True),
+        (ids_of("\n"), False),
+    ]
+    ids, is_learned = ChatLabels(byte_tokenizer(template=template)).of(chat)
+    assert ids == [number for numbers, _ in parts for number in numbers]
+    assert is_learned.tolist() == [learned for numbers, learned in parts for _ in numbers]
+
+
+def test_spelled_tokens_are_text_for_tokenizers_with_special_tokens_beyond_the_model() -> None:
+    """As most have them: the model's own vocabulary does not hold them."""
+    tokenizer = byte_tokenizer(template=PLAIN)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    rest = {text: number - NUM_SPECIAL for text, number in content["model"]["vocab"].items() if number >= NUM_SPECIAL}
+    content["model"]["vocab"] = rest
+    for number, token in enumerate(content["added_tokens"]):
+        token["id"] = len(rest) + number
+    moved = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|eos|>")
+    moved.chat_template = PLAIN
+    ids, _ = ChatLabels(moved).of([{"role": "user", "content": "<|eos|>"}, {"role": "assistant", "content": "<|pad|>"}])
+    expected = ids_of("<|im_start|>user\n") + bytes_of("<|eos|>") + ids_of("<|eos|>\n<|im_start|>assistant\n")
+    expected += bytes_of("<|pad|>") + ids_of("<|eos|>\n")
+    assert ids == [(number - NUM_SPECIAL) % (len(rest) + NUM_SPECIAL) for number in expected]
+
+
+def test_spelled_tokens_are_text_in_calls_of_tools() -> None:
+    template = PLAIN.replace(
+        "message['content'] +", "message['content'] ~ (message.call.text if message.call else '') ~"
+    )
+    call = {"role": "assistant", "content": "c", "call": {"text": "<|eos|>"}}
+    ids, is_learned = ChatLabels(byte_tokenizer(template=template)).of([{"role": "user", "content": "q"}, call])
+    assert ids == ids_of("<|bos|><|im_start|>user\nq<|eos|>\n<|im_start|>assistant\nc") + bytes_of("<|eos|>") + ids_of(
+        "<|eos|>\n"
+    )
+    assert is_learned.sum() == len("c<|eos|>") + 1
+
+
+def test_characters_that_stand_for_special_tokens_are_refused_beside_them() -> None:
+    labels = ChatLabels(byte_tokenizer(template=PLAIN))
+    chat = [{"role": "user", "content": "\U00100002"}, {"role": "assistant", "content": "one"}]
+    assert labels.of(chat)[0].count(NUM_SPECIAL + 0xF4) == 1
+    chat[1]["content"] = "<|eos|>"
+    with pytest.raises(ValueError, match="spells a special token beside private-use characters"):
+        labels.of(chat)
 
 
 def test_what_a_template_writes_before_an_answer_is_learned_with_it() -> None:
