@@ -9,11 +9,8 @@ from typing import Any
 
 import certifi
 import hypothesis
-import numba
 import pytest
 import torch
-
-from stellarbyte.user_cache import cache_folder
 
 # An ignored SIGINT, as of `nohup` and some CI runners, is inherited: Ctrl-C would not reach what tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -25,11 +22,6 @@ hypothesis.settings.load_profile("suite")
 
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)
-
-# Tests compile kernels for many kinds of models. Two processes that store code at once leave an index that gives code
-# of one kind to another, which ends in a segmentation fault; servers compile one at a time (`ops.cpu.one_compiles`).
-_process = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-numba.config.CACHE_DIR = str(cache_folder() / "compiled" / f"tests-{_process}")
 
 # Servers' child processes do not import from the current folder; those of tests run modules of tests/.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))

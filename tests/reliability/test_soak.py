@@ -132,7 +132,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str
     return [*flags, "--allow-local-admin"], texts
 
 
-@pytest.mark.parametrize("seconds", [12, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [6, pytest.param(600, marks=pytest.mark.slow)])
 def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
     flags, texts = known
     with running(REAL, *flags, "--log-level", "warning") as server:
@@ -155,6 +155,7 @@ def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, str]]) -> None:
     """The control: with the answers of two contents exchanged, all of theirs are wrong."""
     flags, texts = known
@@ -164,6 +165,7 @@ def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, str]])
     assert state.wrong and state.right.keys() == {state.contents["fixed"]}
 
 
+@pytest.mark.slow
 def test_an_old_version_would_be_found(
     known: tuple[list[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
