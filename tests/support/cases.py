@@ -24,7 +24,7 @@ def each_pair_once(*axes: Sequence[Any], mark: pytest.MarkDecorator = SLOW) -> l
 def some(cases: Sequence[Any], *shown: int, mark: pytest.MarkDecorator = SLOW) -> list[ParameterSet]:
     """The cases, for `parametrize`; all but those of the indices `shown` are marked."""
     return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if i in shown else [mark])
+        pytest.param(*_values(case), marks=[] if i in shown else [mark], id=_id(case) if _is_named(case) else None)
         for i, case in enumerate(cases)
     ]
 
@@ -39,7 +39,24 @@ def _combinations(axes: Sequence[Sequence[Any]], together: int, mark: pytest.Mar
         best = max(all_places, key=lambda places: len(tuples_of[places] & missing))
         shown.add(best)
         missing -= tuples_of[best]
-    return [
-        pytest.param(*(axis[i] for axis, i in zip(axes, places, strict=True)), marks=[] if places in shown else [mark])
-        for places in all_places
-    ]
+    combinations = []
+    for places in all_places:
+        cases = [axis[i] for axis, i in zip(axes, places, strict=True)]
+        values = [case.values[0] if _is_named(case) else case for case in cases]
+        marks = [] if places in shown else [mark]
+        combinations.append(pytest.param(*values, marks=marks, id="-".join(map(_id, cases))))
+    return combinations
+
+
+def _is_named(case: Any) -> bool:
+    return isinstance(case, ParameterSet)
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    if _is_named(case):
+        return tuple(case.values)
+    return case if isinstance(case, tuple) else (case,)
+
+
+def _id(case: Any) -> str:
+    return str(case.id) if _is_named(case) else str(getattr(case, "__name__", case))
