@@ -1,4 +1,4 @@
-"""Hundreds of requests, thousands with --slow, made wrong at random: each is answered as it should be, and nothing is left."""
+"""Hundreds of requests (thousands with --slow) made wrong at random: each is answered rightly, and nothing is left."""
 
 import random
 import socket
