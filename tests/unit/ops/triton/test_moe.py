@@ -122,7 +122,7 @@ def test_a_layer_is_the_sum_of_the_chosen_experts(
 
 @pytest.mark.parametrize(
     ("num_tokens", "sizes"),
-    each_value_once([2, 5, 40], [(37, 21), (100, 75), (300, 16), (16, 300)], mark=SLOW_WITHOUT_GPU),
+    each_value_once([40, 2, 5], [(37, 21), (100, 75), (300, 16), (16, 300)], mark=SLOW_WITHOUT_GPU),
     ids=str,
 )
 def test_sizes_that_no_tile_divides(num_tokens: int, sizes: tuple[int, int], device: torch.device) -> None:
@@ -134,9 +134,7 @@ def test_sizes_that_no_tile_divides(num_tokens: int, sizes: tuple[int, int], dev
 
 @pytest.mark.parametrize(
     ("num_tokens", "hidden", "intermediate"),
-    some(
-        [(1, 2100, 18), (9, 2100, 18), (1, 30, 2090), (9, 30, 2090), (9, 2100, 2090)], 0, 1, 2, 3, mark=SLOW_WITHOUT_GPU
-    ),
+    some([(1, 2100, 18), (9, 2100, 18), (1, 30, 2090), (9, 30, 2090), (9, 2100, 2090)], 0, 3, mark=SLOW_WITHOUT_GPU),
 )
 def test_a_row_of_more_inputs_than_a_tile(
     num_tokens: int, hidden: int, intermediate: int, device: torch.device
