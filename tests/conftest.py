@@ -30,6 +30,10 @@ gc.disable()
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)
 
+# Several processes share the cores: OpenMP's threads would wait for each other by keeping a core busy that the awaited
+# one needs, and a small product would take several times as long. Read by processes that start from now on.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).parents[1]
 # Servers' child processes do not import from the current folder; those of tests run modules of tests/.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
