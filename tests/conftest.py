@@ -1,5 +1,7 @@
 """Options of the test suite: what takes minutes runs only when asked for. Where GPU kernels run is decided here."""
 
+import functools
+import gc
 import os
 import signal
 import ssl
@@ -9,30 +11,32 @@ from typing import Any
 
 import certifi
 import hypothesis
-import numba
 import pytest
 import torch
-
-from stellarbyte.user_cache import cache_folder
 
 # An ignored SIGINT, as of `nohup` and some CI runners, is inherited: Ctrl-C would not reach what tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests never time things, and Hypothesis' deadline would.
-hypothesis.settings.register_profile("suite", deadline=None)
-hypothesis.settings.load_profile("suite")
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("slow", deadline=None, max_examples=100)
+hypothesis.settings.load_profile("quick")
+
+# Modules and tests are hundreds of thousands of objects that live to the end: collecting garbage among them, again and
+# again while they are made, takes a fifth of that time.
+gc.disable()
 
 # Tiny models: a second thread costs more than it computes. Of this process only; servers that tests start have theirs.
 torch.set_num_threads(1)
 
-# Tests compile kernels for many kinds of models. Two processes that store code at once leave an index that gives code
-# of one kind to another, which ends in a segmentation fault; servers compile one at a time (`ops.cpu.one_compiles`).
-_process = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-numba.config.CACHE_DIR = str(cache_folder() / "compiled" / f"tests-{_process}")
+# Several processes share the cores: OpenMP's threads would wait for each other by keeping a core busy that the awaited
+# one needs, and a small product would take several times as long. Read by processes that start from now on.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+ROOT = Path(__file__).parents[1]
 # Servers' child processes do not import from the current folder; those of tests run modules of tests/.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def _roots_read_once(create: Callable[..., ssl.SSLContext]) -> Callable[..., ssl.SSLContext]:
@@ -63,7 +67,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--slow"):
+        hypothesis.settings.load_profile("slow")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # One process begins with a long file that needs no server: so the other's first server compiles its kernels alone,
+    # and not beside one that waits for them.
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/unit/ops/triton/test_moe.py"))
     if config.getoption("--slow"):
         return
     for item in items:
@@ -71,3 +83,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
         if item.get_closest_marker("slow_without_gpu") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="takes minutes without a GPU; run with --slow"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests in one process, as `--dist loadfile` has it; all files of the demo model's server in the same."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "the demo model's server" if _asks_demo_server(file) else file
+
+    return ByServer(config, log)
+
+
+@functools.cache
+def _asks_demo_server(file: str) -> bool:
+    return file.startswith("tests/integration/") and "demo_server" in (ROOT / file).read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stellarbyte.checkpoint.source import resolve_model
-from tests.support.models.references import Reference, transformers_answers
+from tests.support.models.references import PROMPTS, Reference, transformers_answers
 from tests.support.servers.fake_engine import make_model_folder
 from tests.support.servers.harmony_server import make_model_folder as make_harmony_folder
 from tests.support.servers.reasoning_server import make_model_folder as make_thinker_folder
@@ -56,6 +56,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def references(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
-    """transformers' own answers to `references.PROMPTS`."""
-    return transformers_answers(tokenizer)
+def references(tokenizer: PreTrainedTokenizerFast, pytestconfig: pytest.Config) -> list[Reference]:
+    """transformers' own answers to `references.PROMPTS`: 64 tokens to each with --slow, fewer to some without."""
+    if pytestconfig.getoption("--slow"):
+        return transformers_answers(tokenizer, PROMPTS, 64)
+    return transformers_answers(tokenizer, PROMPTS[:8], 24)

@@ -1,6 +1,7 @@
 """Adapters loaded, replaced and unloaded at random under load: every token comes from the right one.
 
-Run with `--slow` for the long form (64 adapters, 32 clients × 256 requests); without it each client sends fewer.
+Run with `--slow` for the long form (64 adapters, 32 clients × 256 requests); without it there are 16, and each client
+sends fewer.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from tests.support.servers.adapter_server import NUM_TOKENS, KnownModel, complet
 from tests.support.servers.processes import resident_bytes
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
-NUM_ADAPTERS, NUM_SLOTS, NUM_CLIENTS = 64, 4, 32
+NUM_SLOTS, NUM_CLIENTS = 4, 32
 MIN_TOKENS = 6  # of an answer: enough to tell whose it is
 MAX_GROWTH_BYTES = 32 * 2**20
 
@@ -29,6 +30,7 @@ class Churn:
     http: httpx.AsyncClient
     answers: dict[str, list[str]]  # first digits of the content hash → text after so many tokens
     contents: dict[str, set[str]]  # name → first digits of the hashes it may have
+    num_names: int
     absent: set[str] = field(default_factory=set)  # names that may be unloaded just now
     changes: Counter[str] = field(default_factory=Counter)  # name → times it was touched
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -37,7 +39,8 @@ class Churn:
     async def client(self, number: int, num_requests: int) -> None:
         chance = random.Random(number)
         for _ in range(num_requests):
-            name = f"n{min(int(chance.expovariate(0.08)), NUM_ADAPTERS - 1)}"  # some are asked for more than others
+            popular = int(chance.expovariate(5 / self.num_names))  # some are asked for more than others
+            name = f"n{min(popular, self.num_names - 1)}"
             count = chance.randint(MIN_TOKENS, NUM_TOKENS)
             may_be_absent, changes = name in self.absent, self.changes[name]
             response = await self.http.post("/v1/completions", json=completion(name, count))
@@ -56,7 +59,7 @@ class Churn:
     async def operator(self, number: int, is_over: asyncio.Event) -> None:
         chance = random.Random(-number)
         while not is_over.is_set():
-            name = f"n{number + 4 * chance.randrange(NUM_ADAPTERS // 4)}"  # each has names of its own
+            name = f"n{number + 4 * chance.randrange(self.num_names // 4)}"  # each has names of its own
             action = chance.choice(["replace", "replace", "unload and load"])
             if action == "unload and load":
                 self.absent.add(name)
@@ -75,12 +78,14 @@ class Churn:
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, list[str]]]:
+def known(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> tuple[Path, Path, dict[str, list[str]]]:
     """A model folder, a folder of adapters, and by place in it the answers."""
     folder = tmp_path_factory.mktemp("churn")
     model = KnownModel.make(folder)
     answers = {}
-    for i in range(NUM_ADAPTERS):
+    for i in range(64 if pytestconfig.getoption("--slow") else 16):
         for place, seed in ((f"n{i}", i), (f"others/n{i}", 1000 + i)):
             told = {texts[MIN_TOKENS] for texts in answers.values()}
             while (texts := model.add_adapter(folder / "adapters" / place, seed))[MIN_TOKENS] in told:
@@ -94,7 +99,7 @@ async def churn(server: ServerProcess, by_place: dict[str, list[str]], num_reque
     # Fewer seconds than the server keeps an idle connection, which it might close just when it is used again.
     limits = httpx.Limits(max_connections=100, keepalive_expiry=2)
     async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
-        state = Churn(http, {}, defaultdict(set))
+        state = Churn(http, {}, defaultdict(set), len(by_place) // 2)
         for place, texts in by_place.items():
             name = place.rpartition("/")[2]
             body = {"lora_name": name, "lora_path": place, "load_inplace": True}
@@ -118,7 +123,7 @@ async def churn(server: ServerProcess, by_place: dict[str, list[str]], num_reque
         return state, sizes
 
 
-@pytest.mark.parametrize("num_requests", [24, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_requests", [8, pytest.param(256, marks=pytest.mark.slow)])
 def test_churn(known: tuple[Path, Path, dict[str, list[str]]], num_requests: int) -> None:
     model, adapters, by_place = known
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]
@@ -133,6 +138,7 @@ def test_churn(known: tuple[Path, Path, dict[str, list[str]]], num_requests: int
         print(f"{dict(state.outcomes)} in {time.perf_counter() - started_s:.0f} s, memory {growth:+.1f} MiB")
 
 
+@pytest.mark.slow
 def test_a_swapped_adapter_would_be_noticed(known: tuple[Path, Path, dict[str, list[str]]]) -> None:
     """The control: with the answers of two adapters exchanged the churn finds wrong tokens."""
     model, adapters, by_place = known

@@ -1,6 +1,6 @@
 """The engine's process is killed or stopped under load, again and again: all hear of it, and the next one serves.
 
-Run with `--slow` for the long form (20 times); without it there are four.
+Run with `--slow` for the long form (20 times), which also holds the times that we claim; without it there are two.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import pytest
 
 from stellarbyte.checkpoint.convert import convert
 from tests.reliability.load import Ended, Progress, ask
+from tests.support.cases import each_value_once, some
 from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.processes import child_pids, descendants, is_alive
 from tests.support.servers.server_process import REAL, ServerProcess, running
@@ -26,7 +27,8 @@ CLAIMED_S = {  # since the engine was ended; must hold at least once, on a machi
     KILLED: {"known": 1.0, "streams ended": 1.0, "serving again": 12.0},
     STALLED: {"known": 12.0, "streams ended": 15.0, "serving again": 25.0},
 }
-PATIENCE_S = 15.0  # beyond these it does not happen
+FEW, MANY = 2, 20
+PATIENCE_S = 30.0  # beyond these it does not happen
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +103,7 @@ async def end_engine(server: ServerProcess, module: str, how: str, expected: lis
         return figures
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("number", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("number", "workers"), some([(FEW, "2"), (FEW, "1"), (MANY, "1"), (MANY, "2")], 0))
 def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int, workers: str) -> None:
     flags = ["--restart-engine", "1000", "--http-workers", workers, "--log-level", "warning"]
     with running(REAL, "--model", tiny_model, *flags) as server:
@@ -122,7 +123,7 @@ def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int,
             print(
                 f"{number} times, {workers} HTTP processes, {how}: {what} after {taken_s[0]:.2f} to {taken_s[-1]:.2f} s"
             )
-            assert taken_s[0] <= seconds, (how, what, taken_s)
+            assert number == FEW or taken_s[0] <= seconds, (how, what, taken_s)
 
 
 async def one_answer(server: ServerProcess) -> list[int]:
@@ -132,8 +133,7 @@ async def one_answer(server: ServerProcess) -> list[int]:
         return ended.token_ids
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("restarts", [0, 1])
+@pytest.mark.parametrize(("restarts", "workers"), each_value_once([0, 1], ["1", "2"]))
 def test_without_a_restart_left_the_server_ends(tiny_model: str, restarts: int, workers: str) -> None:
     flags = ["--http-workers", workers] + (["--restart-engine", str(restarts)] if restarts else [])
     with running(REAL, "--model", tiny_model, *flags) as server:
@@ -147,7 +147,7 @@ def test_without_a_restart_left_the_server_ends(tiny_model: str, restarts: int, 
         assert "Traceback" not in server.log()
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", some(["1", "2"], 1))
 def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str, workers: str) -> None:
     flags = ["--restart-engine", "5", "--http-workers", workers]
     with running(REAL, "--model", tiny_model, *flags) as server:
@@ -164,6 +164,7 @@ def test_a_signal_while_the_engine_starts_again_ends_the_server(tiny_model: str,
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_falsely_called_complete_would_be_noticed(tiny_model: str) -> None:
     """The control: a server that ends cut-off streams with a finish reason and [DONE]."""
     with running("tests.support.stubs.lying_server", "--model", tiny_model) as server:

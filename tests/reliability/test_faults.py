@@ -1,6 +1,6 @@
 """Faults in one request at every place it passes: it ends with an error, and nobody else gets another token.
 
-Run with `--slow` for the long form (100 faults at each place); without it there are ten.
+Run with `--slow` for the long form (100 faults at each place); without it there are five.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from tests.support.servers.server_process import ServerProcess, running
 NUM_NEIGHBOURS, NUM_TOKENS = 8, 40
 AT_ONCE, PAUSE_S = 4, 0.1  # of requests with faults; most time between two
 MIN_GAP = 1e-3  # between a neighbour's two likeliest tokens, so that a batch's last bits decide nothing
-FEW, MANY = 10, 100
+FEW, MANY = 5, 100
 
 FAULTS: dict[str, dict[str, Any]] = {
     "tokenise": {"prompt": f"a text {UNREADABLE}"},

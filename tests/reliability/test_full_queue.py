@@ -11,7 +11,7 @@ import httpx
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 AT_ONCE, QUEUE, RUNNING = 256, 32, 4
-NUM_ROUNDS = 3
+NUM_ROUNDS = 2
 WANTED_REFUSAL_S = 0.25
 BEST_REFUSAL_S = 0.75  # in the best round, on a machine that is busy with other things
 MOST_REFUSAL_S = 5.0  # in any
@@ -70,6 +70,7 @@ def test_a_full_queue_refuses_at_once_and_answers_the_others_rightly(tiny_model:
     flags = ["--max-num-seqs", str(RUNNING), "--max-queued-requests", str(QUEUE)]
     with running(REAL, "--model", tiny_model, *flags) as server:
         expected = [ask(server, number) for number in range(16)]
+        assert all(expected) and len(set(expected[:4])) == 4, "a wrong answer would not be found"
         p99_s = []
         for _ in range(NUM_ROUNDS):
             p99_s.append(check(all_at_once(server), expected))
@@ -95,10 +96,3 @@ def check(answers: list[Answer], expected: list[str]) -> float:
     )
     assert AT_ONCE - len(refused_s) >= QUEUE and len(refused_s) >= AT_ONCE // 2
     return p99_s
-
-
-def test_a_wrong_answer_would_be_found(tiny_model: str) -> None:
-    """The prompts have answers of their own."""
-    with running(REAL, "--model", tiny_model) as server:
-        answers = [ask(server, number) for number in range(4)]
-    assert all(answers) and len(set(answers)) == len(answers)

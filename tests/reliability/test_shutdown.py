@@ -1,6 +1,6 @@
 """SIGTERM or SIGINT under load: nobody new is let in, those who can finish do, the others hear of it, nothing is left.
 
-Run with `--slow` for the long form (20 times); without it there are two.
+Run with `--slow` for the long form (20 times); without it there is one.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.reliability.load import Ended, Progress, ask
+from tests.support.cases import some
 from tests.support.servers.fake_engine import SLOW, make_model_folder
 from tests.support.servers.processes import descendants, is_alive
 from tests.support.servers.server_process import FAKE, ServerProcess
@@ -105,8 +106,7 @@ def check_newcomers(heard: list[tuple[float, str]]) -> None:
     assert late and late.keys() <= allowed, late
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("times", "workers"), some([(1, "2"), (1, "1"), (10, "1"), (10, "2")], 0))
 def test_a_signal_with_thirty_two_streams(model: str, workers: str, times: int) -> None:
     outcomes: Counter[str] = Counter()
     most_s = 0.0

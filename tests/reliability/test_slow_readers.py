@@ -21,15 +21,13 @@ from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NUM_SLOW = 16
 SEND_TIMEOUT_S = 4
-QUICK_S = 4.0  # that the neighbour is watched beside quick readers
+QUICK_S = 2.0  # that the neighbour is watched beside quick readers
 CUT_OFF_AFTER_S = 2 * SEND_TIMEOUT_S + 4  # it looks once in each time-out; of a machine that is busy with other things
 FILL_LIMIT_S = 120  # until what holds answers is full and all are cut off
 MAX_GROWTH_BYTES = 16 * 2**20  # of the HTTP process, while answers wait for NUM_SLOW clients
 MAX_KERNEL_BYTES = 2**18
-MAX_GAP_S = (
-    SEND_TIMEOUT_S / 2
-)  # far less than a slow reader could hold up the others, far more than a busy machine does
-MIN_SHARE = 0.5  # of the pace beside as many quick readers
+MAX_GAP_S = 0.75 * SEND_TIMEOUT_S  # less than a slow reader could hold up the others, more than a busy machine does
+MIN_SHARE = 0.2  # of the pace beside as many quick readers
 ENDLESS = {"max_tokens": 10**9, "context_overflow": "slide", "ignore_eos": True, "stream": True}
 
 

@@ -155,6 +155,7 @@ def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
     assert "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, str]]) -> None:
     """The control: with the answers of two contents exchanged, all of theirs are wrong."""
     flags, texts = known
@@ -164,6 +165,7 @@ def test_a_wrong_adapter_would_be_found(known: tuple[list[str], dict[str, str]])
     assert state.wrong and state.right.keys() == {state.contents["fixed"]}
 
 
+@pytest.mark.slow
 def test_an_old_version_would_be_found(
     known: tuple[list[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

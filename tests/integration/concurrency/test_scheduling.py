@@ -15,7 +15,7 @@ from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 CONTEXT = 128  # the tiny model's
-QUEUE_TIMEOUT_S = 3
+QUEUE_TIMEOUT_S = 2
 
 
 @pytest.fixture(scope="module")

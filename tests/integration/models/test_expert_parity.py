@@ -17,13 +17,14 @@ from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.user_cache import cache_folder
+from tests.support.cases import some
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
 from tests.support.models.families import tiny_family
 from tests.support.models.hugging_face import tiny_mixtral, tiny_olmoe, tiny_qwen2_moe, tiny_qwen3_moe
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 NEAR_TIE = 1e-3
-PROMPTS, NEW_TOKENS = 20, 64
+QUICK, WHOLE = (6, 24), (20, 64)  # prompts, and new tokens of each
 FAMILIES: dict[str, Callable[..., Path]] = {
     "mixtral": tiny_mixtral,
     "mixtral with a window": partial(tiny_mixtral, sliding_window=8),
@@ -76,18 +77,19 @@ def test_logprobs_over_the_paged_cache_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("num_prompts", "num_new"), some([QUICK, WHOLE], 0))
 def test_greedy_tokens_are_those_of_transformers(
-    both: tuple[PreTrainedModel, ByteTransformer], backend: Backend
+    both: tuple[PreTrainedModel, ByteTransformer], backend: Backend, num_prompts: int, num_new: int
 ) -> None:
     """In one batch of all prompts. They may differ from the first place on where transformers' two best are a tie."""
     theirs, ours = both
     check_that_it_is_served_so(ours, backend)
-    prompts = [random_prompt(3 + seed, seed) for seed in range(PROMPTS)]
-    requests = [make_request(prompt, NEW_TOKENS, str(number)) for number, prompt in enumerate(prompts)]
+    prompts = [random_prompt(3 + seed, seed) for seed in range(num_prompts)]
+    requests = [make_request(prompt, num_new, str(i)) for i, prompt in enumerate(prompts)]
     near_ties = 0
     for prompt, found in zip(prompts, engine_of(ours, backend=backend).generate(requests), strict=True):
         out = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
+            torch.tensor([prompt]), max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False,
             eos_token_id=None, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         expected = out.sequences[0, len(prompt) :].tolist()

@@ -4,11 +4,12 @@ import httpx
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
+from tests.support.cases import some
 from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.server_process import REAL, ServerProcess, running, the_error_line
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", some(["int8", "int4"], 1))
 def test_the_demo_model_still_knows_the_capital_of_france(quantization: str) -> None:
     with running(REAL, "--quantization", quantization) as server:
         question = {"role": "user", "content": "What is the capital of France?"}

@@ -9,7 +9,6 @@ from stellarbyte.checkpoint.native import load_config, load_model
 from stellarbyte.checkpoint.source import resolve_model
 
 MODEL_NAME = "SmolLM2-135M-Instruct"  # under which the server offers it
-NUM_TOKENS = 64
 PROMPTS = [
     "The capital of France is",
     "Once upon a time there was a little",
@@ -36,6 +35,7 @@ PROMPTS = [
 
 @dataclass
 class Reference:
+    prompt: str
     token_ids: list[int]
     gaps: list[float]  # between the two best logits, at each token
 
@@ -54,18 +54,18 @@ def transformers_model() -> LlamaForCausalLM:
     return llama
 
 
-def transformers_answers(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
+def transformers_answers(tokenizer: PreTrainedTokenizerFast, prompts: list[str], num_tokens: int) -> list[Reference]:
     """What transformers generates, the prompts in one left-padded batch."""
     llama = transformers_model()
-    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     out = llama.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=NUM_TOKENS,
-        min_new_tokens=NUM_TOKENS,
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
@@ -74,4 +74,7 @@ def transformers_answers(tokenizer: PreTrainedTokenizerFast) -> list[Reference]:
     )
     best = torch.stack(out.logits, dim=1).topk(2, dim=-1).values
     gaps = (best[..., 0] - best[..., 1]).tolist()
-    return [Reference(row[width:].tolist(), row_gaps) for row, row_gaps in zip(out.sequences, gaps, strict=True)]
+    return [
+        Reference(prompt, row[width:].tolist(), row_gaps)
+        for prompt, row, row_gaps in zip(prompts, out.sequences, gaps, strict=True)
+    ]

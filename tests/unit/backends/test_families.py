@@ -1,7 +1,8 @@
 """Converted families compute what transformers' own classes compute: in the library, and from every backend's cache."""
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,15 @@ class Pair:
     ours: ByteTransformer
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(request.param, tmp_path_factory.mktemp("family"))
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """A family's pair, made once."""
+    return functools.cache(lambda name: make_pair(name, tmp_path_factory.mktemp("family")))
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request: pytest.FixtureRequest, pair_of: Callable[[str], Pair]) -> Pair:
+    return pair_of(request.param)
 
 
 def make_pair(name: str, folder: Path) -> Pair:
@@ -173,9 +180,11 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "changes"), OPTIONS, ids=str)
-def test_each_option_matters_to_the_models_compared(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_each_option_matters_to_the_models_compared(
+    name: str, changes: dict[str, Any], pair_of: Callable[[str], Pair]
+) -> None:
     """Else a backend that ignored it would pass."""
-    pair = make_pair(name, tmp_path)
+    pair = pair_of(name)
     other = ByteTransformer(ByteModelConfig.from_dict(pair.ours.config.to_dict() | changes)).eval()
     other.load_state_dict(pair.ours.state_dict(), strict=False)  # without the parameters of an option switched off
     tokens = tokens_of(LENGTH)

@@ -9,6 +9,7 @@ import torch
 
 from stellarbyte import ByteModelConfig, KeyPruning, Memory, RelativeCache
 from stellarbyte.model.transformer import CACHE
+from tests.support.cases import each_pair_once
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import W, make_model, random_tokens
 
@@ -31,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "local_rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     },
 }
+CALLS = {"decode": [20] + [1] * 20, "steps": [1] * 30, "chunks": [13, 9, 1, 1, 12]}
 PRUNINGS = {
     "half": {"ratio": 0.5},
     "budget": {"budget": 9, "recent": 0.3},
@@ -101,10 +103,11 @@ def heavy_hitters(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("calls", [[20] + [1] * 20, [1] * 30, [13, 9, 1, 1, 12]], ids=["decode", "steps", "chunks"])
-@pytest.mark.parametrize("pruning", PRUNINGS)
-@pytest.mark.parametrize("name", MODELS)
-def test_a_pruned_cache_matches_the_oracle(name: str, pruning: str, calls: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "pruning", "tokens_at_once"), each_pair_once(list(MODELS), list(PRUNINGS), list(CALLS))
+)
+def test_a_pruned_cache_matches_the_oracle(name: str, pruning: str, tokens_at_once: str) -> None:
+    calls = CALLS[tokens_at_once]
     model = make_model(**MODELS[name])
     tokens = random_tokens(sum(calls))
     cache = RelativeCache(model.config, pruning=KeyPruning(**PRUNINGS[pruning]))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stellarbyte import ByteModelConfig, ByteTransformer, LoRAConfig, Memory, RelativeCache
 from stellarbyte.lora import apply_lora_to_model
+from tests.support.cases import each_value_once
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import EXPERTS, W, make_config, make_model, random_tokens
 
@@ -60,9 +61,12 @@ def assert_same_states(found_MC: torch.Tensor, expected_MC: torch.Tensor) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("length", "mem_len"), [(1, W - 1), (5, W - 1), (5, 2 * W), (W - 1, W), (3 * W, W - 1)])
-@pytest.mark.parametrize("name", MODELS)
-def test_segments_equal_one_pass_in_every_layer(name: str, length: int, mem_len: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    each_value_once(list(MODELS), [(1, W - 1), (5, W - 1), (5, 2 * W), (W - 1, W), (3 * W, W - 1)]),
+)
+def test_segments_equal_one_pass_in_every_layer(name: str, sizes: tuple[int, int]) -> None:
+    length, mem_len = sizes
     model = make_model(**MODELS[name])
     rows = [random_tokens(LENGTH), random_tokens(LENGTH, seed=1)]
     memory = Memory(model.config, mem_len)
@@ -80,7 +84,7 @@ def test_segments_equal_one_pass_in_every_layer(name: str, length: int, mem_len:
 @torch.no_grad()
 def test_long_segments_attend_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stellarbyte.model.dense_attention.XPOS_CHUNK", 7)
-    test_segments_equal_one_pass_in_every_layer("sinks", 3 * W, W - 1)
+    test_segments_equal_one_pass_in_every_layer("sinks", (3 * W, W - 1))
 
 
 @torch.no_grad()
@@ -134,14 +138,14 @@ def first_visible(num_tokens: int, length: int, mem_len: int, dropped_at_once: i
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("use_xpos", [True, False])
 @pytest.mark.parametrize(
-    ("ratio", "dropped_at_once"), [(1.0, 1), (0.5, 5), (0.25, 3), (0.9, 9), (0.01, 1)], ids=lambda value: str(value)
+    ("length", "drops", "use_xpos"),
+    each_value_once([3, 10, 16], [(1.0, 1), (0.5, 5), (0.25, 3), (0.9, 9), (0.01, 1)], [True, False]),
 )
-@pytest.mark.parametrize("length", [3, 10, 16])
 def test_without_a_window_a_segment_sees_the_whole_memory(
-    length: int, ratio: float, dropped_at_once: int, use_xpos: bool
+    length: int, drops: tuple[float, int], use_xpos: bool
 ) -> None:
+    ratio, dropped_at_once = drops
     model = make_model(use_xpos=use_xpos)
     tokens, mem_len = random_tokens(53), 10
     logits = read_in_segments(model, [tokens], Memory(model.config, mem_len, ratio=ratio), length)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from stellarbyte import ByteTransformer
 from stellarbyte.model import dense_attention
+from tests.support.cases import each_value_once
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import EXPERTS, VARIANTS, W, make_model, random_tokens
 
@@ -26,8 +27,9 @@ def packed(model: ByteTransformer, **arguments: Any) -> torch.Tensor:
     return model(torch.tensor([others, ROW]), document_ids=documents, **arguments).logits[1]
 
 
-@pytest.mark.parametrize("variant", MASKED)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize(
+    ("variant", "implementation"), each_value_once(list(MASKED), ["sdpa", "eager", "flex_attention"])
+)
 @torch.no_grad()
 def test_a_document_in_a_row_equals_the_document_alone(variant: str, implementation: str) -> None:
     model = make_model(attn_implementation=implementation, **VARIANTS[variant])
@@ -127,8 +129,12 @@ def test_flex_attention_has_no_dropout() -> None:
         model.train()(torch.tensor([ROW]))
 
 
-@pytest.mark.parametrize("variant", ["mistral", "xpos window sinks"])
-@pytest.mark.parametrize("extra", ["attention_mask", "position_ids", "document_ids", "all tokens are there"])
+@pytest.mark.parametrize(
+    ("variant", "extra"),
+    each_value_once(
+        ["mistral", "xpos window sinks"], ["attention_mask", "position_ids", "document_ids", "all tokens are there"]
+    ),
+)
 def test_a_compiled_forward_is_one_graph(variant: str, extra: str) -> None:
     model = make_model(**VARIANTS[variant])
     ids = torch.tensor([ROW, random_tokens(len(ROW), seed=9)])

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stellarbyte import ByteConfig, ByteModelConfig, ByteTransformer
 from stellarbyte.cache.relative import RelativeCache
+from tests.support.cases import each_value_once
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import (
     EXPERT_VARIANTS,
@@ -18,6 +19,7 @@ from tests.support.models.byte_transformer import (
 )
 
 ALL_VARIANTS = VARIANTS | EXPERT_VARIANTS
+NUM_NEW = W + 4  # tokens of an answer: with a prompt of three beyond the window
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]
 POSITIONS = {"xpos": {"use_xpos": True}, "rope": {"use_xpos": False}}
 
@@ -27,8 +29,7 @@ def assert_matches_oracle(model: ByteTransformer, tokens: list[int], logits_TV: 
     assert (logits_TV.double().log_softmax(dim=-1) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("variant", "implementation"), each_value_once(list(ALL_VARIANTS), ["sdpa", "eager"]))
 def test_forward_matches_oracle(variant: str, implementation: str) -> None:
     model = make_model(attn_implementation=implementation, **ALL_VARIANTS[variant])
     tokens = random_tokens(4 * W + 3)
@@ -44,8 +45,7 @@ def test_window_and_sinks_match_oracle(positions: str, sinks: int, length: int) 
     assert_matches_oracle(model, tokens, model(torch.tensor([tokens])).logits[0])
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize(("variant", "chunk"), each_value_once(list(ALL_VARIANTS), [7, 1]))
 def test_cached_forward_matches_oracle(variant: str, chunk: int) -> None:
     model = make_model(**ALL_VARIANTS[variant])
     tokens = random_tokens(4 * W + 3)
@@ -104,10 +104,10 @@ def test_generate_from_left_padded_prompts_equals_each_prompt_alone(variant: str
     ids, mask = torch.zeros(2, 2 * W, dtype=torch.long), torch.zeros(2, 2 * W, dtype=torch.long)
     for i, prompt in enumerate(prompts):
         ids[i, -len(prompt) :], mask[i, -len(prompt) :] = torch.tensor(prompt), 1
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=3 * W, do_sample=False)[:, 2 * W :]
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=NUM_NEW, do_sample=False)[:, 2 * W :]
     for i, prompt in enumerate(prompts):
         text = prompt.copy()
-        for _ in range(3 * W):
+        for _ in range(NUM_NEW):
             text.append(int(oracle.logprobs(model.state_dict(), model.config, text)[-1].argmax()))
         assert together[i].tolist() == text[len(prompt) :]
 

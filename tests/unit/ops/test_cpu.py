@@ -14,6 +14,7 @@ import torch
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, SILU, linear
 from stellarbyte.ops.cpu.packing import interleave_gated, pack
+from tests.support.cases import each_value_once
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, W, make_config, make_model, random_tokens
@@ -24,9 +25,9 @@ SERVED = {name: fields for name, fields in (VARIANTS | EXPERT_VARIANTS).items() 
 TOLERANCE = {"none": 1e-6, "int8": 0.01, "int4": 0.15}  # of the largest output, for random weights
 
 
-@pytest.mark.parametrize("variant", SERVED)
-@pytest.mark.parametrize(("block_size", "chunk"), [(1, 7), (5, 64), (16, 1)])
-def test_every_kind_of_model_matches_the_oracle(variant: str, block_size: int, chunk: int) -> None:
+@pytest.mark.parametrize(("variant", "sizes"), each_value_once(list(SERVED), [(1, 7), (5, 64), (16, 1)]))
+def test_every_kind_of_model_matches_the_oracle(variant: str, sizes: tuple[int, int]) -> None:
+    block_size, chunk = sizes
     model = make_model(**SERVED[variant])
     tokens = random_tokens(4 * W + 3)
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.support.cases import some
 from tests.support.training.processes import final_hash, run, steps_of
 from tests.support.training.rows import hash_of
 
@@ -32,7 +33,7 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     assert hash_of(load_file(optimizers[0])) == hash_of(load_file(optimizers[1]))
 
 
-@pytest.mark.parametrize(("signal_at", "step"), [(9, 3), (4 * 7 - 1, 7)])
+@pytest.mark.parametrize(("signal_at", "step"), some([(9, 3), (4 * 7 - 1, 7)], 0))
 def test_stopped_in_an_accumulation_and_continued_with_loader_workers(
     uninterrupted: Path, tmp_path: Path, signal_at: int, step: int
 ) -> None:
@@ -62,12 +63,22 @@ def test_killed_while_saving(uninterrupted: Path, tmp_path: Path) -> None:
     assert names == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
 
 
-def test_two_ranks_of_which_one_gets_the_signal(tmp_path: Path) -> None:
+def stop_one_of_two_ranks(folder: Path) -> None:
+    ended = run(folder, ranks=2, train=SAVED_AT_THE_END, held_out=HELD_OUT, signal_at=4, signal_rank=1)
+    assert ended.statuses == [128 + 15] * 2, ended.output
+    assert len(list((folder / "run").glob("checkpoint-*"))) == 1
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path: Path) -> None:
+    stop_one_of_two_ranks(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_were_stopped_go_on(tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     ended = run(whole, ranks=2, train=SAVED_AT_THE_END, held_out=HELD_OUT)
     assert ended.statuses == [0, 0], ended.output
-    ended = run(stopped, ranks=2, train=SAVED_AT_THE_END, held_out=HELD_OUT, signal_at=4, signal_rank=1)
-    assert ended.statuses == [128 + 15] * 2, ended.output
+    stop_one_of_two_ranks(stopped)
     ended = run(stopped, ranks=2, train=SAVED_AT_THE_END, held_out=HELD_OUT, resume=True)
     assert ended.statuses == [0, 0], ended.output
     assert_equal_runs(stopped, whole)

@@ -17,6 +17,7 @@ from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape
 from stellarbyte.ops.triton.rotate_write import norm_projections
 from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
+from tests.support.cases import SLOW_WITHOUT_GPU, each_value_once
 
 EPS = 1e-5
 
@@ -29,12 +30,18 @@ def random(*shape: int, device: torch.device, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, MAX_NORMED_ROWS])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(48, 64), (37, 100), (5, 1500)])
-@pytest.mark.parametrize("parts", [(), ("norm",), ("bias", "residual"), ("norm", "bias", "residual", "scale")], ids=str)
+@pytest.mark.parametrize(
+    ("num_rows", "sizes", "parts"),
+    each_value_once(
+        [1, 2, 5, MAX_NORMED_ROWS], [(48, 64), (37, 100), (5, 1500)],
+        [("norm", "bias", "residual", "scale"), ("norm",), ("bias", "residual"), ()], mark=SLOW_WITHOUT_GPU,
+    ),
+    ids=str,
+)  # fmt: skip
 def test_a_product_with_what_stands_around_it(
-    num_rows: int, num_outputs: int, num_inputs: int, parts: tuple[str, ...], device: torch.device
+    num_rows: int, sizes: tuple[int, int], parts: tuple[str, ...], device: torch.device
 ) -> None:
+    num_outputs, num_inputs = sizes
     x, matrix = random(num_rows, num_inputs, device=device), random(num_outputs, num_inputs, device=device, seed=1)
     norm, bias = random(num_inputs, device=device, seed=2), random(num_outputs, device=device, seed=3)
     residual, scale = random(num_rows, num_outputs, device=device, seed=4), random(num_outputs, device=device, seed=5)
@@ -53,9 +60,9 @@ def test_a_product_with_what_stands_around_it(
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("num_rows", [1, 3])
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("gate", "num_rows", "has_bias"), each_value_once(list(GATES), [1, 3], [True, False], mark=SLOW_WITHOUT_GPU)
+)
 def test_a_gated_product(gate: str, num_rows: int, has_bias: bool, device: torch.device) -> None:
     x, matrix = random(num_rows, 72, device=device), random(2 * 40, 72, device=device, seed=1)
     norm, bias = random(72, device=device, seed=2), random(80, device=device, seed=3) if has_bias else None

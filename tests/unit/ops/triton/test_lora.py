@@ -13,6 +13,7 @@ from stellarbyte.lora import pinned_copies
 from stellarbyte.lora.bank import LoraBank, PackedAdapter
 from stellarbyte.model.parts import ATTENTION_INPUT
 from stellarbyte.ops.triton.lora import SEGMENT_ROWS, LoraRows, LoraScratch, expand, segments, shrink
+from tests.support.cases import SLOW_WITHOUT_GPU, some
 from tests.support.models.adapters import random_adapter
 from tests.support.models.byte_transformer import make_config
 
@@ -87,15 +88,15 @@ MIXED = [0] * 2 + [3] + [1] * (SEGMENT_ROWS + 3) + [0] + [3] * 2 + [2] * 5 + [0]
 
 @pytest.mark.parametrize(
     ("sizes", "num_segments"),
-    [
+    some([
         ({"num_hidden_layers": 2}, 9),
         ({"intermediate_size": 75, "num_hidden_layers": 2}, 0),  # nothing is aligned
         ({"hidden_size": 528, "intermediate_size": 600, "num_hidden_layers": 1}, 0),  # the inputs are split
         ({"hidden_size": 2064, "intermediate_size": 80, "num_hidden_layers": 1}, 0),  # and split further
         ({"hidden_size": 528, "intermediate_size": 80, "num_hidden_layers": 1}, 513),  # too many segments to be split
-    ],
+    ], 1, 2, mark=SLOW_WITHOUT_GPU),
     ids=str,
-)
+)  # fmt: skip
 def test_every_row_gets_its_own_adapter_at_its_own_scale(
     sizes: dict[str, int], num_segments: int, device: torch.device
 ) -> None:
@@ -110,7 +111,7 @@ def test_every_row_gets_its_own_adapter_at_its_own_scale(
             torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_bias", some([False, True], 1, mark=SLOW_WITHOUT_GPU))
 def test_dora_scales_the_product_without_its_bias_in_rows_that_have_it(has_bias: bool, device: torch.device) -> None:
     config = make_config(intermediate_size=75, num_hidden_layers=1)
     bank = make_bank(config, device, dora=(1.0, 0.0, 0.5))

@@ -17,6 +17,7 @@ from stellarbyte.ops.triton.moe.layer import MAX_PAIR_ROWS, Experts, make_scratc
 from stellarbyte.ops.triton.moe.routing import MAX_NORMED_ROWS, Router, route
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.weights import ExpertWeight, quantize_experts
+from tests.support.cases import SLOW_WITHOUT_GPU, each_value_once, some
 from tests.support.chosen_experts import choose_experts, sum_of_experts
 
 EPS = 1e-5
@@ -105,34 +106,46 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 17, 200])
-@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (4, 2), (60, 4), (128, 8)])
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"),
+    each_value_once([1, 3, 17, 200], [(128, 8), (60, 4), (4, 1), (4, 2)], mark=SLOW_WITHOUT_GPU),
+    ids=str,
+)
 def test_a_layer_is_the_sum_of_the_chosen_experts(
-    num_tokens: int, num_experts: int, top_k: int, device: torch.device
+    num_tokens: int, sizes: tuple[int, int], device: torch.device
 ) -> None:
+    num_experts, top_k = sizes
     layer = make_layer(device, num_experts=num_experts, top_k=top_k)
     x = random(num_tokens, 48, device=device)
     assert_near(layer(x), layer.expected(x))
 
 
-@pytest.mark.parametrize(("hidden", "intermediate"), [(37, 21), (100, 75), (300, 16), (16, 300)])
-@pytest.mark.parametrize("num_tokens", [2, 5, 40])
-def test_sizes_that_no_tile_divides(hidden: int, intermediate: int, num_tokens: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"),
+    each_value_once([40, 2, 5], [(37, 21), (100, 75), (300, 16), (16, 300)], mark=SLOW_WITHOUT_GPU),
+    ids=str,
+)
+def test_sizes_that_no_tile_divides(num_tokens: int, sizes: tuple[int, int], device: torch.device) -> None:
+    hidden, intermediate = sizes
     layer = make_layer(device, num_experts=5, top_k=3, hidden=hidden, intermediate=intermediate)
     x = random(num_tokens, hidden, device=device)
     assert_near(layer(x), layer.expected(x))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 9])
-def test_a_row_of_more_inputs_than_a_tile(num_tokens: int, device: torch.device) -> None:
-    layer = make_layer(device, num_experts=3, top_k=2, hidden=2100, intermediate=2090, max_rows=9)
-    x = random(num_tokens, 2100, device=device)
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden", "intermediate"),
+    some([(1, 2100, 18), (9, 2100, 18), (1, 30, 2090), (9, 30, 2090), (9, 2100, 2090)], 0, 3, mark=SLOW_WITHOUT_GPU),
+)
+def test_a_row_of_more_inputs_than_a_tile(
+    num_tokens: int, hidden: int, intermediate: int, device: torch.device
+) -> None:
+    layer = make_layer(device, num_experts=3, top_k=2, hidden=hidden, intermediate=intermediate, max_rows=9)
+    x = random(num_tokens, hidden, device=device)
     assert_near(layer(x), layer.expected(x))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 7])
-@pytest.mark.parametrize("gate", GATES)
-def test_gates_of_every_kind(gate: str, num_tokens: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("num_tokens", "gate"), each_value_once([1, 7], list(GATES), mark=SLOW_WITHOUT_GPU))
+def test_gates_of_every_kind(num_tokens: int, gate: str, device: torch.device) -> None:
     layer = make_layer(device, num_experts=6, top_k=2, gate=gate)
     x = 3 * random(num_tokens, 48, device=device)
     assert_near(layer(x), layer.expected(x))
@@ -141,12 +154,17 @@ def test_gates_of_every_kind(gate: str, num_tokens: int, device: torch.device) -
 CLAMPED = ClampedSwiglu(alpha=1.702, limit=0.9)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
-@pytest.mark.parametrize(("has_biases", "swiglu"), [(True, None), (False, CLAMPED), (True, CLAMPED)], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("num_tokens", "options", "quantization"),
+    each_value_once(
+        [7, 40, 1], [(True, None), (False, CLAMPED), (True, CLAMPED)], ["none", "int8"], mark=SLOW_WITHOUT_GPU
+    ),
+    ids=str,
+)
 def test_biases_of_experts_and_the_clamped_product(
-    num_tokens: int, has_biases: bool, swiglu: ClampedSwiglu | None, quantization: str, device: torch.device
+    num_tokens: int, options: tuple[bool, ClampedSwiglu | None], quantization: str, device: torch.device
 ) -> None:
+    has_biases, swiglu = options
     layer = make_layer(
         device, num_experts=6, top_k=3, intermediate=75, has_biases=has_biases, swiglu=swiglu, quantization=quantization
     )
@@ -163,14 +181,12 @@ ROUTERS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "top_k"),
-    [(1, 4, 4), (MAX_NORMED_ROWS, 4, 1), (5, 60, 3), (MAX_NORMED_ROWS + 5, 60, 3), (2, 512, 16)],
-)
-def test_the_choice_and_its_gates(
-    router: dict[str, Any], num_tokens: int, num_experts: int, top_k: int, device: torch.device
-) -> None:
+SIZES = [(1, 4, 4), (MAX_NORMED_ROWS, 4, 1), (5, 60, 3), (MAX_NORMED_ROWS + 5, 60, 3), (2, 512, 16)]
+
+
+@pytest.mark.parametrize(("router", "sizes"), each_value_once(ROUTERS, SIZES, mark=SLOW_WITHOUT_GPU), ids=str)
+def test_the_choice_and_its_gates(router: dict[str, Any], sizes: tuple[int, int, int], device: torch.device) -> None:
+    num_tokens, num_experts, top_k = sizes
     fields = {name: value for name, value in router.items() if "bias" not in name}
     for i, name in enumerate(("bias", "selection_bias")):
         if router.get(name):
@@ -211,10 +227,16 @@ def test_equal_scores_go_to_the_lower_expert(num_tokens: int, device: torch.devi
     assert layer.scratch.chosen[: 5 * num_tokens].view(num_tokens, 5).tolist() == [[7, 21, 33, 0, 1]] * num_tokens
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, MAX_NORMED_ROWS + 1])
-@pytest.mark.parametrize("options", [{"score": "softmax"}, {"score": "sigmoid"}, {"swiglu": CLAMPED}], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "options"),
+    each_value_once(
+        [1, 3, MAX_NORMED_ROWS + 1], [{"score": "softmax"}, {"score": "sigmoid"}, {"swiglu": CLAMPED}],
+        mark=SLOW_WITHOUT_GPU,
+    ),
+    ids=str,
+)  # fmt: skip
 def test_a_row_that_is_not_finite_stays_alone_in_that(
-    options: dict[str, Any], num_tokens: int, device: torch.device
+    num_tokens: int, options: dict[str, Any], device: torch.device
 ) -> None:
     layer = make_layer(device, num_experts=5, top_k=2, **options)
     x = random(num_tokens, 48, device=device)
@@ -226,7 +248,7 @@ def test_a_row_that_is_not_finite_stays_alone_in_that(
     assert_near(found[others], expected[others])
 
 
-@pytest.mark.parametrize("num_tokens", [17, 200])
+@pytest.mark.parametrize("num_tokens", some([17, 200], 0, mark=SLOW_WITHOUT_GPU))
 def test_one_expert_of_all_tokens_and_experts_of_none(num_tokens: int, device: torch.device) -> None:
     layer = make_layer(device, num_experts=12, top_k=2)
     x = random(num_tokens, 48, device=device)
@@ -276,7 +298,7 @@ def test_more_rows_than_the_scratch_is_for_and_layers_that_share_it(device: torc
     assert layer(x[:0]).shape == (0, 48)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 5, 50, 300])
+@pytest.mark.parametrize("num_tokens", some([1, 2, 5, 50, 300], 1, mark=SLOW_WITHOUT_GPU))
 def test_bfloat16_is_as_near_the_reference_as_its_rounding(num_tokens: int, device: torch.device) -> None:
     if num_tokens > MAX_PAIR_ROWS and device.type == "cpu":
         pytest.skip("Triton's interpreter has no matrix products of bfloat16")
@@ -287,7 +309,7 @@ def test_bfloat16_is_as_near_the_reference_as_its_rounding(num_tokens: int, devi
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8"])
-@pytest.mark.parametrize("num_tokens", [1, 3, 50])
+@pytest.mark.parametrize("num_tokens", some([1, 3, 50], 0, 1, mark=SLOW_WITHOUT_GPU))
 def test_quantized_experts(quantization: str, num_tokens: int, device: torch.device) -> None:
     if quantization == "fp8" and device.type == "cpu":
         pytest.skip("Triton's interpreter has no arithmetic for fp8 numbers")

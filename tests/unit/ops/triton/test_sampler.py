@@ -15,6 +15,7 @@ from stellarbyte.ops.triton.sampler import CAPACITY, SamplerScratch, SamplingRow
 from stellarbyte.sampling.sampler import NO_TOKEN, RowSampling, choice_state
 from stellarbyte.sampling.sampler import gumbel_noise as reference_noise
 from stellarbyte.sampling.sampler import sample as reference
+from tests.support.cases import SLOW_WITHOUT_GPU, each_value_once, some
 
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -127,10 +128,16 @@ def test_noise_of_any_bits_is_exact_to_1e_5(device: torch.device) -> None:
     torch.testing.assert_close(noise.cpu().double(), -torch.log(-torch.log1p(-uniform)), rtol=0, atol=1e-5)
 
 
+WIDER = [(1000, torch.bfloat16), (5003, torch.float32)]
+
+
 @pytest.mark.parametrize(
     ("vocabulary", "dtype"),
-    [(1, torch.float32), (97, torch.float32), (1000, torch.bfloat16), (5003, torch.float32), (5003, torch.bfloat16)],
-)
+    some(
+        [(1, torch.float32), (97, torch.float32), (5003, torch.bfloat16), *WIDER],
+        *range(3), mark=SLOW_WITHOUT_GPU,
+    ),
+)  # fmt: skip
 def test_rows_of_all_kinds_in_one_batch_get_the_references_tokens(
     vocabulary: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -162,7 +169,10 @@ EDGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("sharpness", "temperature"), [(1e-3, 1.0), (1.0, 50.0), (1.0, 1e-6), (1e4, 1.0), (1e4, 1e-6)])
+@pytest.mark.parametrize(
+    ("sharpness", "temperature"),
+    some([(1e-3, 1.0), (1.0, 50.0), (1.0, 1e-6), (1e4, 1.0), (1e4, 1e-6)], 0, 4, mark=SLOW_WITHOUT_GPU),
+)
 def test_extreme_limits_temperatures_and_logits(sharpness: float, temperature: float, device: torch.device) -> None:
     logits_RV = random_logits(len(EDGES), 1000, sharpness)
     rows = [row(position=2**31 - 1 - i, seed=i, **{"temperature": temperature} | edge) for i, edge in enumerate(EDGES)]
@@ -189,7 +199,7 @@ def test_forbidden_tokens_are_never_drawn(device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
-@pytest.mark.parametrize("place", [None, 0, 2500, 5002])
+@pytest.mark.parametrize("place", some([None, 0, 2500, 5002], 0, 2, mark=SLOW_WITHOUT_GPU))
 def test_a_row_without_a_finite_largest_logit_gets_no_token_and_the_others_theirs(
     place: int | None, device: torch.device
 ) -> None:
@@ -205,7 +215,7 @@ def test_a_row_without_a_finite_largest_logit_gets_no_token_and_the_others_their
     assert tokens[1::2] == [NO_TOKEN] * len(KINDS)
 
 
-@pytest.mark.parametrize("capacity", [CAPACITY, 1], ids=["listed", "in place"])
+@pytest.mark.parametrize("capacity", some([CAPACITY, 1], 0, mark=SLOW_WITHOUT_GPU), ids=["listed", "in place"])
 def test_ties_with_the_last_one_that_stays_stay(capacity: int, device: torch.device) -> None:
     """Probabilities are 0.219, three times 0.157 and, by the next smaller logit of all, twice 0.156."""
     logits_V = torch.tensor([1.25, 1.0, 1.0, 1.0, 1 - 2.0**-8, 1 - 2.0**-8], dtype=torch.bfloat16)
@@ -223,8 +233,9 @@ def test_ties_with_the_last_one_that_stays_stay(capacity: int, device: torch.dev
         assert set(tokens[draws * i : draws * (i + 1)]) == stay
 
 
-@pytest.mark.parametrize("capacity", [1, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("capacity", "dtype"), each_value_once([1, 300], [torch.float32, torch.bfloat16], mark=SLOW_WITHOUT_GPU)
+)
 def test_lists_that_overflow_change_no_token(capacity: int, dtype: torch.dtype, device: torch.device) -> None:
     """Every limit leaves some hundred tokens of a flat row, more or fewer than the list holds."""
     limits: list[dict[str, Any]] = [{"top_k": 200}, {"top_p": 0.2}, {"min_p": 0.5}, {"top_k": 999, "top_p": 0.5}, {}]

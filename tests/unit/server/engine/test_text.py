@@ -82,7 +82,7 @@ stop_strings = st.lists(
 ).map(tuple)
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=50 * settings().max_examples, deadline=None)
 @given(token_lists | byte_heavy_lists, stop_strings)
 @example([0xF0, 0x9F, 0x91], ())
 @example([0x80] * 100, ("\ufffd",))
@@ -94,7 +94,7 @@ def test_joined_text_is_the_whole_decoded_and_cut_at_the_stop_completed_first(to
     assert "".join(pieces) == cut_at_first_completed_stop(whole, stop)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=4 * settings().max_examples, deadline=None)
 @given(token_lists | byte_heavy_lists, st.booleans())
 @example([0xF0, 0x9F, 0x91], True)
 @example([0x80] * 100, True)

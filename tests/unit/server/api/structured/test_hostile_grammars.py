@@ -137,7 +137,7 @@ def test_the_work_of_a_mask_does_not_grow_with_the_text_that_is_forced(
     size = demo_tokenizer.get_vocab_size()
     compiler = GrammarCompiler(demo_tokenizer, frozenset({2}), size)
     words = np.zeros((size + 31) // 32, np.uint32)
-    for count in (3, 60):
+    for count in (3, 30):
         constants = [f"The quick brown fox, number {i}, jumps over the lazy dog. " * 15 for i in range(count)]
         compiler.submit("a", json_grammar({"const": constants}))
         while not (done := compiler.collect()):

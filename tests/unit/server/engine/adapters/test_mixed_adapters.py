@@ -1,7 +1,6 @@
 """Rows of many adapters in one batch against the same requests alone on merged float32 weights."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.packing import pack
 from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.protocol.request import GenerationRequest
+from tests.support.cases import each_value_once
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, generated, make_request, sampling_by
 from tests.support.models import oracle
 from tests.support.models.adapters import merged, random_adapter
@@ -31,10 +31,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", MODELS.values(), ids=MODELS)
-def test_every_token_of_an_adapted_request_matches_the_oracle(backend: Backend, shape: dict[str, Any]) -> None:
-    model = make_model(**shape)
+@pytest.mark.parametrize(("shape", "backend"), each_value_once(list(MODELS), BACKENDS))
+def test_every_token_of_an_adapted_request_matches_the_oracle(shape: str, backend: Backend) -> None:
+    model = make_model(**MODELS[shape])
     adapter = random_adapter(model.config, seed=1, share=0.7)
     tokens = random_tokens(60)
     for scale in (1.0, 0.25, 3.0):
@@ -58,8 +57,7 @@ def test_adapters_of_attention_are_exact_beside_experts(backend: Backend) -> Non
     assert (found - expected[19:]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "backend"), each_value_once(range(3), BACKENDS))
 def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Backend, seed: int) -> None:
     """Greedy and seeded, 4 adapters and the base, ranks and scales of all sizes, chunked prefill, prefix cache on.
 
@@ -96,8 +94,9 @@ def test_a_mixed_batch_equals_each_request_alone_on_merged_weights(backend: Back
         assert ModelEngine(alone, backend=backend).generate([plain]) == [tokens]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ["biases, odd sizes", "parallel", "norms after", "factors"])
+@pytest.mark.parametrize(
+    ("shape", "backend"), each_value_once(["biases, odd sizes", "parallel", "norms after", "factors"], BACKENDS)
+)
 def test_dora_replaced_heads_and_plain_adapters_in_one_batch_match_the_oracle(backend: Backend, shape: str) -> None:
     model = make_model(**MODELS[shape])
     adapters = {
@@ -178,8 +177,7 @@ def generate_with_logprobs(
     return [generated(sequence) for sequence in sequences], [torch.stack(rows[r.sampling.seed]) for r in requests]
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-@pytest.mark.parametrize("dora", [0.0, 1.0])
+@pytest.mark.parametrize(("quantization", "dora"), each_value_once(["int8", "int4"], [0.0, 1.0]))
 def test_what_adapters_add_to_quantized_weights_is_not_quantized(quantization: str, dora: float) -> None:
     """The same tokens as on float32 weights that were rounded as the quantization rounds, then merged."""
     model = make_model(hidden_size=64, intermediate_size=128)

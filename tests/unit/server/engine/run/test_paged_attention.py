@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.cases import each_pair_once, each_value_once
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, make_model, random_tokens
@@ -11,10 +12,9 @@ W = 12
 LENGTHS = [W - 1, W, W + 1, 2 * W, 4 * W + 3]
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("use_xpos", [True, False], ids=["xpos", "rope"])
+@pytest.mark.parametrize(
+    ("use_xpos", "sinks", "chunk", "length"), each_pair_once([True, False], [0, 4], [1, 7, 64], LENGTHS)
+)
 def test_matches_oracle_at_every_position(use_xpos: bool, sinks: int, chunk: int, length: int) -> None:
     """Half of the sequence is a prompt taken in chunks, the other half is decoded one token a step."""
     model = make_model(sliding_window=W, sink_tokens=sinks, use_xpos=use_xpos)
@@ -26,8 +26,7 @@ def test_matches_oracle_at_every_position(use_xpos: bool, sinks: int, chunk: int
         assert engine.scheduler.pool.num_used == 0
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize(("variant", "block_size"), each_value_once(list(ALL_VARIANTS), [1, 5, 16]))
 def test_every_kind_of_model_matches_oracle(variant: str, block_size: int) -> None:
     model = make_model(**ALL_VARIANTS[variant])
     tokens = random_tokens(4 * W + 3)
@@ -36,8 +35,7 @@ def test_every_kind_of_model_matches_oracle(variant: str, block_size: int) -> No
     assert (engine.teacher_forced(tokens, 2 * W) - expected[2 * W - 1 :]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sinks", [0, 5])
+@pytest.mark.parametrize(("sinks", "backend"), each_value_once([5, 0], BACKENDS))
 def test_positions_may_be_any_size(sinks: int, backend: Backend) -> None:
     """A stream of 3,000 tokens on a window of 12: XPos factors of absolute positions would have overflowed long
     before."""

@@ -14,6 +14,7 @@ from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Sequence
+from tests.support.cases import each_pair_once
 from tests.support.engines.engine import (
     BACKENDS,
     Backend,
@@ -96,13 +97,10 @@ class Stream:
         return generated(self.sequence)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_it_goes_on_as_if_they_had_never_been_there(
-    kind: dict[str, Any], shape: dict[str, Any], backend: Backend
-) -> None:
-    model, prompt = make_model(vocab_size=VOCABULARY, **shape), random_tokens(9)
+@pytest.mark.parametrize(("name", "shape", "backend"), each_pair_once(list(KINDS), list(SHAPES), BACKENDS))
+def test_it_goes_on_as_if_they_had_never_been_there(name: str, shape: str, backend: Backend) -> None:
+    kind = KINDS[name]
+    model, prompt = make_model(vocab_size=VOCABULARY, **SHAPES[shape]), random_tokens(9)
     expected = Stream(ModelEngine(model, backend=backend), prompt, kind).run({})
     engine = ModelEngine(model, backend=backend)
     assert Stream(engine, prompt, kind).run(REWINDS) == expected

@@ -15,6 +15,7 @@ from stellarbyte_server.engine.start.serving_plan import (
     serving_config,
     tokens_a_step,
 )
+from tests.support.cases import each_pair_once
 from tests.support.engines.engine import ModelEngine
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import make_config, make_model, random_tokens
@@ -31,10 +32,12 @@ def served(config: ByteModelConfig, **flags) -> ByteModelConfig:
     return serving_config(config, settings(**flags))[0]
 
 
-@pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT, CONTEXT + 1, 2 * CONTEXT, 4 * CONTEXT + 3])
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("use_xpos", [True, False], ids=["xpos", "rope"])
+LENGTHS = [CONTEXT - 1, CONTEXT, CONTEXT + 1, 2 * CONTEXT, 4 * CONTEXT + 3]
+
+
+@pytest.mark.parametrize(
+    ("use_xpos", "sinks", "chunk", "length"), each_pair_once([True, False], [0, 4], [1, 7, 64], LENGTHS)
+)
 def test_a_model_without_a_window_slides_over_its_context(use_xpos: bool, sinks: int, chunk: int, length: int) -> None:
     """The prompt alone may be longer than the context. What is expected is spelled out as a windowed model."""
     model = make_model(use_xpos=use_xpos)

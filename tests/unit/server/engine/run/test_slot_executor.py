@@ -21,6 +21,7 @@ from stellarbyte_server.engine.run.slot_step import SlotStep
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
 from tests.support.answers import assert_same
+from tests.support.cases import SLOW_WITHOUT_GPU, each_value_once, some
 from tests.support.engines.engine import ModelEngine, generated, make_request
 from tests.support.engines.engine_core import VOCABULARY as BYTES
 from tests.support.engines.engine_core import drain, model_core
@@ -69,7 +70,7 @@ def mixed_requests(**fields: Any) -> list[GenerationRequest]:
     ]
 
 
-@pytest.mark.parametrize("shape", [{}, WINDOW], ids=["full", "window"])
+@pytest.mark.parametrize("shape", some([{}, WINDOW], 1, mark=SLOW_WITHOUT_GPU), ids=["full", "window"])
 def test_requests_that_come_and_go_get_the_tokens_of_the_cpu_engine(device: torch.device, shape: dict) -> None:
     """Prompts in chunks, one cut off while it answers, one before it ran, and one that begins like another."""
     model, requests = tiny_model(**shape), mixed_requests()
@@ -102,7 +103,9 @@ def test_sequences_that_are_preempted_go_on_with_the_same_tokens(device: torch.d
     engine.check_nothing_is_left()
 
 
-@pytest.mark.parametrize("options", [{}, OLMO2], ids=["plain", "norms over all heads and after branches"])
+@pytest.mark.parametrize(
+    "options", some([{}, OLMO2], 1, mark=SLOW_WITHOUT_GPU), ids=["plain", "norms over all heads and after branches"]
+)
 def test_each_row_of_a_batch_has_its_own_adapter_and_scale(device: torch.device, options: dict) -> None:
     """Two sequences share an adapter, with different scales; one has none. They join and leave at different steps."""
     model = tiny_model(**options)
@@ -178,7 +181,7 @@ def test_a_step_with_the_batch_of_the_one_before_uploads_nothing(
     assert counts == [2, 1, 0, 0, 1, 0, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("moment", ["start", "finish"])
+@pytest.mark.parametrize("moment", some(["start", "finish"], 1, mark=SLOW_WITHOUT_GPU))
 def test_a_step_that_fails_is_computed_again_without_the_request_at_fault(device: torch.device, moment: str) -> None:
     """It was launched, and the one before was not read yet: neither the host nor the card knows how far it got."""
     model = tiny_model(BYTES)
@@ -224,8 +227,12 @@ def test_a_run_is_the_same_by_messages_and_from_a_file(device: torch.device, tmp
     assert replay(tmp_path / "plans", fresh.executor) == core.stats().num_steps_total
 
 
-@pytest.mark.parametrize("kind", [{}, {"temperature": 1.0, "frequency_penalty": 0.9, "presence_penalty": 0.5}], ids=str)
-@pytest.mark.parametrize("shape", [{}, WINDOW], ids=["full", "window"])
+PENALTIES = {"temperature": 1.0, "frequency_penalty": 0.9, "presence_penalty": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), each_value_once([{}, WINDOW], [{}, PENALTIES], mark=SLOW_WITHOUT_GPU), ids=str
+)
 def test_a_rewind_leaves_no_trace(device: torch.device, shape: dict, kind: dict[str, Any]) -> None:
     """Of tokens that were forced, or with penalties sampled; back over the border of a block."""
     model, request = tiny_model(**shape), make_request(prompt_of(6), 7, seed=2, **kind)

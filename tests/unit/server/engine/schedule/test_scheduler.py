@@ -58,7 +58,7 @@ def traffic(draw):
     return sorted(requests, key=lambda item: item[0])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     requests=traffic(),
     window=st.none() | st.integers(1, 20),

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from stellarbyte_server.engine.state.sequence import Sequence
+from tests.support.cases import each_pair_once
 from tests.support.engines.engine import (
     BACKENDS,
     Backend,
@@ -31,10 +32,9 @@ def run(scheduler, runner, *requests) -> list[Sequence]:
     return sequences
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-@pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("use_xpos", [True, False], ids=["xpos", "rope"])
+@pytest.mark.parametrize(
+    ("use_xpos", "sinks", "block_size", "chunk"), each_pair_once([True, False], [0, 4], [1, 4, 16], [1, 7, 64])
+)
 def test_reused_keys_match_the_oracle(use_xpos: bool, sinks: int, block_size: int, chunk: int) -> None:
     """A chat comes back longer, then forks within its first prompt; every answer starts after what was kept."""
     model = make_model(sliding_window=W, sink_tokens=sinks, use_xpos=use_xpos)
