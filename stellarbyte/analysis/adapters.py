@@ -69,7 +69,7 @@ class Effect:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFigures:
-    """Attributes: name: of the folder. effects: by layer, then outside the layers, then the whole; () without a text."""
+    """Attributes: name: of the folder. effects: by layer, outside the layers, and of the whole; () without a text."""
 
     name: str
     num_parameters: int

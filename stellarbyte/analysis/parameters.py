@@ -52,7 +52,7 @@ class Parameter:
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """The parameters of one part in all layers, or of one group. `shapes`: the different ones, in the order of layers."""
+    """The parameters of one part in all layers, or of one group. `shapes`: the different ones, in the layers' order."""
 
     name: str
     group: str

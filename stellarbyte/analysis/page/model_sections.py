@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stellarbyte.analysis.analyse import Analysis
@@ -24,8 +24,8 @@ class PageParts:
     """What sections are made of. `words`: by name, in the page's language."""
 
     analysis: Analysis
-    words: dict[str, str]
-    pictures: dict[str, Picture] = field(repr=False)
+    words: Mapping[str, str]
+    pictures: Mapping[str, Picture] = field(repr=False)
 
     def section(self, name: str, *content: Content) -> Element:
         """Headed by the word of that name, which is also its anchor."""
@@ -36,11 +36,11 @@ class PageParts:
         return element("p", self.words[name].format(**values))
 
     def picture(self, name: str, alt: str) -> Element:
-        """In the page's theme."""
+        """In the page's theme; it leads to the file, which a phone can show larger."""
         one = self.pictures[name]
         image = element("img", src=one.file, alt=alt, width=one.width, height=one.height, loading="lazy")
         dark = element("source", srcset=one.dark_file, media="(prefers-color-scheme: dark)")
-        return element("figure", element("picture", dark, image))
+        return element("figure", element("a", element("picture", dark, image), href=one.file))
 
 
 def parameters_section(parts: PageParts) -> Element:
@@ -117,7 +117,7 @@ def radar_section(parts: PageParts) -> Element:
     )
 
 
-def _end(axis: Axis, value: float, words: dict[str, str]) -> str:
+def _end(axis: Axis, value: float, words: Mapping[str, str]) -> str:
     return axis_value(
         Axis(name=axis.name, value=value, score=0, worst=axis.worst, best=axis.best, kind=axis.kind), words
     )
@@ -173,7 +173,7 @@ def outliers_section(parts: PageParts) -> Element:
     )
 
 
-def _channel(one: WeightStatistics, words: dict[str, str]) -> str:
+def _channel(one: WeightStatistics, words: Mapping[str, str]) -> str:
     if one.largest_channel is None:
         return "—"
     expert, channel, times = one.largest_channel

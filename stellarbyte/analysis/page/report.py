@@ -1,5 +1,6 @@
 """Writes the report: index.html, report.css, report.json and the pictures, in one folder that opens from disk."""
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +22,7 @@ from stellarbyte.analysis.page.run_sections import (
     quality_section,
     speed_section,
 )
-from stellarbyte.analysis.pictures.fonts import FONT_PACKAGE, HAN_SAMPLE, find_fonts
+from stellarbyte.analysis.pictures.fonts import FONT_PACKAGE, find_fonts
 from stellarbyte.analysis.pictures.gallery import Picture, draw_all
 from stellarbyte.analysis.words.languages import LANGUAGES
 from stellarbyte.checkpoint.info import size
@@ -29,6 +30,7 @@ from stellarbyte.checkpoint.info import size
 PAGE, STYLE, NUMBERS = "index.html", "report.css", "report.json"
 # No scripts, no other host; style sheet and pictures from the page's own folder.
 POLICY = "default-src 'none'; style-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'"
+_HAN = re.compile("[\u4e00-\u9fff]")
 _SECTIONS = (
     *(parameters_section, structure_section, radar_section, quality_section, speed_section, attention_section),
     *(sparsity_section, outliers_section, spectra_section, adapters_section),
@@ -43,9 +45,10 @@ def write_report(analysis: Analysis, folder: Path, language: str) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    fonts = find_fonts(_characters(analysis, LANGUAGES[language]))
-    lacks_font = not fonts.have_han and bool(HAN_SAMPLE & _characters(analysis, LANGUAGES[language]))
-    words = LANGUAGES["en" if language == "zh" and lacks_font else language]
+    spoken, others = set("".join(LANGUAGES[language].values())), _characters(analysis)
+    fonts = find_fonts(spoken, others)
+    lacks_font = not fonts.cover(filter(_HAN.match, spoken | others))
+    words = LANGUAGES[language if fonts.cover(spoken) else "en"]
     pictures = draw_all(analysis, folder, words, fonts)
     write_json(analysis, folder / NUMBERS)
     (folder / STYLE).write_text((files("stellarbyte.analysis.page") / STYLE).read_text(encoding="utf-8"), "utf-8")
@@ -53,18 +56,15 @@ def write_report(analysis: Analysis, folder: Path, language: str) -> None:
     (folder / PAGE).write_text(page, encoding="utf-8")
 
 
-def _characters(analysis: Analysis, words: Mapping[str, str]) -> set[str]:
-    """Every character that a picture may have to draw."""
-    texts = [*words.values(), analysis.name, *(adapter.name for adapter in analysis.adapters)]
-    if analysis.attention is not None:
-        texts += analysis.attention.labels
-    return set("".join(texts))
+def _characters(analysis: Analysis) -> set[str]:
+    """Those that pictures may have to draw beside words."""
+    return set() if analysis.attention is None else set("".join(analysis.attention.labels))
 
 
 def make_page(analysis: Analysis, language: str, pictures: Mapping[str, Picture], *, lacks_font: bool) -> str:
     """The HTML of the page."""
     words = LANGUAGES[language]
-    parts = PageParts(analysis=analysis, words=dict(words), pictures=dict(pictures))
+    parts = PageParts(analysis=analysis, words=words, pictures=pictures)
     made = {section.__name__.removesuffix("_section"): section(parts) for section in _SECTIONS}
     sections = {name: section for name, section in made.items() if section is not None}
     title = words["title"].format(name=analysis.name)

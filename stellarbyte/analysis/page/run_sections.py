@@ -1,6 +1,7 @@
 """Sections of the page about the running model: attention, quality, speed, adapters."""
 
 import statistics
+from collections.abc import Mapping
 
 from stellarbyte.analysis.adapters import EFFECT_TOKENS, RANK_SHARE, AdapterFigures, Effect
 from stellarbyte.analysis.attention import HeadFigures
@@ -91,7 +92,7 @@ def speed_section(parts: PageParts) -> Element | None:
     )
 
 
-def _speed_row(speed: Speed, words: dict[str, str]) -> list[str]:
+def _speed_row(speed: Speed, words: Mapping[str, str]) -> list[str]:
     cells = [f"{speed.length:,}", str(speed.batch)]
     if speed.prompt_s is None or speed.step_s is None:
         return [*cells, words["out_of_memory"], "—", "—", "—"]
@@ -140,7 +141,7 @@ def _adapter(parts: PageParts, place: int, adapter: AdapterFigures) -> list[Elem
     ]
 
 
-def _where(effect: Effect, words: dict[str, str]) -> str:
+def _where(effect: Effect, words: Mapping[str, str]) -> str:
     if effect.is_whole:
         return words["whole_adapter"]
     return words["outside_layers"] if effect.layer is None else words["of_layer"].format(layer=effect.layer)

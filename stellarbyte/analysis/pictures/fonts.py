@@ -1,6 +1,6 @@
 """Fonts whose glyphs cover a text, found on this machine."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from matplotlib import font_manager
@@ -25,10 +25,9 @@ class Fonts:
     families: tuple[str, ...]
     covered: frozenset[int]
 
-    @property
-    def have_han(self) -> bool:
-        """Whether Chinese can be drawn."""
-        return all(ord(character) in self.covered for character in HAN_SAMPLE)
+    def cover(self, text: Iterable[str]) -> bool:
+        """Whether there is a glyph for every character."""
+        return all(ord(character) in self.covered for character in text)
 
     def shown(self, text: str) -> str:
         """The text with U+XXXX in the place of each character that no family has a glyph for."""
@@ -38,14 +37,18 @@ class Fonts:
         )
 
 
-def find_fonts(characters: Set[str]) -> Fonts:
-    """matplotlib's own font, and the first other one that has the Han characters, if some of `characters` need it.
+def find_fonts(words: Set[str], others: Set[str]) -> Fonts:
+    """matplotlib's own font and, if some character needs it, the first other one with Han glyphs and all of `words`.
 
     Fonts that were installed after matplotlib listed them are found, too.
+
+    Args:
+        words: characters that must have glyphs.
+        others: characters that should have glyphs.
     """
     covered = _code_points(font_manager.findfont(LATIN))
     latin = Fonts(families=(LATIN,), covered=covered)
-    if all(ord(character) in covered for character in characters):
+    if latin.cover(words | others):
         return latin
     for family, file in _candidates():
         try:
@@ -53,7 +56,7 @@ def find_fonts(characters: Set[str]) -> Fonts:
         except (OSError, RuntimeError):  # gone, or no font that FreeType reads
             continue
         found = Fonts(families=(LATIN, family), covered=covered | has)
-        if found.have_han:
+        if found.cover(words | HAN_SAMPLE):
             return found
     return latin
 

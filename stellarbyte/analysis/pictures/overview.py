@@ -49,7 +49,7 @@ def axis_value(axis: Axis, words: Mapping[str, str]) -> str:
 
 def draw_radar(analysis: Analysis, pen: Pen) -> Figure:
     """Further out is smaller, faster or better."""
-    figure = new_figure(7.0, 5.6)
+    figure = new_figure(8.0, 5.6)
     axes = figure.add_subplot(projection="polar")
     angles = [2 * math.pi * i / len(analysis.axes) for i in range(len(analysis.axes))]
     scores = [axis.score for axis in analysis.axes]
@@ -59,7 +59,7 @@ def draw_radar(analysis: Analysis, pen: Pen) -> Figure:
     axes.fill(angles, scores, color=pen.theme.accent, alpha=0.2)
     labels = [f"{pen.words[f'axis_{axis.name}']}\n{axis_value(axis, pen.words)}" for axis in analysis.axes]
     axes.set_xticks(angles, labels)
-    axes.tick_params(axis="x", pad=16)
+    axes.tick_params(axis="x", pad=26)
     axes.set_ylim(0, 1)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["0.25", "0.5", "0.75", "1"], fontsize="x-small")
     axes.grid(color=pen.theme.line)

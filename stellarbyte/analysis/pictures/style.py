@@ -103,8 +103,9 @@ def save(figure: Figure, file: Path) -> tuple[int, int]:
 
 
 def short_name(part: str) -> str:
-    """Of a part within a layer: without its module and without the ending of weights."""
-    return part.removesuffix(".weight").removeprefix("self_attn.").removeprefix("mlp.")
+    """Of a part within a layer: without its module and without the ending of weights. `mlp.gate` is the router."""
+    name = f"router.{part.removeprefix('mlp.gate.')}" if part.startswith("mlp.gate.") else part
+    return name.removesuffix(".weight").removeprefix("self_attn.").removeprefix("mlp.")
 
 
 def layer_width(num_layers: int) -> float:

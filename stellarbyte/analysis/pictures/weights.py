@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from stellarbyte.analysis.analyse import Analysis
 from stellarbyte.analysis.pictures.style import Pen, heat_map, layer_ticks, layer_width, new_figure, short_name
@@ -63,12 +64,14 @@ def draw_spectra(analysis: Analysis, pen: Pen) -> Figure:
         panel.set_title(short_name(part), fontsize="small")
         panel.set_yscale("log")
         panel.set_ylim(1e-4, 1.5)
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # no formula
         panel.grid(alpha=0.6)
     for panel in panels[len(by_part) :]:
         panel.set_visible(False)
     figure.supxlabel(pen.words["index_share"], fontsize="medium")
     figure.supylabel("σᵢ / σ₀", fontsize="medium")
-    figure.colorbar(colours, ax=panels, label=pen.words["layer"])
+    ticks = layer_ticks(analysis.config.num_hidden_layers)
+    figure.colorbar(colours, ax=panels, label=pen.words["layer"], ticks=ticks)
     return figure
 
 
@@ -76,9 +79,7 @@ def draw_ranks(analysis: Analysis, pen: Pen) -> Figure:
     """Effective and stable rank by layer, as shares of the full rank; experts are averaged."""
     figure = new_figure(layer_width(analysis.config.num_hidden_layers), 5.2)
     panels = figure.subplots(1, 2)
-    for panel, title, key in zip(
-        panels, ("effective_rank", "stable_rank"), ("effective_rank", "stable_rank"), strict=True
-    ):
+    for panel, key in zip(panels, ("effective_rank", "stable_rank"), strict=True):
         for place, (part, of_part) in enumerate(_by_part(analysis).items()):
             points: dict[int, list[float]] = {}
             for spectrum in of_part:
@@ -89,7 +90,7 @@ def draw_ranks(analysis: Analysis, pen: Pen) -> Figure:
                 style = "-" if place < len(pen.theme.cycle) else "--"
                 means = [float(np.mean(values)) for values in points.values()]
                 panel.plot(list(points), means, style, marker="o", markersize=3, linewidth=1.2, label=short_name(part))
-        panel.set_title(pen.words[title])
+        panel.set_title(pen.words[key])
         panel.set_xlabel(pen.words["layer"])
         panel.set_xticks(layer_ticks(analysis.config.num_hidden_layers))
         panel.set_ylim(bottom=0)

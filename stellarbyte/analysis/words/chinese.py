@@ -49,7 +49,7 @@ CHINESE = {
     "norm_box": "作用于最后一层的输出",
     "tied_head": "{vocabulary} 个 logits，使用词嵌入的权重",
     "own_head": "{vocabulary} 个 logits，使用自己的权重",
-    "kind_title": "{count} 层：{layers}",
+    "kind_title": "层：{layers}（共 {count} 层）",
     "heads_box": "{heads} 个查询头，{kv_heads} 个键值头，每头 {size} 维",
     "no_window": "可见整个序列",
     "window_of": "窗口 {window} 个词元",

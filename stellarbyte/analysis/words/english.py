@@ -51,7 +51,7 @@ ENGLISH = {
     "norm_box": "of the last layer's output",
     "tied_head": "{vocabulary} logits, by the embedding's weights",
     "own_head": "{vocabulary} logits, weights of its own",
-    "kind_title": "{count} × layers {layers}",
+    "kind_title": "Layers: {layers} ({count})",
     "heads_box": "{heads} query heads, {kv_heads} key/value heads of {size}",
     "no_window": "sees the whole sequence",
     "window_of": "window of {window} tokens",
