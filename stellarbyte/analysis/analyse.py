@@ -155,7 +155,8 @@ def _read_weights(
     checkpoint: Checkpoint, progress: Progress
 ) -> tuple[tuple[WeightStatistics, ...], tuple[Spectrum, ...]]:
     """Of one tensor after the other, so that no two are needed at once."""
-    statistics, found = [], []
+    statistics: list[WeightStatistics] = []
+    found: list[Spectrum] = []
     total, done = sum(info.num_bytes for info in checkpoint.tensors.values()), 0
     with open_weights(checkpoint) as read:
         for parameter in parameters_of(checkpoint.config):

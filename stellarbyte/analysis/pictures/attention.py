@@ -22,7 +22,7 @@ def draw_attention(analysis: Analysis, place: int, pen: Pen) -> Figure:
     columns = 4
     rows = -(-len(attention.heads) // columns)
     figure = new_figure(10.5, 9.0 + 2.3 * rows)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[9.0, 2.3 * rows])
+    upper, lower = figure.subfigures(2, 1, height_ratios=[9.0, 2.3 * rows], squeeze=False).flat
     axes = upper.subplots()
     visible_TS = _visible(length, window, analysis.config.sink_tokens)
     image = _map(axes, attention.means_LTS[place].numpy(), visible_TS, pen)

@@ -15,6 +15,7 @@ _PREFERRED = (
     *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "PingFang SC", "Microsoft YaHei"),
     *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Noto Sans CJK JP", "SimHei", "Heiti SC", "Droid Sans Fallback"),
 )
+_PLACEHOLDERS = ("Last Resort", "LastResort", "Adobe Blank")  # have a box, or nothing, for every character
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +74,11 @@ def _candidates() -> Iterator[tuple[str, str]]:
     upright = {
         entry.name: entry.fname
         for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: (_weight(entry.weight), entry.fname))
-        if entry.style == "normal"
+        if entry.style == "normal" and not entry.name.lstrip(".").startswith(_PLACEHOLDERS)
     }
     preferred = [name for name in _PREFERRED if name in upright]
     for name in [*preferred, *sorted(upright.keys() - set(preferred))]:
-        yield name, font_manager.findfont(font_manager.FontProperties(family=name))
+        yield name, font_manager.findfont(font_manager.FontProperties(family=[name]))
 
 
 def _weight(weight: str | int) -> int:

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from stellarbyte.analysis.pictures.fonts import Fonts
 
@@ -72,11 +73,11 @@ class Pen:
 def drawing(pen: Pen) -> Iterator[None]:
     """Figures made and saved within have the pen's fonts and colours; a $ in a text starts no formula."""
     theme = pen.theme
-    settings: dict[str, Any] = {
+    settings: Any = {  # names of settings, which matplotlib types one by one
         "font.family": list(pen.fonts.families),
         "text.parse_math": False,
         "axes.unicode_minus": True,
-        "axes.prop_cycle": matplotlib.cycler(color=theme.cycle),
+        "axes.prop_cycle": cycler(color=theme.cycle),
         "axes.titlesize": "medium",
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -99,7 +100,7 @@ def save(figure: Figure, file: Path) -> tuple[int, int]:
     """Write a PNG and return its width and height in pixels. Raises OSError."""
     figure.savefig(file, dpi=DPI)
     width, height = figure.get_size_inches()
-    return round(width * DPI), round(height * DPI)
+    return int(width * DPI), int(height * DPI)  # as the canvas cuts them
 
 
 def short_name(part: str) -> str:
@@ -140,7 +141,7 @@ def heat_map(
     axes.set_facecolor(pen.theme.ground)
     assert axes.figure is not None
     bar = axes.figure.colorbar(image, ax=axes, label=label, pad=0.02)
-    bar.outline.set_edgecolor(pen.theme.line)  # type: ignore[operator]  # annotated as a spine's dict
+    bar.outline.set_edgecolor(pen.theme.line)
 
 
 def layer_ticks(num_layers: int) -> list[int]:

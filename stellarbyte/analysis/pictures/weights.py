@@ -59,7 +59,7 @@ def draw_spectra(analysis: Analysis, pen: Pen) -> Figure:
                 continue
             at = [index / max(1, spectrum.num_values - 1) for index, _ in spectrum.curve]
             values = [max(value / spectrum.largest, 1e-8) for _, value in spectrum.curve]
-            colour = pen.theme.text if spectrum.layer is None else colours.to_rgba(spectrum.layer)
+            colour = pen.theme.text if spectrum.layer is None else colours.cmap(spectrum.layer / last)
             panel.plot(at, values, color=colour, linewidth=0.9)
         panel.set_title(short_name(part), fontsize="small")
         panel.set_yscale("log")

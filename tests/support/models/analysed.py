@@ -1,6 +1,7 @@
 """A tiny model with every part that an analysis shows, its adapters, and a font with Chinese glyphs."""
 
 from pathlib import Path
+from typing import Any
 
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
@@ -11,7 +12,7 @@ from tests.support.models.adapters import write_adapter
 from tests.support.models.byte_transformer import EXPERTS, W, make_model
 from tests.support.training.byte_tokenizer import save_byte_tokenizer
 
-FULL = EXPERTS | {
+FULL: dict[str, Any] = EXPERTS | {
     "vocab_size": 300,
     "sliding_window": W,
     "sink_tokens": 4,
@@ -49,7 +50,11 @@ def full_analysis(folder: Path, *, text: str | None = None, language: str = "en"
         measures_speed=True,
         device="cpu",
     )
-    return analyse(request, progress=lambda done, total: None, tell=lambda step: None)
+    return analyse(request, progress=_ignore, tell=_ignore)
+
+
+def _ignore(*_: object) -> None:
+    """What a command would print."""
 
 
 def write_font(file: Path, characters: set[str], family: str = FAMILY) -> Path:
