@@ -87,7 +87,7 @@ def test_the_keyboard_reaches_sections_tables_and_details(pages: dict[str, Page]
     expect(page.locator(".skip")).to_be_in_viewport()
     page.keyboard.press("Enter")
     expect(page.locator("main")).to_be_focused()
-    page.get_by_role("link", name="Singular values").focus()
+    page.get_by_role("link", name="Singular values", exact=True).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#spectra h2")).to_be_in_viewport()
     summary = page.locator("#spectra summary")
