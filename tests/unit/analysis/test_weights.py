@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from stellarbyte.analysis import spectrum, weights
 from stellarbyte.analysis.errors import AnalysisError
@@ -139,14 +139,14 @@ def test_experts_of_a_stack_are_evenly_spaced_and_vectors_have_no_spectrum() -> 
     assert evenly_spaced(3, 4) == [0, 1, 2] and evenly_spaced(31, 4) == [0, 10, 20, 30] and evenly_spaced(9, 1) == [0]
 
 
-class LargestFloat64(TorchDispatchMode):
+class LargestFloat64(TorchFunctionMode):
     """Remembers the most numbers of a float64 tensor that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.numbers = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
         result = function(*arguments, **(options or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
