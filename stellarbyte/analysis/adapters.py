@@ -16,7 +16,7 @@ from stellarbyte.lora.adapted_model import adapter_layers
 from stellarbyte.lora.layers import AdapterLayer, weight_of
 from stellarbyte.model.transformer import ByteTransformer
 
-EFFECT_TOKENS = 128  # first ones of the text
+EFFECT_TOKENS = 64  # first ones of the text
 RANK_SHARE = 0.01  # of the largest singular value: those above count as used
 _ACTIVE = "analysed"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")

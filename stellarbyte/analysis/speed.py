@@ -13,7 +13,7 @@ from stellarbyte.model.transformer import CACHE, ByteTransformer
 ROUNDS = 3
 DECODED_TOKENS = 8
 GRIDS = {  # batches and lengths of prompts in tokens, by type of device
-    "cpu": ((1, 4), (32, 256)),
+    "cpu": ((1, 4), (32, 128)),
     "cuda": ((1, 8, 32), (128, 1024)),
 }
 
