@@ -1,5 +1,6 @@
 """The kinds of layers that a model consists of."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stellarbyte.config import ByteModelConfig
@@ -41,3 +42,14 @@ def layer_kinds(config: ByteModelConfig) -> list[LayerKind]:
             LayerKind(layers=tuple(layers), window=window, rotation=rotation, has_experts=has_experts, holders=holders)
         )
     return kinds
+
+
+def layer_runs(layers: Sequence[int]) -> list[str]:
+    """Runs of ascending numbers of layers, such as "0–3" and "5"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]

@@ -13,7 +13,7 @@ from stellarbyte.analysis.pictures.overview import axis_value, share
 from stellarbyte.analysis.pictures.style import number
 from stellarbyte.analysis.radar import Axis
 from stellarbyte.analysis.spectrum import EXACT_SIDE, EXPERTS_PER_STACK, RANDOMIZED_VALUES, Spectrum
-from stellarbyte.analysis.structure import LayerKind
+from stellarbyte.analysis.structure import LayerKind, layer_runs
 from stellarbyte.analysis.weights import OUTLIER_CHANNEL, SMALL, WeightStatistics
 
 _MOST_OUTLIERS = 12
@@ -87,7 +87,7 @@ def _kind_row(parts: PageParts, kind: LayerKind) -> list[str]:
         window += words["with_sinks"].format(sinks=config.sink_tokens)
     method = "XPos" if config.use_xpos else "RoPE"
     return [
-        ", ".join(map(str, kind.layers)),
+        ", ".join(layer_runs(kind.layers)),
         window,
         words[f"rotation_{kind.rotation}"].format(method=method),
         words["group_experts" if kind.has_experts else "group_mlp"],

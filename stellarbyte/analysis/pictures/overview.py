@@ -15,7 +15,7 @@ from stellarbyte.checkpoint.info import size
 
 def draw_parameters(analysis: Analysis, pen: Pen) -> Figure:
     """A pie of the groups, with a legend that has the numbers."""
-    figure = new_figure(8.0, 4.2)
+    figure = new_figure(8.6, 4.2)
     axes = figure.subplots()
     counts = analysis.groups
     wedges = axes.pie(
@@ -25,11 +25,11 @@ def draw_parameters(analysis: Analysis, pen: Pen) -> Figure:
         colors=[pen.theme.cycle[i % len(pen.theme.cycle)] for i in range(len(counts))],
         wedgeprops={"width": 0.42, "edgecolor": pen.theme.ground},
     )[0]
-    axes.text(0, 0, number(sum(count.num_parameters for count in counts)), ha="center", va="center", fontsize=13)
+    axes.text(0, 0, f"{sum(count.num_parameters for count in counts):,}", ha="center", va="center", fontsize=13)
     labels = [
         f"{pen.words[f'group_{count.name}']}: {count.num_parameters:,} ({share(count.share)})" for count in counts
     ]
-    axes.legend(wedges, labels, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.legend(wedges, labels, loc="outside right center", frameon=False)
     return figure
 
 

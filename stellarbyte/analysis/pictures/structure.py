@@ -8,12 +8,12 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from stellarbyte.analysis.analyse import Analysis
 from stellarbyte.analysis.pictures.style import Pen
-from stellarbyte.analysis.structure import LayerKind
+from stellarbyte.analysis.structure import LayerKind, layer_runs
 from stellarbyte.config import ByteModelConfig
 
 _WIDTH, _COLUMNS = 10.0, 3
 _BOX, _GAP, _KIND, _STRIP = 0.62, 0.3, 2.75, 0.72  # heights in inches
-_NAMED_LAYERS = 8
+_NAMED_RUNS = 8
 
 
 def draw_structure(analysis: Analysis, pen: Pen) -> Figure:
@@ -142,14 +142,6 @@ def _arrow(axes: Axes, pen: Pen, top: float) -> float:
 
 
 def _named(layers: Sequence[int]) -> str:
-    """Such as "0–3, 5", the middle left out if there are many runs."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    names = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
-    if len(names) > _NAMED_LAYERS:
-        names = [*names[:3], "…", names[-1]]
-    return ", ".join(names)
+    """Their runs, the middle left out if there are many."""
+    names = layer_runs(layers)
+    return ", ".join([*names[:3], "…", names[-1]] if len(names) > _NAMED_RUNS else names)

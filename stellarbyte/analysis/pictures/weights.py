@@ -52,7 +52,7 @@ def draw_spectra(analysis: Analysis, pen: Pen) -> Figure:
     figure = new_figure(2.8 * columns + 1, 2.4 * rows + 0.4)
     panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     last = max(1, analysis.config.num_hidden_layers - 1)
-    colours = ScalarMappable(Normalize(0, last), pen.theme.colormap)
+    colours = ScalarMappable(Normalize(0, last), "viridis")  # of whose ends both can be seen on both grounds
     for panel, (part, of_part) in zip(panels, by_part.items(), strict=False):
         for spectrum in of_part:
             if spectrum.expert not in (None, 0) or spectrum.largest == 0:

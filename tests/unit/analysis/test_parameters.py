@@ -6,7 +6,7 @@ import pytest
 
 from stellarbyte import ByteTransformer
 from stellarbyte.analysis.parameters import GROUPS, count_groups, count_parts, parameters_of
-from stellarbyte.analysis.structure import layer_kinds
+from stellarbyte.analysis.structure import layer_kinds, layer_runs
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, W, make_config, make_model
 
 MODELS = VARIANTS | EXPERT_VARIANTS | {"learned decay": {"xpos_learnable_scale": True}}
@@ -72,6 +72,10 @@ def test_kinds_of_layers_are_told_by_window_rotation_and_experts() -> None:
         ((3, 5), None, "none", (3, 3), 1),
         ((4,), W, "none", (), 0),
     ]
+
+
+def test_layers_are_named_by_runs() -> None:
+    assert layer_runs((0, 1, 2, 5, 7, 8)) == ["0–2", "5", "7–8"] and layer_runs((3,)) == ["3"]
 
 
 def test_a_tied_head_has_no_parameters() -> None:
