@@ -62,11 +62,11 @@ def expected_weights(model: Any) -> torch.Tensor:
     ["xpos window sinks", "sinks of the softmax", "norms before and after", "rotation of a part, not in all layers"],
 )
 def test_weights_are_the_oracles_with_windows_and_both_kinds_of_sinks(
-    variant: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    variant: str, chunk: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense_attention, "XPOS_CHUNK", chunk)
     model = make_model(**VARIANTS[variant])
-    expected, found = expected_weights(model), attention_weights(model, IDS)
+    expected, found = expected_weights(model), attention_weights(model.to(device), IDS)
     assert (found - expected).abs().max() < 1e-5
     sums = found.sum(dim=-1)
     if model.config.softmax_sink:
