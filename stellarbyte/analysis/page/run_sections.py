@@ -26,7 +26,9 @@ def attention_section(parts: PageParts) -> Element | None:
     by_layer: dict[int, list[HeadFigures]] = {}
     for one in attention.figures:
         by_layer.setdefault(one.layer, []).append(one)
-    fields = ("first", "distance", "entropy", "nothing")
+    fields = ["first", "distance", "entropy"]
+    if parts.analysis.config.softmax_sink:  # without it, rounding would be shown
+        fields.append("nothing")
     means = [
         [str(layer), *(number(statistics.fmean(getattr(one, name) for one in of_layer)) for name in fields)]
         for layer, of_layer in by_layer.items()
