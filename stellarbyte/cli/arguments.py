@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     ).set_defaults(module=SERVE)
     _add_convert(commands)
     _add_info(commands)
+    _add_analyse(commands)
     _add_generate(commands)
     _add_chat(commands)
     _add_adapters(commands)
@@ -65,6 +66,34 @@ def _add_info(commands: _Commands) -> None:
     command.add_argument("model", metavar="MODEL", help=f"checkpoint, {SOURCES}, or demo")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(module="stellarbyte.cli.info")
+
+
+def _add_analyse(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "analyse",
+        help="write a report of a model: parameters, weights, attention, quality, speed, adapters",
+        description="Write a report of a model as a page with pictures that opens from disk, and as JSON.",
+    )
+    command.add_argument("model", metavar="MODEL", help=f"checkpoint, {SOURCES}, or demo")
+    command.add_argument("--out", default="report", metavar="DIR", help="folder to create; default: %(default)s")
+    command.add_argument(
+        "--text",
+        type=_text,
+        metavar="FILE|TEXT",
+        help="what attention and quality are measured on, at most 64 KiB; default: a sample in the page's language",
+    )
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        dest="adapters",
+        metavar="DIR",
+        help="an adapter in PEFT's format to analyse, too; can be repeated",
+    )
+    command.add_argument("--language", choices=("en", "zh"), default="en", help="of the page; default: %(default)s")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
+    command.add_argument("--no-speed", action="store_false", dest="speed", help="do not measure speed")
+    command.set_defaults(module="stellarbyte.cli.analyse")
 
 
 def _add_generate(commands: _Commands) -> None:

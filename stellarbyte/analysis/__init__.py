@@ -1,0 +1,1 @@
+"""What a model consists of and how it behaves, as numbers, pictures and one page (`stellarbyte analyse`)."""

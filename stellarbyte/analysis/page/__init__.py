@@ -1,0 +1,1 @@
+"""The page of an analysis: HTML without scripts, its style sheet beside it."""
