@@ -16,7 +16,8 @@ from stellarbyte.ops.cpu.packing import (
     interleave_gated,
     interleaved_rows,
     pack,
-    pack_below_each_other,
+    panels_below_each_other,
+    quantized_rows,
     unpack,
 )
 from stellarbyte.ops.cpu.routing import Routers, make_pairs, route
@@ -85,7 +86,8 @@ def packed_pools(matrices_ENK: torch.Tensor, quantization: str, *, is_gated: boo
 
     pools = [matrix.numpy() for factor in (-1, 3, 1) for matrix in factor * matrices_ENK]
     stored = [unpack(pack(joined(matrix), quantization))[order] for matrix in matrices_ENK.numpy()]
-    packed = pack_below_each_other(map(joined, pools), len(pools), quantization)
+    rows = (quantized_rows(joined(matrix), quantization) for matrix in pools)
+    packed = panels_below_each_other(rows, len(pools))
     return packed, torch.from_numpy(np.stack(stored))
 
 
