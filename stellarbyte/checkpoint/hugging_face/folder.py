@@ -17,10 +17,10 @@ from stellarbyte.checkpoint.hugging_face.interleaved_experts import interleaved_
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
 from stellarbyte.checkpoint.native import read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
-from stellarbyte.checkpoint.quantized.formats import quantization_of, read_quantized, refuse_other_formats
+from stellarbyte.checkpoint.quantized.formats import FORMATS, quantization_of, read_quantized, refuse_other_formats
 from stellarbyte.checkpoint.quantized.matrix import CODES
 from stellarbyte.checkpoint.quantized.origin import Origin
-from stellarbyte.checkpoint.quantized.plan import planned_numbers, planned_parts, without_uneven_experts
+from stellarbyte.checkpoint.quantized.plan import is_of_expert, planned_numbers, planned_parts, without_uneven_experts
 from stellarbyte.checkpoint.quantized.source import QuantizedSource
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json, read_tensor
 from stellarbyte.checkpoint.shapes import matrix_names
@@ -86,8 +86,9 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
     matrices = {} if quantized is None else _planned_matrices(model_type, quantized, config, dtype)
     if matrices and dtype is None and not any(name.endswith(CODES) for name in matrices):
         dtype = torch.float32  # which the dequantized matrices have
+    widest = torch.float32 if dtype is None and matrices else dtype  # as experts that were quantized
     planned = matrices | {
-        piece.name: _planned(name, info, piece, dtype)
+        piece.name: _planned(name, info, piece, widest if is_of_expert(name) else dtype)
         for name, info in plain.items()
         for piece in pieces(model_type, expert_name(name), info.shape[0] if info.shape else 0, config)
     }
@@ -118,7 +119,7 @@ def _planned_matrices(
     """Kept as they are, if the checkpoint's form can hold them; else, or where a dtype is given, dequantized."""
     may_be_kept = matrix_names(config)
     planned: dict[str, PlannedTensor] = {}
-    for name, matrix in without_uneven_experts(source.matrices).items():
+    for name, matrix in without_uneven_experts(source).items():
         for piece in pieces(model_type, expert_name(name), matrix.shape[0], config):
             is_kept = dtype is None and matrix.parts is not None
             if is_kept and (piece.name in may_be_kept or MATRIX.fullmatch(piece.name)):
@@ -169,12 +170,8 @@ def refuse_unsupported(folder: Path) -> None:
     architectures = raw.get("architectures")
     if architectures and architectures != [MODEL_TYPES[model_type]]:
         raise CheckpointError(f"{folder} holds {architectures[0]}, not {MODEL_TYPES[model_type]}.")
-    quantization = quantization_of(raw)
-    is_mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
-    if quantization is not None and not (is_mxfp4 and _has_interleaved_experts(model_type)):
-        refuse_other_formats(folder, quantization)
-        if _has_interleaved_experts(model_type):
-            raise CheckpointError(f"{folder}: experts of {model_type!r} are read in bfloat16 or mxfp4 only.")
+    if (quantization := quantization_of(raw)) is not None:
+        refuse_other_formats(folder, quantization, ("mxfp4",) if _has_interleaved_experts(model_type) else FORMATS)
 
 
 def _read_weight_headers(folder: Path) -> dict[str, TensorInfo]:

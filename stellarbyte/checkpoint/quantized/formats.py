@@ -1,6 +1,6 @@
 """The formats of quantized folders, by the quant_method of their config."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ def quantization_of(config: Mapping[str, Any]) -> Any:
     return config.get("quantization_config", config.get("compression_config"))
 
 
-def refuse_other_formats(folder: Path, quantization: object) -> None:
-    """Raise CheckpointError unless the weights are quantized in one of `FORMATS`."""
+def refuse_other_formats(folder: Path, quantization: object, formats: Collection[str]) -> None:
+    """Raise CheckpointError unless the weights are quantized in one of the formats."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if not isinstance(method, str) or method not in FORMATS:
+    if not isinstance(method, str) or method not in formats:
         raise CheckpointError(
-            f"{folder} is quantized with {method!r}, which is not supported; supported are {', '.join(FORMATS)}."
+            f"{folder} is quantized with {method!r}, which is not supported; this model may be in {', '.join(formats)}."
         )
 
 

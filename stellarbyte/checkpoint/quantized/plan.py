@@ -8,7 +8,7 @@ import torch
 
 from stellarbyte.checkpoint.plan import PlannedTensor
 from stellarbyte.checkpoint.quantized.matrix import CODES, SCALES, ZEROS, Kind
-from stellarbyte.checkpoint.quantized.source import Read, SourceMatrix
+from stellarbyte.checkpoint.quantized.source import QuantizedSource, Read, SourceMatrix
 
 # N outputs, K inputs, G groups of inputs
 
@@ -22,20 +22,26 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 TakeRows = Callable[[torch.Tensor], torch.Tensor]
 
 
-def without_uneven_experts(matrices: Mapping[str, SourceMatrix]) -> dict[str, SourceMatrix]:
-    """The matrices; those of experts, which become stacks, are kept as they are only if all are alike."""
-    experts = {name for name in matrices if _EXPERT.search(name)}
-    forms = {
-        None if parts is None else (parts.kind, matrices[name].shape[1] // parts.num_groups, parts.scale_dtype)
-        for name in experts
-        for parts in [matrices[name].parts]
-    }
+def without_uneven_experts(source: QuantizedSource) -> dict[str, SourceMatrix]:
+    """The matrices; those of experts, which become stacks, are kept as they are only if all experts are alike."""
+    matrices = source.matrices
+    experts = {name for name in matrices if is_of_expert(name)}
+    forms: set[tuple[object, ...] | None] = {None for name in source.plain if is_of_expert(name)}
+    for name in experts:
+        parts = matrices[name].parts
+        form = None if parts is None else (parts.kind, matrices[name].shape[1] // parts.num_groups, parts.scale_dtype)
+        forms.add(form)
     if len(forms) <= 1:
         return dict(matrices)
     return {
         name: SourceMatrix(shape=matrix.shape, dequantized=matrix.dequantized) if name in experts else matrix
         for name, matrix in matrices.items()
     }
+
+
+def is_of_expert(name: str) -> bool:
+    """Whether a tensor is of a single expert, one of a stack."""
+    return _EXPERT.search(name) is not None
 
 
 def planned_parts(name: str, matrix: SourceMatrix, rows: slice, take_rows: TakeRows) -> dict[str, PlannedTensor]:
