@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
 from stellarbyte.checkpoint.quantized.matrix import Kind, QuantizedMatrix
@@ -15,7 +14,7 @@ from stellarbyte.ops.cpu.packing import Floats, QuantizedRows, quantized_rows
 # N outputs, K inputs, G groups of inputs
 
 HEAD = "lm_head.weight"
-_GROUPS: Mapping[Kind, int] = {"int4": INT4_GROUP, "int8": INT8_GROUP}  # of the kernels, which have none for fp8
+_GROUPS: Mapping[Kind, int] = {"int4": INT4_GROUP, "int8": INT8_GROUP, "fp8": INT8_GROUP}  # of the kernels
 
 
 class CpuMatrices:
@@ -80,17 +79,19 @@ def _common_form(config: ByteModelConfig, kept: Mapping[str, QuantizedMatrix]) -
 
 
 def _fits(matrix: QuantizedMatrix) -> bool:
-    group = _GROUPS.get(matrix.kind)
-    return group is not None and matrix.group_size % group == 0
+    return matrix.group_size % _GROUPS[matrix.kind] == 0
 
 
 def _kernel_rows(matrix: QuantizedMatrix) -> QuantizedRows:
     """The same numbers: int4 as code · scale + minimum, groups in parts of the kernels' size."""
     repeats = matrix.group_size // _GROUPS[matrix.kind]
     scales = matrix.scales.float()
-    nothing = np.zeros((len(scales), 0), np.float32)
-    minima = nothing if matrix.zeros is None else (-matrix.zeros.float() * scales).repeat_interleave(repeats, 1).numpy()
-    return QuantizedRows(matrix.codes.numpy(), scales.repeat_interleave(repeats, 1).numpy(), minima)
+    codes, minima = matrix.codes, torch.zeros(len(scales), 0)
+    if matrix.zeros is not None:
+        minima = (-matrix.zeros.float() * scales).repeat_interleave(repeats, 1)
+    if matrix.kind == "fp8":
+        codes, minima = codes.view(torch.uint8), minima.to(torch.uint8)
+    return QuantizedRows(codes.numpy(), scales.repeat_interleave(repeats, 1).numpy(), minima.numpy())
 
 
 def _dequantized(matrix: QuantizedMatrix) -> Floats:

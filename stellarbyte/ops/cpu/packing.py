@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP, PANEL_ROWS
 
@@ -14,13 +15,16 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 
+_LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+
 
 class PackedWeight(NamedTuple):
     """A matrix [N, K] for `linear.linear`; rows are padded with zeros to whole panels."""
 
-    weights: npt.NDArray[Any]  # [P, K, R] float32 or int8, or [P, K/2, R] uint8: columns 2i (low bits) and 2i+1
+    # [P, K, R] float32, int8, or uint8 of fp8; int4: uint8 [P, K/2, R], columns 2i (low bits) and 2i+1
+    weights: npt.NDArray[Any]
     scales: Floats  # [P, K/G, R]; empty for float32
-    minima: Floats  # [P, K/G, R], int4 only
+    minima: npt.NDArray[Any]  # [P, K/G, R] float32 for int4; empty for others, of uint8 for fp8
 
     @property
     def num_bytes(self) -> int:
@@ -32,7 +36,7 @@ class StackedLinears(NamedTuple):
 
     weights: npt.NDArray[Any]
     scales: Floats
-    minima: Floats
+    minima: npt.NDArray[Any]
     bias_LN: Floats  # [L, P · R] in the rows' order, or [L, 0]
     places_L: Integers  # of each of the model's layers in this stack; -1: it has none of them
     widths: Integers  # rows of each linear
@@ -42,15 +46,17 @@ class StackedLinears(NamedTuple):
 class QuantizedRows(NamedTuple):
     """A matrix [N, K] row by row: what `panels_of` packs. Its parts may be joined with those of others."""
 
-    weights: npt.NDArray[Any]  # [N, K] float32 or int8, or [N, K/2] uint8: columns 2i (low bits) and 2i+1
+    # [N, K] float32, int8, or uint8 of fp8; int4: uint8 [N, K/2], columns 2i (low bits) and 2i+1
+    weights: npt.NDArray[Any]
     scales: Floats  # [N, K/G]; [N, 0] for float32
-    minima: Floats  # [N, K/G], int4 only
+    minima: npt.NDArray[Any]  # [N, K/G] float32 for int4; [N, 0] for others, of uint8 for fp8
 
 
 def quantized_rows(matrix_NK: Floats, quantization: str) -> QuantizedRows:
-    """A matrix as "none" (float32), "int8" or "int4".
+    """A matrix as "none" (float32), "int8", "fp8" or "int4".
 
-    int8: q · scale, scale = max|w| / 127 over 64 columns of a row. int4: q · scale + minimum, q = 0..15, over 32.
+    int8: q · scale, scale = max|w| / 127 over 64 columns of a row; fp8: the same with e4m3's largest number, 448.
+    int4: q · scale + minimum, q = 0..15, over 32.
 
     Raises:
         ValueError: K is not a multiple of the quantization's group.
@@ -59,7 +65,7 @@ def quantized_rows(matrix_NK: Floats, quantization: str) -> QuantizedRows:
     nothing = np.zeros((rows, 0), np.float32)
     if quantization == "none":
         return QuantizedRows(matrix_NK.astype(np.float32, copy=False), nothing, nothing)
-    group = INT8_GROUP if quantization == "int8" else INT4_GROUP
+    group = INT4_GROUP if quantization == "int4" else INT8_GROUP
     if columns % group:
         raise ValueError(f"{quantization} needs matrices with a multiple of {group} columns; one has {columns}")
     groups_NGC = matrix_NK.reshape(rows, columns // group, group)
@@ -67,11 +73,20 @@ def quantized_rows(matrix_NK: Floats, quantization: str) -> QuantizedRows:
         scale_NG = np.maximum(np.abs(groups_NGC).max(axis=-1), np.float32(1e-30)) / np.float32(127)
         integers = np.rint(groups_NGC / scale_NG[..., None]).astype(np.int8)
         return QuantizedRows(integers.reshape(matrix_NK.shape), scale_NG, nothing)
+    if quantization == "fp8":
+        scale_NG = np.maximum(np.abs(groups_NGC).max(axis=-1), np.float32(1e-30)) / np.float32(_LARGEST_FP8)
+        numbers = torch.from_numpy(groups_NGC / scale_NG[..., None]).to(torch.float8_e4m3fn)
+        return QuantizedRows(numbers.view(torch.uint8).numpy().reshape(matrix_NK.shape), scale_NG, no_minima(rows))
     minimum_NG = groups_NGC.min(axis=-1)
     scale_NG = np.maximum((groups_NGC.max(axis=-1) - minimum_NG) / np.float32(15), np.float32(1e-30))
     nibbles = np.rint((groups_NGC - minimum_NG[..., None]) / scale_NG[..., None]).clip(0, 15).astype(np.uint8)
     nibbles = nibbles.reshape(matrix_NK.shape)
     return QuantizedRows(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale_NG, minimum_NG)
+
+
+def no_minima(num_rows: int) -> npt.NDArray[np.uint8]:
+    """[N, 0]: those of fp8."""
+    return np.zeros((num_rows, 0), np.uint8)
 
 
 def joined_rows(matrices: Sequence[QuantizedRows], join: Callable[..., npt.NDArray[Any]]) -> QuantizedRows:
@@ -85,11 +100,9 @@ def panels_of(rows: QuantizedRows) -> PackedWeight:
     weights, scales, minima = (
         np.concatenate([part, np.zeros((missing, part.shape[1]), part.dtype)]) if missing else part for part in rows
     )
-    nothing = np.zeros((1, 0, PANEL_ROWS), np.float32)
     return PackedWeight(
         _panels(weights),
-        _panels(scales) if scales.size else nothing,
-        _panels(minima) if minima.size else nothing,
+        *(_panels(part) if part.size else np.zeros((1, 0, PANEL_ROWS), part.dtype) for part in (scales, minima)),
     )
 
 
@@ -124,8 +137,10 @@ def unpack(weight: PackedWeight) -> Floats:
     if not weight.scales.size:
         return _rows(weight.weights)
     if not weight.minima.size:
-        group, numbers = INT8_GROUP, _rows(weight.weights).astype(np.float32)
-        return numbers * _rows(weight.scales).repeat(group, axis=1)
+        codes = _rows(weight.weights)
+        if weight.minima.dtype == np.uint8:
+            codes = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+        return codes.astype(np.float32) * _rows(weight.scales).repeat(INT8_GROUP, axis=1)
     pairs = _rows(weight.weights)
     nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1).astype(np.float32)
     scales, minima = (_rows(part).repeat(INT4_GROUP, axis=1) for part in (weight.scales, weight.minima))
