@@ -17,6 +17,7 @@ from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model, load_quantized, open_checkpoint
+from stellarbyte.model.parts import adaptable_modules
 from tests.support.engines.engine import ModelEngine
 from tests.support.models.adapters import RandomAdapter
 from tests.support.models.quantized import FORMATS, write_quantized
@@ -121,6 +122,39 @@ def test_numbers_are_kept_exactly(pair: Pair) -> None:
     kept = open_checkpoint(pair.folder).quantized
     assert {matrix.kind for matrix in kept.values()} == ({form} - {None})
     assert ("lm_head.weight" in kept) == (FORMATS[pair.name].has_head and form is not None)
+
+
+@pytest.mark.parametrize(("name", "form"), [("awq", "int4"), ("fp8 blocks", "fp8"), ("nf4", "none")])
+def test_quantized_experts_are_served(name: str, form: str, device: torch.device, tmp_path: Path) -> None:
+    pair = make_pair(name, tmp_path, experts=True, moe_intermediate_size=128, head_dim=32)
+    for backend in ("torch", "cpu"):
+        engine = check_served(backend, pair, device)
+    assert engine.executor.model.quantization == form
+
+
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors W8A8", "fp8 blocks"])
+def test_kept_weights_are_what_dora_reads(name: str, tmp_path: Path) -> None:
+    """And adapters that replace the head: what `weight` returns is what steps multiply with."""
+    folder = convert(write_quantized(tmp_path, name)[0], tmp_path / "target")
+    model, kept = load_quantized(folder, dtype=torch.float32)
+    served = CpuModel(model, open_checkpoint(folder).config, quantization="none", num_threads=2, kept=kept)
+    expected = load_model(folder).state_dict()
+    for module in (*adaptable_modules(open_checkpoint(folder).config), "lm_head"):
+        torch.testing.assert_close(served.weight(module), expected[f"{module}.weight"], rtol=3e-7, atol=1e-8)
+
+
+def test_another_quantization_starts_from_the_dequantized_weights(tmp_path: Path) -> None:
+    folder = convert(write_quantized(tmp_path, "awq")[0], tmp_path / "target")
+    config = open_checkpoint(folder).config
+    model, kept = load_quantized(folder, dtype=torch.float32)
+    served = CpuModel(model, config, quantization="int8", num_threads=2, kept=kept)
+    expected = CpuModel(load_model(folder), config, quantization="int8", num_threads=2)
+    module = "model.layers.1.mlp.down_proj"
+    assert served.quantization == "int8" and torch.equal(served.weight(module), expected.weight(module))
+    same = CpuModel(model, config, quantization="int4", num_threads=2, kept=kept)  # the same bits, an int8 head
+    exact = load_model(folder).state_dict()
+    torch.testing.assert_close(same.weight(module), exact[f"{module}.weight"], rtol=3e-7, atol=1e-8)
+    assert torch.equal(same.weight("lm_head"), expected.weight("lm_head"))
 
 
 @pytest.fixture
