@@ -23,7 +23,7 @@ from stellarbyte.checkpoint.quantized.origin import Origin
 from stellarbyte.checkpoint.quantized.plan import is_of_expert, planned_numbers, planned_parts, without_uneven_experts
 from stellarbyte.checkpoint.quantized.source import QuantizedSource
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json, read_tensor
-from stellarbyte.checkpoint.shapes import matrix_names
+from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
 from stellarbyte.config import ByteModelConfig
 
 MODEL_TYPES = {
@@ -80,6 +80,8 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
         for name, info in (headers if quantized is None else quantized.plain).items()
         if not _is_derived(name, config) and not (is_interleaved and is_stack(name))
     }
+    if quantized is not None:
+        plain = _without_empty_biases(model_type, plain, quantized, config)
     for name, info in plain.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{info.file} holds {name} as {info.dtype}; only {', '.join(DTYPES)} are supported.")
@@ -101,6 +103,21 @@ def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPla
         write_tokenizer=tokenizer.write,
         origin=None if quantized is None else Origin(format=quantized.format, notes=quantized.notes),
     )
+
+
+def _without_empty_biases(
+    model_type: str, plain: Mapping[str, TensorInfo], source: QuantizedSource, config: ByteModelConfig
+) -> dict[str, TensorInfo]:
+    """The tensors without the zeros that AutoGPTQ stores as biases of linears that have none."""
+    expected = expected_shapes(config)
+
+    def is_empty(name: str, info: TensorInfo) -> bool:
+        if not name.endswith(".bias") or f"{name.removesuffix('bias')}weight" not in source.matrices:
+            return False
+        is_known = all(piece.name in expected for piece in pieces(model_type, name, info.num_elements, config))
+        return not is_known and not read_tensor(name, info).any()
+
+    return {name: info for name, info in plain.items() if not is_empty(name, info)}
 
 
 def _has_interleaved_experts(model_type: str) -> bool:

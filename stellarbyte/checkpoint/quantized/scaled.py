@@ -81,7 +81,7 @@ def scaled_matrix(
 
     Args:
         blocks: the sizes that scales may be for.
-        zeros_ending: of zero points of the scales' shape, of int8; None: there are none.
+        zeros_ending: of zero points of the scales' shape, which some releases store as zeros; None: there are none.
     """
     name, of_scales = f"{module}.weight", f"{module}{scale_ending}"
     weight = entries.take(name, _CODES)
@@ -114,7 +114,11 @@ def scaled_matrix(
             numbers = numbers - zeros.repeat_interleave(block[1], dim=1)[:, : shape[1]]
         return numbers * read_scales_by_output().float().repeat_interleave(block[1], dim=1)[:, : shape[1]]
 
-    zeros_info = None if zeros_ending is None else entries.take(f"{module}{zeros_ending}", ["I8", "I32"], scales.shape)
+    zeros_info = None
+    if zeros_ending is not None:
+        of_zeros = f"{module}{zeros_ending}"
+        stored = entries.take(of_zeros, ["I8", "I32", "F8_E4M3"], scales.shape)
+        zeros_info = stored if read_tensor(of_zeros, stored).float().any() else None
     if zeros_info is not None or shape[1] % block[1]:
         return SourceMatrix(shape=shape, dequantized=read_dequantized)
     return kept(

@@ -151,8 +151,8 @@ def int_quantized(*, sym: bool = True) -> Pack:
     return pack
 
 
-def fp8(block: tuple[int, int] | None, scale_name: str, *, scalar: bool = False) -> Pack:
-    """e4m3 with float32 scales for blocks, for outputs (None), or for the matrix."""
+def fp8(block: tuple[int, int] | None, scale_name: str, *, scalar: bool = False, powers: bool = False) -> Pack:
+    """e4m3 with float32 scales for blocks, for outputs (None), or for the matrix; `powers`: scales are e8m0."""
 
     def pack(weight: np.ndarray, _rng: np.random.Generator) -> Packed:
         rows, columns = block or (weight.shape if scalar else (1, weight.shape[1]))
@@ -161,9 +161,13 @@ def fp8(block: tuple[int, int] | None, scale_name: str, *, scalar: bool = False)
         for i, j in np.ndindex(grid.shape):
             place = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
             grid[i, j] = np.abs(weight[place]).max() / 448
+            if powers:
+                grid[i, j] = 2.0 ** np.ceil(np.log2(grid[i, j]))
             codes[place] = torch.from_numpy(weight[place] / grid[i, j]).to(torch.float8_e4m3fn)
             numbers[place] = codes[place].double().numpy() * float(grid[i, j])
         scales = torch.from_numpy(grid)
+        if powers:
+            scales = scales.to(torch.float8_e8m0fnu)
         return {".weight": codes, scale_name: scales.reshape(()) if scalar else scales}, numbers
 
     return pack
@@ -304,6 +308,10 @@ FORMATS: dict[str, Format] = {
     ),
     "fp8 blocks": Format(
         config=_FP8 | {"weight_block_size": [128, 128]}, pack=fp8((128, 128), ".weight_scale_inv"), form="fp8"
+    ),
+    "fp8 blocks, powers of two": Format(
+        config=_FP8 | {"weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        pack=fp8((128, 128), ".weight_scale_inv", powers=True), form="fp8",
     ),
     "fp8 blocks, cut off": Format(
         config=_FP8 | {"weight_block_size": [96, 96]}, pack=fp8((96, 96), ".weight_scale_inv"), form=None

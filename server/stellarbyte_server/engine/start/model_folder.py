@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
 from stellarbyte.checkpoint.native import load_language_model, load_quantized, open_checkpoint
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
+from stellarbyte.checkpoint.quantized.origin import read_origin
 from stellarbyte.checkpoint.vocabulary import mismatch
 from stellarbyte.checkpoint.weights_hash import FileState, states_of, weights_hash
 from stellarbyte.config import ByteModelConfig
@@ -90,4 +91,6 @@ def open_model_folder(path: Path, *, is_dummy: bool) -> ModelFolder:
     if is_dummy:
         return ModelFolder(path=path, config=dummy_config(path), is_dummy=True, weight_files={})
     checkpoint = open_checkpoint(path)
+    if (origin := read_origin(path)) is not None:
+        logger.info("the weights are from %s", "; ".join([origin.format, *origin.notes]))
     return ModelFolder(path=path, config=checkpoint.config, is_dummy=False, weight_files=states_of(checkpoint.files))

@@ -190,6 +190,30 @@ def test_a_state_with_a_shape_that_is_none_is_refused(tmp_path: Path) -> None:
         assert "is not the JSON that bitsandbytes writes" in refusal(folder, tmp_path / "target")
 
 
+def test_empty_biases_are_left_out_and_others_refused(tmp_path: Path) -> None:
+    """AutoGPTQ stores zeros for linears without a bias."""
+    folder = write_quantized(tmp_path, "gptq", attention_bias=False)[0]
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.bias"
+    save_file(tensors | {name: torch.zeros(128, dtype=torch.float16)}, folder / "model.safetensors")
+    assert name not in open_checkpoint(convert(folder, tmp_path / "a")).tensors
+    save_file(tensors | {name: torch.ones(128)}, folder / "model.safetensors")
+    assert f"holds the tensor {name}, which the config does not imply" in refusal(folder, tmp_path / "b")
+
+
+def test_zero_points_that_are_all_zero_change_nothing(tmp_path: Path) -> None:
+    """Early releases of compressed-tensors store them for symmetric weights, too."""
+    folder, plain = write_quantized(tmp_path, "compressed-tensors FP8")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        zeros = torch.zeros(tensors[name].shape).to(torch.float8_e4m3fn)
+        tensors[name.replace("weight_scale", "weight_zero_point")] = zeros
+    save_file(tensors, folder / "model.safetensors")
+    target = convert(folder, tmp_path / "target")
+    assert {matrix.kind for matrix in open_checkpoint(target).quantized.values()} == {"fp8"}
+    numbers = load_file(plain / "model.safetensors")[f"{MODULE}.weight"]
+    torch.testing.assert_close(load_model(target).get_parameter(f"{MODULE}.weight"), numbers, rtol=3e-7, atol=1e-9)
+
+
 def test_folders_that_only_say_so_are_refused(tmp_path: Path) -> None:
     _, plain = write_quantized(tmp_path, "awq")
     edit_config(plain, quantization_config=config_of("awq"))
