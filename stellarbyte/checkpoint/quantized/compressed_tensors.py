@@ -21,6 +21,7 @@ from stellarbyte.checkpoint.quantized.source import (
     QuantizedSource,
     SourceMatrix,
     corrupt,
+    is_in_order,
     kept,
     read_scales,
     scale_dtype,
@@ -110,7 +111,7 @@ def _packed_matrix(entries: Entries, module: str, may_have_bits: list[int]) -> S
     def signed_bytes() -> torch.Tensor:
         return (read_codes().short() - middle).to(torch.int8)
 
-    if not _is_ordered(groups, num_groups) or (bits <= 4 and num_inputs % 2) or (bits > 4 and zeros_info is not None):
+    if not is_in_order(groups, num_groups) or (bits <= 4 and num_inputs % 2) or (bits > 4 and zeros_info is not None):
         return SourceMatrix(shape=shape, dequantized=read_dequantized)
     return kept(
         shape,
@@ -153,9 +154,3 @@ def _group_of_inputs(entries: Entries, module: str, num_inputs: int, num_groups:
     if groups.min() < 0 or groups.max() >= num_groups:
         raise corrupt(info, name, f"names groups other than 0 to {num_groups - 1}")
     return groups
-
-
-def _is_ordered(groups_K: torch.Tensor, num_groups: int) -> bool:
-    """Whether the groups are equally many neighbouring inputs, one after the other."""
-    size, rest = divmod(len(groups_K), num_groups)
-    return rest == 0 and torch.equal(groups_K, torch.arange(len(groups_K)) // size)

@@ -7,7 +7,6 @@ those of "gptq_v2" store the zero point.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from stellarbyte.checkpoint.quantized.source import (
     QuantizedSource,
     SourceMatrix,
     corrupt,
+    is_in_order,
     kept,
     read_scales,
     scale_dtype,
@@ -40,12 +40,11 @@ def read_gptq(entries: Entries, config: Mapping[str, Any]) -> QuantizedSource:
         raise ValueError(f"checkpoint_format {layout!r} is not supported, only {' and '.join(_OFFSETS)}")
     if bits not in _BITS:
         raise ValueError(f"{bits!r} bits are not supported, only {', '.join(map(str, _BITS))}")
-    matrices = {
-        f"{module}.weight": _Module(entries, module, bits, _OFFSETS[layout]).matrix()
-        for module in entries.modules(".qweight")
+    modules = {
+        f"{module}.weight": _Module(entries, module, bits, _OFFSETS[layout]) for module in entries.modules(".qweight")
     }
-    is_ordered = all(matrix.parts is not None for matrix in matrices.values())
-    order = "" if is_ordered or bits == 8 else ", act-order"
+    matrices = {name: module.matrix() for name, module in modules.items()}
+    order = "" if all(module.is_in_order() for module in modules.values()) else ", act-order"
     return QuantizedSource(format=f"GPTQ, {bits} bits{order}", matrices=matrices, plain=entries.plain())
 
 
@@ -63,9 +62,7 @@ class _Module:
         (num_rows, num_outputs), self._num_groups = shapes[0], shapes[1][0]
         num_inputs = num_rows * 32 // bits
         entries.take(self._of_scales, FLOATS, (self._num_groups, num_outputs))
-        self._zeros = entries.take(
-            self._of_zeros, ["I32"], (self._num_groups, num_words(num_outputs, bits))
-        )  # fmt: skip
+        self._zeros = entries.take(self._of_zeros, ["I32"], (self._num_groups, num_words(num_outputs, bits)))
         if not self._num_groups:
             raise corrupt(self._scales, self._of_scales, "holds no groups")
         self._shape = (num_outputs, num_inputs)
@@ -76,18 +73,13 @@ class _Module:
             raise corrupt(self._scales, self._of_scales, f"holds {self._num_groups} groups for {num_inputs} inputs")
 
     def matrix(self) -> SourceMatrix:
-        parts = self._parts() if self._is_ordered() else None
-        return SourceMatrix(shape=self._shape, dequantized=self._dequantized) if parts is None else kept(
-            self._shape, parts
-        )  # fmt: skip
+        parts = self._parts() if self.is_in_order() else None
+        if parts is not None:
+            return kept(self._shape, parts)
+        return SourceMatrix(shape=self._shape, dequantized=self._dequantized)
 
-    def _is_ordered(self) -> bool:
-        """Whether the groups are equally many neighbouring inputs, one after the other."""
-        num_inputs = self._shape[1]
-        if num_inputs % self._num_groups:
-            return False
-        neighbours = torch.arange(num_inputs) // (num_inputs // self._num_groups)
-        return torch.equal(self._group_of_inputs(), neighbours)
+    def is_in_order(self) -> bool:
+        return is_in_order(self._group_of_inputs(), self._num_groups)
 
     def _parts(self) -> Parts | None:
         is_bytes = self._bits == 8
@@ -100,7 +92,7 @@ class _Module:
             num_groups=self._num_groups,
             scale_dtype=scale_dtype(self._scales),
             codes=self._signed_bytes if is_bytes else lambda: two_in_a_byte(self._codes()),
-            scales=partial(self._scales_by_output),
+            scales=self._scales_by_output,
             zeros=None if is_bytes else self._zero_points,
         )
 

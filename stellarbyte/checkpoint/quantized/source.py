@@ -128,5 +128,11 @@ def scale_dtype(info: TensorInfo) -> torch.dtype:
     return KEPT_SCALES.get(info.dtype, torch.float32)
 
 
+def is_in_order(groups_K: torch.Tensor, num_groups: int) -> bool:
+    """Whether the groups of the inputs are equally many neighbours, one group after the other."""
+    size, rest = divmod(len(groups_K), num_groups)
+    return rest == 0 and torch.equal(groups_K, torch.arange(len(groups_K)) // max(size, 1))
+
+
 def corrupt(info: TensorInfo, name: str, reason: str) -> CheckpointError:
     return CheckpointError(f"{info.file} cannot be decoded: {name} {reason}.")

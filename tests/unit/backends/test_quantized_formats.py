@@ -24,7 +24,7 @@ from tests.support.models.quantized import FORMATS, write_quantized
 
 TOLERANCE = 1e-4  # of log-probabilities
 LENGTH, FIRST = 24, 16
-ON_A_GPU = ("awq", "gptq act-order", "compressed-tensors W8A8", "fp8 blocks", "nf4, double")
+ON_A_GPU = [name if name == "awq" else pytest.param(name, marks=pytest.mark.slow_without_gpu) for name in FORMATS]
 ADAPTER = "tuned"
 
 
@@ -167,9 +167,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_stream")
-@pytest.mark.parametrize(
-    "name", [name if name == "awq" else pytest.param(name, marks=pytest.mark.slow_without_gpu) for name in ON_A_GPU]
-)
+@pytest.mark.parametrize("name", ON_A_GPU)
 def test_gpu_kernels_give_the_logits_of_the_dequantized_weights(
     name: str, device: torch.device, tmp_path: Path
 ) -> None:
