@@ -51,7 +51,9 @@ def make_pair(name: str, folder: Path, **options: Any) -> Pair:
     expected = their_logprobs(theirs)
     modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     torch.manual_seed(1)
-    lora = LoraConfig(r=4, lora_alpha=16, target_modules=modules[:4] if options else modules, init_lora_weights=False)
+    lora = LoraConfig(
+        r=4, lora_alpha=16, target_modules=modules[:4] if "experts" in options else modules, init_lora_weights=False
+    )
     tuned = get_peft_model(theirs, lora).eval()
     weights = {
         module.removeprefix("base_model.model."): (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
@@ -124,7 +126,7 @@ def test_numbers_are_kept_exactly(pair: Pair) -> None:
     assert ("lm_head.weight" in kept) == (FORMATS[pair.name].has_head and form is not None)
 
 
-@pytest.mark.parametrize(("name", "form"), [("awq", "int4"), ("fp8 blocks", "fp8"), ("nf4", "none")])
+@pytest.mark.parametrize(("name", "form"), [("awq", "int4"), ("nf4", "none")])
 def test_quantized_experts_are_served(name: str, form: str, device: torch.device, tmp_path: Path) -> None:
     pair = make_pair(name, tmp_path, experts=True, moe_intermediate_size=128, head_dim=32)
     for backend in ("torch", "cpu"):
@@ -171,4 +173,4 @@ def own_stream(device: torch.device) -> Iterator[None]:
 def test_gpu_kernels_give_the_logits_of_the_dequantized_weights(
     name: str, device: torch.device, tmp_path: Path
 ) -> None:
-    check_served("triton", make_pair(name, tmp_path), device, LENGTH - 1)
+    check_served("triton", make_pair(name, tmp_path, num_hidden_layers=1), device, LENGTH - 1)
