@@ -2,24 +2,27 @@
 
 import copy
 from array import array
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
 import torch
 
+from stellarbyte.backends.cpu_matrices import CpuMatrices, numpy_float32
 from stellarbyte.backends.cpu_weights import (
     EXPERT_PARTS,
     GATED_INPUTS,
     INPUTS,
     SHARED_INPUTS,
     VECTORS,
-    numpy_float32,
     stack_layers,
     windows,
 )
 from stellarbyte.backends.replaced import RowAdapters, add_embeddings, add_logits
 from stellarbyte.backends.torch_model import ServedModel
 from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
@@ -34,7 +37,7 @@ from stellarbyte.ops.cpu.instructions import LANES
 from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
 from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
-from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears, interleaved_rows, pack, unpack
+from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears, interleaved_rows, panels_of, unpack
 from stellarbyte.ops.cpu.sampler import sample
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
@@ -68,6 +71,7 @@ class CpuModel(ServedModel):
         bank: the adapters, float32; None: no adapters.
         quantization: "none", "int8" or "int4": of all matrices but the embedding and routers.
         num_threads: numba threads to use.
+        kept: the quantized matrices of a checkpoint, by the names of their parameters, as in `CpuMatrices`.
 
     Raises:
         ValueError: the quantization does not fit the model's shape.
@@ -81,18 +85,20 @@ class CpuModel(ServedModel):
         *,
         quantization: str,
         num_threads: int,
+        kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
     ) -> None:
         decoder = model.model
+        matrices = CpuMatrices(model, config, kept, quantization)
+        self.quantization = matrices.quantization
         self.bank = LoraBank(config) if bank is None else bank
         self.num_threads = num_threads
         self.vocab_size = config.vocab_size
         self.embedding_VC = numpy_float32(decoder.embed_tokens.weight)
         self.embedding_multiplier = config.embedding_multiplier
         self.final_norm_C = numpy_float32(decoder.norm.gain)
-        # The head's rounding errors reach the logits directly: int4 would cost more quality than it saves memory.
-        self.head_weight = pack(numpy_float32(model.lm_head.weight), "int8" if quantization == "int4" else quantization)
+        self.head_weight = panels_of(matrices.head())
         self.logits_multiplier, self.logits_softcap = config.logits_multiplier, config.logits_softcap
-        self.layers = stack_layers(model, config, quantization, self.bank.projections)
+        self.layers = stack_layers(model, config, matrices, self.bank.projections)
         self.options = LayerOptions(
             num_heads=config.num_attention_heads,
             num_kv_heads=config.num_key_value_heads or 0,

@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+import numpy.typing as npt
 
+from stellarbyte.backends.cpu_matrices import CpuMatrices, numpy_float32
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import Projections
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -27,7 +28,16 @@ from stellarbyte.ops.cpu.attention import Floats, Integers
 from stellarbyte.ops.cpu.layers import LayerWeights
 from stellarbyte.ops.cpu.linear import INT8_GROUP, PANEL_ROWS
 from stellarbyte.ops.cpu.moe import Experts
-from stellarbyte.ops.cpu.packing import StackedLinears, interleave_gated, pack, pack_below_each_other
+from stellarbyte.ops.cpu.packing import (
+    QuantizedRows,
+    StackedLinears,
+    interleave_gated,
+    joined_rows,
+    pack,
+    panels_below_each_other,
+    panels_of,
+    quantized_rows,
+)
 from stellarbyte.ops.cpu.routing import Routers
 
 # L layers, M layers with experts, E experts, C hidden size, I inner size of an expert, P panels of R rows
@@ -56,19 +66,19 @@ EXPERT_PARTS = {
 
 
 def stack_layers(
-    model: ByteLanguageModel, config: ByteModelConfig, quantization: str, projections: Projections
+    model: ByteLanguageModel, config: ByteModelConfig, matrices: CpuMatrices, projections: Projections
 ) -> LayerWeights:
-    """Pack and stack the weights of all layers.
+    """Pack and stack the weights of all layers, with `matrices` those of the model.
 
     Raises:
         ValueError: the quantization does not fit the shape of a matrix.
     """
     parts = model_parts(config)
     groups: dict[str, Any] = {
-        name: _stack_linears(model, config, group, quantization, projections.shared_inputs[name].start)
+        name: _stack_linears(model, config, group, matrices, projections.shared_inputs[name].start)
         for name, group in linears_by_input(parts).items()
     }
-    nothing = _no_linears(quantization)
+    nothing = _no_linears(matrices.quantization)
     layers = range(config.num_hidden_layers)
     vectors: dict[str, Any] = {field: np.zeros((len(layers), 0), np.float32) for field in VECTORS.values()}
     for part in parts:
@@ -85,7 +95,7 @@ def stack_layers(
     return LayerWeights(
         **{field: groups.get(name, nothing) for name, field in INPUTS.items()},
         **vectors,
-        experts=_stack_experts(model, config, quantization, shared) if config.num_experts else None,
+        experts=_stack_experts(model, config, matrices, shared) if config.num_experts else None,
         windows_L=windows(config),
         rotations_L=np.array([kinds.index(kind) for kind in config.rotations], dtype=np.int64),
         score_scales_L=np.array(scales_L, dtype=np.float32),
@@ -107,12 +117,14 @@ def windows(config: ByteModelConfig) -> Integers:
 
 
 def _stack_linears(
-    model: ByteLanguageModel, config: ByteModelConfig, group: Sequence[Part], quantization: str, first: int
+    model: ByteLanguageModel, config: ByteModelConfig, group: Sequence[Part], matrices: CpuMatrices, first: int
 ) -> StackedLinears:
     """Pack the linears that share an input; where a layer has some of them, a missing one is zero."""
     layers = [n for n in range(config.num_hidden_layers) if any(part.exists(config, n) for part in group)]
     joined = interleave_gated if group[0].reads in GATED_INPUTS else _below_each_other
-    packed = [pack(joined(*[_weight(model, config, part, layer) for part in group]), quantization) for layer in layers]
+    packed = [
+        panels_of(joined_rows([_rows(config, part, layer, matrices) for part in group], joined)) for layer in layers
+    ]
     bias_LN = np.zeros((len(layers), 0), np.float32)
     if any(part.has_bias(config, layer) for part in group for layer in layers):
         bias_LN = np.stack([joined(*[_bias(model, config, part, layer) for part in group]) for layer in layers])
@@ -135,10 +147,10 @@ def _no_linears(quantization: str) -> StackedLinears:
     return StackedLinears(weights, scales, minima, np.zeros((0, 0), np.float32), no_numbers, no_numbers, 0)
 
 
-def _weight(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: int) -> Floats:
+def _rows(config: ByteModelConfig, part: Part, layer: int, matrices: CpuMatrices) -> QuantizedRows:
     if not part.exists(config, layer):
-        return np.zeros(part.shape(config, layer), np.float32)
-    return numpy_float32(model.get_parameter(f"{module_path(layer, part.name)}.weight"))
+        return quantized_rows(np.zeros(part.shape(config, layer), np.float32), matrices.quantization)
+    return matrices.rows(f"{module_path(layer, part.name)}.weight")
 
 
 def _bias(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: int) -> Floats:
@@ -147,32 +159,33 @@ def _bias(model: ByteLanguageModel, config: ByteModelConfig, part: Part, layer: 
     return numpy_float32(model.get_parameter(f"{module_path(layer, part.name)}.bias"))
 
 
-def _below_each_other(*arrays: Floats) -> Floats:
+def _below_each_other(*arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _stack_experts(
-    model: ByteLanguageModel, config: ByteModelConfig, quantization: str, shared: dict[str, StackedLinears]
+    model: ByteLanguageModel, config: ByteModelConfig, matrices: CpuMatrices, shared: dict[str, StackedLinears]
 ) -> Experts:
     owners = config.expert_layers
     pools = list(dict.fromkeys(owner for owner in owners if owner is not None))  # the layer that holds each pool's
     assert config.moe_intermediate_size is not None  # ByteModelConfig sets it
     count = len(pools) * config.num_experts
 
-    def matrices(name: str) -> Iterator[Floats]:
+    def of_experts(name: str) -> Iterator[QuantizedRows]:
         """Of all experts of all pools."""
         for layer in pools:
-            for matrix in model.get_parameter(module_path(layer, f"{_EXPERTS}.{name}")):
-                yield numpy_float32(matrix)
+            yield from matrices.stack(module_path(layer, f"{_EXPERTS}.{name}"))
 
-    gates_above_ups = (np.split(matrix, 2) for matrix in matrices("gate_up_proj"))
-    gate_up = pack_below_each_other((interleave_gated(*halves) for halves in gates_above_ups), count, quantization)
+    def in_turn(gates_above_ups: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return interleave_gated(*np.split(gates_above_ups, 2))
+
+    gate_up = panels_below_each_other((joined_rows([rows], in_turn) for rows in of_experts("gate_up_proj")), count)
     return Experts(
         places_L=_places([n for n, owner in enumerate(owners) if owner is not None], config),
         pools_L=np.array([-1 if owner is None else pools.index(owner) for owner in owners], dtype=np.int64),
         routers=_stack_routers(model, config),
         gate_up=gate_up,
-        down=pack_below_each_other(matrices("down_proj"), count, quantization),
+        down=panels_below_each_other(of_experts("down_proj"), count),
         intermediate_size=config.moe_intermediate_size,
         **shared,
         shared_intermediate_size=config.shared_expert_intermediate_size,
@@ -203,10 +216,6 @@ def _stack_routers(model: ByteLanguageModel, config: ByteModelConfig) -> Routers
         is_sigmoid=config.router_score == "sigmoid",
         renormalises=config.norm_topk_prob,
     )
-
-
-def numpy_float32(tensor: torch.Tensor) -> Floats:
-    return tensor.detach().float().contiguous().numpy()
 
 
 def _places(layers: Sequence[int], config: ByteModelConfig) -> Integers:

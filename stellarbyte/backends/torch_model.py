@@ -24,7 +24,12 @@ from stellarbyte.sampling.sampler import RowSampling, sample
 
 
 class ServedModel(ABC):
-    """A model that runs serving steps. Engine thread only."""
+    """A model that runs serving steps. Engine thread only.
+
+    Attributes: quantization: of the matrices of its layers, or "none".
+    """
+
+    quantization = "none"
 
     @abstractmethod
     def hidden(self, batch: ForwardBatch, cache: PagedKVCache) -> torch.Tensor:

@@ -16,8 +16,17 @@ from stellarbyte.checkpoint.hugging_face.folder import plan_folder
 from stellarbyte.checkpoint.native import check_tensors
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.progress import Progress
-from stellarbyte.checkpoint.safetensors_file import write_file
-from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.checkpoint.quantized.matrix import CODES, SCALES, ZEROS, stored_matrices, with_quantized
+from stellarbyte.checkpoint.safetensors_file import (
+    DTYPE_NAMES,
+    INDEX_FILE,
+    QUANTIZED_FILE,
+    QUANTIZED_INDEX_FILE,
+    SINGLE_FILE,
+    TensorInfo,
+    write_file,
+)
+from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
 from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
 from stellarbyte.checkpoint.vocabulary import mismatch
 from stellarbyte.checkpoint.weights_hash import keep_hashes
@@ -43,8 +52,8 @@ def convert(
     Args:
         source: a Hugging Face folder of one of `hugging_face.folder.MODEL_TYPES`, or a GGUF file of one of
             `gguf.families.FAMILIES`.
-        dtype: of the target; None: as stored, with MXFP4 as bfloat16, and float32 for a GGUF file with
-            tensors quantised in another way.
+        dtype: of the target; None: as stored, with quantized matrices kept where a checkpoint can hold the same
+            numbers, MXFP4 as bfloat16, and float32 for what is quantized in another way.
         progress: called after each tensor.
 
     Returns:
@@ -62,10 +71,14 @@ def convert(
         plan.config.architectures = ["ByteTransformer"]
         plan.config.save_pretrained(staging)
         _write_json(staging / "generation_config.json", plan.generation)
+        if plan.origin is not None:
+            plan.origin.write(staging)
         plan.write_tokenizer(staging)
         _warn_of_mismatch(staging, plan.config.vocab_size)
         hashes = _write_weights(staging, plan, max_shard_bytes, progress)
     keep_hashes(target, hashes)
+    for note in () if plan.origin is None else plan.origin.notes:
+        logger.warning("warning: %s: %s.", source, note)
     return target
 
 
@@ -83,7 +96,13 @@ def make_plan(source: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
         plan = plan_gguf(source, dtype)
     else:
         raise CheckpointError(f"{source} does not exist.")
-    check_tensors(source, expected_shapes(plan.config), {name: tensor.shape for name, tensor in plan.tensors.items()})
+    headers = {
+        name: TensorInfo(file=source, dtype=DTYPE_NAMES[tensor.dtype], shape=tensor.shape)
+        for name, tensor in plan.tensors.items()
+    }
+    quantized = stored_matrices(headers, matrix_names(plan.config))
+    shapes = with_quantized({name: info.shape for name, info in headers.items()}, quantized)
+    check_tensors(source, expected_shapes(plan.config), shapes)
     return plan
 
 
@@ -112,9 +131,12 @@ def _write_weights(
             if progress is not None:
                 progress(written, total)
 
-    names = ["model.safetensors"]
+    is_quantized = any(name.endswith(CODES) for name in plan.tensors)
+    single, index_file = (QUANTIZED_FILE, QUANTIZED_INDEX_FILE) if is_quantized else (SINGLE_FILE, INDEX_FILE)
+    names = [single]
     if len(shards) > 1:
-        names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+        stem = single.removesuffix(".safetensors")
+        names = [f"{stem}-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
     hashes = {}
     for name, shard in zip(names, shards, strict=True):
         layout = {key: (tensor.dtype, tensor.shape) for key, tensor in shard.items()}
@@ -122,7 +144,7 @@ def _write_weights(
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / index_file, index)
     return hashes
 
 
@@ -130,8 +152,10 @@ def _shards(plan: ConversionPlan, max_bytes: int) -> list[dict[str, PlannedTenso
     """The tensors in the model's order, in shards of at most `max_bytes`."""
     shards: list[dict[str, PlannedTensor]] = [{}]
     size = 0
-    for name in expected_shapes(plan.config):
-        tensor = plan.tensors[name]
+    names = [f"{name}{ending}" for name in expected_shapes(plan.config) for ending in ("", CODES, SCALES, ZEROS)]
+    for name in names:
+        if (tensor := plan.tensors.get(name)) is None:
+            continue
         if shards[-1] and size + tensor.num_bytes > max_bytes:
             shards.append({})
             size = 0

@@ -12,6 +12,7 @@ from typing import Any
 
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import Checkpoint, stored_dtype
+from stellarbyte.checkpoint.quantized.origin import read_origin
 from stellarbyte.checkpoint.safetensors_file import read_json
 from stellarbyte.checkpoint.shapes import expected_shapes
 from stellarbyte.config import ByteModelConfig
@@ -81,7 +82,8 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("biases", _biases(config)),
         ("residual", _residual(config)),
         ("parameters", _parameters(info)),
-        ("on disk", f"{size(info.disk_bytes)} ({info.stored_dtype})"),
+        ("on disk", f"{size(info.disk_bytes)} ({_stored(checkpoint, info)})"),
+        *_quantization_lines(checkpoint),
         ("weights", _by_dtype(info.weight_bytes)),
         ("KV per token", _by_dtype(info.kv_bytes_per_token)),
         ("KV when full", f"{_by_dtype(info.kv_bytes_full_sequence)} for {info.tokens_kept:,} tokens"),
@@ -109,6 +111,20 @@ def _parameters(info: ModelInfo) -> str:
     if info.num_active_parameters == info.num_parameters:
         return f"{info.num_parameters:,}"
     return f"{info.num_parameters:,}, of which a token uses {info.num_active_parameters:,}"
+
+
+def _stored(checkpoint: Checkpoint, info: ModelInfo) -> str:
+    forms = Counter((matrix.kind, matrix.group_size) for matrix in checkpoint.quantized.values())
+    kept = [f"{count} matrices in {kind}, groups of {group}" for (kind, group), count in forms.most_common()]
+    return "; ".join([*kept, f"{'others in ' if kept else ''}{info.stored_dtype}"])
+
+
+def _quantization_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    origin = read_origin(checkpoint.path)
+    if origin is None:
+        return []
+    form = "as quantized" if checkpoint.quantized else "dequantized"
+    return [("converted", "; ".join([f"from {origin.format}, {form}", *origin.notes]))]
 
 
 def _layers(config: ByteModelConfig) -> str:

@@ -4,21 +4,22 @@ config.json  generation_config.json  model.safetensors (or shards and model.safe
 tokenizer.json  tokenizer_config.json  chat_template.jinja (if the model has one)
 """
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import GenerationConfig
 
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
-from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
+from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix, StoredMatrix, stored_matrices, with_quantized
+from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json, read_tensors
+from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import Shape
@@ -34,6 +35,7 @@ class Checkpoint:
     path: Path
     config: ByteModelConfig
     tensors: Mapping[str, TensorInfo]
+    quantized: Mapping[str, StoredMatrix]  # by the name of the parameter; their tensors are among `tensors`
 
     @property
     def files(self) -> list[Path]:
@@ -41,7 +43,7 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        return sum(info.num_elements for info in self.tensors.values())
+        return sum(math.prod(shape) for shape in expected_shapes(self.config).values())
 
     @property
     def num_bytes(self) -> int:
@@ -73,11 +75,6 @@ def load_config(path: str | os.PathLike[str]) -> ByteModelConfig:
         raise CheckpointError(f"{folder / 'config.json'} is not valid: {one_line(error)}.") from error
 
 
-def one_line(error: Exception) -> str:
-    """An exception's message without line breaks and final full stop, for use in a sentence."""
-    return " ".join(str(error).split()).rstrip(".")
-
-
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Check a checkpoint folder as far as possible without reading its weights; takes milliseconds.
 
@@ -87,11 +84,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     config = load_config(path)
     tensors = read_headers(Path(path))
-    check_tensors(Path(path), expected_shapes(config), {name: info.shape for name, info in tensors.items()})
-    for name, info in tensors.items():
-        if info.dtype not in DTYPES:
+    quantized = stored_matrices(tensors, matrix_names(config))
+    shapes = with_quantized({name: info.shape for name, info in tensors.items()}, quantized)
+    check_tensors(Path(path), expected_shapes(config), shapes)
+    for name in shapes.keys() - quantized.keys():
+        if (info := tensors[name]).dtype not in DTYPES:
             raise CheckpointError(f"{info.file} holds {name} as {info.dtype}, not one of {', '.join(DTYPES)}.")
-    return Checkpoint(path=Path(path), config=config, tensors=tensors)
+    return Checkpoint(path=Path(path), config=config, tensors=tensors, quantized=quantized)
 
 
 def check_tensors(source: Path, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
@@ -138,8 +137,10 @@ def load_language_model(
     On the CPU and in the stored dtype, the parameters are memory maps of the files: nothing is copied, pages are read
     on first use, and the files must not be changed in place while the model exists.
 
+    Quantized matrices are dequantized, one at a time.
+
     Args:
-        dtype: of every parameter; None: as stored.
+        dtype: of every parameter; None: as stored, float32 where some are quantized.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
@@ -151,19 +152,42 @@ def load_language_model(
     return model
 
 
+def load_quantized(
+    path: str | os.PathLike[str], *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[ByteLanguageModel, dict[str, QuantizedMatrix]]:
+    """As `load_language_model`, but quantized matrices are returned by the names of their parameters, which have no
+    memory (the meta device): for backends that multiply with them as they are.
+
+    The matrices are on the CPU, memory maps of the files.
+    """
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = ByteLanguageModel(checkpoint.config)
+    matrices = {name: stored.read() for name, stored in checkpoint.quantized.items()}
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in _plain_weights(checkpoint)}
+    for name, stored in checkpoint.quantized.items():
+        state[name] = torch.empty(stored.shape, dtype=dtype, device="meta")
+    adopt_weights(checkpoint.config, model, state)
+    return model, matrices
+
+
+def _plain_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters that are not quantized, as stored."""
+    plain = expected_shapes(checkpoint.config).keys() - checkpoint.quantized.keys()
+    for file in checkpoint.files:
+        yield from read_tensors(file, plain)
+
+
 def _read_weights(
     checkpoint: Checkpoint, model: nn.Module, dtype: torch.dtype | None, device: torch.device | str
 ) -> None:
     """Set the parameters of a model built on the meta device, without gradients, and put it in evaluation mode."""
-    wanted = dtype if dtype is not None else stored_dtype(checkpoint)
-    state: dict[str, torch.Tensor] = {}
-    for file in checkpoint.files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    state[name] = tensors.get_tensor(name).to(device=device, dtype=wanted)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {one_line(error)}.") from error
+    wanted = dtype
+    if wanted is None:  # in 16 bits, quantized matrices would be rounded once more
+        wanted = torch.float32 if checkpoint.quantized else stored_dtype(checkpoint)
+    state = {name: tensor.to(device=device, dtype=wanted) for name, tensor in _plain_weights(checkpoint)}
+    for name, stored in checkpoint.quantized.items():
+        state[name] = stored.read().to(device).dequantized().to(wanted)
     adopt_weights(checkpoint.config, model, state)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from stellarbyte.checkpoint.quantized.origin import Origin
 from stellarbyte.config import ByteModelConfig
 
 
@@ -53,6 +54,7 @@ class ConversionPlan:
         generation: the contents of generation_config.json.
         tensors: by the target's names.
         write_tokenizer: writes the tokenizer's files into a given folder.
+        origin: how the source's weights were quantized; None: they were not, or are not read from a folder.
     """
 
     source: Path
@@ -60,3 +62,4 @@ class ConversionPlan:
     generation: dict[str, Any]
     tensors: Mapping[str, PlannedTensor]
     write_tokenizer: Callable[[Path], None]
+    origin: Origin | None = None

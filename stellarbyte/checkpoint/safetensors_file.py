@@ -10,22 +10,26 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CODE_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # of quantized matrices
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | CODE_DTYPES).items()}
 SIZES = {  # bytes of one element, for every dtype of the format with whole bytes
     **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# Of a checkpoint with quantized matrices: transformers finds no weights there, instead of making up some.
+QUANTIZED_FILE, QUANTIZED_INDEX_FILE = "quantized.safetensors", "quantized.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package itself
 MAX_DIMENSIONS = 64
 
@@ -118,26 +122,33 @@ def _parse_entry(file: Path, entry: dict[str, Any]) -> tuple[TensorInfo, int, in
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's tensors: model.safetensors, or the shards that model.safetensors.index.json names.
+    """The files with a folder's tensors: model.safetensors, or the shards that model.safetensors.index.json names; with
+    quantized matrices, the same with "quantized" in the place of "model".
 
     Raises:
         CheckpointError: no weights, or a missing shard.
     """
-    if not (folder / INDEX_FILE).is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} exists.")
-        return [folder / SINGLE_FILE]
-    files = [folder / name for name in sorted(set(_weight_map(folder).values()))]
+    if (index := _index_file(folder)) is None:
+        for file in (folder / SINGLE_FILE, folder / QUANTIZED_FILE):
+            if file.is_file():
+                return [file]
+        raise CheckpointError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} exists.")
+    files = [folder / name for name in sorted(set(_weight_map(index).values()))]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing; {INDEX_FILE} names it.")
+            raise CheckpointError(f"{file} is missing; {index.name} names it.")
     return files
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+def _index_file(folder: Path) -> Path | None:
+    """The index that names the weight files; None: there is none."""
+    return next((folder / name for name in (INDEX_FILE, QUANTIZED_INDEX_FILE) if (folder / name).is_file()), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(_is_plain_name(name) for name in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX_FILE} has no usable weight_map.")
+        raise CheckpointError(f"{index} has no usable weight_map.")
     return weight_map
 
 
@@ -154,10 +165,39 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         if doubled := sorted(shard.keys() & tensors.keys()):
             raise CheckpointError(f"{file} holds {doubled[0]}, which another shard holds too.")
         tensors |= shard
-    weight_map = _weight_map(folder) if (folder / INDEX_FILE).is_file() else {}
-    if absent := sorted(weight_map.keys() - tensors.keys()):
-        raise CheckpointError(f"{folder / weight_map[absent[0]]} does not hold {absent[0]}, as {INDEX_FILE} says.")
+    index = _index_file(folder)
+    weight_map = {} if index is None else _weight_map(index)
+    if index is not None and (absent := sorted(weight_map.keys() - tensors.keys())):
+        raise CheckpointError(f"{folder / weight_map[absent[0]]} does not hold {absent[0]}, as {index.name} says.")
     return tensors
+
+
+def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
+    """One tensor of a file, a memory map of it.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with safe_open(info.file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
+
+
+def read_tensors(file: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those of the tensors that a file holds, memory maps of it.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name in names:
+                    yield name, tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {one_line(error)}.") from error
 
 
 def _is_plain_name(name: object) -> bool:

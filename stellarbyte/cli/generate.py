@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import load_model, one_line
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
+from stellarbyte.checkpoint.native import load_model
 from stellarbyte.checkpoint.progress import ProgressBar
 from stellarbyte.checkpoint.source import resolve_model
 

@@ -8,6 +8,7 @@ from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.info import describe, describe_lines, read_record
 from stellarbyte.checkpoint.native import open_checkpoint
 from stellarbyte.checkpoint.progress import ProgressBar
+from stellarbyte.checkpoint.quantized.origin import read_origin
 from stellarbyte.checkpoint.source import resolve_model
 
 FAILURES = (CheckpointError,)
@@ -19,8 +20,10 @@ def run(options: argparse.Namespace) -> int:
         figures = dataclasses.asdict(describe(checkpoint))
         record = read_record(checkpoint.path)
         training = None if record is None else dataclasses.asdict(record)
-        config = checkpoint.config.to_dict()
-        print(json.dumps({"path": str(checkpoint.path), **figures, "training": training, "config": config}, indent=2))
+        origin = read_origin(checkpoint.path)
+        quantization = None if origin is None else dataclasses.asdict(origin)
+        found = {"path": str(checkpoint.path), **figures, "quantization": quantization, "training": training}
+        print(json.dumps(found | {"config": checkpoint.config.to_dict()}, indent=2))
         return 0
     for label, text in describe_lines(checkpoint):
         print(f"{label:>12}  {text}")

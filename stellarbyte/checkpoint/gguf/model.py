@@ -11,12 +11,11 @@ import torch
 from gguf.constants import GGMLQuantizationType
 from huggingface_hub.errors import StrictDataclassError
 
-from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
 from stellarbyte.checkpoint.gguf.experts import expert_options, with_joined_experts
 from stellarbyte.checkpoint.gguf.families import FAMILIES
 from stellarbyte.checkpoint.gguf.file import FLOATS, GGUFFile, open_gguf
 from stellarbyte.checkpoint.gguf.tokenizer import plan_tokenizer
-from stellarbyte.checkpoint.native import one_line
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model import parts

@@ -14,7 +14,7 @@ from stellarbyte.config import ByteModelConfig
 # E experts, C hidden size, I inner size of an expert
 
 RENAMED = {"block_sparse_moe.": "mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}  # Mixtral's
-MATRIX = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+MATRIX = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight(\.\w+)?")
 
 
 def expert_options(source: PreTrainedConfig) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def with_stacked_experts(
 ) -> dict[str, PlannedTensor]:
     """The tensors with the matrices of single experts stacked: gate_up_proj [E, 2 I, C] and down_proj [E, C, I].
 
-    Files that hold the stacks already are left as they are.
+    Files that hold the stacks already are left as they are. Of quantized matrices, codes, scales and zeros are stacked.
 
     Raises:
         CheckpointError: a matrix is missing, too many, or of another shape or type than the config and the others say.
@@ -71,10 +71,14 @@ def with_stacked_experts(
     if extra := [match[0] for match in found if int(match[2]) >= config.num_experts]:
         raise CheckpointError(f"{folder} holds the tensor {extra[0]}, which the config does not imply.")
     stacked = {name: tensor for name, tensor in tensors.items() if not MATRIX.fullmatch(name)}
-    for module in sorted({match[1] for match in found}):
+    for module, ending in sorted({(match[1], match[4] or "") for match in found}):
         for stack, kinds in {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.items():
-            names = [f"{module}.{expert}.{kind}_proj.weight" for expert in range(config.num_experts) for kind in kinds]
-            stacked[f"{module}.{stack}"] = _stacked(folder, tensors, names, len(kinds))
+            names = [
+                f"{module}.{expert}.{kind}_proj.weight{ending}"
+                for expert in range(config.num_experts)
+                for kind in kinds
+            ]
+            stacked[f"{module}.{stack}{ending}"] = _stacked(folder, tensors, names, len(kinds))
     return stacked
 
 

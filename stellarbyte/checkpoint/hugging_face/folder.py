@@ -10,14 +10,20 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.hugging_face.experts import expert_name, with_stacked_experts
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
+from stellarbyte.checkpoint.hugging_face.experts import MATRIX, expert_name, with_stacked_experts
 from stellarbyte.checkpoint.hugging_face.families import FAMILIES, Piece, common_rope, family_options, pieces
 from stellarbyte.checkpoint.hugging_face.interleaved_experts import interleaved_experts, is_stack
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
-from stellarbyte.checkpoint.native import one_line, read_generation
+from stellarbyte.checkpoint.native import read_generation
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
-from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json
+from stellarbyte.checkpoint.quantized.formats import FORMATS, quantization_of, read_quantized, refuse_other_formats
+from stellarbyte.checkpoint.quantized.matrix import CODES
+from stellarbyte.checkpoint.quantized.origin import Origin
+from stellarbyte.checkpoint.quantized.plan import is_of_expert, planned_numbers, planned_parts, without_uneven_experts
+from stellarbyte.checkpoint.quantized.source import QuantizedSource
+from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json, read_tensor
+from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
 from stellarbyte.config import ByteModelConfig
 
 MODEL_TYPES = {
@@ -49,49 +55,102 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def plan_folder(folder: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
-    """Read a folder's config and headers.
+    """Read a folder's config, headers and small tensors.
 
     Args:
-        dtype: of the target; None: every tensor as stored, bit for bit.
+        dtype: of the target; None: every tensor as stored, bit for bit. Quantized matrices that a checkpoint cannot
+            keep become float32 then; if all do, so do the others.
 
     Raises:
         CheckpointError: anything is missing, corrupt or not supported; the message names it.
     """
     refuse_unsupported(folder)
     headers = _read_weight_headers(folder)
-    config = read_config(folder, headers, dtype)
+    raw = read_json(folder / "config.json")
+    model_type, quantization = raw["model_type"], quantization_of(raw)
+    is_interleaved = _has_interleaved_experts(model_type)
+    quantized = None
+    if quantization is not None and not is_interleaved:
+        quantized = read_quantized(folder, quantization, headers)
+    config = read_config(folder, headers, torch.float32 if dtype is None and quantized is not None else dtype)
     tokenizer = read_tokenizer(folder)
-    model_type = read_json(folder / "config.json")["model_type"]
-    experts: dict[str, PlannedTensor] = {}
-    tensors = {name: info for name, info in headers.items() if not _is_derived(name, config)}
-    if model_type in FAMILIES and FAMILIES[model_type].has_interleaved_experts:
-        experts = interleaved_experts(folder, headers)
-        tensors = {name: info for name, info in tensors.items() if not is_stack(name)}
-    for name, info in tensors.items():
+    experts = interleaved_experts(folder, headers) if is_interleaved else {}
+    plain = {
+        name: info
+        for name, info in (headers if quantized is None else quantized.plain).items()
+        if not _is_derived(name, config) and not (is_interleaved and is_stack(name))
+    }
+    if quantized is not None:
+        plain = _without_empty_biases(model_type, plain, quantized, config)
+    for name, info in plain.items():
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{info.file} holds {name} as {info.dtype}; only {', '.join(DTYPES)} are supported.")
+    matrices = {} if quantized is None else _planned_matrices(model_type, quantized, config, dtype)
+    if matrices and dtype is None and not any(name.endswith(CODES) for name in matrices):
+        dtype = torch.float32  # which the dequantized matrices have
+    widest = torch.float32 if dtype is None and matrices else dtype  # as experts that were quantized
+    planned = matrices | {
+        piece.name: _planned(name, info, piece, widest if is_of_expert(name) else dtype)
+        for name, info in plain.items()
+        for piece in pieces(model_type, expert_name(name), info.shape[0] if info.shape else 0, config)
+    }
     return ConversionPlan(
         source=folder,
         config=config,
         generation=_generation_defaults(folder, config, tokenizer.eos_token_id),
-        tensors=with_stacked_experts(
-            folder,
-            {
-                piece.name: _planned(name, info, piece, dtype)
-                for name, info in tensors.items()
-                for piece in pieces(model_type, expert_name(name), info.shape[0] if info.shape else 0, config)
-            },
-            config,
-        )
+        tensors=with_stacked_experts(folder, planned, config)
         | {name: tensor if dtype is None else tensor.cast(dtype) for name, tensor in experts.items()},
         write_tokenizer=tokenizer.write,
+        origin=None if quantized is None else Origin(format=quantized.format, notes=quantized.notes),
     )
+
+
+def _without_empty_biases(
+    model_type: str, plain: Mapping[str, TensorInfo], source: QuantizedSource, config: ByteModelConfig
+) -> dict[str, TensorInfo]:
+    """The tensors without the zeros that AutoGPTQ stores as biases of linears that have none."""
+    expected = expected_shapes(config)
+
+    def is_empty(name: str, info: TensorInfo) -> bool:
+        if not name.endswith(".bias") or f"{name.removesuffix('bias')}weight" not in source.matrices:
+            return False
+        is_known = all(piece.name in expected for piece in pieces(model_type, name, info.num_elements, config))
+        return not is_known and not read_tensor(name, info).any()
+
+    return {name: info for name, info in plain.items() if not is_empty(name, info)}
+
+
+def _has_interleaved_experts(model_type: str) -> bool:
+    return model_type in FAMILIES and FAMILIES[model_type].has_interleaved_experts
 
 
 def _planned(name: str, info: TensorInfo, piece: Piece, dtype: torch.dtype | None) -> PlannedTensor:
     shape = (piece.rows.stop - piece.rows.start, *info.shape[1:]) if info.shape else ()
     stored = PlannedTensor(dtype=DTYPES[info.dtype], shape=shape, read=partial(_read_piece, name, info, piece))
     return stored if dtype is None else stored.cast(dtype)
+
+
+def _planned_matrices(
+    model_type: str, source: QuantizedSource, config: ByteModelConfig, dtype: torch.dtype | None
+) -> dict[str, PlannedTensor]:
+    """Kept as they are, if the checkpoint's form can hold them; else, or where a dtype is given, dequantized."""
+    may_be_kept = matrix_names(config)
+    planned: dict[str, PlannedTensor] = {}
+    for name, matrix in without_uneven_experts(source).items():
+        for piece in pieces(model_type, expert_name(name), matrix.shape[0], config):
+            is_kept = dtype is None and matrix.parts is not None
+            if is_kept and (piece.name in may_be_kept or MATRIX.fullmatch(piece.name)):
+                planned |= planned_parts(piece.name, matrix, piece.rows, partial(_rows_of, piece))
+            else:
+                numbers = planned_numbers(matrix, piece.rows, partial(_rows_of, piece))
+                planned[piece.name] = numbers if dtype is None else numbers.cast(dtype)
+    return planned
+
+
+def _rows_of(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+    """The piece's rows of a whole tensor, in its order."""
+    rows = tensor[piece.rows]
+    return rows if piece.order is None else rows[list(piece.order)]
 
 
 def read_config(folder: Path, headers: Mapping[str, TensorInfo], dtype: torch.dtype | None = None) -> ByteModelConfig:
@@ -128,10 +187,8 @@ def refuse_unsupported(folder: Path) -> None:
     architectures = raw.get("architectures")
     if architectures and architectures != [MODEL_TYPES[model_type]]:
         raise CheckpointError(f"{folder} holds {architectures[0]}, not {MODEL_TYPES[model_type]}.")
-    quantization = raw.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if quantization is not None and (model_type, method) != ("gpt_oss", "mxfp4"):
-        raise CheckpointError(f"{folder} is quantized with {method!r}, which is not supported.")
+    if (quantization := quantization_of(raw)) is not None:
+        refuse_other_formats(folder, quantization, ("mxfp4",) if _has_interleaved_experts(model_type) else FORMATS)
 
 
 def _read_weight_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -201,10 +258,10 @@ def _is_head_tied(headers: Mapping[str, TensorInfo]) -> bool:
     """Whether the head is tied; False if the folder stores a different head, as in transformers."""
     head, embedding = headers.get("lm_head.weight"), headers.get("model.embed_tokens.weight")
     if head is None or embedding is None:
-        return True
-    return torch.equal(
-        _read_tensor("lm_head.weight", head),
-        _read_tensor("model.embed_tokens.weight", embedding),
+        return not any(name.startswith("lm_head.") for name in headers)  # as for a quantized head
+    return head.dtype == embedding.dtype and torch.equal(
+        read_tensor("lm_head.weight", head),
+        read_tensor("model.embed_tokens.weight", embedding),
     )
 
 
@@ -213,17 +270,9 @@ def _is_derived(name: str, config: ByteModelConfig) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
 
 
-def _read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
-    try:
-        with safe_open(info.file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
-
-
 def _read_piece(name: str, info: TensorInfo, piece: Piece) -> torch.Tensor:
     if piece.rows == slice(0, info.shape[0] if info.shape else 0):
-        tensor = _read_tensor(name, info)
+        tensor = read_tensor(name, info)
     else:
         try:
             with safe_open(info.file, framework="pt") as tensors:

@@ -3,8 +3,7 @@
 import re
 from pathlib import Path
 
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
 
 HUB_NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 SMALL_FILES = (

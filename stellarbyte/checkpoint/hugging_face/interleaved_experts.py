@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stellarbyte.checkpoint.errors import CheckpointError
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
 from stellarbyte.checkpoint.hugging_face import mxfp4
-from stellarbyte.checkpoint.native import one_line
 from stellarbyte.checkpoint.plan import PlannedTensor, assembled
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo
 

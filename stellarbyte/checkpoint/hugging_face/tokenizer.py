@@ -11,8 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
 
 logger = logging.getLogger(__name__)
 

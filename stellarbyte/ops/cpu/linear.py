@@ -6,8 +6,8 @@ machine's full read speed, which torch's products do not reach for small batches
 limited by the multipliers. LLVM's vectoriser does not produce this code, so the innermost loop consists of LLVM
 instructions.
 
-Weights are float32, int8 (a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and a minimum
-for every 32); activations are float32.
+Weights are float32, int8 or fp8 (e4m3; a scale for every 64 columns of a row) or int4 (two columns a byte, a scale and
+a minimum for every 32); activations are float32. Codes of fp8 and int4 are uint8: fp8 has minima of uint8, empty ones.
 """
 
 import math
@@ -26,7 +26,7 @@ from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, L
 
 PANEL_ROWS = LANES
 TOKENS_PER_TILE = 6  # 6 tokens × 16 rows are 12 AVX2 accumulators; weights and a broadcast take the other 4 registers
-INT8_GROUP = 64
+INT8_GROUP = 64  # and of fp8
 INT4_GROUP = 32
 
 NO_ACTIVATION, SILU, GELU, GELU_TANH = range(4)
@@ -55,20 +55,20 @@ class _PanelEmitter(Emitter):
         self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
     ) -> None:
         """Emit self.sums[t] += panel · x[t]; `sum_rows` are the sums of the rows of x over int4's groups."""
-        if panel.kind == types.float32 or len(x_rows) > _FEW_TOKENS:
+        if panel.kind == "float32" or len(x_rows) > _FEW_TOKENS:
             self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
         else:
             self._add_groups(panel, num_columns, x_rows, sum_rows)
 
     def for_each_column(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
         """Emit a loop that calls visit(weights of a column as float32, its number)."""
-        if panel.kind == types.float32:
+        if panel.kind == "float32":
             with cgutils.for_range(self.builder, num_columns) as loop:
                 visit(self.load(self.offset(panel.weights, self.times(loop.index, PANEL_ROWS)), FLOATS, 4), loop.index)
             return
         for group, columns in self._groups(panel, num_columns):
             scale = self._of_group(panel.scales, group)
-            minimum = None if panel.kind == types.int8 else self._of_group(panel.minima, group)
+            minimum = self._of_group(panel.minima, group) if panel.kind == "int4" else None
             for integers, column in columns:
                 if minimum is None:
                     visit(self.builder.fmul(integers, scale), column)
@@ -94,24 +94,45 @@ class _PanelEmitter(Emitter):
                 for sums in partial[1:]:
                     value = self.builder.fadd(value, self.builder.load(sums[t]))
                 self._add_product(total, scale, value)
-                if panel.kind != types.int8:
+                if panel.kind == "int4":
                     x_sum = self.splat(self.builder.load(self.offset(sum_rows[t], group)))
                     self._add_product(total, self._of_group(panel.minima, group), x_sum)
 
     def _groups(self, panel: "_Panel", num_columns: ir.Value) -> Iterator[tuple[ir.Value, Iterator[Column]]]:
         """Emit a loop over groups, its body between two items; inside it one over columns, a few in each turn."""
-        size = INT8_GROUP if panel.kind == types.int8 else INT4_GROUP
-        columns_of = self._int8_columns if panel.kind == types.int8 else self._int4_columns
+        size = INT4_GROUP if panel.kind == "int4" else INT8_GROUP
+        columns_of = self._int4_columns if panel.kind == "int4" else self._byte_columns
         with cgutils.for_range(self.builder, self.builder.udiv(num_columns, ir.Constant(INT64, size))) as loop:
             yield loop.index, columns_of(panel, self.times(loop.index, size))
 
-    def _int8_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+    def _byte_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
+        number_of = self._int8_number if panel.kind == "int8" else self._fp8_number
         with cgutils.for_range(self.builder, ir.Constant(INT64, INT8_GROUP // _COLUMNS_AT_ONCE)) as loop:
             for place in range(_COLUMNS_AT_ONCE):
                 inside = self.builder.add(self.times(loop.index, _COLUMNS_AT_ONCE), ir.Constant(INT64, place))
                 column = self.builder.add(first, inside)
-                integers = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
-                yield self.builder.sitofp(self.builder.sext(integers, INTS), FLOATS), column
+                codes = self.load(self.offset(panel.weights, self.times(column, PANEL_ROWS)), BYTES, 1)
+                yield number_of(codes), column
+
+    def _int8_number(self, codes: ir.Value) -> ir.Value:
+        return self.builder.sitofp(self.builder.sext(codes, INTS), FLOATS)
+
+    def _fp8_number(self, codes: ir.Value) -> ir.Value:
+        """e4m3 as float32: exponent and mantissa move to their places there, with the other bias; the numbers below
+        2^-6, which have no leading 1, are multiples of 2^-9."""
+        builder = self.builder
+        bits = builder.zext(codes, INTS)
+
+        def constant(value: int) -> ir.Constant:
+            return ir.Constant(INTS, [value] * PANEL_ROWS)
+
+        size = builder.and_(bits, constant(0x7F))
+        sign = builder.shl(builder.and_(bits, constant(0x80)), constant(24))
+        normal = builder.add(builder.shl(size, constant(20)), constant((127 - 7) << 23))
+        small = builder.fmul(builder.sitofp(size, FLOATS), ir.Constant(FLOATS, [2.0**-9] * PANEL_ROWS))
+        is_small = builder.icmp_signed("<", size, constant(8))
+        magnitude = builder.select(is_small, builder.bitcast(small, INTS), normal)
+        return builder.bitcast(builder.or_(magnitude, sign), FLOATS)
 
     def _int4_columns(self, panel: "_Panel", first: ir.Value) -> Iterator[Column]:
         builder, two = self.builder, ir.Constant(INT64, 2)
@@ -138,7 +159,9 @@ class _Panel:
     """One panel of a packed weight, from the first four arguments of an intrinsic: weight and panel number."""
 
     def __init__(self, context, builder, signature, arguments) -> None:
-        self.kind = signature.args[0].dtype
+        kinds = {types.float32: "float32", types.int8: "int8"}
+        codes = "fp8" if signature.args[2].dtype == types.uint8 else "int4"
+        self.kind = kinds.get(signature.args[0].dtype, codes)
         self.weights, self.scales, self.minima = (
             self._start(builder, context.make_array(signature.args[i])(context, builder, arguments[i]), arguments[3])
             for i in range(3)

@@ -1,10 +1,11 @@
 """Weights in the layout of the CPU kernels: panels of 16 rows, float32 or quantized."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP, PANEL_ROWS
 
@@ -14,13 +15,16 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Number = TypeVar("Number", bound=np.generic)
 
+_LARGEST_FP8 = torch.finfo(torch.float8_e4m3fn).max
+
 
 class PackedWeight(NamedTuple):
     """A matrix [N, K] for `linear.linear`; rows are padded with zeros to whole panels."""
 
-    weights: npt.NDArray[Any]  # [P, K, R] float32 or int8, or [P, K/2, R] uint8: columns 2i (low bits) and 2i+1
+    # [P, K, R] float32, int8, or uint8 of fp8; int4: uint8 [P, K/2, R], columns 2i (low bits) and 2i+1
+    weights: npt.NDArray[Any]
     scales: Floats  # [P, K/G, R]; empty for float32
-    minima: Floats  # [P, K/G, R], int4 only
+    minima: npt.NDArray[Any]  # [P, K/G, R] float32 for int4; empty for others, of uint8 for fp8
 
     @property
     def num_bytes(self) -> int:
@@ -32,53 +36,91 @@ class StackedLinears(NamedTuple):
 
     weights: npt.NDArray[Any]
     scales: Floats
-    minima: Floats
+    minima: npt.NDArray[Any]
     bias_LN: Floats  # [L, P · R] in the rows' order, or [L, 0]
     places_L: Integers  # of each of the model's layers in this stack; -1: it has none of them
     widths: Integers  # rows of each linear
     first: int  # number of the first linear in the adapter bank
 
 
-def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
-    """Pack a matrix as "none" (float32), "int8" or "int4".
+class QuantizedRows(NamedTuple):
+    """A matrix [N, K] row by row: what `panels_of` packs. Its parts may be joined with those of others."""
 
-    int8: q · scale, scale = max|w| / 127 over 64 columns of a row. int4: q · scale + minimum, q = 0..15, over 32.
+    # [N, K] float32, int8, or uint8 of fp8; int4: uint8 [N, K/2], columns 2i (low bits) and 2i+1
+    weights: npt.NDArray[Any]
+    scales: Floats  # [N, K/G]; [N, 0] for float32
+    minima: npt.NDArray[Any]  # [N, K/G] float32 for int4; [N, 0] for others, of uint8 for fp8
+
+
+def quantized_rows(matrix_NK: Floats, quantization: str) -> QuantizedRows:
+    """A matrix as "none" (float32), "int8", "fp8" or "int4".
+
+    int8: q · scale, scale = max|w| / 127 over 64 columns of a row; fp8: the same with e4m3's largest number, 448.
+    int4: q · scale + minimum, q = 0..15, over 32.
 
     Raises:
         ValueError: K is not a multiple of the quantization's group.
     """
     rows, columns = matrix_NK.shape
-    if rows % PANEL_ROWS:
-        matrix_NK = np.concatenate([matrix_NK, np.zeros((-rows % PANEL_ROWS, columns), np.float32)])
-    nothing = np.zeros((1, 0, PANEL_ROWS), np.float32)
+    nothing = np.zeros((rows, 0), np.float32)
     if quantization == "none":
-        return PackedWeight(_panels(matrix_NK.astype(np.float32, copy=False)), nothing, nothing)
-    group = INT8_GROUP if quantization == "int8" else INT4_GROUP
+        return QuantizedRows(matrix_NK.astype(np.float32, copy=False), nothing, nothing)
+    group = INT4_GROUP if quantization == "int4" else INT8_GROUP
     if columns % group:
         raise ValueError(f"{quantization} needs matrices with a multiple of {group} columns; one has {columns}")
-    groups_NGC = matrix_NK.reshape(len(matrix_NK), columns // group, group)
+    groups_NGC = matrix_NK.reshape(rows, columns // group, group)
     if quantization == "int8":
         scale_NG = np.maximum(np.abs(groups_NGC).max(axis=-1), np.float32(1e-30)) / np.float32(127)
         integers = np.rint(groups_NGC / scale_NG[..., None]).astype(np.int8)
-        return PackedWeight(_panels(integers.reshape(matrix_NK.shape)), _panels(scale_NG), nothing)
+        return QuantizedRows(integers.reshape(matrix_NK.shape), scale_NG, nothing)
+    if quantization == "fp8":
+        scale_NG = np.maximum(np.abs(groups_NGC).max(axis=-1), np.float32(1e-30)) / np.float32(_LARGEST_FP8)
+        numbers = torch.from_numpy(groups_NGC / scale_NG[..., None]).to(torch.float8_e4m3fn)
+        return QuantizedRows(numbers.view(torch.uint8).numpy().reshape(matrix_NK.shape), scale_NG, no_minima(rows))
     minimum_NG = groups_NGC.min(axis=-1)
     scale_NG = np.maximum((groups_NGC.max(axis=-1) - minimum_NG) / np.float32(15), np.float32(1e-30))
     nibbles = np.rint((groups_NGC - minimum_NG[..., None]) / scale_NG[..., None]).clip(0, 15).astype(np.uint8)
     nibbles = nibbles.reshape(matrix_NK.shape)
-    pairs = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-    return PackedWeight(_panels(pairs), _panels(scale_NG), _panels(minimum_NG))
+    return QuantizedRows(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale_NG, minimum_NG)
 
 
-def pack_below_each_other(matrices: Iterable[Floats], count: int, quantization: str) -> PackedWeight:
-    """The panels of `count` matrices of one shape, one matrix at a time: the result is the only large memory.
+def no_minima(num_rows: int) -> npt.NDArray[np.uint8]:
+    """[N, 0]: those of fp8."""
+    return np.zeros((num_rows, 0), np.uint8)
+
+
+def joined_rows(matrices: Sequence[QuantizedRows], join: Callable[..., npt.NDArray[Any]]) -> QuantizedRows:
+    """One matrix of the rows of several; `join` takes arrays with a row for each of theirs."""
+    return QuantizedRows(*(join(*parts) for parts in zip(*matrices, strict=True)))
+
+
+def panels_of(rows: QuantizedRows) -> PackedWeight:
+    """The panels of a matrix; rows of zeros complete the last one."""
+    missing = -len(rows.weights) % PANEL_ROWS
+    weights, scales, minima = (
+        np.concatenate([part, np.zeros((missing, part.shape[1]), part.dtype)]) if missing else part for part in rows
+    )
+    return PackedWeight(
+        _panels(weights),
+        *(_panels(part) if part.size else np.zeros((1, 0, PANEL_ROWS), part.dtype) for part in (scales, minima)),
+    )
+
+
+def pack(matrix_NK: Floats, quantization: str) -> PackedWeight:
+    """The panels of a matrix, quantized as `quantized_rows` does it.
 
     Raises:
-        ValueError: as `pack`.
+        ValueError: as `quantized_rows`.
     """
+    return panels_of(quantized_rows(matrix_NK, quantization))
+
+
+def panels_below_each_other(matrices: Iterable[QuantizedRows], count: int) -> PackedWeight:
+    """The panels of `count` matrices of one shape, one matrix at a time: the result is the only large memory."""
     stacked: list[npt.NDArray[Any]] = []
     num_panels = 0
-    for i, matrix_NK in enumerate(matrices):
-        packed = pack(matrix_NK, quantization)
+    for i, rows in enumerate(matrices):
+        packed = panels_of(rows)
         if not stacked:
             num_panels = len(packed.weights)
             stacked = [
@@ -95,21 +137,24 @@ def unpack(weight: PackedWeight) -> Floats:
     if not weight.scales.size:
         return _rows(weight.weights)
     if not weight.minima.size:
-        group, numbers = INT8_GROUP, _rows(weight.weights).astype(np.float32)
-        return numbers * _rows(weight.scales).repeat(group, axis=1)
+        codes = _rows(weight.weights)
+        if weight.minima.dtype == np.uint8:
+            codes = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+        return codes.astype(np.float32) * _rows(weight.scales).repeat(INT8_GROUP, axis=1)
     pairs = _rows(weight.weights)
     nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(len(pairs), -1).astype(np.float32)
     scales, minima = (_rows(part).repeat(INT4_GROUP, axis=1) for part in (weight.scales, weight.minima))
     return nibbles * scales + minima
 
 
-def interleave_gated(gate_NK: Floats, up_NK: Floats) -> Floats:
+def interleave_gated(gate_NK: npt.NDArray[Number], up_NK: npt.NDArray[Number]) -> npt.NDArray[Number]:
     """Rows of gate and up in the order of `linear` with an activation: 8 gates, their 8 ups, and so on."""
     half = PANEL_ROWS // 2
-    missing = -len(gate_NK) % half
-    padding = np.zeros((missing, *gate_NK.shape[1:]), np.float32)
-    pairs = [np.concatenate([matrix, padding]).reshape(-1, half, *matrix.shape[1:]) for matrix in (gate_NK, up_NK)]
-    return np.stack(pairs, axis=1).reshape(-1, *gate_NK.shape[1:])
+    missing, others = -len(gate_NK) % half, gate_NK.shape[1:]
+    blocks = (len(gate_NK) + missing) // half
+    padding = np.zeros((missing, *others), gate_NK.dtype)
+    pairs = [np.concatenate([matrix, padding]).reshape(blocks, half, *others) for matrix in (gate_NK, up_NK)]
+    return np.stack(pairs, axis=1).reshape(2 * blocks * half, *others)
 
 
 def interleaved_rows(num_rows: int, half: int) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ import torch
 
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, SILU, linear
-from stellarbyte.ops.cpu.packing import interleave_gated, pack
+from stellarbyte.ops.cpu.packing import QuantizedRows, interleave_gated, no_minima, pack, panels_of, unpack
 from tests.support.cases import each_value_once
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models import oracle
@@ -22,7 +22,7 @@ from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, W, 
 NO_ADDEND = np.zeros((0, 0), np.float32)
 float32 = partial(CpuModel, quantization="none", num_threads=2)
 SERVED = {name: fields for name, fields in (VARIANTS | EXPERT_VARIANTS).items() if fits(make_config(**fields))}
-TOLERANCE = {"none": 1e-6, "int8": 0.01, "int4": 0.15}  # of the largest output, for random weights
+TOLERANCE = {"none": 1e-6, "int8": 0.01, "fp8": 0.05, "int4": 0.15}  # of the largest output, for random weights
 
 
 @pytest.mark.parametrize(("variant", "sizes"), each_value_once(list(SERVED), [(1, 7), (5, 64), (16, 1)]))
@@ -75,6 +75,21 @@ def test_products_of_every_size(tokens: int, rows: int, columns: int, quantizati
     linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, 2)
     expected = x.astype(np.float64) @ w.T + bias
     assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])  # from the packed form, and unpacked first
+def test_every_code_of_fp8_is_read_exactly(tokens: int) -> None:
+    codes = np.array([code for code in range(256) if code & 127 != 127], np.uint8)  # without NaN
+    codes = np.resize(codes, (16, 64))
+    scales = np.full((16, 1), 2.0**-5, np.float32)
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).double().numpy() * 2.0**-5
+    for first in range(0, 64, tokens):
+        x = np.eye(64, dtype=np.float32)[first : first + tokens]
+        out = np.full((len(x), 16), np.nan, np.float32)
+        weight = tuple(panels_of(QuantizedRows(codes, scales, no_minima(16))))
+        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, 2)
+        np.testing.assert_array_equal(out, expected.T[first : first + tokens])
+    np.testing.assert_array_equal(unpack(panels_of(QuantizedRows(codes, scales, no_minima(16)))), expected)
 
 
 def test_a_gated_product() -> None:

@@ -6,14 +6,16 @@ import math
 import os
 import select
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.progress import ProgressBar
+from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
@@ -69,14 +71,18 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     num_slots = settings.max_loras if settings.serves_adapters else 0
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
-    model = folder.language_model(dtype, device)
     cache_dtype = _cache_dtype(settings, dtype, device)
+    quantization = settings.quantization
     if device.type == "cpu":
-        served = _cpu_model(model, config, bank, settings.quantization)
+        kernels = _has_cpu_kernels(config, dtype)
+        model, kept = folder.kept_model(dtype, device) if kernels else (folder.language_model(dtype, device), {})
+        served = _cpu_model(model, config, bank, settings.quantization, kept)
+        quantization = served.quantization
         adapters = _load_adapters(settings, bank, served.weight)  # fails before the minute of compiling
         _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
+        model = folder.language_model(dtype, device)
         adapters, executor, serving = _make_gpu_executor(settings, model, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
@@ -128,7 +134,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         max_num_seqs=max_num_seqs,
         device=device.type,
         dtype=dtype_name(dtype),
-        quantization=settings.quantization,
+        quantization=quantization,
         kv_cache_dtype=dtype_name(cache_dtype),
         weights_hash=folder.weights_hash(),
     )
@@ -199,18 +205,34 @@ def _require_triton() -> None:
         )
 
 
-def _cpu_model(model: ByteLanguageModel, config: ByteModelConfig, bank: LoraBank, quantization: str) -> ServedModel:
-    """The fastest form of the model for a CPU."""
+def _has_cpu_kernels(config: ByteModelConfig, dtype: torch.dtype) -> bool:
+    from stellarbyte.backends.cpu_model import fits  # numba is not needed on a GPU
+
+    return dtype == torch.float32 and fits(config)
+
+
+def _cpu_model(
+    model: ByteLanguageModel,
+    config: ByteModelConfig,
+    bank: LoraBank,
+    quantization: str,
+    kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+) -> ServedModel:
+    """The fastest form of the model for a CPU; `kept` as in `CpuModel`."""
     if quantization == "fp8":
         raise StartupError("--quantization fp8 needs --device cuda; a CPU takes int8 and int4.")
-    if bank.dtype == torch.float32:
-        from stellarbyte.backends.cpu_model import CpuModel, fits  # numba is not needed on a GPU
+    if _has_cpu_kernels(config, bank.dtype):
+        from stellarbyte.backends.cpu_model import CpuModel
 
-        if fits(config):
-            try:
-                return CpuModel(model, config, bank, quantization=quantization, num_threads=torch.get_num_threads())
-            except ValueError as error:
-                raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
+        threads = torch.get_num_threads()
+        try:
+            served = CpuModel(model, config, bank, quantization=quantization, num_threads=threads, kept=kept)
+        except ValueError as error:
+            raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
+        if kept:
+            is_kept = {"none": "dequantized: the CPU kernels do not take them as the checkpoint keeps them"}
+            logger.info("weights are %s", is_kept.get(served.quantization, f"in {served.quantization}"))
+        return served
     if quantization != "none":
         raise StartupError(
             f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
 from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
-from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
+from stellarbyte.checkpoint.native import load_language_model, load_quantized, open_checkpoint
+from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
+from stellarbyte.checkpoint.quantized.origin import read_origin
 from stellarbyte.checkpoint.vocabulary import mismatch
 from stellarbyte.checkpoint.weights_hash import FileState, states_of, weights_hash
 from stellarbyte.config import ByteModelConfig
@@ -33,10 +35,19 @@ class ModelFolder:
     weight_files: Mapping[Path, FileState]  # as they were when the folder was opened; none of a dummy
 
     def language_model(self, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
+        """Quantized matrices are dequantized."""
         if self.is_dummy:
             logger.warning("the weights are random (--load-format dummy): answers mean nothing")
             return dummy_language_model(self.config, dtype=dtype, device=device)
         return load_language_model(self.path, dtype=dtype, device=device)
+
+    def kept_model(
+        self, dtype: torch.dtype, device: torch.device
+    ) -> tuple[ByteLanguageModel, Mapping[str, QuantizedMatrix]]:
+        """The model, without the matrices that the checkpoint keeps quantized, and those; a dummy has none."""
+        if self.is_dummy:
+            return self.language_model(dtype, device), {}
+        return load_quantized(self.path, dtype=dtype, device=device)
 
     def weights_hash(self) -> str:
         """SHA-256 over the weights, hexadecimal; "dummy-…" for random ones. CheckpointError if they have changed."""
@@ -80,4 +91,6 @@ def open_model_folder(path: Path, *, is_dummy: bool) -> ModelFolder:
     if is_dummy:
         return ModelFolder(path=path, config=dummy_config(path), is_dummy=True, weight_files={})
     checkpoint = open_checkpoint(path)
+    if (origin := read_origin(path)) is not None:
+        logger.info("the weights are from %s", "; ".join([origin.format, *origin.notes]))
     return ModelFolder(path=path, config=checkpoint.config, is_dummy=False, weight_files=states_of(checkpoint.files))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
 from stellarbyte.checkpoint.convert import convert, make_plan
 from stellarbyte.checkpoint.errors import CheckpointError
@@ -38,11 +38,11 @@ def test_floats_are_read_bit_by_bit(kind: Kind, tmp_path: Path):
     assert torch.equal(file.read("x"), values)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1])
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1])
 def test_simple_blocks_are_near_what_was_quantised(kind: Kind, tmp_path: Path):
     values = np.random.default_rng(0).uniform(-1, 1, (4, 96)).astype(np.float32)
     file = open_gguf(write_tensor(tmp_path / "x.gguf", quantize(values, kind), kind))
-    largest_step = {Kind.Q8_0: 1 / 127, Kind.Q4_0: 2 / 15, Kind.Q4_1: 2 / 15}[kind]
+    largest_step = {Kind.Q8_0: 1 / 127, Kind.Q4_0: 2 / 15, Kind.Q4_1: 2 / 15}.get(kind, 2 / 31)
     assert file.read("x").shape == (4, 96)
     assert np.abs(file.read("x").numpy() - values).max() <= largest_step
 
@@ -95,22 +95,88 @@ def q6_k(block: np.ndarray) -> list[float]:
     return list(y)
 
 
-@pytest.mark.parametrize(("kind", "formula"), [(Kind.Q4_K, q4_k), (Kind.Q5_K, q5_k), (Kind.Q6_K, q6_k)])
-def test_k_blocks_follow_ggml(kind: Kind, formula, tmp_path: Path):
+def q2_k(block: np.ndarray) -> list[float]:
+    """dequantize_row_q2_K."""
+    scales, qs, d, minimum = block[:16], block[16:80], half(block[80:82]), half(block[82:])
+    y = []
+    for part in range(16):  # of 16 numbers: 8 of them share 32 bytes
+        start = part // 8 * 32 + part % 2 * 16
+        for value in qs[start : start + 16]:
+            q = int(value) >> 2 * (part % 8 // 2) & 3
+            y.append(d * (int(scales[part]) & 15) * q - minimum * (int(scales[part]) >> 4))
+    return y
+
+
+def q3_k(block: np.ndarray) -> list[float]:
+    """dequantize_row_q3_K."""
+    mask, qs, packed, d = block[:32], block[32:96], [int(value) for value in block[96:108]], half(block[108:])
+    y = []
+    for part in range(16):
+        low = packed[part % 8] >> 4 * (part // 8) & 15
+        scale = (low | (packed[8 + part % 4] >> 2 * (part // 4) & 3) << 4) - 32
+        for i in range(16):
+            at = part % 2 * 16 + i
+            q = int(qs[part // 8 * 32 + at]) >> 2 * (part % 8 // 2) & 3
+            y.append(d * scale * (q - (0 if int(mask[at]) >> part // 2 & 1 else 4)))
+    return y
+
+
+KVALUES_IQ4NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def iq4_nl(block: np.ndarray, scale: int = 1) -> list[float]:
+    """dequantize_row_iq4_nl; `scale` is of one part of a block of IQ4_XS."""
+    d, qs = half(block[:2]) * scale, [int(value) for value in block[2:]]
+    return [d * KVALUES_IQ4NL[q] for q in [*(value & 15 for value in qs), *(value >> 4 for value in qs)]]
+
+
+def iq4_xs(block: np.ndarray) -> list[float]:
+    """dequantize_row_iq4_xs."""
+    high, low, y = int(block[2:4].view(np.uint16)[0]), block[4:8], []
+    for part in range(8):
+        scale = (int(low[part // 2]) >> 4 * (part % 2) & 15 | (high >> 2 * part & 3) << 4) - 32
+        y += iq4_nl(np.concatenate([block[:2], block[8 + 16 * part : 24 + 16 * part]]), scale)
+    return y
+
+
+FORMULAS = {  # and where the halves of a block are
+    Kind.Q2_K: (q2_k, [80, 82]),
+    Kind.Q3_K: (q3_k, [108]),
+    Kind.Q4_K: (q4_k, [0, 2]),
+    Kind.Q5_K: (q5_k, [0, 2]),
+    Kind.Q6_K: (q6_k, [208]),
+    Kind.IQ4_NL: (iq4_nl, [0]),
+    Kind.IQ4_XS: (iq4_xs, [0]),
+}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_k_blocks_follow_ggml(kind: Kind, tmp_path: Path):
     rng = np.random.default_rng(0)
+    formula, halves = FORMULAS[kind]
     blocks = rng.integers(0, 256, (6, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
-    halves = [208] if kind == Kind.Q6_K else [0, 2]
     for at in halves:  # random bytes could be NaN
         blocks[:, at : at + 2] = rng.uniform(-0.1, 0.1, (6, 1)).astype(np.float16).view(np.uint8)
     file = open_gguf(write_tensor(tmp_path / "x.gguf", blocks.reshape(3, -1), kind))
-    expected = np.array([formula(block) for block in blocks]).reshape(3, 512)
+    expected = np.array([formula(block) for block in blocks]).reshape(3, -1)
     np.testing.assert_allclose(file.read("x").numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"])
+def test_blocks_of_tables_are_those_of_the_package(name: str, tmp_path: Path):
+    """Each block of a matrix by itself; their tables of thousands of numbers are the package's."""
+    kind = Kind[name]
+    blocks = np.random.default_rng(0).integers(0, 60, (6, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    file = open_gguf(write_tensor(tmp_path / "x.gguf", blocks.reshape(3, -1), kind))
+    expected = np.stack([dequantize(block[None], kind)[0] for block in blocks]).reshape(3, 512)
+    assert np.isfinite(expected).all() and expected.std() > 0
+    np.testing.assert_array_equal(file.read("x").numpy(), expected)
+
+
 def test_unsupported_type_is_named(tmp_path: Path):
-    raw = np.zeros((2, GGML_QUANT_SIZES[Kind.IQ4_XS][1]), dtype=np.uint8)
-    with pytest.raises(CheckpointError, match=r"holds x as IQ4_XS; supported are F32, F16, BF16, Q8_0"):
-        open_gguf(write_tensor(tmp_path / "x.gguf", raw, Kind.IQ4_XS))
+    raw = np.zeros((2, GGML_QUANT_SIZES[Kind.TQ1_0][1]), dtype=np.uint8)
+    with pytest.raises(CheckpointError, match=r"holds x as TQ1_0; supported are F32, F16, BF16, Q8_0"):
+        open_gguf(write_tensor(tmp_path / "x.gguf", raw, Kind.TQ1_0))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from stellarbyte.ops.cpu.packing import (
     interleave_gated,
     interleaved_rows,
     pack,
-    pack_below_each_other,
+    panels_below_each_other,
+    quantized_rows,
     unpack,
 )
 from stellarbyte.ops.cpu.routing import Routers, make_pairs, route
@@ -85,7 +86,8 @@ def packed_pools(matrices_ENK: torch.Tensor, quantization: str, *, is_gated: boo
 
     pools = [matrix.numpy() for factor in (-1, 3, 1) for matrix in factor * matrices_ENK]
     stored = [unpack(pack(joined(matrix), quantization))[order] for matrix in matrices_ENK.numpy()]
-    packed = pack_below_each_other(map(joined, pools), len(pools), quantization)
+    rows = (quantized_rows(joined(matrix), quantization) for matrix in pools)
+    packed = panels_below_each_other(rows, len(pools))
     return packed, torch.from_numpy(np.stack(stored))
 
 
@@ -172,7 +174,7 @@ def test_sizes_that_no_panel_divides(hidden: int, inner: int, num_threads: int) 
         assert_near(layer(x_TC, num_threads=num_threads), layer.expected(x_TC))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 12, 13, 60])
 def test_quantized_experts_are_those_that_are_stored(num_tokens: int, quantization: str) -> None:
     """Of two experts, each has up to 60 tokens: more than are computed from the packed form."""

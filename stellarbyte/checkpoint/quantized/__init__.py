@@ -1,0 +1,1 @@
+"""Quantized weights: as other programs store them, and as ByteTransformer checkpoints keep them."""
