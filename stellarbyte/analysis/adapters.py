@@ -10,7 +10,7 @@ import torch
 
 from stellarbyte.analysis.errors import AnalysisError
 from stellarbyte.analysis.spectrum import EXACT_SIDE, effective_rank, singular_values
-from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.errors import one_line
 from stellarbyte.lora import LoRALayer, load_adapter, remove_lora
 from stellarbyte.lora.adapted_model import adapter_layers
 from stellarbyte.lora.layers import AdapterLayer, weight_of

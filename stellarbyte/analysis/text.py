@@ -8,8 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from stellarbyte.analysis.errors import AnalysisError
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import one_line
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
 from stellarbyte.config import ByteModelConfig
 
 MAX_TEXT_BYTES = 65_536

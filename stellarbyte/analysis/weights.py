@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from stellarbyte.analysis.errors import AnalysisError
 from stellarbyte.analysis.parameters import Parameter
-from stellarbyte.checkpoint.errors import CheckpointError
-from stellarbyte.checkpoint.native import Checkpoint, one_line
+from stellarbyte.checkpoint.errors import CheckpointError, one_line
+from stellarbyte.checkpoint.native import Checkpoint
 
 SMALL = 0.01  # a weight is small up to this share of the root mean square of its tensor
 OUTLIER_CHANNEL = 4.0  # a channel is an outlier if its root mean square is above this multiple of the channels' median
