@@ -57,6 +57,7 @@ def folds(layer: ByteDecoderLayer, config: ByteModelConfig) -> tuple[list[Fold],
         if dense is None:
             left_out["attention_input"] = "routers and experts read it, too (parallel_residual)"
         else:
+            readers = (*of_attention, dense.gate_proj, dense.up_proj)
             found.append(_after_norm("attention_input", layer.input_layernorm, readers))
     elif has_norms:
         found.append(_after_norm("attention_input", layer.input_layernorm, of_attention))

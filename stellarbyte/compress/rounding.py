@@ -16,8 +16,8 @@ from stellarbyte.compress.statistics import InputStatistics, product_errors
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixReport:
-    """Attributes: name: of a matrix, or of those that read one input; method: which was used; num_rows: inputs that were
-    seen; error: ‖(W - Ŵ) X‖² as a share of ‖W X‖²; error_of_rounding: that of the nearest numbers, with the same factors
+    """Attributes: name: of a matrix, or of those that read one input; method: which was used; num_rows: inputs seen;
+    error: ‖(W - Ŵ) X‖² as a share of ‖W X‖²; error_of_rounding: that of the nearest numbers, with the same factors
     folded in. Both None without inputs."""
 
     name: str
