@@ -1,8 +1,8 @@
 """Quantized models as folders of compressed-tensors, which transformers and vLLM read.
 
-int4 becomes pack-quantized with zero points, int8 pack-quantized without, both with a scale for each group of inputs;
-`stellarbyte.checkpoint.quantized.compressed_tensors` describes the layout. The head stays as it is, and activations are
-not quantized.
+int4 and int8 become pack-quantized, symmetric, with a scale for each group of inputs;
+`stellarbyte.checkpoint.quantized.compressed_tensors` describes the layout. transformers reads no packed zero points
+(compressed-tensors 0.20), so int4 has none. The head stays as it is, and activations are not quantized.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def folder_config(config: ByteModelConfig, quantization: Quantization) -> PreTra
     weights = {
         "num_bits": _BITS[quantization.kind],
         "type": "int",
-        "symmetric": quantization.kind != "int4",
+        "symmetric": True,
         "strategy": "group",
         "group_size": GROUPS[quantization.kind],
         "dynamic": False,
@@ -113,12 +113,7 @@ def packed_tensors(tensors: Mapping[str, PlannedTensor]) -> dict[str, PlannedTen
             found[f"{module}.weight_shape"] = PlannedTensor(dtype=torch.int64, shape=(2,), read=shape.clone)
         elif name.endswith(SCALES):
             found[f"{name.removesuffix(SCALES)}_scale"] = tensor
-        elif name.endswith(ZEROS):
-            rows, groups = tensor.shape
-            found[f"{name.removesuffix(ZEROS)}_zero_point"] = PlannedTensor(
-                dtype=torch.int32, shape=(-(-rows // 8), groups), read=partial(_packed_zeros, tensor)
-            )
-        else:
+        elif not name.endswith(ZEROS):  # which are all 8
             found[name] = tensor
     return found
 
@@ -129,12 +124,3 @@ def _packed_codes(tensor: PlannedTensor, bits: int) -> torch.Tensor:
     if bits == 8:
         codes = (codes.short() + 128).to(torch.uint8)
     return codes.contiguous().view(torch.int32)
-
-
-def _packed_zeros(tensor: PlannedTensor) -> torch.Tensor:
-    """int32 [⌈N / 8⌉, G], eight outputs in a word, the first in the lowest bits."""
-    zeros_NG = tensor.read().long()
-    zeros_NG = torch.nn.functional.pad(zeros_NG, (0, 0, 0, -len(zeros_NG) % 8))
-    words = zeros_NG.unflatten(0, (-1, 8)) << (4 * torch.arange(8))[:, None]
-    words = words.sum(dim=1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

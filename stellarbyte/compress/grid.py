@@ -30,10 +30,12 @@ class Levels(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Attributes: scale_dtype: in which scales are stored; codes are fitted to scales of this dtype."""
+    """Attributes: scale_dtype: in which scales are stored; codes are fitted to scales of this dtype; is_symmetric: the
+    zero point of int4 is always 8."""
 
     kind: Kind
     scale_dtype: torch.dtype = torch.float16
+    is_symmetric: bool = False
 
     @property
     def group_size(self) -> int:
@@ -58,6 +60,9 @@ class Grid:
         """
         parts = self.groups(weight)
         smallest = torch.finfo(self.scale_dtype).smallest_normal
+        if self.kind == "int4" and self.is_symmetric:
+            scales = self._stored(parts.abs().amax(-1) * shrink / 7, smallest)
+            return Levels(scales, torch.full_like(scales, 8))
         if self.kind == "int4":  # 0 is in the range, so that it has a code
             low, high = (parts.amin(-1).clamp(max=0) * shrink, parts.amax(-1).clamp(min=0) * shrink)
             scales = self._stored((high - low) / _LARGEST["int4"], smallest)

@@ -103,7 +103,7 @@ def compress(
         if quantization is None:
             raise CompressError("The format compressed-tensors needs a method: it is for quantized models.")
         dtype = compressed_tensors.dtype_of(checkpoint.config, checkpoint.tensors)
-        quantization = dataclasses.replace(quantization, head=False, scale_dtype=dtype)
+        quantization = dataclasses.replace(quantization, head=False, scale_dtype=dtype, is_symmetric=True)
     model: AnyModel = load_language_model(source, dtype=stored_dtype)
     config, head = checkpoint.config, model.lm_head.weight.data
     before = last_states(

@@ -22,6 +22,7 @@ class Quantization:
         act_order: GPTQ begins with the inputs of the largest Hessian diagonal.
         strength: SmoothQuant's α, 0 to 1: how much of the inputs' range moves into weights; None: 0.5.
         keeps_zeros: weights that are 0 stay 0, as after pruning.
+        is_symmetric: int4 without zero points of its own, as other programs read it best.
     """
 
     method: Method
@@ -31,6 +32,7 @@ class Quantization:
     act_order: bool = False
     strength: float | None = None
     keeps_zeros: bool = False
+    is_symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength <= 1:

@@ -15,7 +15,7 @@ SMALL = ["--context", "16", "--contexts", "6", "--held-out-contexts", "3"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama(folder / "source", hidden_size=64, intermediate_size=64, initializer_range=0.1)
+    tiny_llama(folder / "source", hidden_size=128, intermediate_size=128, initializer_range=0.1)
     assert main(["convert", str(folder / "source"), str(folder / "model")]) == 0
     return folder / "model"
 

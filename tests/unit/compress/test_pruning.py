@@ -1,4 +1,4 @@
-"""Inner channels and weights removed by magnitude: smaller models against masked ones, and through the command's path."""
+"""Inner channels and weights removed by magnitude: smaller models against masked ones."""
 
 from pathlib import Path
 
