@@ -5,7 +5,7 @@ from stellarbyte.compress.heads import head_importance, heads_to_keep, prune_hea
 from stellarbyte.compress.neurons import prune_neurons, prune_weights
 from stellarbyte.compress.pipeline import Report, compress
 from stellarbyte.compress.pruning import Pruning
-from stellarbyte.compress.settings import Quantization
+from stellarbyte.compress.quantization.settings import Quantization
 from stellarbyte.compress.texts import Texts, own_answers, read_texts
 
 __all__ = [

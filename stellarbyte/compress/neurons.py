@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 
 from stellarbyte.checkpoint.shapes import matrix_names
 from stellarbyte.compress.cutting import plain_weights, smaller_model
-from stellarbyte.compress.grid import GROUPS
+from stellarbyte.compress.quantization.grid import GROUPS
 from stellarbyte.model.parts import module_path
 from stellarbyte.model.transformer import ByteTransformer
 

@@ -17,13 +17,13 @@ from stellarbyte.checkpoint.native import load_language_model, load_model, open_
 from stellarbyte.checkpoint.plan import ConversionPlan, PlannedTensor
 from stellarbyte.checkpoint.quantized.origin import Origin
 from stellarbyte.checkpoint.staging import refuse_existing
-from stellarbyte.compress import compressed_tensors
 from stellarbyte.compress.errors import CompressError
 from stellarbyte.compress.pruning import Pruning, pruned_model
 from stellarbyte.compress.quality import Quality, compare
-from stellarbyte.compress.quantize import QuantizedModel, layout
-from stellarbyte.compress.rounding import MatrixReport
-from stellarbyte.compress.settings import Quantization
+from stellarbyte.compress.quantization import compressed_tensors
+from stellarbyte.compress.quantization.quantize import QuantizedModel, layout
+from stellarbyte.compress.quantization.rounding import MatrixReport
+from stellarbyte.compress.quantization.settings import Quantization
 from stellarbyte.compress.stream import AnyModel, last_states
 from stellarbyte.compress.texts import Texts
 from stellarbyte.config import ByteModelConfig

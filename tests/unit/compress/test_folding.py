@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from stellarbyte.compress.folding import folds
-from stellarbyte.compress.grid import Grid
-from stellarbyte.compress.scaling import awq_factors, smoothquant_factors
-from stellarbyte.compress.statistics import InputStatistics, product_errors
+from stellarbyte.compress.quantization.folding import folds
+from stellarbyte.compress.quantization.grid import Grid
+from stellarbyte.compress.quantization.scaling import awq_factors, smoothquant_factors
+from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, make_model, random_tokens
 
 ALL = {"attention_input", "attended", "mlp_input", "gated"}

@@ -144,7 +144,7 @@ def test_experts_are_calibrated_with_their_tokens(tmp_path: Path, monkeypatch: p
     tiny_qwen3_moe(tmp_path / "source", **SHAPE | {"moe_intermediate_size": 64, "head_dim": 32})
     source = convert(tmp_path / "source", tmp_path / "model")
     for least in (10**9, 1):
-        monkeypatch.setattr("stellarbyte.compress.layers.MIN_EXPERT_ROWS", least)
+        monkeypatch.setattr("stellarbyte.compress.quantization.layers.MIN_EXPERT_ROWS", least)
         report = compress(source, tmp_path / f"small {least}", TEXTS, quantization=Quantization(method="gptq"))
         check_quality(report, load_model(source), load_model(tmp_path / f"small {least}"))
         of_experts = [matrix for matrix in report.matrices if ", expert " in matrix.name]

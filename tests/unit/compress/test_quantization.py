@@ -7,11 +7,11 @@ import torch
 from stellarbyte.backends.cpu_matrices import _kernel_rows
 from stellarbyte.checkpoint.quantized.matrix import Kind
 from stellarbyte.compress.errors import CompressError
-from stellarbyte.compress.gptq import DAMPING, gptq
-from stellarbyte.compress.grid import GROUPS, Grid
-from stellarbyte.compress.rounding import round_matrix
-from stellarbyte.compress.settings import Quantization
-from stellarbyte.compress.statistics import InputStatistics, product_errors
+from stellarbyte.compress.quantization.gptq import DAMPING, gptq
+from stellarbyte.compress.quantization.grid import GROUPS, Grid
+from stellarbyte.compress.quantization.rounding import round_matrix
+from stellarbyte.compress.quantization.settings import Quantization
+from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP
 from stellarbyte.ops.cpu.packing import panels_of, unpack
 

@@ -16,8 +16,8 @@ from stellarbyte.checkpoint.plan import PlannedTensor
 from stellarbyte.checkpoint.quantized.matrix import CODES, SCALES, ZEROS
 from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo
 from stellarbyte.compress.errors import CompressError
-from stellarbyte.compress.grid import GROUPS
-from stellarbyte.compress.settings import Quantization
+from stellarbyte.compress.quantization.grid import GROUPS
+from stellarbyte.compress.quantization.settings import Quantization
 from stellarbyte.config import ByteModelConfig
 
 # N outputs, K inputs, G groups of inputs, W words of 32 bits

@@ -2,9 +2,9 @@
 
 import torch
 
-from stellarbyte.compress.folding import Fold
-from stellarbyte.compress.grid import Grid
-from stellarbyte.compress.statistics import InputStatistics, product_errors
+from stellarbyte.compress.quantization.folding import Fold
+from stellarbyte.compress.quantization.grid import Grid
+from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 
 # N outputs, K inputs
 

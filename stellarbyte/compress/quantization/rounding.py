@@ -6,10 +6,10 @@ import torch
 
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.compress.errors import CompressError
-from stellarbyte.compress.gptq import Rounded, gptq
-from stellarbyte.compress.grid import Grid, Levels
-from stellarbyte.compress.settings import Quantization
-from stellarbyte.compress.statistics import InputStatistics, product_errors
+from stellarbyte.compress.quantization.gptq import Rounded, gptq
+from stellarbyte.compress.quantization.grid import Grid, Levels
+from stellarbyte.compress.quantization.settings import Quantization
+from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 
 # N outputs, K inputs, G groups
 

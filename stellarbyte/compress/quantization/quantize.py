@@ -8,11 +8,11 @@ from torch import nn
 
 from stellarbyte.checkpoint.quantized.matrix import CODES, SCALES, ZEROS, QuantizedMatrix
 from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
-from stellarbyte.compress.grid import Grid
-from stellarbyte.compress.layers import LayerResult, quantize_layer
-from stellarbyte.compress.rounding import round_matrix
-from stellarbyte.compress.settings import Quantization
-from stellarbyte.compress.statistics import InputStatistics
+from stellarbyte.compress.quantization.grid import Grid
+from stellarbyte.compress.quantization.layers import LayerResult, quantize_layer
+from stellarbyte.compress.quantization.rounding import round_matrix
+from stellarbyte.compress.quantization.settings import Quantization
+from stellarbyte.compress.quantization.statistics import InputStatistics
 from stellarbyte.compress.stream import (
     Advance,
     AnyModel,

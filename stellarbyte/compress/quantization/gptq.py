@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from stellarbyte.compress.errors import CompressError
-from stellarbyte.compress.grid import Grid, Levels
+from stellarbyte.compress.quantization.grid import Grid, Levels
 
 # N outputs, K inputs, G groups of S inputs
 

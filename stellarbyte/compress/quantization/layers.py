@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
-from stellarbyte.compress.folding import folds
-from stellarbyte.compress.grid import Grid
-from stellarbyte.compress.rounding import MatrixReport, RoundedMatrix, round_matrix
-from stellarbyte.compress.scaling import awq_factors, smoothquant_factors
-from stellarbyte.compress.settings import Quantization
-from stellarbyte.compress.statistics import InputStatistics
+from stellarbyte.compress.quantization.folding import folds
+from stellarbyte.compress.quantization.grid import Grid
+from stellarbyte.compress.quantization.rounding import MatrixReport, RoundedMatrix, round_matrix
+from stellarbyte.compress.quantization.scaling import awq_factors, smoothquant_factors
+from stellarbyte.compress.quantization.settings import Quantization
+from stellarbyte.compress.quantization.statistics import InputStatistics
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.attention import Attend, plain_projection
 from stellarbyte.model.decoder import ByteDecoderLayer
