@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,9 +67,31 @@ def convert(
     target = Path(target)
     refuse_existing(target)
     plan = make_plan(Path(source), dtype)
+    write_checkpoint(plan, target, progress=progress, max_shard_bytes=max_shard_bytes)
+    for note in () if plan.origin is None else plan.origin.notes:
+        logger.warning("warning: %s: %s.", source, note)
+    return target
+
+
+def write_checkpoint(
+    plan: ConversionPlan,
+    target: Path,
+    *,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    add_files: Callable[[Path], None] = lambda _folder: None,
+) -> None:
+    """Write a plan into the new folder `target`, its tensors in the plan's order, completely or not at all.
+
+    Args:
+        add_files: writes other files into a given folder, once all tensors are written.
+
+    Raises:
+        CheckpointError: the target is not empty, or the disk is full.
+    """
+    refuse_existing(target)
     _require_space(target, sum(tensor.num_bytes for tensor in plan.tensors.values()))
     with staged_folder(target) as staging:
-        plan.config.architectures = ["ByteTransformer"]
         plan.config.save_pretrained(staging)
         _write_json(staging / "generation_config.json", plan.generation)
         if plan.origin is not None:
@@ -76,10 +99,8 @@ def convert(
         plan.write_tokenizer(staging)
         _warn_of_mismatch(staging, plan.config.vocab_size)
         hashes = _write_weights(staging, plan, max_shard_bytes, progress)
+        add_files(staging)
     keep_hashes(target, hashes)
-    for note in () if plan.origin is None else plan.origin.notes:
-        logger.warning("warning: %s: %s.", source, note)
-    return target
 
 
 def _warn_of_mismatch(folder: Path, vocab_size: int) -> None:
@@ -89,7 +110,8 @@ def _warn_of_mismatch(folder: Path, vocab_size: int) -> None:
 
 
 def make_plan(source: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
-    """The plan of converting `source`; its tensors are exactly those that its config implies. Writes nothing."""
+    """The plan of converting `source`; its tensors are exactly those that its config implies, in the model's order.
+    Writes nothing."""
     if source.is_dir():
         plan = plan_folder(source, dtype)
     elif source.is_file():
@@ -102,8 +124,11 @@ def make_plan(source: Path, dtype: torch.dtype | None = None) -> ConversionPlan:
     }
     quantized = stored_matrices(headers, matrix_names(plan.config))
     shapes = with_quantized({name: info.shape for name, info in headers.items()}, quantized)
-    check_tensors(source, expected_shapes(plan.config), shapes)
-    return plan
+    expected = expected_shapes(plan.config)
+    check_tensors(source, expected, shapes)
+    plan.config.architectures = ["ByteTransformer"]
+    names = [f"{name}{ending}" for name in expected for ending in ("", CODES, SCALES, ZEROS)]
+    return replace(plan, tensors={name: plan.tensors[name] for name in names if name in plan.tensors})
 
 
 def _require_space(target: Path, num_bytes: int) -> None:
@@ -149,13 +174,10 @@ def _write_weights(
 
 
 def _shards(plan: ConversionPlan, max_bytes: int) -> list[dict[str, PlannedTensor]]:
-    """The tensors in the model's order, in shards of at most `max_bytes`."""
+    """The tensors in shards of at most `max_bytes`."""
     shards: list[dict[str, PlannedTensor]] = [{}]
     size = 0
-    names = [f"{name}{ending}" for name in expected_shapes(plan.config) for ending in ("", CODES, SCALES, ZEROS)]
-    for name in names:
-        if (tensor := plan.tensors.get(name)) is None:
-            continue
+    for name, tensor in plan.tensors.items():
         if shards[-1] and size + tensor.num_bytes > max_bytes:
             shards.append({})
             size = 0

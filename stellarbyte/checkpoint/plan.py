@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from stellarbyte.checkpoint.quantized.origin import Origin
-from stellarbyte.config import ByteModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class ConversionPlan:
     """The complete result of converting a source. Planning reads headers and metadata only.
 
     Attributes:
+        config: of the target; another program's where the target is a folder for it.
         generation: the contents of generation_config.json.
         tensors: by the target's names.
         write_tokenizer: writes the tokenizer's files into a given folder.
@@ -58,7 +59,7 @@ class ConversionPlan:
     """
 
     source: Path
-    config: ByteModelConfig
+    config: PreTrainedConfig
     generation: dict[str, Any]
     tensors: Mapping[str, PlannedTensor]
     write_tokenizer: Callable[[Path], None]

@@ -22,7 +22,8 @@ from stellarbyte.checkpoint.errors import CheckpointError, one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODE_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # of quantized matrices
-DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | CODE_DTYPES).items()}
+_WHOLE_DTYPES = {"I32": torch.int32, "I64": torch.int64}  # of other programs' packed codes
+DTYPE_NAMES = {dtype: name for name, dtype in (DTYPES | CODE_DTYPES | _WHOLE_DTYPES).items()}
 SIZES = {  # bytes of one element, for every dtype of the format with whole bytes
     **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
     **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},

@@ -9,6 +9,7 @@ import os
 from importlib.metadata import version
 from typing import Any
 
+from stellarbyte.cli.compress_arguments import add_compress
 from stellarbyte.cli.train_arguments import add_train
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         "serve", help="start the server (flags: stellarbyte serve --help)", add_help=False
     ).set_defaults(module=SERVE)
     _add_convert(commands)
+    add_compress(commands)
     _add_info(commands)
     _add_analyse(commands)
     _add_generate(commands)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.compress.cutting import plain_weights, smaller_model
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.parts import module_path
 from stellarbyte.model.transformer import ByteTransformer
@@ -148,27 +149,15 @@ def prune_heads(model: ByteTransformer, keep_LH: torch.Tensor) -> ByteTransforme
     group_size = config.num_attention_heads // _num_groups(config)
     pruned.num_key_value_heads = len(groups[0])
     pruned.num_attention_heads = len(groups[0]) * group_size
-    before, after = expected_shapes(config), expected_shapes(pruned)
-    weights = model.state_dict()
-    if not before.keys() <= weights.keys():
-        raise ValueError("the model has adapters or quantized layers; prune the original model")
-    state = {}
-    for name, shape in before.items():
-        weight = weights[name]
-        for axis, (old, new) in enumerate(zip(shape, after[name], strict=True)):
+    after, state = expected_shapes(pruned), {}
+    for name, weight in plain_weights(model).items():
+        for axis, (old, new) in enumerate(zip(weight.shape, after[name], strict=True)):
             if old != new:  # made of heads: as many rows for each group
                 kept = groups[int(name.split(".")[2])].to(weight.device)
                 weight = weight.unflatten(axis, (_num_groups(config), -1)).index_select(axis, kept)
                 weight = weight.flatten(axis, axis + 1)
         state[name] = weight.clone()
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        small = ByteTransformer(pruned)
-    small.load_state_dict(state, strict=True, assign=True)
-    small.tie_weights()
-    small.generation_config = copy.deepcopy(model.generation_config)
-    return small.train(model.training)
+    return smaller_model(model, pruned, state)
 
 
 def _kept_groups(config: ByteModelConfig, keep_LH: torch.Tensor) -> list[torch.Tensor]:

@@ -34,9 +34,17 @@ class ByteExperts(nn.Module):
     def forward(self, x_NC: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """[N, C]; the first counts_E[0] rows belong to expert 0, the next counts_E[1] to expert 1, and so on."""
         gate_up = _biased(grouped_linear(x_NC, self.gate_up_proj, counts_E), self.gate_up_proj_bias, counts_E)
+        return _biased(grouped_linear(self._gated(gate_up), self.down_proj, counts_E), self.down_proj_bias, counts_E)
+
+    def inner(self, x_NC: torch.Tensor, expert: int) -> torch.Tensor:
+        """[N, I]: what the down matrix of one expert reads."""
+        bias = None if self.gate_up_proj_bias is None else self.gate_up_proj_bias[expert]
+        return self._gated(F.linear(x_NC, self.gate_up_proj[expert], bias))
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[N, 2 I] → [N, I]"""
         gate_NI, up_NI = gate_up.chunk(2, dim=-1)
-        inner_NI = self.activation(gate_NI) * up_NI if self.swiglu is None else self.swiglu(gate_NI, up_NI)
-        return _biased(grouped_linear(inner_NI, self.down_proj, counts_E), self.down_proj_bias, counts_E)
+        return self.activation(gate_NI) * up_NI if self.swiglu is None else self.swiglu(gate_NI, up_NI)
 
 
 def _biased(x_NO: torch.Tensor, bias_EO: torch.Tensor | None, counts_E: torch.Tensor) -> torch.Tensor:

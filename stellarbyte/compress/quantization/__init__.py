@@ -1,0 +1,1 @@
+"""Calibrated quantization of matrices, layer by layer."""

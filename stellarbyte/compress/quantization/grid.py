@@ -1,0 +1,126 @@
+"""The numbers that a quantized matrix can hold, and rounding to the nearest of them.
+
+A group of neighbouring inputs shares a scale, and in int4 a zero point: code 0..15 stands for scale · (code - zero).
+int8 has codes of -127 to 127, fp8 (e4m3) numbers up to 448. Groups are those of the CPU kernels, so a checkpoint
+serves with the numbers that were fitted here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from stellarbyte.checkpoint.quantized.matrix import Kind, QuantizedMatrix
+from stellarbyte.compress.errors import CompressError
+
+# N outputs, K inputs, G groups of S inputs
+
+GROUPS: Mapping[Kind, int] = {"int4": 32, "int8": 64, "fp8": 64}  # the groups of the CPU kernels
+_LARGEST: Mapping[Kind, float] = {"int4": 15.0, "int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
+_SHRINKS = tuple(1 - 0.04 * step for step in range(11))  # shares of a group's range that `fit_clipped` tries
+
+
+class Levels(NamedTuple):
+    """What the groups of a matrix share, in float32: [..., G] each; `zeros` are 0 where the kind has none."""
+
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Attributes: scale_dtype: in which scales are stored; codes are fitted to scales of this dtype; is_symmetric: the
+    zero point of int4 is always 8."""
+
+    kind: Kind
+    scale_dtype: torch.dtype = torch.float16
+    is_symmetric: bool = False
+
+    @property
+    def group_size(self) -> int:
+        return GROUPS[self.kind]
+
+    def check(self, name: str, num_inputs: int) -> None:
+        """CompressError unless a matrix of so many inputs consists of whole groups."""
+        if num_inputs % self.group_size:
+            raise CompressError(
+                f"{name} has {num_inputs} inputs; {self.kind} needs a multiple of {self.group_size}, its group."
+            )
+
+    def groups(self, weight: torch.Tensor) -> torch.Tensor:
+        """[..., K] → [..., G, S]"""
+        return weight.unflatten(-1, (-1, self.group_size))
+
+    def fit(self, weight: torch.Tensor, shrink: float | torch.Tensor = 1.0) -> Levels:
+        """Levels [..., G] that span each group of [..., K], or a share of its range.
+
+        Raises:
+            CompressError: a scale is not finite: the weights are not, or they are too large for `scale_dtype`.
+        """
+        parts = self.groups(weight)
+        smallest = torch.finfo(self.scale_dtype).smallest_normal
+        if self.kind == "int4" and self.is_symmetric:
+            scales = self._stored(parts.abs().amax(-1) * shrink / 7, smallest)
+            return Levels(scales, torch.full_like(scales, 8))
+        if self.kind == "int4":  # 0 is in the range, so that it has a code
+            low, high = (parts.amin(-1).clamp(max=0) * shrink, parts.amax(-1).clamp(min=0) * shrink)
+            scales = self._stored((high - low) / _LARGEST["int4"], smallest)
+            return Levels(scales, (-low / scales).round().clamp(0, 15))
+        scales = self._stored(parts.abs().amax(-1) * shrink / _LARGEST[self.kind], smallest)
+        return Levels(scales, torch.zeros_like(scales))
+
+    def _stored(self, scales: torch.Tensor, smallest: float) -> torch.Tensor:
+        stored = scales.clamp(min=smallest).to(self.scale_dtype).float()
+        if not stored.isfinite().all():
+            raise CompressError(f"weights are not finite, or too large for scales of {self.scale_dtype}.")
+        return stored
+
+    def fit_clipped(self, weight: torch.Tensor, gram_KK: torch.Tensor) -> Levels:
+        """As `fit` for [N, K], with the share of each group's range that changes the group's own product least.
+
+        The change is ‖(w - ŵ) X‖² over the group's inputs alone (AWQ's search for clipping).
+        """
+        size = self.group_size
+        parts = self.groups(weight)
+        starts = range(0, weight.shape[-1], size)
+        blocks_GSS = torch.stack([gram_KK[i : i + size, i : i + size] for i in starts]).float()
+        best, least_NG = self.fit(weight), torch.full(parts.shape[:-1], torch.inf)
+        for shrink in _SHRINKS:
+            levels = self.fit(weight, shrink)
+            gap_NGS = parts - self.groups(self.round(weight, levels))
+            error_NG = (torch.einsum("ngs,gst->ngt", gap_NGS, blocks_GSS) * gap_NGS).sum(-1)
+            is_better = error_NG < least_NG
+            least_NG = torch.where(is_better, error_NG, least_NG)
+            best = Levels(*(torch.where(is_better, new, old) for new, old in zip(levels, best, strict=True)))
+        return best
+
+    def codes(self, weight: torch.Tensor, levels: Levels) -> torch.Tensor:
+        """float32 codes [..., K] of the nearest numbers."""
+        return self.codes_at(self.groups(weight), levels.scales[..., None], levels.zeros[..., None]).flatten(-2)
+
+    def codes_at(self, weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """As `codes`, for weights whose scale and zero point are given in a shape that fits."""
+        if self.kind == "int4":
+            return ((weight / scale).round() + zero).clamp(0, 15)
+        limit = _LARGEST[self.kind]
+        steps = (weight / scale).clamp(-limit, limit)
+        return steps.round() if self.kind == "int8" else steps.to(torch.float8_e4m3fn).float()
+
+    def numbers(self, codes: torch.Tensor, levels: Levels) -> torch.Tensor:
+        """float32 [..., K] that codes stand for."""
+        return ((self.groups(codes) - levels.zeros[..., None]) * levels.scales[..., None]).flatten(-2)
+
+    def round(self, weight: torch.Tensor, levels: Levels) -> torch.Tensor:
+        """The nearest numbers, float32 [..., K]."""
+        return self.numbers(self.codes(weight, levels), levels)
+
+    def stored(self, codes: torch.Tensor, levels: Levels) -> QuantizedMatrix:
+        """The matrix as checkpoints keep it."""
+        scales = levels.scales.to(self.scale_dtype)
+        if self.kind == "int4":
+            packed = codes.to(torch.uint8)
+            packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
+            return QuantizedMatrix(kind="int4", codes=packed, scales=scales, zeros=levels.zeros.to(torch.uint8))
+        dtype = torch.int8 if self.kind == "int8" else torch.float8_e4m3fn
+        return QuantizedMatrix(kind=self.kind, codes=codes.to(dtype), scales=scales)
