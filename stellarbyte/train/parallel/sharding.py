@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 
 from stellarbyte.model.moe.layer import ByteMoE
@@ -121,12 +120,8 @@ def part_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a whole tensor, what this rank holds of `like`; as a DTensor if that is one."""
     if not isinstance(like, DTensor):
         return whole
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    part = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-    part = part.to(like.device, copy=True).contiguous()
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    # None: every rank has the whole. A copy, since a part of it would keep it in memory.
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
 @torch.no_grad()
