@@ -9,6 +9,7 @@ import torch
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.ops.cpu.packing import pack, unpack
+from tests.support.cases import each_value_once
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models import oracle
 from tests.support.models.adapters import random_adapter
@@ -34,8 +35,10 @@ def as_stored(model: ByteTransformer, quantization: str) -> ByteTransformer:
     return rounded
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-@pytest.mark.parametrize("shared", [{}, SHARED], ids=["alone", "shared"])
+@pytest.mark.parametrize(
+    ("shared", "quantization"),
+    each_value_once([pytest.param({}, id="alone"), pytest.param(SHARED, id="shared")], ["none", "int8", "int4"]),
+)
 def test_chunks_adapters_and_quantization_equal_the_torch_backend(shared: dict[str, object], quantization: str) -> None:
     """A prompt in chunks and then each token, past several windows, alone and with an adapter of attention and of the
     dense MLP."""

@@ -35,6 +35,7 @@ def test_stopped_and_killed_while_saving_on_the_same_ranks(tmp_path: Path) -> No
     assert final_hash(stopped) == final_hash(whole)
 
 
+@pytest.mark.slow
 def test_each_checkpoint_is_continued_by_other_ranks(tmp_path: Path) -> None:
     """Three steps each: two ranks with the whole model, four that divide both, two that divide parameters, one."""
     whole, begun = tmp_path / "whole", tmp_path / "begun"

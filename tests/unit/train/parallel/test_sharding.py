@@ -78,6 +78,7 @@ def test_two_ranks_that_divide_the_parameters(alone: Path, tmp_path: Path) -> No
     assert (tmp_path / "run" / "model" / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_four_ranks_in_every_layout(alone: Path, tmp_path: Path) -> None:
     """Parameters in four parts; in two, twice; layers in two parts, twice; both in two."""
     layouts = [{"fsdp": 4}, {"fsdp": 2}, {"tensor": 2}, {"fsdp": 2, "tensor": 2}]
@@ -87,6 +88,7 @@ def test_four_ranks_in_every_layout(alone: Path, tmp_path: Path) -> None:
         assert_equal_runs(folder, alone / "dense", last=20)
 
 
+@pytest.mark.slow
 def test_experts_under_both(alone: Path, tmp_path: Path) -> None:
     """Layers share a pool of experts, recompute them, and move the biases that choose them."""
     layouts = [{"fsdp": 2}, {"tensor": 2}]
