@@ -102,9 +102,6 @@ def variants(shape: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "muon": {"train": {"optimizer": "muon"}},
         "packed": {"document": 256},
         "native": {"document": 256, "model": NATIVE},
-        "flex": {"attention": "flex_attention"},
-        "packed flex": {"document": 256, "attention": "flex_attention"},
-        "native flex": {"document": 256, "model": NATIVE, "attention": "flex_attention"},
         "moe": {"model": half},
         "recompute": {"train": {"recompute_every": 1}},
         "not compiled": {"train": {"compile": False}},
@@ -249,7 +246,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of variants")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
-    of_ranks = {"ddp": {}, "fsdp": {"parallel": {"fsdp": int(os.environ.get("WORLD_SIZE", "1"))}}}
+    if_named: dict[str, dict[str, Any]] = {  # need several ranks, or minutes to compile
+        "ddp": {},
+        "fsdp": {"parallel": {"fsdp": int(os.environ.get("WORLD_SIZE", "1"))}},
+        "packed flex": {"document": 256, "attention": "flex_attention"},
+        "native flex": {"document": 256, "model": NATIVE, "attention": "flex_attention"},
+    }
     known = variants(SHAPES[options.shape])
     runs: dict[str, dict[str, float]] = {}
     for name in options.only or [*known, "loop", "loss"]:
@@ -259,7 +261,7 @@ def main() -> None:
         elif name == "loss":
             runs[name] = loss_memory(options) if torch.cuda.is_available() else {}
         else:
-            runs[name] = measure(options, (known | of_ranks)[name])
+            runs[name] = measure(options, (known | if_named)[name])
         if os.environ.get("RANK", "0") == "0":
             print(f"{name:>14}  {runs[name]}", flush=True)
     if os.environ.get("RANK", "0") == "0" and not options.no_record:
