@@ -89,7 +89,7 @@ def _model_config(config: ByteModelConfig) -> PreTrainedConfig:
         found = LlamaConfig(**fields, attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
     headers = {} if config.tie_word_embeddings else {"lm_head.weight": None}
     wanted, back = config.to_dict(), translate_config(found, headers, config.dtype).to_dict()  # type: ignore[arg-type]
-    for name in wanted.keys() | back.keys():
+    for name in wanted | back:  # in the config's order, so that the same model always gets the same sentence
         if name not in _NOT_OF_THE_MODEL and wanted.get(name) != back.get(name):
             raise CompressError(
                 f"The format compressed-tensors is for models that are Llama, Mistral, Qwen2 or Qwen3; this model has "

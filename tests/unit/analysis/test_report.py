@@ -78,7 +78,7 @@ def test_a_chinese_report_is_drawn_without_a_missing_glyph(
     labels = ("河", "<b>$x^$", "\U00013000", *analysis.attention.labels[3:])  # the last one in none of the fonts
     analysis = dataclasses.replace(analysis, attention=dataclasses.replace(analysis.attention, labels=labels))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns of each character without a glyph
+        warnings.simplefilter("error", UserWarning)  # matplotlib warns of each character without a glyph
         write_report(analysis, folder, "zh")
     texts = [text for figure in drawn for text in texts_of(figure)]
     for name in ("group_attention", "prompt_speed", "kl", "heads_nothing", "no_window", "softmax_sink"):
@@ -117,7 +117,7 @@ def test_a_chinese_report_without_a_font_is_drawn_in_english(
     monkeypatch.setattr(gallery, "drawings", lambda _: chosen)
     monkeypatch.setattr(report, "make_page", lambda *_, lacks_font: f"lacks: {lacks_font}")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         write_report(analysis, tmp_path, "zh")
     assert (tmp_path / PAGE).read_text() == "lacks: True"
     texts = {text for figure in drawn for text in texts_of(figure)}
