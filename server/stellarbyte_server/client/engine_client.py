@@ -23,6 +23,7 @@ from stellarbyte_server.client.http_observations import Observer
 from stellarbyte_server.client.launch import Engine
 from stellarbyte_server.client.progress import EngineProgress
 from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
+from stellarbyte_server.protocol.adapter_versions import AdapterLocated, LocateAdapter, SetVersions, StoredAdapter
 from stellarbyte_server.protocol.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
@@ -188,11 +189,29 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and self._down is None:
             self._send(Abort(request_id))
 
-    async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
-        """Load an adapter; RequestRejected or EngineDead."""
-        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place))
+    async def load_adapter(
+        self,
+        name: str,
+        path: str | StoredAdapter,
+        in_place: bool,
+        *,
+        probe: bool = False,
+        is_beside: bool = False,
+    ) -> AdapterLoaded:
+        """Load an adapter (see `LoadAdapter`); RequestRejected or EngineDead."""
+        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place, probe, is_beside))
         assert isinstance(reply, AdapterLoaded)
         return reply
+
+    async def locate_adapter(self, path: str) -> AdapterLocated:
+        """The files of an adapter that may be loaded; RequestRejected or EngineDead."""
+        reply = await self._call(LocateAdapter(secrets.token_hex(8), path))
+        assert isinstance(reply, AdapterLocated)
+        return reply
+
+    async def set_versions(self, name: str, current: str, shares: tuple[tuple[str, float], ...] = ()) -> None:
+        """Set the versions of an adapter that requests get (see `SetVersions`); RequestRejected or EngineDead."""
+        await self._call(SetVersions(secrets.token_hex(8), name, current, shares))
 
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
         """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""

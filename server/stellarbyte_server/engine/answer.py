@@ -49,7 +49,7 @@ class Answer:
         self._prompt_logprobs[start:] = logprobs
 
     def add_pooled(self, start: int, pooled: bytes) -> None:
-        """Add the sum of the prompt's hidden states from number `start` on, or the last one: float32 [C]."""
+        """Add the sum of the prompt's hidden states from number `start` on, or the last one: float32 [C]; or logits."""
         hidden_C = np.frombuffer(pooled, np.float32)
         goes_on = self.sequence.request.pooling == "mean" and start > 0
         self._pooled = self._pooled + hidden_C if goes_on and self._pooled is not None else hidden_C
@@ -62,8 +62,11 @@ class Answer:
             num_tokens=0,
             finish_reason="length",
             prompt_logprobs=self._take_prompt_logprobs(),
-            embedding=None if self._pooled is None else _unit(self._pooled).tobytes(),
+            embedding=None if self._pooled is None else self._vector(self._pooled).tobytes(),
         )
+
+    def _vector(self, pooled: np.ndarray) -> np.ndarray:
+        return pooled if self.sequence.request.pooling == "logits" else _unit(pooled)
 
     def push_all(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> Delta:
         """Add the newest tokens, which the sequence already has; returns their delta. Tokens after the end are dropped.

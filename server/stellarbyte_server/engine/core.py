@@ -11,12 +11,14 @@ from stellarbyte_server.engine.faults.recovery import compute_again, require_sou
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.grammar.followed import Grammar
 from stellarbyte_server.engine.live_answers import LiveAnswers
+from stellarbyte_server.engine.probing import Probes
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.run.runner import Runner, RunningStep
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from stellarbyte_server.protocol.adapter_versions import LocateAdapter, RestoreAdapters, SetVersions
 from stellarbyte_server.protocol.grammar import GrammarRefused
 from stellarbyte_server.protocol.messages import (
     FAILED,
@@ -61,6 +63,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.answers = LiveAnswers(scheduler, adapters)
+        self._probes = Probes(scheduler, adapters, self.answers, tokenizer)
         self._compiling = CompilingRequests(grammars)
         self._rejected: list[Rejected] = []  # since the last step
         self._num_prompt_tokens = 0
@@ -101,7 +104,7 @@ class EngineCore:
             self._compiling.add(request, request.sampling.grammar, account, self.scheduler)
 
     def _queue(self, request: GenerationRequest, account: Account | None, grammar: TokenGrammar | None = None) -> None:
-        adapter = None if request.adapter is None else self.adapters.bind(request.adapter)
+        adapter = None if request.adapter is None else self.adapters.bind(request.adapter, request.caller)
         leader = self.answers.sequence(request.follows)
         try:
             sequence = self.scheduler.add(request, adapter, leader, account)
@@ -112,6 +115,7 @@ class EngineCore:
         if adapter is not None:
             for version in adapter.of_files:
                 version.totals.num_requests += 1
+                version.own_totals.num_requests += 1
         ends = frozenset() if request.sampling.ignore_eos else self.eos_token_ids
         if isinstance(request.reasoning, Channels) and not request.sampling.ignore_eos:
             ends |= frozenset(request.reasoning.final_ids)  # files may name only one of them
@@ -143,18 +147,23 @@ class EngineCore:
 
     def call(self, call: Call) -> None:
         """Execute an operator's call; `take_replies` returns the answer, now or after a later step."""
+        adapters, replies = self.adapters, self.answers.replies
         if isinstance(call, LoadAdapter):
-            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place)
-            self.answers.replies += [] if refusal is None else [refusal]
+            replies += adapters.load(call)
+        elif isinstance(call, LocateAdapter):
+            replies += adapters.locate(call.call_id, call.path)
+        elif isinstance(call, SetVersions):
+            replies += adapters.set_versions(call.call_id, call.name, call.current, call.shares)
+        elif isinstance(call, RestoreAdapters):
+            adapters.restore(call.adapters)
         elif isinstance(call, UnloadAdapter):
-            self.answers.replies += self.adapters.unload(call.call_id, call.name)
+            replies += adapters.unload(call.call_id, call.name)
         else:
-            self.answers.replies += self.adapters.list_all(call.call_id)
+            replies += adapters.list_all(call.call_id)
 
     def take_replies(self) -> list[Reply]:
         """Answers to calls since the last `take_replies`; also processes other threads' results."""
-        self.answers.replies += self.adapters.collect()
-        self._queue_compiled()
+        self._collect()
         replies, self.answers.replies = self.answers.replies, []
         return replies
 
@@ -167,8 +176,7 @@ class EngineCore:
         Raises:
             DeviceLost, EngineBroken: every step fails.
         """
-        self.answers.replies += self.adapters.collect()
-        self._queue_compiled()
+        self._collect()
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
         chunks = self.scheduler.schedule()
@@ -190,7 +198,13 @@ class EngineCore:
             news += self._receive(chunks, step)
         news += self.answers.failed
         self.answers.failed = []
-        return news
+        return self._probes.take(news)
+
+    def _collect(self) -> None:
+        """Process other threads' results."""
+        self.answers.replies += self.adapters.collect()
+        self._probes.begin()
+        self._queue_compiled()
 
     def _start(self, chunks: list[Chunk]) -> RunningStep | Exception | None:
         try:
@@ -268,7 +282,8 @@ class EngineCore:
                 self.answers.failed.append(failure(request_id, FAILED))
 
     def _accept(self, sequence: Sequence) -> Accepted:
-        self._num_prompt_tokens += sequence.num_prompt
+        if not self._probes.has(sequence.request.request_id):
+            self._num_prompt_tokens += sequence.num_prompt
         adapter_hash = "" if sequence.adapter is None else sequence.adapter.content_hash
         return Accepted(sequence.request.request_id, adapter_hash)
 

@@ -91,6 +91,7 @@ class LiveAnswers:
         if sequence.adapter is not None:
             for version in sequence.adapter.of_files:
                 version.totals.num_tokens += delta.num_tokens
+                version.own_totals.num_tokens += delta.num_tokens
         if delta.finish_reason is None:
             return delta
         evicted_tokens = self._scheduler.evicted_tokens(sequence)

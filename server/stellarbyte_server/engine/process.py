@@ -23,6 +23,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.loop import Core, EngineLoop
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.logs import configure_logging
+from stellarbyte_server.protocol.adapter_versions import RestoreAdapters
 from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
 
 logger = logging.getLogger("server.engine")
@@ -75,6 +76,8 @@ def main(build_core: BuildCore = _build_core) -> int:
         logger.debug("could not start", exc_info=True)
         _report(stdout, EngineFailed(_one_line(error)))
         return 1
+    if start.adapters:
+        core.call(RestoreAdapters("", start.adapters))
     keep_for_good()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)

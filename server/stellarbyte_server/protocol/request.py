@@ -94,7 +94,8 @@ class Channels(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt and how to continue it; immutable and serialisable.
 
-    With `pooling` the result is one vector, computed from the final hidden states of the prompt's tokens.
+    With `pooling` the result is one vector, computed from the final hidden states of the prompt's tokens, or the logits
+    after the last one.
     """
 
     request_id: str
@@ -106,7 +107,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     adapter_scale: float = 1.0  # factor on top of its own alpha / r
     cache_salt: str = ""  # cached blocks are shared only between requests with the same salt
     follows: str | None = None  # id of an earlier request with the same prompt, which computes the prompt for both
-    pooling: Literal["last", "mean"] | None = None
+    caller: str = ""  # a hash of the caller, which decides among versions that share an adapter's name
+    pooling: Literal["last", "mean", "logits"] | None = None
     reasoning: Reasoning | Channels | None = None  # None: all that is generated is the answer
 
 

@@ -11,7 +11,8 @@ from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterReference, mix_of, parse_references
-from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, Reply
+from stellarbyte_server.protocol.adapter_versions import StoredAdapter
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, LoadAdapter, Reply
 from tests.support.engines.engine import make_request, make_scheduler
 from tests.support.models.adapters import FakeStore
 
@@ -69,9 +70,9 @@ class AdapterEngine:
             self.step()
         raise AssertionError("there is still work")
 
-    def load(self, name: str, path: str, in_place: bool = False) -> Reply:
-        refusal = self.adapters.load(f"load {name}", name, path, in_place)
-        return self.answer([] if refusal is None else [refusal], f"load {name}")
+    def load(self, name: str, path: str | StoredAdapter, in_place: bool = False, **fields: Any) -> Reply:
+        call = LoadAdapter(f"load {name}", name, path, in_place, **fields)
+        return self.answer(self.adapters.load(call), call.call_id)
 
     def unload(self, name: str) -> Reply:
         return self.answer(self.adapters.unload(f"unload {name}", name), f"unload {name}")

@@ -43,6 +43,7 @@ OF_REQUEST = (
     "adapter",
     "adapter_scale",
     "follows",
+    "caller",
     "pooling",
     "reasoning",
 )

@@ -4,7 +4,6 @@ Paths are compared after resolving links, and a forbidden path gets the same err
 files may wait for a disk or a network: never call them on the engine's thread.
 """
 
-import errno
 import logging
 import os
 import stat
@@ -14,13 +13,13 @@ from pathlib import Path
 from stellarbyte_server.config.adapter_source import folder_name, is_source
 from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles
+from stellarbyte_server.protocol.adapter_versions import StoredAdapter
 
 logger = logging.getLogger("server.engine")
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"  # found only so that reading it can be refused by name
-_FOLDER_FLAGS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class AdapterFolder:
@@ -97,6 +96,19 @@ class AdapterFolder:
             return None
 
 
+def stored_files(stored: StoredAdapter) -> AdapterFiles:
+    """The files of an adapter in --data-dir, which reading checks."""
+    folder = Path(stored.folder)
+    return AdapterFiles(
+        config=folder / CONFIG_FILE,
+        weights=folder / WEIGHTS_FILE,
+        root=folder,
+        asked=stored.folder,
+        shown=stored.root,
+        is_stored=True,
+    )
+
+
 def _plain_files(root: Path, name: str) -> AdapterFiles | None:
     """The files of a folder in `root`; None if anything is a link. Fast, as thousands are listed at a time."""
     folder = f"{root}/{name}"
@@ -127,26 +139,3 @@ def _files(folder: Path, root: Path, *, asked: str, shown: str, or_pickle: bool)
 def _file(path: Path, root: Path) -> Path | None:
     file = path.resolve()
     return file if file.is_file() and file.is_relative_to(root) else None
-
-
-def open_inside(root: Path, path: str, flags: int) -> int:
-    """Open a file inside `root` by a path without links; an opener for `open`.
-
-    Opens each folder relative to the one before, without following links, so a link that has replaced a file or folder
-    since the path was resolved cannot lead outside.
-
-    Raises:
-        OSError: the path has a link, or does not exist.
-    """
-    try:
-        *folders, name = Path(path).relative_to(root).parts
-    except ValueError:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
-    at = os.open(root, _FOLDER_FLAGS)
-    try:
-        for folder in folders:
-            above, at = at, os.open(folder, _FOLDER_FLAGS, dir_fd=at)
-            os.close(above)
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-    finally:
-        os.close(at)

@@ -60,7 +60,7 @@ def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
     }
 
 
-def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> AdapterCard:
+def card_of(version: AdapterVersion, num_running: int, *, is_current: bool, share: float | None = None) -> AdapterCard:
     """The API's card of a version with known files."""
     assert version.files is not None
     return AdapterCard(
@@ -77,4 +77,7 @@ def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> A
         num_requests=version.totals.num_requests,
         num_tokens=version.totals.num_tokens,
         error=version.error,
+        share=share,
+        num_version_requests=version.own_totals.num_requests,
+        num_version_tokens=version.own_totals.num_tokens,
     )

@@ -24,6 +24,8 @@ class ReadDone:
     rank: int = 0
     matched: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    is_zero: bool = False
+    changed_tokens: tuple[int, ...] = ()
     parts: "tuple[ReadDone, ...]" = ()  # of a mix: of the parts whose files were read for it, which stay on disk
 
 

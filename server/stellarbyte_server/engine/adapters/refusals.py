@@ -37,6 +37,21 @@ def files_changed(version: AdapterVersion) -> str:
     return f"The files of the adapter {version.name!r} have changed; send the request again."
 
 
+def files_damaged(version: AdapterVersion) -> str:
+    """Why requests are refused whose version's files in --data-dir are not those that were stored."""
+    return f"The stored files of the adapter {version.name!r} are damaged; load it again."
+
+
+def changes_nothing(version: AdapterVersion) -> RequestRejected:
+    """Why a version is refused that has no effect."""
+    message = f"The adapter {version.name!r} changes no logit of the model; set 'probe' to false to load it anyway."
+    return RequestRejected(message, ADAPTER_FAILED, "lora_path")
+
+
+def no_version(call_id: str, name: str) -> CallFailed:
+    return CallFailed(call_id, f"The adapter {name!r} has no such version loaded.", code=ADAPTER_NOT_FOUND)
+
+
 def no_adapter(call_id: str, name: str) -> CallFailed:
     return CallFailed(call_id, f"There is no adapter {name!r}.", code=ADAPTER_NOT_FOUND, param="lora_name")
 

@@ -1,9 +1,10 @@
 """The registry of adapters: names, versions, their users and their memory.
 
-A name has one current version. Other threads find, read and check its files (`AdapterStore`); this code runs on the
-engine's thread between steps and reads no files. A version that is replaced or unloaded drains: it serves the requests
-bound to it and is then forgotten. Memory has three tiers: slots of the bank, CPU memory, disk. Least recently used
-versions move down; versions of running requests do not move. Mixes of versions are versions, too (`mixes.py`).
+A name has one current version, and perhaps others beside it (`names.py`). Other threads find, read and check its files
+(`AdapterStore`); this code runs on the engine's thread between steps and reads no files. A version that is replaced or
+unloaded drains (`lifetime.py`): it serves the requests bound to it and is then forgotten. Memory has three tiers:
+slots of the bank, CPU memory, disk. Least recently used versions move down; versions of running requests do not move.
+Mixes of versions are versions, too (`mixes.py`).
 """
 
 import logging
@@ -13,29 +14,38 @@ from functools import partial
 
 from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.adapters import refusals
-from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.beside import Shares
+from stellarbyte_server.engine.adapters.folder import AdapterFolder, stored_files
+from stellarbyte_server.engine.adapters.lifetime import Lifetimes
 from stellarbyte_server.engine.adapters.listing import AdapterListing, card_of
+from stellarbyte_server.engine.adapters.loads import Load, Loads
 from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
-from stellarbyte_server.engine.adapters.mixes import AdapterMixes
+from stellarbyte_server.engine.adapters.names import AdapterNames
 from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
+from stellarbyte_server.protocol.adapter_versions import (
+    AdapterLocated,
+    AdapterProbe,
+    RestoredAdapter,
+    StoredAdapter,
+    VersionsSet,
+)
 from stellarbyte_server.protocol.histogram import Histogram
 from stellarbyte_server.protocol.messages import (
     AdapterCard,
     AdapterList,
-    AdapterLoaded,
     AdapterUnloaded,
     CallFailed,
+    LoadAdapter,
     Reply,
     adapter_is_loading,
 )
-from stellarbyte_server.protocol.request import RequestRejected, model_not_found
+from stellarbyte_server.protocol.request import RequestRejected
 
 logger = logging.getLogger("server.engine")
 
-RETRY_FAILED_S = 5.0  # minimum time between attempts to read an adapter that failed
 LOAD_SECONDS_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -61,50 +71,33 @@ class Adapters:
         self._store = store
         self._memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
-        self._current: dict[str, AdapterVersion] = {}
-        self._mixes = AdapterMixes()
-        self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
-        self._withdrawn: set[str] = set()  # unloaded folders of --adapter-dir, available again after a load
-        self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id
-        self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
+        self._loads = Loads()
+        self._lifetimes = Lifetimes(store, self.slots, self._memory, self._loads)
+        self._names = AdapterNames(folder, store, self._lifetimes, clock, self._note_looked)
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listing = AdapterListing(folder, store, clock, self._list)
-        self._num_uses = 0
         self.num_reads = 0  # completed reads, after which `refusal` may change
 
     # Requests
 
-    def bind(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
-        """Bind a new request to the adapter's current version, or to a mix of current ones, until `release`.
+    def bind(self, reference: AdapterReference | AdapterMix, caller: str = "") -> AdapterVersion:
+        """Bind a new request to the adapter's version for its caller, or to a mix of such, until `release`.
 
         Raises:
             RequestRejected: an adapter cannot exist, or could not be read. If its files are still being looked up,
                 `refusal` reports an absent adapter later.
         """
-        version = self._version(reference)
-        for bound in version.with_parts:
-            bound.num_bound += 1
-        self._touch(version)
+        version = self._names.version(reference, caller)
+        self._lifetimes.bind(version)
         return version
 
-    def _version(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
-        if isinstance(reference, AdapterMix):
-            parts = tuple((self._version(part), scale) for part, scale in reference.parts)
-            return self._mixes.version(reference.name, parts)
-        version = self._find(reference.name)
-        if version is None:
-            raise model_not_found(reference)
-        refusal = refusals.refusal_of(version, reference)
-        if refusal is not None:
-            raise refusal
-        return version
+    def bind_version(self, version: AdapterVersion) -> None:
+        """Bind a request to a version, which need not have a name, until `release`."""
+        self._lifetimes.bind(version)
 
     def release(self, version: AdapterVersion) -> list[Reply]:
         """Release a request's version when it has ended."""
-        self._touch(version)
-        for bound in version.with_parts:
-            bound.num_bound -= 1
-        return [reply for bound in version.with_parts for reply in self._drop_if_drained(bound)]
+        return self._lifetimes.release(version)
 
     def refusal(self, sequence: Sequence) -> RequestRejected | None:
         """Why a bound request cannot run, by the current state of its adapter; None: it can, or may."""
@@ -117,11 +110,11 @@ class Adapters:
         For a returned move the caller must preempt the sequences that run with the slot's current adapter, then call
         `finish_move`.
         """
-        if not self._current and not self._others:
+        if not self._names.current and not self._lifetimes.others:
             return None
         plan = self.slots.plan(waiting, self._clock())
         for version, slot in plan.fill:
-            self._fill(version, slot)
+            self._lifetimes.fill(version, slot)
         for version in plan.read:
             if not version.is_reading and version.state != "failed" and self._memory.make_room(1, plan.keep):
                 if version.state == "ready" and not version.content_hash:
@@ -135,7 +128,7 @@ class Adapters:
 
     def enter(self, version: AdapterVersion) -> None:
         """Note that a sequence with this adapter starts to run."""
-        self._touch(version)
+        self._lifetimes.touch(version)
         self.slots.enter(version)
 
     def leave(self, version: AdapterVersion) -> None:
@@ -144,45 +137,75 @@ class Adapters:
 
     def finish_move(self, move: Move) -> None:
         self.slots.move(move)
-        self._fill(move.to, move.slot)
+        self._lifetimes.fill(move.to, move.slot)
 
     # Calls of the operator
 
-    def load(self, call_id: str, name: str, path: str, in_place: bool) -> CallFailed | None:
-        """Load an adapter under `name`; `collect` returns the answer unless it is refused at once."""
+    def load(self, call: LoadAdapter) -> list[Reply]:
+        """Load an adapter; returns the answer, or `collect` does."""
+        call_id, name, path = call.call_id, call.name, call.path
         if not is_adapter_name(name):
-            return refusals.bad_name(call_id, name)
-        if self._is_loading(name):
-            return adapter_is_loading(call_id, name)
-        current = self._current.get(name)
-        if current is not None and current.files is not None and current.state != "failed" and not in_place:
-            return refusals.already_loaded(call_id, name)
+            return [refusals.bad_name(call_id, name)]
+        if self._loads.has(name):
+            return [adapter_is_loading(call_id, name)]
+        current = self._names.current.get(name)
+        is_there = current is not None and current.files is not None and current.state != "failed"
+        if is_there and not call.in_place:
+            return [refusals.already_loaded(call_id, name)]
+        load = Load(call_id=call_id, wants_probe=call.probe, is_beside=call.is_beside)
+        if isinstance(path, StoredAdapter):
+            known = self._names.usable(name, path)
+            if known is not None and call.is_beside:
+                return [load.loaded(known, self._card(known), is_used=False)]
+            self._start(load, AdapterVersion(name=name, files=stored_files(path), state="loading"))
+            return []
         version = AdapterVersion(name=name, files=None, state="loading")
-        self._loads[version] = call_id
+        self._loads.add(version, load)
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
         )
-        return None
+        return []
+
+    def locate(self, call_id: str, path: str) -> list[Reply]:
+        """Find the files at a path; `collect` returns the answer."""
+        self._store.look(partial(self._folder.at, path), partial(_located, call_id, path))
+        return []
+
+    def restore(self, adapters: Iterable[RestoredAdapter]) -> None:
+        """Make stored adapters available, read on first use."""
+        for adapter in adapters:
+            self._lifetimes.drain(*self._names.restore(adapter))
+
+    def set_versions(self, call_id: str, name: str, current: str, shares: Shares) -> list[Reply]:
+        """Set the versions of a name that requests get from now on; all others drain. Returns the answer."""
+        if self._loads.has(name):
+            return [adapter_is_loading(call_id, name)]
+        replaced = self._names.set_versions(name, current, shares)
+        if replaced is None:
+            return [refusals.no_version(call_id, name)]
+        return [*self._lifetimes.drain(*replaced), VersionsSet(call_id)]
 
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
         """Read an adapter with known files; `collect` returns the answer."""
-        version = AdapterVersion(name=name, files=files, state="loading")
-        self._loads[version] = call_id
+        self._start(Load(call_id=call_id), AdapterVersion(name=name, files=files, state="loading"))
+
+    def _start(self, load: Load, version: AdapterVersion) -> None:
+        self._loads.add(version, load)
         self._begin_load(version)
 
     def _begin_load(self, version: AdapterVersion) -> None:
-        self._others.add(version)
+        self._lifetimes.others.add(version)
         self._memory.make_room(1, set())
         self._memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
-        if self._is_loading(name):
+        if self._loads.has(name):
             return [adapter_is_loading(call_id, name)]
-        version = self._current.get(name)
+        version = self._names.current.get(name)
         if version is not None and version.files is not None:
             return self._withdraw(call_id, name)
-        if name in self._withdrawn or not self._folder.may_offer(name):
+        if name in self._names.withdrawn or not self._folder.may_offer(name):
             return [refusals.no_adapter(call_id, name)]
         self._store.look(partial(self._folder.offered, name), partial(self._note_to_unload, call_id, name))
         return []
@@ -192,41 +215,30 @@ class Adapters:
         return [refusals.no_adapter(call_id, name)] if files is None else self._withdraw(call_id, name)
 
     def _withdraw(self, call_id: str, name: str) -> list[Reply]:
-        version = self._current.pop(name, None)
-        if self._folder.may_offer(name):
-            self._withdrawn.add(name)
-            self._store.look(partial(self._folder.offered, name), partial(self._note_withdrawn, name))
-        if version is None:
+        versions = self._names.withdraw(name)
+        if not versions:
             return [AdapterUnloaded(call_id, 0)]
         logger.info("unloading adapter %s", name)
-        self._unloads[version] = call_id
-        return self._drain(version)
-
-    def _note_withdrawn(self, name: str, files: AdapterFiles | None) -> list[Reply]:
-        """Withdraw a folder, so that only one created after the unloading is available."""
-        if files is None:
-            self._withdrawn.discard(name)
-        return []
+        return self._lifetimes.unload(call_id, versions)
 
     def list_all(self, call_id: str) -> list[Reply]:
         """All available and draining adapters; returns the answer, or `collect` does after a scan of the disk."""
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
-        current = [version for version in self._current.values() if version.files is not None]
-        cards = [self._card(version, is_current=True) for version in current]
-        cards += [self._card(version, is_current=False) for version in self._others if version.files is not None]
-        hidden = self._withdrawn.union([version.name for version in current])
+        current = [version for version in self._names.current.values() if version.files is not None]
+        cards = [self._card(version) for version in (*current, *self._names.beside.versions())]
+        cards += [self._card(version) for version in self._lifetimes.others if version.files is not None]
+        hidden = self._names.withdrawn.union([version.name for version in current])
         cards += [card for name, card in self._listing.cards.items() if name not in hidden]
         cards.sort(key=lambda card: (card.name, not card.is_current))
         return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
 
-    def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
-        num_running = sum(map(self.slots.num_running, (version, *self._mixes.of(version))))
-        return card_of(version, num_running, is_current=is_current)
-
-    def _is_loading(self, name: str) -> bool:
-        return any(version.name == name for version in self._loads)
+    def _card(self, version: AdapterVersion) -> AdapterCard:
+        num_running = sum(map(self.slots.num_running, (version, *self._lifetimes.mixes.of(version))))
+        is_current, is_beside = self._names.current.get(version.name) is version, self._names.beside.has(version)
+        share = self._names.beside.share(version) if is_current or is_beside else None
+        return card_of(version, num_running, is_current=is_current, share=share)
 
     # Results of other threads
 
@@ -243,7 +255,7 @@ class Adapters:
                 replies += done.note()
             elif isinstance(done, FillDone):
                 self.slots.filled(done.slot)
-                replies += self._note_failed_fill(done) if done.error else self._drop_if_drained(done.version)
+                replies += self._note_failed_fill(done) if done.error else self._lifetimes.drop_if_drained(done.version)
             else:
                 replies += self._note_read(done)
         return replies
@@ -254,16 +266,16 @@ class Adapters:
         """Note a version's files; `absent` is the answer to its call if there are none."""
         version.files = files
         if files is not None:
-            if version in self._loads:
+            if self._loads.of(version) is not None:
                 self._begin_load(version)
             return []
         self.num_reads += 1
         version.state = "failed"
-        if self._current.get(version.name) is version:
-            del self._current[version.name]
-        self._loads.pop(version, None)
-        self._others.add(version)  # until its requests have been refused
-        return [*([] if absent is None else [absent]), *self._drop_if_drained(version)]
+        if self._names.current.get(version.name) is version:
+            del self._names.current[version.name]
+        self._loads.take(version)
+        self._lifetimes.others.add(version)  # until its requests have been refused
+        return [*([] if absent is None else [absent]), *self._lifetimes.drop_if_drained(version)]
 
     def _note_read(self, done: ReadDone) -> list[Reply]:
         version, error = done.version, self._note_parts(done) or done.error
@@ -276,16 +288,60 @@ class Adapters:
         self._load_seconds.observe(done.seconds)
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
-        if version.state == "loading":
-            version.state = "ready"
+        version.is_zero, version.changed_tokens = done.is_zero, done.changed_tokens
         logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
-        replies: list[Reply] = []
-        call_id = self._loads.pop(version, None)
-        if call_id is not None:
-            replies += self._install(version)
-            card = self._card(self._current[version.name], is_current=True)
-            replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
-        return replies + self._drop_if_drained(version)
+        load = self._loads.of(version)
+        if load is None:
+            version.state = "ready" if version.state == "loading" else version.state
+            return self._lifetimes.drop_if_drained(version)
+        if load.wants_probe and not self._names.has_content(version):
+            if version.is_zero:
+                return self.note_probe(version, refusals.changes_nothing(version))
+            self._loads.begin_probe(version)
+            return []
+        return self._go_live(version)
+
+    def take_probes(self) -> list[AdapterVersion]:
+        """The versions to be probed, once each; `note_probe` notes the result."""
+        return self._loads.take_probes()
+
+    def note_probe(self, version: AdapterVersion, outcome: AdapterProbe | RequestRejected) -> list[Reply]:
+        """Note what a probe found, or why the version is refused."""
+        load = self._loads.of(version)
+        if load is None:
+            return []  # it failed meanwhile
+        if isinstance(outcome, AdapterProbe):
+            return self._go_live(version, outcome)
+        self._loads.take(version)
+        logger.warning("%s", outcome)
+        failed = CallFailed(load.call_id, str(outcome), outcome.code, outcome.param, outcome.retry_after_s)
+        return [failed, *self._lifetimes.drain(version)]
+
+    def _go_live(self, version: AdapterVersion, probe: AdapterProbe | None = None) -> list[Reply]:
+        """Make a loaded version the current one of its name, or keep it beside that. Equal content changes nothing."""
+        load = self._loads.take(version)
+        assert load is not None
+        old = self._names.current.get(version.name)
+        if old is not None and self._names.has_content(version):
+            is_used = not old.is_stored
+            old.files = version.files if is_used else old.files
+            replaced = [] if load.is_beside else self._names.beside.set(version.name, ())
+            answer = load.loaded(old, self._card(old), is_used=is_used)
+            return [*self._lifetimes.drain(version, *replaced), answer]
+        version.state = "ready"
+        self._lifetimes.others.discard(version)
+        if load.is_beside:
+            before = self._names.beside.keep(version)
+            replies = [] if before is None else self._lifetimes.drain(before)
+        else:
+            replies = self._lifetimes.drain(*self._names.install(version))
+            if not version.slot and (slot := self.slots.take_free(version)):  # a probe has given it one
+                self._lifetimes.fill(version, slot)
+        return [
+            *replies,
+            load.loaded(version, self._card(version), probe=probe),
+            *self._lifetimes.drop_if_drained(version),
+        ]
 
     def _note_parts(self, done: ReadDone) -> str:
         """Note the parts that were read for a mix only; returns why that cannot be used, if one has other content."""
@@ -304,32 +360,15 @@ class Adapters:
                 part.content_hash = read.content_hash
         return error
 
-    def _install(self, version: AdapterVersion) -> list[Reply]:
-        """Make a loaded version the current one of its name. Equal content changes nothing."""
-        self._withdrawn.discard(version.name)
-        self._others.discard(version)
-        old = self._current.get(version.name)
-        if old is not None and old.content_hash == version.content_hash and old.state == "ready":
-            old.files = version.files
-            self._memory.forget(version)
-            return []
-        self._current[version.name] = version
-        if slot := self.slots.take_free(version):
-            self._fill(version, slot)
-        if old is None:
-            return []
-        version.totals = old.totals
-        return self._drain(old)
-
     def _note_failed_read(self, version: AdapterVersion, error: str, *, is_fault: bool = False) -> list[Reply]:
         self.num_reads += 1
         self._memory.forget(version)
         version.state, version.error, version.failed_at_s = "failed", error, self._clock()
         version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
-        call_id = self._loads.pop(version, None)
-        failed = [] if call_id is None else [refusals.not_read(call_id, error, is_fault=is_fault)]
-        return [*failed, *self._drop_if_drained(version)]
+        load = self._loads.take(version)
+        failed = [] if load is None else [refusals.not_read(load.call_id, error, is_fault=is_fault)]
+        return [*failed, *self._lifetimes.drop_if_drained(version)]
 
     def _note_failed_fill(self, done: FillDone) -> list[Reply]:
         """After a failed copy, free the slot and refuse the requests that wait for it."""
@@ -338,62 +377,20 @@ class Adapters:
         return self._note_failed_read(done.version, done.error, is_fault=True)
 
     def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
-        """After a change of a version's files, make their content the current version for new requests."""
-        if self._current.get(version.name) is version:
-            self._current[version.name] = AdapterVersion(name=version.name, files=version.files, totals=version.totals)
-            self._others.add(version)
+        """After a change of a version's files, make their content the current version for new requests, except of files
+        that never change."""
+        if version.is_stored:
+            return self._note_failed_read(version, refusals.files_damaged(version))
+        if self._names.current.get(version.name) is version:
+            self._names.current[version.name] = AdapterVersion(
+                name=version.name, files=version.files, totals=version.totals
+            )
+            self._lifetimes.others.add(version)
         return self._note_failed_read(version, refusals.files_changed(version))
 
-    # Names and memory
 
-    def _find(self, name: str) -> AdapterVersion | None:
-        """The current version of a name, which the first request for a folder of --adapter-dir creates.
-
-        Its files are then looked up, and again after a failure, as they may have been replaced.
-        """
-        version = self._current.get(name)
-        if version is None and name not in self._withdrawn and self._folder.may_offer(name):
-            version = self._current[name] = AdapterVersion(name=name, files=None)
-            self._store.look(partial(self._folder.offered, name), partial(self._note_looked, version, None))
-        elif version is not None and version.state == "failed" and self._clock() - version.failed_at_s > RETRY_FAILED_S:
-            if version.num_bound:  # its last requests will be refused
-                self._others.add(version)
-            files = version.files
-            assert files is not None, "it was found before it failed"
-            version = self._current[name] = AdapterVersion(name=name, files=None, totals=version.totals)
-            self._store.look(partial(self._folder.at, files.asked), partial(self._note_again, version, files))
-        return version
-
-    def _note_again(self, version: AdapterVersion, before: AdapterFiles, files: AdapterFiles | None) -> list[Reply]:
-        """Retry a version that failed, with its files looked up again; if these are absent, reading reports it."""
-        return self._note_looked(version, None, before if files is None else files)
-
-    def _fill(self, version: AdapterVersion, slot: int) -> None:
-        self._touch(version)
-        self._store.fill(version, slot)
-
-    def _drain(self, version: AdapterVersion) -> list[Reply]:
-        version.state = "draining"
-        self._others.add(version)
-        return self._drop_if_drained(version)
-
-    def _drop_if_drained(self, version: AdapterVersion) -> list[Reply]:
-        """Forget a draining version once it has no users."""
-        if version not in self._others or version.num_bound or version.is_reading or self.slots.is_filling(version):
-            return []
-        freed = (version.num_bytes if version.is_in_memory else 0) + (version.num_bytes if version.slot else 0)
-        if version.slot:
-            slot = version.slot
-            self.slots.clear(version)
-            self._store.clear(slot)
-        self._memory.forget(version)
-        self._others.discard(version)
-        call_id = self._unloads.pop(version, None)
-        replies: list[Reply] = [] if call_id is None else [AdapterUnloaded(call_id, freed)]
-        for mix in self._mixes.take(version):
-            replies += self._drain(mix)
-        return replies
-
-    def _touch(self, version: AdapterVersion) -> None:
-        self._num_uses += 1
-        version.used_at = self._num_uses
+def _located(call_id: str, path: str, files: AdapterFiles | None) -> list[Reply]:
+    if files is None:
+        return [refusals.no_files(call_id, path)]
+    config, weights, root = map(str, (files.config, files.weights, files.root))
+    return [AdapterLocated(call_id=call_id, config=config, weights=weights, root=root, shown=files.shown)]

@@ -11,24 +11,24 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
 from stellarbyte.lora import Adapter, AdapterError, read_adapter
-from stellarbyte.lora.bank import REPLACEABLE, LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import EMBEDDING, REPLACEABLE, LoraBank, PackedAdapter, pack_adapter
 from stellarbyte.lora.dora import row_factors
 from stellarbyte.lora.mixing import mixed
 from stellarbyte.lora.peft_config import MODULES_TO_SAVE, USE_DORA
 from stellarbyte.model.parts import adaptable_modules
-from stellarbyte_server.engine.adapters.folder import open_inside
 from stellarbyte_server.engine.adapters.memory import FillDone, Looked, ReadDone
 from stellarbyte_server.engine.run.device_errors import device_errors
 from stellarbyte_server.engine.run.executor import DeviceLost, OutOfDeviceMemory
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.give_way import give_way
+from stellarbyte_server.opening import open_inside
 from stellarbyte_server.protocol.messages import Reply
 
 logger = logging.getLogger("server.engine")
@@ -165,6 +165,8 @@ class AdapterStore:
             rank=int(packed.ranks_LP.max()),
             matched=tuple(adapter.weights),
             unmatched=adapter.unmatched_targets,
+            is_zero=_is_zero(adapter, factors, replaced),
+            changed_tokens=_most_changed(replaced),
         )
         return done, packed
 
@@ -250,6 +252,22 @@ class AdapterStore:
             is_fault=is_fault,
             parts=parts,
         )
+
+
+def _is_zero(adapter: Adapter, factors: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an adapter adds nothing to any weight."""
+    products = (bool(a.any()) and bool(b.any()) for a, b in adapter.weights.values())
+    scaled = (bool((factor != 1).any()) for factor in factors.values())
+    return not (any(products) or any(scaled) or any(bool(matrix.any()) for matrix in replaced.values()))
+
+
+def _most_changed(replaced: Mapping[str, torch.Tensor], most: int = 4) -> tuple[int, ...]:
+    """The tokens whose embedding an adapter changes most."""
+    change_VC = replaced.get(EMBEDDING)
+    if change_VC is None:
+        return ()
+    sizes_V = torch.linalg.vector_norm(change_VC, torch.inf, dim=1)
+    return tuple(token for token in sizes_V.topk(min(most, len(sizes_V))).indices.tolist() if sizes_V[token] > 0)
 
 
 def _readers() -> ThreadPoolExecutor:

@@ -5,7 +5,7 @@ from array import array
 import torch
 
 from stellarbyte_server.engine.run.adjustments import SlotAdjustment
-from stellarbyte_server.engine.run.outputs import Head, pooled_hidden, prompt_logprobs
+from stellarbyte_server.engine.run.outputs import Head, last_logits, pooled_hidden, prompt_logprobs
 from stellarbyte_server.engine.run.step_plan import Rewind, SlotBegin, StepResult
 
 # T tokens of a chunk, C hidden size
@@ -35,5 +35,7 @@ class ExecutorSlot:
         if self.sampling.prompt_logprobs is not None:
             following = self.tokens[start + 1 : min(start + len(chunk_TC) + 1, self.begin.num_prompt)].tolist()
             result.prompt_logprobs[row] = prompt_logprobs(model, chunk_TC, following, self.sampling.prompt_logprobs)
-        if self.begin.pooling is not None:
+        if self.begin.pooling == "logits":
+            result.pooled[row] = last_logits(model, chunk_TC)
+        elif self.begin.pooling is not None:
             result.pooled[row] = pooled_hidden(self.begin.pooling, chunk_TC)

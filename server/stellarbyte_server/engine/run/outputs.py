@@ -63,3 +63,8 @@ def pooled_hidden(pooling: Literal["last", "mean"], chunk_TC: torch.Tensor) -> b
     """A chunk's contribution to its prompt's vector, float32 [C]; see `Answer.add_pooled`."""
     pooled_C = chunk_TC[-1] if pooling == "last" else chunk_TC.sum(dim=0)
     return pooled_C.float().numpy(force=True).tobytes()
+
+
+def last_logits(model: Head, chunk_TC: torch.Tensor) -> bytes:
+    """The logits after a chunk's last token, float32 [V]."""
+    return model.head(chunk_TC[-1:])[0].float().numpy(force=True).tobytes()

@@ -26,7 +26,7 @@ class SlotBegin(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     sampling: SamplingParams
     end_token_ids: tuple[int, ...]  # banned from the answer's first min_tokens tokens; () if that is 0
     has_grammar: bool  # its masks come with `Finish`
-    pooling: Literal["last", "mean"] | None
+    pooling: Literal["last", "mean", "logits"] | None
 
 
 class Rewind(msgspec.Struct, frozen=True, array_like=True):
@@ -85,7 +85,7 @@ class StepResult(msgspec.Struct, array_like=True, kw_only=True):
     not_sampled: list[int] = []  # rows without a valid token: NaN or infinity
     logprobs: dict[int, list[TokenLogprob]] = {}  # of these tokens
     prompt_logprobs: dict[int, list[TokenLogprob]] = {}  # of the prompt's tokens after the chunk's first one
-    pooled: dict[int, bytes] = {}  # float32 [C]: sum of the chunk's hidden states, or the last one
+    pooled: dict[int, bytes] = {}  # float32 [C]: sum of the chunk's hidden states, or the last one; or [V] logits
 
 
 def adjusts(sampling: SamplingParams, has_grammar: bool) -> bool:

@@ -128,8 +128,12 @@ class Scheduler:
         adapter: AdapterVersion | None = None,
         leader: Sequence | None = None,
         account: Account | None = None,
+        *,
+        needs_place: bool = True,
     ) -> Sequence:
         """Queue a request of an account, to run with `adapter`, after `leader` has computed their common prompt.
+
+        Without `needs_place` also in a full queue.
 
         Raises:
             RequestRejected: it exceeds the context, or the queue is full.
@@ -144,7 +148,8 @@ class Scheduler:
                 param="max_tokens",
             )
         account = account or self._keyless
-        self._require_place(account)
+        if needs_place:
+            self._require_place(account)
         arrived_s = self._clock()
         sequence = Sequence(
             request=request,

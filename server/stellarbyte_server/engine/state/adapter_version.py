@@ -16,6 +16,7 @@ class AdapterFiles:
     root: Path  # the allowed folder
     asked: str  # the name or path of the lookup
     shown: str  # the path in the API
+    is_stored: bool = False  # in --data-dir, where they never change
 
 
 @dataclass(slots=True)
@@ -42,6 +43,8 @@ class AdapterVersion:
     rank: int = 0  # the largest of its modules
     matched: tuple[str, ...] = ()  # modules it changes
     unmatched: tuple[str, ...] = ()  # targets in its config without weights
+    is_zero: bool = False  # adds nothing to any weight
+    changed_tokens: tuple[int, ...] = ()  # those whose embedding it changes most
     error: str = ""  # one sentence, when failed
     is_fault: bool = False  # when failed: a fault of the server, not of the files
     failed_at_s: float = 0.0
@@ -51,6 +54,7 @@ class AdapterVersion:
     num_bound: int = 0  # requests not ended
     used_at: int = 0  # order of use
     totals: AdapterTotals = field(default_factory=AdapterTotals)
+    own_totals: AdapterTotals = field(default_factory=AdapterTotals)  # of this version only
 
     @property
     def of_files(self) -> "tuple[AdapterVersion, ...]":
@@ -66,3 +70,8 @@ class AdapterVersion:
     def is_found(self) -> bool:
         """Whether its files are known."""
         return all(version.files is not None for version in self.of_files)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its files are in --data-dir, where they never change."""
+        return self.files is not None and self.files.is_stored

@@ -78,7 +78,10 @@ class Sequence:
         max_tokens = self.request.sampling.max_tokens
         self.samples = max_tokens > 0
         self.max_launched = self.num_prompt + max(0, max_tokens - 1)
-        self.reads_cache = self.request.sampling.prompt_logprobs is None and self.request.pooling != "mean"
+        self.reads_cache = self.request.sampling.prompt_logprobs is None and self.request.pooling not in (
+            "mean",
+            "logits",
+        )
 
     @property
     def num_prompt(self) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_server.config.adapter_source import folder_name
-from stellarbyte_server.engine.adapters.folder import AdapterFolder, open_inside
+from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.opening import open_inside
 from tests.support.models.adapters import touch_adapter
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S, LISTING_PATIENCE_S
-from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S
-from stellarbyte_server.protocol.messages import AdapterUnloaded, CallFailed
+from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
+from stellarbyte_server.protocol.messages import AdapterUnloaded, CallFailed, LoadAdapter
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.adapter_engine import AdapterEngine
 from tests.support.models.adapters import touch_adapter
@@ -33,8 +33,8 @@ def test_the_engines_thread_looks_at_no_file(folder: Path, monkeypatch: pytest.M
             for name in ("a", "unknown", "d"):
                 with contextlib.suppress(RequestRejected):
                     engine.submit(name)
-            engine.adapters.load("l", "x", "deep/path", True)
-            engine.adapters.load("l", "y", str(folder / "b"), True)
+            engine.adapters.load(LoadAdapter("l", "x", "deep/path", True))
+            engine.adapters.load(LoadAdapter("l", "y", str(folder / "b"), True))
             engine.adapters.unload("u", "c")
             engine.adapters.unload("u", "a")
             engine.adapters.list_all("list")
@@ -54,7 +54,7 @@ def test_a_model_that_is_not_there_is_not_found_once_the_disk_was_asked(folder: 
     assert refusal is not None and refusal.code == "model_not_found" and "'unknown'" in str(refusal)
     assert "unknown" not in [card.name for card in engine.cards()]
     engine.end(sequence)
-    assert not engine.adapters._current and not engine.adapters._others
+    assert not engine.adapters._names.current and not engine.adapters._lifetimes.others
     touch_adapter(folder / "unknown")
     engine.submit("unknown")
     engine.run()

@@ -64,7 +64,7 @@ def test_mixes_are_evicted_as_adapters_are_and_then_forgotten(folder: Path) -> N
         engine.run()
         assert len(engine.store.in_memory) <= 3 and len(engine.store.in_slots) <= 2
     a = engine.submit("a").adapter
-    assert len(engine.adapters._mixes.of(a)) <= 4  # in memory, and the last made
+    assert len(engine.adapters._lifetimes.mixes.of(a)) <= 4  # in memory, and the last made
     engine.submit_mix("a+b", 1.0, 0.0)  # evicted long since: put together again
     engine.run()
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from stellarbyte_server.api.contract.errors import from_engine
-from stellarbyte_server.engine.adapters.registry import RETRY_FAILED_S
+from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.state.sequence import Sequence
-from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed
+from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed, LoadAdapter
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.adapter_engine import AdapterEngine
 
@@ -228,7 +228,7 @@ def test_a_name_that_could_not_be_read_again_is_read_from_the_same_place_later(f
 def test_no_more_than_the_limit_stay_in_memory_however_many_are_loaded_at_once(folder: Path) -> None:
     engine = AdapterEngine(folder, num_slots=1, max_in_memory=2)
     for name in "abcdefgh":
-        engine.adapters.load(name, f"x{name}", name, False)
+        engine.adapters.load(LoadAdapter(name, f"x{name}", name, False))
     for _ in range(2):
         engine.replies += engine.adapters.collect()
     assert len(engine.store.in_memory) == 2 and len(engine.replies) == 8
@@ -239,7 +239,7 @@ def test_a_running_requests_copy_stays_in_memory_so_that_it_can_go_on_after_a_mo
     endless = engine.submit("a", 5000)
     for _ in range(5):
         engine.step()
-    engine.adapters.load("l", "a", "b", True)  # its files are another's now
+    engine.adapters.load(LoadAdapter("l", "a", "b", True))  # its files are another's now
     for name in "cd":
         engine.submit(name, 2)
     for _ in range(60):
@@ -281,9 +281,9 @@ def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
 
 def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
     engine = AdapterEngine(folder)
-    assert engine.adapters.load("1", "x", "a", False) is None
+    assert engine.adapters.load(LoadAdapter("1", "x", "a", False)) == []
     (unloading,) = engine.adapters.unload("3", "x")
-    for refused in (engine.adapters.load("2", "x", "b", True), unloading):
+    for refused in (*engine.adapters.load(LoadAdapter("2", "x", "b", True)), unloading):
         assert "is being loaded" in refused.message
         assert from_engine(RequestRejected(refused.message, refused.code)).status == 409
 
@@ -308,7 +308,7 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
                 if sequence.is_running or sequence in list(engine.scheduler.waiting):
                     engine.end(sequence)
             elif action < 0.6:
-                engine.adapters.load("l", name, chance.choice("abcdefgh"), chance.random() < 0.7)
+                engine.adapters.load(LoadAdapter("l", name, chance.choice("abcdefgh"), chance.random() < 0.7))
             elif action < 0.65:
                 engine.adapters.unload("u", name)
         except RequestRejected:

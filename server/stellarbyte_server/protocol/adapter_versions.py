@@ -1,0 +1,65 @@
+"""Versions of adapters as the HTTP processes and the engine speak of them (see messages.py)."""
+
+import msgspec
+
+
+class StoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a version in --data-dir, which never change."""
+
+    folder: str  # absolute path
+    root: str  # its source, for the API
+    content_hash: str = ""  # that the files must have; "": they have not been read yet
+
+
+class LocateAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Find the files of an adapter that may be loaded; answered by `AdapterLocated` or `CallFailed`."""
+
+    call_id: str
+    path: str
+
+
+class SetVersions(msgspec.Struct, frozen=True, tag=True):
+    """Set which loaded versions requests for a name get, from now on; answered by `VersionsSet` or `CallFailed`.
+
+    All other versions of the name drain.
+    """
+
+    call_id: str
+    name: str
+    current: str  # content hash; "": the current one stays
+    shares: tuple[tuple[str, float], ...] = ()  # content hash, share of the callers; (): all get the current one
+
+
+class RestoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """A name and its versions when the engine starts."""
+
+    name: str
+    current: StoredAdapter
+    shares: tuple[tuple[StoredAdapter, float], ...] = ()
+
+
+class RestoreAdapters(msgspec.Struct, frozen=True, tag=True):
+    """Make stored adapters available, read on first use. The first call of a new engine; not answered."""
+
+    call_id: str
+    adapters: tuple[RestoredAdapter, ...]
+
+
+class AdapterProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """The logits after a short prompt with an adapter, compared with those without it."""
+
+    max_logit_change: float  # absolute
+    num_changed: int  # logits that differ
+    num_prompt_tokens: int
+
+
+class AdapterLocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    call_id: str
+    config: str  # absolute paths
+    weights: str
+    root: str  # the allowed folder that contains them
+    shown: str  # the path in the API
+
+
+class VersionsSet(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
