@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stellarbyte_server.access.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
@@ -27,6 +27,7 @@ from stellarbyte_server.logs import LogFormat, configure_logging
 
 if TYPE_CHECKING:  # imported late
     from stellarbyte_server.client.restart import RestartingEngine
+    from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
 
 logger = logging.getLogger("server")
 
@@ -74,14 +75,16 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) ->
     from stellarbyte_server.client.launch import EngineProcess, EngineStartError
     from stellarbyte_server.client.restart import RestartingEngine
 
-    with _listening(settings) as listeners, _data_folder(settings):
+    with _listening(settings) as listeners, _data_folder(settings) as restored:
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
         logger.info("starting the engine on %s", settings.engine.model)
         try:
             engine = RestartingEngine(
-                lambda: EngineProcess(settings.engine, settings.log_level, engine_module, settings.log_format),
+                lambda: EngineProcess(
+                    settings.engine, settings.log_level, engine_module, settings.log_format, restored()
+                ),
                 settings.restart_engine,
             )
         except (EngineStartError, OSError) as error:
@@ -183,20 +186,37 @@ def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
 
 
 @contextlib.contextmanager
-def _data_folder(settings: ServerSettings) -> Iterator[None]:
-    """--data-dir is this server's meanwhile; StartError when it cannot be."""
+def _data_folder(settings: ServerSettings) -> Iterator[Callable[[], tuple["RestoredAdapter", ...]]]:
+    """--data-dir is this server's meanwhile; StartError when it cannot be. Yields a reader of its adapters."""
     if settings.data_dir is None:
-        yield
+        yield tuple
         return
     from stellarbyte_server.batch.storage import claim_folder
+    from stellarbyte_server.registry.store import AdapterRegistry
 
     try:
         lock = claim_folder(settings.data_dir)
     except ValueError as error:
         raise StartError(f"--data-dir: {error}") from None
+    registry = None
     try:
-        yield
+        try:
+            registry = AdapterRegistry(settings.data_dir, settings.adapter_history)
+            registry.clean()
+        except OSError as error:
+            raise StartError(f"--data-dir: cannot use {settings.data_dir}: {error.strerror or error}") from None
+        if settings.engine.serves_adapters:
+            yield registry.restored
+        else:
+            if num_stored := len(registry.restored()):
+                logger.warning(
+                    "%d adapters of --data-dir are not served: give --adapter-dir, --lora-modules or --adapter-source",
+                    num_stored,
+                )
+            yield tuple
     finally:
+        if registry is not None:
+            registry.close()
         os.close(lock)
 
 

@@ -21,6 +21,8 @@ COUNTERS = {
     "vllm:num_preemptions_total",
     "vllm:request_success_total",
     "stellarbyte:adapter_tokens_total",
+    "stellarbyte:adapter_version_requests_total",
+    "stellarbyte:adapter_version_tokens_total",
     "stellarbyte:evicted_tokens_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
@@ -50,6 +52,8 @@ LABELS = {
     "vllm:request_success_total": {"finished_reason"},
     "stellarbyte:adapter_resident": {"adapter", "tier"},
     "stellarbyte:adapter_tokens_total": {"adapter"},
+    "stellarbyte:adapter_version_requests_total": {"adapter", "version"},
+    "stellarbyte:adapter_version_tokens_total": {"adapter", "version"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
 }
@@ -62,7 +66,7 @@ def check_exposition(text: str, *, with_adapters: bool) -> None:
     expected = dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
     assert types == expected | dict.fromkeys(HISTOGRAMS, "histogram")
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    of_adapters = {"stellarbyte:adapter_resident", "stellarbyte:adapter_tokens_total"}
+    of_adapters = {name for name, labels in LABELS.items() if "adapter" in labels}
     assert {sample.name for sample in samples} == (SERIES if with_adapters else SERIES - of_adapters)
     for sample in samples:
         own = LABELS.get(sample.name, set()) | ({"le"} if sample.name.endswith("_bucket") else set())

@@ -1,5 +1,6 @@
 """Permissions and limits of a request's key."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,10 +51,22 @@ def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[Gener
         msgspec.structs.replace(
             request,
             cache_salt=_salt(key, request.cache_salt),
+            caller="" if request.adapter is None else _caller(http, key, request.caller),
             priority=min(max(request.priority, lowest), highest),  # 0 by default
         )
         for request in requests
     ]
+
+
+def _caller(http: Request, key: Key | None, user: str) -> str:
+    """A hash of the request's user, else of its key, else of the request itself."""
+    if user:
+        who = ["user", user]
+    elif key is not None:
+        who = ["key", key.name]
+    else:
+        who = ["request", http.scope["state"]["record"].request_id]
+    return hashlib.sha256(json.dumps(who).encode()).hexdigest()[:32]
 
 
 def _salt(key: Key | None, given: str) -> str:

@@ -2,6 +2,7 @@
 
 from stellarbyte_server.api.contract.operation import operations_of
 from stellarbyte_server.api.routes import (
+    adapter_versions,
     adapters,
     chat,
     completions,
@@ -28,6 +29,7 @@ ROUTERS = tuple(
         batches,
         models,
         adapters,
+        adapter_versions,
         tokenize,
         health,
     )

@@ -151,6 +151,12 @@ def adapter_of(body: ModelFields, service: Service) -> tuple[AdapterReference | 
     return mix_of(tuple(zip(references, scales, strict=True))), scale
 
 
+def user_of(body: ModelFields) -> str:
+    """The end user that a body names; "": none."""
+    named = (getattr(body, field, None) for field in ("user", "safety_identifier"))
+    return next((user for user in named if user), "")
+
+
 def check_characters(num_characters: int, limit: int, service: Service, param: str) -> None:
     """ApiError if a text is too long for the context with any tokenization; checked before tokenizing."""
     if num_characters > limit * service.tokenizer.longest_token:
@@ -283,6 +289,7 @@ def make_requests(
                     adapter=adapter,
                     adapter_scale=adapter_scale,
                     cache_salt="" if body.cache_salt is None else body.cache_salt,
+                    caller=user_of(body),
                     follows=first_id if is_follower else None,
                     reasoning=reasoning,
                 )

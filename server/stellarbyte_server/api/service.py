@@ -13,6 +13,7 @@ from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.request import Channels, Reasoning
+from stellarbyte_server.registry.store import AdapterRegistry
 from stellarbyte_server.tokens.text_work import TextWork
 from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer
 
@@ -27,7 +28,8 @@ class Service:
     tokenizer: PromptTokenizer
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
     started_at: int  # Unix seconds, the same in all HTTP processes
-    storage: Storage | None = None  # of --data-dir
+    storage: Storage | None = None  # of --data-dir, like the next
+    registry: AdapterRegistry | None = None
     text_work: TextWork = field(default_factory=TextWork)
 
     @property
@@ -55,7 +57,11 @@ class Service:
 
 
 def load_service(
-    settings: ServerSettings, client: EngineClient, started_at: int, storage: Storage | None = None
+    settings: ServerSettings,
+    client: EngineClient,
+    started_at: int,
+    storage: Storage | None = None,
+    registry: AdapterRegistry | None = None,
 ) -> Service:
     """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)
@@ -72,6 +78,7 @@ def load_service(
         sampling_defaults=read_defaults(model_path),
         started_at=started_at,
         storage=storage,
+        registry=registry,
     )
 
 

@@ -18,6 +18,7 @@ from stellarbyte_server.api.generation import (
     check_token_ids,
     most_at_once,
     off_loop_if_long,
+    user_of,
 )
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.api.submission import submit
@@ -96,5 +97,6 @@ def _request(body: PoolingFields, service: Service, token_ids: list[int]) -> Gen
         adapter=adapter,
         adapter_scale=adapter_scale,
         cache_salt="" if body.cache_salt is None else body.cache_salt,
+        caller=user_of(body),
         pooling="last" if body.pooling is None else body.pooling,
     )

@@ -16,6 +16,7 @@ import msgspec
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.import_path import safe_environment
 from stellarbyte_server.logs import LogFormat
+from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
 from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
@@ -54,9 +55,15 @@ class EngineProcess:
     """
 
     def __init__(
-        self, settings: EngineSettings, log_level: str, module: str = ENGINE_MODULE, log_format: LogFormat = "text"
+        self,
+        settings: EngineSettings,
+        log_level: str,
+        module: str = ENGINE_MODULE,
+        log_format: LogFormat = "text",
+        adapters: tuple[RestoredAdapter, ...] = (),
     ) -> None:
-        """Start the process; returns at once. `module` is run with `python -m`; tests replace it."""
+        """Start the process; returns at once. `module` is run with `python -m`; tests replace it. `adapters` are those
+        of --data-dir."""
         self._folder = _private_folder()
         self.endpoint = f"ipc://{self._folder}/engine"
         # A process group of its own: Ctrl-C in the terminal must reach only the parent.
@@ -69,7 +76,7 @@ class EngineProcess:
             env=engine_environment(os.environ),
         )
         self._stdout: asyncio.StreamReader | None = None
-        line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level, log_format)) + b"\n"
+        line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level, log_format, adapters)) + b"\n"
         with contextlib.suppress(BrokenPipeError):  # already dead, which `ready` reports
             self._stdin.write(line)
 

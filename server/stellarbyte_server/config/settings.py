@@ -248,9 +248,12 @@ class ServerSettings:
     data_dir: str | None = option(
         not_empty,
         "DIR",
-        "folder for uploaded files and batches, created if missing (default: none, so /v1/files and /v1/batches are"
-        " off)",
+        "folder for adapters loaded over HTTP, uploaded files and batches, created if missing (default: none, so loaded"
+        " adapters are forgotten at a restart, and /v1/files and /v1/batches are off)",
         None,
+    )
+    adapter_history: int = option(
+        whole_number(1, 1000), "N", "maximum versions that --data-dir keeps of each adapter", 10
     )
     max_file_bytes: int = option(byte_count, "BYTES", "maximum size of an uploaded file", 200 * 2**20)
     max_stored_bytes: int = option(

@@ -65,7 +65,7 @@ class Gate:
             if key is not None:
                 scope["state"]["key"] = key
             if access is Access.ADMIN:
-                self._require_admin(key, headers)
+                self._require_admin(key, method, headers)
             elif key is None and keyring.has_user_keys:
                 raise _no_key("This request needs one of the server's API keys")
             elif key is None and method in _CHANGING and not self._may_come_from(headers):
@@ -112,7 +112,7 @@ class Gate:
             key = self._keyring.find(given[0].strip().encode("latin-1"))
         return key
 
-    def _require_admin(self, key: Key | None, headers: Headers) -> None:
+    def _require_admin(self, key: Key | None, method: str, headers: Headers) -> None:
         """ApiError unless the key is the operator's, or --allow-local-admin allows programs of this machine.
 
         A request does not show whether it comes from a program of this machine or from a proxy or tunnel on it: nginx
@@ -143,7 +143,8 @@ class Gate:
             raise ApiError(403, "Without --admin-api-key this request is refused through a proxy.")
         elif "origin" in headers and not _is_own_page(headers["origin"]):
             raise ApiError(403, "Without --admin-api-key this request is refused from web pages of other hosts.")
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method not in ("GET", "HEAD") and kind != "application/json":
             raise bad_request("The header 'Content-Type' must be application/json.")
 
 

@@ -32,6 +32,7 @@ from stellarbyte_server.http.connections.tls import server_context
 from stellarbyte_server.http.connections.tls_protocol import tls_protocol
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
+from stellarbyte_server.registry.store import AdapterRegistry
 
 _POLL_S = 0.05
 MAX_BATCH_REQUESTS = 64  # running at once, of all batches
@@ -71,6 +72,7 @@ async def serve(
     await client.start()
     tracing: Tracing | None = None
     storage: Storage | None = None
+    registry: AdapterRegistry | None = None
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams finish, or are ended here
         tracing = make_tracing(settings, os.environ)
@@ -88,7 +90,8 @@ async def serve(
         if settings.data_dir is not None:
             limits = StoreLimits(file_bytes=settings.max_file_bytes, owner_bytes=settings.max_stored_bytes)
             storage = Storage.open(settings.data_dir, limits)
-        app = create_app(load_service(settings, client, started_at, storage), keyring, tracing)
+            registry = AdapterRegistry(settings.data_dir, settings.adapter_history)
+        app = create_app(load_service(settings, client, started_at, storage, registry), keyring, tracing)
         config = uvicorn.Config(
             app,
             http=protocol,
@@ -111,6 +114,8 @@ async def serve(
         await client.close()
         if storage is not None:
             storage.close()
+        if registry is not None:
+            registry.close()
         if tracing is not None:
             tracing.shutdown()
 

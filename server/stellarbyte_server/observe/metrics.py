@@ -150,12 +150,28 @@ class _AdapterCollector(Collector):
         tokens = CounterMetricFamily(
             "stellarbyte:adapter_tokens", "Tokens generated with each adapter.", labels=["model_name", "adapter"]
         )
+        version_labels = ["model_name", "adapter", "version"]
+        by_version = (
+            CounterMetricFamily(
+                "stellarbyte:adapter_version_requests", "Requests of each version in use.", labels=version_labels
+            ),
+            CounterMetricFamily(
+                "stellarbyte:adapter_version_tokens",
+                "Tokens generated with each version in use.",
+                labels=version_labels,
+            ),
+        )
         for card in cards:
+            if card.content_hash and (card.is_current or card.share):
+                labels = [self._model_name, card.name, card.content_hash[:12]]
+                by_version[0].add_metric(labels, card.num_version_requests)
+                by_version[1].add_metric(labels, card.num_version_tokens)
             if card.is_current:  # one version of each name
                 resident.add_metric([self._model_name, card.name, tier_name(card.tier, self._device)], 1)
                 tokens.add_metric([self._model_name, card.name], card.num_tokens)
         yield resident
         yield tokens
+        yield from by_version
         yield histogram(
             "stellarbyte:adapter_load_seconds",
             "Time to read, check and pack an adapter.",

@@ -2,12 +2,14 @@
 
 import asyncio
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from stellarbyte_server.access.rules import Access
-from stellarbyte_server.api.caller import may_use
+from stellarbyte_server.api.adapter_versions import AdapterVersions
+from stellarbyte_server.api.caller import may_use, owner_of
 from stellarbyte_server.api.contract import adapter_objects
 from stellarbyte_server.api.contract.bodies.adapters import LoadBody, UnloadBody
 from stellarbyte_server.api.contract.bodies.body import parse_plain_body
@@ -19,6 +21,7 @@ from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.config.adapter_source import SOURCE_RULE, AdapterSource, SourceError, is_source
 from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
 from stellarbyte_server.observe.metrics import tier_name
+from stellarbyte_server.protocol.adapter_versions import AdapterProbe
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
 from stellarbyte_server.protocol.request import RequestRejected, adapter_loading
 from stellarbyte_server.sources.fetch import fetch
@@ -44,9 +47,18 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"The field 'lora_name' must differ from the model's name, {body.lora_name!r}.", "lora_name")
     try:
-        with reserved(service.client.folder, body.lora_name):
+        with reserved(locks_of(service), body.lora_name):
             path = await _fetched(body, service) if is_source(body.lora_path) else body.lora_path
-            loaded = await service.client.load_adapter(body.lora_name, path, bool(body.load_inplace))
+            in_place, probe = bool(body.load_inplace), body.probe is not False
+            if service.registry is None:
+                loaded = await service.client.load_adapter(body.lora_name, path, in_place, probe=probe)
+                number = None
+            else:
+                versions, caller = AdapterVersions(service, service.registry), owner_of(http)
+                loaded, version = await versions.load(
+                    body.lora_name, path, in_place=in_place, probe=probe, caller=caller
+                )
+                number = version.number
     except NameReserved:
         raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:
@@ -58,7 +70,24 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
         "bytes": loaded.card.num_bytes,
         "matched": loaded.matched,
         "unmatched": loaded.unmatched,
+        "version": number,
+        "probe": probe_object(loaded.probe),
     }
+
+
+def probe_object(probe: AdapterProbe | None) -> dict[str, Any] | None:
+    if probe is None:
+        return None
+    return {
+        "max_logit_change": probe.max_logit_change,
+        "changed_logits": probe.num_changed,
+        "prompt_tokens": probe.num_prompt_tokens,
+    }
+
+
+def locks_of(service: Service) -> Path:
+    """The folder of the locks of names, which all HTTP processes of the server share."""
+    return service.client.folder if service.registry is None else service.registry.locks
 
 
 async def _fetched(body: LoadBody, service: Service) -> str:
@@ -89,7 +118,14 @@ async def _fetched(body: LoadBody, service: Service) -> str:
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, UnloadBody))
     try:
-        unloaded = await service.client.unload_adapter(body.lora_name)
+        if service.registry is None:
+            unloaded = await service.client.unload_adapter(body.lora_name)
+        else:
+            with reserved(locks_of(service), body.lora_name):
+                unloading = await AdapterVersions(service, service.registry).unload(body.lora_name, owner_of(http))
+            unloaded = await unloading
+    except NameReserved:
+        raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:
         raise from_engine(error) from None
     return {"lora_name": body.lora_name, "freed_bytes": unloaded.num_bytes}
@@ -131,4 +167,5 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
         "waiting": card.num_waiting,
         "requests": card.num_requests,
         "tokens": card.num_tokens,
+        "share": card.share,
     }

@@ -51,6 +51,22 @@ def test_keys_share_the_prefix_cache_if_they_say_so_and_send_the_same_salt() -> 
     assert salt(first, "x") != salt(second, "y")
 
 
+def caller(key: Key | None, user: str, request_id: str = "1", **fields: Any) -> str:
+    http = http_with(key)
+    http.scope["state"]["record"] = SimpleNamespace(request_id=request_id)
+    (request,) = with_key(http, [make_request([1], caller=user, **({"adapter": "x"} | fields))])
+    return request.caller
+
+
+def test_a_caller_is_the_user_else_the_key_else_the_request() -> None:
+    a, b = make_key("a"), make_key("b")
+    assert caller(a, "ann") == caller(b, "ann", "2") == caller(None, "ann") != caller(a, "bob")
+    assert caller(a, "") == caller(a, "", "2") != caller(b, "")
+    assert caller(None, "") != caller(None, "", "2")
+    assert len({caller(None, "x"), caller(make_key("x"), ""), caller(None, "", "x")}) == 3
+    assert "ann" not in caller(a, "ann") and caller(a, "ann", adapter=None) == ""
+
+
 BODIES: list[tuple[type[Body], dict[str, Any]]] = [
     (CompletionBody, {"prompt": "a"}),
     (ChatBody, {"messages": [{"role": "user", "content": "a"}]}),

@@ -16,6 +16,7 @@ MAX_TOKEN_ID = 2**31 - 1
 
 ONLY_KIND = "The only supported value."
 UNUSED = "Has no effect."
+USER = "The end user, who keeps one version of an adapter while its versions share the requests."
 MODEL = (
     "The served model's name; an adapter's name; NAME@HASH, an adapter in one version; or up to 4 adapters, joined by"
     " +, whose changes to the weights add up."

@@ -10,6 +10,7 @@ from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.fields import (
     MODEL,
     UNUSED,
+    USER,
     AdapterId,
     AdapterScale,
     AdapterSource,
@@ -155,7 +156,7 @@ class ModelFields(Body):
         " the served model's name or the same adapters, joined by +. Default: those of 'model'."
     )
     adapter_source: AdapterSource = optional("LoRAX's field: the server's own adapters are the only source.")
-    user: str | None = optional(UNUSED)
+    user: str | None = optional(USER)
 
 
 class CommonFields(ModelFields):

@@ -1,0 +1,188 @@
+"""Changes of the adapters in --data-dir, each by the same steps.
+
+The engine reads and checks the versions beside the current one; the record on the disk names them, which decides; then
+requests get them. So a crash at any point leaves the state before or after the change, and a refusal changes nothing.
+The caller holds the name's lock.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from stellarbyte_server.api.contract.errors import ApiError, bad_request
+from stellarbyte_server.api.service import Service
+from stellarbyte_server.client.engine_client import EngineDead
+from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded
+from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, RequestRejected
+from stellarbyte_server.registry.record import NameRecord, Version, VersionError, next_number, with_version
+from stellarbyte_server.registry.store import AdapterRegistry, Content
+
+logger = logging.getLogger("server.adapters")
+
+T = TypeVar("T")
+R = TypeVar("R")
+RESTART_LIMIT_S = 120.0  # how long a change waits for an engine that is being restarted
+_POLL_S = 0.1
+
+
+class AdapterVersions:
+    """The stored adapters of a server. Methods raise RequestRejected, EngineDead or ApiError."""
+
+    def __init__(self, service: Service, registry: AdapterRegistry) -> None:
+        self._client = service.client
+        self._registry = registry
+
+    async def record(self, name: str) -> NameRecord:
+        record = await asyncio.to_thread(self._registry.record, name)
+        if record is None:
+            message = f"There is no stored adapter {name!r:.200}; --data-dir keeps those loaded over HTTP."
+            raise ApiError(404, message, code=ADAPTER_NOT_FOUND)
+        return record
+
+    async def load(
+        self, name: str, path: str, *, in_place: bool, probe: bool, caller: str
+    ) -> tuple[AdapterLoaded, Version]:
+        """Store the adapter at a path as the new current version of a name."""
+        located = await self._client.locate_adapter(path)
+        content = await self._stored(self._registry.keep, located)
+        try:
+            stored = self._registry.stored_content(content)
+            loaded = await self._client.load_adapter(name, stored, in_place, probe=probe, is_beside=True)
+            before = await asyncio.to_thread(self._registry.record, name)
+            if before is not None and not loaded.is_used:  # the current version has this content
+                if before.shares:
+                    await self._change(before, before.split({}))
+                return loaded, before.version(before.current)
+            version = _version(before, content, loaded, caller)
+            after = with_version(before, version, name, self._registry.history)
+            await self._change(before, after)
+        finally:
+            await asyncio.to_thread(self._registry.discard_unnamed, name, content.folder)
+        logger.info(
+            "adapter %s: version %d (%s) loaded by %s", name, version.number, version.content_hash[:12], _who(caller)
+        )
+        if before is not None:
+            await self._discard(name, set(before.versions) - set(after.versions))
+        return loaded, version
+
+    async def roll_back(self, name: str, text: str | None, caller: str) -> NameRecord:
+        """Make an earlier version current: the one before, or one by its number or content hash."""
+        before = await self.record(name)
+        try:
+            version = before.before() if text is None else before.find(text)
+        except VersionError as error:
+            raise bad_request(str(error), "version") from None
+        after = before.rolled_back(version.number)
+        await self._change(before, after)
+        logger.info("adapter %s: rolled back to version %d by %s", name, version.number, _who(caller))
+        return after
+
+    async def split(self, name: str, shares: dict[str, float], caller: str) -> NameRecord:
+        """Divide the callers of a name among versions; without shares all get the current one."""
+        before = await self.record(name)
+        try:
+            after = before.split(shares)
+        except VersionError as error:
+            raise bad_request(str(error), "shares") from None
+        await self._change(before, after)
+        shown = ", ".join(f"version {number}: {share:g}" for number, share in after.shares) or "ended"
+        logger.info("adapter %s: split (%s) by %s", name, shown, _who(caller))
+        return after
+
+    async def unload(self, name: str, caller: str) -> Awaitable[AdapterUnloaded]:
+        """Unload an adapter and forget its versions; what is returned waits for its last requests, without the lock."""
+        record = await asyncio.to_thread(self._registry.record, name)
+        if record is not None:
+            await self._stored(self._registry.remove, name)
+            logger.info("adapter %s: unloaded by %s", name, _who(caller))
+        unloading = asyncio.create_task(self._drained(name, record))
+        await asyncio.sleep(0)  # it has sent the call
+        with contextlib.suppress(EngineDead):  # as `unloading` says, too
+            await self._client.list_adapters()  # answered after the engine has read the call
+        return unloading
+
+    async def _drained(self, name: str, record: NameRecord | None) -> AdapterUnloaded:
+        try:
+            unloaded = await self._client.unload_adapter(name)
+        except RequestRejected as error:
+            if record is None or error.code != ADAPTER_NOT_FOUND:
+                raise
+            unloaded = AdapterUnloaded("", 0)
+        if record is not None:
+            await self._discard(name, record.versions)
+        return unloaded
+
+    async def _change(self, before: NameRecord | None, after: NameRecord) -> None:
+        try:
+            await self._prepare(after)
+            await self._stored(self._registry.write, after)
+        except (RequestRejected, ApiError):
+            if before is None:
+                await self._client.set_versions(after.name, "")
+            else:
+                await self._serve(before)
+            raise
+        await self._follow(after)
+
+    async def _prepare(self, record: NameRecord) -> None:
+        """Have the engine read the versions that it lacks."""
+        for version in record.live:
+            await self._client.load_adapter(record.name, self._registry.stored(version), True, is_beside=True)
+
+    async def _serve(self, record: NameRecord) -> None:
+        """Let requests get what a record says."""
+        current = record.version(record.current).content_hash
+        await self._client.set_versions(record.name, current, record.hashed_shares())
+
+    async def _follow(self, record: NameRecord) -> None:
+        """Make the engine do as a record on the disk says, also one that was started with an earlier record."""
+        deadline_s = time.monotonic() + RESTART_LIMIT_S
+        while True:
+            try:
+                await self._serve(record)
+                return
+            except (EngineDead, RequestRejected):
+                if self._client.dead.is_set() or time.monotonic() > deadline_s:
+                    raise
+            await asyncio.sleep(_POLL_S)
+            try:
+                await self._prepare(record)
+            except EngineDead:
+                continue
+
+    async def _discard(self, name: str, versions: Iterable[Version]) -> None:
+        """Remove the contents of forgotten versions. Those that still serve requests stay until the next start."""
+        cards = (await self._client.list_adapters()).cards
+        used = {card.content_hash for card in cards if card.name == name}
+        for version in versions:
+            if version.content_hash not in used:
+                await asyncio.to_thread(self._registry.discard, version.folder)
+
+    @staticmethod
+    async def _stored(work: Callable[[T], R], argument: T) -> R:
+        """Write to the disk in a thread; ApiError if that fails."""
+        try:
+            return await asyncio.to_thread(work, argument)
+        except OSError as error:
+            logger.error("--data-dir: %s", error)
+            raise ApiError(500, f"The adapter could not be stored in --data-dir: {error.strerror}.") from None
+
+
+def _version(before: NameRecord | None, content: Content, loaded: AdapterLoaded, caller: str) -> Version:
+    return Version(
+        number=next_number(before),
+        content_hash=loaded.card.content_hash,
+        folder=content.folder,
+        file_hashes=content.file_hashes,
+        source=content.source,
+        created_at=int(time.time()),
+        created_by=caller,
+        probe=loaded.probe,
+    )
+
+
+def _who(caller: str) -> str:
+    return caller or "a caller without a key"
