@@ -49,6 +49,28 @@ def test_adapters_are_loaded_replaced_and_unloaded(client: Any) -> None:
     assert [adapter.id for adapter in client.adapters.list()] == ["json", "pirate"]
 
 
+def test_an_adapter_has_versions_goes_back_and_is_split(client: Any) -> None:
+    first = client.adapters.load("mine", "pirate")
+    second = client.adapters.load("mine", "json", replace=True)
+    assert (first.version, second.version) == (1, 2) and first.probe.max_logit_change > 0
+    history = client.adapters.versions("mine")
+    assert [each.content_hash for each in history.data] == [first.content_hash, second.content_hash]
+    assert [(each.source, each.created_by) for each in history.data] == [("pirate", "admin"), ("json", "admin")]
+    assert history.data[1].probe == second.probe and history.current == 2
+    split = client.adapters.split("mine", {"1": 0.25, second.content_hash: 0.75})
+    assert split.shares == {first.content_hash: 0.25, second.content_hash: 0.75}
+    assert {each.share for each in client.adapters.list() if each.id == "mine"} == {0.25, 0.75}
+    assert client.adapters.split("mine", {}).shares == {}
+    back = client.adapters.rollback("mine")
+    assert back.current == 1 and client.adapters.rollback("mine", 2).current == 2
+    with pytest.raises(ServerError, match="add up to 1"):
+        client.adapters.split("mine", {"1": 0.5})
+    assert client.adapters.load("mine", "pirate", replace=True, probe=False).probe is None
+    client.adapters.unload("mine")
+    with pytest.raises(ServerError, match="no stored adapter 'mine'"):
+        client.adapters.versions("mine")
+
+
 def test_watching_shows_each_change(client: Any) -> None:
     lists = client.adapters.watch(interval_s=0.01)
     at_first = next(lists)

@@ -2,6 +2,9 @@
 
 from stellarbyte_client.answers import (
     Adapter,
+    AdapterHistory,
+    AdapterProbe,
+    AdapterVersion,
     Health,
     LoadedAdapter,
     MetricSample,
@@ -15,6 +18,9 @@ from stellarbyte_client.errors import ConnectionFailed, ServerError, StellarByte
 
 __all__ = [
     "Adapter",
+    "AdapterHistory",
+    "AdapterProbe",
+    "AdapterVersion",
     "AsyncStellarByte",
     "ConnectionFailed",
     "Health",

@@ -10,6 +10,7 @@ import httpx
 from stellarbyte_client import calls
 from stellarbyte_client.address import DEFAULT_TIMEOUT_S, Address
 from stellarbyte_client.answers import (
+    AdapterHistory,
     AdapterList,
     Health,
     LoadedAdapter,
@@ -140,11 +141,20 @@ class AsyncAdapters:
     async def list(self) -> AdapterList:
         return await self._client._send(calls.list_adapters())
 
-    async def load(self, name: str, path: str, replace: bool = False) -> LoadedAdapter:
-        return await self._client._send(calls.load_adapter(name, path, replace))
+    async def load(self, name: str, path: str, replace: bool = False, probe: bool = True) -> LoadedAdapter:
+        return await self._client._send(calls.load_adapter(name, path, replace, probe))
 
     async def unload(self, name: str) -> UnloadedAdapter:
         return await self._client._send(calls.unload_adapter(name))
+
+    async def versions(self, name: str) -> AdapterHistory:
+        return await self._client._send(calls.adapter_history(name))
+
+    async def rollback(self, name: str, version: int | str | None = None) -> AdapterHistory:
+        return await self._client._send(calls.roll_back_adapter(name, version))
+
+    async def split(self, name: str, shares: Mapping[str, float]) -> AdapterHistory:
+        return await self._client._send(calls.split_adapter(name, shares))
 
     async def watch(self, interval_s: float = 1.0) -> AsyncIterator[AdapterList]:
         before: AdapterList | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stellarbyte_client.answers import (
     Adapter,
+    AdapterHistory,
     Health,
     LoadedAdapter,
     MetricSample,
@@ -40,13 +42,27 @@ def list_adapters() -> Call[list[Adapter]]:
     return Call("GET", "/v1/adapters", _entries(_List[Adapter]))
 
 
-def load_adapter(name: str, path: str, replace: bool) -> Call[LoadedAdapter]:
-    body = {"lora_name": name, "lora_path": path, "load_inplace": replace}
+def load_adapter(name: str, path: str, replace: bool, probe: bool) -> Call[LoadedAdapter]:
+    body = {"lora_name": name, "lora_path": path, "load_inplace": replace} | ({} if probe else {"probe": False})
     return Call("POST", "/v1/load_lora_adapter", _json(LoadedAdapter), body, is_admin=True)
 
 
 def unload_adapter(name: str) -> Call[UnloadedAdapter]:
     return Call("POST", "/v1/unload_lora_adapter", _json(UnloadedAdapter), {"lora_name": name}, is_admin=True)
+
+
+def adapter_history(name: str) -> Call[AdapterHistory]:
+    return Call("GET", f"/v1/adapters/{quote(name)}/versions", _json(AdapterHistory), is_admin=True)
+
+
+def roll_back_adapter(name: str, version: int | str | None) -> Call[AdapterHistory]:
+    path = f"/v1/adapters/{quote(name)}/rollback"
+    return Call("POST", path, _json(AdapterHistory), {"version": version}, is_admin=True)
+
+
+def split_adapter(name: str, shares: Mapping[str, float]) -> Call[AdapterHistory]:
+    path = f"/v1/adapters/{quote(name)}/split"
+    return Call("POST", path, _json(AdapterHistory), {"shares": dict(shares)}, is_admin=True)
 
 
 def list_models() -> Call[list[Model]]:

@@ -11,6 +11,7 @@ import httpx
 from stellarbyte_client import calls
 from stellarbyte_client.address import DEFAULT_TIMEOUT_S, Address
 from stellarbyte_client.answers import (
+    AdapterHistory,
     AdapterList,
     Health,
     LoadedAdapter,
@@ -185,12 +186,13 @@ class Adapters:
         """All adapters by name in their current state, including unused ones in --adapter-dir."""
         return self._client._send(calls.list_adapters())
 
-    def load(self, name: str, path: str, replace: bool = False) -> LoadedAdapter:
+    def load(self, name: str, path: str, replace: bool = False, probe: bool = True) -> LoadedAdapter:
         """Load the adapter at `path`, inside the server's --adapter-dir, as `name`.
 
-        With `replace` an existing name gets the new version; running and waiting requests keep the old one.
+        With `replace` an existing name gets the new version; running and waiting requests keep the old one. Without
+        `probe` the server also takes an adapter that changes no logit.
         """
-        return self._client._send(calls.load_adapter(name, path, replace))
+        return self._client._send(calls.load_adapter(name, path, replace, probe))
 
     def unload(self, name: str) -> UnloadedAdapter:
         """Unload an adapter after its running and waiting requests have ended.
@@ -198,6 +200,21 @@ class Adapters:
         If that takes longer than `timeout_s`, raises ConnectionFailed; the server continues to unload.
         """
         return self._client._send(calls.unload_adapter(name))
+
+    def versions(self, name: str) -> AdapterHistory:
+        """The versions of an adapter that the server keeps in --data-dir, oldest first."""
+        return self._client._send(calls.adapter_history(name))
+
+    def rollback(self, name: str, version: int | str | None = None) -> AdapterHistory:
+        """Make an earlier version current: the one before, or one by its number or content hash."""
+        return self._client._send(calls.roll_back_adapter(name, version))
+
+    def split(self, name: str, shares: Mapping[str, float]) -> AdapterHistory:
+        """Divide the callers among versions, by number or content hash; the shares add up to 1. {} ends it.
+
+        A caller is the request's `user`, else its key, and always gets the same version.
+        """
+        return self._client._send(calls.split_adapter(name, shares))
 
     def watch(self, interval_s: float = 1.0) -> Iterator[AdapterList]:
         """Results of `list`: the first one, then one after each change.

@@ -2,6 +2,7 @@
 
 import type {
   Adapter,
+  AdapterHistory,
   Health,
   LoadedAdapter,
   MetricSample,
@@ -96,9 +97,14 @@ export class Adapters {
   /**
    * Load the adapter at `path`, inside the server's --adapter-dir, as `name`.
    * With `replace` an existing name gets the new version; running and waiting requests keep the old one.
+   * Without `probe` the server also takes an adapter that changes no logit.
    */
-  async load(name: string, path: string, { replace = false }: { replace?: boolean } = {}): Promise<LoadedAdapter> {
-    const body = { lora_name: name, lora_path: path, load_inplace: replace };
+  async load(
+    name: string,
+    path: string,
+    { replace = false, probe = true }: { replace?: boolean; probe?: boolean } = {},
+  ): Promise<LoadedAdapter> {
+    const body = { lora_name: name, lora_path: path, load_inplace: replace, ...(probe ? {} : { probe }) };
     const answer = await this.#ask("POST", "/v1/load_lora_adapter", { body, isAdmin: true });
     return readObject<LoadedAdapter>(answer, "matched");
   }
@@ -111,6 +117,30 @@ export class Adapters {
     const body = { lora_name: name };
     const answer = await this.#ask("POST", "/v1/unload_lora_adapter", { body, isAdmin: true });
     return readObject<UnloadedAdapter>(answer, "freed_bytes");
+  }
+
+  /** The versions of an adapter that the server keeps in --data-dir, oldest first. */
+  async versions(name: string): Promise<AdapterHistory> {
+    const path = `/v1/adapters/${encodeURIComponent(name)}/versions`;
+    return readObject<AdapterHistory>(await this.#ask("GET", path, { isAdmin: true }), "shares");
+  }
+
+  /** Make an earlier version current: the one before, or one by its number or content hash. */
+  async rollback(name: string, version: number | string | null = null): Promise<AdapterHistory> {
+    return this.#change(name, "rollback", { version });
+  }
+
+  /**
+   * Divide the callers among versions, by number or content hash; the shares add up to 1. {} ends it.
+   * A caller is the request's `user`, else its key, and always gets the same version.
+   */
+  async split(name: string, shares: Readonly<Record<string, number>>): Promise<AdapterHistory> {
+    return this.#change(name, "split", { shares });
+  }
+
+  async #change(name: string, change: "rollback" | "split", body: object): Promise<AdapterHistory> {
+    const path = `/v1/adapters/${encodeURIComponent(name)}/${change}`;
+    return readObject<AdapterHistory>(await this.#ask("POST", path, { body, isAdmin: true }), "shares");
   }
 
   /**

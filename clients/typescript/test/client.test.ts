@@ -76,6 +76,29 @@ test("adapters are loaded, replaced and unloaded", async () => {
   );
 });
 
+test("an adapter has versions, goes back and is split", async () => {
+  const first = await client.adapters.load("mine", "pirate");
+  const second = await client.adapters.load("mine", "json", { replace: true });
+  assert.deepEqual([first.version, second.version], [1, 2]);
+  const history = await client.adapters.versions("mine");
+  assert.deepEqual(
+    history.data.map((each) => [each.content_hash, each.source]),
+    [
+      [first.content_hash, "pirate"],
+      [second.content_hash, "json"],
+    ],
+  );
+  assert.deepEqual(history.data[1]?.probe, second.probe);
+  const split = await client.adapters.split("mine", { 1: 0.25, [second.content_hash]: 0.75 });
+  assert.deepEqual(split.shares, { [first.content_hash]: 0.25, [second.content_hash]: 0.75 });
+  assert.deepEqual((await client.adapters.split("mine", {})).shares, {});
+  assert.equal((await client.adapters.rollback("mine")).current, 1);
+  assert.equal((await client.adapters.rollback("mine", 2)).current, 2);
+  assert.equal((await client.adapters.load("mine", "pirate", { replace: true, probe: false })).probe, null);
+  await client.adapters.unload("mine");
+  assert.equal((await failure(client.adapters.versions("mine"), ServerError)).status, 404);
+});
+
 test("watching shows each change", async () => {
   const lists = client.adapters.watch({ intervalMs: 5 });
   const atFirst = await lists.next();
