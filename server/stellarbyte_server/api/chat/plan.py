@@ -37,7 +37,7 @@ DEFAULT_SLIDING_MAX_TOKENS = 4096
 
 async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
     """The engine's requests for a chat, and the form of the answer; ApiError."""
-    structure = chat_structure(body)
+    asked, structure = body, chat_structure(body)
     _check(body, service, structure)
     bounds = Bounds.of(http, body, service)
     toolbox = _toolbox(body, service)
@@ -81,6 +81,7 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         continuous_usage=body.continuous_usage,
         begins_with_text=toolbox is None or not toolbox.requires_call,
         ignored=variables.ignored,
+        receipt_of=asked if asked.receipt else None,
     )
 
 

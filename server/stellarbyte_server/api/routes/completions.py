@@ -23,6 +23,7 @@ from stellarbyte_server.api.generation import (
     make_requests,
     off_loop_if_long,
     read_body,
+    with_seed,
 )
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.structure import requested_structure, text_grammar
@@ -45,6 +46,7 @@ DEFAULT_MAX_TOKENS = 16
 )
 async def create_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, CompletionBody)
+    body = with_seed(body)
     check_body(body, len(body.prompt), service)
     if body.num_candidates < body.num_choices:
         raise bad_request("The field 'best_of' is less than 'n'.", "best_of")
@@ -80,6 +82,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         check=grammar.check,
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
+        receipt_of=body if body.receipt else None,
     )
     return await answer(http, service, plan, headers)
 
