@@ -144,7 +144,7 @@ class EngineCore:
     def call(self, call: Call) -> None:
         """Execute an operator's call; `take_replies` returns the answer, now or after a later step."""
         if isinstance(call, LoadAdapter):
-            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place)
+            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place, call.pinned)
             self.answers.replies += [] if refusal is None else [refusal]
         elif isinstance(call, UnloadAdapter):
             self.answers.replies += self.adapters.unload(call.call_id, call.name)
