@@ -27,6 +27,8 @@ COUNTERS = {
     "vllm:request_success_total",
     "stellarbyte:adapter_tokens_total",
     "stellarbyte:evicted_tokens_total",
+    "stellarbyte:kv_event_batches_total",
+    "stellarbyte:kv_event_batches_dropped_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
 }

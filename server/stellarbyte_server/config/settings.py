@@ -1,7 +1,7 @@
 """The server's settings: frozen, created once from flags and environment variables.
 
-Every field of `EngineSettings` and `ServerSettings` but `engine` is a flag (`max_model_len` is `--max-model-len`) and a
-variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
+Every field of `EngineSettings` and `ServerSettings` but `engine` and `engine_index` is a flag (`max_model_len` is
+`--max-model-len`) and a variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ from stellarbyte_server.config.setting_values import (
     share,
     some_seconds,
     switch,
+    tcp_address,
     whole_number,
     window_size,
 )
@@ -153,6 +154,18 @@ class EngineSettings:
         "maximum adapters in CPU memory, more than --max-loras (default: 4 times --max-loras)",
         None,
     )
+    kv_events: str | None = option(
+        tcp_address,
+        "tcp://HOST:PORT",
+        "publish the changes of the prefix cache there, over ZeroMQ in vLLM's form; they contain the tokens of prompts"
+        " (HOST: an IP address of this machine, or * for all)",
+        None,
+    )
+    kv_events_replay: str | None = option(
+        tcp_address, "tcp://HOST:PORT", "socket that sends the events of --kv-events again on request", None
+    )
+    kv_events_topic: str = option(str, "TOPIC", "topic of the messages of --kv-events (default: empty)", "")
+    engine_index: int = 0  # not a flag: of an engine among several, which is added to the ports of events
     max_queued_requests: int = option(
         whole_number(0), "N", "maximum waiting requests beyond --max-num-seqs; further ones get 429", 1024
     )

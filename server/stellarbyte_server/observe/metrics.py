@@ -84,6 +84,12 @@ class _TotalsCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
             ("stellarbyte:evicted_tokens", "Tokens evicted from sliding contexts.", stats.evicted_tokens_total),
+            ("stellarbyte:kv_event_batches", "Batches of events of the KV cache.", stats.kv_event_batches_total),
+            (
+                "stellarbyte:kv_event_batches_dropped",
+                "Batches of events that were not published, as the queue was full.",
+                stats.kv_event_batches_dropped_total,
+            ),
         )
         for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:

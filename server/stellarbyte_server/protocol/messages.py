@@ -188,6 +188,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits_total: int = 0  # of these, found
     evicted_tokens_total: int = 0
     step_tokens_total: int = 0  # tokens computed in steps, including prompts
+    kv_event_batches_total: int = 0  # of --kv-events, including dropped ones
+    kv_event_batches_dropped_total: int = 0
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
