@@ -20,6 +20,7 @@ from stellarbyte_server.config.setting_values import (
     existing_folder,
     host_names,
     http_url,
+    loopback_address,
     named_paths,
     not_empty,
     one_of,
@@ -239,6 +240,12 @@ class ServerSettings:
         "",
         "allow local programs to load and unload adapters without a key; unsafe behind a proxy or tunnel",
         False,
+    )
+    admin_listen: tuple[str, int] | None = option(
+        loopback_address,
+        "HOST:PORT",
+        "second address, on loopback, where local programs may load and unload adapters without a key, over plain HTTP",
+        None,
     )
     allowed_host: tuple[str, ...] = option(
         host_names,
