@@ -46,7 +46,11 @@ DEFAULT_MAX_TOKENS = 16
 )
 async def create_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, CompletionBody)
-    body = with_seed(body)
+    return await answer(http, service, await plan_completion(http, with_seed(body), service), headers)
+
+
+async def plan_completion(http: Request, body: CompletionBody, service: Service) -> AnswerPlan:
+    """The engine's requests for a body, and the form of the answer; ApiError."""
     check_body(body, len(body.prompt), service)
     if body.num_candidates < body.num_choices:
         raise bad_request("The field 'best_of' is less than 'n'.", "best_of")
@@ -70,7 +74,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
     )
     forms = [_form(body, prompt) for prompt in prompts]
     token_bytes = service.tokenizer.token_bytes
-    plan = AnswerPlan(
+    return AnswerPlan(
         kind="completion",
         model=body.model,
         requests=requests,
@@ -84,7 +88,6 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         continuous_usage=body.continuous_usage,
         receipt_of=body if body.receipt else None,
     )
-    return await answer(http, service, plan, headers)
 
 
 async def _prompt(
