@@ -37,6 +37,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     requests: tuple[GenerationRequest, ...]
     limits: KeyLimits | None = None
     continues: bool = False  # part of a group that was admitted before, exempt from limits
+    is_reserved: bool = False  # a `ReserveKey` has counted them
     num_later_tokens: int = 0  # of prompts of the same group that will be submitted later
     arrived_s: float | None = None  # arrival of the client's request; None: when the engine reads the message
     sent_s: float | None = None
@@ -73,6 +74,27 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
     path: str
     in_place: bool  # replace the adapter of that name, if any
+    is_held: bool = False  # read and check it only: it becomes the name's adapter by `CommitAdapter`
+
+
+class CommitAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Make a held adapter that of its name; answered by `AdapterLoaded` or `CallFailed`."""
+
+    call_id: str
+    held_id: str  # the `LoadAdapter.call_id`
+
+
+class DiscardAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget a held adapter, also one that is still being read; unknown ids are ignored. Answered by `Settled`."""
+
+    call_id: str
+    held_id: str
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `Settled` when earlier loads and unloads of this sender have changed what their names mean."""
+
+    call_id: str
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -98,8 +120,35 @@ class ChargeKey(msgspec.Struct, frozen=True, tag=True):
     limits: KeyLimits
 
 
-Call = LoadAdapter | UnloadAdapter | ListAdapters
-Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | ChargeKey | Call
+class ReserveKey(msgspec.Struct, frozen=True, tag=True):
+    """Count requests that another engine gets against the limits of their key.
+
+    Answered by `KeyCharged`, or by `CallFailed` if a limit is reached.
+    """
+
+    call_id: str
+    group_id: str  # of the requests, until `ReleaseKey`
+    limits: KeyLimits
+    num_tokens: int  # of their prompts
+
+
+class ReleaseKey(msgspec.Struct, frozen=True, tag=True):
+    """The requests of a `ReserveKey` have ended."""
+
+    group_id: str
+    was_refused: bool  # before any of them ran, so that they do not count
+
+
+class NoteKeyTokens(msgspec.Struct, frozen=True, tag=True):
+    """Tokens that a key has used at other engines, which count towards its tokens per minute; < 0: given back."""
+
+    limits: KeyLimits
+    num_tokens: int
+
+
+Call = LoadAdapter | CommitAdapter | DiscardAdapter | Settle | UnloadAdapter | ListAdapters
+KeyCommand = ChargeKey | ReserveKey | ReleaseKey | NoteKeyTokens
+Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | KeyCommand | Call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -250,6 +299,10 @@ class AdapterList(msgspec.Struct, frozen=True, tag=True):
     num_slots: int
 
 
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
+
+
 class KeyCharged(msgspec.Struct, frozen=True, tag=True):
     call_id: str
 
@@ -268,6 +321,13 @@ def adapter_is_loading(call_id: str, name: str) -> CallFailed:
     """The answer to a call about an adapter that another call is loading."""
     refusal = adapter_loading(name)
     return CallFailed(call_id, str(refusal), code=refusal.code, param=refusal.param)
+
+
+class AdapterResidency(msgspec.Struct, frozen=True, tag=True):
+    """The adapters that the engine holds, by name; sent to each HTTP process when they have changed."""
+
+    slots: tuple[str, ...] = ()  # in slots of the device
+    memory: tuple[str, ...] = ()  # in CPU memory, or being read
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -295,8 +355,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 
-Reply = AdapterLoaded | AdapterUnloaded | AdapterList | KeyCharged | CallFailed
-Event = Accepted | Rejected | StepOutput | EngineTotals | Reply
+Reply = AdapterLoaded | AdapterUnloaded | AdapterList | Settled | KeyCharged | CallFailed
+Event = Accepted | Rejected | StepOutput | EngineTotals | AdapterResidency | Reply
 News = Accepted | Rejected | Delta  # a step's result for one request
 
 
@@ -320,6 +380,8 @@ class EngineStart(msgspec.Struct, frozen=True):
     endpoint: str  # ZeroMQ address to bind
     log_level: str
     log_format: Literal["text", "json"] = "text"
+    process_name: str = "engine"  # in log lines
+    folders: tuple[str, ...] = ()  # to remove when the parent has ended
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):

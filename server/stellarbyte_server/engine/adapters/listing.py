@@ -1,6 +1,6 @@
 """The list of adapters: loaded versions and the contents of --adapter-dir, which the store's thread lists on demand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
@@ -43,6 +43,11 @@ class AdapterListing:
             self._began_at_s = now_s
             self._store.look(partial(_cards_of, self._folder), self._note)
         return []
+
+    def with_offered(self, cards: list[AdapterCard], hidden: Set[str]) -> list[AdapterCard]:
+        """The cards of versions in use, and those of the contents of --adapter-dir but hidden names; in order."""
+        offered = [card for name, card in self.cards.items() if name not in hidden]
+        return sorted([*cards, *offered], key=lambda card: (card.name, not card.is_current))
 
     def _note(self, cards: Mapping[str, AdapterCard] | None) -> list[Reply]:
         if cards is not None:

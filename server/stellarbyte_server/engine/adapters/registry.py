@@ -14,6 +14,7 @@ from functools import partial
 from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.held import HeldLoads
 from stellarbyte_server.engine.adapters.listing import AdapterListing, card_of
 from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
 from stellarbyte_server.engine.adapters.mixes import AdapterMixes
@@ -59,17 +60,17 @@ class Adapters:
         self._num_slots = num_slots
         self._folder = folder
         self._store = store
-        self._memory = AdapterMemory(store, self.slots, max_in_memory)
+        self.memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
         self._current: dict[str, AdapterVersion] = {}
         self._mixes = AdapterMixes()
         self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
         self._withdrawn: set[str] = set()  # unloaded folders of --adapter-dir, available again after a load
-        self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id
+        self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id; held ones until they are committed
+        self.held = HeldLoads(self._loads, store, self._loaded, self._drain)
         self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listing = AdapterListing(folder, store, clock, self._list)
-        self._num_uses = 0
         self.num_reads = 0  # completed reads, after which `refusal` may change
 
     # Requests
@@ -84,7 +85,7 @@ class Adapters:
         version = self._version(reference)
         for bound in version.with_parts:
             bound.num_bound += 1
-        self._touch(version)
+        self.memory.touch(version)
         return version
 
     def _version(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
@@ -101,7 +102,7 @@ class Adapters:
 
     def release(self, version: AdapterVersion) -> list[Reply]:
         """Release a request's version when it has ended."""
-        self._touch(version)
+        self.memory.touch(version)
         for bound in version.with_parts:
             bound.num_bound -= 1
         return [reply for bound in version.with_parts for reply in self._drop_if_drained(bound)]
@@ -123,24 +124,16 @@ class Adapters:
         for version, slot in plan.fill:
             self._fill(version, slot)
         for version in plan.read:
-            if not version.is_reading and version.state != "failed" and self._memory.make_room(1, plan.keep):
+            if not version.is_reading and version.state != "failed" and self.memory.make_room(1, plan.keep):
                 if version.state == "ready" and not version.content_hash:
                     version.state = "loading"
-                self._memory.start_read(version)
+                self.memory.start_read(version)
         return plan.move
-
-    def may_enter(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence's adapter allows it to run."""
-        return self.slots.may_enter(sequence)
 
     def enter(self, version: AdapterVersion) -> None:
         """Note that a sequence with this adapter starts to run."""
-        self._touch(version)
+        self.memory.touch(version)
         self.slots.enter(version)
-
-    def leave(self, version: AdapterVersion) -> None:
-        """Note that a sequence with this adapter stops running."""
-        self.slots.leave(version)
 
     def finish_move(self, move: Move) -> None:
         self.slots.move(move)
@@ -148,8 +141,11 @@ class Adapters:
 
     # Calls of the operator
 
-    def load(self, call_id: str, name: str, path: str, in_place: bool) -> CallFailed | None:
-        """Load an adapter under `name`; `collect` returns the answer unless it is refused at once."""
+    def load(self, call_id: str, name: str, path: str, in_place: bool, *, is_held: bool = False) -> CallFailed | None:
+        """Load an adapter under `name`; `collect` returns the answer unless it is refused at once.
+
+        With `is_held` it is read and checked, and becomes the adapter of its name by `commit`.
+        """
         if not is_adapter_name(name):
             return refusals.bad_name(call_id, name)
         if self._is_loading(name):
@@ -159,6 +155,8 @@ class Adapters:
             return refusals.already_loaded(call_id, name)
         version = AdapterVersion(name=name, files=None, state="loading")
         self._loads[version] = call_id
+        if is_held:
+            self.held.add(call_id, version)
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
         )
@@ -172,8 +170,8 @@ class Adapters:
 
     def _begin_load(self, version: AdapterVersion) -> None:
         self._others.add(version)
-        self._memory.make_room(1, set())
-        self._memory.start_read(version)
+        self.memory.make_room(1, set())
+        self.memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
@@ -216,9 +214,7 @@ class Adapters:
         current = [version for version in self._current.values() if version.files is not None]
         cards = [self._card(version, is_current=True) for version in current]
         cards += [self._card(version, is_current=False) for version in self._others if version.files is not None]
-        hidden = self._withdrawn.union([version.name for version in current])
-        cards += [card for name, card in self._listing.cards.items() if name not in hidden]
-        cards.sort(key=lambda card: (card.name, not card.is_current))
+        cards = self._listing.with_offered(cards, hidden=self._withdrawn.union([version.name for version in current]))
         return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
 
     def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
@@ -272,20 +268,27 @@ class Adapters:
         if version.content_hash and version.content_hash != done.content_hash:
             return self._note_changed_files(version)
         self.num_reads += 1
-        self._memory.note_read(version)
+        self.memory.note_read(version)
         self._load_seconds.observe(done.seconds)
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
+        logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
+        if version in self.held:
+            return [self._answer_to_load(self._loads[version], version)]
         if version.state == "loading":
             version.state = "ready"
-        logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
-        replies: list[Reply] = []
         call_id = self._loads.pop(version, None)
-        if call_id is not None:
-            replies += self._install(version)
-            card = self._card(self._current[version.name], is_current=True)
-            replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
+        replies = [] if call_id is None else self._loaded(call_id, version)
         return replies + self._drop_if_drained(version)
+
+    def _loaded(self, call_id: str, version: AdapterVersion) -> list[Reply]:
+        """Make a read version that of its name; returns the answer to the call."""
+        version.state = "ready"
+        replies = self._install(version)
+        return [*replies, self._answer_to_load(call_id, self._current[version.name])]
+
+    def _answer_to_load(self, call_id: str, version: AdapterVersion) -> AdapterLoaded:
+        return AdapterLoaded(call_id, self._card(version, is_current=True), version.matched, version.unmatched)
 
     def _note_parts(self, done: ReadDone) -> str:
         """Note the parts that were read for a mix only; returns why that cannot be used, if one has other content."""
@@ -311,7 +314,7 @@ class Adapters:
         old = self._current.get(version.name)
         if old is not None and old.content_hash == version.content_hash and old.state == "ready":
             old.files = version.files
-            self._memory.forget(version)
+            self.memory.forget(version)
             return []
         self._current[version.name] = version
         if slot := self.slots.take_free(version):
@@ -323,7 +326,7 @@ class Adapters:
 
     def _note_failed_read(self, version: AdapterVersion, error: str, *, is_fault: bool = False) -> list[Reply]:
         self.num_reads += 1
-        self._memory.forget(version)
+        self.memory.forget(version)
         version.state, version.error, version.failed_at_s = "failed", error, self._clock()
         version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
@@ -369,7 +372,7 @@ class Adapters:
         return self._note_looked(version, None, before if files is None else files)
 
     def _fill(self, version: AdapterVersion, slot: int) -> None:
-        self._touch(version)
+        self.memory.touch(version)
         self._store.fill(version, slot)
 
     def _drain(self, version: AdapterVersion) -> list[Reply]:
@@ -386,14 +389,10 @@ class Adapters:
             slot = version.slot
             self.slots.clear(version)
             self._store.clear(slot)
-        self._memory.forget(version)
+        self.memory.forget(version)
         self._others.discard(version)
         call_id = self._unloads.pop(version, None)
         replies: list[Reply] = [] if call_id is None else [AdapterUnloaded(call_id, freed)]
         for mix in self._mixes.take(version):
             replies += self._drain(mix)
         return replies
-
-    def _touch(self, version: AdapterVersion) -> None:
-        self._num_uses += 1
-        version.used_at = self._num_uses

@@ -51,6 +51,10 @@ class AdapterSlots:
         self._slots = [_Slot(number) for number in range(1, num_slots + 1)]
         self._num_uses = 0
 
+    def versions(self) -> set[AdapterVersion]:
+        """Those that have a slot."""
+        return {slot.version for slot in self._slots if slot.version is not None}
+
     def num_running(self, version: AdapterVersion) -> int:
         """Running sequences with this version."""
         return self._slots[version.slot - 1].num_running if version.slot else 0
