@@ -137,10 +137,24 @@ class _EngineCollector(Collector):
             ("requests_waiting", "Requests waiting in the engine.", [each.num_waiting for each in stats]),
             ("kv_cache_usage_perc", "Share of its cache blocks in use.", [each.kv_cache_usage for each in stats]),
         ):
-            metric = GaugeMetricFamily(f"stellarbyte:engine_{name}", text, labels=["model_name", "engine"])
-            for index, value in enumerate(values):
-                metric.add_metric([self._model_name, str(index)], float(value))
-            yield metric
+            yield self._by_engine(GaugeMetricFamily, name, text, values)
+        for name, text, values in (
+            ("prompt_tokens", "Prompt tokens of started requests.", [each.prompt_tokens_total for each in stats]),
+            ("generation_tokens", "Tokens generated.", [each.generation_tokens_total for each in stats]),
+        ):
+            yield self._by_engine(CounterMetricFamily, name, text, values)
+
+    def _by_engine(
+        self,
+        family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        text: str,
+        values: Sequence[float],
+    ) -> Metric:
+        metric = family(f"stellarbyte:engine_{name}", text, labels=["model_name", "engine"])
+        for index, value in enumerate(values):
+            metric.add_metric([self._model_name, str(index)], float(value))
+        return metric
 
 
 class _AdapterCollector(Collector):
