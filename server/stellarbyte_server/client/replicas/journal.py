@@ -6,12 +6,14 @@ of them uses it. So a process that ends in between leaves a change that is made 
 
 import asyncio
 import contextlib
+import fcntl
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
-from filelock import FileLock
+
+_POLL_S = 0.01
 
 
 class JournalEntry(msgspec.Struct, frozen=True):
@@ -30,13 +32,15 @@ class AdapterJournal:
     @contextlib.asynccontextmanager
     async def locked(self) -> AsyncIterator[None]:
         """One change at a time, over all HTTP processes; the lock of a process ends with it."""
-        lock = FileLock(self._folder / "adapters.lock", thread_local=False)  # a new one: each excludes all others
-        acquiring = asyncio.ensure_future(asyncio.to_thread(lock.acquire, poll_interval=0.01))
-        try:
-            await asyncio.shield(acquiring)
+        with open(self._folder / "adapters.lock", "wb") as file:  # whose lock excludes those of other openings
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    await asyncio.sleep(_POLL_S)
+                else:
+                    break
             yield
-        finally:
-            acquiring.add_done_callback(lambda _: lock.release())  # at once, or when the thread has got it
 
     def read(self) -> dict[str, JournalEntry]:
         try:
