@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.support.servers.fake_engine import SLOW, make_model_folder
-from tests.support.servers.processes import assert_gone, child_pids, descendants
+from tests.support.servers.processes import assert_gone, child_pids, descendants, is_alive
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 
 ENGINE = "tests.support.servers.fake_engine"
@@ -117,3 +117,16 @@ def test_a_worker_that_starts_later_knows_the_replicas_and_their_counts(model: s
                 return set()
 
         wait_for(lambda: counts() == {30.0})
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_no_folder_and_no_process_is_left(model: str, tmp_path: Path, end: signal.Signals) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with running(FAKE, "--model", model, "--replicas", "2", environment={"TMPDIR": str(temporary)}) as server:
+        assert len(list(temporary.iterdir())) == 3, "one for each engine, and one of the server"
+        engines = child_pids(server, ENGINE)
+        server.process.send_signal(end)
+        server.wait(30)
+        wait_for(lambda: not any(map(is_alive, engines)))
+        wait_for(lambda: not list(temporary.iterdir()))

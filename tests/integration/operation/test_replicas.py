@@ -3,8 +3,8 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -66,6 +66,13 @@ def change(server: ServerProcess, route: str, **body: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/{route}", json=body, timeout=120)
 
 
+def wait_until_whole(server: ServerProcess) -> None:
+    deadline_s = time.monotonic() + 120
+    while httpx.get(f"{server.url}/health", timeout=30).json()["status"] != "ok":
+        assert time.monotonic() < deadline_s, server.log()
+        time.sleep(0.1)
+
+
 def names_listed(server: ServerProcess) -> list[str]:
     return [card["id"] for card in httpx.get(f"{server.url}/v1/adapters", timeout=30).json()["data"]]
 
@@ -92,6 +99,7 @@ def test_the_end_of_a_replica_costs_only_its_streams_and_it_comes_back_with_the_
     assert loaded.status_code == 200, loaded.text
     whole = at_once(server, completion("x", LONG))[0].text
     body = completion("x", LONG, stream=True)
+    shown = server.metric("vllm:generation_tokens_total")
 
     async def kill_under_load() -> list[Ended]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as http:
@@ -109,15 +117,15 @@ def test_the_end_of_a_replica_costs_only_its_streams_and_it_comes_back_with_the_
     assert 2 <= len(complete) <= 6, "both had some"
     health = httpx.get(f"{server.url}/health")
     assert health.status_code == 200, "the other one serves"
-    while httpx.get(f"{server.url}/health").json()["status"] != "ok":
-        pass
+    wait_until_whole(server)
     assert by_engine(server, "up") == [1.0] * NUM_REPLICAS
     before = by_engine(server, "generation_tokens_total")
     ends = at_once(server, *[completion("x") for _ in range(8)])
     assert [end.text for end in ends] == [answers["a"][NUM_TOKENS]] * 8
     after = by_engine(server, "generation_tokens_total")
     assert all(now > then for now, then in zip(after, before, strict=True)), "the new one answered, too"
-    assert server.metric("vllm:generation_tokens_total") >= sum(after) + LONG, "counts of the dead one stay"
+    shown_later = server.metric("vllm:generation_tokens_total")
+    assert shown_later >= shown + 8 * NUM_TOKENS, "what was counted of the dead one stays counted"
     unloaded = change(server, "unload_lora_adapter", lora_name="x")
     assert unloaded.status_code == 200 and unloaded.json()["freed_bytes"] > 0
     assert "x" not in names_listed(server)
@@ -161,22 +169,7 @@ def test_files_that_a_restarted_replica_cannot_get_keep_its_requests_at_the_othe
     known.add_adapter(folder, 100)
     os.kill(child_pids(server, ENGINE)[0], signal.SIGKILL)
     server.wait_logged("does not get the adapter gone-later that the others have")
-    while httpx.get(f"{server.url}/health").json()["status"] != "ok":
-        pass
+    wait_until_whole(server)
     ends = at_once(server, *[completion("gone-later") for _ in range(8)])
     assert [end.text for end in ends] == [known_answers[NUM_TOKENS]] * 8
     assert change(server, "unload_lora_adapter", lora_name="gone-later").status_code == 200
-
-
-def test_the_folder_of_the_server_is_removed(known: KnownModel, tmp_path: Path) -> None:
-    flags = ["--model", str(known.folder), "--replicas", "2", "--kv-cache-memory", "64MiB"]
-    for end in (signal.SIGTERM, signal.SIGKILL):
-        with running(FAULTY, *flags, environment={"TMPDIR": str(tmp_path)}) as server:
-            assert len(list(tmp_path.iterdir())) == 3
-            engines = child_pids(server, ENGINE)
-            server.process.send_signal(end)
-            server.wait(30)
-            for pid in engines:
-                while Path(f"/proc/{pid}").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text():
-                    pass
-        assert list(tmp_path.iterdir()) == []
