@@ -8,7 +8,8 @@ gets what the journal says before it takes requests.
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
 from typing import TypeVar
 
 from stellarbyte_server.client.engine_client import EngineClient, EngineDead
@@ -29,6 +30,7 @@ logger = logging.getLogger("server.replicas")
 
 T = TypeVar("T")
 LOADING_ELSEWHERE_S = 5.0  # after which an engine has noticed the end of an HTTP process
+NEWS_LIMIT_S = 10.0
 _RETRY_S = 0.1
 _LOOK_S = 0.5  # between looks at an engine's health
 
@@ -36,9 +38,20 @@ _LOOK_S = 0.5  # between looks at an engine's health
 class AdapterChanges:
     """Changes of the adapters of several engines, from one of the HTTP processes."""
 
-    def __init__(self, connected: Callable[[], list[EngineClient]], journal: AdapterJournal) -> None:
-        """`connected`: the clients of the engines that take messages."""
+    def __init__(
+        self,
+        connected: Callable[[], list[EngineClient]],
+        journal: AdapterJournal,
+        endpoints: Mapping[int, Container[str]],
+    ) -> None:
+        """Changes of these engines.
+
+        Args:
+            connected: the clients of the engines that take messages.
+            endpoints: of each replica's processes that this process has heard of.
+        """
         self._connected = connected
+        self._endpoints = endpoints
         self._journal = journal
         self._running: set[asyncio.Task[object]] = set()
         self.missing: dict[int, set[str]] = {}  # by replica, adapters of which it could not get the others' content
@@ -56,9 +69,9 @@ class AdapterChanges:
             raise _whole_failure([*answers, *refused])
         return AdapterUnloaded("", sum(freed))
 
-    async def sync(self, client: EngineClient) -> None:
-        """Give a replica the adapters that the others have; EngineDead."""
-        await self._to_its_end(self._sync(client))
+    async def sync(self, client: EngineClient, endpoint: str) -> None:
+        """Give a replica's process the adapters that the others have; EngineDead."""
+        await self._to_its_end(self._sync(client, endpoint))
 
     async def _to_its_end(self, change: Awaitable[T]) -> T:
         """A change, which goes on if the caller is cancelled."""
@@ -69,6 +82,7 @@ class AdapterChanges:
 
     async def _load(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
         async with self._journal.locked():
+            await self._until_all_are_known()
             clients = self._connected()
             held_id, content_hash = await self._hold(clients, name, path, in_place)
             await asyncio.to_thread(self._journal.note, name, JournalEntry(path, content_hash))
@@ -106,6 +120,7 @@ class AdapterChanges:
         RequestRejected or EngineDead if it is unloaded nowhere.
         """
         async with self._journal.locked():
+            await self._until_all_are_known()
             clients, refused = self._connected(), []
             unloading: list[asyncio.Task[Reply | BaseException]] = []
             for _ in range(int(LOADING_ELSEWHERE_S / _RETRY_S)):
@@ -130,11 +145,23 @@ class AdapterChanges:
                 names.discard(name)
             return unloading, [failure for failure in refused if failure is not None]
 
-    async def _sync(self, client: EngineClient) -> None:
+    async def _until_all_are_known(self) -> None:
+        """Wait for the news of processes that get requests from other HTTP processes already, or they would miss this
+        change."""
+        deadline_s = time.monotonic() + NEWS_LIMIT_S
+        joined = await asyncio.to_thread(self._journal.joined)
+        while any(endpoint not in self._endpoints[replica] for replica, endpoint in joined.items()):
+            if time.monotonic() > deadline_s:
+                raise EngineDead("This HTTP process has not heard of a replica that has started; try again.")
+            await asyncio.sleep(_LOOK_S / 10)
+
+    async def _sync(self, client: EngineClient, endpoint: str) -> None:
         async with self._journal.locked():
-            entries = await asyncio.to_thread(self._journal.read)
-            if not entries:
-                return
+            await self._give(client, await asyncio.to_thread(self._journal.read))
+            await asyncio.to_thread(self._journal.note_joined, client.replica, endpoint)
+
+    async def _give(self, client: EngineClient, entries: Mapping[str, JournalEntry]) -> None:
+        if entries:
             cards = {card.name: card for card in (await client.list_adapters()).cards if card.is_current}
             missing = self.missing[client.replica] = set()
             for name, entry in entries.items():

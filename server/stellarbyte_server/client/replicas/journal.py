@@ -23,6 +23,11 @@ class JournalEntry(msgspec.Struct, frozen=True):
     content_hash: str = ""  # "": unloaded
 
 
+class _Content(msgspec.Struct, frozen=True, kw_only=True):
+    entries: dict[str, JournalEntry] = {}
+    joined: dict[int, str] = {}
+
+
 class AdapterJournal:
     """Called with the lock held, but for `locked`."""
 
@@ -43,15 +48,30 @@ class AdapterJournal:
             yield
 
     def read(self) -> dict[str, JournalEntry]:
-        try:
-            content = (self._folder / "adapters.json").read_bytes()
-        except FileNotFoundError:
-            return {}
-        return msgspec.json.decode(content, type=dict[str, JournalEntry])
+        return self._read().entries
 
     def note(self, name: str, entry: JournalEntry) -> None:
         """Change what a name means, whole or not at all."""
+        content = self._read()
+        self._write(msgspec.structs.replace(content, entries=content.entries | {name: entry}))
+
+    def joined(self) -> dict[int, str]:
+        """The newest process of each replica that has got the adapters, by its endpoint."""
+        return self._read().joined
+
+    def note_joined(self, replica: int, endpoint: str) -> None:
+        content = self._read()
+        if content.joined.get(replica) != endpoint:
+            self._write(msgspec.structs.replace(content, joined=content.joined | {replica: endpoint}))
+
+    def _read(self) -> _Content:
+        try:
+            return msgspec.json.decode((self._folder / "adapters.json").read_bytes(), type=_Content)
+        except FileNotFoundError:
+            return _Content()
+
+    def _write(self, content: _Content) -> None:
         file = self._folder / "adapters.json"
         new = file.with_suffix(".new")
-        new.write_bytes(msgspec.json.encode(self.read() | {name: entry}))
+        new.write_bytes(msgspec.json.encode(content))
         os.replace(new, file)

@@ -20,6 +20,8 @@ class ReplicaRecord:
         self.index = index
         self.is_in_step = False  # it has the adapters that the others have
         self.is_gone = False  # its process has ended, and no other follows
+        self.endpoint = ""  # of its newest process
+        self.endpoints: set[str] = set()  # of all its processes
         self._prefixes = SentPrefixes(0)
         self._prompt_tokens: dict[str, int] = {}  # of requests without a token yet
         self._sent_adapters: set[str] = set()  # since the engine's newest report
@@ -28,6 +30,11 @@ class ReplicaRecord:
     @property
     def serves(self) -> bool:
         return self.is_in_step and self.client.health() is None
+
+    def note_process(self, endpoint: str) -> None:
+        """It has a process at this endpoint."""
+        self.endpoint = endpoint
+        self.endpoints.add(endpoint)
 
     def forget(self) -> None:
         """Its process has ended."""

@@ -61,6 +61,7 @@ class Replicas:
             past: the totals of each engine's earlier processes, of several engines.
         """
         self.dead = asyncio.Event()  # no engine is left, and none will follow
+        self._engines = engines
         self._folder = folder
         self._on_news = on_news
         self._past: list[EngineTotals | None] = list(past) if past else [None for _ in engines]
@@ -83,9 +84,11 @@ class Replicas:
             raise EngineStartError(_OTHERS)
         for record in self._records:
             record.forget()
+            record.note_process(self._engines[record.index].endpoint)
             record.is_in_step = len(self.clients) == 1
         if len(self.clients) > 1:
-            self._changes = AdapterChanges(self._connected, AdapterJournal(self.folder))
+            endpoints = {record.index: record.endpoints for record in self._records}
+            self._changes = AdapterChanges(self._connected, AdapterJournal(self.folder), endpoints)
             await asyncio.gather(*map(self._sync, self._records))
         return self.info
 
@@ -265,6 +268,7 @@ class Replicas:
         elif isinstance(news, EngineRestarted) and is_one:
             record.is_in_step = True
         elif isinstance(news, EngineRestarted):
+            record.note_process(news.endpoint)
             self._note_past(record)
             syncing = asyncio.create_task(self._sync(record))
             self._tasks.add(syncing)
@@ -292,7 +296,7 @@ class Replicas:
         """Give a replica the adapters of the others; from then on it gets requests."""
         while True:
             try:
-                await self._changes.sync(record.client)
+                await self._changes.sync(record.client, record.endpoint)
             except EngineDead:
                 return  # another process follows, or none
             except Exception:

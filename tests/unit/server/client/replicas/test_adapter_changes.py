@@ -76,7 +76,9 @@ class FakeReplica:
 def with_replicas(folder: Path, use: Callable[[AdapterChanges, list[FakeReplica]], Awaitable[None]]) -> None:
     async def run() -> None:
         replicas = [FakeReplica(index) for index in range(3)]
-        await use(AdapterChanges(lambda: list(replicas), AdapterJournal(folder)), replicas)  # type: ignore[arg-type]
+        known = {replica.replica: {"first"} for replica in replicas}
+        changes = AdapterChanges(lambda: list(replicas), AdapterJournal(folder), known)  # type: ignore[arg-type]
+        await use(changes, replicas)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -138,13 +140,13 @@ def test_a_new_process_gets_what_the_others_have(tmp_path: Path) -> None:
         new = replicas[1]
         new.current = {"y": "hash of another", "old": "hash of d", "of a folder": ""}
         new.contents["c"] = "changed since"
-        await changes.sync(new)  # type: ignore[arg-type]
+        await changes.sync(new, "first")  # type: ignore[arg-type]
         assert new.current == {"x": "hash of a", "y": "hash of b", "of a folder": ""} and new.held == {}
         assert changes.missing == {1: {"z"}}
         await changes.load("z", "b", True)
         assert changes.missing == {1: set()} and new.current["z"] == "hash of b"
         replicas[0].current["old"] = new.current["old"] = ""  # a folder that came after the unloading
-        await changes.sync(new)  # type: ignore[arg-type]
+        await changes.sync(new, "first")  # type: ignore[arg-type]
         assert "old" in new.current
 
     with_replicas(tmp_path, use)
@@ -177,5 +179,20 @@ def test_changes_at_once_leave_all_replicas_with_the_same(tmp_path: Path) -> Non
             assert not any(replica.held for replica in replicas)
             entries = AdapterJournal(tmp_path).read().items()
             assert {name: e.content_hash for name, e in entries if e.content_hash} == replicas[0].current
+
+    with_replicas(tmp_path, use)
+
+
+def test_a_change_waits_for_the_news_of_a_process_that_others_know(tmp_path: Path) -> None:
+    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
+        await changes.sync(replicas[1], "second")  # type: ignore[arg-type]  # by another HTTP process
+        new, replicas[1:2] = replicas[1], []  # this one has heard of its end only
+        loading = asyncio.create_task(changes.load("x", "a", False))
+        await asyncio.sleep(0.2)
+        assert not loading.done() and replicas[0].current == {}
+        replicas.append(new)
+        changes._endpoints[1].add("second")  # type: ignore[attr-defined]
+        await loading
+        assert [replica.current for replica in replicas] == [{"x": "hash of a"}] * 3
 
     with_replicas(tmp_path, use)
