@@ -27,23 +27,25 @@ OF_A_DEAD_ENGINE = (500, 503)
 class Churn:
     """What the operator has done, and what clients get meanwhile.
 
-    `meant` are the contents that a name may have now: one, or two while it changes; None: it has no adapter.
+    `history` has for each name the contents that it might have, one after the other: one content, or two while it
+    changes; None: it has no adapter.
     """
 
     def __init__(self, server: ServerProcess, http: httpx.AsyncClient, by_path: dict[str, list[str]]) -> None:
         self.server = server
         self.http = http
         self.by_path = by_path
-        self.meant: dict[str, set[str | None]] = {f"x{number}": {None} for number in range(NUM_NAMES)}
+        self.history: dict[str, list[set[str | None]]] = {f"x{number}": [{None}] for number in range(NUM_NAMES)}
         self.num_kills = 0
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[object] = []
 
     async def ask(self, name: str, num_tokens: int) -> None:
         """A request whose answer must be one that its name could have while it ran."""
-        before, num_kills = set(self.meant[name]), self.num_kills
+        history, num_kills = self.history[name], self.num_kills
+        number = len(history) - 1
         answer = await self.http.post("/v1/completions", json=completion(name, num_tokens))
-        allowed = before | self.meant[name]
+        allowed = set().union(*history[number:])
         self.outcomes[str(answer.status_code)] += 1
         if answer.status_code in OF_A_DEAD_ENGINE and self.num_kills:
             assert num_kills <= self.num_kills
@@ -63,8 +65,9 @@ class Churn:
 
     async def change(self, name: str, path: str | None) -> None:
         """Load or unload, and then see that every replica has the same."""
-        before = self.meant[name]
-        self.meant[name] = before | {path}
+        history = self.history[name]
+        before = history[-1]
+        history.append(before | {path})
         if path is None:
             answer = await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
         else:
@@ -72,9 +75,9 @@ class Churn:
             answer = await self.http.post("/v1/load_lora_adapter", json=body)
         self.outcomes[f"{'unload' if path is None else 'load'} {answer.status_code}"] += 1
         if answer.status_code == 200 or (path is None and answer.status_code == 404 and before == {None}):
-            self.meant[name] = {path}
+            history.append({path})
         elif answer.status_code in OF_A_DEAD_ENGINE and self.num_kills:
-            self.meant[name] = before if len(before) == 1 else self.meant[name]
+            history.append(before)
         else:
             self.wrong.append((name, path, answer.text))
         await asyncio.gather(*(self.ask(name, NUM_TOKENS) for _ in range(2 * NUM_REPLICAS)))
@@ -112,11 +115,12 @@ async def churn(server: ServerProcess, by_path: dict[str, list[str]], num_operat
         is_over.set()
         await asyncio.gather(*clients)
         await state.until_whole()
-        for name, meant in state.meant.items():
-            assert len(meant) == 1
+        for name in state.history:
             await asyncio.gather(*(state.ask(name, NUM_TOKENS) for _ in range(3 * NUM_REPLICAS)))
         cards = {card["id"]: card for card in (await http.get("/v1/adapters")).json()["data"]}
-        assert {name for name in state.meant if name in cards} == {n for n, m in state.meant.items() if m != {None}}
+        assert {name for name in state.history if name in cards} == {
+            name for name, history in state.history.items() if history[-1] != {None}
+        }
         assert {(card["running"], card["waiting"]) for card in cards.values()} <= {(0, 0)}
         return state
 
