@@ -1,4 +1,4 @@
-"""`stellarbyte-server`: checks the settings, starts the engine process, serves HTTP until a stop signal.
+"""`stellarbyte-server`: checks the settings, starts the engine processes, serves HTTP until a stop signal.
 
 Modules for HTTP are imported while the engine loads its model. With --http-workers above 1 this process does not serve
 HTTP but starts and watches the HTTP processes (supervisor.py).
@@ -6,6 +6,7 @@ HTTP but starts and watches the HTTP processes (supervisor.py).
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stellarbyte_server.access.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
@@ -26,6 +28,7 @@ from stellarbyte_server.import_path import leave_current_folder
 from stellarbyte_server.logs import LogFormat, configure_logging
 
 if TYPE_CHECKING:  # imported late
+    from stellarbyte_server.client.replicas.replicas import Replicas
     from stellarbyte_server.client.restart import RestartingEngine
 
 logger = logging.getLogger("server")
@@ -69,47 +72,58 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
     """Run the engine process and HTTP from start to stop. Raises StartError or ListenError."""
-    from stellarbyte_server.client.launch import EngineProcess, EngineStartError
-    from stellarbyte_server.client.restart import RestartingEngine
+    from stellarbyte_server.client.launch import EngineStartError, private_folder
+    from stellarbyte_server.client.placement import place, share_of_each
+    from stellarbyte_server.client.restart import start_engines, stop_engines
 
     with listening(settings) as listeners, _data_folder(settings):
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
+        variables = place(settings.engine)
+        settings = dataclasses.replace(settings, engine=share_of_each(settings.engine, len(variables)))
         logger.info("starting the engine on %s", settings.engine.model)
+        engines: list[RestartingEngine] = []
+        folder = None
         try:
-            engine = RestartingEngine(
-                lambda: EngineProcess(settings.engine, settings.log_level, engine_module, settings.log_format),
-                settings.restart_engine,
-            )
+            folder = private_folder() if len(variables) > 1 else None
+            start_engines(settings, engine_module, variables, folder, engines)
         except (EngineStartError, OSError) as error:
+            stop_engines(engines, folder)
             raise StartError(f"cannot start the engine process: {error}") from None
         try:
-            return asyncio.run(_serve_all(settings, keys, listeners, engine))
+            return asyncio.run(_serve_all(settings, keys, listeners, engines, folder))
         except (EngineStartError, ValueError, OSError) as error:
             raise StartError(str(error)) from None
         finally:
             on_stop_signals(signal.SIG_IGN)  # the remaining steps take moments
-            engine.stop()
+            stop_engines(engines, folder)
 
 
 async def _serve_all(
-    settings: ServerSettings, keys: tuple[Key, ...], listeners: list[Listeners], engine: "RestartingEngine"
+    settings: ServerSettings,
+    keys: tuple[Key, ...],
+    listeners: list[Listeners],
+    engines: "list[RestartingEngine]",
+    folder: Path | None,
 ) -> int:
     """Run one HTTP process for each listener: this process, or others that it watches."""
     started_at = int(time.time())
     if len(listeners) == 1:
-        return await _serve(settings, keys, listeners[0], engine, started_at)
+        from stellarbyte_server.client.replicas.replicas import Replicas
+
+        return await _serve(settings, keys, listeners[0], Replicas(engines, folder), started_at)
     from stellarbyte_server.http.supervisor import Supervisor
 
-    return await Supervisor(settings, keys, listeners, engine, started_at).run(lambda: _announce(settings))
+    supervisor = Supervisor(settings, keys, listeners, engines, folder, started_at)
+    return await supervisor.run(lambda: _announce(settings))
 
 
 async def _serve(
     settings: ServerSettings,
     keys: tuple[Key, ...],
     listeners: Listeners,
-    engine: "RestartingEngine",
+    client: "Replicas",
     started_at: int,
 ) -> int:
     """Serve HTTP in this process; SIGHUP reloads the file of keys."""
@@ -126,7 +140,7 @@ async def _serve(
         on_hangup(settings, read_again)
         _announce(settings)
 
-    return await serve(settings, keyring, listeners, engine, started_at, on_started)
+    return await serve(settings, keyring, listeners, client, started_at, on_started)
 
 
 def _url(scheme: str, host: str, port: int) -> str:

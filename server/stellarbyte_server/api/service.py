@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from stellarbyte_server.api.sampling import read_defaults
 from stellarbyte_server.batch.storage import Storage
-from stellarbyte_server.client.engine_client import EngineClient
+from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.request import Channels, Reasoning
@@ -22,7 +22,7 @@ class Service:
     """The served model and the client of its engine."""
 
     settings: ServerSettings
-    client: EngineClient
+    client: Replicas
     info: EngineInfo
     tokenizer: PromptTokenizer
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
@@ -55,7 +55,7 @@ class Service:
 
 
 def load_service(
-    settings: ServerSettings, client: EngineClient, started_at: int, storage: Storage | None = None
+    settings: ServerSettings, client: Replicas, started_at: int, storage: Storage | None = None
 ) -> Service:
     """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)

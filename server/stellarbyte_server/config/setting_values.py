@@ -26,6 +26,11 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
+def whole_number_or_auto(minimum: int, maximum: int) -> Callable[[str], int | None]:
+    """A parser of `whole_number`s, or of auto, which is None."""
+    return lambda text: None if text == "auto" else whole_number(minimum, maximum)(text)
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:

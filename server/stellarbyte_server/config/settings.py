@@ -34,6 +34,7 @@ from stellarbyte_server.config.setting_values import (
     switch,
     tcp_address,
     whole_number,
+    whole_number_or_auto,
     window_size,
 )
 
@@ -73,6 +74,13 @@ class EngineSettings:
         " small model that is installed with the package",
     )
     device: str = option(one_of("auto", "cpu", "cuda"), "auto|cpu|cuda", "device that runs the model", "auto")
+    replicas: int | None = option(
+        whole_number_or_auto(1, 64),
+        "N|auto",
+        "engine processes with the same model, each on its own GPU or on a part of the CPU's cores; auto: one for each"
+        " GPU",
+        1,
+    )  # None: auto
     dtype: str = option(
         one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "data type of weights and KV cache", "auto"
     )

@@ -22,13 +22,17 @@ from stellarbyte_server.protocol.grammar import GrammarRefused
 from stellarbyte_server.protocol.messages import (
     FAILED,
     Accepted,
+    AdapterResidency,
     Call,
+    CommitAdapter,
     Delta,
+    DiscardAdapter,
     EngineStats,
     LoadAdapter,
     News,
     Rejected,
     Reply,
+    Settle,
     UnloadAdapter,
     failure,
 )
@@ -148,8 +152,16 @@ class EngineCore:
     def call(self, call: Call) -> None:
         """Execute an operator's call; `take_replies` returns the answer, now or after a later step."""
         if isinstance(call, LoadAdapter):
-            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place, call.pinned)
+            refusal = self.adapters.load(
+                call.call_id, call.name, call.path, call.in_place, call.pinned, is_held=call.is_held
+            )
             self.answers.replies += [] if refusal is None else [refusal]
+        elif isinstance(call, CommitAdapter):
+            self.answers.replies += self.adapters.held.commit(call.call_id, call.held_id)
+        elif isinstance(call, DiscardAdapter):
+            self.answers.replies += self.adapters.held.discard(call.call_id, call.held_id)
+        elif isinstance(call, Settle):
+            self.adapters.held.settle(call.call_id)
         elif isinstance(call, UnloadAdapter):
             self.answers.replies += self.adapters.unload(call.call_id, call.name)
         else:
@@ -263,6 +275,9 @@ class EngineCore:
             kv_event_batches_total=0 if self.events is None else self.events.num_batches,
             kv_event_batches_dropped_total=0 if self.events is None else self.events.num_dropped,
         )
+
+    def residency(self) -> AdapterResidency:
+        return self.adapters.memory.residency()
 
     def _queue_compiled(self) -> None:
         """Queue the requests whose grammars are ready."""

@@ -20,8 +20,7 @@ from stellarbyte_server.api.service import load_service
 from stellarbyte_server.batch.files import StoreLimits
 from stellarbyte_server.batch.runner import BatchRunner
 from stellarbyte_server.batch.storage import Storage
-from stellarbyte_server.client.engine_client import EngineClient
-from stellarbyte_server.client.launch import Engine
+from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.http.app import create_app
@@ -60,16 +59,15 @@ async def serve(
     settings: ServerSettings,
     keyring: Keyring,
     listeners: Listeners,
-    engine: Engine,
+    client: Replicas,
     started_at: int,
     on_started: Callable[[], None],
 ) -> int:
-    """Wait for the engine and serve until a signal, or some seconds after the engine ended without a successor.
+    """Wait for the engines and serve until a signal, or some seconds after the last ended without a successor.
 
     `started_at` (Unix seconds) is the same in all HTTP processes of a server. `on_started` is called once connections
     are accepted. Returns the exit status; raises EngineStartError, ValueError or OSError if it cannot start.
     """
-    client = EngineClient(engine)
     await client.start()
     tracing: Tracing | None = None
     storage: Storage | None = None
@@ -80,7 +78,7 @@ async def serve(
             receive_timeout_s=settings.receive_timeout,
             send_timeout_s=settings.send_timeout,
             max_connections=connections_allowed(),
-            note_rejected=client.observer.note_rejected,
+            note_rejected=client.note_rejected,
         )
         plain: type[asyncio.Protocol] = bounded_protocol(bounds)
         protocol = plain
@@ -125,7 +123,7 @@ def _server(app: ASGIApp, protocol: type[asyncio.Protocol], settings: ServerSett
 
 
 def _start_batches(
-    storage: Storage | None, app: ASGIApp, keyring: Keyring, client: EngineClient, settings: ServerSettings
+    storage: Storage | None, app: ASGIApp, keyring: Keyring, client: Replicas, settings: ServerSettings
 ) -> asyncio.Task[None] | None:
     """Runs batches, in this process or once that of another one ends; None without --data-dir."""
     if storage is None:
@@ -149,7 +147,7 @@ async def _stop(batches: asyncio.Task[None] | None) -> None:
 
 async def _run_until_stopped(
     servers: Mapping[uvicorn.Server, socket.socket],
-    client: EngineClient,
+    client: Replicas,
     batches: asyncio.Task[None] | None,
     shutdown_timeout_s: float,
     on_started: Callable[[], None],

@@ -4,7 +4,7 @@ Every HTTP process renders the engine's totals."""
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.observe.routing_metrics import adapter_residency, cache_config_info
 from stellarbyte_server.protocol.histogram import Buckets
-from stellarbyte_server.protocol.messages import AdapterList, EngineTotals
+from stellarbyte_server.protocol.messages import AdapterList, EngineStats, EngineTotals
 
 
 class _TotalsCollector(Collector):
@@ -131,6 +131,41 @@ class _HealthCollector(Collector):
         yield healthy
 
 
+class _EngineCollector(Collector):
+    """The state of each of several engines. All other metrics are of the whole."""
+
+    def __init__(self, engines: Sequence[tuple[bool, EngineStats]], model_name: str) -> None:
+        self._engines = engines
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        stats = [stats for _, stats in self._engines]
+        for name, text, values in (
+            ("up", "1 while the engine serves, else 0.", [serves for serves, _ in self._engines]),
+            ("requests_running", "Requests running in the engine.", [each.num_running for each in stats]),
+            ("requests_waiting", "Requests waiting in the engine.", [each.num_waiting for each in stats]),
+            ("kv_cache_usage_perc", "Share of its cache blocks in use.", [each.kv_cache_usage for each in stats]),
+        ):
+            yield self._by_engine(GaugeMetricFamily, name, text, values)
+        for name, text, values in (
+            ("prompt_tokens", "Prompt tokens of started requests.", [each.prompt_tokens_total for each in stats]),
+            ("generation_tokens", "Tokens generated.", [each.generation_tokens_total for each in stats]),
+        ):
+            yield self._by_engine(CounterMetricFamily, name, text, values)
+
+    def _by_engine(
+        self,
+        family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        text: str,
+        values: Sequence[float],
+    ) -> Metric:
+        metric = family(f"stellarbyte:engine_{name}", text, labels=["model_name", "engine"])
+        for index, value in enumerate(values):
+            metric.add_metric([self._model_name, str(index)], float(value))
+        return metric
+
+
 class _AdapterCollector(Collector):
     """Metrics of adapters. Labels are names in the registry, whose number is bounded by the operator."""
 
@@ -191,11 +226,17 @@ def render_metrics(
     device: str,
     is_healthy: bool,
     cache_config: Mapping[str, str],
+    engines: Sequence[tuple[bool, EngineStats]] = (),
 ) -> bytes:
-    """The text of one scrape; without `adapters` (the engine does not answer) the last known counts."""
+    """The text of one scrape; without `adapters` (the engine does not answer) the last known counts.
+
+    `engines`: of each whether it serves, and its statistics; of one alone nothing is shown.
+    """
     registry = CollectorRegistry()
     registry.register(_HealthCollector(is_healthy, model_name))
     registry.register(_TotalsCollector(totals, model_name, cache_config))
+    if len(engines) > 1:
+        registry.register(_EngineCollector(engines, model_name))
     if adapters is not None:
         registry.register(_AdapterCollector(adapters, model_name, device))
     return generate_latest(registry)

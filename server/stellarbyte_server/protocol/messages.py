@@ -2,16 +2,10 @@
 
 An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
 each direction. Messages are plain data and cannot run code.
-
-At the start, the engine's parent writes one `EngineStart` as a line of JSON to its stdin, and reads one `EngineReady`
-or `EngineFailed` from its stdout. The engine runs as long as its stdin is open.
 """
-
-from typing import Literal
 
 import msgspec
 
-from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.request import GenerationRequest, adapter_loading
 
@@ -37,6 +31,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     requests: tuple[GenerationRequest, ...]
     limits: KeyLimits | None = None
     continues: bool = False  # part of a group that was admitted before, exempt from limits
+    is_reserved: bool = False  # a `ReserveKey` has counted them
     num_later_tokens: int = 0  # of prompts of the same group that will be submitted later
     arrived_s: float | None = None  # arrival of the client's request; None: when the engine reads the message
     sent_s: float | None = None
@@ -74,6 +69,27 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     path: str
     in_place: bool  # replace the adapter of that name, if any
     pinned: bool | None = None  # keep it in a slot; None: as the adapter of that name
+    is_held: bool = False  # read and check it only: it becomes the name's adapter by `CommitAdapter`
+
+
+class CommitAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Make a held adapter that of its name; answered by `AdapterLoaded` or `CallFailed`."""
+
+    call_id: str
+    held_id: str  # the `LoadAdapter.call_id`
+
+
+class DiscardAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget a held adapter, also one that is still being read; unknown ids are ignored. Answered by `Settled`."""
+
+    call_id: str
+    held_id: str
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `Settled` when earlier loads and unloads of this sender have changed what their names mean."""
+
+    call_id: str
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -99,8 +115,35 @@ class ChargeKey(msgspec.Struct, frozen=True, tag=True):
     limits: KeyLimits
 
 
-Call = LoadAdapter | UnloadAdapter | ListAdapters
-Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | ChargeKey | Call
+class ReserveKey(msgspec.Struct, frozen=True, tag=True):
+    """Count requests that another engine gets against the limits of their key.
+
+    Answered by `KeyCharged`, or by `CallFailed` if a limit is reached.
+    """
+
+    call_id: str
+    group_id: str  # of the requests, until `ReleaseKey`
+    limits: KeyLimits
+    num_tokens: int  # of their prompts
+
+
+class ReleaseKey(msgspec.Struct, frozen=True, tag=True):
+    """The requests of a `ReserveKey` have ended."""
+
+    group_id: str
+    was_refused: bool  # before any of them ran, so that they do not count
+
+
+class NoteKeyTokens(msgspec.Struct, frozen=True, tag=True):
+    """Tokens that a key has used at other engines, which count towards its tokens per minute; < 0: given back."""
+
+    limits: KeyLimits
+    num_tokens: int
+
+
+Call = LoadAdapter | CommitAdapter | DiscardAdapter | Settle | UnloadAdapter | ListAdapters
+KeyCommand = ChargeKey | ReserveKey | ReleaseKey | NoteKeyTokens
+Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | KeyCommand | Call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -256,6 +299,10 @@ class AdapterList(msgspec.Struct, frozen=True, tag=True):
     num_in_memory: int = 0  # the same in CPU memory, whether in a slot or not
 
 
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    call_id: str
+
+
 class KeyCharged(msgspec.Struct, frozen=True, tag=True):
     call_id: str
 
@@ -274,6 +321,13 @@ def adapter_is_loading(call_id: str, name: str) -> CallFailed:
     """The answer to a call about an adapter that another call is loading."""
     refusal = adapter_loading(name)
     return CallFailed(call_id, str(refusal), code=refusal.code, param=refusal.param)
+
+
+class AdapterResidency(msgspec.Struct, frozen=True, tag=True):
+    """The adapters that the engine holds, by name; sent to each HTTP process when they have changed."""
+
+    slots: tuple[str, ...] = ()  # in slots of the device
+    memory: tuple[str, ...] = ()  # in CPU memory, or being read
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -303,8 +357,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 
-Reply = AdapterLoaded | AdapterUnloaded | AdapterList | KeyCharged | CallFailed
-Event = Accepted | Rejected | StepOutput | EngineTotals | Reply
+Reply = AdapterLoaded | AdapterUnloaded | AdapterList | Settled | KeyCharged | CallFailed
+Event = Accepted | Rejected | StepOutput | EngineTotals | AdapterResidency | Reply
 News = Accepted | Rejected | Delta  # a step's result for one request
 
 
@@ -319,22 +373,3 @@ def failure(request_id: str, message: str, code: str | None = None, param: str |
         code=code,
         param=param,
     )
-
-
-class EngineStart(msgspec.Struct, frozen=True):
-    """Start message of an engine process."""
-
-    settings: EngineSettings
-    endpoint: str  # ZeroMQ address to bind
-    log_level: str
-    log_format: Literal["text", "json"] = "text"
-
-
-class EngineReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):
-    info: EngineInfo
-
-
-class EngineFailed(msgspec.Struct, frozen=True, tag_field="state", tag="failed"):
-    """The engine could not start; `message` is one sentence for the user."""
-
-    message: str

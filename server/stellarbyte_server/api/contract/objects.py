@@ -337,7 +337,8 @@ class Detokenized(AnswerObject):
 
 
 class Health(AnswerObject):
-    status: Literal["ok"]
+    status: Literal["ok", "degraded"]
+    message: str | None = None  # with degraded: how many replicas serve
 
 
 class Ready(AnswerObject):

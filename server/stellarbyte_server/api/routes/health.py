@@ -24,9 +24,10 @@ router = APIRouter()
 @router.get("/health")
 @Operation(access=Access.OPEN, summary="Whether the engine makes progress", tag="Server", answer=objects.Health)
 async def health(service: ServiceOfRequest) -> dict[str, str]:
-    """200 while the engine makes progress."""
+    """200 while the engine, or one of the replicas, makes progress."""
     _require_healthy(service)
-    return {"status": "ok"}
+    message = service.client.degradation()
+    return {"status": "ok"} if message is None else {"status": "degraded", "message": message}
 
 
 @router.get("/ready")
@@ -63,6 +64,7 @@ async def metrics(service: ServiceOfRequest) -> Response:
         service.info.device,
         is_healthy,
         cache_config(service.info, service.settings.engine),
+        service.client.engine_stats(),
     )
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 

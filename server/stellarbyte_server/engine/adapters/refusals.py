@@ -68,3 +68,7 @@ def no_files(call_id: str, path: str) -> CallFailed:
 
 def not_read(call_id: str, error: str, *, is_fault: bool) -> CallFailed:
     return CallFailed(call_id, error, code=INTERNAL_ERROR if is_fault else ADAPTER_FAILED, param="lora_path")
+
+
+def not_held(call_id: str) -> CallFailed:
+    return CallFailed(call_id, "The adapter that was to be made current is not held.", code=INTERNAL_ERROR)

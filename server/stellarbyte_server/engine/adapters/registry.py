@@ -13,6 +13,7 @@ from functools import partial
 
 from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.held import HeldLoads
 from stellarbyte_server.engine.adapters.listing import AdapterListing, all_cards, card_of
 from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
 from stellarbyte_server.engine.adapters.mixes import AdapterMixes
@@ -60,18 +61,18 @@ class Adapters:
         self._num_slots = num_slots
         self._folder = folder
         self._store = store
-        self._memory = AdapterMemory(store, self.slots, max_in_memory)
+        self.memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
         self._current: dict[str, AdapterVersion] = {}
-        self._pins = Pins(self.slots, self._memory, num_slots, self._current, self._fill)
+        self._pins = Pins(self.slots, self.memory, num_slots, self._current, self._fill)
         self._mixes = AdapterMixes()
         self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
         self._withdrawn = WithdrawnNames(folder, store)
-        self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id
+        self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id; held ones until they are committed
+        self.held = HeldLoads(self._loads, store, self._loaded, self._drain)
         self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listing = AdapterListing(folder, store, clock, self._list)
-        self._num_uses = 0
         self.num_reads = 0  # completed reads, after which `refusal` may change
 
     # Requests
@@ -86,7 +87,7 @@ class Adapters:
         version = self._version(reference)
         for bound in version.with_parts:
             bound.num_bound += 1
-        self._touch(version)
+        self.memory.touch(version)
         return version
 
     def _version(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
@@ -96,14 +97,13 @@ class Adapters:
         version = self._find(reference.name)
         if version is None:
             raise model_not_found(reference)
-        refusal = refusals.refusal_of(version, reference)
-        if refusal is not None:
+        if (refusal := refusals.refusal_of(version, reference)) is not None:
             raise refusal
         return version
 
     def release(self, version: AdapterVersion) -> list[Reply]:
         """Release a request's version when it has ended."""
-        self._touch(version)
+        self.memory.touch(version)
         for bound in version.with_parts:
             bound.num_bound -= 1
         return [reply for bound in version.with_parts for reply in self._drop_if_drained(bound)]
@@ -125,19 +125,15 @@ class Adapters:
         for version, slot in plan.fill:
             self._fill(version, slot)
         for version in plan.read:
-            if not version.is_reading and version.state != "failed" and self._memory.make_room(1, plan.keep):
+            if not version.is_reading and version.state != "failed" and self.memory.make_room(1, plan.keep):
                 if version.state == "ready" and not version.content_hash:
                     version.state = "loading"
-                self._memory.start_read(version)
+                self.memory.start_read(version)
         return plan.move
-
-    def may_enter(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence's adapter allows it to run."""
-        return self.slots.may_enter(sequence)
 
     def enter(self, version: AdapterVersion) -> None:
         """Note that a sequence with this adapter starts to run."""
-        self._touch(version)
+        self.memory.touch(version)
         self.slots.enter(version)
 
     def leave(self, version: AdapterVersion) -> None:
@@ -151,12 +147,15 @@ class Adapters:
 
     # Calls of the operator
 
-    def load(self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None) -> CallFailed | None:
+    def load(
+        self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None, *, is_held: bool = False
+    ) -> CallFailed | None:
         """Load an adapter under `name`; `collect` returns the answer unless it is refused at once.
 
-        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name.
+        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name. With `is_held` it
+        is read and checked, and becomes the adapter of its name by `commit`.
         """
-        if self._is_loading(name):
+        if any(version.name == name for version in self._loads):
             return adapter_is_loading(call_id, name)
         if (refusal := refusals.of_load(call_id, name, self._current.get(name), in_place)) is not None:
             return refusal
@@ -164,6 +163,8 @@ class Adapters:
         if isinstance(version, CallFailed):
             return version
         self._loads[version] = call_id
+        if is_held:
+            self.held.add(call_id, version)
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
         )
@@ -177,12 +178,12 @@ class Adapters:
 
     def _begin_load(self, version: AdapterVersion) -> None:
         self._others.add(version)
-        self._memory.make_room(1, set())
-        self._memory.start_read(version)
+        self.memory.make_room(1, set())
+        self.memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
-        if self._is_loading(name):
+        if any(version.name == name for version in self._loads):
             return [adapter_is_loading(call_id, name)]
         version = self._current.get(name)
         if version is not None and version.files is not None:
@@ -202,8 +203,8 @@ class Adapters:
         self._withdrawn.withdraw(name)
         if version is None:
             return [AdapterUnloaded(call_id, 0)]
-        logger.info("unloading adapter %s", name)
         self._unloads[version] = call_id
+        logger.info("unloading adapter %s", name)
         return self._drain(version)
 
     def list_all(self, call_id: str) -> list[Reply]:
@@ -211,22 +212,19 @@ class Adapters:
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
-        listed = self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card
-        numbers = self._num_slots, self.slots.num_used, self._memory.num_versions
-        return AdapterList(call_id, all_cards(*listed), self._load_seconds.snapshot(), *numbers)
+        cards = all_cards(self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card)
+        numbers = self._num_slots, self.slots.num_used, self.memory.num_versions
+        return AdapterList(call_id, cards, self._load_seconds.snapshot(), *numbers)
 
     def _card(self, version: AdapterVersion, is_current: bool) -> AdapterCard:
         num_running = sum(map(self.slots.num_running, (version, *self._mixes.of(version))))
         return card_of(version, num_running, is_current=is_current)
 
-    def _is_loading(self, name: str) -> bool:
-        return any(version.name == name for version in self._loads)
-
     # Results of other threads
 
     @property
     def wake_fd(self) -> int | None:
-        """A file descriptor that becomes readable when `collect` has results."""
+        """Becomes readable when `collect` has results."""
         return self._store.wake_fd
 
     def collect(self) -> list[Reply]:
@@ -266,21 +264,28 @@ class Adapters:
         if version.content_hash and version.content_hash != done.content_hash:
             return self._note_changed_files(version)
         self.num_reads += 1
-        self._memory.note_read(version)
+        self.memory.note_read(version)
         self._load_seconds.observe(done.seconds)
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
+        logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
+        if version in self.held:
+            return [self._answer_to_load(self._loads[version], version)]
         if version.state == "loading":
             version.state = "ready"
-        logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
-        replies: list[Reply] = []
         call_id = self._loads.pop(version, None)
-        if call_id is not None:
-            replies += self._install(version)
-            card = self._card(self._current[version.name], True)
-            replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
+        replies = [] if call_id is None else self._loaded(call_id, version)
         self._pins.place()
         return replies + self._drop_if_drained(version)
+
+    def _loaded(self, call_id: str, version: AdapterVersion) -> list[Reply]:
+        """Make a read version that of its name; returns the answer to the call."""
+        version.state = "ready"
+        replies = self._install(version)
+        return [*replies, self._answer_to_load(call_id, self._current[version.name])]
+
+    def _answer_to_load(self, call_id: str, version: AdapterVersion) -> AdapterLoaded:
+        return AdapterLoaded(call_id, self._card(version, is_current=True), version.matched, version.unmatched)
 
     def _note_parts(self, done: ReadDone) -> str:
         """Note the parts that were read for a mix only; returns why that cannot be used, if one has other content."""
@@ -308,7 +313,7 @@ class Adapters:
         is_same = old is not None and old.content_hash == version.content_hash and old.state == "ready"
         if old is not None and is_same and not (version.pinned and not old.slot and not old.is_in_memory):
             old.files, old.pinned = version.files, version.pinned
-            self._memory.forget(version)
+            self.memory.forget(version)
             return []
         self._current[version.name] = version
         if slot := self.slots.take_free(version):
@@ -320,7 +325,7 @@ class Adapters:
 
     def _note_failed_read(self, version: AdapterVersion, error: str, *, is_fault: bool = False) -> list[Reply]:
         self.num_reads += 1
-        self._memory.forget(version)
+        self.memory.forget(version)
         version.state, version.error, version.failed_at_s = "failed", error, self._clock()
         version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
@@ -370,7 +375,7 @@ class Adapters:
         return self._note_looked(version, None, before if files is None else files)
 
     def _fill(self, version: AdapterVersion, slot: int) -> None:
-        self._touch(version)
+        self.memory.touch(version)
         self._store.fill(version, slot)
 
     def _drain(self, version: AdapterVersion) -> list[Reply]:
@@ -387,14 +392,8 @@ class Adapters:
             slot = version.slot
             self.slots.clear(version)
             self._store.clear(slot)
-        self._memory.forget(version)
+        self.memory.forget(version)
         self._others.discard(version)
         call_id = self._unloads.pop(version, None)
         replies: list[Reply] = [] if call_id is None else [AdapterUnloaded(call_id, freed)]
-        for mix in self._mixes.take(version):
-            replies += self._drain(mix)
-        return replies
-
-    def _touch(self, version: AdapterVersion) -> None:
-        self._num_uses += 1
-        version.used_at = self._num_uses
+        return replies + [reply for mix in self._mixes.take(version) for reply in self._drain(mix)]

@@ -62,6 +62,10 @@ class AdapterSlots:
         """Slots that hold an adapter, or are being filled."""
         return sum(slot.version is not None for slot in self._slots)
 
+    def versions(self) -> set[AdapterVersion]:
+        """Those that have a slot."""
+        return {slot.version for slot in self._slots if slot.version is not None}
+
     def num_running(self, version: AdapterVersion) -> int:
         """Running sequences with this version."""
         return self._slots[version.slot - 1].num_running if version.slot else 0

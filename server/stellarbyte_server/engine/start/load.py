@@ -64,7 +64,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
     device = _device(settings.device)
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(_num_threads(_num_replicas(settings)))
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
     folder = open_model_folder(path, is_dummy=is_dummy)
@@ -175,7 +175,7 @@ def _make_cpu_executor(
     step_tokens, _ = tokens_a_step(settings, "cpu")
     budget = settings.kv_cache_memory
     if budget is None:
-        budget = int(_available_memory() * AUTO_CPU_SHARE)
+        budget = int(_available_memory() * AUTO_CPU_SHARE) // _num_replicas(settings)
     plan = plan_serving(config, settings, cache_dtype, step_tokens, budget)
     served, num_blocks, layout = served.with_windows_of(plan.config), plan.cache.num_blocks, plan.cache.layout
     cache = PagedKVCache(plan.config, num_blocks, layout.block_size, cache_dtype, torch.device("cpu"))
@@ -325,10 +325,16 @@ def _available_memory() -> int:
     return max(0, available)
 
 
-def _num_threads() -> int:
-    """Cores for torch: all this process may use, less one for HTTP where there are many."""
+def _num_replicas(settings: EngineSettings) -> int:
+    """Engine processes that share this machine; the server has resolved auto."""
+    return 1 if settings.replicas is None else settings.replicas
+
+
+def _num_threads(num_replicas: int) -> int:
+    """Cores for torch: all this process may use, less one for HTTP where there are many, divided among replicas."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if cores <= 2 else math.ceil(cores * 0.9) - 1 or 1
+    ours = cores if cores <= 2 else math.ceil(cores * 0.9) - 1
+    return max(1, ours // num_replicas)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -87,6 +87,9 @@ def test_none_and_auto_are_values_of_their_own():
     assert settings.engine.sliding_window is None
     assert settings.engine.kv_cache_memory is None
     assert parse_settings(["--sliding-window", "128"], {}).engine.sliding_window == 128
+    for text, replicas in (("auto", None), ("2", 2)):
+        assert parse_settings(["--replicas", text], {}).engine.replicas == replicas
+    assert parse_settings([], {}).engine.replicas == 1
 
 
 def test_a_switch_has_two_flags_and_a_variable():
@@ -114,6 +117,8 @@ def test_a_switch_has_two_flags_and_a_variable():
         ["stray"],
         ["--dtype", "float16"],
         ["--max-num-seqs", "0"],
+        ["--replicas", "0"],
+        ["--replicas", "some"],
         ["--max-model-len", "9" * 30],
         ["--gpu-memory-utilization", "1.5"],
         ["--gpu-memory-utilization", "nan"],
