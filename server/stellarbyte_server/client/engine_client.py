@@ -214,9 +214,9 @@ class EngineClient:
         if self._watch_streams is not None:
             self._watch_streams.note_end(request_id, was_refused=was_refused)
 
-    async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+    async def load_adapter(self, name: str, path: str, in_place: bool, pinned: bool | None = None) -> AdapterLoaded:
         """Load an adapter; RequestRejected or EngineDead."""
-        reply = await self.call(LoadAdapter(secrets.token_hex(8), name, path, in_place))
+        reply = await self.call(LoadAdapter(secrets.token_hex(8), name, path, in_place, pinned))
         assert isinstance(reply, AdapterLoaded)
         return reply
 

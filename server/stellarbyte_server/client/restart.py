@@ -1,6 +1,7 @@
 """Restarts of a failed engine process, and the messages that report them to HTTP workers."""
 
 import asyncio
+import dataclasses
 import logging
 import shutil
 import time
@@ -170,7 +171,7 @@ def start_engines(
         name = "engine" if len(variables) == 1 else f"engine-{index}"
         start = partial(
             EngineProcess,
-            settings.engine,
+            dataclasses.replace(settings.engine, engine_index=index),
             settings.log_level,
             module,
             settings.log_format,

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from stellarbyte_server.client.launch import describe_status
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.client.restart import EngineGone, EngineNews, EngineRestarted, RestartingEngine
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
 from stellarbyte_server.http.worker_protocol import EngineState, NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.import_path import safe_environment
@@ -45,7 +45,7 @@ class Supervisor:
         self,
         settings: ServerSettings,
         keys: tuple[Key, ...],
-        listeners: list[socket.socket],
+        listeners: list[Listeners],
         engines: Sequence[RestartingEngine],
         folder: Path | None,
         started_at: int,
@@ -109,7 +109,7 @@ class Supervisor:
             WORKER_MODULE,
             stdin=PIPE,
             stdout=PIPE,
-            pass_fds=(self._listeners[number].fileno(),),
+            pass_fds=self._listeners[number].filenos,
             process_group=0,
             env=safe_environment(os.environ),
         )
@@ -126,11 +126,13 @@ class Supervisor:
             worker.kill()
             raise WorkerStartError("the server is stopping")
         assert worker.stdin is not None and worker.stdout is not None
+        listeners = self._listeners[number]
         start = WorkerStart(
             number=number,
             settings=self._settings,
             keys=self._keys,
-            listener_fd=self._listeners[number].fileno(),
+            listener_fd=listeners.public.fileno(),
+            admin_fd=None if listeners.admin is None else listeners.admin.fileno(),
             engines=tuple(
                 EngineState(endpoint=engine.endpoint, so_far=ends, past=past)
                 for engine, ends, past in zip(self._engines, self._ends, self._client.past, strict=True)

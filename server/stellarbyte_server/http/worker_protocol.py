@@ -26,6 +26,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     settings: ServerSettings
     keys: tuple[Key, ...]  # of the file --keys
     listener_fd: int
+    admin_fd: int | None  # of --admin-listen
     engines: tuple[EngineState, ...]
     folder: str | None  # of the server; None: one engine, whose folder it is
     info: EngineInfo

@@ -15,6 +15,7 @@ from typing import TypeVar
 from stellarbyte_server.client.engine_client import EngineClient, EngineDead
 from stellarbyte_server.client.replicas.journal import AdapterJournal, JournalEntry
 from stellarbyte_server.protocol.messages import (
+    AdapterCard,
     AdapterLoaded,
     AdapterUnloaded,
     Call,
@@ -56,9 +57,9 @@ class AdapterChanges:
         self._running: set[asyncio.Task[object]] = set()
         self.missing: dict[int, set[str]] = {}  # by replica, adapters of which it could not get the others' content
 
-    async def load(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+    async def load(self, name: str, path: str, in_place: bool, pinned: bool | None = None) -> AdapterLoaded:
         """Load an adapter at all replicas; RequestRejected or EngineDead, and then no replica has changed."""
-        return await self._to_its_end(self._load(name, path, in_place))
+        return await self._to_its_end(self._load(LoadAdapter(_new_id(), name, path, in_place, pinned, is_held=True)))
 
     async def unload(self, name: str) -> AdapterUnloaded:
         """Unload an adapter at all replicas, and wait until its requests have ended; RequestRejected or EngineDead."""
@@ -80,13 +81,15 @@ class AdapterChanges:
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
 
-    async def _load(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+    async def _load(self, load: LoadAdapter) -> AdapterLoaded:
+        name = load.name
         async with self._journal.locked():
             await self._until_all_are_known()
             clients = self._connected()
-            held_id, content_hash = await self._hold(clients, name, path, in_place)
-            await asyncio.to_thread(self._journal.note, name, JournalEntry(path, content_hash))
-            answers = await _at_all(clients, lambda client: _answer(client, CommitAdapter(_new_id(), held_id)))
+            card = await self._hold(clients, load)
+            entry = JournalEntry(load.path, card.content_hash, card.pinned)
+            await asyncio.to_thread(self._journal.note, name, entry)
+            answers = await _at_all(clients, lambda client: _answer(client, CommitAdapter(_new_id(), load.call_id)))
             for names in self.missing.values():
                 names.discard(name)
             for client, answer in zip(clients, answers, strict=True):
@@ -97,20 +100,20 @@ class AdapterChanges:
                 raise _whole_failure(answers)
             return loaded[0]
 
-    async def _hold(self, clients: Sequence[EngineClient], name: str, path: str, in_place: bool) -> tuple[str, str]:
-        """Let all clients' engines hold an adapter; returns the id and the content's hash. If one fails, none does."""
-        held_id = _new_id()
-        load = LoadAdapter(held_id, name, path, in_place, is_held=True)
+    async def _hold(self, clients: Sequence[EngineClient], load: LoadAdapter) -> AdapterCard:
+        """Let all clients' engines hold an adapter; returns its card. If one fails, none does."""
         answers = await _at_all(clients, lambda client: _answer(client, load))
         failure = _first_failure(clients, answers)
-        hashes = {answer.card.content_hash for answer in answers if isinstance(answer, AdapterLoaded)}
-        if failure is None and len(hashes) > 1:
-            message = f"The files of the adapter {name!r:.200} changed while the replicas read them; load it again."
+        cards = [answer.card for answer in answers if isinstance(answer, AdapterLoaded)]
+        if failure is None and len({card.content_hash for card in cards}) > 1:
+            message = (
+                f"The files of the adapter {load.name!r:.200} changed while the replicas read them; load it again."
+            )
             failure = RequestRejected(message, param="lora_path")
         if failure is not None:
-            await _at_all(clients, lambda client: _answer(client, DiscardAdapter(_new_id(), held_id)))
+            await _at_all(clients, lambda client: _answer(client, DiscardAdapter(_new_id(), load.call_id)))
             raise failure
-        return held_id, hashes.pop()
+        return cards[0]
 
     async def _withdraw(
         self, name: str
@@ -176,11 +179,12 @@ class AdapterChanges:
         """Load the content that the other replicas have; returns whether its files still hold it. EngineDead."""
         why = "its files have changed"
         try:
-            held_id, content_hash = await self._hold([client], name, entry.path, in_place=True)
-            if content_hash == entry.content_hash:
-                await _answer(client, CommitAdapter(_new_id(), held_id))
+            load = LoadAdapter(_new_id(), name, entry.path, True, entry.pinned, is_held=True)
+            card = await self._hold([client], load)
+            if card.content_hash == entry.content_hash:
+                await _answer(client, CommitAdapter(_new_id(), load.call_id))
                 return True
-            await _answer(client, DiscardAdapter(_new_id(), held_id))
+            await _answer(client, DiscardAdapter(_new_id(), load.call_id))
         except RequestRejected as refusal:
             why = str(refusal)
         logger.error(

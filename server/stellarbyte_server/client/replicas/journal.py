@@ -21,6 +21,7 @@ class JournalEntry(msgspec.Struct, frozen=True):
 
     path: str = ""  # as given in the call that loaded it
     content_hash: str = ""  # "": unloaded
+    pinned: bool = False
 
 
 class _Content(msgspec.Struct, frozen=True, kw_only=True):

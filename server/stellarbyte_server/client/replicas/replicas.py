@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from stellarbyte_server.client.delta_stream import DeltaStream
 from stellarbyte_server.client.engine_client import DRAINING, EngineClient, EngineDead
 from stellarbyte_server.client.launch import Engine, EngineStartError
@@ -42,7 +44,7 @@ _OTHERS = "the replicas do not fit the same requests; give --max-model-len and -
 class Replicas:
     """The connection to all engines, on one event loop.
 
-    `info` is of each engine, and is set once `start` has returned.
+    `info` is set once `start` has returned. It is of each engine, but `num_blocks` is the sum over all.
     """
 
     info: EngineInfo
@@ -76,10 +78,13 @@ class Replicas:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineInfo:
-        """Wait until all engines are ready; raises EngineStartError. Then `close` must be called."""
+        """Wait until all engines are ready; returns what each reports. Raises EngineStartError.
+
+        Then `close` must be called.
+        """
         infos = await asyncio.gather(*(client.start() for client in self.clients))
-        self.info = infos[0]
-        if not all(serves_the_same(self.info, info) for info in infos):
+        self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
+        if not all(serves_the_same(infos[0], info) for info in infos):
             await self.close()
             raise EngineStartError(_OTHERS)
         for record in self._records:
@@ -90,7 +95,7 @@ class Replicas:
             endpoints = {record.index: record.endpoints for record in self._records}
             self._changes = AdapterChanges(self._connected, AdapterJournal(self.folder), endpoints)
             await asyncio.gather(*map(self._sync, self._records))
-        return self.info
+        return infos[0]
 
     async def close(self) -> None:
         """Close the connections; open streams end with an error."""
@@ -184,11 +189,11 @@ class Replicas:
 
     # Adapters
 
-    async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+    async def load_adapter(self, name: str, path: str, in_place: bool, pinned: bool | None = None) -> AdapterLoaded:
         """Load an adapter at all engines or none; RequestRejected or EngineDead."""
         if len(self.clients) == 1:
-            return await self.clients[0].load_adapter(name, path, in_place)
-        return await self._changes.load(name, path, in_place)
+            return await self.clients[0].load_adapter(name, path, in_place, pinned)
+        return await self._changes.load(name, path, in_place, pinned)
 
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
         """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""

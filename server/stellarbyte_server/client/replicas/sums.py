@@ -58,7 +58,12 @@ def merged_lists(lists: Sequence[AdapterList]) -> AdapterList:
             cards.setdefault((card.name, None if card.is_current else card.content_hash), []).append(card)
     merged = sorted(map(_merged_card, cards.values()), key=lambda card: (card.name, not card.is_current))
     return msgspec.structs.replace(
-        lists[0], cards=tuple(merged), load_seconds=_sum_of_buckets([each.load_seconds for each in lists])
+        lists[0],
+        cards=tuple(merged),
+        load_seconds=_sum_of_buckets([each.load_seconds for each in lists]),
+        num_slots=sum(each.num_slots for each in lists),
+        num_in_slots=sum(each.num_in_slots for each in lists),
+        num_in_memory=sum(each.num_in_memory for each in lists),
     )
 
 

@@ -1,6 +1,6 @@
 """The list of adapters: loaded versions and the contents of --adapter-dir, which the store's thread lists on demand."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
@@ -44,11 +44,6 @@ class AdapterListing:
             self._store.look(partial(_cards_of, self._folder), self._note)
         return []
 
-    def with_offered(self, cards: list[AdapterCard], hidden: Set[str]) -> list[AdapterCard]:
-        """The cards of versions in use, and those of the contents of --adapter-dir but hidden names; in order."""
-        offered = [card for name, card in self.cards.items() if name not in hidden]
-        return sorted([*cards, *offered], key=lambda card: (card.name, not card.is_current))
-
     def _note(self, cards: Mapping[str, AdapterCard] | None) -> list[Reply]:
         if cards is not None:
             self.cards = cards
@@ -63,6 +58,25 @@ def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
         name: card_of(AdapterVersion(name=name, files=files), 0, is_current=True)
         for name, files in folder.all_offered()
     }
+
+
+def all_cards(
+    current: Iterable[AdapterVersion],
+    others: Iterable[AdapterVersion],
+    offered: Mapping[str, AdapterCard],
+    withdrawn: Collection[str],
+    card: Callable[[AdapterVersion, bool], AdapterCard],
+) -> tuple[AdapterCard, ...]:
+    """The cards of all versions with known files, and of the names in --adapter-dir that have none, by name.
+
+    `card` makes the card of a version; its second argument tells whether it is its name's current one.
+    """
+    found = [version for version in current if version.files is not None]
+    cards = [card(version, True) for version in found]
+    cards += [card(version, False) for version in others if version.files is not None]
+    hidden = {*withdrawn, *(version.name for version in found)}
+    cards += [card for name, card in offered.items() if name not in hidden]
+    return tuple(sorted(cards, key=lambda card: (card.name, not card.is_current)))
 
 
 def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> AdapterCard:
@@ -82,4 +96,5 @@ def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> A
         num_requests=version.totals.num_requests,
         num_tokens=version.totals.num_tokens,
         error=version.error,
+        pinned=version.pinned,
     )

@@ -91,6 +91,11 @@ class AdapterMemory:
         self._num_uses += 1
         version.used_at = self._num_uses
 
+    @property
+    def num_versions(self) -> int:
+        """Versions in CPU memory."""
+        return sum(version.is_in_memory for version in self._held)
+
     def start_read(self, version: AdapterVersion) -> None:
         """Read a version, even beyond the limit."""
         self._held.add(version)

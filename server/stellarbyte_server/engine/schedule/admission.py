@@ -30,6 +30,7 @@ class AdapterGate(Protocol):
     def place(self, waiting: Iterable[Sequence]) -> Move | None: ...
     def finish_move(self, move: Move) -> None: ...
     def enter(self, version: AdapterVersion) -> None: ...
+    def leave(self, version: AdapterVersion) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -285,7 +286,7 @@ class Admission:
         sequence.is_running = False
         sequence.account.num_running -= 1
         if sequence.adapter is not None and self._adapters is not None:
-            self._adapters.slots.leave(sequence.adapter)
+            self._adapters.leave(sequence.adapter)
         # A step in flight may still read and write these blocks. The next step may use them nevertheless: the device
         # runs steps in order, and the one in flight writes only to blocks without keys.
         self.pool.give_back(sequence.table.pop_all(), keep_content=keep_content)
