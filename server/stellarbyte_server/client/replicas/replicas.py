@@ -82,7 +82,7 @@ class Replicas:
 
         Then `close` must be called.
         """
-        infos = await asyncio.gather(*(client.start() for client in self.clients))
+        infos = await self._start_clients()
         self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
         if not all(serves_the_same(infos[0], info) for info in infos):
             await self.close()
@@ -96,6 +96,18 @@ class Replicas:
             self._changes = AdapterChanges(self._connected, AdapterJournal(self.folder), endpoints)
             await asyncio.gather(*map(self._sync, self._records))
         return infos[0]
+
+    async def _start_clients(self) -> list[EngineInfo]:
+        starts = [asyncio.ensure_future(client.start()) for client in self.clients]
+        try:
+            return await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            outcomes = await asyncio.gather(*starts, return_exceptions=True)
+            started = [c for c, out in zip(self.clients, outcomes, strict=True) if not isinstance(out, BaseException)]
+            await asyncio.gather(*(client.close() for client in started))
+            raise
 
     async def close(self) -> None:
         """Close the connections; open streams end with an error."""
@@ -262,6 +274,9 @@ class Replicas:
     @property
     def past(self) -> tuple[EngineTotals | None, ...]:
         """The totals of each engine's earlier processes, for another HTTP process that starts."""
+        for record in self._records:
+            if not record.client.is_connected:
+                self._note_past(record)
         return tuple(self._past)
 
     # Engines that end and start
@@ -291,7 +306,7 @@ class Replicas:
             self._on_news(news)
 
     def _note_past(self, record: ReplicaRecord) -> None:
-        """Keep the totals of a process that has been replaced."""
+        """Keep the totals of a process that has ended."""
         before = [totals for totals in (self._past[record.index], record.client.totals) if totals is not None]
         if before:
             self._past[record.index] = of_the_past(sum_of_totals(before))
@@ -303,7 +318,10 @@ class Replicas:
             try:
                 await self._changes.sync(record.client, record.endpoint)
             except EngineDead:
-                return  # another process follows, or none
+                if not record.client.is_connected:
+                    return  # another process follows, or none
+                await asyncio.sleep(SYNC_AGAIN_S)  # it makes no progress now
+                continue
             except Exception:
                 logger.exception("replica %d did not get its adapters; trying again", record.index)
                 await asyncio.sleep(SYNC_AGAIN_S)
