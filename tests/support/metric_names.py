@@ -53,6 +53,14 @@ HISTOGRAMS = {
     "stellarbyte:engine_step_seconds",
     "stellarbyte:http_stream_lag_seconds",
 }
+BY_ENGINE = {  # of several engines, each with the label `engine`
+    "stellarbyte:engine_up",
+    "stellarbyte:engine_requests_running",
+    "stellarbyte:engine_requests_waiting",
+    "stellarbyte:engine_kv_cache_usage_perc",
+    "stellarbyte:engine_prompt_tokens_total",
+    "stellarbyte:engine_generation_tokens_total",
+}
 SERIES = GAUGES | COUNTERS | {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
 LABELS = {
     "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from stellarbyte_server.client.delta_stream import DeltaStream
 from stellarbyte_server.client.engine_client import DRAINING, EngineClient, EngineDead
 from stellarbyte_server.client.launch import Engine, EngineStartError
@@ -42,7 +44,7 @@ _OTHERS = "the replicas do not fit the same requests; give --max-model-len and -
 class Replicas:
     """The connection to all engines, on one event loop.
 
-    `info` is of each engine, and is set once `start` has returned.
+    `info` is set once `start` has returned. It is of each engine, but `num_blocks` is the sum over all.
     """
 
     info: EngineInfo
@@ -76,10 +78,13 @@ class Replicas:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> EngineInfo:
-        """Wait until all engines are ready; raises EngineStartError. Then `close` must be called."""
-        infos = await asyncio.gather(*(client.start() for client in self.clients))
-        self.info = infos[0]
-        if not all(serves_the_same(self.info, info) for info in infos):
+        """Wait until all engines are ready; returns what each reports. Raises EngineStartError.
+
+        Then `close` must be called.
+        """
+        infos = await self._start_clients()
+        self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
+        if not all(serves_the_same(infos[0], info) for info in infos):
             await self.close()
             raise EngineStartError(_OTHERS)
         for record in self._records:
@@ -90,7 +95,19 @@ class Replicas:
             endpoints = {record.index: record.endpoints for record in self._records}
             self._changes = AdapterChanges(self._connected, AdapterJournal(self.folder), endpoints)
             await asyncio.gather(*map(self._sync, self._records))
-        return self.info
+        return infos[0]
+
+    async def _start_clients(self) -> list[EngineInfo]:
+        starts = [asyncio.ensure_future(client.start()) for client in self.clients]
+        try:
+            return await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            outcomes = await asyncio.gather(*starts, return_exceptions=True)
+            started = [c for c, out in zip(self.clients, outcomes, strict=True) if not isinstance(out, BaseException)]
+            await asyncio.gather(*(client.close() for client in started))
+            raise
 
     async def close(self) -> None:
         """Close the connections; open streams end with an error."""
@@ -257,6 +274,9 @@ class Replicas:
     @property
     def past(self) -> tuple[EngineTotals | None, ...]:
         """The totals of each engine's earlier processes, for another HTTP process that starts."""
+        for record in self._records:
+            if not record.client.is_connected:
+                self._note_past(record)
         return tuple(self._past)
 
     # Engines that end and start
@@ -286,7 +306,7 @@ class Replicas:
             self._on_news(news)
 
     def _note_past(self, record: ReplicaRecord) -> None:
-        """Keep the totals of a process that has been replaced."""
+        """Keep the totals of a process that has ended."""
         before = [totals for totals in (self._past[record.index], record.client.totals) if totals is not None]
         if before:
             self._past[record.index] = of_the_past(sum_of_totals(before))
@@ -298,7 +318,10 @@ class Replicas:
             try:
                 await self._changes.sync(record.client, record.endpoint)
             except EngineDead:
-                return  # another process follows, or none
+                if not record.client.is_connected:
+                    return  # another process follows, or none
+                await asyncio.sleep(SYNC_AGAIN_S)  # it makes no progress now
+                continue
             except Exception:
                 logger.exception("replica %d did not get its adapters; trying again", record.index)
                 await asyncio.sleep(SYNC_AGAIN_S)

@@ -2,6 +2,7 @@
 
 import re
 
+import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from stellarbyte_server.engine.request_totals import ABORT_REASONS, FINISH_REASONS, RequestTotals
@@ -9,7 +10,7 @@ from stellarbyte_server.observe.metrics import render_metrics
 from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
-from tests.support.metric_names import CACHE, COUNTERS, GAUGES, HISTOGRAMS, STATS, check_exposition
+from tests.support.metric_names import BY_ENGINE, CACHE, COUNTERS, GAUGES, HISTOGRAMS, STATS, check_exposition
 from tests.support.servers.server_process import ROOT
 
 
@@ -124,8 +125,27 @@ def test_any_model_name_is_one_label() -> None:
         assert all(sample.labels["model_name"] == name for sample in family.samples)
 
 
+def test_each_of_several_engines_is_shown_and_one_is_not() -> None:
+    totals, idle = RequestTotals().snapshot(STATS), msgspec.structs.replace(STATS, num_running=0, kv_cache_usage=0.0)
+    engines = [(True, STATS), (False, idle)]
+    text = render_metrics(totals, "m", None, "cpu", is_healthy=True, cache_config=CACHE, engines=engines).decode()
+    seen = {
+        (sample.name, sample.labels["engine"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "engine" in sample.labels
+    }
+    assert {name for name, _ in seen} == BY_ENGINE
+    assert [seen["stellarbyte:engine_up", each] for each in "01"] == [1, 0]
+    assert [seen["stellarbyte:engine_requests_running", each] for each in "01"] == [STATS.num_running, 0]
+    assert [seen["stellarbyte:engine_kv_cache_usage_perc", each] for each in "01"] == [STATS.kv_cache_usage, 0]
+    assert seen["stellarbyte:engine_generation_tokens_total", "1"] == STATS.generation_tokens_total
+    one = render_metrics(totals, "m", None, "cpu", is_healthy=True, cache_config=CACHE, engines=engines[:1]).decode()
+    assert not any(name in one for name in BY_ENGINE)
+
+
 def test_every_metric_and_every_reason_is_documented() -> None:
     document = (ROOT / "docs" / "metrics.md").read_text()
-    assert set(re.findall(r"\b(?:vllm|stellarbyte):\w+", document)) == GAUGES | COUNTERS | HISTOGRAMS
+    assert set(re.findall(r"\b(?:vllm|stellarbyte):\w+", document)) == GAUGES | COUNTERS | HISTOGRAMS | BY_ENGINE
     for reason in (*REASONS, *ABORT_REASONS, *FINISH_REASONS):
         assert f"`{reason}`" in document, reason
