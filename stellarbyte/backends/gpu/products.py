@@ -76,5 +76,7 @@ def rows_of(weight: PackedWeight, rows: slice) -> torch.Tensor:
 
 def on_cpu(weight: PackedWeight) -> PackedWeight:
     """A copy there."""
-    tensors: dict[str, Any] = {name: part.cpu() for name, part in vars(weight).items() if isinstance(part, torch.Tensor)}
+    tensors: dict[str, Any] = {
+        name: part.cpu() for name, part in vars(weight).items() if isinstance(part, torch.Tensor)
+    }
     return dataclasses.replace(weight, **tensors)

@@ -227,11 +227,12 @@ def test_gpu_refuses_experts_in_int4_and_dequantizes_those_that_are_kept(device:
         folder = convert(write_quantized(tmp_path / name, name, **options)[0], tmp_path / name / "target")
         config = open_checkpoint(folder).config
         model, kept = load_quantized(folder, dtype=torch.float32, device=device)
-        experts = TritonModel(model, config, kept=kept).layers[0].experts
-        assert experts is not None and (experts.experts.down.scales_EN is None) == (form == "none")
-        down = experts.experts.down
+        layers = enumerate(TritonModel(model, config, kept=kept).layers)
+        number, experts = next((i, layer.experts.experts) for i, layer in layers if layer.experts is not None)
+        down = experts.down
+        assert (down.scales_EN is None) == (form == "none")
         numbers = down.matrix_ENK.float() * (1 if down.scales_EN is None else down.scales_EN[..., None])
-        expected = load_model(folder).state_dict()["model.layers.0.mlp.experts.down_proj"]
+        expected = load_model(folder).state_dict()[f"model.layers.{number}.mlp.experts.down_proj"]
         torch.testing.assert_close(numbers.cpu(), expected, rtol=3e-7, atol=1e-8)
         with pytest.raises(ValueError, match="do not support experts in int4"):
             TritonModel(load_quantized(folder, dtype=torch.float32)[0], config, quantization="int4", kept=kept)

@@ -23,7 +23,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(kind: Kind, shape: tuple[int, int], group: int, *, has_zeros: bool = False, seed: int = 0) -> QuantizedMatrix:
+def stored(
+    kind: Kind, shape: tuple[int, int], group: int, *, has_zeros: bool = False, seed: int = 0
+) -> QuantizedMatrix:
     """Any codes, as checkpoints keep them."""
     chance = torch.Generator().manual_seed(seed)
     num_outputs, num_inputs = shape
