@@ -67,7 +67,17 @@ def test_the_kernels_of_experts_are_measured_and_their_bytes_counted():
 def test_products_of_quantized_weights_are_measured(sweeps: bool):
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", "benchmarks.gpu.quantized", "--device", "cpu", "--tiny", "--no-record"]
-    options = ["--rows", "1", "3", "--parts", "qkv", "--forms", "int8", "int4/64", *(["--sweep", "1"] if sweeps else [])]
+    options = [
+        "--rows",
+        "1",
+        "3",
+        "--parts",
+        "qkv",
+        "--forms",
+        "int8",
+        "int4/64",
+        *(["--sweep", "1"] if sweeps else []),
+    ]
     table = subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     rows = [line.split() for line in table.splitlines()]
     for form in ("int8", "int4/64"):
