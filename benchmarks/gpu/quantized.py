@@ -159,7 +159,7 @@ class Bench:
             return runs
         if self.num_rows == 1 and weight.kind == "int4":
             runs |= {f"vector {tile}": self._vector(VectorTile(*tile)) for tile in VECTOR_4_BITS}
-        rows = rows_tile(self.num_rows, part.width, weight.group_size).rows
+        rows = rows_tile(self.num_rows, part.width, weight.group_size, self.dtype).rows
         if self.num_rows <= 64:
             runs |= {f"rows {rows, *tile}": self._rows(RowsTile(rows, *tile)) for tile in FEW_4_BITS}
         if self.num_rows >= 32:

@@ -96,7 +96,7 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
 
 
 def _gpu_weight_bytes(config: ByteModelConfig) -> dict[str, int]:
-    """In 8 bits with a float32 scale for each output; int4: with a scale of 16 bits and a zero point of 8 for 32 inputs,
+    """8 bits: with a float32 scale for each output; int4: with a scale of 16 bits and a zero point of 8 for 32 inputs,
     and a head in 8 bits. A tied head is a matrix of its own."""
     shapes, matrices = expected_shapes(config), matrix_names(config)
     if config.tie_word_embeddings:

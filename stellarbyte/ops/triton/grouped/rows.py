@@ -34,7 +34,7 @@ class RowsTile(NamedTuple):
     unroll: int = 1
 
 
-def rows_tile(num_rows: int, num_outputs: int, group_size: int) -> RowsTile:
+def rows_tile(num_rows: int, num_outputs: int, group_size: int, dtype: torch.dtype) -> RowsTile:
     """Steps of few inputs are unrolled, as a turn of the loop takes time of its own."""
     rows, unroll = min(128, max(8, triton.next_power_of_2(num_rows))), max(1, 128 // group_size)
     if rows <= 16:
@@ -42,7 +42,8 @@ def rows_tile(num_rows: int, num_outputs: int, group_size: int) -> RowsTile:
         return RowsTile(rows, block_n, 4, 4, 4, unroll)
     if rows <= 64:
         return RowsTile(rows, 64, 1, 4, 4, unroll)
-    return RowsTile(rows, 128, 1, 8, 4 if group_size < 128 else 3, unroll)
+    num_stages = 2 if dtype == torch.float32 else 3 if group_size == 128 else 4  # that fit into shared memory
+    return RowsTile(rows, 128, 1, 8, num_stages, unroll)
 
 
 def rows_product(
