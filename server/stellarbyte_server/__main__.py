@@ -1,4 +1,4 @@
-"""`stellarbyte-server`: checks the settings, starts the engine process, serves HTTP until a stop signal.
+"""`stellarbyte-server`: checks the settings, starts the engine processes, serves HTTP until a stop signal.
 
 Modules for HTTP are imported while the engine loads its model. With --http-workers above 1 this process does not serve
 HTTP but starts and watches the HTTP processes (supervisor.py).
@@ -6,14 +6,15 @@ HTTP but starts and watches the HTTP processes (supervisor.py).
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stellarbyte_server.access.keys import Key, Keyring, on_hangup, read_keys, read_keys_again
@@ -21,19 +22,19 @@ from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.http.connections.tls import check_certificate
+from stellarbyte_server.http.listeners import ListenError, Listeners, listening
 from stellarbyte_server.http.stopping import exit_quietly, on_stop_signals
 from stellarbyte_server.import_path import leave_current_folder
 from stellarbyte_server.logs import LogFormat, configure_logging
 
 if TYPE_CHECKING:  # imported late
+    from stellarbyte_server.client.replicas.replicas import Replicas
     from stellarbyte_server.client.restart import RestartingEngine
     from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
 
 logger = logging.getLogger("server")
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
-# The kernel's buffer for unread output of a connection. Linux doubles the value; its default is megabytes.
-SEND_BUFFER_BYTES = 64 * 1024
 
 
 class StartError(Exception):
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
         return _run(settings, _checked_keys(settings), engine_module)
     except SettingsError as error:
         message, status = str(error), 2
-    except StartError as error:
+    except (StartError, ListenError) as error:
         message, status = str(error), 1
     if log_format == "json":
         logger.error("%s", message)
@@ -71,50 +72,59 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 
 def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
-    """Run the engine process and HTTP from start to stop. Raises StartError."""
-    from stellarbyte_server.client.launch import EngineProcess, EngineStartError
-    from stellarbyte_server.client.restart import RestartingEngine
+    """Run the engine processes and HTTP from start to stop. Raises StartError or ListenError."""
+    from stellarbyte_server.client.launch import EngineStartError, private_folder
+    from stellarbyte_server.client.placement import place, share_of_each
+    from stellarbyte_server.client.restart import start_engines, stop_engines
 
-    with _listening(settings) as listeners, _data_folder(settings) as restored:
+    with listening(settings) as listeners, _data_folder(settings) as stored:
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
+        variables = place(settings.engine)
+        settings = dataclasses.replace(settings, engine=share_of_each(settings.engine, len(variables)))
         logger.info("starting the engine on %s", settings.engine.model)
+        engines: list[RestartingEngine] = []
+        folder = None
         try:
-            engine = RestartingEngine(
-                lambda: EngineProcess(
-                    settings.engine, settings.log_level, engine_module, settings.log_format, restored()
-                ),
-                settings.restart_engine,
-            )
+            folder = private_folder() if len(variables) > 1 else None
+            start_engines(settings, engine_module, variables, folder, engines, stored)
         except (EngineStartError, OSError) as error:
+            stop_engines(engines, folder)
             raise StartError(f"cannot start the engine process: {error}") from None
         try:
-            return asyncio.run(_serve_all(settings, keys, listeners, engine))
+            return asyncio.run(_serve_all(settings, keys, listeners, engines, folder))
         except (EngineStartError, ValueError, OSError) as error:
             raise StartError(str(error)) from None
         finally:
             on_stop_signals(signal.SIG_IGN)  # the remaining steps take moments
-            engine.stop()
+            stop_engines(engines, folder)
 
 
 async def _serve_all(
-    settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine: "RestartingEngine"
+    settings: ServerSettings,
+    keys: tuple[Key, ...],
+    listeners: list[Listeners],
+    engines: "list[RestartingEngine]",
+    folder: Path | None,
 ) -> int:
     """Run one HTTP process for each listener: this process, or others that it watches."""
     started_at = int(time.time())
     if len(listeners) == 1:
-        return await _serve(settings, keys, listeners[0], engine, started_at)
+        from stellarbyte_server.client.replicas.replicas import Replicas
+
+        return await _serve(settings, keys, listeners[0], Replicas(engines, folder), started_at)
     from stellarbyte_server.http.supervisor import Supervisor
 
-    return await Supervisor(settings, keys, listeners, engine, started_at).run(lambda: _announce(settings))
+    supervisor = Supervisor(settings, keys, listeners, engines, folder, started_at)
+    return await supervisor.run(lambda: _announce(settings))
 
 
 async def _serve(
     settings: ServerSettings,
     keys: tuple[Key, ...],
-    listener: socket.socket,
-    engine: "RestartingEngine",
+    listeners: Listeners,
+    client: "Replicas",
     started_at: int,
 ) -> int:
     """Serve HTTP in this process; SIGHUP reloads the file of keys."""
@@ -131,7 +141,11 @@ async def _serve(
         on_hangup(settings, read_again)
         _announce(settings)
 
-    return await serve(settings, keyring, listener, engine, started_at, on_started)
+    return await serve(settings, keyring, listeners, client, started_at, on_started)
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _announce(settings: ServerSettings) -> None:
@@ -142,7 +156,8 @@ def _announce(settings: ServerSettings) -> None:
         )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     scheme = "http" if settings.ssl_certfile is None else "https"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    url = _url(scheme, host, settings.port)
+    admin_url = None if settings.admin_listen is None else _url("http", *settings.admin_listen)
     if settings.log_format == "json":
         logger.info("StellarByte serves %s at %s", settings.model_name, url)
         return
@@ -160,29 +175,15 @@ def _announce(settings: ServerSettings) -> None:
         f"\nStellarByte serves {settings.model_name} at {url}\nTry:\n\n"
         f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'\n\n"
     )
-    if settings.engine.serves_adapters and settings.admin_api_key is None and not settings.allow_local_admin:
+    if admin_url is not None:
+        sys.stderr.write(f"Programs of this machine load and unload adapters at {admin_url} without a key.\n\n")
+    if settings.engine.serves_adapters and not (settings.admin_api_key or settings.allow_local_admin or admin_url):
         sys.stderr.write(
             "Adapters of --adapter-dir are loaded on first use. To load, replace and unload adapters while the server"
             " runs,\nstart it with STELLARBYTE_ADMIN_API_KEY, or with --allow-local-admin if only this machine can"
             " reach it.\n\n"
         )
     sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
-    """Hold the port, with a listener for each HTTP process. Raises StartError."""
-    listeners: list[socket.socket] = []
-    try:
-        try:
-            _bind(settings.host, settings.port, settings.http_workers, listeners)
-        except OSError as error:
-            reason = error.strerror or error
-            raise StartError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from None
-        yield listeners
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 @contextlib.contextmanager
@@ -218,26 +219,6 @@ def _data_folder(settings: ServerSettings) -> Iterator[Callable[[], tuple["Resto
         if registry is not None:
             registry.close()
         os.close(lock)
-
-
-def _bind(host: str, port: int, number: int, listeners: list[socket.socket]) -> None:
-    """Bind the port before the model is loaded; connections are accepted once it is ready. Adds to `listeners`.
-
-    With several sockets each belongs to one HTTP process, and Linux spreads connections evenly over them. (Processes
-    that accept from one socket get very unequal shares.) Only the later ones are bound with SO_REUSEPORT, so that a
-    port in use is detected, even if its server uses SO_REUSEPORT, too.
-    """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    for index in range(number):
-        listener = socket.socket(family, kind, protocol)
-        listeners.append(listener)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
-        if index > 0:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-        if number > 1:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 if __name__ == "__main__":

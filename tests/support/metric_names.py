@@ -4,6 +4,8 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stellarbyte_server.protocol.messages import EngineStats
+
 GAUGES = {
     "stellarbyte:engine_healthy",
     "vllm:num_requests_running",
@@ -12,6 +14,11 @@ GAUGES = {
     "vllm:kv_cache_usage_perc",
     "vllm:lora_requests_info",
     "stellarbyte:adapter_resident",
+    "vllm:cache_config_info",
+    "vllm:lora_adapter_loaded",
+    "vllm:num_gpu_loaded_lora_adapters",
+    "vllm:num_cpu_loaded_lora_adapters",
+    "vllm:max_gpu_lora_adapters",
 }
 COUNTERS = {
     "vllm:prompt_tokens_total",
@@ -24,6 +31,8 @@ COUNTERS = {
     "stellarbyte:adapter_version_requests_total",
     "stellarbyte:adapter_version_tokens_total",
     "stellarbyte:evicted_tokens_total",
+    "stellarbyte:kv_event_batches_total",
+    "stellarbyte:kv_event_batches_dropped_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
 }
@@ -42,20 +51,61 @@ HISTOGRAMS = {
     "vllm:request_generation_tokens",
     "vllm:iteration_tokens_total",
     "stellarbyte:adapter_load_seconds",
+    "vllm:lora_adapter_load_seconds",
     "stellarbyte:engine_step_seconds",
     "stellarbyte:http_stream_lag_seconds",
+}
+BY_ENGINE = {  # of several engines, each with the label `engine`
+    "stellarbyte:engine_up",
+    "stellarbyte:engine_requests_running",
+    "stellarbyte:engine_requests_waiting",
+    "stellarbyte:engine_kv_cache_usage_perc",
+    "stellarbyte:engine_prompt_tokens_total",
+    "stellarbyte:engine_generation_tokens_total",
 }
 SERIES = GAUGES | COUNTERS | {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
 LABELS = {
     "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "vllm:num_requests_waiting_by_reason": {"reason"},
     "vllm:request_success_total": {"finished_reason"},
+    "vllm:cache_config_info": {
+        "block_size",
+        "cache_dtype",
+        "enable_prefix_caching",
+        "gpu_memory_utilization",
+        "num_gpu_blocks",
+    },
+    "vllm:lora_adapter_loaded": {"adapter_name", "level", "pinned", "rank"},
     "stellarbyte:adapter_resident": {"adapter", "tier"},
     "stellarbyte:adapter_tokens_total": {"adapter"},
     "stellarbyte:adapter_version_requests_total": {"adapter", "version"},
     "stellarbyte:adapter_version_tokens_total": {"adapter", "version"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
+}
+# An engine's state, and the labels of its cache, to render.
+STATS = EngineStats(
+    num_running=3,
+    num_waiting=2,
+    kv_cache_usage=0.25,
+    num_blocks_used=1,
+    prompt_tokens_total=11,
+    generation_tokens_total=12,
+    num_preemptions_total=13,
+    num_steps_total=4,
+    num_blocked=1,
+    prefix_cache_queries_total=14,
+    prefix_cache_hits_total=15,
+    evicted_tokens_total=16,
+)
+
+
+CACHE = {
+    "block_size": "16",
+    "cache_dtype": "float32",
+    "enable_prefix_caching": "True",
+    "gpu_memory_utilization": "0.9",
+    "num_gpu_blocks": "77",
 }
 EVERYWHERE = {"model_name", "instance", "job"}  # the last two are Prometheus' own
 

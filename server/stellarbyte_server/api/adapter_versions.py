@@ -1,16 +1,17 @@
 """Changes of the adapters in --data-dir, each by the same steps.
 
-The engine reads and checks the versions beside the current one; the record on the disk names them, which decides; then
-requests get them. So a crash at any point leaves the state before or after the change, and a refusal changes nothing.
-The caller holds the name's lock.
+Every engine reads and checks the versions beside the current one; the record on the disk names them, which decides;
+then requests get them. So a crash at any point leaves the state before or after the change, and a refusal changes
+nothing. The caller holds the name's lock.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
+
+import msgspec
 
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.service import Service
@@ -43,22 +44,23 @@ class AdapterVersions:
         return record
 
     async def load(
-        self, name: str, path: str, *, in_place: bool, probe: bool, caller: str
-    ) -> tuple[AdapterLoaded, Version]:
-        """Store the adapter at a path as the new current version of a name."""
+        self, name: str, path: str, *, in_place: bool, pinned: bool | None, probe: bool, caller: str
+    ) -> tuple[AdapterLoaded, NameRecord]:
+        """Store the adapter at a path as the new current version of a name; `pinned` None: as before."""
         located = await self._client.locate_adapter(path)
         content = await self._stored(self._registry.keep, located)
         try:
-            stored = self._registry.stored_content(content)
-            loaded = await self._client.load_adapter(name, stored, in_place, probe=probe, is_beside=True)
             before = await asyncio.to_thread(self._registry.record, name)
+            pins = before is not None and before.pinned if pinned is None else pinned
+            loaded = await self._load_beside(before, name, content, in_place, pins, probe)
             if before is not None and not loaded.is_used:  # the current version has this content
-                if before.shares:
-                    await self._change(before, before.split({}))
-                return loaded, before.version(before.current)
+                after = msgspec.structs.replace(before, shares=(), pinned=pins)
+                if after != before:
+                    await self._change(before, after, name)
+                return loaded, after
             version = _version(before, content, loaded, caller)
-            after = with_version(before, version, name, self._registry.history)
-            await self._change(before, after)
+            after = with_version(before, version, name, self._registry.history, pinned=pins)
+            await self._change(before, after, name)
         finally:
             await asyncio.to_thread(self._registry.discard_unnamed, name, content.folder)
         logger.info(
@@ -66,7 +68,18 @@ class AdapterVersions:
         )
         if before is not None:
             await self._discard(name, set(before.versions) - set(after.versions))
-        return loaded, version
+        return loaded, after
+
+    async def _load_beside(
+        self, before: NameRecord | None, name: str, content: Content, in_place: bool, pinned: bool, probe: bool
+    ) -> AdapterLoaded:
+        """Have every engine read and check a content; if one fails, none keeps it."""
+        stored = self._registry.stored_content(content)
+        try:
+            return await self._client.load_adapter(name, stored, in_place, pinned, probe=probe, is_beside=True)
+        except (RequestRejected, EngineDead):
+            await self._go_back(before, name)
+            raise
 
     async def roll_back(self, name: str, text: str | None, caller: str) -> NameRecord:
         """Make an earlier version current: the one before, or one by its number or content hash."""
@@ -76,7 +89,7 @@ class AdapterVersions:
         except VersionError as error:
             raise bad_request(str(error), "version") from None
         after = before.rolled_back(version.number)
-        await self._change(before, after)
+        await self._change(before, after, name)
         logger.info("adapter %s: rolled back to version %d by %s", name, version.number, _who(caller))
         return after
 
@@ -87,7 +100,7 @@ class AdapterVersions:
             after = before.split(shares)
         except VersionError as error:
             raise bad_request(str(error), "shares") from None
-        await self._change(before, after)
+        await self._change(before, after, name)
         shown = ", ".join(f"version {number}: {share:g}" for number, share in after.shares) or "ended"
         logger.info("adapter %s: split (%s) by %s", name, shown, _who(caller))
         return after
@@ -98,15 +111,18 @@ class AdapterVersions:
         if record is not None:
             await self._stored(self._registry.remove, name)
             logger.info("adapter %s: unloaded by %s", name, _who(caller))
-        unloading = asyncio.create_task(self._drained(name, record))
-        await asyncio.sleep(0)  # it has sent the call
-        with contextlib.suppress(EngineDead):  # as `unloading` says, too
-            await self._client.list_adapters()  # answered after the engine has read the call
-        return unloading
-
-    async def _drained(self, name: str, record: NameRecord | None) -> AdapterUnloaded:
         try:
-            unloaded = await self._client.unload_adapter(name)
+            unloading = await self._client.begin_unload(name)
+        except (RequestRejected, EngineDead) as error:
+            unloading = asyncio.get_running_loop().create_future()
+            unloading.set_exception(error)
+        return asyncio.create_task(self._drained(name, record, unloading))
+
+    async def _drained(
+        self, name: str, record: NameRecord | None, unloading: Awaitable[AdapterUnloaded]
+    ) -> AdapterUnloaded:
+        try:
+            unloaded = await unloading
         except RequestRejected as error:
             if record is None or error.code != ADAPTER_NOT_FOUND:
                 raise
@@ -115,30 +131,37 @@ class AdapterVersions:
             await self._discard(name, record.versions)
         return unloaded
 
-    async def _change(self, before: NameRecord | None, after: NameRecord) -> None:
+    async def _change(self, before: NameRecord | None, after: NameRecord, name: str) -> None:
         try:
             await self._prepare(after)
             await self._stored(self._registry.write, after)
-        except (RequestRejected, ApiError):
-            if before is None:
-                await self._client.set_versions(after.name, "")
-            else:
-                await self._serve(before)
+        except (RequestRejected, EngineDead, ApiError):
+            await self._go_back(before, name)
             raise
         await self._follow(after)
 
+    async def _go_back(self, before: NameRecord | None, name: str) -> None:
+        """Have every engine forget the versions beside those of the record on the disk."""
+        try:
+            if before is None:
+                await self._client.set_versions(name, "")
+            else:
+                await self._serve(before)
+        except (RequestRejected, EngineDead) as error:  # the next change of the name removes them
+            logger.warning("adapter %s: versions that were not made current may stay in memory: %s", name, error)
+
     async def _prepare(self, record: NameRecord) -> None:
-        """Have the engine read the versions that it lacks."""
+        """Have every engine read the versions that it lacks."""
         for version in record.live:
             await self._client.load_adapter(record.name, self._registry.stored(version), True, is_beside=True)
 
     async def _serve(self, record: NameRecord) -> None:
         """Let requests get what a record says."""
         current = record.version(record.current).content_hash
-        await self._client.set_versions(record.name, current, record.hashed_shares())
+        await self._client.set_versions(record.name, current, record.hashed_shares(), pinned=record.pinned)
 
     async def _follow(self, record: NameRecord) -> None:
-        """Make the engine do as a record on the disk says, also one that was started with an earlier record."""
+        """Make every engine do as a record on the disk says, also one that was started with an earlier record."""
         deadline_s = time.monotonic() + RESTART_LIMIT_S
         while True:
             try:

@@ -11,6 +11,7 @@ from stellarbyte_server.api.routes import (
     messages,
     models,
     ranking,
+    render,
     responses,
     tokenize,
 )
@@ -31,6 +32,7 @@ ROUTERS = tuple(
         adapters,
         adapter_versions,
         tokenize,
+        render,
         health,
     )
 )

@@ -67,7 +67,7 @@ class RequestLog:
         finally:
             reason = rejection_reason(scope, self._routes, record.status, record)
             if reason is not None:
-                self._service.client.observer.note_rejected(reason)
+                self._service.client.note_rejected(reason)
             _log(scope, record.status, record)
             if self._tracing is not None:
                 self._tracing.note(scope, self._routes, record.status, record)

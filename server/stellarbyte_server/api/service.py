@@ -9,7 +9,7 @@ from fastapi import Depends, Request
 
 from stellarbyte_server.api.sampling import read_defaults
 from stellarbyte_server.batch.storage import Storage
-from stellarbyte_server.client.engine_client import EngineClient
+from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.request import Channels, Reasoning
@@ -23,7 +23,7 @@ class Service:
     """The served model and the client of its engine."""
 
     settings: ServerSettings
-    client: EngineClient
+    client: Replicas
     info: EngineInfo
     tokenizer: PromptTokenizer
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
@@ -58,7 +58,7 @@ class Service:
 
 def load_service(
     settings: ServerSettings,
-    client: EngineClient,
+    client: Replicas,
     started_at: int,
     storage: Storage | None = None,
     registry: AdapterRegistry | None = None,

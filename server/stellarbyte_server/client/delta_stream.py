@@ -3,9 +3,19 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from stellarbyte_server.client.http_observations import Observer
 from stellarbyte_server.protocol.messages import Delta, merged
+
+
+class StreamWatch(Protocol):
+    """Follows the requests of an engine as their messages arrive."""
+
+    def note_tokens(self, request_id: str, num_tokens: int) -> None: ...
+
+    def note_end(self, request_id: str, *, was_refused: bool) -> None:
+        """The request has ended, for whatever reason; `was_refused`: before it ran."""
 
 
 class DeltaStream:

@@ -17,34 +17,38 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from stellarbyte_server.client.delta_stream import DeltaStream, resolve
+from stellarbyte_server.client.delta_stream import DeltaStream, StreamWatch, resolve
 from stellarbyte_server.client.heartbeats import Heartbeats
 from stellarbyte_server.client.http_observations import Observer
 from stellarbyte_server.client.launch import Engine
 from stellarbyte_server.client.progress import EngineProgress
 from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
-from stellarbyte_server.protocol.adapter_versions import AdapterLocated, LocateAdapter, SetVersions, StoredAdapter
+from stellarbyte_server.protocol.adapter_versions import AdapterLocated, LocateAdapter
 from stellarbyte_server.protocol.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
     Accepted,
     AdapterList,
     AdapterLoaded,
+    AdapterResidency,
     AdapterUnloaded,
     Call,
     CallFailed,
     ChargeKey,
     Command,
+    Delta,
     EngineInfo,
     EngineStats,
     EngineTotals,
     Event,
+    KeyCommand,
     KeyLimits,
     ListAdapters,
     LoadAdapter,
     ReadTotals,
     Rejected,
     Reply,
+    ReserveKey,
     StepOutput,
     Submit,
     UnloadAdapter,
@@ -74,15 +78,27 @@ class EngineClient:
 
     info: EngineInfo
 
-    def __init__(self, engine: Engine, on_news: Callable[[EngineNews], None] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        on_news: Callable[[EngineNews], None] | None = None,
+        *,
+        replica: int = 0,
+        watch: StreamWatch | None = None,
+    ) -> None:
+        """`replica`: the engine's index among those with the same model."""
         self._progress = EngineProgress()
         self.totals: EngineTotals | None = None  # not received yet
         self.observer = Observer(self._send, can_send=lambda: self._down is None)
         self.dead = asyncio.Event()  # the engine process has ended without a successor
         self.is_admitting = True
         self.num_lost = 0  # engine processes that have ended
+        self.residency = AdapterResidency()  # the adapters that the engine holds
+        self.replica = replica
         self._engine = engine
         self._on_news = on_news
+        self._watch_streams = watch
+        self._num_sent = 0  # requests since the newest statistics
         self._down: str | None = None  # why no engine takes messages now
         self._streams: dict[str, DeltaStream] = {}
         self._calls: dict[str, asyncio.Future[Reply]] = {}
@@ -128,6 +144,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(self._engine.endpoint)
         self._progress = EngineProgress()
+        self.residency = AdapterResidency()
         self._send(ReadTotals())  # known totals, even if the engine never answers again
         self._turned_s = time.monotonic()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(self._context)
@@ -152,6 +169,7 @@ class EngineClient:
         continues: bool = False,
         num_later_tokens: int = 0,
         arrived_s: float | None = None,
+        is_reserved: bool = False,
     ) -> list[DeltaStream]:
         """Submit requests to the engine, which queues all or none, and wait until the first is accepted.
 
@@ -160,6 +178,7 @@ class EngineClient:
             continues: the requests belong to a group that was admitted before.
             num_later_tokens: prompt tokens of the group that will be submitted later.
             arrived_s: the request's arrival by the monotonic clock; None: now.
+            is_reserved: the requests are counted against the limits already.
 
         Raises RequestRejected or EngineDead. If the caller is cancelled, the requests are aborted. A request that is
         rejected after the first was accepted ends with an error as its last delta.
@@ -173,7 +192,8 @@ class EngineClient:
         streams = [DeltaStream(request.request_id, arrived_s, self.observer, self.abort) for request in requests]
         self._streams |= {stream.request_id: stream for stream in streams}
         try:
-            self._send(Submit(requests, limits, continues, num_later_tokens, arrived_s, sent_s))
+            self._send(Submit(requests, limits, continues, is_reserved, num_later_tokens, arrived_s, sent_s))
+            self._num_sent += len(requests)
             await asyncio.wait([stream.accepted for stream in streams], return_when=asyncio.FIRST_COMPLETED)
             for stream in streams:
                 if stream.accepted.done():
@@ -186,51 +206,45 @@ class EngineClient:
 
     def abort(self, request_id: str) -> None:
         """Abort a request, running or waiting; unknown ids are ignored."""
-        if self._streams.pop(request_id, None) is not None and self._down is None:
-            self._send(Abort(request_id))
+        if self._streams.pop(request_id, None) is not None:
+            self._note_end(request_id)
+            if self._down is None:
+                self._send(Abort(request_id))
 
-    async def load_adapter(
-        self,
-        name: str,
-        path: str | StoredAdapter,
-        in_place: bool,
-        *,
-        probe: bool = False,
-        is_beside: bool = False,
-    ) -> AdapterLoaded:
-        """Load an adapter (see `LoadAdapter`); RequestRejected or EngineDead."""
-        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place, probe, is_beside))
+    def _note_end(self, request_id: str, *, was_refused: bool = False) -> None:
+        if self._watch_streams is not None:
+            self._watch_streams.note_end(request_id, was_refused=was_refused)
+
+    async def load_adapter(self, call: LoadAdapter) -> AdapterLoaded:
+        """Load an adapter; RequestRejected or EngineDead."""
+        reply = await self.call(call)
         assert isinstance(reply, AdapterLoaded)
         return reply
 
     async def locate_adapter(self, path: str) -> AdapterLocated:
         """The files of an adapter that may be loaded; RequestRejected or EngineDead."""
-        reply = await self._call(LocateAdapter(secrets.token_hex(8), path))
+        reply = await self.call(LocateAdapter(secrets.token_hex(8), path))
         assert isinstance(reply, AdapterLocated)
         return reply
 
-    async def set_versions(self, name: str, current: str, shares: tuple[tuple[str, float], ...] = ()) -> None:
-        """Set the versions of an adapter that requests get (see `SetVersions`); RequestRejected or EngineDead."""
-        await self._call(SetVersions(secrets.token_hex(8), name, current, shares))
-
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
         """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""
-        reply = await self._call(UnloadAdapter(secrets.token_hex(8), name))
+        reply = await self.call(UnloadAdapter(secrets.token_hex(8), name))
         assert isinstance(reply, AdapterUnloaded)
         return reply
 
     async def list_adapters(self) -> AdapterList:
         """All adapters and their current state; EngineDead."""
-        reply = await self._call(ListAdapters(secrets.token_hex(8)))
+        reply = await self.call(ListAdapters(secrets.token_hex(8)))
         assert isinstance(reply, AdapterList)
         return reply
 
     async def charge(self, limits: KeyLimits) -> None:
-        """Count a request that is not submitted against its key. RequestRejected, with the time to wait, or
-        EngineDead."""
-        await self._call(ChargeKey(secrets.token_hex(8), limits))
+        """Count a request that is not submitted against its key; RequestRejected or EngineDead."""
+        await self.call(ChargeKey(secrets.token_hex(8), limits))
 
-    async def _call(self, call: Call | ChargeKey) -> Reply:
+    async def call(self, call: Call | ChargeKey | ReserveKey) -> Reply:
+        """The answer to a call; RequestRejected or EngineDead."""
         if self._down is not None:
             raise EngineDead(self._down)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -248,6 +262,21 @@ class EngineClient:
     def stats(self) -> EngineStats:
         """The engine's newest statistics, at most about a second old while it runs."""
         return self._progress.stats
+
+    @property
+    def num_requests(self) -> int:
+        """Running and waiting requests of all HTTP processes, as far as this one knows."""
+        return max(len(self._streams), self.stats.num_running + self.stats.num_waiting + self._num_sent)
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether an engine takes messages, as far as known."""
+        return self._down is None
+
+    def tell(self, command: KeyCommand) -> None:
+        """Send a command that has no answer, unless no engine takes messages."""
+        if self._down is None:
+            self._send(command)
 
     def health(self) -> str | None:
         """None while the engine makes progress, else the problem in one sentence."""
@@ -278,13 +307,9 @@ class EngineClient:
     def _receive(self, event: Event) -> None:
         if isinstance(event, StepOutput):
             self._progress.note(event.stats)
+            self._num_sent = 0
             for delta in event.deltas:
-                stream = self._streams.get(delta.request_id)
-                if stream is None:
-                    continue  # aborted meanwhile
-                if delta.finish_reason is not None:
-                    del self._streams[delta.request_id]
-                stream.add(delta, event.ended_s)
+                self._receive_delta(delta, event.ended_s)
         elif isinstance(event, Accepted):
             stream = self._streams.get(event.request_id)
             if stream is not None:
@@ -294,6 +319,7 @@ class EngineClient:
         elif isinstance(event, Rejected):
             stream = self._streams.pop(event.request_id, None)
             if stream is not None:
+                self._note_end(event.request_id, was_refused=True)
                 refusal = RequestRejected(event.message, event.code, event.param, event.retry_after_s)
                 resolve(stream.accepted, refusal)
                 stream.add(failure(event.request_id, event.message, event.code, event.param))
@@ -302,10 +328,23 @@ class EngineClient:
             self.totals = event
             while self._waiting_for_totals:
                 resolve(self._waiting_for_totals.pop(), None)
+        elif isinstance(event, AdapterResidency):
+            self.residency = event
         else:
             answer = self._calls.get(event.call_id)
             if answer is not None and not answer.done():
                 answer.set_result(event)
+
+    def _receive_delta(self, delta: Delta, ended_s: float) -> None:
+        stream = self._streams.get(delta.request_id)
+        if stream is None:
+            return  # aborted meanwhile
+        if self._watch_streams is not None and delta.num_tokens:
+            self._watch_streams.note_tokens(delta.request_id, delta.num_tokens)
+        if delta.finish_reason is not None:
+            del self._streams[delta.request_id]
+            self._note_end(delta.request_id)
+        stream.add(delta, ended_s)
 
     async def _note_turns(self) -> None:
         """Note the loop's turns, on which heartbeats depend."""
@@ -327,8 +366,8 @@ class EngineClient:
         """Follow the engine across restarts of its process."""
         while True:
             how = await self._engine.ended()
-            logger.error("the engine process ended (%s)", how)
-            self._tell(EngineEnded())
+            logger.error("the engine process%s ended (%s)", self._which, how)
+            self._tell(EngineEnded(self.replica))
             with contextlib.suppress(asyncio.TimeoutError):  # its last messages have the better reason
                 async with asyncio.timeout(0.1):
                     while self._streams:
@@ -338,14 +377,18 @@ class EngineClient:
             self.end_streams(_ENDED)
             await self._disconnect()
             if not await self._engine.restarted():
-                self._tell(EngineGone())
+                self._tell(EngineGone(self.replica))
                 self.dead.set()
                 return
             self._connect()
             self._down = None
             self.observer.flush()
-            logger.info("another engine process takes requests")
-            self._tell(EngineRestarted(self._engine.endpoint))
+            logger.info("another engine process%s takes requests", self._which)
+            self._tell(EngineRestarted(self._engine.endpoint, self.replica))
+
+    @property
+    def _which(self) -> str:
+        return f" of replica {self.replica}" if self._watch_streams is not None else ""
 
     def _tell(self, news: EngineNews) -> None:
         if self._on_news is not None:
@@ -358,5 +401,6 @@ class EngineClient:
                 answer.set_exception(EngineDead(message))
         streams, self._streams = self._streams, {}
         for request_id, stream in streams.items():
+            self._note_end(request_id)
             resolve(stream.accepted, EngineDead(message))
             stream.add(failure(request_id, message))

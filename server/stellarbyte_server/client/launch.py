@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Protocol
 
 import msgspec
@@ -17,7 +18,8 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.import_path import safe_environment
 from stellarbyte_server.logs import LogFormat
 from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
-from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+from stellarbyte_server.protocol.messages import EngineInfo
+from stellarbyte_server.protocol.start import EngineFailed, EngineReady, EngineStart
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
 _STOP_LIMIT_S = 5.0
@@ -60,11 +62,21 @@ class EngineProcess:
         log_level: str,
         module: str = ENGINE_MODULE,
         log_format: LogFormat = "text",
+        *,
+        process_name: str = "engine",
+        variables: Mapping[str, str] = MappingProxyType({}),
         adapters: tuple[RestoredAdapter, ...] = (),
+        server_folder: Path | None = None,
     ) -> None:
-        """Start the process; returns at once. `module` is run with `python -m`; tests replace it. `adapters` are those
-        of --data-dir."""
-        self._folder = _private_folder()
+        """Start the process; returns at once. `module` is run with `python -m`; tests replace it.
+
+        Args:
+            process_name: in log lines.
+            variables: of its environment, in addition to this process's.
+            adapters: those of --data-dir.
+            server_folder: which the process removes if this process ends without doing so.
+        """
+        self._folder = private_folder()
         self.endpoint = f"ipc://{self._folder}/engine"
         # A process group of its own: Ctrl-C in the terminal must reach only the parent.
         self._process = subprocess.Popen(
@@ -73,10 +85,12 @@ class EngineProcess:
             stdout=subprocess.PIPE,
             bufsize=0,
             process_group=0,
-            env=engine_environment(os.environ),
+            env=engine_environment(os.environ) | dict(variables),
         )
         self._stdout: asyncio.StreamReader | None = None
-        line = msgspec.json.encode(EngineStart(settings, self.endpoint, log_level, log_format, adapters)) + b"\n"
+        folders = (str(self._folder), *(() if server_folder is None else (str(server_folder),)))
+        start = EngineStart(settings, self.endpoint, log_level, log_format, process_name, adapters, folders)
+        line = msgspec.json.encode(start) + b"\n"
         with contextlib.suppress(BrokenPipeError):  # already dead, which `ready` reports
             self._stdin.write(line)
 
@@ -148,7 +162,7 @@ def engine_environment(ours: Mapping[str, str]) -> dict[str, str]:
     return {**safe_environment(ours), "GOMP_SPINCOUNT": "1000"}
 
 
-def _private_folder() -> Path:
+def private_folder() -> Path:
     """A new folder that only this user may enter, with a path short enough for a Unix socket."""
     for parent in (None, "/tmp"):
         folder = Path(tempfile.mkdtemp(prefix="stellarbyte-", dir=parent))  # mode 0700

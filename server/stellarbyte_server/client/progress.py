@@ -6,7 +6,7 @@ from stellarbyte_server.protocol.messages import EngineStats
 
 STALL_LIMIT_S = 10.0
 FIRST_STEP_LIMIT_S = 120.0  # the first step may compile kernels
-_NO_STATS = EngineStats(
+NO_STATS = EngineStats(
     num_running=0,
     num_waiting=0,
     kv_cache_usage=0.0,
@@ -22,7 +22,7 @@ class EngineProgress:
     """The progress of one engine process. `stats`: its newest statistics."""
 
     def __init__(self) -> None:
-        self.stats = _NO_STATS
+        self.stats = NO_STATS
         self._heard_at_s = self._progress_at_s = time.monotonic()
 
     def note(self, stats: EngineStats) -> None:

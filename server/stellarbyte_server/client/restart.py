@@ -1,13 +1,21 @@
 """Restarts of a failed engine process, and the messages that report them to HTTP workers."""
 
 import asyncio
+import dataclasses
 import logging
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from stellarbyte_server.client.launch import EngineProcess, EngineStartError
+from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
 from stellarbyte_server.protocol.messages import EngineInfo
 
 logger = logging.getLogger("server.restart")
@@ -95,15 +103,20 @@ class RestartingEngine:
 class EngineEnded(msgspec.Struct, frozen=True, tag_field="news", tag="engine ended"):
     """The engine's process has ended."""
 
+    replica: int = 0  # the engine's index, like the next
+
 
 class EngineRestarted(msgspec.Struct, frozen=True, tag_field="news", tag="engine restarted"):
     """Another engine process takes requests."""
 
     endpoint: str
+    replica: int = 0
 
 
 class EngineGone(msgspec.Struct, frozen=True, tag_field="news", tag="engine gone"):
     """No other engine process will start."""
+
+    replica: int = 0
 
 
 EngineNews = EngineEnded | EngineRestarted | EngineGone
@@ -112,10 +125,13 @@ EngineNews = EngineEnded | EngineRestarted | EngineGone
 class AttachedEngine:
     """An HTTP worker's view of an engine that its parent owns and reports on; a `launch.Engine` for one reader."""
 
-    def __init__(self, info: EngineInfo, endpoint: str) -> None:
+    def __init__(self, info: EngineInfo, endpoint: str, so_far: Iterable[EngineNews] = ()) -> None:
+        """`so_far`: news of the process at `endpoint`, if it no longer takes requests."""
         self.endpoint = endpoint
         self._info = info
         self._news: asyncio.Queue[EngineNews] = asyncio.Queue()
+        for news in so_far:
+            self.hear(news)
 
     def hear(self, news: EngineNews) -> None:
         """Note news of the engine; called on the event loop, in order."""
@@ -140,3 +156,44 @@ class AttachedEngine:
 
     def end_stalled(self) -> None:
         """Do nothing: the parent ends it."""
+
+
+def start_engines(
+    settings: ServerSettings,
+    module: str,
+    variables: Sequence[Mapping[str, str]],
+    folder: Path | None,
+    engines: list[RestartingEngine],
+    stored: Callable[[], tuple[RestoredAdapter, ...]],
+) -> None:
+    """Start an engine for each entry of `variables`, of its process's environment; adds to `engines` as they start.
+
+    `folder`: of the server, which the last process removes. `stored` reads the adapters of --data-dir, anew for each
+    process. EngineStartError or OSError.
+    """
+    for index, of_this in enumerate(variables):
+        name = "engine" if len(variables) == 1 else f"engine-{index}"
+        start = partial(
+            _start_engine,
+            stored,
+            dataclasses.replace(settings.engine, engine_index=index),
+            settings.log_level,
+            module,
+            settings.log_format,
+            process_name=name,
+            variables=of_this,
+            server_folder=folder,
+        )
+        engines.append(RestartingEngine(start, settings.restart_engine))
+
+
+def _start_engine(stored: Callable[[], tuple[RestoredAdapter, ...]], *args: Any, **fields: Any) -> EngineProcess:
+    return EngineProcess(*args, adapters=stored(), **fields)
+
+
+def stop_engines(engines: Sequence[RestartingEngine], folder: Path | None) -> None:
+    """End all engines, and remove the folder of the server."""
+    with ThreadPoolExecutor(max(1, len(engines))) as threads:  # each may take seconds
+        list(threads.map(RestartingEngine.stop, engines))
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

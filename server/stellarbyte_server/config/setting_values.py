@@ -26,6 +26,11 @@ def whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], in
     return parse
 
 
+def whole_number_or_auto(minimum: int, maximum: int) -> Callable[[str], int | None]:
+    """A parser of `whole_number`s, or of auto, which is None."""
+    return lambda text: None if text == "auto" else whole_number(minimum, maximum)(text)
+
+
 def one_of(*choices: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in choices:
@@ -142,6 +147,25 @@ def secrets(texts: Sequence[str]) -> tuple[str, ...]:
 def http_url(text: str) -> str:
     if re.fullmatch(r"https?://[A-Za-z0-9._\[\]:-]+(/[!-~]*)?", text) is None:
         raise SettingsError(f"{text!r} must be a URL such as http://127.0.0.1:4318")
+    return text
+
+
+def loopback_address(text: str) -> tuple[str, int]:
+    """HOST:PORT with a host that only this machine can reach, such as 127.0.0.1:8001 or [::1]:8001."""
+    host, _, port = text.rpartition(":")
+    is_port = re.fullmatch(r"\d{1,5}", port) is not None and 1 <= int(port) <= 65535
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not is_port or (":" in host and not is_bracketed) or not is_loopback(host.strip("[]")):
+        raise SettingsError(f"{text!r} must be HOST:PORT with a loopback address, such as 127.0.0.1:8001")
+    return host.strip("[]"), int(port)
+
+
+def tcp_address(text: str) -> str:
+    """tcp://HOST:PORT as ZeroMQ binds it, HOST an IP address or *."""
+    match = re.fullmatch(r"tcp://(?P<host>\*|[0-9.]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})", text)
+    is_valid = match is not None and (match["host"] == "*" or is_address(match["host"].strip("[]")))
+    if match is None or not is_valid or not 1 <= int(match["port"]) <= 65535:
+        raise SettingsError(f"{text!r} must be tcp://HOST:PORT with an IP address or *, such as tcp://127.0.0.1:5557")
     return text
 
 

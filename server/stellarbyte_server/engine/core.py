@@ -7,6 +7,7 @@ import tokenizers
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
+from stellarbyte_server.engine.events.publisher import EventPublisher
 from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.grammar.followed import Grammar
@@ -23,13 +24,18 @@ from stellarbyte_server.protocol.grammar import GrammarRefused
 from stellarbyte_server.protocol.messages import (
     FAILED,
     Accepted,
+    AdapterResidency,
     Call,
+    CommitAdapter,
     Delta,
+    DiscardAdapter,
     EngineStats,
     LoadAdapter,
     News,
     Rejected,
     Reply,
+    Settle,
+    Settled,
     UnloadAdapter,
     failure,
 )
@@ -55,11 +61,14 @@ class EngineCore:
         eos_token_ids: frozenset[int],
         adapters: Adapters,
         grammars: GrammarCompiler,
+        events: EventPublisher | None = None,
     ) -> None:
+        """`events` publishes what the scheduler's pool logs."""
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
         self.grammars = grammars
+        self.events = events
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.answers = LiveAnswers(scheduler, adapters)
@@ -153,9 +162,16 @@ class EngineCore:
         elif isinstance(call, LocateAdapter):
             replies += adapters.locate(call.call_id, call.path)
         elif isinstance(call, SetVersions):
-            replies += adapters.set_versions(call.call_id, call.name, call.current, call.shares)
+            replies += adapters.set_versions(call)
         elif isinstance(call, RestoreAdapters):
             adapters.restore(call.adapters)
+            replies.append(Settled(call.call_id))
+        elif isinstance(call, CommitAdapter):
+            replies += adapters.held.commit(call.call_id, call.held_id)
+        elif isinstance(call, DiscardAdapter):
+            replies += adapters.held.discard(call.call_id, call.held_id)
+        elif isinstance(call, Settle):
+            adapters.held.settle(call.call_id)
         elif isinstance(call, UnloadAdapter):
             replies += adapters.unload(call.call_id, call.name)
         else:
@@ -164,6 +180,7 @@ class EngineCore:
     def take_replies(self) -> list[Reply]:
         """Answers to calls since the last `take_replies`; also processes other threads' results."""
         self._collect()
+        self._publish()  # an abort removes blocks, too, and no step may follow
         replies, self.answers.replies = self.answers.replies, []
         return replies
 
@@ -198,6 +215,7 @@ class EngineCore:
             news += self._receive(chunks, step)
         news += self.answers.failed
         self.answers.failed = []
+        self._publish()
         return self._probes.take(news)
 
     def _collect(self) -> None:
@@ -205,6 +223,10 @@ class EngineCore:
         self.answers.replies += self.adapters.collect()
         self._probes.begin()
         self._queue_compiled()
+
+    def _publish(self) -> None:
+        if self.events is not None:
+            self.events.flush()
 
     def _start(self, chunks: list[Chunk]) -> RunningStep | Exception | None:
         try:
@@ -264,7 +286,12 @@ class EngineCore:
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=self.scheduler.num_evicted,
             step_tokens_total=self.answers.num_step_tokens,
+            kv_event_batches_total=0 if self.events is None else self.events.num_batches,
+            kv_event_batches_dropped_total=0 if self.events is None else self.events.num_dropped,
         )
+
+    def residency(self) -> AdapterResidency:
+        return self.adapters.memory.residency()
 
     def _queue_compiled(self) -> None:
         """Queue the requests whose grammars are ready."""

@@ -18,16 +18,19 @@ from stellarbyte_server.protocol.messages import (
     FAILED,
     HEARTBEAT_INTERVAL_S,
     Abort,
+    AdapterResidency,
     Call,
     CallFailed,
-    ChargeKey,
     Command,
+    CommitAdapter,
     Delta,
+    DiscardAdapter,
     EngineStats,
     Event,
     Heartbeat,
     HttpObservations,
-    KeyCharged,
+    KeyCommand,
+    LoadAdapter,
     News,
     ReadTotals,
     Rejected,
@@ -86,6 +89,9 @@ class Core(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def residency(self) -> AdapterResidency:
+        """The adapters that it holds."""
+
 
 @dataclass(kw_only=True, slots=True)
 class _Peer:
@@ -95,6 +101,8 @@ class _Peer:
     told_at_s: float = 0.0
     request_ids: set[str] = field(default_factory=set)
     undelivered: list[Delta] = field(default_factory=list)  # errors to deliver once it reads again
+    residency: AdapterResidency = field(default_factory=AdapterResidency)  # as last told
+    held_ids: set[str] = field(default_factory=set)  # of adapters that it is loading at all engines
 
 
 class EngineLoop:
@@ -202,29 +210,31 @@ class EngineLoop:
             self._totals.add_observations(command)
         elif isinstance(command, ReadTotals):
             self._totals_wanted = True  # once all commands are handled
-        elif isinstance(command, ChargeKey):
-            self._send(peer_id, self._charge(command))
+        elif isinstance(command, KeyCommand):
+            reply = self._usage.handle(command, peer_id, time.monotonic())
+            if reply is not None:
+                self._send(peer_id, reply)
         elif isinstance(command, Call):
-            self._callers[command.call_id] = peer_id
-            try:
-                self._core.call(command)
-            except Exception:
-                logger.exception("%s failed", type(command).__name__)
-                del self._callers[command.call_id]
-                self._send(peer_id, CallFailed(command.call_id, CALL_FAILED, INTERNAL_ERROR))
+            self._call(peer_id, peer, command)
 
-    def _charge(self, command: ChargeKey) -> Reply:
+    def _call(self, peer_id: bytes, peer: _Peer, call: Call) -> None:
+        self._callers[call.call_id] = peer_id
+        if isinstance(call, LoadAdapter) and call.is_held:
+            peer.held_ids.add(call.call_id)
+        elif isinstance(call, CommitAdapter | DiscardAdapter):
+            peer.held_ids.discard(call.held_id)
         try:
-            self._usage.charge(command.limits, time.monotonic())
-        except RequestRejected as refusal:
-            return CallFailed(command.call_id, str(refusal), refusal.code, retry_after_s=refusal.retry_after_s)
-        return KeyCharged(command.call_id)
+            self._core.call(call)
+        except Exception:
+            logger.exception("%s failed", type(call).__name__)
+            del self._callers[call.call_id]
+            self._send(peer_id, CallFailed(call.call_id, CALL_FAILED, INTERNAL_ERROR))
 
     def _submit(self, peer_id: bytes, peer: _Peer, submit: Submit) -> None:
         """Queue all or none; RequestRejected."""
         queued: list[str] = []
         account = None if submit.limits is None else self._usage.account(submit.limits)
-        if submit.limits is not None and not submit.continues:
+        if submit.limits is not None and not (submit.continues or submit.is_reserved):
             self._usage.check(submit.limits, submit.requests, time.monotonic(), submit.num_later_tokens)
         try:
             for request in submit.requests:
@@ -241,7 +251,8 @@ class EngineLoop:
             raise
         now_s = time.monotonic()
         if submit.limits is not None:
-            self._usage.add(submit.limits, submit.requests, now_s, submit.num_later_tokens, submit.continues)
+            later, continues = submit.num_later_tokens, submit.continues
+            self._usage.add(submit.limits, submit.requests, now_s, later, continues, submit.is_reserved)
         sent_s = now_s if submit.sent_s is None else submit.sent_s
         arrived_s = sent_s if submit.arrived_s is None else submit.arrived_s
         self._totals.note_queued(submit.requests, arrived_s, sent_s)
@@ -276,6 +287,10 @@ class EngineLoop:
         """Send a heartbeat to peers that got no message lately."""
         for peer_id, peer in list(self._peers.items()):
             if now_s - peer.told_at_s >= HEARTBEAT_INTERVAL_S:
+                residency = self._core.residency()
+                if residency != peer.residency:
+                    peer.residency = residency
+                    self._send(peer_id, residency)
                 self._send(peer_id, StepOutput((), self._core.stats(), now_s))
 
     def _tell_totals(self) -> None:
@@ -308,6 +323,9 @@ class EngineLoop:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
             self._abort_all(peer)
+            self._usage.release_all(peer_id)
+            for held_id in peer.held_ids:
+                self._core.call(DiscardAdapter("", held_id))
             del self._peers[peer_id]
 
     def _send_rest(self, peer_id: bytes, event: Event) -> None:

@@ -12,8 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import msgspec
@@ -24,7 +23,8 @@ from stellarbyte_server.engine.loop import Core, EngineLoop
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.logs import configure_logging
 from stellarbyte_server.protocol.adapter_versions import RestoreAdapters
-from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+from stellarbyte_server.protocol.messages import EngineInfo
+from stellarbyte_server.protocol.start import EngineFailed, EngineReady, EngineStart
 
 logger = logging.getLogger("server.engine")
 
@@ -40,11 +40,12 @@ def _build_core(settings: EngineSettings) -> tuple[Core, EngineInfo]:
     return build_core(settings)
 
 
-def _end_with_parent(endpoint: str) -> None:
+def _end_with_parent(folders: Sequence[str]) -> None:
     """Wait for the end of stdin, then end this process at once."""
     while os.read(0, 4096):  # not through sys.stdin, whose lock would be held at the interpreter's exit
         pass
-    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)
 
 
@@ -68,8 +69,8 @@ def main(build_core: BuildCore = _build_core) -> int:
     if not line:
         return 0  # the parent ended first
     start = msgspec.json.decode(line, type=EngineStart)
-    configure_logging(start.log_level, "engine", start.log_format, is_stdout_free=True)
-    threading.Thread(target=_end_with_parent, args=(start.endpoint,), daemon=True).start()
+    configure_logging(start.log_level, start.process_name, start.log_format, is_stdout_free=True)
+    threading.Thread(target=_end_with_parent, args=(start.folders,), daemon=True).start()
     try:
         core, info = build_core(start.settings)
     except Exception as error:

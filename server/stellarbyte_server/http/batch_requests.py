@@ -12,7 +12,7 @@ from stellarbyte_server.api.caller import BATCH, BatchCaller
 from stellarbyte_server.api.contract.errors import bad_request, unavailable
 from stellarbyte_server.batch.results import Answer
 from stellarbyte_server.batch.runner import OwnerGone
-from stellarbyte_server.client.engine_client import EngineClient
+from stellarbyte_server.client.replicas.replicas import Replicas
 
 
 class _Choices(msgspec.Struct):
@@ -26,7 +26,7 @@ class BatchRequests:
 
     app: ASGIApp
     keyring: Keyring
-    client: EngineClient
+    client: Replicas
 
     async def ask(self, owner: str, endpoint: str, body: bytes) -> Answer:
         """The answer to a request; OwnerGone if its key no longer exists."""

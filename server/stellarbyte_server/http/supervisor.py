@@ -1,8 +1,8 @@
-"""--http-workers above 1: starts HTTP processes on one port and one engine, and watches them.
+"""--http-workers above 1: starts HTTP processes on one port and the server's engines, and watches them.
 
 A worker that ends unexpectedly is replaced while the others continue: the engine drops its requests, and new
-connections of its share wait. This process is also a client of the engine, only to watch it, and tells the workers
-about restarts. If a worker cannot start, or the engine ends without a successor, the server ends. The workers run
+connections of its share wait. This process is also a client of the engines, only to watch them, and tells the workers
+about restarts. If a worker cannot start, or the last engine ends without a successor, the server ends. The workers run
 `serving.serve` like a single HTTP process, so signals are passed on to them.
 """
 
@@ -10,20 +10,21 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
 from stellarbyte_server.access.keys import Key, on_hangup, read_keys_again
-from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.client.launch import describe_status
-from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, RestartingEngine
+from stellarbyte_server.client.replicas.replicas import Replicas
+from stellarbyte_server.client.restart import EngineGone, EngineNews, EngineRestarted, RestartingEngine
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
-from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
+from stellarbyte_server.http.worker_protocol import EngineState, NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.import_path import safe_environment
 from stellarbyte_server.protocol.messages import EngineInfo
 
@@ -38,24 +39,28 @@ class WorkerStartError(ValueError):
 
 
 class Supervisor:
-    """A worker for each listener, all on one engine."""
+    """A worker for each listener, all on the same engines."""
 
     def __init__(
         self,
         settings: ServerSettings,
         keys: tuple[Key, ...],
-        listeners: list[socket.socket],
-        engine: RestartingEngine,
+        listeners: list[Listeners],
+        engines: Sequence[RestartingEngine],
+        folder: Path | None,
         started_at: int,
     ) -> None:
+        """`folder`: of the server, as in `Replicas`."""
         self._settings = settings
         self._keys = keys  # of the file, as last read
         self._listeners = dict(enumerate(listeners, 1))  # one for each worker
-        self._engine = engine
+        self._engines = engines
+        self._folder = folder
+        self._ends: list[tuple[EngineNews, ...]] = [() for _ in engines]  # of each engine's newest process
         self._started_at = started_at
         self._workers: dict[int, Process] = {}  # by number, from 1
         self._told_start: set[Process] = set()  # workers that get further news
-        self._engine_is_up = asyncio.Event()
+        self._engine_is_up = asyncio.Event()  # at least one
         self._is_stopping = False
 
     async def run(self, on_started: Callable[[], None]) -> int:
@@ -64,7 +69,7 @@ class Supervisor:
         Raises:
             EngineStartError, WorkerStartError, OSError: the server could not start.
         """
-        client = EngineClient(self._engine, self._hear_of_engine)
+        client = self._client = Replicas(self._engines, self._folder, self._hear_of_engine)
         try:
             for number in self._listeners:
                 await self._launch(number)  # they import modules while the engine loads
@@ -76,7 +81,7 @@ class Supervisor:
         finally:
             await self._end_workers()
 
-    async def _run_with(self, client: EngineClient, info: EngineInfo, on_started: Callable[[], None]) -> int:
+    async def _run_with(self, client: Replicas, info: EngineInfo, on_started: Callable[[], None]) -> int:
         numbers = list(self._listeners)
         self._engine_is_up.set()
         call_on_stop_signals(asyncio.get_running_loop(), self._stop)  # the first worker may serve before the last
@@ -104,7 +109,7 @@ class Supervisor:
             WORKER_MODULE,
             stdin=PIPE,
             stdout=PIPE,
-            pass_fds=(self._listeners[number].fileno(),),
+            pass_fds=self._listeners[number].filenos,
             process_group=0,
             env=safe_environment(os.environ),
         )
@@ -121,12 +126,18 @@ class Supervisor:
             worker.kill()
             raise WorkerStartError("the server is stopping")
         assert worker.stdin is not None and worker.stdout is not None
+        listeners = self._listeners[number]
         start = WorkerStart(
             number=number,
             settings=self._settings,
             keys=self._keys,
-            listener_fd=self._listeners[number].fileno(),
-            endpoint=self._engine.endpoint,
+            listener_fd=listeners.public.fileno(),
+            admin_fd=None if listeners.admin is None else listeners.admin.fileno(),
+            engines=tuple(
+                EngineState(endpoint=engine.endpoint, so_far=ends, past=past)
+                for engine, ends, past in zip(self._engines, self._ends, self._client.past, strict=True)
+            ),
+            folder=None if self._folder is None else str(self._folder),
             info=info,
             started_at=self._started_at,
         )
@@ -145,11 +156,13 @@ class Supervisor:
         self._tell_workers(NewKeys(self._keys))
 
     def _hear_of_engine(self, news: EngineNews) -> None:
-        if isinstance(news, EngineEnded):
-            self._engine_is_up.clear()
-        else:
-            self._is_stopping |= isinstance(news, EngineGone)  # the workers end by themselves
+        self._ends[news.replica] = () if isinstance(news, EngineRestarted) else (*self._ends[news.replica], news)
+        are_gone = all(EngineGone(replica) in ends for replica, ends in enumerate(self._ends))
+        self._is_stopping |= are_gone  # the workers end by themselves
+        if are_gone or not all(self._ends):
             self._engine_is_up.set()
+        else:
+            self._engine_is_up.clear()
         self._tell_workers(news)
 
     def _tell_workers(self, news: News) -> None:

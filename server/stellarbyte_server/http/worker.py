@@ -1,4 +1,4 @@
-"""One of several HTTP processes: serves on a socket and an engine owned by its parent (supervisor.py).
+"""One of several HTTP processes: serves on a socket and engines owned by its parent (supervisor.py).
 
 Run as `python -m stellarbyte_server.http.worker`. It reads one `WorkerStart` as a line of JSON from its stdin and
 answers with one `WorkerReady` or `WorkerFailed` on its stdout. Further lines are news. It ends when its stdin is
@@ -13,11 +13,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 
 from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.client.restart import AttachedEngine
+from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.serving import serve  # imports all modules of HTTP while the engine loads its model
 from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.logs import configure_logging
@@ -46,21 +49,24 @@ async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
     """Serve HTTP and apply the parent's news."""
     loop = asyncio.get_running_loop()
     keyring = Keyring(start.settings, start.keys)
-    engine = AttachedEngine(start.info, start.endpoint)
+    engines = [AttachedEngine(start.info, engine.endpoint, engine.so_far) for engine in start.engines]
+    folder = None if start.folder is None else Path(start.folder)
+    client = Replicas(engines, folder, past=[engine.past for engine in start.engines])
 
     def hear(news: News) -> None:
         if isinstance(news, NewKeys):
             keyring.replace(news.keys)
         else:
-            engine.hear(news)
+            engines[news.replica].hear(news)
 
     def pass_on(news: News) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed at shutdown
             loop.call_soon_threadsafe(hear, news)
 
     threading.Thread(target=_listen_to_parent, args=(lines, pass_on), daemon=True).start()
-    with socket.socket(fileno=start.listener_fd) as listener:
-        return await serve(start.settings, keyring, listener, engine, start.started_at, lambda: _report(WorkerReady()))
+    admin = None if start.admin_fd is None else socket.socket(fileno=start.admin_fd)
+    with contextlib.closing(Listeners(socket.socket(fileno=start.listener_fd), admin)) as listeners:
+        return await serve(start.settings, keyring, listeners, client, start.started_at, lambda: _report(WorkerReady()))
 
 
 def _report(state: WorkerReady | WorkerFailed) -> None:

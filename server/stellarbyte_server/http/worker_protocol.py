@@ -6,9 +6,17 @@ The first line is a `WorkerStart`; further lines are changes of the keys or of t
 import msgspec
 
 from stellarbyte_server.access.keys import Key
-from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineRestarted
+from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
 from stellarbyte_server.config.settings import ServerSettings
-from stellarbyte_server.protocol.messages import EngineInfo
+from stellarbyte_server.protocol.messages import EngineInfo, EngineTotals
+
+
+class EngineState(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine at the start of a worker."""
+
+    endpoint: str  # of its newest process
+    so_far: tuple[EngineNews, ...]  # what became of that process
+    past: EngineTotals | None  # totals of earlier processes
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,7 +26,9 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     settings: ServerSettings
     keys: tuple[Key, ...]  # of the file --keys
     listener_fd: int
-    endpoint: str
+    admin_fd: int | None  # of --admin-listen
+    engines: tuple[EngineState, ...]
+    folder: str | None  # of the server; None: one engine, whose folder it is
     info: EngineInfo
     started_at: int  # Unix seconds
 

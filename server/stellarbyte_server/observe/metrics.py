@@ -4,24 +4,27 @@ Every HTTP process renders the engine's totals."""
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from stellarbyte_server.observe.reasons import REASONS
+from stellarbyte_server.observe.routing_metrics import adapter_residency, cache_config_info
 from stellarbyte_server.protocol.histogram import Buckets
-from stellarbyte_server.protocol.messages import AdapterList, EngineTotals
+from stellarbyte_server.protocol.messages import AdapterList, EngineStats, EngineTotals
 
 
 class _TotalsCollector(Collector):
-    def __init__(self, totals: EngineTotals, model_name: str) -> None:
+    def __init__(self, totals: EngineTotals, model_name: str, cache_config: Mapping[str, str]) -> None:
         self._totals = totals
         self._model_name = model_name
+        self._cache_config = cache_config
 
     def collect(self) -> Iterator[Metric]:
         yield from self._single_values()
+        yield cache_config_info(self._cache_config, self._model_name)
         totals = self._totals
         rejected = dict.fromkeys(REASONS, 0) | totals.rejected
         for name, text, label, by_label in (
@@ -81,6 +84,12 @@ class _TotalsCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
             ("stellarbyte:evicted_tokens", "Tokens evicted from sliding contexts.", stats.evicted_tokens_total),
+            ("stellarbyte:kv_event_batches", "Batches of events of the KV cache.", stats.kv_event_batches_total),
+            (
+                "stellarbyte:kv_event_batches_dropped",
+                "Batches of events that were not published, as the queue was full.",
+                stats.kv_event_batches_dropped_total,
+            ),
         )
         for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:
@@ -120,6 +129,41 @@ class _HealthCollector(Collector):
         )
         healthy.add_metric([self._model_name], float(self._is_healthy))
         yield healthy
+
+
+class _EngineCollector(Collector):
+    """The state of each of several engines. All other metrics are of the whole."""
+
+    def __init__(self, engines: Sequence[tuple[bool, EngineStats]], model_name: str) -> None:
+        self._engines = engines
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        stats = [stats for _, stats in self._engines]
+        for name, text, values in (
+            ("up", "1 while the engine serves, else 0.", [serves for serves, _ in self._engines]),
+            ("requests_running", "Requests running in the engine.", [each.num_running for each in stats]),
+            ("requests_waiting", "Requests waiting in the engine.", [each.num_waiting for each in stats]),
+            ("kv_cache_usage_perc", "Share of its cache blocks in use.", [each.kv_cache_usage for each in stats]),
+        ):
+            yield self._by_engine(GaugeMetricFamily, name, text, values)
+        for name, text, values in (
+            ("prompt_tokens", "Prompt tokens of started requests.", [each.prompt_tokens_total for each in stats]),
+            ("generation_tokens", "Tokens generated.", [each.generation_tokens_total for each in stats]),
+        ):
+            yield self._by_engine(CounterMetricFamily, name, text, values)
+
+    def _by_engine(
+        self,
+        family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        text: str,
+        values: Sequence[float],
+    ) -> Metric:
+        metric = family(f"stellarbyte:engine_{name}", text, labels=["model_name", "engine"])
+        for index, value in enumerate(values):
+            metric.add_metric([self._model_name, str(index)], float(value))
+        return metric
 
 
 class _AdapterCollector(Collector):
@@ -172,12 +216,10 @@ class _AdapterCollector(Collector):
         yield resident
         yield tokens
         yield from by_version
-        yield histogram(
-            "stellarbyte:adapter_load_seconds",
-            "Time to read, check and pack an adapter.",
-            self._adapters.load_seconds,
-            self._model_name,
-        )
+        yield from adapter_residency(self._adapters, self._model_name)
+        for name in ("stellarbyte:adapter_load_seconds", "vllm:lora_adapter_load_seconds"):
+            text = "Time to read, check and pack an adapter."
+            yield histogram(name, text, self._adapters.load_seconds, self._model_name)
 
 
 def histogram(name: str, text: str, buckets: Buckets, model_name: str) -> Metric:
@@ -194,12 +236,23 @@ def tier_name(tier: str, device: str) -> str:
 
 
 def render_metrics(
-    totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str, is_healthy: bool
+    totals: EngineTotals,
+    model_name: str,
+    adapters: AdapterList | None,
+    device: str,
+    is_healthy: bool,
+    cache_config: Mapping[str, str],
+    engines: Sequence[tuple[bool, EngineStats]] = (),
 ) -> bytes:
-    """The text of one scrape; without `adapters` (the engine does not answer) the last known counts."""
+    """The text of one scrape; without `adapters` (the engine does not answer) the last known counts.
+
+    `engines`: of each whether it serves, and its statistics; of one alone nothing is shown.
+    """
     registry = CollectorRegistry()
     registry.register(_HealthCollector(is_healthy, model_name))
-    registry.register(_TotalsCollector(totals, model_name))
+    registry.register(_TotalsCollector(totals, model_name, cache_config))
+    if len(engines) > 1:
+        registry.register(_EngineCollector(engines, model_name))
     if adapters is not None:
         registry.register(_AdapterCollector(adapters, model_name, device))
     return generate_latest(registry)

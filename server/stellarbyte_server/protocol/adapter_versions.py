@@ -19,7 +19,7 @@ class LocateAdapter(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetVersions(msgspec.Struct, frozen=True, tag=True):
-    """Set which loaded versions requests for a name get, from now on; answered by `VersionsSet` or `CallFailed`.
+    """Set which loaded versions requests for a name get, from now on; answered by `Settled` or `CallFailed`.
 
     All other versions of the name drain.
     """
@@ -28,6 +28,7 @@ class SetVersions(msgspec.Struct, frozen=True, tag=True):
     name: str
     current: str  # content hash; "": the current one stays
     shares: tuple[tuple[str, float], ...] = ()  # content hash, share of the callers; (): all get the current one
+    pinned: bool = False  # the current one keeps a slot
 
 
 class RestoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,10 +37,11 @@ class RestoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     current: StoredAdapter
     shares: tuple[tuple[StoredAdapter, float], ...] = ()
+    pinned: bool = False
 
 
 class RestoreAdapters(msgspec.Struct, frozen=True, tag=True):
-    """Make stored adapters available, read on first use. The first call of a new engine; not answered."""
+    """Make stored adapters available, read on first use; answered by `Settled`. The first call of a new engine."""
 
     call_id: str
     adapters: tuple[RestoredAdapter, ...]
@@ -59,7 +61,3 @@ class AdapterLocated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     weights: str
     root: str  # the allowed folder that contains them
     shown: str  # the path in the API
-
-
-class VersionsSet(msgspec.Struct, frozen=True, tag=True):
-    call_id: str

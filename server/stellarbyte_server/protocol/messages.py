@@ -2,25 +2,17 @@
 
 An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
 each direction. Messages are plain data and cannot run code.
-
-At the start, the engine's parent writes one `EngineStart` as a line of JSON to its stdin, and reads one `EngineReady`
-or `EngineFailed` from its stdout. The engine runs as long as its stdin is open.
 """
-
-from typing import Literal
 
 import msgspec
 
-from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.adapter_versions import (
     AdapterLocated,
     AdapterProbe,
     LocateAdapter,
     RestoreAdapters,
-    RestoredAdapter,
     SetVersions,
     StoredAdapter,
-    VersionsSet,
 )
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.request import GenerationRequest, adapter_loading
@@ -47,6 +39,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     requests: tuple[GenerationRequest, ...]
     limits: KeyLimits | None = None
     continues: bool = False  # part of a group that was admitted before, exempt from limits
+    is_reserved: bool = False  # a `ReserveKey` has counted them
     num_later_tokens: int = 0  # of prompts of the same group that will be submitted later
     arrived_s: float | None = None  # arrival of the client's request; None: when the engine reads the message
     sent_s: float | None = None
@@ -83,8 +76,30 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
     name: str
     path: str | StoredAdapter
     in_place: bool  # replace the adapter of that name, if any
+    pinned: bool | None = None  # keep it in a slot; None: as the adapter of that name
     probe: bool = False  # refuse it unless it changes a logit and all logits are finite
     is_beside: bool = False  # for NAME@HASH only, until `SetVersions` makes it current or gives it a share
+    is_held: bool = False  # read and check it only: it becomes the name's adapter by `CommitAdapter`
+
+
+class CommitAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Make a held adapter that of its name; answered by `AdapterLoaded` or `CallFailed`."""
+
+    call_id: str
+    held_id: str  # the `LoadAdapter.call_id`
+
+
+class DiscardAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Forget a held adapter, also one that is still being read; unknown ids are ignored. Answered by `Settled`."""
+
+    call_id: str
+    held_id: str
+
+
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """Answered by `Settled` when earlier loads and unloads of this sender have changed what their names mean."""
+
+    call_id: str
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
@@ -110,8 +125,33 @@ class ChargeKey(msgspec.Struct, frozen=True, tag=True):
     limits: KeyLimits
 
 
-Call = LoadAdapter | LocateAdapter | SetVersions | RestoreAdapters | UnloadAdapter | ListAdapters
-Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | ChargeKey | Call
+class ReserveKey(msgspec.Struct, frozen=True, tag=True):
+    """Count requests of any engine against their key's limits; answered by `KeyCharged`, or `CallFailed` at a limit."""
+
+    call_id: str
+    group_id: str  # of the requests, until `ReleaseKey`
+    limits: KeyLimits
+    num_tokens: int  # of their prompts
+
+
+class ReleaseKey(msgspec.Struct, frozen=True, tag=True):
+    """The requests of a `ReserveKey` have ended."""
+
+    group_id: str
+    was_refused: bool  # before any of them ran, so that they do not count
+
+
+class NoteKeyTokens(msgspec.Struct, frozen=True, tag=True):
+    """Tokens that a key has used at other engines, which count towards its tokens per minute; < 0: given back."""
+
+    limits: KeyLimits
+    num_tokens: int
+
+
+AdapterChange = LoadAdapter | CommitAdapter | DiscardAdapter | SetVersions | RestoreAdapters | UnloadAdapter
+Call = AdapterChange | LocateAdapter | Settle | ListAdapters
+KeyCommand = ChargeKey | ReserveKey | ReleaseKey | NoteKeyTokens
+Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | KeyCommand | Call
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
@@ -199,6 +239,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits_total: int = 0  # of these, found
     evicted_tokens_total: int = 0
     step_tokens_total: int = 0  # tokens computed in steps, including prompts
+    kv_event_batches_total: int = 0  # of --kv-events, including dropped ones
+    kv_event_batches_dropped_total: int = 0
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -244,6 +286,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     share: float | None = None  # of the callers, while the name's requests are split
     num_version_requests: int = 0  # of this version only, like the next
     num_version_tokens: int = 0
+    pinned: bool = False  # it keeps its slot
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
@@ -265,6 +308,14 @@ class AdapterList(msgspec.Struct, frozen=True, tag=True):
     cards: tuple[AdapterCard, ...]
     load_seconds: Buckets
     num_slots: int
+    num_in_slots: int = 0  # adapters, and mixes of them, of any version
+    num_in_memory: int = 0  # the same in CPU memory, whether in a slot or not
+
+
+class Settled(msgspec.Struct, frozen=True, tag=True):
+    """A call without another result has been executed."""
+
+    call_id: str
 
 
 class KeyCharged(msgspec.Struct, frozen=True, tag=True):
@@ -287,6 +338,13 @@ def adapter_is_loading(call_id: str, name: str) -> CallFailed:
     return CallFailed(call_id, str(refusal), code=refusal.code, param=refusal.param)
 
 
+class AdapterResidency(msgspec.Struct, frozen=True, tag=True):
+    """The adapters that the engine holds, by name; sent to each HTTP process when they have changed."""
+
+    slots: tuple[str, ...] = ()  # in slots of the device
+    memory: tuple[str, ...] = ()  # in CPU memory, or being read
+
+
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
     """The results of one step for one HTTP process."""
 
@@ -306,14 +364,16 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     max_num_seqs: int  # requests in one batch
     device: str
+    processor: str = ""  # what its kernels are compiled for: torch's name of a CPU's vectors, or of the GPU
     dtype: str
     quantization: str  # of the weights, or "none"
     kv_cache_dtype: str
+    deterministic: bool = False  # a request's numbers do not depend on others'
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 
-Reply = AdapterLoaded | AdapterLocated | VersionsSet | AdapterUnloaded | AdapterList | KeyCharged | CallFailed
-Event = Accepted | Rejected | StepOutput | EngineTotals | Reply
+Reply = AdapterLoaded | AdapterLocated | AdapterUnloaded | AdapterList | Settled | KeyCharged | CallFailed
+Event = Accepted | Rejected | StepOutput | EngineTotals | AdapterResidency | Reply
 News = Accepted | Rejected | Delta  # a step's result for one request
 
 
@@ -328,23 +388,3 @@ def failure(request_id: str, message: str, code: str | None = None, param: str |
         code=code,
         param=param,
     )
-
-
-class EngineStart(msgspec.Struct, frozen=True):
-    """Start message of an engine process."""
-
-    settings: EngineSettings
-    endpoint: str  # ZeroMQ address to bind
-    log_level: str
-    log_format: Literal["text", "json"] = "text"
-    adapters: tuple[RestoredAdapter, ...] = ()  # of --data-dir
-
-
-class EngineReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):
-    info: EngineInfo
-
-
-class EngineFailed(msgspec.Struct, frozen=True, tag_field="state", tag="failed"):
-    """The engine could not start; `message` is one sentence for the user."""
-
-    message: str

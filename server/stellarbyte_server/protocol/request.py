@@ -111,6 +111,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Literal["last", "mean", "logits"] | None = None
     reasoning: Reasoning | Channels | None = None  # None: all that is generated is the answer
 
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapter's name; of a mix, the names of its parts; none without an adapter."""
+        if isinstance(self.adapter, AdapterMix):
+            return tuple(reference.name for reference, _ in self.adapter.parts)
+        return () if self.adapter is None else (self.adapter.name,)
+
 
 class RequestRejected(Exception):
     """The engine will not run a request; str() is one sentence for the user.

@@ -35,6 +35,7 @@ class NameRecord(msgspec.Struct, frozen=True, kw_only=True):
     versions: tuple[Version, ...]
     current: int  # number of a version
     shares: tuple[tuple[int, float], ...] = ()  # number of a version, share of the callers; together 1, or none
+    pinned: bool = False  # the current version keeps a slot
 
     def version(self, number: int) -> Version:
         return next(version for version in self.versions if version.number == number)
@@ -84,10 +85,12 @@ class NameRecord(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, shares=tuple(found.items()))
 
 
-def with_version(record: NameRecord | None, version: Version, name: str, history: int) -> NameRecord:
+def with_version(
+    record: NameRecord | None, version: Version, name: str, history: int, *, pinned: bool = False
+) -> NameRecord:
     """The record with a new current version, and at most `history` versions. Any split ends."""
     versions = (*(() if record is None else record.versions), version)
-    return NameRecord(name=name, versions=versions[-history:], current=version.number)
+    return NameRecord(name=name, versions=versions[-history:], current=version.number, pinned=pinned)
 
 
 def next_number(record: NameRecord | None) -> int:

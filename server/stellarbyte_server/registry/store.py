@@ -155,6 +155,7 @@ class AdapterRegistry:
                 name=record.name,
                 current=self.stored(record.version(record.current)),
                 shares=tuple((self.stored(record.version(number)), share) for number, share in record.shares),
+                pinned=record.pinned,
             )
             for record in records
             if self._has_files(record)

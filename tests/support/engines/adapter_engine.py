@@ -87,11 +87,14 @@ class AdapterEngine:
             replies = self.adapters.collect()
         raise AssertionError("there was no answer")
 
-    def cards(self) -> tuple[AdapterCard, ...]:
+    def listed(self) -> AdapterList:
         self.now_s += LISTING_LASTS_S
         listed = self.answer(self.adapters.list_all("list"), "list")
         assert isinstance(listed, AdapterList)
-        return listed.cards
+        return listed
+
+    def cards(self) -> tuple[AdapterCard, ...]:
+        return self.listed().cards
 
     def card(self, name: str, state: str = "ready") -> AdapterCard:
         (found,) = [c for c in self.cards() if c.name == name and c.state == state]

@@ -23,6 +23,7 @@ from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import (
     Accepted,
     AdapterList,
+    AdapterResidency,
     Call,
     CallFailed,
     Delta,
@@ -173,6 +174,9 @@ class FakeCore:
             finish_reason=finish_reason,
             stop_reason=sequence.text.stop_met,
         )
+
+    def residency(self) -> AdapterResidency:
+        return AdapterResidency()
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -4,11 +4,13 @@ A request's `cache_salt` says what goes wrong with it (`Fault`); nothing in the 
 folders begin with `FAULTY_READ` or `FAULTY_COPY` fail to be read, or to be copied to a slot, for no reason of theirs.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterable
 from enum import Enum
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -33,6 +35,7 @@ from stellarbyte_server.protocol.messages import EngineInfo, Event, StepOutput
 from stellarbyte_server.protocol.request import GenerationRequest
 
 FAULTY_READ, FAULTY_COPY = "faulty-read", "faulty-copy"
+FAULTY_ONCE = "faulty-once"  # adapters of such a folder fail to be read by the first engine of several that tries
 PLANTED = "a planted fault"  # which no client may read
 
 
@@ -146,7 +149,7 @@ def plant_in_adapters() -> None:
     read, fill = read_adapter, AdapterStore.fill
 
     def faulty_read(config: Any, *rest: Any, **options: Any) -> Any:
-        if config.parent.name.startswith(FAULTY_READ):
+        if config.parent.name.startswith(FAULTY_READ) or _is_first(config.parent):
             raise PlantedError
         return read(config, *rest, **options)
 
@@ -157,6 +160,15 @@ def plant_in_adapters() -> None:
 
     mock.patch.object(adapter_store, "read_adapter", faulty_read).start()
     mock.patch.object(AdapterStore, "fill", faulty_fill).start()
+
+
+def _is_first(folder: Path) -> bool:
+    if not folder.name.startswith(FAULTY_ONCE):
+        return False
+    with contextlib.suppress(FileExistsError):
+        (folder / "was-tried").touch(exist_ok=False)
+        return True
+    return False
 
 
 def build_faulty_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:

@@ -20,6 +20,7 @@ class LoadedAdapter(AnswerObject):
     bytes: int
     matched: Annotated[list[str], Field(description="Modules it changes.")]
     unmatched: Annotated[list[str], Field(description="Targets in its configuration without weights.")]
+    pinned: Annotated[bool, Field(description="It keeps its slot.")]
     version: Annotated[int | None, Field(description="Its number in the history; null without --data-dir.")]
     probe: Annotated[Probe | None, Field(description="What the probe found; null: not probed.")]
 
@@ -38,6 +39,7 @@ class AdapterEntry(AnswerObject):
     ]
     error: Annotated[str | None, Field(description="The reason why it could not be read.")]
     tier: Annotated[Literal["gpu", "slot", "cpu", "disk"], Field(description="slot: in use on a CPU.")]
+    pinned: Annotated[bool, Field(description="It keeps its slot.")]
     content_hash: Annotated[
         str | None, Field(description="SHA-256 of its content, for NAME@HASH; null until it is read.")
     ]

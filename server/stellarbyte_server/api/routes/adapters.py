@@ -46,19 +46,26 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"The field 'lora_name' must differ from the model's name, {body.lora_name!r}.", "lora_name")
+    model_names = service.settings.model_name, service.settings.engine.model
+    if body.base_model_name is not None and body.base_model_name not in model_names:
+        raise bad_request(
+            f"The field 'base_model_name' must be the served model, {model_names[0]!r}, not"
+            f" {body.base_model_name!r:.200}.",
+            "base_model_name",
+        )
     try:
         with reserved(locks_of(service), body.lora_name):
             path = await _fetched(body, service) if is_source(body.lora_path) else body.lora_path
             in_place, probe = bool(body.load_inplace), body.probe is not False
             if service.registry is None:
-                loaded = await service.client.load_adapter(body.lora_name, path, in_place, probe=probe)
-                number = None
+                loaded = await service.client.load_adapter(body.lora_name, path, in_place, body.pinned, probe=probe)
+                number, pinned = None, loaded.card.pinned
             else:
                 versions, caller = AdapterVersions(service, service.registry), owner_of(http)
-                loaded, version = await versions.load(
-                    body.lora_name, path, in_place=in_place, probe=probe, caller=caller
+                loaded, record = await versions.load(
+                    body.lora_name, path, in_place=in_place, pinned=body.pinned, probe=probe, caller=caller
                 )
-                number = version.number
+                number, pinned = record.current, record.pinned
     except NameReserved:
         raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:
@@ -70,6 +77,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
         "bytes": loaded.card.num_bytes,
         "matched": loaded.matched,
         "unmatched": loaded.unmatched,
+        "pinned": pinned,
         "version": number,
         "probe": probe_object(loaded.probe),
     }
@@ -158,6 +166,7 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
         "state": card.state,
         "error": card.error or None,
         "tier": tier_name(card.tier, service.info.device),
+        "pinned": card.pinned,
         "content_hash": card.content_hash or None,
         "root": card.root,
         "rank": card.rank or None,

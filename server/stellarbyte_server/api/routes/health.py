@@ -15,6 +15,7 @@ from stellarbyte_server.api.contract.operation import Operation
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.client.engine_client import DRAINING, STATS_LIMIT_S, EngineDead
 from stellarbyte_server.observe.metrics import render_metrics
+from stellarbyte_server.observe.routing_metrics import cache_config
 from stellarbyte_server.protocol.request import SHUTTING_DOWN, RequestRejected
 
 router = APIRouter()
@@ -23,9 +24,10 @@ router = APIRouter()
 @router.get("/health")
 @Operation(access=Access.OPEN, summary="Whether the engine makes progress", tag="Server", answer=objects.Health)
 async def health(service: ServiceOfRequest) -> dict[str, str]:
-    """200 while the engine makes progress."""
+    """200 while the engine, or one of the replicas, makes progress."""
     _require_healthy(service)
-    return {"status": "ok"}
+    message = service.client.degradation()
+    return {"status": "ok"} if message is None else {"status": "degraded", "message": message}
 
 
 @router.get("/ready")
@@ -55,7 +57,15 @@ async def metrics(service: ServiceOfRequest) -> Response:
         async with asyncio.timeout(STATS_LIMIT_S):
             adapters = await service.client.list_adapters()
     is_healthy = service.client.health() is None
-    content = render_metrics(totals, service.settings.model_name, adapters, service.info.device, is_healthy)
+    content = render_metrics(
+        totals,
+        service.settings.model_name,
+        adapters,
+        service.info.device,
+        is_healthy,
+        cache_config(service.info, service.settings.engine),
+        service.client.engine_stats(),
+    )
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 

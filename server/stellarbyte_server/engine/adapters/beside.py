@@ -50,6 +50,10 @@ class VersionsBeside:
         shares = self._shares.get(version.name)
         return None if shares is None else dict(shares).get(version.content_hash, 0.0)
 
+    def shares(self, name: str) -> Shares:
+        """By content hash, in order; (): the callers are not split."""
+        return self._shares.get(name, ())
+
     def set(self, name: str, shares: Shares) -> list[AdapterVersion]:
         """Set the shares of a name; removes and returns the versions without one."""
         self._shares.pop(name, None)

@@ -19,16 +19,15 @@ class Lifetimes:
         self._slots = slots
         self._memory = memory
         self._loads = loads
-        self._num_uses = 0
 
     def bind(self, version: AdapterVersion) -> None:
         """Bind a request to a version until `release`."""
         for bound in version.with_parts:
             bound.num_bound += 1
-        self.touch(version)
+        self._memory.touch(version)
 
     def release(self, version: AdapterVersion) -> list[Reply]:
-        self.touch(version)
+        self._memory.touch(version)
         for bound in version.with_parts:
             bound.num_bound -= 1
         return [reply for bound in version.with_parts for reply in self.drop_if_drained(bound)]
@@ -41,7 +40,7 @@ class Lifetimes:
 
     def drain(self, *versions: AdapterVersion) -> list[Reply]:
         for version in versions:
-            version.state = "draining"
+            version.state, version.pinned = "draining", False
             self.others.add(version)
         return [reply for version in versions for reply in self.drop_if_drained(version)]
 
@@ -62,9 +61,5 @@ class Lifetimes:
         return [*replies, *self.drain(*self.mixes.take(version))]
 
     def fill(self, version: AdapterVersion, slot: int) -> None:
-        self.touch(version)
+        self._memory.touch(version)
         self._store.fill(version, slot)
-
-    def touch(self, version: AdapterVersion) -> None:
-        self._num_uses += 1
-        version.used_at = self._num_uses

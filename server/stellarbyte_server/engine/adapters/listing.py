@@ -1,11 +1,13 @@
 """The list of adapters: loaded versions and the contents of --adapter-dir, which the store's thread lists on demand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
+from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
 from stellarbyte_server.engine.adapters.memory import AdapterStore
-from stellarbyte_server.engine.state.adapter_version import AdapterVersion
+from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
+from stellarbyte_server.protocol.adapter_versions import AdapterLocated
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, Reply
 
 LISTING_LASTS_S = 5.0  # every client may request the list
@@ -60,6 +62,24 @@ def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
     }
 
 
+def all_cards(
+    current: Iterable[AdapterVersion],
+    others: Iterable[AdapterVersion],
+    offered: Mapping[str, AdapterCard],
+    withdrawn: Collection[str],
+    card: Callable[[AdapterVersion], AdapterCard],
+) -> tuple[AdapterCard, ...]:
+    """The cards of all versions with known files, and of the names in --adapter-dir that have none, by name.
+
+    `current`: those that are their names' current ones.
+    """
+    found = [version for version in current if version.files is not None]
+    cards = [card(version) for version in (*found, *others) if version.files is not None]
+    hidden = {*withdrawn, *(version.name for version in found)}
+    cards += [offer for name, offer in offered.items() if name not in hidden]
+    return tuple(sorted(cards, key=lambda card: (card.name, not card.is_current)))
+
+
 def card_of(version: AdapterVersion, num_running: int, *, is_current: bool, share: float | None = None) -> AdapterCard:
     """The API's card of a version with known files."""
     assert version.files is not None
@@ -77,7 +97,16 @@ def card_of(version: AdapterVersion, num_running: int, *, is_current: bool, shar
         num_requests=version.totals.num_requests,
         num_tokens=version.totals.num_tokens,
         error=version.error,
+        pinned=version.pinned,
         share=share,
         num_version_requests=version.own_totals.num_requests,
         num_version_tokens=version.own_totals.num_tokens,
     )
+
+
+def located(call_id: str, path: str, files: AdapterFiles | None) -> list[Reply]:
+    """The answer to a call that asks for the files at a path."""
+    if files is None:
+        return [refusals.no_files(call_id, path)]
+    config, weights, root = map(str, (files.config, files.weights, files.root))
+    return [AdapterLocated(call_id=call_id, config=config, weights=weights, root=root, shown=files.shown)]

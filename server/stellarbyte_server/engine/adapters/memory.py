@@ -1,12 +1,12 @@
 """The adapters in CPU memory, and which of them are evicted."""
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from stellarbyte_server.engine.adapters.slots import AdapterSlots
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
-from stellarbyte_server.protocol.messages import Reply
+from stellarbyte_server.protocol.messages import AdapterResidency, Reply
 
 T = TypeVar("T")
 
@@ -81,6 +81,22 @@ class AdapterMemory:
         self._slots = slots
         self._max_versions = max_versions
         self._held: set[AdapterVersion] = set()  # in memory, or being read
+        self._num_uses = 0
+
+    def residency(self) -> AdapterResidency:
+        """The adapters that new requests find in slots and in CPU memory, by name."""
+        in_slots = self._slots.versions()
+        return AdapterResidency(_names_of(in_slots), _names_of(self._held - in_slots))
+
+    def touch(self, version: AdapterVersion) -> None:
+        """Note that a version is used."""
+        self._num_uses += 1
+        version.used_at = self._num_uses
+
+    @property
+    def num_versions(self) -> int:
+        """Versions in CPU memory."""
+        return sum(version.is_in_memory for version in self._held)
 
     def start_read(self, version: AdapterVersion) -> None:
         """Read a version, even beyond the limit."""
@@ -115,3 +131,7 @@ class AdapterMemory:
         if version.is_reading or self._slots.is_filling(version):
             return False
         return not (version.slot and version.num_bound)
+
+
+def _names_of(versions: Iterable[AdapterVersion]) -> tuple[str, ...]:
+    return tuple(sorted({version.name for version in versions if version.state not in ("draining", "failed")}))

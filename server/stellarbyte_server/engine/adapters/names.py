@@ -8,6 +8,7 @@ from stellarbyte_server.engine.adapters.beside import Shares, VersionsBeside
 from stellarbyte_server.engine.adapters.folder import AdapterFolder, stored_files
 from stellarbyte_server.engine.adapters.lifetime import Lifetimes
 from stellarbyte_server.engine.adapters.memory import AdapterStore
+from stellarbyte_server.engine.adapters.withdrawn import WithdrawnNames
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
 from stellarbyte_server.protocol.adapter_versions import RestoredAdapter, StoredAdapter
@@ -31,7 +32,7 @@ class AdapterNames:
     ) -> None:
         self.current: dict[str, AdapterVersion] = {}
         self.beside = VersionsBeside()
-        self.withdrawn: set[str] = set()  # unloaded folders of --adapter-dir, available again after a load
+        self.withdrawn = WithdrawnNames(folder, store)
         self._folder = folder
         self._store = store
         self._lifetimes = lifetimes
@@ -81,7 +82,7 @@ class AdapterNames:
             self._lifetimes.others.add(failed)
         files = failed.files
         assert files is not None, "it was found before it failed"
-        version = AdapterVersion(name=failed.name, files=None, totals=failed.totals)
+        version = AdapterVersion(name=failed.name, files=None, totals=failed.totals, pinned=failed.pinned)
         if files.is_stored:
             version.files, version.content_hash = files, failed.content_hash
         else:
@@ -105,8 +106,12 @@ class AdapterNames:
         return None
 
     def restore(self, adapter: RestoredAdapter) -> list[AdapterVersion]:
-        """Make the versions of a stored adapter available, read on first use; returns those that they replace."""
+        """Make the versions of a stored adapter available, read on first use, unless they are; returns those that they
+        replace."""
+        if self._has(adapter):
+            return []
         replaced = self._take(adapter.name)
+        self.withdrawn.discard(adapter.name)
         current = self.current[adapter.name] = _stored_version(adapter.name, adapter.current)
         for stored, _ in adapter.shares:
             if stored.content_hash != current.content_hash:
@@ -114,22 +119,23 @@ class AdapterNames:
         self.beside.set(adapter.name, tuple((stored.content_hash, share) for stored, share in adapter.shares))
         return replaced
 
+    def _has(self, adapter: RestoredAdapter) -> bool:
+        current, beside = self.current.get(adapter.name), self.beside
+        if current is None or current.files != stored_files(adapter.current):
+            return False
+        hashes = tuple((stored.content_hash, share) for stored, share in adapter.shares)
+        others = [content_hash for content_hash, _ in hashes if content_hash != current.content_hash]
+        are_known = all(beside.find(adapter.name, content_hash) is not None for content_hash in others)
+        return are_known and beside.shares(adapter.name) == tuple(sorted(hashes))
+
     def withdraw(self, name: str) -> list[AdapterVersion]:
         """Remove a name; returns its versions. Its folder in --adapter-dir is not offered until it is loaded."""
-        if self._folder.may_offer(name):
-            self.withdrawn.add(name)
-            self._store.look(partial(self._folder.offered, name), partial(self._note_withdrawn, name))
+        self.withdrawn.withdraw(name)
         return self._take(name)
 
     def _take(self, name: str) -> list[AdapterVersion]:
         current, beside = self.current.pop(name, None), self.beside.set(name, ())
         return beside if current is None else [current, *beside]
-
-    def _note_withdrawn(self, name: str, files: AdapterFiles | None) -> list[Reply]:
-        """Withdraw a folder, so that only one created after the unloading is available."""
-        if files is None:
-            self.withdrawn.discard(name)
-        return []
 
     def install(self, version: AdapterVersion) -> list[AdapterVersion]:
         """Make a loaded version the only one of its name; returns those that it replaces."""
@@ -156,7 +162,7 @@ class AdapterNames:
             self.withdrawn.discard(name)
             self.current[name] = chosen
             if old is not None:
-                chosen.totals = old.totals
+                chosen.totals, old.pinned = old.totals, False
                 beside.keep(old)
         return beside.set(name, shares)
 

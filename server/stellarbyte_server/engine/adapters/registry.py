@@ -12,26 +12,19 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.adapters import refusals
-from stellarbyte_server.engine.adapters.beside import Shares
 from stellarbyte_server.engine.adapters.folder import AdapterFolder, stored_files
 from stellarbyte_server.engine.adapters.lifetime import Lifetimes
-from stellarbyte_server.engine.adapters.listing import AdapterListing, card_of
-from stellarbyte_server.engine.adapters.loads import Load, Loads
+from stellarbyte_server.engine.adapters.listing import AdapterListing, all_cards, card_of, located
+from stellarbyte_server.engine.adapters.loads import HeldLoads, Load, Loads
 from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
 from stellarbyte_server.engine.adapters.names import AdapterNames
+from stellarbyte_server.engine.adapters.pins import Pins
 from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
-from stellarbyte_server.protocol.adapter_versions import (
-    AdapterLocated,
-    AdapterProbe,
-    RestoredAdapter,
-    StoredAdapter,
-    VersionsSet,
-)
+from stellarbyte_server.protocol.adapter_versions import AdapterProbe, RestoredAdapter, SetVersions, StoredAdapter
 from stellarbyte_server.protocol.histogram import Histogram
 from stellarbyte_server.protocol.messages import (
     AdapterCard,
@@ -40,6 +33,7 @@ from stellarbyte_server.protocol.messages import (
     CallFailed,
     LoadAdapter,
     Reply,
+    Settled,
     adapter_is_loading,
 )
 from stellarbyte_server.protocol.request import RequestRejected
@@ -69,11 +63,13 @@ class Adapters:
         self._num_slots = num_slots
         self._folder = folder
         self._store = store
-        self._memory = AdapterMemory(store, self.slots, max_in_memory)
+        self.memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
         self._loads = Loads()
-        self._lifetimes = Lifetimes(store, self.slots, self._memory, self._loads)
+        self._lifetimes = Lifetimes(store, self.slots, self.memory, self._loads)
         self._names = AdapterNames(folder, store, self._lifetimes, clock, self._note_looked)
+        self._pins = Pins(self.slots, self.memory, num_slots, self._names.current, self._lifetimes.fill)
+        self.held = HeldLoads(self._loads, store, self._go_live, self._lifetimes.drain)
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listing = AdapterListing(folder, store, clock, self._list)
         self.num_reads = 0  # completed reads, after which `refusal` may change
@@ -116,24 +112,21 @@ class Adapters:
         for version, slot in plan.fill:
             self._lifetimes.fill(version, slot)
         for version in plan.read:
-            if not version.is_reading and version.state != "failed" and self._memory.make_room(1, plan.keep):
+            if not version.is_reading and version.state != "failed" and self.memory.make_room(1, plan.keep):
                 if version.state == "ready" and not version.content_hash:
                     version.state = "loading"
-                self._memory.start_read(version)
+                self.memory.start_read(version)
         return plan.move
-
-    def may_enter(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence's adapter allows it to run."""
-        return self.slots.may_enter(sequence)
 
     def enter(self, version: AdapterVersion) -> None:
         """Note that a sequence with this adapter starts to run."""
-        self._lifetimes.touch(version)
+        self.memory.touch(version)
         self.slots.enter(version)
 
     def leave(self, version: AdapterVersion) -> None:
         """Note that a sequence with this adapter stops running."""
         self.slots.leave(version)
+        self._pins.place()
 
     def finish_move(self, move: Move) -> None:
         self.slots.move(move)
@@ -144,22 +137,21 @@ class Adapters:
     def load(self, call: LoadAdapter) -> list[Reply]:
         """Load an adapter; returns the answer, or `collect` does."""
         call_id, name, path = call.call_id, call.name, call.path
-        if not is_adapter_name(name):
-            return [refusals.bad_name(call_id, name)]
         if self._loads.has(name):
             return [adapter_is_loading(call_id, name)]
-        current = self._names.current.get(name)
-        is_there = current is not None and current.files is not None and current.state != "failed"
-        if is_there and not call.in_place:
-            return [refusals.already_loaded(call_id, name)]
-        load = Load(call_id=call_id, wants_probe=call.probe, is_beside=call.is_beside)
+        if (refusal := refusals.of_load(call_id, name, self._names.current.get(name), call.in_place)) is not None:
+            return [refusal]
+        version = self._pins.loading(call, self._loads)
+        if isinstance(version, CallFailed):
+            return [version]
+        load = Load(call_id=call_id, wants_probe=call.probe, is_beside=call.is_beside, is_held=call.is_held)
         if isinstance(path, StoredAdapter):
             known = self._names.usable(name, path)
             if known is not None and call.is_beside:
                 return [load.loaded(known, self._card(known), is_used=False)]
-            self._start(load, AdapterVersion(name=name, files=stored_files(path), state="loading"))
+            version.files = stored_files(path)
+            self._start(load, version)
             return []
-        version = AdapterVersion(name=name, files=None, state="loading")
         self._loads.add(version, load)
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
@@ -168,22 +160,27 @@ class Adapters:
 
     def locate(self, call_id: str, path: str) -> list[Reply]:
         """Find the files at a path; `collect` returns the answer."""
-        self._store.look(partial(self._folder.at, path), partial(_located, call_id, path))
+        self._store.look(partial(self._folder.at, path), partial(located, call_id, path))
         return []
 
     def restore(self, adapters: Iterable[RestoredAdapter]) -> None:
-        """Make stored adapters available, read on first use."""
+        """Make stored adapters available, read on first use; those that are stay as they are."""
         for adapter in adapters:
             self._lifetimes.drain(*self._names.restore(adapter))
+            self._pins.set(adapter.name, adapter.pinned)
+        self._pins.place()
 
-    def set_versions(self, call_id: str, name: str, current: str, shares: Shares) -> list[Reply]:
+    def set_versions(self, call: SetVersions) -> list[Reply]:
         """Set the versions of a name that requests get from now on; all others drain. Returns the answer."""
-        if self._loads.has(name):
-            return [adapter_is_loading(call_id, name)]
-        replaced = self._names.set_versions(name, current, shares)
+        if self._loads.has(call.name):
+            return [adapter_is_loading(call.call_id, call.name)]
+        replaced = self._names.set_versions(call.name, call.current, call.shares)
         if replaced is None:
-            return [refusals.no_version(call_id, name)]
-        return [*self._lifetimes.drain(*replaced), VersionsSet(call_id)]
+            return [refusals.no_version(call.call_id, call.name)]
+        replies = self._lifetimes.drain(*replaced)
+        self._pins.set(call.name, call.pinned)
+        self._pins.place()
+        return [*replies, Settled(call.call_id)]
 
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
         """Read an adapter with known files; `collect` returns the answer."""
@@ -195,8 +192,8 @@ class Adapters:
 
     def _begin_load(self, version: AdapterVersion) -> None:
         self._lifetimes.others.add(version)
-        self._memory.make_room(1, set())
-        self._memory.start_read(version)
+        self.memory.make_room(1, set())
+        self.memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
@@ -216,6 +213,7 @@ class Adapters:
 
     def _withdraw(self, call_id: str, name: str) -> list[Reply]:
         versions = self._names.withdraw(name)
+        self._pins.set(name, False)
         if not versions:
             return [AdapterUnloaded(call_id, 0)]
         logger.info("unloading adapter %s", name)
@@ -226,13 +224,10 @@ class Adapters:
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
-        current = [version for version in self._names.current.values() if version.files is not None]
-        cards = [self._card(version) for version in (*current, *self._names.beside.versions())]
-        cards += [self._card(version) for version in self._lifetimes.others if version.files is not None]
-        hidden = self._names.withdrawn.union([version.name for version in current])
-        cards += [card for name, card in self._listing.cards.items() if name not in hidden]
-        cards.sort(key=lambda card: (card.name, not card.is_current))
-        return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
+        others = (*self._names.beside.versions(), *self._lifetimes.others)
+        listed = self._names.current.values(), others, self._listing.cards, self._names.withdrawn, self._card
+        numbers = self._num_slots, self.slots.num_used, self.memory.num_versions
+        return AdapterList(call_id, all_cards(*listed), self._load_seconds.snapshot(), *numbers)
 
     def _card(self, version: AdapterVersion) -> AdapterCard:
         num_running = sum(map(self.slots.num_running, (version, *self._lifetimes.mixes.of(version))))
@@ -284,7 +279,7 @@ class Adapters:
         if version.content_hash and version.content_hash != done.content_hash:
             return self._note_changed_files(version)
         self.num_reads += 1
-        self._memory.note_read(version)
+        self.memory.note_read(version)
         self._load_seconds.observe(done.seconds)
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
@@ -293,6 +288,7 @@ class Adapters:
         load = self._loads.of(version)
         if load is None:
             version.state = "ready" if version.state == "loading" else version.state
+            self._pins.place()
             return self._lifetimes.drop_if_drained(version)
         if load.wants_probe and not self._names.has_content(version):
             if version.is_zero:
@@ -318,25 +314,36 @@ class Adapters:
         return [failed, *self._lifetimes.drain(version)]
 
     def _go_live(self, version: AdapterVersion, probe: AdapterProbe | None = None) -> list[Reply]:
-        """Make a loaded version the current one of its name, or keep it beside that. Equal content changes nothing."""
-        load = self._loads.take(version)
+        """Make a loaded version the current one of its name, or keep it beside that, or hold it. Equal content changes
+        nothing."""
+        load = self._loads.of(version)
         assert load is not None
+        if load.is_held:
+            return [load.loaded(version, self._card(version), probe=probe)]
+        self._loads.take(version)
         old = self._names.current.get(version.name)
         if old is not None and self._names.has_content(version):
             is_used = not old.is_stored
             old.files = version.files if is_used else old.files
             replaced = [] if load.is_beside else self._names.beside.set(version.name, ())
-            answer = load.loaded(old, self._card(old), is_used=is_used)
-            return [*self._lifetimes.drain(version, *replaced), answer]
+            if not load.is_beside:
+                self._pins.set(version.name, version.pinned)
+            replies = self._lifetimes.drain(version, *replaced)
+            self._pins.place()
+            return [*replies, load.loaded(old, self._card(old), is_used=is_used)]
         version.state = "ready"
         self._lifetimes.others.discard(version)
         if load.is_beside:
             before = self._names.beside.keep(version)
             replies = [] if before is None else self._lifetimes.drain(before)
         else:
+            is_pinned = version.pinned
             replies = self._lifetimes.drain(*self._names.install(version))
-            if not version.slot and (slot := self.slots.take_free(version)):  # a probe has given it one
+            self._pins.set(version.name, is_pinned)
+            can_fill = version.is_in_memory and not version.slot  # a probe has given it one
+            if can_fill and (slot := self.slots.take_free(version)):
                 self._lifetimes.fill(version, slot)
+            self._pins.place()
         return [
             *replies,
             load.loaded(version, self._card(version), probe=probe),
@@ -362,7 +369,7 @@ class Adapters:
 
     def _note_failed_read(self, version: AdapterVersion, error: str, *, is_fault: bool = False) -> list[Reply]:
         self.num_reads += 1
-        self._memory.forget(version)
+        self.memory.forget(version)
         version.state, version.error, version.failed_at_s = "failed", error, self._clock()
         version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
@@ -383,14 +390,7 @@ class Adapters:
             return self._note_failed_read(version, refusals.files_damaged(version))
         if self._names.current.get(version.name) is version:
             self._names.current[version.name] = AdapterVersion(
-                name=version.name, files=version.files, totals=version.totals
+                name=version.name, files=version.files, totals=version.totals, pinned=version.pinned
             )
             self._lifetimes.others.add(version)
         return self._note_failed_read(version, refusals.files_changed(version))
-
-
-def _located(call_id: str, path: str, files: AdapterFiles | None) -> list[Reply]:
-    if files is None:
-        return [refusals.no_files(call_id, path)]
-    config, weights, root = map(str, (files.config, files.weights, files.root))
-    return [AdapterLocated(call_id=call_id, config=config, weights=weights, root=root, shown=files.shown)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
-from stellarbyte_server.engine.adapters.slots import Move
+from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
 from stellarbyte_server.engine.schedule.places import TURN_S, least_entitled, num_blocks, one, who_gives_up
 from stellarbyte_server.engine.schedule.waiting import WaitingQueue, rank
 from stellarbyte_server.engine.state.account import Account
@@ -25,9 +25,10 @@ _rank = attrgetter("rank")
 class AdapterGate(Protocol):
     """The scheduler's interface to the registry of adapters."""
 
+    slots: AdapterSlots
+
     def place(self, waiting: Iterable[Sequence]) -> Move | None: ...
     def finish_move(self, move: Move) -> None: ...
-    def may_enter(self, sequence: Sequence) -> bool: ...
     def enter(self, version: AdapterVersion) -> None: ...
     def leave(self, version: AdapterVersion) -> None: ...
 
@@ -110,7 +111,7 @@ class Admission:
     def num_blocked(self) -> int:
         """Number of waiting sequences without a resident adapter."""
         adapters = self._adapters
-        return 0 if adapters is None else sum(not adapters.may_enter(sequence) for sequence in self.waiting)
+        return 0 if adapters is None else sum(not adapters.slots.may_enter(sequence) for sequence in self.waiting)
 
     def _place_adapters(self, adapters: AdapterGate) -> None:
         """Assign slots to adapters of waiting sequences, if necessary by preempting running ones after their time."""
@@ -153,7 +154,7 @@ class Admission:
 
     def _could_run(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence lacks only room."""
-        if self._adapters is not None and not self._adapters.may_enter(sequence):
+        if self._adapters is not None and not self._adapters.slots.may_enter(sequence):
             return False
         if sequence.num_unread:  # preempted while a step with it is in flight
             return False

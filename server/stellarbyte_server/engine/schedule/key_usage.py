@@ -6,12 +6,21 @@ any of them ran, do not count.
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from stellarbyte_server.engine.state.account import Account, TokenBucket
-from stellarbyte_server.protocol.messages import KeyLimits
+from stellarbyte_server.protocol.messages import (
+    CallFailed,
+    ChargeKey,
+    KeyCharged,
+    KeyCommand,
+    KeyLimits,
+    NoteKeyTokens,
+    ReleaseKey,
+    Reply,
+)
 from stellarbyte_server.protocol.request import RATE_LIMITED, GenerationRequest, RequestRejected
 
 WINDOW_S = 60
@@ -61,6 +70,7 @@ class _Group:
     counted_s: float
     num_requests: int  # counted for it, like its tokens: 1, or 0 if it continues another group
     num_tokens: int
+    is_reserved: bool = False  # counted by a `ReserveKey`, here or at another engine
     has_begun: bool = False
     was_refused: bool = False
 
@@ -70,6 +80,7 @@ class _Use:
     account: Account
     requests: SlidingSum = field(default_factory=SlidingSum)
     groups: dict[str, _Group] = field(default_factory=dict)  # by the id of their first request
+    num_reserved: int = 0  # of the groups
 
 
 class KeyUsage:
@@ -78,6 +89,7 @@ class KeyUsage:
     def __init__(self) -> None:
         self._uses: dict[str, _Use] = {}  # by the key's name
         self._running: dict[str, tuple[_Use, str]] = {}  # request id → its key's use, its group
+        self._reserved: defaultdict[bytes, set[str]] = defaultdict(set)  # by HTTP process, groups at other engines
 
     def account(self, limits: KeyLimits) -> Account:
         """The key's account, with the key's current rate."""
@@ -99,14 +111,18 @@ class KeyUsage:
 
         `num_later_tokens`: of prompts that will follow in the same group.
         """
+        self._check(limits, _prompt_tokens(requests) + num_later_tokens, now_s)
+
+    def _check(self, limits: KeyLimits, wanted: int, now_s: float) -> None:
+        """RequestRejected if a group of requests with so many tokens of prompts exceeds the limits."""
         use = self._use(limits)
         most = limits.concurrent_streams
-        if most is not None and len(use.groups) >= most:
+        if most is not None and len(use.groups) - use.num_reserved >= most:
             raise _refusal(limits, f"{most} requests at once", _SOON_S)
         _check_requests(limits, use, now_s)
         bucket = use.account.bucket
         if bucket is not None:
-            wanted, most = _prompt_tokens(requests) + num_later_tokens, bucket.tokens_per_minute
+            most = bucket.tokens_per_minute
             if wanted > most:
                 raise RequestRejected(
                     f"The prompt has {wanted} tokens; the key {limits.key_name!r} allows at most {most} per minute.",
@@ -123,18 +139,59 @@ class KeyUsage:
         now_s: float,
         num_later_tokens: int = 0,
         continues: bool = False,
+        is_reserved: bool = False,
     ) -> None:
-        """Count queued requests: a group, or with `continues` more of a group with all its prompts counted."""
+        """Count queued requests: a group, or with `continues` more of a group with all its prompts counted.
+
+        With `is_reserved` a `ReserveKey` has counted them.
+        """
+        ids = [request.request_id for request in requests]
+        is_counted = continues or is_reserved
+        num_tokens = 0 if is_counted else _prompt_tokens(requests) + num_later_tokens
+        self._add(limits, ids, now_s, num_requests=0 if is_counted else 1, num_tokens=num_tokens)
+        if is_reserved:
+            use = self._use(limits)
+            use.groups[ids[0]].is_reserved = True
+            use.num_reserved += 1
+
+    def _add(self, limits: KeyLimits, ids: Sequence[str], now_s: float, *, num_requests: int, num_tokens: int) -> None:
         use = self._use(limits)
-        num_requests = 0 if continues else 1
-        num_tokens = 0 if continues else _prompt_tokens(requests) + num_later_tokens
         use.requests.add(num_requests, now_s)
         if use.account.bucket is not None:
             use.account.bucket.take(num_tokens, now_s)
-        group = requests[0].request_id
-        use.groups[group] = _Group(len(requests), now_s, num_requests, num_tokens)
-        for request in requests:
-            self._running[request.request_id] = (use, group)
+        use.groups[ids[0]] = _Group(len(ids), now_s, num_requests, num_tokens)
+        for request_id in ids:
+            self._running[request_id] = (use, ids[0])
+
+    def handle(self, command: KeyCommand, sender: bytes, now_s: float) -> Reply | None:
+        """Count requests that this engine does not get; returns the answer to the command, if it has one."""
+        if isinstance(command, NoteKeyTokens):
+            if (bucket := self._use(command.limits).account.bucket) is not None:
+                bucket.take(command.num_tokens, now_s)
+            return None
+        if isinstance(command, ReleaseKey):
+            self._reserved[sender].discard(command.group_id)
+            self._release(command.group_id, was_refused=command.was_refused)
+            return None
+        try:
+            if isinstance(command, ChargeKey):
+                self.charge(command.limits, now_s)
+            else:
+                self._check(command.limits, command.num_tokens, now_s)
+                self._add(command.limits, [command.group_id], now_s, num_requests=1, num_tokens=command.num_tokens)
+                self._reserved[sender].add(command.group_id)
+        except RequestRejected as refusal:
+            return CallFailed(command.call_id, str(refusal), refusal.code, retry_after_s=refusal.retry_after_s)
+        return KeyCharged(command.call_id)
+
+    def _release(self, group_id: str, *, was_refused: bool) -> None:
+        (self.refuse if was_refused else self.begin)(group_id)
+        self.end(group_id)
+
+    def release_all(self, sender: bytes) -> None:
+        """Note the end of all requests for which a process has reserved, as it has ended."""
+        for group_id in self._reserved.pop(sender, ()):
+            self._release(group_id, was_refused=False)
 
     def charge(self, limits: KeyLimits, now_s: float) -> None:
         """Count a request that is not queued; RequestRejected, without counting, if it exceeds the limits."""
@@ -165,6 +222,7 @@ class KeyUsage:
             group.num_open -= 1
             if not group.num_open:
                 del use.groups[first_id]
+                use.num_reserved -= group.is_reserved
                 if group.was_refused and not group.has_begun:
                     use.requests.take_back(group.num_requests, group.counted_s)
                     if use.account.bucket is not None:

@@ -26,6 +26,8 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.events.form import CacheKind
+from stellarbyte_server.engine.events.publisher import EventAddresses, EventPublisher
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.executor import Executor
@@ -44,6 +46,7 @@ from stellarbyte_server.engine.start.serving_plan import (
     tokens_a_step,
 )
 from stellarbyte_server.engine.state.block_pool import BlockPool
+from stellarbyte_server.engine.state.cache_log import CacheLog
 from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
 
 logger = logging.getLogger("server.engine")
@@ -61,13 +64,15 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
     device = _device(settings.device)
-    torch.set_num_threads(_num_threads())
+    torch.set_num_threads(_num_threads(_num_replicas(settings)))
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
     folder = open_model_folder(path, is_dummy=is_dummy)
     config = folder.config
     serving_config(config, settings)  # refuses what cannot be served before the weights are read
     dtype = _dtype(settings.dtype, device)
+    if settings.deterministic and device.type != "cpu":
+        raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     num_slots = settings.max_loras if settings.serves_adapters else 0
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
@@ -76,14 +81,14 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     if device.type == "cpu":
         kernels = _has_cpu_kernels(config, dtype)
         model, kept = folder.kept_model(dtype, device) if kernels else (folder.language_model(dtype, device), {})
-        served = _cpu_model(model, config, bank, settings.quantization, kept)
+        served = _cpu_model(model, config, bank, settings.quantization, kept, deterministic=settings.deterministic)
         quantization = served.quantization
         adapters = _load_adapters(settings, bank, served.weight)  # fails before the minute of compiling
         _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
-        model = folder.language_model(dtype, device)
-        adapters, executor, serving = _make_gpu_executor(settings, model, config, bank, cache_dtype)
+        model, kept = folder.kept_model(dtype, device)
+        adapters, executor, serving, quantization = _make_gpu_executor(settings, model, kept, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
@@ -107,6 +112,10 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         queue_timeout_s=settings.queue_timeout,
         shares=share_limits(device.type),
     )
+    layout = plan.layout
+    has_window = layout.window is not None and layout.window + layout.sink_tokens < max_model_len
+    kind = CacheKind(medium="CPU" if device.type == "cpu" else "GPU", window=layout.window if has_window else None)
+    log, events = _make_events(settings, kind)
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
@@ -114,7 +123,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         Scheduler(
             limits,
             plan.layout,
-            BlockPool(plan.num_blocks),
+            BlockPool(plan.num_blocks, log),
             prefix_caching=settings.enable_prefix_caching,
             adapters=adapters,
         ),
@@ -123,6 +132,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         eos_token_ids,
         adapters,
         grammars,
+        events,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -133,12 +143,30 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         block_size=plan.layout.block_size,
         max_num_seqs=max_num_seqs,
         device=device.type,
+        processor=torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(),
         dtype=dtype_name(dtype),
         quantization=quantization,
         kv_cache_dtype=dtype_name(cache_dtype),
+        deterministic=settings.deterministic,
         weights_hash=folder.weights_hash(),
     )
     return core, info
+
+
+def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
+    """The log of the cache and what publishes it; EventsAddressError if an address is in use."""
+    if settings.kv_events is None:
+        return None, None
+    addresses = EventAddresses(
+        publish=settings.kv_events,
+        replay=settings.kv_events_replay,
+        topic=settings.kv_events_topic,
+        rank=settings.engine_index,
+    )
+    log = CacheLog()
+    events = EventPublisher(log, kind, addresses)
+    events.start()
+    return log, events
 
 
 def _make_cpu_executor(
@@ -147,7 +175,7 @@ def _make_cpu_executor(
     step_tokens, _ = tokens_a_step(settings, "cpu")
     budget = settings.kv_cache_memory
     if budget is None:
-        budget = int(_available_memory() * AUTO_CPU_SHARE)
+        budget = int(_available_memory() * AUTO_CPU_SHARE) // _num_replicas(settings)
     plan = plan_serving(config, settings, cache_dtype, step_tokens, budget)
     served, num_blocks, layout = served.with_windows_of(plan.config), plan.cache.num_blocks, plan.cache.layout
     cache = PagedKVCache(plan.config, num_blocks, layout.block_size, cache_dtype, torch.device("cpu"))
@@ -157,17 +185,17 @@ def _make_cpu_executor(
 def _make_gpu_executor(
     settings: EngineSettings,
     model: ByteLanguageModel,
+    kept: Mapping[str, QuantizedMatrix],
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Adapters, Executor, ServingPlan]:
+) -> tuple[Adapters, Executor, ServingPlan, str]:
+    """And the quantization of the weights."""
     _require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
     from stellarbyte_server.engine.run.slot_executor import SlotExecutor
     from stellarbyte_server.engine.start.gpu_engine import make_gpu_executor  # Triton is not needed on a CPU
 
-    if settings.quantization == "int4":
-        raise StartupError("--quantization int4 needs --device cpu; a GPU takes int8 and fp8.")
     step_tokens, _ = tokens_a_step(settings, "cuda")
     ahead = SlotExecutor.num_steps_ahead
 
@@ -177,9 +205,11 @@ def _make_gpu_executor(
         )
 
     try:
-        packed = TritonModel(model, config, bank, quantization=settings.quantization)
+        packed = TritonModel(model, config, bank, quantization=settings.quantization, kept=kept)
     except ValueError as error:
-        raise StartupError(f"--device cuda cannot serve this model: {error}.") from error
+        raise StartupError(f"--device cuda cannot serve this model: {str(error).removesuffix('.')}.") from error
+    if kept:
+        _log_form(packed.quantization, "GPU")
     adapters = _load_adapters(settings, bank, packed.weight)  # fails before kernels are compiled
     executor, serving = make_gpu_executor(
         packed,
@@ -190,7 +220,7 @@ def _make_gpu_executor(
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory=settings.kv_cache_memory,
     )
-    return adapters, executor, serving
+    return adapters, executor, serving, packed.quantization
 
 
 def _require_triton() -> None:
@@ -217,6 +247,8 @@ def _cpu_model(
     bank: LoraBank,
     quantization: str,
     kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+    *,
+    deterministic: bool = False,
 ) -> ServedModel:
     """The fastest form of the model for a CPU; `kept` as in `CpuModel`."""
     if quantization == "fp8":
@@ -226,19 +258,30 @@ def _cpu_model(
 
         threads = torch.get_num_threads()
         try:
-            served = CpuModel(model, config, bank, quantization=quantization, num_threads=threads, kept=kept)
+            served = CpuModel(
+                model, config, bank, quantization=quantization, num_threads=threads, is_invariant=deterministic,
+                kept=kept,
+            )  # fmt: skip
         except ValueError as error:
             raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
         if kept:
-            is_kept = {"none": "dequantized: the CPU kernels do not take them as the checkpoint keeps them"}
-            logger.info("weights are %s", is_kept.get(served.quantization, f"in {served.quantization}"))
+            _log_form(served.quantization, "CPU")
         return served
-    if quantization != "none":
+    if quantization != "none" or deterministic:
+        flag = f"--quantization {quantization}" if quantization != "none" else "--deterministic"
         raise StartupError(
-            f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"
+            f"{flag} on a CPU needs float32 and a model that its kernels support: heads of a"
             " multiple of 16 channels, no router_top_p."
         )
     return TorchModel(model, config, bank)
+
+
+def _log_form(quantization: str, device: str) -> None:
+    """How the matrices that a checkpoint keeps quantized are served."""
+    if quantization == "none":
+        logger.info("weights are dequantized: the %s kernels do not take them as the checkpoint keeps them", device)
+    else:
+        logger.info("weights are in %s", quantization)
 
 
 def _compile_kernels(served: ServedModel) -> None:
@@ -291,10 +334,16 @@ def _available_memory() -> int:
     return max(0, available)
 
 
-def _num_threads() -> int:
-    """Cores for torch: all this process may use, less one for HTTP where there are many."""
+def _num_replicas(settings: EngineSettings) -> int:
+    """Engine processes that share this machine; the server has resolved auto."""
+    return 1 if settings.replicas is None else settings.replicas
+
+
+def _num_threads(num_replicas: int) -> int:
+    """Cores for torch: all this process may use, less one for HTTP where there are many, divided among replicas."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if cores <= 2 else math.ceil(cores * 0.9) - 1 or 1
+    ours = cores if cores <= 2 else math.ceil(cores * 0.9) - 1
+    return max(1, ours // num_replicas)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -31,6 +31,10 @@ class LoadBody(BaseModel):
     load_inplace: bool | None = optional(
         "Replace the adapter of this name. Default: false, which refuses a name in use."
     )
+    base_model_name: Text | None = optional("The served model, as its name or as --model; another one is refused.")
+    pinned: bool | None = optional(
+        "Keep the adapter in a slot from the moment when one is idle. Default: as the adapter of this name, else false."
+    )
     probe: bool | None = optional(
         "Compare the logits after a short prompt with those without the adapter first, and refuse it if it changes none"
         " or makes any NaN or infinite. Default: true."

@@ -9,8 +9,8 @@ import pytest
 from stellarbyte_server.engine.adapters.beside import share_of
 from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter, StoredAdapter, VersionsSet
-from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed
+from stellarbyte_server.protocol.adapter_versions import RestoredAdapter, SetVersions, StoredAdapter
+from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed, Settled
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.adapter_engine import AdapterEngine
 
@@ -21,16 +21,19 @@ def stored(root: str) -> StoredAdapter:
     return StoredAdapter(folder=f"/data/{root}", root=root, content_hash=f"hash of {root}")
 
 
-def loaded_beside(engine: AdapterEngine, root: str) -> AdapterLoaded:
-    loaded = engine.load("x", StoredAdapter(folder=f"/data/{root}", root=root), True, is_beside=True)
+def loaded_beside(engine: AdapterEngine, root: str, name: str = "x", pinned: bool | None = None) -> AdapterLoaded:
+    files = StoredAdapter(folder=f"/data/{root}", root=root)
+    loaded = engine.load(name, files, True, is_beside=True, pinned=pinned)
     assert isinstance(loaded, AdapterLoaded)
     return loaded
 
 
-def set_versions(engine: AdapterEngine, current: str, *shares: tuple[str, float]) -> None:
+def set_versions(
+    engine: AdapterEngine, current: str, *shares: tuple[str, float], name: str = "x", pinned: bool = False
+) -> None:
     by_hash = tuple((f"hash of {root}", share) for root, share in shares)
-    reply = engine.answer(engine.adapters.set_versions("set", "x", current and f"hash of {current}", by_hash), "set")
-    assert isinstance(reply, VersionsSet)
+    call = SetVersions("set", name, current and f"hash of {current}", by_hash, pinned)
+    assert isinstance(engine.answer(engine.adapters.set_versions(call), "set"), Settled)
 
 
 def content(engine: AdapterEngine, caller: str = "", pin: str | None = None) -> str:
@@ -114,7 +117,7 @@ def test_versions_that_are_not_loaded_cannot_be_set_and_nothing_changes(folder: 
         ("hash of a", (("hash of c", 1.0),)),
         ("hash of c", (("hash of b", 1.0),)),
     ):
-        (refused,) = engine.adapters.set_versions("set", "x", current, shares)
+        (refused,) = engine.adapters.set_versions(SetVersions("set", "x", current, shares))
         assert isinstance(refused, CallFailed)
         assert content(engine, "ann") == "a" and content(engine, pin="hash of b") == "b"
     set_versions(engine, "")  # forgets what is beside
@@ -131,7 +134,7 @@ def test_restored_versions_are_read_on_first_use_and_must_be_as_they_were(folder
     caller = next(caller for caller in CALLERS if content(engine, caller) == "b")
     reference = AdapterReference("x")
     for bound in (engine.adapters.bind(reference, caller), engine.adapters.bind(AdapterReference("x", "hash of a"))):
-        engine.adapters._memory.start_read(bound)
+        engine.adapters.memory.start_read(bound)
         engine.adapters.collect()
         assert bound.state == "failed" and "damaged" in bound.error
         engine.replies += engine.adapters.release(bound)
@@ -159,3 +162,59 @@ def test_a_restored_adapter_replaces_one_of_the_start(folder: Path) -> None:
     engine.adapters.restore([RestoredAdapter(name="x", current=stored("b"))])
     engine.adapters.collect()
     assert content(engine) == "b" and not engine.store.in_memory and not engine.store.in_slots
+
+
+def test_restoring_what_is_there_changes_nothing(folder: Path) -> None:
+    engine = AdapterEngine(folder)
+    split = RestoredAdapter(name="x", current=stored("a"), shares=((stored("a"), 0.5), (stored("b"), 0.5)), pinned=True)
+    engine.adapters.restore([split])
+    bound = engine.submit("x")
+    engine.run()
+    before = engine.cards()
+    engine.adapters.restore([split])
+    assert engine.cards() == before and bound.adapter.state == "ready"
+    loaded_beside(engine, "c")  # which is being prepared by another HTTP process
+    engine.adapters.restore([split])
+    assert content(engine, pin="hash of c") == "c"
+    engine.adapters.restore([RestoredAdapter(name="x", current=stored("b"))])
+    assert content(engine) == "b" and not engine.card("x").pinned
+
+
+def test_a_pin_follows_the_current_version_and_a_restart(folder: Path) -> None:
+    engine = AdapterEngine(folder, num_slots=2, max_in_memory=3)
+    loaded_beside(engine, "a", pinned=True)
+    assert "x" not in {card.name for card in engine.cards() if card.pinned}, "not before it is current"
+    set_versions(engine, "a", pinned=True)
+    assert engine.card("x").pinned and engine.card("x").tier == "slot"
+    loaded_beside(engine, "b")
+    set_versions(engine, "b", ("a", 0.5), ("b", 0.5), pinned=True)
+    assert {card.content_hash: card.pinned for card in engine.cards() if card.name == "x"} == {
+        "hash of a": False,
+        "hash of b": True,
+    }
+    for name in "cdefgh":
+        engine.submit(name)
+        engine.run()
+    assert next(card.tier for card in engine.cards() if card.name == "x" and card.is_current) == "slot"
+    set_versions(engine, "a")
+    assert not any(card.pinned for card in engine.cards())
+
+    again = AdapterEngine(folder, num_slots=2)
+    again.adapters.restore([RestoredAdapter(name="x", current=stored("a"), pinned=True)])
+    for _ in range(3):
+        again.adapters.collect()
+    assert again.card("x").pinned and again.card("x").tier == "slot", "without any request for it"
+
+
+def test_a_slot_is_left_however_pins_are_set(folder: Path) -> None:
+    engine = AdapterEngine(folder, num_slots=2)
+    loaded_beside(engine, "a", pinned=True)
+    refused = engine.load("y", StoredAdapter(folder="/data/b", root="b"), True, is_beside=True, pinned=True)
+    assert isinstance(refused, CallFailed) and refused.param == "pinned" and "x are" in refused.message
+    set_versions(engine, "")  # the first load is given up
+    loaded_beside(engine, "b", "y", pinned=True)
+    set_versions(engine, "b", name="y", pinned=True)
+    assert engine.card("y").pinned
+    few = AdapterEngine(folder, num_slots=2)  # --max-loras was larger before
+    few.adapters.restore([RestoredAdapter(name=name, current=stored(name), pinned=True) for name in "ab"])
+    assert {card.name: card.pinned for card in few.cards() if card.name in "ab"} == {"a": True, "b": False}

@@ -5,7 +5,15 @@ import random
 import pytest
 
 from stellarbyte_server.engine.schedule.key_usage import WINDOW_S, KeyUsage, SlidingSum
-from stellarbyte_server.protocol.messages import KeyLimits
+from stellarbyte_server.protocol.messages import (
+    CallFailed,
+    KeyCharged,
+    KeyCommand,
+    KeyLimits,
+    NoteKeyTokens,
+    ReleaseKey,
+    ReserveKey,
+)
 from stellarbyte_server.protocol.request import RATE_LIMITED, RequestRejected
 from tests.support.engines.engine import make_request
 
@@ -198,3 +206,50 @@ def test_no_window_of_a_minute_has_more_and_waiting_as_told_is_enough(seed):
         total.add(1, now_s)
         admitted.append(now_s)
         assert sum(time_s > now_s - WINDOW_S for time_s in admitted) <= most
+
+
+def handle(clocked: Clocked, command: KeyCommand, sender: bytes = b"http"):
+    return clocked.usage.handle(command, sender, clocked.now_s)
+
+
+def test_requests_at_other_engines_count_once_wherever_they_run():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", concurrent_streams=2, requests_per_minute=4)
+    for group in ("one", "two"):
+        assert isinstance(handle(clocked, ReserveKey("call", group, limits, 5)), KeyCharged)
+    own = make_request([1] * 5, request_id="of one")  # this engine gets the first group itself
+    clocked.usage.add(limits, [own], clocked.now_s, is_reserved=True)
+    refusal = handle(clocked, ReserveKey("call", "three", limits, 5))
+    assert isinstance(refusal, CallFailed) and refusal.code == RATE_LIMITED
+    clocked.usage.begin(own.request_id)
+    clocked.usage.end(own.request_id)
+    assert handle(clocked, ReleaseKey("one", was_refused=False)) is None
+    assert isinstance(handle(clocked, ReserveKey("call", "three", limits, 5)), KeyCharged)
+    handle(clocked, ReleaseKey("three", was_refused=True))
+    handle(clocked, ReleaseKey("unknown", was_refused=False))
+    for group in ("four", "five"):
+        assert isinstance(handle(clocked, ReserveKey("call", group, limits, 5)), KeyCharged), "the refused one is free"
+        handle(clocked, ReleaseKey(group, was_refused=False))
+    assert isinstance(handle(clocked, ReserveKey("call", "six", limits, 5)), CallFailed), "the minute has its four"
+
+
+def test_what_a_process_has_reserved_ends_with_it():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", concurrent_streams=2)
+    for group, sender in (("one", b"dies"), ("two", b"lives")):
+        handle(clocked, ReserveKey("call", group, limits, 5), sender)
+    clocked.refused(limits)
+    clocked.usage.release_all(b"dies")
+    clocked.submit(limits)
+    clocked.refused(limits)
+
+
+def test_tokens_of_other_engines_count_towards_the_rate():
+    clocked, limits = Clocked(), KeyLimits(key_name="a", tokens_per_minute=100)
+    assert isinstance(handle(clocked, ReserveKey("call", "one", limits, 60)), KeyCharged)
+    handle(clocked, NoteKeyTokens(limits, 20))
+    clocked.refused(limits, 21)
+    clocked.submit(limits, 20)
+    clocked.refused(limits)
+    handle(clocked, NoteKeyTokens(limits, -20))
+    handle(clocked, ReleaseKey("one", was_refused=True))
+    clocked.submit(limits, 80)
+    clocked.refused(limits)

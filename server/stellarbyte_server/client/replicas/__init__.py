@@ -1,0 +1,1 @@
+"""Several engines with one model as one: which gets a request, and what is of the whole."""
