@@ -166,8 +166,13 @@ async def churn(
     return outcomes, []
 
 
-@pytest.mark.parametrize(("num_operations", "num_kills"), [(80, 1), pytest.param(1000, 20, marks=pytest.mark.slow)])
-def test_no_answer_is_foreign_and_no_change_is_half(tmp_path: Path, num_operations: int, num_kills: int) -> None:
+@pytest.mark.parametrize(
+    ("num_operations", "num_kills", "num_replicas"),
+    [(30, 1, 1), pytest.param(1000, 20, 1, marks=pytest.mark.slow), pytest.param(300, 5, 2, marks=pytest.mark.slow)],
+)
+def test_no_answer_is_foreign_and_no_change_is_half(
+    tmp_path: Path, num_operations: int, num_kills: int, num_replicas: int
+) -> None:
     model = KnownModel.make(tmp_path)
     texts: dict[str, str] = {}
     for i in range(NUM_CONTENTS):
@@ -177,7 +182,8 @@ def test_no_answer_is_foreign_and_no_change_is_half(tmp_path: Path, num_operatio
         texts[f"c{i}"] = text
     flags = ["--model", str(model.folder), "--adapter-dir", str(tmp_path / "adapters"), "--max-loras", "4"]
     flags += ["--data-dir", str(tmp_path / "data"), "--adapter-history", str(HISTORY), "--max-num-seqs", "16"]
-    flags += ["--allow-local-admin", "--log-level", "warning"]
+    flags += ["--allow-local-admin", "--log-level", "warning", "--replicas", str(num_replicas)]
+    flags += ["--kv-cache-memory", "64MiB"]
     outcomes, wrong = asyncio.run(churn(flags, texts, num_operations, num_kills))
     assert wrong == []
     assert outcomes["200"] > num_operations and outcomes["split"] and outcomes["rollback"]

@@ -13,6 +13,7 @@ import pytest
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.replicas.adapter_changes import AdapterChanges
 from stellarbyte_server.client.replicas.journal import AdapterJournal, JournalEntry
+from stellarbyte_server.protocol.adapter_versions import RestoreAdapters, RestoredAdapter, SetVersions, StoredAdapter
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import (
     AdapterCard,
@@ -36,9 +37,11 @@ class FakeReplica:
     replica: int
     current: dict[str, str] = field(default_factory=dict)
     held: dict[str, tuple[str, str]] = field(default_factory=dict)
+    beside: dict[str, set[str]] = field(default_factory=dict)  # stored versions that are not current
     contents: dict[str, str] = field(default_factory=dict)  # by path, where they are not "hash of PATH"
     fails: Exception | None = None  # of loads
     is_stalled: bool = False
+    has_ended: bool = False  # once all have read a version
 
     def health(self) -> str | None:
         return "it is stalled" if self.is_stalled else None
@@ -50,7 +53,11 @@ class FakeReplica:
         if isinstance(call, LoadAdapter):
             if self.fails is not None:
                 raise self.fails
-            content_hash = self.contents.get(call.path, f"hash of {call.path}")
+            path = call.path.root if isinstance(call.path, StoredAdapter) else call.path
+            content_hash = self.contents.get(path, f"hash of {path}")
+            if call.is_beside:
+                self.beside.setdefault(call.name, set()).add(content_hash)
+                return AdapterLoaded(call.call_id, self._card(call.name, content_hash), (), ())
             self.held[call.call_id] = (call.name, content_hash)
             return AdapterLoaded(call.call_id, self._card(call.name, content_hash), (), ())
         if isinstance(call, CommitAdapter):
@@ -59,7 +66,20 @@ class FakeReplica:
             return AdapterLoaded(call.call_id, self._card(name, content_hash), (), ())
         if isinstance(call, DiscardAdapter):
             self.held.pop(call.held_id, None)
+        if isinstance(call, SetVersions):
+            self._set_versions(call)
+        if isinstance(call, RestoreAdapters):
+            self.current |= {adapter.name: adapter.current.content_hash for adapter in call.adapters}
         return Settled(call.call_id)
+
+    def _set_versions(self, call: SetVersions) -> None:
+        if self.has_ended:
+            raise EngineDead("The engine process ended.")
+        if call.current and call.current not in {self.current.get(call.name), *self.beside.get(call.name, ())}:
+            raise RequestRejected("It has no such version loaded.", ADAPTER_NOT_FOUND)
+        if call.current:
+            self.current[call.name] = call.current
+        self.beside.pop(call.name, None)
 
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
         if self.current.pop(name, None) is None:
@@ -82,11 +102,24 @@ async def unload(changes: AdapterChanges, name: str) -> AdapterUnloaded:
     return await (await changes.begin_unload(name))
 
 
-def with_replicas(folder: Path, use: Callable[[AdapterChanges, list[FakeReplica]], Awaitable[None]]) -> None:
+def stored(root: str, name: str = "x") -> RestoredAdapter:
+    return RestoredAdapter(name=name, current=StoredAdapter(folder="", root=root, content_hash=f"hash of {root}"))
+
+
+async def load_beside(changes: AdapterChanges, root: str) -> AdapterLoaded:
+    call = LoadAdapter(secrets.token_hex(8), "x", StoredAdapter(folder="", root=root), True, is_beside=True)
+    return await changes.load_beside(call)
+
+
+def with_replicas(
+    folder: Path,
+    use: Callable[[AdapterChanges, list[FakeReplica]], Awaitable[None]],
+    on_disk: Callable[[], tuple[RestoredAdapter, ...]] = tuple,
+) -> None:
     async def run() -> None:
         replicas = [FakeReplica(index) for index in range(3)]
         known = {replica.replica: {"first"} for replica in replicas}
-        changes = AdapterChanges(lambda: list(replicas), AdapterJournal(folder), known)  # type: ignore[arg-type]
+        changes = AdapterChanges(lambda: list(replicas), AdapterJournal(folder), known, on_disk)  # type: ignore[arg-type]
         await use(changes, replicas)
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -205,3 +238,62 @@ def test_a_change_waits_for_the_news_of_a_process_that_others_know(tmp_path: Pat
         assert [replica.current for replica in replicas] == [{"x": "hash of a"}] * 3
 
     with_replicas(tmp_path, use)
+
+
+def test_a_stored_version_serves_when_all_have_read_it(tmp_path: Path) -> None:
+    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
+        for root in ("a", "b"):
+            loaded = await load_beside(changes, root)
+            assert loaded.card.content_hash == f"hash of {root}"
+            assert {replica.current.get("x") for replica in replicas} == ({None} if root == "a" else {"hash of a"})
+            await changes.set_versions(SetVersions("set", "x", f"hash of {root}"))
+            assert [(replica.current, replica.beside) for replica in replicas] == [({"x": f"hash of {root}"}, {})] * 3
+        replicas[1].fails = RequestRejected("The disk is full.", ADAPTER_FAILED)
+        with pytest.raises(RequestRejected, match=r"Replica 1 .*no replica has: The disk is full\."):
+            await load_beside(changes, "c")
+        await changes.set_versions(SetVersions("set", "x", "hash of b"))
+        assert [(replica.current, replica.beside) for replica in replicas] == [({"x": "hash of b"}, {})] * 3
+        assert AdapterJournal(tmp_path).read() == {}, "the record on the disk says it"
+
+    with_replicas(tmp_path, use)
+
+
+def test_an_engine_that_ends_does_not_stop_a_stored_version_and_one_that_lacks_it_does(tmp_path: Path) -> None:
+    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
+        await load_beside(changes, "a")
+        replicas[2].has_ended = True
+        await changes.set_versions(SetVersions("set", "x", "hash of a"))
+        assert [replica.current for replica in replicas] == [{"x": "hash of a"}] * 2 + [{}]
+        replicas[2] = FakeReplica(2)  # started with an earlier record
+        with pytest.raises(RequestRejected, match="no such version"):
+            await changes.set_versions(SetVersions("set", "x", "hash of a"))
+        for replica in replicas:
+            replica.has_ended = True
+        with pytest.raises(EngineDead):
+            await changes.set_versions(SetVersions("set", "x", "hash of a"))
+
+    with_replicas(tmp_path, use)
+
+
+def test_a_new_process_gets_what_the_disk_says_before_what_the_journal_says(tmp_path: Path) -> None:
+    on_disk = [stored("a", "x")]
+
+    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
+        await load_beside(changes, "a")
+        await changes.set_versions(SetVersions("set", "x", "hash of a"))
+        await unload(changes, "x")
+        assert AdapterJournal(tmp_path).read() == {"x": JournalEntry()}
+        new = replicas[1]
+        on_disk.clear()
+        new.current = {"x": "hash of a"}  # as the disk said when it started
+        await changes.sync(new, "first")  # type: ignore[arg-type]
+        assert new.current == {}
+        on_disk.append(stored("b", "x"))  # loaded again: the record is written, then requests get it
+        await changes.sync(new, "first")  # type: ignore[arg-type]
+        assert new.current == {"x": "hash of b"}
+        await load_beside(changes, "b")
+        await changes.set_versions(SetVersions("set", "x", "hash of b"))
+        assert [replica.current for replica in replicas] == [{"x": "hash of b"}] * 3
+        assert AdapterJournal(tmp_path).read() == {}
+
+    with_replicas(tmp_path, use, lambda: tuple(on_disk))
