@@ -173,7 +173,7 @@ class AdapterVersions:
             await asyncio.sleep(_POLL_S)
             try:
                 await self._prepare(record)
-            except EngineDead:
+            except (EngineDead, RequestRejected):
                 continue
 
     async def _discard(self, name: str, versions: Iterable[Version]) -> None:
