@@ -26,6 +26,8 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.events.form import CacheKind
+from stellarbyte_server.engine.events.publisher import EventAddresses, EventPublisher
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.executor import Executor
@@ -44,6 +46,7 @@ from stellarbyte_server.engine.start.serving_plan import (
     tokens_a_step,
 )
 from stellarbyte_server.engine.state.block_pool import BlockPool
+from stellarbyte_server.engine.state.cache_log import CacheLog
 from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
 
 logger = logging.getLogger("server.engine")
@@ -107,6 +110,10 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         queue_timeout_s=settings.queue_timeout,
         shares=share_limits(device.type),
     )
+    layout = plan.layout
+    has_window = layout.window is not None and layout.window + layout.sink_tokens < max_model_len
+    kind = CacheKind(medium="CPU" if device.type == "cpu" else "GPU", window=layout.window if has_window else None)
+    log, events = _make_events(settings, kind)
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
@@ -114,7 +121,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         Scheduler(
             limits,
             plan.layout,
-            BlockPool(plan.num_blocks),
+            BlockPool(plan.num_blocks, log),
             prefix_caching=settings.enable_prefix_caching,
             adapters=adapters,
         ),
@@ -123,6 +130,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         eos_token_ids,
         adapters,
         grammars,
+        events,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -139,6 +147,22 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         weights_hash=folder.weights_hash(),
     )
     return core, info
+
+
+def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
+    """The log of the cache and what publishes it; EventsAddressError if an address is in use."""
+    if settings.kv_events is None:
+        return None, None
+    addresses = EventAddresses(
+        publish=settings.kv_events,
+        replay=settings.kv_events_replay,
+        topic=settings.kv_events_topic,
+        rank=settings.engine_index,
+    )
+    log = CacheLog()
+    events = EventPublisher(log, kind, addresses)
+    events.start()
+    return log, events
 
 
 def _make_cpu_executor(
