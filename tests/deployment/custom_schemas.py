@@ -136,7 +136,7 @@ SCORERS: dict[str, tuple[str, ...]] = {
     "queue-scorer": ("vllm:num_requests_waiting",),
     "running-requests-size-scorer": ("vllm:num_requests_running",),
     "kv-cache-utilization-scorer": ("vllm:kv_cache_usage_perc",),
-    "prefix-cache-scorer": (),  # vllm:cache_config_info, if it is there
+    "prefix-cache-scorer": ("vllm:cache_config_info",),
     "lora-affinity-scorer": ("vllm:lora_requests_info",),
 }
 _PLUGINS = [*SCORERS, "metrics-data-source", "core-metrics-extractor", "max-score-picker", "weighted-random-picker"]
@@ -155,6 +155,27 @@ PICKER = _fields(
             ),
         ),
         8,
+    ),
+)
+
+# kubernetes-sigs/gateway-api-inference-extension, tools/dynamic-lora-sidecar/README.md
+_MODELS = _fields(
+    "models",
+    models=_list(
+        _fields("id source", id={"type": "string"}, source={"type": "string"}, **{"base-model": {"type": "string"}}),
+        1000,
+        least=0,
+    ),
+)
+SYNCER = _fields(
+    "vLLMLoRAConfig",
+    vLLMLoRAConfig=_fields(
+        name={"type": "string"},
+        host={"type": "string"},
+        port=_PORT,
+        defaultBaseModel={"type": "string"},
+        ensureExist=_MODELS,
+        ensureNotExist=_MODELS,
     ),
 )
 

@@ -25,12 +25,15 @@ OBJECTS = build(FOLDER)
 DEPLOYMENT = find(OBJECTS, "Deployment")
 POD = DEPLOYMENT["spec"]["template"]
 (SERVER,) = POD["spec"]["containers"]
+(SYNCER,) = POD["spec"]["initContainers"]
 PICKER_POD = find(OBJECTS, "Deployment", "stellarbyte-picker")["spec"]["template"]
 (PICKER,) = PICKER_POD["spec"]["containers"]
 POOL = find(OBJECTS, "InferencePool")["spec"]
 (RULE,) = find(OBJECTS, "HTTPRoute")["spec"]["rules"]
 PLUGINS = yaml.safe_load(find(OBJECTS, "ConfigMap", "stellarbyte-picker")["data"]["plugins.yaml"])
+ADAPTERS = yaml.safe_load(find(OBJECTS, "ConfigMap", "stellarbyte-adapters")["data"]["configmap.yaml"])
 SETTINGS = find(OBJECTS, "ConfigMap")["data"]
+PATHS = {path for _, path in OPERATIONS}
 
 
 def name_of(each: dict[str, Any]) -> str:
@@ -140,15 +143,11 @@ def test_the_pickers_plugins_are_its_own_and_read_metrics_that_the_server_has() 
     wanted = {"queue-scorer", "kv-cache-utilization-scorer", "prefix-cache-scorer", "lora-affinity-scorer"}
     assert scorers == wanted and all(used[name] for name in scorers)
     assert {metric for name in scorers for metric in custom_schemas.SCORERS[name]} <= SERIES
-    assert types["metrics-data-source"]["parameters"]["path"] in {path for _, path in routes()}
+    assert types["metrics-data-source"]["parameters"]["path"] in PATHS
     volumes = {each["name"]: each for each in PICKER_POD["spec"]["volumes"]}
     (mount,) = PICKER["volumeMounts"]
     assert f"--config-file={mount['mountPath']}/plugins.yaml" in PICKER["args"]
     assert volumes[mount["name"]]["configMap"]["name"] == "stellarbyte-picker"
-
-
-def routes() -> set[tuple[str, str]]:
-    return {(method, path) for method, path in OPERATIONS}
 
 
 def test_the_route_leads_to_the_pool_by_paths_that_exist() -> None:
@@ -157,15 +156,14 @@ def test_the_route_leads_to_the_pool_by_paths_that_exist() -> None:
     assert (f"{backend['group']}/v1", backend["kind"]) == (pool["apiVersion"], pool["kind"])
     (parent,) = find(OBJECTS, "HTTPRoute")["spec"]["parentRefs"]
     find(OBJECTS, "Gateway", parent["name"])
-    paths = {path for _, path in routes()}
     matched = set()
     for match in RULE["matches"]:
         wanted = match["path"]
         if wanted["type"] == "Exact":
-            assert wanted["value"] in paths
+            assert wanted["value"] in PATHS
             matched.add(wanted["value"])
         else:
-            matched |= {path for path in paths if path.startswith(wanted["value"] + "/")}
+            matched |= {path for path in PATHS if path.startswith(wanted["value"] + "/")}
     assert matched >= {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize"}
     assert not matched & {"/metrics", "/health", "/ready", "/version"}
     assert RULE["timeouts"]["request"] == "0s"  # an answer may take any time
@@ -192,8 +190,11 @@ def test_the_picker_may_do_no_more_than_it_must() -> None:
 
 
 def test_kubectl_builds_the_documents_overlay(tmp_path: Path) -> None:
-    text = textwrap.dedent((ROOT / "docs" / "kubernetes.md").read_text().partition("```yaml\n")[2].partition("```")[0])
-    (tmp_path / "kustomization.yaml").write_text(text)
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    overlay, adapters, added = map(textwrap.dedent, re.findall(r"^ *```yaml\n(.*?)```", text, re.MULTILINE | re.DOTALL))
+    (tmp_path / "kustomization.yaml").write_text(overlay + added)
+    (tmp_path / "adapters.yaml").write_text(adapters)
+    custom_schemas.check(yaml.safe_load(adapters), custom_schemas.SYNCER)
     shutil.copytree(DOCKER / "kubernetes", tmp_path / "stellarbyte" / "docker" / "kubernetes")
     objects = list(yaml.safe_load_all(kubectl_kustomize(tmp_path)))
     assert find(objects, "Gateway")["spec"]["gatewayClassName"] == "agentgateway"
@@ -202,6 +203,10 @@ def test_kubectl_builds_the_documents_overlay(tmp_path: Path) -> None:
     assert find(objects, "RoleBinding", "stellarbyte-picker")["subjects"][0]["namespace"] == "models"
     image = find(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]["image"]
     assert image == "registry.example.com/stellarbyte-server:0.2.0"
+    assert find(objects, "ConfigMap", "stellarbyte-adapters")["data"] == {"configmap.yaml": adapters}
+    (settings,) = [each["data"] for each in objects if "STELLARBYTE_MODEL" in each.get("data", {})]
+    assert settings == SETTINGS | {"STELLARBYTE_ADAPTER_SOURCE": "hf://my-org"}
+    parse_settings([], image_environment("cuda") | settings)
 
 
 def test_the_documents_table_is_the_plugins() -> None:
@@ -209,3 +214,27 @@ def test_the_documents_table_is_the_plugins() -> None:
     shown = dict(re.findall(r"^\| `([a-z-]+-scorer)` \| (\d+) \|", text, re.MULTILINE))
     (profile,) = PLUGINS["schedulingProfiles"]
     assert shown == {each["pluginRef"]: str(each["weight"]) for each in profile["plugins"] if "weight" in each}
+
+
+def test_the_syncer_reads_a_file_of_its_form() -> None:
+    custom_schemas.check(ADAPTERS, custom_schemas.SYNCER)
+    assert SYNCER["restartPolicy"] == "Always"  # or the server would wait for its end
+    volumes = {each["name"]: each for each in POD["spec"]["volumes"]}
+    (mount,) = SYNCER["volumeMounts"]
+    assert "subPath" not in mount and volumes[mount["name"]]["configMap"] == {"name": "stellarbyte-adapters"}
+    (variable,) = SYNCER["env"]
+    assert variable == {"name": "DYNAMIC_LORA_ROLLOUT_CONFIG", "value": f"{mount['mountPath']}/configmap.yaml"}
+
+
+def test_the_syncer_calls_the_address_for_operators_by_the_models_name() -> None:
+    settings, file = server_settings(), ADAPTERS["vLLMLoRAConfig"]
+    assert settings.admin_listen == (file["host"], file["port"])
+    assert file["port"] not in [port["number"] for port in POOL["targetPorts"]]
+    assert file["defaultBaseModel"] == settings.model_name
+    assert PATHS >= {"/health", "/v1/models", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+
+
+def test_the_syncer_may_do_no_more_than_it_must() -> None:
+    security = SYNCER["securityContext"]
+    assert security["readOnlyRootFilesystem"] is True and security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
