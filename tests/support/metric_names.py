@@ -4,6 +4,8 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stellarbyte_server.protocol.messages import EngineStats
+
 GAUGES = {
     "stellarbyte:engine_healthy",
     "vllm:num_requests_running",
@@ -68,6 +70,30 @@ LABELS = {
     "stellarbyte:adapter_tokens_total": {"adapter"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
+}
+# An engine's state, and the labels of its cache, to render.
+STATS = EngineStats(
+    num_running=3,
+    num_waiting=2,
+    kv_cache_usage=0.25,
+    num_blocks_used=1,
+    prompt_tokens_total=11,
+    generation_tokens_total=12,
+    num_preemptions_total=13,
+    num_steps_total=4,
+    num_blocked=1,
+    prefix_cache_queries_total=14,
+    prefix_cache_hits_total=15,
+    evicted_tokens_total=16,
+)
+
+
+CACHE = {
+    "block_size": "16",
+    "cache_dtype": "float32",
+    "enable_prefix_caching": "True",
+    "gpu_memory_utilization": "0.9",
+    "num_gpu_blocks": "77",
 }
 EVERYWHERE = {"model_name", "instance", "job"}  # the last two are Prometheus' own
 

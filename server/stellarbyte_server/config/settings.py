@@ -94,6 +94,12 @@ class EngineSettings:
         "dummy: random weights in the shape of config.json, for benchmarks",
         "auto",
     )
+    deterministic: bool = option(
+        switch,
+        "",
+        "the same bits for a request alone, in any batch, chunked, preempted or from the cache; on a CPU",
+        False,
+    )
     max_model_len: int | None = option(
         whole_number(1), "N", "maximum tokens of prompt and answer together (default: the model's context length)", None
     )

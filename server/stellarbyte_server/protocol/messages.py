@@ -295,9 +295,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     max_num_seqs: int  # requests in one batch
     device: str
+    processor: str = ""  # what its kernels are compiled for: torch's name of a CPU's vectors, or of the GPU
     dtype: str
     quantization: str  # of the weights, or "none"
     kv_cache_dtype: str
+    deterministic: bool = False  # a request's numbers do not depend on others'
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
 
 

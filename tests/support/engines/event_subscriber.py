@@ -48,9 +48,9 @@ class EventSubscriber:
         while self.next_number < num_batches:
             assert time.monotonic() < deadline_s, f"batch {self.next_number} did not come"
             if self._subscription.poll(100):
-                topic, number, payload = self._subscription.recv_multipart()
+                topic, frame, payload = self._subscription.recv_multipart()
                 assert topic == self.topic
-                if int.from_bytes(number, "big") == self.next_number:
+                if int.from_bytes(frame, "big") == self.next_number:
                     self._note(payload)
                     continue
             for number, payload in self.ask_again(self.next_number):
@@ -60,7 +60,7 @@ class EventSubscriber:
     def ask_again(self, start: int) -> Iterator[tuple[int, bytes]]:
         """What the replay socket has from a number on."""
         self._replay.send_multipart((b"", start.to_bytes(8, "big")))
-        while self._replay.poll(LIMIT_S * 1000):
+        while self._replay.poll(int(LIMIT_S * 1000)):
             _, number, payload = self._replay.recv_multipart()
             if not payload:
                 assert int.from_bytes(number, "big", signed=True) == -1

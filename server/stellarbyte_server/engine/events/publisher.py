@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from stellarbyte_server.engine.events.form import AllBlocksCleared, CacheKind, EventBatch
+from stellarbyte_server.engine.events.form import AllBlocksCleared, CacheKind, Event, EventBatch
 from stellarbyte_server.engine.state.cache_log import CacheLog, StoredBlock
 from stellarbyte_server.give_way import give_way
 
@@ -135,7 +135,7 @@ class EventPublisher:
     def _publish_queued(self) -> None:
         while self._queue:
             number, time_s, changes = self._queue.popleft()
-            events = [AllBlocksCleared()] if changes is None else self._kind.events(changes)
+            events: list[Event] = [AllBlocksCleared()] if changes is None else self._kind.events(changes)
             payload = self._encoder.encode(EventBatch(time_s, events, self._rank))
             frame = number.to_bytes(8, "big")
             self._publish.send_multipart((self._topic, frame, payload))  # drops for subscribers that do not read

@@ -71,6 +71,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     config = folder.config
     serving_config(config, settings)  # refuses what cannot be served before the weights are read
     dtype = _dtype(settings.dtype, device)
+    if settings.deterministic and device.type != "cpu":
+        raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     num_slots = settings.max_loras if settings.serves_adapters else 0
     bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
@@ -79,7 +81,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     if device.type == "cpu":
         kernels = _has_cpu_kernels(config, dtype)
         model, kept = folder.kept_model(dtype, device) if kernels else (folder.language_model(dtype, device), {})
-        served = _cpu_model(model, config, bank, settings.quantization, kept)
+        served = _cpu_model(model, config, bank, settings.quantization, kept, deterministic=settings.deterministic)
         quantization = served.quantization
         adapters = _load_adapters(settings, bank, served.weight)  # fails before the minute of compiling
         _compile_kernels(served)
@@ -141,9 +143,11 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         block_size=plan.layout.block_size,
         max_num_seqs=max_num_seqs,
         device=device.type,
+        processor=torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(),
         dtype=dtype_name(dtype),
         quantization=quantization,
         kv_cache_dtype=dtype_name(cache_dtype),
+        deterministic=settings.deterministic,
         weights_hash=folder.weights_hash(),
     )
     return core, info
@@ -241,6 +245,8 @@ def _cpu_model(
     bank: LoraBank,
     quantization: str,
     kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+    *,
+    deterministic: bool = False,
 ) -> ServedModel:
     """The fastest form of the model for a CPU; `kept` as in `CpuModel`."""
     if quantization == "fp8":
@@ -250,16 +256,20 @@ def _cpu_model(
 
         threads = torch.get_num_threads()
         try:
-            served = CpuModel(model, config, bank, quantization=quantization, num_threads=threads, kept=kept)
+            served = CpuModel(
+                model, config, bank, quantization=quantization, num_threads=threads, is_invariant=deterministic,
+                kept=kept,
+            )  # fmt: skip
         except ValueError as error:
             raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
         if kept:
             is_kept = {"none": "dequantized: the CPU kernels do not take them as the checkpoint keeps them"}
             logger.info("weights are %s", is_kept.get(served.quantization, f"in {served.quantization}"))
         return served
-    if quantization != "none":
+    if quantization != "none" or deterministic:
+        flag = f"--quantization {quantization}" if quantization != "none" else "--deterministic"
         raise StartupError(
-            f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"
+            f"{flag} on a CPU needs float32 and a model that its kernels support: heads of a"
             " multiple of 16 channels, no router_top_p."
         )
     return TorchModel(model, config, bank)

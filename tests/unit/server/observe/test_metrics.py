@@ -8,33 +8,9 @@ from stellarbyte_server.engine.request_totals import ABORT_REASONS, FINISH_REASO
 from stellarbyte_server.observe.metrics import render_metrics
 from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.protocol.histogram import Buckets
-from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, EngineStats
-from tests.support.metric_names import COUNTERS, GAUGES, HISTOGRAMS, check_exposition
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
+from tests.support.metric_names import CACHE, COUNTERS, GAUGES, HISTOGRAMS, STATS, check_exposition
 from tests.support.servers.server_process import ROOT
-
-STATS = EngineStats(
-    num_running=3,
-    num_waiting=2,
-    kv_cache_usage=0.25,
-    num_blocks_used=1,
-    prompt_tokens_total=11,
-    generation_tokens_total=12,
-    num_preemptions_total=13,
-    num_steps_total=4,
-    num_blocked=1,
-    prefix_cache_queries_total=14,
-    prefix_cache_hits_total=15,
-    evicted_tokens_total=16,
-)
-
-
-CACHE = {
-    "block_size": "16",
-    "cache_dtype": "float32",
-    "enable_prefix_caching": "True",
-    "gpu_memory_utilization": "0.9",
-    "num_gpu_blocks": "77",
-}
 
 
 def card(

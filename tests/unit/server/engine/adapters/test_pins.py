@@ -10,7 +10,7 @@ from stellarbyte_server.engine.request_totals import RequestTotals
 from stellarbyte_server.observe.metrics import render_metrics
 from stellarbyte_server.protocol.messages import AdapterList, AdapterLoaded, CallFailed
 from tests.support.engines.adapter_engine import AdapterEngine
-from tests.unit.server.observe.test_metrics import CACHE, STATS
+from tests.support.metric_names import CACHE, STATS
 
 
 def tier(engine: AdapterEngine, name: str) -> str:
