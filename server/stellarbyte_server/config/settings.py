@@ -71,6 +71,9 @@ class EngineSettings:
         " small model that is installed with the package",
     )
     device: str = option(one_of("auto", "cpu", "cuda"), "auto|cpu|cuda", "device that runs the model", "auto")
+    tensor_parallel_size: int = option(
+        whole_number(1, 64), "N", "processes that divide the model among them (CPU only)", 1
+    )
     dtype: str = option(
         one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "data type of weights and KV cache", "auto"
     )
