@@ -33,6 +33,10 @@ class RanksExecutor:
     def prepare(self) -> bool:
         return self._own.prepare()
 
+    def close(self) -> None:
+        """End the other ranks."""
+        self._others.close()
+
 
 class RanksStep:
     """A step that all ranks have started."""
