@@ -43,10 +43,13 @@ class RankProcesses:
 
     Args:
         starts: the first message of each.
+        module: is run with `python -m`; tests replace it.
         on_lost: called, on a thread, when a rank ends or fails alone while it serves, after a line in the log.
     """
 
-    def __init__(self, starts: Sequence[RankStart], on_lost: Callable[[], None] = end_process) -> None:
+    def __init__(
+        self, starts: Sequence[RankStart], module: str = RANK_MODULE, on_lost: Callable[[], None] = end_process
+    ) -> None:
         self.ranks = len(starts) + 1
         self._on_lost = on_lost
         self._said: list[list[FromRank | RankLost]] = [[] for _ in starts]  # by rank - 1, not yet taken
@@ -55,7 +58,7 @@ class RankProcesses:
         self._is_serving = False
         self._is_closed = False
         self._processes = [
-            subprocess.Popen([sys.executable, "-m", RANK_MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             for _ in starts
         ]
         self._readers = [
