@@ -5,9 +5,6 @@ has the rank's columns of A and all of Bᵀ, and its output is a term of the sum
 outputs. Heads and embeddings that an adapter replaces are whole on every rank.
 """
 
-import torch
-
-from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import PackedAdapter, Projections, matrix_at, offsets
 from stellarbyte.lora.untouched_memory import large_array
 from stellarbyte.model.parts import PARTS, Part
@@ -46,9 +43,3 @@ def _cuts(part: Part, share: RankShare, layer: int) -> tuple[slice, slice]:
     """The rank's outputs and inputs of a linear."""
     piece, everything = share.piece(part, layer), slice(None)
     return (everything, piece) if part.cut == "in" else (piece, everything)
-
-
-def bank_bytes(config: ByteModelConfig, rank: int, dtype: torch.dtype) -> int:
-    """Bytes of one slot of a bank for adapters of this rank, of a model or of a rank's share of it."""
-    sizes = (rank * (out + width) + out for shapes in Projections.of(config).shapes for out, width in shapes)
-    return sum(sizes) * dtype.itemsize

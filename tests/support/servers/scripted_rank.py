@@ -19,7 +19,7 @@ from stellarbyte_server.engine.ranks.messages import (
 
 def main() -> int:
     stdin, stdout = os.fdopen(0, "rb"), os.fdopen(1, "wb")
-    start = read_message(stdin, ToRank)
+    start = read_message(stdin, ToRank)  # type: ignore[arg-type]
     assert isinstance(start, RankStart)
     write_message(stdout, RankLoaded())
     while (message := read_message(stdin, ToRank)) is not None:

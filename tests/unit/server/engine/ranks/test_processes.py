@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from stellarbyte.lora.bank import LoraBank
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.ranks import executor as executor_module
 from stellarbyte_server.engine.ranks import processes as processes_module
@@ -70,11 +71,11 @@ class Steps:
         self.error = error
         self.done: list[str] = []
 
-    def start(self, plan: StepPlan) -> Any:
+    def start(self, _plan: StepPlan) -> Any:
         self._do("start")
         return self
 
-    def finish(self, finish: Finish) -> None:
+    def finish(self, _finish: Finish) -> None:
         self._do("finish")
 
     def result(self) -> None:
@@ -148,7 +149,7 @@ def test_a_step_that_fails_on_another_rank_alone_ends_the_group(
 
 def test_a_follower_reports_an_error_and_goes_on() -> None:
     own, said = Steps(ZeroDivisionError("of the step")), []
-    follower = Follower(own, None, said.append)  # type: ignore[arg-type]
+    follower = Follower(own, LoraBank(make_config()), said.append)
     follower.take(StartStep(StepPlan()))
     (failed,) = said
     assert isinstance(failed, StepFailed) and failed.error.endswith("ZeroDivisionError: of the step")

@@ -11,10 +11,18 @@ from typing import Any
 import httpx
 import pytest
 
+from stellarbyte.checkpoint.convert import convert
+from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.processes import assert_gone, child_pids, descendants
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 ENGINE = "stellarbyte_server.engine.process"
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models")
+    return str(convert(tiny_llama(folder / "llama"), folder / "tiny"))
 
 
 def rank_of(server: ServerProcess) -> int:
