@@ -37,6 +37,15 @@ def test_heads_that_are_no_multiple_of_the_ranks(variant: str, ranks: int) -> No
     assert (engine.teacher_forced(tokens, 20) - expected[19:]).abs().max() <= 1e-4
 
 
+def test_a_norm_over_all_heads_counts_each_head_once() -> None:
+    """Of keys, too, of whose heads there are two copies."""
+    model = make_model(**VARIANTS["norms after"])
+    tokens = random_tokens(12)
+    expected = oracle.logprobs(model.state_dict(), model.config, tokens)
+    engine = ModelEngine(model, backend=partial(RanksInThreads, ranks=4))
+    assert (engine.teacher_forced(tokens, 10) - expected[9:]).abs().max() <= 1e-4
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("variant", ["llama", "experts, shared with a gate, some layers dense"])
 def test_adapters_are_cut_alike(ranks: int, variant: str) -> None:

@@ -97,7 +97,7 @@ REQUESTS = [
 
 def test_all_kinds_of_requests_at_once_are_answered_as_by_one_process(engines: tuple[Any, ...]) -> None:
     """Twice, so that the second time reads the prefix cache."""
-    _, one, several = engines
+    model, one, several = engines
     for _ in range(2):
         for expected, actual in zip(answers(one, REQUESTS), answers(several, REQUESTS), strict=True):
             assert (actual.text, actual.token_ids) == (expected.text, expected.token_ids)
@@ -108,8 +108,9 @@ def test_all_kinds_of_requests_at_once_are_answered_as_by_one_process(engines: t
                     assert of_several.token_id == of_one.token_id
                     assert abs(of_several.logprob - of_one.logprob) <= 1e-4
     assert several.scheduler.totals.prefix_hits > 0
-    assert several.scheduler.totals.num_preemptions > 0
-    assert one.scheduler.totals.num_preemptions > 0
+    if model.config.sliding_window is None:  # otherwise sequences do not grow beyond their first blocks
+        assert several.scheduler.totals.num_preemptions > 0
+        assert one.scheduler.totals.num_preemptions > 0
 
 
 def test_log_probabilities_are_the_oracles(engines: tuple[Any, ...]) -> None:
