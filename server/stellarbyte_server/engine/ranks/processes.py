@@ -117,12 +117,13 @@ class RankProcesses:
         return None
 
     def serve(self) -> None:
-        """From now on the end of a rank is the end of the group."""
+        """From now on the end of a rank is the end of the group. Raises RankLost: one has ended already."""
         with self._news:
+            for all_said in self._said:
+                for said in all_said:
+                    if isinstance(said, RankLost):
+                        raise said
             self._is_serving = True
-            lost = any(isinstance(said, RankLost) for all_said in self._said for said in all_said)
-        if lost:
-            self._on_lost()
 
     def close(self) -> None:
         """End the ranks and wait for them. May be called twice."""
@@ -168,7 +169,7 @@ class RankProcesses:
             message = f"tensor-parallel rank {number + 1} of {self.ranks} failed alone in a step: {failure.error}"
             self._lose(number, message)
 
-    def _note(self, number: int, said: FromRank | RankLost) -> None:
+    def _note(self, number: int, said: FromRank) -> None:
         with self._news:
             self._said[number].append(said)
             self._news.notify_all()
@@ -176,8 +177,8 @@ class RankProcesses:
     def _lose(self, number: int, message: str) -> None:
         with self._news:
             is_serving = self._is_serving
-            if is_serving:
-                logger.error("%s; the engine ends with it", message)
-        self._note(number, RankLost(message))
+            self._said[number].append(RankLost(message))
+            self._news.notify_all()
         if is_serving:
+            logger.error("%s; the engine ends with it", message)
             self._on_lost()

@@ -54,7 +54,7 @@ def main() -> int:
         follower = _load(start, inbox, reply)
     except Exception as error:
         ranks = start.settings.tensor_parallel_size
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         reply(RankRefused(f"tensor-parallel rank {start.rank} of {ranks} could not start: {reason}"))
         return 1
     while True:

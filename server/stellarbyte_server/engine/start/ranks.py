@@ -108,9 +108,9 @@ class LoadedRanks:
         executor = self.own.executor(plan.max_model_len, plan.cache.num_blocks)
         try:
             self.others.answers(RankServes)
+            self.others.serve()
         except RankLost as lost:
             raise StartupError(f"{lost}.") from lost
-        self.others.serve()
         return RanksExecutor(executor, self.others), plan
 
 
