@@ -67,8 +67,8 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
             (layers.down, inner, branch, NO_ACTIVATION),
         ):
             packed = (weight.weights[layer], weight.scales[layer], weight.minima[layer])
-            linear(source, packed, nothing, no_addend, out, act, num_threads)
-    linear(x, head, nothing, no_addend, logits, NO_ACTIVATION, num_threads)
+            linear(source, packed, nothing, no_addend, out, act, False, num_threads)
+    linear(x, head, nothing, no_addend, logits, NO_ACTIVATION, False, num_threads)
 
 
 @njit

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from stellarbyte_server.config.command_line import parse_settings
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.http.connections.tls import check_certificate
+from stellarbyte_server.http.listeners import ListenError, Listeners, listening
 from stellarbyte_server.http.stopping import exit_quietly, on_stop_signals
 from stellarbyte_server.import_path import leave_current_folder
 from stellarbyte_server.logs import LogFormat, configure_logging
@@ -31,8 +31,6 @@ if TYPE_CHECKING:  # imported late
 logger = logging.getLogger("server")
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
-# The kernel's buffer for unread output of a connection. Linux doubles the value; its default is megabytes.
-SEND_BUFFER_BYTES = 64 * 1024
 
 
 class StartError(Exception):
@@ -50,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, engine_module: str = ENGINE_MOD
         return _run(settings, _checked_keys(settings), engine_module)
     except SettingsError as error:
         message, status = str(error), 2
-    except StartError as error:
+    except (StartError, ListenError) as error:
         message, status = str(error), 1
     if log_format == "json":
         logger.error("%s", message)
@@ -70,11 +68,11 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 
 def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
-    """Run the engine process and HTTP from start to stop. Raises StartError."""
+    """Run the engine process and HTTP from start to stop. Raises StartError or ListenError."""
     from stellarbyte_server.client.launch import EngineProcess, EngineStartError
     from stellarbyte_server.client.restart import RestartingEngine
 
-    with _listening(settings) as listeners, _data_folder(settings):
+    with listening(settings) as listeners, _data_folder(settings):
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
@@ -96,7 +94,7 @@ def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) ->
 
 
 async def _serve_all(
-    settings: ServerSettings, keys: tuple[Key, ...], listeners: list[socket.socket], engine: "RestartingEngine"
+    settings: ServerSettings, keys: tuple[Key, ...], listeners: list[Listeners], engine: "RestartingEngine"
 ) -> int:
     """Run one HTTP process for each listener: this process, or others that it watches."""
     started_at = int(time.time())
@@ -110,7 +108,7 @@ async def _serve_all(
 async def _serve(
     settings: ServerSettings,
     keys: tuple[Key, ...],
-    listener: socket.socket,
+    listeners: Listeners,
     engine: "RestartingEngine",
     started_at: int,
 ) -> int:
@@ -128,7 +126,11 @@ async def _serve(
         on_hangup(settings, read_again)
         _announce(settings)
 
-    return await serve(settings, keyring, listener, engine, started_at, on_started)
+    return await serve(settings, keyring, listeners, engine, started_at, on_started)
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _announce(settings: ServerSettings) -> None:
@@ -139,7 +141,8 @@ def _announce(settings: ServerSettings) -> None:
         )
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
     scheme = "http" if settings.ssl_certfile is None else "https"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    url = _url(scheme, host, settings.port)
+    admin_url = None if settings.admin_listen is None else _url("http", *settings.admin_listen)
     if settings.log_format == "json":
         logger.info("StellarByte serves %s at %s", settings.model_name, url)
         return
@@ -157,29 +160,15 @@ def _announce(settings: ServerSettings) -> None:
         f"\nStellarByte serves {settings.model_name} at {url}\nTry:\n\n"
         f"curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{quoted}'\n\n"
     )
-    if settings.engine.serves_adapters and settings.admin_api_key is None and not settings.allow_local_admin:
+    if admin_url is not None:
+        sys.stderr.write(f"Programs of this machine load and unload adapters at {admin_url} without a key.\n\n")
+    if settings.engine.serves_adapters and not (settings.admin_api_key or settings.allow_local_admin or admin_url):
         sys.stderr.write(
             "Adapters of --adapter-dir are loaded on first use. To load, replace and unload adapters while the server"
             " runs,\nstart it with STELLARBYTE_ADMIN_API_KEY, or with --allow-local-admin if only this machine can"
             " reach it.\n\n"
         )
     sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def _listening(settings: ServerSettings) -> Iterator[list[socket.socket]]:
-    """Hold the port, with a listener for each HTTP process. Raises StartError."""
-    listeners: list[socket.socket] = []
-    try:
-        try:
-            _bind(settings.host, settings.port, settings.http_workers, listeners)
-        except OSError as error:
-            reason = error.strerror or error
-            raise StartError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from None
-        yield listeners
-    finally:
-        for listener in listeners:
-            listener.close()
 
 
 @contextlib.contextmanager
@@ -198,26 +187,6 @@ def _data_folder(settings: ServerSettings) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _bind(host: str, port: int, number: int, listeners: list[socket.socket]) -> None:
-    """Bind the port before the model is loaded; connections are accepted once it is ready. Adds to `listeners`.
-
-    With several sockets each belongs to one HTTP process, and Linux spreads connections evenly over them. (Processes
-    that accept from one socket get very unequal shares.) Only the later ones are bound with SO_REUSEPORT, so that a
-    port in use is detected, even if its server uses SO_REUSEPORT, too.
-    """
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    for index in range(number):
-        listener = socket.socket(family, kind, protocol)
-        listeners.append(listener)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit it
-        if index > 0:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind(address)
-        if number > 1:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
 if __name__ == "__main__":

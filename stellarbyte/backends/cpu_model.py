@@ -71,6 +71,7 @@ class CpuModel(ServedModel):
         bank: the adapters, float32; None: no adapters.
         quantization: "none", "int8" or "int4": of all matrices but the embedding and routers.
         num_threads: numba threads to use.
+        is_invariant: the numbers of a sequence do not depend on the rest of a step, bit for bit; see `ops.cpu.linear`.
         kept: the quantized matrices of a checkpoint, by the names of their parameters, as in `CpuMatrices`.
 
     Raises:
@@ -85,6 +86,7 @@ class CpuModel(ServedModel):
         *,
         quantization: str,
         num_threads: int,
+        is_invariant: bool = False,
         kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
     ) -> None:
         decoder = model.model
@@ -110,6 +112,7 @@ class CpuModel(ServedModel):
             norm_eps=config.rms_norm_eps,
             alpha=deepnorm_alpha(config) if config.deepnorm else 0.0,
             is_parallel=config.parallel_residual,
+            is_invariant=is_invariant,
         )
         self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
@@ -134,7 +137,10 @@ class CpuModel(ServedModel):
         logits_RV = np.empty((len(hidden_RC), self.vocab_size), np.float32)
         if len(logits_RV):
             head = tuple(self.head_weight)
-            linear(hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.num_threads)
+            linear(
+                hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.options.is_invariant,
+                self.num_threads,
+            )  # fmt: skip
         products_RV = add_logits(torch.from_numpy(logits_RV), hidden_RC, adapters, self.bank)
         return finish_logits(products_RV, self.logits_multiplier, self.logits_softcap)
 

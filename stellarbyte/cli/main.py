@@ -7,7 +7,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from stellarbyte.cli.arguments import parse
+from stellarbyte.cli.arguments.parser import parse
 
 
 def main(arguments: list[str] | None = None) -> int:

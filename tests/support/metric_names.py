@@ -4,6 +4,8 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from stellarbyte_server.protocol.messages import EngineStats
+
 GAUGES = {
     "stellarbyte:engine_healthy",
     "vllm:num_requests_running",
@@ -12,6 +14,11 @@ GAUGES = {
     "vllm:kv_cache_usage_perc",
     "vllm:lora_requests_info",
     "stellarbyte:adapter_resident",
+    "vllm:cache_config_info",
+    "vllm:lora_adapter_loaded",
+    "vllm:num_gpu_loaded_lora_adapters",
+    "vllm:num_cpu_loaded_lora_adapters",
+    "vllm:max_gpu_lora_adapters",
 }
 COUNTERS = {
     "vllm:prompt_tokens_total",
@@ -22,6 +29,8 @@ COUNTERS = {
     "vllm:request_success_total",
     "stellarbyte:adapter_tokens_total",
     "stellarbyte:evicted_tokens_total",
+    "stellarbyte:kv_event_batches_total",
+    "stellarbyte:kv_event_batches_dropped_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
 }
@@ -40,6 +49,7 @@ HISTOGRAMS = {
     "vllm:request_generation_tokens",
     "vllm:iteration_tokens_total",
     "stellarbyte:adapter_load_seconds",
+    "vllm:lora_adapter_load_seconds",
     "stellarbyte:engine_step_seconds",
     "stellarbyte:http_stream_lag_seconds",
 }
@@ -48,10 +58,42 @@ LABELS = {
     "vllm:lora_requests_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "vllm:num_requests_waiting_by_reason": {"reason"},
     "vllm:request_success_total": {"finished_reason"},
+    "vllm:cache_config_info": {
+        "block_size",
+        "cache_dtype",
+        "enable_prefix_caching",
+        "gpu_memory_utilization",
+        "num_gpu_blocks",
+    },
+    "vllm:lora_adapter_loaded": {"adapter_name", "level", "pinned", "rank"},
     "stellarbyte:adapter_resident": {"adapter", "tier"},
     "stellarbyte:adapter_tokens_total": {"adapter"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
+}
+# An engine's state, and the labels of its cache, to render.
+STATS = EngineStats(
+    num_running=3,
+    num_waiting=2,
+    kv_cache_usage=0.25,
+    num_blocks_used=1,
+    prompt_tokens_total=11,
+    generation_tokens_total=12,
+    num_preemptions_total=13,
+    num_steps_total=4,
+    num_blocked=1,
+    prefix_cache_queries_total=14,
+    prefix_cache_hits_total=15,
+    evicted_tokens_total=16,
+)
+
+
+CACHE = {
+    "block_size": "16",
+    "cache_dtype": "float32",
+    "enable_prefix_caching": "True",
+    "gpu_memory_utilization": "0.9",
+    "num_gpu_blocks": "77",
 }
 EVERYWHERE = {"model_name", "instance", "job"}  # the last two are Prometheus' own
 
@@ -62,7 +104,7 @@ def check_exposition(text: str, *, with_adapters: bool) -> None:
     expected = dict.fromkeys(GAUGES, "gauge") | dict.fromkeys(COUNTERS, "counter")
     assert types == expected | dict.fromkeys(HISTOGRAMS, "histogram")
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    of_adapters = {"stellarbyte:adapter_resident", "stellarbyte:adapter_tokens_total"}
+    of_adapters = {"stellarbyte:adapter_resident", "stellarbyte:adapter_tokens_total", "vllm:lora_adapter_loaded"}
     assert {sample.name for sample in samples} == (SERIES if with_adapters else SERIES - of_adapters)
     for sample in samples:
         own = LABELS.get(sample.name, set()) | ({"le"} if sample.name.endswith("_bucket") else set())

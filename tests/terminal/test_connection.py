@@ -2,7 +2,7 @@
 
 import pytest
 
-from stellarbyte.cli.arguments import make_parser
+from stellarbyte.cli.arguments.parser import make_parser
 from stellarbyte_client import Model
 from stellarbyte_client.terminal.connection import CommandFailed, Connection, check_model, default_model
 

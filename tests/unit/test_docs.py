@@ -11,7 +11,7 @@ import pytest
 
 from scripts.site.api_reference import api_markdown
 from scripts.site.flags_reference import flags_markdown
-from stellarbyte.cli.arguments import make_parser
+from stellarbyte.cli.arguments.parser import make_parser
 from stellarbyte_server.api.contract.openapi import make_document
 from stellarbyte_server.api.endpoints import OPERATIONS
 from stellarbyte_server.config.command_line import GROUPS, OTHER_VARIABLES, flag_of, off_flag_of, options, variable_of

@@ -12,6 +12,7 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     state: Literal["loading", "ready", "draining", "failed"]
     error: str | None  # one sentence, when failed
     tier: Literal["gpu", "slot", "cpu", "disk"]  # the fastest memory that holds it; slot: in use on a CPU
+    pinned: bool = False  # it keeps its slot
     content_hash: str | None  # None: not read yet
     root: str  # its path
     rank: int | None
@@ -33,6 +34,7 @@ class LoadedAdapter(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     matched: tuple[str, ...]  # modules it changes
     unmatched: tuple[str, ...]  # targets in its configuration without weights
+    pinned: bool = False  # it keeps its slot
 
 
 class UnloadedAdapter(msgspec.Struct, frozen=True, kw_only=True):

@@ -83,6 +83,10 @@ class AsyncStellarByte:
         """The text of tokens, including special ones."""
         return await self._send(calls.detokenize(tokens, model))
 
+    async def replay(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
+        """Send the request of an answer's receipt once more, and return the receipt of the new answer."""
+        return await self._send(calls.replay(receipt))
+
     async def metrics(self) -> list[MetricSample]:
         """All current metrics."""
         return await self._send(calls.metrics())

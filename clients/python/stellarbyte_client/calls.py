@@ -84,6 +84,11 @@ def detokenize(tokens: Sequence[int], model: str | None) -> Call[str]:
     return Call("POST", "/detokenize", lambda response: read(response).prompt, body)
 
 
+def replay(receipt: Mapping[str, Any]) -> Call[dict[str, Any]]:
+    read = _json(_Answer)
+    return Call("POST", receipt["path"], lambda response: read(response).receipt, receipt["body"])
+
+
 def metrics() -> Call[list[MetricSample]]:
     return Call("GET", "/metrics", _read_metrics)
 
@@ -107,6 +112,10 @@ class _List(msgspec.Struct, Generic[T]):
 
 class _Detokenized(msgspec.Struct):
     prompt: str
+
+
+class _Answer(msgspec.Struct):
+    receipt: dict[str, Any]
 
 
 class _Version(msgspec.Struct):

@@ -97,6 +97,10 @@ class StellarByte:
         """The text of tokens, including special ones."""
         return self._send(calls.detokenize(tokens, model))
 
+    def replay(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
+        """Send the request of an answer's receipt once more, and return the receipt of the new answer."""
+        return self._send(calls.replay(receipt))
+
     def metrics(self) -> list[MetricSample]:
         """All current metrics; docs/metrics.md describes them."""
         return self._send(calls.metrics())

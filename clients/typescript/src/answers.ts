@@ -9,6 +9,8 @@ export interface Adapter {
   readonly error: string | null;
   /** The fastest memory that holds it; "slot": in use on a CPU. */
   readonly tier: "gpu" | "slot" | "cpu" | "disk";
+  /** It keeps its slot. */
+  readonly pinned: boolean;
   /** null: not read yet. */
   readonly content_hash: string | null;
   /** Its path. */
@@ -34,6 +36,8 @@ export interface LoadedAdapter {
   readonly matched: readonly string[];
   /** Targets in its configuration without weights. */
   readonly unmatched: readonly string[];
+  /** It keeps its slot. */
+  readonly pinned: boolean;
 }
 
 export interface UnloadedAdapter {

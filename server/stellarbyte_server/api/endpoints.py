@@ -10,6 +10,7 @@ from stellarbyte_server.api.routes import (
     messages,
     models,
     ranking,
+    render,
     responses,
     tokenize,
 )
@@ -29,6 +30,7 @@ ROUTERS = tuple(
         models,
         adapters,
         tokenize,
+        render,
         health,
     )
 )

@@ -38,6 +38,7 @@ _INLINE_CHARACTERS = 2000  # longer inputs are tokenized in a thread, so that th
 _INLINE_BYTES = 16_384  # larger bodies are parsed in a thread
 _IGNORED, _MAX_IGNORED_HEADER = "X-Ignored-Fields", 1000
 T = TypeVar("T")
+B = TypeVar("B", bound=GenerationBody)
 MAX_TOKENS_AT_ONCE = 2**20  # of all prompts, or of all answers, of one request that has several
 # Each answer has its own copy of these, prepared in its first step.
 MAX_BIASES_AT_ONCE = 2**14  # entries of logit_bias, of all answers
@@ -221,11 +222,20 @@ def check_body(body: GenerationBody, num_prompts: int, service: Service) -> None
         raise bad_request("The field 'stream_options' is only allowed when 'stream' is true.", "stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise bad_request("The field 'prompt_logprobs' is not allowed when 'stream' is true.", "prompt_logprobs")
+    if body.receipt and body.stream:
+        raise bad_request("The field 'receipt' is not allowed when 'stream' is true.", "receipt")
     wanted, most = num_prompts * body.num_candidates, most_at_once(service)
     if wanted > most:
         raise bad_request(
             f"The request asks for {wanted} answers; at most {most} are allowed.", "prompt" if num_prompts > 1 else "n"
         )
+
+
+def with_seed(body: B) -> B:
+    """A body that asks for a receipt with the seed of its answers, if the client gave none."""
+    if not body.receipt or body.seed is not None:
+        return body
+    return body.model_copy(update={"seed": secrets.randbits(63)})
 
 
 def make_requests(
@@ -268,6 +278,7 @@ def make_requests(
             grammar=grammar,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            return_token_ids=bool(body.return_token_ids or body.receipt),
         )
         prompt_token_ids = tuple(prompt.token_ids)
         first_id = secrets.token_hex(12)

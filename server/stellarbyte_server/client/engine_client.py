@@ -188,9 +188,9 @@ class EngineClient:
         if self._streams.pop(request_id, None) is not None and self._down is None:
             self._send(Abort(request_id))
 
-    async def load_adapter(self, name: str, path: str, in_place: bool) -> AdapterLoaded:
+    async def load_adapter(self, name: str, path: str, in_place: bool, pinned: bool | None = None) -> AdapterLoaded:
         """Load an adapter; RequestRejected or EngineDead."""
-        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place))
+        reply = await self._call(LoadAdapter(secrets.token_hex(8), name, path, in_place, pinned))
         assert isinstance(reply, AdapterLoaded)
         return reply
 

@@ -126,6 +126,11 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         raise SettingsError(
             f"--max-cpu-loras: {engine.max_cpu_loras} must be greater than --max-loras ({engine.max_loras})"
         )
+    if engine.kv_events is not None and not engine.enable_prefix_caching:
+        raise SettingsError("--kv-events: needs --enable-prefix-caching")
+    if engine.kv_events is None and (engine.kv_events_replay is not None or engine.kv_events_topic):
+        flag = "--kv-events-topic" if engine.kv_events_replay is None else "--kv-events-replay"
+        raise SettingsError(f"{flag}: needs --kv-events")
     if settings.context_overflow == "slide" and not settings.allow_slide:
         raise SettingsError("--no-allow-slide: contradicts --context-overflow slide")
     if settings.model_name in dict(engine.lora_modules):

@@ -145,6 +145,25 @@ def http_url(text: str) -> str:
     return text
 
 
+def loopback_address(text: str) -> tuple[str, int]:
+    """HOST:PORT with a host that only this machine can reach, such as 127.0.0.1:8001 or [::1]:8001."""
+    host, _, port = text.rpartition(":")
+    is_port = re.fullmatch(r"\d{1,5}", port) is not None and 1 <= int(port) <= 65535
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not is_port or (":" in host and not is_bracketed) or not is_loopback(host.strip("[]")):
+        raise SettingsError(f"{text!r} must be HOST:PORT with a loopback address, such as 127.0.0.1:8001")
+    return host.strip("[]"), int(port)
+
+
+def tcp_address(text: str) -> str:
+    """tcp://HOST:PORT as ZeroMQ binds it, HOST an IP address or *."""
+    match = re.fullmatch(r"tcp://(?P<host>\*|[0-9.]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})", text)
+    is_valid = match is not None and (match["host"] == "*" or is_address(match["host"].strip("[]")))
+    if match is None or not is_valid or not 1 <= int(match["port"]) <= 65535:
+        raise SettingsError(f"{text!r} must be tcp://HOST:PORT with an IP address or *, such as tcp://127.0.0.1:5557")
+    return text
+
+
 def origins(texts: Sequence[str]) -> tuple[str, ...]:
     """*, or origins as browsers send them: a scheme, a host, and a port other than the scheme's default."""
     for text in texts:

@@ -1,7 +1,7 @@
 """The server's settings: frozen, created once from flags and environment variables.
 
-Every field of `EngineSettings` and `ServerSettings` but `engine` is a flag (`max_model_len` is `--max-model-len`) and a
-variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
+Every field of `EngineSettings` and `ServerSettings` but `engine` and `engine_index` is a flag (`max_model_len` is
+`--max-model-len`) and a variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from stellarbyte_server.config.setting_values import (
     existing_folder,
     host_names,
     http_url,
+    loopback_address,
     named_paths,
     not_empty,
     one_of,
@@ -31,6 +32,7 @@ from stellarbyte_server.config.setting_values import (
     share,
     some_seconds,
     switch,
+    tcp_address,
     whole_number,
     window_size,
 )
@@ -95,6 +97,12 @@ class EngineSettings:
         "dummy: random weights in the shape of config.json, for benchmarks",
         "auto",
     )
+    deterministic: bool = option(
+        switch,
+        "",
+        "the same bits for a request alone, in any batch, chunked, preempted or from the cache; on a CPU",
+        False,
+    )
     max_model_len: int | None = option(
         whole_number(1), "N", "maximum tokens of prompt and answer together (default: the model's context length)", None
     )
@@ -156,6 +164,18 @@ class EngineSettings:
         "maximum adapters in CPU memory, more than --max-loras (default: 4 times --max-loras)",
         None,
     )
+    kv_events: str | None = option(
+        tcp_address,
+        "tcp://HOST:PORT",
+        "publish the changes of the prefix cache there, over ZeroMQ in vLLM's form; they contain the tokens of prompts"
+        " (HOST: an IP address of this machine, or * for all)",
+        None,
+    )
+    kv_events_replay: str | None = option(
+        tcp_address, "tcp://HOST:PORT", "socket that sends the events of --kv-events again on request", None
+    )
+    kv_events_topic: str = option(str, "TOPIC", "topic of the messages of --kv-events (default: empty)", "")
+    engine_index: int = 0  # not a flag: of an engine among several, which is added to the ports of events
     max_queued_requests: int = option(
         whole_number(0), "N", "maximum waiting requests beyond --max-num-seqs; further ones get 429", 1024
     )
@@ -229,6 +249,12 @@ class ServerSettings:
         "",
         "allow local programs to load and unload adapters without a key; unsafe behind a proxy or tunnel",
         False,
+    )
+    admin_listen: tuple[str, int] | None = option(
+        loopback_address,
+        "HOST:PORT",
+        "second address, on loopback, where local programs may load and unload adapters without a key, over plain HTTP",
+        None,
     )
     allowed_host: tuple[str, ...] = option(
         host_names,

@@ -7,6 +7,7 @@ import tokenizers
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
+from stellarbyte_server.engine.events.publisher import EventPublisher
 from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.grammar.followed import Grammar
@@ -53,11 +54,14 @@ class EngineCore:
         eos_token_ids: frozenset[int],
         adapters: Adapters,
         grammars: GrammarCompiler,
+        events: EventPublisher | None = None,
     ) -> None:
+        """`events` publishes what the scheduler's pool logs."""
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
         self.grammars = grammars
+        self.events = events
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.answers = LiveAnswers(scheduler, adapters)
@@ -144,7 +148,7 @@ class EngineCore:
     def call(self, call: Call) -> None:
         """Execute an operator's call; `take_replies` returns the answer, now or after a later step."""
         if isinstance(call, LoadAdapter):
-            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place)
+            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place, call.pinned)
             self.answers.replies += [] if refusal is None else [refusal]
         elif isinstance(call, UnloadAdapter):
             self.answers.replies += self.adapters.unload(call.call_id, call.name)
@@ -155,6 +159,7 @@ class EngineCore:
         """Answers to calls since the last `take_replies`; also processes other threads' results."""
         self.answers.replies += self.adapters.collect()
         self._queue_compiled()
+        self._publish()  # an abort removes blocks, too, and no step may follow
         replies, self.answers.replies = self.answers.replies, []
         return replies
 
@@ -190,7 +195,12 @@ class EngineCore:
             news += self._receive(chunks, step)
         news += self.answers.failed
         self.answers.failed = []
+        self._publish()
         return news
+
+    def _publish(self) -> None:
+        if self.events is not None:
+            self.events.flush()
 
     def _start(self, chunks: list[Chunk]) -> RunningStep | Exception | None:
         try:
@@ -250,6 +260,8 @@ class EngineCore:
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=self.scheduler.num_evicted,
             step_tokens_total=self.answers.num_step_tokens,
+            kv_event_batches_total=0 if self.events is None else self.events.num_batches,
+            kv_event_batches_dropped_total=0 if self.events is None else self.events.num_dropped,
         )
 
     def _queue_compiled(self) -> None:

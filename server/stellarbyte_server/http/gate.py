@@ -14,10 +14,23 @@ from stellarbyte_server.api.contract.errors import ApiError, bad_request, method
 from stellarbyte_server.config.setting_values import is_address, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
 
+ADMIN_ADDRESS = "admin_address"  # key in a scope's state of requests to --admin-listen, which only this server can set
+_READING = ("GET", "HEAD")
 _CHANGING = ("POST", "DELETE")
 _PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?", re.IGNORECASE)
 _ORIGIN = re.compile(r"https?://(?P<host>[^/]+)", re.IGNORECASE)
+
+
+class AtAdminAddress:
+    """Marks all requests as requests to the address of --admin-listen."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})[ADMIN_ADDRESS] = True
+        await self._app(scope, receive, send)
 
 
 class Gate:
@@ -50,7 +63,10 @@ class Gate:
         """ApiError unless the request is allowed. Without a key, unknown paths get the same error as known ones."""
         headers = Headers(scope=scope)
         keyring = self._keyring
-        if not keyring.has_user_keys and self._key(headers) is None and not self._is_own_name(headers):
+        is_operators = ADMIN_ADDRESS in scope["state"]
+        if is_operators:
+            _require_local(headers, "At the address of --admin-listen")
+        elif not keyring.has_user_keys and self._key(headers) is None and not self._is_own_name(headers):
             addresses = "addresses 127.… and [::1]" if self._is_local else "IP addresses"
             raise ApiError(
                 403,
@@ -64,7 +80,9 @@ class Gate:
             key = self._key(headers)
             if key is not None:
                 scope["state"]["key"] = key
-            if access is Access.ADMIN:
+            if is_operators and (access is Access.ADMIN or method in _READING):
+                _require_json(headers, method)
+            elif access is Access.ADMIN:
                 self._require_admin(key, headers)
             elif key is None and keyring.has_user_keys:
                 raise _no_key("This request needs one of the server's API keys")
@@ -139,12 +157,27 @@ class Gate:
                 "This request is disabled: the server has no --admin-api-key. If no proxy or tunnel leads to it,"
                 " --allow-local-admin enables it for this machine's programs without a key.",
             )
-        elif any(name in headers for name in _PROXY_HEADERS) or not _is_loopback_host(headers["host"]):
-            raise ApiError(403, "Without --admin-api-key this request is refused through a proxy.")
-        elif "origin" in headers and not _is_own_page(headers["origin"]):
-            raise ApiError(403, "Without --admin-api-key this request is refused from web pages of other hosts.")
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise bad_request("The header 'Content-Type' must be application/json.")
+        else:
+            _require_local(headers, "Without --admin-api-key")
+        _require_json(headers)
+
+
+def _require_local(headers: Headers, where: str) -> None:
+    """ApiError if headers show that a request comes through a proxy or from a web page of another host."""
+    hosts = headers.getlist("host")
+    if any(name in headers for name in _PROXY_HEADERS) or len(hosts) != 1 or not _is_loopback_host(hosts[0]):
+        raise ApiError(403, f"{where} this request is refused through a proxy.")
+    if "origin" in headers and not _is_own_page(headers["origin"]):
+        raise ApiError(403, f"{where} this request is refused from web pages of other hosts.")
+
+
+def _require_json(headers: Headers, method: str = "POST") -> None:
+    """ApiError unless a request that changes something is JSON, which web pages cannot send without a preflight."""
+    if (
+        method not in _READING
+        and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json"
+    ):
+        raise bad_request("The header 'Content-Type' must be application/json.")
 
 
 def _is_loopback_host(host: str) -> bool:

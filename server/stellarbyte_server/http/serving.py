@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -30,6 +30,8 @@ from stellarbyte_server.http.connections.connection_limit import ACCEPTED_AT_ONC
 from stellarbyte_server.http.connections.protocol import ConnectionBounds, bounded_protocol
 from stellarbyte_server.http.connections.tls import server_context
 from stellarbyte_server.http.connections.tls_protocol import tls_protocol
+from stellarbyte_server.http.gate import AtAdminAddress
+from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
 
@@ -57,7 +59,7 @@ class _Server(uvicorn.Server):
 async def serve(
     settings: ServerSettings,
     keyring: Keyring,
-    listener: socket.socket,
+    listeners: Listeners,
     engine: Engine,
     started_at: int,
     on_started: Callable[[], None],
@@ -80,30 +82,21 @@ async def serve(
             max_connections=connections_allowed(),
             note_rejected=client.observer.note_rejected,
         )
-        protocol: type[asyncio.Protocol] = bounded_protocol(bounds)
+        plain: type[asyncio.Protocol] = bounded_protocol(bounds)
+        protocol = plain
         if settings.ssl_certfile is not None:
-            protocol = tls_protocol(
-                bounded_protocol(bounds), server_context(settings.ssl_certfile, settings.ssl_keyfile)
-            )
+            context = server_context(settings.ssl_certfile, settings.ssl_keyfile)
+            protocol = tls_protocol(bounded_protocol(bounds), context)
         if settings.data_dir is not None:
             limits = StoreLimits(file_bytes=settings.max_file_bytes, owner_bytes=settings.max_stored_bytes)
             storage = Storage.open(settings.data_dir, limits)
         app = create_app(load_service(settings, client, started_at, storage), keyring, tracing)
-        config = uvicorn.Config(
-            app,
-            http=protocol,
-            ws="none",
-            backlog=ACCEPTED_AT_ONCE,
-            root_path=settings.root_path,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=math.ceil(LAST_WORDS_S),
-        )
+        servers = {_server(app, protocol, settings): listeners.public}
+        if listeners.admin is not None:
+            servers[_server(AtAdminAddress(app), plain, settings)] = listeners.admin
         batches = _start_batches(storage, app, keyring, client, settings)
         try:
-            await _run_until_stopped(_Server(config), listener, client, batches, settings.shutdown_timeout, on_started)
+            await _run_until_stopped(servers, client, batches, settings.shutdown_timeout, on_started)
         finally:
             await _stop(batches)
         return 1 if client.dead.is_set() else 0
@@ -113,6 +106,22 @@ async def serve(
             storage.close()
         if tracing is not None:
             tracing.shutdown()
+
+
+def _server(app: ASGIApp, protocol: type[asyncio.Protocol], settings: ServerSettings) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        http=protocol,
+        ws="none",
+        backlog=ACCEPTED_AT_ONCE,
+        root_path=settings.root_path,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(LAST_WORDS_S),
+    )
+    return _Server(config)
 
 
 def _start_batches(
@@ -139,21 +148,25 @@ async def _stop(batches: asyncio.Task[None] | None) -> None:
 
 
 async def _run_until_stopped(
-    server: uvicorn.Server,
-    listener: socket.socket,
+    servers: Mapping[uvicorn.Server, socket.socket],
     client: EngineClient,
     batches: asyncio.Task[None] | None,
     shutdown_timeout_s: float,
     on_started: Callable[[], None],
 ) -> None:
-    """Serve; on a stop signal let requests finish until the timeout, then end the others with an error."""
+    """Serve on each server's socket until a stop signal; then let requests finish until the timeout, and end the others
+    with an error."""
     told, told_again = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
         (told_again if told.is_set() else told).set()
 
+    def end() -> None:
+        for server in servers:
+            server.should_exit = True
+
     async def tell_when_started() -> None:
-        while not server.started:
+        while not all(server.started for server in servers):
             await asyncio.sleep(0.01)
         keep_for_good()
         on_started()
@@ -161,21 +174,21 @@ async def _run_until_stopped(
     async def stop_after_engine() -> None:
         await client.dead.wait()
         await asyncio.sleep(DEAD_ENGINE_GRACE_S)
-        server.should_exit = True
+        end()
 
     async def drain_when_told() -> None:
         await told.wait()
         client.stop_admission()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(shutdown_timeout_s):
-                while server.server_state.tasks and not told_again.is_set():
+                while any(server.server_state.tasks for server in servers) and not told_again.is_set():
                     await asyncio.sleep(_POLL_S)
         await _stop(batches)  # before streams end with errors, which would count as answers
         client.end_streams(SHUTTING_DOWN)
-        server.should_exit = True
+        end()
 
     call_on_stop_signals(asyncio.get_running_loop(), on_signal)
     background = [asyncio.create_task(work()) for work in (tell_when_started, stop_after_engine, drain_when_told)]
-    await server.serve(sockets=[listener])
+    await asyncio.gather(*(server.serve(sockets=[listener]) for server, listener in servers.items()))
     for task in background:
         task.cancel()

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from stellarbyte_server.client.engine_client import EngineClient
 from stellarbyte_server.client.launch import describe_status
 from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, RestartingEngine
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
 from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.import_path import safe_environment
@@ -44,7 +44,7 @@ class Supervisor:
         self,
         settings: ServerSettings,
         keys: tuple[Key, ...],
-        listeners: list[socket.socket],
+        listeners: list[Listeners],
         engine: RestartingEngine,
         started_at: int,
     ) -> None:
@@ -104,7 +104,7 @@ class Supervisor:
             WORKER_MODULE,
             stdin=PIPE,
             stdout=PIPE,
-            pass_fds=(self._listeners[number].fileno(),),
+            pass_fds=self._listeners[number].filenos,
             process_group=0,
             env=safe_environment(os.environ),
         )
@@ -121,11 +121,13 @@ class Supervisor:
             worker.kill()
             raise WorkerStartError("the server is stopping")
         assert worker.stdin is not None and worker.stdout is not None
+        listeners = self._listeners[number]
         start = WorkerStart(
             number=number,
             settings=self._settings,
             keys=self._keys,
-            listener_fd=self._listeners[number].fileno(),
+            listener_fd=listeners.public.fileno(),
+            admin_fd=None if listeners.admin is None else listeners.admin.fileno(),
             endpoint=self._engine.endpoint,
             info=info,
             started_at=self._started_at,

@@ -18,6 +18,7 @@ import msgspec
 
 from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.client.restart import AttachedEngine
+from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.serving import serve  # imports all modules of HTTP while the engine loads its model
 from stellarbyte_server.http.worker_protocol import NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.logs import configure_logging
@@ -59,8 +60,9 @@ async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
             loop.call_soon_threadsafe(hear, news)
 
     threading.Thread(target=_listen_to_parent, args=(lines, pass_on), daemon=True).start()
-    with socket.socket(fileno=start.listener_fd) as listener:
-        return await serve(start.settings, keyring, listener, engine, start.started_at, lambda: _report(WorkerReady()))
+    admin = None if start.admin_fd is None else socket.socket(fileno=start.admin_fd)
+    with contextlib.closing(Listeners(socket.socket(fileno=start.listener_fd), admin)) as listeners:
+        return await serve(start.settings, keyring, listeners, engine, start.started_at, lambda: _report(WorkerReady()))
 
 
 def _report(state: WorkerReady | WorkerFailed) -> None:

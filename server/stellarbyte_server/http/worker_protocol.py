@@ -18,6 +18,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     settings: ServerSettings
     keys: tuple[Key, ...]  # of the file --keys
     listener_fd: int
+    admin_fd: int | None  # of --admin-listen
     endpoint: str
     info: EngineInfo
     started_at: int  # Unix seconds

@@ -11,17 +11,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from stellarbyte_server.observe.reasons import REASONS
+from stellarbyte_server.observe.routing_metrics import adapter_residency, cache_config_info
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import AdapterList, EngineTotals
 
 
 class _TotalsCollector(Collector):
-    def __init__(self, totals: EngineTotals, model_name: str) -> None:
+    def __init__(self, totals: EngineTotals, model_name: str, cache_config: Mapping[str, str]) -> None:
         self._totals = totals
         self._model_name = model_name
+        self._cache_config = cache_config
 
     def collect(self) -> Iterator[Metric]:
         yield from self._single_values()
+        yield cache_config_info(self._cache_config, self._model_name)
         totals = self._totals
         rejected = dict.fromkeys(REASONS, 0) | totals.rejected
         for name, text, label, by_label in (
@@ -81,6 +84,12 @@ class _TotalsCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
             ("stellarbyte:evicted_tokens", "Tokens evicted from sliding contexts.", stats.evicted_tokens_total),
+            ("stellarbyte:kv_event_batches", "Batches of events of the KV cache.", stats.kv_event_batches_total),
+            (
+                "stellarbyte:kv_event_batches_dropped",
+                "Batches of events that were not published, as the queue was full.",
+                stats.kv_event_batches_dropped_total,
+            ),
         )
         for family, rows in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, text, value in rows:
@@ -156,12 +165,10 @@ class _AdapterCollector(Collector):
                 tokens.add_metric([self._model_name, card.name], card.num_tokens)
         yield resident
         yield tokens
-        yield histogram(
-            "stellarbyte:adapter_load_seconds",
-            "Time to read, check and pack an adapter.",
-            self._adapters.load_seconds,
-            self._model_name,
-        )
+        yield from adapter_residency(self._adapters, self._model_name)
+        for name in ("stellarbyte:adapter_load_seconds", "vllm:lora_adapter_load_seconds"):
+            text = "Time to read, check and pack an adapter."
+            yield histogram(name, text, self._adapters.load_seconds, self._model_name)
 
 
 def histogram(name: str, text: str, buckets: Buckets, model_name: str) -> Metric:
@@ -178,12 +185,17 @@ def tier_name(tier: str, device: str) -> str:
 
 
 def render_metrics(
-    totals: EngineTotals, model_name: str, adapters: AdapterList | None, device: str, is_healthy: bool
+    totals: EngineTotals,
+    model_name: str,
+    adapters: AdapterList | None,
+    device: str,
+    is_healthy: bool,
+    cache_config: Mapping[str, str],
 ) -> bytes:
     """The text of one scrape; without `adapters` (the engine does not answer) the last known counts."""
     registry = CollectorRegistry()
     registry.register(_HealthCollector(is_healthy, model_name))
-    registry.register(_TotalsCollector(totals, model_name))
+    registry.register(_TotalsCollector(totals, model_name, cache_config))
     if adapters is not None:
         registry.register(_AdapterCollector(adapters, model_name, device))
     return generate_latest(registry)

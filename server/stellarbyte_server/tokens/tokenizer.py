@@ -12,6 +12,7 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -108,19 +109,24 @@ class PromptTokenizer:
         return self._encoding(text, add_special_tokens).ids
 
     def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False, **options: Any
+    ) -> list[int]:
+        """Encode a chat rendered by `render_chat`, which takes the `options`.
+
+        The template contains all special tokens; with `add_special_tokens` the tokenizer also adds its own.
+        """
+        return self.encode(self.render_chat(messages, **options), add_special_tokens)
+
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        add_special_tokens: bool = False,
         variables: Mapping[str, Any] = MappingProxyType({}),
-    ) -> list[int]:
-        """Encode a chat rendered by `ChatTemplate.render`, by default up to the assistant's answer; ChatTemplateError.
-
-        The template contains all special tokens; with `add_special_tokens` the tokenizer also adds its own.
-        """
+    ) -> str:
+        """A chat's prompt by `ChatTemplate.render`, by default up to the assistant's answer; ChatTemplateError."""
         if self._is_stand_in:
             raise NoTokenizerError
         template = self._chat_template(has_tools=tools is not None)
@@ -128,14 +134,19 @@ class PromptTokenizer:
             raise ChatTemplateError(
                 "This model has no chat template; start the server with --chat-template FILE or use /v1/completions."
             )
-        text = template.render(
+        return template.render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables=variables,
         )
-        return self.encode(text, add_special_tokens)
+
+    def starts(self, text: str, add_special_tokens: bool = True) -> list[int | None]:
+        """For each token of `encode`, the place of its first character; None for added special tokens."""
+        encoding = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        places = accumulate((start for start, _ in encoding.offsets), max)  # a token of parts of a character goes back
+        return [None if added else place for place, added in zip(places, encoding.special_tokens_mask, strict=True)]
 
     def encode_for_echo(self, text: str, add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """As `encode`, with the number of characters before each token; added special tokens have no characters."""

@@ -49,6 +49,10 @@ def _name_by_chance(file: Any, _number: int) -> str:
 # the index could then name one kind of model's code as another's, for ever: a segmentation fault.
 caching.IndexDataCacheFile._data_name = _name_by_chance
 
+# Kernels' arithmetic. Sums may be reordered, which vectors need. Divisions and roots may not be approximated: only
+# vector code would be, and whether a loop's vector code runs depends on where its arrays lie in memory.
+FAST_MATH = {"nnan", "ninf", "nsz", "reassoc", "contract"}
+
 _folder = _make_folder()
 KEEP_COMPILED = _folder is not None
 

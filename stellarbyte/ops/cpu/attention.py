@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit, prange
 
-from stellarbyte.ops.cpu import KEEP_COMPILED
+from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.instructions import add_weighted_rows, exp, four_dots, prefetch
 
 # T tokens, N sequences, M blocks of the longest table, B blocks of the cache, S block size
@@ -73,7 +73,7 @@ def _amplify(head, gain):
         head[j + len(gain)] *= gain[j]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, num_threads):
     """Store a step's keys, rotated by their offset in their block, and values; normalise q and k if weights are given,
     and multiply q with its gain.
@@ -106,7 +106,7 @@ def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, nu
                 values[block, place, h] = heads[num_heads + num_kv_heads + h]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def paged_attention(
     qkv, shape, batch, rotations, keys, values, window, sinks, scale, softcap, softmax_sink, out, num_threads
 ):

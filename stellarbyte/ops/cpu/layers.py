@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 
-from stellarbyte.ops.cpu import KEEP_COMPILED
+from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, Rotations, paged_attention, write_kv
+from stellarbyte.ops.cpu.instructions import sum_of_squares
 from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
 from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
 from stellarbyte.ops.cpu.moe import ExpertBuffers, Experts, make_expert_buffers, mixture
@@ -48,6 +49,7 @@ class LayerOptions(NamedTuple):
     norm_eps: float
     alpha: float  # DeepNorm's factor of the residual stream; 0: no DeepNorm
     is_parallel: bool  # attention and MLP read one norm
+    is_invariant: bool  # a row's numbers do not depend on the other rows: `linear`
 
 
 class Buffers(NamedTuple):
@@ -62,7 +64,7 @@ class Buffers(NamedTuple):
     experts: ExpertBuffers | None
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def forward_layers(x, weights, options, batch, adapters, rotations, keys, values, num_threads):
     """Run all layers on x [T, C] in place, writing and reading the cache's keys and values [L, B, S, K, D]."""
     eps, alpha = np.float32(options.norm_eps), np.float32(options.alpha)
@@ -89,11 +91,13 @@ def forward_layers(x, weights, options, batch, adapters, rotations, keys, values
         add_branch(x, other, norm, eps, alpha, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def attention(x, layer, weights, options, batch, adapters, rotations, keys, values, buffers, out, num_threads):
     """out [T, C] = the attention branch of a layer for its input x, writing the step's keys and values [B, S, K, D]."""
     shape, qkv, attended = (options.num_heads, options.num_kv_heads, options.head_dim), buffers.qkv, buffers.attended
-    _project(x, layer, weights.qkv, adapters, NO_ACTIVATION, buffers.qkv_addend, qkv, num_threads)
+    _project(
+        x, layer, weights.qkv, adapters, NO_ACTIVATION, options.is_invariant, buffers.qkv_addend, qkv, num_threads
+    )  # fmt: skip
     write_kv(
         qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], np.float32(options.norm_eps), batch, rotations,
         keys, values, num_threads,
@@ -103,11 +107,14 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
         weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
         attended, num_threads,
     )  # fmt: skip
-    _project(attended, layer, weights.output, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
+    _project(
+        attended, layer, weights.output, adapters, NO_ACTIVATION, options.is_invariant, buffers.hidden_addend, out,
+        num_threads,
+    )  # fmt: skip
     finish_branch(out, weights.attention_output_norm_LC[layer], weights.attention_scale_LC[layer], options, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def mlp(x, layer, weights, experts, options, adapters, buffers, out, num_threads):
     """out [T, C] = the MLP branch of a layer for its input x.
 
@@ -118,15 +125,20 @@ def mlp(x, layer, weights, experts, options, adapters, buffers, out, num_threads
     elif experts.places_L[layer] < 0:
         _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads)
     else:
-        mixture(x, layer, experts, options.activation, buffers.experts, out, num_threads)
+        mixture(x, layer, experts, options.activation, options.is_invariant, buffers.experts, out, num_threads)
     finish_branch(out, weights.mlp_output_norm_LC[layer], weights.mlp_scale_LC[layer], options, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
-    inner = buffers.inner
-    _project(x, layer, weights.gate_up, adapters, options.activation, buffers.gate_up_addend, inner, num_threads)
-    _project(inner, layer, weights.down, adapters, NO_ACTIVATION, buffers.hidden_addend, out, num_threads)
+    inner, is_invariant = buffers.inner, options.is_invariant
+    _project(
+        x, layer, weights.gate_up, adapters, options.activation, is_invariant, buffers.gate_up_addend, inner,
+        num_threads,
+    )  # fmt: skip
+    _project(
+        inner, layer, weights.down, adapters, NO_ACTIVATION, is_invariant, buffers.hidden_addend, out, num_threads
+    )  # fmt: skip
 
 
 @njit(inline="always")
@@ -152,7 +164,7 @@ def _addend(linears, num_tokens, adapters):
 
 
 @njit(inline="always")
-def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
+def _project(x, layer, linears, adapters, activation, is_invariant, addend, out, num_threads):
     """out = `linear` of x by one layer of stacked linears, plus each token's adapter.
 
     For DoRA, the products of tokens with adapters are computed once more beforehand, so that other steps pay nothing.
@@ -165,9 +177,9 @@ def _project(x, layer, linears, adapters, activation, addend, out, num_threads):
         if adapters.has_dora:
             rows, products = x[adapters.tokens_J], np.empty((len(adapters.tokens_J), addend.shape[1]), np.float32)
             no_bias, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
-            linear(rows, weight, no_bias, no_addend, products, NO_ACTIVATION, num_threads)
+            linear(rows, weight, no_bias, no_addend, products, NO_ACTIVATION, is_invariant, num_threads)
             add_rescaled(products, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
-    linear(x, weight, linears.bias_LN[place], addend, out, activation, num_threads)
+    linear(x, weight, linears.bias_LN[place], addend, out, activation, is_invariant, num_threads)
 
 
 @njit(inline="always")
@@ -179,25 +191,23 @@ def _branch_input(x, norm, eps, alpha, normed, num_threads):
     return normed
 
 
-@njit(inline="always")
+# Not fast arithmetic, which may order the products otherwise in each function that this is compiled into; with NumPy's
+# error model, for rows of NaN.
+@njit(nogil=True, cache=KEEP_COMPILED, error_model="numpy")
 def _norm_row(row, weight, eps, out):
-    total = np.float32(0.0)
-    for c in range(len(row)):
-        total += row[c] * row[c]
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(row)) + eps)
+    factor = np.float32(1.0) / np.sqrt(sum_of_squares(row) / np.float32(len(row)) + eps)
     for c in range(len(row)):
         out[c] = row[c] * factor * weight[c]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def _rms_norm_parallel(x, weight, eps, out, num_threads):
     for thread in prange(num_threads):
         for t in range(thread, len(x), num_threads):
             _norm_row(x[t], weight, eps, out[t])
 
 
-# Without NumPy's error model a row of NaN would raise ZeroDivisionError: fast arithmetic treats NaN as 0.
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
+@njit(nogil=True, cache=KEEP_COMPILED)
 def rms_norm(x, weight, eps, out, num_threads):
     """out = RMSNorm of each row; on one thread for few rows, as waking others would take longer."""
     if len(x) > 16:
@@ -207,7 +217,7 @@ def rms_norm(x, weight, eps, out, num_threads):
             _norm_row(x[t], weight, eps, out[t])
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def add_branch(x, branch, norm, eps, alpha, num_threads):
     """x += branch, or with DeepNorm x = norm(alpha · x + branch)."""
     if alpha == 0:
@@ -218,7 +228,7 @@ def add_branch(x, branch, norm, eps, alpha, num_threads):
         rms_norm(x, norm, eps, x, num_threads)
 
 
-@njit(fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def finish_branch(branch, norm, scale, options, num_threads):
     """branch = scale · norm(branch), in place; each of them only if it is there."""
     if len(norm):

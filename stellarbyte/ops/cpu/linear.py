@@ -19,7 +19,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from stellarbyte.ops.cpu import KEEP_COMPILED
+from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, exp
 
 # T tokens, N rows, K columns, P panels of R rows
@@ -32,7 +32,6 @@ INT4_GROUP = 32
 NO_ACTIVATION, SILU, GELU, GELU_TANH = range(4)
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 
-_FEW_TOKENS = 2
 _COLUMNS_AT_ONCE = 4
 
 Column = tuple[ir.Value, ir.Value]  # weights as float32, its number
@@ -40,11 +39,15 @@ Visit = Callable[[ir.Value, ir.Value], None]
 
 
 class _PanelEmitter(Emitter):
-    """LLVM instructions for the dot products of one panel with `num_tokens` rows of x."""
+    """LLVM instructions for the dot products of one panel with `num_tokens` rows of x.
 
-    def __init__(self, builder: ir.IRBuilder, num_tokens: int) -> None:
+    `by_groups`: a sum of a group's integers is scaled once, which is faster for few tokens, but another order of sums.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, num_tokens: int, *, by_groups: bool = False) -> None:
         super().__init__(builder)
         self.sums = [self.zeros() for _ in range(num_tokens)]
+        self.by_groups = by_groups
 
     def add_column(self, sums: list[ir.Value], weights: ir.Value, x_rows: list[ir.Value], column: ir.Value) -> None:
         """sums[t] += weights · x[t, column]"""
@@ -55,10 +58,10 @@ class _PanelEmitter(Emitter):
         self, panel: "_Panel", num_columns: ir.Value, x_rows: list[ir.Value], sum_rows: list[ir.Value]
     ) -> None:
         """Emit self.sums[t] += panel · x[t]; `sum_rows` are the sums of the rows of x over int4's groups."""
-        if panel.kind == "float32" or len(x_rows) > _FEW_TOKENS:
-            self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
-        else:
+        if self.by_groups and panel.kind != "float32":
             self._add_groups(panel, num_columns, x_rows, sum_rows)
+        else:
+            self.for_each_column(panel, num_columns, lambda w, column: self.add_column(self.sums, w, x_rows, column))
 
     def for_each_column(self, panel: "_Panel", num_columns: ir.Value, visit: Visit) -> None:
         """Emit a loop that calls visit(weights of a column as float32, its number)."""
@@ -174,7 +177,7 @@ class _Panel:
         return builder.bitcast(start, array.data.type)
 
 
-def _panel_product(num_tokens: int):  # numba's own typing takes its place
+def _panel_product(num_tokens: int, *, by_groups: bool = False):  # numba's own typing takes its place
     """An intrinsic: sums[t, r] = Σ_c weights[panel, c, r] · x[first + t, c] for `num_tokens` tokens."""
 
     @intrinsic
@@ -190,7 +193,7 @@ def _panel_product(num_tokens: int):  # numba's own typing takes its place
                 return [builder.gep(array.data, [builder.mul(token, width)]) for token in tokens], width
 
             (x_rows, num_columns), (sum_rows, _) = rows_of(4), rows_of(7)
-            emitter = _PanelEmitter(builder, num_tokens)
+            emitter = _PanelEmitter(builder, num_tokens, by_groups=by_groups)
             panel = _Panel(context, builder, signature, arguments)
             emitter.add_panel(panel, num_columns, x_rows, sum_rows)
             sums = context.make_array(signature.args[6])(context, builder, arguments[6]).data
@@ -205,6 +208,7 @@ def _panel_product(num_tokens: int):  # numba's own typing takes its place
 
 _product_1, _product_2, _product_3 = _panel_product(1), _panel_product(2), _panel_product(3)
 _product_4, _product_5, _product_6 = _panel_product(4), _panel_product(5), _panel_product(6)
+_grouped_1, _grouped_2 = _panel_product(1, by_groups=True), _panel_product(2, by_groups=True)
 
 
 @intrinsic
@@ -237,13 +241,18 @@ def _activate(x, activation):
 
 
 @njit(inline="always")
-def tile_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums):
+def tile_product(weights, scales, minima, panel, x, first, num_tokens, sums, x_sums, is_invariant):
+    """sums = a panel's products with `num_tokens` rows of x; `is_invariant`: in the same order for any number."""
     if num_tokens == 6:
         _product_6(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 1:
+    elif num_tokens == 1 and is_invariant:
         _product_1(weights, scales, minima, panel, x, first, sums, x_sums)
-    elif num_tokens == 2:
+    elif num_tokens == 1:
+        _grouped_1(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 2 and is_invariant:
         _product_2(weights, scales, minima, panel, x, first, sums, x_sums)
+    elif num_tokens == 2:
+        _grouped_2(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 3:
         _product_3(weights, scales, minima, panel, x, first, sums, x_sums)
     elif num_tokens == 4:
@@ -278,7 +287,7 @@ def write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
                 out[first + t, panel * half + r] = _activate(gate, activation) * up
 
 
-@njit(fastmath=True, nogil=True)
+@njit(fastmath=FAST_MATH, nogil=True)
 def group_sums(x, num_groups):
     """[T, num_groups] sums over int4's groups of columns; empty for other formats, which have no minima."""
     sums = np.zeros((len(x), num_groups), np.float32)
@@ -289,8 +298,8 @@ def group_sums(x, num_groups):
     return sums
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
-def linear(x, weight, bias, addend, out, activation, num_threads):
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+def linear(x, weight, bias, addend, out, activation, is_invariant, num_threads):
     """out = x · Wᵀ + bias + addend, or out = activation(gate) · up of that for a weight from `interleave_gated`.
 
     Args:
@@ -300,6 +309,8 @@ def linear(x, weight, bias, addend, out, activation, num_threads):
         addend: [T, P · R] float32 in the weight's row order, or [0, 0].
         out: [T, N] float32, N rows or pairs of rows; overwritten.
         activation: NO_ACTIVATION, SILU, GELU or GELU_TANH.
+        is_invariant: a row of x has the same product, bit for bit, whatever the other rows are and how many; without
+            it, a quantized weight's products with few tokens are faster.
         num_threads: numba threads to use.
     """
     weights, scales, minima = weight
@@ -317,7 +328,7 @@ def linear(x, weight, bias, addend, out, activation, num_threads):
             for first in range(0, num_tokens, TOKENS_PER_TILE):
                 tile = min(TOKENS_PER_TILE, num_tokens - first)
                 if unpack_first:
-                    tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums)
+                    tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
                 else:
-                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums)
+                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums, is_invariant)
                 write_tile(sums, tile, first, panel, bias, addend, out, activation)

@@ -11,7 +11,7 @@ from numba import njit, prange
 
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.lora.bank import LoraBank
-from stellarbyte.ops.cpu import KEEP_COMPILED
+from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers
 
 # T tokens, J tokens with an adapter, S slots, L layers, P projections, F numbers of a slot
@@ -100,7 +100,7 @@ def _interleave(values, half, out):
         out[n // _HALF_PANEL * 2 * _HALF_PANEL + half * _HALF_PANEL + n % _HALF_PANEL] = values[n]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def write_addends(x, adapters, layer, first, widths, is_gated, addend, num_threads):
     """addend[t] = the token's adapter's addend to the projections `first`, `first` + 1 ..., which share the input x.
 
@@ -136,7 +136,7 @@ def write_addends(x, adapters, layer, first, widths, is_gated, addend, num_threa
                 column += widths[i]
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=KEEP_COMPILED)
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def add_rescaled(products, adapters, layer, first, widths, is_gated, addend, num_threads):
     """addend[t] += scale · d ⊙ W x for tokens whose adapter has DoRA; the arguments are those of `write_addends`.
 

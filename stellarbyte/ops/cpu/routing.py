@@ -61,7 +61,7 @@ def route(x, place, routers, pairs, num_threads):
     """Choose the experts of each row of x [T, C] by router number `place`, and sort the pairs."""
     nothing, no_addend = np.zeros((1, 0, 1), np.float32), np.zeros((0, 0), np.float32)
     weight = routers.weights_MPCR[place], nothing, nothing
-    linear(x, weight, routers.bias_MN[place], no_addend, pairs.logits_TE, NO_ACTIVATION, num_threads)
+    linear(x, weight, routers.bias_MN[place], no_addend, pairs.logits_TE, NO_ACTIVATION, True, num_threads)
     selection_bias = routers.selection_bias_ME[place]
     if len(x) > _FEW_ROWS:
         _choose_parallel(selection_bias, routers, pairs, num_threads)

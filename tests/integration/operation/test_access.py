@@ -28,6 +28,8 @@ ROUTES = {
     ("POST", "/v1/rerank"): "user",
     ("POST", "/v2/rerank"): "user",
     ("POST", "/rerank"): "user",
+    ("POST", "/v1/completions/render"): "user",
+    ("POST", "/v1/chat/completions/render"): "user",
     ("POST", "/tokenize"): "user",
     ("POST", "/detokenize"): "user",
     ("POST", "/v1/files"): "user",

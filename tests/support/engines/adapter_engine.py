@@ -69,8 +69,8 @@ class AdapterEngine:
             self.step()
         raise AssertionError("there is still work")
 
-    def load(self, name: str, path: str, in_place: bool = False) -> Reply:
-        refusal = self.adapters.load(f"load {name}", name, path, in_place)
+    def load(self, name: str, path: str, in_place: bool = False, pinned: bool | None = None) -> Reply:
+        refusal = self.adapters.load(f"load {name}", name, path, in_place, pinned)
         return self.answer([] if refusal is None else [refusal], f"load {name}")
 
     def unload(self, name: str) -> Reply:
@@ -86,11 +86,14 @@ class AdapterEngine:
             replies = self.adapters.collect()
         raise AssertionError("there was no answer")
 
-    def cards(self) -> tuple[AdapterCard, ...]:
+    def listed(self) -> AdapterList:
         self.now_s += LISTING_LASTS_S
         listed = self.answer(self.adapters.list_all("list"), "list")
         assert isinstance(listed, AdapterList)
-        return listed.cards
+        return listed
+
+    def cards(self) -> tuple[AdapterCard, ...]:
+        return self.listed().cards
 
     def card(self, name: str, state: str = "ready") -> AdapterCard:
         (found,) = [c for c in self.cards() if c.name == name and c.state == state]

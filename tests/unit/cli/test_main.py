@@ -155,7 +155,7 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_sentence(
     assert capsys.readouterr().err.splitlines()[-1] == f"stellarbyte chat: error: {said}"
 
 
-@pytest.mark.parametrize("module", ["cli.arguments", "cli", "cli.chat", "cli.adapters", "cli.bench"])
+@pytest.mark.parametrize("module", ["cli.arguments.parser", "cli", "cli.chat", "cli.adapters", "cli.bench"])
 def test_commands_that_need_no_model_import_nothing_that_takes_seconds(module: str) -> None:
     code = f"import sys, stellarbyte.{module}; print({{'torch', 'transformers', 'openai'}} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

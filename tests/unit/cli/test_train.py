@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stellarbyte.cli.arguments.train import TRAIN_COMMANDS
 from stellarbyte.cli.main import main
-from stellarbyte.cli.train_arguments import TRAIN_COMMANDS
 from stellarbyte.train.config.prepare import Prepare
 from stellarbyte.train.config.tokenizer import TrainTokenizer
 from stellarbyte.train.config.yaml_file import read_yaml
@@ -89,7 +89,7 @@ def test_examples_are_valid(file: Path) -> None:
 
 def test_serving_imports_nothing_of_training() -> None:
     code = (
-        "import sys, stellarbyte, stellarbyte.cli.arguments, stellarbyte_server.engine.start.load\n"
+        "import sys, stellarbyte, stellarbyte.cli.arguments.parser, stellarbyte_server.engine.start.load\n"
         "print([name for name in sys.modules if name.startswith('stellarbyte.train')])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from stellarbyte.backends.cpu_model import CpuModel, fits
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, SILU, linear
+from stellarbyte.ops.cpu.layers import rms_norm
+from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, SILU, linear
 from stellarbyte.ops.cpu.packing import QuantizedRows, interleave_gated, no_minima, pack, panels_of, unpack
 from tests.support.cases import each_value_once
 from tests.support.engines.engine import ModelEngine, make_request
@@ -72,7 +73,7 @@ def test_products_of_every_size(tokens: int, rows: int, columns: int, quantizati
     )
     out = np.full((tokens, rows), np.nan, np.float32)
     padded_bias = np.pad(bias, (0, -rows % 16))
-    linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, 2)
+    linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, False, 2)
     expected = x.astype(np.float64) @ w.T + bias
     assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
 
@@ -87,7 +88,7 @@ def test_every_code_of_fp8_is_read_exactly(tokens: int) -> None:
         x = np.eye(64, dtype=np.float32)[first : first + tokens]
         out = np.full((len(x), 16), np.nan, np.float32)
         weight = tuple(panels_of(QuantizedRows(codes, scales, no_minima(16))))
-        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, 2)
+        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, False, 2)
         np.testing.assert_array_equal(out, expected.T[first : first + tokens])
     np.testing.assert_array_equal(unpack(panels_of(QuantizedRows(codes, scales, no_minima(16)))), expected)
 
@@ -96,11 +97,57 @@ def test_a_gated_product() -> None:
     numbers = np.random.default_rng(0)
     x, gate, up = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((9, 32), (20, 32), (20, 32)))
     out = np.full((9, 20), np.nan, np.float32)
-    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), NO_ADDEND, out, SILU, 2)
+    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), NO_ADDEND, out, SILU, False, 2)
     g = torch.from_numpy(x @ gate.T)
     np.testing.assert_allclose(
         out, (torch.nn.functional.silu(g) * torch.from_numpy(x @ up.T)).numpy(), rtol=2e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("quantization", TOLERANCE)
+def test_an_invariant_product_has_the_same_bits_among_any_number_of_tokens(quantization: str) -> None:
+    numbers = np.random.default_rng(0)
+    x, w = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((29, 128), (40, 128)))
+    weight = tuple(pack(w, quantization))
+
+    def product(rows: slice) -> np.ndarray:
+        out = np.full((len(x[rows]), 40), np.nan, np.float32)
+        linear(x[rows], weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, True, 2)
+        return out
+
+    whole = product(slice(None))
+    for size in range(1, 20):
+        for first in range(0, 29, size):
+            np.testing.assert_array_equal(product(slice(first, first + size)), whole[first : first + size])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values())
+def test_a_number_does_not_depend_on_whether_its_neighbours_are_computed(activation: int) -> None:
+    """Of 8 pairs of rows vector code computes a tile, of fewer the code for the rest."""
+    numbers = np.random.default_rng(0)
+    x, gate, up = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((9, 64), (8, 64), (8, 64)))
+    found = {}
+    for rows in range(1, 9):
+        out = np.full((9, rows), np.nan, np.float32)
+        weight = tuple(pack(interleave_gated(gate[:rows], up[:rows]), "none"))
+        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, activation, False, 2)
+        found[rows] = out
+    for rows, out in found.items():
+        np.testing.assert_array_equal(out, found[8][:, :rows])
+
+
+@pytest.mark.parametrize("width", [1, 15, 64, 65, 127, 576])
+def test_a_norm_is_that_of_float64_and_the_same_in_any_number_of_rows(width: int) -> None:
+    numbers = np.random.default_rng(width)
+    x, weight = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((40, width), width))
+    out = np.full_like(x, np.nan)
+    rms_norm(x, weight, np.float32(1e-6), out, 2)
+    exact = x.astype(np.float64) / np.sqrt((x.astype(np.float64) ** 2).mean(axis=1, keepdims=True) + 1e-6) * weight
+    np.testing.assert_allclose(out, exact, rtol=1e-6)
+    for rows in (1, 16, 17):
+        few = np.full_like(x[:rows], np.nan)
+        rms_norm(x[:rows], weight, np.float32(1e-6), few, 2)
+        np.testing.assert_array_equal(few, out[:rows])
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -12,7 +12,9 @@ from starlette.responses import Response
 from stellarbyte_server.api.answers.choices import ChoiceReader, Fragment, Kind, prompt_fields
 from stellarbyte_server.api.answers.ends import UNCHECKED, AnswerEnds
 from stellarbyte_server.api.answers.queueing import stream_when_running
+from stellarbyte_server.api.answers.receipt import make_receipt
 from stellarbyte_server.api.answers.sse import DONE, ChunkWriter, encode_json, event
+from stellarbyte_server.api.contract.bodies.generation import GenerationBody
 from stellarbyte_server.api.contract.errors import ApiError, from_engine
 from stellarbyte_server.api.disconnect import unless_client_leaves
 from stellarbyte_server.api.service import Service
@@ -26,6 +28,7 @@ from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected
 
 _ID_PREFIX = {"chat": "chatcmpl-", "completion": "cmpl-"}
+_PATH = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 _OBJECT = {"chat": "chat.completion", "completion": "text_completion"}
 _INLINE_TOKENS = 5000  # longer answers are written in a thread, so that they do not delay streams
 _CHUNK_OBJECT = {"chat": "chat.completion.chunk", "completion": "text_completion"}
@@ -51,6 +54,7 @@ class AnswerPlan:
     continuous_usage: bool = False
     begins_with_text: bool = True  # of a chat; False: its answers consist of tool calls only
     ignored: tuple[str, ...] = ()  # paths of fields without an effect on this model
+    receipt_of: GenerationBody | None = None  # add a receipt of the answers to this body
 
 
 async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dict[str, str]) -> Response:
@@ -60,7 +64,7 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
         if plan.stream:
 
             def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
-                base = _base(http, service, plan, streams, _CHUNK_OBJECT)
+                base = _base(service, plan, note_adapter(http, plan.requests[0], streams), _CHUNK_OBJECT)
                 so_far = tokens.usage if plan.continuous_usage else None
                 include_usage = plan.include_usage
                 writer = ChunkWriter(base, plan.kind, len(streams), include_usage=include_usage, usage_so_far=so_far)
@@ -75,13 +79,19 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
         streams, read = await unless_client_leaves(http.receive, whole())
     except (RequestRejected, EngineDead) as error:
         raise from_engine(error, plan.grammar_param) from None
-    base = _base(http, service, plan, streams, _OBJECT)
+    adapter_hash = note_adapter(http, plan.requests[0], streams)
+    base = _base(service, plan, adapter_hash, _OBJECT)
 
     def write() -> bytes:
         choices = [choice.reader.whole(index, choice.fragments) for index, choice in enumerate(_best(read, plan))]
         content = base | {"choices": choices, "usage": tokens.usage()}
         if plan.kind == "chat":  # which has one prompt
             content |= prompt_fields(read[0].fragments[0])
+        if plan.receipt_of is not None:
+            token_ids = [choice.token_ids for choice in read]
+            content["receipt"] = make_receipt(
+                service, _PATH[plan.kind], plan.receipt_of, plan.requests, adapter_hash, token_ids
+            )
         return encode_json(content)
 
     is_long = tokens.prompt + tokens.completion > _INLINE_TOKENS
@@ -108,11 +118,8 @@ def note_adapter(http: Request, request: GenerationRequest, streams: Sequence[De
     return adapter_hash
 
 
-def _base(
-    http: Request, service: Service, plan: AnswerPlan, streams: Sequence[DeltaStream], object_names: dict[str, str]
-) -> dict[str, Any]:
+def _base(service: Service, plan: AnswerPlan, adapter_hash: str, object_names: dict[str, str]) -> dict[str, Any]:
     """The fields common to all objects of an answer."""
-    adapter_hash = note_adapter(http, plan.requests[0], streams)
     return {
         "id": _ID_PREFIX[plan.kind] + plan.requests[0].request_id,
         "object": object_names[plan.kind],
@@ -129,6 +136,7 @@ class ReadChoice:
     reader: ChoiceReader
     fragments: list[Fragment]
     logprobs: list[float]
+    token_ids: list[int]  # if the request returns them
 
     @property
     def score(self) -> float:
@@ -150,11 +158,15 @@ async def _read_all(
     streams: Sequence[DeltaStream], plan: AnswerPlan, tokens: TokenCount, ends: AnswerEnds = UNCHECKED
 ) -> list[ReadChoice]:
     """Every answer, read to its end; ApiError as soon as one fails."""
-    read = [ReadChoice(reader=plan.reader(number), fragments=[], logprobs=[]) for number in range(len(streams))]
+    read = [
+        ReadChoice(reader=plan.reader(number), fragments=[], logprobs=[], token_ids=[])
+        for number in range(len(streams))
+    ]
     try:
         async for number, delta in read_deltas(streams, tokens, plan.candidates, plan.grammar_param):
             read[number].fragments.append(await ends.note(number, read[number].reader.read(delta)))
             read[number].logprobs += [entry.logprob for entry in delta.logprobs]
+            read[number].token_ids += delta.token_ids
     finally:
         for stream in streams:
             stream.close()

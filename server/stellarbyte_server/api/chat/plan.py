@@ -11,7 +11,7 @@ from stellarbyte_server.api.answers.answer import AnswerPlan
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.chat.grammar import chat_grammar, chat_structure, special_marks
-from stellarbyte_server.api.chat.prompt import chat_encoder, check_continuation, content_characters
+from stellarbyte_server.api.chat.prompt import ChatInput, chat_renderer, check_continuation, content_characters
 from stellarbyte_server.api.chat.reasoning import reasoning_of, template_variables
 from stellarbyte_server.api.chat.tools import Toolbox
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
@@ -37,7 +37,15 @@ DEFAULT_SLIDING_MAX_TOKENS = 4096
 
 async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
     """The engine's requests for a chat, and the form of the answer; ApiError."""
-    structure = chat_structure(body)
+    plan, _ = await plan_rendered_chat(http, body, service)
+    return plan
+
+
+async def plan_rendered_chat(
+    http: Request, body: ChatBody, service: Service
+) -> tuple[AnswerPlan, Callable[[ChatInput], str]]:
+    """The same, and what renders the prompt of this body, and of others with its tools; see `chat_renderer`."""
+    asked, structure = body, chat_structure(body)
     _check(body, service, structure)
     bounds = Bounds.of(http, body, service)
     toolbox = _toolbox(body, service)
@@ -45,8 +53,8 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         body = body.model_copy(update={"skip_special_tokens": False})  # the grammar allows no others than these marks
     grammar = await chat_grammar(http, service, structure, toolbox)
     variables = template_variables(body.chat_template_kwargs, body.reasoning_effort, service, toolbox)
-    encode = chat_encoder(body, service, toolbox, variables.values)
-    token_ids = await _encode(http, body, service, encode, bounds.context)
+    render = chat_renderer(service, toolbox, variables.values)
+    token_ids = await _encode(http, body, service, render, bounds.context)
     reasoning = reasoning_of(body, token_ids, service)
     if isinstance(reasoning, Channels):
         may_comment = structure is None and not (toolbox is not None and toolbox.requires_call)
@@ -65,7 +73,7 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         are_functions=toolbox is not None and toolbox.are_functions,
         shows_reasoning=body.include_reasoning is not False,
     )
-    return AnswerPlan(
+    plan = AnswerPlan(
         kind="chat",
         model=body.model,
         requests=make_requests(
@@ -81,7 +89,9 @@ async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPl
         continuous_usage=body.continuous_usage,
         begins_with_text=toolbox is None or not toolbox.requires_call,
         ignored=variables.ignored,
+        receipt_of=asked if asked.receipt else None,
     )
+    return plan, render
 
 
 def _toolbox(body: ChatBody, service: Service) -> Toolbox | None:
@@ -132,10 +142,14 @@ def _check(body: ChatBody, service: Service, structure: Structure | None) -> Non
 
 
 async def _encode(
-    http: Request, body: ChatBody, service: Service, encode: Callable[[], list[int]], limit: int
+    http: Request, body: ChatBody, service: Service, render: Callable[[ChatInput], str], limit: int
 ) -> list[int]:
     """The chat as token ids; ApiError if the template refuses it or the model has no embedding for a token."""
     check_characters(content_characters(body), limit, service, "messages")
+
+    def encode() -> list[int]:
+        return service.tokenizer.encode(render(body), bool(body.add_special_tokens))
+
     try:
         return await off_loop(http, service, encode, record_of(http).body_bytes)
     except (ChatTemplateError, UnembeddableTokenError) as error:

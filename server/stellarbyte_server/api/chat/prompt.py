@@ -42,23 +42,23 @@ def content_characters(body: ChatInput) -> int:
     return sum(len(message.content) for message in body.messages if message.content is not None)
 
 
-def chat_encoder(
-    body: ChatInput,
+def chat_renderer(
     service: Service,
     toolbox: Toolbox | None,
     variables: Mapping[str, Any] = MappingProxyType({}),
     *,
     may_end_open: bool = False,
-) -> Callable[[], list[int]]:
-    """A function that makes the prompt's tokens, for a thread, because a template is a program. The function raises
-    ApiError or ChatTemplateError.
+) -> Callable[[ChatInput], str]:
+    """A function that renders the prompt of a body with these tools, for a thread, because a template is a program. The
+    function raises ApiError or ChatTemplateError.
 
     With `may_end_open`, or if the final message is continued, the last call may lack its result.
     """
-    tokenizer, continues = service.tokenizer, bool(body.continue_final_message)
+    tokenizer = service.tokenizer
 
-    def encode() -> list[int]:
-        return tokenizer.encode_chat(
+    def render(body: ChatInput) -> str:
+        continues = bool(body.continue_final_message)
+        return tokenizer.render_chat(
             messages_for_template(
                 body.messages,
                 toolbox,
@@ -69,8 +69,20 @@ def chat_encoder(
             tools=None if toolbox is None else toolbox.for_template,
             add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
             continue_final_message=continues,
-            add_special_tokens=bool(body.add_special_tokens),
             variables=variables,
         )
 
-    return encode
+    return render
+
+
+def chat_encoder(
+    body: ChatInput,
+    service: Service,
+    toolbox: Toolbox | None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    may_end_open: bool = False,
+) -> Callable[[], list[int]]:
+    """A function that makes the prompt's tokens; see `chat_renderer`."""
+    render = chat_renderer(service, toolbox, variables, may_end_open=may_end_open)
+    return lambda: service.tokenizer.encode(render(body), bool(body.add_special_tokens))

@@ -14,6 +14,7 @@ class LoadedAdapter(AnswerObject):
     bytes: int
     matched: Annotated[list[str], Field(description="Modules it changes.")]
     unmatched: Annotated[list[str], Field(description="Targets in its configuration without weights.")]
+    pinned: Annotated[bool, Field(description="It keeps its slot.")]
 
 
 class UnloadedAdapter(AnswerObject):
@@ -30,6 +31,7 @@ class AdapterEntry(AnswerObject):
     ]
     error: Annotated[str | None, Field(description="The reason why it could not be read.")]
     tier: Annotated[Literal["gpu", "slot", "cpu", "disk"], Field(description="slot: in use on a CPU.")]
+    pinned: Annotated[bool, Field(description="It keeps its slot.")]
     content_hash: Annotated[
         str | None, Field(description="SHA-256 of its content, for NAME@HASH; null until it is read.")
     ]

@@ -5,7 +5,7 @@ omitted when it has no value; all other fields are always present. Other modules
 /v1/messages, adapters, batches and rankings.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
@@ -79,6 +79,33 @@ class _Answer(AnswerObject):
     system_fingerprint: Annotated[str, Field(description="Names the weights, the adapter and the numeric mode.")]
 
 
+class NumericMode(AnswerObject):
+    """On which the last bits of an answer's numbers depend."""
+
+    device: str
+    processor: str
+    dtype: str
+    quantization: str
+    kv_cache_dtype: str
+    deterministic: Annotated[bool, Field(description="Of --deterministic: other requests have no effect.")]
+
+
+class Receipt(AnswerObject):
+    """What is needed to compute answers again, and what they then are."""
+
+    version: Literal[1]
+    path: str
+    body: Annotated[dict[str, Any], Field(description="The request, with a seed.")]
+    weights: Annotated[str, Field(description="SHA-256 of the weights.")]
+    adapter: Annotated[str | None, Field(description="SHA-256 of the adapter.")]
+    adapter_scale: float
+    numeric_mode: NumericMode
+    versions: dict[str, str]
+    sampling: Annotated[dict[str, Any], Field(description="Of the request, else the model's defaults.")]
+    prompts: Annotated[list[str], Field(description="SHA-256 of the token ids of each prompt.")]
+    answers: Annotated[list[TokenIds], Field(description="Token ids of all answers, candidates of best_of among them.")]
+
+
 # /v1/completions
 
 
@@ -119,6 +146,7 @@ class Completion(_Answer):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage
+    receipt: Left[Receipt]
 
 
 class CompletionChunkChoice(AnswerObject):
@@ -205,6 +233,7 @@ class ChatCompletion(_Answer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    receipt: Left[Receipt]
     prompt_token_ids: Left[TokenIds]
     prompt_logprobs: Left[PromptLogprobs]
 

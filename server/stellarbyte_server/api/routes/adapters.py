@@ -43,10 +43,17 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"The field 'lora_name' must differ from the model's name, {body.lora_name!r}.", "lora_name")
+    model_names = service.settings.model_name, service.settings.engine.model
+    if body.base_model_name is not None and body.base_model_name not in model_names:
+        raise bad_request(
+            f"The field 'base_model_name' must be the served model, {model_names[0]!r}, not"
+            f" {body.base_model_name!r:.200}.",
+            "base_model_name",
+        )
     try:
         with reserved(service.client.folder, body.lora_name):
             path = await _fetched(body, service) if is_source(body.lora_path) else body.lora_path
-            loaded = await service.client.load_adapter(body.lora_name, path, bool(body.load_inplace))
+            loaded = await service.client.load_adapter(body.lora_name, path, bool(body.load_inplace), body.pinned)
     except NameReserved:
         raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:
@@ -58,6 +65,7 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
         "bytes": loaded.card.num_bytes,
         "matched": loaded.matched,
         "unmatched": loaded.unmatched,
+        "pinned": loaded.card.pinned,
     }
 
 
@@ -122,6 +130,7 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
         "state": card.state,
         "error": card.error or None,
         "tier": tier_name(card.tier, service.info.device),
+        "pinned": card.pinned,
         "content_hash": card.content_hash or None,
         "root": card.root,
         "rank": card.rank or None,

@@ -9,7 +9,7 @@ from stellarbyte_server.api.chat.plan import plan_chat
 from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.bodies.chat import ChatBody
 from stellarbyte_server.api.contract.operation import GENERATION_REFUSED, Operation
-from stellarbyte_server.api.generation import read_body, with_ignored
+from stellarbyte_server.api.generation import read_body, with_ignored, with_seed
 from stellarbyte_server.api.service import ServiceOfRequest
 
 router = APIRouter()
@@ -27,5 +27,6 @@ router = APIRouter()
 )
 async def create_chat_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, ChatBody)
+    body = with_seed(body)
     plan = await plan_chat(http, body, service)
     return await answer(http, service, plan, with_ignored(headers, plan.ignored))

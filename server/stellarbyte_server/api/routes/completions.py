@@ -23,6 +23,7 @@ from stellarbyte_server.api.generation import (
     make_requests,
     off_loop_if_long,
     read_body,
+    with_seed,
 )
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.api.structure import requested_structure, text_grammar
@@ -45,6 +46,11 @@ DEFAULT_MAX_TOKENS = 16
 )
 async def create_completion(http: Request, service: ServiceOfRequest) -> Response:
     body, headers = await read_body(http, service, CompletionBody)
+    return await answer(http, service, await plan_completion(http, with_seed(body), service), headers)
+
+
+async def plan_completion(http: Request, body: CompletionBody, service: Service) -> AnswerPlan:
+    """The engine's requests for a body, and the form of the answer; ApiError."""
     check_body(body, len(body.prompt), service)
     if body.num_candidates < body.num_choices:
         raise bad_request("The field 'best_of' is less than 'n'.", "best_of")
@@ -68,7 +74,7 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
     )
     forms = [_form(body, prompt) for prompt in prompts]
     token_bytes = service.tokenizer.token_bytes
-    plan = AnswerPlan(
+    return AnswerPlan(
         kind="completion",
         model=body.model,
         requests=requests,
@@ -80,8 +86,8 @@ async def create_completion(http: Request, service: ServiceOfRequest) -> Respons
         check=grammar.check,
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
+        receipt_of=body if body.receipt else None,
     )
-    return await answer(http, service, plan, headers)
 
 
 async def _prompt(

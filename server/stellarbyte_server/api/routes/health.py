@@ -15,6 +15,7 @@ from stellarbyte_server.api.contract.operation import Operation
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.client.engine_client import DRAINING, STATS_LIMIT_S, EngineDead
 from stellarbyte_server.observe.metrics import render_metrics
+from stellarbyte_server.observe.routing_metrics import cache_config
 from stellarbyte_server.protocol.request import SHUTTING_DOWN, RequestRejected
 
 router = APIRouter()
@@ -55,7 +56,14 @@ async def metrics(service: ServiceOfRequest) -> Response:
         async with asyncio.timeout(STATS_LIMIT_S):
             adapters = await service.client.list_adapters()
     is_healthy = service.client.health() is None
-    content = render_metrics(totals, service.settings.model_name, adapters, service.info.device, is_healthy)
+    content = render_metrics(
+        totals,
+        service.settings.model_name,
+        adapters,
+        service.info.device,
+        is_healthy,
+        cache_config(service.info, service.settings.engine),
+    )
     return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 

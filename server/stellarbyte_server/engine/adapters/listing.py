@@ -1,6 +1,6 @@
 """The list of adapters: loaded versions and the contents of --adapter-dir, which the store's thread lists on demand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
@@ -60,6 +60,25 @@ def _cards_of(folder: AdapterFolder) -> Mapping[str, AdapterCard]:
     }
 
 
+def all_cards(
+    current: Iterable[AdapterVersion],
+    others: Iterable[AdapterVersion],
+    offered: Mapping[str, AdapterCard],
+    withdrawn: Collection[str],
+    card: Callable[[AdapterVersion, bool], AdapterCard],
+) -> tuple[AdapterCard, ...]:
+    """The cards of all versions with known files, and of the names in --adapter-dir that have none, by name.
+
+    `card` makes the card of a version; its second argument tells whether it is its name's current one.
+    """
+    found = [version for version in current if version.files is not None]
+    cards = [card(version, True) for version in found]
+    cards += [card(version, False) for version in others if version.files is not None]
+    hidden = {*withdrawn, *(version.name for version in found)}
+    cards += [card for name, card in offered.items() if name not in hidden]
+    return tuple(sorted(cards, key=lambda card: (card.name, not card.is_current)))
+
+
 def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> AdapterCard:
     """The API's card of a version with known files."""
     assert version.files is not None
@@ -77,4 +96,5 @@ def card_of(version: AdapterVersion, num_running: int, *, is_current: bool) -> A
         num_requests=version.totals.num_requests,
         num_tokens=version.totals.num_tokens,
         error=version.error,
+        pinned=version.pinned,
     )

@@ -80,6 +80,11 @@ class AdapterMemory:
         self._max_versions = max_versions
         self._held: set[AdapterVersion] = set()  # in memory, or being read
 
+    @property
+    def num_versions(self) -> int:
+        """Versions in CPU memory."""
+        return sum(version.is_in_memory for version in self._held)
+
     def start_read(self, version: AdapterVersion) -> None:
         """Read a version, even beyond the limit."""
         self._held.add(version)

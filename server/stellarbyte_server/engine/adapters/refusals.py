@@ -1,6 +1,8 @@
 """Why requests and calls for adapters are refused."""
 
-from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE
+from collections.abc import Collection
+
+from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
 from stellarbyte_server.protocol.messages import CallFailed
@@ -41,13 +43,22 @@ def no_adapter(call_id: str, name: str) -> CallFailed:
     return CallFailed(call_id, f"There is no adapter {name!r}.", code=ADAPTER_NOT_FOUND, param="lora_name")
 
 
-def bad_name(call_id: str, name: str) -> CallFailed:
-    return CallFailed(call_id, f"lora_name must be {ADAPTER_NAME_RULE}; {name!r:.200} is not.", param="lora_name")
-
-
-def already_loaded(call_id: str, name: str) -> CallFailed:
+def of_load(call_id: str, name: str, current: AdapterVersion | None, in_place: bool) -> CallFailed | None:
+    """Why nothing can be loaded under a name with this current version; None: it can, or may."""
+    if not is_adapter_name(name):
+        return CallFailed(call_id, f"lora_name must be {ADAPTER_NAME_RULE}; {name!r:.200} is not.", param="lora_name")
+    if current is None or current.files is None or current.state == "failed" or in_place:
+        return None
     message = f"The adapter {name!r} is already loaded; set load_inplace to replace it."
     return CallFailed(call_id, message, param="lora_name")
+
+
+def too_many_pinned(call_id: str, pinned: Collection[str], num_slots: int) -> CallFailed:
+    """`pinned`: the names of the others."""
+    most = max(0, num_slots - 1)
+    others = f"; {', '.join(sorted(pinned))} are" if pinned else ""
+    message = f"At most {most} adapters can be pinned, one fewer than --max-loras{others}."
+    return CallFailed(call_id, message, param="pinned")
 
 
 def no_files(call_id: str, path: str) -> CallFailed:

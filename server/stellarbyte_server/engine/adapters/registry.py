@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.folder import AdapterFolder
-from stellarbyte_server.engine.adapters.listing import AdapterListing, card_of
+from stellarbyte_server.engine.adapters.listing import AdapterListing, all_cards, card_of
 from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
 from stellarbyte_server.engine.adapters.mixes import AdapterMixes
+from stellarbyte_server.engine.adapters.pins import Pins
 from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
+from stellarbyte_server.engine.adapters.withdrawn import WithdrawnNames
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
@@ -62,9 +63,10 @@ class Adapters:
         self._memory = AdapterMemory(store, self.slots, max_in_memory)
         self._clock = clock
         self._current: dict[str, AdapterVersion] = {}
+        self._pins = Pins(self.slots, self._memory, num_slots, self._current, self._fill)
         self._mixes = AdapterMixes()
         self._others: set[AdapterVersion] = set()  # being read to replace a current one, or draining
-        self._withdrawn: set[str] = set()  # unloaded folders of --adapter-dir, available again after a load
+        self._withdrawn = WithdrawnNames(folder, store)
         self._loads: dict[AdapterVersion, str] = {}  # read for a call → its id
         self._unloads: dict[AdapterVersion, str] = {}  # draining for a call → its id
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
@@ -141,6 +143,7 @@ class Adapters:
     def leave(self, version: AdapterVersion) -> None:
         """Note that a sequence with this adapter stops running."""
         self.slots.leave(version)
+        self._pins.place()
 
     def finish_move(self, move: Move) -> None:
         self.slots.move(move)
@@ -148,16 +151,18 @@ class Adapters:
 
     # Calls of the operator
 
-    def load(self, call_id: str, name: str, path: str, in_place: bool) -> CallFailed | None:
-        """Load an adapter under `name`; `collect` returns the answer unless it is refused at once."""
-        if not is_adapter_name(name):
-            return refusals.bad_name(call_id, name)
+    def load(self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None) -> CallFailed | None:
+        """Load an adapter under `name`; `collect` returns the answer unless it is refused at once.
+
+        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name.
+        """
         if self._is_loading(name):
             return adapter_is_loading(call_id, name)
-        current = self._current.get(name)
-        if current is not None and current.files is not None and current.state != "failed" and not in_place:
-            return refusals.already_loaded(call_id, name)
-        version = AdapterVersion(name=name, files=None, state="loading")
+        if (refusal := refusals.of_load(call_id, name, self._current.get(name), in_place)) is not None:
+            return refusal
+        version = self._pins.loading(call_id, name, pinned, self._loads)
+        if isinstance(version, CallFailed):
+            return version
         self._loads[version] = call_id
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
@@ -193,35 +198,24 @@ class Adapters:
 
     def _withdraw(self, call_id: str, name: str) -> list[Reply]:
         version = self._current.pop(name, None)
-        if self._folder.may_offer(name):
-            self._withdrawn.add(name)
-            self._store.look(partial(self._folder.offered, name), partial(self._note_withdrawn, name))
+        self._pins.discard(name)
+        self._withdrawn.withdraw(name)
         if version is None:
             return [AdapterUnloaded(call_id, 0)]
         logger.info("unloading adapter %s", name)
         self._unloads[version] = call_id
         return self._drain(version)
 
-    def _note_withdrawn(self, name: str, files: AdapterFiles | None) -> list[Reply]:
-        """Withdraw a folder, so that only one created after the unloading is available."""
-        if files is None:
-            self._withdrawn.discard(name)
-        return []
-
     def list_all(self, call_id: str) -> list[Reply]:
         """All available and draining adapters; returns the answer, or `collect` does after a scan of the disk."""
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
-        current = [version for version in self._current.values() if version.files is not None]
-        cards = [self._card(version, is_current=True) for version in current]
-        cards += [self._card(version, is_current=False) for version in self._others if version.files is not None]
-        hidden = self._withdrawn.union([version.name for version in current])
-        cards += [card for name, card in self._listing.cards.items() if name not in hidden]
-        cards.sort(key=lambda card: (card.name, not card.is_current))
-        return AdapterList(call_id, tuple(cards), self._load_seconds.snapshot(), self._num_slots)
+        listed = self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card
+        numbers = self._num_slots, self.slots.num_used, self._memory.num_versions
+        return AdapterList(call_id, all_cards(*listed), self._load_seconds.snapshot(), *numbers)
 
-    def _card(self, version: AdapterVersion, *, is_current: bool) -> AdapterCard:
+    def _card(self, version: AdapterVersion, is_current: bool) -> AdapterCard:
         num_running = sum(map(self.slots.num_running, (version, *self._mixes.of(version))))
         return card_of(version, num_running, is_current=is_current)
 
@@ -283,8 +277,9 @@ class Adapters:
         call_id = self._loads.pop(version, None)
         if call_id is not None:
             replies += self._install(version)
-            card = self._card(self._current[version.name], is_current=True)
+            card = self._card(self._current[version.name], True)
             replies.append(AdapterLoaded(call_id, card, version.matched, version.unmatched))
+        self._pins.place()
         return replies + self._drop_if_drained(version)
 
     def _note_parts(self, done: ReadDone) -> str:
@@ -309,8 +304,10 @@ class Adapters:
         self._withdrawn.discard(version.name)
         self._others.discard(version)
         old = self._current.get(version.name)
-        if old is not None and old.content_hash == version.content_hash and old.state == "ready":
-            old.files = version.files
+        self._pins.note(version)
+        is_same = old is not None and old.content_hash == version.content_hash and old.state == "ready"
+        if old is not None and is_same and not (version.pinned and not old.slot and not old.is_in_memory):
+            old.files, old.pinned = version.files, version.pinned
             self._memory.forget(version)
             return []
         self._current[version.name] = version
@@ -340,7 +337,9 @@ class Adapters:
     def _note_changed_files(self, version: AdapterVersion) -> list[Reply]:
         """After a change of a version's files, make their content the current version for new requests."""
         if self._current.get(version.name) is version:
-            self._current[version.name] = AdapterVersion(name=version.name, files=version.files, totals=version.totals)
+            self._current[version.name] = AdapterVersion(
+                name=version.name, files=version.files, totals=version.totals, pinned=version.pinned
+            )
             self._others.add(version)
         return self._note_failed_read(version, refusals.files_changed(version))
 
@@ -360,7 +359,9 @@ class Adapters:
                 self._others.add(version)
             files = version.files
             assert files is not None, "it was found before it failed"
-            version = self._current[name] = AdapterVersion(name=name, files=None, totals=version.totals)
+            version = self._current[name] = AdapterVersion(
+                name=name, files=None, totals=version.totals, pinned=version.pinned
+            )
             self._store.look(partial(self._folder.at, files.asked), partial(self._note_again, version, files))
         return version
 
@@ -373,7 +374,7 @@ class Adapters:
         self._store.fill(version, slot)
 
     def _drain(self, version: AdapterVersion) -> list[Reply]:
-        version.state = "draining"
+        version.state, version.pinned = "draining", False
         self._others.add(version)
         return self._drop_if_drained(version)
 

@@ -3,7 +3,8 @@
 Waiting requests get slots in order of rank: a free one, else the least recently used one without running requests. If
 all are in use, the first request without a slot claims one: requests of lower rank for that slot's adapter do not
 start, so it empties as its requests end. After `PATIENCE_S` its requests are preempted. So a request waits for a slot
-for a bounded time, and requests with a resident adapter do not wait.
+for a bounded time, and requests with a resident adapter do not wait. A pinned adapter keeps its slot; fewer
+adapters are pinned than there are slots.
 """
 
 from collections.abc import Iterable
@@ -51,6 +52,16 @@ class AdapterSlots:
         self._slots = [_Slot(number) for number in range(1, num_slots + 1)]
         self._num_uses = 0
 
+    @property
+    def has_idle(self) -> bool:
+        """Whether `take_free` has a slot for a pinned version."""
+        return self._available(self._pinned()) is not None
+
+    @property
+    def num_used(self) -> int:
+        """Slots that hold an adapter, or are being filled."""
+        return sum(slot.version is not None for slot in self._slots)
+
     def num_running(self, version: AdapterVersion) -> int:
         """Running sequences with this version."""
         return self._slots[version.slot - 1].num_running if version.slot else 0
@@ -88,8 +99,10 @@ class AdapterSlots:
         waiting = list(waiting)
         waited_for = {sequence.adapter for sequence in waiting}
         seen: set[AdapterVersion] = set()
-        # Slots to keep: promised ones, and those of waiting sequences of higher rank.
-        wanted = {slot.number for slot in self._slots if slot.is_promised and slot.version in waited_for}
+        # Slots to keep: promised and pinned ones, and those of waiting sequences of higher rank.
+        wanted = {
+            slot.number for slot in self._slots if slot.is_promised and slot.version in waited_for
+        } | self._pinned()
         for sequence in waiting:
             version = sequence.adapter
             if version is None or version in seen or not version.is_found:
@@ -116,8 +129,11 @@ class AdapterSlots:
         return plan
 
     def take_free(self, version: AdapterVersion) -> int:
-        """Assign a version a free slot, ahead of its first request; 0: no slot is free."""
-        free = next((slot for slot in self._slots if slot.version is None), None)
+        """Assign a version a free slot, or a pinned one an idle slot, ahead of its first request; 0: there is none."""
+        if version.pinned:
+            free = self._available(self._pinned())
+        else:
+            free = next((slot for slot in self._slots if slot.version is None), None)
         if free is None:
             return 0
         self._assign(free, version)
@@ -152,6 +168,9 @@ class AdapterSlots:
         """A slot without adapter, else the least recently used one without running or waiting sequences."""
         idle = [slot for slot in self._slots if self._is_idle(slot) and slot.number not in wanted]
         return min(idle, key=lambda slot: (slot.version is not None, slot.used_at), default=None)
+
+    def _pinned(self) -> set[int]:
+        return {slot.number for slot in self._slots if slot.version is not None and slot.version.pinned}
 
     def _victim(self, wanted: set[int]) -> _Slot | None:
         """The slot in use that will probably empty first."""

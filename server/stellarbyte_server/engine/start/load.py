@@ -26,6 +26,8 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.events.form import CacheKind
+from stellarbyte_server.engine.events.publisher import EventAddresses, EventPublisher
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore, Bank
 from stellarbyte_server.engine.run.executor import Executor
@@ -45,6 +47,7 @@ from stellarbyte_server.engine.start.serving_plan import (
     tokens_a_step,
 )
 from stellarbyte_server.engine.state.block_pool import BlockPool
+from stellarbyte_server.engine.state.cache_log import CacheLog
 from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
 
 logger = logging.getLogger("server.engine")
@@ -71,6 +74,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     if settings.tensor_parallel_size > 1:
         refuse_ranks(settings, config, device)
     dtype = _dtype(settings.dtype, device)
+    if settings.deterministic and device.type != "cpu":
+        raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
     cache_dtype = _cache_dtype(settings, dtype, device)
     quantization = settings.quantization
@@ -80,7 +85,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         bank = make_bank(settings, config, dtype, device)
         kernels = _has_cpu_kernels(config, dtype)
         model, kept = folder.kept_model(dtype, device) if kernels else (folder.language_model(dtype, device), {})
-        served = _cpu_model(model, config, bank, settings.quantization, kept)
+        served = _cpu_model(model, config, bank, settings.quantization, kept, deterministic=settings.deterministic)
         quantization = served.quantization
         adapters = _load_adapters(settings, bank, served.weight)  # fails before the minute of compiling
         _compile_kernels(served)
@@ -112,6 +117,10 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         queue_timeout_s=settings.queue_timeout,
         shares=share_limits(device.type),
     )
+    layout = plan.layout
+    has_window = layout.window is not None and layout.window + layout.sink_tokens < max_model_len
+    kind = CacheKind(medium="CPU" if device.type == "cpu" else "GPU", window=layout.window if has_window else None)
+    log, events = _make_events(settings, kind)
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
@@ -119,7 +128,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         Scheduler(
             limits,
             plan.layout,
-            BlockPool(plan.num_blocks),
+            BlockPool(plan.num_blocks, log),
             prefix_caching=settings.enable_prefix_caching,
             adapters=adapters,
         ),
@@ -128,6 +137,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         eos_token_ids,
         adapters,
         grammars,
+        events,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -138,9 +148,11 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         block_size=plan.layout.block_size,
         max_num_seqs=max_num_seqs,
         device=device.type,
+        processor=torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(),
         dtype=dtype_name(dtype),
         quantization=quantization,
         kv_cache_dtype=dtype_name(cache_dtype),
+        deterministic=settings.deterministic,
         weights_hash=folder.weights_hash(),
     )
     return core, info
@@ -163,6 +175,22 @@ def _cache_budget(settings: EngineSettings) -> int:
     if settings.kv_cache_memory is not None:
         return settings.kv_cache_memory
     return int(_available_memory() * AUTO_CPU_SHARE / settings.tensor_parallel_size)
+
+
+def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
+    """The log of the cache and what publishes it; EventsAddressError if an address is in use."""
+    if settings.kv_events is None:
+        return None, None
+    addresses = EventAddresses(
+        publish=settings.kv_events,
+        replay=settings.kv_events_replay,
+        topic=settings.kv_events_topic,
+        rank=settings.engine_index,
+    )
+    log = CacheLog()
+    events = EventPublisher(log, kind, addresses)
+    events.start()
+    return log, events
 
 
 def _make_cpu_executor(
@@ -239,6 +267,8 @@ def _cpu_model(
     bank: LoraBank,
     quantization: str,
     kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
+    *,
+    deterministic: bool = False,
 ) -> ServedModel:
     """The fastest form of the model for a CPU; `kept` as in `CpuModel`."""
     if quantization == "fp8":
@@ -248,16 +278,20 @@ def _cpu_model(
 
         threads = torch.get_num_threads()
         try:
-            served = CpuModel(model, config, bank, quantization=quantization, num_threads=threads, kept=kept)
+            served = CpuModel(
+                model, config, bank, quantization=quantization, num_threads=threads, is_invariant=deterministic,
+                kept=kept,
+            )  # fmt: skip
         except ValueError as error:
             raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
         if kept:
             is_kept = {"none": "dequantized: the CPU kernels do not take them as the checkpoint keeps them"}
             logger.info("weights are %s", is_kept.get(served.quantization, f"in {served.quantization}"))
         return served
-    if quantization != "none":
+    if quantization != "none" or deterministic:
+        flag = f"--quantization {quantization}" if quantization != "none" else "--deterministic"
         raise StartupError(
-            f"--quantization {quantization} on a CPU needs float32 and a model that its kernels support: heads of a"
+            f"{flag} on a CPU needs float32 and a model that its kernels support: heads of a"
             " multiple of 16 channels, no router_top_p."
         )
     return TorchModel(model, config, bank)

@@ -45,6 +45,8 @@ def refuse_ranks(settings: EngineSettings, config: ByteModelConfig, device: torc
         raise StartupError(
             f"{flag} cannot be used with --quantization {settings.quantization}: ranks on CPUs compute in plain torch."
         )
+    if settings.deterministic:
+        raise StartupError(f"{flag} cannot be used with --deterministic, which is of the kernels of one process.")
     try:
         refuse_undivided(config, settings.tensor_parallel_size)
     except UndividedError as error:

@@ -48,6 +48,7 @@ class AdapterVersion:
     is_in_memory: bool = False
     is_reading: bool = False
     slot: int = 0  # of the bank; 0: none
+    pinned: bool = False  # keeps its slot
     num_bound: int = 0  # requests not ended
     used_at: int = 0  # order of use
     totals: AdapterTotals = field(default_factory=AdapterTotals)

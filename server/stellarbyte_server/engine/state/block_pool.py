@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from stellarbyte_server.engine.state.cache_log import CacheLog
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLayout:
@@ -89,8 +91,10 @@ class BlockPool:
     then the block that has been free longest.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, log: CacheLog | None = None) -> None:
+        """`log` gets the keys that blocks lose; who names blocks adds those."""
         self.num_blocks = num_blocks
+        self.log = log
         self._holders = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -131,11 +135,13 @@ class BlockPool:
                 del self._idle[block]
             self._holders[block] += 1
 
-    def name(self, block: int, key: bytes) -> None:
-        """Give a full block its key, unless another block has it."""
-        if key not in self._block_of:
-            self._block_of[key] = block
-            self._keys[block] = key
+    def name(self, block: int, key: bytes) -> bool:
+        """Give a full block its key, unless another block has it; returns whether it got it."""
+        if key in self._block_of:
+            return False
+        self._block_of[key] = block
+        self._keys[block] = key
+        return True
 
     def unname(self, block: int) -> bool:
         """Remove a block's key before other content is written to it; False if it has other holders."""
@@ -169,6 +175,8 @@ class BlockPool:
         key, self._keys[block] = self._keys[block], None
         if key is not None:
             del self._block_of[key]
+            if self.log is not None:
+                self.log.add(key)
 
 
 class BlockTable:

@@ -1,6 +1,7 @@
 """The prefix cache of sequences: gives full blocks their keys, finds them, frees invisible ones."""
 
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+from stellarbyte_server.engine.state.cache_log import BlockOrigin, StoredBlock
 from stellarbyte_server.engine.state.prefix_cache import NOTHING_CACHED, BlockKeys, CachedPrefix, find_prefix
 from stellarbyte_server.engine.state.sequence import Sequence
 
@@ -34,13 +35,27 @@ class KeptBlocks:
         keys = self._keys(sequence, sequence.num_computed) if self.prefix_caching else []
         while sequence.next_full_at <= sequence.num_computed:
             if self.prefix_caching:
-                self._pool.name(table.block(sequence.num_full), keys[sequence.num_full])
+                is_named = self._pool.name(table.block(sequence.num_full), keys[sequence.num_full])
+                if is_named and self._pool.log is not None:
+                    self._pool.log.add(self._stored(sequence, sequence.num_full, keys))
             last_end = sequence.next_full_at
             sequence.num_full += 1
             sequence.next_full_at = layout.block_end(sequence.num_full)
         first = layout.num_sink_blocks + table.num_freed
         for number, block in enumerate(table.pop_unseen(last_end), first):
             self._pool.give_back((block,), keep_content=layout.block_end(number) <= sequence.num_prompt)
+
+    def _stored(self, sequence: Sequence, number: int, keys: list[bytes]) -> StoredBlock:
+        """What is logged of block `number` of a sequence."""
+        start, parent = (self._layout.block_end(number - 1), keys[number - 1]) if number else (0, None)
+        adapter, request = sequence.adapter, sequence.request
+        origin = BlockOrigin(
+            adapter=None if adapter is None else adapter.name,
+            adapter_hash="" if adapter is None else adapter.content_hash,
+            adapter_scale=request.adapter_scale,
+            salt=request.cache_salt,
+        )
+        return StoredBlock(keys[number], parent, sequence.tokens[start : self._layout.block_end(number)], origin)
 
     def rewind(self, sequence: Sequence, count: int) -> bool:
         """Undo a sequence's last `count` tokens and free the blocks that are then unused.

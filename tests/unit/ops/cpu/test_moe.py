@@ -47,7 +47,7 @@ class Layer:
         buffers = make_expert_buffers(x, self.experts)
         for array in (buffers.x_NC, buffers.inner_NI, buffers.shared_inner_TS, buffers.pairs.logits_TE):
             array[:] = np.nan
-        mixture(x, 2, self.experts, ACTIVATIONS[activation], buffers, out, num_threads)
+        mixture(x, 2, self.experts, ACTIVATIONS[activation], False, buffers, out, num_threads)
         return torch.from_numpy(out)
 
     def choice(self, x_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +183,7 @@ def test_quantized_experts_are_those_that_are_stored(num_tokens: int, quantizati
     assert_near(layer(x_TC), layer.expected(x_TC))
 
 
-@pytest.mark.parametrize("router", itertools.product([False, True], repeat=4), ids=str)
+@pytest.mark.parametrize("router", list(itertools.product([False, True], repeat=4)), ids=str)
 @pytest.mark.parametrize("num_tokens", [3, 40])
 def test_every_kind_of_router(num_tokens: int, router: tuple[bool, ...]) -> None:
     names = ("has_bias", "has_selection_bias", "is_sigmoid", "renormalises")

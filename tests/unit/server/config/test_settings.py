@@ -158,3 +158,28 @@ def test_adapters_are_given_as_several_values_several_flags_or_several_words():
 def test_a_wrong_variable_is_named_as_the_variable():
     with pytest.raises(SettingsError, match="STELLARBYTE_PORT"):
         parse_settings([], {"STELLARBYTE_PORT": "many"})
+
+
+def test_the_admin_address_is_on_loopback() -> None:
+    for text, address in (("127.0.0.1:8001", ("127.0.0.1", 8001)), ("localhost:1", ("localhost", 1)),
+                          ("[::1]:65535", ("::1", 65535))):  # fmt: skip
+        assert parse_settings(["--admin-listen", text], {}).admin_listen == address
+    assert parse_settings([], {}).admin_listen is None
+    for wrong in ("8001", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:70000", "0.0.0.0:8001", "10.0.0.1:8001", ":8001",
+                  "box.lan:8001", "::1:8001", "unix:/tmp/x", ""):  # fmt: skip
+        with pytest.raises(SettingsError, match=r"--admin-listen: .* must be HOST:PORT with a loopback address"):
+            parse_settings(["--admin-listen", wrong], {})
+
+
+def test_events_are_published_at_addresses_of_this_machine() -> None:
+    given = ["--kv-events", "tcp://*:5557", "--kv-events-replay", "tcp://[::1]:5558", "--kv-events-topic", "kv@a"]
+    engine = parse_settings(given, {}).engine
+    assert (engine.kv_events, engine.kv_events_replay, engine.kv_events_topic) == (given[1], given[3], given[5])
+    for wrong in ("5557", "tcp://host:5557", "tcp://127.0.0.1", "tcp://127.0.0.1:0", "ipc://x", "tcp://1.2.3:5"):
+        with pytest.raises(SettingsError, match=r"--kv-events: .* must be tcp://HOST:PORT"):
+            parse_settings(["--kv-events", wrong], {})
+    with pytest.raises(SettingsError, match="--kv-events: needs --enable-prefix-caching"):
+        parse_settings([*given, "--no-enable-prefix-caching"], {})
+    for alone in (given[2:4], given[4:]):
+        with pytest.raises(SettingsError, match=f"{alone[0]}: needs --kv-events"):
+            parse_settings(alone, {})

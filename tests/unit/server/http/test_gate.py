@@ -8,7 +8,7 @@ import pytest
 
 from stellarbyte_server.access.keys import Keyring
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
-from stellarbyte_server.http.gate import Gate
+from stellarbyte_server.http.gate import AtAdminAddress, Gate
 from tests.support.application import route_table
 
 JSON = {"content-type": "application/json; charset=utf-8", "host": "127.0.0.1:8000"}
@@ -21,6 +21,7 @@ def answer(
     path: str = LOAD,
     method: str = "POST",
     host: str = "127.0.0.1",
+    at_admin_address: bool = False,
     **options: Any,
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """Status, headers and error of what the gate says; status 200 when it lets the request through."""
@@ -43,7 +44,8 @@ def answer(
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in pairs],
         "state": {},
     }
-    asyncio.run(Gate(through, route_table(), Keyring(settings), settings)(scope, None, send))
+    gate = Gate(through, route_table(), Keyring(settings), settings)
+    asyncio.run((AtAdminAddress(gate) if at_admin_address else gate)(scope, None, send))
     start, body = sent
     return (
         start["status"],
@@ -220,3 +222,35 @@ def test_a_key_may_come_as_x_api_key(given: str) -> None:
     assert status(JSON | {"x-api-key": "sesame", "authorization": "Bearer wrong"}, **options) == 200
     both = JSON | {"x-api-key": "sesame", "authorization": "Bearer user"}
     assert status(both, api_key=("user",), **options) == 403  # the key in Authorization is the one that counts
+
+
+KEYS = [{}, {"api_key": ("user",)}, {"admin_api_key": "boss"}, {"api_key": ("user",), "admin_api_key": "boss"}]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("keys", KEYS)
+def test_at_the_admin_address_local_programs_change_adapters_and_read_lists_without_a_key(
+    keys: dict[str, Any], host: str
+) -> None:
+    there = {"at_admin_address": True, "host": host, **keys}
+    for name in ("127.0.0.1:9000", "localhost:9000", "[::1]:9000"):
+        assert status(JSON | {"host": name}, **there) == 200
+        assert status({"host": name}, path="/v1/models", method="GET", **there) == 200
+        assert status({"host": name}, path="/v1/adapters", method="GET", **there) == 200
+        assert status({"host": name}, path="/health", method="GET", **there) == 200
+    asks_for_key = "api_key" in keys
+    assert status(JSON, path="/v1/completions", **there) == (401 if asks_for_key else 200)
+    assert status(JSON | {"authorization": "Bearer user"}, path="/v1/completions", **there) == 200
+    for header in ({"host": "evil.test"}, {"host": "10.0.0.1"}, {"origin": "http://evil.test"},
+                   {"x-forwarded-for": "10.0.0.1"}):  # fmt: skip
+        code, _, error = answer(JSON | header, **there)
+        assert code == 403 and error["message"].startswith("At the address of --admin-listen")
+        assert status(JSON | header, path="/v1/models", method="GET", **there) == 403
+    assert status(JSON | {"content-type": "text/plain"}, **there) == 400
+    assert status([*JSON.items(), ("host", "localhost")], **there) == 403
+    assert status(JSON, path="/no/such", method="GET", **there) == 404
+
+
+@pytest.mark.parametrize("keys", KEYS)
+def test_the_admin_address_changes_nothing_at_the_public_one(keys: dict[str, Any]) -> None:
+    assert status(JSON, admin_listen=("127.0.0.1", 9000), **keys) == (401 if "admin_api_key" in keys else 403)

@@ -8,32 +8,26 @@ from stellarbyte_server.engine.request_totals import ABORT_REASONS, FINISH_REASO
 from stellarbyte_server.observe.metrics import render_metrics
 from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.protocol.histogram import Buckets
-from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, EngineStats
-from tests.support.metric_names import COUNTERS, GAUGES, HISTOGRAMS, check_exposition
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
+from tests.support.metric_names import CACHE, COUNTERS, GAUGES, HISTOGRAMS, STATS, check_exposition
 from tests.support.servers.server_process import ROOT
 
-STATS = EngineStats(
-    num_running=3,
-    num_waiting=2,
-    kv_cache_usage=0.25,
-    num_blocks_used=1,
-    prompt_tokens_total=11,
-    generation_tokens_total=12,
-    num_preemptions_total=13,
-    num_steps_total=4,
-    num_blocked=1,
-    prefix_cache_queries_total=14,
-    prefix_cache_hits_total=15,
-    evicted_tokens_total=16,
-)
 
-
-def card(name: str, *, is_current: bool = True, num_running: int = 0, num_waiting: int = 0) -> AdapterCard:
+def card(
+    name: str,
+    *,
+    is_current: bool = True,
+    num_running: int = 0,
+    num_waiting: int = 0,
+    tier: str = "slot",
+    pinned: bool = False,
+) -> AdapterCard:
     return AdapterCard(
         name=name,
         is_current=is_current,
         state="ready",
-        tier="slot",
+        tier=tier,
+        pinned=pinned,
         content_hash="0",
         root="/secret/path",
         rank=8,
@@ -48,9 +42,17 @@ def card(name: str, *, is_current: bool = True, num_running: int = 0, num_waitin
 
 ADAPTERS = AdapterList(
     "call",
-    (card("b", num_running=1), card("a", num_running=2), card("a", is_current=False, num_waiting=1)),
+    (
+        card("b", num_running=1),
+        card("a", num_running=2, pinned=True),
+        card("a", is_current=False, num_waiting=1),
+        card("c", tier="cpu"),
+        card("d", tier="disk"),
+    ),
     Buckets(bounds=(0.5, 1.0), counts=(1, 2, 3), total=9.5),
     4,
+    3,
+    2,
 )
 
 
@@ -67,7 +69,7 @@ def samples(text: str) -> dict[str, float]:
 def test_numbers_are_where_they_belong() -> None:
     totals = RequestTotals()
     totals.note_step(0.003, 40)
-    text = render_metrics(totals.snapshot(STATS), "m", ADAPTERS, "cuda", is_healthy=True).decode()
+    text = render_metrics(totals.snapshot(STATS), "m", ADAPTERS, "cuda", is_healthy=True, cache_config=CACHE).decode()
     check_exposition(text, with_adapters=True)
     seen = samples(text)
     expected = {
@@ -85,6 +87,11 @@ def test_numbers_are_where_they_belong() -> None:
         "stellarbyte:evicted_tokens_total": 16,
         "stellarbyte:adapter_resident a gpu": 1,
         "stellarbyte:adapter_tokens_total b": 20,
+        "vllm:cache_config_info 16 float32 True 0.9 77": 1,
+        "vllm:num_gpu_loaded_lora_adapters": 3,
+        "vllm:num_cpu_loaded_lora_adapters": 2,
+        "vllm:max_gpu_lora_adapters": 4,
+        "vllm:lora_adapter_load_seconds_bucket 1.0": 3,
         "stellarbyte:adapter_load_seconds_bucket 0.5": 1,
         "stellarbyte:adapter_load_seconds_bucket 1.0": 3,
         "stellarbyte:adapter_load_seconds_bucket +Inf": 6,
@@ -96,6 +103,8 @@ def test_numbers_are_where_they_belong() -> None:
     }
     assert {name: seen[name] for name in expected} == expected
     assert any(name.startswith("vllm:lora_requests_info 4 a,b a") for name in seen)
+    loaded = {name for name in seen if name.startswith("vllm:lora_adapter_loaded ")}
+    assert loaded == {f"vllm:lora_adapter_loaded {labels} 8" for labels in ("a gpu true", "b gpu false", "c cpu false")}
     assert "/secret" not in text
     for name, labels in (
         ("vllm:request_success_total", FINISH_REASONS),
@@ -107,7 +116,9 @@ def test_numbers_are_where_they_belong() -> None:
 
 def test_any_model_name_is_one_label() -> None:
     name = 'a "b"\\\nc{d="e"} 1'
-    text = render_metrics(RequestTotals().snapshot(STATS), name, None, "cpu", is_healthy=False).decode()
+    text = render_metrics(
+        RequestTotals().snapshot(STATS), name, None, "cpu", is_healthy=False, cache_config=CACHE
+    ).decode()
     assert samples(text)["stellarbyte:engine_healthy"] == 0
     for family in text_string_to_metric_families(text):
         assert all(sample.labels["model_name"] == name for sample in family.samples)

@@ -22,6 +22,10 @@ class LoadBody(BaseModel):
     load_inplace: bool | None = optional(
         "Replace the adapter of this name. Default: false, which refuses a name in use."
     )
+    base_model_name: Text | None = optional("The served model, as its name or as --model; another one is refused.")
+    pinned: bool | None = optional(
+        "Keep the adapter in a slot from the moment when one is idle. Default: as the adapter of this name, else false."
+    )
 
 
 class UnloadBody(BaseModel):

@@ -208,6 +208,9 @@ class GenerationBody(CommonFields):
         " stream. Default: none."
     )
     return_token_ids: bool | None = optional("Add token_ids, and prompt_token_ids, to the answer. Default: false.")
+    receipt: bool | None = optional(
+        "Add what `stellarbyte replay` needs to compute the answer again; not with stream. Default: false."
+    )
     context_overflow: Literal["error", "slide"] | None = optional(
         "At the context's end: refuse (error), or evict the oldest tokens (slide). Default: as the"
         " server's --context-overflow."

@@ -192,6 +192,7 @@ sys.stdin.read()
         ({"tensor_parallel_size": 3}, {}, "^--tensor-parallel-size 3: 3 ranks cannot divide 4 query heads .*[^.]\\.$"),
         ({"tensor_parallel_size": 8}, EXPERTS | {"num_key_value_heads": 4, "num_attention_heads": 8}, "num_experts"),
         ({"tensor_parallel_size": 2, "quantization": "int8"}, {}, "cannot be used with --quantization int8"),
+        ({"tensor_parallel_size": 2, "deterministic": True}, {}, "cannot be used with --deterministic"),
         ({"tensor_parallel_size": 2, "kv_cache_memory": 1000}, {}, "one sequence at full length needs"),
     ],
 )

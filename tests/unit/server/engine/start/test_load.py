@@ -37,6 +37,8 @@ def test_a_cpu_serves_what_its_kernels_do_not_support_in_plain_torch() -> None:
     assert isinstance(_cpu_model(model, model.config, LoraBank(model.config), "none"), TorchModel)
     with pytest.raises(StartupError, match="--quantization int8 on a CPU needs float32 and a model that its kernels"):
         _cpu_model(model, model.config, LoraBank(model.config), "int8")
+    with pytest.raises(StartupError, match="--deterministic on a CPU needs float32 and a model that its kernels"):
+        _cpu_model(model, model.config, LoraBank(model.config), "none", deterministic=True)
 
 
 def test_a_cpu_serves_experts_by_its_kernels() -> None:

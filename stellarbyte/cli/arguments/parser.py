@@ -10,8 +10,8 @@ import re
 from importlib.metadata import version
 from typing import Any
 
-from stellarbyte.cli.compress_arguments import add_compress
-from stellarbyte.cli.train_arguments import add_train
+from stellarbyte.cli.arguments.compress import add_compress
+from stellarbyte.cli.arguments.train import add_train
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_adapters(commands)
+    _add_replay(commands)
     _add_bench(commands)
     add_train(commands)
     return parser
@@ -178,6 +179,18 @@ def _add_adapters(commands: _Commands) -> None:
         "--interval", type=_positive, default=1.0, dest="interval_s", metavar="S", help="seconds; default: %(default)s"
     )
     command.set_defaults(module="stellarbyte.cli.adapters")
+
+
+def _add_replay(commands: _Commands) -> None:
+    command = commands.add_parser(
+        "replay",
+        parents=[_connection()],
+        help="ask for an answer once more by its receipt, and compare",
+        description="Send the request of a receipt to a server once more and compare the answers. The exit status is 0"
+        " if all tokens are equal, else 1.",
+    )
+    command.add_argument("file", metavar="FILE", help="JSON: a receipt, or an answer with one ('receipt': true)")
+    command.set_defaults(module="stellarbyte.cli.replay")
 
 
 def _add_bench(commands: _Commands) -> None:

@@ -1,4 +1,4 @@
-"""The arguments of `stellarbyte compress`. Imports only the standard library, as arguments.py."""
+"""The arguments of `stellarbyte compress`. Imports only the standard library, as parser.py."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The arguments of `stellarbyte train`. Imports only the standard library, as arguments.py."""
+"""The arguments of `stellarbyte train`. Imports only the standard library, as parser.py."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,1 @@
+"""Events of the KV cache for routers, over ZeroMQ in vLLM's form."""
