@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from stellarbyte.lora.bank import LoraBank
+from stellarbyte.parallel.group import GlooGroup
+from stellarbyte.parallel.shares import RankShare
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.ranks import executor as executor_module
 from stellarbyte_server.engine.ranks import processes as processes_module
@@ -31,6 +33,7 @@ from stellarbyte_server.engine.ranks.processes import RankLost, RankProcesses
 from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.run.step_plan import Finish, StepPlan
 from stellarbyte_server.engine.start.load import build_core
+from stellarbyte_server.engine.start.model_folder import open_model_folder
 from stellarbyte_server.engine.start.ranks import refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import StartupError
 from tests.support.models.byte_transformer import EXPERTS, make_config, make_model
@@ -203,6 +206,19 @@ def test_what_cannot_be_served_ends_the_start_in_one_sentence(flags, changes, me
     with pytest.raises(StartupError, match=message) as refused:
         build_core(EngineSettings(model=str(tmp_path), device="cpu", **flags))
     assert str(refused.value).endswith(".") and "\n" not in str(refused.value)
+
+
+def test_random_weights_of_ranks_are_those_of_one_process(tmp_path: Path) -> None:
+    make_config(attention_output_bias=True).save_pretrained(tmp_path)
+    folder = open_model_folder(tmp_path, is_dummy=True)
+    whole = folder.language_model(torch.float32, torch.device("cpu")).state_dict()
+    for rank in range(2):
+        share = RankShare(config=folder.config, rank=rank, ranks=2)
+        own = folder.rank_model(share, GlooGroup(tmp_path / "store", rank, 2), torch.float32).state_dict()
+        assert own.keys() == whole.keys()
+        for name, piece in share.pieces().items():
+            expected = torch.zeros_like(own[name]) if piece.is_zero else whole[name][piece.index]
+            assert torch.equal(own[name], expected), name
 
 
 def test_several_ranks_on_a_gpu_are_refused() -> None:
