@@ -29,13 +29,14 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.events.form import CacheKind
 from stellarbyte_server.engine.events.publisher import EventAddresses, EventPublisher
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
-from stellarbyte_server.engine.run.adapter_store import AdapterStore
+from stellarbyte_server.engine.run.adapter_store import AdapterStore, Bank
 from stellarbyte_server.engine.run.executor import Executor
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
-from stellarbyte_server.engine.start.model_folder import open_model_folder
+from stellarbyte_server.engine.start.model_folder import ModelFolder, open_model_folder
+from stellarbyte_server.engine.start.ranks import load_ranks, make_bank, refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import (
     ServingPlan,
     StartupError,
@@ -64,21 +65,24 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
     device = _device(settings.device)
-    torch.set_num_threads(_num_threads(_num_replicas(settings)))
+    torch.set_num_threads(_num_threads(settings))
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
     folder = open_model_folder(path, is_dummy=is_dummy)
     config = folder.config
     serving_config(config, settings)  # refuses what cannot be served before the weights are read
+    if settings.tensor_parallel_size > 1:
+        refuse_ranks(settings, config, device)
     dtype = _dtype(settings.dtype, device)
     if settings.deterministic and device.type != "cpu":
         raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
-    num_slots = settings.max_loras if settings.serves_adapters else 0
-    bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
     cache_dtype = _cache_dtype(settings, dtype, device)
     quantization = settings.quantization
-    if device.type == "cpu":
+    if settings.tensor_parallel_size > 1:
+        adapters, executor, serving = _make_ranks_executor(settings, folder, dtype)
+    elif device.type == "cpu":
+        bank = make_bank(settings, config, dtype, device)
         kernels = _has_cpu_kernels(config, dtype)
         model, kept = folder.kept_model(dtype, device) if kernels else (folder.language_model(dtype, device), {})
         served = _cpu_model(model, config, bank, settings.quantization, kept, deterministic=settings.deterministic)
@@ -87,6 +91,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
+        bank = make_bank(settings, config, dtype, device)
         model, kept = folder.kept_model(dtype, device)
         adapters, executor, serving, quantization = _make_gpu_executor(settings, model, kept, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
@@ -153,6 +158,25 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     return core, info
 
 
+def _make_ranks_executor(
+    settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype
+) -> tuple[Adapters, Executor, ServingPlan]:
+    ranks = load_ranks(settings, folder, dtype, _num_threads(settings))
+    try:
+        adapters = _load_adapters(settings, ranks.bank, None if folder.is_dummy else folder.weight)
+        return adapters, *ranks.serve(_cache_budget(settings))
+    except Exception:
+        ranks.others.close()
+        raise
+
+
+def _cache_budget(settings: EngineSettings) -> int:
+    """Bytes for the cache of one rank on a CPU."""
+    if settings.kv_cache_memory is not None:
+        return settings.kv_cache_memory
+    return int(_available_memory() * AUTO_CPU_SHARE) // _num_processes(settings)
+
+
 def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
     """The log of the cache and what publishes it; EventsAddressError if an address is in use."""
     if settings.kv_events is None:
@@ -173,9 +197,7 @@ def _make_cpu_executor(
     settings: EngineSettings, served: ServedModel, config: ByteModelConfig, cache_dtype: torch.dtype
 ) -> tuple[Executor, ServingPlan]:
     step_tokens, _ = tokens_a_step(settings, "cpu")
-    budget = settings.kv_cache_memory
-    if budget is None:
-        budget = int(_available_memory() * AUTO_CPU_SHARE) // _num_replicas(settings)
+    budget = _cache_budget(settings)
     plan = plan_serving(config, settings, cache_dtype, step_tokens, budget)
     served, num_blocks, layout = served.with_windows_of(plan.config), plan.cache.num_blocks, plan.cache.layout
     cache = PagedKVCache(plan.config, num_blocks, layout.block_size, cache_dtype, torch.device("cpu"))
@@ -293,7 +315,7 @@ def _compile_kernels(served: ServedModel) -> None:
         served.warm_up()
 
 
-def _load_adapters(settings: EngineSettings, bank: LoraBank, weight_of: Callable[[str], torch.Tensor]) -> Adapters:
+def _load_adapters(settings: EngineSettings, bank: Bank, weight_of: Callable[[str], torch.Tensor] | None) -> Adapters:
     """The registry, with the adapters of --lora-modules read and checked; DoRA needs the weights as they are served.
 
     Raises:
@@ -334,16 +356,17 @@ def _available_memory() -> int:
     return max(0, available)
 
 
-def _num_replicas(settings: EngineSettings) -> int:
-    """Engine processes that share this machine; the server has resolved auto."""
-    return 1 if settings.replicas is None else settings.replicas
+def _num_processes(settings: EngineSettings) -> int:
+    """Ranks of all replicas, which share the cores and the memory of a CPU."""
+    return (1 if settings.replicas is None else settings.replicas) * settings.tensor_parallel_size
 
 
-def _num_threads(num_replicas: int) -> int:
-    """Cores for torch: all this process may use, less one for HTTP where there are many, divided among replicas."""
+def _num_threads(settings: EngineSettings) -> int:
+    """Cores for torch: all this process may use, less one for HTTP where there are many, divided among the
+    processes that compute."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = cores if cores <= 2 else math.ceil(cores * 0.9) - 1
-    return max(1, ours // num_replicas)
+    return max(1, ours // _num_processes(settings))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
