@@ -7,6 +7,7 @@ import tokenizers
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
+from stellarbyte_server.engine.drafts.drafts import Drafts, DraftTotals
 from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.grammar.followed import Grammar
@@ -53,6 +54,7 @@ class EngineCore:
         eos_token_ids: frozenset[int],
         adapters: Adapters,
         grammars: GrammarCompiler,
+        drafts: Drafts | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -60,7 +62,8 @@ class EngineCore:
         self.grammars = grammars
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self.answers = LiveAnswers(scheduler, adapters)
+        self.drafts = drafts
+        self.answers = LiveAnswers(scheduler, adapters, drafts)
         self._compiling = CompilingRequests(grammars)
         self._rejected: list[Rejected] = []  # since the last step
         self._num_prompt_tokens = 0
@@ -171,7 +174,8 @@ class EngineCore:
         self._queue_compiled()
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
-        chunks = self.scheduler.schedule()
+        has_drafts = self.drafts is not None and self.drafts.propose(self.scheduler.running)
+        chunks = self.scheduler.schedule(has_drafts=has_drafts)
         step = self._start(chunks)
         before, self._in_flight = self._in_flight, None
         self._had_nothing_to_run = not chunks and before is None
@@ -236,6 +240,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         pool, totals = self.scheduler.pool, self.scheduler.totals
+        drafted = DraftTotals() if self.drafts is None else self.drafts.totals
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting) + len(self._compiling),
@@ -250,6 +255,10 @@ class EngineCore:
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=self.scheduler.num_evicted,
             step_tokens_total=self.answers.num_step_tokens,
+            drafts_total=drafted.num_drafts,
+            draft_tokens_total=drafted.num_draft_tokens,
+            accepted_tokens_total=drafted.num_accepted_tokens,
+            accepted_by_place=tuple(drafted.accepted_by_place),
         )
 
     def _queue_compiled(self) -> None:
