@@ -24,6 +24,10 @@ COUNTERS = {
     "stellarbyte:evicted_tokens_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
 }
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds",
@@ -52,6 +56,7 @@ LABELS = {
     "stellarbyte:adapter_tokens_total": {"adapter"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total": {"position"},
 }
 EVERYWHERE = {"model_name", "instance", "job"}  # the last two are Prometheus' own
 

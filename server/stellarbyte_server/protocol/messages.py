@@ -298,6 +298,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str  # of the weights, or "none"
     kv_cache_dtype: str
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
+    speculative: str = "off"  # source of drafts: "ngram" or "off"
 
 
 Reply = AdapterLoaded | AdapterUnloaded | AdapterList | KeyCharged | CallFailed

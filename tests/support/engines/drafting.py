@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from stellarbyte import ByteTransformer
 from stellarbyte.backends.torch_model import TorchModel
@@ -74,7 +75,11 @@ class _ResidentAdapters:
 
 
 def drafting_core(
-    model: ByteTransformer, drafts: Drafts | None, backend: Backend = TorchModel, **options: Any
+    model: ByteTransformer,
+    drafts: Drafts | None,
+    backend: Backend = TorchModel,
+    tokenizer: Tokenizer | None = None,
+    **options: Any,
 ) -> EngineCore:
     """A core with the adapters "a" and "b"."""
     config = model.config
@@ -94,7 +99,9 @@ def drafting_core(
         versions[name] = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
     adapters: Adapters = _ResidentAdapters(versions)  # type: ignore[assignment]
     runner = PlanRunner(HostExecutor(backend(model, config, bank), cache, scheduler.layout))
-    return EngineCore(scheduler, runner, TOKENIZER, frozenset({256}), adapters, GRAMMARS, drafts)
+    grammars = GRAMMARS if tokenizer is None else GrammarCompiler(tokenizer, frozenset(), config.vocab_size)
+    tokenizer = TOKENIZER if tokenizer is None else tokenizer
+    return EngineCore(scheduler, runner, tokenizer, frozenset({256}), adapters, grammars, drafts)
 
 
 def random_request(chance: random.Random, name: str) -> GenerationRequest:

@@ -44,10 +44,7 @@ class Drafts:
         return has_any
 
     def _draft(self, sequence: Sequence, cost: float) -> tuple[int, ...]:
-        drafter = self._drafters.get(sequence)
-        if drafter is None:
-            drafter = Drafter(sequence.num_prompt, sequence.request.prediction_token_ids)
-            self._drafters[sequence] = drafter
+        drafter = self._drafter_of(sequence)
         grammar = sequence.grammar
         if grammar is not None:
             if grammar.is_slow or not grammar.is_ready:
@@ -57,6 +54,13 @@ class Drafts:
                 return forced
         draft = _before_end(drafter.propose(sequence.tokens, cost), sequence)
         return draft[: grammar.num_allowed(draft)] if draft and grammar is not None else draft
+
+    def _drafter_of(self, sequence: Sequence) -> Drafter:
+        drafter = self._drafters.get(sequence)
+        if drafter is None:
+            drafter = Drafter(sequence.num_prompt, sequence.request.prediction_token_ids)
+            self._drafters[sequence] = drafter
+        return drafter
 
     def note(self, chunks: Iterable[Chunk], sampled: Iterable[list[int]]) -> None:
         """Count a step's results, before they are in the sequences."""
@@ -80,8 +84,9 @@ class Drafts:
 
     def num_predicted(self, sequence: Sequence) -> int:
         """Tokens of its prediction in a sequence's answer."""
-        drafter = self._drafters.get(sequence)
-        return 0 if drafter is None else drafter.num_predicted(sequence.tokens)
+        if not sequence.request.prediction_token_ids:
+            return 0
+        return self._drafter_of(sequence).num_predicted(sequence.tokens)
 
     def forget(self, sequence: Sequence) -> None:
         """The request has ended."""

@@ -29,7 +29,7 @@ class NgramTable:
 
     def extend(self, tokens: "array[int]") -> None:
         """Add the n-grams of `tokens` but the last one, which nothing follows yet."""
-        self._num_added = min(self._num_added, len(tokens))
+        self._num_added = max(self.length - 1, min(self._num_added, len(tokens)))
         count = len(tokens) - 1 - self._num_added
         if count > _FEW:
             self._extend_at_once(tokens, max(self._num_added, len(tokens) - 1 - _MOST_ENTRIES))

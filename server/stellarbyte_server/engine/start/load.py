@@ -26,6 +26,7 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.executor import Executor
@@ -61,6 +62,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
     device = _device(settings.device)
+    if settings.speculative == "ngram" and device.type != "cpu":
+        raise StartupError("--speculative ngram needs --device cpu; a GPU takes off.")
     torch.set_num_threads(_num_threads())
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
@@ -110,6 +113,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
+    drafts = Drafts() if executor.takes_drafts and settings.speculative != "off" else None
+    logger.info("speculative decoding: %s", "off" if drafts is None else "ngram")
     core = EngineCore(
         Scheduler(
             limits,
@@ -123,6 +128,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         eos_token_ids,
         adapters,
         grammars,
+        drafts,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -137,6 +143,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         quantization=quantization,
         kv_cache_dtype=dtype_name(cache_dtype),
         weights_hash=folder.weights_hash(),
+        speculative="off" if drafts is None else "ngram",
     )
     return core, info
 
