@@ -191,7 +191,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     drafts_total: int = 0  # drafts verified
     draft_tokens_total: int = 0  # their tokens
     accepted_tokens_total: int = 0  # of these, accepted
-    accepted_by_place: tuple[int, ...] = ()  # how many drafts had their first, second, ... token accepted
+    accepted_by_place: tuple[int, ...] = (0,)  # how many drafts had their first, second, ... token accepted
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -25,6 +25,10 @@ STATS = EngineStats(
     prefix_cache_queries_total=14,
     prefix_cache_hits_total=15,
     evicted_tokens_total=16,
+    drafts_total=17,
+    draft_tokens_total=18,
+    accepted_tokens_total=19,
+    accepted_by_place=(21, 22),
 )
 
 
@@ -83,6 +87,10 @@ def test_numbers_are_where_they_belong() -> None:
         "vllm:prefix_cache_queries_total": 14,
         "vllm:prefix_cache_hits_total": 15,
         "stellarbyte:evicted_tokens_total": 16,
+        "vllm:spec_decode_num_drafts_total": 17,
+        "vllm:spec_decode_num_draft_tokens_total": 18,
+        "vllm:spec_decode_num_accepted_tokens_total": 19,
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total 1": 22,
         "stellarbyte:adapter_resident a gpu": 1,
         "stellarbyte:adapter_tokens_total b": 20,
         "stellarbyte:adapter_load_seconds_bucket 0.5": 1,
