@@ -16,7 +16,7 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.drafts.drafts import Drafts
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
@@ -102,6 +102,15 @@ def drafting_core(
     grammars = GRAMMARS if tokenizer is None else GrammarCompiler(tokenizer, frozenset(), config.vocab_size)
     tokenizer = TOKENIZER if tokenizer is None else tokenizer
     return EngineCore(scheduler, runner, tokenizer, frozenset({256}), adapters, grammars, drafts)
+
+
+def compiled(text: str) -> TokenGrammar:
+    GRAMMARS.submit("grammar", text)
+    while not (done := GRAMMARS.collect()):
+        time.sleep(0.001)
+    ((_, grammar),) = done
+    assert isinstance(grammar, TokenGrammar)
+    return grammar
 
 
 def random_request(chance: random.Random, name: str) -> GenerationRequest:

@@ -11,12 +11,11 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.run.planner import masks_along
 from stellarbyte_server.protocol.messages import Delta
-from tests.support.engines.drafting import answers_of, drafting_core
+from tests.support.engines.drafting import answers_of, compiled, drafting_core
 from tests.support.engines.engine import make_request
 from tests.support.engines.engine_core import VOCABULARY
 from tests.support.engines.reasoning_engine import marks, reasoning_tokenizer
 from tests.support.models.byte_transformer import make_model, random_tokens
-from tests.unit.server.engine.run.test_rewind import compiled
 
 SCHEMA = {
     "type": "object",
