@@ -45,6 +45,8 @@ WARM_UP_STEPS = 50
 class _Executor:
     """Random tokens at no cost."""
 
+    takes_drafts = False
+
     def __init__(self, vocab_size: int, num_steps_ahead: int) -> None:
         chance = random.Random(0)
         self.num_steps_ahead = num_steps_ahead

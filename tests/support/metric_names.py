@@ -33,6 +33,10 @@ COUNTERS = {
     "stellarbyte:kv_event_batches_dropped_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
 }
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds",
@@ -78,6 +82,7 @@ LABELS = {
     "stellarbyte:adapter_tokens_total": {"adapter"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total": {"position"},
 }
 # An engine's state, and the labels of its cache, to render.
 STATS = EngineStats(
@@ -93,6 +98,10 @@ STATS = EngineStats(
     prefix_cache_queries_total=14,
     prefix_cache_hits_total=15,
     evicted_tokens_total=16,
+    drafts_total=17,
+    draft_tokens_total=18,
+    accepted_tokens_total=19,
+    accepted_by_place=(21, 22),
 )
 
 

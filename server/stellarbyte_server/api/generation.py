@@ -248,6 +248,7 @@ def make_requests(
     echoed_logprobs: int | None = None,
     grammar: str | None = None,
     reasoning: Reasoning | Channels | None = None,
+    prediction_token_ids: tuple[int, ...] = (),
 ) -> tuple[GenerationRequest, ...]:
     """One request for each prompt and answer, in order; ApiError.
 
@@ -296,6 +297,8 @@ def make_requests(
                     cache_salt="" if body.cache_salt is None else body.cache_salt,
                     follows=first_id if is_follower else None,
                     reasoning=reasoning,
+                    speculative=body.speculative is not False,
+                    prediction_token_ids=prediction_token_ids,
                 )
             )
     return tuple(requests)

@@ -172,6 +172,13 @@ class EngineSettings:
         "maximum adapters in CPU memory, more than --max-loras (default: 4 times --max-loras)",
         None,
     )
+    speculative: str | None = option(
+        one_of("ngram", "off"),
+        "ngram|off",
+        "ngram: verify guesses of several tokens in one step, from repeated text, predictions and tokens that a grammar"
+        " forces; answers are the same (default: ngram on a CPU, off on a GPU, which cannot)",
+        None,
+    )
     kv_events: str | None = option(
         tcp_address,
         "tcp://HOST:PORT",

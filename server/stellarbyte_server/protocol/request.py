@@ -108,6 +108,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     follows: str | None = None  # id of an earlier request with the same prompt, which computes the prompt for both
     pooling: Literal["last", "mean"] | None = None
     reasoning: Reasoning | Channels | None = None  # None: all that is generated is the answer
+    speculative: bool = True  # guesses of next tokens may be verified together; the answer is the same
+    prediction_token_ids: tuple[int, ...] = ()  # the user's guess of the answer
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

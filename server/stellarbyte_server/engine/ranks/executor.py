@@ -21,6 +21,7 @@ class RanksExecutor:
         self._own = own
         self._others = others
         self.num_steps_ahead = own.num_steps_ahead
+        self.takes_drafts = own.takes_drafts
 
     def start(self, plan: StepPlan) -> "RanksStep":
         self._others.send(StartStep(plan))

@@ -2,12 +2,10 @@
 
 import importlib.util
 import logging
-import math
 import os
 import select
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -26,6 +24,7 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.events.form import CacheKind
 from stellarbyte_server.engine.events.publisher import EventAddresses, EventPublisher
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
@@ -35,6 +34,15 @@ from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
+from stellarbyte_server.engine.start.machine import (
+    available_memory,
+    cache_dtype_of,
+    device_of,
+    dtype_name,
+    dtype_of,
+    num_processes,
+    num_threads,
+)
 from stellarbyte_server.engine.start.model_folder import ModelFolder, open_model_folder
 from stellarbyte_server.engine.start.ranks import load_ranks, make_bank, refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import (
@@ -64,8 +72,10 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         StartupError: a setting does not fit the model or the machine.
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
-    device = _device(settings.device)
-    torch.set_num_threads(_num_threads(settings))
+    device = device_of(settings.device)
+    if settings.speculative == "ngram" and device.type != "cpu":
+        raise StartupError("--speculative ngram needs --device cpu; a GPU takes off.")
+    torch.set_num_threads(num_threads(settings))
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
     folder = open_model_folder(path, is_dummy=is_dummy)
@@ -73,11 +83,11 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     serving_config(config, settings)  # refuses what cannot be served before the weights are read
     if settings.tensor_parallel_size > 1:
         refuse_ranks(settings, config, device)
-    dtype = _dtype(settings.dtype, device)
+    dtype = dtype_of(settings.dtype, device)
     if settings.deterministic and device.type != "cpu":
         raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
-    cache_dtype = _cache_dtype(settings, dtype, device)
+    cache_dtype = cache_dtype_of(settings, dtype, device)
     quantization = settings.quantization
     if settings.tensor_parallel_size > 1:
         adapters, executor, serving = _make_ranks_executor(settings, folder, dtype)
@@ -124,6 +134,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
+    drafts = Drafts() if executor.takes_drafts and settings.speculative != "off" else None
+    logger.info("speculative decoding: %s", "off" if drafts is None else "ngram")
     core = EngineCore(
         Scheduler(
             limits,
@@ -138,6 +150,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         adapters,
         grammars,
         events,
+        drafts,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -154,6 +167,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         kv_cache_dtype=dtype_name(cache_dtype),
         deterministic=settings.deterministic,
         weights_hash=folder.weights_hash(),
+        speculative="off" if drafts is None else "ngram",
     )
     return core, info
 
@@ -161,7 +175,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
 def _make_ranks_executor(
     settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype
 ) -> tuple[Adapters, Executor, ServingPlan]:
-    ranks = load_ranks(settings, folder, dtype, _num_threads(settings))
+    ranks = load_ranks(settings, folder, dtype, num_threads(settings))
     try:
         adapters = _load_adapters(settings, ranks.bank, None if folder.is_dummy else folder.weight)
         return adapters, *ranks.serve(_cache_budget(settings))
@@ -174,7 +188,7 @@ def _cache_budget(settings: EngineSettings) -> int:
     """Bytes for the cache of one rank on a CPU."""
     if settings.kv_cache_memory is not None:
         return settings.kv_cache_memory
-    return int(_available_memory() * AUTO_CPU_SHARE) // _num_processes(settings)
+    return int(available_memory() * AUTO_CPU_SHARE) // num_processes(settings)
 
 
 def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
@@ -341,56 +355,3 @@ def _load_adapters(settings: EngineSettings, bank: Bank, weight_of: Callable[[st
                 raise StartupError(f"--lora-modules: {reply.message}")
             num_loading -= 1
     return adapters
-
-
-def _available_memory() -> int:
-    """Bytes that can be used without swapping, of the machine and of the control group (containers)."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts memory that caches would give back
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (allowed := limit.read_text().strip()) != "max":
-        available = min(available, int(allowed) - int(used.read_text()))
-    return max(0, available)
-
-
-def _num_processes(settings: EngineSettings) -> int:
-    """Ranks of all replicas, which share the cores and the memory of a CPU."""
-    return (1 if settings.replicas is None else settings.replicas) * settings.tensor_parallel_size
-
-
-def _num_threads(settings: EngineSettings) -> int:
-    """Cores for torch: all this process may use, less one for HTTP where there are many, divided among the
-    processes that compute."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ours = cores if cores <= 2 else math.ceil(cores * 0.9) - 1
-    return max(1, ours // _num_processes(settings))
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As users write it: float32, bfloat16, fp8."""
-    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
-
-
-def _cache_dtype(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if settings.kv_cache_dtype == "auto":
-        return dtype
-    if device.type == "cpu":
-        raise StartupError("--kv-cache-dtype fp8 needs --device cuda; a CPU's cache is as --dtype.")
-    return torch.float8_e4m3fn
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise StartupError("--device cuda: torch finds no CUDA device here.")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
