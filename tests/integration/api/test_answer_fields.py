@@ -75,5 +75,6 @@ def test_a_prediction_is_counted_in_the_usage(demo_server) -> None:
     text = whole["choices"][0]["message"]["content"]
     predicted = chat(prediction={"type": "content", "content": text + " and more"})
     assert predicted["choices"][0]["message"] == whole["choices"][0]["message"]
-    details = predicted["usage"]["completion_tokens_details"]
-    assert details["accepted_prediction_tokens"] >= 10 and details["rejected_prediction_tokens"] >= 1
+    num_tokens, details = predicted["usage"]["completion_tokens"], predicted["usage"]["completion_tokens_details"]
+    assert num_tokens - 2 <= details["accepted_prediction_tokens"] <= num_tokens, "all but the end"
+    assert details["rejected_prediction_tokens"] >= 1
