@@ -17,7 +17,8 @@ import msgspec
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.import_path import safe_environment
 from stellarbyte_server.logs import LogFormat
-from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+from stellarbyte_server.protocol.messages import EngineInfo
+from stellarbyte_server.protocol.start import EngineFailed, EngineReady, EngineStart
 
 ENGINE_MODULE = "stellarbyte_server.engine.process"
 _STOP_LIMIT_S = 5.0

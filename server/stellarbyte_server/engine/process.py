@@ -22,7 +22,8 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.loop import Core, EngineLoop
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.logs import configure_logging
-from stellarbyte_server.protocol.messages import EngineFailed, EngineInfo, EngineReady, EngineStart
+from stellarbyte_server.protocol.messages import EngineInfo
+from stellarbyte_server.protocol.start import EngineFailed, EngineReady, EngineStart
 
 logger = logging.getLogger("server.engine")
 

@@ -2,16 +2,10 @@
 
 An HTTP process sends a `Command`, the engine answers with an `Event`. Both are tagged unions, so one decoder reads
 each direction. Messages are plain data and cannot run code.
-
-At the start, the engine's parent writes one `EngineStart` as a line of JSON to its stdin, and reads one `EngineReady`
-or `EngineFailed` from its stdout. The engine runs as long as its stdin is open.
 """
-
-from typing import Literal
 
 import msgspec
 
-from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.request import GenerationRequest, adapter_loading
 
@@ -122,7 +116,10 @@ class ChargeKey(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReserveKey(msgspec.Struct, frozen=True, tag=True):
-    """Count requests of any engine against their key's limits; answered by `KeyCharged`, or `CallFailed` at a limit."""
+    """Count requests that another engine gets against the limits of their key.
+
+    Answered by `KeyCharged`, or by `CallFailed` if a limit is reached.
+    """
 
     call_id: str
     group_id: str  # of the requests, until `ReleaseKey`
@@ -376,24 +373,3 @@ def failure(request_id: str, message: str, code: str | None = None, param: str |
         code=code,
         param=param,
     )
-
-
-class EngineStart(msgspec.Struct, frozen=True):
-    """Start message of an engine process."""
-
-    settings: EngineSettings
-    endpoint: str  # ZeroMQ address to bind
-    log_level: str
-    log_format: Literal["text", "json"] = "text"
-    process_name: str = "engine"  # in log lines
-    folders: tuple[str, ...] = ()  # to remove when the parent has ended
-
-
-class EngineReady(msgspec.Struct, frozen=True, tag_field="state", tag="ready"):
-    info: EngineInfo
-
-
-class EngineFailed(msgspec.Struct, frozen=True, tag_field="state", tag="failed"):
-    """The engine could not start; `message` is one sentence for the user."""
-
-    message: str

@@ -97,8 +97,7 @@ class Adapters:
         version = self._find(reference.name)
         if version is None:
             raise model_not_found(reference)
-        refusal = refusals.refusal_of(version, reference)
-        if refusal is not None:
+        if (refusal := refusals.refusal_of(version, reference)) is not None:
             raise refusal
         return version
 
@@ -148,12 +147,15 @@ class Adapters:
 
     # Calls of the operator
 
-    def load(self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None) -> CallFailed | None:
+    def load(
+        self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None, *, is_held: bool = False
+    ) -> CallFailed | None:
         """Load an adapter under `name`; `collect` returns the answer unless it is refused at once.
 
-        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name.
+        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name. With `is_held` it
+        is read and checked, and becomes the adapter of its name by `commit`.
         """
-        if self._is_loading(name):
+        if any(version.name == name for version in self._loads):
             return adapter_is_loading(call_id, name)
         if (refusal := refusals.of_load(call_id, name, self._current.get(name), in_place)) is not None:
             return refusal
@@ -161,6 +163,8 @@ class Adapters:
         if isinstance(version, CallFailed):
             return version
         self._loads[version] = call_id
+        if is_held:
+            self.held.add(call_id, version)
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
         )
@@ -179,7 +183,7 @@ class Adapters:
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
-        if self._is_loading(name):
+        if any(version.name == name for version in self._loads):
             return [adapter_is_loading(call_id, name)]
         version = self._current.get(name)
         if version is not None and version.files is not None:
@@ -199,8 +203,8 @@ class Adapters:
         self._withdrawn.withdraw(name)
         if version is None:
             return [AdapterUnloaded(call_id, 0)]
-        logger.info("unloading adapter %s", name)
         self._unloads[version] = call_id
+        logger.info("unloading adapter %s", name)
         return self._drain(version)
 
     def list_all(self, call_id: str) -> list[Reply]:
@@ -208,22 +212,19 @@ class Adapters:
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
-        listed = self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card
+        cards = all_cards(self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card)
         numbers = self._num_slots, self.slots.num_used, self.memory.num_versions
-        return AdapterList(call_id, all_cards(*listed), self._load_seconds.snapshot(), *numbers)
+        return AdapterList(call_id, cards, self._load_seconds.snapshot(), *numbers)
 
     def _card(self, version: AdapterVersion, is_current: bool) -> AdapterCard:
         num_running = sum(map(self.slots.num_running, (version, *self._mixes.of(version))))
         return card_of(version, num_running, is_current=is_current)
 
-    def _is_loading(self, name: str) -> bool:
-        return any(version.name == name for version in self._loads)
-
     # Results of other threads
 
     @property
     def wake_fd(self) -> int | None:
-        """A file descriptor that becomes readable when `collect` has results."""
+        """Becomes readable when `collect` has results."""
         return self._store.wake_fd
 
     def collect(self) -> list[Reply]:
@@ -270,7 +271,8 @@ class Adapters:
         logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
         if version in self.held:
             return [self._answer_to_load(self._loads[version], version)]
-        version.state = "ready" if version.state == "loading" else version.state
+        if version.state == "loading":
+            version.state = "ready"
         call_id = self._loads.pop(version, None)
         replies = [] if call_id is None else self._loaded(call_id, version)
         self._pins.place()
@@ -395,6 +397,4 @@ class Adapters:
         self._others.discard(version)
         call_id = self._unloads.pop(version, None)
         replies: list[Reply] = [] if call_id is None else [AdapterUnloaded(call_id, freed)]
-        for mix in self._mixes.take(version):
-            replies += self._drain(mix)
-        return replies
+        return replies + [reply for mix in self._mixes.take(version) for reply in self._drain(mix)]

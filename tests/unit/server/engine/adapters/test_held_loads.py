@@ -10,8 +10,7 @@ from tests.support.engines.adapter_engine import AdapterEngine
 
 
 def hold(engine: AdapterEngine, name: str, path: str, call_id: str = "hold") -> Reply:
-    engine.adapters.held.add(call_id)
-    refusal = engine.adapters.load(call_id, name, path, True)
+    refusal = engine.adapters.load(call_id, name, path, True, is_held=True)
     return engine.answer([] if refusal is None else [refusal], call_id)
 
 
@@ -39,8 +38,7 @@ def test_a_discarded_adapter_leaves_nothing_however_far_it_was_read(folder: Path
     engine = AdapterEngine(folder)
     engine.load("x", "a")
     before = engine.cards()
-    engine.adapters.held.add("hold")
-    assert engine.adapters.load("hold", "x", "b", True) is None
+    assert engine.adapters.load("hold", "x", "b", True, is_held=True) is None
     for _ in range(num_collected):
         engine.adapters.collect()
     assert isinstance(engine.answer(engine.adapters.held.discard("discard", "hold"), "discard"), Settled)
@@ -100,3 +98,16 @@ def test_random_loads_held_and_not_leave_each_name_with_what_was_made_current(fo
             served = {card.name: card.content_hash for card in engine.cards() if card.is_current and card.name in "xyz"}
             assert served == current
         engine.run()
+
+
+def test_a_pinned_adapter_gets_an_idle_slot_when_it_is_committed(folder: Path) -> None:
+    engine = AdapterEngine(folder, num_slots=2)
+    for name in "ab":
+        engine.submit(name)
+        engine.run()
+    assert engine.adapters.load("hold", "x", "c", True, True, is_held=True) is None
+    engine.answer([], "hold")
+    assert engine.card("a").tier == engine.card("b").tier == "slot"
+    engine.answer(engine.adapters.held.commit("commit", "hold"), "commit")
+    engine.adapters.collect()
+    assert (engine.card("x").tier, engine.card("x").pinned) == ("slot", True)
