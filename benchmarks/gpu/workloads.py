@@ -109,6 +109,8 @@ ENGINES = {
     "8b-lora": Engine(shape="8b", adapters=32),
     "8b-int8": Engine(shape="8b", quantization="int8"),
     "8b-fp8": Engine(shape="8b", quantization="fp8"),
+    "8b-int4": Engine(shape="8b", quantization="int4"),
+    "8b-int4-lora": Engine(shape="8b", quantization="int4", adapters=32),
     "30b-a3b": Engine(shape="30b-a3b", max_num_seqs=256),
 }
 
@@ -150,13 +152,21 @@ WORKS = {
     "1b/1": Work(engine="1b", **ONE),
     "1b/64": Work(engine="1b", requests=64),
     "8b/1": Work(engine="8b", **ONE),
+    "8b/8": Work(engine="8b", requests=8, **ONE),
     "8b/64": Work(engine="8b", requests=64),
     "8b/64-lora32": Work(engine="8b-lora", requests=64, adapters=32),
     "8b/64-lora1": Work(engine="8b-lora", requests=64, adapters=1),
     "8b/load32": Work(engine="8b-lora", requests=8, output=(10**6, 10**6), loads_adapters=True),
     "8b-int8/1": Work(engine="8b-int8", **ONE),
     "8b-fp8/1": Work(engine="8b-fp8", **ONE),
+    "8b-int8/8": Work(engine="8b-int8", requests=8, **ONE),
+    "8b-int8/64": Work(engine="8b-int8", requests=64),
+    "8b-fp8/8": Work(engine="8b-fp8", requests=8, **ONE),
     "8b-fp8/64": Work(engine="8b-fp8", requests=64),
+    "8b-int4/1": Work(engine="8b-int4", **ONE),
+    "8b-int4/8": Work(engine="8b-int4", requests=8, **ONE),
+    "8b-int4/64": Work(engine="8b-int4", requests=64),
+    "8b-int4/64-lora32": Work(engine="8b-int4-lora", requests=64, adapters=32),
     "30b-a3b/1": Work(engine="30b-a3b", **ONE),
     "30b-a3b/8": Work(engine="30b-a3b", requests=8, **ONE),
     "30b-a3b/64": Work(engine="30b-a3b", requests=64),
@@ -208,9 +218,18 @@ ROWS = (
     Row(work="8b/64-lora1", key="of_base", unit="of base", target=0.95, peer=0.75),
     Row(work="8b/load32", key="served_s", unit="s", target=1.5, peer=6.1, less_is_better=True),
     Row(work="8b/load32", key="longest_gap_ms", unit="ms gap", target=20, less_is_better=True),
-    Row(work="8b-int8/1", key="tok_s", unit="tok/s", target=330),
-    Row(work="8b-fp8/1", key="tok_s", unit="tok/s", target=330),
+    Row(work="8b/8", key="tok_s", unit="tok/s"),
+    Row(work="8b-int8/1", key="tok_s", unit="tok/s", target=430),
+    Row(work="8b-int8/8", key="tok_s", unit="tok/s"),
+    Row(work="8b-int8/64", key="tok_s", unit="tok/s"),
+    Row(work="8b-fp8/1", key="tok_s", unit="tok/s", target=430),
+    Row(work="8b-fp8/8", key="tok_s", unit="tok/s"),
     Row(work="8b-fp8/64", key="tok_s", unit="tok/s"),
+    Row(work="8b-int4/1", key="tok_s", unit="tok/s", target=520),
+    Row(work="8b-int4/8", key="tok_s", unit="tok/s"),
+    Row(work="8b-int4/64", key="tok_s", unit="tok/s", target=8500),
+    Row(work="8b-int4/64-lora32", key="tok_s", unit="tok/s"),
+    Row(work="8b-int4/64-lora32", key="of_base", unit="of base", target=0.8),
     Row(work="30b-a3b/1", key="tok_s", unit="tok/s", target=450, peer=237),
     Row(work="30b-a3b/8", key="tok_s", unit="tok/s", target=1600, peer=836),
     Row(work="30b-a3b/64", key="tok_s", unit="tok/s", target=4500, peer=3144),
@@ -224,8 +243,13 @@ ROWS = (
     Row(work="0.6b/http-256", key="ttft_ms", unit="ms TTFT", peer=500, less_is_better=True),
 )
 NAMES = list(dict.fromkeys(row.work for row in ROWS))
-USUAL_NAMES = [name for name in NAMES if not name.startswith("30b-a3b/")]  # the others take minutes to load
-BASE_OF = {"8b/64-lora32": "8b/64", "8b/64-lora1": "8b/64"}  # the denominator of `of_base`
+UNUSUAL = ("30b-a3b/", "8b/8", "8b-int8/8", "8b-int8/64", "8b-fp8/8", "8b-int4/8", "8b-int4/64-lora32")
+USUAL_NAMES = [name for name in NAMES if not name.startswith(UNUSUAL)]  # the others take minutes
+BASE_OF = {
+    "8b/64-lora32": "8b/64",
+    "8b/64-lora1": "8b/64",
+    "8b-int4/64-lora32": "8b-int4/64",
+}  # the denominator of `of_base`
 
 
 def shape_of(engine: Engine, *, is_tiny: bool) -> Shape:

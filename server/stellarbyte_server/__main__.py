@@ -71,7 +71,7 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 
 def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
-    """Run the engine process and HTTP from start to stop. Raises StartError or ListenError."""
+    """Run the engine processes and HTTP from start to stop. Raises StartError or ListenError."""
     from stellarbyte_server.client.launch import EngineStartError, private_folder
     from stellarbyte_server.client.placement import place, share_of_each
     from stellarbyte_server.client.restart import start_engines, stop_engines

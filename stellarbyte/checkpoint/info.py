@@ -14,7 +14,7 @@ from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import Checkpoint, stored_dtype
 from stellarbyte.checkpoint.quantized.origin import read_origin
 from stellarbyte.checkpoint.safetensors_file import read_json
-from stellarbyte.checkpoint.shapes import expected_shapes
+from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.parts import module_path
 
@@ -31,6 +31,7 @@ class ModelInfo:
     stored_dtype: str
     disk_bytes: int
     weight_bytes: Mapping[str, int]
+    gpu_weight_bytes: Mapping[str, int]  # by --quantization on a GPU, beside bfloat16; what is refused is absent
     kv_bytes_per_token: Mapping[str, int]
     context_length: int
     tokens_kept: int  # in the cache, of a full sequence
@@ -57,6 +58,7 @@ def describe(checkpoint: Checkpoint) -> ModelInfo:
         stored_dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
         disk_bytes=checkpoint.num_bytes,
         weight_bytes={dtype: checkpoint.num_parameters * size for dtype, size in BYTES_PER_ELEMENT.items()},
+        gpu_weight_bytes=_gpu_weight_bytes(config),
         kv_bytes_per_token={dtype: kv_elements * size for dtype, size in BYTES_PER_ELEMENT.items()},
         context_length=context,
         tokens_kept=kept,
@@ -85,11 +87,33 @@ def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:
         ("on disk", f"{size(info.disk_bytes)} ({_stored(checkpoint, info)})"),
         *_quantization_lines(checkpoint),
         ("weights", _by_dtype(info.weight_bytes)),
+        ("on a GPU", f"{_by_dtype(info.gpu_weight_bytes)}, by --quantization"),
         ("KV per token", _by_dtype(info.kv_bytes_per_token)),
         ("KV when full", f"{_by_dtype(info.kv_bytes_full_sequence)} for {info.tokens_kept:,} tokens"),
         ("memory", _growth(config, info)),
         *([] if record is None else record_lines(record)),
     ]
+
+
+def _gpu_weight_bytes(config: ByteModelConfig) -> dict[str, int]:
+    """8 bits: with a float32 scale for each output; int4: with a scale of 16 bits and a zero point of 8 for 32 inputs,
+    and a head in 8 bits. A tied head is a matrix of its own."""
+    shapes, matrices = expected_shapes(config), matrix_names(config)
+    if config.tie_word_embeddings:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    in_8_bits = in_4_bits = 0
+    for name, shape in shapes.items():
+        count, num_inputs = math.prod(shape), shape[-1]
+        if name not in matrices and name != "lm_head.weight":
+            in_8_bits += 2 * count
+            in_4_bits += 2 * count
+            continue
+        of_8_bits = count + 4 * count // num_inputs
+        in_8_bits += of_8_bits
+        in_4_bits += of_8_bits if name == "lm_head.weight" else count // 2 + 3 * count // 32
+    found = {"int8": in_8_bits, "fp8": in_8_bits}
+    takes_int4 = not config.num_experts and all(shapes[name][-1] % 32 == 0 for name in matrices)
+    return found | ({"int4": in_4_bits} if takes_int4 else {})
 
 
 def _num_idle_parameters(config: ByteModelConfig) -> int:

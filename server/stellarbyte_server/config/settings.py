@@ -87,7 +87,7 @@ class EngineSettings:
     quantization: str = option(
         one_of("none", "int8", "int4", "fp8"),
         "none|int8|int4|fp8",
-        "weight quantization: int8 on any device, int4 on a CPU, fp8 on a GPU",
+        "weight quantization: int8 and int4 on any device, fp8 on a GPU",
         "none",
     )
     kv_cache_dtype: str = option(

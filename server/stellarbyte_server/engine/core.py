@@ -152,9 +152,9 @@ class EngineCore:
     def call(self, call: Call) -> None:
         """Execute an operator's call; `take_replies` returns the answer, now or after a later step."""
         if isinstance(call, LoadAdapter):
-            refusal = self.adapters.load(
-                call.call_id, call.name, call.path, call.in_place, call.pinned, is_held=call.is_held
-            )
+            if call.is_held:
+                self.adapters.held.add(call.call_id)
+            refusal = self.adapters.load(call.call_id, call.name, call.path, call.in_place, call.pinned)
             self.answers.replies += [] if refusal is None else [refusal]
         elif isinstance(call, CommitAdapter):
             self.answers.replies += self.adapters.held.commit(call.call_id, call.held_id)

@@ -116,10 +116,7 @@ class ChargeKey(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReserveKey(msgspec.Struct, frozen=True, tag=True):
-    """Count requests that another engine gets against the limits of their key.
-
-    Answered by `KeyCharged`, or by `CallFailed` if a limit is reached.
-    """
+    """Count requests of any engine against their key's limits; answered by `KeyCharged`, or `CallFailed` at a limit."""
 
     call_id: str
     group_id: str  # of the requests, until `ReleaseKey`

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from stellarbyte.backends.gpu.matrices import GpuMatrices
+from stellarbyte.backends.gpu.products import PackedWeight
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.mlp import ClampedSwiglu
 from stellarbyte.model.parts import Part, module_path
 from stellarbyte.ops.triton.moe.layer import Experts
 from stellarbyte.ops.triton.moe.routing import Router
-from stellarbyte.ops.triton.weights import ExpertWeight, Weight, quantize_experts
+from stellarbyte.ops.triton.weights import ExpertWeight
 
 # E experts, N outputs, K inputs, C hidden size, I intermediate size
 
@@ -25,8 +27,8 @@ _SHARED_GATE = "mlp.shared_expert_gate"
 class SharedExpert:
     """An MLP of every token, beside the chosen ones."""
 
-    gate_up: Weight
-    down: Weight
+    gate_up: PackedWeight
+    down: PackedWeight
     gate_1C: torch.Tensor | None  # of a sigmoid that multiplies its output; None: 1
 
 
@@ -51,8 +53,8 @@ def pack_experts(
     layer: int,
     parts: Sequence[Part],
     *,
-    quantization: str,
-    pack: Callable[[Sequence[Part]], Weight],
+    matrices: GpuMatrices,
+    pack: Callable[[Sequence[Part]], PackedWeight],
     pool: Experts | None,
 ) -> ExpertLayer:
     """Pack the router and the experts of one layer. Quantization frees the model's own matrices.
@@ -89,18 +91,19 @@ def pack_experts(
             down=pack([names[f"{_SHARED}.down_proj"]]),
             gate_1C=model.get_parameter(gate).data if _SHARED_GATE in names else None,
         )
-    return ExpertLayer(router=router, experts=pool or _pack_matrices(model, config, layer, quantization), shared=shared)
+    return ExpertLayer(router=router, experts=pool or _pack_matrices(model, config, layer, matrices), shared=shared)
 
 
-def _pack_matrices(model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str) -> Experts:
-    module = model.get_submodule(module_path(layer, _EXPERTS))
+def _pack_matrices(model: ByteLanguageModel, config: ByteModelConfig, layer: int, matrices: GpuMatrices) -> Experts:
+    path = module_path(layer, _EXPERTS)
+    module = model.get_submodule(path)
 
     def pack(name: str) -> ExpertWeight:
         bias_EN = module.get_parameter(f"{name}_bias").data if config.expert_bias else None
-        weight = ExpertWeight(matrix_ENK=module.get_parameter(name).data, bias_EN=bias_EN)
-        if quantization == "none":
-            return weight
-        setattr(module, name, torch.nn.Parameter(weight.matrix_ENK.new_empty(0), requires_grad=False))
-        return quantize_experts(weight, quantization)
+        weight = matrices.experts(f"{path}.{name}", bias_EN)
+        if weight.scales_EN is not None:
+            nothing = weight.scales_EN.new_empty(0, dtype=matrices.dtype)
+            setattr(module, name, torch.nn.Parameter(nothing, requires_grad=False))
+        return weight
 
     return Experts(gate_up=pack("gate_up_proj"), down=pack("down_proj"), swiglu=ClampedSwiglu.of(config))

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer, expert_parts, pack_experts
+from stellarbyte.backends.gpu.matrices import GpuMatrices
+from stellarbyte.backends.gpu.products import PackedWeight, rows_of
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import Projections
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -22,7 +24,7 @@ from stellarbyte.model.parts import (
     module_path,
 )
 from stellarbyte.model.residual import LayerScale
-from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
+from stellarbyte.ops.triton.weights import Weight
 
 # N outputs, K inputs, C hidden size, D head dim
 
@@ -44,10 +46,10 @@ _VECTORS = {  # norms, scales and bare vectors → fields of `Layer`
 class Layer:
     """One layer's weights; projections that share an input are packed into one matrix."""
 
-    qkv: Weight
-    output: Weight
-    gate_up: Weight | None = None  # None: the layer has experts
-    down: Weight | None = None
+    qkv: PackedWeight
+    output: PackedWeight
+    gate_up: PackedWeight | None = None  # None: the layer has experts
+    down: PackedWeight | None = None
     experts: ExpertLayer | None = None
     input_norm_C: torch.Tensor | None = None
     attention_output_norm_C: torch.Tensor | None = None
@@ -61,11 +63,16 @@ class Layer:
     mlp_scale_C: torch.Tensor | None = None
     window: int | None
 
+    @property
+    def matrices(self) -> list[PackedWeight]:
+        """Of attention and of the MLP that every token has."""
+        return [weight for weight in (self.qkv, self.output, self.gate_up, self.down) if weight is not None]
+
 
 def pack_layer(
-    model: ByteLanguageModel, config: ByteModelConfig, layer: int, quantization: str, earlier: Sequence[Layer] = ()
+    model: ByteLanguageModel, config: ByteModelConfig, layer: int, matrices: GpuMatrices, earlier: Sequence[Layer] = ()
 ) -> Layer:
-    """Pack one layer's weights. Quantization frees the model's own matrices.
+    """Pack one layer's weights. Quantization frees the model's own matrices, which are those of `matrices`.
 
     Args:
         earlier: the layers before it, whose experts it may share.
@@ -78,18 +85,20 @@ def pack_layer(
     if unknown := [part.name for part in parts if part.name not in _VECTORS and part.reads not in _INPUTS]:
         raise ValueError(f"the GPU kernels do not support {unknown[0]}")
 
-    def pack(group: Sequence[Part]) -> Weight:
+    def pack(group: Sequence[Part]) -> PackedWeight:
         """Stack the matrices of linears. The linears get views of the result, or nothing, so that no memory is held
         twice."""
-        linears = [cast(torch.nn.Linear, model.get_submodule(module_path(layer, part.name))) for part in group]
-        heights = [len(linear.weight) for linear in linears]
-        matrix_NK = linears[0].weight if len(linears) == 1 else torch.cat([linear.weight.data for linear in linears])
+        paths = [module_path(layer, part.name) for part in group]
+        linears = [cast(torch.nn.Linear, model.get_submodule(path)) for path in paths]
         bias_N = None
         if any(linear.bias is not None for linear in linears):
             bias_N = torch.cat([_bias(linear) for linear in linears])
-        weight = Weight(matrix_NK=matrix_NK, bias_N=bias_N)
-        if quantization != "none":
-            weight, matrix_NK = quantize(weight, quantization), matrix_NK.new_empty(sum(heights), 0)
+        weight = matrices.packed([f"{path}.weight" for path in paths], bias_N)
+        heights = [linear.out_features for linear in linears]
+        if isinstance(weight, Weight) and weight.scales_N is None:
+            matrix_NK = weight.matrix_NK
+        else:
+            matrix_NK = torch.empty(sum(heights), 0, dtype=matrices.dtype, device=weight.device)
         for linear, rows in zip(linears, matrix_NK.split(heights), strict=True):
             linear.weight = torch.nn.Parameter(rows, requires_grad=False)
         return weight
@@ -105,7 +114,7 @@ def pack_layer(
     if not config.qk_norm_per_head:
         fields["qk_norm_N"] = torch.cat([fields.pop("q_norm_D"), fields.pop("k_norm_D")])
     if config.residual_multiplier != 1:
-        one_C = torch.ones(config.hidden_size, device=fields["output"].matrix_NK.device)
+        one_C = torch.ones(config.hidden_size, device=fields["output"].device)
         for name in ("attention_scale_C", "mlp_scale_C"):  # float32: the multiplier is not rounded
             fields[name] = config.residual_multiplier * fields.get(name, one_C).float()
     if of_experts:
@@ -113,7 +122,7 @@ def pack_layer(
         assert holder is not None  # a layer with a router has experts
         pool = earlier[holder].experts if holder < layer else None
         fields["experts"] = pack_experts(
-            model, config, layer, of_experts, quantization=quantization, pack=pack,
+            model, config, layer, of_experts, matrices=matrices, pack=pack,
             pool=None if pool is None else pool.experts,
         )  # fmt: skip
     return Layer(**fields, window=config.windows[layer])
@@ -124,12 +133,9 @@ def part_of(weights: Layer, projections: Projections, layer: int, number: int) -
     name, group = next(
         (name, group) for name, group in projections.shared_inputs.items() if group.start <= number < group.stop
     )
-    packed: Weight = getattr(weights, _INPUTS[name])
     heights = [out for out, _ in projections.shapes[layer][group]]
     first = sum(heights[: number - group.start])
-    rows = slice(first, first + heights[number - group.start])
-    scales_N = None if packed.scales_N is None else packed.scales_N[rows]
-    return dequantized(Weight(matrix_NK=packed.matrix_NK[rows], scales_N=scales_N), torch.float32)
+    return rows_of(getattr(weights, _INPUTS[name]), slice(first, first + heights[number - group.start]))
 
 
 def _bias(linear: torch.nn.Linear) -> torch.Tensor:

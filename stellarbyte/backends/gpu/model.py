@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
 import torch
@@ -11,24 +12,25 @@ import torch.nn.functional as F
 from stellarbyte.backends.gpu.adapters import Adapters
 from stellarbyte.backends.gpu.expert_weights import ExpertLayer
 from stellarbyte.backends.gpu.layer_weights import Layer, pack_layer, part_of
+from stellarbyte.backends.gpu.matrices import GpuMatrices
+from stellarbyte.backends.gpu.products import PackedWeight, apply, can_norm_few, few, fuses_gate, on_cpu, rows_of
 from stellarbyte.backends.gpu.replaced import add_logits
 from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import EMBEDDING, HEAD, LoraBank
 from stellarbyte.model.decoder import ByteLanguageModel
 from stellarbyte.model.parts import ATTENDED, ATTENTION_INPUT, GATED, MLP_INPUT
 from stellarbyte.model.residual import deepnorm_alpha
 from stellarbyte.ops.triton.attention import prefill_attention, write_kv
-from stellarbyte.ops.triton.fp8 import product, takes_fp8
 from stellarbyte.ops.triton.gates import GATES, apply_gate, finish_logits
-from stellarbyte.ops.triton.linear import MAX_NORMED_ROWS, is_for_few, linear
 from stellarbyte.ops.triton.lora import Addend, LoraRows
 from stellarbyte.ops.triton.moe.layer import has_terms, make_scratch, moe, terms
 from stellarbyte.ops.triton.moe.scratch import ExpertScratch
 from stellarbyte.ops.triton.norm import add_branch, add_norm
 from stellarbyte.ops.triton.paged import HeadShape, PagedRows, Rotations
 from stellarbyte.ops.triton.rotate_write import norm_projections
-from stellarbyte.ops.triton.weights import Weight, dequantized, quantize
+from stellarbyte.ops.triton.weights import Weight
 
 # T tokens, C hidden size, R rows of some of them, V vocabulary, A = heads · head dim, N = A + keys and values
 
@@ -53,8 +55,14 @@ class TritonModel:
     Args:
         config: for serving; its windows and sinks may differ from the model's own.
         bank: the adapters, in the model's dtype; None: no adapters.
-        quantization: "none", or "int8" or "fp8": of all matrices but the embedding, with a scale for each output; the
-            head is then int8.
+        quantization: "none", or of all matrices but the embedding "int8" or "fp8", with a scale for each output, or
+            "int4", with a scale and a zero point for 32 inputs; the head is then int8.
+        kept: the quantized matrices of a checkpoint, by the names of their parameters, as in `GpuMatrices`.
+
+    Attributes: quantization: of the matrices of its layers, or "none".
+
+    Raises:
+        ValueError: the kernels do not support a part of the model, or the quantization does not fit its shape.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class TritonModel:
         bank: LoraBank | None = None,
         *,
         quantization: str = "none",
+        kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
     ) -> None:
         decoder = model.model
         assert config.num_key_value_heads is not None and config.head_dim is not None  # the config fills both in
@@ -73,17 +82,19 @@ class TritonModel:
         self.device = self.embedding_VC.device
         self.embedding_multiplier = float(self.embedding_VC.new_tensor(config.embedding_multiplier))
         self.final_norm_C = decoder.norm.gain
-        head_weight = Weight(matrix_NK=model.lm_head.weight)
-        # The head's rounding errors reach the logits directly, and those of fp8 are larger.
-        self.head_weight = head_weight if quantization == "none" else quantize(head_weight, "int8")
+        matrices = GpuMatrices(model, config, kept, quantization)
+        self.quantization = matrices.quantization
+        self.head_weight = matrices.head()
         self.layers: list[Layer] = []
         for layer in range(config.num_hidden_layers):
-            self.layers.append(pack_layer(model, config, layer, quantization, self.layers))
+            self.layers.append(pack_layer(model, config, layer, matrices, self.layers))
         # The fused kernels of few rows add the sum of a token's experts to the residual: nothing may come between.
         self.can_fuse = not any(
             layer.experts is not None and (layer.experts.shared is not None or layer.mlp_output_norm_C is not None)
             for layer in self.layers
         )
+        forms = {type(weight) for layer in self.layers for weight in layer.matrices}
+        self.can_fuse = self.can_fuse and len(forms) == 1  # else some take a norm for fewer rows than others
         self.heads = HeadShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         self.gate = GATES[config.hidden_act]
         num_layers = range(config.num_hidden_layers)
@@ -109,11 +120,9 @@ class TritonModel:
         if module == EMBEDDING:
             return self.embedding_VC.detach()
         if module == HEAD:
-            head = self.head_weight
-            if head.scales_N is None:
-                return head.matrix_NK.detach()
-            # On the CPU: in float32 it takes gigabytes.
-            return dequantized(Weight(matrix_NK=head.matrix_NK.cpu(), scales_N=head.scales_N.cpu()), torch.float32)
+            is_plain = isinstance(self.head_weight, Weight) and self.head_weight.scales_N is None
+            # On the CPU if quantized: in float32 it takes gigabytes.
+            return rows_of(self.head_weight if is_plain else on_cpu(self.head_weight), slice(None)).detach()
         layer, number = self._places[module]
         return part_of(self.layers[layer], self.bank.projections, layer, number).detach()
 
@@ -123,7 +132,7 @@ class TritonModel:
         """[R, V] logits of the next token, in `out` if given; `adapters` are those of the rows, None: none has a
         head."""
         hidden_RC = hidden_RC.contiguous()
-        logits_RV = _apply(hidden_RC, self.head_weight, out)
+        logits_RV = apply(hidden_RC, self.head_weight, out)
         if adapters is not None:
             add_logits(logits_RV, hidden_RC, adapters, self.bank)
         if self.config.logits_multiplier != 1 or self.config.logits_softcap is not None:
@@ -192,8 +201,7 @@ class TritonModel:
     ) -> torch.Tensor:
         """Token embeddings → hidden states after the final norm; x_TC may be written to."""
         is_plain = adapters is None and self.alpha is None and not self.config.parallel_residual
-        is_few = len(x_TC) <= MAX_NORMED_ROWS and is_for_few(x_TC, self.layers[0].qkv)
-        if is_plain and is_few and self.can_fuse:
+        if is_plain and self.can_fuse and can_norm_few(x_TC, self.layers[0].qkv):
             return self._forward_few(x_TC, attend, expert_scratch)
         return self._forward_many(x_TC, attend, adapters, expert_scratch)
 
@@ -207,7 +215,7 @@ class TritonModel:
     def _attention_of_few(self, x_TC: torch.Tensor, i: int, attend: Attend) -> torch.Tensor:
         """x + the attention branch of layer i, added by its last product."""
         layer, eps = self.layers[i], self.config.rms_norm_eps
-        qkv_TN = linear(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps)
+        qkv_TN = few(x_TC, layer.qkv, norm_K=layer.input_norm_C, eps=eps)
         attended_TA = attend(i, *self._normed_projections(qkv_TN, None, layer))
         return self._add_product(
             x_TC, attended_TA, layer.output, layer.attention_output_norm_C, layer.attention_scale_C
@@ -223,21 +231,21 @@ class TritonModel:
                 norm_C=layer.mlp_norm_C, eps=eps, residual_TC=x_TC, branch_scale_C=layer.mlp_scale_C,
             )  # fmt: skip
         assert layer.gate_up is not None and layer.down is not None
-        inner_TI = linear(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
+        inner_TI = few(x_TC, layer.gate_up, norm_K=layer.mlp_norm_C, eps=eps, gate=self.gate)
         return self._add_product(x_TC, inner_TI, layer.down, layer.mlp_output_norm_C, layer.mlp_scale_C)
 
     def _add_product(
         self,
         x_TC: torch.Tensor,
         inner_TK: torch.Tensor,
-        weight: Weight,
+        weight: PackedWeight,
         norm_C: torch.Tensor | None,
         scale_C: torch.Tensor | None,
     ) -> torch.Tensor:
         """x + scale · norm(W · inner); with a norm x is changed in place."""
         if norm_C is None:
-            return linear(inner_TK, weight, residual_TN=x_TC, branch_scale_N=scale_C)
-        add_branch(x_TC, linear(inner_TK, weight), scale_C, branch_norm_C=norm_C, eps=self.config.rms_norm_eps)
+            return few(inner_TK, weight, residual_TN=x_TC, branch_scale_N=scale_C)
+        add_branch(x_TC, few(inner_TK, weight), scale_C, branch_norm_C=norm_C, eps=self.config.rms_norm_eps)
         return x_TC
 
     def _forward_many(
@@ -294,8 +302,11 @@ class TritonModel:
                 return Branch(out_PC, None, norm_C, scale_C, expert_scratch.counts)
             return Branch(self._experts(x_TC, layer.experts, expert_scratch), None, norm_C, scale_C)
         assert layer.gate_up is not None and layer.down is not None
-        gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
-        inner_TI = apply_gate(gate_up_TI, self.gate, addend)
+        if adapters is None and fuses_gate(x_TC, layer.gate_up):
+            inner_TI = few(x_TC, layer.gate_up, gate=self.gate)
+        else:
+            gate_up_TI, addend = self._project(x_TC, layer.gate_up, i, MLP_INPUT, adapters)
+            inner_TI = apply_gate(gate_up_TI, self.gate, addend)
         out_TC, addend = self._project(inner_TI, layer.down, i, GATED, adapters)
         return Branch(out_TC, addend, layer.mlp_output_norm_C, layer.mlp_scale_C)
 
@@ -303,8 +314,8 @@ class TritonModel:
         """The sum of the chosen experts and the shared one."""
         shared_TC = None
         if layer.shared is not None:
-            inner_TI = apply_gate(_apply(x_TC, layer.shared.gate_up), self.gate)
-            shared_TC = _apply(inner_TI, layer.shared.down)
+            inner_TI = apply_gate(apply(x_TC, layer.shared.gate_up), self.gate)
+            shared_TC = apply(inner_TI, layer.shared.down)
             if layer.shared.gate_1C is not None:
                 shared_TC *= F.linear(x_TC, layer.shared.gate_1C).sigmoid()
         return moe(x_TC, layer.router, layer.experts, scratch, gate=self.gate, residual_TC=shared_TC)
@@ -335,25 +346,12 @@ class TritonModel:
         )  # fmt: skip
 
     def _project(
-        self, x_TK: torch.Tensor, weight: Weight, layer: int, source: str, adapters: Adapters | None
+        self, x_TK: torch.Tensor, weight: PackedWeight, layer: int, source: str, adapters: Adapters | None
     ) -> tuple[torch.Tensor, Addend | None]:
         """The product of the linears that read `source`, and the addend for its reader."""
         if adapters is None:
-            return _apply(x_TK, weight), None
+            return apply(x_TK, weight), None
         projections = self.bank.projections.shared_inputs[source]
         adapters.begin(x_TK, layer, projections)
-        out_TN = _apply(x_TK, weight)
+        out_TN = apply(x_TK, weight)
         return out_TN, adapters.end(out_TN, layer, projections, weight.bias_N)
-
-
-def _apply(x_TK: torch.Tensor, weight: Weight, out_TN: torch.Tensor | None = None) -> torch.Tensor:
-    if is_for_few(x_TK, weight):
-        return linear(x_TK, weight, out_TN=out_TN)
-    if takes_fp8(x_TK, weight):
-        product_TN = product(x_TK, weight)
-        return product_TN if out_TN is None else out_TN.copy_(product_TN)
-    matrix_NK = dequantized(weight, x_TK.dtype)
-    if out_TN is not None and weight.bias_N is None:
-        return torch.mm(x_TK, matrix_NK.T, out=out_TN)
-    product_TN = F.linear(x_TK, matrix_NK, weight.bias_N)
-    return product_TN if out_TN is None else out_TN.copy_(product_TN)

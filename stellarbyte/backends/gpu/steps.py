@@ -92,7 +92,7 @@ class Steps:
         self.memory.tables_SE.fill_(cache.keys_LBSKD.shape[1] - 1)
         self._graphs = Graphs(device)
         self._upload = Upload(device)
-        vocab_size = len(model.head_weight.matrix_NK)
+        vocab_size = model.head_weight.num_outputs
         self._x_BC = torch.empty(max_rows, config.hidden_size, dtype=dtype, device=device)
         self._positions_B = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._fields_BF = torch.zeros(max_rows, NUM_FIELDS, dtype=torch.int32, device=device)

@@ -31,12 +31,14 @@ def linear(
     residual_TN: torch.Tensor | None = None,
     branch_scale_N: torch.Tensor | None = None,
     out_TN: torch.Tensor | None = None,
+    tile: tuple[int, int, int] | None = None,
 ) -> torch.Tensor:
     """residual + branch_scale · gate(W · norm(x) + bias) for at most `MAX_ROWS` contiguous rows.
 
     Args:
         norm_K: weight of an RMSNorm of x, with `eps`.
         gate: of `gates.GATES`; then W holds gates and ups, [2N, K], and the output is activated gate · up.
+        tile: outputs and inputs of a program's tile, and its warps; None: those of the shape.
     """
     num_rows, num_inputs = x_TK.shape
     num_outputs = len(weight.matrix_NK) // (2 if gate else 1)
@@ -45,7 +47,9 @@ def linear(
     if not num_rows:
         return out_TN
     rows = 1 if num_rows == 1 else max(8, triton.next_power_of_2(num_rows))
-    block_n, block_k, num_warps = _tile(rows, num_outputs, num_inputs, weight.matrix_NK.element_size())
+    if tile is None:
+        tile = _tile(rows, num_outputs, num_inputs, weight.matrix_NK.element_size())
+    block_n, block_k, num_warps = tile
     kernel = _vector_kernel if rows == 1 else _rows_kernel
     kernel[(triton.cdiv(num_outputs, block_n),)](
         x_TK,

@@ -15,6 +15,14 @@ class Weight:
     scales_N: torch.Tensor | None = None
     bias_N: torch.Tensor | None = None
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.matrix_NK)
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix_NK.device
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeight:

@@ -63,6 +63,29 @@ def test_the_kernels_of_experts_are_measured_and_their_bytes_counted():
     assert all(name in table for name in ("gate_up", "down", "combine", "routing"))
 
 
+@pytest.mark.parametrize("sweeps", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_products_of_quantized_weights_are_measured(sweeps: bool):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", "benchmarks.gpu.quantized", "--device", "cpu", "--tiny", "--no-record"]
+    options = [
+        "--rows",
+        "1",
+        "3",
+        "--parts",
+        "qkv",
+        "--forms",
+        "int8",
+        "int4/64",
+        *(["--sweep", "1"] if sweeps else []),
+    ]
+    table = subprocess.run([*command, *options], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    rows = [line.split() for line in table.splitlines()]
+    for form in ("int8", "int4/64"):
+        assert [row[2] for row in rows if row[:2] == [form, "qkv"] and row[-1] == "served"] == ["1", "3"]
+    for variant in ("norm apart", "vector (8, 2, 64, 8)", "rows (8, 16, 4, 4, 4, 1)"):
+        assert (variant in table) == sweeps
+
+
 FAULTY = """
 import json, sys, time
 for work in sys.argv[sys.argv.index("--folder") + 2 :]:

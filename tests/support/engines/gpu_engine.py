@@ -11,6 +11,7 @@ import torch
 from stellarbyte.backends.gpu.model import TritonModel
 from stellarbyte.backends.gpu.steps import Steps
 from stellarbyte.cache.paged_kv import PagedKVCache
+from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora.bank import LoraBank
 from stellarbyte.model.transformer import ByteTransformer
@@ -53,6 +54,7 @@ class GpuEngine:
         dtype: torch.dtype = torch.float32,
         adapters: Mapping[str, RandomAdapter] = MappingProxyType({}),
         quantization: str = "none",
+        kept: Mapping[str, QuantizedMatrix] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         config = model.config if config is None else config
@@ -73,9 +75,13 @@ class GpuEngine:
         for slot, (name, adapter) in enumerate(adapters.items(), 1):
             bank.fill(slot, adapter.packed(config, dtype))
             self.versions[name] = AdapterVersion(name=name, files=NO_FILES, content_hash=name, slot=slot)
-        served = copy.deepcopy(model).requires_grad_(False).to(device, dtype)
+        served = copy.deepcopy(model).requires_grad_(False)
+        if not kept:
+            served = served.to(device, dtype)
+        else:  # kept matrices have no memory in the model
+            served._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device, dtype))
         self.steps = Steps(
-            TritonModel(served, config, bank, quantization=quantization),
+            TritonModel(served, config, bank, quantization=quantization, kept=kept),
             cache,
             max_rows=limits.max_num_seqs,
             max_tokens=limits.max_num_batched_tokens,

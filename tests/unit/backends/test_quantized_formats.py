@@ -17,14 +17,16 @@ from stellarbyte.backends.cpu_model import CpuModel
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.checkpoint.convert import convert
 from stellarbyte.checkpoint.native import load_model, load_quantized, open_checkpoint
+from stellarbyte.compress.quantization.grid import Grid
 from stellarbyte.model.parts import adaptable_modules
+from tests.support.cases import SLOW_WITHOUT_GPU, some
 from tests.support.engines.engine import ModelEngine
 from tests.support.models.adapters import RandomAdapter
 from tests.support.models.quantized import FORMATS, write_quantized
 
 TOLERANCE = 1e-4  # of log-probabilities
 LENGTH, FIRST = 24, 16
-ON_A_GPU = [name if name == "awq" else pytest.param(name, marks=pytest.mark.slow_without_gpu) for name in FORMATS]
+ON_A_GPU = some(list(FORMATS), *map(list(FORMATS).index, ("awq",)), mark=SLOW_WITHOUT_GPU)
 ADAPTER = "tuned"
 
 
@@ -88,7 +90,9 @@ def engine_of(backend: str, pair: Pair, device: torch.device) -> Any:
         pytest.importorskip("triton", reason="Triton is not installed")
         from tests.support.engines.gpu_engine import GpuEngine
 
-        return GpuEngine(model, device, model.config, adapters=adapters, block_size=8, max_num_seqs=2)
+        model, kept = load_quantized(pair.folder, dtype=torch.float32)
+        config = open_checkpoint(pair.folder).config
+        return GpuEngine(model, device, config, adapters=adapters, kept=kept, block_size=8, max_num_seqs=2)
     made: Any = TorchModel
     if backend == "cpu":
         model, kept = load_quantized(pair.folder, dtype=torch.float32)
@@ -173,4 +177,62 @@ def own_stream(device: torch.device) -> Iterator[None]:
 def test_gpu_kernels_give_the_logits_of_the_dequantized_weights(
     name: str, device: torch.device, tmp_path: Path
 ) -> None:
-    check_served("triton", make_pair(name, tmp_path, num_hidden_layers=1), device, LENGTH - 1)
+    engine = check_served("triton", make_pair(name, tmp_path, num_hidden_layers=1), device, LENGTH - 1)
+    is_dequantized = FORMATS[name].form is None or "groups of 16" in name
+    assert engine.steps.model.quantization == ("none" if is_dequantized else FORMATS[name].form)
+
+
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors W8A8", "fp8 blocks", "fp8 matrices", "nf4"])
+def test_gpu_keeps_the_weights_that_dora_reads(name: str, device: torch.device, tmp_path: Path) -> None:
+    """As `test_kept_weights_are_what_dora_reads`; parts of stacked matrices."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from stellarbyte.backends.gpu.model import TritonModel
+
+    folder = convert(write_quantized(tmp_path, name)[0], tmp_path / "target")
+    model, kept = load_quantized(folder, dtype=torch.float32, device=device)
+    config = open_checkpoint(folder).config
+    served = TritonModel(model, config, kept=kept)
+    expected = load_model(folder).state_dict()
+    for module in (*adaptable_modules(config), "lm_head"):
+        torch.testing.assert_close(served.weight(module).cpu(), expected[f"{module}.weight"], rtol=3e-7, atol=1e-8)
+
+
+def test_gpu_rounds_to_int4_what_is_not_kept(device: torch.device, tmp_path: Path) -> None:
+    """The numbers of `compress --method round`; the head in int8. A kept int4 is not rounded again, another form is."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from stellarbyte.backends.gpu.model import TritonModel
+
+    grid, module = Grid(kind="int4"), "model.layers.1.mlp.down_proj"
+    for name, is_same in (("awq", True), ("compressed-tensors W8A8", False), ("nf4", False)):
+        folder = convert(write_quantized(tmp_path / name, name)[0], tmp_path / name / "target")
+        model, kept = load_quantized(folder, dtype=torch.float32, device=device)
+        served = TritonModel(model, open_checkpoint(folder).config, quantization="int4", kept=kept)
+        plain = load_model(folder).state_dict()
+        expected = plain[f"{module}.weight"]
+        if not is_same:
+            expected = grid.round(expected, grid.fit(expected))
+        assert served.quantization == "int4"
+        torch.testing.assert_close(served.weight(module).cpu(), expected, rtol=3e-7, atol=1e-8)
+        head = plain["lm_head.weight"]
+        error = (served.weight("lm_head").cpu() - head).abs().amax(1) / head.abs().amax(1)
+        assert 0 < error.max() <= 0.51 / 127
+
+
+def test_gpu_refuses_experts_in_int4_and_dequantizes_those_that_are_kept(device: torch.device, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from stellarbyte.backends.gpu.model import TritonModel
+
+    options = {"experts": True, "moe_intermediate_size": 128, "head_dim": 32}
+    for name, form in (("awq", "none"), ("compressed-tensors W8A8", "int8")):
+        folder = convert(write_quantized(tmp_path / name, name, **options)[0], tmp_path / name / "target")
+        config = open_checkpoint(folder).config
+        model, kept = load_quantized(folder, dtype=torch.float32, device=device)
+        layers = enumerate(TritonModel(model, config, kept=kept).layers)
+        number, experts = next((i, layer.experts.experts) for i, layer in layers if layer.experts is not None)
+        down = experts.down
+        assert (down.scales_EN is None) == (form == "none")
+        numbers = down.matrix_ENK.float() * (1 if down.scales_EN is None else down.scales_EN[..., None])
+        expected = load_model(folder).state_dict()[f"model.layers.{number}.mlp.experts.down_proj"]
+        torch.testing.assert_close(numbers.cpu(), expected, rtol=3e-7, atol=1e-8)
+        with pytest.raises(ValueError, match="do not support experts in int4"):
+            TritonModel(load_quantized(folder, dtype=torch.float32)[0], config, quantization="int4", kept=kept)

@@ -1,12 +1,14 @@
 """`describe` counts what a model costs, and says honestly whether a sequence is constant in memory."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stellarbyte.checkpoint.info import ModelInfo, describe, describe_lines, size
-from stellarbyte.checkpoint.native import open_checkpoint
+from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from tests.support.models.byte_transformer import EXPERTS, VARIANTS, make_model
 
 
@@ -23,6 +25,34 @@ def test_counts_are_those_of_the_model(tmp_path: Path):
     assert found.disk_bytes == (tmp_path / "model.safetensors").stat().st_size
     assert found.stored_dtype == "float32"
     assert found.kv_bytes_per_token == {"float32": 2 * 3 * 2 * 16 * 4, "bfloat16": 2 * 3 * 2 * 16 * 2}
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_bytes_on_a_gpu_are_those_that_the_kernels_read(is_tied: bool, tmp_path: Path):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from stellarbyte.backends.gpu.model import TritonModel
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": is_tied, "attention_bias": True}
+    found = info(tmp_path, **sizes).gpu_weight_bytes
+    assert list(found) == ["int8", "fp8", "int4"]
+    for quantization, num_bytes in found.items():
+        model = load_language_model(tmp_path, dtype=torch.bfloat16)
+        served = TritonModel(model, open_checkpoint(tmp_path).config, quantization=quantization)
+        parts = [served.embedding_VC, served.final_norm_C, served.head_weight, served.layers]
+        assert sum(tensor.nbytes for tensor in tensors_of(parts)) == num_bytes
+
+
+def tensors_of(part: Any) -> list[torch.Tensor]:
+    """Of a weight, a layer, or a list of them."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    parts = part if isinstance(part, list) else vars(part).values() if dataclasses.is_dataclass(part) else []
+    return [tensor for inner in parts for tensor in tensors_of(inner)]
+
+
+def test_int4_has_no_bytes_where_a_gpu_refuses_it(tmp_path: Path):
+    assert "int4" not in info(tmp_path / "experts", **EXPERTS).gpu_weight_bytes
+    assert "int4" not in info(tmp_path / "odd", intermediate_size=80).gpu_weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class AdapterChanges:
 
     async def load(self, name: str, path: str, in_place: bool, pinned: bool | None = None) -> AdapterLoaded:
         """Load an adapter at all replicas; RequestRejected or EngineDead, and then no replica has changed."""
-        return await self._to_its_end(self._load(name, path, in_place, pinned))
+        return await self._to_its_end(self._load(LoadAdapter(_new_id(), name, path, in_place, pinned, is_held=True)))
 
     async def unload(self, name: str) -> AdapterUnloaded:
         """Unload an adapter at all replicas, and wait until its requests have ended; RequestRejected or EngineDead."""
@@ -81,13 +81,13 @@ class AdapterChanges:
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
 
-    async def _load(self, name: str, path: str, in_place: bool, pinned: bool | None) -> AdapterLoaded:
+    async def _load(self, load: LoadAdapter) -> AdapterLoaded:
+        name = load.name
         async with self._journal.locked():
             await self._until_all_are_known()
             clients = self._connected()
-            load = LoadAdapter(_new_id(), name, path, in_place, pinned, is_held=True)
             card = await self._hold(clients, load)
-            entry = JournalEntry(path, card.content_hash, card.pinned)
+            entry = JournalEntry(load.path, card.content_hash, card.pinned)
             await asyncio.to_thread(self._journal.note, name, entry)
             answers = await _at_all(clients, lambda client: _answer(client, CommitAdapter(_new_id(), load.call_id)))
             for names in self.missing.values():
@@ -104,8 +104,8 @@ class AdapterChanges:
         """Let all clients' engines hold an adapter; returns its card. If one fails, none does."""
         answers = await _at_all(clients, lambda client: _answer(client, load))
         failure = _first_failure(clients, answers)
-        cards = {answer.card.content_hash: answer.card for answer in answers if isinstance(answer, AdapterLoaded)}
-        if failure is None and len(cards) > 1:
+        cards = [answer.card for answer in answers if isinstance(answer, AdapterLoaded)]
+        if failure is None and len({card.content_hash for card in cards}) > 1:
             message = (
                 f"The files of the adapter {load.name!r:.200} changed while the replicas read them; load it again."
             )
@@ -113,7 +113,7 @@ class AdapterChanges:
         if failure is not None:
             await _at_all(clients, lambda client: _answer(client, DiscardAdapter(_new_id(), load.call_id)))
             raise failure
-        return next(iter(cards.values()))
+        return cards[0]
 
     async def _withdraw(
         self, name: str
@@ -179,7 +179,7 @@ class AdapterChanges:
         """Load the content that the other replicas have; returns whether its files still hold it. EngineDead."""
         why = "its files have changed"
         try:
-            load = LoadAdapter(_new_id(), name, entry.path, in_place=True, pinned=entry.pinned, is_held=True)
+            load = LoadAdapter(_new_id(), name, entry.path, True, entry.pinned, is_held=True)
             card = await self._hold([client], load)
             if card.content_hash == entry.content_hash:
                 await _answer(client, CommitAdapter(_new_id(), load.call_id))

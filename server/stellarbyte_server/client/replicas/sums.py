@@ -61,8 +61,9 @@ def merged_lists(lists: Sequence[AdapterList]) -> AdapterList:
         lists[0],
         cards=tuple(merged),
         load_seconds=_sum_of_buckets([each.load_seconds for each in lists]),
-        num_in_slots=max(each.num_in_slots for each in lists),  # of one engine, as `num_slots`
-        num_in_memory=max(each.num_in_memory for each in lists),
+        num_slots=sum(each.num_slots for each in lists),
+        num_in_slots=sum(each.num_in_slots for each in lists),
+        num_in_memory=sum(each.num_in_memory for each in lists),
     )
 
 

@@ -26,27 +26,34 @@ class HeldLoads:
         self._store = store
         self._install = install
         self._drain = drain
-        self._versions: dict[str, AdapterVersion] = {}  # by the id of the call that loads it
+        self._ids: set[str] = set()  # of the calls that load held versions
 
-    def add(self, call_id: str, version: AdapterVersion) -> None:
-        self._versions[call_id] = version
+    def add(self, call_id: str) -> None:
+        """Hold what the call with this id, which comes next, loads."""
+        self._ids.add(call_id)
 
     def __contains__(self, version: AdapterVersion) -> bool:
-        return self._versions.get(self._loads.get(version, "")) is version
+        return self._loads.get(version) in self._ids
+
+    def _take(self, held_id: str) -> AdapterVersion | None:
+        """Take a held version, or one that is still being read, out of the loads; None: the load has failed."""
+        if held_id not in self._ids:
+            return None
+        self._ids.discard(held_id)
+        version = next((version for version, call_id in self._loads.items() if call_id == held_id), None)
+        if version is not None:
+            del self._loads[version]
+        return version
 
     def commit(self, call_id: str, held_id: str) -> list[Reply]:
         """Make a held version, which has been read, that of its name."""
-        version = self._versions.pop(held_id, None)
-        if version is None or not version.content_hash or self._loads.pop(version, None) is None:
-            return [refusals.not_held(call_id)]
-        return self._install(call_id, version)
+        version = self._take(held_id)
+        return [refusals.not_held(call_id)] if version is None else self._install(call_id, version)
 
     def discard(self, call_id: str, held_id: str) -> list[Reply]:
         """Forget a held version, also one that is still being read; unknown ids are ignored."""
-        version = self._versions.pop(held_id, None)
-        if version is None or self._loads.pop(version, None) is None:
-            return [Settled(call_id)]
-        return [*self._drain(version), Settled(call_id)]
+        version = self._take(held_id)
+        return [*([] if version is None else self._drain(version)), Settled(call_id)]
 
     def settle(self, call_id: str) -> None:
         """`Adapters.collect` returns the answer when all earlier scans of the disk have been processed."""

@@ -147,13 +147,10 @@ class Adapters:
 
     # Calls of the operator
 
-    def load(
-        self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None, *, is_held: bool = False
-    ) -> CallFailed | None:
+    def load(self, call_id: str, name: str, path: str, in_place: bool, pinned: bool | None = None) -> CallFailed | None:
         """Load an adapter under `name`; `collect` returns the answer unless it is refused at once.
 
-        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name. With `is_held` it
-        is read and checked, and becomes the adapter of its name by `commit`.
+        A `pinned` one keeps a slot from the moment when one is idle; None: as before under this name.
         """
         if any(version.name == name for version in self._loads):
             return adapter_is_loading(call_id, name)
@@ -163,8 +160,6 @@ class Adapters:
         if isinstance(version, CallFailed):
             return version
         self._loads[version] = call_id
-        if is_held:
-            self.held.add(call_id, version)
         self._store.look(
             partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
         )
@@ -212,9 +207,9 @@ class Adapters:
         return self._listing.reply(call_id)
 
     def _list(self, call_id: str) -> AdapterList:
-        cards = all_cards(self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card)
+        listed = self._current.values(), self._others, self._listing.cards, self._withdrawn, self._card
         numbers = self._num_slots, self.slots.num_used, self.memory.num_versions
-        return AdapterList(call_id, cards, self._load_seconds.snapshot(), *numbers)
+        return AdapterList(call_id, all_cards(*listed), self._load_seconds.snapshot(), *numbers)
 
     def _card(self, version: AdapterVersion, is_current: bool) -> AdapterCard:
         num_running = sum(map(self.slots.num_running, (version, *self._mixes.of(version))))
@@ -271,8 +266,7 @@ class Adapters:
         logger.info("read adapter %s@%s in %.0f ms", version.name, version.content_hash[:12], done.seconds * 1000)
         if version in self.held:
             return [self._answer_to_load(self._loads[version], version)]
-        if version.state == "loading":
-            version.state = "ready"
+        version.state = "ready" if version.state == "loading" else version.state
         call_id = self._loads.pop(version, None)
         replies = [] if call_id is None else self._loaded(call_id, version)
         self._pins.place()

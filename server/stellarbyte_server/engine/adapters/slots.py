@@ -52,6 +52,10 @@ class AdapterSlots:
         self._slots = [_Slot(number) for number in range(1, num_slots + 1)]
         self._num_uses = 0
 
+    def versions(self) -> set[AdapterVersion]:
+        """Those that have a slot."""
+        return {slot.version for slot in self._slots if slot.version is not None}
+
     @property
     def has_idle(self) -> bool:
         """Whether `take_free` has a slot for a pinned version."""
@@ -61,10 +65,6 @@ class AdapterSlots:
     def num_used(self) -> int:
         """Slots that hold an adapter, or are being filled."""
         return sum(slot.version is not None for slot in self._slots)
-
-    def versions(self) -> set[AdapterVersion]:
-        """Those that have a slot."""
-        return {slot.version for slot in self._slots if slot.version is not None}
 
     def num_running(self, version: AdapterVersion) -> int:
         """Running sequences with this version."""

@@ -87,8 +87,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
-        model = folder.language_model(dtype, device)
-        adapters, executor, serving = _make_gpu_executor(settings, model, config, bank, cache_dtype)
+        model, kept = folder.kept_model(dtype, device)
+        adapters, executor, serving, quantization = _make_gpu_executor(settings, model, kept, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
     step_tokens, prefill_tokens = tokens_a_step(settings, device.type)
     max_num_seqs = concurrency_of(settings, device.type)
@@ -185,17 +185,17 @@ def _make_cpu_executor(
 def _make_gpu_executor(
     settings: EngineSettings,
     model: ByteLanguageModel,
+    kept: Mapping[str, QuantizedMatrix],
     config: ByteModelConfig,
     bank: LoraBank,
     cache_dtype: torch.dtype,
-) -> tuple[Adapters, Executor, ServingPlan]:
+) -> tuple[Adapters, Executor, ServingPlan, str]:
+    """And the quantization of the weights."""
     _require_triton()
     from stellarbyte.backends.gpu.model import TritonModel
     from stellarbyte_server.engine.run.slot_executor import SlotExecutor
     from stellarbyte_server.engine.start.gpu_engine import make_gpu_executor  # Triton is not needed on a CPU
 
-    if settings.quantization == "int4":
-        raise StartupError("--quantization int4 needs --device cpu; a GPU takes int8 and fp8.")
     step_tokens, _ = tokens_a_step(settings, "cuda")
     ahead = SlotExecutor.num_steps_ahead
 
@@ -205,9 +205,11 @@ def _make_gpu_executor(
         )
 
     try:
-        packed = TritonModel(model, config, bank, quantization=settings.quantization)
+        packed = TritonModel(model, config, bank, quantization=settings.quantization, kept=kept)
     except ValueError as error:
-        raise StartupError(f"--device cuda cannot serve this model: {error}.") from error
+        raise StartupError(f"--device cuda cannot serve this model: {str(error).removesuffix('.')}.") from error
+    if kept:
+        _log_form(packed.quantization, "GPU")
     adapters = _load_adapters(settings, bank, packed.weight)  # fails before kernels are compiled
     executor, serving = make_gpu_executor(
         packed,
@@ -218,7 +220,7 @@ def _make_gpu_executor(
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory=settings.kv_cache_memory,
     )
-    return adapters, executor, serving
+    return adapters, executor, serving, packed.quantization
 
 
 def _require_triton() -> None:
@@ -263,8 +265,7 @@ def _cpu_model(
         except ValueError as error:
             raise StartupError(f"--quantization {quantization} does not fit this model: {error}.") from error
         if kept:
-            is_kept = {"none": "dequantized: the CPU kernels do not take them as the checkpoint keeps them"}
-            logger.info("weights are %s", is_kept.get(served.quantization, f"in {served.quantization}"))
+            _log_form(served.quantization, "CPU")
         return served
     if quantization != "none" or deterministic:
         flag = f"--quantization {quantization}" if quantization != "none" else "--deterministic"
@@ -273,6 +274,14 @@ def _cpu_model(
             " multiple of 16 channels, no router_top_p."
         )
     return TorchModel(model, config, bank)
+
+
+def _log_form(quantization: str, device: str) -> None:
+    """How the matrices that a checkpoint keeps quantized are served."""
+    if quantization == "none":
+        logger.info("weights are dequantized: the %s kernels do not take them as the checkpoint keeps them", device)
+    else:
+        logger.info("weights are in %s", quantization)
 
 
 def _compile_kernels(served: ServedModel) -> None:

@@ -69,4 +69,4 @@ def test_adapters_have_one_card_each() -> None:
     best, _, other = whole.cards
     assert (best.tier, best.content_hash, best.num_bytes, best.num_running, best.num_tokens) == ("slot", "h", 9, 3, 12)
     assert (other.state, other.error) == ("ready", ""), "one that could not be read elsewhere is served"
-    assert whole.load_seconds == Buckets(bounds=(1.0,), counts=(3, 0), total=1.5) and whole.num_slots == 4
+    assert whole.load_seconds == Buckets(bounds=(1.0,), counts=(3, 0), total=1.5) and whole.num_slots == 12

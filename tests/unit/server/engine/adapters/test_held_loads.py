@@ -10,7 +10,8 @@ from tests.support.engines.adapter_engine import AdapterEngine
 
 
 def hold(engine: AdapterEngine, name: str, path: str, call_id: str = "hold") -> Reply:
-    refusal = engine.adapters.load(call_id, name, path, True, is_held=True)
+    engine.adapters.held.add(call_id)
+    refusal = engine.adapters.load(call_id, name, path, True)
     return engine.answer([] if refusal is None else [refusal], call_id)
 
 
@@ -38,7 +39,8 @@ def test_a_discarded_adapter_leaves_nothing_however_far_it_was_read(folder: Path
     engine = AdapterEngine(folder)
     engine.load("x", "a")
     before = engine.cards()
-    assert engine.adapters.load("hold", "x", "b", True, is_held=True) is None
+    engine.adapters.held.add("hold")
+    assert engine.adapters.load("hold", "x", "b", True) is None
     for _ in range(num_collected):
         engine.adapters.collect()
     assert isinstance(engine.answer(engine.adapters.held.discard("discard", "hold"), "discard"), Settled)
@@ -105,7 +107,8 @@ def test_a_pinned_adapter_gets_an_idle_slot_when_it_is_committed(folder: Path) -
     for name in "ab":
         engine.submit(name)
         engine.run()
-    assert engine.adapters.load("hold", "x", "c", True, True, is_held=True) is None
+    engine.adapters.held.add("hold")
+    assert engine.adapters.load("hold", "x", "c", True, True) is None
     engine.answer([], "hold")
     assert engine.card("a").tier == engine.card("b").tier == "slot"
     engine.answer(engine.adapters.held.commit("commit", "hold"), "commit")

@@ -1,0 +1,97 @@
+"""Products with a matrix in groups, by the number of rows."""
+
+import torch
+import triton
+import triton.language as tl
+
+from stellarbyte.ops.triton.gates import NO_GATE
+from stellarbyte.ops.triton.grouped.rows import rows_product, rows_tile
+from stellarbyte.ops.triton.grouped.vector import vector_product, vector_tile
+from stellarbyte.ops.triton.grouped.weights import SYMMETRIC_ZERO, GroupedWeight
+from stellarbyte.ops.triton.overlap import overlapping, wait_for_inputs
+
+# T rows, N outputs, K inputs
+
+MAX_ROWS = 256  # beyond, a product of cuBLAS with the dequantized matrix is faster
+_BLOCK_N = 64
+_SYMMETRIC = tl.constexpr(SYMMETRIC_ZERO)
+
+
+def can_norm(num_rows: int, weight: GroupedWeight) -> bool:
+    """Whether `grouped_linear` takes a norm of the rows."""
+    return num_rows <= 1 and weight.kind == "int4"
+
+
+def grouped_linear(
+    x_TK: torch.Tensor,
+    weight: GroupedWeight,
+    *,
+    norm_K: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gate: int = NO_GATE,
+    residual_TN: torch.Tensor | None = None,
+    branch_scale_N: torch.Tensor | None = None,
+    out_TN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `linear.linear`, for any number of rows; a norm where `can_norm`."""
+    num_rows, num_outputs = len(x_TK), weight.num_outputs // (2 if gate else 1)
+    if out_TN is None:
+        out_TN = x_TK.new_empty(num_rows, num_outputs)
+    if not num_rows:
+        return out_TN
+    if can_norm(num_rows, weight):
+        tile = vector_tile(weight.num_inputs)
+        vector_product(
+            x_TK, weight, out_TN, norm_K=norm_K, eps=eps, gate=gate, residual_1N=residual_TN,
+            branch_scale_N=branch_scale_N, tile=tile,
+        )  # fmt: skip
+        return out_TN
+    assert norm_K is None, "several rows are normed by another kernel"
+    rows_product(
+        x_TK, weight, out_TN, gate=gate, residual_TN=residual_TN, branch_scale_N=branch_scale_N,
+        tile=rows_tile(num_rows, num_outputs, weight.group_size, x_TK.dtype),
+    )  # fmt: skip
+    return out_TN
+
+
+def dequantize(weight: GroupedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix [N, K] in `dtype`, for products of many rows."""
+    num_outputs, num_inputs, group = weight.num_outputs, weight.num_inputs, weight.group_size
+    out_NK = torch.empty(num_outputs, num_inputs, dtype=dtype, device=weight.device)
+    _dequantize_kernel[(triton.cdiv(num_outputs, _BLOCK_N), num_inputs // group)](
+        weight.codes, weight.scales_GN, weight.scales_GN if weight.zeros_GN is None else weight.zeros_GN, out_NK,
+        num_outputs, num_inputs, BLOCK_N=_BLOCK_N, GROUP=group, IS_INT4=weight.kind == "int4",
+        HAS_ZEROS=weight.zeros_GN is not None, **overlapping(weight.device),
+    )  # fmt: skip
+    return out_NK
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes, scales, zeros, out, num_outputs, num_inputs, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    IS_INT4: tl.constexpr, HAS_ZEROS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    """One group of some outputs."""
+    wait_for_inputs(OVERLAPS)  # the product before may still read what lies in this memory
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    g = tl.program_id(1).to(tl.int64)
+    inside = n < num_outputs
+    place = g * num_outputs + n
+    scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if IS_INT4:
+        b = tl.arange(0, GROUP // 2)[None, :]
+        slab = g * (GROUP // 32) + b // 16
+        mask = inside[:, None] & (b < GROUP // 2)
+        pair = tl.load(codes + (slab * num_outputs + n[:, None]) * 16 + b % 16, mask=mask, other=0)
+        zero = tl.full(place.shape, _SYMMETRIC, tl.float32)
+        if HAS_ZEROS:
+            zero = tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
+        target = out + n[:, None] * num_inputs + slab * 32 + b % 16
+        low, high = (pair & 15).to(tl.float32) - zero[:, None], (pair >> 4).to(tl.float32) - zero[:, None]
+        tl.store(target, (low * scale).to(out.dtype.element_ty), mask=mask)
+        tl.store(target + 16, (high * scale).to(out.dtype.element_ty), mask=mask)
+    else:
+        offsets = n[:, None] * num_inputs + g * GROUP + tl.arange(0, GROUP)[None, :]
+        mask = inside[:, None] & (tl.arange(0, GROUP) < GROUP)[None, :]
+        numbers = tl.load(codes + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + offsets, (numbers * scale).to(out.dtype.element_ty), mask=mask)
