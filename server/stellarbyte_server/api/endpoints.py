@@ -14,6 +14,7 @@ from stellarbyte_server.api.routes import (
     tokenize,
 )
 from stellarbyte_server.api.routes.batch import batches, files
+from stellarbyte_server.api.routes.tuning import events, jobs
 
 ROUTERS = tuple(
     module.router
@@ -26,6 +27,8 @@ ROUTERS = tuple(
         ranking,
         files,
         batches,
+        jobs,
+        events,
         models,
         adapters,
         tokenize,
