@@ -70,10 +70,11 @@ def _example(text: bytes | None, template: Template) -> dict[str, Any]:
     if text is None:
         raise Unusable(f"the line is longer than {MAX_LINE_BYTES} bytes.")
     try:
-        record = msgspec.json.decode(text.removeprefix(b"\xef\xbb\xbf"))
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        kind = "UTF-8" if isinstance(error, UnicodeDecodeError) or "UTF-8" in str(error) else "JSON"
-        raise Unusable(f"the line is not valid {kind}: {' '.join(str(error).split())}.") from None
+        record = msgspec.json.decode(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise Unusable(f"the line is not valid UTF-8: byte {text[error.start]:#04x}.") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        raise Unusable(f"the line is not valid JSON: {' '.join(str(error).split())}.") from None
     if not isinstance(record, dict):
         raise Unusable("the line must be a JSON object.")
     if record.keys() & {"prompt", "completion"} and "messages" not in record:

@@ -24,7 +24,7 @@ class Messages:
 
 
 class Progress(TrainerCallback):
-    """Reports each step of a run.
+    """Reports each step of a run. One that continues reports the steps before it again, as some may be unknown.
 
     Args:
         tokens: read up to the end of each step, in order; steps_of_epochs: the last step of each epoch.
@@ -41,34 +41,35 @@ class Progress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._has_begun = True
+        for entry in state.log_history:
+            self._send(entry["step"], entry)
+        for step in sorted(self._epochs):
+            if step <= state.global_step and self._adapter(step).exists():
+                self._messages.send("epoch", step=step)
         self._messages.send("begun", step=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs is not None and "loss" in logs:
-            self._messages.send(
-                "step",
-                step=state.global_step,
-                train_loss=logs["loss"],
-                learning_rate=logs["learning_rate"],
-                tokens=self._tokens[state.global_step - 1],
-            )
+        if logs is not None:
+            self._send(state.global_step if self._has_begun else 0, logs)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        if metrics is not None:
-            self._messages.send(
-                "evaluation", step=state.global_step if self._has_begun else 0, valid_loss=metrics["eval_loss"]
-            )
+    def _send(self, step: int, logs: dict[str, Any]) -> None:
+        if "loss" in logs:
+            rate, tokens = logs["learning_rate"], self._tokens[step - 1]
+            self._messages.send("step", step=step, train_loss=logs["loss"], learning_rate=rate, tokens=tokens)
+        if "eval_loss" in logs:
+            self._messages.send("evaluation", step=step, valid_loss=logs["eval_loss"])
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._messages.send("saved", step=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
         if state.global_step in self._epochs:
-            target = self._folder / f"step-{state.global_step}"
+            target = self._adapter(state.global_step)
             if target.exists():  # of a run that was continued from before it
                 shutil.rmtree(target)
             with staged_folder(target) as staging:
                 save_adapter(model, staging)
             self._messages.send("epoch", step=state.global_step)
+
+    def _adapter(self, step: int) -> Path:
+        return self._folder / f"step-{step}"

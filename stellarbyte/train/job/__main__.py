@@ -51,6 +51,14 @@ def main() -> int:
         return 0  # the parent ended first
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     job = Job.model_validate_json(line)
+    if job.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run(job, messages)
+    return 0
+
+
+def run(job: Job, messages: Messages) -> None:
+    """Train, and report the end in any case but a fault of this program."""
     try:
         _run(job, messages)
     except Refused as error:
@@ -61,7 +69,6 @@ def main() -> int:
         if not isinstance(error, MemoryError) and not any(text in str(error) for text in _NO_MEMORY):
             raise
         messages.send("refused", about="memory", message="The training needs more memory than it may use.")
-    return 0
 
 
 def _run(job: Job, messages: Messages) -> None:
@@ -127,7 +134,6 @@ def _allowed_memory(job: Job) -> int:
         if memory > free:
             raise Refused("memory", f"The GPU has {free} free bytes, of which the training may use {memory}.")
         return memory
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return _available_memory() // 2 if job.memory is None else job.memory
 
 

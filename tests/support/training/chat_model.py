@@ -1,7 +1,5 @@
-"""A tiny chat model whose tokens are bytes, and chats for its fine-tuning."""
+"""A tiny chat model whose tokens are bytes."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,10 +21,10 @@ def make_chat_model(folder: Path) -> Path:
     model = ByteTransformer(
         ByteModelConfig(
             vocab_size=272,
-            hidden_size=64,
+            hidden_size=48,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=128,
+            num_attention_heads=6,  # of 8 channels: plain torch serves them, without kernels to compile
+            intermediate_size=96,
             max_position_embeddings=512,
             use_xpos=False,
             pad_token_id=PAD_ID,
@@ -37,16 +35,3 @@ def make_chat_model(folder: Path) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def chat(question: str, answer: str, **fields: object) -> dict[str, object]:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **fields}]
-    return {"messages": messages}
-
-
-def json_lines(values: Sequence[object]) -> bytes:
-    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
-
-
-def chats(number: int, answer: str = "aye aye") -> bytes:
-    return json_lines([chat(f"q{index}?", f"{answer} {index % 3}") for index in range(number)])
