@@ -142,7 +142,9 @@ def _bound_memory(job: Job, memory: int) -> None:
     if job.device == "cuda":
         torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.mem_get_info()[1])
     elif (used := _status_bytes("/proc/self/status", "VmData")) is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (used + memory + _OF_LIBRARIES,) * 2)
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = used + memory + _OF_LIBRARIES
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed if most < 0 else min(allowed, most), most))
 
 
 def _available_memory() -> int:
