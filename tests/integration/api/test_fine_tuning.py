@@ -1,4 +1,4 @@
-"""Fine-tuning jobs by OpenAI's clients on a real server: examples become a model that answers, beside other requests."""
+"""Fine-tuning jobs by OpenAI's clients on a real server: examples become a model, beside other requests."""
 
 import asyncio
 import csv
