@@ -219,6 +219,7 @@ def _key(name: str, table: Any) -> Key:
             shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # otherwise it may be a misplaced key
             raise SettingsError(f"[{name}] has an unknown field{shown}; known fields are {', '.join(_FIELDS)}")
     limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
+    fine_tuning: dict[str, Any] = {field: _limit(name, field, table[field]) for field in _FINE_TUNING if field in table}
     lowest, highest = _priorities(name, table)
     return Key(
         name=name,
@@ -230,7 +231,7 @@ def _key(name: str, table: Any) -> Key:
         max_tokens_per_request=_limit(name, MOST_TOKENS, table[MOST_TOKENS]) if MOST_TOKENS in table else None,
         may_slide=_switch(name, "slide", table.get("slide", True)),
         may_fine_tune=_switch(name, "fine_tune", table.get("fine_tune", True)),
-        **{field: _limit(name, field, table[field]) for field in _FINE_TUNING if field in table},
+        **fine_tuning,
         share=_share(name, table["share"]) if "share" in table else None,
     )
 

@@ -18,8 +18,8 @@ from stellarbyte.train.callbacks.report import Messages
 from stellarbyte.train.job.__main__ import run as run_job
 from stellarbyte.train.job.settings import Job, learning_rate, micro_batch, needed_memory
 from tests.support.training.byte_tokenizer import ids_of
-from tests.support.training.chat_model import make_chat_model
-from tests.support.training.chats import chat, chats, json_lines
+from tests.support.tuning.chat_model import make_chat_model
+from tests.support.tuning.chats import chat, chats, json_lines
 
 pytest.importorskip("accelerate")
 VALIDATION = [chat("one?", "eins"), chat("two?", "zwei zwei")]
@@ -111,7 +111,7 @@ def test_a_job_whose_process_was_killed_computes_what_one_without_pause_does(mod
     assert plan["tokens"] == 7 * 4 * len(ids_of(text)) == steps(whole)[7][2]
 
     parts = settings(model, tmp_path / "parts")
-    command = [sys.executable, "-m", "stellarbyte.train.job"]
+    command = [sys.executable, "-m", "tests.support.tuning.eager_trainer"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps(parts).encode() + b"\n")
@@ -133,7 +133,7 @@ def test_a_job_whose_process_was_killed_computes_what_one_without_pause_does(mod
     ("fields", "about", "said"),
     [
         ({"memory": 1000}, "memory", "bytes of memory, and may use 1000"),
-        ({"max_tokens": 1000}, "data", "would read 1320 tokens in all epochs; at most 1000"),
+        ({"max_tokens": 500}, "data", "would read 990 tokens in all epochs; at most 500"),
         ({"context": 20}, "data", "training_file, line 1: no answer token is left of 20."),
         (
             {"content": chats(2) + b'\n{"messages": [{"role": "tool", "content": "x"}]}\n'},

@@ -7,7 +7,7 @@ import pytest
 
 from stellarbyte_server.tuning import examples
 from stellarbyte_server.tuning.examples import Template, check_examples
-from tests.support.training.chats import chat, json_lines
+from tests.support.tuning.chats import chat, json_lines
 
 PLAIN, FULL = Template(shows_tools=False, shows_calls=False), Template(shows_tools=True, shows_calls=True)
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

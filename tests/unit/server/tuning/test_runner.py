@@ -20,7 +20,7 @@ from stellarbyte_server.tuning.examples import Template
 from stellarbyte_server.tuning.jobs import Hyperparameters, Job, Status, new_job_id
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Plan, Server, TuningRunner
 from stellarbyte_server.tuning.store import TuningStore
-from tests.support.training.chats import chats
+from tests.support.tuning.chats import chats
 
 PLAN = Plan(
     model="/model",
@@ -116,7 +116,7 @@ class Place:
 
         async def run() -> None:
             server = Server(load=load, is_open=lambda: True, generation=lambda: self.generation, max_tokens=max_tokens)
-            command = (sys.executable, "-m", "tests.support.servers.scripted_trainer", str(self.folder))
+            command = (sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(self.folder))
             runner = TuningRunner(self.store, self.storage.folder, self.files, PLAN, server, command)
             running = asyncio.create_task(runner.run())
             try:
@@ -174,6 +174,28 @@ def test_a_job_becomes_a_model_with_its_figures(place: Place) -> None:
         *[(str(step), str(loss), str(loss - 1)) for step, loss in ALL_STEPS],
     ]
     assert list((place.folder / "data" / "work").iterdir()) == []
+
+
+def test_a_process_gets_what_the_job_and_its_key_say(place: Place) -> None:
+    (job,) = place.run_to_end(place.job())
+    folder = place.store.of_job(job.id)
+    assert json.loads((place.folder / "settings.json").read_text()) == {
+        "folder": str(folder),
+        "model": "/model",
+        "chats": str(folder / "chats.jsonl"),
+        "validation": None,
+        "template": None,
+        "seed": 1,
+        "epochs": 2,
+        "batch": 8,
+        "learning_rate_multiplier": 1.0,
+        "rank": 4,
+        "context": 64,
+        "device": "cpu",
+        "threads": 1,
+        "memory": None,
+        "max_tokens": 5,
+    }
 
 
 def test_another_engine_gets_the_models_again(place: Place) -> None:
@@ -321,7 +343,7 @@ def test_a_process_ends_with_its_server(place: Place) -> None:
     (place.folder / "data" / "work").mkdir(exist_ok=True)
     read, write = os.pipe()
     settings = json.dumps({"folder": str(place.folder), "validation": None}).encode()
-    command = [sys.executable, "-m", "tests.support.servers.scripted_trainer", str(place.folder)]
+    command = [sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(place.folder)]
     pid = os.posix_spawn(sys.executable, command, dict(os.environ), file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
     os.close(read)
     os.write(write, settings + b"\n")

@@ -18,6 +18,7 @@ settings = json.loads(sys.stdin.buffer.readline())
 script = {"steps": 6, "pause_s": 0.01, "die_at": [], "refuse": None, **json.loads((folder / "script.json").read_text())}
 run = Path(settings["folder"]) / "run"
 run.mkdir(exist_ok=True)
+(folder / "settings.json").write_text(json.dumps(settings))
 asked: list[int] = []
 
 
