@@ -71,6 +71,9 @@ class MethodBody(BaseModel):
     supervised: SupervisedBody | None = optional("Settings of this method.")
 
 
+_NO_ITEMS = WithJsonSchema({"anyOf": [{"type": "array", "items": {}, "maxItems": 0}, {"type": "null"}]})
+
+
 def _no_integrations(value: object) -> object:
     if value is not None and value != []:
         raise wrong("integrations with other services are not supported")
@@ -90,9 +93,9 @@ class FineTuningBody(BaseModel):
     method: MethodBody | None = optional("Default: supervised.")
     hyperparameters: HyperparametersBody | None = optional("The same as in `method`, where OpenAI had it before.")
     metadata: Metadata = optional("Returned with the job; lists can be filtered by it.")
-    integrations: Annotated[
-        list[Any] | None, BeforeValidator(_no_integrations), WithJsonSchema({"type": ["array", "null"], "maxItems": 0})
-    ] = optional("Not supported; must be empty.")
+    integrations: Annotated[list[Any] | None, BeforeValidator(_no_integrations), _NO_ITEMS] = optional(
+        "Not supported; must be empty."
+    )
 
 
 class JobsQuery(BaseModel):
