@@ -15,6 +15,7 @@ from stellarbyte_server.api.routes import (
     tokenize,
 )
 from stellarbyte_server.api.routes.batch import batches, files
+from stellarbyte_server.api.routes.tuning import events, jobs
 
 ROUTERS = tuple(
     module.router
@@ -27,6 +28,8 @@ ROUTERS = tuple(
         ranking,
         files,
         batches,
+        jobs,
+        events,
         models,
         adapters,
         tokenize,

@@ -15,6 +15,7 @@ from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.request import Channels, Reasoning
 from stellarbyte_server.tokens.text_work import TextWork
 from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer
+from stellarbyte_server.tuning.store import TuningStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Service:
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
     started_at: int  # Unix seconds, the same in all HTTP processes
     storage: Storage | None = None  # of --data-dir
+    tuning: TuningStore | None = None  # in it; None: --fine-tuning is off
     text_work: TextWork = field(default_factory=TextWork)
 
     @property
@@ -55,7 +57,11 @@ class Service:
 
 
 def load_service(
-    settings: ServerSettings, client: Replicas, started_at: int, storage: Storage | None = None
+    settings: ServerSettings,
+    client: Replicas,
+    started_at: int,
+    storage: Storage | None = None,
+    tuning: TuningStore | None = None,
 ) -> Service:
     """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)
@@ -72,6 +78,7 @@ def load_service(
         sampling_defaults=read_defaults(model_path),
         started_at=started_at,
         storage=storage,
+        tuning=tuning,
     )
 
 

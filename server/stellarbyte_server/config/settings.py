@@ -1,7 +1,7 @@
 """The server's settings: frozen, created once from flags and environment variables.
 
-Every field of `EngineSettings` and `ServerSettings` but `engine` and `engine_index` is a flag (`max_model_len` is
-`--max-model-len`) and a variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
+Every field that `option` makes is a flag (`max_model_len` is `--max-model-len`) and a variable
+(`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from stellarbyte_server.config.setting_values import (
 )
 
 DEMO_MODEL = "demo"
+TUNING_FOLDER = "tuning"  # in --data-dir
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
@@ -198,10 +199,13 @@ class EngineSettings:
         seconds, "SECONDS", "maximum time in the queue before a request gets 503 (default: no limit)", None
     )
 
+    tuned_adapters: str | None = None  # folder of the results of fine-tuning; no flag: it follows from --fine-tuning
+
     @property
     def serves_adapters(self) -> bool:
         """Whether adapters can be loaded."""
-        return self.adapter_dir is not None or bool(self.lora_modules) or bool(self.adapter_source)
+        sources = (self.adapter_dir, self.tuned_adapters)
+        return any(source is not None for source in sources) or bool(self.lora_modules) or bool(self.adapter_source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,13 +296,27 @@ class ServerSettings:
     data_dir: str | None = option(
         not_empty,
         "DIR",
-        "folder for uploaded files and batches, created if missing (default: none, so /v1/files and /v1/batches are"
-        " off)",
+        "folder for uploaded files, batches and fine-tuning jobs, created if missing (default: none, so /v1/files and"
+        " /v1/batches are off)",
         None,
     )
     max_file_bytes: int = option(byte_count, "BYTES", "maximum size of an uploaded file", 200 * 2**20)
     max_stored_bytes: int = option(
         byte_count, "BYTES", "maximum size of all files of one key, including results of batches", 2 * 2**30
+    )
+    fine_tuning: Literal["off", "cpu", "cuda"] = option(
+        one_of("off", "cpu", "cuda"),
+        "off|cpu|cuda",
+        "device of fine-tuning jobs (/v1/fine_tuning/jobs), which run one at a time at the lowest priority; needs"
+        " --data-dir and the extra train",
+        "off",
+    )
+    fine_tuning_memory: int | None = option(
+        byte_count_or_auto,
+        "BYTES|auto",
+        "memory that a fine-tuning job may use; one that needs more fails (default: half of the free memory, on a GPU"
+        " nine tenths)",
+        None,
     )
     receive_timeout: float = option(
         some_seconds,

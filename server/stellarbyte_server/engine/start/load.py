@@ -338,7 +338,7 @@ def _load_adapters(settings: EngineSettings, bank: Bank, weight_of: Callable[[st
     if not settings.serves_adapters:
         return no_adapters()
     fetched = adapter_cache() if settings.adapter_source else None
-    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules), fetched)
+    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules), fetched, settings.tuned_adapters)
     max_in_memory = 4 * settings.max_loras if settings.max_cpu_loras is None else settings.max_cpu_loras
     store = AdapterStore(bank, weight_of)
     adapters = Adapters(folder, store, num_slots=bank.num_slots, max_in_memory=max_in_memory)
