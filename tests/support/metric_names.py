@@ -83,6 +83,7 @@ LABELS = {
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
     "vllm:spec_decode_num_accepted_tokens_per_pos_total": {"position"},
+    **{name: {"engine"} for name in BY_ENGINE},
 }
 # An engine's state, and the labels of its cache, to render.
 STATS = EngineStats(
@@ -136,10 +137,11 @@ def series_in(expression: str) -> list[str]:
 def wrong_with(expression: str) -> list[str]:
     """What the server's metrics do not bear out: unknown names, rates of gauges and the like, labels nobody sets."""
     found = series_in(expression)
-    wrong = [f"{name} is no metric" for name in found if name not in SERIES]
+    wrong = [f"{name} is no metric" for name in found if name not in SERIES | BY_ENGINE]
     in_rates = set(series_in(" ".join(re.findall(r"\brate\(([^)]*)\)", expression))))
-    wrong += [f"{name} is a gauge" for name in in_rates & GAUGES]
-    wrong += [f"{name} is a total, not a rate" for name in set(found) - in_rates - GAUGES]
+    gauges = GAUGES | {name for name in BY_ENGINE if not name.endswith("_total")}
+    wrong += [f"{name} is a gauge" for name in in_rates & gauges]
+    wrong += [f"{name} is a total, not a rate" for name in set(found) - in_rates - gauges]
     labels = EVERYWHERE.union(*(LABELS.get(name, set()) for name in found))
     if any(name.endswith("_bucket") for name in found):
         labels = labels | {"le"}
