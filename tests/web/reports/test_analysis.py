@@ -12,6 +12,7 @@ from stellarbyte.analysis.page import report
 from stellarbyte.analysis.page.report import write_report
 from stellarbyte.analysis.pictures.fonts import Fonts
 from stellarbyte.analysis.pictures.gallery import Picture, draw_all
+from tests.support.cases import each_value_once
 from tests.support.clients.chat_page import LIMIT_MS, WatchedPage
 from tests.support.models.analysed import HOSTILE, full_analysis
 
@@ -116,15 +117,14 @@ def test_the_keyboard_reaches_sections_tables_and_details(pages: dict[str, Page]
     page.wait_for_function("(one) => one.scrollTop > 0", arg=table.element_handle())
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser: Browser, folders: dict[str, Path], theme: str) -> None:
-    for language in LANGUAGES:
-        # axe is a script of its own
-        context = browser.new_context(bypass_csp=True, color_scheme=theme)  # type: ignore[arg-type]
-        page = context.new_page()
-        page.goto(f"{folders[language].as_uri()}/index.html")
-        page.evaluate(FOLDED)
-        found = Axe().run(page).response["violations"]
-        serious = [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
-        context.close()
-        assert serious == []
+@pytest.mark.parametrize(("language", "theme"), each_value_once(LANGUAGES, ["light", "dark"]))
+def test_axe_finds_nothing_serious(browser: Browser, folders: dict[str, Path], language: str, theme: str) -> None:
+    # axe is a script of its own
+    context = browser.new_context(bypass_csp=True, color_scheme=theme)  # type: ignore[arg-type]
+    page = context.new_page()
+    page.goto(f"{folders[language].as_uri()}/index.html")
+    page.evaluate(FOLDED)
+    found = Axe().run(page).response["violations"]
+    serious = [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
+    context.close()
+    assert serious == []
