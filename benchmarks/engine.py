@@ -45,6 +45,8 @@ WARM_UP_STEPS = 50
 class _Executor:
     """Random tokens at no cost."""
 
+    takes_drafts = False
+
     def __init__(self, vocab_size: int, num_steps_ahead: int) -> None:
         chance = random.Random(0)
         self.num_steps_ahead = num_steps_ahead
@@ -107,9 +109,9 @@ class _Stopwatch:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def wrap(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
-        def timed(*arguments: Any) -> Result:
+        def timed(*arguments: Any, **options: Any) -> Result:
             started_s = time.perf_counter()
-            result = function(*arguments)
+            result = function(*arguments, **options)
             self.seconds[name].append(time.perf_counter() - started_s)
             return result
 

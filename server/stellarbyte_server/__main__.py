@@ -68,6 +68,10 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
         from stellarbyte_server.observe.tracing import check_tracing
 
         check_tracing(settings, os.environ)
+    if settings.fine_tuning != "off":
+        from stellarbyte_server.tuning.store import check_training
+
+        check_training()
     return read_keys(settings)
 
 

@@ -1,6 +1,7 @@
 """Random weights of the shape that a config.json describes, for benchmarks."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,25 +30,30 @@ def dummy_config(folder: Path) -> ByteModelConfig:
     return read_config(folder, headers={})
 
 
-def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
-    """The bare model in evaluation mode, with weights drawn on the device; the same weights every time.
+def dummy_weights(
+    config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter, drawn on the device one after the other; the same weights every time.
 
-    Matrices and biases are normal with `initializer_range`; norms multiply by 1; scales of layers and decays are at
-    their start.
+    Matrices and biases are normal with `initializer_range`; norms multiply by 1; scales of layers are at their start.
     """
-    with torch.device("meta"):
-        model = ByteLanguageModel(config)
     numbers = torch.Generator(device).manual_seed(SEED)
-    state: dict[str, torch.Tensor] = {}
     for name, shape in expected_shapes(config).items():
-        weight = state[name] = torch.empty(shape, dtype=dtype, device=device)
+        weight = torch.empty(shape, dtype=dtype, device=device)
         if name.endswith("norm.weight"):
             weight.fill_(0.0 if config.zero_centered_norms else 1.0)
         elif name.endswith("_scale.weight"):
             weight.fill_(1.0 if config.layer_scale_init is None else config.layer_scale_init)
         else:
             weight.normal_(0.0, config.initializer_range, generator=numbers)
-    adopt_weights(config, model, state)
+        yield name, weight
+
+
+def dummy_language_model(config: ByteModelConfig, *, dtype: torch.dtype, device: torch.device) -> ByteLanguageModel:
+    """The bare model in evaluation mode, of `dummy_weights`, with decays at their start."""
+    with torch.device("meta"):
+        model = ByteLanguageModel(config)
+    adopt_weights(config, model, dict(dummy_weights(config, dtype=dtype, device=device)))
     model.model.rotary.reset_parameters()
     return model
 

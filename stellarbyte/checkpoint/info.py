@@ -47,11 +47,8 @@ def describe(checkpoint: Checkpoint) -> ModelInfo:
     """
     config = checkpoint.config
     kv_elements = 2 * config.num_hidden_layers * (config.num_key_value_heads or 0) * (config.head_dim or 0)
-    context = config.max_position_embeddings
     is_constant = all(window is not None for window in config.windows)
-    kept = context
-    if is_constant and config.sliding_window is not None:
-        kept = min(context, config.sliding_window + config.sink_tokens)
+    kept = kept_tokens(config)
     return ModelInfo(
         num_parameters=checkpoint.num_parameters,
         num_active_parameters=checkpoint.num_parameters - _num_idle_parameters(config),
@@ -60,11 +57,18 @@ def describe(checkpoint: Checkpoint) -> ModelInfo:
         weight_bytes={dtype: checkpoint.num_parameters * size for dtype, size in BYTES_PER_ELEMENT.items()},
         gpu_weight_bytes=_gpu_weight_bytes(config),
         kv_bytes_per_token={dtype: kv_elements * size for dtype, size in BYTES_PER_ELEMENT.items()},
-        context_length=context,
+        context_length=config.max_position_embeddings,
         tokens_kept=kept,
         kv_bytes_full_sequence={dtype: kept * kv_elements * size for dtype, size in BYTES_PER_ELEMENT.items()},
         is_constant_memory=is_constant,
     )
+
+
+def kept_tokens(config: ByteModelConfig) -> int:
+    """Tokens of a sequence of full length that stay in the cache."""
+    if any(window is None for window in config.windows) or config.sliding_window is None:
+        return config.max_position_embeddings
+    return min(config.max_position_embeddings, config.sliding_window + config.sink_tokens)
 
 
 def describe_lines(checkpoint: Checkpoint) -> list[tuple[str, str]]:

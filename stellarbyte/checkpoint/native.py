@@ -18,7 +18,15 @@ from transformers import GenerationConfig
 
 from stellarbyte.checkpoint.errors import CheckpointError, one_line
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix, StoredMatrix, stored_matrices, with_quantized
-from stellarbyte.checkpoint.safetensors_file import DTYPES, TensorInfo, read_headers, read_json, read_tensors
+from stellarbyte.checkpoint.safetensors_file import (
+    DTYPES,
+    TensorInfo,
+    read_headers,
+    read_json,
+    read_pieces,
+    read_tensor,
+    read_tensors,
+)
 from stellarbyte.checkpoint.shapes import expected_shapes, matrix_names
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -176,6 +184,38 @@ def _plain_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]
     plain = expected_shapes(checkpoint.config).keys() - checkpoint.quantized.keys()
     for file in checkpoint.files:
         yield from read_tensors(file, plain)
+
+
+def read_parts(
+    checkpoint: Checkpoint, indices: Mapping[str, tuple[slice, ...]], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parts of parameters, each with memory of its own, unless it is whole and stored in `dtype`.
+
+    Of a quantized matrix only the rows of the part are dequantized; other parameters are not read beyond it.
+
+    Args:
+        indices: of the first dimensions of each parameter, by its name; (): all of it.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    for file in checkpoint.files:
+        for name, tensor in read_pieces(file, indices):
+            yield name, tensor.to(dtype)
+    for name, stored in checkpoint.quantized.items():
+        rows, *others = indices[name] or (slice(None),)
+        yield name, stored.read()[rows].dequantized()[:, *others].to(dtype).contiguous()
+
+
+def read_parameter(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One whole parameter, as stored or dequantized to float32.
+
+    Raises:
+        CheckpointError: its file cannot be read.
+    """
+    if (stored := checkpoint.quantized.get(name)) is not None:
+        return stored.read().dequantized()
+    return read_tensor(name, checkpoint.tensors[name])
 
 
 def _read_weights(

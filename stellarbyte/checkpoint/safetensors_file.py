@@ -186,6 +186,22 @@ def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
         raise CheckpointError(f"{info.file} cannot be read: {one_line(error)}.") from error
 
 
+def read_pieces(file: Path, indices: Mapping[str, tuple[slice, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parts of those of the tensors that a file holds; no other bytes are read. (): the whole tensor, a memory map.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name in indices:
+                    index = indices[name]
+                    yield name, tensors.get_slice(name)[index] if index else tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {one_line(error)}.") from error
+
+
 def read_tensors(file: Path, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Those of the tensors that a file holds, memory maps of it.
 

@@ -37,7 +37,7 @@ class Part:
     exists: Condition = _always
     has_bias: Condition = _never
     reads: str | None = None  # the input of a linear; linears with one input are packed into one product; None: alone
-    cut: Literal["out", "in"] | None = None  # axis of the weight that tensor-parallel ranks divide; None: replicated
+    cut: Literal["out", "in", "experts"] | None = None  # axis that tensor-parallel ranks divide; None: replicated
     reads_heads: bool = False  # each head alone: ranks have the weight whole, but see the gradient of their own heads
     rotated_heads: Callable[[ByteModelConfig], int] | None = None  # heads in the rows of a linear, if RoPE rotates them
     is_adaptable: bool = False  # by LoRA in serving
@@ -197,19 +197,21 @@ PARTS: tuple[Part, ...] = (
         exists=lambda config, layer: config.router_noise == "noisy_top_k" and _has_router(config, layer),
     ),
     Part(
-        name="mlp.experts.gate_up_proj", kind="parameter", gguf="ffn_gate_up_exps.weight", exists=_holds_experts,
+        name="mlp.experts.gate_up_proj", kind="parameter", gguf="ffn_gate_up_exps.weight", cut="experts",
+        exists=_holds_experts,
         shape=lambda config, _: (config.num_experts, 2 * _expert_size(config), config.hidden_size),
     ),
     Part(
-        name="mlp.experts.gate_up_proj_bias", kind="parameter", gguf="ffn_gate_up_exps.bias",
+        name="mlp.experts.gate_up_proj_bias", kind="parameter", cut="experts", gguf="ffn_gate_up_exps.bias",
         shape=lambda config, _: (config.num_experts, 2 * _expert_size(config)), exists=_has_expert_bias,
     ),
     Part(
-        name="mlp.experts.down_proj", kind="parameter", gguf="ffn_down_exps.weight", exists=_holds_experts,
+        name="mlp.experts.down_proj", kind="parameter", gguf="ffn_down_exps.weight", cut="experts",
+        exists=_holds_experts,
         shape=lambda config, _: (config.num_experts, config.hidden_size, _expert_size(config)),
     ),
     Part(
-        name="mlp.experts.down_proj_bias", kind="parameter", gguf="ffn_down_exps.bias",
+        name="mlp.experts.down_proj_bias", kind="parameter", cut="experts", gguf="ffn_down_exps.bias",
         shape=lambda config, _: (config.num_experts, config.hidden_size), exists=_has_expert_bias,
     ),
     Part(

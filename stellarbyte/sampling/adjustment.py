@@ -6,7 +6,7 @@ banned ones, then bias, then penalties.
 
 import functools
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 
 # R rows, K rows computed together, V vocabulary, W words of 32 tokens
 
+MOST_UNDONE = 64  # tokens that a rewind takes back one by one; after more, all are counted again
 _ROWS_TOGETHER = 32  # bounds temporary memory: more rows of a large vocabulary take hundreds of megabytes
 
 
@@ -61,6 +62,9 @@ class LogitAdjustment:
         self._num_counted = 0  # tokens that the penalties include
         self._last = -1  # the last of them
         self._occurrences: Counter[int] = Counter()  # in the answer
+        self._seen: set[int] = set()  # tokens with a divisor
+        self._newest: deque[tuple[int, int, bool]] = deque(maxlen=MOST_UNDONE)
+        """The answer's tokens that were counted one by one: the token before, the token, whether it was new."""
 
     def before(
         self, tokens: "array[int]", allowed_W: np.ndarray | None = None, *, bans: bool = False
@@ -81,8 +85,19 @@ class LogitAdjustment:
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the counts of tokens after the first `num_tokens`: the sequence was cut there."""
-        if num_tokens < self._num_counted:
+        count = self._num_counted - num_tokens
+        if count > len(self._newest):
             self._forget()
+            return
+        for _ in range(count):
+            self._last, token, is_new = self._newest.pop()
+            self._num_counted -= 1
+            if self.divisor_V is not None and is_new:
+                self._seen.discard(token)
+                self.divisor_V[token] = 1
+            if self.deduction_V is not None:
+                self._occurrences[token] -= 1
+                self.deduction_V[token] = self._deduction(token)
 
     def _count(self, tokens: "array[int]") -> None:
         """Count the tokens since the last call; all of them if the sequence differs or is shorter."""
@@ -93,18 +108,30 @@ class LogitAdjustment:
         new = tokens[counted:]
         if not new:
             return
+        answer = new[max(0, self._num_prompt - counted) :]
+        if len(new) == len(answer) == 1:
+            self._newest.append((self._last, new[0], new[0] not in self._seen))
+        else:
+            self._newest.clear()
         self._num_counted, self._last = len(tokens), tokens[-1]
         if self.divisor_V is not None:
+            self._seen.update(new)
             _put(self.divisor_V, new, self._repetition)
-        answer = new[max(0, self._num_prompt - counted) :]
         if self.deduction_V is not None and answer:
             self._occurrences.update(answer)
             changed = list(set(answer)) if len(answer) > 1 else answer
-            _put(self.deduction_V, changed, [self._presence + self._frequency * self._occurrences[t] for t in changed])
+            _put(self.deduction_V, changed, [self._deduction(token) for token in changed])
+
+    def _deduction(self, token: int) -> float:
+        """What is subtracted from a token's logit."""
+        count = self._occurrences[token]
+        return self._presence + self._frequency * count if count else 0.0
 
     def _forget(self) -> None:
         self._num_counted = 0
         self._occurrences.clear()
+        self._seen.clear()
+        self._newest.clear()
         if self.divisor_V is not None:
             self.divisor_V.fill_(1)
         if self.deduction_V is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
@@ -57,8 +57,18 @@ class Outcome:
 
 
 @each_warning_once()
-def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Console) -> Outcome:
+def train(
+    kind: str,
+    config: Config,
+    data: RunData,
+    *,
+    resume: bool,
+    console: Console,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Outcome:
     """Train to the last step, or until a signal; every rank calls it.
+
+    `callbacks` see the run; with train.evaluate_base, the first evaluation comes before the run begins.
 
     Raises:
         TrainError, CheckpointError: a setting does not fit the data or the machine, a checkpoint is of another run, a
@@ -78,7 +88,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
         target = folder / (ADAPTER_FOLDER if kind == "lora" else MODEL_FOLDER)
     refuse_existing(target)
     with sole_writer(folder, "training into") if rank_expected() == 0 else nullcontext():
-        trainer, guard = make_trainer(kind, config, data, plan, layout, console)
+        trainer, guard = make_trainer(kind, config, data, plan, layout, console, callbacks)
         last = trainer.checkpoints.last()
         if last is not None:
             if not resume:
@@ -86,6 +96,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
             trainer.checkpoints.refuse_other_origin(last)
             if is_first_rank():
                 console.print(_continuing(trainer.checkpoints, last))
+        base = trainer.evaluate() if config.train.evaluate_base else None  # an adapter begins as no change
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
@@ -101,7 +112,7 @@ def train(kind: str, config: Config, data: RunData, *, resume: bool, console: Co
         weights = gathered_weights(trainer.model) if layout.is_sharded else None
         if is_first_rank():
             model = trainer.model if weights is None else _whole_model(config, data, weights)
-            _write_result(kind, config, data, trainer, model, target)
+            _write_result(kind, config, data, trainer, model, target, base)
             if config.run.plots:
                 draw_run(trainer.state.log_history, folder)
         wait_for_all()
@@ -134,13 +145,20 @@ def _refuse_unmeasured(config: Config, data: RunData) -> None:
         for name, value in (
             ("stop.patience", config.stop.patience),
             ("train.evaluate_every", config.train.evaluate_every),
+            ("train.evaluate_base", config.train.evaluate_base or None),
         ):
             if value is not None:
                 raise TrainError(f"{name} needs held-out data, of which there is none; set held_out above 0.")
 
 
 def make_trainer(
-    kind: str, config: Config, data: RunData, plan: Schedule, layout: Layout, console: Console
+    kind: str,
+    config: Config,
+    data: RunData,
+    plan: Schedule,
+    layout: Layout,
+    console: Console,
+    watching: Sequence[TrainerCallback] = (),
 ) -> tuple[ByteTrainer, Guard]:
     settings = config.train
     _prepare_trackers(config.run.track)
@@ -168,7 +186,7 @@ def make_trainer(
         flops_per_token=flops_per_token(model.config, num_active, config.data.sequence),
         peak_flops=None if peak is None else peak * args.world_size,
     )
-    callbacks = [guard, progress]
+    callbacks = [guard, progress, *watching]
     if model.config.num_experts:
         callbacks.append(Routers(settings.balance_rate))
     if config.stop.patience is not None:
@@ -229,12 +247,20 @@ def _evaluated_last(trainer: ByteTrainer) -> bool:
 
 
 def _write_result(
-    kind: str, config: Config, data: RunData, trainer: ByteTrainer, model: ByteTransformer, target: Path
+    kind: str,
+    config: Config,
+    data: RunData,
+    trainer: ByteTrainer,
+    model: ByteTransformer,
+    target: Path,
+    base: Mapping[str, float] | None,
 ) -> None:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]
     held_out = {name: evaluations[-1][name] for name in evaluations[-1] if name in _METRICS} if evaluations else {}
+    if base is not None:
+        held_out |= {f"base_{name.removeprefix('eval_')}": base[name] for name in ("eval_loss", "eval_perplexity")}
     steps = trainer.state.global_step
     record = TrainingRecord(
         kind=kind,

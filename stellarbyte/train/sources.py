@@ -1,16 +1,20 @@
 """The rows of a run, from the data section of its file."""
 
+from collections.abc import Mapping
+
 from transformers import PreTrainedTokenizerFast
 
 from stellarbyte.checkpoint.native import load_config
 from stellarbyte.checkpoint.source import resolve_model
-from stellarbyte.train.config.run import Pretrain, Sft, TokenData
+from stellarbyte.train.config.run import ChatData, Model, Pretrain, Sft, TokenData
 from stellarbyte.train.data.packing import collate
-from stellarbyte.train.data.sft import read_chats
-from stellarbyte.train.data.shards import SPLITS, read_index, sha256_of
+from stellarbyte.train.data.sft import Chats, read_chats
+from stellarbyte.train.data.shards import SPLITS, Split, read_index, sha256_of
 from stellarbyte.train.data.tokens import Layout, TokenSequences
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.rows import RunData
+
+TokenizedChats = Mapping[Split, Chats]
 
 
 def token_rows(config: Pretrain) -> RunData:
@@ -43,11 +47,31 @@ def chat_rows(config: Sft) -> RunData:
         TrainError: a file or a chat in it cannot be used.
         CheckpointError: there is no such model.
     """
+    tokenizer, chats = tokenized_chats(config.model, config.data)
+    return rows_of_chats(config, tokenizer, chats)
+
+
+def tokenized_chats(model: Model, data: ChatData) -> tuple[PreTrainedTokenizerFast, TokenizedChats]:
+    """The tokenizer of a run's model, and its chats, each cut after data.sequence tokens. Raises as `chat_rows`."""
+    assert model.path is not None  # Sft checks it
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve_model(model.path), local_files_only=True)
+    if data.template is not None:
+        try:
+            tokenizer.chat_template = data.template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrainError(f"data.template {data.template} cannot be read as text.") from error
+    chats = read_chats(data.chats, tokenizer, max_length=data.sequence, held_out=data.held_out)
+    if data.validation:
+        validation = read_chats(data.validation, tokenizer, max_length=data.sequence)
+        chats["held_out"] = validation["train"]
+    return tokenizer, chats
+
+
+def rows_of_chats(config: Sft, tokenizer: PreTrainedTokenizerFast, chats: TokenizedChats) -> RunData:
+    """Rows of chats of at most data.sequence tokens. Raises TrainError: none is to be trained on."""
     data = config.data
     assert config.model.path is not None  # Sft checks it
     folder = resolve_model(config.model.path)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    chats = read_chats(data.chats, tokenizer, max_length=data.sequence, held_out=data.held_out)
     rows = {
         split: chats[split].rows(tokenizer, length=data.sequence, packing=data.packing)
         for split in SPLITS

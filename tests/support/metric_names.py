@@ -35,6 +35,10 @@ COUNTERS = {
     "stellarbyte:kv_event_batches_dropped_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
+    "vllm:spec_decode_num_drafts_total",
+    "vllm:spec_decode_num_draft_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_total",
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total",
 }
 HISTOGRAMS = {
     "vllm:time_to_first_token_seconds",
@@ -82,6 +86,8 @@ LABELS = {
     "stellarbyte:adapter_version_tokens_total": {"adapter", "version"},
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total": {"position"},
+    **{name: {"engine"} for name in BY_ENGINE},
 }
 # An engine's state, and the labels of its cache, to render.
 STATS = EngineStats(
@@ -97,6 +103,10 @@ STATS = EngineStats(
     prefix_cache_queries_total=14,
     prefix_cache_hits_total=15,
     evicted_tokens_total=16,
+    drafts_total=17,
+    draft_tokens_total=18,
+    accepted_tokens_total=19,
+    accepted_by_place=(21, 22),
 )
 
 
@@ -131,10 +141,11 @@ def series_in(expression: str) -> list[str]:
 def wrong_with(expression: str) -> list[str]:
     """What the server's metrics do not bear out: unknown names, rates of gauges and the like, labels nobody sets."""
     found = series_in(expression)
-    wrong = [f"{name} is no metric" for name in found if name not in SERIES]
+    wrong = [f"{name} is no metric" for name in found if name not in SERIES | BY_ENGINE]
     in_rates = set(series_in(" ".join(re.findall(r"\brate\(([^)]*)\)", expression))))
-    wrong += [f"{name} is a gauge" for name in in_rates & GAUGES]
-    wrong += [f"{name} is a total, not a rate" for name in set(found) - in_rates - GAUGES]
+    gauges = GAUGES | {name for name in BY_ENGINE if not name.endswith("_total")}
+    wrong += [f"{name} is a gauge" for name in in_rates & gauges]
+    wrong += [f"{name} is a total, not a rate" for name in set(found) - in_rates - gauges]
     labels = EVERYWHERE.union(*(LABELS.get(name, set()) for name in found))
     if any(name.endswith("_bucket") for name in found):
         labels = labels | {"le"}

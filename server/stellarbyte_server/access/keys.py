@@ -12,6 +12,9 @@ Only a key's SHA-256 and its name, which may be logged, are stored.
     slide = false                       # allow context_overflow slide; default: true
     min_priority = 0                    # lowest allowed `priority`; default: 0
     max_priority = 100                  # highest allowed `priority`; default: 100
+    fine_tune = false                   # allow fine-tuning jobs; default: true
+    max_fine_tuning_jobs = 2            # unfinished ones; default: 4
+    max_fine_tuning_tokens = 1000000    # of one job, in all epochs; default: no limit
     share = "team"                      # share the prefix cache with other keys of this value; default: none
 """
 
@@ -24,7 +27,7 @@ import re
 import signal
 import stat
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -44,7 +47,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_TOKENS = "max_tokens_per_request"
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrent_streams")
 _PRIORITIES = {"min_priority": 0, "max_priority": MAX_PRIORITY}  # bounds and their defaults
-_FIELDS = ("key", "sha256", "models", *_LIMITS, MOST_TOKENS, "slide", *_PRIORITIES, "share")
+_FINE_TUNING = ("max_fine_tuning_jobs", "max_fine_tuning_tokens")
+_FIELDS = (
+    *("key", "sha256", "models", *_LIMITS, MOST_TOKENS, "slide", *_PRIORITIES),
+    *("fine_tune", *_FINE_TUNING, "share"),
+)
 _MAX_LIMIT = 10**9
 _MAX_FILE_BYTES = 2**22
 
@@ -61,6 +68,9 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     max_priority: int = MAX_PRIORITY
     max_tokens_per_request: int | None = None
     may_slide: bool = True
+    may_fine_tune: bool = True
+    max_fine_tuning_jobs: int = 4
+    max_fine_tuning_tokens: int | None = None
     is_admin: bool = False
 
     @property
@@ -73,13 +83,16 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
             return f"name:{self.name}"
         return f"key:{_digest(self.digest)[:32]}"
 
-    def allows(self, model: str, served_model: str) -> bool:
-        """Whether a request may name `model`: the served model, an adapter, or a mix of allowed adapters."""
+    def allows(self, model: str, served_model: str, own: Collection[str] = ()) -> bool:
+        """Whether a request may name `model`: the served model, an adapter, or a mix of allowed adapters.
+
+        `own`: names of adapters that the key has made.
+        """
         if self.models is None:
             return True
         if model == served_model:
             return model in self.models
-        return all(reference.name in self.models for reference in parse_references(model))
+        return all(each.name in self.models or each.name in own for each in parse_references(model))
 
 
 class Keyring:
@@ -206,6 +219,7 @@ def _key(name: str, table: Any) -> Key:
             shown = f" {field!r}" if re.fullmatch(r"[a-z_]{1,40}", field) else ""  # otherwise it may be a misplaced key
             raise SettingsError(f"[{name}] has an unknown field{shown}; known fields are {', '.join(_FIELDS)}")
     limits = {field: _limit(name, field, table[field]) for field in _LIMITS if field in table}
+    fine_tuning: dict[str, Any] = {field: _limit(name, field, table[field]) for field in _FINE_TUNING if field in table}
     lowest, highest = _priorities(name, table)
     return Key(
         name=name,
@@ -215,7 +229,9 @@ def _key(name: str, table: Any) -> Key:
         min_priority=lowest,
         max_priority=highest,
         max_tokens_per_request=_limit(name, MOST_TOKENS, table[MOST_TOKENS]) if MOST_TOKENS in table else None,
-        may_slide=_may_slide(name, table.get("slide", True)),
+        may_slide=_switch(name, "slide", table.get("slide", True)),
+        may_fine_tune=_switch(name, "fine_tune", table.get("fine_tune", True)),
+        **fine_tuning,
         share=_share(name, table["share"]) if "share" in table else None,
     )
 
@@ -266,9 +282,9 @@ def _limit(name: str, field: str, given: Any) -> int:
     return given
 
 
-def _may_slide(name: str, given: Any) -> bool:
+def _switch(name: str, field: str, given: Any) -> bool:
     if type(given) is not bool:
-        raise SettingsError(f"[{name}] slide must be true or false")
+        raise SettingsError(f"[{name}] {field} must be true or false")
     return given
 
 

@@ -10,10 +10,12 @@ import msgspec
 from fastapi import Request
 
 from stellarbyte_server.access.keys import NO_OWNER, Key
-from stellarbyte_server.api.contract.errors import ApiError, bad_request
+from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.service import Service
+from stellarbyte_server.protocol.adapter_reference import parse_references
 from stellarbyte_server.protocol.messages import KeyLimits
-from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest
+from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest, model_not_found
+from stellarbyte_server.tuning.results import PREFIX
 
 BATCH = "batch"  # key of the `BatchCaller` in a scope's state, which only this server can set
 
@@ -83,9 +85,32 @@ def _salt(key: Key | None, given: str) -> str:
 
 
 def may_use(http: Request, service: Service, model: str) -> bool:
-    """Whether the request may list and use a model: the served one, NAME or NAME@VERSION of an adapter, or a mix."""
+    """Whether the request may list and use a model: the served one, NAME or NAME@VERSION of an adapter, or a mix.
+
+    Fine-tuned models belong to the key that made them; the admin key may use them, too.
+    """
     key = _key_of(http)
-    return key is None or key.allows(model, service.settings.model_name)
+    if key is None:
+        return True
+    owners = _owners_of(service, model)
+    is_own = all(owner == key.owner for owner in owners.values()) or key.is_admin
+    return is_own and key.allows(model, service.settings.model_name, owners)
+
+
+def _owners_of(service: Service, model: str) -> dict[str, str]:
+    """The owners of the fine-tuned models that `model` names."""
+    if service.tuning is None or PREFIX not in model:
+        return {}
+    found = {each.name: service.tuning.owner_of(each.name) for each in parse_references(model)}
+    return {name: owner for name, owner in found.items() if owner is not None}
+
+
+def require_fine_tuning(http: Request) -> Key | None:
+    """The request's key, which may make fine-tuning jobs; ApiError if it may not."""
+    key = _key_of(http)
+    if key is not None and not key.may_fine_tune:
+        raise ApiError(403, f"The key {key.name!r} may not fine-tune models.", code="fine_tuning_not_allowed")
+    return key
 
 
 def require_permitted(http: Request, service: Service, body: Any) -> None:
@@ -128,6 +153,8 @@ def overflow_for(http: Request, service: Service, given: Literal["error", "slide
 def require_model(http: Request, service: Service, model: str) -> None:
     """ApiError unless the key permits a model, which need not exist."""
     if not may_use(http, service, model):
+        if _owners_of(service, model):  # of another key, which nobody else can see
+            raise from_engine(model_not_found(model))
         raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
 
 

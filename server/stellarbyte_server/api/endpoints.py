@@ -16,6 +16,7 @@ from stellarbyte_server.api.routes import (
     tokenize,
 )
 from stellarbyte_server.api.routes.batch import batches, files
+from stellarbyte_server.api.routes.tuning import events, jobs
 
 ROUTERS = tuple(
     module.router
@@ -28,6 +29,8 @@ ROUTERS = tuple(
         ranking,
         files,
         batches,
+        jobs,
+        events,
         models,
         adapters,
         adapter_versions,

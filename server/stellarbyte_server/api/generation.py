@@ -254,6 +254,7 @@ def make_requests(
     echoed_logprobs: int | None = None,
     grammar: str | None = None,
     reasoning: Reasoning | Channels | None = None,
+    prediction_token_ids: tuple[int, ...] = (),
 ) -> tuple[GenerationRequest, ...]:
     """One request for each prompt and answer, in order; ApiError.
 
@@ -303,6 +304,8 @@ def make_requests(
                     caller=user_of(body),
                     follows=first_id if is_follower else None,
                     reasoning=reasoning,
+                    speculative=body.speculative is not False,
+                    prediction_token_ids=prediction_token_ids,
                 )
             )
     return tuple(requests)

@@ -16,6 +16,7 @@ from stellarbyte_server.protocol.request import Channels, Reasoning
 from stellarbyte_server.registry.store import AdapterRegistry
 from stellarbyte_server.tokens.text_work import TextWork
 from stellarbyte_server.tokens.tokenizer import PromptTokenizer, load_prompt_tokenizer
+from stellarbyte_server.tuning.store import TuningStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Service:
     started_at: int  # Unix seconds, the same in all HTTP processes
     storage: Storage | None = None  # of --data-dir, like the next
     registry: AdapterRegistry | None = None
+    tuning: TuningStore | None = None  # None: --fine-tuning is off
     text_work: TextWork = field(default_factory=TextWork)
 
     @property
@@ -62,6 +64,7 @@ def load_service(
     started_at: int,
     storage: Storage | None = None,
     registry: AdapterRegistry | None = None,
+    tuning: TuningStore | None = None,
 ) -> Service:
     """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)
@@ -79,6 +82,7 @@ def load_service(
         started_at=started_at,
         storage=storage,
         registry=registry,
+        tuning=tuning,
     )
 
 

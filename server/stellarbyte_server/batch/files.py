@@ -1,5 +1,6 @@
 """Stored files. Each belongs to the key that uploaded it, until it expires."""
 
+import codecs
 import contextlib
 import os
 import secrets
@@ -53,6 +54,8 @@ class Upload:
     def __init__(self, folder: DataFolder) -> None:
         self.name = secrets.token_hex(16)
         self.num_bytes = 0
+        self.is_utf8 = True  # so far
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._folder = folder
         self._file: BinaryIO | None = folder.open("uploads", self.name, "xb")
 
@@ -60,6 +63,11 @@ class Upload:
         assert self._file is not None
         write_all(self._file, content)
         self.num_bytes += len(content)
+        if self.is_utf8:
+            try:
+                self._decode(content)
+            except UnicodeDecodeError:
+                self.is_utf8 = False
 
     def sync(self) -> None:
         assert self._file is not None

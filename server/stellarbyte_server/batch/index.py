@@ -1,6 +1,6 @@
-"""The index of files and batches: one SQLite database, which all HTTP processes of a server open.
+"""An index of --data-dir: one SQLite database, which all HTTP processes of a server open.
 
-The database is the only record of existing files and batches, so an interrupted server continues from it.
+The database is the only record of what it lists, so an interrupted server continues from it.
 """
 
 import contextlib
@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-_VERSION = 1
 _BUSY_S = 10.0  # how long one process waits for another's transaction
-_SCHEMA = """
+# Of files and batches.
+SCHEMA = """
 CREATE TABLE files (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
@@ -40,7 +40,10 @@ CREATE INDEX unfinished_batches ON batches (number) WHERE NOT is_over;
 class Index:
     """A connection that one thread uses at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: str = SCHEMA, version: int = 1) -> None:
+        """`version`: of the schema."""
+        self._schema = schema
+        self._version = version
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
         self._connection.row_factory = sqlite3.Row
@@ -52,11 +55,11 @@ class Index:
         with self.transaction() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == 0:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
+                for statement in filter(str.strip, self._schema.split(";")):
                     database.execute(statement)
-                database.execute(f"PRAGMA user_version = {_VERSION}")
-            elif version != _VERSION:
-                raise ValueError(f"the index has version {version}; this server reads version {_VERSION}")
+                database.execute(f"PRAGMA user_version = {self._version}")
+            elif version != self._version:
+                raise ValueError(f"the index has version {version}; this server reads version {self._version}")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:

@@ -44,7 +44,7 @@ def check_input(file: BinaryIO, endpoint: str, max_body_bytes: int) -> tuple[lis
     places: list[LinePlace] = []
     problems: list[BatchProblem] = []
     seen: dict[str, int] = {}
-    for number, start, text in _lines(file, max_body_bytes + _MORE_THAN_BODY):
+    for number, start, text in lines_of(file, max_body_bytes + _MORE_THAN_BODY):
         if len(problems) >= MAX_PROBLEMS:
             break
         if len(places) >= MAX_LINES:
@@ -100,7 +100,7 @@ def _problem(code: str, message: str, line: int, param: str | None = None) -> Ba
     return BatchProblem(code=code, message=message, line=line, param=param)
 
 
-def _lines(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
+def lines_of(file: BinaryIO, most: int) -> Iterator[tuple[int, int, bytes | None]]:
     """Number, start and text of each line that is not blank; None for a text of more than `most` bytes."""
     number, start = 1, 0  # of the line that begins with `text`
     text = bytearray()

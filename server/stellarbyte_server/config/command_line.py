@@ -5,10 +5,11 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback, switch
-from stellarbyte_server.config.settings import DEMO_MODEL, EngineSettings, ServerSettings
+from stellarbyte_server.config.settings import DEMO_MODEL, TUNING_FOLDER, EngineSettings, ServerSettings
 
 OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache folder and of clients
 # Kubernetes sets these variables for a Service with such a name.
@@ -98,6 +99,21 @@ def _parsed(field: dataclasses.Field[Any], source: str, given: Any) -> Any:
         raise SettingsError(f"{source}: {error}") from None
 
 
+def _with_fine_tuning(settings: ServerSettings) -> ServerSettings:
+    """The settings, with the folder from which the engine serves the results of fine-tuning."""
+    if settings.fine_tuning == "off":
+        if settings.fine_tuning_memory is not None:
+            raise SettingsError("--fine-tuning-memory: needs --fine-tuning cpu or cuda")
+        return settings
+    if settings.data_dir is None:
+        raise SettingsError("--fine-tuning: needs --data-dir, a folder for files, jobs and adapters")
+    if settings.engine.load_format == "dummy":
+        raise SettingsError("--fine-tuning: contradicts --load-format dummy, whose weights are random")
+    folder = str(Path(settings.data_dir).absolute() / TUNING_FOLDER)
+    engine = dataclasses.replace(settings.engine, tuned_adapters=folder)
+    return dataclasses.replace(settings, engine=engine)
+
+
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
     """Settings from command-line `arguments` and `environment`; SettingsError if one cannot be used.
 
@@ -121,7 +137,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         return found
 
     engine = EngineSettings(**{"model": DEMO_MODEL, **values(EngineSettings)})
-    settings = ServerSettings(engine=engine, **values(ServerSettings))
+    settings = _with_fine_tuning(ServerSettings(engine=engine, **values(ServerSettings)))
     if engine.max_cpu_loras is not None and engine.max_cpu_loras <= engine.max_loras:
         raise SettingsError(
             f"--max-cpu-loras: {engine.max_cpu_loras} must be greater than --max-loras ({engine.max_loras})"

@@ -1,7 +1,7 @@
 """The server's settings: frozen, created once from flags and environment variables.
 
-Every field of `EngineSettings` and `ServerSettings` but `engine` and `engine_index` is a flag (`max_model_len` is
-`--max-model-len`) and a variable (`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
+Every field that `option` makes is a flag (`max_model_len` is `--max-model-len`) and a variable
+(`STELLARBYTE_MAX_MODEL_LEN`); the flag wins.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ from stellarbyte_server.config.setting_values import (
 )
 
 DEMO_MODEL = "demo"
+TUNING_FOLDER = "tuning"  # in --data-dir
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
@@ -81,6 +82,9 @@ class EngineSettings:
         " GPU",
         1,
     )  # None: auto
+    tensor_parallel_size: int = option(
+        whole_number(1, 64), "N", "processes that divide the model among them (CPU only)", 1
+    )
     dtype: str = option(
         one_of("auto", "float32", "bfloat16"), "auto|float32|bfloat16", "data type of weights and KV cache", "auto"
     )
@@ -169,6 +173,13 @@ class EngineSettings:
         "maximum adapters in CPU memory, more than --max-loras (default: 4 times --max-loras)",
         None,
     )
+    speculative: str | None = option(
+        one_of("ngram", "off"),
+        "ngram|off",
+        "ngram: verify guesses of several tokens in one step, from repeated text, predictions and tokens that a grammar"
+        " forces; answers are the same (default: ngram on a CPU, off on a GPU, which cannot)",
+        None,
+    )
     kv_events: str | None = option(
         tcp_address,
         "tcp://HOST:PORT",
@@ -188,10 +199,13 @@ class EngineSettings:
         seconds, "SECONDS", "maximum time in the queue before a request gets 503 (default: no limit)", None
     )
 
+    tuned_adapters: str | None = None  # folder of the results of fine-tuning; no flag: it follows from --fine-tuning
+
     @property
     def serves_adapters(self) -> bool:
         """Whether adapters can be loaded."""
-        return self.adapter_dir is not None or bool(self.lora_modules) or bool(self.adapter_source)
+        sources = (self.adapter_dir, self.tuned_adapters)
+        return any(source is not None for source in sources) or bool(self.lora_modules) or bool(self.adapter_source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +296,8 @@ class ServerSettings:
     data_dir: str | None = option(
         not_empty,
         "DIR",
-        "folder for adapters loaded over HTTP, uploaded files and batches, created if missing (default: none, so loaded"
-        " adapters are forgotten at a restart, and /v1/files and /v1/batches are off)",
+        "folder for adapters loaded over HTTP, uploaded files, batches and fine-tuning jobs, created if missing"
+        " (default: none, so loaded adapters are forgotten at a restart, and /v1/files and /v1/batches are off)",
         None,
     )
     adapter_history: int = option(
@@ -292,6 +306,20 @@ class ServerSettings:
     max_file_bytes: int = option(byte_count, "BYTES", "maximum size of an uploaded file", 200 * 2**20)
     max_stored_bytes: int = option(
         byte_count, "BYTES", "maximum size of all files of one key, including results of batches", 2 * 2**30
+    )
+    fine_tuning: Literal["off", "cpu", "cuda"] = option(
+        one_of("off", "cpu", "cuda"),
+        "off|cpu|cuda",
+        "device of fine-tuning jobs (/v1/fine_tuning/jobs), which run one at a time at the lowest priority; needs"
+        " --data-dir and the extra train",
+        "off",
+    )
+    fine_tuning_memory: int | None = option(
+        byte_count_or_auto,
+        "BYTES|auto",
+        "memory that a fine-tuning job may use; one that needs more fails (default: half of the free memory, on a GPU"
+        " nine tenths)",
+        None,
     )
     receive_timeout: float = option(
         some_seconds,

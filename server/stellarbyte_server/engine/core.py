@@ -7,6 +7,7 @@ import tokenizers
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
+from stellarbyte_server.engine.drafts.drafts import Drafts, DraftTotals
 from stellarbyte_server.engine.events.publisher import EventPublisher
 from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
@@ -62,6 +63,7 @@ class EngineCore:
         adapters: Adapters,
         grammars: GrammarCompiler,
         events: EventPublisher | None = None,
+        drafts: Drafts | None = None,
     ) -> None:
         """`events` publishes what the scheduler's pool logs."""
         self.scheduler = scheduler
@@ -71,7 +73,8 @@ class EngineCore:
         self.events = events
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
-        self.answers = LiveAnswers(scheduler, adapters)
+        self.drafts = drafts
+        self.answers = LiveAnswers(scheduler, adapters, drafts)
         self._probes = Probes(scheduler, adapters, self.answers, tokenizer)
         self._compiling = CompilingRequests(grammars)
         self._rejected: list[Rejected] = []  # since the last step
@@ -196,7 +199,8 @@ class EngineCore:
         self._collect()
         news: list[News] = [*self._rejected, *self._refuse_unserviceable()]
         self._rejected = []
-        chunks = self.scheduler.schedule()
+        has_drafts = self.drafts is not None and self.drafts.propose(self.scheduler.running)
+        chunks = self.scheduler.schedule(has_drafts=has_drafts)
         step = self._start(chunks)
         before, self._in_flight = self._in_flight, None
         self._had_nothing_to_run = not chunks and before is None
@@ -272,6 +276,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         pool, totals = self.scheduler.pool, self.scheduler.totals
+        drafted = DraftTotals() if self.drafts is None else self.drafts.totals
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting) + len(self._compiling),
@@ -288,6 +293,10 @@ class EngineCore:
             step_tokens_total=self.answers.num_step_tokens,
             kv_event_batches_total=0 if self.events is None else self.events.num_batches,
             kv_event_batches_dropped_total=0 if self.events is None else self.events.num_dropped,
+            drafts_total=drafted.num_drafts,
+            draft_tokens_total=drafted.num_draft_tokens,
+            accepted_tokens_total=drafted.num_accepted_tokens,
+            accepted_by_place=tuple(drafted.accepted_by_place),
         )
 
     def residency(self) -> AdapterResidency:

@@ -6,6 +6,7 @@ import msgspec
 
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
+from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.faults.finite import not_finite
 from stellarbyte_server.engine.faults.isolation import Fault
 from stellarbyte_server.engine.run.executor import OutOfDeviceMemory
@@ -24,7 +25,7 @@ NOT_FINITE = "The model computed NaN or infinity for this request, so the answer
 class LiveAnswers:
     """Engine thread only."""
 
-    def __init__(self, scheduler: Scheduler, adapters: Adapters) -> None:
+    def __init__(self, scheduler: Scheduler, adapters: Adapters, drafts: Drafts | None) -> None:
         self.failed: list[Delta] = []  # last deltas of requests that failed since the last step
         self.replies: list[Reply] = []  # to calls
         self.num_steps = 0
@@ -32,6 +33,7 @@ class LiveAnswers:
         self.num_generated_tokens = 0
         self._scheduler = scheduler
         self._adapters = adapters
+        self._drafts = drafts
         self._live: dict[str, Answer] = {}
 
     def add(self, answer: Answer) -> None:
@@ -54,6 +56,8 @@ class LiveAnswers:
             self._fail_not_finite(sequence)
         if result.prompt_logprobs or result.pooled:
             self._note_prompts(chunks, result)
+        if self._drafts is not None:
+            self._drafts.note(chunks, result.tokens)
         grown = self._scheduler.apply(chunks, result.tokens)
         self.num_steps += 1
         self.num_step_tokens += sum([chunk.length for chunk in chunks])
@@ -65,7 +69,7 @@ class LiveAnswers:
         return [delta for delta in deltas if delta is not None]
 
     def _note_prompts(self, chunks: list[Chunk], result: StepResult) -> None:
-        for number, (sequence, start, _, _) in enumerate(chunks):
+        for number, (sequence, start, *_) in enumerate(chunks):
             if sequence.is_over:
                 continue
             answer = self._live[sequence.request.request_id]
@@ -94,13 +98,17 @@ class LiveAnswers:
                 version.own_totals.num_tokens += delta.num_tokens
         if delta.finish_reason is None:
             return delta
+        if num_late := len(tokens) - delta.num_tokens:  # a draft went on after the end
+            sequence.drop_last(num_late)
         evicted_tokens = self._scheduler.evicted_tokens(sequence)
+        num_predicted = 0 if self._drafts is None else self._drafts.num_predicted(sequence)
         self.end(sequence)
         return msgspec.structs.replace(
             delta,
             cached_tokens=sequence.num_cached,
             evicted_tokens=evicted_tokens,
             num_preemptions=sequence.num_preemptions,
+            num_predicted=num_predicted,
         )
 
     def end_faulty(self, fault: Fault) -> None:
@@ -131,5 +139,7 @@ class LiveAnswers:
     def forget(self, sequence: Sequence) -> None:
         """Forget a request that the scheduler has removed."""
         del self._live[sequence.request.request_id]
+        if self._drafts is not None:
+            self._drafts.forget(sequence)
         if sequence.adapter is not None:
             self.replies += self._adapters.release(sequence.adapter)

@@ -9,7 +9,7 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -32,9 +32,11 @@ from stellarbyte_server.http.connections.tls_protocol import tls_protocol
 from stellarbyte_server.http.gate import AtAdminAddress
 from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
+from stellarbyte_server.http.tuning import open_tuning, start_tuning
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
 from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
 from stellarbyte_server.registry.store import AdapterRegistry
+from stellarbyte_server.tuning.store import TuningStore
 
 _POLL_S = 0.05
 MAX_BATCH_REQUESTS = 64  # running at once, of all batches
@@ -93,6 +95,7 @@ async def _serve(
     """Serve, once the engines are ready."""
     tracing: Tracing | None = None
     storage: Storage | None = None
+    tuning: TuningStore | None = None
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams finish, or are ended here
         tracing = make_tracing(settings, os.environ)
@@ -107,23 +110,27 @@ async def _serve(
         if settings.ssl_certfile is not None:
             context = server_context(settings.ssl_certfile, settings.ssl_keyfile)
             protocol = tls_protocol(bounded_protocol(bounds), context)
+        if settings.fine_tuning != "off":
+            tuning = open_tuning(settings, client)
         if settings.data_dir is not None:
             limits = StoreLimits(file_bytes=settings.max_file_bytes, owner_bytes=settings.max_stored_bytes)
             storage = Storage.open(settings.data_dir, limits)
-        app = create_app(load_service(settings, client, started_at, storage, registry), keyring, tracing)
+        service = load_service(settings, client, started_at, storage, registry, tuning)
+        app = create_app(service, keyring, tracing)
         servers = {_server(app, protocol, settings): listeners.public}
         if listeners.admin is not None:
             servers[_server(AtAdminAddress(app), plain, settings)] = listeners.admin
-        batches = _start_batches(storage, app, keyring, client, settings)
+        work = [_start_batches(storage, app, keyring, client, settings), start_tuning(service, keyring)]
         try:
-            await _run_until_stopped(servers, client, batches, settings.shutdown_timeout, on_started)
+            await _run_until_stopped(servers, client, work, settings.shutdown_timeout, on_started)
         finally:
-            await _stop(batches)
+            await _stop(work)
         return 1 if client.dead.is_set() else 0
     finally:
         await client.close()
-        if storage is not None:
-            storage.close()
+        for opened in (storage, tuning):
+            if opened is not None:
+                opened.close()
         if tracing is not None:
             tracing.shutdown()
 
@@ -160,17 +167,18 @@ def _start_batches(
     return asyncio.create_task(runner.run())
 
 
-async def _stop(batches: asyncio.Task[None] | None) -> None:
-    """Abort the running requests of batches; a restarted server runs them again."""
-    if batches is not None:
-        batches.cancel()
-        await asyncio.gather(batches, return_exceptions=True)
+async def _stop(work: Sequence[asyncio.Task[None] | None]) -> None:
+    """Abort the running requests of batches and save fine-tuning jobs; a restarted server continues both."""
+    running = [task for task in work if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 async def _run_until_stopped(
     servers: Mapping[uvicorn.Server, socket.socket],
     client: Replicas,
-    batches: asyncio.Task[None] | None,
+    work: Sequence[asyncio.Task[None] | None],
     shutdown_timeout_s: float,
     on_started: Callable[[], None],
 ) -> None:
@@ -203,7 +211,7 @@ async def _run_until_stopped(
             async with asyncio.timeout(shutdown_timeout_s):
                 while any(server.server_state.tasks for server in servers) and not told_again.is_set():
                     await asyncio.sleep(_POLL_S)
-        await _stop(batches)  # before streams end with errors, which would count as answers
+        await _stop(work)  # before streams end with errors, which would count as answers
         client.end_streams(SHUTTING_DOWN)
         end()
 

@@ -36,6 +36,12 @@ class _TotalsCollector(Collector):
                 totals.aborted,
             ),
             ("stellarbyte:rejected_requests", "HTTP requests refused with an error.", "reason", rejected),
+            (
+                "vllm:spec_decode_num_accepted_tokens_per_pos",
+                "Tokens of drafts accepted, by their place in the draft.",
+                "position",
+                {str(place): count for place, count in enumerate(totals.stats.accepted_by_place)},
+            ),
         ):
             yield self._by_label(name, text, label, by_label)
         yield self._waiting()
@@ -84,6 +90,9 @@ class _TotalsCollector(Collector):
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
             ("stellarbyte:evicted_tokens", "Tokens evicted from sliding contexts.", stats.evicted_tokens_total),
+            ("vllm:spec_decode_num_drafts", "Drafts verified.", stats.drafts_total),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.", stats.draft_tokens_total),
+            ("vllm:spec_decode_num_accepted_tokens", "Tokens of drafts accepted.", stats.accepted_tokens_total),
             ("stellarbyte:kv_event_batches", "Batches of events of the KV cache.", stats.kv_event_batches_total),
             (
                 "stellarbyte:kv_event_batches_dropped",

@@ -17,12 +17,18 @@ class TokenCount:
     cached: int = 0  # of the prompts; known at the end
     reasoning: int | None = None  # of the completions; None: the model does not reason
     evicted: int = 0  # evicted by the end, if the context slid
+    predicted: int | None = None  # tokens of the prediction of each answer; None: there is none, or it has no effect
+    accepted: int = 0  # tokens of predictions that answers had at their ends
+    rejected: int = 0  # the others
 
     def add(self, delta: Delta, *, first_of_prompt: bool) -> None:
         self.completion += delta.num_tokens
         self.evicted += delta.evicted_tokens
         if self.reasoning is not None:
             self.reasoning += delta.num_reasoning_tokens
+        if self.predicted is not None and delta.finish_reason is not None:
+            self.accepted += delta.num_predicted
+            self.rejected += self.predicted - delta.num_predicted
         if first_of_prompt:
             self.cached += delta.cached_tokens
 
@@ -33,8 +39,11 @@ class TokenCount:
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
-        if self.reasoning is not None:
-            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
+        details = {} if self.reasoning is None else {"reasoning_tokens": self.reasoning}
+        if self.predicted is not None:
+            details |= {"accepted_prediction_tokens": self.accepted, "rejected_prediction_tokens": self.rejected}
+        if details:
+            usage["completion_tokens_details"] = details
         return usage | {"evicted_tokens": self.evicted} if self.evicted else usage
 
 

@@ -203,6 +203,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
     evicted_tokens: int = 0  # in the last delta: evicted tokens
     num_preemptions: int = 0  # in the last delta
+    num_predicted: int = 0  # in the last delta: tokens of the request's prediction in the answer
 
 
 def merged(deltas: list[Delta]) -> Delta:
@@ -239,6 +240,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits_total: int = 0  # of these, found
     evicted_tokens_total: int = 0
     step_tokens_total: int = 0  # tokens computed in steps, including prompts
+    drafts_total: int = 0  # drafts verified
+    draft_tokens_total: int = 0  # their tokens
+    accepted_tokens_total: int = 0  # of these, accepted
+    accepted_by_place: tuple[int, ...] = (0,)  # how many drafts had their first, second, ... token accepted
     kv_event_batches_total: int = 0  # of --kv-events, including dropped ones
     kv_event_batches_dropped_total: int = 0
 
@@ -370,6 +375,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_dtype: str
     deterministic: bool = False  # a request's numbers do not depend on others'
     weights_hash: str  # SHA-256 over the weights, hexadecimal; "dummy-…" for random ones
+    speculative: str = "off"  # source of drafts: "ngram" or "off"
 
 
 Reply = AdapterLoaded | AdapterLocated | AdapterUnloaded | AdapterList | Settled | KeyCharged | CallFailed

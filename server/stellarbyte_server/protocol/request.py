@@ -110,6 +110,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     caller: str = ""  # a hash of the caller, which decides among versions that share an adapter's name
     pooling: Literal["last", "mean", "logits"] | None = None
     reasoning: Reasoning | Channels | None = None  # None: all that is generated is the answer
+    speculative: bool = True  # guesses of next tokens may be verified together; the answer is the same
+    prediction_token_ids: tuple[int, ...] = ()  # the user's guess of the answer
 
     @property
     def adapter_names(self) -> tuple[str, ...]:

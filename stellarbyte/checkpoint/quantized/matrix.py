@@ -62,8 +62,8 @@ class QuantizedMatrix:
         zeros = None if self.zeros is None else self.zeros.to(device)
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
 
-    def __getitem__(self, index: int) -> "QuantizedMatrix":
-        """One matrix of a stack."""
+    def __getitem__(self, index: int | slice) -> "QuantizedMatrix":
+        """One matrix of a stack, or some; of a matrix that is no stack, some rows."""
         zeros = None if self.zeros is None else self.zeros[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros)
 

@@ -6,6 +6,7 @@ Every command sets `module`, whose `run(options)` executes it.
 import argparse
 import math
 import os
+import re
 from importlib.metadata import version
 from typing import Any
 
@@ -68,6 +69,13 @@ def _add_info(commands: _Commands) -> None:
     command = commands.add_parser("info", help="print a checkpoint's architecture, size and memory use")
     command.add_argument("model", metavar="MODEL", help=f"checkpoint, {SOURCES}, or demo")
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--plan", action="store_true", help="print what fits on --gpus devices; config.json is enough, without weights"
+    )
+    command.add_argument(
+        "--memory", type=_byte_count, metavar="BYTES", help="with --plan: of each device, such as 80GB"
+    )
+    command.add_argument("--gpus", type=_positive_int, default=1, metavar="N", help="with --plan: devices; default: 1")
     command.set_defaults(module="stellarbyte.cli.info")
 
 
@@ -260,6 +268,14 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer") from None
+
+
+def _byte_count(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)([KMGT]i?B|B)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes with a unit, such as 80GB or 64GiB")
+    power = "BKMGT".index(match[2][0])
+    return int(float(match[1]) * (1024 if "i" in match[2] else 1000) ** power)
 
 
 def _positive_int(text: str) -> int:

@@ -90,15 +90,24 @@ class TokenData(Section):
 
 class ChatData(Section):
     """Attributes: chats: JSONL files of {"messages": [...]}; held_out: the share of chats that evaluation gets;
-    position_shift: as of `TokenData`."""
+    validation: files of chats for evaluation, instead of a share; template: a Jinja chat template instead of the
+    model's; position_shift: as of `TokenData`."""
 
     chats: list[Path] = Field(min_length=1)
     sequence: int = Field(ge=2)
     position_shift: int = Field(default=0, ge=0)
     packing: bool = True
     held_out: float = Field(default=0.0, ge=0, lt=1)
+    validation: tuple[Path, ...] = ()
+    template: Path | None = None
     license: str = Field(default="unknown", min_length=1)
     workers: int = Field(default=0, ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatData":
+        if self.validation and self.held_out:
+            raise ValueError("give only one of held_out and validation")
+        return self
 
 
 class Train(Section):
@@ -111,6 +120,7 @@ class Train(Section):
         ema: decay of the averaged weights, which then are the finished model's; None: none.
         recompute_every: layers 0, n, 2n, ... keep no activations; None: all keep them.
         checkpoint_every, evaluate_every: steps; None: only at the end. keep: checkpoints on disk, beside the best.
+        evaluate_base: also evaluate the model as it is before the first step; the card has both losses.
     """
 
     batch_tokens: int = Field(ge=1)
@@ -132,6 +142,7 @@ class Train(Section):
     recompute_every: int | None = Field(default=None, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
     evaluate_every: int | None = Field(default=None, ge=1)
+    evaluate_base: bool = False
     keep: int = Field(default=2, ge=1)
 
     @model_validator(mode="after")

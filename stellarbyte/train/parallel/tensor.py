@@ -36,7 +36,7 @@ def divide_layers(model: ByteTransformer, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, tensor_plan(model.config))
     for layer in range(model.config.num_hidden_layers):
         for part in layer_parts(model.config, layer):
-            if part.kind == "parameter" and part.cut is not None:
+            if part.kind == "parameter" and part.cut == "out":
                 path, _, name = module_path(layer, part.name).rpartition(".")
                 owner = model.get_submodule(path)
                 whole = getattr(owner, name)

@@ -46,3 +46,35 @@ def test_logprobs_of_0_show_the_chosen_tokens(demo_server) -> None:
     found = answer.json()["choices"][0]["logprobs"]
     chosen = [{token: logprob} for token, logprob in zip(found["tokens"], found["token_logprobs"], strict=True)]
     assert len(chosen) == 4 and found["top_logprobs"] == chosen
+
+
+def test_a_prediction_without_effect_is_named(fake_server) -> None:
+    """The engine without a model verifies no guesses."""
+    for content in ("one two", [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]):
+        predicted = {"prediction": {"type": "content", "content": content}}
+        answer = ask(fake_server, "chat/completions", **predicted)
+        assert answer.headers["x-ignored-fields"] == "prediction"
+        assert "completion_tokens_details" not in answer.json()["usage"]
+    assert "x-ignored-fields" not in ask(fake_server, "chat/completions", speculative=False).headers
+    for wrong in ("one", {"type": "content"}, {"type": "text", "content": "a"}, {"type": "content", "content": None}):
+        body = {"model": "fake", "messages": QUESTION, "prediction": wrong}
+        refusal = httpx.post(f"{fake_server.url}/v1/chat/completions", json=body, timeout=30)
+        assert refusal.status_code == 400 and refusal.json()["error"]["param"].startswith("prediction")
+
+
+def test_a_prediction_is_counted_in_the_usage(demo_server) -> None:
+    (model,) = [card["id"] for card in httpx.get(f"{demo_server.url}/v1/models").json()["data"]]
+    body = {"model": model, "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+
+    def chat(**fields) -> dict:
+        answer = httpx.post(f"{demo_server.url}/v1/chat/completions", json=body | fields, timeout=60)
+        assert answer.status_code == 200 and "x-ignored-fields" not in answer.headers, answer.text
+        return answer.json()
+
+    whole = chat(speculative=False)
+    text = whole["choices"][0]["message"]["content"]
+    predicted = chat(prediction={"type": "content", "content": text + " and more"})
+    assert predicted["choices"][0]["message"] == whole["choices"][0]["message"]
+    num_tokens, details = predicted["usage"]["completion_tokens"], predicted["usage"]["completion_tokens_details"]
+    assert num_tokens - 2 <= details["accepted_prediction_tokens"] <= num_tokens, "all but the end"
+    assert details["rejected_prediction_tokens"] >= 1

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.engines.event_subscriber import EventSubscriber
+from tests.support.clients.event_subscriber import EventSubscriber
 from tests.support.servers.adapter_server import KnownModel, completion
 from tests.support.servers.server_process import REAL, ServerProcess, free_port, running
 

@@ -29,7 +29,7 @@ class CheckedStep(ComputedStep):
 
     def finish(self) -> None:
         """Whatever is sampled now may depend on all tokens before."""
-        for sequence, start, length, samples in self.chunks:
+        for sequence, start, length, samples, _ in self.chunks:
             assert not samples or sequence.is_over or len(sequence.tokens) == start + length
 
 
@@ -54,7 +54,7 @@ class CheckedRunner:
         return False
 
     def start(self, chunks: list[Chunk]) -> CheckedStep:
-        for sequence, start, length, samples in chunks:
+        for sequence, start, length, samples, _ in chunks:
             self.seen.add(sequence)
             assert start + length + samples <= sequence.num_prompt + sequence.request.sampling.max_tokens
             num_blocks = len(sequence.table.entries())

@@ -122,7 +122,7 @@ class Ahead:
         return False
 
     def start(self, chunks: list[Chunk]) -> RunningStep:
-        unread = [s for s, start, length, _ in chunks if start + length > len(s.tokens)]
+        unread = [s for s, start, length, *_ in chunks if start + length > len(s.tokens)]
         for sequence in unread:
             sequence.tokens.append(max(0, self._sampled[sequence]))  # a device computes on after NO_TOKEN as well
         try:

@@ -42,7 +42,7 @@ class Script:
 
     def start(self, chunks: list[Chunk]) -> ComputedStep:
         return ComputedStep(
-            StepResult(tokens=[[self._next(sequence.num_generated)] * samples for sequence, _, _, samples in chunks])
+            StepResult(tokens=[[self._next(sequence.num_generated)] * samples for sequence, _, _, samples, _ in chunks])
         )
 
     def _next(self, number: int) -> int:

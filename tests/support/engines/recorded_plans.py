@@ -23,6 +23,7 @@ class RecordingExecutor:
 
     def __init__(self, executor: Executor) -> None:
         self.num_steps_ahead = executor.num_steps_ahead
+        self.takes_drafts = executor.takes_drafts
         self.events: list[Event] = []
         self._executor = executor
         self._num_steps = 0

@@ -37,7 +37,10 @@ def assert_gone(pids: list[int], limit_s: float = 30) -> None:
 def descendants(pid: int) -> list[int]:
     """All processes below one."""
     with contextlib.suppress(FileNotFoundError):
-        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        lists = [
+            (task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()
+        ]  # any thread's
+        children = [int(child) for children in lists for child in children]
         return [*children, *(below for child in children for below in descendants(child))]
     return []
 

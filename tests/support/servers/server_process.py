@@ -19,6 +19,7 @@ FAKE = "tests.support.servers.fake_server"  # the real HTTP process in front of 
 FAKE_MODEL = "fake"  # the name of the fake engine's model
 REASONING = "tests.support.servers.reasoning_server"
 HARMONY = "tests.support.servers.harmony_server"
+TUNING = "tests.support.tuning.tuning_server"
 REAL = "stellarbyte_server"
 START_LIMIT_S = 600  # the first server of a machine compiles its kernels
 NO_VARIABLES: Mapping[str, str] = MappingProxyType({})

@@ -167,3 +167,29 @@ def test_logprobs_are_of_the_raw_logits_and_the_likeliest_come_first() -> None:
         ranked = expected[row].argsort(descending=True)[:count].tolist()
         assert [token_id for token_id, _ in found[row].top] == ranked
         assert [value for _, value in found[row].top] == pytest.approx(expected[row, ranked].tolist(), abs=1e-5)
+
+
+def test_a_rewind_leaves_what_a_new_adjustment_makes_of_the_rest() -> None:
+    """Token by token, and several at once; back over a few tokens, over many, and into the prompt."""
+    chance = random.Random(0)
+    for _ in range(60):
+        fields = random_fields(chance)
+        kept = LogitAdjustment(VOCABULARY, CPU, **fields)
+        tokens = array("I", [chance.randrange(8) for _ in range(15)])
+        for _ in range(40):
+            for _ in range(chance.choice([1, 1, 2, 5])):
+                tokens.append(chance.randrange(8))
+                if chance.random() < 0.8:
+                    kept.before(tokens)
+            if chance.random() < 0.5:
+                count = chance.choice([1, 2, 3, 70]) if len(tokens) > 80 else chance.choice([1, 2, 5])
+                del tokens[max(5, len(tokens) - count) :]
+                kept.rewind(len(tokens))
+                tokens.append(chance.randrange(8))
+            new = LogitAdjustment(VOCABULARY, CPU, **fields)
+            new.before(tokens)
+            kept.before(tokens)
+            for ours, theirs in ((kept.divisor_V, new.divisor_V), (kept.deduction_V, new.deduction_V)):
+                assert (ours is None) == (theirs is None)
+                if ours is not None and theirs is not None:
+                    torch.testing.assert_close(ours, theirs)

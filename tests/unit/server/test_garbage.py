@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from stellarbyte_server.config.settings import EngineSettings
-from stellarbyte_server.protocol.messages import EngineStart
+from stellarbyte_server.protocol.start import EngineStart
 from tests.support.servers.fake_engine import make_model_folder
 from tests.support.servers.server_process import ROOT, free_port
 

@@ -104,6 +104,7 @@ def count_tokens(http: Request, requests: Sequence[GenerationRequest], candidate
     tokens = TokenCount(
         sum(len(request.prompt_token_ids) for request in requests[::candidates]),
         reasoning=None if requests[0].reasoning is None else 0,
+        predicted=len(requests[0].prediction_token_ids) or None,
     )
     record_of(http).tokens = tokens
     return tokens

@@ -25,6 +25,7 @@ from stellarbyte_server.api.generation import (
     check_prompt,
     make_requests,
     off_loop,
+    off_loop_if_long,
 )
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.api.structure import Grammar, Structure
@@ -33,6 +34,7 @@ from stellarbyte_server.protocol.request import Channels
 from stellarbyte_server.tokens.tokenizer import ChatTemplateError, UnembeddableTokenError
 
 DEFAULT_SLIDING_MAX_TOKENS = 4096
+MAX_PREDICTED = 16_384  # tokens of a prediction, which the engine indexes within one step
 
 
 async def plan_chat(http: Request, body: ChatBody, service: Service) -> AnswerPlan:
@@ -61,6 +63,7 @@ async def plan_rendered_chat(
         reasoning = msgspec.structs.replace(reasoning, may_comment=may_comment)
         if body.continue_final_message:  # no call can come any more
             grammar = Grammar()
+    prediction_token_ids = await _prediction(http, body, service)
     prompt = Prompt(token_ids=token_ids, max_tokens=_max_tokens(body, bounds, token_ids))
     alternatives = 0 if body.top_logprobs is None else body.top_logprobs
     logprobs = alternatives if body.logprobs else None
@@ -77,7 +80,14 @@ async def plan_rendered_chat(
         kind="chat",
         model=body.model,
         requests=make_requests(
-            body, service, [prompt], bounds, logprobs=logprobs, grammar=grammar.text, reasoning=reasoning
+            body,
+            service,
+            [prompt],
+            bounds,
+            logprobs=logprobs,
+            grammar=grammar.text,
+            reasoning=reasoning,
+            prediction_token_ids=prediction_token_ids,
         ),
         grammar_param=grammar.param,
         check=grammar.check,
@@ -88,10 +98,32 @@ async def plan_rendered_chat(
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
         begins_with_text=toolbox is None or not toolbox.requires_call,
-        ignored=variables.ignored,
+        ignored=variables.ignored if _drafts(body, service) else _with_prediction(body, variables.ignored),
         receipt_of=asked if asked.receipt else None,
     )
     return plan, render
+
+
+def _drafts(body: ChatBody, service: Service) -> bool:
+    """Whether guesses of an answer have an effect."""
+    return service.info.speculative != "off" and body.speculative is not False
+
+
+def _with_prediction(body: ChatBody, ignored: tuple[str, ...]) -> tuple[str, ...]:
+    return ignored if body.prediction is None else (*ignored, "prediction")
+
+
+async def _prediction(http: Request, body: ChatBody, service: Service) -> tuple[int, ...]:
+    """The tokens of the prediction; () if it has no effect. ApiError if it is too long."""
+    if body.prediction is None or not _drafts(body, service):
+        return ()
+    text, param = body.prediction.content, "prediction.content"
+    if len(text) <= MAX_PREDICTED * service.tokenizer.longest_token:
+        encode = partial(service.tokenizer.encode, text, add_special_tokens=False)
+        token_ids = await off_loop_if_long(http, service, encode, len(text))
+        if len(token_ids) <= MAX_PREDICTED:
+            return tuple(token_ids)
+    raise bad_request(f"The field '{param}' has more than {MAX_PREDICTED} tokens.", param)
 
 
 def _toolbox(body: ChatBody, service: Service) -> Toolbox | None:

@@ -16,7 +16,7 @@ class FileObject(AnswerObject):
     created_at: UnixSeconds
     expires_at: UnixSeconds
     filename: str
-    purpose: Literal["batch", "batch_output"]
+    purpose: Literal["batch", "batch_output", "fine-tune", "fine-tune-results"]
     status: Literal["processed"]
     status_details: None
 

@@ -60,7 +60,11 @@ class PromptTokensDetails(AnswerObject):
 
 
 class CompletionTokensDetails(AnswerObject):
-    reasoning_tokens: Annotated[Count, Field(description="Tokens of the reasoning, without its marks.")]
+    reasoning_tokens: Left[Annotated[int, Field(ge=0, description="Tokens of the reasoning, without its marks.")]]
+    accepted_prediction_tokens: Left[
+        Annotated[int, Field(ge=0, description="With prediction: tokens of it that are in the answers.")]
+    ]
+    rejected_prediction_tokens: Left[Annotated[int, Field(ge=0, description="With prediction: its other tokens.")]]
 
 
 class Usage(AnswerObject):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 import msgspec
 
@@ -30,10 +31,13 @@ def of_the_past(totals: EngineTotals) -> EngineTotals:
 
 
 def _sum_of_stats(stats: Sequence[EngineStats]) -> EngineStats:
-    names = [name for name in stats[0].__struct_fields__ if name != "kv_cache_usage"]
+    apart = ("kv_cache_usage", "accepted_by_place")
+    names = [name for name in stats[0].__struct_fields__ if name not in apart]
     summed = {name: sum(getattr(each, name) for each in stats) for name in names}
+    by_place = zip_longest(*(each.accepted_by_place for each in stats), fillvalue=0)
     in_use = [each.kv_cache_usage for each in stats if each.num_steps_total or each.num_blocks_used]
-    return EngineStats(kv_cache_usage=sum(in_use) / max(1, len(in_use)), **summed)
+    usage = sum(in_use) / max(1, len(in_use))
+    return EngineStats(kv_cache_usage=usage, accepted_by_place=tuple(map(sum, by_place)), **summed)
 
 
 def _sum_of_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -29,12 +29,16 @@ class AdapterFolder:
         folder: --adapter-dir.
         modules: --lora-modules, name → path.
         fetched: the cache folder of adapters of other hosts; None: there may be none.
+        tuned: the folder of the results of fine-tuning; None: there are none.
     """
 
-    def __init__(self, folder: str | None, modules: Mapping[str, str], fetched: Path | None = None) -> None:
+    def __init__(
+        self, folder: str | None, modules: Mapping[str, str], fetched: Path | None = None, tuned: str | None = None
+    ) -> None:
         self._folder = None if folder is None else Path(folder).resolve()
         self._modules = {name: Path(path).resolve() for name, path in modules.items()}
         self._fetched = None if fetched is None else fetched.resolve()
+        self._tuned = None if tuned is None else Path(tuned).resolve()
 
     def module(self, name: str) -> AdapterFiles | None:
         """The files of an adapter of --lora-modules; None if absent."""
@@ -50,7 +54,7 @@ class AdapterFolder:
         if self._folder is None or not self.may_offer(name):
             return None
         plain = _plain_files(self._folder, name)
-        return self._inside(name, or_pickle=False) if plain is None else plain
+        return _inside(self._folder, name, or_pickle=False) if plain is None else plain
 
     def all_offered(self) -> list[tuple[str, AdapterFiles]]:
         """Name and files of every adapter in --adapter-dir."""
@@ -64,14 +68,17 @@ class AdapterFolder:
         return [(name, files) for name in names if (files := self.offered(name)) is not None]
 
     def at(self, path: str) -> AdapterFiles | None:
-        """The files at a path inside --adapter-dir, or at exactly a module's path; None if absent.
+        """The files at a path inside --adapter-dir, at exactly a module's path, or at an absolute path of a result of
+        fine-tuning; None if absent.
 
         A source on another host, with its version, has them if the HTTP process fetched it, which also checks
         whether it is allowed.
         """
         if is_source(path):
             return self._of_source(path)
-        if (files := self._inside(path, or_pickle=True)) is not None:
+        if (files := _inside(self._folder, path, or_pickle=True)) is not None:
+            return files
+        if Path(path).is_absolute() and (files := _inside(self._tuned, path, or_pickle=False)) is not None:
             return files
         for root in self._modules.values():
             if path == str(root):
@@ -84,16 +91,16 @@ class AdapterFolder:
         root = self._fetched / folder_name(source)
         return _files(root, root, asked=source, shown=source, or_pickle=False)
 
-    def _inside(self, path: str, *, or_pickle: bool) -> AdapterFiles | None:
-        """The files at `path`, relative to --adapter-dir or absolute, if they are inside it."""
-        root = self._folder
-        if root is None or ".." in Path(path).parts:
-            return None
-        try:
-            folder = (root / path).resolve()
-            return _files(folder, root, asked=path, shown=str(folder.relative_to(root)), or_pickle=or_pickle)
-        except (OSError, ValueError, RuntimeError):  # too long, a cycle of links; a NUL, outside root
-            return None
+
+def _inside(root: Path | None, path: str, *, or_pickle: bool) -> AdapterFiles | None:
+    """The files at `path`, relative to `root` or absolute, if they are inside it."""
+    if root is None or ".." in Path(path).parts:
+        return None
+    try:
+        folder = (root / path).resolve()
+        return _files(folder, root, asked=path, shown=str(folder.relative_to(root)), or_pickle=or_pickle)
+    except (OSError, ValueError, RuntimeError):  # too long, a cycle of links; a NUL, outside root
+        return None
 
 
 def stored_files(stored: StoredAdapter) -> AdapterFiles:

@@ -7,8 +7,10 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -64,6 +66,19 @@ class TokenGrammar:
         out[:] = self._words[: len(out)]
         if self._vocab_size % 32:
             out[-1] &= np.uint32((1 << self._vocab_size % 32) - 1)
+
+    def forced(self) -> list[int]:
+        """The next tokens, as far as the grammar leaves no choice; [] if it does."""
+        self._settle()
+        if self._matcher.is_stopped():
+            return []
+        token_ids: list[int] = self._matcher.compute_ff_tokens()
+        return list(takewhile(lambda token_id: token_id < self._vocab_size, token_ids))
+
+    def num_allowed(self, token_ids: Iterable[int]) -> int:
+        """How many of these tokens, from the first on, the grammar allows."""
+        self._settle()
+        return int(self._matcher.validate_tokens(list(token_ids)))
 
     def accept(self, token_id: int) -> None:
         """Advance by the chosen token; sets `error` if the mask did not allow it."""

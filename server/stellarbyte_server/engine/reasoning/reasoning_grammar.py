@@ -135,6 +135,20 @@ class ReasoningGrammar:
             out[:] = 0  # in a start mark, with which no answer could begin
         allow(out, self._tracker.opening(is_spent=self._is_spent))
 
+    def forced(self) -> list[int]:
+        """As of `TokenMask`; of the reasoning's end, and of the answer."""
+        tracker = self._tracker
+        if tracker.is_reasoning:
+            only = tracker.forced(is_spent=self._is_spent, has_grammar=self._grammar is not None)
+            return [] if only is None else [only]
+        return self._grammar.forced() if self._grammar is not None and tracker.is_answering else []
+
+    def num_allowed(self, token_ids: Iterable[int]) -> int:
+        """As of `TokenMask`; exact within the answer only: elsewhere the masks decide."""
+        if self._grammar is not None and self._tracker.is_answering:
+            return self._grammar.num_allowed(token_ids)
+        return len(tuple(token_ids))
+
     def accept(self, token_id: int) -> None:
         """As of `Grammar`."""
         tracker, grammar = self._tracker, self._grammar

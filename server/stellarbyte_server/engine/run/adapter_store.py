@@ -13,12 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from stellarbyte.config import ByteModelConfig
 from stellarbyte.lora import Adapter, AdapterError, read_adapter
-from stellarbyte.lora.bank import EMBEDDING, REPLACEABLE, LoraBank, PackedAdapter, pack_adapter
+from stellarbyte.lora.bank import EMBEDDING, REPLACEABLE, PackedAdapter, pack_adapter
 from stellarbyte.lora.dora import row_factors
 from stellarbyte.lora.mixing import mixed
 from stellarbyte.lora.peft_config import MODULES_TO_SAVE, USE_DORA
@@ -37,13 +38,28 @@ T = TypeVar("T")
 MAX_READERS = 6  # a core reads, checks and packs about 400 MB a second; more threads slow each other down
 
 
+class Bank(Protocol):
+    """A `LoraBank` for adapters of the whole model, or the banks of several ranks."""
+
+    config: ByteModelConfig
+    num_slots: int
+    max_rank: int
+    dtype: torch.dtype
+
+    def fence(self) -> torch.cuda.Event | None: ...
+
+    def fill(self, slot: int, adapter: PackedAdapter, fence: torch.cuda.Event | None = None) -> None: ...
+
+    def clear(self, slot: int) -> None: ...
+
+
 class AdapterStore:
     """See `adapters.memory.AdapterStore`. Engine thread only.
 
     `wake_fd` becomes readable when `finished` has results.
     """
 
-    def __init__(self, bank: LoraBank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
+    def __init__(self, bank: Bank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
         """`weight_of`: `weight` of the backend's model; None: plain LoRA only."""
         self._bank = bank
         self._weight_of = weight_of

@@ -38,6 +38,9 @@ class Executor(Protocol):
     num_steps_ahead: int
     """0: a step must be read before the next starts. 1: one step may be in flight at that time."""
 
+    takes_drafts: bool
+    """Whether chunks may end in drafts."""
+
     def start(self, plan: StepPlan) -> ExecutorStep:
         """Start a step.
 

@@ -46,7 +46,7 @@ def add_logprobs(
         return
     entries = token_logprobs(logits_RV[found], [tokens[i] for i in found], [num_top[i] for i in found])
     for i, entry in zip(found, entries, strict=True):
-        result.logprobs[rows[i]] = [TokenLogprob(tokens[i], *entry)]
+        result.logprobs.setdefault(rows[i], []).append(TokenLogprob(tokens[i], *entry))
 
 
 def prompt_logprobs(model: Head, chunk_TC: torch.Tensor, following: list[int], num_top: int) -> list[TokenLogprob]:

@@ -17,7 +17,7 @@ from stellarbyte_server.engine.run.step_plan import (
     TableChange,
     needs_host,
 )
-from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence, TokenMask
 
 _NOTHING_NEW = StepPlan()
 _NOTHING_TO_SAY = Finish()
@@ -29,6 +29,7 @@ class PlannedStep(NamedTuple):
     plan: StepPlan
     order: list[int] | None  # row → number of its chunk; None: rows are in the order of the chunks
     heeded: list[tuple[int, Sequence]]  # rows with tokens that depend on the host
+    drafts: dict[int, tuple[int, ...]] = {}  # noqa: RUF012 - of these rows
 
     def finish(self) -> Finish:
         """The step's `Finish`; call it when the tokens of all earlier steps are in their sequences."""
@@ -40,9 +41,7 @@ class PlannedStep(NamedTuple):
             if sequence.is_over:
                 over.append(row)
             elif sequence.grammar is not None:
-                words_W = np.zeros(sequence.grammar.num_words, np.uint32)
-                sequence.grammar.mask(words_W)
-                masks[row] = words_W.tobytes()
+                masks[row] = masks_along(sequence.grammar, self.drafts.get(row, ()))
         return Finish(masks=masks, over=over)
 
     def by_chunk(self, result: StepResult) -> StepResult:
@@ -60,6 +59,26 @@ class PlannedStep(NamedTuple):
             prompt_logprobs={order[row]: found for row, found in result.prompt_logprobs.items()},
             pooled={order[row]: pooled for row, pooled in result.pooled.items()},
         )
+
+
+def masks_along(grammar: TokenMask, draft: Iterable[int]) -> bytes:
+    """The masks for the tokens in the place of each of a draft's tokens, and after them, up to the first that the
+    grammar does not allow, or that completes the answer. The grammar is left as it was."""
+    words_W = np.zeros(grammar.num_words, np.uint32)
+    grammar.mask(words_W)
+    masks, num_accepted = [words_W.tobytes()], 0
+    for token in draft:
+        if token // 32 >= len(words_W) or not words_W[token // 32] >> np.uint32(token % 32) & np.uint32(1):
+            break
+        grammar.accept(token)
+        num_accepted += 1
+        if grammar.is_complete or grammar.error is not None:
+            break
+        grammar.mask(words_W)
+        masks.append(words_W.tobytes())
+    if num_accepted:
+        grammar.rewind(num_accepted)
+    return b"".join(masks)
 
 
 class _Slot:
@@ -92,7 +111,7 @@ class Planner:
 
     def plan(self, chunks: list[Chunk]) -> PlannedStep:
         """The step for the chunks, at least one."""
-        sequences, _, lengths, _ = zip(*chunks, strict=True)
+        sequences, _, lengths, *_ = zip(*chunks, strict=True)
         if sequences == self._decoding and sum(lengths) == len(chunks):
             table_changes = [sequence.table.changes for sequence in sequences]
             if table_changes == self._table_changes:
@@ -158,7 +177,8 @@ class Planner:
         self._table_changes = [sequence.table.changes for sequence in decoding]
         self._heeded = [(row, sequence) for row, sequence in heeded if row < len(decodes)]
         is_in_order = not decodes or decodes[-1] == len(decodes) - 1
-        return PlannedStep(plan, None if is_in_order else order, heeded)
+        drafts = {row: draft for row, number in enumerate(order) if (draft := chunks[number].draft)}
+        return PlannedStep(plan, None if is_in_order else order, heeded, drafts)
 
     def _renew(self, chunk: Chunk, slot: _Slot | None, begins: list[SlotBegin], rewinds: list[Rewind]) -> _Slot:
         """Send a sequence that is unknown to the executor, or has changed."""

@@ -27,6 +27,7 @@ class SlotExecutor:
     """Engine thread only."""
 
     num_steps_ahead = 1
+    takes_drafts = False  # the host knows too late what they would follow
 
     def __init__(
         self, steps: Steps, layout: CacheLayout, max_rows: int, preparation: Preparation | None = None

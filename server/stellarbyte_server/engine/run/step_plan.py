@@ -49,12 +49,17 @@ class TableChange(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PlannedChunk(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens start..start+length of a slot's sequence, all of them known to the host."""
+    """Tokens start..start+length of a slot's sequence, all of them known to the host.
+
+    The last ones may be a draft: guesses, of which the step keeps those that it would have sampled, up to the first
+    that differs, and the token sampled in its place, or after all of them. Only for executors that take drafts.
+    """
 
     slot: int
     start: int
     length: int
     samples: bool  # sample the token after them
+    draft: tuple[int, ...] = ()  # the last of these tokens
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -74,7 +79,9 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class Finish(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """The inputs of a step that depend on the results of the step before."""
 
-    masks: dict[int, bytes] = {}  # row with a grammar → bit v % 32 of word v // 32: token v is allowed
+    masks: dict[int, bytes] = {}
+    """Row with a grammar → bit v % 32 of word v // 32: token v is allowed. With a draft one mask after another: in the
+    place of each of its tokens, and after them. Where there is none, nothing is sampled."""
     over: list[int] = []  # rows of ended sequences, whose results are dropped
 
 

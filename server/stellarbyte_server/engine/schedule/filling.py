@@ -38,7 +38,7 @@ class Filling:
                 samples = sequence.samples
                 sequence.num_launched = launched + 1
                 sequence.num_tokens += samples
-                chunks.append(_new_chunk((sequence, launched, 1, samples)))
+                chunks.append(_new_chunk((sequence, launched, 1, samples, ())))
         return len(chunks)
 
     def add_prompts(self, prefills: list[Sequence], newcomers_of: list[Account], budget: int) -> None:
@@ -114,6 +114,31 @@ class Filling:
             else:
                 chunk.sequence.num_tokens -= chunk.samples
         return kept
+
+
+def with_drafts(chunks: list[Chunk], admission: Admission, budget: int) -> list[Chunk]:
+    """The chunks of a step, each longer by its sequence's draft, as far as `budget` tokens and the free blocks go.
+
+    A draft preempts no sequence, and leaves a free block to each running one.
+    """
+    budget -= sum([chunk.length for chunk in chunks])
+    pool, num_kept = admission.pool, len(admission.running)
+    extended: list[Chunk] = []
+    for chunk in chunks:
+        sequence, end = chunk.sequence, chunk.start + chunk.length
+        if sequence.draft and chunk.samples:
+            table = sequence.table
+            room = table.capacity_with(max(0, pool.num_free - num_kept))
+            draft = sequence.draft[: max(0, min(budget, room - end, sequence.max_launched - end))]
+            blocks = pool.take(table.missing(end + len(draft)))
+            assert blocks is not None, "blocks were counted before they were taken"
+            if blocks:
+                table.add(blocks)
+            sequence.num_launched += len(draft)
+            budget -= len(draft)
+            chunk = chunk._replace(length=chunk.length + len(draft), draft=draft)
+        extended.append(chunk)
+    return extended
 
 
 def _shortest(sequence: Sequence) -> tuple[int, int, tuple[float, int]]:

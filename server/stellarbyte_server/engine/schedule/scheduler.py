@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from stellarbyte_server.engine.schedule.admission import AdapterGate, Admission
-from stellarbyte_server.engine.schedule.filling import Filling, rows_of_parts
+from stellarbyte_server.engine.schedule.filling import Filling, rows_of_parts, with_drafts
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.shares import Demand, Part, divide, divide_in_background, settle, spend
 from stellarbyte_server.engine.state.account import Account
@@ -210,8 +210,16 @@ class Scheduler:
         ]
         return min((wait for wait in waits if wait > 0), default=None)
 
-    def schedule(self) -> list[Chunk]:
-        """Choose the next step's chunks and reserve their blocks; [] if there is no work."""
+    def schedule(self, *, has_drafts: bool = False) -> list[Chunk]:
+        """Choose the next step's chunks and reserve their blocks; [] if there is no work.
+
+        `has_drafts`: sequences may have drafts, which get what is left of the step's tokens.
+        """
+        chunks = self._choose()
+        return with_drafts(chunks, self._admission, self.limits.max_num_batched_tokens) if has_drafts else chunks
+
+    def _choose(self) -> list[Chunk]:
+        """The chunks of a step without drafts."""
         self._turn += 1
         self._admission.begin_step()
         decodes, prefills = self._runnable()
@@ -334,13 +342,9 @@ class Scheduler:
         prompt is computed. The caller ends them (`remove`).
         """
         grown: list[tuple[Sequence, list[int]]] = []
-        for (sequence, start, length, samples), tokens in zip(chunks, sampled, strict=True):
+        for (sequence, start, length, samples, draft), tokens in zip(chunks, sampled, strict=True):
             computed = start + length
-            if sequence.is_running:
-                sequence.num_computed = computed
-                if computed >= sequence.next_full_at:
-                    self._admission.kept.settle(sequence)
-            elif sequence.is_over:
+            if sequence.is_over:
                 continue
             # A sequence preempted during the step has lost its blocks but gets the step's tokens.
             if samples:
@@ -349,6 +353,15 @@ class Scheduler:
                 else:
                     sequence.tokens.extend(tokens)
                     sequence.num_tokens += len(tokens) - 1  # one was counted at scheduling
+                if draft:  # keys of its rejected tokens are overwritten before a query sees them
+                    computed = start + length - len(draft) + len(tokens) - 1
+                    sequence.num_launched = computed
+                    sequence.draft = ()
+            if sequence.is_running:
+                sequence.num_computed = computed
+                if computed >= sequence.next_full_at:
+                    self._admission.kept.settle(sequence)
+            if samples:
                 grown.append((sequence, tokens))
             elif computed == len(sequence.tokens):
                 grown.append((sequence, tokens))

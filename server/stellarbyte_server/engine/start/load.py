@@ -2,12 +2,10 @@
 
 import importlib.util
 import logging
-import math
 import os
 import select
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -26,16 +24,27 @@ from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
+from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.engine.events.form import CacheKind
 from stellarbyte_server.engine.events.publisher import EventAddresses, EventPublisher
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
-from stellarbyte_server.engine.run.adapter_store import AdapterStore
+from stellarbyte_server.engine.run.adapter_store import AdapterStore, Bank
 from stellarbyte_server.engine.run.executor import Executor
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
-from stellarbyte_server.engine.start.model_folder import open_model_folder
+from stellarbyte_server.engine.start.machine import (
+    available_memory,
+    cache_dtype_of,
+    device_of,
+    dtype_name,
+    dtype_of,
+    num_processes,
+    num_threads,
+)
+from stellarbyte_server.engine.start.model_folder import ModelFolder, open_model_folder
+from stellarbyte_server.engine.start.ranks import load_ranks, make_bank, refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import (
     ServingPlan,
     StartupError,
@@ -63,22 +72,27 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         StartupError: a setting does not fit the model or the machine.
         stellarbyte.checkpoint.CheckpointError: the checkpoint is absent, damaged or unsupported.
     """
-    device = _device(settings.device)
-    torch.set_num_threads(_num_threads(_num_replicas(settings)))
+    device = device_of(settings.device)
+    if settings.speculative == "ngram" and device.type != "cpu":
+        raise StartupError("--speculative ngram needs --device cpu; a GPU takes off.")
+    torch.set_num_threads(num_threads(settings))
     is_dummy = settings.load_format == "dummy"
     path = resolve_model(settings.model, ProgressBar("Converting"), needs_weights=not is_dummy)
     folder = open_model_folder(path, is_dummy=is_dummy)
     config = folder.config
     serving_config(config, settings)  # refuses what cannot be served before the weights are read
-    dtype = _dtype(settings.dtype, device)
+    if settings.tensor_parallel_size > 1:
+        refuse_ranks(settings, config, device)
+    dtype = dtype_of(settings.dtype, device)
     if settings.deterministic and device.type != "cpu":
         raise StartupError("--deterministic needs --device cpu: a GPU's kernels order sums by the number of rows.")
     logger.info("loading %s on %s in %s", path, device.type, dtype_name(dtype))
-    num_slots = settings.max_loras if settings.serves_adapters else 0
-    bank = LoraBank(config, num_slots, settings.max_lora_rank if num_slots else 0, dtype, device)
-    cache_dtype = _cache_dtype(settings, dtype, device)
+    cache_dtype = cache_dtype_of(settings, dtype, device)
     quantization = settings.quantization
-    if device.type == "cpu":
+    if settings.tensor_parallel_size > 1:
+        adapters, executor, serving = _make_ranks_executor(settings, folder, dtype)
+    elif device.type == "cpu":
+        bank = make_bank(settings, config, dtype, device)
         kernels = _has_cpu_kernels(config, dtype)
         model, kept = folder.kept_model(dtype, device) if kernels else (folder.language_model(dtype, device), {})
         served = _cpu_model(model, config, bank, settings.quantization, kept, deterministic=settings.deterministic)
@@ -87,6 +101,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         _compile_kernels(served)
         executor, serving = _make_cpu_executor(settings, served, config, cache_dtype)
     else:
+        bank = make_bank(settings, config, dtype, device)
         model, kept = folder.kept_model(dtype, device)
         adapters, executor, serving, quantization = _make_gpu_executor(settings, model, kept, config, bank, cache_dtype)
     plan, max_model_len = serving.cache, serving.max_model_len
@@ -119,6 +134,8 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
+    drafts = Drafts() if executor.takes_drafts and settings.speculative != "off" else None
+    logger.info("speculative decoding: %s", "off" if drafts is None else "ngram")
     core = EngineCore(
         Scheduler(
             limits,
@@ -133,6 +150,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         adapters,
         grammars,
         events,
+        drafts,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -149,8 +167,28 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         kv_cache_dtype=dtype_name(cache_dtype),
         deterministic=settings.deterministic,
         weights_hash=folder.weights_hash(),
+        speculative="off" if drafts is None else "ngram",
     )
     return core, info
+
+
+def _make_ranks_executor(
+    settings: EngineSettings, folder: ModelFolder, dtype: torch.dtype
+) -> tuple[Adapters, Executor, ServingPlan]:
+    ranks = load_ranks(settings, folder, dtype, num_threads(settings))
+    try:
+        adapters = _load_adapters(settings, ranks.bank, None if folder.is_dummy else folder.weight)
+        return adapters, *ranks.serve(_cache_budget(settings))
+    except Exception:
+        ranks.others.close()
+        raise
+
+
+def _cache_budget(settings: EngineSettings) -> int:
+    """Bytes for the cache of one rank on a CPU."""
+    if settings.kv_cache_memory is not None:
+        return settings.kv_cache_memory
+    return int(available_memory() * AUTO_CPU_SHARE) // num_processes(settings)
 
 
 def _make_events(settings: EngineSettings, kind: CacheKind) -> tuple[CacheLog | None, EventPublisher | None]:
@@ -173,9 +211,7 @@ def _make_cpu_executor(
     settings: EngineSettings, served: ServedModel, config: ByteModelConfig, cache_dtype: torch.dtype
 ) -> tuple[Executor, ServingPlan]:
     step_tokens, _ = tokens_a_step(settings, "cpu")
-    budget = settings.kv_cache_memory
-    if budget is None:
-        budget = int(_available_memory() * AUTO_CPU_SHARE) // _num_replicas(settings)
+    budget = _cache_budget(settings)
     plan = plan_serving(config, settings, cache_dtype, step_tokens, budget)
     served, num_blocks, layout = served.with_windows_of(plan.config), plan.cache.num_blocks, plan.cache.layout
     cache = PagedKVCache(plan.config, num_blocks, layout.block_size, cache_dtype, torch.device("cpu"))
@@ -293,7 +329,7 @@ def _compile_kernels(served: ServedModel) -> None:
         served.warm_up()
 
 
-def _load_adapters(settings: EngineSettings, bank: LoraBank, weight_of: Callable[[str], torch.Tensor]) -> Adapters:
+def _load_adapters(settings: EngineSettings, bank: Bank, weight_of: Callable[[str], torch.Tensor] | None) -> Adapters:
     """The registry, with the adapters of --lora-modules read and checked; DoRA needs the weights as they are served.
 
     Raises:
@@ -302,7 +338,7 @@ def _load_adapters(settings: EngineSettings, bank: LoraBank, weight_of: Callable
     if not settings.serves_adapters:
         return no_adapters()
     fetched = adapter_cache() if settings.adapter_source else None
-    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules), fetched)
+    folder = AdapterFolder(settings.adapter_dir, dict(settings.lora_modules), fetched, settings.tuned_adapters)
     max_in_memory = 4 * settings.max_loras if settings.max_cpu_loras is None else settings.max_cpu_loras
     store = AdapterStore(bank, weight_of)
     adapters = Adapters(folder, store, num_slots=bank.num_slots, max_in_memory=max_in_memory)
@@ -319,55 +355,3 @@ def _load_adapters(settings: EngineSettings, bank: LoraBank, weight_of: Callable
                 raise StartupError(f"--lora-modules: {reply.message}")
             num_loading -= 1
     return adapters
-
-
-def _available_memory() -> int:
-    """Bytes that can be used without swapping, of the machine and of the control group (containers)."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # counts memory that caches would give back
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (allowed := limit.read_text().strip()) != "max":
-        available = min(available, int(allowed) - int(used.read_text()))
-    return max(0, available)
-
-
-def _num_replicas(settings: EngineSettings) -> int:
-    """Engine processes that share this machine; the server has resolved auto."""
-    return 1 if settings.replicas is None else settings.replicas
-
-
-def _num_threads(num_replicas: int) -> int:
-    """Cores for torch: all this process may use, less one for HTTP where there are many, divided among replicas."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ours = cores if cores <= 2 else math.ceil(cores * 0.9) - 1
-    return max(1, ours // num_replicas)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """As users write it: float32, bfloat16, fp8."""
-    return "fp8" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
-
-
-def _cache_dtype(settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if settings.kv_cache_dtype == "auto":
-        return dtype
-    if device.type == "cpu":
-        raise StartupError("--kv-cache-dtype fp8 needs --device cuda; a CPU's cache is as --dtype.")
-    return torch.float8_e4m3fn
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise StartupError("--device cuda: torch finds no CUDA device here.")
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

@@ -1,7 +1,7 @@
 """What the engine reads of a model's folder: config, weights, tokenizer, ends."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +9,23 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
-from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model
-from stellarbyte.checkpoint.native import load_language_model, load_quantized, open_checkpoint
+from stellarbyte.checkpoint.dummy import dummy_config, dummy_hash, dummy_language_model, dummy_weights
+from stellarbyte.checkpoint.native import (
+    load_language_model,
+    load_quantized,
+    open_checkpoint,
+    read_parameter,
+    read_parts,
+)
 from stellarbyte.checkpoint.quantized.matrix import QuantizedMatrix
 from stellarbyte.checkpoint.quantized.origin import read_origin
 from stellarbyte.checkpoint.vocabulary import mismatch
 from stellarbyte.checkpoint.weights_hash import FileState, states_of, weights_hash
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.decoder import ByteLanguageModel
+from stellarbyte.parallel.group import RankGroup
+from stellarbyte.parallel.model import rank_language_model
+from stellarbyte.parallel.shares import EMBEDDING, HEAD, RankShare
 from stellarbyte_server.tokens.stand_in_tokenizer import make_stand_in_tokenizer
 
 logger = logging.getLogger("server.engine")
@@ -48,6 +57,27 @@ class ModelFolder:
         if self.is_dummy:
             return self.language_model(dtype, device), {}
         return load_quantized(self.path, dtype=dtype, device=device)
+
+    def rank_model(self, share: RankShare, group: RankGroup, dtype: torch.dtype) -> ByteLanguageModel:
+        """The model of one rank, on the CPU; of the weights only its share is read. Quantized matrices are
+        dequantized."""
+        pieces = share.pieces()
+        read: Iterator[tuple[str, torch.Tensor]]
+        if self.is_dummy:
+            drawn = dummy_weights(self.config, dtype=dtype, device=torch.device("cpu"))
+            read = ((name, weight[pieces[name].index].clone()) for name, weight in drawn)
+        else:
+            indices = {name: piece.index for name, piece in pieces.items()}
+            read = read_parts(open_checkpoint(self.path), indices, dtype)
+        weights = {name: torch.zeros_like(weight) if pieces[name].is_zero else weight for name, weight in read}
+        return rank_language_model(share, group, weights)
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The whole weight of a module, from the files; dequantized. For a checkpoint."""
+        name = f"{module}.weight"
+        if name == HEAD and self.config.tie_word_embeddings:
+            name = EMBEDDING
+        return read_parameter(open_checkpoint(self.path), name)
 
     def weights_hash(self) -> str:
         """SHA-256 over the weights, hexadecimal; "dummy-…" for random ones. CheckpointError if they have changed."""

@@ -161,6 +161,17 @@ def concurrency_of(settings: EngineSettings, device_type: str) -> int:
     return default if settings.max_num_seqs is None else settings.max_num_seqs
 
 
+def layout_of(
+    config: ByteModelConfig, settings: EngineSettings, device_type: str = "cpu", num_steps_ahead: int = 0
+) -> CacheLayout:
+    """The layout of the blocks, for a config made by `serving_config`."""
+    window = max(window for window in config.windows if window is not None)
+    block_size = block_size_of(settings, device_type)
+    return CacheLayout(
+        block_size=block_size, window=window, sink_tokens=config.sink_tokens, num_steps_ahead=num_steps_ahead
+    )
+
+
 def plan_cache(
     config: ByteModelConfig,
     settings: EngineSettings,
@@ -176,11 +187,8 @@ def plan_cache(
     Raises:
         StartupError: one sequence does not fit.
     """
-    window = max(window for window in config.windows if window is not None)
-    block_size = block_size_of(settings, device_type)
-    layout = CacheLayout(
-        block_size=block_size, window=window, sink_tokens=config.sink_tokens, num_steps_ahead=num_steps_ahead
-    )
+    layout = layout_of(config, settings, device_type, num_steps_ahead)
+    block_size = layout.block_size
     bytes_per_block = PagedKVCache.bytes_per_token(config, dtype) * block_size
     per_sequence = layout.steady_blocks
     most = concurrency_of(settings, device_type) * per_sequence + layout.blocks_for(step_tokens)

@@ -1,6 +1,7 @@
 """A request in the engine, and the part of it that a step computes."""
 
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -30,8 +31,25 @@ class TokenMask(Protocol):
     def is_slow(self) -> bool:
         """Whether another thread computes the masks, each after the previous token is known."""
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as the grammar leaves no choice; [] if it does."""
+
+    def num_allowed(self, token_ids: Iterable[int]) -> int:
+        """How many of these tokens, from the first on, it allows."""
+
+    def accept(self, token_id: int) -> None:
+        """Advance by an allowed token."""
+
     def rewind(self, num_tokens: int) -> None:
         """Undo the last `num_tokens` accepted tokens."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer is complete."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot continue, in one sentence; None: it can."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -70,6 +88,7 @@ class Sequence:
     reads_cache: bool = field(init=False)  # not if all tokens of its prompt must be computed
     is_over: bool = False  # removed from the scheduler
     is_rewound: bool = False  # tokens were undone, which the executor does not know yet
+    draft: tuple[int, ...] = ()  # guesses of the tokens after `tokens`, for the next step
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)
@@ -134,6 +153,12 @@ class Sequence:
             self.grammar.rewind(count)
         return self.compute_again(self.num_tokens - 1)
 
+    def drop_last(self, count: int) -> None:
+        """Drop the last `count` tokens of an answer that has ended before them. Its blocks stay as they are."""
+        del self.tokens[len(self.tokens) - count :]
+        self.num_tokens = len(self.tokens)
+        self.num_computed = self.num_launched = min(self.num_computed, self.num_tokens - 1)
+
     def compute_again(self, start: int) -> list[int]:
         """Mark tokens from position `start` on as not computed; returns the blocks that are then unused."""
         layout = self.table.layout
@@ -152,4 +177,5 @@ class Chunk(NamedTuple):
     sequence: Sequence
     start: int
     length: int
-    samples: bool  # it ends at the sequence's last token, so the step samples the next one
+    samples: bool  # it ends at the sequence's last token or a draft after it, so the step samples the next ones
+    draft: tuple[int, ...] = ()  # its last tokens, if they are guesses that the step verifies

@@ -28,6 +28,9 @@ def test_a_file_names_keys_and_their_limits():
         requests_per_minute = 60
         concurrent_streams = 2
         share = "team"
+        fine_tune = false
+        max_fine_tuning_jobs = 1
+        max_fine_tuning_tokens = 500
         [bob]
         sha256 = "{"AB" * 32}"
         """
@@ -36,6 +39,9 @@ def test_a_file_names_keys_and_their_limits():
     assert alice.limits == KeyLimits(key_name="alice", requests_per_minute=60, concurrent_streams=2)
     assert bob.limits == KeyLimits(key_name="bob") and bob.models is None
     assert (alice.share, bob.share) == ("team", None)
+    assert (alice.may_fine_tune, alice.max_fine_tuning_jobs, alice.max_fine_tuning_tokens) == (False, 1, 500)
+    assert (bob.may_fine_tune, bob.max_fine_tuning_jobs, bob.max_fine_tuning_tokens) == (True, 4, None)
+    assert alice.allows("ft:mine+base", "base", {"ft:mine"}) and not alice.allows("ft:mine+json", "base", {"ft:mine"})
     assert alice.allows("base", "base") and alice.allows("pirate@0123", "base")
     assert not alice.allows("json", "base") and not alice.allows("@", "base")
     assert bob.allows("anything", "base")

@@ -229,3 +229,34 @@ def test_templates_that_cannot_be_trained(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(TrainError, match=r"a\.txt must be a \.json or \.jsonl file"):
         read_chats([file], byte_tokenizer(template=PLAIN), max_length=512)
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, PLAIN, WITHOUT_END_IN_BLOCK])
+@pytest.mark.parametrize("unlearned", [{2}, {4}, {2, 4}])
+def test_answers_of_weight_0_are_read_and_not_learned(template: str, unlearned: set[int]) -> None:
+    chat = [
+        message | ({"weight": int(number not in unlearned)} if message["role"] == "assistant" else {})
+        for number, message in enumerate(CHAT)
+    ]
+    answers = {1: 2, 3: 4}  # part: its message
+    expected = [
+        is_learned and answers[part] not in unlearned
+        for part, (text, is_learned) in enumerate(PARTS)
+        for _ in ids_of(text)
+    ]
+    ids, is_learned = ChatLabels(byte_tokenizer(template=template)).of(chat)
+    assert ids == IDS and is_learned.tolist() == expected
+    spelled = [*chat[:-1], {**chat[-1], "content": " Li Bai<|eos|>"}]
+    _, is_learned = ChatLabels(byte_tokenizer(template=template)).of(spelled)
+    before = sum(len(ids_of(text)) for text, _ in PARTS[:3])
+    assert is_learned[:before].tolist() == expected[:before]
+    assert is_learned[before:-1].tolist() == [4 not in unlearned] * (len(is_learned) - before - 1)
+
+
+@pytest.mark.parametrize("wrong", [{"weight": 2}, {"weight": None}, {"weight": "1"}])
+def test_other_weights_are_refused(wrong: dict[str, Any]) -> None:
+    labels = ChatLabels(byte_tokenizer(template=PLAIN))
+    with pytest.raises(ValueError, match="has message 3 with weight"):
+        labels.of([*CHAT[:2], CHAT[2] | wrong])
+    with pytest.raises(ValueError, match="has message 2 with weight 0"):
+        labels.of([CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2]])

@@ -131,6 +131,15 @@ class ResponseFormat(Body):
         return self
 
 
+class Prediction(Body):
+    """OpenAI's predicted outputs."""
+
+    type: Literal["content"] = required("The only kind.")
+    content: Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf": _CONTENT_SCHEMA["anyOf"][:2]})] = (
+        required("A text, or parts of text, which are joined by newlines.")
+    )
+
+
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Messages = Annotated[list[Message], Field(min_length=1), AtMost(MAX_MESSAGES)]
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # variables of templates; false makes a model answer at once
@@ -180,6 +189,10 @@ class ChatBody(GenerationBody, ReasoningFields):
     )
     continue_final_message: bool | None = optional(
         "Continue the last message, which must be the assistant's. Default: false."
+    )
+    prediction: Prediction | None = optional(
+        "A guess of the answer, such as the text to be edited: where it is right, the answer comes faster. Its text is"
+        " the same. Without effect if the server verifies no guesses, which X-Ignored-Fields then says."
     )
     reasoning_effort: ReasoningEffort | None = optional(
         "The amount of reasoning, for chat templates that read it; none also turns reasoning off if the template has a"

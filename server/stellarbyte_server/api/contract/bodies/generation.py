@@ -208,6 +208,10 @@ class GenerationBody(CommonFields):
         "Add the log-probability and rank of each token of the prompt, with so many of the likeliest tokens; not with"
         " stream. Default: none."
     )
+    speculative: bool | None = optional(
+        "Whether guesses of several tokens may be verified in one step, if the server does so (--speculative). The"
+        " answer is the same. Default: true."
+    )
     return_token_ids: bool | None = optional("Add token_ids, and prompt_token_ids, to the answer. Default: false.")
     receipt: bool | None = optional(
         "Add what `stellarbyte replay` needs to compute the answer again; not with stream. Default: false."

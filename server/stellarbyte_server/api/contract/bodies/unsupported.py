@@ -14,7 +14,6 @@ OF_COMPLETIONS: Neutral = {"suffix": ("",), **_OF_GUIDED}
 OF_CHATS: Neutral = {
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     "prompt_cache_retention": (),

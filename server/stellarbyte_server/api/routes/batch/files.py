@@ -1,4 +1,4 @@
-"""/v1/files: the inputs and results of batches."""
+"""/v1/files: the inputs and results of batches and fine-tuning jobs."""
 
 import asyncio
 import logging
@@ -63,6 +63,8 @@ async def _receive(http: Request, storage: Storage, owner: str) -> dict[str, Any
             absent = "anchor" if fields.anchor is None else "seconds"
             raise bad_request(f"The field 'expires_after[{absent}]' is required.", f"expires_after[{absent}]")
         assert form.filename is not None, "the form has a file"
+        if fields.purpose == "fine-tune" and not (upload.num_bytes and upload.is_utf8):
+            raise bad_request("A file with the purpose fine-tune must be JSON lines in UTF-8.", "file")
         file = await asyncio.to_thread(
             storage.files.keep,
             upload,

@@ -27,7 +27,7 @@ from stellarbyte_server.protocol.messages import (
     Settled,
 )
 from stellarbyte_server.protocol.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, RequestRejected
-from tests.unit.server.client.replicas.test_sums import card
+from tests.support.stubs.adapter_cards import adapter_card as card
 
 
 @dataclass

@@ -1,11 +1,10 @@
 """The report of several engines as one."""
 
-from typing import Any
-
 from stellarbyte_server.client.replicas.sums import merged_lists, of_the_past, sum_of_totals
 from stellarbyte_server.engine.request_totals import RequestTotals
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, EngineStats, EngineTotals
+from tests.support.stubs.adapter_cards import adapter_card as card
 
 
 def totals(scale: int, usage: float) -> EngineTotals:
@@ -43,14 +42,6 @@ def test_a_process_that_has_ended_leaves_its_counts_but_no_requests() -> None:
     assert (stats.generation_tokens_total, whole.finished["stop"]) == (55, 11)
     gone = of_the_past(totals(1, 0.9)).stats
     assert (gone.num_running, gone.num_waiting, gone.num_blocked, gone.num_blocks_used, gone.kv_cache_usage) == (0,) * 5
-
-
-def card(name: str, **fields: Any) -> AdapterCard:
-    default: dict[str, Any] = {
-        "is_current": True, "state": "ready", "tier": "disk", "content_hash": "", "root": name, "rank": 0,
-        "num_bytes": 0, "num_running": 0, "num_waiting": 0, "num_requests": 0, "num_tokens": 0, "error": "",
-    }  # fmt: skip
-    return AdapterCard(name=name, **(default | fields))
 
 
 def listed(*cards: AdapterCard) -> AdapterList:

@@ -126,3 +126,16 @@ def test_thousands_of_folders_are_listed_with_few_calls(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "lstat", lambda *arguments, **options: calls.append(1) or lstat(*arguments, **options))
     assert [name for name, _ in folder.all_offered()] == [*(f"a{i:02}" for i in range(50)), "b"]
     assert len(calls) < 51 * 3 + 100
+
+
+def test_a_result_of_fine_tuning_is_found_by_its_absolute_path_only(tmp_path: Path) -> None:
+    tuned, outside = tmp_path / "tuned", touch_adapter(tmp_path / "outside")
+    adapter = touch_adapter(tuned / "job" / "adapter")
+    (tuned / "link").symlink_to(outside)
+    folder = AdapterFolder(None, {}, None, str(tuned))
+    found = folder.at(str(adapter))
+    assert found is not None and (found.shown, found.root) == ("job/adapter", tuned)
+    for path in ("job/adapter", str(tuned / "link"), str(outside), f"{tuned}/../outside", str(tuned)):
+        assert folder.at(path) is None
+    assert not folder.may_offer("job") and folder.all_offered() == []
+    assert AdapterFolder(str(tmp_path / "outside"), {}).at(str(adapter)) is None

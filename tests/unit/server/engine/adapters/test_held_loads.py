@@ -97,3 +97,15 @@ def test_random_loads_held_and_not_leave_each_name_with_what_was_made_current(fo
             served = {card.name: card.content_hash for card in engine.cards() if card.is_current and card.name in "xyz"}
             assert served == current
         engine.run()
+
+
+def test_a_pinned_adapter_gets_an_idle_slot_when_it_is_committed(folder: Path) -> None:
+    engine = AdapterEngine(folder, num_slots=2)
+    for name in "ab":
+        engine.submit(name)
+        engine.run()
+    engine.answer(engine.adapters.load(LoadAdapter("hold", "x", "c", True, True, is_held=True)), "hold")
+    assert engine.card("a").tier == engine.card("b").tier == "slot"
+    engine.answer(engine.adapters.held.commit("commit", "hold"), "commit")
+    engine.adapters.collect()
+    assert (engine.card("x").tier, engine.card("x").pinned) == ("slot", True)

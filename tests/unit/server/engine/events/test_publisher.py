@@ -13,8 +13,8 @@ from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.cache_log import BlockOrigin, CacheLog, StoredBlock
 from stellarbyte_server.engine.state.sequence import Sequence
+from tests.support.clients.event_subscriber import EventSubscriber
 from tests.support.engines.engine import is_complete, make_request, make_scheduler
-from tests.support.engines.event_subscriber import EventSubscriber
 from tests.support.engines.symbolic_cache import SymbolicRunner
 from tests.support.servers.server_process import free_port
 

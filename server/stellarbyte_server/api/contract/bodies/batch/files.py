@@ -9,7 +9,7 @@ from stellarbyte_server.api.contract.bodies.fields import optional, required
 
 MAX_PAGE = 10_000
 MAX_FILENAME = 255  # characters
-Purpose = Literal["batch"]
+Purpose = Literal["batch", "fine-tune"]
 
 
 class FileForm(BaseModel):
@@ -17,7 +17,9 @@ class FileForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    purpose: Purpose = required("batch: the input of a batch, JSON lines.")
+    purpose: Purpose = required(
+        "batch: the input of a batch; fine-tune: examples of a fine-tuning job; both JSON lines."
+    )
     anchor: Literal["created_at"] | None = Field(
         default=None, alias="expires_after[anchor]", description="The start of the time in expires_after[seconds]."
     )
@@ -39,7 +41,9 @@ class UploadForm(FileForm):
 class FilesQuery(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    purpose: Literal["batch", "batch_output"] | None = optional("Only files of this purpose.")
+    purpose: Literal["batch", "batch_output", "fine-tune", "fine-tune-results"] | None = optional(
+        "Only files of this purpose."
+    )
     after: FileId | None = optional("The id of the last file of the previous page.")
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = optional("Files per page, 1 to 10000. Default: 10000.")
     order: Literal["asc", "desc"] | None = optional("The order by creation. Default: desc, newest first.")

@@ -1,0 +1,1 @@
+"""Bodies and queries of /v1/fine_tuning."""

@@ -1,0 +1,122 @@
+"""The body of POST /v1/fine_tuning/jobs, and the queries of its lists."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from stellarbyte_server.api.contract.bodies.batch.batches import FileId
+from stellarbyte_server.api.contract.bodies.bounds import wrong
+from stellarbyte_server.api.contract.bodies.fields import optional, required
+from stellarbyte_server.api.contract.bodies.unused import Metadata
+
+MAX_PAGE = 100
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+Auto = Literal["auto"]
+
+
+def _number(low: float, high: float, *, is_whole: bool) -> BeforeValidator:
+    """auto, or a number of these bounds; a union would name its branches in errors."""
+    kinds = (int,) if is_whole else (int, float)
+
+    def check(value: object) -> object:
+        if value is None or value == "auto":
+            return value
+        if type(value) not in kinds or not low <= value <= high:  # type: ignore[operator]
+            kind = "an integer" if is_whole else "a number"
+            raise wrong(f"it must be 'auto' or {kind} from {low:g} to {high:g}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _schema(kind: str, low: float, high: float) -> WithJsonSchema:
+    number = {"type": kind, "minimum": low, "maximum": high}
+    return WithJsonSchema({"anyOf": [{"const": "auto", "type": "string"}, number, {"type": "null"}]})
+
+
+MAX_EPOCHS, MAX_BATCH, LEAST_MULTIPLIER, MAX_MULTIPLIER = 50, 256, 0.001, 100
+Epochs = Annotated[Any, _number(1, MAX_EPOCHS, is_whole=True), _schema("integer", 1, MAX_EPOCHS)]
+BatchSize = Annotated[Any, _number(1, MAX_BATCH, is_whole=True), _schema("integer", 1, MAX_BATCH)]
+Multiplier = Annotated[
+    Any,
+    _number(LEAST_MULTIPLIER, MAX_MULTIPLIER, is_whole=False),
+    _schema("number", LEAST_MULTIPLIER, MAX_MULTIPLIER),
+]
+
+
+class HyperparametersBody(BaseModel):
+    model_config = _STRICT
+
+    n_epochs: Epochs = optional(f"How often the file is read, 1 to {MAX_EPOCHS}. Default: auto, by its size.")
+    batch_size: BatchSize = optional(f"Examples of a step, 1 to {MAX_BATCH}. Default: auto, up to 8.")
+    learning_rate_multiplier: Multiplier = optional("Of the rate that suits the model's width. Default: auto, 1.")
+
+
+class SupervisedBody(BaseModel):
+    model_config = _STRICT
+
+    hyperparameters: HyperparametersBody | None = optional("How the model is trained.")
+
+
+def _supervised(value: object) -> object:
+    if value in ("dpo", "reinforcement"):
+        raise wrong(f"{value} is not supported; the only method is supervised")
+    return value
+
+
+class MethodBody(BaseModel):
+    model_config = _STRICT
+
+    type: Annotated[Literal["supervised"], BeforeValidator(_supervised)] = required("The only supported value.")
+    supervised: SupervisedBody | None = optional("Settings of this method.")
+
+
+_NO_ITEMS = WithJsonSchema({"anyOf": [{"type": "array", "items": {}, "maxItems": 0}, {"type": "null"}]})
+
+
+def _no_integrations(value: object) -> object:
+    if value is not None and value != []:
+        raise wrong("integrations with other services are not supported")
+    return value
+
+
+class FineTuningBody(BaseModel):
+    model_config = _STRICT
+
+    model: Annotated[str, Field(min_length=1, max_length=256)] = required("The served model's name.")
+    training_file: FileId = required("A file with purpose fine-tune: one example per line.")
+    validation_file: FileId | None = optional("Examples for the loss before, during and after the training.")
+    suffix: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = optional(
+        "A part of the new model's name: up to 64 letters, digits and . _ -"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = optional("Of the order of examples. Default: random.")
+    method: MethodBody | None = optional("Default: supervised.")
+    hyperparameters: HyperparametersBody | None = optional("The same as in `method`, where OpenAI had it before.")
+    metadata: Metadata = optional("Returned with the job; lists can be filtered by it.")
+    integrations: Annotated[list[Any] | None, BeforeValidator(_no_integrations), _NO_ITEMS] = optional(
+        "Not supported; must be empty."
+    )
+
+
+class JobsQuery(BaseModel):
+    """Without the filter metadata[KEY]=VALUE."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: FileId | None = optional("The id of the last job of the previous page.")
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = optional("Jobs per page, 1 to 100. Default: 20.")
+
+
+class EventsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: FileId | None = optional("The id of the last event of the previous page.")
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = optional("Events per page, 1 to 100. Default: 20.")
+    stream: bool | None = optional("Send events, the oldest first, as they happen, until the job ends.")
+
+
+class CheckpointsQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    after: FileId | None = optional("The id of the last checkpoint of the previous page.")
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] | None = optional("Checkpoints per page, 1 to 100. Default: 10.")

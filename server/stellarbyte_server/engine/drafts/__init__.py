@@ -1,0 +1,1 @@
+"""Drafts: guesses of a sequence's next tokens, which one step verifies. Counts and token ids, without torch."""

@@ -1,0 +1,53 @@
+"""The result of a job: the name of its model, and the losses of its steps as a file."""
+
+import csv
+import hashlib
+import io
+import re
+from pathlib import Path
+
+from stellarbyte_server.tuning.jobs import Event, Job
+
+PREFIX = "ft:"  # of the names of fine-tuned models
+MAX_SUFFIX = 64  # characters
+_HASH_DIGITS = 8
+_MAX_NAME = 128  # of an adapter
+_OF_CHECKPOINT = len(":ckpt-step-") + 6
+_COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "tokens")
+
+
+def model_name(base: str, suffix: str | None, job_id: str, adapter: Path) -> str:
+    """ft:BASE:SUFFIX:HASH, with the hash of the job and of the adapter's files. OSError."""
+    digest = hashlib.sha256(job_id.encode())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        digest.update((adapter / name).read_bytes())
+    end = f":{'' if suffix is None else suffix}:{digest.hexdigest()[:_HASH_DIGITS]}"
+    room = _MAX_NAME - _OF_CHECKPOINT - len(PREFIX) - len(end)
+    return PREFIX + re.sub(r"[^A-Za-z0-9._/-]", "-", base)[:room] + end
+
+
+def checkpoint_name(model: str, step: int) -> str:
+    return f"{model}:ckpt-step-{step}"
+
+
+def model_of_checkpoint(name: str) -> str:
+    """The model of a checkpoint's name; other names stay."""
+    return re.sub(r":ckpt-step-\d+$", "", name)
+
+
+def metrics_event(step: int, steps: int, **metrics: float) -> Event:
+    shown = ", ".join(f"{name.replace('_', ' ')}={value:.4f}" for name, value in metrics.items() if "loss" in name)
+    return Event(message=f"Step {step}/{steps}: {shown}", data={"step": step, "total_steps": steps, **metrics})
+
+
+def metrics_csv(job: Job, events: list[Event]) -> bytes:
+    """The losses of every step, one a line; step 0 is the model before the training."""
+    rows: dict[int, dict[str, float]] = {}
+    for event in events:
+        if event.data is not None:
+            rows.setdefault(int(event.data["step"]), {}).update(event.data)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[step] for step in sorted(rows) if step <= (job.steps or 0))
+    return file.getvalue().encode()

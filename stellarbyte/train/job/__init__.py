@@ -1,0 +1,1 @@
+"""An adapter trained for another program: `python -m stellarbyte.train.job`, settings and progress as JSON lines."""

@@ -1,0 +1,289 @@
+"""Fine-tuning jobs by OpenAI's clients on a real server: examples become a model, beside other requests."""
+
+import asyncio
+import csv
+import io
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from tests.support.clients.openai_client import lenient, strict_client
+from tests.support.servers.server_process import TUNING, ServerProcess, running, the_error_line
+from tests.support.tuning.chat_model import make_chat_model
+from tests.support.tuning.chats import chats
+
+pytest.importorskip("accelerate")
+ENDED = ("succeeded", "failed", "cancelled")
+KEYS = """
+[ann]
+key = "key-of-ann"
+models = ["tiny"]
+[bob]
+key = "key-of-bob"
+[cat]
+key = "key-of-cat"
+fine_tune = false
+[dan]
+key = "key-of-dan"
+max_fine_tuning_jobs = 2
+"""
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tuning")
+    (folder / "keys.toml").write_text(KEYS)
+    (folder / "keys.toml").chmod(0o600)
+    model = ["--model", str(make_chat_model(folder / "model")), "--served-model-name", "tiny"]
+    return [*model, "--data-dir", str(folder / "data"), "--fine-tuning", "cpu", "--keys", str(folder / "keys.toml")]
+
+
+@pytest.fixture(scope="module")
+def server(flags: list[str]) -> Iterator[ServerProcess]:
+    with running(TUNING, *flags) as server:
+        yield server
+
+
+def client_of(server: ServerProcess, name: str) -> openai.OpenAI:
+    return strict_client(server.url).with_options(api_key=f"key-of-{name}")
+
+
+def upload(client: openai.OpenAI, content: bytes) -> str:
+    return client.files.create(file=("chats.jsonl", content), purpose="fine-tune").id
+
+
+def method(**hyperparameters: Any) -> Any:
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def wait(client: openai.OpenAI, job_id: str, *statuses: str, limit_s: float = 400) -> FineTuningJob:
+    deadline_s = time.monotonic() + limit_s
+    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in statuses:
+        assert time.monotonic() < deadline_s and job.status not in ENDED, job
+        time.sleep(0.1)
+    return job
+
+
+def answer(client: openai.OpenAI, model: str = "tiny", **fields: Any) -> str | None:
+    question: Any = [{"role": "user", "content": "q1?"}]
+    asked = client.chat.completions.create(model=model, messages=question, max_tokens=24, **fields)
+    return asked.choices[0].message.content
+
+
+def test_examples_become_a_model(server: ServerProcess) -> None:
+    ann, bob = client_of(server, "ann"), client_of(server, "bob")
+    before = [answer(ann, temperature=0), answer(ann, temperature=1, seed=3)]
+    training, validation = upload(ann, chats(12)), upload(ann, chats(3))
+    assert ann.files.retrieve(training).purpose == "fine-tune"
+    assert [file.id for file in ann.files.list(purpose="fine-tune")] == [validation, training]
+    made = ann.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=training,
+        validation_file=validation,
+        suffix="sailor",
+        seed=7,
+        metadata={"team": "sea"},
+        method=method(n_epochs=20, batch_size=4, learning_rate_multiplier=3.0),
+    )
+    assert made.status == "validating_files" and made.method.type == "supervised" and made.seed == 7
+    wait(ann, made.id, "running", "succeeded")
+    streamed = httpx.get(
+        f"{server.url}/v1/fine_tuning/jobs/{made.id}/events?stream=true",
+        headers={"Authorization": "Bearer key-of-ann"},
+        timeout=400,
+    )
+    during = [answer(ann, temperature=0), answer(ann, temperature=1, seed=3)]
+    job = wait(ann, made.id, "succeeded")
+    assert [answer(ann, temperature=0), answer(ann, temperature=1, seed=3)] == during == before
+
+    name = job.fine_tuned_model
+    assert name is not None and name.startswith("ft:tiny:sailor:") and job.error is None
+    assert (job.trained_tokens or 0) > 0 and job.finished_at is not None
+    assert answer(ann, name, temperature=0).startswith("aye aye")
+    losses = job.model_extra["losses"]  # type: ignore[index]
+    assert losses["valid"] < losses["base_valid"]
+
+    events = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert streamed.text.rstrip().endswith("data: [DONE]")
+    listed = list(ann.fine_tuning.jobs.list_events(job.id, limit=50))  # over pages, newest first
+    assert [each["id"] for each in events] == [each.id for each in reversed(listed)]
+    steps = [each.data["step"] for each in listed if each.data and "train_loss" in each.data]
+    assert steps == list(range(60, 0, -1))
+    assert listed[0].message == "The job has completed"
+
+    rows = list(csv.DictReader(io.StringIO(ann.files.content(job.result_files[0]).text)))
+    assert [int(row["step"]) for row in rows] == list(range(61))
+    assert float(rows[0]["valid_loss"]) == losses["base_valid"] and float(rows[60]["train_loss"]) == losses["train"]
+    assert ann.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
+
+    checkpoints = list(ann.fine_tuning.jobs.checkpoints.list(job.id, limit=1))
+    assert [each.step_number for each in checkpoints] == [60, 57, 54]
+    assert checkpoints[0].fine_tuned_model_checkpoint == name
+    assert answer(ann, checkpoints[1].fine_tuned_model_checkpoint, temperature=0) is not None
+    assert checkpoints[1].metrics.full_valid_loss == float(rows[57]["valid_loss"])
+
+    names = {model.id for model in ann.models.list()}
+    assert {"tiny", name, *(each.fine_tuned_model_checkpoint for each in checkpoints)} == names
+    assert ann.models.retrieve(name).id == name
+    for client in (bob, client_of(server, "dan")):  # to others there is no such thing
+        assert name not in {model.id for model in client.models.list()}
+        for refused in (
+            lambda client=client: answer(client, name),
+            lambda client=client: client.fine_tuning.jobs.retrieve(job.id),
+            lambda client=client: client.fine_tuning.jobs.cancel(job.id),
+            lambda client=client: client.fine_tuning.jobs.list_events(job.id),
+            lambda client=client: client.fine_tuning.jobs.checkpoints.list(job.id),
+            lambda client=client: client.files.content(job.result_files[0]),
+            lambda client=client: client.models.delete(name),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                refused()
+    assert list(bob.fine_tuning.jobs.list()) == []
+    assert [each.id for each in ann.fine_tuning.jobs.list(metadata={"team": "sea"})] == [job.id]
+    assert list(ann.fine_tuning.jobs.list(metadata={"team": "land"})) == []
+    assert ann.models.delete(name).deleted
+    assert {model.id for model in ann.models.list()} == {"tiny"}
+    with pytest.raises(openai.NotFoundError):
+        answer(ann, name)
+
+
+def test_jobs_are_bounded_paused_resumed_and_cancelled(server: ServerProcess) -> None:
+    dan = lenient(client_of(server, "dan"))  # the client's types do not know `paused`
+    file = upload(dan, chats(200))
+    first, second = (
+        dan.fine_tuning.jobs.create(model="tiny", training_file=file, method=method(n_epochs=50, batch_size=1))
+        for _ in range(2)
+    )
+    with pytest.raises(openai.RateLimitError, match="limit of 2 unfinished jobs"):
+        dan.fine_tuning.jobs.create(model="tiny", training_file=file)
+    wait(dan, second.id, "queued")
+    assert dan.fine_tuning.jobs.pause(second.id).status == "paused"
+    with pytest.raises(openai.BadRequestError, match="The job is paused"):
+        dan.fine_tuning.jobs.pause(second.id)
+    assert dan.fine_tuning.jobs.resume(second.id).status == "queued"
+
+    async def cancel() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="key-of-dan") as client:
+            assert [each.id async for each in client.fine_tuning.jobs.list(limit=1)] == [second.id, first.id]
+            for job in (second, first):
+                assert (await client.fine_tuning.jobs.cancel(job.id)).status == "cancelled"
+                assert (await client.fine_tuning.jobs.retrieve(job.id)).finished_at is not None
+                events = [each.message async for each in client.fine_tuning.jobs.list_events(job.id)]
+                assert events[0] == "The job was cancelled"
+                assert [each async for each in client.fine_tuning.jobs.checkpoints.list(job.id)] == []
+            assert (await client.files.delete(file)).deleted
+
+    asyncio.run(cancel())
+
+
+BAD = [
+    ({"model": "other"}, "model", 404),
+    ({"model": "ft:tiny:x:01234567"}, "model", 400),
+    ({"training_file": "file-absent"}, "training_file", 404),
+    ({"validation_file": "file-absent"}, "validation_file", 404),
+    ({"method": {"type": "dpo"}}, "method.type", 400),
+    ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}}, "beta", 400),
+    ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", 400),
+    ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs", 400),
+    ({"hyperparameters": {"batch_size": 1.5}}, "hyperparameters.batch_size", 400),
+    ({"hyperparameters": {"learning_rate_multiplier": 0}}, "hyperparameters.learning_rate_multiplier", 400),
+    ({"hyperparameters": {}, "method": method()}, "hyperparameters", 400),
+    ({"suffix": "a b"}, "suffix", 400),
+    ({"seed": -1}, "seed", 400),
+    ({"integrations": [{"type": "wandb"}]}, "integrations", 400),
+    ({"metadata": {"a": 1}}, "metadata", 400),
+    ({"teacher": "x"}, "teacher", 400),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "status"), BAD, ids=[f"{named} {number}" for number, (_, named, _) in enumerate(BAD)]
+)
+def test_what_cannot_be_trained_is_refused_by_name(
+    server: ServerProcess, fields: dict[str, Any], named: str, status: int
+) -> None:
+    ann = client_of(server, "ann").with_options(api_key="key-of-dan")
+    body = {"model": "tiny", "training_file": upload(ann, chats(1))} | fields
+    headers = {"Authorization": "Bearer key-of-dan"}
+    answered = httpx.post(f"{server.url}/v1/fine_tuning/jobs", json=body, headers=headers)
+    error = answered.json()["error"]
+    assert answered.status_code == status and named in f"{error['param']} {error['message']}", error
+
+
+def test_files_and_keys_are_checked(server: ServerProcess) -> None:
+    bob, cat = client_of(server, "bob"), client_of(server, "cat")
+    for content in (b"\xff\xfe", b""):
+        with pytest.raises(openai.BadRequestError, match="UTF-8"):
+            upload(bob, content)
+    batch = bob.files.create(file=("in.jsonl", b"{}"), purpose="batch").id
+    with pytest.raises(openai.BadRequestError, match="purpose batch, not fine-tune"):
+        bob.fine_tuning.jobs.create(model="tiny", training_file=batch)
+    with pytest.raises(openai.PermissionDeniedError, match="'cat' may not fine-tune"):
+        cat.fine_tuning.jobs.create(model="tiny", training_file=upload(cat, chats(1)))
+    bad = bob.fine_tuning.jobs.create(model="tiny", training_file=upload(bob, chats(2) + b"{}\n"))
+    failed = wait(bob, bad.id, "failed")
+    assert failed.error is not None and failed.error.param == "training_file"
+    assert ": Line 3: the field 'messages' must be a list" in failed.error.message
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--fine-tuning", "cpu"], "--fine-tuning: needs --data-dir"),
+        (["--fine-tuning", "gpu"], "must be one of off, cpu, cuda"),
+        (["--fine-tuning", "cpu", "--data-dir", "x", "--load-format", "dummy"], "--load-format dummy"),
+        (["--fine-tuning-memory", "1GiB"], "--fine-tuning-memory: needs --fine-tuning"),
+    ],
+)
+def test_impossible_settings_stop_the_start(flags: list[str], said: str) -> None:
+    assert said in the_error_line(ServerProcess("stellarbyte_server", *flags))
+
+
+@pytest.mark.slow
+def test_jobs_and_models_survive_whatever_ends_the_server(flags: list[str], tmp_path: Path) -> None:
+    flags = [*flags]
+    flags[flags.index("--data-dir") + 1] = str(tmp_path / "data")
+    with running(TUNING, *flags) as server:
+        ann = client_of(server, "ann")
+        content = chats(60)
+        whole = ann.fine_tuning.jobs.create(
+            model="tiny", training_file=upload(ann, content), seed=5, method=method(n_epochs=20, batch_size=2)
+        )
+        wait(ann, whole.id, "succeeded")
+        parts = ann.fine_tuning.jobs.create(
+            model="tiny", training_file=upload(ann, content), seed=5, method=method(n_epochs=20, batch_size=2)
+        )
+        _wait_for_step(ann, parts.id, 60)
+        server.process.send_signal(signal.SIGKILL)
+        server.wait()
+    with running(TUNING, *flags) as server:
+        ann = client_of(server, "ann")
+        _wait_for_step(ann, parts.id, 200)
+        assert server.stop() == 0
+    with running(TUNING, *flags) as server:
+        ann = client_of(server, "ann")
+        ended = wait(ann, parts.id, "succeeded")
+        first = ann.fine_tuning.jobs.retrieve(whole.id)
+        files = [ann.files.content(job.result_files[0]).text for job in (first, ended)]
+        assert files[0] == files[1]
+        assert {answer(ann, job.fine_tuned_model or "", temperature=0) for job in (first, ended)} == {
+            answer(ann, first.fine_tuned_model or "", temperature=0)
+        }
+
+
+def _wait_for_step(client: openai.OpenAI, job_id: str, step: int) -> None:
+    deadline_s = time.monotonic() + 400
+    while True:
+        (last,) = client.fine_tuning.jobs.list_events(job_id, limit=1).data
+        if isinstance(last.data, dict) and last.data["step"] >= step:
+            return
+        assert time.monotonic() < deadline_s, last
+        time.sleep(0.05)

@@ -1,0 +1,1 @@
+"""Fine-tuning jobs in tests: their examples, a model, and processes that train."""

@@ -1,0 +1,84 @@
+"""A training process without a model, which speaks as `stellarbyte.train.job` does: python -m … FOLDER
+
+FOLDER/script.json decides what happens: {"steps": 6, "pause_s": 0.01, "die_at": [steps], "refuse": [about, message]}.
+Each start adds a line to FOLDER/starts, and tells the steps before it again. A process dies at a step of `die_at` once.
+Every second step is saved.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+settings = json.loads(sys.stdin.buffer.readline())
+script = {"steps": 6, "pause_s": 0.01, "die_at": [], "refuse": None, **json.loads((folder / "script.json").read_text())}
+run = Path(settings["folder"]) / "run"
+run.mkdir(exist_ok=True)
+(folder / "settings.json").write_text(json.dumps(settings))
+asked: list[int] = []
+
+
+def send(kind: str, **content: object) -> None:
+    print(json.dumps({"type": kind, **content}), flush=True)  # noqa: T201
+
+
+def tell(step: int) -> None:
+    send("step", step=step, train_loss=10.0 - step, learning_rate=0.5, tokens=step * 100)
+    if settings["validation"] is not None:
+        send("evaluation", step=step, valid_loss=9.0 - step)
+
+
+def end_with_stdin() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def save(step: int) -> None:
+    (run / "step").write_text(str(step))
+
+
+def dies_at(step: int) -> bool:
+    mark = folder / f"died-{step}-{script['die_at'].count(step)}"
+    if step not in script["die_at"] or mark.exists():
+        return False
+    mark.touch()
+    return True
+
+
+signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+threading.Thread(target=end_with_stdin, daemon=True).start()
+start = int((run / "step").read_text()) if (run / "step").exists() else 0
+with (folder / "starts").open("a") as file:
+    file.write(f"{start} {os.getpid()}\n")
+if script["refuse"] is not None:
+    send("refused", about=script["refuse"][0], message=script["refuse"][1])
+    sys.exit()
+send("plan", steps=script["steps"])
+if settings["validation"] is not None:
+    send("evaluation", step=0, valid_loss=9.0)
+for step in range(1, start + 1):
+    tell(step)
+send("begun", step=start)
+for step in range(start + 1, script["steps"] + 1):
+    time.sleep(script["pause_s"])
+    if dies_at(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == 3:
+        (Path(settings["folder"]) / "step-3").mkdir(exist_ok=True)
+        send("epoch", step=3)
+    tell(step)
+    if step % 2 == 0 or asked:
+        save(step)
+    if asked:
+        send("stopped", step=step)
+        sys.exit()
+adapter = Path(settings["folder"]) / "adapter"
+adapter.mkdir()
+for name in ("adapter_config.json", "adapter_model.safetensors"):
+    (adapter / name).write_text(name)
+send("finished", step=script["steps"])

@@ -1,0 +1,13 @@
+"""`python -m tests.support.tuning.tuning_server FLAGS`: the real server, whose jobs train at usual priority."""
+
+import sys
+from functools import partial
+
+from stellarbyte_server.__main__ import main
+from stellarbyte_server.http import tuning
+from stellarbyte_server.tuning.runner import TuningRunner
+
+if __name__ == "__main__":
+    command = (sys.executable, "-m", "tests.support.tuning.eager_trainer")
+    vars(tuning)["TuningRunner"] = partial(TuningRunner, command=command)
+    sys.exit(main())

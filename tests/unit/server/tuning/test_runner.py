@@ -1,0 +1,400 @@
+"""The runner of fine-tuning jobs with scripted training processes: ends of all kinds, and a server that stops."""
+
+import asyncio
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stellarbyte_server.batch.files import Files, NoRoom, StoredFile, StoreLimits
+from stellarbyte_server.batch.storage import Storage, claim_folder
+from stellarbyte_server.tuning import jobs as jobs_module
+from stellarbyte_server.tuning import runner as runner_module
+from stellarbyte_server.tuning.examples import Template
+from stellarbyte_server.tuning.jobs import Hyperparameters, Job, Status, new_job_id
+from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Plan, Server, TuningRunner
+from stellarbyte_server.tuning.store import TuningStore
+from tests.support.tuning.chats import chats
+
+PLAN = Plan(
+    model="/model",
+    base="tiny+one",
+    template=None,
+    rank=4,
+    context=64,
+    device="cpu",
+    threads=1,
+    memory=None,
+    shown=Template(False, False),
+)
+LIMIT_S = 60
+
+
+class Place:
+    """A data folder, and what the server around the runner did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        os.close(claim_folder(str(folder / "data")))
+        self.storage = Storage.open(str(folder / "data"), StoreLimits(file_bytes=10**6, owner_bytes=10**6))
+        self.store = TuningStore.open(str(folder / "data"))
+        self.loaded: dict[str, str] = {}
+        self.load_error: Exception | None = None
+        self.generation = 0
+        self.script()
+
+    def script(self, **fields: object) -> None:
+        (self.folder / "script.json").write_text(json.dumps(fields))
+
+    def starts(self) -> list[list[int]]:
+        """The step and process of each start of a training process."""
+        file = self.folder / "starts"
+        return [list(map(int, line.split())) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def files(self) -> Files:
+        return self.storage.files
+
+    def upload(self, content: bytes, owner: str = "") -> StoredFile:
+        upload = self.files.upload()
+        upload.write(content)
+        return self.files.keep(upload, owner=owner, filename="a", purpose="fine-tune", kept_s=3600)
+
+    def job(self, content: bytes | None = None, validation: bytes | None = None, owner: str = "", most: int = 9) -> str:
+        job = Job(
+            id=new_job_id(),
+            owner=owner,
+            model="tiny",
+            training_file=self.upload(chats(10) if content is None else content, owner).id,
+            validation_file=None if validation is None else self.upload(validation, owner).id,
+            suffix="mine",
+            seed=1,
+            metadata=None,
+            hyperparameters=Hyperparameters(n_epochs=2),
+            created_at=int(time.time()),
+        )
+        self.store.jobs.create(job, most=most)
+        return job.id
+
+    def find(self, job_id: str) -> Job:
+        job = self.store.jobs.find(job_id)
+        assert job is not None
+        return job
+
+    def set(self, job_id: str, status: Status) -> None:
+        self.store.jobs.change(job_id, lambda job: msgspec.structs.replace(job, status=status))
+
+    def messages(self, job_id: str) -> list[str]:
+        return [event.message for _, event in self.store.jobs.events_since(job_id, None, -1)]
+
+    def steps(self, job_id: str) -> list[tuple[int, float]]:
+        events = [event.data for _, event in self.store.jobs.events_since(job_id, None, -1) if event.data]
+        return [(data["step"], data["train_loss"]) for data in events if "train_loss" in data]
+
+    def left(self, job_id: str) -> list[str]:
+        folder = self.store.of_job(job_id)
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+    def run(self, act: Callable[[], Awaitable[None]]) -> None:
+        """Run a server's runner for as long as `act` takes."""
+
+        async def load(name: str, folder: str) -> None:
+            if self.load_error is not None:
+                raise self.load_error
+            self.loaded[name] = folder
+
+        def max_tokens(owner: str) -> int | None:
+            if owner == "gone":
+                raise LookupError
+            return 5
+
+        async def run() -> None:
+            server = Server(load=load, is_open=lambda: True, generation=lambda: self.generation, max_tokens=max_tokens)
+            command = (sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(self.folder))
+            runner = TuningRunner(self.store, self.storage.folder, self.files, PLAN, server, command)
+            running = asyncio.create_task(runner.run())
+            try:
+                async with asyncio.timeout(LIMIT_S):
+                    await act()
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+
+        asyncio.run(run())
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await asyncio.sleep(0.01)
+
+    def run_to_end(self, *job_ids: str) -> list[Job]:
+        self.run(lambda: self.until(lambda: all(self.find(job_id).is_over for job_id in job_ids)))
+        self.store.sweep()  # as the runner at its next look
+        return [self.find(job_id) for job_id in job_ids]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setattr(runner_module, "LOOK_S", 0.01)
+    monkeypatch.setattr(runner_module, "_RETRY_S", 0.01)
+    return Place(tmp_path)
+
+
+ALL_STEPS = [(step, 10.0 - step) for step in range(1, 7)]
+
+
+def test_a_job_becomes_a_model_with_its_figures(place: Place) -> None:
+    (job,) = place.run_to_end(place.job(validation=chats(2)))
+    assert job.status == "succeeded" and job.fine_tuned_model is not None
+    assert job.fine_tuned_model.startswith("ft:tiny-one:mine:") and len(job.fine_tuned_model.split(":")[3]) == 8
+    assert job.hyperparameters == Hyperparameters(n_epochs=2, batch_size=8, learning_rate_multiplier=1.0)
+    assert (job.losses["train"], job.losses["base_valid"], job.losses["valid"], job.tokens) == (4.0, 9.0, 3.0, 600)
+    folder = place.store.of_job(job.id)
+    assert place.loaded == {
+        job.fine_tuned_model: str(folder / "adapter"),
+        f"{job.fine_tuned_model}:ckpt-step-3": str(folder / "step-3"),
+    }
+    assert place.left(job.id) == ["adapter", "step-3"]
+    assert place.steps(job.id) == ALL_STEPS
+    assert place.messages(job.id)[:3] == [
+        f"Created fine-tuning job: {job.id}",
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+    ]
+    (file,), _ = place.files.page("", limit=1, newest_first=True, after=None, purpose="fine-tune-results")
+    assert (file.id,) == job.result_files
+    rows = list(csv.DictReader(place.files.open(file).read().decode().splitlines()))
+    assert [(row["step"], row["train_loss"], row["valid_loss"]) for row in rows] == [
+        ("0", "", "9.0"),
+        *[(str(step), str(loss), str(loss - 1)) for step, loss in ALL_STEPS],
+    ]
+    assert list((place.folder / "data" / "work").iterdir()) == []
+
+
+def test_a_process_gets_what_the_job_and_its_key_say(place: Place) -> None:
+    (job,) = place.run_to_end(place.job())
+    folder = place.store.of_job(job.id)
+    assert json.loads((place.folder / "settings.json").read_text()) == {
+        "folder": str(folder),
+        "model": "/model",
+        "chats": str(folder / "chats.jsonl"),
+        "validation": None,
+        "template": None,
+        "seed": 1,
+        "epochs": 2,
+        "batch": 8,
+        "learning_rate_multiplier": 1.0,
+        "rank": 4,
+        "context": 64,
+        "device": "cpu",
+        "threads": 1,
+        "memory": None,
+        "max_tokens": 5,
+    }
+
+
+def test_another_engine_gets_the_models_again(place: Place) -> None:
+    (job,) = place.run_to_end(place.job())
+    first, place.loaded = place.loaded, {}
+    place.run(lambda: place.until(lambda: len(place.loaded) == 2))  # a restarted server
+    assert place.loaded == first
+
+    async def act() -> None:
+        await place.until(lambda: len(place.loaded) == 2)
+        place.loaded.clear()
+        place.generation += 1
+        await place.until(lambda: len(place.loaded) == 2)
+
+    place.run(act)
+    assert place.loaded == first and place.find(job.id).status == "succeeded"
+
+
+@pytest.mark.parametrize(("param", "line"), [("training_file", 3), ("validation_file", 2)])
+def test_a_bad_line_ends_a_job_before_any_process_starts(place: Place, param: str, line: int) -> None:
+    good, bad = chats(4), chats(line - 1) + b'{"messages": 1}\n{}\n'
+    (job,) = place.run_to_end(place.job(bad, good) if param == "training_file" else place.job(good, bad))
+    assert job.status == "failed" and job.error is not None
+    assert (job.error.code, job.error.param) == (f"invalid_{param}", param)
+    assert job.error.message.startswith(f"{getattr(job, param)}: Line {line}: the field 'messages' must be")
+    assert job.error.message.endswith("(1 more line is wrong, too.)")
+    assert any(message.startswith(f"Line {line + 1}: ") for message in place.messages(job.id))
+    assert place.starts() == [] and place.left(job.id) == []
+
+
+def test_a_file_that_was_deleted_ends_its_job(place: Place) -> None:
+    job_id = place.job()
+    place.files.remove(place.files.find("", place.find(job_id).training_file))  # type: ignore[arg-type]
+    (job,) = place.run_to_end(job_id)
+    assert job.error is not None and job.error.message.endswith("The file no longer exists.")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "code", "param"),
+    [
+        (["data", "training_file, line 2: is cut."], "invalid_training_file", "training_file"),
+        (["data", "validation_file, line 2: is cut."], "invalid_validation_file", "validation_file"),
+        (["memory", "Too much."], "insufficient_memory", None),
+        (["run", "checkpoint-4 could not be written (No space left on device)."], "training_failed", None),
+    ],
+)
+def test_a_refusal_is_the_jobs_error_and_leaves_nothing(
+    place: Place, refusal: list[str], code: str, param: str | None
+) -> None:
+    place.script(refuse=refusal)
+    (job,) = place.run_to_end(place.job())
+    assert job.error == jobs_module.JobError(code=code, message=refusal[1], param=param)
+    assert place.left(job.id) == [] and len(place.starts()) == 1
+
+
+def test_a_lost_process_continues_once(place: Place) -> None:
+    place.script(die_at=[4])
+    (job,) = place.run_to_end(place.job(validation=chats(2)))
+    assert job.status == "succeeded" and [step for step, _ in place.starts()] == [0, 2]
+    assert place.steps(job.id) == ALL_STEPS  # step 3 is told by both processes
+    assert sum("unexpectedly (signal 9)" in message for message in place.messages(job.id)) == 1
+
+
+def test_a_process_that_is_lost_again_ends_the_job(place: Place) -> None:
+    place.script(die_at=[4, 5])
+    (job,) = place.run_to_end(place.job())
+    assert job.error is not None and job.error.code == "worker_lost" and "second time (signal 9)" in job.error.message
+    assert place.left(job.id) == []
+
+
+def test_jobs_run_one_after_the_other(place: Place) -> None:
+    first, second = place.job(), place.job()
+    seen: set[tuple[Status, Status]] = set()
+
+    async def act() -> None:
+        while not place.find(second).is_over:
+            seen.add((place.find(first).status, place.find(second).status))
+            await asyncio.sleep(0)
+
+    place.run(act)
+    assert ("running", "running") not in seen and ("running", "queued") in seen
+    assert place.find(first).status == place.find(second).status == "succeeded"
+
+
+def test_a_cancelled_job_leaves_its_record_only(place: Place) -> None:
+    place.script(steps=1000)
+    job_id, waiting = place.job(), place.job()
+
+    async def act() -> None:
+        await place.until(lambda: place.find(job_id).last_step > 3)
+        place.set(job_id, "cancelled")
+        place.set(waiting, "cancelled")
+        await place.until(lambda: place.left(job_id) == place.left(waiting) == [])
+
+    place.run(act)
+    ((_, pid),) = place.starts()
+    assert not Path(f"/proc/{pid}").exists()
+    assert place.find(job_id).status == "cancelled" and place.loaded == {}
+    assert place.messages(job_id)
+
+
+def test_a_paused_job_saves_its_step_and_continues_behind_others(place: Place) -> None:
+    place.script(steps=40, pause_s=0.02)
+    job_id = place.job()
+
+    async def pause() -> None:
+        await place.until(lambda: place.find(job_id).last_step > 2)
+        place.set(job_id, "paused")
+        other = place.job()
+        await place.until(lambda: place.find(other).is_over)
+        place.set(job_id, "queued")
+        await place.until(lambda: place.find(job_id).is_over)
+
+    place.run(pause)
+    assert place.find(job_id).status == "succeeded"
+    (first, _), (other, _), (again, _) = place.starts()
+    assert first == other == 0 and 2 < again < 40  # whatever the step was, it was saved
+    assert place.steps(job_id) == [(step, 10.0 - step) for step in range(1, 41)]
+
+
+@pytest.mark.parametrize("status", ["running", "paused"])
+def test_a_stopped_server_saves_its_job(place: Place, status: Status) -> None:
+    place.script(steps=30, pause_s=0.02)
+    job_id = place.job()
+    place.run(lambda: place.until(lambda: place.find(job_id).last_step > 2))
+    assert place.find(job_id).status == "running"
+    if status == "paused":
+        place.set(job_id, "paused")
+
+        async def wait() -> None:
+            await asyncio.sleep(0.2)
+
+        place.run(wait)
+        assert len(place.starts()) == 1
+        place.set(job_id, "queued")
+    place.run_to_end(job_id)
+    (_, pid), (again, _) = place.starts()
+    assert not Path(f"/proc/{pid}").exists() and again > 2
+    assert place.steps(job_id) == [(step, 10.0 - step) for step in range(1, 31)]
+
+
+def test_a_process_ends_with_its_server(place: Place) -> None:
+    """The server may be killed: then nothing but the closed pipe tells the process."""
+    place.script(steps=10_000)
+    (place.folder / "data" / "work").mkdir(exist_ok=True)
+    read, write = os.pipe()
+    settings = json.dumps({"folder": str(place.folder), "validation": None}).encode()
+    command = [sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(place.folder)]
+    pid = os.posix_spawn(sys.executable, command, dict(os.environ), file_actions=[(os.POSIX_SPAWN_DUP2, read, 0)])
+    os.close(read)
+    os.write(write, settings + b"\n")
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def test_an_adapter_that_is_complete_is_not_trained_again(place: Place) -> None:
+    job_id = place.job()
+    place.load_error = EngineAway()
+
+    async def wait() -> None:
+        await place.until(lambda: place.store.adapter(job_id).exists())
+        await asyncio.sleep(0.2)
+
+    place.run(wait)
+    assert place.find(job_id).status == "running" and len(place.starts()) == 1
+    place.load_error = None
+    (job,) = place.run_to_end(job_id)
+    assert job.status == "succeeded" and len(place.starts()) == 1
+
+
+def test_an_adapter_that_the_engine_refuses_ends_its_job(place: Place) -> None:
+    place.load_error = CannotLoad("It is bad.")
+    (job,) = place.run_to_end(place.job())
+    assert job.error is not None and job.error.message == "The adapter cannot be served: It is bad."
+    assert job.fine_tuned_model is None
+
+
+def test_a_job_whose_key_is_gone_ends(place: Place) -> None:
+    (job,) = place.run_to_end(place.job(owner="gone"))
+    assert job.error is not None and job.error.code == "invalid_api_key" and place.starts() == []
+
+
+def test_keys_have_a_number_of_jobs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.job(owner="ann", most=1)
+    with pytest.raises(NoRoom, match="limit of 1 unfinished"):
+        place.job(owner="ann", most=1)
+    monkeypatch.setattr(jobs_module, "MAX_UNFINISHED", 2)
+    place.job(owner="bob", most=1)
+    with pytest.raises(NoRoom, match="server's limit of 2"):
+        place.job(owner="cat", most=1)
+
+
+def test_old_records_are_forgotten_and_models_are_not(place: Place) -> None:
+    (kept,) = place.run_to_end(place.job())
+    place.script(refuse=["run", "No."])
+    (failed,) = place.run_to_end(place.job())
+    long_ago = int(time.time()) - 31 * 86_400
+    for job in (kept, failed):
+        place.store.jobs.change(job.id, lambda now: msgspec.structs.replace(now, finished_at=long_ago))
+    place.store.jobs.forget_old()
+    assert place.store.jobs.find(failed.id) is None and place.messages(failed.id) == []
+    assert place.store.jobs.find(kept.id) is not None
