@@ -108,6 +108,7 @@ def test_versions_survive_a_kill_and_go_back(adapters: Stored, flags: list[str],
         assert server.log().count("it is left out") == 2
 
 
+@pytest.mark.slow  # test_probing has the same without HTTP
 def test_an_adapter_without_effect_or_with_an_infinite_one_is_refused(adapters: Stored, flags: list[str]) -> None:
     with running(REAL, *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         load(http, "v1")
