@@ -23,13 +23,11 @@ from stellarbyte_server.client.http_observations import Observer
 from stellarbyte_server.client.launch import Engine
 from stellarbyte_server.client.progress import EngineProgress
 from stellarbyte_server.client.restart import EngineEnded, EngineGone, EngineNews, EngineRestarted
-from stellarbyte_server.protocol.adapter_versions import AdapterLocated, LocateAdapter
 from stellarbyte_server.protocol.messages import (
     HEARTBEAT_INTERVAL_S,
     Abort,
     Accepted,
     AdapterList,
-    AdapterLoaded,
     AdapterResidency,
     AdapterUnloaded,
     Call,
@@ -44,7 +42,6 @@ from stellarbyte_server.protocol.messages import (
     KeyCommand,
     KeyLimits,
     ListAdapters,
-    LoadAdapter,
     ReadTotals,
     Rejected,
     Reply,
@@ -214,18 +211,6 @@ class EngineClient:
     def _note_end(self, request_id: str, *, was_refused: bool = False) -> None:
         if self._watch_streams is not None:
             self._watch_streams.note_end(request_id, was_refused=was_refused)
-
-    async def load_adapter(self, call: LoadAdapter) -> AdapterLoaded:
-        """Load an adapter; RequestRejected or EngineDead."""
-        reply = await self.call(call)
-        assert isinstance(reply, AdapterLoaded)
-        return reply
-
-    async def locate_adapter(self, path: str) -> AdapterLocated:
-        """The files of an adapter that may be loaded; RequestRejected or EngineDead."""
-        reply = await self.call(LocateAdapter(secrets.token_hex(8), path))
-        assert isinstance(reply, AdapterLocated)
-        return reply
 
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
         """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""

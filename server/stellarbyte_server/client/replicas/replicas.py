@@ -26,7 +26,13 @@ from stellarbyte_server.client.replicas.replica import ReplicaRecord
 from stellarbyte_server.client.replicas.routing import RequestFacts, choose
 from stellarbyte_server.client.replicas.sums import merged_lists, of_the_past, sum_of_totals
 from stellarbyte_server.client.restart import EngineEnded, EngineNews, EngineRestarted, serves_the_same
-from stellarbyte_server.protocol.adapter_versions import AdapterLocated, RestoredAdapter, SetVersions, StoredAdapter
+from stellarbyte_server.protocol.adapter_versions import (
+    AdapterLocated,
+    LocateAdapter,
+    RestoredAdapter,
+    SetVersions,
+    StoredAdapter,
+)
 from stellarbyte_server.protocol.messages import (
     AdapterList,
     AdapterLoaded,
@@ -222,7 +228,9 @@ class Replicas:
         """
         load = LoadAdapter(secrets.token_hex(8), name, path, in_place, pinned, probe, is_beside)
         if len(self.clients) == 1:
-            return await self.clients[0].load_adapter(load)
+            reply = await self.clients[0].call(load)
+            assert isinstance(reply, AdapterLoaded)
+            return reply
         if isinstance(path, StoredAdapter):
             return await self._changes.load_beside(load)
         return await self._changes.load(load, path)
@@ -230,7 +238,10 @@ class Replicas:
     async def locate_adapter(self, path: str) -> AdapterLocated:
         """The files of an adapter that may be loaded; RequestRejected or EngineDead."""
         serving = self._serving()
-        return await (serving[0].client if serving else self.clients[0]).locate_adapter(path)
+        call = LocateAdapter(secrets.token_hex(8), path)
+        reply = await (serving[0].client if serving else self.clients[0]).call(call)
+        assert isinstance(reply, AdapterLocated)
+        return reply
 
     async def set_versions(
         self, name: str, current: str, shares: tuple[tuple[str, float], ...] = (), *, pinned: bool = False
