@@ -109,9 +109,9 @@ class _Stopwatch:
         self.seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def wrap(self, name: str, function: Callable[..., Result]) -> Callable[..., Result]:
-        def timed(*arguments: Any) -> Result:
+        def timed(*arguments: Any, **options: Any) -> Result:
             started_s = time.perf_counter()
-            result = function(*arguments)
+            result = function(*arguments, **options)
             self.seconds[name].append(time.perf_counter() - started_s)
             return result
 

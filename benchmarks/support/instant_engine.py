@@ -16,7 +16,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.process import main
 from stellarbyte_server.engine.state.account import Account
-from stellarbyte_server.protocol.messages import Accepted, Call, CallFailed, Delta, EngineInfo, EngineStats, News, Reply
+from stellarbyte_server.protocol.messages import (
+    Accepted,
+    AdapterResidency,
+    Call,
+    CallFailed,
+    Delta,
+    EngineInfo,
+    EngineStats,
+    News,
+    Reply,
+)
 from stellarbyte_server.protocol.request import GenerationRequest
 
 VOCAB_SIZE = 10_000
@@ -87,9 +97,19 @@ class InstantCore:
         return news
 
     def stats(self) -> EngineStats:
-        values = dict.fromkeys(EngineStats.__struct_fields__, 0)
-        values |= {"num_running": len(self._left), "num_steps_total": self._num_steps}
-        return EngineStats(**values | {"generation_tokens_total": self._num_tokens})
+        return EngineStats(
+            num_running=len(self._left),
+            num_waiting=0,
+            kv_cache_usage=0.0,
+            num_blocks_used=0,
+            prompt_tokens_total=0,
+            generation_tokens_total=self._num_tokens,
+            num_preemptions_total=0,
+            num_steps_total=self._num_steps,
+        )
+
+    def residency(self) -> AdapterResidency:
+        return AdapterResidency()
 
 
 def build_instant_core(settings: EngineSettings) -> tuple[InstantCore, EngineInfo]:

@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_convert(commands: _Commands) -> None:
     command = commands.add_parser("convert", help="convert a model to a ByteTransformer checkpoint")
-    command.add_argument("source", metavar="SRC", help=f"{SOURCES} (Llama, Mistral, Qwen2/3)")
+    command.add_argument("source", metavar="SRC", help=SOURCES)
     command.add_argument("target", metavar="DST", help="folder to create")
     command.add_argument(
         "--dtype", choices=DTYPES, help="default: as stored, MXFP4 as bfloat16; float32 for other quantized GGUF files"

@@ -174,7 +174,8 @@ def test_several_calls_fit_in_one_answer(client) -> None:
 
 
 def test_streamed_tool_calls_are_those_of_the_whole_answer(client) -> None:
-    ask = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": 1}
+    steps = {"speculative": False}  # each token in a step of its own, and so in an event of its own
+    ask = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": 1, "extra_body": steps}
     (whole,) = chat(client, WEATHER, **ask).choices[0].message.tool_calls
     chunks = list(chat(client, WEATHER, **ask, stream=True))
     deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]

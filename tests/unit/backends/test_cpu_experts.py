@@ -9,7 +9,7 @@ import torch
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.ops.cpu.packing import pack, unpack
-from tests.support.cases import each_value_once
+from tests.support.cases import SLOW
 from tests.support.engines.engine import ModelEngine, make_request
 from tests.support.models import oracle
 from tests.support.models.adapters import random_adapter
@@ -37,7 +37,14 @@ def as_stored(model: ByteTransformer, quantization: str) -> ByteTransformer:
 
 @pytest.mark.parametrize(
     ("shared", "quantization"),
-    each_value_once([pytest.param({}, id="alone"), pytest.param(SHARED, id="shared")], ["none", "int8", "int4"]),
+    [
+        pytest.param({}, "none", id="alone"),
+        pytest.param(SHARED, "int4", id="shared, int4"),
+        pytest.param(SHARED, "none", id="shared", marks=SLOW),
+        pytest.param({}, "int4", id="int4", marks=SLOW),
+        pytest.param({}, "int8", id="int8", marks=SLOW),
+        pytest.param(SHARED, "int8", id="shared, int8", marks=SLOW),
+    ],
 )
 def test_chunks_adapters_and_quantization_equal_the_torch_backend(shared: dict[str, object], quantization: str) -> None:
     """A prompt in chunks and then each token, past several windows, alone and with an adapter of attention and of the
@@ -52,7 +59,7 @@ def test_chunks_adapters_and_quantization_equal_the_torch_backend(shared: dict[s
         assert (engine.teacher_forced(tokens, 3 * W, adapter=name) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", [pytest.param("int8", marks=SLOW), "int4"])
 def test_a_quantized_model_is_close_to_its_original(quantization: str) -> None:
     model, tokens = make_model(**MIXED, **SHARED), random_tokens(40)
     expected = oracle.logprobs(model.state_dict(), model.config, tokens)
