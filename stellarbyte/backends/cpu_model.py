@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Self
 
+import numba
 import numpy as np
 import torch
 
@@ -93,6 +94,9 @@ class CpuModel(ServedModel):
         matrices = CpuMatrices(model, config, kept, quantization)
         self.quantization = matrices.quantization
         self.bank = LoraBank(config) if bank is None else bank
+        # Starts the kernels' threads. Stored code does so when it is loaded, but not that of a kernel whose parts were
+        # loaded when it was compiled, as after a first start that was interrupted: it would jump to address 0.
+        numba.get_num_threads()
         self.num_threads = num_threads
         self.vocab_size = config.vocab_size
         self.embedding_VC = numpy_float32(decoder.embed_tokens.weight)

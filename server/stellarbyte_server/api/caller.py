@@ -12,10 +12,10 @@ from fastapi import Request
 from stellarbyte_server.access.keys import NO_OWNER, Key
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.service import Service
+from stellarbyte_server.config.settings import TUNED_PREFIX
 from stellarbyte_server.protocol.adapter_reference import parse_references
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest, model_not_found
-from stellarbyte_server.tuning.results import PREFIX
 
 BATCH = "batch"  # key of the `BatchCaller` in a scope's state, which only this server can set
 
@@ -87,7 +87,8 @@ def _salt(key: Key | None, given: str) -> str:
 def may_use(http: Request, service: Service, model: str) -> bool:
     """Whether the request may list and use a model: the served one, NAME or NAME@VERSION of an adapter, or a mix.
 
-    Fine-tuned models belong to the key that made them; the admin key may use them, too.
+    Fine-tuned models belong to the key that made them; the admin key may use them, too. It alone may use one that no
+    job has, such as while its job ends.
     """
     key = _key_of(http)
     if key is None:
@@ -98,11 +99,11 @@ def may_use(http: Request, service: Service, model: str) -> bool:
 
 
 def _owners_of(service: Service, model: str) -> dict[str, str]:
-    """The owners of the fine-tuned models that `model` names."""
-    if service.tuning is None or PREFIX not in model:
+    """The owners of the fine-tuned models that `model` names; NO_OWNER of one that no job has."""
+    if service.tuning is None or TUNED_PREFIX not in model or model == service.settings.model_name:
         return {}
-    found = {each.name: service.tuning.owner_of(each.name) for each in parse_references(model)}
-    return {name: owner for name, owner in found.items() if owner is not None}
+    names = [each.name for each in parse_references(model) if each.name.startswith(TUNED_PREFIX)]
+    return {name: service.tuning.owner_of(name) or NO_OWNER for name in names}
 
 
 def require_fine_tuning(http: Request) -> Key | None:

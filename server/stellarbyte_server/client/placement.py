@@ -11,6 +11,8 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.import_path import safe_environment
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LAST_PORT = 65535
+_EVERY_HOST = {"tcp://*", "tcp://0.0.0.0", "tcp://[::]"}
 _COUNT = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
 
 
@@ -57,7 +59,29 @@ def place(settings: EngineSettings) -> list[dict[str, str]]:
     return replica_environments(settings, visible_gpus(settings, os.environ))
 
 
+def _check_event_ports(settings: EngineSettings, number: int) -> None:
+    """SettingsError unless each replica has ports of its own: it adds its index to those of the settings."""
+    flags = {"--kv-events": settings.kv_events, "--kv-events-replay": settings.kv_events_replay}
+    places = {flag: address.rpartition(":") for flag, address in flags.items() if address is not None}
+    for flag, (_, _, port) in places.items():
+        if int(port) + number - 1 > _LAST_PORT:
+            raise SettingsError(f"{flag}: {number} replicas need the ports from {port} on; give a lower one")
+    if len(places) == 2:
+        (host, _, port), (other_host, _, other_port) = places.values()
+        is_one_host = host == other_host or not _EVERY_HOST.isdisjoint((host, other_host))
+        if is_one_host and abs(int(port) - int(other_port)) < number:
+            raise SettingsError(
+                f"--kv-events-replay: its port must be at least {number} from that of --kv-events, as each replica adds"
+                " its index to both"
+            )
+
+
 def share_of_each(settings: EngineSettings, number: int) -> EngineSettings:
-    """The settings of each of so many replicas: their number is known, and each has a part of the queue."""
+    """The settings of each of so many replicas: their number is known, and each has a part of the queue.
+
+    Raises:
+        SettingsError: replicas would share a port of --kv-events.
+    """
+    _check_event_ports(settings, number)
     queued = -(-settings.max_queued_requests // number)
     return dataclasses.replace(settings, replicas=number, max_queued_requests=queued)

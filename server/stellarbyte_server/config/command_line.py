@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stellarbyte_server.config.setting_values import SettingsError, is_loopback, switch
-from stellarbyte_server.config.settings import DEMO_MODEL, TUNING_FOLDER, EngineSettings, ServerSettings
+from stellarbyte_server.config.settings import DEMO_MODEL, TUNED_PREFIX, TUNING_FOLDER, EngineSettings, ServerSettings
 
 OTHER_VARIABLES = {"STELLARBYTE_CACHE", "STELLARBYTE_URL"}  # of the cache folder and of clients
 # Kubernetes sets these variables for a Service with such a name.
@@ -109,6 +109,9 @@ def _with_fine_tuning(settings: ServerSettings) -> ServerSettings:
         raise SettingsError("--fine-tuning: needs --data-dir, a folder for files, jobs and adapters")
     if settings.engine.load_format == "dummy":
         raise SettingsError("--fine-tuning: contradicts --load-format dummy, whose weights are random")
+    for name, _ in settings.engine.lora_modules:
+        if name.startswith(TUNED_PREFIX):
+            raise SettingsError(f"--lora-modules: {name!r} begins with {TUNED_PREFIX!r}, as models of --fine-tuning do")
     folder = str(Path(settings.data_dir).absolute() / TUNING_FOLDER)
     engine = dataclasses.replace(settings.engine, tuned_adapters=folder)
     return dataclasses.replace(settings, engine=engine)

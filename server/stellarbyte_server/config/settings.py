@@ -40,6 +40,7 @@ from stellarbyte_server.config.setting_values import (
 
 DEMO_MODEL = "demo"
 TUNING_FOLDER = "tuning"  # in --data-dir
+TUNED_PREFIX = "ft:"  # of the names of fine-tuned models
 DEMO_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 

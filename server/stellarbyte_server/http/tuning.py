@@ -8,7 +8,7 @@ from stellarbyte_server.api.service import Service
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
-from stellarbyte_server.protocol.request import SHUTTING_DOWN, RequestRejected
+from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, SHUTTING_DOWN, RequestRejected
 from stellarbyte_server.tuning.examples import Template
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Plan, Server, TuningRunner
 from stellarbyte_server.tuning.store import TuningStore
@@ -48,6 +48,15 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
                 raise EngineAway from error
             raise CannotLoad(str(error)) from None
 
+    async def unload(name: str) -> None:
+        try:
+            await client.unload_adapter(name)
+        except EngineDead as error:
+            raise EngineAway from error
+        except RequestRejected as error:
+            if error.code != ADAPTER_NOT_FOUND:
+                raise EngineAway from error
+
     def max_tokens(owner: str) -> int | None:
         key = keyring.of_owner(owner)
         return None if key is None else key.max_fine_tuning_tokens
@@ -68,8 +77,9 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
     )
     server = Server(
         load=load,
+        unload=unload,
         is_open=lambda: client.is_admitting and client.health() is None,
-        generation=lambda: client.num_lost,
+        generation=lambda: client.num_adapter_losses,
         max_tokens=max_tokens,
     )
     runner = TuningRunner(service.tuning, service.storage.folder, service.storage.files, plan, server)

@@ -4,6 +4,7 @@ An example is {"messages": [...], "tools": [...]}, or {"prompt": "...", "complet
 Only answers are learned; "weight": 0 leaves one out.
 """
 
+from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
@@ -28,6 +29,18 @@ _MESSAGE_FIELDS = {
 class Problem(NamedTuple):
     line: int | None  # from 1
     message: str  # a sentence
+
+    @property
+    def shown(self) -> str:
+        message = self.message[:1].upper() + self.message[1:]
+        return message if self.line is None else f"Line {self.line}: {self.message}"
+
+
+def in_one_sentence(file_id: str, problems: Sequence[Problem]) -> str:
+    """The first of a file's problems, and the number of the others."""
+    more = len(problems) - 1
+    others = f" ({more} more {'line is' if more == 1 else 'lines are'} wrong, too.)" if more else ""
+    return f"{file_id}: {problems[0].shown}{others}"
 
 
 class Unusable(ValueError):

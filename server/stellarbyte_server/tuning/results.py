@@ -6,9 +6,9 @@ import io
 import re
 from pathlib import Path
 
+from stellarbyte_server.config.settings import TUNED_PREFIX
 from stellarbyte_server.tuning.jobs import Event, Job
 
-PREFIX = "ft:"  # of the names of fine-tuned models
 MAX_SUFFIX = 64  # characters
 _HASH_DIGITS = 8
 _MAX_NAME = 128  # of an adapter
@@ -22,8 +22,8 @@ def model_name(base: str, suffix: str | None, job_id: str, adapter: Path) -> str
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         digest.update((adapter / name).read_bytes())
     end = f":{'' if suffix is None else suffix}:{digest.hexdigest()[:_HASH_DIGITS]}"
-    room = _MAX_NAME - _OF_CHECKPOINT - len(PREFIX) - len(end)
-    return PREFIX + re.sub(r"[^A-Za-z0-9._/-]", "-", base)[:room] + end
+    room = _MAX_NAME - _OF_CHECKPOINT - len(TUNED_PREFIX) - len(end)
+    return TUNED_PREFIX + re.sub(r"[^A-Za-z0-9._/-]", "-", base)[:room] + end
 
 
 def checkpoint_name(model: str, step: int) -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from stellarbyte_server.batch.files import KEPT_S, Files, StoredFile, new_file_id, write_all
 from stellarbyte_server.batch.folder import DataFolder
-from stellarbyte_server.tuning.examples import Problem, Template, check_examples
+from stellarbyte_server.tuning.examples import Problem, Template, check_examples, in_one_sentence
 from stellarbyte_server.tuning.jobs import Change, Event, Hyperparameters, Job, JobError, Status
 from stellarbyte_server.tuning.progress import Progress
 from stellarbyte_server.tuning.results import checkpoint_name, metrics_csv, model_name
@@ -43,6 +43,7 @@ class EngineAway(Exception):
 
 
 Load = Callable[[str, str], Awaitable[None]]  # name, folder; raises CannotLoad, EngineAway
+Unload = Callable[[str], Awaitable[None]]  # name, of which there may be no adapter; raises EngineAway
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,9 @@ class Server:
     """What the runner needs of the server around it."""
 
     load: Load
+    unload: Unload
     is_open: Callable[[], bool]  # whether the engine takes adapters now
-    generation: Callable[[], int]  # changes when another engine, without adapters loaded before, takes its place
+    generation: Callable[[], int]  # changes when the engine has lost the adapters that were loaded before
     max_tokens: Callable[[str], int | None]  # of a job of this owner; LookupError: its key no longer exists
 
 
@@ -140,10 +142,21 @@ class TuningRunner:
 
     async def _load(self, job: Job, name: str) -> None:
         """Load a job's adapter and those of its checkpoints; CannotLoad."""
-        await self._server.load(name, str(self._store.adapter(job.id)))
-        for checkpoint in job.checkpoints:
-            folder = self._store.checkpoint(job.id, checkpoint.step)
-            await self._server.load(checkpoint_name(name, checkpoint.step), str(folder))
+        for each, folder in self._adapters(job, name):
+            await self._server.load(each, str(folder))
+
+    async def _unload(self, job: Job, name: str) -> None:
+        """Unload what `_load` has loaded, of a job that has no model."""
+        for each, _ in self._adapters(job, name):
+            await self._server.unload(each)
+
+    def _adapters(self, job: Job, name: str) -> list[tuple[str, Path]]:
+        """Names and folders of a job's model `name` and of its checkpoints."""
+        checkpoints = [
+            (checkpoint_name(name, checkpoint.step), self._store.checkpoint(job.id, checkpoint.step))
+            for checkpoint in job.checkpoints
+        ]
+        return [(name, self._store.adapter(job.id)), *checkpoints]
 
     def _check(self, job: Job) -> None:
         """Check the files of a job; it is then queued, or has failed."""
@@ -164,7 +177,7 @@ class TuningRunner:
                 self._fail(job, "storage_unavailable", message)
                 return
             if problems:
-                self._fail(job, f"invalid_{param}", _sentence(file_id, problems), param, problems)
+                self._fail(job, f"invalid_{param}", in_one_sentence(file_id, problems), param, problems)
                 return
             numbers.append(number)
         chosen = _chosen(job.hyperparameters, numbers[0])
@@ -273,12 +286,16 @@ class TuningRunner:
         try:
             await self._load(job, name)
         except CannotLoad as error:
+            await self._unload(job, name)
             await asyncio.to_thread(self._fail, job, "adapter_refused", f"The adapter cannot be served: {error}")
             return
         file_id = await asyncio.to_thread(self._write_metrics, job)
         ended = partial(_succeeded, name=name, file_id=file_id)
         events = [Event(message=f"New fine-tuned model created: {name}"), Event(message="The job has completed")]
-        await asyncio.to_thread(self._change, job, ended, events)
+        now = await asyncio.to_thread(self._change, job, ended, events)
+        if now is None or now.fine_tuned_model != name:  # it was cancelled meanwhile
+            await self._unload(job, name)
+            return
         logger.info("fine-tuning job %s: %s", job.id, name)
 
     def _write_metrics(self, job: Job) -> str:
@@ -310,7 +327,7 @@ class TuningRunner:
         self, job: Job, code: str, message: str, param: str | None = None, problems: Sequence[Problem] = ()
     ) -> None:
         error = JobError(code=code, message=message, param=param)
-        events = [Event(message=_shown(problem), level="error") for problem in problems[:_SHOWN_PROBLEMS]]
+        events = [Event(message=problem.shown, level="error") for problem in problems[:_SHOWN_PROBLEMS]]
         ended = partial(msgspec.structs.replace, status="failed", error=error, finished_at=int(time.time()))
         self._change(job, ended, [*events, Event(message=f"The job failed: {message}", level="error")])
         logger.info("fine-tuning job %s failed: %s", job.id, message)
@@ -378,15 +395,3 @@ def _chosen(asked: Hyperparameters, num_examples: int) -> Hyperparameters:
         batch_size=min(8, num_examples) if asked.batch_size is None else min(asked.batch_size, num_examples),
         learning_rate_multiplier=(1.0 if asked.learning_rate_multiplier is None else asked.learning_rate_multiplier),
     )
-
-
-def _shown(problem: Problem) -> str:
-    message = problem.message[:1].upper() + problem.message[1:]
-    return message if problem.line is None else f"Line {problem.line}: {problem.message}"
-
-
-def _sentence(file_id: str, problems: Sequence[Problem]) -> str:
-    """The first problem; more are in the job's events."""
-    more = len(problems) - 1
-    others = f" ({more} more {'line is' if more == 1 else 'lines are'} wrong, too.)" if more else ""
-    return f"{file_id}: {_shown(problems[0])}{others}"

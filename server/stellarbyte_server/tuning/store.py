@@ -13,9 +13,9 @@ from pathlib import Path
 
 from stellarbyte_server.batch.index import Index
 from stellarbyte_server.config.setting_values import SettingsError
-from stellarbyte_server.config.settings import TUNING_FOLDER
+from stellarbyte_server.config.settings import TUNED_PREFIX, TUNING_FOLDER
 from stellarbyte_server.tuning.jobs import TUNING_SCHEMA, TUNING_VERSION, Jobs
-from stellarbyte_server.tuning.results import PREFIX, model_of_checkpoint
+from stellarbyte_server.tuning.results import model_of_checkpoint
 
 INDEX = "tuning.sqlite3"
 CHATS, VALIDATION, ADAPTER = "chats.jsonl", "validation.jsonl", "adapter"
@@ -58,8 +58,8 @@ class TuningStore:
         return self.of_job(job_id) / f"step-{step}"
 
     def owner_of(self, name: str) -> str | None:
-        """The owner of a fine-tuned model or of a checkpoint of it; None: the name is of neither."""
-        if not name.startswith(PREFIX):
+        """The owner of a fine-tuned model or of a checkpoint of it, by its name; None: no job has such a model."""
+        if not name.startswith(TUNED_PREFIX):
             return None
         model = model_of_checkpoint(name)
         if model not in self._owners and (job := self.jobs.of_model(model)) is not None:

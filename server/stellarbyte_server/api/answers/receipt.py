@@ -33,7 +33,7 @@ def make_receipt(
     """
     info, first = service.info, requests[0]
     sampling = msgspec.to_builtins(first.sampling)
-    prompts = dict.fromkeys(request.prompt_token_ids for request in requests)
+    prompts = [request.prompt_token_ids for request in requests if request.sampling.choice == 0]
     return {
         "version": VERSION,
         "path": path,
@@ -48,6 +48,7 @@ def make_receipt(
             "quantization": info.quantization,
             "kv_cache_dtype": info.kv_cache_dtype,
             "deterministic": info.deterministic,
+            "tensor_parallel_size": service.settings.engine.tensor_parallel_size,
         },
         "versions": {name: version(name) for name in ("stellarbyte", "torch")},
         "sampling": {name: value for name, value in sampling.items() if name not in _OF_CHOICE},

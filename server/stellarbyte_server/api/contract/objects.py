@@ -92,6 +92,7 @@ class NumericMode(AnswerObject):
     quantization: str
     kv_cache_dtype: str
     deterministic: Annotated[bool, Field(description="Of --deterministic: other requests have no effect.")]
+    tensor_parallel_size: Annotated[int, Field(description="Processes whose sums are added.")]
 
 
 class Receipt(AnswerObject):

@@ -20,6 +20,7 @@ from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.config.adapter_source import SOURCE_RULE, AdapterSource, SourceError, is_source
 from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
+from stellarbyte_server.config.settings import TUNED_PREFIX
 from stellarbyte_server.observe.metrics import tier_name
 from stellarbyte_server.protocol.adapter_versions import AdapterProbe
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList
@@ -46,6 +47,11 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     body = await parse_apart(http, service, partial(parse_plain_body, LoadBody))
     if body.lora_name == service.settings.model_name:
         raise bad_request(f"The field 'lora_name' must differ from the model's name, {body.lora_name!r}.", "lora_name")
+    if service.tuning is not None and body.lora_name.startswith(TUNED_PREFIX):
+        raise bad_request(
+            f"The field 'lora_name' must not begin with {TUNED_PREFIX!r}, as the names of fine-tuned models do.",
+            "lora_name",
+        )
     model_names = service.settings.model_name, service.settings.engine.model
     if body.base_model_name is not None and body.base_model_name not in model_names:
         raise bad_request(

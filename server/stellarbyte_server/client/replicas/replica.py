@@ -32,7 +32,8 @@ class ReplicaRecord:
         return self.is_in_step and self.client.health() is None
 
     def note_process(self, endpoint: str) -> None:
-        """It has a process at this endpoint."""
+        """It has a process at this endpoint, which has no adapters yet."""
+        self.is_in_step = False
         self.endpoint = endpoint
         self.endpoints.add(endpoint)
 

@@ -24,7 +24,7 @@ from stellarbyte_server.client.replicas.key_counts import KeyCounts
 from stellarbyte_server.client.replicas.prefixes import prefix_keys
 from stellarbyte_server.client.replicas.replica import ReplicaRecord
 from stellarbyte_server.client.replicas.routing import RequestFacts, choose
-from stellarbyte_server.client.replicas.sums import merged_lists, of_the_past, sum_of_totals
+from stellarbyte_server.client.replicas.sums import merged_lists, sum_of_totals
 from stellarbyte_server.client.restart import EngineEnded, EngineNews, EngineRestarted, serves_the_same
 from stellarbyte_server.protocol.adapter_versions import (
     AdapterLocated,
@@ -164,14 +164,13 @@ class Replicas:
                     return await record.client.submit(
                         *requests, limits=limits, continues=continues, arrived_s=arrived_s, is_reserved=True
                     )
-            except RequestRejected as refusal:
-                if refusal.code != QUEUE_FULL:
-                    raise
-                full = refusal
-            except BaseException:
+            except BaseException as error:
                 record.forget_requests(requests)
-                raise
-            record.forget_requests(requests)
+                if not (isinstance(error, RequestRejected) and error.code == QUEUE_FULL):
+                    raise
+                full = error
+            else:
+                record.forget_requests(requests)
             candidates = [each for each in candidates if each.serves]
         raise EngineDead(self._why_none()) if full is None else full
 
@@ -285,6 +284,11 @@ class Replicas:
         """Engine processes that have ended."""
         return sum(client.num_lost for client in self.clients)
 
+    @property
+    def num_adapter_losses(self) -> int:
+        """How often the adapters that were loaded over HTTP were lost: several engines get them again by themselves."""
+        return self.num_lost if len(self.clients) == 1 else 0
+
     def health(self) -> str | None:
         """None while an engine makes progress, else the problem in one sentence."""
         if len(self.clients) == 1:
@@ -318,12 +322,13 @@ class Replicas:
         """
         if len(self.clients) == 1:
             return await self.clients[0].fresh_totals()
-        known = [totals for totals in self._past if totals is not None]
         fresh = await asyncio.gather(*(client.fresh_totals() for client in self.clients))
+        running: list[EngineTotals] = []
+        ended = [totals for totals in self._past if totals is not None]
         for client, totals in zip(self.clients, fresh, strict=True):
             if totals is not None:
-                known.append(totals if client.is_connected else of_the_past(totals))
-        return sum_of_totals(known) if known else None
+                (running if client.is_connected else ended).append(totals)
+        return sum_of_totals(running, ended) if running or ended else None
 
     @property
     def past(self) -> tuple[EngineTotals | None, ...]:
@@ -363,14 +368,15 @@ class Replicas:
         """Keep the totals of a process that has ended."""
         before = [totals for totals in (self._past[record.index], record.client.totals) if totals is not None]
         if before:
-            self._past[record.index] = of_the_past(sum_of_totals(before))
+            self._past[record.index] = sum_of_totals((), before)
         record.client.totals = None
 
     async def _sync(self, record: ReplicaRecord) -> None:
         """Give a replica the adapters of the others; from then on it gets requests."""
-        while True:
+        endpoint = record.endpoint
+        while record.endpoint == endpoint:
             try:
-                await self._changes.sync(record.client, record.endpoint)
+                await self._changes.sync(record.client, endpoint)
             except EngineDead:
                 if not record.client.is_connected:
                     return  # another process follows, or none
@@ -380,5 +386,6 @@ class Replicas:
                 logger.exception("replica %d did not get its adapters; trying again", record.index)
                 await asyncio.sleep(SYNC_AGAIN_S)
                 continue
-            record.is_in_step = True
+            if record.endpoint == endpoint:  # otherwise another process, which gets them by a task of its own
+                record.is_in_step = True
             return

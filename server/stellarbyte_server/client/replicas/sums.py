@@ -14,9 +14,15 @@ _BEST_STATE = ("ready", "loading", "failed", "draining")
 _BEST_TIER = ("slot", "cpu", "disk")
 
 
-def sum_of_totals(totals: Sequence[EngineTotals]) -> EngineTotals:
-    """The totals of at least one engine process together; the use of the cache is the mean."""
-    summed: dict[str, object] = {"stats": _sum_of_stats([each.stats for each in totals])}
+def sum_of_totals(running: Sequence[EngineTotals], ended: Sequence[EngineTotals] = ()) -> EngineTotals:
+    """The totals of at least one engine process together.
+
+    The use of the cache is the mean over those that run. Of one that has ended only what it counted remains: it has no
+    requests and no cache any more.
+    """
+    totals = [*running, *map(_of_the_past, ended)]
+    usage = sum(each.stats.kv_cache_usage for each in running) / max(1, len(running))
+    summed: dict[str, object] = {"stats": _sum_of_stats([each.stats for each in totals], usage)}
     for name in totals[0].__struct_fields__:
         values = [getattr(each, name) for each in totals]
         if name != "stats":
@@ -24,19 +30,15 @@ def sum_of_totals(totals: Sequence[EngineTotals]) -> EngineTotals:
     return msgspec.structs.replace(totals[0], **summed)
 
 
-def of_the_past(totals: EngineTotals) -> EngineTotals:
-    """The totals of a process that has ended: it has no requests and no cache any more."""
-    stats = msgspec.structs.replace(totals.stats, kv_cache_usage=0.0, **dict.fromkeys(_NOW, 0))
-    return msgspec.structs.replace(totals, stats=stats)
+def _of_the_past(totals: EngineTotals) -> EngineTotals:
+    return msgspec.structs.replace(totals, stats=msgspec.structs.replace(totals.stats, **dict.fromkeys(_NOW, 0)))
 
 
-def _sum_of_stats(stats: Sequence[EngineStats]) -> EngineStats:
+def _sum_of_stats(stats: Sequence[EngineStats], usage: float) -> EngineStats:
     apart = ("kv_cache_usage", "accepted_by_place")
     names = [name for name in stats[0].__struct_fields__ if name not in apart]
     summed = {name: sum(getattr(each, name) for each in stats) for name in names}
     by_place = zip_longest(*(each.accepted_by_place for each in stats), fillvalue=0)
-    in_use = [each.kv_cache_usage for each in stats if each.num_steps_total or each.num_blocks_used]
-    usage = sum(in_use) / max(1, len(in_use))
     return EngineStats(kv_cache_usage=usage, accepted_by_place=tuple(map(sum, by_place)), **summed)
 
 

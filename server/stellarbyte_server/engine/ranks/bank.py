@@ -40,8 +40,11 @@ class RanksBank:
         """
         parts = [cut_adapter(adapter, share) for share in self._shares]
         self._others.send_each([fill_message(slot, part) for part in parts[1:]])
-        self._own.fill(slot, parts[0], fence)
-        for answer in self._others.answers(SlotFilled):
+        try:
+            self._own.fill(slot, parts[0], fence)
+        finally:  # or they would be taken for those to the next one
+            answers = self._others.answers(SlotFilled)
+        for answer in answers:
             if answer.error:
                 raise RuntimeError(f"a rank could not take an adapter: {answer.error}")
 

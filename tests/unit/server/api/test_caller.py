@@ -75,9 +75,10 @@ BODIES: list[tuple[type[Body], dict[str, Any]]] = [
 ]
 
 
-def refusal(key: Key | None, **fields: Any) -> ApiError | None:
+def refusal(key: Key | None, *, tuning: object = None, served: str = "base", **fields: Any) -> ApiError | None:
     """What every way to use the model says to these fields."""
-    service: Any = SimpleNamespace(settings=ServerSettings(engine=EngineSettings(model="m"), served_model_name="base"))
+    settings = ServerSettings(engine=EngineSettings(model="m"), served_model_name=served)
+    service: Any = SimpleNamespace(settings=settings, tuning=tuning)
     refusals = []
     for body_class, others in BODIES:
         body, _ = parse_body(body_class, json.dumps(others | {"model": "base"} | fields).encode(), warn_unknown=False)
@@ -117,6 +118,20 @@ def test_a_key_may_mix_only_adapters_that_it_may_use_and_only_at_scale_1_without
         error = refusal(two, model="pirate+bard", adapter_scale=scale)
         assert error is not None and (error.status, error.param) == (403, "adapter_scale")
     assert refusal(two, model="pirate+bard", adapters=[{"name": "pirate", "scale": 1}, {"name": "bard"}]) is None
+
+
+def test_a_fine_tuned_model_is_for_the_key_that_made_it_and_for_nobody_before_its_job_has_it() -> None:
+    ann, bob, boss = make_key("ann"), make_key("bob"), make_key("admin", is_admin=True)
+    owners = {"ft:m:x:1": ann.owner}
+    tuning = SimpleNamespace(owner_of=owners.get)
+    for model in ("ft:m:x:1", "ft:m:x:1@0123", "ft:m:x:1+pirate"):
+        assert refusal(ann, tuning=tuning, model=model) is None
+    for key, model in ((bob, "ft:m:x:1"), (bob, "ft:m:x:2"), (ann, "ft:m:x:2"), (ann, "ft:m:x:1+ft:m:x:2")):
+        error = refusal(key, tuning=tuning, model=model)
+        assert error is not None and (error.status, error.code) == (404, "model_not_found"), (key.name, model)
+        assert refusal(boss, tuning=tuning, model=model) is refusal(None, tuning=tuning, model=model) is None
+    assert refusal(bob, model="ft:m:x:2") is None, "without --fine-tuning it is a name like others"
+    assert refusal(bob, tuning=tuning, served="ft:mine", model="ft:mine") is None
 
 
 def test_priorities_are_between_0_and_100_unless_the_file_of_keys_says_otherwise() -> None:

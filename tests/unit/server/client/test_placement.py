@@ -47,3 +47,28 @@ def test_the_queue_is_divided_among_replicas() -> None:
     each = share_of_each(EngineSettings(model="m", replicas=None, max_queued_requests=10), 3)
     assert (each.replicas, each.max_queued_requests) == (3, 4)
     assert share_of_each(settings(1), 1) == settings(1)
+
+
+@pytest.mark.parametrize(
+    ("publish", "replay", "replicas", "said"),
+    [
+        ("127.0.0.1:5557", "127.0.0.1:5558", 2, "--kv-events-replay: its port must be at least 2 from"),
+        ("127.0.0.1:5558", "*:5557", 4, "--kv-events-replay: its port must be at least 4 from"),
+        ("*:5557", "*:5557", 1, "--kv-events-replay: its port must be at least 1 from"),
+        ("*:65535", None, 2, "--kv-events: 2 replicas need the ports from 65535 on"),
+        ("*:5557", "*:5558", 1, None),
+        ("*:5557", "*:5561", 4, None),
+        ("127.0.0.1:5557", "127.0.0.2:5558", 4, None),
+        ("*:65534", None, 2, None),
+    ],
+)
+def test_replicas_have_ports_of_their_own_for_events(
+    publish: str, replay: str | None, replicas: int, said: str | None
+) -> None:
+    replay = None if replay is None else f"tcp://{replay}"
+    given = EngineSettings(model="m", kv_events=f"tcp://{publish}", kv_events_replay=replay)
+    if said is None:
+        assert share_of_each(given, replicas).kv_events == given.kv_events
+    else:
+        with pytest.raises(SettingsError, match=said):
+            share_of_each(given, replicas)

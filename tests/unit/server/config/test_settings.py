@@ -138,6 +138,7 @@ def test_a_switch_has_two_flags_and_a_variable():
         ["--lora-modules", "a@b=path"],
         ["--lora-modules", "a=x", "a=y"],
         ["--lora-modules", "SmolLM2-135M-Instruct=x"],
+        ["--lora-modules", "ft:a=x", "--fine-tuning", "cpu", "--data-dir", "x"],
         ["--max-loras", "0"],
         ["--max-cpu-loras", "8"],
         ["--max-lora-rank", "2000"],

@@ -46,6 +46,7 @@ class Place:
         self.store = TuningStore.open(str(folder / "data"))
         self.loaded: dict[str, str] = {}
         self.load_error: Exception | None = None
+        self.when_loaded: Callable[[str], None] = lambda _: None
         self.generation = 0
         self.script()
 
@@ -107,7 +108,11 @@ class Place:
         async def load(name: str, folder: str) -> None:
             if self.load_error is not None:
                 raise self.load_error
+            self.when_loaded(name)
             self.loaded[name] = folder
+
+        async def unload(name: str) -> None:
+            self.loaded.pop(name, None)
 
         def max_tokens(owner: str) -> int | None:
             if owner == "gone":
@@ -115,7 +120,13 @@ class Place:
             return 5
 
         async def run() -> None:
-            server = Server(load=load, is_open=lambda: True, generation=lambda: self.generation, max_tokens=max_tokens)
+            server = Server(
+                load=load,
+                unload=unload,
+                is_open=lambda: True,
+                generation=lambda: self.generation,
+                max_tokens=max_tokens,
+            )
             command = (sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(self.folder))
             runner = TuningRunner(self.store, self.storage.folder, self.files, PLAN, server, command)
             running = asyncio.create_task(runner.run())
@@ -371,6 +382,27 @@ def test_an_adapter_that_the_engine_refuses_ends_its_job(place: Place) -> None:
     (job,) = place.run_to_end(place.job())
     assert job.error is not None and job.error.message == "The adapter cannot be served: It is bad."
     assert job.fine_tuned_model is None
+
+
+def test_what_was_loaded_for_a_job_without_a_model_is_unloaded(place: Place) -> None:
+    """A checkpoint is refused after the model was loaded, and a job is cancelled after both were."""
+
+    def refuse(name: str) -> None:
+        if name.endswith(":ckpt-step-3"):
+            raise CannotLoad("It is bad.")
+
+    place.when_loaded = refuse
+    (job,) = place.run_to_end(place.job())
+    assert job.status == "failed" and job.fine_tuned_model is None and place.loaded == {}
+
+    def cancel(name: str) -> None:
+        if name.endswith(":ckpt-step-3"):
+            place.set(cancelled, "cancelled")
+
+    place.when_loaded = cancel
+    cancelled = place.job()
+    place.run(lambda: place.until(lambda: place.find(cancelled).is_over and place.loaded == {}))
+    assert place.find(cancelled).status == "cancelled" and place.find(cancelled).fine_tuned_model is None
 
 
 def test_a_job_whose_key_is_gone_ends(place: Place) -> None:

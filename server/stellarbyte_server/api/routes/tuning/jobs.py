@@ -23,9 +23,10 @@ from stellarbyte_server.api.routes.tuning.objects import job_object, tuning_of
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.batch.files import NoRoom
 from stellarbyte_server.client.engine_client import EngineDead
-from stellarbyte_server.protocol.request import RequestRejected, model_not_found
+from stellarbyte_server.config.settings import TUNED_PREFIX
+from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, RequestRejected, model_not_found
 from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Job, Status, new_job_id
-from stellarbyte_server.tuning.results import PREFIX, checkpoint_name
+from stellarbyte_server.tuning.results import checkpoint_name
 from stellarbyte_server.tuning.store import TuningStore
 
 router = APIRouter()
@@ -77,7 +78,7 @@ def _require_base(http: Request, service: Service, model: str) -> None:
     require_model(http, service, model)
     if model == service.settings.model_name:
         return
-    if model.startswith(PREFIX):
+    if model.startswith(TUNED_PREFIX):
         raise bad_request(
             "The field 'model' must be the served model; training an adapter further is not supported.", "model"
         )
@@ -242,10 +243,9 @@ async def delete_model(name: str, http: Request, service: ServiceOfRequest) -> d
     for adapter in (*(checkpoint_name(name, checkpoint.step) for checkpoint in job.checkpoints), name):
         try:
             await service.client.unload_adapter(adapter)
-        except RequestRejected:
-            pass  # not loaded, such as by an admin's call
-        except EngineDead as error:
-            raise from_engine(error) from None
+        except (RequestRejected, EngineDead) as error:
+            if isinstance(error, EngineDead) or error.code != ADAPTER_NOT_FOUND:  # it may be unloaded already
+                raise from_engine(error) from None
     removed = partial(msgspec.structs.replace, fine_tuned_model=None)
     await asyncio.to_thread(store.jobs.change, job.id, removed, [Event(message=f"The model {name} was deleted")])
     return {"id": name, "object": "model", "deleted": True}

@@ -1,6 +1,6 @@
 """The report of several engines as one."""
 
-from stellarbyte_server.client.replicas.sums import merged_lists, of_the_past, sum_of_totals
+from stellarbyte_server.client.replicas.sums import merged_lists, sum_of_totals
 from stellarbyte_server.engine.request_totals import RequestTotals
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, EngineStats, EngineTotals
@@ -36,11 +36,12 @@ def test_counts_are_added_and_the_use_of_the_cache_is_the_mean() -> None:
 
 
 def test_a_process_that_has_ended_leaves_its_counts_but_no_requests() -> None:
-    whole = sum_of_totals([totals(1, 0.2), of_the_past(totals(10, 0.9))])
+    whole = sum_of_totals([totals(1, 0.2)], [totals(10, 0.9)])
     stats = whole.stats
     assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (1, 2, 3)
     assert (stats.generation_tokens_total, whole.finished["stop"]) == (55, 11)
-    gone = of_the_past(totals(1, 0.9)).stats
+    assert stats.kv_cache_usage == 0.2, "the mean over processes that run"
+    gone = sum_of_totals((), [totals(1, 0.9)]).stats
     assert (gone.num_running, gone.num_waiting, gone.num_blocked, gone.num_blocks_used, gone.kv_cache_usage) == (0,) * 5
 
 
