@@ -53,7 +53,7 @@ class Probed:
         self.news: list[object] = []
 
     def load(self, path: str, name: str = "x", *, probe: bool = True) -> Reply:
-        self.core.call(LoadAdapter("call", name, path, True, probe))
+        self.core.call(LoadAdapter("call", name, path, True, probe=probe))
         deadline_s = time.monotonic() + 120
         while time.monotonic() < deadline_s:
             for reply in self.core.take_replies():

@@ -9,6 +9,7 @@ import pytest
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.drafts.drafts import Drafts
+from stellarbyte_server.engine.grammar import compiler, mask_workers
 from stellarbyte_server.engine.run.planner import masks_along
 from stellarbyte_server.protocol.messages import Delta
 from tests.support.engines.drafting import answers_of, compiled, drafting_core
@@ -35,6 +36,14 @@ def answer(core: EngineCore, **fields: Any) -> Delta:
 
 def core_with(drafts: Drafts | None) -> EngineCore:
     return drafting_core(make_model(vocab_size=VOCABULARY), drafts)
+
+
+@pytest.fixture(autouse=True)
+def every_mask_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, too: a grammar whose mask another thread computes gives no drafts meanwhile."""
+    for module in (compiler, mask_workers):
+        monkeypatch.setattr(module, "QUICK_MASK_S", 60.0)
+    monkeypatch.setattr(mask_workers, "QUICK_MASKS_S", 60.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

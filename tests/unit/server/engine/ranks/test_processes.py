@@ -69,6 +69,7 @@ class Steps:
     """An executor whose steps fail or do not."""
 
     num_steps_ahead = 0
+    takes_drafts = False
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error

@@ -76,7 +76,7 @@ _NO_ITEMS = WithJsonSchema({"anyOf": [{"type": "array", "items": {}, "maxItems":
 
 def _no_integrations(value: object) -> object:
     if value is not None and value != []:
-        raise wrong("integrations with other services are not supported")
+        raise wrong("it may have at most 0 items, since integrations with other services are not supported")
     return value
 
 
