@@ -12,7 +12,7 @@ from stellarbyte_server.engine.drafts.drafts import Drafts
 from stellarbyte_server.protocol.messages import Delta
 from tests.support.cases import SLOW
 from tests.support.engines.drafting import Guesses, answers_of, drafting_core, random_request
-from tests.support.engines.engine import Backend
+from tests.support.engines.engine import Backend, make_request
 from tests.support.engines.engine_core import VOCABULARY
 from tests.support.models.byte_transformer import make_model
 
@@ -74,3 +74,37 @@ def test_random_requests_get_the_same_answers(run: int, backend: Backend) -> Non
     found = answers_of(drafting_core(model, own, backend, **options), requests, arrivals, {})
     for name, delta in expected.items():
         assert_same(found[name], delta)
+
+
+@pytest.mark.parametrize("quantization", ["none", pytest.param("int8", marks=SLOW), pytest.param("int4", marks=SLOW)])
+def test_with_deterministic_kernels_drafts_change_no_bit(quantization: str) -> None:
+    """Of log-probabilities, in batches and chunks of any size."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    model = make_model(vocab_size=VOCABULARY, initializer_range=0.1, **sizes)
+    backend = partial(CpuModel, quantization=quantization, num_threads=2, is_invariant=True)
+    chance = random.Random(quantization)
+    requests = [
+        make_request(
+            [chance.randrange(VOCABULARY) for _ in range(5 + 9 * (number % 4))],
+            20 + number,
+            str(number),
+            seed=number,
+            temperature=float(number % 2),
+            logprobs=3,
+            return_token_ids=True,
+            adapter="a" if number % 3 == 0 else None,
+        )
+        for number in range(8)
+    ]
+    at_once = dict.fromkeys((request.request_id for request in requests), 0)
+    options: dict[str, Any] = {"num_blocks": 200, "max_num_seqs": 5}
+    expected = answers_of(
+        drafting_core(model, None, backend, **options), requests, at_once, {}, limit_s=900
+    )  # compiles
+    drafts = Guesses({name: list(delta.token_ids) for name, delta in expected.items()}, chance)
+    found = answers_of(
+        drafting_core(model, drafts, backend, max_num_batched_tokens=40, **options), requests, at_once, {}
+    )
+    assert drafts.totals.num_accepted_tokens > 50
+    for name, delta in expected.items():
+        assert found[name].logprobs == delta.logprobs
