@@ -123,6 +123,5 @@ def test_events_foretell_which_tokens_of_a_prompt_are_cached(routed: Routed) -> 
     assert routed.series("stellarbyte:kv_event_batches_dropped_total") == [({}, 0)]
     assert routed.subscriber.seen[0] == {"type": "AllBlocksCleared"} and routed.subscriber.ranks == {0}
     assert {event["medium"] for event in routed.subscriber.seen[1:]} == {"CPU"}
-    assert {event["lora_name"] for event in routed.subscriber.seen[1:] if event["type"] == "BlockStored"} == {
-        None, "a1", "a2",
-    }  # fmt: skip
+    stored = {event["lora_name"] for event in routed.subscriber.seen[1:] if event["type"] == "BlockStored"}
+    assert stored >= {None, "a1", "a2"}  # also those of probes, of adapters that were loaded
