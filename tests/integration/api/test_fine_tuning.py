@@ -186,7 +186,7 @@ def test_jobs_are_bounded_paused_resumed_and_cancelled(server: ServerProcess) ->
 
 BAD = [
     ({"model": "other"}, "model", 404),
-    ({"model": "ft:tiny:x:01234567"}, "model", 400),
+    ({"model": "ft:tiny:x:01234567"}, "model", 404),
     ({"training_file": "file-absent"}, "training_file", 404),
     ({"validation_file": "file-absent"}, "validation_file", 404),
     ({"method": {"type": "dpo"}}, "method.type", 400),
