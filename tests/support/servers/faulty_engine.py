@@ -136,10 +136,10 @@ def plant_in_core(core: EngineCore) -> None:
     core.runner = FaultyRunner(core.runner)
     queue = core.scheduler.add
 
-    def add(request: GenerationRequest, *rest: Any) -> Sequence:
+    def add(request: GenerationRequest, *rest: Any, **options: Any) -> Sequence:
         if Fault.QUEUE.is_in(request):
             raise PlantedError
-        return queue(request, *rest)
+        return queue(request, *rest, **options)
 
     mock.patch.object(core.scheduler, "add", add).start()
 
