@@ -90,10 +90,10 @@ class RanksInThreads(ServedModel):
         return sample(logits_RV, rows).tolist()
 
     def weight(self, module: str) -> torch.Tensor:
-        raise NotImplementedError
+        raise AssertionError(f"each rank has only a part of {module}")
 
     def with_windows_of(self, config: ByteModelConfig) -> Self:
-        raise NotImplementedError
+        raise AssertionError(f"the ranks are made with the windows that are served, not those of {config}")
 
     def _on_each(self, compute: Callable[[int], T]) -> list[T]:
         def run(rank: int) -> T:
