@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 import pytest
@@ -120,10 +121,12 @@ def test_a_worker_that_starts_later_knows_the_replicas_and_their_counts(model: s
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_no_folder_and_no_process_is_left(model: str, tmp_path: Path, end: signal.Signals) -> None:
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    with running(FAKE, "--model", model, "--replicas", "2", environment={"TMPDIR": str(temporary)}) as server:
+def test_no_folder_and_no_process_is_left(model: str, end: signal.Signals) -> None:
+    with (
+        TemporaryDirectory(prefix="ends-") as folder,  # pytest's folders have paths too long for a socket
+        running(FAKE, "--model", model, "--replicas", "2", environment={"TMPDIR": folder}) as server,
+    ):
+        temporary = Path(folder)
         assert len(list(temporary.iterdir())) == 3, "one for each engine, and one of the server"
         engines = child_pids(server, ENGINE)
         server.process.send_signal(end)

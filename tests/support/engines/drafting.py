@@ -66,7 +66,8 @@ class _ResidentAdapters:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._none, name)
 
-    def bind(self, reference: AdapterReference | AdapterMix) -> AdapterVersion:
+    def bind(self, reference: AdapterReference | AdapterMix, caller: str = "") -> AdapterVersion:
+        del caller
         return self._versions[str(reference)]
 
     def release(self, version: AdapterVersion) -> list[Reply]:
