@@ -77,8 +77,9 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
 def _all_attention(qkv, shape, batch, rotations, keys, values, scale, out, num_threads):
     for layer in range(len(keys)):
         paged_attention(
-            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0), out, num_threads
-        )
+            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0),
+            np.zeros(0, np.float32), len(qkv), out, num_threads,
+        )  # fmt: skip
 
 
 def least_ms(repetitions: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:

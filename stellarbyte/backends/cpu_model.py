@@ -203,7 +203,7 @@ class CpuModel(ServedModel):
         options = self.options
         shape = (len(self.layers.windows_L), 1, 1, options.num_kv_heads, options.head_dim)
         zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
-        arrays = BatchArrays(zero, zero, zero, zero, zero[None], zero[None], one, zero)
+        arrays = BatchArrays(zero, zero, zero, zero, np.arange(2), zero[None], zero[None], one, zero)
         adapters = no_adapters(self.bank)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         rotations = self.rotations_up_to(1)
@@ -244,6 +244,7 @@ def batch_arrays(batch: ForwardBatch) -> BatchArrays:
         slots_T=batch.slots_T.numpy(),
         offsets_T=batch.offsets_T.numpy(),
         sequences_T=np.repeat(np.arange(len(starts) - 1), np.diff(starts)),
+        starts_N=starts,
         block_tables_NM=batch.block_tables_NM.numpy(),
         block_bases_NM=batch.block_bases_NM.numpy(),
         num_blocks_N=np.array(batch.num_blocks, dtype=np.int64),

@@ -66,8 +66,8 @@ class Emitter:
             return ir.Constant(FLOATS, [number] * LANES)
 
         for name, limit in (("maxnum", -87.0), ("minnum", 88.0)):
-            x = self._call(name, x, every(limit))
-        turns = self._call("floor", self.multiply_add(x, every(1.44269504), every(0.5)))
+            x = self.call(name, x, every(limit))
+        turns = self.call("floor", self.multiply_add(x, every(1.44269504), every(0.5)))
         r = self.multiply_add(turns, every(-0.693359375), x)
         r = self.multiply_add(turns, every(2.12194440e-4), r)
         p = every(_EXP[0])
@@ -77,7 +77,8 @@ class Emitter:
         power = builder.bitcast(builder.shl(exponent, ir.Constant(INTS, [23] * LANES)), FLOATS)
         return builder.fmul(p, power)
 
-    def _call(self, name: str, *vectors: ir.Value) -> ir.Value:
+    def call(self, name: str, *vectors: ir.Value) -> ir.Value:
+        """An intrinsic function of LLVM for each lane."""
         kind = ir.FunctionType(FLOATS, [FLOATS] * len(vectors))
         function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.v{LANES}f32")
         return self.builder.call(function, vectors)
@@ -198,6 +199,46 @@ def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, st
 
     integer = types.intp
     return types.void(out, integer, w, integer, b, integer, integer, integer, integer), generate
+
+
+@intrinsic
+def largest(typing_context, row, length):
+    """The largest of row[i] for i < length, a multiple of LANES."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        best = cgutils.alloca_once_value(builder, emitter.load(data, FLOATS, 4))
+        with cgutils.for_range(builder, builder.udiv(arguments[1], ir.Constant(INT64, LANES))) as loop:
+            numbers = emitter.load(emitter.offset(data, emitter.times(loop.index, LANES)), FLOATS, 4)
+            builder.store(emitter.call("maxnum", builder.load(best), numbers), best)
+        numbers = builder.load(best)
+        for distance in (8, 4, 2, 1):
+            others = emitter.lanes(numbers, numbers, [(i + distance) % LANES for i in range(LANES)])
+            numbers = emitter.call("maxnum", numbers, others)
+        return builder.extract_element(numbers, ir.Constant(INT32, 0))
+
+    return types.float32(row, types.intp), generate
+
+
+@intrinsic
+def exponentiate(typing_context, row, length, best, scale):
+    """row[i] = e^((row[i] - best) · scale) for i < length, a multiple of LANES; returns their sum."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        best, scale = (emitter.splat(arguments[i]) for i in (2, 3))
+        total = emitter.zeros()
+        with cgutils.for_range(builder, builder.udiv(arguments[1], ir.Constant(INT64, LANES))) as loop:
+            at = emitter.offset(data, emitter.times(loop.index, LANES))
+            numbers = emitter.exp(builder.fmul(builder.fsub(emitter.load(at, FLOATS, 4), best), scale))
+            emitter.store(numbers, at)
+            builder.store(builder.fadd(builder.load(total), numbers), total)
+        four = emitter.four_totals([builder.load(total)] * 4)
+        return builder.extract_element(four, ir.Constant(INT32, 0))
+
+    return types.float32(row, types.intp, types.float32, types.float32), generate
 
 
 @intrinsic

@@ -8,10 +8,11 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.instructions import sum_of_squares
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, TILED, linear
 from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
 from stellarbyte.ops.cpu.moe import ExpertBuffers, Experts, make_expert_buffers, mixture
 from stellarbyte.ops.cpu.packing import StackedLinears
+from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, can_tile, tiled_attention
 
 # L layers, T tokens, C hidden size, D head dim, P panels of R rows
 
@@ -102,11 +103,20 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
         qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], np.float32(options.norm_eps), batch, rotations,
         keys, values, num_threads,
     )  # fmt: skip
+    is_tiled = options.arithmetic == TILED and can_tile(
+        keys.shape[1], options.head_dim, weights.windows_L[layer], options.softcap
+    )
+    most = MIN_QUERIES - 1 if is_tiled else len(x)
     paged_attention(
         qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
         weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
-        attended, num_threads,
+        most, attended, num_threads,
     )  # fmt: skip
+    if is_tiled:
+        tiled_attention(
+            qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
+            weights.score_scales_L[layer], weights.softmax_sink_LH[layer], attended, num_threads,
+        )  # fmt: skip
     _project(
         attended, layer, weights.output, adapters, NO_ACTIVATION, options.arithmetic, buffers.hidden_addend, out,
         num_threads,

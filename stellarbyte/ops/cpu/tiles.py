@@ -142,6 +142,69 @@ def _tiled_product(num_blocks: int):
 tiled_1, tiled_2 = _tiled_product(1), _tiled_product(2)
 
 
+def _strip_product(num_panels: int):
+    """An intrinsic: out[r, column + 16p + i] = Σ_c x[r, c] · w_p[c, i] over the first `steps` · 32 columns.
+
+    r is one of a block of 16 rows, p one of one or two neighbouring panels.
+
+    Its arguments are rows of `split_rows`, panels of `split_panel` and `out` [16, ≥ column + 16 · panels], float32.
+    """
+
+    @intrinsic
+    def product(typing_context, rows, block, panels, panel, steps, out, column):
+        def generate(context, builder, signature, arguments):
+            if not IS_THERE:
+                return context.get_dummy_value()
+
+            def array_of(i: int):
+                array = context.make_array(signature.args[i])(context, builder, arguments[i])
+                return builder.bitcast(array.data, BYTE.as_pointer()), cgutils.unpack_tuple(builder, array.shape)
+
+            (x, x_shape), (weights, w_shape), (target, out_shape) = (array_of(i) for i in (0, 2, 5))
+            number, step = (ir.Constant(INT64, count) for count in (_BYTES_OF_A_ROW, 2 * _BYTES_OF_A_TILE))
+            starts = [builder.gep(x, [builder.mul(arguments[1], builder.mul(x_shape[1], step))])]
+            for p in range(num_panels):
+                index = builder.add(arguments[3], ir.Constant(INT64, p))
+                starts.append(builder.gep(weights, [builder.mul(index, builder.mul(w_shape[1], step))]))
+            for p in range(num_panels):
+                _call(builder, "tilezero", _tile(p))
+            with cgutils.for_range(builder, arguments[4]) as loop:
+                at = builder.mul(loop.index, step)
+                low = builder.add(at, ir.Constant(INT64, _BYTES_OF_A_TILE))
+
+                def load(tile: int, start: ir.Value, offset: ir.Value) -> None:
+                    _call(builder, "tileloadd64", _tile(tile), builder.gep(start, [offset]), number)
+
+                def multiply(tokens: int, weights: tuple[int, ...]) -> None:
+                    for p, tile in enumerate(weights[:num_panels]):
+                        _call(builder, "tdpbf16ps", _tile(p), _tile(tokens), _tile(tile))
+
+                high, rest = _TOKENS
+                load(high, starts[0], at)
+                load(rest, starts[0], low)
+                for p in range(num_panels):
+                    load(_WEIGHTS[p], starts[1 + p], at)
+                multiply(high, _WEIGHTS)
+                multiply(rest, _WEIGHTS)
+                for p in range(num_panels):
+                    load(_WEIGHTS[p], starts[1 + p], low)
+                multiply(high, _WEIGHTS)
+            stride = builder.mul(out_shape[1], ir.Constant(INT64, 4))
+            for p in range(num_panels):
+                place = builder.add(arguments[6], ir.Constant(INT64, p * LANES))
+                address = builder.gep(target, [builder.mul(place, ir.Constant(INT64, 4))])
+                _call(builder, "tilestored64", _tile(p), address, stride)
+            return context.get_dummy_value()
+
+        integer = types.intp
+        return types.void(rows, integer, panels, integer, integer, out, integer), generate
+
+    return product
+
+
+strip_1, strip_2 = _strip_product(1), _strip_product(2)
+
+
 class _Splitter(Emitter):
     """LLVM instructions that split float32 numbers."""
 
@@ -161,8 +224,19 @@ class _Splitter(Emitter):
         """The numbers of two columns, side by side."""
         return self.builder.or_(self.builder.lshr(even, self._every(16)), odd)
 
-    def short(self, bits: ir.Value) -> ir.Value:
+    def _short(self, bits: ir.Value) -> ir.Value:
         return self.builder.trunc(self.builder.lshr(bits, self._every(16)), _SHORTS)
+
+    def store_row(self, block: ir.Value, row: ir.Value, part: ir.Value, numbers: ir.Value) -> None:
+        """Numbers 16 · part.. of a row of a block [K/32, 2, 16, 32], whose address is given."""
+        builder = self.builder
+        step, side = (op(part, ir.Constant(INT64, 2)) for op in (builder.udiv, builder.urem))
+        at = builder.add(self.times(step, 2 * _BYTES_OF_A_TILE), self.times(side, _BYTES_OF_A_ROW // 2))
+        at = builder.add(at, self.times(row, _BYTES_OF_A_ROW))
+        for which, bits in enumerate(self.halves(numbers)):
+            place = builder.add(at, ir.Constant(INT64, which * _BYTES_OF_A_TILE))
+            pointer = builder.bitcast(builder.gep(block, [place]), _SHORTS.as_pointer())
+            builder.store(self._short(bits), pointer).align = 2
 
     @staticmethod
     def _every(number: int) -> ir.Constant:
@@ -181,22 +255,49 @@ def split_row(typing_context, x, number, blocks, block, row):
         source, target = (context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2))
         num_columns = cgutils.unpack_tuple(builder, source.shape)[1]
         part = builder.gep(source.data, [builder.mul(arguments[1], num_columns)])
-        rows = builder.bitcast(target.data, BYTE.as_pointer())
-        first = builder.add(
-            builder.mul(arguments[3], splitter.times(num_columns, 2 * 2 * ROWS_OF_A_TILE)),
-            splitter.times(arguments[4], _BYTES_OF_A_ROW),
-        )
+        at = builder.mul(arguments[3], splitter.times(num_columns, 2 * 2 * ROWS_OF_A_TILE))
+        target = builder.gep(builder.bitcast(target.data, BYTE.as_pointer()), [at])
         with cgutils.for_range(builder, builder.udiv(num_columns, ir.Constant(INT64, LANES))) as loop:
             numbers = splitter.load(splitter.offset(part, splitter.times(loop.index, LANES)), FLOATS, 4)
-            step, side = (op(loop.index, ir.Constant(INT64, 2)) for op in (builder.udiv, builder.urem))
-            at = builder.add(splitter.times(step, 2 * _BYTES_OF_A_TILE), splitter.times(side, _BYTES_OF_A_ROW // 2))
-            for which, bits in enumerate(splitter.halves(numbers)):
-                place = builder.add(builder.add(first, at), ir.Constant(INT64, which * _BYTES_OF_A_TILE))
-                pointer = builder.bitcast(builder.gep(rows, [place]), _SHORTS.as_pointer())
-                builder.store(splitter.short(bits), pointer).align = 2
+            splitter.store_row(target, arguments[4], loop.index, numbers)
         return context.get_dummy_value()
 
     return types.void(x, types.intp, blocks, types.intp, types.intp), generate
+
+
+@intrinsic
+def rotate_row(typing_context, x, number, column, cos, sin, decay, offset, block, row):
+    """A head of row `number` of x [T, ≥ column + D], rotated as a query (`attention.rotate`), as row `row` of a block.
+
+    The tables have contiguous rows of D/2 numbers; the block is [1, D/32, 2, 16, 32].
+    """
+
+    def generate(context, builder, signature, arguments):
+        splitter = _Splitter(builder)
+        source, *tables, target = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 3, 4, 5, 7)
+        )
+        width = cgutils.unpack_tuple(builder, source.shape)[1]
+        half = cgutils.unpack_tuple(builder, tables[0].shape)[1]
+        head = builder.gep(source.data, [builder.add(builder.mul(arguments[1], width), arguments[2])])
+        rows = [builder.gep(table.data, [builder.mul(arguments[6], half)]) for table in tables]
+        block = builder.bitcast(target.data, BYTE.as_pointer())
+        parts = builder.udiv(half, ir.Constant(INT64, LANES))
+        with cgutils.for_range(builder, parts) as loop:
+            at = splitter.times(loop.index, LANES)
+            first, second, cos, sin, decay = (
+                splitter.load(splitter.offset(start, at), FLOATS, 4)
+                for start in (head, splitter.offset(head, half), *rows)
+            )
+            cos, sin = builder.fmul(cos, decay), builder.fmul(sin, decay)
+            left = builder.fsub(builder.fmul(first, cos), builder.fmul(second, sin))
+            right = builder.fadd(builder.fmul(second, cos), builder.fmul(first, sin))
+            splitter.store_row(block, arguments[8], loop.index, left)
+            splitter.store_row(block, arguments[8], builder.add(parts, loop.index), right)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(x, integer, integer, cos, sin, decay, integer, block, integer), generate
 
 
 @intrinsic
