@@ -11,6 +11,7 @@ import pytest
 
 from stellarbyte_client import StellarByte
 from stellarbyte_client.terminal.tune import job_view
+from tests.support.clients.openai_client import strict_client
 from tests.support.clients.terminal import CTRL_C, ENTER, Terminal
 from tests.support.servers.server_process import TUNING, ServerProcess, running
 from tests.support.tuning.chat_model import make_chat_model
@@ -27,6 +28,7 @@ fine_tune = false
 """
 ADMIN = ("--admin-api-key", "key-of-admin")
 ANN = ("--api-key", "key-of-ann")
+JOB_S = 300.0  # until a training process has begun, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -67,76 +69,78 @@ def get(server: ServerProcess, path: str, who: str = "ann") -> Any:
     return httpx.get(server.url + path, headers=headers, timeout=30).raise_for_status().json()
 
 
+def post(server: ServerProcess, path: str, **body: Any) -> None:
+    headers = {"Authorization": "Bearer key-of-admin"}
+    httpx.post(server.url + path, headers=headers, json=body, timeout=60).raise_for_status()
+
+
 def job_of(text: str) -> str:
     found = re.search(r"ftjob-[0-9a-f]+", text)
     assert found is not None, text
     return found[0]
 
 
-def test_examples_become_a_model_that_is_live_and_can_be_taken_back(
+def test_a_job_is_watched_left_and_resumed_and_its_model_is_live_and_can_be_taken_back(
     tune: Any, server: ServerProcess, examples: str, tmp_path: Path
 ) -> None:
     validation = tmp_path / "validation.jsonl"
     validation.write_bytes(chats(3))
-    hyperparameters = ("--epochs", "20", "--batch-size", "4", "--learning-rate-multiplier", "3", "--seed", "7")
-    made = tune(examples, "--validation", str(validation), "--suffix", "sailor", *hyperparameters,
-                "--publish", "pirate", "--prompt", "q1?", *ADMIN)  # fmt: skip
-    assert made.status == 0, made
-    assert re.match(rf"Checked {examples}: 12 examples, 3 for validation, 60 steps, [\d,]+ tokens", made.out)
-    assert "\nFine-tuning job started\n" in made.out and re.search(r"\nStep 60/60: ", made.out)
-    (job,) = get(server, "/v1/fine_tuning/jobs", "admin")["data"]
+    hyperparameters = ("--epochs", "20", "--batch-size", "1", "--learning-rate-multiplier", "2", "--seed", "7")
+    start = (examples, "--validation", str(validation), "--suffix", "sailor", *hyperparameters, "--publish", "pirate")
+    with Terminal("tune", *start, "--url", server.url, *ADMIN, home=tmp_path) as terminal:
+        terminal.wait_for(r"^Checked \S+: 12 examples, 3 for validation, 240 steps, [\d,]+ tokens", JOB_S)
+        terminal.wait_for(r"^ftjob-\w+  running").wait_for(r"step [1-9]\d* of 240", JOB_S)
+        terminal.wait_for(r"^ *\d+\.\d\d ┤").wait_for(r"^· training loss \d\.\d{3}   ● validation loss \d\.\d{3}")
+        job_id = job_of(terminal.text)
+        post(server, f"/v1/fine_tuning/jobs/{job_id}/pause")
+        terminal.wait_for(r"^ftjob-\w+  paused").type(CTRL_C)
+        terminal.wait_for("d: detach, the job continues; c: cancel the job; Enter: watch again >").type(ENTER)
+        terminal.wait_for(r"(?s)watch again >.*paused").type(CTRL_C)
+        terminal.wait_for(r"(?s)watch again >.*watch again >").type("d" + ENTER)
+        assert terminal.wait_end() == 0
+        assert f"The job continues on the server; stellarbyte tune --resume {job_id} shows it again." in terminal.text
+
+    resumed = tune("--resume", job_id, "--prompt", "q1?", *ADMIN)
+    assert resumed.status == 0, resumed
+    job = get(server, f"/v1/fine_tuning/jobs/{job_id}", "admin")
     losses = job["losses"]
+    assert "\nThe job was resumed\n" in resumed.out and "\nStep 240/240: " in resumed.out
     assert (
         f"\nThe new model is {job['fine_tuned_model']}. Validation loss {losses['base_valid']:.3f} without it,"
         f" {losses['valid']:.3f} with it.\nIt is live as pirate, version 1; stellarbyte tune --back pirate goes back.\n"
-    ) in made.out
-    base, new = re.split(r"\n(?:tiny|ft:tiny:sailor:\w+):\n", made.out)[1:]
+    ) in resumed.out
+    base, new = re.split(r"\n(?:tiny|ft:tiny:sailor:\w+):\n", resumed.out)[1:]
     assert new.startswith("aye aye") and not base.startswith("aye aye")
 
     listed = tune("--list", *ADMIN)
-    assert [job["id"], "succeeded"] == listed.out.splitlines()[3].split()[:2], listed
+    assert [job_id, "succeeded"] == listed.out.splitlines()[3].split()[:2], listed
     assert f"{losses['valid']:.3f} valid" in listed.out and job["fine_tuned_model"] in listed.out
     assert tune("--list", *ANN).out == "There are no fine-tuning jobs.\n"
 
-    headers = {"Authorization": "Bearer key-of-admin"}
-    checkpoint = get(server, f"/v1/fine_tuning/jobs/{job['id']}/checkpoints", "admin")["data"][1]["id"]
-    body = {"name": "pirate", "checkpoint": checkpoint}
-    url = f"{server.url}/v1/fine_tuning/jobs/{job['id']}/publish"
-    httpx.post(url, json=body, headers=headers, timeout=60).raise_for_status()
+    checkpoint = get(server, f"/v1/fine_tuning/jobs/{job_id}/checkpoints", "admin")["data"][1]["id"]
+    post(server, f"/v1/fine_tuning/jobs/{job_id}/publish", name="pirate", checkpoint=checkpoint)
     assert tune("--back", "pirate", *ADMIN) == Result(0, "pirate is at version 1 again.\n", "")
     assert StellarByte(server.url, admin_api_key="key-of-admin").adapters.versions("pirate").current == 1
 
-
-def test_a_terminal_shows_the_curve_and_asks_at_ctrl_c(server: ServerProcess, examples: str, tmp_path: Path) -> None:
-    start = (examples, "--epochs", "25", "--batch-size", "1", "--validation", examples, "--url", server.url, *ANN)
-    with Terminal("tune", *start, home=tmp_path) as terminal:
-        terminal.wait_for(r"^ftjob-\w+  running").wait_for(r"step [1-9]\d* of 300")
-        terminal.wait_for(r"^\d+\.\d\d ┤.*●").wait_for(r"^· training loss \d\.\d{3}   ● validation loss \d\.\d{3}")
-        terminal.type(CTRL_C)
-        terminal.wait_for(r"d: detach, the job continues; c: cancel the job; Enter: watch again >")
-        terminal.type(ENTER)
-        terminal.wait_for(r"(?s)watch again >.*step [1-9]\d* of 300")
-        terminal.type(CTRL_C)
-        terminal.wait_for(r"(?s)watch again >.*watch again >").type("d" + ENTER)
+    with Terminal("tune", "--resume", job_id, "--url", server.url, *ADMIN, home=tmp_path) as terminal:
+        terminal.wait_for("A prompt for both models").type("q1?" + ENTER)
+        terminal.wait_for(r"^ *tiny +ft:tiny:sailor:\w+").wait_for(r"^ .* aye aye")  # side by side
+        terminal.wait_for(r"(?s)aye aye.*A prompt for both models").type(ENTER)
         assert terminal.wait_end() == 0
-        job_id = job_of(terminal.text)
-        assert f"The job continues on the server; stellarbyte tune --resume {job_id} shows it again." in terminal.text
-    assert get(server, f"/v1/fine_tuning/jobs/{job_id}")["status"] == "running"
+
+
+def test_ctrl_c_can_cancel_a_job(server: ServerProcess, examples: str, tmp_path: Path) -> None:
+    client = strict_client(server.url).with_options(api_key="key-of-ann")
+    file_id = client.files.create(file=Path(examples), purpose="fine-tune").id
+    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file_id).id
     with Terminal("tune", "--resume", job_id, "--url", server.url, *ANN, home=tmp_path) as terminal:
-        terminal.wait_for(r"step [1-9]\d* of 300").type(CTRL_C)
+        terminal.wait_for(r"^ftjob-").type(CTRL_C)
         terminal.wait_for("watch again >").type("c" + ENTER)
         assert terminal.wait_end() == 1
         assert f"error: The job {job_id} was cancelled" in terminal.text
-    assert get(server, f"/v1/fine_tuning/jobs/{job_id}")["status"] == "cancelled"
-
-
-def test_a_terminal_compares_both_models_side_by_side(server: ServerProcess, examples: str, tmp_path: Path) -> None:
-    (job,) = get(server, "/v1/fine_tuning/jobs", "admin")["data"]
-    with Terminal("tune", "--resume", job["id"], "--url", server.url, *ADMIN, home=tmp_path) as terminal:
-        terminal.wait_for("A prompt for both models").type("q1?" + ENTER)
-        terminal.wait_for(r"^ *tiny +ft:tiny:sailor:\w+").wait_for(r"^ .* aye aye")
-        terminal.wait_for(r"(?s)aye aye.*A prompt for both models").type(ENTER)
-        assert terminal.wait_end() == 0
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+    for file in client.files.list():
+        client.files.delete(file.id)
 
 
 def test_lines_that_cannot_be_used_are_named_and_nothing_is_left(
@@ -190,10 +194,6 @@ def test_ratings_in_a_chat_become_examples(tune: Any, server: ServerProcess, tmp
     chat = [{"role": "user", "content": "q1?"}, {"role": "assistant", "content": "aye aye"}]
     assert [json.loads(line) for line in out.read_text().splitlines()] == [{"messages": chat}]
     assert out.stat().st_mode & 0o077 == 0
-    started = tune(str(out), "--detach", *ANN)
-    assert started.status == 0, started
-    job_id = job_of(started.out)
-    assert tune("--cancel", job_id, *ANN) == Result(0, f"Cancelled {job_id}.\n", "")
 
 
 def test_feedback_that_is_off_is_said(stellarbyte: Command, fake_server: ServerProcess, tmp_path: Path) -> None:
@@ -205,19 +205,28 @@ def test_feedback_that_is_off_is_said(stellarbyte: Command, fake_server: ServerP
         terminal.wait_for("Feedback is off because the server was started without --feedback.")
 
 
+@pytest.mark.slow
+def test_a_job_can_be_started_and_left_at_once(tune: Any, examples: str) -> None:
+    started = tune(examples, "--detach", *ANN)
+    assert started.status == 0 and "stellarbyte tune --resume ftjob-" in started.out
+    job_id = job_of(started.out)
+    assert tune("--cancel", job_id, *ANN) == Result(0, f"Cancelled {job_id}.\n", "")
+
+
+@pytest.mark.slow
 def test_a_server_that_ends_in_the_middle_and_starts_again_finishes_the_job(
     server: ServerProcess, flags: list[str], examples: str, tmp_path: Path
 ) -> None:
-    start = ("tune", examples, "--epochs", "25", "--batch-size", "1", "--url", server.url, *ANN)
-    with Terminal(*start, home=tmp_path) as terminal:
-        terminal.wait_for(r"step [1-9]\d* of 300")
+    options = ("--epochs", "25", "--batch-size", "1", "--url", server.url, *ANN)
+    with Terminal("tune", examples, *options, home=tmp_path) as terminal:
+        terminal.wait_for(r"step [1-9]\d* of 300", JOB_S)
         server.process.kill()
         server.wait()
-        terminal.wait_for(r"the server does not answer, trying again \(Ctrl-C leaves the job running\)")
+        terminal.wait_for(r"the server does not answer, trying again \(Ctrl-C leaves the job running\)", JOB_S)
         again = ServerProcess(TUNING, *flags, port=server.port)
         try:
             again.wait_ready()
-            terminal.wait_for(r"^ftjob-\w+  succeeded").wait_for("The new model is ft:tiny:")
+            terminal.wait_for(r"^ftjob-\w+  succeeded", JOB_S).wait_for("The new model is ft:tiny:")
             terminal.wait_for("A prompt for both models").type(ENTER)
             assert terminal.wait_end() == 0
         finally:

@@ -72,7 +72,9 @@ class TuneCommands:
                     _require_content(path)
                     uploaded[param] = self._server.upload(path)
             method = {"type": "supervised", "supervised": {"hyperparameters": settings.hyperparameters}}
-            self._say_checked(self._server.check({**uploaded, "method": method}), settings)
+            with self._console.status("checking the examples"):
+                checked = self._server.check({**uploaded, "method": method})
+            self._say_checked(checked, settings)
             body: dict[str, Any] = {**uploaded, "method": method, "model": default.parent or default.id}
             given = {"suffix": settings.suffix, "seed": settings.seed}
             body |= {name: value for name, value in given.items() if value is not None}
