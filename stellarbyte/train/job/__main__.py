@@ -1,10 +1,10 @@
 """The process of one job.
 
 It reads its settings (`Job`) as one line of JSON from stdin and writes messages as lines of JSON to stdout: `plan`,
-`begun`, `step`, `evaluation`, `saved`, `epoch`, and at its end one of `finished`, `stopped` (SIGTERM: the step is
-finished and saved) and `refused` (about data, memory or run; with one sentence). With `only_plan` it ends after the
-plan, or after the refusal of it. It ends when stdin is closed, and another process with the same settings continues
-from the last checkpoint, bit for bit.
+`begun`, `step`, `evaluation`, `saved`, `epoch`, `warning`, `compared`, and at its end one of `finished`, `stopped`
+(SIGTERM: the step is finished and saved) and `refused` (about data, memory or run; with one sentence). With `only_plan`
+it ends after the plan, or after the refusal of it. It ends when stdin is closed, and another process with the same
+settings continues from the last checkpoint, bit for bit.
 """
 
 import os
@@ -24,6 +24,7 @@ from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.train.callbacks.report import Messages, Progress
 from stellarbyte.train.config.run import LoraRun
 from stellarbyte.train.errors import TrainError
+from stellarbyte.train.job.comparison import Comparison
 from stellarbyte.train.job.settings import MAX_STEPS, Job, needed_memory
 from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RunData, ShuffledStream
@@ -103,7 +104,7 @@ def _run(job: Job, messages: Messages) -> None:
     epochs = [-(-epoch * len(lengths) // batch) for epoch in range(1, job.epochs + 1)]
     progress = Progress(messages, job.folder, tokens, epochs, KEPT_EPOCHS)
     _bound_memory(job, memory)
-    _train(run, data, progress, messages)
+    _train(job, run, data, progress, messages)
 
 
 def _checked_steps(job: Job, lengths: np.ndarray) -> int:
@@ -118,9 +119,18 @@ def _checked_steps(job: Job, lengths: np.ndarray) -> int:
     return num_steps
 
 
-def _train(run: LoraRun, data: RunData, progress: Progress, messages: Messages) -> None:
+def _train(job: Job, run: LoraRun, data: RunData, progress: Progress, messages: Messages) -> None:
+    comparison = Comparison(messages=messages, previous=job.previous, has_exact_match="exact_match" in job.evaluate)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        outcome = train("lora", run, data, resume=True, console=Console(file=nowhere), callbacks=[progress])
+        outcome = train(
+            "lora",
+            run,
+            data,
+            resume=True,
+            console=Console(file=nowhere),
+            callbacks=[progress],
+            compare=comparison if job.previous is not None or job.evaluate else None,
+        )
     if outcome.folder is None:
         messages.send("stopped", step=outcome.step)
         return

@@ -1,5 +1,6 @@
 """The process of a job: its messages, exact continuation, and what it refuses. Oracle: the plain run and loss."""
 
+import hashlib
 import io
 import json
 import signal
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from stellarbyte.checkpoint.info import read_record
+from stellarbyte.checkpoint.info import read_record, record_lines
 from stellarbyte.checkpoint.native import load_config, load_model
-from stellarbyte.lora import load_adapter
+from stellarbyte.lora import LoRAConfig, apply_lora_to_model, load_adapter, save_adapter
 from stellarbyte.train.callbacks.report import Messages
 from stellarbyte.train.job.__main__ import run as run_job
 from stellarbyte.train.job.settings import Job, learning_rate, micro_batch, needed_memory
@@ -127,6 +128,37 @@ def test_a_job_whose_process_was_killed_computes_what_one_without_pause_does(mod
         (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts")
     )
     assert ours == theirs
+
+
+def test_an_adapter_is_compared_with_the_one_before_and_with_the_base(model: Path, tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    other = apply_lora_to_model(load_model(model, dtype=torch.float32), LoRAConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_adapter(other, before)
+    plain = run(settings(model, tmp_path / "plain"))
+    messages = run(settings(model, tmp_path / "job", previous=str(before), evaluate=["exact_match"]))
+    (compared,) = (each["figures"] for each in messages if each["type"] == "compared")
+    assert compared["previous_loss"] == pytest.approx(loss_of(model, before), abs=1e-5)
+    assert {compared[f"{whose}_exact_match"] for whose in ("eval", "base", "previous")} == {0.0}
+    record = read_record(tmp_path / "job" / "adapter")
+    assert record is not None and record.held_out.items() >= compared.items()
+    assert record.base_sha256 == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert dict(record_lines(record))["seed"] == "4"
+    # the comparison leaves the adapter as it was
+    assert losses(messages) == losses(plain)
+    ours, theirs = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("job", "plain")
+    )
+    assert ours == theirs
+    assert not [each for each in plain if each["type"] == "compared"]
+
+    (before / "adapter_config.json").write_text("{}")
+    messages = run(settings(model, tmp_path / "again", previous=str(before)))
+    (warning,) = (each["message"] for each in messages if each["type"] == "warning")
+    assert warning.startswith("The version before cannot be evaluated: ") and messages[-1]["type"] == "finished"
+    assert str(tmp_path) not in warning
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ def test_a_process_gets_what_the_job_and_its_key_say(place: Place) -> None:
         "memory": None,
         "max_tokens": 5,
         "only_plan": False,
+        "previous": None,
+        "evaluate": [],
     }
 
 
@@ -280,6 +282,37 @@ def test_a_result_goes_live_once_the_engine_is_back(place: Place) -> None:
 
     place.run(act)
     assert place.find(job_id).publish == Publication(name="pirate", version=1) and len(place.starts()) == 1
+
+
+def test_a_result_is_compared_with_the_version_that_was_live_when_its_job_began(place: Place) -> None:
+    for number, loss in enumerate((2.5, 3.5)):
+        folder = place.folder / f"version-{number}"
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text(str(loss))
+    place.live = place.folder / "version-0", 3
+    place.script(steps=30, pause_s=0.02)
+    job_id = place.job(validation=chats(2), publish=Publication(name="pirate"), evaluate=("exact_match",))
+    place.run(lambda: place.until(lambda: place.find(job_id).last_step > 2))
+    place.live = place.folder / "version-1", 4  # loaded while the job trains, and the server starts again
+    (job,) = place.run_to_end(job_id)
+    assert len(place.starts()) == 2 and job.status == "succeeded"
+    assert job.losses["previous_valid"] == 2.5
+    assert job.exact_match == {"valid": 0.75, "base_valid": 0.25}
+    messages = place.messages(job_id)
+    assert messages.count("Compares with pirate, version 3") == 1 and "Mind this." in messages
+    assert (
+        "Compared on the validation file: exact match=0.7500, base exact match=0.2500, previous loss=2.5000" in messages
+    )
+    assert place.left(job_id) == ["adapter", "step-3"]
+
+
+@pytest.mark.parametrize("live", [None, (Path("/absent"), 2)])
+def test_without_a_version_before_nothing_is_compared(place: Place, live: tuple[Path, int] | None) -> None:
+    place.live = live
+    (job,) = place.run_to_end(place.job(validation=chats(2), publish=Publication(name="pirate")))
+    assert job.status == "succeeded" and "previous_valid" not in job.losses
+    assert json.loads((place.folder / "settings.json").read_text())["previous"] is None
 
 
 def test_a_job_that_was_cancelled_does_not_go_live(place: Place) -> None:
