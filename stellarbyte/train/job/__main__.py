@@ -7,6 +7,7 @@ it ends after the plan, or after the refusal of it. It ends when stdin is closed
 settings continues from the last checkpoint, bit for bit.
 """
 
+import contextlib
 import os
 import resource
 import sys
@@ -30,7 +31,7 @@ from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RunData, ShuffledStream
 from stellarbyte.train.sources import rows_of_chats, tokenized_chats
 
-NICENESS = 19
+NICENESS, NICENESS_OF_PLAN = 19, 10  # somebody waits for a plan, which takes seconds
 KEPT_EPOCHS = 2  # adapters after epochs, besides the result
 _OF_LIBRARIES = 256 * 2**20  # bytes of memory, for threads and for what they import late
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
@@ -47,16 +48,28 @@ class Refused(Exception):
 def main() -> int:
     messages = Messages(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that output of libraries is not taken for messages
-    os.nice(NICENESS)
     line = sys.stdin.buffer.readline()
     if not line:
         return 0  # the parent ended first
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     job = Job.model_validate_json(line)
+    give_way(job)
     if job.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     run(job, messages)
     return 0
+
+
+def give_way(job: Job) -> None:
+    """Train only in time that no other process wants; threads that are started later inherit it.
+
+    Linux' SCHED_IDLE: a thread of the server that wakes up interrupts such a process at once, which nice 19 does not
+    grant. Any user may choose it.
+    """
+    os.nice(NICENESS_OF_PLAN if job.only_plan else NICENESS)
+    if not job.only_plan and hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def run(job: Job, messages: Messages) -> None:

@@ -1,11 +1,14 @@
 """The process of a job: its messages, exact continuation, and what it refuses. Oracle: the plain run and loss."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from stellarbyte.checkpoint.info import read_record, record_lines
 from stellarbyte.checkpoint.native import load_config, load_model
 from stellarbyte.lora import LoRAConfig, apply_lora_to_model, load_adapter, save_adapter
 from stellarbyte.train.callbacks.report import Messages
+from stellarbyte.train.job.__main__ import give_way
 from stellarbyte.train.job.__main__ import run as run_job
 from stellarbyte.train.job.settings import Job, learning_rate, micro_batch, needed_memory
 from tests.support.training.byte_tokenizer import ids_of
@@ -188,6 +192,49 @@ def test_a_plan_alone_is_that_of_the_job(model: Path, tmp_path: Path) -> None:
     (planned,) = run(settings(model, tmp_path / "plan", only_plan=True))
     assert planned == run(settings(model, tmp_path / "job"))[0]
     assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["chats.jsonl", "validation.jsonl"]
+
+
+def test_a_full_disk_ends_a_process_and_the_next_one_continues(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, saved = settings(model, tmp_path / "full"), []
+
+    def save(state: object, path: Path) -> None:
+        saved.append(path)
+        if len(saved) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        torch_save(state, path)
+
+    torch_save = torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save)
+        *before, refused = run(job)
+    assert (refused["type"], refused["about"]) == ("refused", "run") and "No space left on device" in refused["message"]
+    assert str(tmp_path) not in refused["message"] and not (tmp_path / "full" / "adapter").exists()
+    assert any(each["type"] == "saved" for each in before)
+    again = run(job)
+    assert again[-1]["type"] == "finished"
+    whole = run(settings(model, tmp_path / "whole"))
+    assert steps(again) == steps(whole) and losses(again) == losses(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
+def test_a_training_takes_only_time_that_nobody_wants(model: Path, tmp_path: Path) -> None:
+    """In a thread of its own, as Linux has policies for each thread."""
+
+    def policy(**fields: Any) -> tuple[int, int]:
+        def act() -> None:
+            give_way(Job(**settings(model, tmp_path, **fields)))
+            found.append((os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)))
+
+        found: list[tuple[int, int]] = []
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    assert policy() == (os.SCHED_IDLE, 19)
+    assert policy(only_plan=True) == (os.SCHED_OTHER, 10)
 
 
 def test_memory_is_counted_from_the_shapes(model: Path, tmp_path: Path) -> None:

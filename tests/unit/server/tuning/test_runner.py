@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import errno
 import json
 import os
 import sys
@@ -12,8 +13,10 @@ import msgspec
 import pytest
 
 from stellarbyte_server.batch.files import NoRoom
+from stellarbyte_server.tuning import examples as examples_module
 from stellarbyte_server.tuning import jobs as jobs_module
 from stellarbyte_server.tuning import runner as runner_module
+from stellarbyte_server.tuning import store as store_module
 from stellarbyte_server.tuning.jobs import Hyperparameters, Publication, Status
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway
 from tests.support.tuning.chats import chats
@@ -108,6 +111,24 @@ def test_a_bad_line_ends_a_job_before_any_process_starts(place: Place, param: st
     assert job.error.message.startswith(f"{getattr(job, param)}: Line {line}: the field 'messages' must be")
     assert job.error.message.endswith("(1 more line is wrong, too.)")
     assert any(message.startswith(f"Line {line + 1}: ") for message in place.messages(job.id))
+    assert place.starts() == [] and place.left(job.id) == []
+
+
+@pytest.mark.parametrize("when", ["checked", "published"])
+def test_a_full_disk_of_the_server_ends_the_job(place: Place, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """While the examples are stored, or the version that the result is compared with."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    place.live = place.folder, 1
+    if when == "checked":
+        monkeypatch.setattr(examples_module, "write_all", full)
+    else:
+        monkeypatch.setattr(store_module.shutil, "copyfile", full)
+    (job,) = place.run_to_end(place.job(validation=chats(2), publish=Publication(name="pirate")))
+    assert job.status == "failed" and job.error is not None and "No space left on device" in job.error.message
+    assert job.error.code == {"checked": "storage_unavailable", "published": "server_error"}[when]
     assert place.starts() == [] and place.left(job.id) == []
 
 
