@@ -1,5 +1,6 @@
 """A finished adapter beside the model without it, and beside an adapter that it may replace."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Comparison:
             bytes_per_token=None,
             autocast=trainer.accelerator.autocast(),
         )
-        figures = {"previous_loss": loss.loss}
+        figures = {"previous_loss": loss.loss} if math.isfinite(loss.loss) else {}
         if self.has_exact_match:
             figures["previous_exact_match"] = self._exact_match(trainer)
         remove_lora(trainer.model, _PREVIOUS)

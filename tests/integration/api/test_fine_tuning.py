@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from stellarbyte_server.api.contract.tuning_objects import FineTuningCheck, FineTuningJobObject
 from tests.support.clients.openai_client import lenient
 from tests.support.servers.server_process import TUNING, ServerProcess, running, the_error_line
 from tests.support.tuning.chats import chat, chats, json_lines
@@ -199,6 +200,7 @@ def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
     assert post(server, path, "ann", name="pirate")[0] == 403
     status, job = post(server, path, "admin", name="pirate", checkpoint=checkpoint.id)
     assert status == 200 and job["publish"]["version"] == 3 and job["publish"]["share"] is None, job
+    FineTuningJobObject.model_validate(job)
     of_name, of_checkpoint = (
         admin.models.retrieve(name).model_extra for name in ("pirate", checkpoint.fine_tuned_model_checkpoint)
     )
@@ -216,6 +218,7 @@ def test_files_are_checked_without_a_job(server: ServerProcess) -> None:
         server, "fine_tuning/files/check", "bob", training_file=good, validation_file=longer, method=method(n_epochs=3)
     )
     assert status == 200 and checked["problems"] == [], checked
+    FineTuningCheck.model_validate(checked)
     assert (checked["examples"], checked["validation_examples"], checked["steps"]) == (8, 30, 3)
     chosen = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert checked["hyperparameters"] == chosen and checked["memory"] > 0

@@ -17,7 +17,7 @@ from stellarbyte_server.tuning import examples as examples_module
 from stellarbyte_server.tuning import jobs as jobs_module
 from stellarbyte_server.tuning import runner as runner_module
 from stellarbyte_server.tuning import store as store_module
-from stellarbyte_server.tuning.jobs import Hyperparameters, Publication, Status
+from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Publication, Status
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway
 from tests.support.tuning.chats import chats
 from tests.support.tuning.place import Place
@@ -384,6 +384,21 @@ def test_keys_have_a_number_of_jobs(place: Place, monkeypatch: pytest.MonkeyPatc
     place.job(owner="bob", most=1)
     with pytest.raises(NoRoom, match="server's limit of 2"):
         place.job(owner="cat", most=1)
+
+
+def test_the_speed_is_that_of_the_newest_job_of_a_model_that_has_succeeded(place: Place) -> None:
+    jobs = place.store.jobs
+    assert jobs.tokens_per_s("tiny") is None
+    (job,) = place.run_to_end(place.job())
+    first = next(each for _, each in jobs.events_since(job.id, None, -1) if each.data and "tokens" in each.data)
+    for number, (tokens, after_s) in enumerate(((700, 30), (1100, 50)), 7):
+        event = Event(message="", data={"step": number, "tokens": tokens}, created_at=first.created_at + after_s)
+        jobs.note(job.id, event)
+    assert jobs.tokens_per_s("tiny") == (1100 - 100) / 50
+    assert jobs.tokens_per_s("other") is None
+    place.script(refuse=["run", "No."])
+    place.run_to_end(place.job())
+    assert jobs.tokens_per_s("tiny") is not None  # the newest one has failed
 
 
 def test_old_records_are_forgotten_and_models_are_not(place: Place) -> None:
