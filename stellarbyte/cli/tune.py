@@ -34,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
                 hyperparameters={name: value for name, value in given.items() if value is not None},
                 publish=options.publish,
                 share=options.share,
+                counts_exact=options.exact_match,
                 is_detached=options.detach,
             )
         )

@@ -86,7 +86,17 @@ def test_a_job_is_watched_left_and_resumed_and_its_model_is_live_and_can_be_take
     validation = tmp_path / "validation.jsonl"
     validation.write_bytes(chats(3))
     hyperparameters = ("--epochs", "20", "--batch-size", "1", "--learning-rate-multiplier", "2", "--seed", "7")
-    start = (examples, "--validation", str(validation), "--suffix", "sailor", *hyperparameters, "--publish", "pirate")
+    start = (
+        examples,
+        "--validation",
+        str(validation),
+        "--suffix",
+        "sailor",
+        *hyperparameters,
+        "--publish",
+        "pirate",
+        "--exact-match",
+    )
     with Terminal("tune", *start, "--url", server.url, *ADMIN, home=tmp_path) as terminal:
         terminal.wait_for(r"^Checked \S+: 12 examples, 3 for validation, 240 steps, [\d,]+ tokens", JOB_S)
         terminal.wait_for(r"^ftjob-\w+  running").wait_for(r"step [1-9]\d* of 240", JOB_S)
@@ -106,8 +116,9 @@ def test_a_job_is_watched_left_and_resumed_and_its_model_is_live_and_can_be_take
     losses = job["losses"]
     assert "\nThe job was resumed\n" in resumed.out and "\nStep 240/240: " in resumed.out
     assert (
-        f"\nThe new model is {job['fine_tuned_model']}. Validation loss {losses['base_valid']:.3f} without it,"
-        f" {losses['valid']:.3f} with it.\nIt is live as pirate, version 1; stellarbyte tune --back pirate goes back.\n"
+        f"\nThe new model is {job['fine_tuned_model']}.\nValidation loss: {losses['base_valid']:.3f} without it,"
+        f" {losses['valid']:.3f} with it.\nExact answers: 0% without it, {job['exact_match']['valid']:.0%} with it.\n"
+        "It is live as pirate, version 1; stellarbyte tune --back pirate goes back.\n"
     ) in resumed.out
     base, new = re.split(r"\n(?:tiny|ft:tiny:sailor:\w+):\n", resumed.out)[1:]
     assert new.startswith("aye aye") and not base.startswith("aye aye")

@@ -167,6 +167,7 @@ def test_a_server_that_does_not_answer_for_long_is_given_up(monkeypatch: pytest.
         (("--list", "--epochs", "3"), "--epochs needs EXAMPLES"),
         (("--resume", "ftjob-1", "--learning-rate-multiplier", "3"), "--learning-rate-multiplier needs EXAMPLES"),
         (("--back", "x", "--prompt", "Hi"), "--prompt needs EXAMPLES or --resume"),
+        (("x", "--exact-match"), "--exact-match needs --validation"),
         (("x", "--format", "dpo"), "--format needs --from-feedback"),
     ],
 )

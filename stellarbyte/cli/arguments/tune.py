@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = ("sft", "dpo", "trl")
-_OF_JOBS = ("validation", "suffix", "n_epochs", "batch_size", "learning_rate_multiplier", "seed", "publish", "detach")
+_OF_JOBS = (
+    "validation",
+    "suffix",
+    "n_epochs",
+    "batch_size",
+    "learning_rate_multiplier",
+    "seed",
+    "publish",
+    "exact_match",
+    "detach",
+)
 
 
 def add_tune(
@@ -48,6 +58,11 @@ def add_tune(
     job.add_argument(
         "--share", type=positive, metavar="X", help="with --publish: share of NAME's callers that get it; default: all"
     )
+    job.add_argument(
+        "--exact-match",
+        action="store_true",
+        help="with --validation: also count answers that are equal to the examples",
+    )
     job.add_argument("--detach", action="store_true", help="return once the job is started")
     command.add_argument(
         "--prompt",
@@ -72,6 +87,8 @@ def _check(options: argparse.Namespace) -> str | None:
     """The reason why options contradict each other."""
     if options.share is not None and options.publish is None:
         return "--share needs --publish"
+    if options.exact_match and options.examples is not None and options.validation is None:
+        return "--exact-match needs --validation"
     if options.examples is None:
         given = [name for name in _OF_JOBS if getattr(options, name) not in (None, False)]
         if given:

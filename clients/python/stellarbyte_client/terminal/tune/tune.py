@@ -25,7 +25,7 @@ from stellarbyte_client.terminal.markdown import printable
 from stellarbyte_client.terminal.tune.comparison import compare
 from stellarbyte_client.terminal.tune.feedback_file import Format, write_examples
 from stellarbyte_client.terminal.tune.job_view import JobView
-from stellarbyte_client.terminal.tune.tuning_server import Check, Job, TuningServer
+from stellarbyte_client.terminal.tune.tuning_server import Check, Compared, Job, TuningServer
 
 _WHOLE_LINES = 10_000  # characters: more than any line has
 _STATES = {"succeeded": "green", "failed": "red", "cancelled": "red", "running": "yellow"}
@@ -42,6 +42,7 @@ class TuneSettings:
     hyperparameters: dict[str, float]
     publish: str | None = None  # a name
     share: float | None = None  # of the name's callers
+    counts_exact: bool = False
     is_detached: bool = False
 
 
@@ -78,6 +79,8 @@ class TuneCommands:
             body: dict[str, Any] = {**uploaded, "method": method, "model": default.parent or default.id}
             given = {"suffix": settings.suffix, "seed": settings.seed}
             body |= {name: value for name, value in given.items() if value is not None}
+            if settings.counts_exact:
+                body["evaluate"] = ["exact_match"]
             if settings.publish is not None:
                 share = {} if settings.share is None else {"share": settings.share}
                 body["publish"] = {"name": settings.publish, **share}
@@ -182,11 +185,10 @@ class TuneCommands:
 
     def _say_model(self, job: Job) -> None:
         assert job.fine_tuned_model is not None, "the job has succeeded"
-        losses = job.losses
-        with_it = "" if losses.valid is None or losses.base_valid is None else (
-            f" Validation loss {losses.base_valid:.3f} without it, {losses.valid:.3f} with it."
-        )  # fmt: skip
-        self._say(f"The new model is {job.fine_tuned_model}.{with_it}")
+        self._say(f"The new model is {job.fine_tuned_model}.")
+        self._say_compared("Validation loss", job.losses, ".3f")
+        if job.exact_match is not None:
+            self._say_compared("Exact answers", job.exact_match, ".0%")
         if job.publish is None:
             return
         if job.publish.version is None:
@@ -197,6 +199,12 @@ class TuneCommands:
             f"It is live as {job.publish.name}{share}, version {job.publish.version}; stellarbyte tune --back"
             f" {job.publish.name} goes back."
         )
+
+    def _say_compared(self, figure: str, of: Compared, form: str) -> None:
+        named = (("without it", of.base_valid), ("with the version before", of.previous_valid), ("with it", of.valid))
+        parts = [f"{value:{form}} {model}" for model, value in named if value is not None]
+        if parts:
+            self._say(f"{figure}: {', '.join(parts)}.")
 
     def _compare(self, job: Job) -> None:
         """Show answers of the base and of the new model."""

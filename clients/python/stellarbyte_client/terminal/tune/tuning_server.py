@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import openai
 
+from stellarbyte_client.address import DEFAULT_TIMEOUT_S, GENERATION_TIMEOUT_S
 from stellarbyte_client.client import StellarByte
 from stellarbyte_client.errors import server_error, timed_out, unreachable
 from stellarbyte_client.terminal.connection import CommandFailed, server_problem
@@ -16,10 +17,16 @@ ENDED = ("succeeded", "failed", "cancelled")
 _PAGE = 100
 
 
-class Losses(msgspec.Struct, frozen=True, kw_only=True):
-    train: float | None = None
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """A figure of the validation file with the new model, without it, and with the version that was live before."""
+
     valid: float | None = None
     base_valid: float | None = None
+    previous_valid: float | None = None
+
+
+class Losses(Compared, frozen=True, kw_only=True):
+    train: float | None = None
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +52,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     estimated_finish: int | None = None
     error: JobError | None = None
     losses: Losses = Losses()
+    exact_match: Compared | None = None
     publish: Publication | None = None
 
     @property
@@ -116,7 +124,9 @@ class TuningServer:
             self._openai.files.delete(file_id)
 
     def check(self, body: dict[str, Any]) -> Check:
-        return msgspec.convert(self._post("/fine_tuning/files/check", body), Check)
+        """May take minutes: the server counts tokens in idle time only."""
+        checked = self._post("/fine_tuning/files/check", body, timeout_s=GENERATION_TIMEOUT_S)
+        return msgspec.convert(checked, Check)
 
     def start(self, body: dict[str, Any]) -> Job:
         return msgspec.convert(self._post("/fine_tuning/jobs", body), Job)
@@ -164,9 +174,9 @@ class TuningServer:
         with self._failures_told(is_admin=is_admin):
             return self._openai.get(path, cast_to=object, options={"params": given})
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, Any], timeout_s: float = DEFAULT_TIMEOUT_S) -> Any:
         with self._failures_told():
-            return self._openai.post(path, cast_to=object, body=body)
+            return self._openai.post(path, cast_to=object, body=body, options={"timeout": timeout_s})
 
     @contextlib.contextmanager
     def _failures_told(self, *, is_admin: bool = False) -> Iterator[None]:
