@@ -80,76 +80,68 @@ def job_of(text: str) -> str:
     return found[0]
 
 
-def test_a_job_is_watched_left_and_resumed_and_its_model_is_live_and_can_be_taken_back(
+def test_examples_become_a_model_that_is_live_and_can_be_taken_back(
     tune: Any, server: ServerProcess, examples: str, tmp_path: Path
 ) -> None:
     validation = tmp_path / "validation.jsonl"
     validation.write_bytes(chats(3))
     hyperparameters = ("--epochs", "20", "--batch-size", "1", "--learning-rate-multiplier", "2", "--seed", "7")
-    start = (
-        examples,
-        "--validation",
-        str(validation),
-        "--suffix",
-        "sailor",
-        *hyperparameters,
-        "--publish",
-        "pirate",
-        "--exact-match",
-    )
-    with Terminal("tune", *start, "--url", server.url, *ADMIN, home=tmp_path) as terminal:
+    given = ("--validation", str(validation), "--exact-match", "--suffix", "sailor", "--publish", "pirate")
+    start = (examples, *given, *hyperparameters, "--url", server.url, *ADMIN)
+    with Terminal("tune", *start, home=tmp_path, rows=40) as terminal:
         terminal.wait_for(r"^Checked \S+: 12 examples, 3 for validation, 240 steps, [\d,]+ tokens", JOB_S)
-        terminal.wait_for(r"^ftjob-\w+  running").wait_for(r"step [1-9]\d* of 240", JOB_S)
+        terminal.wait_for(r"step [1-9]\d* of 240", JOB_S)
         terminal.wait_for(r"^ *\d+\.\d\d ┤").wait_for(r"^· training loss \d\.\d{3}   ● validation loss \d\.\d{3}")
-        job_id = job_of(terminal.text)
-        post(server, f"/v1/fine_tuning/jobs/{job_id}/pause")
-        terminal.wait_for(r"^ftjob-\w+  paused").type(CTRL_C)
+        terminal.type(CTRL_C)
         terminal.wait_for("d: detach, the job continues; c: cancel the job; Enter: watch again >").type(ENTER)
-        terminal.wait_for(r"(?s)watch again >.*paused").type(CTRL_C)
-        terminal.wait_for(r"(?s)watch again >.*watch again >").type("d" + ENTER)
-        assert terminal.wait_end() == 0
-        assert f"The job continues on the server; stellarbyte tune --resume {job_id} shows it again." in terminal.text
-
-    resumed = tune("--resume", job_id, "--prompt", "q1?", *ADMIN)
-    assert resumed.status == 0, resumed
-    job = get(server, f"/v1/fine_tuning/jobs/{job_id}", "admin")
-    losses = job["losses"]
-    assert "\nThe job was resumed\n" in resumed.out and "\nStep 240/240: " in resumed.out
-    assert (
-        f"\nThe new model is {job['fine_tuned_model']}.\nValidation loss: {losses['base_valid']:.3f} without it,"
-        f" {losses['valid']:.3f} with it.\nExact answers: 0% without it, {job['exact_match']['valid']:.0%} with it.\n"
-        "It is live as pirate, version 1; stellarbyte tune --back pirate goes back.\n"
-    ) in resumed.out
-    base, new = re.split(r"\n(?:tiny|ft:tiny:sailor:\w+):\n", resumed.out)[1:]
-    assert new.startswith("aye aye") and not base.startswith("aye aye")
-
-    listed = tune("--list", *ADMIN)
-    assert [job_id, "succeeded"] == listed.out.splitlines()[3].split()[:2], listed
-    assert f"{losses['valid']:.3f} valid" in listed.out and job["fine_tuned_model"] in listed.out
-    assert tune("--list", *ANN).out == "There are no fine-tuning jobs.\n"
-
-    checkpoint = get(server, f"/v1/fine_tuning/jobs/{job_id}/checkpoints", "admin")["data"][1]["id"]
-    post(server, f"/v1/fine_tuning/jobs/{job_id}/publish", name="pirate", checkpoint=checkpoint)
-    assert tune("--back", "pirate", *ADMIN) == Result(0, "pirate is at version 1 again.\n", "")
-    assert StellarByte(server.url, admin_api_key="key-of-admin").adapters.versions("pirate").current == 1
-
-    with Terminal("tune", "--resume", job_id, "--url", server.url, *ADMIN, home=tmp_path) as terminal:
+        terminal.wait_for(r"(?s)watch again >.*^ftjob-\w+  succeeded$.*step 240 of 240", JOB_S)
         terminal.wait_for("A prompt for both models").type("q1?" + ENTER)
         terminal.wait_for(r"^ *tiny +ft:tiny:sailor:\w+").wait_for(r"^ .* aye aye")  # side by side
         terminal.wait_for(r"(?s)aye aye.*A prompt for both models").type(ENTER)
         assert terminal.wait_end() == 0
+        text = terminal.scrolled_text
+    (job,) = get(server, "/v1/fine_tuning/jobs", "admin")["data"]
+    losses, exact = job["losses"], job["exact_match"]
+    assert f"\nThe new model is {job['fine_tuned_model']}.\n" in text
+    assert f"\nValidation loss: {losses['base_valid']:.3f} without it, {losses['valid']:.3f} with it.\n" in text
+    assert f"\nExact answers: {exact['base_valid']:.0%} without it, {exact['valid']:.0%} with it.\n" in text
+    assert "\nIt is live as pirate, version 1; stellarbyte tune --back pirate goes back.\n" in text
+
+    listed = tune("--list", *ADMIN)
+    assert [job["id"], "succeeded"] == listed.out.splitlines()[3].split()[:2], listed
+    assert f"{losses['valid']:.3f} valid" in listed.out and job["fine_tuned_model"] in listed.out
+    assert tune("--list", *ANN).out == "There are no fine-tuning jobs.\n"
+
+    checkpoint = get(server, f"/v1/fine_tuning/jobs/{job['id']}/checkpoints", "admin")["data"][1]["id"]
+    post(server, f"/v1/fine_tuning/jobs/{job['id']}/publish", name="pirate", checkpoint=checkpoint)
+    assert tune("--back", "pirate", *ADMIN) == Result(0, "pirate is at version 1 again.\n", "")
+    assert StellarByte(server.url, admin_api_key="key-of-admin").adapters.versions("pirate").current == 1
+
+    shown = tune("--resume", job["id"], "--prompt", "q1?", *ADMIN)  # in a pipe
+    assert shown.status == 0, shown
+    events = get(server, f"/v1/fine_tuning/jobs/{job['id']}/events?limit=100", "admin")["data"]
+    assert [each["message"] for each in reversed(events)] == shown.out.partition("\nThe new model")[0].splitlines()[
+        -100:
+    ]
+    base, new = re.split(r"\n(?:tiny|ft:tiny:sailor:\w+):\n", shown.out)[1:]
+    assert new.startswith("aye aye") and not base.startswith("aye aye")
 
 
-def test_ctrl_c_can_cancel_a_job(server: ServerProcess, examples: str, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_job_running_or_cancels_it(server: ServerProcess, examples: str, tmp_path: Path) -> None:
     client = strict_client(server.url).with_options(api_key="key-of-ann")
     file_id = client.files.create(file=Path(examples), purpose="fine-tune").id
     job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file_id).id
-    with Terminal("tune", "--resume", job_id, "--url", server.url, *ANN, home=tmp_path) as terminal:
-        terminal.wait_for(r"^ftjob-").type(CTRL_C)
-        terminal.wait_for("watch again >").type("c" + ENTER)
-        assert terminal.wait_end() == 1
-        assert f"error: The job {job_id} was cancelled" in terminal.text
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+    for key, status, message in (
+        ("d", 0, f"The job continues on the server; stellarbyte tune --resume {job_id} shows it again."),
+        ("c", 1, f"error: The job {job_id} was cancelled"),
+    ):
+        with Terminal("tune", "--resume", job_id, "--url", server.url, *ANN, home=tmp_path) as terminal:
+            terminal.wait_for(r"^ftjob-").type(CTRL_C)
+            terminal.wait_for("watch again >").type(key + ENTER)
+            assert terminal.wait_end() == status
+            assert message in terminal.text
+        ended = client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
+        assert ended == (key == "c")
     for file in client.files.list():
         client.files.delete(file.id)
 
@@ -182,8 +174,6 @@ def test_what_cannot_be_done_is_one_sentence(tune: Any, server: ServerProcess, e
         (("--cancel", "ftjob-1", *ANN), "The fine-tuning job 'ftjob-1' does not exist."),
         ((examples,), "The server needs one of its API keys; give it with --api-key or in STELLARBYTE_API_KEY."),
         ((examples, "--api-key", "key-of-bob"), "The key 'bob' may not fine-tune models."),
-        ((examples, "--publish", "x", *ANN), "The field 'publish' needs the right to load adapters: The key 'ann' does"
-         " not permit this request; it needs the server's --admin-api-key."),
         (("--back", "none", *ADMIN), "The server has no stored adapter 'none'."),
         (("--from-feedback", examples, *ADMIN), f"{examples} already exists; give another name."),
     ):  # fmt: skip
@@ -217,7 +207,11 @@ def test_feedback_that_is_off_is_said(stellarbyte: Command, fake_server: ServerP
 
 
 @pytest.mark.slow
-def test_a_job_can_be_started_and_left_at_once(tune: Any, examples: str) -> None:
+def test_a_job_can_be_started_and_left_at_once(tune: Any, server: ServerProcess, examples: str) -> None:
+    files = get(server, "/v1/files")
+    refused = tune(examples, "--publish", "x", *ANN)  # once the examples have been checked
+    assert refused.err.startswith("error: The field 'publish' needs the right to load adapters: The key 'ann'")
+    assert refused.status == 1 and get(server, "/v1/files") == files
     started = tune(examples, "--detach", *ANN)
     assert started.status == 0 and "stellarbyte tune --resume ftjob-" in started.out
     job_id = job_of(started.out)
@@ -225,12 +219,19 @@ def test_a_job_can_be_started_and_left_at_once(tune: Any, examples: str) -> None
 
 
 @pytest.mark.slow
-def test_a_server_that_ends_in_the_middle_and_starts_again_finishes_the_job(
+def test_a_paused_job_continues_and_a_server_that_starts_again_finishes_it(
     server: ServerProcess, flags: list[str], examples: str, tmp_path: Path
 ) -> None:
     options = ("--epochs", "25", "--batch-size", "1", "--url", server.url, *ANN)
     with Terminal("tune", examples, *options, home=tmp_path) as terminal:
         terminal.wait_for(r"step [1-9]\d* of 300", JOB_S)
+        job_id = job_of(terminal.text)
+        httpx.post(f"{server.url}/v1/fine_tuning/jobs/{job_id}/pause", headers={"Authorization": "Bearer key-of-ann"})
+        terminal.wait_for(r"^ftjob-\w+  paused").type(CTRL_C)
+        terminal.wait_for("watch again >").type("d" + ENTER)
+        assert terminal.wait_end() == 0
+    with Terminal("tune", "--resume", job_id, "--url", server.url, *ANN, home=tmp_path) as terminal:
+        terminal.wait_for(r"^ftjob-\w+  running.*\n.*step [1-9]\d* of 300", JOB_S)
         server.process.kill()
         server.wait()
         terminal.wait_for(r"the server does not answer, trying again \(Ctrl-C leaves the job running\)", JOB_S)

@@ -161,7 +161,7 @@ def test_a_server_that_does_not_answer_for_long_is_given_up(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "one of the arguments EXAMPLES --resume --list --cancel --back --from-feedback is required"),
+        ((), "give EXAMPLES, or one of --resume, --list, --cancel, --back and --from-feedback"),
         (("x", "--list"), "argument --list: not allowed with argument EXAMPLES"),
         (("x", "--share", "0.5"), "--share needs --publish"),
         (("--list", "--epochs", "3"), "--epochs needs EXAMPLES"),

@@ -17,6 +17,7 @@ _OF_JOBS = (
     "exact_match",
     "detach",
 )
+_ACTIONS = ("resume", "cancel", "back", "from_feedback")
 
 
 def add_tune(
@@ -36,7 +37,7 @@ def add_tune(
         description="Train an adapter on a running server (--fine-tuning): check the examples, start a job, watch it,"
         " and compare the new model with the base. With the admin key, the job belongs to it.",
     )
-    action = command.add_mutually_exclusive_group(required=True)
+    action = command.add_mutually_exclusive_group()
     action.add_argument("examples", nargs="?", metavar="EXAMPLES", help="JSON lines with one example each")
     action.add_argument("--resume", type=text, metavar="JOB", help="watch a job again; a paused one continues")
     action.add_argument("--list", action="store_true", help="print the jobs, newest first")
@@ -84,7 +85,9 @@ def add_tune(
 
 
 def _check(options: argparse.Namespace) -> str | None:
-    """The reason why options contradict each other."""
+    """The reason why options contradict each other, or do not suffice."""
+    if not (options.examples or options.list) and not any(getattr(options, name) for name in _ACTIONS):
+        return "give EXAMPLES, or one of --resume, --list, --cancel, --back and --from-feedback"
     if options.share is not None and options.publish is None:
         return "--share needs --publish"
     if options.exact_match and options.examples is not None and options.validation is None:

@@ -1,7 +1,6 @@
 """/v1/feedback on a real server with two HTTP processes: who may rate which answers, and what is stored of them."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,26 +160,23 @@ def test_ratings_have_a_limit_for_each_key(server: ServerProcess) -> None:
     clear(server)
 
 
-def test_a_killed_server_knows_its_answers_and_ratings_again(flags: list[str], tmp_path: Path) -> None:
-    flags = [*flags, "--data-dir", str(tmp_path / "data")]
-    with running(FAKE, *flags) as server:
-        rated, unrated = (call(server, "POST", "/v1/chat/completions", **CHAT).json()["id"] for _ in range(2))
-        before = rate(server, rated).json()
-        server.process.kill()
-        server.wait()
-    for path in (tmp_path / "data").glob("feedback*"):
-        assert os.stat(path).st_mode & 0o077 == 0
-    with running(FAKE, *flags) as server:
-        assert listed(server) == [before]
-        assert rate(server, unrated, rating="good").status_code == 200
+def test_without_the_switch_nothing_is_kept(fake_server: ServerProcess) -> None:
+    answer_id = httpx.post(f"{fake_server.url}/v1/chat/completions", json=CHAT, timeout=30).json()["id"]
+    refused = httpx.post(f"{fake_server.url}/v1/feedback", json={"id": answer_id, "rating": "good"}, timeout=30)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "feedback_required"
+    assert refused.json()["error"]["message"] == "Feedback is off because the server was started without --feedback."
 
 
-def test_without_the_switch_nothing_is_kept(fake_model: str, tmp_path: Path) -> None:
-    with running(FAKE, "--model", fake_model, "--data-dir", str(tmp_path / "data")) as server:
-        answer_id = httpx.post(f"{server.url}/v1/chat/completions", json=CHAT, timeout=30).json()["id"]
-        refused = httpx.post(f"{server.url}/v1/feedback", json={"id": answer_id, "rating": "good"}, timeout=30)
-        assert refused.status_code == 400 and refused.json()["error"]["code"] == "feedback_required"
-        assert refused.json()["error"]["message"] == (
-            "Feedback is off because the server was started without --feedback."
-        )
-        assert not any(b"1 + 1?" in path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file())
+def test_a_killed_server_knows_its_answers_and_ratings_again(server: ServerProcess, flags: list[str]) -> None:
+    clear(server)
+    rated, unrated = (call(server, "POST", "/v1/chat/completions", **CHAT).json()["id"] for _ in range(2))
+    before = rate(server, rated).json()
+    server.process.kill()
+    server.wait()
+    folder = Path(flags[flags.index("--data-dir") + 1])
+    found = sorted(path.name for path in folder.glob("feedback*"))
+    assert found[0] == "feedback.sqlite3"
+    assert all((folder / name).stat().st_mode & 0o077 == 0 for name in found)
+    with running(FAKE, *flags) as again:
+        assert listed(again) == [before]
+        assert rate(again, unrated, rating="good").status_code == 200
