@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -90,24 +90,22 @@ class JobView:
 
     def _drawn(self) -> Group:
         job, progress = self._job, self._progress
-        lines = [Text.assemble((job.id, "bold"), "  ", self._state())]
+        drawn: list[RenderableType] = [Text.assemble((job.id, "bold"), "  ", self._state())]
         if progress.total_steps:
             bar = Table.grid(padding=(0, 1))
             bar.add_row(
                 ProgressBar(progress.total_steps, progress.step, width=40),
                 Text(f"step {progress.step} of {progress.total_steps}{self._left()}"),
             )
-            lines_and_bar = [*lines, bar]
-        else:
-            lines_and_bar = [*lines]
+            drawn.append(bar)
         width = min(_PLOT_COLUMNS, self._console.width - 1)
-        plot = [Text(line) for line in loss_plot(progress.train, progress.valid, width, _PLOT_ROWS)]
+        plot = loss_plot(progress.train, progress.valid, width, _PLOT_ROWS)
+        drawn += [Text(line) for line in plot]
         if plot:
-            shown = f"{TRAIN} training loss {progress.train[-1][1]:.3f}" if progress.train else ""
-            if progress.valid:
-                shown += f"   {VALID} validation loss {progress.valid[-1][1]:.3f}"
-            plot.append(Text(shown.strip(), style="dim"))
-        return Group(*lines_and_bar, *plot)
+            shown = [f"{TRAIN} training loss {progress.train[-1][1]:.3f}"] if progress.train else []
+            shown += [f"{VALID} validation loss {progress.valid[-1][1]:.3f}"] if progress.valid else []
+            drawn.append(Text("   ".join(shown), style="dim"))
+        return Group(*drawn)
 
     def _state(self) -> str:
         status = self._job.status.replace("_", " ")

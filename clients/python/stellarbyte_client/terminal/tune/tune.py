@@ -220,9 +220,9 @@ class TuneCommands:
             answers = compare(self._console, Asker(self._connection), models, prompt)
             if (problem := next((each.problem for each in answers if each.problem is not None), None)) is not None:
                 raise CommandFailed(problem)
-        while is_asked and (prompt := _asked("A prompt for both models (Enter: done) > ")):
+        while is_asked and (typed := _asked("A prompt for both models (Enter: done) > ")):
             with contextlib.suppress(KeyboardInterrupt):
-                compare(self._console, Asker(self._connection), models, prompt)
+                compare(self._console, Asker(self._connection), models, typed)
 
     def _say_detached(self, job: Job) -> None:
         self._say(f"The job continues on the server; stellarbyte tune --resume {job.id} shows it again.")
