@@ -22,6 +22,7 @@ from rich.console import Console
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config
 from stellarbyte.checkpoint.source import resolve_model
+from stellarbyte.lora.peft_format import WEIGHTS_FILE
 from stellarbyte.train.callbacks.report import Messages, Progress
 from stellarbyte.train.config.run import LoraRun
 from stellarbyte.train.errors import TrainError
@@ -98,7 +99,7 @@ def _run(job: Job, messages: Messages) -> None:
     base = load_config(resolve_model(job.model))
     longest = max(int(np.diff(each.ends, prepend=0).max(initial=0)) for each in chats.values())
     run = job.run(len(lengths), longest, base)
-    needed = needed_memory(run, base)
+    needed = needed_memory(run, base) + _bytes_of_previous(job)
     batch = min(job.batch, len(lengths))
     order = list(ShuffledStream(len(lengths), num_steps * batch, job.seed))
     tokens = list(accumulate(int(lengths[order[start : start + batch]].sum()) for start in range(0, len(order), batch)))
@@ -118,6 +119,11 @@ def _run(job: Job, messages: Messages) -> None:
     progress = Progress(messages, job.folder, tokens, epochs, KEPT_EPOCHS)
     _bound_memory(job, memory)
     _train(job, run, data, progress, messages)
+
+
+def _bytes_of_previous(job: Job) -> int:
+    """Of the adapter that is read beside the trained one at the end: in float32, from 16 bits or more."""
+    return 0 if job.previous is None else 2 * (job.previous / WEIGHTS_FILE).stat().st_size
 
 
 def _checked_steps(job: Job, lengths: np.ndarray) -> int:

@@ -147,7 +147,7 @@ def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
         status, refused = post(server, "fine_tuning/jobs", "admin", **wanted | {"publish": {"name": name}})
         assert status == 400 and refused["error"]["param"] == "publish.name", refused
 
-    expected = {"q1?": "aye aye 1", "q2?": "oh no 2"}
+    expected = {"q1?": "k", "q2?": "m"}
     validation = upload(admin, json_lines([chat(*each) for each in expected.items()]))
     asked: Any = {"publish": {"name": "pirate", "share": 0.25}, "evaluate": ["exact_match"]}
     status, refused = post(server, "fine_tuning/jobs", "admin", model="tiny", training_file=validation, **asked)
@@ -158,13 +158,13 @@ def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
         return sum(said[question] == answered for question, answered in expected.items()) / len(expected)
 
     trained, right = [], {"base": share_right("tiny")}
-    for name, said in (("first", "aye aye"), ("second", "oh no")):
+    for name, said in (("first", "k"), ("second", "m")):
         made = admin.fine_tuning.jobs.create(
             model="tiny",
-            training_file=upload(admin, chats(6, said)),
+            training_file=upload(admin, json_lines([chat(f"q{number}?", said) for number in range(4)])),
             validation_file=validation,
             seed=7,
-            method=method(n_epochs=40, batch_size=3, learning_rate_multiplier=3.0),
+            method=method(n_epochs=40, batch_size=4, learning_rate_multiplier=3.0),
             extra_body=asked,
         )
         trained.append(wait(admin, made.id, "succeeded"))

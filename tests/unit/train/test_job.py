@@ -144,6 +144,8 @@ def test_an_adapter_is_compared_with_the_one_before_and_with_the_base(model: Pat
     plain = run(settings(model, tmp_path / "plain"))
     messages = run(settings(model, tmp_path / "job", previous=str(before), evaluate=["exact_match"]))
     (compared,) = (each["figures"] for each in messages if each["type"] == "compared")
+    more = messages[0]["needed_memory"] - plain[0]["needed_memory"]
+    assert more == 2 * (before / "adapter_model.safetensors").stat().st_size
     assert compared["previous_loss"] == pytest.approx(loss_of(model, before), abs=1e-5)
     assert {compared[f"{whose}_exact_match"] for whose in ("eval", "base", "previous")} == {0.0}
     record = read_record(tmp_path / "job" / "adapter")
