@@ -5,7 +5,7 @@ import asyncio
 import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from stellarbyte_server.api.contract.bodies.completion import CompletionBody
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.api.structured.answer_check import NOT_CHECKED
 from stellarbyte_server.api.submission import record_of
-from stellarbyte_server.feedback.store import Answered, Choice, FeedbackStore
+from stellarbyte_server.feedback.store import MAX_ANSWER_BYTES, Answered, Choice, FeedbackStore
 from stellarbyte_server.tokens.text_work import TooMuchText
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class AnswerEnds:
         self._check = check
         self._keep = keep
         self._num_running = num_answers
+        self._num_characters = 0
         self._parts: dict[int, list[Fragment]] = {}
 
     @classmethod
@@ -135,7 +136,7 @@ class AnswerEnds:
         if self._check is None and self._keep is None:
             return fragment
         parts = self._parts.setdefault(number, [])
-        parts.append(fragment)
+        parts.append(fragment if self._keep is None else self._kept_part(fragment))
         if self._check is not None and fragment.finish_reason in ("stop", "tool_calls", "function_call"):
             called = joined_calls([call for part in parts for call in part.calls])
             functions = [call["function"] for call in called if "function" in call]
@@ -148,6 +149,17 @@ class AnswerEnds:
             if self._keep is not None and self._num_running == 0:
                 await self._keep([self._parts[each] for each in sorted(self._parts)])
         return fragment
+
+    def _kept_part(self, fragment: Fragment) -> Fragment:
+        """The fragment without its numbers. Answers that are too long to be kept are collected no further."""
+        self._num_characters += 1 + len(fragment.text) + len(fragment.reasoning)
+        if self._num_characters > MAX_ANSWER_BYTES:
+            self._keep = None
+            if self._check is None:
+                self._parts.clear()
+        return replace(
+            fragment, pieces=None, logprobs=None, token_ids=None, prompt_logprobs=None, prompt_token_ids=None
+        )
 
 
 UNCHECKED = AnswerEnds(None)
