@@ -17,7 +17,7 @@ from stellarbyte.lora import (
 )
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.callbacks.report import Messages
-from stellarbyte.train.exact_match import exact_match
+from stellarbyte.train.job.exact_match import exact_match
 from stellarbyte.train.metrics import held_out_loss
 from stellarbyte.train.trainer import ByteTrainer
 

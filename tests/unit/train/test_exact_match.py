@@ -8,10 +8,10 @@ import torch
 
 from stellarbyte.checkpoint.native import load_model
 from stellarbyte.model.transformer import ByteTransformer
-from stellarbyte.train import exact_match as exact_match_module
 from stellarbyte.train.data.packing import Batch, collate, packed_row
 from stellarbyte.train.errors import TrainError
-from stellarbyte.train.exact_match import exact_match
+from stellarbyte.train.job import exact_match as exact_match_module
+from stellarbyte.train.job.exact_match import exact_match
 from tests.support.tuning.chat_model import make_chat_model
 
 CPU = torch.device("cpu")

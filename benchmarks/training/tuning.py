@@ -1,7 +1,7 @@
 """What a fine-tuning job costs running streams: gaps between their tokens and their throughput, with it and without.
 
-    python -m benchmarks.tuning                    4 streams of the demo model, 4 rounds
-    python -m benchmarks.tuning --streams 8
+    python -m benchmarks.training.tuning                    4 streams of the demo model, 4 rounds
+    python -m benchmarks.training.tuning --streams 8
 
 Starts our server with --fine-tuning cpu, uploads chats of a given length and starts a job. Each round measures a time
 without the job (paused, its process gone) and one with it (a step has ended since it was resumed); ratios are within a
