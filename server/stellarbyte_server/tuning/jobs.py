@@ -17,6 +17,7 @@ KEPT_S = 30 * DAY_S  # of a job without a model, after its end
 MAX_UNFINISHED = 32  # jobs of all keys
 MAX_MODELS = 100  # of one key
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Evaluation = Literal["exact_match"]
 Level = Literal["info", "warn", "error"]
 _UNFINISHED = ("validating_files", "queued", "running", "paused")
 TUNING_VERSION = 1
@@ -63,6 +64,19 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate_multiplier: float | None = None
 
 
+class Publication(msgspec.Struct, frozen=True, kw_only=True):
+    """A name under which the adapter is to be live, and what became of it.
+
+    The version that is live there when the job begins is evaluated, too.
+    """
+
+    name: str
+    share: float | None = None  # of the name's callers; None: all
+    caller: str = ""  # the name of the key that asked for it
+    version: int | None = None  # of the name, once it is live
+    error: str | None = None  # one sentence: why it is not live
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job in its current state. Times are Unix seconds."""
 
@@ -85,10 +99,19 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     last_evaluation: int = -1  # the step of it
     tokens: int = 0  # read up to `last_step`
     checkpoints: tuple[Checkpoint, ...] = ()
-    losses: dict[str, float] = {}  # train, valid, and base_valid: of the model without an adapter
+    evaluate: tuple[Evaluation, ...] = ()
+    losses: dict[str, float] = {}  # train, valid, base_valid (without an adapter), previous_valid (see `Publication`)
+    exact_match: dict[str, float] = {}  # valid, base_valid, previous_valid: shares of the validation file's answers
     num_lost: int = 0  # processes that ended by themselves
     fine_tuned_model: str | None = None
+    publish: Publication | None = None
+    goes_live: bool = False  # under the name of `publish`: too late to cancel or pause it
     result_files: tuple[str, ...] = ()
+
+    @property
+    def result_checkpoint(self) -> str:
+        """The id of the checkpoint that is the result."""
+        return f"ftckpt-{self.id.removeprefix('ftjob-')}"
 
     @property
     def is_over(self) -> bool:
@@ -180,6 +203,21 @@ class Jobs:
             query = "SELECT content FROM jobs WHERE model IS NOT NULL ORDER BY number"
             return [_job(row) for row in database.execute(query).fetchall()]
 
+    def tokens_per_s(self, model: str) -> float | None:
+        """The speed of the newest job of a model that has succeeded; None if there is none, or it was too short."""
+        with self._index.reading() as database:
+            rows = database.execute("SELECT content FROM jobs WHERE status = 'succeeded' ORDER BY number DESC")
+            last = next((job for job in map(_job, rows) if job.model == model), None)
+        if last is None:
+            return None
+        steps = [
+            (event.created_at, event.data["tokens"])
+            for _, event in self.events_since(last.id, None, -1)
+            if event.data is not None and "tokens" in event.data
+        ]
+        seconds = steps[-1][0] - steps[0][0] if steps else 0
+        return None if seconds == 0 else float(steps[-1][1] - steps[0][1]) / seconds
+
     def change(self, job_id: str, change: Change, events: Iterable[Event] = ()) -> Job | None:
         """Replace a job with the result of `change`, and return it; None if the job does not exist.
 
@@ -198,6 +236,11 @@ class Jobs:
                 )
                 _add_events(database, job_id, events)
         return after
+
+    def note(self, job_id: str, event: Event) -> None:
+        """Add an event to a job."""
+        with self._index.transaction() as database:
+            _add_events(database, job_id, [event])
 
     def events(self, job_id: str, *, limit: int, after: str | None) -> tuple[list[tuple[str, Event]], bool]:
         """Up to `limit` events with their ids, newest first, and whether more follow; KeyError."""

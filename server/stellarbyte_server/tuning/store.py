@@ -1,12 +1,17 @@
 """The part of --data-dir that belongs to fine-tuning, as opened by one process of the server.
 
 tuning.sqlite3         jobs and their events
-tuning/JOB/            a job's folder: the checked examples (chats.jsonl, validation.jsonl), run/ with checkpoints,
-                       adapter/ and step-N/, the results. After the job only these are left.
+tuning/JOB/            a job's folder: the checked examples (chats.jsonl, validation.jsonl), previous/, the adapter that
+                       the result is compared with, run/ with checkpoints, adapter/ and step-N/, the results. After the
+                       job only these are left.
+tuning/.check-…/       the examples of a check without a job, while it runs
 """
 
+import asyncio
+import contextlib
 import os
 import shutil
+import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +20,12 @@ from stellarbyte_server.batch.index import Index
 from stellarbyte_server.config.setting_values import SettingsError
 from stellarbyte_server.config.settings import TUNED_PREFIX, TUNING_FOLDER
 from stellarbyte_server.tuning.jobs import TUNING_SCHEMA, TUNING_VERSION, Jobs
-from stellarbyte_server.tuning.results import model_of_checkpoint
+from stellarbyte_server.tuning.results import ADAPTER_FILES, model_of_checkpoint
 
 INDEX = "tuning.sqlite3"
-CHATS, VALIDATION, ADAPTER = "chats.jsonl", "validation.jsonl", "adapter"
+CHECK_PREFIX = ".check-"  # of folders of checks without a job
+_CHECK_KEPT_S = 3600  # of one whose process was killed
+CHATS, VALIDATION, ADAPTER, PREVIOUS = "chats.jsonl", "validation.jsonl", "adapter", "previous"
 
 
 def check_training() -> None:
@@ -35,6 +42,7 @@ class TuningStore:
     folder: Path
     jobs: Jobs
     index: Index
+    checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # running without a job
     _owners: dict[str, str] = field(default_factory=dict)  # of models, which never change
 
     @classmethod
@@ -54,6 +62,19 @@ class TuningStore:
     def adapter(self, job_id: str) -> Path:
         return self.of_job(job_id) / ADAPTER
 
+    def previous(self, job_id: str) -> Path:
+        """A copy of the adapter that the result is compared with, if there is one."""
+        return self.of_job(job_id) / PREVIOUS
+
+    def keep_previous(self, job_id: str, adapter: Path) -> None:
+        """Copy an adapter's files, whole or not at all. OSError."""
+        staged = self.of_job(job_id) / f"{PREVIOUS}.part"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(mode=0o700)
+        for name in ADAPTER_FILES:
+            shutil.copyfile(adapter / name, staged / name)
+        staged.rename(self.previous(job_id))
+
     def checkpoint(self, job_id: str, step: int) -> Path:
         return self.of_job(job_id) / f"step-{step}"
 
@@ -69,6 +90,9 @@ class TuningStore:
     def sweep(self) -> None:
         """Remove all files that belong to no unfinished job and no model."""
         for name in os.listdir(self.folder):
+            if name.startswith(CHECK_PREFIX):
+                self._sweep_check(self.folder / name)
+                continue
             job = self.jobs.find(name)
             if job is None or (job.is_over and job.fine_tuned_model is None):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -77,6 +101,12 @@ class TuningStore:
                 for path in self.of_job(name).iterdir():
                     if path.name not in kept:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @staticmethod
+    def _sweep_check(folder: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if folder.stat().st_mtime + _CHECK_KEPT_S < time.time():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         self.index.close()

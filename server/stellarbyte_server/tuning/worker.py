@@ -35,6 +35,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     memory: int | None
     max_tokens: int | None
+    only_plan: bool = False
+    previous: str | None = None
+    evaluate: tuple[str, ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,8 +49,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     batch: int = 0
     learning_rate: float = 0.0
+    needed_memory: int = 0
     train_loss: float = 0.0
     valid_loss: float = 0.0
+    figures: dict[str, float] = {}
     about: str = ""
     message: str = ""
 

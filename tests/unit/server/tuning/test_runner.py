@@ -14,7 +14,7 @@ import pytest
 from stellarbyte_server.batch.files import NoRoom
 from stellarbyte_server.tuning import jobs as jobs_module
 from stellarbyte_server.tuning import runner as runner_module
-from stellarbyte_server.tuning.jobs import Hyperparameters, Status
+from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Status
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway
 from tests.support.tuning.chats import chats
 from tests.support.tuning.place import Place
@@ -77,6 +77,9 @@ def test_a_process_gets_what_the_job_and_its_key_say(place: Place) -> None:
         "threads": 1,
         "memory": None,
         "max_tokens": 5,
+        "only_plan": False,
+        "previous": None,
+        "evaluate": [],
     }
 
 
@@ -289,6 +292,21 @@ def test_keys_have_a_number_of_jobs(place: Place, monkeypatch: pytest.MonkeyPatc
     place.job(owner="bob", most=1)
     with pytest.raises(NoRoom, match="server's limit of 2"):
         place.job(owner="cat", most=1)
+
+
+def test_the_speed_is_that_of_the_newest_job_of_a_model_that_has_succeeded(place: Place) -> None:
+    jobs = place.store.jobs
+    assert jobs.tokens_per_s("tiny") is None
+    (job,) = place.run_to_end(place.job())
+    first = next(each for _, each in jobs.events_since(job.id, None, -1) if each.data and "tokens" in each.data)
+    for number, (tokens, after_s) in enumerate(((700, 30), (1100, 50)), 7):
+        event = Event(message="", data={"step": number, "tokens": tokens}, created_at=first.created_at + after_s)
+        jobs.note(job.id, event)
+    assert jobs.tokens_per_s("tiny") == (1100 - 100) / 50
+    assert jobs.tokens_per_s("other") is None
+    place.script(refuse=["run", "No."])
+    place.run_to_end(place.job())
+    assert jobs.tokens_per_s("tiny") is not None  # the newest one has failed
 
 
 def test_old_records_are_forgotten_and_models_are_not(place: Place) -> None:
