@@ -1,5 +1,6 @@
 """One serving step as the model sees it: tokens of many sequences in a flat row."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,3 +29,11 @@ class ForwardBatch:
     logits_rows: torch.Tensor  # int64 [R], tokens that need logits
     adapter_slots: tuple[int, ...] = ()  # N: slots of the bank, 0: no adapter; (): no sequence has one
     adapter_scales: tuple[float, ...] = ()  # N: factors on top of the adapter's own alpha / r
+    num_plain: tuple[int, ...] = ()  # N: tokens at a sequence's start of this step without its adapter; (): none
+
+    def adapted(self) -> Iterator[tuple[slice, int, float]]:
+        """The tokens of each sequence that have its adapter, with its slot and scale."""
+        for i, slot in enumerate(self.adapter_slots):
+            if slot:
+                start = self.query_starts[i] + (self.num_plain[i] if self.num_plain else 0)
+                yield slice(start, self.query_starts[i + 1]), slot, self.adapter_scales[i]

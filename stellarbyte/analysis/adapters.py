@@ -79,6 +79,7 @@ class AdapterFigures:
 
 def analyse_adapter(model: ByteTransformer, folder: Path, ids: tuple[int, ...]) -> AdapterFigures:
     """Read an adapter in PEFT's files, measure it in `model`, and remove it. Effects are on `ids`; (): none.
+    An activated adapter has them behind its invocation.
 
     Raises:
         AnalysisError: the adapter cannot be read, does not fit the model, or is not linear.
@@ -92,11 +93,13 @@ def analyse_adapter(model: ByteTransformer, folder: Path, ids: tuple[int, ...]) 
         for name, layer in layers.items():
             if (activation := layer.configs[_ACTIVE].activation) is not None:
                 raise AnalysisError(f"The adapter {folder} cannot be analysed: {name} has the activation {activation}.")
+        config = next(iter(layers.values())).configs[_ACTIVE]
+        shown = (*(config.alora_invocation_tokens or ()), *ids)
         return AdapterFigures(
             name=folder.resolve().name,
             num_parameters=sum(p.numel() for layer in layers.values() for p in layer.parameters_of(_ACTIVE).values()),
             modules=tuple(change for name, layer in layers.items() for change in _changes(name, layer)),
-            effects=tuple(_effects(model, layers, ids)) if ids else (),
+            effects=tuple(_effects(model, layers, shown)) if ids else (),
         )
     finally:
         remove_lora(model, _ACTIVE)

@@ -18,10 +18,9 @@ RowAdapters = Sequence[tuple[int, float]]  # R: slot and scale of each row; slot
 
 def add_embeddings(x_TC: torch.Tensor, batch: ForwardBatch, bank: LoraBank) -> torch.Tensor:
     """x + scale · (the adapter's embedding less the base's), for the tokens whose adapter has one; x may change."""
-    for i, slot in enumerate(batch.adapter_slots if bank.replaced else ()):
+    for rows, slot, scale in batch.adapted() if bank.replaced else ():
         if (change_VC := bank.replaced.get(slot, {}).get(EMBEDDING)) is not None:
-            rows = slice(batch.query_starts[i], batch.query_starts[i + 1])
-            x_TC[rows] += batch.adapter_scales[i] * F.embedding(batch.token_ids_T[rows], change_VC)
+            x_TC[rows] += scale * F.embedding(batch.token_ids_T[rows], change_VC)
     return x_TC
 
 

@@ -105,11 +105,7 @@ class _AdaptedProjection:
     def __init__(self, bank: LoraBank, places: Mapping[nn.Module, tuple[int, int]], batch: ForwardBatch) -> None:
         self.bank = bank
         self.places = places
-        self.rows = [
-            (slice(batch.query_starts[i], batch.query_starts[i + 1]), slot, batch.adapter_scales[i])
-            for i, slot in enumerate(batch.adapter_slots)
-            if slot
-        ]
+        self.rows = list(batch.adapted())
 
     def __call__(self, x: torch.Tensor, *linears: nn.Module) -> tuple[torch.Tensor, ...]:
         outputs = plain_projection(x, *linears)

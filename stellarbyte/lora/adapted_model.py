@@ -5,13 +5,14 @@ wrappers are in the model's plain attribute `_lora_aside`, a dict by dotted modu
 `state_dict` nor `parameters` includes them. All functions take the model that `apply_lora_to_model` was called with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from stellarbyte.lora.config import LoRAConfig
+from stellarbyte.lora.invocation import tokens_of
 from stellarbyte.lora.layers import (
     AdapterLayer,
     LoRAConv2d,
@@ -116,6 +117,8 @@ def add_adapter(
             f"adapter name {name!r} must not be empty, contain a dot or be an attribute of torch's modules"
         )
     aside: dict[str, AdapterLayer] = getattr(model, ASIDE, {})
+    if config.alora_invocation_tokens is not None:
+        _check_invocation(model, config.alora_invocation_tokens, weights)
     for module_name in weights:
         _check_fit(module_name, aside.get(module_name, model.get_submodule(module_name)), config)
     for module_name in copies:
@@ -130,6 +133,8 @@ def add_adapter(
             layer = LoRAConv2d(layer) if isinstance(layer, nn.Conv2d) else LoRALinear(layer)
         if name not in layer.configs:
             layer.add_adapter(name, module_name, config, given)
+        if config.alora_invocation_tokens is not None:
+            layer.tokens = tokens_of(model)
         model.set_submodule(module_name, layer)
     for module_name, parameters in copies.items():
         module = model.get_submodule(module_name)
@@ -137,6 +142,17 @@ def add_adapter(
         if name not in copied.configs:
             copied.add_copy(name, config, parameters)
         model.set_submodule(module_name, copied)
+
+
+def _check_invocation(model: nn.Module, invocation: Iterable[int], module_names: Iterable[str]) -> None:
+    """ValueError if a model has no such tokens, or an activated adapter would change its output head."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    vocab_size = getattr(embedding, "num_embeddings", None)
+    if vocab_size is not None and (token := max(invocation)) >= vocab_size:
+        raise ValueError(f"alora_invocation_tokens has {token}, but the model has {vocab_size} tokens")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if of_head := [name for name in module_names if model.get_submodule(name) is head]:
+        raise ValueError(f"alora_invocation_tokens cannot be combined with {of_head[0]}, the output head")
 
 
 def _check_fit(module_name: str, layer: nn.Module, config: LoRAConfig) -> None:
@@ -151,6 +167,8 @@ def _check_fit(module_name: str, layer: nn.Module, config: LoRAConfig) -> None:
         )
     if isinstance(base, nn.Conv2d) and base.groups != 1:
         raise ValueError(f"{module_name} is a Conv2d of {base.groups} groups; only those of one can be adapted")
+    if isinstance(base, nn.Conv2d) and config.alora_invocation_tokens is not None:
+        raise ValueError(f"alora_invocation_tokens must be None: {module_name} is a Conv2d")
     if isinstance(base, nn.Conv2d) and config.use_dora:
         raise ValueError(f"use_dora must be False: {module_name} is a Conv2d, and DoRA is for linear layers only")
 

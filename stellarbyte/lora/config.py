@@ -8,6 +8,7 @@ from typing import TypeVar
 
 ALL_LINEAR = "all-linear"
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
+MAX_INVOCATION_TOKENS = 256
 
 Value = TypeVar("Value", int, float)
 Endings = list[tuple[re.Pattern[str], Value]]
@@ -28,6 +29,8 @@ class LoRAConfig:
             copies train.
         rank_pattern, alpha_pattern: r and lora_alpha of some modules. A key is a regular expression for the end of the
             dotted name, after a dot or from the start; the first key that matches applies.
+        alora_invocation_tokens: the adapter is activated (aLoRA, Greenewald et al. 2025): a text's tokens before the
+            last occurrence of these are computed without it, and all tokens, if they do not occur. None: all with it.
     And one that PEFT does not have:
         activation: "gelu", "relu", "silu" or "tanh" between A and B: y = W x + scale · B act(A x). Such an adapter can
             be neither merged nor served. None: linear.
@@ -48,6 +51,7 @@ class LoRAConfig:
     activation: str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    alora_invocation_tokens: tuple[int, ...] | list[int] | None = None
 
     _rank_pattern: Endings[int] = field(init=False, repr=False, compare=False)  # the keys compiled
     _alpha_pattern: Endings[float] = field(init=False, repr=False, compare=False)
@@ -69,6 +73,7 @@ class LoRAConfig:
             raise ValueError(f"activation ({self.activation!r:.100}) must be one of {', '.join(ACTIVATIONS)}, or None")
         if self.activation is not None and self.use_dora:
             raise ValueError("activation cannot be combined with use_dora")
+        self._check_invocation()
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(self, name)
             if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
@@ -78,6 +83,14 @@ class LoRAConfig:
             object.__setattr__(self, name, dict(pattern))
             endings = [(_compile(name, rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
             object.__setattr__(self, f"_{name}", endings)
+
+    def _check_invocation(self) -> None:
+        if self.alora_invocation_tokens is None:
+            return
+        object.__setattr__(self, "alora_invocation_tokens", _checked_tokens(self.alora_invocation_tokens))
+        for name in ("use_dora", "modules_to_save", "activation"):
+            if getattr(self, name):
+                raise ValueError(f"alora_invocation_tokens cannot be combined with {name}")
 
     def targets(self, module_name: str) -> bool:
         """Whether a linear module of this dotted name is adapted. With "all-linear" the caller excludes the output
@@ -103,6 +116,15 @@ class LoRAConfig:
         rank = self.rank_of(module_name)
         alphas = (alpha for ending, alpha in self._alpha_pattern if ending.match(module_name))
         return next(alphas, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _checked_tokens(tokens: object) -> tuple[int, ...]:
+    if isinstance(tokens, list | tuple) and 0 < len(tokens) <= MAX_INVOCATION_TOKENS:
+        if all(type(token) is int and 0 <= token < 1 << 31 for token in tokens):
+            return tuple(tokens)
+    raise ValueError(
+        f"alora_invocation_tokens ({tokens!r:.100}) must be a list of 1 to {MAX_INVOCATION_TOKENS} token ids"
+    )
 
 
 def _checked_copies(names: object) -> tuple[str, ...]:

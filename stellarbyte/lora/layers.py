@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from stellarbyte.lora.config import LoRAConfig
+from stellarbyte.lora.invocation import ActivatedTokens
 from stellarbyte.lora.quantized_base import FrozenInt8Linear
 
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -127,6 +128,7 @@ class LoRALayer(AdapterLayer):
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ParameterDict()
         self.scales: dict[str, float] = {}
+        self.tokens: ActivatedTokens | None = None  # of the model's current call, with an activated adapter
 
     def add_adapter(self, name: str, module_name: str, config: LoRAConfig, given: LowRank | None = None) -> None:
         """Add an adapter, inactive. Without `given` A is random and B zero, so the output does not change.
@@ -189,6 +191,9 @@ class LoRALayer(AdapterLayer):
         activation = self.configs[name].activation
         update = self.lora_B[name](hidden if activation is None else _ACTIVATIONS[activation](hidden))
         update = self.scales[name] * update
+        if self.tokens is not None and (invocation := self.configs[name].alora_invocation_tokens) is not None:
+            is_activated = self.tokens.of(tuple(invocation)).reshape(*update.shape[:-1], 1)
+            return torch.where(is_activated, update, 0.0)
         if name not in self.lora_magnitude_vector:
             return update
         factors, bias = self._row_factors(name), self.base_layer.bias
@@ -214,6 +219,8 @@ class LoRALayer(AdapterLayer):
         for name in self.active:
             if (activation := self.configs[name].activation) is not None:
                 return f"adapter {name!r} has the activation {activation!r}: non-linear adapters cannot be merged"
+            if self.configs[name].alora_invocation_tokens is not None:
+                return f"adapter {name!r} is activated by alora_invocation_tokens: other tokens need the weight alone"
         if self.active and isinstance(self.base_layer, FrozenInt8Linear):
             return "its weight is quantized; merge into the model before quantize_frozen"
         return None

@@ -130,6 +130,8 @@ def config_json(config: LoRAConfig, *, is_causal_lm: bool) -> str:
     content |= {"peft_type": "LORA", "task_type": "CAUSAL_LM" if is_causal_lm else None}
     content |= {"base_model_name_or_path": None, "revision": None}
     content |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": config.modules_to_save or None}
+    if config.alora_invocation_tokens is None:
+        del content["alora_invocation_tokens"]  # releases of PEFT without aLoRA would warn
     if config.activation is None:
         del content[ACTIVATION]
     else:

@@ -49,7 +49,7 @@ class Adapter:
             convolution A is [r, in, height, width] and B [out, r, 1, 1].
         magnitudes: with DoRA, of the same modules, m [out].
         copies: parameters of modules_to_save by their full names, such as "lm_head.weight".
-        content_hash: SHA-256 (hex) of the weights' file and the fields that the scales depend on.
+        content_hash: SHA-256 (hex) of the weights' file and the fields that the outputs depend on.
         unmatched_targets: entries of a target_modules list without a tensor in the file.
     """
 
@@ -112,7 +112,7 @@ def read_adapter(
         _check_modules(header, modules, config, shapes, max_rank)
         magnitudes = _magnitudes(header, modules, shapes) if config.use_dora else {}
         _check_copies(header, copied)
-        digest = hashlib.sha256(_scale_fields(config) + header.raw)
+        digest = hashlib.sha256(_output_fields(config) + header.raw)
         payload = _read_payload(stream, header.payload_bytes, digest)
         tensors = _tensors(payload, header)
     endings = {ending for module in modules for ending in _endings(module)}
@@ -257,10 +257,11 @@ def _check_modules(
             raise AdapterError(f"lora_A of {module} has rank {rank}, but the config says {config.rank_of(module)}")
 
 
-def _scale_fields(config: LoRAConfig) -> bytes:
-    """The fields that the scales depend on, in a canonical form that keeps the order of a pattern's entries."""
+def _output_fields(config: LoRAConfig) -> bytes:
+    """The fields that the outputs depend on, in a canonical form that keeps the order of a pattern's entries."""
     patterns = [[[key, float(value)] for key, value in p.items()] for p in (config.rank_pattern, config.alpha_pattern)]
-    return json.dumps([config.r, float(config.lora_alpha), config.use_rslora, *patterns]).encode()
+    invocation = [] if config.alora_invocation_tokens is None else [config.alora_invocation_tokens]
+    return json.dumps([config.r, float(config.lora_alpha), config.use_rslora, *patterns, *invocation]).encode()
 
 
 def _read_payload(stream: BufferedReader, num_bytes: int, digest: "hashlib._Hash") -> torch.Tensor:

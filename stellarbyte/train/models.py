@@ -46,6 +46,7 @@ def make_model(config: Pretrain | Sft | LoraRun, data: RunData) -> ByteTransform
                 target_modules=lora.target_modules,
                 use_rslora=lora.rslora,
                 use_dora=lora.dora,
+                alora_invocation_tokens=data.invocation,
             )
             apply_lora_to_model(model, settings)
         except ValueError as error:

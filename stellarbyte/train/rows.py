@@ -27,6 +27,7 @@ class RunData:
         bytes_per_token: UTF-8 bytes of the held-out text for each of its tokens; None: not known.
         tokenizer: the folder with its files.
         vocab_size, special_ids: of the tokenizer, as the fields of a model's config.
+        invocation: the tokens from which on an activated adapter acts; None: the adapter acts on all.
     """
 
     train: Dataset[Batch]
@@ -38,6 +39,7 @@ class RunData:
     tokenizer: Path
     vocab_size: int
     special_ids: Mapping[str, int | None]
+    invocation: tuple[int, ...] | None = None
 
 
 class ShuffledStream(Sampler[int]):

@@ -1,12 +1,14 @@
 """The rows of a run, from the data section of its file."""
 
 from collections.abc import Mapping
+from functools import partial
 
 from transformers import PreTrainedTokenizerFast
 
 from stellarbyte.checkpoint.native import load_config
 from stellarbyte.checkpoint.source import resolve_model
-from stellarbyte.train.config.run import ChatData, Model, Pretrain, Sft, TokenData
+from stellarbyte.lora.config import MAX_INVOCATION_TOKENS
+from stellarbyte.train.config.run import ChatData, Lora, LoraRun, Model, Pretrain, Sft, TokenData
 from stellarbyte.train.data.packing import collate
 from stellarbyte.train.data.sft import Chats, read_chats
 from stellarbyte.train.data.shards import SPLITS, Split, read_index, sha256_of
@@ -47,11 +49,13 @@ def chat_rows(config: Sft) -> RunData:
         TrainError: a file or a chat in it cannot be used.
         CheckpointError: there is no such model.
     """
-    tokenizer, chats = tokenized_chats(config.model, config.data)
+    tokenizer, chats = tokenized_chats(config.model, config.data, config.lora if isinstance(config, LoraRun) else None)
     return rows_of_chats(config, tokenizer, chats)
 
 
-def tokenized_chats(model: Model, data: ChatData) -> tuple[PreTrainedTokenizerFast, TokenizedChats]:
+def tokenized_chats(
+    model: Model, data: ChatData, lora: Lora | None = None
+) -> tuple[PreTrainedTokenizerFast, TokenizedChats]:
     """The tokenizer of a run's model, and its chats, each cut after data.sequence tokens. Raises as `chat_rows`."""
     assert model.path is not None  # Sft checks it
     tokenizer = PreTrainedTokenizerFast.from_pretrained(resolve_model(model.path), local_files_only=True)
@@ -60,9 +64,10 @@ def tokenized_chats(model: Model, data: ChatData) -> tuple[PreTrainedTokenizerFa
             tokenizer.chat_template = data.template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TrainError(f"data.template {data.template} cannot be read as text.") from error
-    chats = read_chats(data.chats, tokenizer, max_length=data.sequence, held_out=data.held_out)
+    read = partial(read_chats, tokenizer=tokenizer, max_length=data.sequence, invocation=_invocation(lora, tokenizer))
+    chats = read(data.chats, held_out=data.held_out)
     if data.validation:
-        validation = read_chats(data.validation, tokenizer, max_length=data.sequence)
+        validation = read(data.validation)
         chats["held_out"] = validation["train"]
     return tokenizer, chats
 
@@ -89,7 +94,20 @@ def rows_of_chats(config: Sft, tokenizer: PreTrainedTokenizerFast, chats: Tokeni
         tokenizer=folder,
         vocab_size=load_config(folder).vocab_size,
         special_ids={},
+        invocation=_invocation(config.lora if isinstance(config, LoraRun) else None, tokenizer),
     )
+
+
+def _invocation(lora: Lora | None, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...] | None:
+    """The tokens from which on an activated adapter acts; special tokens may be spelled."""
+    if lora is None or lora.invocation is None:
+        return None
+    if not isinstance(lora.invocation, str):
+        return tuple(lora.invocation)
+    tokens = tuple(tokenizer(lora.invocation, add_special_tokens=False)["input_ids"])
+    if not 0 < len(tokens) <= MAX_INVOCATION_TOKENS:
+        raise TrainError(f"lora.invocation has {len(tokens)} tokens; it must have 1 to {MAX_INVOCATION_TOKENS}.")
+    return tokens
 
 
 def _layout(data: TokenData) -> Layout:

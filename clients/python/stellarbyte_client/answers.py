@@ -16,6 +16,7 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True):
     content_hash: str | None  # None: not read yet
     root: str  # its path
     rank: int | None
+    invocation_tokens: tuple[int, ...] | None = None  # of an activated adapter; None: it acts on all tokens
     bytes: int
     refcount: int  # running and waiting requests of this version
     running: int

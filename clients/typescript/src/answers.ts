@@ -16,6 +16,8 @@ export interface Adapter {
   /** Its path. */
   readonly root: string;
   readonly rank: number | null;
+  /** Of an activated adapter; null: it acts on all tokens. */
+  readonly invocation_tokens: readonly number[] | null;
   readonly bytes: number;
   /** Running and waiting requests of this version. */
   readonly refcount: number;

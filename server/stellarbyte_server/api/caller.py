@@ -15,7 +15,13 @@ from stellarbyte_server.api.service import Service
 from stellarbyte_server.config.settings import TUNED_PREFIX
 from stellarbyte_server.protocol.adapter_reference import parse_references
 from stellarbyte_server.protocol.messages import KeyLimits
-from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest, model_not_found
+from stellarbyte_server.protocol.request import (
+    BACKGROUND_PRIORITY,
+    MAX_PRIORITY,
+    MODEL_NOT_ALLOWED,
+    GenerationRequest,
+    model_not_found,
+)
 
 REQUIRE_ADMIN = "require_admin"  # key in a scope's state of a check: ApiError unless operators' routes are permitted
 BATCH = "batch"  # key of the `BatchCaller` in a scope's state, which only this server can set
@@ -46,13 +52,16 @@ def owner_of(http: Request) -> str:
     return "" if key is None else key.name
 
 
-def with_key(http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    """The requests, with the fields set that depend on the caller's key."""
+def with_key(
+    http: Request, requests: Sequence[GenerationRequest], *, may_use_base: bool = True
+) -> list[GenerationRequest]:
+    """The requests, with the fields set that depend on the caller's key, which may use the served model or may not."""
     key = _key_of(http)
     lowest, highest = (BACKGROUND_PRIORITY,) * 2 if BATCH in http.scope["state"] else _priorities(key)
     return [
         msgspec.structs.replace(
             request,
+            may_use_base=may_use_base,
             cache_salt=_salt(key, request.cache_salt),
             caller="" if request.adapter is None else _caller(http, key, request.caller),
             priority=min(max(request.priority, lowest), highest),  # 0 by default
@@ -137,7 +146,7 @@ def require_permitted(http: Request, service: Service, body: Any) -> None:
         if model != base and any(each not in (None, 1) for each in given) and not may_use(http, service, base):
             scaled = "'adapter_scale'" if param == "adapter_scale" else "each 'scale' in 'adapters'"
             message = f"The key may not use the model {base!r:.200} without an adapter, so {scaled} must be 1."
-            raise ApiError(403, message, param=param, code="model_not_allowed")
+            raise ApiError(403, message, param=param, code=MODEL_NOT_ALLOWED)
     lowest, highest = _priorities(_key_of(http))
     if priority is not None and not lowest <= priority <= highest:
         raise bad_request(f"The field 'priority' must be between {lowest} and {highest} here.", "priority")
@@ -166,7 +175,7 @@ def require_model(http: Request, service: Service, model: str) -> None:
     if not may_use(http, service, model):
         if _owners_of(service, model):  # of another key, which nobody else can see
             raise from_engine(model_not_found(model))
-        raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code="model_not_allowed")
+        raise ApiError(403, f"The key may not use the model {model!r:.200}.", param="model", code=MODEL_NOT_ALLOWED)
 
 
 def _priorities(key: Key | None) -> tuple[int, int]:

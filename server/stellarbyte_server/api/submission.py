@@ -4,7 +4,7 @@ import asyncio
 
 from fastapi import Request
 
-from stellarbyte_server.api.caller import limits_of, with_key
+from stellarbyte_server.api.caller import limits_of, may_use, with_key
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.client.delta_stream import DeltaStream
 from stellarbyte_server.observe.record import RequestRecord
@@ -29,7 +29,7 @@ async def submit(
     record.is_counted = True
     try:
         streams = await service.client.submit(
-            *with_key(http, requests),
+            *with_key(http, requests, may_use_base=may_use(http, service, service.settings.model_name)),
             limits=limits_of(http),
             continues=continues,
             num_later_tokens=num_later_tokens,

@@ -4,6 +4,7 @@ import logging
 
 import tokenizers
 
+from stellarbyte_server.engine.adapters.refusals import not_invoked
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.answer import Answer
 from stellarbyte_server.engine.compiling import CompilingRequests
@@ -119,6 +120,8 @@ class EngineCore:
         adapter = None if request.adapter is None else self.adapters.bind(request.adapter, request.caller)
         leader = self.answers.sequence(request.follows)
         try:
+            if adapter is not None and (refusal := not_invoked(adapter, request)) is not None:
+                raise refusal
             sequence = self.scheduler.add(request, adapter, leader, account)
         except Exception:
             if adapter is not None:
@@ -330,7 +333,8 @@ class EngineCore:
             return news
         self._num_reads = self.adapters.num_reads
         for sequence in [s for s in self.scheduler.waiting if s.adapter is not None]:
-            refusal = self.adapters.refusal(sequence)
+            assert sequence.adapter is not None
+            refusal = self.adapters.refusal(sequence) or not_invoked(sequence.adapter, sequence.request)
             if refusal is None:
                 continue
             request_id = sequence.request.request_id

@@ -106,6 +106,7 @@ class LiveAnswers:
         return msgspec.structs.replace(
             delta,
             cached_tokens=sequence.num_cached,
+            adapted_tokens=_adapted_tokens(sequence),
             evicted_tokens=evicted_tokens,
             num_preemptions=sequence.num_preemptions,
             num_predicted=num_predicted,
@@ -143,3 +144,11 @@ class LiveAnswers:
             self._drafts.forget(sequence)
         if sequence.adapter is not None:
             self.replies += self._adapters.release(sequence.adapter)
+
+
+def _adapted_tokens(sequence: Sequence) -> int | None:
+    """Prompt tokens that have an activated adapter; None: the adapter is another, or there is none."""
+    if sequence.adapter is None or not sequence.adapter.invocation:
+        return None
+    start = sequence.adapter_start
+    return 0 if start is None else sequence.num_prompt - start

@@ -73,9 +73,9 @@ class Probes:
         return request_id in self._running
 
     def _prompt(self, version: AdapterVersion) -> tuple[int, ...]:
-        """Token ids of the text, after the tokens whose embedding the adapter changes most."""
+        """Token ids of the text, after the tokens whose embedding the adapter changes most, and its invocation."""
         text = self._tokenizer.encode(TEXT, add_special_tokens=False).ids[:MAX_TEXT_TOKENS]
-        prompt = (*version.changed_tokens, *text) or (0,)
+        prompt = (*version.changed_tokens, *version.invocation, *text) or (0,)
         return prompt[: self._scheduler.limits.max_model_len]
 
     def _queue(self, probe: _Probe, prompt: tuple[int, ...], adapter: AdapterVersion | None) -> None:

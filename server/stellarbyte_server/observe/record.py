@@ -15,6 +15,7 @@ class TokenCount:
     prompt: int
     completion: int = 0
     cached: int = 0  # of the prompts; known at the end
+    adapted: int | None = None  # of the prompts, with an activated adapter; None: with another, or not known yet
     reasoning: int | None = None  # of the completions; None: the model does not reason
     evicted: int = 0  # evicted by the end, if the context slid
     predicted: int | None = None  # tokens of the prediction of each answer; None: there is none, or it has no effect
@@ -31,6 +32,8 @@ class TokenCount:
             self.rejected += self.predicted - delta.num_predicted
         if first_of_prompt:
             self.cached += delta.cached_tokens
+            if delta.adapted_tokens is not None:
+                self.adapted = (self.adapted or 0) + delta.adapted_tokens
 
     def usage(self) -> dict[str, Any]:
         usage: dict[str, Any] = {
@@ -39,6 +42,8 @@ class TokenCount:
             "total_tokens": self.prompt + self.completion,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        if self.adapted is not None:
+            usage["prompt_tokens_details"]["adapted_tokens"] = self.adapted
         details = {} if self.reasoning is None else {"reasoning_tokens": self.reasoning}
         if self.predicted is not None:
             details |= {"accepted_prediction_tokens": self.accepted, "rejected_prediction_tokens": self.rejected}

@@ -201,6 +201,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     code: str | None = None  # with error: as in `RequestRejected`
     param: str | None = None
     cached_tokens: int = 0  # in the last delta: prompt tokens that were in the cache
+    adapted_tokens: int | None = None  # in the last delta, with an activated adapter: prompt tokens that have it
     evicted_tokens: int = 0  # in the last delta: evicted tokens
     num_preemptions: int = 0  # in the last delta
     num_predicted: int = 0  # in the last delta: tokens of the request's prediction in the answer
@@ -292,6 +293,7 @@ class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
     num_version_requests: int = 0  # of this version only, like the next
     num_version_tokens: int = 0
     pinned: bool = False  # it keeps its slot
+    invocation: tuple[int, ...] = ()  # tokens of a prompt from which on it acts; (): on all
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):

@@ -21,6 +21,7 @@ SHUTTING_DOWN = "shutting_down"
 INTERNAL_ERROR = "internal_error"
 # Codes about the adapter.
 MODEL_NOT_FOUND = "model_not_found"
+MODEL_NOT_ALLOWED = "model_not_allowed"  # for the key
 ADAPTER_NOT_FOUND = "adapter_not_found"
 ADAPTER_FAILED = "adapter_failed"
 ADAPTER_LOADING = "adapter_loading"  # another call is loading it
@@ -105,6 +106,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     context_overflow: Literal["error", "slide"] = "error"  # at the context's end: refuse, or evict the oldest tokens
     adapter: AdapterReference | AdapterMix | None = None
     adapter_scale: float = 1.0  # factor on top of its own alpha / r
+    may_use_base: bool = True  # the answer may be the model's alone, if the prompt does not invoke the adapter
     cache_salt: str = ""  # cached blocks are shared only between requests with the same salt
     follows: str | None = None  # id of an earlier request with the same prompt, which computes the prompt for both
     caller: str = ""  # a hash of the caller, which decides among versions that share an adapter's name

@@ -41,23 +41,34 @@ class Prompts:
     sample_bank_slots: list[int] = field(default_factory=list)
 
     def add(
-        self, token_ids: list[int], first_position: int, slot: int, *, samples: bool, bank_slot: int, scale: float
+        self,
+        token_ids: list[int],
+        first_position: int,
+        slot: int,
+        *,
+        samples: bool,
+        bank_slot: int,
+        scale: float,
+        num_plain: int = 0,
     ) -> None:
         """Add tokens of one sequence, starting at a position.
 
         Args:
             samples: sample the token after the last one.
             bank_slot: of the sequence's adapter; 0: none.
+            num_plain: the first of these tokens, which the adapter does not change.
         """
         start, count = len(self.token_ids), len(token_ids)
         self.token_ids += token_ids
         self.positions += range(first_position, first_position + count)
         self.slots += [slot] * count
-        self.scales += [scale if bank_slot else 0.0] * count
+        bank_slot = bank_slot if num_plain < count else 0
+        first_adapted = num_plain if bank_slot else count
+        self.scales += [0.0] * first_adapted + [scale] * (count - first_adapted)
         for first in range(0, count, TILE_ROWS):
             self.tile_starts.append(start + first)
             self.tile_counts.append(min(TILE_ROWS, count - first))
-        for first in range(0, count if bank_slot else 0, PROMPT_SEGMENT_ROWS):
+        for first in range(first_adapted, count, PROMPT_SEGMENT_ROWS):
             self.segment_starts.append(start + first)
             self.segment_counts.append(min(PROMPT_SEGMENT_ROWS, count - first))
             self.segment_slots.append(bank_slot)

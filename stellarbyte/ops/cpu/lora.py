@@ -47,6 +47,8 @@ def adapters_of(batch: ForwardBatch, bank: LoraBank) -> Adapters:
     lengths_N = starts[1:] - starts[:-1]
     slots_T = np.repeat(np.array(batch.adapter_slots, dtype=np.int64), lengths_N)
     scales_T = np.repeat(np.array(batch.adapter_scales, dtype=np.float32), lengths_N)
+    for start, num_plain in zip(starts, batch.num_plain, strict=False):
+        slots_T[start : start + num_plain] = 0
     tokens_J = np.argsort(slots_T, kind="stable")[np.count_nonzero(slots_T == 0) :]
     return _adapters(bank, tokens_J, slots_T[tokens_J], scales_T[tokens_J])
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from stellarbyte.config import ByteModelConfig
+from stellarbyte.lora.config import MAX_INVOCATION_TOKENS
 from stellarbyte.train.config.presets import PRESETS
 from stellarbyte.train.config.yaml_file import Section
 
@@ -172,7 +173,11 @@ class Parallel(Section):
 
 
 class Lora(Section):
-    """An adapter; the fields are those of stellarbyte.lora.LoRAConfig."""
+    """An adapter; the fields are those of stellarbyte.lora.LoRAConfig.
+
+    Attributes: invocation: a text, or token ids, from the last occurrence of which on an activated adapter (aLoRA)
+    acts; every chat must contain it before an answer. None: the adapter acts on all tokens.
+    """
 
     r: int = Field(default=16, ge=1)
     alpha: float = Field(default=32, gt=0)
@@ -180,6 +185,17 @@ class Lora(Section):
     target_modules: list[str] | str = "all-linear"
     rslora: bool = False
     dora: bool = False
+    invocation: str | list[int] | None = None
+
+    @field_validator("invocation", mode="before")
+    @classmethod
+    def _check_invocation(cls, given: object) -> object:
+        if given is None or (isinstance(given, str) and given):
+            return given
+        if isinstance(given, list) and 0 < len(given) <= MAX_INVOCATION_TOKENS:
+            if all(type(token) is int and token >= 0 for token in given):
+                return given
+        raise ValueError(f"{given!r:.80} must be a text or a list of 1 to {MAX_INVOCATION_TOKENS} token ids")
 
 
 class _Config(Section):
@@ -247,4 +263,12 @@ class LoraRun(Sft):
             )
         if self.train.optimizer == "muon":
             raise ValueError("train.optimizer must be adamw: Muon is for whole matrices, not for their low-rank parts")
+        if self.lora.invocation is not None:
+            for name, is_given in (
+                ("lora.dora", self.lora.dora),
+                ("train.compile", self.train.compile),
+                ("parallel.fsdp", self.parallel.fsdp > 1),
+            ):
+                if is_given:
+                    raise ValueError(f"{name} cannot be combined with lora.invocation")
         return self

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from stellarbyte.lora.invocation import activated
 from stellarbyte.train.config.sources import Source
 from stellarbyte.train.data.chat_labels import ChatLabels
 from stellarbyte.train.data.files import files_of
@@ -40,9 +42,16 @@ class Chats(NamedTuple):
 
 
 def read_chats(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerFast, *, max_length: int, held_out: float = 0.0
+    files: Sequence[Path],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_length: int,
+    held_out: float = 0.0,
+    invocation: tuple[int, ...] | None = None,
 ) -> dict[Split, Chats]:
     """The chats of JSON or JSONL files, cut after `max_length` tokens; 5 bytes of memory for each token.
+
+    With an `invocation`, each must contain it, and only tokens after its last occurrence are learned.
 
     Raises TrainError: there is no chat template, or a line cannot be used, or nothing of its answers is left.
     """
@@ -60,6 +69,10 @@ def read_chats(
                     ids, is_learned = ids[:max_length], is_learned[:max_length]
                     if not is_learned[1:].any():
                         raise ValueError(f"no answer token is left of {max_length}")
+                    if invocation is not None:
+                        is_learned = is_learned & _follows(ids, invocation)
+                        if not is_learned.any():
+                            raise ValueError("has no answer after the last lora.invocation")
                 except ValueError as error:
                     raise TrainError(f"{place}: {error}.") from error
                 stored = np.array(ids, np.int32)
@@ -68,6 +81,15 @@ def read_chats(
                 all_learned.frombytes(is_learned.astype(np.int8).tobytes())
                 ends.append(len(all_ids))
     return {split: _chats(*arrays) for split, arrays in made.items()}
+
+
+def _follows(ids: Sequence[int], invocation: tuple[int, ...]) -> np.ndarray:
+    """Whether each token is predicted from one that has the activated adapter. ValueError with the end of a sentence:
+    none has it."""
+    is_activated = activated(torch.tensor([ids]), invocation)[0].numpy()
+    if not is_activated.any():
+        raise ValueError(f"does not contain the tokens {list(invocation)} of lora.invocation")
+    return np.concatenate([[False], is_activated[:-1]])
 
 
 def _chats(ids: "array[int]", is_learned: "array[int]", ends: "array[int]") -> Chats:

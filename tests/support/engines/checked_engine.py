@@ -9,8 +9,7 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.block_pool import CacheLayout
-from stellarbyte_server.engine.state.kept_blocks import salt_of
-from stellarbyte_server.engine.state.prefix_cache import BlockKeys
+from stellarbyte_server.engine.state.kept_blocks import block_keys
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import GenerationRequest
@@ -108,7 +107,7 @@ class CheckedEngine:
         assert not self.core.has_work and self.scheduler.pool.num_used == 0
         known: set[bytes] = set()
         for sequence in self.runner.seen:
-            keys = BlockKeys(self.scheduler.layout, salt_of(sequence))
+            keys = block_keys(self.scheduler.layout, sequence)
             keys.extend(sequence.tokens, max(sequence.num_prompt, len(sequence.tokens) - 1))
             known.update(keys.keys)
         assert {key for key in self.scheduler.pool._keys if key is not None} <= known

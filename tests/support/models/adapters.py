@@ -91,12 +91,18 @@ def write_adapter(
     *,
     use_dora: bool = False,
     modules_to_save: tuple[str, ...] = (),
+    invocation: tuple[int, ...] | None = None,
 ) -> Path:
     """A PEFT folder of a random adapter of all linear modules; `model` is left as it was."""
     copy = ByteTransformer(model.config).eval()
     copy.load_state_dict(model.state_dict())
     config = LoRAConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", use_dora=use_dora, modules_to_save=modules_to_save
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        use_dora=use_dora,
+        modules_to_save=modules_to_save,
+        alora_invocation_tokens=invocation,
     )
     apply_lora_to_model(copy, config)
     numbers = torch.Generator().manual_seed(seed)

@@ -137,7 +137,11 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "lora bias": (config(lora_bias=True), "'lora_bias' is True"),
     "replication": (config(layer_replication=[[0, 2], [1, 2]]), "'layer_replication'"),
     "trained tokens": (config(trainable_token_indices=[5]), "'trainable_token_indices'"),
-    "alora": (config(alora_invocation_tokens=[1, 2]), "'alora_invocation_tokens'"),
+    "alora": (config(alora_invocation_tokens=[1, "2"]), "alora_invocation_tokens .* must be a list of 1 to 256 token"),
+    "alora with dora": (
+        config(alora_invocation_tokens=[1, 2], use_dora=True),
+        "alora_invocation_tokens cannot be combined with use_dora",
+    ),
     "qalora": (config(use_qalora=True), "'use_qalora'"),
     "parameters": (config(target_parameters=["experts.up"]), "'target_parameters'"),
     "megatron": (config(megatron_config={"a": 1}), "'megatron_config'"),

@@ -144,3 +144,15 @@ def test_adapters_that_cannot_be_analysed_get_a_sentence_and_leave_the_model_as_
     with pytest.raises(AnalysisError, match=r"has the activation relu\.$"):
         analyse_adapter(model, curved, IDS)
     assert adapter_names(model) == []
+
+
+def test_an_activated_adapter_is_measured_behind_its_invocation(tmp_path: Path) -> None:
+    """There it has the effects of the same weights that always act."""
+    model, invocation = make_model(), (9, 7)
+    write_adapter(tmp_path / "activated", model, 1, invocation=invocation)
+    write_adapter(tmp_path / "plain", model, 1)
+    ids = tuple(token for token in IDS if token not in invocation)
+    activated = analyse_adapter(model, tmp_path / "activated", ids)
+    plain = analyse_adapter(model, tmp_path / "plain", (*invocation, *ids))
+    assert activated.effects[-1].kl > 0.01
+    assert activated.effects == plain.effects and activated.modules == plain.modules

@@ -21,8 +21,11 @@ from stellarbyte.train.config.run import LoraRun, Model, Pretrain
 from stellarbyte.train.errors import TrainError
 from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RunData
+from stellarbyte.train.sources import chat_rows
+from stellarbyte.train.tokenizer.stages import CHAT_TEMPLATE
 from stellarbyte.train.trainer import ByteTrainer
 from tests.support.models.byte_transformer import make_model, random_tokens
+from tests.support.training.byte_tokenizer import NUM_SPECIAL, byte_tokenizer, ids_of
 from tests.support.training.processes import MODEL, TRAIN
 from tests.support.training.rows import run_data
 
@@ -262,3 +265,36 @@ def test_an_adapter_is_trained_continued_and_read_back(tmp_path: Path) -> None:
         rtol=1e-5,
     )
     assert "base_model" in (outcome.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_activated_adapter_is_trained_from_its_invocation_on(tmp_path: Path) -> None:
+    """PEFT reads it, with the trained model's logits; tokens before the invocation keep the base's."""
+    base, file = tmp_path / "base", tmp_path / "chats.jsonl"
+    make_model(vocab_size=NUM_SPECIAL + 256).save_pretrained(base)
+    byte_tokenizer(template=CHAT_TEMPLATE).save_pretrained(base)
+    chats = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(8)]
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    settings = LoraRun.model_validate(
+        {
+            "run": {"dir": str(tmp_path / "run"), "plots": False},
+            "model": {"path": str(base)},
+            "data": {"chats": [str(file)], "sequence": 96},
+            "train": {"batch_tokens": 192, "micro_batch": 2, "lr": 0.01, "epochs": 2},
+            "lora": {"r": 4, "invocation": "<|im_start|>assistant\n"},
+        }
+    )
+    outcome = train("lora", settings, chat_rows(settings), resume=False, console=Console(file=io.StringIO()))
+    assert outcome.folder is not None
+    invocation = ids_of("<|im_start|>assistant\n")
+    written = json.loads((outcome.folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert written["alora_invocation_tokens"] == invocation
+    from peft import PeftModel
+
+    before = [5, 6, *invocation, 7, 8, 9]
+    tokens = torch.tensor([[*before, *invocation, 10, 11]])
+    adapted = load_adapter(load_model(base), outcome.folder)(tokens).logits
+    by_peft = PeftModel.from_pretrained(load_model(base), outcome.folder)(tokens).logits
+    torch.testing.assert_close(adapted, by_peft, atol=1e-5, rtol=1e-5)
+    of_base = load_model(base)(tokens).logits
+    assert torch.equal(adapted[:, : len(before)], of_base[:, : len(before)])
+    assert (adapted - of_base)[:, len(before) :].abs().max() > 1e-3

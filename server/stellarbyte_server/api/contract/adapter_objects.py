@@ -45,6 +45,10 @@ class AdapterEntry(AnswerObject):
     ]
     root: Annotated[str, Field(description="The path inside --adapter-dir, or the source and version.")]
     rank: Annotated[int | None, Field(description="The largest rank of its modules; null until it is read.")]
+    invocation_tokens: Annotated[
+        list[int] | None,
+        Field(description="Of an activated adapter: the tokens in a prompt from which on it acts; null: on all."),
+    ]
     bytes: Annotated[Count, Field(description="Bytes in memory.")]
     refcount: Annotated[Count, Field(description="Running and waiting requests of this version.")]
     running: Count

@@ -21,6 +21,7 @@ from stellarbyte_server.protocol.request import (
     GRAMMAR_REFUSED,
     GRAMMARS_BUSY,
     INTERNAL_ERROR,
+    MODEL_NOT_ALLOWED,
     MODEL_NOT_FOUND,
     QUEUE_FULL,
     QUEUE_TIMEOUT,
@@ -47,7 +48,9 @@ _WRONG_KINDS = {
     "list_type": "it should be a list",
 }
 VARIANT = "variant "  # prefix of the tags of unions (bodies.variants) in the locations of errors; no field begins so
-_NOT_FOUND = (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND)
+_STATUSES: dict[str | None, int] = {
+    ADAPTER_LOADING: 409, MODEL_NOT_FOUND: 404, ADAPTER_NOT_FOUND: 404, MODEL_NOT_ALLOWED: 403,
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -131,7 +134,7 @@ def from_engine(error: RequestRejected | EngineDead, grammar_param: str | None =
         return ApiError(status, str(error), code=error.code, headers={"Retry-After": retry_after_s})
     if error.code == INTERNAL_ERROR:
         return ApiError(500, str(error))
-    status = 409 if error.code == ADAPTER_LOADING else 404 if error.code in _NOT_FOUND else 400
+    status = _STATUSES.get(error.code, 400)
     param = grammar_param if error.code == GRAMMAR_REFUSED else error.param
     return ApiError(status, str(error), param=param, code=error.code)
 

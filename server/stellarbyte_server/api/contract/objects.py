@@ -57,6 +57,16 @@ class ErrorBody(AnswerObject):
 
 class PromptTokensDetails(AnswerObject):
     cached_tokens: Annotated[Count, Field(description="Prompt tokens that were in the prefix cache.")]
+    adapted_tokens: Left[
+        Annotated[
+            int,
+            Field(
+                ge=0,
+                description="With an activated adapter: prompt tokens from its invocation on; 0: the prompt does not"
+                " contain the invocation, so the model answered without the adapter.",
+            ),
+        ]
+    ]
 
 
 class CompletionTokensDetails(AnswerObject):

@@ -176,6 +176,7 @@ def _entry(card: AdapterCard, service: Service) -> dict[str, Any]:
         "content_hash": card.content_hash or None,
         "root": card.root,
         "rank": card.rank or None,
+        "invocation_tokens": list(card.invocation) or None,
         "bytes": card.num_bytes,
         "refcount": card.num_running + card.num_waiting,
         "running": card.num_running,

@@ -98,6 +98,7 @@ def card_of(version: AdapterVersion, num_running: int, *, is_current: bool, shar
         num_tokens=version.totals.num_tokens,
         error=version.error,
         pinned=version.pinned,
+        invocation=version.invocation,
         share=share,
         num_version_requests=version.own_totals.num_requests,
         num_version_tokens=version.own_totals.num_tokens,

@@ -26,6 +26,7 @@ class ReadDone:
     unmatched: tuple[str, ...] = ()
     is_zero: bool = False
     changed_tokens: tuple[int, ...] = ()
+    invocation: tuple[int, ...] = ()
     parts: "tuple[ReadDone, ...]" = ()  # of a mix: of the parts whose files were read for it, which stay on disk
 
 

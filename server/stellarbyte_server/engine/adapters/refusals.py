@@ -10,6 +10,8 @@ from stellarbyte_server.protocol.request import (
     ADAPTER_FAILED,
     ADAPTER_NOT_FOUND,
     INTERNAL_ERROR,
+    MODEL_NOT_ALLOWED,
+    GenerationRequest,
     RequestRejected,
     model_not_found,
 )
@@ -32,6 +34,18 @@ def refusal_of(version: AdapterVersion, reference: AdapterReference | AdapterMix
 
 def _failure(version: AdapterVersion) -> RequestRejected:
     return RequestRejected(version.error, INTERNAL_ERROR if version.is_fault else ADAPTER_FAILED, "model")
+
+
+def not_invoked(version: AdapterVersion, request: GenerationRequest) -> RequestRejected | None:
+    """Why a request is refused that would get the answer of the model alone, which its key may not use; None: it would
+    not, or may, or the adapter has not been read."""
+    if request.may_use_base or version.start_in(request.prompt_token_ids) is not None:
+        return None
+    message = (
+        f"The prompt does not contain the invocation of the adapter {version.name!r} (invocation_tokens in"
+        " /v1/adapters), and the key may not use the model without an adapter."
+    )
+    return RequestRejected(message, MODEL_NOT_ALLOWED, "model")
 
 
 def files_changed(version: AdapterVersion) -> str:

@@ -281,6 +281,7 @@ class Adapters:
         self.num_reads += 1
         self.memory.note_read(version)
         self._load_seconds.observe(done.seconds)
+        version.invocation = done.invocation  # before the hash, by which readers see that a version is known
         version.content_hash, version.num_bytes, version.rank = done.content_hash, done.num_bytes, done.rank
         version.matched, version.unmatched = done.matched, done.unmatched
         version.is_zero, version.changed_tokens = done.is_zero, done.changed_tokens

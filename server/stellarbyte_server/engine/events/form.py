@@ -105,10 +105,13 @@ def _continues(last: StoredBlock | bytes, change: StoredBlock | bytes) -> bool:
 
 
 def _extra_keys(origin: BlockOrigin, *, is_first: bool) -> tuple[Any, ...] | None:
-    """vLLM's extra keys: the adapter's name in every block; in the first one also all else that its hash covers."""
+    """vLLM's extra keys: the adapter's name in every block that it changes; in a sequence's first block also all else
+    that its hash covers, and in every block that an activated adapter changes."""
     keys: tuple[Any, ...] = () if origin.adapter is None else (origin.adapter,)
-    if is_first and origin.adapter is not None:
+    if origin.adapter is not None and (is_first or origin.adapter_start is not None):
         keys += (origin.adapter_hash, origin.adapter_scale)
+    if origin.adapter_start is not None:
+        keys += (origin.adapter_start,)
     if is_first and origin.salt:
         keys += (origin.salt,)
     return keys or None

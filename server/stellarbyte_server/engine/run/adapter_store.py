@@ -162,6 +162,7 @@ class AdapterStore:
                 copies=self._replaceable,
                 opener=opener,
             )
+            invocation = _invocation(adapter, self._bank.config.vocab_size)
             scales = {name: adapter.scale_of(name) for name in adapter.weights}
             factors = self._factors(adapter)
             replaced = self._replaced(adapter)
@@ -183,6 +184,7 @@ class AdapterStore:
             unmatched=adapter.unmatched_targets,
             is_zero=_is_zero(adapter, factors, replaced),
             changed_tokens=_most_changed(replaced),
+            invocation=invocation,
         )
         return done, packed
 
@@ -215,11 +217,11 @@ class AdapterStore:
         hashes: list[tuple[str, float]] = []
         read: list[ReadDone] = []
         for part, scale in version.parts:
-            packed, content_hash = self._packed.get(part), part.content_hash
+            packed, content_hash, invocation = self._packed.get(part), part.content_hash, part.invocation
             if packed is None or not content_hash:
                 done, packed = self._read_files(part)
                 read.append(done)
-                content_hash = done.content_hash
+                content_hash, invocation = done.content_hash, done.invocation
             if packed is None:
                 failed = ReadDone(
                     version=version,
@@ -229,6 +231,9 @@ class AdapterStore:
                     parts=tuple(read),
                 )
                 return failed, None
+            if invocation:
+                error = f"{part.name!r} is an activated adapter (alora_invocation_tokens), which cannot be mixed."
+                return self._failed(version, started_s, error, parts=tuple(read)), None
             parts.append((packed, scale))
             hashes.append((content_hash, scale))
         try:
@@ -268,6 +273,14 @@ class AdapterStore:
             is_fault=is_fault,
             parts=parts,
         )
+
+
+def _invocation(adapter: Adapter, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that activate an adapter; (): it needs none. AdapterError: the model has no such token."""
+    tokens = tuple(adapter.config.alora_invocation_tokens or ())
+    if tokens and max(tokens) >= vocab_size:
+        raise AdapterError(f"alora_invocation_tokens has {max(tokens)}, but the model has {vocab_size} tokens.")
+    return tokens
 
 
 def _is_zero(adapter: Adapter, factors: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor]) -> bool:

@@ -25,6 +25,10 @@ class ExecutorSlot:
         del self.tokens[rewind.num_tokens :]
         self.adjustment.rewind(rewind.num_tokens)
 
+    def num_plain(self, start: int, length: int) -> int:
+        """How many of the tokens start..start+length come before the first that has the adapter."""
+        return max(0, min(length, self.begin.adapter_start - start))
+
     @property
     def wants_hidden(self) -> bool:
         """Whether the prompt's hidden states are needed for more than the next token."""

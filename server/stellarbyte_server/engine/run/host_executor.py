@@ -296,7 +296,15 @@ def make_batch(rows: list[_Row], sampled: list[_Sampled], device: torch.device) 
         logits_rows=tensor(logits_rows),
         adapter_slots=tuple(row.slot.begin.adapter_slot for row in rows),
         adapter_scales=tuple(row.slot.begin.adapter_scale for row in rows),
+        num_plain=_num_plain(rows),
     )
+
+
+def _num_plain(rows: list[_Row]) -> tuple[int, ...]:
+    """The tokens of each row before its adapter's first one; (): there are none."""
+    if not any([row.slot.begin.adapter_start > row.start for row in rows]):
+        return ()
+    return tuple(row.slot.num_plain(row.start, row.length) for row in rows)
 
 
 def _reach(last: int, entries: list[tuple[int, int]], window: int | None, sink_tokens: int) -> int:

@@ -195,13 +195,15 @@ class Planner:
             slot = self._slots[sequence] = _Slot(self._take_number(may_release=is_heeded), is_heeded=is_heeded)
         slot.generation, slot.table_changes, slot.decodes = sequence.table.generation, -1, False
         sequence.table.forget_told()
+        adapter_start = sequence.adapter_start
         begins.append(
             SlotBegin(
                 slot=slot.number,
                 token_ids=sequence.tokens.tobytes(),
                 num_prompt=sequence.num_prompt,
-                adapter_slot=sequence.adapter_slot,
+                adapter_slot=sequence.adapter_slot if adapter_start is not None else 0,
                 adapter_scale=sequence.request.adapter_scale,
+                adapter_start=0 if adapter_start is None else adapter_start,
                 sampling=sampling,
                 end_token_ids=tuple(sequence.end_token_ids) if sampling.min_tokens else (),
                 has_grammar=has_grammar,

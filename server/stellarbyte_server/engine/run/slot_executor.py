@@ -90,6 +90,7 @@ class SlotExecutor:
             prompts.add(
                 slot.tokens[chunk.start : chunk.start + chunk.length].tolist(), chunk.start, chunk.slot,
                 samples=chunk.samples, bank_slot=slot.begin.adapter_slot, scale=slot.begin.adapter_scale,
+                num_plain=slot.num_plain(chunk.start, chunk.length),
             )  # fmt: skip
         self._steps.memory.update(self._indices, self._values)
         self._indices, self._values = [], []

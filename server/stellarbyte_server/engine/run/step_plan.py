@@ -23,6 +23,7 @@ class SlotBegin(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     num_prompt: int  # tokens of the prompt
     adapter_slot: int  # of the bank; 0: no adapter
     adapter_scale: float
+    adapter_start: int  # position of the first token that has the adapter
     sampling: SamplingParams
     end_token_ids: tuple[int, ...]  # banned from the answer's first min_tokens tokens; () if that is 0
     has_grammar: bool  # its masks come with `Finish`

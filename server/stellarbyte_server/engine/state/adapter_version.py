@@ -1,8 +1,11 @@
 """A version of an adapter: one content under one name, from its first use on; or a mix of such. Plain data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 AdapterState = Literal["loading", "ready", "draining", "failed"]
 
@@ -45,6 +48,7 @@ class AdapterVersion:
     unmatched: tuple[str, ...] = ()  # targets in its config without weights
     is_zero: bool = False  # adds nothing to any weight
     changed_tokens: tuple[int, ...] = ()  # those whose embedding it changes most
+    invocation: tuple[int, ...] = ()  # tokens in a prompt from which on it acts; (): on all tokens
     error: str = ""  # one sentence, when failed
     is_fault: bool = False  # when failed: a fault of the server, not of the files
     failed_at_s: float = 0.0
@@ -66,6 +70,17 @@ class AdapterVersion:
     def with_parts(self) -> "tuple[AdapterVersion, ...]":
         """Itself and a mix's parts, to all of which a request is bound."""
         return (self, *(part for part, _ in self.parts))
+
+    def start_in(self, prompt: Sequence[int]) -> int | None:
+        """The position of the first token that it changes: where the last occurrence of its invocation begins, as in
+        PEFT; None: the prompt has none, so no token has the adapter."""
+        if not self.invocation:
+            return 0
+        tokens = np.array(prompt, dtype=np.int64)
+        starts = np.arange(len(tokens) - len(self.invocation) + 1)
+        for offset, token in enumerate(self.invocation):
+            starts = starts[tokens[starts + offset] == token]
+        return int(starts[-1]) if len(starts) else None
 
     @property
     def is_found(self) -> bool:

@@ -11,6 +11,7 @@ class BlockOrigin(NamedTuple):
     adapter_hash: str
     adapter_scale: float
     salt: str
+    adapter_start: int | None = None  # position of the first token that has an activated adapter; None: all have it
 
 
 class StoredBlock(NamedTuple):

@@ -48,14 +48,17 @@ class KeptBlocks:
     def _stored(self, sequence: Sequence, number: int, keys: list[bytes]) -> StoredBlock:
         """What is logged of block `number` of a sequence."""
         start, parent = (self._layout.block_end(number - 1), keys[number - 1]) if number else (0, None)
-        adapter, request = sequence.adapter, sequence.request
+        adapter, request, stop = sequence.adapter, sequence.request, self._layout.block_end(number)
+        adapter_start = sequence.adapter_start
+        is_adapted = adapter is not None and adapter_start is not None and adapter_start < stop
         origin = BlockOrigin(
-            adapter=None if adapter is None else adapter.name,
-            adapter_hash="" if adapter is None else adapter.content_hash,
-            adapter_scale=request.adapter_scale,
+            adapter=adapter.name if adapter is not None and is_adapted else None,
+            adapter_hash=adapter.content_hash if adapter is not None and is_adapted else "",
+            adapter_scale=request.adapter_scale if is_adapted else 1.0,
             salt=request.cache_salt,
+            adapter_start=adapter_start if adapter is not None and is_adapted and adapter.invocation else None,
         )
-        return StoredBlock(keys[number], parent, sequence.tokens[start : self._layout.block_end(number)], origin)
+        return StoredBlock(keys[number], parent, sequence.tokens[start:stop], origin)
 
     def rewind(self, sequence: Sequence, count: int) -> bool:
         """Undo a sequence's last `count` tokens and free the blocks that are then unused.
@@ -86,12 +89,20 @@ class KeptBlocks:
     def _keys(self, sequence: Sequence, num_tokens: int) -> list[bytes]:
         """The keys of the blocks that a sequence's first tokens fill."""
         if sequence.keys is None:
-            sequence.keys = BlockKeys(self._layout, salt_of(sequence))
+            sequence.keys = block_keys(self._layout, sequence)
         sequence.keys.extend(sequence.tokens, num_tokens)
         return sequence.keys.keys
 
 
-def salt_of(sequence: Sequence) -> bytes:
-    """The condition, besides equal tokens, for sequences to share cached blocks."""
-    adapter = None if sequence.adapter is None else (sequence.adapter.content_hash, sequence.request.adapter_scale)
-    return repr((adapter, sequence.request.cache_salt)).encode()
+def block_keys(layout: CacheLayout, sequence: Sequence) -> BlockKeys:
+    """The keys of a sequence's blocks, by all that their content depends on besides tokens.
+
+    Blocks before an activated adapter's first token are those of the model alone.
+    """
+    adapter, salt = sequence.adapter, sequence.request.cache_salt
+    used = None if adapter is None else (adapter.content_hash, sequence.request.adapter_scale)
+    if adapter is None or not adapter.invocation:
+        return BlockKeys(layout, repr((used, salt)).encode())
+    start = sequence.adapter_start
+    later = None if start is None else (start, repr((used, start)).encode())
+    return BlockKeys(layout, repr((None, salt)).encode(), later)

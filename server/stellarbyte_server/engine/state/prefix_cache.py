@@ -15,12 +15,15 @@ from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
 class BlockKeys:
     """The keys of one sequence's full blocks, computed as they fill: one hash for each block.
 
-    `salt`: further condition for sharing, in place of the first block's parent.
+    `salt`: further condition for sharing, in place of the first block's parent. `later`: a position and another
+    condition, for the block that holds it and those after it.
     """
 
-    def __init__(self, layout: CacheLayout, salt: bytes) -> None:
+    def __init__(self, layout: CacheLayout, salt: bytes, later: tuple[int, bytes] | None = None) -> None:
         self._layout = layout
         self._root = self._parent = hashlib.sha256(salt).digest()
+        self._later_at, later_salt = (-1, b"") if later is None else later
+        self._later = hashlib.sha256(later_salt).digest()
         self._start = 0  # of the first block without a key
         self.next_end = layout.block_end(0)
         self.keys: list[bytes] = []
@@ -29,6 +32,8 @@ class BlockKeys:
         """Add the keys of blocks that are full with the first `num_tokens` of `tokens` (32-bit unsigned)."""
         while self.next_end <= num_tokens:
             content = tokens[self._start : self.next_end].tobytes()
+            if self._start <= self._later_at < self.next_end:
+                content = self._later + content
             self._parent = hashlib.sha256(self._parent + content).digest()
             self.keys.append(self._parent)
             self._start, self.next_end = self.next_end, self._layout.block_end(len(self.keys))

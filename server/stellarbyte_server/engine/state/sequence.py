@@ -13,6 +13,8 @@ from stellarbyte_server.engine.state.block_pool import BlockTable
 from stellarbyte_server.engine.state.prefix_cache import BlockKeys
 from stellarbyte_server.protocol.request import GenerationRequest
 
+_UNKNOWN = -1
+
 
 class TokenMask(Protocol):
     """A grammar's allowed next tokens, for sampling."""
@@ -68,6 +70,7 @@ class Sequence:
     leader: "Sequence | None" = None  # has the same prompt and computes it first
     grammar: TokenMask | None = None
     end_token_ids: frozenset[int] = frozenset()  # tokens that end the answer
+    _adapter_start: int | None = field(default=_UNKNOWN, init=False)  # computed on first use, as the keys
     keys: BlockKeys | None = None  # created on first use: they depend on the adapter's content, which is known then
     queued_s: float = field(init=False)  # time since which it has not run
     tokens: "array[int]" = field(init=False)  # prompt, then sampled tokens
@@ -109,6 +112,13 @@ class Sequence:
     @property
     def adapter_slot(self) -> int:
         return 0 if self.adapter is None else self.adapter.slot
+
+    @property
+    def adapter_start(self) -> int | None:
+        """The position of the first token that has its adapter, which must have been read; None: no token has it."""
+        if self._adapter_start == _UNKNOWN:
+            self._adapter_start = 0 if self.adapter is None else self.adapter.start_in(self.request.prompt_token_ids)
+        return self._adapter_start
 
     @property
     def num_unread(self) -> int:

@@ -54,6 +54,16 @@ def test_presets_have_the_size_of_their_names(preset: str) -> None:
 
 
 REFUSED: list[tuple[type[Section], dict[str, Any], str, str]] = [
+    *(
+        (LoraRun, CHATS, f"lora.invocation={value}", "must be a text or a list of 1 to 256 token ids")
+        for value in ("[]", "''", "[1.5]", "[-1]", "[true]", "5")
+    ),
+    (
+        LoraRun,
+        CHATS | {"lora": {"dora": True}},
+        "lora.invocation=hi",
+        "lora.dora cannot be combined with lora.invocation",
+    ),
     (Pretrain, PRETRAIN, "data.sequense=3", "data.sequense is unknown; did you mean sequence?"),
     (Pretrain, PRETRAIN, "model.sliding_windo=3", "model.sliding_windo is unknown; did you mean sliding_window?"),
     (Pretrain, PRETRAIN, "model.vocab_size=3", "model.vocab_size is unknown"),

@@ -260,3 +260,27 @@ def test_other_weights_are_refused(wrong: dict[str, Any]) -> None:
         labels.of([*CHAT[:2], CHAT[2] | wrong])
     with pytest.raises(ValueError, match="has message 2 with weight 0"):
         labels.of([CHAT[0], CHAT[1] | {"weight": 0}, CHAT[2]])
+
+
+def test_with_an_invocation_only_what_follows_the_last_one_is_learned(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=CHAT_TEMPLATE)
+    invocation = tuple(ids_of("<|im_start|>assistant\n"))
+    file = write(tmp_path / "a.jsonl", {"messages": CHAT})
+    row = read_chats([file], tokenizer, max_length=len(IDS), invocation=invocation)["train"]
+    assert row.ids.tolist() == IDS
+    answer = ids_of(PARTS[3][0])
+    assert row.is_learned.tolist() == [False] * (len(IDS) - len(answer) - 1) + [True] * len(answer) + [False]
+
+
+@pytest.mark.parametrize(
+    ("invocation", "said"),
+    [
+        (bytes_of("check it"), "does not contain the tokens"),
+        (ids_of("<|eos|>\n"), "has no answer after the last lora.invocation"),
+    ],
+)
+def test_a_chat_that_does_not_invoke_the_adapter_is_named(invocation: list[int], said: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", chat("check it") if "contain" in said else chat("one"), chat("two"))
+    number = 2 if "contain" in said else 1
+    with pytest.raises(TrainError, match=rf"line {number}: {said}"):
+        read_chats([file], byte_tokenizer(template=CHAT_TEMPLATE), max_length=99, invocation=tuple(invocation))
