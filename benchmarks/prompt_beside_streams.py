@@ -26,7 +26,7 @@ class Stream:
     def __init__(self) -> None:
         self.token_times_s: list[float] = []
 
-    async def run(self, client: httpx.AsyncClient, model: str, prompt: list[int], max_tokens: int) -> None:
+    async def run(self, client: httpx.AsyncClient, model: str, prompt: list[int] | str, max_tokens: int) -> None:
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
         async with client.stream(
             "POST", "/v1/completions", json=body | {"ignore_eos": True, "temperature": 0.6}

@@ -26,7 +26,6 @@ from benchmarks.serve import running_ours
 from benchmarks.support.record import write_result
 
 OURS = "python -m stellarbyte_server --port {port} --log-level warning --fine-tuning cpu --data-dir "
-STREAM_TOKENS = 4000
 LIMIT_S = 600.0  # for a job to begin or to end
 SETTLE_S = 2.0
 JOB = "/v1/fine_tuning/jobs"
@@ -119,17 +118,18 @@ class TuningJob:
 class Streams:
     """A number of completions that always run."""
 
-    def __init__(self, client: httpx.AsyncClient, model: str, number: int) -> None:
+    def __init__(self, client: httpx.AsyncClient, model: str, number: int, tokens: int) -> None:
         self._client = client
         self._model = model
+        self._tokens = tokens
         self._finished: list[Stream] = []
         self._current: list[Stream] = [Stream() for _ in range(number)]
         self.tasks = [asyncio.create_task(self._keep_running(place)) for place in range(number)]
 
     async def _keep_running(self, place: int) -> None:
         while True:
-            prompt = [1000 + 37 * place + 11 * index for index in range(32)]
-            await self._current[place].run(self._client, self._model, prompt, STREAM_TOKENS)
+            prompt = f"This is story number {place}, of a ship that left its harbour on a cold morning in spring."
+            await self._current[place].run(self._client, self._model, prompt, self._tokens)
             self._finished.append(self._current[place])
             self._current[place] = Stream()
 
@@ -158,7 +158,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         job = TuningJob(client)
         await job.start(model, chats(options.examples, options.words))
-        streams = Streams(client, model, options.streams)
+        streams = Streams(client, model, options.streams, options.stream_tokens)
         await streams.begun()
         for _ in range(options.rounds):
             await job.pause()
@@ -183,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ours", default=OURS, help=f"command of the server, to which a folder is added ({OURS})")
     parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--stream-tokens", type=int, default=4000, help="of each answer; another one follows it")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two measurements of a round")
     parser.add_argument("--examples", type=int, default=200)

@@ -22,14 +22,14 @@ def test_what_befalls_jobs_changes_no_answer(tmp_path: Path) -> None:
     with running(TUNING, *flags) as server:
         ann = client_of(server, "ann")
         before = [answer(ann, temperature=0), answer(ann, temperature=1, seed=3)]
-        content = chats(40)
+        content = chats(20)
         jobs = [
             ann.fine_tuning.jobs.create(
-                model="tiny", training_file=upload(ann, each), seed=5, method=method(n_epochs=20, batch_size=2)
+                model="tiny", training_file=upload(ann, each), seed=5, method=method(n_epochs=10, batch_size=2)
             ).id
             for each in (content, content, content + b"{}\n[]\n")
         ]
-        _wait_for_step(ann, jobs[0], 60)
+        _wait_for_step(ann, jobs[0], 30)
         (pid,) = _trainers(server)
         os.kill(pid, signal.SIGKILL)
         seen, deadline_s = [], time.monotonic() + 400
@@ -39,7 +39,7 @@ def test_what_befalls_jobs_changes_no_answer(tmp_path: Path) -> None:
         assert len(seen) > 10 and all(each == before for each in seen)
         first, second, bad = (ann.fine_tuning.jobs.retrieve(job) for job in jobs)
         assert first.status == second.status == "succeeded" and bad.status == "failed"
-        assert bad.error is not None and ": Line 41: " in bad.error.message
+        assert bad.error is not None and ": Line 21: " in bad.error.message
         events = [event.message for event in ann.fine_tuning.jobs.list_events(first.id)]
         assert sum("unexpectedly (signal 9)" in message for message in events) == 1
         files = [ann.files.content(job.result_files[0]).text for job in (first, second)]
