@@ -44,9 +44,21 @@ class AdapterVersions:
         return record
 
     async def load(
-        self, name: str, path: str, *, in_place: bool, pinned: bool | None, probe: bool, caller: str
+        self,
+        name: str,
+        path: str,
+        *,
+        in_place: bool,
+        pinned: bool | None,
+        probe: bool,
+        caller: str,
+        job: str = "",
+        share: float | None = None,
     ) -> tuple[AdapterLoaded, NameRecord]:
-        """Store the adapter at a path as the new current version of a name; `pinned` None: as before."""
+        """Store the adapter at a path as the new current version of a name; `pinned` None: as before.
+
+        `share`: of the callers who get it, if the name has a version before it, which the others get; None: all.
+        """
         located = await self._client.locate_adapter(path)
         content = await self._stored(self._registry.keep, located)
         try:
@@ -55,11 +67,15 @@ class AdapterVersions:
             loaded = await self._load_beside(before, name, content, in_place, pins, probe)
             if before is not None and not loaded.is_used:  # the current version has this content
                 after = msgspec.structs.replace(before, shares=(), pinned=pins)
+                if share is not None:
+                    after = await self._shared(before, after, before.version_before(), share)
                 if after != before:
                     await self._change(before, after, name)
                 return loaded, after
-            version = _version(before, content, loaded, caller)
+            version = _version(before, content, loaded, caller, job)
             after = with_version(before, version, name, self._registry.history, pinned=pins)
+            if share is not None and before is not None:
+                after = await self._shared(before, after, before.version(before.current), share)
             await self._change(before, after, name)
         finally:
             await asyncio.to_thread(self._registry.discard_unnamed, name, content.folder)
@@ -80,6 +96,14 @@ class AdapterVersions:
         except (RequestRejected, EngineDead):
             await self._go_back(before, name)
             raise
+
+    async def _shared(self, before: NameRecord, after: NameRecord, other: Version | None, share: float) -> NameRecord:
+        """`after` with callers split between another version and its current one."""
+        try:
+            return after.shared_with(other, share)
+        except VersionError as error:
+            await self._go_back(before, after.name)
+            raise bad_request(str(error), "share") from None
 
     async def roll_back(self, name: str, text: str | None, caller: str) -> NameRecord:
         """Make an earlier version current: the one before, or one by its number or content hash."""
@@ -194,7 +218,7 @@ class AdapterVersions:
             raise ApiError(500, f"The adapter could not be stored in --data-dir: {error.strerror}.") from None
 
 
-def _version(before: NameRecord | None, content: Content, loaded: AdapterLoaded, caller: str) -> Version:
+def _version(before: NameRecord | None, content: Content, loaded: AdapterLoaded, caller: str, job: str) -> Version:
     return Version(
         number=next_number(before),
         content_hash=loaded.card.content_hash,
@@ -204,6 +228,7 @@ def _version(before: NameRecord | None, content: Content, loaded: AdapterLoaded,
         created_at=int(time.time()),
         created_by=caller,
         probe=loaded.probe,
+        job=job,
     )
 
 

@@ -17,6 +17,7 @@ from stellarbyte_server.protocol.adapter_reference import parse_references
 from stellarbyte_server.protocol.messages import KeyLimits
 from stellarbyte_server.protocol.request import BACKGROUND_PRIORITY, MAX_PRIORITY, GenerationRequest, model_not_found
 
+REQUIRE_ADMIN = "require_admin"  # key in a scope's state of a check: ApiError unless operators' routes are permitted
 BATCH = "batch"  # key of the `BatchCaller` in a scope's state, which only this server can set
 
 
@@ -112,6 +113,15 @@ def require_fine_tuning(http: Request) -> Key | None:
     if key is not None and not key.may_fine_tune:
         raise ApiError(403, f"The key {key.name!r} may not fine-tune models.", code="fine_tuning_not_allowed")
     return key
+
+
+def require_publishing(http: Request) -> None:
+    """ApiError unless the request may load adapters under names, by the rule of /v1/load_lora_adapter."""
+    try:
+        http.scope["state"][REQUIRE_ADMIN]()
+    except ApiError as error:
+        message = f"The field 'publish' needs the right to load adapters: {error}"
+        raise ApiError(error.status, message, param="publish", headers=error.headers) from None
 
 
 def require_permitted(http: Request, service: Service, body: Any) -> None:

@@ -16,7 +16,7 @@ from stellarbyte_server.api.routes import (
     tokenize,
 )
 from stellarbyte_server.api.routes.batch import batches, files
-from stellarbyte_server.api.routes.tuning import events, jobs
+from stellarbyte_server.api.routes.tuning import checks, events, jobs, publications
 
 ROUTERS = tuple(
     module.router
@@ -31,6 +31,8 @@ ROUTERS = tuple(
         batches,
         jobs,
         events,
+        checks,
+        publications,
         models,
         adapters,
         adapter_versions,

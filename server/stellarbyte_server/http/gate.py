@@ -1,6 +1,7 @@
 """The first check of every request: its host, its route and its key's permission. Plain ASGI."""
 
 import re
+from functools import partial
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -9,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stellarbyte_server.access.keys import Key, Keyring
 from stellarbyte_server.access.paths import path_of
 from stellarbyte_server.access.rules import Access, RouteTable
-from stellarbyte_server.api.caller import BATCH
+from stellarbyte_server.api.caller import BATCH, REQUIRE_ADMIN
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, method_not_allowed, no_route
 from stellarbyte_server.config.setting_values import is_address, is_loopback
 from stellarbyte_server.config.settings import ServerSettings
@@ -80,6 +81,11 @@ class Gate:
             key = self._key(headers)
             if key is not None:
                 scope["state"]["key"] = key
+            scope["state"][REQUIRE_ADMIN] = (
+                partial(_require_json, headers, method)
+                if is_operators
+                else partial(self._require_admin, key, method, headers)
+            )
             if is_operators and (access is Access.ADMIN or method in _READING):
                 _require_json(headers, method)
             elif access is Access.ADMIN:

@@ -1,19 +1,23 @@
 """Fine-tuning in an HTTP process: its store, and the runner with what it needs of the server."""
 
 import asyncio
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.api.routes.tuning.plan import plan_of
+from stellarbyte_server.api.routes.tuning.publications import make_live
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, SHUTTING_DOWN, RequestRejected
-from stellarbyte_server.tuning.examples import Template
-from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Plan, Server, TuningRunner
+from stellarbyte_server.sources.reservation import NameReserved
+from stellarbyte_server.tuning.jobs import Publication
+from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Server, TuningRunner
 from stellarbyte_server.tuning.store import TuningStore
-
-MAX_RANK = 16  # of the adapters, unless the server takes only smaller ones
 
 
 def open_tuning(settings: ServerSettings, client: Replicas) -> TuningStore:
@@ -33,20 +37,11 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
     if service.tuning is None:
         return None
     assert service.storage is not None, "the settings are checked"
-    client, settings = service.client, service.settings
-    source = service.tokenizer.chat_template_source
-    if source is None:
-        raise ValueError("--fine-tuning: the model has no chat template; give one with --chat-template")
+    client = service.client
 
     async def load(name: str, folder: str) -> None:
-        try:
+        with _errors_of_the_engine():
             await client.load_adapter(name, folder, True)
-        except EngineDead as error:
-            raise EngineAway from error
-        except RequestRejected as error:
-            if error.code == SHUTTING_DOWN:
-                raise EngineAway from error
-            raise CannotLoad(str(error)) from None
 
     async def unload(name: str) -> None:
         try:
@@ -61,30 +56,32 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
         key = keyring.of_owner(owner)
         return None if key is None else key.max_fine_tuning_tokens
 
-    shown = Template(
-        shows_tools="tools" in service.tokenizer.template_variables(has_tools=True), shows_calls="tool_calls" in source
-    )
-    plan = Plan(
-        model=client.info.model_path,
-        base=settings.model_name,
-        template=settings.chat_template,
-        rank=min(MAX_RANK, settings.engine.max_lora_rank),
-        context=client.info.max_model_len,
-        device=settings.fine_tuning,
-        threads=max(1, _cores() // 2),
-        memory=settings.fine_tuning_memory,
-        shown=shown,
-    )
+    async def publish(job_id: str, folder: Path, asked: Publication) -> int:
+        with _errors_of_the_engine():
+            return await make_live(service, job_id, folder, asked)
+
     server = Server(
         load=load,
         unload=unload,
+        publish=publish,
         is_open=lambda: client.is_admitting and client.health() is None,
         generation=lambda: client.num_adapter_losses,
         max_tokens=max_tokens,
     )
-    runner = TuningRunner(service.tuning, service.storage.folder, service.storage.files, plan, server)
+    runner = TuningRunner(service.tuning, service.storage.folder, service.storage.files, plan_of(service), server)
     return asyncio.create_task(runner.run())
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextmanager
+def _errors_of_the_engine() -> Iterator[None]:
+    """Raises CannotLoad where the engine or the disk refuses an adapter, and EngineAway where a later call may work."""
+    try:
+        yield
+    except (EngineDead, NameReserved) as error:
+        raise EngineAway from error
+    except RequestRejected as error:
+        if error.code == SHUTTING_DOWN:
+            raise EngineAway from error
+        raise CannotLoad(str(error)) from None
+    except ApiError as error:
+        raise CannotLoad(str(error)) from None

@@ -26,6 +26,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     created_by: str  # the key's name; "": no key was needed
     probe: AdapterProbe | None = None
+    job: str = ""  # the fine-tuning job that trained it
 
 
 class NameRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,15 +59,28 @@ class NameRecord(msgspec.Struct, frozen=True, kw_only=True):
                 return version
         raise VersionError(f"The adapter {self.name!r} has no version {text!r:.100} in its history.")
 
+    def version_before(self) -> Version | None:
+        """The version before the current one."""
+        return next((version for version in reversed(self.versions) if version.number < self.current), None)
+
     def before(self) -> Version:
         """The version before the current one; VersionError."""
-        older = [version for version in self.versions if version.number < self.current]
-        if not older:
+        version = self.version_before()
+        if version is None:
             raise VersionError(f"The adapter {self.name!r} has no version before the current one in its history.")
-        return older[-1]
+        return version
 
     def rolled_back(self, number: int) -> "NameRecord":
         return msgspec.structs.replace(self, current=number, shares=())
+
+    def shared_with(self, version: Version | None, share: float) -> "NameRecord":
+        """With a share of the callers for the current version, and the rest for another one; None: there is none.
+
+        VersionError: the history no longer has the other version.
+        """
+        if version is None:
+            return self
+        return self.split({str(version.number): 1 - share, str(self.current): share})
 
     def split(self, shares: Mapping[str, float]) -> "NameRecord":
         """With these shares, by number or content hash; without any, the split ends. VersionError."""

@@ -31,9 +31,12 @@ class Problem(NamedTuple):
     message: str  # a sentence
 
     @property
+    def sentence(self) -> str:
+        return self.message[:1].upper() + self.message[1:]
+
+    @property
     def shown(self) -> str:
-        message = self.message[:1].upper() + self.message[1:]
-        return message if self.line is None else f"Line {self.line}: {self.message}"
+        return self.sentence if self.line is None else f"Line {self.line}: {self.message}"
 
 
 def in_one_sentence(file_id: str, problems: Sequence[Problem]) -> str:

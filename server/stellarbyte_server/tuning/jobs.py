@@ -63,6 +63,16 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate_multiplier: float | None = None
 
 
+class Publication(msgspec.Struct, frozen=True, kw_only=True):
+    """A name under which the adapter is to be live, and what became of it."""
+
+    name: str
+    share: float | None = None  # of the name's callers; None: all
+    caller: str = ""  # the name of the key that asked for it
+    version: int | None = None  # of the name, once it is live
+    error: str | None = None  # one sentence: why it is not live
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A job in its current state. Times are Unix seconds."""
 
@@ -88,7 +98,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     losses: dict[str, float] = {}  # train, valid, and base_valid: of the model without an adapter
     num_lost: int = 0  # processes that ended by themselves
     fine_tuned_model: str | None = None
+    publish: Publication | None = None
+    goes_live: bool = False  # under the name of `publish`: too late to cancel or pause it
     result_files: tuple[str, ...] = ()
+
+    @property
+    def result_checkpoint(self) -> str:
+        """The id of the checkpoint that is the result."""
+        return f"ftckpt-{self.id.removeprefix('ftjob-')}"
 
     @property
     def is_over(self) -> bool:
@@ -179,6 +196,21 @@ class Jobs:
         with self._index.reading() as database:
             query = "SELECT content FROM jobs WHERE model IS NOT NULL ORDER BY number"
             return [_job(row) for row in database.execute(query).fetchall()]
+
+    def tokens_per_s(self, model: str) -> float | None:
+        """The speed of the newest job of a model that has succeeded; None if there is none, or it was too short."""
+        with self._index.reading() as database:
+            rows = database.execute("SELECT content FROM jobs WHERE status = 'succeeded' ORDER BY number DESC")
+            last = next((job for job in map(_job, rows) if job.model == model), None)
+        if last is None:
+            return None
+        steps = [
+            (event.created_at, event.data["tokens"])
+            for _, event in self.events_since(last.id, None, -1)
+            if event.data is not None and "tokens" in event.data
+        ]
+        seconds = steps[-1][0] - steps[0][0] if steps else 0
+        return None if seconds == 0 else float(steps[-1][1] - steps[0][1]) / seconds
 
     def change(self, job_id: str, change: Change, events: Iterable[Event] = ()) -> Job | None:
         """Replace a job with the result of `change`, and return it; None if the job does not exist.

@@ -91,5 +91,5 @@ def _evaluated(job: Job, message: Message) -> Job:
 
 
 def _with_checkpoint(job: Job, step: int) -> Job:
-    made = Checkpoint(id=f"ftckpt-{job.id.removeprefix('ftjob-')}-{step}", step=step, created_at=int(time.time()))
+    made = Checkpoint(id=f"{job.result_checkpoint}-{step}", step=step, created_at=int(time.time()))
     return msgspec.structs.replace(job, checkpoints=(*job.checkpoints, made))

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from stellarbyte_server.config.settings import TUNED_PREFIX
-from stellarbyte_server.tuning.jobs import Event, Job
+from stellarbyte_server.tuning.jobs import Event, Job, Publication
 
 MAX_SUFFIX = 64  # characters
 _HASH_DIGITS = 8
@@ -38,6 +38,15 @@ def model_of_checkpoint(name: str) -> str:
 def metrics_event(step: int, steps: int, **metrics: float) -> Event:
     shown = ", ".join(f"{name.replace('_', ' ')}={value:.4f}" for name, value in metrics.items() if "loss" in name)
     return Event(message=f"Step {step}/{steps}: {shown}", data={"step": step, "total_steps": steps, **metrics})
+
+
+def published(live: Publication) -> Event:
+    share = "" if live.share is None else f", with a share of {live.share:g}"
+    return Event(message=f"Live as {live.name}, version {live.version}{share}")
+
+
+def not_published(name: str, reason: Exception) -> Event:
+    return Event(message=f"Not live as {name}: {reason}", level="warn")
 
 
 def metrics_csv(job: Job, events: list[Event]) -> bytes:

@@ -18,12 +18,14 @@ import msgspec
 
 from stellarbyte_server.batch.files import KEPT_S, Files, StoredFile, new_file_id, write_all
 from stellarbyte_server.batch.folder import DataFolder
-from stellarbyte_server.tuning.examples import Problem, Template, check_examples, in_one_sentence
-from stellarbyte_server.tuning.jobs import Change, Event, Hyperparameters, Job, JobError, Status
+from stellarbyte_server.tuning.checking import Examples, check_files, placed
+from stellarbyte_server.tuning.examples import Problem, in_one_sentence
+from stellarbyte_server.tuning.jobs import Change, Event, Hyperparameters, Job, JobError, Publication, Status
+from stellarbyte_server.tuning.plan import Plan, chosen
 from stellarbyte_server.tuning.progress import Progress
-from stellarbyte_server.tuning.results import checkpoint_name, metrics_csv, model_name
-from stellarbyte_server.tuning.store import CHATS, VALIDATION, TuningStore
-from stellarbyte_server.tuning.worker import COMMAND, Settings, Worker
+from stellarbyte_server.tuning.results import checkpoint_name, metrics_csv, model_name, not_published, published
+from stellarbyte_server.tuning.store import TuningStore
+from stellarbyte_server.tuning.worker import COMMAND, Worker
 
 logger = logging.getLogger("server.tuning")
 
@@ -31,7 +33,7 @@ LOOK_S = 0.25  # between polls for new and changed jobs
 _CLEAN_S = 60.0
 _RETRY_S = 10.0  # after an error of the server
 MAX_LOST = 1  # processes of one job that may end by themselves
-_SHOWN_PROBLEMS = 10
+SHOWN_PROBLEMS = 10  # of a file
 
 
 class CannotLoad(Exception):
@@ -43,22 +45,8 @@ class EngineAway(Exception):
 
 
 Load = Callable[[str, str], Awaitable[None]]  # name, folder; raises CannotLoad, EngineAway
+Publish = Callable[[str, Path, Publication], Awaitable[int]]  # job, folder → version; CannotLoad, EngineAway
 Unload = Callable[[str], Awaitable[None]]  # name, of which there may be no adapter; raises EngineAway
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Of all jobs: what `Settings` has beyond a job."""
-
-    model: str
-    base: str  # the model's name in the API
-    template: str | None
-    rank: int
-    context: int
-    device: str
-    threads: int
-    memory: int | None
-    shown: Template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +55,7 @@ class Server:
 
     load: Load
     unload: Unload
+    publish: Publish
     is_open: Callable[[], bool]  # whether the engine takes adapters now
     generation: Callable[[], int]  # changes when the engine has lost the adapters that were loaded before
     max_tokens: Callable[[str], int | None]  # of a job of this owner; LookupError: its key no longer exists
@@ -163,36 +152,21 @@ class TuningRunner:
         folder = self._store.of_job(job.id)
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted check
         folder.mkdir(mode=0o700)
-        numbers = []
-        for param, file_id, name in (
-            ("training_file", job.training_file, CHATS),
-            ("validation_file", job.validation_file, VALIDATION),
-        ):
-            if file_id is None:
-                continue
-            try:
-                number, problems = self._checked(job, file_id, folder / name)
-            except OSError as error:
-                message = f"The examples could not be stored: {error.strerror or error}."
-                self._fail(job, "storage_unavailable", message)
-                return
-            if problems:
-                self._fail(job, f"invalid_{param}", in_one_sentence(file_id, problems), param, problems)
-                return
-            numbers.append(number)
-        chosen = _chosen(job.hyperparameters, numbers[0])
-        queued = Event(message="Files validated, moving job to queued state")
-        self._change(job, partial(_queued, hyperparameters=chosen), [queued])
-
-    def _checked(self, job: Job, file_id: str, target: Path) -> tuple[int, list[Problem]]:
-        file = self._files.find(job.owner, file_id)
+        examples = Examples(owner=job.owner, training_file=job.training_file, validation_file=job.validation_file)
         try:
-            if file is None:
-                raise FileNotFoundError
-            with self._files.open(file) as content, open(target, "xb", buffering=0) as normalized:
-                return check_examples(content, normalized, self._plan.shown)
-        except FileNotFoundError:
-            return 0, [Problem(None, "The file no longer exists.")]
+            checked = check_files(self._files, examples, folder, self._plan.shown)
+        except OSError as error:
+            message = f"The examples could not be stored: {error.strerror or error}."
+            self._fail(job, "storage_unavailable", message)
+            return
+        if checked.problems:
+            file_id = job.training_file if checked.param == "training_file" else job.validation_file
+            message = in_one_sentence(str(file_id), checked.problems)
+            self._fail(job, f"invalid_{checked.param}", message, checked.param, checked.problems)
+            return
+        hyperparameters = chosen(job.hyperparameters, checked.num_examples["training_file"])
+        queued = Event(message="Files validated, moving job to queued state")
+        self._change(job, partial(_queued, hyperparameters=hyperparameters), [queued])
 
     async def _run_logged(self, job: Job) -> None:
         try:
@@ -230,7 +204,14 @@ class TuningRunner:
 
     async def _train(self, job: Job, max_tokens: int | None) -> bool:
         """Train a job; returns whether its adapter is complete. Otherwise its state says why."""
-        worker = await Worker.start(self._settings(job, max_tokens), self._command)
+        settings = self._plan.settings(
+            self._store.of_job(job.id),
+            job.hyperparameters,
+            seed=job.seed,
+            has_validation=job.validation_file is not None,
+            max_tokens=max_tokens,
+        )
+        worker = await Worker.start(settings, self._command)
         progress = Progress(job)
         reading = asyncio.create_task(self._read(worker, progress))
         try:
@@ -267,9 +248,8 @@ class TuningRunner:
         """A process has ended without a result, and nobody has asked for it."""
         end = progress.end
         if end is not None and end.type == "refused":
-            code, param = _REASONS.get(end.about, ("training_failed", None))
-            if param is not None and "validation_file" in end.message:
-                code, param = "invalid_validation_file", "validation_file"
+            param, _ = placed(end)
+            code = _REASONS.get(end.about, "training_failed") if param is None else f"invalid_{param}"
             self._fail(job, code, end.message, param)
             return
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
@@ -289,14 +269,30 @@ class TuningRunner:
             await self._unload(job, name)
             await asyncio.to_thread(self._fail, job, "adapter_refused", f"The adapter cannot be served: {error}")
             return
+        events = [Event(message=f"New fine-tuned model created: {name}")]
+        live = None
+        if job.publish is not None:
+            now = await asyncio.to_thread(self._change, job, _going_live)
+            if now is not None and now.goes_live:
+                live, event = await self._publish(job, adapter, job.publish)
+                events.append(event)
         file_id = await asyncio.to_thread(self._write_metrics, job)
-        ended = partial(_succeeded, name=name, file_id=file_id)
-        events = [Event(message=f"New fine-tuned model created: {name}"), Event(message="The job has completed")]
+        ended = partial(_succeeded, name=name, file_id=file_id, live=live)
+        events.append(Event(message="The job has completed"))
         now = await asyncio.to_thread(self._change, job, ended, events)
         if now is None or now.fine_tuned_model != name:  # it was cancelled meanwhile
             await self._unload(job, name)
             return
         logger.info("fine-tuning job %s: %s", job.id, name)
+
+    async def _publish(self, job: Job, adapter: Path, asked: Publication) -> tuple[Publication, Event]:
+        """Make a result live under the name that was asked for, unless the engine refuses it; EngineAway."""
+        try:
+            version = await self._server.publish(job.id, adapter, asked)
+        except CannotLoad as error:
+            return msgspec.structs.replace(asked, error=str(error)), not_published(asked.name, error)
+        live = msgspec.structs.replace(asked, version=version)
+        return live, published(live)
 
     def _write_metrics(self, job: Job) -> str:
         events = [event for _, event in self._store.jobs.events_since(job.id, None, -1)]
@@ -327,40 +323,14 @@ class TuningRunner:
         self, job: Job, code: str, message: str, param: str | None = None, problems: Sequence[Problem] = ()
     ) -> None:
         error = JobError(code=code, message=message, param=param)
-        events = [Event(message=problem.shown, level="error") for problem in problems[:_SHOWN_PROBLEMS]]
+        events = [Event(message=problem.shown, level="error") for problem in problems[:SHOWN_PROBLEMS]]
         ended = partial(msgspec.structs.replace, status="failed", error=error, finished_at=int(time.time()))
         self._change(job, ended, [*events, Event(message=f"The job failed: {message}", level="error")])
         logger.info("fine-tuning job %s failed: %s", job.id, message)
 
-    def _settings(self, job: Job, max_tokens: int | None) -> Settings:
-        folder, chosen = self._store.of_job(job.id), job.hyperparameters
-        assert chosen.n_epochs is not None and chosen.batch_size is not None, "chosen when the files were checked"
-        assert chosen.learning_rate_multiplier is not None
-        return Settings(
-            folder=str(folder),
-            model=self._plan.model,
-            chats=str(folder / CHATS),
-            validation=None if job.validation_file is None else str(folder / VALIDATION),
-            template=self._plan.template,
-            seed=job.seed,
-            epochs=chosen.n_epochs,
-            batch=chosen.batch_size,
-            learning_rate_multiplier=chosen.learning_rate_multiplier,
-            rank=self._plan.rank,
-            context=self._plan.context,
-            device=self._plan.device,
-            threads=self._plan.threads,
-            memory=self._plan.memory,
-            max_tokens=max_tokens,
-        )
-
 
 _RUNNABLE: tuple[Status, ...] = ("running", "queued")
-_REASONS = {
-    "data": ("invalid_training_file", "training_file"),
-    "memory": ("insufficient_memory", None),
-    "run": ("training_failed", None),
-}
+_REASONS = {"memory": "insufficient_memory", "run": "training_failed"}
 
 
 def _begun(job: Job) -> Job:
@@ -372,26 +342,18 @@ def _queued(job: Job, *, hyperparameters: Hyperparameters) -> Job:
     return msgspec.structs.replace(job, status=status, hyperparameters=hyperparameters)
 
 
-def _succeeded(job: Job, *, name: str, file_id: str) -> Job:
+def _going_live(job: Job) -> Job:
+    return msgspec.structs.replace(job, goes_live=True) if job.status == "running" else job
+
+
+def _succeeded(job: Job, *, name: str, file_id: str, live: Publication | None) -> Job:
     return msgspec.structs.replace(
         job,
         status="succeeded",
         fine_tuned_model=name,
+        publish=job.publish if live is None else live,
+        goes_live=False,
         result_files=(file_id,),
         finished_at=int(time.time()),
         estimated_finish=None,
-    )
-
-
-def _chosen(asked: Hyperparameters, num_examples: int) -> Hyperparameters:
-    """The hyperparameters for a number of examples; small files are read more often, as in OpenAI's cookbook."""
-    epochs = 3
-    if num_examples * epochs < 100:
-        epochs = min(25, -(-100 // num_examples))
-    elif num_examples * epochs > 25_000:
-        epochs = max(1, 25_000 // num_examples)
-    return Hyperparameters(
-        n_epochs=epochs if asked.n_epochs is None else asked.n_epochs,
-        batch_size=min(8, num_examples) if asked.batch_size is None else min(asked.batch_size, num_examples),
-        learning_rate_multiplier=(1.0 if asked.learning_rate_multiplier is None else asked.learning_rate_multiplier),
     )

@@ -3,10 +3,14 @@
 tuning.sqlite3         jobs and their events
 tuning/JOB/            a job's folder: the checked examples (chats.jsonl, validation.jsonl), run/ with checkpoints,
                        adapter/ and step-N/, the results. After the job only these are left.
+tuning/.check-…/       the examples of a check without a job, while it runs
 """
 
+import asyncio
+import contextlib
 import os
 import shutil
+import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +22,8 @@ from stellarbyte_server.tuning.jobs import TUNING_SCHEMA, TUNING_VERSION, Jobs
 from stellarbyte_server.tuning.results import model_of_checkpoint
 
 INDEX = "tuning.sqlite3"
+CHECK_PREFIX = ".check-"  # of folders of checks without a job
+_CHECK_KEPT_S = 3600  # of one whose process was killed
 CHATS, VALIDATION, ADAPTER = "chats.jsonl", "validation.jsonl", "adapter"
 
 
@@ -35,6 +41,7 @@ class TuningStore:
     folder: Path
     jobs: Jobs
     index: Index
+    checks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))  # running without a job
     _owners: dict[str, str] = field(default_factory=dict)  # of models, which never change
 
     @classmethod
@@ -69,6 +76,9 @@ class TuningStore:
     def sweep(self) -> None:
         """Remove all files that belong to no unfinished job and no model."""
         for name in os.listdir(self.folder):
+            if name.startswith(CHECK_PREFIX):
+                self._sweep_check(self.folder / name)
+                continue
             job = self.jobs.find(name)
             if job is None or (job.is_over and job.fine_tuned_model is None):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -77,6 +87,12 @@ class TuningStore:
                 for path in self.of_job(name).iterdir():
                     if path.name not in kept:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @staticmethod
+    def _sweep_check(folder: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if folder.stat().st_mtime + _CHECK_KEPT_S < time.time():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         self.index.close()

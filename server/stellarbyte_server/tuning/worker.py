@@ -35,6 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     memory: int | None
     max_tokens: int | None
+    only_plan: bool = False
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     batch: int = 0
     learning_rate: float = 0.0
+    needed_memory: int = 0
     train_loss: float = 0.0
     valid_loss: float = 0.0
     about: str = ""

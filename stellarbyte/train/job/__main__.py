@@ -2,8 +2,9 @@
 
 It reads its settings (`Job`) as one line of JSON from stdin and writes messages as lines of JSON to stdout: `plan`,
 `begun`, `step`, `evaluation`, `saved`, `epoch`, and at its end one of `finished`, `stopped` (SIGTERM: the step is
-finished and saved) and `refused` (about data, memory or run; with one sentence). It ends when stdin is closed, and
-another process with the same settings continues from the last checkpoint, bit for bit.
+finished and saved) and `refused` (about data, memory or run; with one sentence). With `only_plan` it ends after the
+plan, or after the refusal of it. It ends when stdin is closed, and another process with the same settings continues
+from the last checkpoint, bit for bit.
 """
 
 import os
@@ -84,19 +85,21 @@ def _run(job: Job, messages: Messages) -> None:
     longest = max(int(np.diff(each.ends, prepend=0).max(initial=0)) for each in chats.values())
     run = job.run(len(lengths), longest, base)
     needed = needed_memory(run, base)
-    if needed > memory:
-        raise Refused(
-            "memory",
-            f"The training needs about {needed} bytes of memory, and may use {memory}; shorter chats or a smaller"
-            " batch need less.",
-        )
-    data = rows_of_chats(run, tokenizer, chats)
     batch = min(job.batch, len(lengths))
     order = list(ShuffledStream(len(lengths), num_steps * batch, job.seed))
     tokens = list(accumulate(int(lengths[order[start : start + batch]].sum()) for start in range(0, len(order), batch)))
     messages.send(
         "plan", steps=num_steps, tokens=tokens[-1], batch=batch, learning_rate=run.train.lr, needed_memory=needed
     )
+    if needed > memory:
+        raise Refused(
+            "memory",
+            f"The training needs about {needed} bytes of memory, and may use {memory}; shorter chats or a smaller"
+            " batch need less.",
+        )
+    if job.only_plan:
+        return
+    data = rows_of_chats(run, tokenizer, chats)
     epochs = [-(-epoch * len(lengths) // batch) for epoch in range(1, job.epochs + 1)]
     progress = Progress(messages, job.folder, tokens, epochs, KEPT_EPOCHS)
     _bound_memory(job, memory)

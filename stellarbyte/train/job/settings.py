@@ -22,7 +22,7 @@ class Job(Section):
     chats, validation: JSONL files; template: a chat template instead of the model's.
     batch: chats of a step; learning_rate_multiplier: of `learning_rate`; context: tokens after which a chat is cut.
     threads: of the CPU; memory: bytes beyond those of the empty process, None: half of the free memory.
-    max_tokens: of all epochs.
+    max_tokens: of all epochs. only_plan: end after the plan, before anything is trained.
     """
 
     folder: Path
@@ -40,6 +40,7 @@ class Job(Section):
     threads: int = Field(ge=1)
     memory: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
+    only_plan: bool = False
 
     @property
     def base(self) -> Model:

@@ -18,7 +18,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tests.support.clients.openai_client import lenient, strict_client
 from tests.support.servers.server_process import TUNING, ServerProcess, running, the_error_line
 from tests.support.tuning.chat_model import make_chat_model
-from tests.support.tuning.chats import chats
+from tests.support.tuning.chats import chat, chats, json_lines
 
 pytest.importorskip("accelerate")
 ENDED = ("succeeded", "failed", "cancelled")
@@ -43,7 +43,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (folder / "keys.toml").write_text(KEYS)
     (folder / "keys.toml").chmod(0o600)
     model = ["--model", str(make_chat_model(folder / "model")), "--served-model-name", "tiny"]
-    return [*model, "--data-dir", str(folder / "data"), "--fine-tuning", "cpu", "--keys", str(folder / "keys.toml")]
+    keys = ["--keys", str(folder / "keys.toml"), "--admin-api-key", "key-of-admin"]
+    return [*model, "--data-dir", str(folder / "data"), "--fine-tuning", "cpu", *keys]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,97 @@ def test_jobs_are_bounded_paused_resumed_and_cancelled(server: ServerProcess) ->
             assert (await client.files.delete(file)).deleted
 
     asyncio.run(cancel())
+
+
+def post(server: ServerProcess, path: str, who: str, /, **body: Any) -> Any:
+    """The status and the JSON of an answer."""
+    headers = {"Authorization": f"Bearer key-of-{who}"}
+    answered = httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers, timeout=120)
+    return answered.status_code, answered.json()
+
+
+def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
+    admin, ann = client_of(server, "admin"), client_of(server, "ann")
+    wanted = {"model": "tiny", "training_file": upload(ann, chats(4)), "publish": {"name": "pirate"}}
+    status, refused = post(server, "fine_tuning/jobs", "ann", **wanted)
+    assert status == 403 and refused["error"]["param"] == "publish"
+    assert "needs the right to load adapters: The key 'ann' does not permit" in refused["error"]["message"]
+    for name in ("tiny", "ft:x", "a b"):
+        status, refused = post(server, "fine_tuning/jobs", "admin", **wanted | {"publish": {"name": name}})
+        assert status == 400 and refused["error"]["param"] == "publish.name", refused
+
+    trained = []
+    for said, more in (("aye aye", {"publish": {"name": "pirate", "share": 0.25}}), ("oh no", {})):
+        made = admin.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=upload(admin, chats(6, said)),
+            seed=7,
+            method=method(n_epochs=16, batch_size=3, learning_rate_multiplier=4.0),
+            extra_body=more,
+        )
+        trained.append(wait(admin, made.id, "succeeded"))
+    first, second = trained
+    checkpoint = admin.fine_tuning.jobs.checkpoints.list(second.id).data[1]
+    names = (first.fine_tuned_model, checkpoint.fine_tuned_model_checkpoint, second.fine_tuned_model)
+    answers = [answer(admin, name or "", temperature=0) for name in names]
+    assert len({answer(admin, temperature=0), *answers}) == 4, answers
+    live = {"name": "pirate", "share": 0.25, "version": 1, "error": None}
+    assert first.model_extra is not None and first.model_extra["publish"] == live
+    assert answer(admin, "pirate", temperature=0) == answers[0]
+    history = f"{server.url}/v1/adapters/pirate/versions"
+    headers = {"Authorization": "Bearer key-of-admin"}
+    (version,) = httpx.get(history, headers=headers).json()["data"]
+    assert version["job"] == first.id and version["created_by"] == "admin" and version["probe"]["changed_logits"] > 0
+    assert version["share"] is None  # there was none before it
+
+    path = f"fine_tuning/jobs/{second.id}/publish"
+    for body, status, named in (
+        ({"name": "pirate", "checkpoint": "ftckpt-absent"}, 404, "checkpoint"),
+        ({"name": "pirate", "share": 1}, 400, "share"),
+        ({"name": "tiny"}, 400, "name"),
+    ):
+        answered = post(server, path, "admin", **body)
+        assert (answered[0], answered[1]["error"]["param"]) == (status, named), answered
+    assert post(server, path, "ann", name="pirate")[0] == 403
+    status, job = post(server, path, "admin", name="pirate", share=0.5, checkpoint=checkpoint.id)
+    assert status == 200 and job["publish"]["version"] == 2, job
+    found = httpx.get(history, headers=headers).json()
+    assert found["current"] == 2 and [each["share"] for each in found["data"]] == [0.5, 0.5]
+    assert {answer(admin, "pirate", temperature=0, user=str(user)) for user in range(12)} == set(answers[:2])
+    assert post(server, path, "admin", name="pirate")[1]["publish"]["version"] == 3
+    assert answer(admin, "pirate", temperature=0) == answers[2]
+    assert post(server, "adapters/pirate/rollback", "admin")[1]["current"] == 2
+    assert post(server, "adapters/pirate/rollback", "admin")[1]["current"] == 1
+    assert answer(admin, "pirate", temperature=0) == answers[0]
+
+
+def test_files_are_checked_without_a_job(server: ServerProcess) -> None:
+    bob = client_of(server, "bob")
+    good, longer = upload(bob, chats(8)), upload(bob, chats(30, "aye " * 30))
+    status, checked = post(
+        server, "fine_tuning/files/check", "bob", training_file=good, validation_file=longer, method=method(n_epochs=3)
+    )
+    assert status == 200 and checked["problems"] == [], checked
+    assert (checked["examples"], checked["validation_examples"], checked["steps"]) == (8, 30, 3)
+    chosen = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
+    assert checked["hyperparameters"] == chosen and checked["memory"] > 0
+    job = bob.fine_tuning.jobs.create(
+        model="tiny", training_file=good, validation_file=longer, method=method(n_epochs=3)
+    )
+    assert wait(bob, job.id, "succeeded").trained_tokens == checked["tokens"]
+    bad = upload(bob, chats(2) + b"{}\n" * 12)
+    status, checked = post(server, "fine_tuning/files/check", "bob", training_file=good, validation_file=bad)
+    assert status == 200 and checked["steps"] is None and len(checked["problems"]) == 10
+    assert checked["problems"][0] == {
+        "param": "validation_file",
+        "line": 3,
+        "message": "The field 'messages' must be a list with at least one message.",
+    }
+    cut = upload(bob, chats(1) + json_lines([chat("q" * 600, "a")]))
+    status, checked = post(server, "fine_tuning/files/check", "bob", training_file=cut)
+    assert status == 200 and [(each["param"], each["line"]) for each in checked["problems"]] == [("training_file", 2)]
+    assert post(server, "fine_tuning/files/check", "cat", training_file=good)[0] == 403
+    assert post(server, "fine_tuning/files/check", "ann", training_file=good)[0] == 404
 
 
 BAD = [

@@ -47,6 +47,8 @@ ROUTES = {
     ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): "user",
     ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): "user",
     ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): "user",
+    ("POST", "/v1/fine_tuning/jobs/{job_id}/publish"): "admin",
+    ("POST", "/v1/fine_tuning/files/check"): "user",
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): "user",
     ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): "user",
     ("DELETE", "/v1/models/{name:path}"): "user",

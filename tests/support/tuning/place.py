@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from stellarbyte_server.batch.files import Files, StoredFile, StoreLimits
 from stellarbyte_server.batch.storage import Storage, claim_folder
 from stellarbyte_server.tuning.examples import Template
-from stellarbyte_server.tuning.jobs import Hyperparameters, Job, Status, new_job_id
-from stellarbyte_server.tuning.runner import Plan, Server, TuningRunner
+from stellarbyte_server.tuning.jobs import Hyperparameters, Job, Publication, Status, new_job_id
+from stellarbyte_server.tuning.plan import Plan
+from stellarbyte_server.tuning.runner import Server, TuningRunner
 from stellarbyte_server.tuning.store import TuningStore
 from tests.support.tuning.chats import chats
 
@@ -44,6 +46,9 @@ class Place:
         self.load_error: Exception | None = None
         self.when_loaded: Callable[[str], None] = lambda _: None
         self.generation = 0
+        self.published: list[tuple[str, str, str]] = []  # job, name and folder
+        self.publish_error: Exception | None = None
+        self.when_published: Callable[[str], None] = lambda _: None
         self.script()
 
     def script(self, **fields: object) -> None:
@@ -63,7 +68,14 @@ class Place:
         upload.write(content)
         return self.files.keep(upload, owner=owner, filename="a", purpose="fine-tune", kept_s=3600)
 
-    def job(self, content: bytes | None = None, validation: bytes | None = None, owner: str = "", most: int = 9) -> str:
+    def job(
+        self,
+        content: bytes | None = None,
+        validation: bytes | None = None,
+        owner: str = "",
+        most: int = 9,
+        **fields: Any,
+    ) -> str:
         job = Job(
             id=new_job_id(),
             owner=owner,
@@ -75,6 +87,7 @@ class Place:
             metadata=None,
             hyperparameters=Hyperparameters(n_epochs=2),
             created_at=int(time.time()),
+            **fields,
         )
         self.store.jobs.create(job, most=most)
         return job.id
@@ -110,6 +123,13 @@ class Place:
         async def unload(name: str) -> None:
             self.loaded.pop(name, None)
 
+        async def publish(job_id: str, folder: Path, asked: Publication) -> int:
+            self.when_published(job_id)
+            if self.publish_error is not None:
+                raise self.publish_error
+            self.published.append((job_id, asked.name, str(folder)))
+            return len(self.published)
+
         def max_tokens(owner: str) -> int | None:
             if owner == "gone":
                 raise LookupError
@@ -119,6 +139,7 @@ class Place:
             server = Server(
                 load=load,
                 unload=unload,
+                publish=publish,
                 is_open=lambda: True,
                 generation=lambda: self.generation,
                 max_tokens=max_tokens,

@@ -145,10 +145,17 @@ def test_a_job_whose_process_was_killed_computes_what_one_without_pause_does(mod
 def test_what_cannot_be_trained_is_refused_before_a_step(
     model: Path, tmp_path: Path, fields: dict[str, Any], about: str, said: str
 ) -> None:
-    (refused,) = run(settings(model, tmp_path, **fields))
+    *before, refused = run(settings(model, tmp_path, **fields))
+    assert [each["type"] for each in before] == (["plan"] if about == "memory" else [])
     assert (refused["type"], refused["about"]) == ("refused", about) and said in refused["message"]
     assert str(tmp_path) not in refused["message"]
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_plan_alone_is_that_of_the_job(model: Path, tmp_path: Path) -> None:
+    (planned,) = run(settings(model, tmp_path / "plan", only_plan=True))
+    assert planned == run(settings(model, tmp_path / "job"))[0]
+    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["chats.jsonl", "validation.jsonl"]
 
 
 def test_memory_is_counted_from_the_shapes(model: Path, tmp_path: Path) -> None:

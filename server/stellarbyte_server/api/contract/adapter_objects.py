@@ -66,6 +66,7 @@ class AdapterVersion(AnswerObject):
     created_at: Annotated[int, Field(description="Unix seconds.")]
     created_by: Annotated[str | None, Field(description="The name of the key that loaded it; null: none was needed.")]
     probe: Annotated[Probe | None, Field(description="What the probe found; null: not probed.")]
+    job: Annotated[str | None, Field(description="The fine-tuning job that trained it.")]
     current: bool
     share: Annotated[float | None, Field(description="Share of the callers; null: they are not split.")]
 

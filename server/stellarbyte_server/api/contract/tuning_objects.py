@@ -35,6 +35,13 @@ class LossesObject(AnswerObject):
     base_valid: Annotated[float | None, Field(description="Of the validation file, without the adapter.")]
 
 
+class PublicationObject(AnswerObject):
+    name: str
+    share: Annotated[float | None, Field(description="Of the name's callers; null: all.")]
+    version: Annotated[int | None, Field(description="Its number in the name's history, once it is live.")]
+    error: Annotated[str | None, Field(description="Why it is not live.")]
+
+
 class FineTuningJobObject(AnswerObject):
     id: str
     object: Literal["fine_tuning.job"]
@@ -57,6 +64,7 @@ class FineTuningJobObject(AnswerObject):
     integrations: list[Any]
     metadata: dict[str, str] | None
     losses: Annotated[LossesObject, Field(description="Nats per token.")]
+    publish: Annotated[PublicationObject | None, Field(description="null: live under the job's own name only.")]
 
 
 class FineTuningJobList(AnswerObject):
@@ -108,6 +116,28 @@ class FineTuningCheckpointList(AnswerObject):
     first_id: str | None
     last_id: str | None
     has_more: bool
+
+
+class FileProblem(AnswerObject):
+    param: Annotated[str | None, Field(description="The file; null: the job as a whole, such as its memory.")]
+    line: Annotated[int | None, Field(description="From 1; null: not of one line.")]
+    message: str
+
+
+class FineTuningCheck(AnswerObject):
+    """With problems, a job would fail; the counts are null as far as they are not known."""
+
+    object: Literal["fine_tuning.check"]
+    examples: Annotated[Count, Field(description="Of the training file, without lines with problems.")]
+    validation_examples: Count | None
+    hyperparameters: Annotated[HyperparametersObject, Field(description="What auto becomes for these files.")]
+    steps: Count | None
+    tokens: Annotated[Count | None, Field(description="Read in all epochs.")]
+    memory: Annotated[Count | None, Field(description="Bytes that the training needs, estimated from the shapes.")]
+    seconds: Annotated[
+        float | None, Field(description="At the speed of the newest job that has succeeded; null: there is none.")
+    ]
+    problems: Annotated[list[FileProblem], Field(description="Up to ten; empty: a job can be started.")]
 
 
 class DeletedModel(AnswerObject):

@@ -37,7 +37,7 @@ _NAME = (("name", "The adapter's name."),)
     path_parameters=_NAME,
 )
 async def list_versions(name: str, service: ServiceOfRequest) -> dict[str, Any]:
-    return _history(await _versions(service).record(name))
+    return history_object(await _versions(service).record(name))
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
@@ -76,7 +76,7 @@ async def _changed(
     versions = _versions(service)
     try:
         with reserved(locks_of(service), name):
-            return _history(await change(versions))
+            return history_object(await change(versions))
     except NameReserved:
         raise from_engine(adapter_loading(name)) from None
     except (RequestRejected, EngineDead) as error:
@@ -90,7 +90,7 @@ def _versions(service: Service) -> AdapterVersions:
     return AdapterVersions(service, service.registry)
 
 
-def _history(record: NameRecord) -> dict[str, Any]:
+def history_object(record: NameRecord) -> dict[str, Any]:
     shares = dict(record.shares)
     return {
         "id": record.name,
@@ -105,6 +105,7 @@ def _history(record: NameRecord) -> dict[str, Any]:
                 "created_at": version.created_at,
                 "created_by": version.created_by or None,
                 "probe": probe_object(version.probe),
+                "job": version.job or None,
                 "current": version.number == record.current,
                 "share": shares.get(version.number, 0.0) if shares else None,
             }

@@ -13,25 +13,26 @@ from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.caller import owner_id, require_fine_tuning, require_model
 from stellarbyte_server.api.contract import tuning_objects
 from stellarbyte_server.api.contract.bodies.body import parse_named, parse_plain_body
-from stellarbyte_server.api.contract.bodies.tuning.jobs import FineTuningBody, HyperparametersBody, JobsQuery
+from stellarbyte_server.api.contract.bodies.tuning.jobs import FineTuningBody, JobsQuery
 from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.key_rate import charge
-from stellarbyte_server.api.routes.batch.storage import no_such, page, storage_of
+from stellarbyte_server.api.routes.batch.storage import no_such, page
 from stellarbyte_server.api.routes.tuning.objects import job_object, tuning_of
+from stellarbyte_server.api.routes.tuning.requested import hyperparameters_of, publication, require_files
 from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.batch.files import NoRoom
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.config.settings import TUNED_PREFIX
 from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, RequestRejected, model_not_found
-from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Job, Status, new_job_id
+from stellarbyte_server.tuning.jobs import Event, Job, Status, new_job_id
 from stellarbyte_server.tuning.results import checkpoint_name
 from stellarbyte_server.tuning.store import TuningStore
 
 router = APIRouter()
 JOB_ID = (("job_id", "A job's id."),)
-_TAG = "Fine-tuning"
+TAG = "Fine-tuning"
 _MAX_JOBS = 4  # unfinished ones of one key, or of all without keys
 _PAGE = 20
 
@@ -40,7 +41,7 @@ _PAGE = 20
 @Operation(
     access=Access.USER,
     summary="Start a fine-tuning job",
-    tag=_TAG,
+    tag=TAG,
     bodies=(FineTuningBody,),
     answer=tuning_objects.FineTuningJobObject,
     errors=(*BODY_REFUSED, 403, 404, 429),
@@ -51,9 +52,8 @@ async def create_job(http: Request, service: ServiceOfRequest) -> dict[str, Any]
     body = await parse_apart(http, service, partial(parse_plain_body, FineTuningBody))
     await charge(http, service)
     _require_base(http, service, body.model)
-    for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
-        if file_id is not None:
-            await _require_file(service, owner, file_id, param)
+    asked = None if body.publish is None else publication(http, service, body.publish)
+    await require_files(service, owner, body)
     job = Job(
         id=new_job_id(),
         owner=owner,
@@ -63,7 +63,8 @@ async def create_job(http: Request, service: ServiceOfRequest) -> dict[str, Any]
         suffix=body.suffix,
         seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
         metadata=body.metadata,
-        hyperparameters=_hyperparameters(body),
+        hyperparameters=hyperparameters_of(body),
+        publish=asked,
         created_at=int(time.time()),
     )
     try:
@@ -85,34 +86,11 @@ def _require_base(http: Request, service: Service, model: str) -> None:
     raise from_engine(model_not_found(model))
 
 
-async def _require_file(service: Service, owner: str, file_id: str, param: str) -> None:
-    file = await asyncio.to_thread(storage_of(service).files.find, owner, file_id)
-    if file is None:
-        raise no_such("file", file_id, param)
-    if file.purpose != "fine-tune":
-        raise bad_request(f"The file {file.id} has the purpose {file.purpose}, not fine-tune.", param)
-
-
-def _hyperparameters(body: FineTuningBody) -> Hyperparameters:
-    """Those of the method, or in OpenAI's older place; ApiError if they are in both."""
-    of_method = (
-        None if body.method is None or body.method.supervised is None else body.method.supervised.hyperparameters
-    )
-    if of_method is not None and body.hyperparameters is not None:
-        raise bad_request(
-            "Give only one of 'hyperparameters' and 'method.supervised.hyperparameters'.", "hyperparameters"
-        )
-    given = body.hyperparameters if of_method is None else of_method
-    given = HyperparametersBody() if given is None else given
-    values = {name: None if value == "auto" else value for name, value in given.model_dump().items()}
-    return Hyperparameters(**values)
-
-
 @router.get("/v1/fine_tuning/jobs")
 @Operation(
     access=Access.USER,
     summary="List fine-tuning jobs, newest first",
-    tag=_TAG,
+    tag=TAG,
     query=JobsQuery,
     answer=tuning_objects.FineTuningJobList,
     errors=(400,),
@@ -150,7 +128,7 @@ def _filter(items: list[tuple[str, str]]) -> dict[str, str] | None:
 @Operation(
     access=Access.USER,
     summary="Describe a fine-tuning job",
-    tag=_TAG,
+    tag=TAG,
     answer=tuning_objects.FineTuningJobObject,
     errors=(400, 404),
     path_parameters=JOB_ID,
@@ -163,7 +141,7 @@ async def get_job(job_id: str, http: Request, service: ServiceOfRequest) -> dict
 @Operation(
     access=Access.USER,
     summary="Cancel a fine-tuning job",
-    tag=_TAG,
+    tag=TAG,
     answer=tuning_objects.FineTuningJobObject,
     errors=(400, 404),
     path_parameters=JOB_ID,
@@ -177,7 +155,7 @@ async def cancel_job(job_id: str, http: Request, service: ServiceOfRequest) -> d
 @Operation(
     access=Access.USER,
     summary="Pause a fine-tuning job after its current step",
-    tag=_TAG,
+    tag=TAG,
     answer=tuning_objects.FineTuningJobObject,
     errors=(400, 404),
     path_parameters=JOB_ID,
@@ -190,7 +168,7 @@ async def pause_job(job_id: str, http: Request, service: ServiceOfRequest) -> di
 @Operation(
     access=Access.USER,
     summary="Continue a paused fine-tuning job",
-    tag=_TAG,
+    tag=TAG,
     answer=tuning_objects.FineTuningJobObject,
     errors=(400, 404),
     path_parameters=JOB_ID,
@@ -213,7 +191,7 @@ async def _change(
     def change(now: Job) -> Job:
         nonlocal was
         was = now.status
-        if now.status not in before:
+        if now.status not in before or (now.goes_live and after != "queued"):
             return now
         finished_at = int(time.time()) if after == "cancelled" else None
         return msgspec.structs.replace(now, status=after, finished_at=finished_at)
@@ -223,6 +201,8 @@ async def _change(
         raise no_such("fine-tuning job", job_id)
     if was not in before:
         raise bad_request(f"The job is {was}; only one that is {' or '.join(before)} can become {after}.")
+    if changed.goes_live and after != "queued":
+        raise bad_request(f"The job is done and its result is going live, so it can no longer become {after}.")
     return job_object(changed)
 
 
@@ -230,7 +210,7 @@ async def _change(
 @Operation(
     access=Access.USER,
     summary="Delete a fine-tuned model",
-    tag=_TAG,
+    tag=TAG,
     answer=tuning_objects.DeletedModel,
     errors=(400, 404),
     path_parameters=(("name", "The name of a fine-tuned model."),),

@@ -6,7 +6,7 @@ import msgspec
 
 from stellarbyte_server.api.contract.errors import bad_request
 from stellarbyte_server.api.service import Service
-from stellarbyte_server.tuning.jobs import Event, Job
+from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Job, Publication
 from stellarbyte_server.tuning.results import checkpoint_name
 from stellarbyte_server.tuning.store import TuningStore
 
@@ -22,10 +22,12 @@ def tuning_of(service: Service) -> TuningStore:
     return service.tuning
 
 
+def hyperparameters_object(chosen: Hyperparameters) -> dict[str, Any]:
+    return {name: "auto" if value is None else value for name, value in msgspec.structs.asdict(chosen).items()}
+
+
 def job_object(job: Job) -> dict[str, Any]:
-    chosen = {
-        name: "auto" if value is None else value for name, value in msgspec.structs.asdict(job.hyperparameters).items()
-    }
+    chosen = hyperparameters_object(job.hyperparameters)
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -48,7 +50,12 @@ def job_object(job: Job) -> dict[str, Any]:
         "integrations": [],
         "metadata": job.metadata,
         "losses": {name: job.losses.get(name) for name in ("train", "valid", "base_valid")},
+        "publish": None if job.publish is None else _publication_object(job.publish),
     }
+
+
+def _publication_object(asked: Publication) -> dict[str, Any]:
+    return {"name": asked.name, "share": asked.share, "version": asked.version, "error": asked.error}
 
 
 def event_object(event_id: str, event: Event) -> dict[str, Any]:
@@ -71,7 +78,7 @@ def checkpoint_objects(job: Job, train_losses: dict[int, float]) -> list[dict[st
         (checkpoint.id, checkpoint.step, checkpoint.created_at, checkpoint_name(job.fine_tuned_model, checkpoint.step))
         for checkpoint in job.checkpoints
     ]
-    adapters.append((f"ftckpt-{job.id.removeprefix('ftjob-')}", job.steps, job.finished_at or 0, job.fine_tuned_model))
+    adapters.append((job.result_checkpoint, job.steps, job.finished_at or 0, job.fine_tuned_model))
     shown = []
     for checkpoint_id, step, created_at, name in sorted(adapters, key=lambda adapter: -adapter[1]):
         valid = job.losses.get(f"valid@{step}")

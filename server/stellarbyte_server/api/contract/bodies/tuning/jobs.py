@@ -1,13 +1,15 @@
-"""The body of POST /v1/fine_tuning/jobs, and the queries of its lists."""
+"""The bodies of /v1/fine_tuning/jobs and of a check without a job, and the queries of lists."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from stellarbyte_server.api.contract.bodies.batch.batches import FileId
 from stellarbyte_server.api.contract.bodies.bounds import wrong
 from stellarbyte_server.api.contract.bodies.fields import optional, required
 from stellarbyte_server.api.contract.bodies.unused import Metadata
+from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
+from stellarbyte_server.config.settings import TUNED_PREFIX
 
 MAX_PAGE = 100
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -80,6 +82,44 @@ def _no_integrations(value: object) -> object:
     return value
 
 
+def _adapter_name(name: str) -> str:
+    if not is_adapter_name(name) or name.startswith(TUNED_PREFIX):
+        raise wrong(f"it must be {ADAPTER_NAME_RULE}, and not with {TUNED_PREFIX!r}")
+    return name
+
+
+AdapterName = Annotated[
+    str, Field(max_length=128), AfterValidator(_adapter_name), WithJsonSchema({"type": "string", "maxLength": 128})
+]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class PublicationBody(BaseModel):
+    model_config = _STRICT
+
+    name: AdapterName = required("The name of an adapter, which then has another version, or a new name.")
+    share: Share | None = optional(
+        "The share of the name's callers that get the new version, while the others keep the one before. Default: all."
+    )
+
+
+class PublishBody(PublicationBody):
+    """Of POST /v1/fine_tuning/jobs/{id}/publish."""
+
+    checkpoint: FileId | None = optional("The id of one of the job's checkpoints. Default: the job's result.")
+
+
+class CheckBody(BaseModel):
+    """Of POST /v1/fine_tuning/files/check."""
+
+    model_config = _STRICT
+
+    training_file: FileId = required("A file with purpose fine-tune: one example per line.")
+    validation_file: FileId | None = optional("As in a job.")
+    method: MethodBody | None = optional("As in a job.")
+    hyperparameters: HyperparametersBody | None = optional("As in a job.")
+
+
 class FineTuningBody(BaseModel):
     model_config = _STRICT
 
@@ -92,6 +132,9 @@ class FineTuningBody(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = optional("Of the order of examples. Default: random.")
     method: MethodBody | None = optional("Default: supervised.")
     hyperparameters: HyperparametersBody | None = optional("The same as in `method`, where OpenAI had it before.")
+    publish: PublicationBody | None = optional(
+        "Make the result live under another name once the job has succeeded; needs the right to load adapters."
+    )
     metadata: Metadata = optional("Returned with the job; lists can be filtered by it.")
     integrations: Annotated[list[Any] | None, BeforeValidator(_no_integrations), _NO_ITEMS] = optional(
         "Not supported; must be empty."
