@@ -22,6 +22,16 @@ expect.set_options(timeout=LIMIT_MS)
 TRAINED_MS = 120_000  # for a job of some dozen steps, on a busy machine
 OPERATOR = {"key": ADMIN_KEY}
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True}
+CHECKED = {  # what the server finds in two examples, one of them held out; the first test has it do so
+    "examples": 1,
+    "validation_examples": 1,
+    "hyperparameters": {"n_epochs": 25},
+    "steps": 25,
+    "tokens": 500,
+    "memory": 2**26,
+    "seconds": 90.0,
+    "problems": [],
+}
 PAIRS = "\n\n".join(f"q{index}?\naye aye {index % 3}" for index in range(40))
 
 
@@ -37,21 +47,32 @@ def call(server: ServerProcess, path: str, key: str = ADMIN_KEY, **body: Any) ->
 
 @pytest.fixture(scope="module")
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A tiny model with keys, and one finished job of the operator, first, of a single step."""
+    """A tiny model with keys."""
     del browser  # without one nothing is started
     folder = tmp_path_factory.mktemp("tune")
     flags = ["--model", str(make_chat_model(folder / "model")), "--served-model-name", "tiny"]
     flags += ["--data-dir", str(folder / "data"), "--fine-tuning", "cpu"]
     with running(TUNING, *flags, "--api-key", API_KEY, "--admin-api-key", ADMIN_KEY) as server:
-        files = {"file": ("a.jsonl", chats(8)), "purpose": (None, "fine-tune")}
-        file = call(server, "files", files=files)["id"]
+        yield server
+
+
+@pytest.fixture
+def tuned(server: ServerProcess) -> ServerProcess:
+    """With a job of the operator, pirate, that has succeeded: that of the first test, unless it was not run."""
+
+    def found() -> bool:
+        jobs = call(server, "fine_tuning/jobs")["data"]
+        return "succeeded" in [job["status"] for job in jobs if job["user_provided_suffix"] == "pirate"]
+
+    if not found():
+        file = call(server, "files", files={"file": ("a.jsonl", chats(8)), "purpose": (None, "fine-tune")})["id"]
         epoch = {"n_epochs": 1}
-        job = call(server, "fine_tuning/jobs", model="tiny", training_file=file, suffix="first", hyperparameters=epoch)
+        call(server, "fine_tuning/jobs", model="tiny", training_file=file, suffix="pirate", hyperparameters=epoch)
         deadline_s = time.monotonic() + TRAINED_MS / 1000
-        while call(server, f"fine_tuning/jobs/{job['id']}")["status"] != "succeeded":
+        while not found():
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
-        yield server
+    return server
 
 
 def paste(page: Page, text: str) -> None:
@@ -76,28 +97,24 @@ def test_examples_become_a_model_that_is_live_and_goes_back(open_page: OpenPage,
     page.get_by_label("Name", exact=True).fill("pirate")
     page.get_by_label("Epochs").fill("10")
     page.get_by_role("button", name="Check").click()
-    expect(page.locator("#check-result")).to_contain_text("Checked: 36 to learn. 4 held out.")
-    expect(page.locator("#check-result")).to_contain_text(re.compile(r"Steps: 50, epochs: 10, tokens: [\d,]+\."))
+    expect(page.locator("#check-result")).to_contain_text("Checked: 36 to learn. 4 held out.", timeout=TRAINED_MS)
+    expect(page.locator("#check-result")).to_contain_text(re.compile(r"Steps: 45, epochs: 10, tokens: [\d,]+\."))
 
     page.get_by_role("button", name="Start training").click()
     view = page.locator("#job .job")
     expect(view.locator(".badge")).to_have_text("training", timeout=TRAINED_MS)
     expect(view.locator("path.line").first).to_have_attribute("d", re.compile("^M.*L"), timeout=TRAINED_MS)
-    page.get_by_role("button", name="Pause").click()
-    expect(view.locator(".badge")).to_have_text("paused")
     page.reload()  # everything is the server's
-    expect(view.locator(".badge")).to_have_text("paused")
-    expect(view.locator("path.line").first).to_have_attribute("d", re.compile("^M.*L"))
+    expect(view.locator(".badge")).to_have_text("training")
     expect(page.locator("#examples")).to_have_value(PAIRS)
-    page.get_by_role("button", name="Resume").click()
     expect(view.locator(".badge")).to_have_text("succeeded", timeout=TRAINED_MS)
-    expect(view.locator("> .hint")).to_contain_text("Step 50 of 50.")
+    expect(view.locator(".hint")).to_contain_text("Step 45 of 45.")
 
     job = call(server, "fine_tuning/jobs?limit=1")["data"][0]
     events = call(server, f"fine_tuning/jobs/{job['id']}/events?limit=100")["data"]
     steps = {each["data"]["step"] for each in events if each["data"] and "train_loss" in each["data"]}
     drawn = view.locator("path.line").first.get_attribute("d")
-    assert drawn is not None and drawn.count("L") + 1 == len(steps) == 50
+    assert drawn is not None and drawn.count("L") + 1 == len(steps) == 45
     valid, base = job["losses"]["valid"], job["losses"]["base_valid"]
     label = f"Validation loss: {base:.3f} without the adapter, {valid:.3f} with it."
     expect(view.get_by_role("img")).to_have_attribute("aria-label", re.compile(re.escape(label)))
@@ -119,7 +136,7 @@ def test_examples_become_a_model_that_is_live_and_goes_back(open_page: OpenPage,
     page.get_by_label("Third column").select_option("pirate")
     page.get_by_role("button", name="Ask all").click()
     expect(page.locator("#answers .answer[data-state=done]")).to_have_count(3)
-    assert answers(page) == [without, new, new]  # the answer under the name
+    assert answers(page)[1:] == [new, new]  # also under the name
 
     rows.nth(1).get_by_role("button", name="Go to version 1").click()
     expect(page.locator("#live-outcome")).to_contain_text("pirate is version 1 again.")
@@ -175,8 +192,8 @@ def test_a_file_is_dropped_or_opened(open_page: OpenPage, server: ServerProcess)
     )
 
 
-def test_a_key_sees_its_own_jobs_and_is_told_what_it_may_not(open_page: OpenPage, server: ServerProcess) -> None:
-    watched = open_page(server, "/tune")
+def test_a_key_sees_its_own_jobs_and_is_told_what_it_may_not(open_page: OpenPage, tuned: ServerProcess) -> None:
+    watched = open_page(tuned, "/tune")
     watched.expected = ["status of 40[13]"]
     page = watched.page
     expect(page.locator("#banner")).to_contain_text("This server needs an API key.")
@@ -187,7 +204,10 @@ def test_a_key_sees_its_own_jobs_and_is_told_what_it_may_not(open_page: OpenPage
     expect(page.locator("#jobs")).to_have_text("No jobs yet.")
     page.get_by_label("API key").fill(ADMIN_KEY)
     page.keyboard.press("Enter")
-    expect(page.locator("#jobs")).to_contain_text("first")
+    expect(page.locator("#jobs")).to_contain_text("pirate")
+    page.get_by_label("Admin key").fill(API_KEY)
+    page.get_by_role("button", name="Make it live").click()
+    expect(page.locator("#live-outcome .bad")).to_contain_text("This key may not do that.")
 
 
 def test_the_page_is_linked_only_where_jobs_can_run(
@@ -203,9 +223,10 @@ def test_the_page_is_linked_only_where_jobs_can_run(
     expect(watched.page.locator("#banner")).to_contain_text("the server was started without --fine-tuning.")
 
 
-def test_a_job_is_started_and_cancelled_by_keyboard(open_page: OpenPage, server: ServerProcess) -> None:
-    page = open_page(server, "/tune", OPERATOR).page
-    expect(page.locator("#jobs")).to_contain_text("first")
+def test_a_job_is_started_and_cancelled_by_keyboard(open_page: OpenPage, tuned: ServerProcess) -> None:
+    page = open_page(tuned, "/tune", OPERATOR).page
+    expect(page.locator("#jobs")).to_contain_text("pirate")
+    page.route("**/files/check", lambda route: route.fulfill(json=CHECKED))
     order = ["skip", "brand", "Chat", "Tune", "Status", "language", "theme"]
     order += ["examples", "format", "open", "read", "suffix", "held", "epochs", "check", "start"]
     paste(page, PAIRS)
@@ -221,35 +242,50 @@ def test_a_job_is_started_and_cancelled_by_keyboard(open_page: OpenPage, server:
     assert [one["name"] for one in found if not one["isSeen"]] == []
     page.keyboard.press("Enter")
     expect(page.locator("#job .job-state b")).to_have_text("keys")
+    page.get_by_role("button", name="Pause", exact=True).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#job .badge")).to_have_text("paused")
+    expect(page.get_by_role("button", name="Resume", exact=True)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Pause", exact=True)).to_be_focused()
     page.get_by_role("button", name="Cancel the job").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#job .badge")).to_have_text("cancelled")
     expect(page.locator("#job summary")).to_be_focused()  # its button is gone
     expect(page.locator("#announcer")).to_have_text("keys: cancelled")
-    page.get_by_role("button", name=re.compile("^first")).focus()
+    page.get_by_role("button", name=re.compile("^pirate")).focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#job .job-state b")).to_have_text(re.compile("^ft:tiny:first:"))
+    expect(page.locator("#job .job-state b")).to_have_text(re.compile("^ft:tiny:pirate:"))
     page.get_by_label("Your question").fill("q1?")
     reached = []
     for _ in range(12):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id"))
-    assert [each for each in reached if each] == ["other", "ask", "live-name", "live-share", "publish", "key"]
+    assert [each for each in reached if each] == [
+        "other",
+        "ask",
+        "live-name",
+        "live-share",
+        "publish",
+        "key",
+        "admin-key",
+    ]
 
 
-def test_everything_is_said_in_chinese(open_page: OpenPage, server: ServerProcess) -> None:
-    page = open_page(server, "/tune", OPERATOR, locale="zh-CN").page
+def test_everything_is_said_in_chinese(open_page: OpenPage, tuned: ServerProcess) -> None:
+    page = open_page(tuned, "/tune", OPERATOR, locale="zh-CN").page
     paste(page, "你好？\n好。\n\n谁？")
     expect(page.get_by_role("heading", level=1)).to_have_text("微调")
     expect(page.locator("#read-summary")).to_have_text("已读取 1 个示例。空行分隔的问答对。")
     expect(page.locator("#examples-problem li")).to_have_text("第 4 行：缺少回答。")
     paste(page, "你好？\n好。\n\n谁？\n我。")
+    page.route("**/files/check", lambda route: route.fulfill(json=CHECKED))
     page.get_by_role("button", name="检查").click()
     expect(page.locator("#check-result")).to_contain_text("检查通过：1 个示例用于学习。")
-    page.get_by_role("button", name=re.compile("^first")).click()
+    page.get_by_role("button", name=re.compile("^pirate")).click()
     expect(page.locator("#job .hint")).to_contain_text("训练损失：起初")
     expect(page.get_by_role("heading", name="上线")).to_be_visible()
-    known = re.compile(r"JSON|Lines|first|ft:tiny:\S+|API|English")
+    known = re.compile(r"ft:tiny:\S+|JSON|Lines|pirate|keys|tiny")
     shown = known.sub("", page.locator("main").inner_text())
     assert re.findall(r"[A-Za-z]{4,}", shown) == []
     page.get_by_label("语言").select_option("en")
@@ -259,12 +295,12 @@ def test_everything_is_said_in_chinese(open_page: OpenPage, server: ServerProces
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_phone_needs_no_scrolling_sideways_and_axe_finds_nothing_serious(
-    open_page: OpenPage, server: ServerProcess, theme: str
+    open_page: OpenPage, tuned: ServerProcess, theme: str
 ) -> None:
-    page = open_page(server, "/tune", OPERATOR, color_scheme=theme, bypass_csp=True, **PHONE).page
+    page = open_page(tuned, "/tune", OPERATOR, color_scheme=theme, bypass_csp=True, **PHONE).page
     paste(page, f"{PAIRS}\n\nbad")
     page.get_by_role("button", name="Check").click()
-    page.get_by_role("button", name=re.compile("^first")).click()
+    page.get_by_role("button", name=re.compile("^pirate")).click()
     page.get_by_label("Your question").fill("q1?")
     page.get_by_role("button", name="Ask all").click()
     expect(page.locator("#answers .answer[data-state=done]")).to_have_count(2)

@@ -268,5 +268,5 @@ export const chinese = {
   historyCallers: "调用方",
   liveNow: "在用",
   useVersion: "改用版本 {version}",
-  publishKeyHint: "以某个名称上线模型需要管理员密钥。",
+  publishKeyHint: "用于以某个名称上线模型。",
 };

@@ -276,5 +276,5 @@ export const english = {
   historyCallers: "Callers",
   liveNow: "live",
   useVersion: "Go to version {version}",
-  publishKeyHint: "Making a model live under a name needs the admin key.",
+  publishKeyHint: "Makes models live under a name.",
 };

@@ -25,7 +25,7 @@ export class Live {
     /** @type {(() => void) | null} Shows the last outcome again. */
     this.outcome = null;
     this.isBusy = false;
-    this.name.addEventListener("change", () => void this.#load());
+    this.name.addEventListener("change", () => void this.load());
     byId("live-form", HTMLFormElement).addEventListener("submit", (event) => {
       event.preventDefault();
       void this.#publish();
@@ -41,7 +41,7 @@ export class Live {
     this.name.value = job.user_provided_suffix ?? "";
     this.outcome = null;
     byId("live-outcome", HTMLElement).replaceChildren();
-    void this.#load();
+    void this.load();
   }
 
   /** Show everything again, in the current language. */
@@ -51,7 +51,7 @@ export class Live {
   }
 
   /** Load the history of the name in the field; none while it is not in use. */
-  async #load() {
+  async load() {
     const name = this.name.value.trim();
     try {
       const adapters = await this.server.adapters();
@@ -113,7 +113,7 @@ export class Live {
     this.outcome();
     button.setAttribute("aria-disabled", "false");
     this.isBusy = false;
-    await this.#load();
+    await this.load();
     this.changed();
   }
 

@@ -37,7 +37,8 @@ startFrame(() => {
 const server = new Server(document.baseURI, () => keptKey("key") || keptKey("admin-key"));
 const view = new JobView(server, () => void refresh());
 const comparison = new Comparison(server);
-const live = new Live(server, () => void refresh());
+const admin = new Server(document.baseURI, () => keptKey("admin-key") || keptKey("key"));
+const live = new Live(admin, () => void refresh());
 const form = new ExamplesForm(
   server,
   (job) => {
@@ -49,6 +50,7 @@ const form = new ExamplesForm(
 );
 byId("job", HTMLElement).append(view.element);
 startKeyField("key", "key", () => void refresh());
+startKeyField("admin-key", "admin-key", () => void live.load());
 
 /** @type {Promise<void> | null} */
 let polling = null;
