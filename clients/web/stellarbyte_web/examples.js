@@ -132,7 +132,6 @@ function isHead(record) {
 
 /** @param {string[]} lines the question, and the lines of its answer */
 function ofBlock([question = "", ...answer]) {
-  if (answer.length === 0) throw new Unusable("exampleNoAnswer");
   return pair(question.trim(), answer.join("\n").trim());
 }
 

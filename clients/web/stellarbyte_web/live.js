@@ -125,7 +125,11 @@ export class Live {
       shown.replaceChildren(make("p", { class: "hint" }, t("historyNone")));
     } else {
       const heads = /** @type {const} */ (["historyVersion", "historyMade", "historyCallers", "actions"]);
-      const head = make("tr", {}, ...heads.map((key) => make("th", { scope: "col" }, t(key))));
+      const head = make(
+        "tr",
+        {},
+        ...heads.map((key) => make("th", { scope: "col", class: key === "actions" ? "go" : "" }, t(key))),
+      );
       const rows = history.data.toReversed().map((version) => this.#row(version));
       const table = make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows));
       const title = make("h3", { id: "history-title", tabindex: "-1" }, t("historyTitle", { name: history.id }));

@@ -89,6 +89,7 @@ test("the form is found in the text, unless a file's name has it", () => {
   assert.equal(formatOf("[Sir] who?\nI.", ""), "pairs");
   assert.equal(formatOf("a, b\nc, d\n\ne, f\ng, h", ""), "pairs");
   assert.equal(formatOf("a, b\nc, d\n\ne, f\ng, h", "x.CSV"), "csv");
+  assert.equal(formatOf('"a","b\n\nc"\nd,e', ""), "csv");
   assert.equal(formatOf("a\nb", "x.tsv"), "tsv");
   assert.equal(formatOf("a\nb", "x.txt"), "pairs");
   assert.equal(formatOf("", ""), "pairs");
