@@ -292,8 +292,9 @@ def _growth(config: ByteModelConfig, info: ModelInfo) -> str:
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
     """Attributes: data_sha256: fingerprint of the data; tokens: read in all steps; base: the model that was trained
-    further, or None; loss: of the last step; tokens_per_s: since the run was last started, evaluations included, or
-    None; held_out: metrics of the last evaluation; versions: of the programs."""
+    further, or None; base_sha256: of its weights, None in older records, too; loss: of the last step; tokens_per_s:
+    since the run was last started, evaluations included, or None; held_out: metrics of the last evaluation; versions:
+    of the programs."""
 
     kind: str  # pretrain, sft or lora
     base: str | None
@@ -307,6 +308,7 @@ class TrainingRecord:
     held_out: dict[str, float]
     settings: dict[str, Any]
     versions: dict[str, str]
+    base_sha256: str | None = None
 
     def write(self, folder: Path) -> None:
         """Raises OSError."""
@@ -324,7 +326,7 @@ def read_record(folder: Path) -> TrainingRecord | None:
         return None
     content = read_json(folder / RECORD_FILE)
     names = {field.name for field in dataclasses.fields(TrainingRecord)}
-    if content.keys() != names or not isinstance(content["licenses"], list):
+    if not names - {"base_sha256"} <= content.keys() <= names or not isinstance(content["licenses"], list):
         raise CheckpointError(f"{folder / RECORD_FILE} was not written by stellarbyte train.")
     return TrainingRecord(**content | {"licenses": tuple(content["licenses"])})
 
@@ -337,8 +339,11 @@ def record_lines(record: TrainingRecord) -> list[tuple[str, str]]:
     losses = f"{record.loss:.4f} in training"
     if "eval_loss" in record.held_out:
         losses += f", {record.held_out['eval_loss']:.4f} held out"
+    seed = record.settings.get("run", {}).get("seed")
     return [
         ("trained", trained if record.base is None else f"{trained}, from {record.base}"),
+        *([] if record.base_sha256 is None else [("base", f"sha {record.base_sha256[:12]}")]),
+        *([] if seed is None else [("seed", str(seed))]),
         ("loss", losses),
         ("data", f"sha {record.data_sha256[:12]}, licences: {', '.join(record.licenses) or 'unknown'}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in record.versions.items())),

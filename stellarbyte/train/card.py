@@ -39,6 +39,7 @@ def write_card(record: TrainingRecord, folder: Path, *, name: str) -> None:
         "## Training\n",
         "\n".join(["| | |", "|---|---|", *rows]) + "\n",
         f"Data SHA-256: `{record.data_sha256}`\n",
+        *([] if record.base_sha256 is None else [f"Base weights SHA-256: `{record.base_sha256}`\n"]),
     ]
     if held_out:
         parts += ["## Held-out text\n", "\n".join(["| metric | value |", "|---|---|", *held_out]) + "\n"]

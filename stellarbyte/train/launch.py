@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from stellarbyte.checkpoint.hugging_face.tokenizer import read_tokenizer
 from stellarbyte.checkpoint.info import TrainingRecord
+from stellarbyte.checkpoint.native import open_checkpoint
+from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.checkpoint.staging import refuse_existing, staged_folder
+from stellarbyte.checkpoint.weights_hash import states_of, weights_hash
 from stellarbyte.lora import save_adapter
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.arguments import Schedule, schedule, training_arguments
@@ -65,10 +68,12 @@ def train(
     resume: bool,
     console: Console,
     callbacks: Sequence[TrainerCallback] = (),
+    compare: Callable[[ByteTrainer], Mapping[str, float]] | None = None,
 ) -> Outcome:
     """Train to the last step, or until a signal; every rank calls it.
 
     `callbacks` see the run; with train.evaluate_base, the first evaluation comes before the run begins.
+    `compare` gives more figures for the card, once the last step is done.
 
     Raises:
         TrainError, CheckpointError: a setting does not fit the data or the machine, a checkpoint is of another run, a
@@ -108,11 +113,12 @@ def train(
             trainer.ema.put_into_model()
         if data.held_out is not None and not _evaluated_last(trainer):
             trainer.evaluate()
+        compared = {} if compare is None else compare(trainer)
         wait_for_all()
         weights = gathered_weights(trainer.model) if layout.is_sharded else None
         if is_first_rank():
             model = trainer.model if weights is None else _whole_model(config, data, weights)
-            _write_result(kind, config, data, trainer, model, target, base)
+            _write_result(kind, config, data, trainer, model, target, base, compared)
             if config.run.plots:
                 draw_run(trainer.state.log_history, folder)
         wait_for_all()
@@ -254,6 +260,7 @@ def _write_result(
     model: ByteTransformer,
     target: Path,
     base: Mapping[str, float] | None,
+    compared: Mapping[str, float],
 ) -> None:
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -261,10 +268,12 @@ def _write_result(
     held_out = {name: evaluations[-1][name] for name in evaluations[-1] if name in _METRICS} if evaluations else {}
     if base is not None:
         held_out |= {f"base_{name.removeprefix('eval_')}": base[name] for name in ("eval_loss", "eval_perplexity")}
+    held_out |= compared
     steps = trainer.state.global_step
     record = TrainingRecord(
         kind=kind,
         base=config.model.path,
+        base_sha256=None if config.model.path is None else _hash_of(config.model.path),
         data_sha256=data.fingerprint,
         licenses=data.licenses,
         tokens=steps * config.train.batch_tokens,
@@ -283,3 +292,8 @@ def _write_result(
             model.save_pretrained(staging)
             read_tokenizer(data.tokenizer).write(staging)
         write_card(record, staging, name=config.run.dir.name)
+
+
+def _hash_of(path: str) -> str:
+    """Of a model's weights, as the server shows it."""
+    return weights_hash(states_of(open_checkpoint(resolve_model(path)).files))

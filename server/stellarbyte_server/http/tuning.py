@@ -52,6 +52,13 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
             if error.code != ADAPTER_NOT_FOUND:
                 raise EngineAway from error
 
+    def live(name: str) -> tuple[Path, int] | None:
+        registry = service.registry
+        record = None if registry is None else registry.record(name)
+        if registry is None or record is None:
+            return None
+        return Path(registry.stored(record.version(record.current)).folder), record.current
+
     def max_tokens(owner: str) -> int | None:
         key = keyring.of_owner(owner)
         return None if key is None else key.max_fine_tuning_tokens
@@ -64,6 +71,7 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
         load=load,
         unload=unload,
         publish=publish,
+        live=live,
         is_open=lambda: client.is_admitting and client.health() is None,
         generation=lambda: client.num_adapter_losses,
         max_tokens=max_tokens,

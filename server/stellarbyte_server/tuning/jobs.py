@@ -17,6 +17,7 @@ KEPT_S = 30 * DAY_S  # of a job without a model, after its end
 MAX_UNFINISHED = 32  # jobs of all keys
 MAX_MODELS = 100  # of one key
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Evaluation = Literal["exact_match"]
 Level = Literal["info", "warn", "error"]
 _UNFINISHED = ("validating_files", "queued", "running", "paused")
 TUNING_VERSION = 1
@@ -64,7 +65,10 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Publication(msgspec.Struct, frozen=True, kw_only=True):
-    """A name under which the adapter is to be live, and what became of it."""
+    """A name under which the adapter is to be live, and what became of it.
+
+    The version that is live there when the job begins is evaluated, too.
+    """
 
     name: str
     share: float | None = None  # of the name's callers; None: all
@@ -95,7 +99,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     last_evaluation: int = -1  # the step of it
     tokens: int = 0  # read up to `last_step`
     checkpoints: tuple[Checkpoint, ...] = ()
-    losses: dict[str, float] = {}  # train, valid, and base_valid: of the model without an adapter
+    evaluate: tuple[Evaluation, ...] = ()
+    losses: dict[str, float] = {}  # train, valid, base_valid (without an adapter), previous_valid (see `Publication`)
+    exact_match: dict[str, float] = {}  # valid, base_valid, previous_valid: shares of the validation file's answers
     num_lost: int = 0  # processes that ended by themselves
     fine_tuned_model: str | None = None
     publish: Publication | None = None
@@ -230,6 +236,11 @@ class Jobs:
                 )
                 _add_events(database, job_id, events)
         return after
+
+    def note(self, job_id: str, event: Event) -> None:
+        """Add an event to a job."""
+        with self._index.transaction() as database:
+            _add_events(database, job_id, [event])
 
     def events(self, job_id: str, *, limit: int, after: str | None) -> tuple[list[tuple[str, Event]], bool]:
         """Up to `limit` events with their ids, newest first, and whether more follow; KeyError."""

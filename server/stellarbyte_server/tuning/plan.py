@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stellarbyte_server.tuning.examples import Template
-from stellarbyte_server.tuning.jobs import Hyperparameters
+from stellarbyte_server.tuning.jobs import Evaluation, Hyperparameters
 from stellarbyte_server.tuning.store import CHATS, VALIDATION
 from stellarbyte_server.tuning.worker import Settings
 
@@ -32,6 +32,8 @@ class Plan:
         has_validation: bool,
         max_tokens: int | None,
         only_plan: bool = False,
+        previous: Path | None = None,
+        evaluate: tuple[Evaluation, ...] = (),
     ) -> Settings:
         """Of a process that works on the checked examples in `folder`."""
         assert chosen.n_epochs is not None and chosen.batch_size is not None, "chosen when the files were checked"
@@ -53,6 +55,8 @@ class Plan:
             memory=self.memory,
             max_tokens=max_tokens,
             only_plan=only_plan,
+            previous=None if previous is None else str(previous),
+            evaluate=evaluate,
         )
 
 

@@ -5,7 +5,7 @@ import time
 import msgspec
 
 from stellarbyte_server.tuning.jobs import Change, Checkpoint, Event, Job
-from stellarbyte_server.tuning.results import metrics_event
+from stellarbyte_server.tuning.results import comparison_event, metrics_event
 from stellarbyte_server.tuning.worker import ENDS, Message
 
 
@@ -34,6 +34,11 @@ class Progress:
             self._last_evaluation = message.step
             self._changes.append(lambda job: _evaluated(job, message))
             self._events.append(metrics_event(message.step, self._steps, valid_loss=message.valid_loss))
+        elif message.type == "warning":
+            self._events.append(Event(message=message.message, level="warn"))
+        elif message.type == "compared":
+            self._changes.append(lambda job: _compared(job, message.figures))
+            self._events.append(comparison_event(message.figures))
         elif message.type == "epoch" and message.step not in self._checkpoints:
             self._checkpoints.add(message.step)
             self._changes.append(lambda job: _with_checkpoint(job, message.step))
@@ -88,6 +93,15 @@ def _evaluated(job: Job, message: Message) -> Job:
     name = "valid" if message.step else "base_valid"
     losses = job.losses | {name: message.valid_loss, f"valid@{message.step}": message.valid_loss}
     return msgspec.structs.replace(job, last_evaluation=message.step, losses=losses)
+
+
+def _compared(job: Job, figures: dict[str, float]) -> Job:
+    losses, matches = dict(job.losses), dict(job.exact_match)
+    for name, value in figures.items():
+        whose, _, what = name.partition("_")
+        kept = losses if what == "loss" else matches
+        kept["valid" if whose == "eval" else f"{whose}_valid"] = value
+    return msgspec.structs.replace(job, losses=losses, exact_match=matches)
 
 
 def _with_checkpoint(job: Job, step: int) -> Job:

@@ -10,6 +10,7 @@ from stellarbyte_server.config.settings import TUNED_PREFIX
 from stellarbyte_server.tuning.jobs import Event, Job, Publication
 
 MAX_SUFFIX = 64  # characters
+ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors"
 _HASH_DIGITS = 8
 _MAX_NAME = 128  # of an adapter
 _OF_CHECKPOINT = len(":ckpt-step-") + 6
@@ -19,7 +20,7 @@ _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "tokens")
 def model_name(base: str, suffix: str | None, job_id: str, adapter: Path) -> str:
     """ft:BASE:SUFFIX:HASH, with the hash of the job and of the adapter's files. OSError."""
     digest = hashlib.sha256(job_id.encode())
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ADAPTER_FILES:
         digest.update((adapter / name).read_bytes())
     end = f":{'' if suffix is None else suffix}:{digest.hexdigest()[:_HASH_DIGITS]}"
     room = _MAX_NAME - _OF_CHECKPOINT - len(TUNED_PREFIX) - len(end)
@@ -38,6 +39,12 @@ def model_of_checkpoint(name: str) -> str:
 def metrics_event(step: int, steps: int, **metrics: float) -> Event:
     shown = ", ".join(f"{name.replace('_', ' ')}={value:.4f}" for name, value in metrics.items() if "loss" in name)
     return Event(message=f"Step {step}/{steps}: {shown}", data={"step": step, "total_steps": steps, **metrics})
+
+
+def comparison_event(figures: dict[str, float]) -> Event:
+    """Of the figures at the end of a training: eval_…, base_… and previous_…"""
+    shown = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')}={value:.4f}" for name, value in figures.items())
+    return Event(message=f"Compared on the validation file: {shown}")
 
 
 def published(live: Publication) -> Event:

@@ -46,6 +46,7 @@ class EngineAway(Exception):
 
 Load = Callable[[str, str], Awaitable[None]]  # name, folder; raises CannotLoad, EngineAway
 Publish = Callable[[str, Path, Publication], Awaitable[int]]  # job, folder → version; CannotLoad, EngineAway
+Live = Callable[[str], tuple[Path, int] | None]  # name → folder and number of its current version; may block
 Unload = Callable[[str], Awaitable[None]]  # name, of which there may be no adapter; raises EngineAway
 
 
@@ -56,6 +57,7 @@ class Server:
     load: Load
     unload: Unload
     publish: Publish
+    live: Live
     is_open: Callable[[], bool]  # whether the engine takes adapters now
     generation: Callable[[], int]  # changes when the engine has lost the adapters that were loaded before
     max_tokens: Callable[[str], int | None]  # of a job of this owner; LookupError: its key no longer exists
@@ -195,6 +197,7 @@ class TuningRunner:
             await asyncio.to_thread(self._fail, job, "invalid_api_key", message)
             return
         adapter = self._store.adapter(job.id)
+        await asyncio.to_thread(self._keep_previous, now)
         # It is there if an earlier server has ended just before the end of the job.
         if not adapter.exists() and not await self._train(now, max_tokens):
             return
@@ -202,14 +205,32 @@ class TuningRunner:
         if now is not None and now.status == "running":
             await self._finish(now, adapter)
 
+    def _keep_previous(self, job: Job) -> None:
+        """Copy the version that is live where the result is to be, when the job begins for the first time. OSError."""
+        if job.publish is None or job.validation_file is None or self._store.previous(job.id).exists():
+            return
+        found = None if job.last_evaluation >= 0 else self._server.live(job.publish.name)
+        if found is None:
+            return
+        folder, number = found
+        try:
+            self._store.keep_previous(job.id, folder)
+        except FileNotFoundError:  # it was unloaded just now
+            return
+        event = Event(message=f"Compares with {job.publish.name}, version {number}")
+        self._store.jobs.note(job.id, event)
+
     async def _train(self, job: Job, max_tokens: int | None) -> bool:
         """Train a job; returns whether its adapter is complete. Otherwise its state says why."""
+        previous = self._store.previous(job.id)
         settings = self._plan.settings(
             self._store.of_job(job.id),
             job.hyperparameters,
             seed=job.seed,
             has_validation=job.validation_file is not None,
             max_tokens=max_tokens,
+            previous=previous if previous.exists() else None,
+            evaluate=job.evaluate,
         )
         worker = await Worker.start(settings, self._command)
         progress = Progress(job)

@@ -1,8 +1,9 @@
 """The part of --data-dir that belongs to fine-tuning, as opened by one process of the server.
 
 tuning.sqlite3         jobs and their events
-tuning/JOB/            a job's folder: the checked examples (chats.jsonl, validation.jsonl), run/ with checkpoints,
-                       adapter/ and step-N/, the results. After the job only these are left.
+tuning/JOB/            a job's folder: the checked examples (chats.jsonl, validation.jsonl), previous/, the adapter that
+                       the result is compared with, run/ with checkpoints, adapter/ and step-N/, the results. After the
+                       job only these are left.
 tuning/.check-…/       the examples of a check without a job, while it runs
 """
 
@@ -19,12 +20,12 @@ from stellarbyte_server.batch.index import Index
 from stellarbyte_server.config.setting_values import SettingsError
 from stellarbyte_server.config.settings import TUNED_PREFIX, TUNING_FOLDER
 from stellarbyte_server.tuning.jobs import TUNING_SCHEMA, TUNING_VERSION, Jobs
-from stellarbyte_server.tuning.results import model_of_checkpoint
+from stellarbyte_server.tuning.results import ADAPTER_FILES, model_of_checkpoint
 
 INDEX = "tuning.sqlite3"
 CHECK_PREFIX = ".check-"  # of folders of checks without a job
 _CHECK_KEPT_S = 3600  # of one whose process was killed
-CHATS, VALIDATION, ADAPTER = "chats.jsonl", "validation.jsonl", "adapter"
+CHATS, VALIDATION, ADAPTER, PREVIOUS = "chats.jsonl", "validation.jsonl", "adapter", "previous"
 
 
 def check_training() -> None:
@@ -60,6 +61,19 @@ class TuningStore:
 
     def adapter(self, job_id: str) -> Path:
         return self.of_job(job_id) / ADAPTER
+
+    def previous(self, job_id: str) -> Path:
+        """A copy of the adapter that the result is compared with, if there is one."""
+        return self.of_job(job_id) / PREVIOUS
+
+    def keep_previous(self, job_id: str, adapter: Path) -> None:
+        """Copy an adapter's files, whole or not at all. OSError."""
+        staged = self.of_job(job_id) / f"{PREVIOUS}.part"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(mode=0o700)
+        for name in ADAPTER_FILES:
+            shutil.copyfile(adapter / name, staged / name)
+        staged.rename(self.previous(job_id))
 
     def checkpoint(self, job_id: str, step: int) -> Path:
         return self.of_job(job_id) / f"step-{step}"

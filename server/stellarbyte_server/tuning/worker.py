@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory: int | None
     max_tokens: int | None
     only_plan: bool = False
+    previous: str | None = None
+    evaluate: tuple[str, ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +52,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
     needed_memory: int = 0
     train_loss: float = 0.0
     valid_loss: float = 0.0
+    figures: dict[str, float] = {}
     about: str = ""
     message: str = ""
 

@@ -1,12 +1,13 @@
 """The process of one job.
 
 It reads its settings (`Job`) as one line of JSON from stdin and writes messages as lines of JSON to stdout: `plan`,
-`begun`, `step`, `evaluation`, `saved`, `epoch`, and at its end one of `finished`, `stopped` (SIGTERM: the step is
-finished and saved) and `refused` (about data, memory or run; with one sentence). With `only_plan` it ends after the
-plan, or after the refusal of it. It ends when stdin is closed, and another process with the same settings continues
-from the last checkpoint, bit for bit.
+`begun`, `step`, `evaluation`, `saved`, `epoch`, `warning`, `compared`, and at its end one of `finished`, `stopped`
+(SIGTERM: the step is finished and saved) and `refused` (about data, memory or run; with one sentence). With `only_plan`
+it ends after the plan, or after the refusal of it. It ends when stdin is closed, and another process with the same
+settings continues from the last checkpoint, bit for bit.
 """
 
+import contextlib
 import os
 import resource
 import sys
@@ -21,15 +22,17 @@ from rich.console import Console
 from stellarbyte.checkpoint.errors import CheckpointError
 from stellarbyte.checkpoint.native import load_config
 from stellarbyte.checkpoint.source import resolve_model
+from stellarbyte.lora.peft_format import WEIGHTS_FILE
 from stellarbyte.train.callbacks.report import Messages, Progress
 from stellarbyte.train.config.run import LoraRun
 from stellarbyte.train.errors import TrainError
+from stellarbyte.train.job.comparison import Comparison
 from stellarbyte.train.job.settings import MAX_STEPS, Job, needed_memory
 from stellarbyte.train.launch import train
 from stellarbyte.train.rows import RunData, ShuffledStream
 from stellarbyte.train.sources import rows_of_chats, tokenized_chats
 
-NICENESS = 19
+NICENESS, NICENESS_OF_PLAN = 19, 10  # somebody waits for a plan, which takes seconds
 KEPT_EPOCHS = 2  # adapters after epochs, besides the result
 _OF_LIBRARIES = 256 * 2**20  # bytes of memory, for threads and for what they import late
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
@@ -46,16 +49,28 @@ class Refused(Exception):
 def main() -> int:
     messages = Messages(os.fdopen(os.dup(sys.stdout.fileno()), "wb"))
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that output of libraries is not taken for messages
-    os.nice(NICENESS)
     line = sys.stdin.buffer.readline()
     if not line:
         return 0  # the parent ended first
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     job = Job.model_validate_json(line)
+    give_way(job)
     if job.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     run(job, messages)
     return 0
+
+
+def give_way(job: Job) -> None:
+    """Train only in time that no other process wants; threads that are started later inherit it.
+
+    Linux' SCHED_IDLE: a thread of the server that wakes up interrupts such a process at once, which nice 19 does not
+    grant. Any user may choose it.
+    """
+    os.nice(NICENESS_OF_PLAN if job.only_plan else NICENESS)
+    if not job.only_plan and hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def run(job: Job, messages: Messages) -> None:
@@ -84,7 +99,7 @@ def _run(job: Job, messages: Messages) -> None:
     base = load_config(resolve_model(job.model))
     longest = max(int(np.diff(each.ends, prepend=0).max(initial=0)) for each in chats.values())
     run = job.run(len(lengths), longest, base)
-    needed = needed_memory(run, base)
+    needed = needed_memory(run, base) + _bytes_of_previous(job)
     batch = min(job.batch, len(lengths))
     order = list(ShuffledStream(len(lengths), num_steps * batch, job.seed))
     tokens = list(accumulate(int(lengths[order[start : start + batch]].sum()) for start in range(0, len(order), batch)))
@@ -103,7 +118,12 @@ def _run(job: Job, messages: Messages) -> None:
     epochs = [-(-epoch * len(lengths) // batch) for epoch in range(1, job.epochs + 1)]
     progress = Progress(messages, job.folder, tokens, epochs, KEPT_EPOCHS)
     _bound_memory(job, memory)
-    _train(run, data, progress, messages)
+    _train(job, run, data, progress, messages)
+
+
+def _bytes_of_previous(job: Job) -> int:
+    """Of the adapter that is read beside the trained one at the end: in float32, from 16 bits or more."""
+    return 0 if job.previous is None else 2 * (job.previous / WEIGHTS_FILE).stat().st_size
 
 
 def _checked_steps(job: Job, lengths: np.ndarray) -> int:
@@ -118,9 +138,18 @@ def _checked_steps(job: Job, lengths: np.ndarray) -> int:
     return num_steps
 
 
-def _train(run: LoraRun, data: RunData, progress: Progress, messages: Messages) -> None:
+def _train(job: Job, run: LoraRun, data: RunData, progress: Progress, messages: Messages) -> None:
+    comparison = Comparison(messages=messages, previous=job.previous, has_exact_match="exact_match" in job.evaluate)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        outcome = train("lora", run, data, resume=True, console=Console(file=nowhere), callbacks=[progress])
+        outcome = train(
+            "lora",
+            run,
+            data,
+            resume=True,
+            console=Console(file=nowhere),
+            callbacks=[progress],
+            compare=comparison if job.previous is not None or job.evaluate else None,
+        )
     if outcome.folder is None:
         messages.send("stopped", step=outcome.step)
         return

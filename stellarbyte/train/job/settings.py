@@ -1,10 +1,10 @@
 """The settings of a job, and the run that follows from them and from its chats."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.parts import adaptable_modules
@@ -23,6 +23,7 @@ class Job(Section):
     batch: chats of a step; learning_rate_multiplier: of `learning_rate`; context: tokens after which a chat is cut.
     threads: of the CPU; memory: bytes beyond those of the empty process, None: half of the free memory.
     max_tokens: of all epochs. only_plan: end after the plan, before anything is trained.
+    previous: an adapter's folder, which is evaluated as well; evaluate: what is computed besides losses, at the end.
     """
 
     folder: Path
@@ -41,6 +42,14 @@ class Job(Section):
     memory: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     only_plan: bool = False
+    previous: Path | None = None
+    evaluate: tuple[Literal["exact_match"], ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.validation is None and (self.previous is not None or self.evaluate):
+            raise ValueError("previous and evaluate need validation")
+        return self
 
     @property
     def base(self) -> Model:

@@ -4,79 +4,31 @@ import asyncio
 import csv
 import io
 import json
-import signal
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from openai.types.fine_tuning import FineTuningJob
 
-from tests.support.clients.openai_client import lenient, strict_client
+from stellarbyte_server.api.contract.tuning_objects import FineTuningCheck, FineTuningJobObject
+from tests.support.clients.openai_client import lenient
 from tests.support.servers.server_process import TUNING, ServerProcess, running, the_error_line
-from tests.support.tuning.chat_model import make_chat_model
 from tests.support.tuning.chats import chat, chats, json_lines
+from tests.support.tuning.server_jobs import answer, client_of, method, post, server_flags, upload, wait
 
 pytest.importorskip("accelerate")
-ENDED = ("succeeded", "failed", "cancelled")
-KEYS = """
-[ann]
-key = "key-of-ann"
-models = ["tiny"]
-[bob]
-key = "key-of-bob"
-[cat]
-key = "key-of-cat"
-fine_tune = false
-[dan]
-key = "key-of-dan"
-max_fine_tuning_jobs = 2
-"""
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("tuning")
-    (folder / "keys.toml").write_text(KEYS)
-    (folder / "keys.toml").chmod(0o600)
-    model = ["--model", str(make_chat_model(folder / "model")), "--served-model-name", "tiny"]
-    keys = ["--keys", str(folder / "keys.toml"), "--admin-api-key", "key-of-admin"]
-    return [*model, "--data-dir", str(folder / "data"), "--fine-tuning", "cpu", *keys]
+    return server_flags(tmp_path_factory.mktemp("tuning"))
 
 
 @pytest.fixture(scope="module")
 def server(flags: list[str]) -> Iterator[ServerProcess]:
     with running(TUNING, *flags) as server:
         yield server
-
-
-def client_of(server: ServerProcess, name: str) -> openai.OpenAI:
-    return strict_client(server.url).with_options(api_key=f"key-of-{name}")
-
-
-def upload(client: openai.OpenAI, content: bytes) -> str:
-    return client.files.create(file=("chats.jsonl", content), purpose="fine-tune").id
-
-
-def method(**hyperparameters: Any) -> Any:
-    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
-
-
-def wait(client: openai.OpenAI, job_id: str, *statuses: str, limit_s: float = 400) -> FineTuningJob:
-    deadline_s = time.monotonic() + limit_s
-    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in statuses:
-        assert time.monotonic() < deadline_s and job.status not in ENDED, job
-        time.sleep(0.1)
-    return job
-
-
-def answer(client: openai.OpenAI, model: str = "tiny", **fields: Any) -> str | None:
-    question: Any = [{"role": "user", "content": "q1?"}]
-    asked = client.chat.completions.create(model=model, messages=question, max_tokens=24, **fields)
-    return asked.choices[0].message.content
 
 
 def test_examples_become_a_model(server: ServerProcess) -> None:
@@ -185,13 +137,6 @@ def test_jobs_are_bounded_paused_resumed_and_cancelled(server: ServerProcess) ->
     asyncio.run(cancel())
 
 
-def post(server: ServerProcess, path: str, who: str, /, **body: Any) -> Any:
-    """The status and the JSON of an answer."""
-    headers = {"Authorization": f"Bearer key-of-{who}"}
-    answered = httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers, timeout=120)
-    return answered.status_code, answered.json()
-
-
 def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
     admin, ann = client_of(server, "admin"), client_of(server, "ann")
     wanted = {"model": "tiny", "training_file": upload(ann, chats(4)), "publish": {"name": "pirate"}}
@@ -202,30 +147,48 @@ def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
         status, refused = post(server, "fine_tuning/jobs", "admin", **wanted | {"publish": {"name": name}})
         assert status == 400 and refused["error"]["param"] == "publish.name", refused
 
-    trained = []
-    for said, more in (("aye aye", {"publish": {"name": "pirate", "share": 0.25}}), ("oh no", {})):
+    expected = {"q1?": "k", "q2?": "m"}
+    validation = upload(admin, json_lines([chat(*each) for each in expected.items()]))
+    asked: Any = {"publish": {"name": "pirate", "share": 0.25}, "evaluate": ["exact_match"]}
+    status, refused = post(server, "fine_tuning/jobs", "admin", model="tiny", training_file=validation, **asked)
+    assert status == 400 and refused["error"]["param"] == "evaluate"
+
+    def share_right(model: str) -> float:
+        said = {question: answer(admin, model, question, temperature=0) for question in expected}
+        return sum(said[question] == answered for question, answered in expected.items()) / len(expected)
+
+    trained, right = [], {"base": share_right("tiny")}
+    for name, said in (("first", "k"), ("second", "m")):
         made = admin.fine_tuning.jobs.create(
             model="tiny",
-            training_file=upload(admin, chats(6, said)),
+            training_file=upload(admin, json_lines([chat(f"q{number}?", said) for number in range(4)])),
+            validation_file=validation,
             seed=7,
-            method=method(n_epochs=16, batch_size=3, learning_rate_multiplier=4.0),
-            extra_body=more,
+            method=method(n_epochs=40, batch_size=4, learning_rate_multiplier=3.0),
+            extra_body=asked,
         )
         trained.append(wait(admin, made.id, "succeeded"))
+        right[name] = share_right(trained[-1].fine_tuned_model or "")
     first, second = trained
-    checkpoint = admin.fine_tuning.jobs.checkpoints.list(second.id).data[1]
-    names = (first.fine_tuned_model, checkpoint.fine_tuned_model_checkpoint, second.fine_tuned_model)
-    answers = [answer(admin, name or "", temperature=0) for name in names]
-    assert len({answer(admin, temperature=0), *answers}) == 4, answers
-    live = {"name": "pirate", "share": 0.25, "version": 1, "error": None}
-    assert first.model_extra is not None and first.model_extra["publish"] == live
-    assert answer(admin, "pirate", temperature=0) == answers[0]
+    shown: Any = [job.model_extra for job in trained]
+    for number, fields in enumerate(shown, 1):
+        assert fields["publish"] == {"name": "pirate", "share": 0.25, "version": number, "error": None}
+    assert right["base"] == 0 and right["first"] == right["second"] == 0.5
+    assert shown[0]["exact_match"] == {"valid": 0.5, "base_valid": 0.0, "previous_valid": None}
+    assert shown[1]["exact_match"] == {"valid": 0.5, "base_valid": 0.0, "previous_valid": 0.5}
+    assert shown[0]["losses"]["previous_valid"] is None
+    assert shown[1]["losses"]["previous_valid"] == pytest.approx(shown[0]["losses"]["valid"], abs=1e-6)
     history = f"{server.url}/v1/adapters/pirate/versions"
     headers = {"Authorization": "Bearer key-of-admin"}
-    (version,) = httpx.get(history, headers=headers).json()["data"]
-    assert version["job"] == first.id and version["created_by"] == "admin" and version["probe"]["changed_logits"] > 0
-    assert version["share"] is None  # there was none before it
+    found = httpx.get(history, headers=headers).json()
+    assert found["current"] == 2 and [each["share"] for each in found["data"]] == [0.75, 0.25]
+    assert [each["job"] for each in found["data"]] == [first.id, second.id]
+    assert all(each["created_by"] == "admin" and each["probe"]["changed_logits"] > 0 for each in found["data"])
 
+    checkpoint = admin.fine_tuning.jobs.checkpoints.list(second.id).data[1]
+    names = (first.fine_tuned_model, second.fine_tuned_model)
+    answers = {name: answer(admin, name or "", temperature=0) for name in names}
+    assert {answer(admin, "pirate", temperature=0, user=str(user)) for user in range(20)} == set(answers.values())
     path = f"fine_tuning/jobs/{second.id}/publish"
     for body, status, named in (
         ({"name": "pirate", "checkpoint": "ftckpt-absent"}, 404, "checkpoint"),
@@ -235,16 +198,17 @@ def test_results_become_versions_of_a_name(server: ServerProcess) -> None:
         answered = post(server, path, "admin", **body)
         assert (answered[0], answered[1]["error"]["param"]) == (status, named), answered
     assert post(server, path, "ann", name="pirate")[0] == 403
-    status, job = post(server, path, "admin", name="pirate", share=0.5, checkpoint=checkpoint.id)
-    assert status == 200 and job["publish"]["version"] == 2, job
-    found = httpx.get(history, headers=headers).json()
-    assert found["current"] == 2 and [each["share"] for each in found["data"]] == [0.5, 0.5]
-    assert {answer(admin, "pirate", temperature=0, user=str(user)) for user in range(12)} == set(answers[:2])
-    assert post(server, path, "admin", name="pirate")[1]["publish"]["version"] == 3
-    assert answer(admin, "pirate", temperature=0) == answers[2]
-    assert post(server, "adapters/pirate/rollback", "admin")[1]["current"] == 2
-    assert post(server, "adapters/pirate/rollback", "admin")[1]["current"] == 1
-    assert answer(admin, "pirate", temperature=0) == answers[0]
+    status, job = post(server, path, "admin", name="pirate", checkpoint=checkpoint.id)
+    assert status == 200 and job["publish"]["version"] == 3 and job["publish"]["share"] is None, job
+    FineTuningJobObject.model_validate(job)
+    of_name, of_checkpoint = (
+        admin.models.retrieve(name).model_extra for name in ("pirate", checkpoint.fine_tuned_model_checkpoint)
+    )
+    assert of_name is not None and of_checkpoint is not None
+    assert of_name["content_hash"] == of_checkpoint["content_hash"]
+    for number in (2, 1):
+        assert post(server, "adapters/pirate/rollback", "admin")[1]["current"] == number
+    assert answer(admin, "pirate", temperature=0) == answers[first.fine_tuned_model]
 
 
 def test_files_are_checked_without_a_job(server: ServerProcess) -> None:
@@ -254,6 +218,7 @@ def test_files_are_checked_without_a_job(server: ServerProcess) -> None:
         server, "fine_tuning/files/check", "bob", training_file=good, validation_file=longer, method=method(n_epochs=3)
     )
     assert status == 200 and checked["problems"] == [], checked
+    FineTuningCheck.model_validate(checked)
     assert (checked["examples"], checked["validation_examples"], checked["steps"]) == (8, 30, 3)
     chosen = {"n_epochs": 3, "batch_size": 8, "learning_rate_multiplier": 1.0}
     assert checked["hyperparameters"] == chosen and checked["memory"] > 0
@@ -337,45 +302,3 @@ def test_files_and_keys_are_checked(server: ServerProcess) -> None:
 )
 def test_impossible_settings_stop_the_start(flags: list[str], said: str) -> None:
     assert said in the_error_line(ServerProcess("stellarbyte_server", *flags))
-
-
-@pytest.mark.slow
-def test_jobs_and_models_survive_whatever_ends_the_server(flags: list[str], tmp_path: Path) -> None:
-    flags = [*flags]
-    flags[flags.index("--data-dir") + 1] = str(tmp_path / "data")
-    with running(TUNING, *flags) as server:
-        ann = client_of(server, "ann")
-        content = chats(60)
-        whole = ann.fine_tuning.jobs.create(
-            model="tiny", training_file=upload(ann, content), seed=5, method=method(n_epochs=20, batch_size=2)
-        )
-        wait(ann, whole.id, "succeeded")
-        parts = ann.fine_tuning.jobs.create(
-            model="tiny", training_file=upload(ann, content), seed=5, method=method(n_epochs=20, batch_size=2)
-        )
-        _wait_for_step(ann, parts.id, 60)
-        server.process.send_signal(signal.SIGKILL)
-        server.wait()
-    with running(TUNING, *flags) as server:
-        ann = client_of(server, "ann")
-        _wait_for_step(ann, parts.id, 200)
-        assert server.stop() == 0
-    with running(TUNING, *flags) as server:
-        ann = client_of(server, "ann")
-        ended = wait(ann, parts.id, "succeeded")
-        first = ann.fine_tuning.jobs.retrieve(whole.id)
-        files = [ann.files.content(job.result_files[0]).text for job in (first, ended)]
-        assert files[0] == files[1]
-        assert {answer(ann, job.fine_tuned_model or "", temperature=0) for job in (first, ended)} == {
-            answer(ann, first.fine_tuned_model or "", temperature=0)
-        }
-
-
-def _wait_for_step(client: openai.OpenAI, job_id: str, step: int) -> None:
-    deadline_s = time.monotonic() + 400
-    while True:
-        (last,) = client.fine_tuning.jobs.list_events(job_id, limit=1).data
-        if isinstance(last.data, dict) and last.data["step"] >= step:
-            return
-        assert time.monotonic() < deadline_s, last
-        time.sleep(0.05)

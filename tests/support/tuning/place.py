@@ -47,6 +47,7 @@ class Place:
         self.when_loaded: Callable[[str], None] = lambda _: None
         self.generation = 0
         self.published: list[tuple[str, str, str]] = []  # job, name and folder
+        self.live: tuple[Path, int] | None = None  # of any name
         self.publish_error: Exception | None = None
         self.when_published: Callable[[str], None] = lambda _: None
         self.script()
@@ -140,6 +141,7 @@ class Place:
                 load=load,
                 unload=unload,
                 publish=publish,
+                live=lambda _: self.live,
                 is_open=lambda: True,
                 generation=lambda: self.generation,
                 max_tokens=max_tokens,

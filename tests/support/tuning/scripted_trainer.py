@@ -77,6 +77,12 @@ for step in range(start + 1, script["steps"] + 1):
     if asked:
         send("stopped", step=step)
         sys.exit()
+if settings["evaluate"] or settings["previous"]:
+    figures = {"eval_exact_match": 0.75, "base_exact_match": 0.25} if settings["evaluate"] else {}
+    if settings["previous"]:
+        figures["previous_loss"] = float((Path(settings["previous"]) / "adapter_model.safetensors").read_text())
+    send("warning", message="Mind this.")
+    send("compared", figures=figures)
 adapter = Path(settings["folder"]) / "adapter"
 adapter.mkdir()
 for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -1,20 +1,25 @@
 """The process of a job: its messages, exact continuation, and what it refuses. Oracle: the plain run and loss."""
 
+import errno
+import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from stellarbyte.checkpoint.info import read_record
+from stellarbyte.checkpoint.info import read_record, record_lines
 from stellarbyte.checkpoint.native import load_config, load_model
-from stellarbyte.lora import load_adapter
+from stellarbyte.lora import LoRAConfig, apply_lora_to_model, load_adapter, save_adapter
 from stellarbyte.train.callbacks.report import Messages
+from stellarbyte.train.job.__main__ import give_way
 from stellarbyte.train.job.__main__ import run as run_job
 from stellarbyte.train.job.settings import Job, learning_rate, micro_batch, needed_memory
 from tests.support.training.byte_tokenizer import ids_of
@@ -129,6 +134,39 @@ def test_a_job_whose_process_was_killed_computes_what_one_without_pause_does(mod
     assert ours == theirs
 
 
+def test_an_adapter_is_compared_with_the_one_before_and_with_the_base(model: Path, tmp_path: Path) -> None:
+    before = tmp_path / "before"
+    other = apply_lora_to_model(load_model(model, dtype=torch.float32), LoRAConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save_adapter(other, before)
+    plain = run(settings(model, tmp_path / "plain"))
+    messages = run(settings(model, tmp_path / "job", previous=str(before), evaluate=["exact_match"]))
+    (compared,) = (each["figures"] for each in messages if each["type"] == "compared")
+    more = messages[0]["needed_memory"] - plain[0]["needed_memory"]
+    assert more == 2 * (before / "adapter_model.safetensors").stat().st_size
+    assert compared["previous_loss"] == pytest.approx(loss_of(model, before), abs=1e-5)
+    assert {compared[f"{whose}_exact_match"] for whose in ("eval", "base", "previous")} == {0.0}
+    record = read_record(tmp_path / "job" / "adapter")
+    assert record is not None and record.held_out.items() >= compared.items()
+    assert record.base_sha256 == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+    assert dict(record_lines(record))["seed"] == "4"
+    # the comparison leaves the adapter as it was
+    assert losses(messages) == losses(plain)
+    ours, theirs = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("job", "plain")
+    )
+    assert ours == theirs
+    assert not [each for each in plain if each["type"] == "compared"]
+
+    (before / "adapter_config.json").write_text("{}")
+    messages = run(settings(model, tmp_path / "again", previous=str(before)))
+    (warning,) = (each["message"] for each in messages if each["type"] == "warning")
+    assert warning.startswith("The version before cannot be evaluated: ") and messages[-1]["type"] == "finished"
+    assert str(tmp_path) not in warning
+
+
 @pytest.mark.parametrize(
     ("fields", "about", "said"),
     [
@@ -156,6 +194,49 @@ def test_a_plan_alone_is_that_of_the_job(model: Path, tmp_path: Path) -> None:
     (planned,) = run(settings(model, tmp_path / "plan", only_plan=True))
     assert planned == run(settings(model, tmp_path / "job"))[0]
     assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["chats.jsonl", "validation.jsonl"]
+
+
+def test_a_full_disk_ends_a_process_and_the_next_one_continues(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, saved = settings(model, tmp_path / "full"), []
+
+    def save(state: object, path: Path) -> None:
+        saved.append(path)
+        if len(saved) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        torch_save(state, path)
+
+    torch_save = torch.save
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save)
+        *before, refused = run(job)
+    assert (refused["type"], refused["about"]) == ("refused", "run") and "No space left on device" in refused["message"]
+    assert str(tmp_path) not in refused["message"] and not (tmp_path / "full" / "adapter").exists()
+    assert any(each["type"] == "saved" for each in before)
+    again = run(job)
+    assert again[-1]["type"] == "finished"
+    whole = run(settings(model, tmp_path / "whole"))
+    assert steps(again) == steps(whole) and losses(again) == losses(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
+def test_a_training_takes_only_time_that_nobody_wants(model: Path, tmp_path: Path) -> None:
+    """In a thread of its own, as Linux has policies for each thread."""
+
+    def policy(**fields: Any) -> tuple[int, int]:
+        def act() -> None:
+            give_way(Job(**settings(model, tmp_path, **fields)))
+            found.append((os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)))
+
+        found: list[tuple[int, int]] = []
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+        return found[0]
+
+    assert policy() == (os.SCHED_IDLE, 19)
+    assert policy(only_plan=True) == (os.SCHED_OTHER, 10)
 
 
 def test_memory_is_counted_from_the_shapes(model: Path, tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ class LossesObject(AnswerObject):
     train: Annotated[float | None, Field(description="Of the last step.")]
     valid: Annotated[float | None, Field(description="Of the validation file, with the adapter.")]
     base_valid: Annotated[float | None, Field(description="Of the validation file, without the adapter.")]
+    previous_valid: Annotated[
+        float | None, Field(description="The same with the version that was live under `publish.name` before the job.")
+    ]
+
+
+class ExactMatchObject(AnswerObject):
+    valid: Annotated[float | None, Field(description="With the adapter.")]
+    base_valid: Annotated[float | None, Field(description="Without the adapter.")]
+    previous_valid: Annotated[float | None, Field(description="With the version before; as in `losses`.")]
 
 
 class PublicationObject(AnswerObject):
@@ -64,6 +73,10 @@ class FineTuningJobObject(AnswerObject):
     integrations: list[Any]
     metadata: dict[str, str] | None
     losses: Annotated[LossesObject, Field(description="Nats per token.")]
+    exact_match: Annotated[
+        ExactMatchObject | None,
+        Field(description="Shares of the validation file's answers that greedy decoding gives; null: not asked for."),
+    ]
     publish: Annotated[PublicationObject | None, Field(description="null: live under the job's own name only.")]
 
 

@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.caller import require_publishing
+from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.config.settings import EngineSettings, ServerSettings
 from stellarbyte_server.http.gate import AtAdminAddress, Gate
 from tests.support.application import route_table
@@ -22,6 +25,7 @@ def answer(
     method: str = "POST",
     host: str = "127.0.0.1",
     at_admin_address: bool = False,
+    publishes: bool = False,
     **options: Any,
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
     """Status, headers and error of what the gate says; status 200 when it lets the request through."""
@@ -29,7 +33,12 @@ def answer(
     sent: list[dict[str, Any]] = []
 
     async def through(scope: Any, receive: Any, send: Any) -> None:
-        del scope, receive
+        if publishes:
+            try:
+                require_publishing(SimpleNamespace(scope=scope))  # type: ignore[arg-type]
+            except ApiError as error:
+                await error.answer(scope, receive, send)
+                return
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b'{"error": {}}'})
 
@@ -99,6 +108,31 @@ def test_with_a_key_who_has_it_may(host: str) -> None:
     twice = [*JSON.items(), ("authorization", "Bearer wrong"), ("authorization", "Bearer sesame")]
     assert status(twice, **options) == 401
     assert status(JSON | {"authorization": "Bearer sesame", "content-type": "text/plain"}, **options) == 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "options", "code"),
+    [
+        ({}, {}, 403),
+        ({}, {"allow_local_admin": True}, 200),
+        ({"x-forwarded-for": "10.0.0.1"}, {"allow_local_admin": True}, 403),
+        ({"origin": "http://evil.example"}, {"allow_local_admin": True, "cors_origin": ("*",)}, 403),
+        ({}, {"host": "0.0.0.0", "allow_local_admin": True}, 403),
+        ({"authorization": "Bearer user"}, {"api_key": ("user",)}, 403),
+        ({"authorization": "Bearer user"}, {"api_key": ("user",), "admin_api_key": "sesame"}, 403),
+        ({"authorization": "Bearer sesame"}, {"api_key": ("user",), "admin_api_key": "sesame"}, 200),
+        ({}, {"admin_api_key": "sesame"}, 401),
+        ({"authorization": "Bearer user"}, {"api_key": ("user",), "at_admin_address": True}, 200),
+    ],
+)
+def test_who_may_load_adapters_may_have_a_job_publish_one(
+    headers: dict[str, str], options: dict[str, Any], code: int
+) -> None:
+    assert status(JSON | headers, **options) == code
+    asked, _, error = answer(JSON | headers, path="/v1/fine_tuning/jobs", publishes=True, **options)
+    assert asked == code
+    assert code == 200 or error["message"].startswith("The field 'publish' needs the right to load adapters: ")
+    assert status(JSON | headers, path="/v1/fine_tuning/jobs", **options) == 200  # a job alone
 
 
 def test_users_keys_alone_open_no_route_of_the_operator() -> None:

@@ -48,6 +48,15 @@ def test_a_version_is_found_by_its_number_or_its_hash() -> None:
             record.find(text)
 
 
+def test_callers_are_shared_between_the_current_version_and_another() -> None:
+    record = record_of(1, 2, 3)
+    assert record.version_before() == record.version(2) and record.rolled_back(1).version_before() is None
+    assert dict(record.shared_with(record.version(1), 0.1).shares) == {1: pytest.approx(0.9), 3: 0.1}
+    assert record.shared_with(None, 0.1) == record
+    with pytest.raises(VersionError, match="no version '1' in its history"):  # it was the oldest of a full history
+        record_of(1, 2, 3, history=2).shared_with(version(1), 0.1)
+
+
 def test_shares_add_up_to_one_and_a_rollback_or_a_load_ends_them() -> None:
     record = record_of(1, 2).split({"1": 0.25, "22222222": 0.75})
     assert record.shares == ((1, 0.25), (2, 0.75))

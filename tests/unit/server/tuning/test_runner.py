@@ -14,7 +14,7 @@ import pytest
 from stellarbyte_server.batch.files import NoRoom
 from stellarbyte_server.tuning import jobs as jobs_module
 from stellarbyte_server.tuning import runner as runner_module
-from stellarbyte_server.tuning.jobs import Hyperparameters, Publication, Status
+from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Status
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway
 from tests.support.tuning.chats import chats
 from tests.support.tuning.place import Place
@@ -78,6 +78,8 @@ def test_a_process_gets_what_the_job_and_its_key_say(place: Place) -> None:
         "memory": None,
         "max_tokens": 5,
         "only_plan": False,
+        "previous": None,
+        "evaluate": [],
     }
 
 
@@ -249,46 +251,6 @@ def test_an_adapter_that_is_complete_is_not_trained_again(place: Place) -> None:
     assert job.status == "succeeded" and len(place.starts()) == 1
 
 
-def test_a_result_is_live_before_its_job_has_succeeded(place: Place) -> None:
-    asked = Publication(name="pirate", share=0.1, caller="admin")
-    place.when_published = lambda job_id: seen.append((place.find(job_id).status, place.find(job_id).goes_live))
-    seen: list[tuple[Status, bool]] = []
-    (job,) = place.run_to_end(place.job(publish=asked))
-    assert seen == [("running", True)]
-    assert job.status == "succeeded" and not job.goes_live
-    assert job.publish == msgspec.structs.replace(asked, version=1)
-    assert place.published == [(job.id, "pirate", str(place.store.adapter(job.id)))]
-    assert place.messages(job.id)[-2:] == ["Live as pirate, version 1, with a share of 0.1", "The job has completed"]
-
-
-def test_a_result_that_fails_its_probe_stays_under_its_own_name(place: Place) -> None:
-    place.publish_error = CannotLoad("It changes no logit.")
-    (job,) = place.run_to_end(place.job(publish=Publication(name="pirate")))
-    assert job.status == "succeeded" and job.fine_tuned_model in place.loaded
-    assert job.publish == Publication(name="pirate", error="It changes no logit.")
-    assert "Not live as pirate: It changes no logit." in place.messages(job.id)
-
-
-def test_a_result_goes_live_once_the_engine_is_back(place: Place) -> None:
-    job_id = place.job(publish=Publication(name="pirate"))
-    place.publish_error = EngineAway()
-
-    async def act() -> None:
-        await place.until(lambda: place.find(job_id).goes_live)
-        place.publish_error = None
-        await place.until(lambda: place.find(job_id).is_over)
-
-    place.run(act)
-    assert place.find(job_id).publish == Publication(name="pirate", version=1) and len(place.starts()) == 1
-
-
-def test_a_job_that_was_cancelled_does_not_go_live(place: Place) -> None:
-    place.when_loaded = lambda _: place.set(job_id, "cancelled")
-    job_id = place.job(publish=Publication(name="pirate"))
-    place.run(lambda: place.until(lambda: place.find(job_id).is_over and place.loaded == {}))
-    assert place.published == [] and place.find(job_id).status == "cancelled"
-
-
 def test_an_adapter_that_the_engine_refuses_ends_its_job(place: Place) -> None:
     place.load_error = CannotLoad("It is bad.")
     (job,) = place.run_to_end(place.job())
@@ -330,6 +292,21 @@ def test_keys_have_a_number_of_jobs(place: Place, monkeypatch: pytest.MonkeyPatc
     place.job(owner="bob", most=1)
     with pytest.raises(NoRoom, match="server's limit of 2"):
         place.job(owner="cat", most=1)
+
+
+def test_the_speed_is_that_of_the_newest_job_of_a_model_that_has_succeeded(place: Place) -> None:
+    jobs = place.store.jobs
+    assert jobs.tokens_per_s("tiny") is None
+    (job,) = place.run_to_end(place.job())
+    first = next(each for _, each in jobs.events_since(job.id, None, -1) if each.data and "tokens" in each.data)
+    for number, (tokens, after_s) in enumerate(((700, 30), (1100, 50)), 7):
+        event = Event(message="", data={"step": number, "tokens": tokens}, created_at=first.created_at + after_s)
+        jobs.note(job.id, event)
+    assert jobs.tokens_per_s("tiny") == (1100 - 100) / 50
+    assert jobs.tokens_per_s("other") is None
+    place.script(refuse=["run", "No."])
+    place.run_to_end(place.job())
+    assert jobs.tokens_per_s("tiny") is not None  # the newest one has failed
 
 
 def test_old_records_are_forgotten_and_models_are_not(place: Place) -> None:

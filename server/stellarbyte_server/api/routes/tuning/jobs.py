@@ -53,6 +53,8 @@ async def create_job(http: Request, service: ServiceOfRequest) -> dict[str, Any]
     await charge(http, service)
     _require_base(http, service, body.model)
     asked = None if body.publish is None else publication(http, service, body.publish)
+    if body.evaluate and body.validation_file is None:
+        raise bad_request("The field 'evaluate' needs a 'validation_file'.", "evaluate")
     await require_files(service, owner, body)
     job = Job(
         id=new_job_id(),
@@ -65,6 +67,7 @@ async def create_job(http: Request, service: ServiceOfRequest) -> dict[str, Any]
         metadata=body.metadata,
         hyperparameters=hyperparameters_of(body),
         publish=asked,
+        evaluate=() if body.evaluate is None else tuple(body.evaluate),
         created_at=int(time.time()),
     )
     try:

@@ -10,6 +10,7 @@ from stellarbyte_server.tuning.jobs import Event, Hyperparameters, Job, Publicat
 from stellarbyte_server.tuning.results import checkpoint_name
 from stellarbyte_server.tuning.store import TuningStore
 
+_COMPARED = ("valid", "base_valid", "previous_valid")
 ORGANIZATION = "stellarbyte"  # OpenAI's clients need one
 
 
@@ -49,7 +50,8 @@ def job_object(job: Job) -> dict[str, Any]:
         "user_provided_suffix": job.suffix,
         "integrations": [],
         "metadata": job.metadata,
-        "losses": {name: job.losses.get(name) for name in ("train", "valid", "base_valid")},
+        "losses": {name: job.losses.get(name) for name in ("train", *_COMPARED)},
+        "exact_match": {name: job.exact_match.get(name) for name in _COMPARED} if job.evaluate else None,
         "publish": None if job.publish is None else _publication_object(job.publish),
     }
 

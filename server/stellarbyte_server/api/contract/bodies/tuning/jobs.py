@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from stellarbyte_server.api.contract.bodies.batch.batches import FileId
-from stellarbyte_server.api.contract.bodies.bounds import wrong
+from stellarbyte_server.api.contract.bodies.bounds import AtMost, wrong
 from stellarbyte_server.api.contract.bodies.fields import optional, required
 from stellarbyte_server.api.contract.bodies.unused import Metadata
 from stellarbyte_server.config.setting_values import ADAPTER_NAME_RULE, is_adapter_name
@@ -132,6 +132,9 @@ class FineTuningBody(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = optional("Of the order of examples. Default: random.")
     method: MethodBody | None = optional("Default: supervised.")
     hyperparameters: HyperparametersBody | None = optional("The same as in `method`, where OpenAI had it before.")
+    evaluate: Annotated[list[Literal["exact_match"]], AtMost(1)] | None = optional(
+        "`exact_match`: also count the answers of the validation file that greedy decoding gives token for token."
+    )
     publish: PublicationBody | None = optional(
         "Make the result live under another name once the job has succeeded; needs the right to load adapters."
     )

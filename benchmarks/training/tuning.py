@@ -1,0 +1,201 @@
+"""What a fine-tuning job costs running streams: gaps between their tokens and their throughput, with it and without.
+
+    python -m benchmarks.training.tuning                    4 streams of the demo model, 4 rounds
+    python -m benchmarks.training.tuning --streams 8
+
+Starts our server with --fine-tuning cpu, uploads chats of a given length and starts a job. Each round measures a time
+without the job (paused, its process gone) and one with it (a step has ended since it was resumed); ratios are within a
+round, and the result is their median. The target: gaps grow by at most 20%.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.prompt_beside_streams import Stream
+from benchmarks.serve import running_ours
+from benchmarks.support.record import write_result
+
+OURS = "python -m stellarbyte_server --port {port} --log-level warning --fine-tuning cpu --data-dir "
+STREAM_TOKENS = 4000
+LIMIT_S = 600.0  # for a job to begin or to end
+SETTLE_S = 2.0
+JOB = "/v1/fine_tuning/jobs"
+
+
+def chats(number: int, words: int) -> bytes:
+    """Examples of about `words` + 20 tokens."""
+    answer = " ".join("ship" if index % 3 else "harbour" for index in range(words))
+    return b"".join(
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"What of number {index}?"},
+                    {"role": "assistant", "content": f"{index}: {answer}"},
+                ]
+            }
+        ).encode()
+        + b"\n"
+        for index in range(number)
+    )
+
+
+def is_training() -> bool:
+    """Whether a process below this one trains."""
+    parents, trainers = {}, []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with contextlib.suppress(OSError):  # it has just ended
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if b"stellarbyte.train.job" in (folder / "cmdline").read_bytes():
+                    trainers.append(int(folder.name))
+    return any(os.getpid() in _ancestors(pid, parents) for pid in trainers)
+
+
+def _ancestors(pid: int, parents: dict[int, int]) -> list[int]:
+    found = []
+    while pid := parents.get(pid, 0):
+        found.append(pid)
+    return found
+
+
+class TuningJob:
+    """A long job on the server, paused or running."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+        self._id = ""
+
+    async def start(self, model: str, examples: bytes) -> None:
+        upload = {"file": ("chats.jsonl", examples), "purpose": (None, "fine-tune")}
+        file = (await self._client.post("/v1/files", files=upload)).raise_for_status().json()["id"]
+        hyperparameters = {"n_epochs": 50, "batch_size": 8}
+        body = {"model": model, "training_file": file, "hyperparameters": hyperparameters}
+        self._id = (await self._client.post(JOB, json=body)).raise_for_status().json()["id"]
+        await self._until_next_step()
+
+    async def pause(self) -> None:
+        """Returns once its process is gone."""
+        (await self._client.post(f"{JOB}/{self._id}/pause")).raise_for_status()
+        while is_training():  # the step that runs is finished and saved
+            await asyncio.sleep(0.5)
+
+    async def resume(self) -> None:
+        (await self._client.post(f"{JOB}/{self._id}/resume")).raise_for_status()
+        await self._until_next_step()
+
+    async def end(self) -> None:
+        (await self._client.post(f"{JOB}/{self._id}/cancel")).raise_for_status()
+
+    async def tokens(self) -> int:
+        """Read so far."""
+        return (await self._last())[1]
+
+    async def _until_next_step(self) -> None:
+        deadline_s = time.monotonic() + LIMIT_S
+        before = (await self._last())[0]
+        while (await self._last())[0] <= before:
+            job = (await self._client.get(f"{JOB}/{self._id}")).json()
+            if job["status"] in ("failed", "succeeded") or time.monotonic() > deadline_s:
+                raise SystemExit(f"the job does not run: {job}")
+            await asyncio.sleep(0.5)
+
+    async def _last(self) -> tuple[int, int]:
+        """Step and tokens of the last step that was told."""
+        events = (await self._client.get(f"{JOB}/{self._id}/events?limit=20")).json()["data"]
+        steps = [each["data"] for each in events if each["type"] == "metrics" and "tokens" in each["data"]]
+        return (int(steps[0]["step"]), int(steps[0]["tokens"])) if steps else (0, 0)
+
+
+class Streams:
+    """A number of completions that always run."""
+
+    def __init__(self, client: httpx.AsyncClient, model: str, number: int) -> None:
+        self._client = client
+        self._model = model
+        self._finished: list[Stream] = []
+        self._current: list[Stream] = [Stream() for _ in range(number)]
+        self.tasks = [asyncio.create_task(self._keep_running(place)) for place in range(number)]
+
+    async def _keep_running(self, place: int) -> None:
+        while True:
+            prompt = [1000 + 37 * place + 11 * index for index in range(32)]
+            await self._current[place].run(self._client, self._model, prompt, STREAM_TOKENS)
+            self._finished.append(self._current[place])
+            self._current[place] = Stream()
+
+    async def begun(self) -> None:
+        while not all(stream.token_times_s for stream in self._current):
+            await asyncio.sleep(0.05)
+
+    async def measure(self, seconds: float) -> dict[str, float]:
+        start_s = time.perf_counter()
+        await asyncio.sleep(seconds)
+        stop_s = time.perf_counter()
+        gaps = [gap for stream in (*self._finished, *self._current) for gap in stream.gaps_ms(start_s, stop_s)]
+        cuts = statistics.quantiles(gaps, n=100)
+        return {
+            "gap_p50_ms": round(cuts[49], 2),
+            "gap_p95_ms": round(cuts[94], 2),
+            "gap_max_ms": round(max(gaps), 1),
+            "tok_s": round(len(gaps) / (stop_s - start_s), 2),
+        }
+
+
+async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=None)
+    rounds: list[dict[str, Any]] = []
+    async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S, limits=limits) as client:
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        job = TuningJob(client)
+        await job.start(model, chats(options.examples, options.words))
+        streams = Streams(client, model, options.streams)
+        await streams.begun()
+        for _ in range(options.rounds):
+            await job.pause()
+            await asyncio.sleep(SETTLE_S)
+            without = await streams.measure(options.seconds)
+            await job.resume()
+            before = await job.tokens()
+            beside = await streams.measure(options.seconds)
+            trained = (await job.tokens() - before) / options.seconds
+            growth = {f"{name}_ratio": round(beside[name] / without[name], 3) for name in without}
+            rounds.append({"without_job": without, "with_job": beside, "job_tok_s": round(trained, 1), **growth})
+            print(json.dumps(rounds[-1]), flush=True)
+        await job.end()
+        for task in streams.tasks:
+            task.cancel()
+        await asyncio.gather(*streams.tasks, return_exceptions=True)
+    medians = {name: round(statistics.median(each[name] for each in rounds), 3) for name in growth}
+    return {"rounds": rounds, "median": medians}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ours", default=OURS, help=f"command of the server, to which a folder is added ({OURS})")
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two measurements of a round")
+    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--words", type=int, default=100, help="of each example's answer")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, running_ours(f"{options.ours}{folder}") as url:
+        figures = asyncio.run(measure(url, options))
+    print(json.dumps(figures["median"], indent=1))
+    if not options.no_record:
+        shape = {name: value for name, value in vars(options).items() if name != "no_record"}
+        write_result("tuning", shape | figures)
+
+
+if __name__ == "__main__":
+    main()
