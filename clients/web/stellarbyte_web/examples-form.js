@@ -5,7 +5,7 @@
 
 import { failureOf } from "./api.js";
 import { byId, make } from "./elements.js";
-import { divide, readExamples } from "./examples.js";
+import { divide, jsonLines, readExamples } from "./examples.js";
 import { explain } from "./failures.js";
 import { readName, readNumber } from "./form-fields.js";
 import { formatBytes, formatNumber, t } from "./i18n.js";
@@ -29,7 +29,7 @@ const FORMATS = /** @type {const} */ ({
  * @property {string} about what they were made of
  * @property {Divided} examples
  * @property {CheckBody} body of the check and of the job
- * @property {CheckedFiles} checked
+ * @property {CheckedFiles | null} checked null: not yet
  */
 
 export class ExamplesForm {
@@ -104,10 +104,7 @@ export class ExamplesForm {
       event.preventDefault();
       void this.#open(dropped);
     });
-    byId("check", HTMLButtonElement).addEventListener(
-      "click",
-      () => void this.#act(async () => void (await this.#check())),
-    );
+    byId("check", HTMLButtonElement).addEventListener("click", () => void this.#act(() => this.#check()));
     byId("tune", HTMLFormElement).addEventListener("submit", (event) => {
       event.preventDefault();
       void this.#act(() => this.#start());
@@ -173,10 +170,10 @@ export class ExamplesForm {
   }
 
   /**
-   * Upload the examples, unless they are on the server, and have them checked.
+   * Upload the examples, unless they are on the server.
    * @returns {Promise<Uploaded | null>} null if they cannot be used; the form says why
    */
-  async #check() {
+  async #upload() {
     const held = readNumber("held", { min: 0, max: MAX_HELD_PERCENT, whole: true });
     const epochs = readNumber("epochs", { min: 1, max: MAX_EPOCHS, whole: true });
     if (this.read.examples.length === 0 || this.read.problems.length > 0) {
@@ -187,22 +184,26 @@ export class ExamplesForm {
     }
     if (held === "wrong" || epochs === "wrong") return null;
     const examples = divide(this.read.examples, held ?? 0);
-    const files = [examples.training, examples.validation].map((part) => part.map(({ json }) => json).join("\n"));
-    const about = JSON.stringify([...files, epochs]);
-    if (this.uploaded?.about !== about) {
-      this.#forget();
+    const [training, validation] = [jsonLines(examples.training), jsonLines(examples.validation)];
+    const about = JSON.stringify([training, validation, epochs]);
+    if (this.uploaded?.about === about) return this.uploaded;
+    this.#forget();
+    /** @type {CheckBody} */
+    const body = { training_file: await this.server.uploadExamples("examples.jsonl", training) };
+    if (validation !== "") body.validation_file = await this.server.uploadExamples("validation.jsonl", validation);
+    if (epochs !== null) body.hyperparameters = { n_epochs: epochs };
+    this.uploaded = { about, examples, body, checked: null };
+    return this.uploaded;
+  }
+
+  async #check() {
+    const uploaded = await this.#upload();
+    if (uploaded === null) return;
+    if (uploaded.checked === null) {
       this.#showOutcome(() => [make("p", { class: "hint" }, t("checking"))]);
-      /** @type {CheckBody} */
-      const body = { training_file: await this.server.uploadExamples("examples.jsonl", files[0] ?? "") };
-      if (examples.validation.length > 0) {
-        body.validation_file = await this.server.uploadExamples("validation.jsonl", files[1] ?? "");
-      }
-      if (epochs !== null) body.hyperparameters = { n_epochs: epochs };
-      this.uploaded = { about, examples, body, checked: await this.server.checkExamples(body) };
+      uploaded.checked = await this.server.checkExamples(uploaded.body);
     }
-    const { uploaded } = this;
     this.#showOutcome(() => checkedView(uploaded));
-    return uploaded.checked.problems.length === 0 ? uploaded : null;
   }
 
   /** Delete the files of another check, which no job has. */
@@ -217,9 +218,11 @@ export class ExamplesForm {
   async #start() {
     const suffix = readName("suffix");
     if (suffix === "wrong") return;
-    const uploaded = await this.#check();
+    const uploaded = await this.#upload();
     const model = this.model();
     if (uploaded === null || model === null) return;
+    if (uploaded.checked !== null) this.#showOutcome(() => checkedView(uploaded));
+    if ((uploaded.checked?.problems.length ?? 0) > 0) return; // otherwise the job checks them
     const job = await this.server.createJob({ ...uploaded.body, model, ...(suffix === "" ? {} : { suffix }) });
     this.uploaded = null; // the job has the files now
     this.started(job);
@@ -253,13 +256,12 @@ function problemList(problems) {
 
 /** @param {Uploaded} uploaded */
 function checkedView({ examples, checked }) {
+  if (checked === null) return [];
   const { problems, tokens, steps, memory, seconds } = checked;
   if (problems.length > 0) {
-    const lines = problems.map(({ param, line, message }) => {
-      const part = param === "validation_file" ? examples.validation : examples.training;
-      const source = line === null ? undefined : part[line - 1]?.line; // files have some of the lines
-      return source === undefined ? message : t("lineProblem", { line: source, problem: message });
-    });
+    const lines = problems.map(({ line, message }) =>
+      line === null ? message : t("lineProblem", { line, problem: message }),
+    );
     return [make("div", { class: "problem" }, ...problemList(lines))];
   }
   const parts = [t("checkedCount", { count: formatNumber(examples.training.length) })];

@@ -78,6 +78,20 @@ export function divide(examples, percent) {
   };
 }
 
+/**
+ * Examples as a file, each in the line that it has in the text, which the server's errors then name.
+ * @param {readonly Example[]} examples
+ */
+export function jsonLines(examples) {
+  let last = 1;
+  const lines = examples.map(({ line, json }) => {
+    const breaks = "\n".repeat(line - last);
+    last = line;
+    return breaks + json;
+  });
+  return lines.join("");
+}
+
 /** @typedef {{ line: number, read: () => Omit<Example, "line"> }} Unread one that is not yet checked */
 
 /** @type {Record<ExampleFormat, (text: string) => Unread[]>} */

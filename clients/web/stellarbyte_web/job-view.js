@@ -96,7 +96,8 @@ export class JobView {
         this.changed();
       } catch (error) {
         if (signal.aborted) return;
-        if ((failureOf(error).status ?? 500) < 500) return; // the list of jobs shows why
+        const status = failureOf(error).status ?? 500;
+        if (status !== 401 && status < 500) return; // with another key, it may be there again
       }
       await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
       if (signal.aborted || this.job === null || isOver(this.job)) return;

@@ -4,7 +4,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { readRecords } from "../stellarbyte_web/csv.js";
-import { divide, formatOf, readExamples } from "../stellarbyte_web/examples.js";
+import { divide, formatOf, jsonLines, readExamples } from "../stellarbyte_web/examples.js";
 import { lossPath, topOf } from "../stellarbyte_web/loss-chart.js";
 
 const chat = (question, answer) => [
@@ -58,6 +58,14 @@ test("chats in JSON lines are kept as they are", () => {
     text.slice(1).split("\n").filter(Boolean),
   );
   assert.deepEqual(chats(read), Array(4).fill(chat("q", "a")));
+});
+
+test("an example has the same line in its file as in the text", () => {
+  const { examples } = readExamples('a,"b\nb"\n\nc,d\ne,f', "csv");
+  const { training, validation } = divide(examples, 33);
+  assert.deepEqual(jsonLines(training).split("\n"), [examples[0].json, "", "", "", examples[2].json]);
+  assert.deepEqual(jsonLines(validation).split("\n"), ["", "", "", examples[1].json]);
+  assert.equal(jsonLines([]), "");
 });
 
 test("each kind of a bad line has its reason", () => {
