@@ -22,11 +22,13 @@ from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.ops.cpu.attention import Rotations, paged_attention
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, PLAIN, TILED, linear
+from stellarbyte.ops.cpu.tiles import may_use_tiles
 from stellarbyte.sampling.sampler import RowSampling
 
 BLOCK_SIZE = 16
 BATCHES = (1, 8, 32)
+ARITHMETIC = TILED if may_use_tiles() else PLAIN
 
 
 @njit(parallel=True, fastmath=True)
@@ -67,16 +69,17 @@ def _all_products(layers, head, x, attended, inner, qkv, branch, gated, logits, 
             (layers.down, inner, branch, NO_ACTIVATION),
         ):
             packed = (weight.weights[layer], weight.scales[layer], weight.minima[layer])
-            linear(source, packed, nothing, no_addend, out, act, False, num_threads)
-    linear(x, head, nothing, no_addend, logits, NO_ACTIVATION, False, num_threads)
+            linear(source, packed, nothing, no_addend, out, act, ARITHMETIC, num_threads)
+    linear(x, head, nothing, no_addend, logits, NO_ACTIVATION, ARITHMETIC, num_threads)
 
 
 @njit
 def _all_attention(qkv, shape, batch, rotations, keys, values, scale, out, num_threads):
     for layer in range(len(keys)):
         paged_attention(
-            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0), out, num_threads
-        )
+            qkv, shape, batch, rotations, keys[layer], values[layer], 0, 0, scale, np.float32(0),
+            np.zeros(0, np.float32), len(qkv), out, num_threads,
+        )  # fmt: skip
 
 
 def least_ms(repetitions: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:

@@ -1,18 +1,21 @@
-"""The loss of quality by --quantization and --kv-cache-dtype: perplexity of the demo model on a fixed text.
+"""Loss of quality by --quantization, --kv-cache-dtype and `stellarbyte compress`: the demo model on a fixed text.
 
-    python -m benchmarks.quality
+    python -m benchmarks.quality --compressed gptq=small --compressed awq=other
 
 The text, `quality_corpus.txt`, never changes, so that results of different dates compare: five pages of this
-repository at commit fed8d3a. It is cut into contexts of 512 tokens; the perplexity is that of all tokens but the first
-of each context.
+repository at commit fed8d3a. It is cut into contexts of 512 tokens. Perplexity, mean KL divergence from float32 and the
+share of places with the same most likely token are those of all tokens but the first of each context.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 import torch
+from torch.nn import functional as F
 
 from benchmarks.support.record import write_result
 from stellarbyte.backends.cpu_model import CpuModel
@@ -20,6 +23,8 @@ from stellarbyte.backends.torch_model import ServedModel, TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.checkpoint.native import load_language_model, open_checkpoint
 from stellarbyte.checkpoint.source import resolve_model
+from stellarbyte.compress.pipeline import REPORT_FILE
+from stellarbyte.compress.quantization.grid import Grid
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.forward_batch import ForwardBatch
 from stellarbyte.model.decoder import ByteLanguageModel
@@ -54,25 +59,52 @@ def whole_context(token_ids: list[int]) -> ForwardBatch:
     )
 
 
+class Quality(NamedTuple):
+    """Attributes: perplexity: exp of the mean of -log p; kl: the mean of KL(reference ‖ model) in nats; agreement: the
+    share of places whose most likely token is the reference's. All over all tokens but the first of each context."""
+
+    perplexity: float
+    kl: float
+    agreement: float
+
+
 @torch.inference_mode()
-def perplexity(model: ServedModel, cache: PagedKVCache, contexts: list[list[int]]) -> float:
-    """exp of the mean of -log p over all tokens but the first of each context."""
-    total, count = 0.0, 0
-    for context in contexts:
-        logits_TV = model.logits(whole_context(context), cache)
-        total += torch.nn.functional.cross_entropy(logits_TV[:-1], torch.tensor(context[1:]), reduction="sum").item()
-        count += len(context) - 1
-    return math.exp(total / count)
+def log_probs(model: ServedModel, cache: PagedKVCache, context: list[int]) -> torch.Tensor:
+    """[T - 1, V] for the tokens after the first."""
+    return model.logits(whole_context(context), cache)[:-1].log_softmax(dim=-1)
+
+
+@torch.inference_mode()
+def measure(
+    model: ServedModel, cache: PagedKVCache, contexts: list[list[int]], references: list[torch.Tensor]
+) -> Quality:
+    loss = kl = agreement = 0.0
+    for context, expected_TV in zip(contexts, references, strict=True):
+        found_TV = log_probs(model, cache, context)
+        loss += F.nll_loss(found_TV, torch.tensor(context[1:]), reduction="sum").item()
+        kl += F.kl_div(found_TV, expected_TV, reduction="sum", log_target=True).item()
+        agreement += (found_TV.argmax(dim=-1) == expected_TV.argmax(dim=-1)).sum().item()
+    count = sum(len(context) - 1 for context in contexts)
+    return Quality(perplexity=math.exp(loss / count), kl=kl / count, agreement=agreement / count)
 
 
 def with_gpu_weights(path: Path, quantization: str) -> ByteLanguageModel:
     """The model with all matrices but the embedding rounded to a GPU's format."""
-    model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
+    model, int4 = float_model(path), Grid(kind="int4")
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            weight = quantize(Weight(matrix_NK=module.weight), "int8" if module is model.lm_head else quantization)
-            module.weight = torch.nn.Parameter(dequantized(weight, torch.float32), requires_grad=False)
+            if quantization == "int4" and module is not model.lm_head:
+                numbers_NK = int4.round(module.weight.data, int4.fit(module.weight.data))
+            else:
+                kind = "int8" if module is model.lm_head else quantization
+                numbers_NK = dequantized(quantize(Weight(matrix_NK=module.weight), kind), torch.float32)
+            module.weight = torch.nn.Parameter(numbers_NK, requires_grad=False)
     return model
+
+
+def float_model(path: Path) -> ByteLanguageModel:
+    """Matrices that are stored with fewer bits are dequantized."""
+    return load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def narrow_inputs(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
@@ -94,14 +126,26 @@ def served_model(name: str, model: ByteLanguageModel, config: ByteModelConfig, p
     return CpuModel(model, config, quantization=name, num_threads=2)
 
 
+def how_compressed(folder: Path) -> dict[str, object]:
+    report = json.loads((folder / REPORT_FILE).read_text())
+    return {name: report[name] for name in ("method", "kind", "head", "text", "calibration_tokens")}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="folder or demo")
+    parser.add_argument(
+        "--compressed",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="also a folder that `stellarbyte compress` wrote from the model; can be repeated",
+    )
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     path = resolve_model(options.model)
-    config = open_checkpoint(path).config
-    model = load_language_model(path, dtype=torch.float32, device=torch.device("cpu"))
+    compressed = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.compressed)}
+    config, model = open_checkpoint(path).config, float_model(path)
     cache, fp8_cache = (
         PagedKVCache(config, CONTEXT // BLOCK_SIZE, BLOCK_SIZE, dtype, torch.device("cpu"))
         for dtype in (torch.float32, torch.float8_e4m3fn)
@@ -109,17 +153,31 @@ def main() -> None:
     text = CORPUS.read_text(encoding="utf-8")
     token_ids = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
     contexts = [token_ids[i : i + CONTEXT] for i in range(0, len(token_ids) - CONTEXT // 2, CONTEXT)]
-    rows = []
-    on_gpu = ("int8" + ON_GPU, "fp8" + ON_GPU, "fp8" + ON_GPU + MANY_ROWS)
-    for name in (REFERENCE, "none", "int8", "int4", *on_gpu, FP8_CACHE):
-        served = served_model(name, model, config, path)
-        value = perplexity(served, fp8_cache if name == FP8_CACHE else cache, contexts)
-        change = value / (rows[0]["perplexity"] if rows else value) - 1
-        rows.append({"weights": name, "perplexity": round(value, 4), "change": round(change, 5)})
-        print(f"{name:>24}  perplexity {value:.4f}  {change:+.2%}", flush=True)
+    references = [log_probs(TorchModel(model, config), cache, context) for context in contexts]
+    rows: list[dict[str, object]] = []
+    reference = 0.0
+    on_gpu = ("int8" + ON_GPU, "int4" + ON_GPU, "fp8" + ON_GPU, "fp8" + ON_GPU + MANY_ROWS)
+    for name in (REFERENCE, "none", "int8", "int4", *compressed, *on_gpu, FP8_CACHE):
+        if name in compressed:
+            folder = compressed[name]
+            served: ServedModel = TorchModel(float_model(folder), open_checkpoint(folder).config)
+        else:
+            served = served_model(name, model, config, path)
+        found = measure(served, fp8_cache if name == FP8_CACHE else cache, contexts, references)
+        reference = reference or found.perplexity
+        change = found.perplexity / reference - 1
+        row = {"weights": name, "perplexity": round(found.perplexity, 4), "change": round(change, 5)}
+        rows.append(row | {"kl": round(found.kl, 6), "agreement": round(found.agreement, 4)})
+        print(
+            f"{name:>24}  perplexity {found.perplexity:.4f}  {change:+.2%}  KL {found.kl:.5f}  "
+            f"same token {found.agreement:.2%}",
+            flush=True,
+        )
     if not options.no_record:
         tokens = sum(len(context) - 1 for context in contexts)
-        write_result("quality", {"model": options.model, "context": CONTEXT, "tokens": tokens, "runs": rows})
+        figures = {"model": options.model, "context": CONTEXT, "tokens": tokens, "runs": rows}
+        figures["compressed"] = {name: how_compressed(folder) for name, folder in compressed.items()}
+        write_result("quality", figures)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,11 @@ from stellarbyte.ops.cpu.adjustment import adjust_logits
 from stellarbyte.ops.cpu.attention import BatchArrays, Floats, Rotations
 from stellarbyte.ops.cpu.instructions import LANES
 from stellarbyte.ops.cpu.layers import LayerOptions, LayerWeights, forward_layers, rms_norm
-from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.linear import ACTIVATIONS, INVARIANT, NO_ACTIVATION, PLAIN, TILED, linear
 from stellarbyte.ops.cpu.lora import Adapters, adapters_of, no_adapters
 from stellarbyte.ops.cpu.packing import PackedWeight, StackedLinears, interleaved_rows, panels_of, unpack
 from stellarbyte.ops.cpu.sampler import sample
+from stellarbyte.ops.cpu.tiles import may_use_tiles
 from stellarbyte.sampling.adjustment import LogitAdjustment, RowAdjustment
 from stellarbyte.sampling.sampler import GREEDY, RowSampling
 
@@ -73,6 +74,7 @@ class CpuModel(ServedModel):
         quantization: "none", "int8" or "int4": of all matrices but the embedding and routers.
         num_threads: numba threads to use.
         is_invariant: the numbers of a sequence do not depend on the rest of a step, bit for bit; see `ops.cpu.linear`.
+            Without it, the matrix unit of an x86 processor computes the products of many tokens.
         kept: the quantized matrices of a checkpoint, by the names of their parameters, as in `CpuMatrices`.
 
     Raises:
@@ -116,7 +118,7 @@ class CpuModel(ServedModel):
             norm_eps=config.rms_norm_eps,
             alpha=deepnorm_alpha(config) if config.deepnorm else 0.0,
             is_parallel=config.parallel_residual,
-            is_invariant=is_invariant,
+            arithmetic=INVARIANT if is_invariant else TILED if may_use_tiles() else PLAIN,
         )
         self._places = {name: (layer, number) for layer, number, name in self.bank.projections.modules()}
         self._rotary = decoder.rotary
@@ -142,7 +144,7 @@ class CpuModel(ServedModel):
         if len(logits_RV):
             head = tuple(self.head_weight)
             linear(
-                hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.options.is_invariant,
+                hidden_RC.numpy(), head, _NO_BIAS, _NO_ADDEND, logits_RV, NO_ACTIVATION, self.options.arithmetic,
                 self.num_threads,
             )  # fmt: skip
         products_RV = add_logits(torch.from_numpy(logits_RV), hidden_RC, adapters, self.bank)
@@ -201,7 +203,7 @@ class CpuModel(ServedModel):
         options = self.options
         shape = (len(self.layers.windows_L), 1, 1, options.num_kv_heads, options.head_dim)
         zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
-        arrays = BatchArrays(zero, zero, zero, zero, zero[None], zero[None], one, zero)
+        arrays = BatchArrays(zero, zero, zero, zero, np.arange(2), zero[None], zero[None], one, zero)
         adapters = no_adapters(self.bank)
         keys, values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         rotations = self.rotations_up_to(1)
@@ -242,6 +244,7 @@ def batch_arrays(batch: ForwardBatch) -> BatchArrays:
         slots_T=batch.slots_T.numpy(),
         offsets_T=batch.offsets_T.numpy(),
         sequences_T=np.repeat(np.arange(len(starts) - 1), np.diff(starts)),
+        starts_N=starts,
         block_tables_NM=batch.block_tables_NM.numpy(),
         block_bases_NM=batch.block_bases_NM.numpy(),
         num_blocks_N=np.array(batch.num_blocks, dtype=np.int64),

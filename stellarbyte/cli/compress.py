@@ -56,7 +56,6 @@ def _quantization(options: argparse.Namespace) -> Quantization | None:
         method=options.method,
         kind=kind,  # type: ignore[arg-type]  # one of _KINDS
         head=not options.keep_head,
-        act_order=options.act_order,
         strength=options.strength,
     )
 

@@ -30,7 +30,7 @@ def adapter_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerP
     keys.write_text(KEYS)
     keys.chmod(0o600)
     flags = ["--adapter-dir", str(folder / "adapters"), "--keys", str(keys), "--admin-api-key", ADMIN_KEY]
-    flags += ["--data-dir", str(folder / "stored")]
+    flags += ["--data-dir", str(folder / "stored"), "--feedback"]
     with running(REAL, "--model", str(model), *flags) as server:
         yield server
 

@@ -147,6 +147,20 @@ def test_each_option_of_tokenize_is_sent(connect: Connect, stub: Stub) -> None:
     assert json.loads(stub.asked[0].body) == options
 
 
+def test_answers_are_rated(client: Any, adapter_server: ServerProcess) -> None:
+    body = {"model": "tiny", "prompt": "France", "max_tokens": 2, "n": 2, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {USER_KEY}"}
+    asked = httpx.post(f"{adapter_server.url}/v1/completions", json=body, headers=headers, timeout=60).json()
+    good = client.rate(asked["id"], "good")
+    bad = client.rate(asked["id"], "bad", answer="Paris", comment="no city", index=1)
+    fields = ("id", "rating", "answer", "comment", "index")
+    stored = [tuple(each[name] for name in fields) for each in raw(adapter_server, "/v1/feedback")["data"][:2]]
+    assert stored == [(bad, "bad", "Paris", "no city", 1), (good, "good", None, None, 0)]
+    with pytest.raises(ServerError, match="cannot be rated") as refused:
+        client.rate(f"cmpl-{'0' * 24}", "good")
+    assert (refused.value.status, refused.value.param) == (404, "id")
+
+
 def test_metrics_count_what_openais_client_of_ours_generates(client: Any, adapter_server: ServerProcess) -> None:
     def generated() -> float:
         (sample,) = [sample for sample in client.metrics() if sample.name == "vllm:generation_tokens_total"]

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import httpx
 
@@ -87,6 +87,18 @@ class AsyncStellarByte:
     async def replay(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
         """Send the request of an answer's receipt once more, and return the receipt of the new answer."""
         return await self._send(calls.replay(receipt))
+
+    async def rate(
+        self,
+        answer_id: str,
+        rating: Literal["good", "bad"],
+        *,
+        answer: str | None = None,
+        comment: str | None = None,
+        index: int | None = None,
+    ) -> str:
+        """Rate an answer of this key. Returns the id of the rating."""
+        return await self._send(calls.rate(answer_id, rating, answer, comment, index))
 
     async def metrics(self) -> list[MetricSample]:
         """All current metrics."""

@@ -65,6 +65,15 @@ def split_adapter(name: str, shares: Mapping[str, float]) -> Call[AdapterHistory
     return Call("POST", path, _json(AdapterHistory), {"shares": dict(shares)}, is_admin=True)
 
 
+def rate(
+    answer_id: str, rating: Literal["good", "bad"], answer: str | None, comment: str | None, index: int | None
+) -> Call[str]:
+    body = {"id": answer_id, "rating": rating, "answer": answer, "comment": comment, "index": index}
+    read = _json(_Rated)
+    given = {name: value for name, value in body.items() if value is not None}
+    return Call("POST", "/v1/feedback", lambda response: read(response).id, given)
+
+
 def list_models() -> Call[list[Model]]:
     return Call("GET", "/v1/models", _entries(_List[Model]))
 
@@ -132,6 +141,10 @@ class _Detokenized(msgspec.Struct):
 
 class _Answer(msgspec.Struct):
     receipt: dict[str, Any]
+
+
+class _Rated(msgspec.Struct):
+    id: str
 
 
 class _Version(msgspec.Struct):

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import httpx
 
@@ -101,6 +101,21 @@ class StellarByte:
     def replay(self, receipt: Mapping[str, Any]) -> dict[str, Any]:
         """Send the request of an answer's receipt once more, and return the receipt of the new answer."""
         return self._send(calls.replay(receipt))
+
+    def rate(
+        self,
+        answer_id: str,
+        rating: Literal["good", "bad"],
+        *,
+        answer: str | None = None,
+        comment: str | None = None,
+        index: int | None = None,
+    ) -> str:
+        """Rate an answer of this key by its id, on a server with --feedback. Returns the id of the rating.
+
+        `answer`: a better one; `index`: which of several choices, by default the first.
+        """
+        return self._send(calls.rate(answer_id, rating, answer, comment, index))
 
     def metrics(self) -> list[MetricSample]:
         """All current metrics; docs/metrics.md describes them."""

@@ -16,7 +16,7 @@ from stellarbyte_server.api.routes import (
     tokenize,
 )
 from stellarbyte_server.api.routes.batch import batches, files
-from stellarbyte_server.api.routes.tuning import checks, events, jobs, publications
+from stellarbyte_server.api.routes.tuning import checks, events, feedback, jobs, publications
 
 ROUTERS = tuple(
     module.router
@@ -33,6 +33,7 @@ ROUTERS = tuple(
         events,
         checks,
         publications,
+        feedback,
         models,
         adapters,
         adapter_versions,

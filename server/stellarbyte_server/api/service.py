@@ -11,6 +11,7 @@ from stellarbyte_server.api.sampling import read_defaults
 from stellarbyte_server.batch.storage import Storage
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.feedback.store import FeedbackStore
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.request import Channels, Reasoning
 from stellarbyte_server.registry.store import AdapterRegistry
@@ -32,6 +33,7 @@ class Service:
     storage: Storage | None = None  # of --data-dir, like the next
     registry: AdapterRegistry | None = None
     tuning: TuningStore | None = None  # None: --fine-tuning is off
+    feedback: FeedbackStore | None = None  # None: --feedback is off
     text_work: TextWork = field(default_factory=TextWork)
 
     @property
@@ -65,6 +67,7 @@ def load_service(
     storage: Storage | None = None,
     registry: AdapterRegistry | None = None,
     tuning: TuningStore | None = None,
+    feedback: FeedbackStore | None = None,
 ) -> Service:
     """Read the model's folder for HTTP once the engine has started; ValueError or OSError on failure."""
     model_path = Path(client.info.model_path)
@@ -83,6 +86,7 @@ def load_service(
         storage=storage,
         registry=registry,
         tuning=tuning,
+        feedback=feedback,
     )
 
 

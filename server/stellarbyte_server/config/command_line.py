@@ -117,6 +117,13 @@ def _with_fine_tuning(settings: ServerSettings) -> ServerSettings:
     return dataclasses.replace(settings, engine=engine)
 
 
+def _check_feedback(settings: ServerSettings) -> None:
+    if settings.feedback and settings.data_dir is None:
+        raise SettingsError("--feedback: needs --data-dir, a folder for answers and ratings")
+    if settings.feedback_bytes is not None and not settings.feedback:
+        raise SettingsError("--feedback-bytes: needs --feedback")
+
+
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
     """Settings from command-line `arguments` and `environment`; SettingsError if one cannot be used.
 
@@ -145,6 +152,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         raise SettingsError(
             f"--max-cpu-loras: {engine.max_cpu_loras} must be greater than --max-loras ({engine.max_loras})"
         )
+    _check_feedback(settings)
     if engine.kv_events is not None and not engine.enable_prefix_caching:
         raise SettingsError("--kv-events: needs --enable-prefix-caching")
     if engine.kv_events is None and (engine.kv_events_replay is not None or engine.kv_events_topic):

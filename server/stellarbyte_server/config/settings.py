@@ -322,6 +322,15 @@ class ServerSettings:
         " nine tenths)",
         None,
     )
+    feedback: bool = option(
+        switch,
+        "",
+        "keep requests and answers for a day, so that clients can rate them (/v1/feedback); needs --data-dir",
+        False,
+    )
+    feedback_bytes: int | None = option(
+        byte_count, "BYTES", "maximum size of the ratings of one key (default: 64MiB)", None
+    )
     receive_timeout: float = option(
         some_seconds,
         "SECONDS",

@@ -6,9 +6,11 @@ requests. It ends when the running ones have ended, at the timeout, or at a seco
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import socket
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import uvicorn
@@ -22,6 +24,7 @@ from stellarbyte_server.batch.runner import BatchRunner
 from stellarbyte_server.batch.storage import Storage
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
+from stellarbyte_server.feedback.store import DEFAULT_FEEDBACK_BYTES, FeedbackStore
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.http.app import create_app
 from stellarbyte_server.http.batch_requests import BatchRequests
@@ -38,7 +41,10 @@ from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
 from stellarbyte_server.registry.store import AdapterRegistry
 from stellarbyte_server.tuning.store import TuningStore
 
+logger = logging.getLogger("server.feedback")
+
 _POLL_S = 0.05
+_FORGET_EVERY_S = 60.0
 MAX_BATCH_REQUESTS = 64  # running at once, of all batches
 _WAITING_CONNECTIONS = 2048  # backlog of the kernel
 
@@ -96,6 +102,7 @@ async def _serve(
     tracing: Tracing | None = None
     storage: Storage | None = None
     tuning: TuningStore | None = None
+    feedback: FeedbackStore | None = None
     try:
         AppStatus.disable_automatic_graceful_drain()  # streams finish, or are ended here
         tracing = make_tracing(settings, os.environ)
@@ -115,12 +122,19 @@ async def _serve(
         if settings.data_dir is not None:
             limits = StoreLimits(file_bytes=settings.max_file_bytes, owner_bytes=settings.max_stored_bytes)
             storage = Storage.open(settings.data_dir, limits)
-        service = load_service(settings, client, started_at, storage, registry, tuning)
+            if settings.feedback:
+                most = DEFAULT_FEEDBACK_BYTES if settings.feedback_bytes is None else settings.feedback_bytes
+                feedback = FeedbackStore.open(settings.data_dir, most)
+        service = load_service(settings, client, started_at, storage, registry, tuning, feedback)
         app = create_app(service, keyring, tracing)
         servers = {_server(app, protocol, settings): listeners.public}
         if listeners.admin is not None:
             servers[_server(AtAdminAddress(app), plain, settings)] = listeners.admin
-        work = [_start_batches(storage, app, keyring, client, settings), start_tuning(service, keyring)]
+        work = [
+            _start_batches(storage, app, keyring, client, settings),
+            start_tuning(service, keyring),
+            _start_forgetting(feedback),
+        ]
         try:
             await _run_until_stopped(servers, client, work, settings.shutdown_timeout, on_started)
         finally:
@@ -128,7 +142,7 @@ async def _serve(
         return 1 if client.dead.is_set() else 0
     finally:
         await client.close()
-        for opened in (storage, tuning):
+        for opened in (storage, tuning, feedback):
             if opened is not None:
                 opened.close()
         if tracing is not None:
@@ -165,6 +179,20 @@ def _start_batches(
         max_body_bytes=settings.max_body_bytes,
     )
     return asyncio.create_task(runner.run())
+
+
+def _start_forgetting(feedback: FeedbackStore | None) -> asyncio.Task[None] | None:
+    """Deletes answers that are kept no longer; None without --feedback."""
+
+    async def forget(store: FeedbackStore) -> None:
+        while True:
+            await asyncio.sleep(_FORGET_EVERY_S)
+            try:
+                await asyncio.to_thread(store.forget_old)
+            except sqlite3.Error:
+                logger.exception("old answers could not be deleted")
+
+    return None if feedback is None else asyncio.create_task(forget(feedback))
 
 
 async def _stop(work: Sequence[asyncio.Task[None] | None]) -> None:

@@ -20,7 +20,6 @@ def add_compress(commands: Any) -> None:
     command.add_argument("--bits", choices=("4", "8"), default="4", help="of a weight; default: %(default)s")
     command.add_argument("--type", choices=("int", "float"), default="int", help="float: fp8 with --bits 8")
     command.add_argument("--keep-head", action="store_true", help="leave the output head as it is; default: 8 bits")
-    command.add_argument("--act-order", action="store_true", help="gptq: begin with the inputs that matter most")
     command.add_argument("--strength", type=float, metavar="X", help="smoothquant: 0 to 1; default: 0.5")
     command.add_argument(
         "--prune", action="append", default=[], metavar="PART=SHARE",

@@ -12,6 +12,7 @@ from typing import Any
 
 from stellarbyte.cli.arguments.compress import add_compress
 from stellarbyte.cli.arguments.train import add_train
+from stellarbyte.cli.arguments.tune import add_tune
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -29,6 +30,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         options.flags = flags
     elif flags:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    elif "check" in options and (problem := options.check(options)) is not None:
+        parser.error(problem)
     return options
 
 
@@ -49,6 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_adapters(commands)
+    add_tune(
+        commands, _connection(is_admin=True), text=_text, positive_int=_positive_int, positive=_positive, whole=_whole
+    )
     _add_replay(commands)
     _add_bench(commands)
     add_train(commands)
@@ -247,7 +253,7 @@ def _connection(*, is_admin: bool = False) -> argparse.ArgumentParser:
             type=_key,
             default=os.environ.get("STELLARBYTE_ADMIN_API_KEY") or None,
             metavar="KEY",
-            help="to load and unload; default: $STELLARBYTE_ADMIN_API_KEY",
+            help="for the operator's calls; default: $STELLARBYTE_ADMIN_API_KEY",
         )
     return parser
 

@@ -1,4 +1,8 @@
-"""GPTQ (Frantar et al. 2023): rounds column by column, and lets the columns that follow make up for each error."""
+"""GPTQ (Frantar et al. 2023): rounds column by column, and lets the columns that follow make up for each error.
+
+Levels are fitted before, and columns of large inputs go first. The codes are then improved one by one (QuantEase,
+Behdin et al. 2023), and the scales between.
+"""
 
 from typing import NamedTuple
 
@@ -7,9 +11,10 @@ import torch
 from stellarbyte.compress.errors import CompressError
 from stellarbyte.compress.quantization.grid import Grid, Levels
 
-# N outputs, K inputs, G groups of S inputs
+# N outputs, K inputs, G groups of S inputs, H the Hessian X Xᵀ + λ I [K, K]
 
-DAMPING = 0.01  # λ as a share of the mean of H's diagonal
+DAMPING = 0.01  # λ as a share of the mean of the diagonal of X Xᵀ
+ROUNDS = 2  # of descent: codes twice, then scales
 _COLUMNS_AT_ONCE = 128  # whose errors reach the columns after them in one product
 
 
@@ -20,57 +25,126 @@ class Rounded(NamedTuple):
     levels: Levels
 
 
-def gptq(
-    weight_NK: torch.Tensor, gram_KK: torch.Tensor, grid: Grid, *, act_order: bool = False, keeps_zeros: bool = False
-) -> Rounded:
-    """Codes that nearly minimise ‖(W - Ŵ) X‖² for the inputs of the Gram matrix X Xᵀ, with H = X Xᵀ + λ I.
+def gptq(weight_NK: torch.Tensor, gram_KK: torch.Tensor, grid: Grid, *, keeps_zeros: bool = False) -> Rounded:
+    """Codes and levels that nearly minimise tr((W - Ŵ) H (W - Ŵ)ᵀ) for the inputs of the Gram matrix X Xᵀ.
 
     Args:
-        act_order: begin with the inputs of the largest H_kk, and fit all levels before; otherwise columns go in order,
-            and a group's levels are fitted to its weights when their turn comes.
         keeps_zeros: weights that are 0 stay 0, as in a pruned matrix.
 
     Raises:
         CompressError: H is singular.
     """
-    num_inputs, size = weight_NK.shape[1], grid.group_size
-    order = torch.arange(num_inputs)
-    if act_order:
-        order = gram_KK.diagonal().argsort(descending=True, stable=True)
-    factor_KK = _inverse_factor(gram_KK[order][:, order])
-    left_NK, levels = weight_NK.float()[:, order].clone(), grid.fit(weight_NK.float())
-    is_zero_NK = weight_NK[:, order] == 0
+    weight_NK = weight_NK.float()
+    hessian_KK = _damped(gram_KK)
+    levels = grid.fit_clipped(weight_NK, hessian_KK)
+    is_zero_NK = weight_NK == 0 if keeps_zeros else None
+    codes_NK = compensated(weight_NK, hessian_KK, grid, levels, is_zero_NK)
+    hessian_KK = (hessian_KK / hessian_KK.diagonal().mean()).float()
+    for _ in range(ROUNDS):
+        for _ in range(2):
+            codes_NK = descended(weight_NK, hessian_KK, grid, Rounded(codes_NK, levels), is_zero_NK)
+        levels = rescaled(weight_NK, hessian_KK, grid, Rounded(codes_NK, levels))
+    return Rounded(codes_NK, levels)
+
+
+def compensated(
+    weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, levels: Levels, is_zero_NK: torch.Tensor | None
+) -> torch.Tensor:
+    """The codes [N, K] of GPTQ for fixed levels, in the order of falling H_kk.
+
+    Args:
+        hessian_KK: float64.
+        is_zero_NK: weights that stay 0.
+    """
+    order = hessian_KK.diagonal().argsort(descending=True, stable=True)
+    factor_KK = _inverse_factor(hessian_KK[order][:, order])
+    left_NK = weight_NK[:, order]  # a copy
     codes_NK = torch.empty_like(left_NK)
-    scales, zeros = levels.scales.clone(), levels.zeros.clone()
-    for start in range(0, num_inputs, _COLUMNS_AT_ONCE):
-        stop = min(start + _COLUMNS_AT_ONCE, num_inputs)
+    for start in range(0, len(order), _COLUMNS_AT_ONCE):
+        stop = min(start + _COLUMNS_AT_ONCE, len(order))
         errors = torch.empty(len(left_NK), stop - start)
         for column in range(start, stop):
-            group = int(order[column]) // size
-            if not act_order and column % size == 0:
-                fitted = grid.fit(left_NK[:, column : column + size])
-                scales[:, group], zeros[:, group] = fitted.scales[:, 0], fitted.zeros[:, 0]
-            weight_N, scale_N, zero_N = left_NK[:, column], scales[:, group], zeros[:, group]
-            code_N = grid.codes_at(weight_N, scale_N, zero_N)
-            if keeps_zeros:
-                code_N = torch.where(is_zero_NK[:, column], zero_N, code_N)
-            codes_NK[:, column] = code_N
-            error_N = (weight_N - (code_N - zero_N) * scale_N) / factor_KK[column, column]
+            input_ = int(order[column])
+            scale_N, zero_N = _of_column(grid, levels, input_)
+            code_N = grid.codes_at(left_NK[:, column], scale_N, zero_N)
+            if is_zero_NK is not None:
+                code_N = torch.where(is_zero_NK[:, input_], zero_N, code_N)
+            codes_NK[:, input_] = code_N
+            error_N = (left_NK[:, column] - (code_N - zero_N) * scale_N) / factor_KK[column, column]
             errors[:, column - start] = error_N
             left_NK[:, column + 1 : stop] -= torch.outer(error_N, factor_KK[column, column + 1 : stop])
         left_NK[:, stop:] -= errors @ factor_KK[start:stop, stop:]
-    return Rounded(codes_NK[:, order.argsort()], Levels(scales, zeros))
+    return codes_NK
 
 
-def _inverse_factor(gram_KK: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of H⁻¹, float32."""
+def descended(
+    weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, rounded: Rounded, is_zero_NK: torch.Tensor | None
+) -> torch.Tensor:
+    """Codes [N, K] after each column has taken those that are best while all other columns stay as they are.
+
+    Column k of Ŵ moves to the numbers nearest to ŵ_k + ((W - Ŵ) H)_k / H_kk; the error never grows.
+
+    Args:
+        hessian_KK: float32.
+    """
+    codes_NK, levels = rounded
+    numbers_NK, codes_NK = grid.numbers(codes_NK, levels), codes_NK.clone()
+    gradient_NK = (weight_NK - numbers_NK) @ hessian_KK
+    for start in range(0, weight_NK.shape[1], _COLUMNS_AT_ONCE):
+        stop = min(start + _COLUMNS_AT_ONCE, weight_NK.shape[1])
+        moves = torch.zeros(len(weight_NK), stop - start)
+        for column in range(start, stop):
+            scale_N, zero_N = _of_column(grid, levels, column)
+            pull_N = gradient_NK[:, column] - moves[:, : column - start] @ hessian_KK[start:column, column]
+            code_N = grid.codes_at(numbers_NK[:, column] + pull_N / hessian_KK[column, column], scale_N, zero_N)
+            if is_zero_NK is not None:
+                code_N = torch.where(is_zero_NK[:, column], zero_N, code_N)
+            codes_NK[:, column] = code_N
+            moves[:, column - start] = (code_N - zero_N) * scale_N - numbers_NK[:, column]
+        gradient_NK -= moves @ hessian_KK[start:stop]
+    return codes_NK
+
+
+def rescaled(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, rounded: Rounded) -> Levels:
+    """Levels whose scales are, group after group, the best for the codes while all other groups stay as they are.
+
+    Args:
+        hessian_KK: float32.
+    """
+    codes_NK, levels = rounded
+    size = grid.group_size
+    steps = grid.groups(codes_NK) - levels.zeros[..., None]
+    gradient_NK = (weight_NK - grid.numbers(codes_NK, levels)) @ hessian_KK
+    scales = levels.scales.clone()
+    for group in range(scales.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        steps_NS, hessian_SK = steps[:, group], hessian_KK[columns]
+        slope_N = (steps_NS * gradient_NK[:, columns]).sum(dim=1)
+        curvature_N = ((steps_NS @ hessian_SK[:, columns]) * steps_NS).sum(dim=1)
+        best_N = scales[:, group] + torch.where(curvature_N > 0, slope_N / curvature_N, 0.0)
+        stored_N = grid.stored_scales(best_N)
+        gradient_NK -= ((stored_N - scales[:, group])[:, None] * steps_NS) @ hessian_SK
+        scales[:, group] = stored_N
+    return Levels(scales, levels.zeros)
+
+
+def _of_column(grid: Grid, levels: Levels, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+    group = column // grid.group_size
+    return levels.scales[:, group], levels.zeros[:, group]
+
+
+def _damped(gram_KK: torch.Tensor) -> torch.Tensor:
+    """H, float64."""
     gram_KK = gram_KK.double()
-    damping = DAMPING * gram_KK.diagonal().mean()
-    damped_KK = gram_KK + damping * torch.eye(len(gram_KK), dtype=torch.float64)
-    lower_KK, failed = torch.linalg.cholesky_ex(damped_KK)
+    return gram_KK + DAMPING * gram_KK.diagonal().mean() * torch.eye(len(gram_KK), dtype=torch.float64)
+
+
+def _inverse_factor(hessian_KK: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of H⁻¹, float32."""
+    lower_KK, failed = torch.linalg.cholesky_ex(hessian_KK)
     if failed or not lower_KK.isfinite().all():
         raise CompressError(
-            f"the Hessian of its {len(gram_KK)} inputs is singular with λ = {damping:.3g} ({DAMPING:.0%} of the mean "
-            "diagonal): the calibration text gives it no input, or numbers that are not finite."
+            f"the Hessian of its {len(hessian_KK)} inputs is singular, although {DAMPING:.0%} of the mean diagonal was "
+            "added: the calibration text gives it no input, or numbers that are not finite."
         )
     return torch.linalg.cholesky(torch.cholesky_inverse(lower_KK), upper=True).float()

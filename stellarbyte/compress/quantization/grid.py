@@ -7,6 +7,7 @@ serves with the numbers that were fitted here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from stellarbyte.compress.errors import CompressError
 
 GROUPS: Mapping[Kind, int] = {"int4": 32, "int8": 64, "fp8": 64}  # the groups of the CPU kernels
 _LARGEST: Mapping[Kind, float] = {"int4": 15.0, "int8": 127.0, "fp8": torch.finfo(torch.float8_e4m3fn).max}
-_SHRINKS = tuple(1 - 0.04 * step for step in range(11))  # shares of a group's range that `fit_clipped` tries
+_SHRINKS = tuple(1.04 - 0.02 * step for step in range(15))  # shares of a group's range that `fit_clipped` tries
+_SHIFTS = (-1, 0, 1)  # of zero points that `fit_clipped` tries
 
 
 class Levels(NamedTuple):
@@ -59,25 +61,31 @@ class Grid:
             CompressError: a scale is not finite: the weights are not, or they are too large for `scale_dtype`.
         """
         parts = self.groups(weight)
-        smallest = torch.finfo(self.scale_dtype).smallest_normal
         if self.kind == "int4" and self.is_symmetric:
-            scales = self._stored(parts.abs().amax(-1) * shrink / 7, smallest)
+            scales = self.stored_scales(parts.abs().amax(-1) * shrink / 7)
             return Levels(scales, torch.full_like(scales, 8))
         if self.kind == "int4":  # 0 is in the range, so that it has a code
             low, high = (parts.amin(-1).clamp(max=0) * shrink, parts.amax(-1).clamp(min=0) * shrink)
-            scales = self._stored((high - low) / _LARGEST["int4"], smallest)
+            scales = self.stored_scales((high - low) / _LARGEST["int4"])
             return Levels(scales, (-low / scales).round().clamp(0, 15))
-        scales = self._stored(parts.abs().amax(-1) * shrink / _LARGEST[self.kind], smallest)
+        scales = self.stored_scales(parts.abs().amax(-1) * shrink / _LARGEST[self.kind])
         return Levels(scales, torch.zeros_like(scales))
 
-    def _stored(self, scales: torch.Tensor, smallest: float) -> torch.Tensor:
+    def stored_scales(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales as `scale_dtype` keeps them, in float32: positive.
+
+        Raises:
+            CompressError: one is not finite.
+        """
+        smallest = torch.finfo(self.scale_dtype).smallest_normal
         stored = scales.clamp(min=smallest).to(self.scale_dtype).float()
         if not stored.isfinite().all():
             raise CompressError(f"weights are not finite, or too large for scales of {self.scale_dtype}.")
         return stored
 
     def fit_clipped(self, weight: torch.Tensor, gram_KK: torch.Tensor) -> Levels:
-        """As `fit` for [N, K], with the share of each group's range that changes the group's own product least.
+        """As `fit` for [N, K], with the share of each group's range, and the zero point beside the nearest, that change
+        the group's own product least.
 
         The change is ‖(w - ŵ) X‖² over the group's inputs alone (AWQ's search for clipping).
         """
@@ -86,8 +94,10 @@ class Grid:
         starts = range(0, weight.shape[-1], size)
         blocks_GSS = torch.stack([gram_KK[i : i + size, i : i + size] for i in starts]).float()
         best, least_NG = self.fit(weight), torch.full(parts.shape[:-1], torch.inf)
-        for shrink in _SHRINKS:
+        shifts = _SHIFTS if self.kind == "int4" and not self.is_symmetric else (0,)
+        for shrink, shift in product(_SHRINKS, shifts):
             levels = self.fit(weight, shrink)
+            levels = levels._replace(zeros=(levels.zeros + shift).clamp(0, 15))
             gap_NGS = parts - self.groups(self.round(weight, levels))
             error_NG = (torch.einsum("ngs,gst->ngt", gap_NGS, blocks_GSS) * gap_NGS).sum(-1)
             is_better = error_NG < least_NG

@@ -65,9 +65,7 @@ def round_matrix(
     else:
         method = "gptq"
         try:
-            found = gptq(
-                weight_NK, inputs.gram_KK, grid, act_order=settings.act_order, keeps_zeros=settings.keeps_zeros
-            )
+            found = gptq(weight_NK, inputs.gram_KK, grid, keeps_zeros=settings.keeps_zeros)
         except CompressError as failure:
             raise CompressError(f"{name}: {failure}") from failure
         chosen = _better_rows(weight_NK, nearest, found, inputs, grid)

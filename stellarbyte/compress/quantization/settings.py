@@ -19,7 +19,6 @@ class Quantization:
         kind: of the matrices of layers.
         head: whether the head becomes int8 (fp8 with fp8). A tied head then is stored apart from the embedding.
         scale_dtype: of the stored scales.
-        act_order: GPTQ begins with the inputs of the largest Hessian diagonal.
         strength: SmoothQuant's α, 0 to 1: how much of the inputs' range moves into weights; None: 0.5.
         keeps_zeros: weights that are 0 stay 0, as after pruning.
         is_symmetric: int4 without zero points of its own, as other programs read it best.
@@ -29,7 +28,6 @@ class Quantization:
     kind: Kind = "int4"
     head: bool = True
     scale_dtype: torch.dtype = torch.float16
-    act_order: bool = False
     strength: float | None = None
     keeps_zeros: bool = False
     is_symmetric: bool = False
@@ -39,8 +37,6 @@ class Quantization:
             raise CompressError(f"strength ({self.strength}) must be from 0 to 1.")
         if self.strength is not None and self.method != "smoothquant":
             raise CompressError(f"strength is a setting of smoothquant, not of {self.method}.")
-        if self.act_order and self.method != "gptq":
-            raise CompressError(f"act-order is a setting of gptq, not of {self.method}.")
 
     @property
     def head_kind(self) -> Kind:

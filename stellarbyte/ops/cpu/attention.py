@@ -17,12 +17,13 @@ Integers = npt.NDArray[np.int64]
 
 
 class BatchArrays(NamedTuple):
-    """The arrays of a `ForwardBatch`, and each token's sequence."""
+    """The arrays of a `ForwardBatch`, each token's sequence, and each sequence's tokens."""
 
     positions_T: Integers
     slots_T: Integers
     offsets_T: Integers
     sequences_T: Integers
+    starts_N: Integers  # [N + 1] its first token, and T
     block_tables_NM: Integers
     block_bases_NM: Integers
     num_blocks_N: Integers
@@ -43,7 +44,7 @@ class Rotations(NamedTuple):
 
 
 @njit(inline="always")
-def _rotate(source, offset, sign, rotations, out):
+def rotate(source, offset, sign, rotations, out):
     """out = source · e^{i·offset·θ} · ζ^(sign·offset/b) for offset ≥ 0: sign 1 for queries, -1 for keys."""
     half = len(source) // 2
     for j in range(half):
@@ -102,13 +103,13 @@ def write_kv(qkv, shape, q_norm, k_norm, eps, batch, rotations, keys, values, nu
                     _norm_head(row[first : first + len(k_norm)], k_norm, eps)
             for h in range(num_kv_heads):
                 key = heads[num_heads + h]
-                _rotate(key, batch.offsets_T[t], -1, rotations, keys[block, place, h])
+                rotate(key, batch.offsets_T[t], -1, rotations, keys[block, place, h])
                 values[block, place, h] = heads[num_heads + num_kv_heads + h]
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def paged_attention(
-    qkv, shape, batch, rotations, keys, values, window, sinks, scale, softcap, softmax_sink, out, num_threads
+    qkv, shape, batch, rotations, keys, values, window, sinks, scale, softcap, softmax_sink, most, out, num_threads
 ):
     """out [T, H · D] = attention of every token over the live blocks of its sequence.
 
@@ -117,6 +118,7 @@ def paged_attention(
         scale: of scores, before the softmax.
         softcap: c of c · tanh(score / c), before the softmax; 0: none.
         softmax_sink: [H] one more logit of each head in the softmax, without a value; empty: none.
+        most: sequences with more tokens are left out.
     """
     num_heads, num_kv_heads, dim = shape
     group = num_heads // num_kv_heads
@@ -138,12 +140,14 @@ def paged_attention(
             t, first_head = item // parts, item % parts * together
             position = batch.positions_T[t]
             n = batch.sequences_T[t]
+            if batch.starts_N[n + 1] - batch.starts_N[n] > most:
+                continue
             num_sinks = batch.num_sink_blocks_N[n]
             first_seen = position - window + 1 if window else 0
             count = 0  # keys that the query sees; their scores are contiguous
             for b in range(batch.num_blocks_N[n]):
                 base = batch.block_bases_NM[n, b]
-                start, stop = _visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
+                start, stop = visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
                 if start >= stop:
                     continue
                 meeting = position
@@ -154,18 +158,18 @@ def paged_attention(
                 for g in range(together):
                     prefetch(keys, after + g * share, share)
                     head = first_head + g
-                    _rotate(qkv[t, head * dim : (head + 1) * dim], meeting - base, 1, rotations, rotated)
+                    rotate(qkv[t, head * dim : (head + 1) * dim], meeting - base, 1, rotations, rotated)
                     key = first_key + head // group * dim
                     _scores(rotated, dim, keys, key, stride, scores, g * scores.shape[1] + count, stop - start)
                 count += stop - start
             for g in range(together):
                 sink = softmax_sink[first_head + g : first_head + g + 1]
-                weight_sums[g] = _exponentials(scores[g, :count], scale, softcap, sink)
+                weight_sums[g] = exponentials(scores[g, :count], scale, softcap, sink)
             totals[:] = 0
             seen = 0
             for b in range(batch.num_blocks_N[n]):
                 base = batch.block_bases_NM[n, b]
-                start, stop = _visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
+                start, stop = visible_part(base, b < num_sinks, position, first_seen, sinks, block_size)
                 if start >= stop:
                     continue
                 first_value = (batch.block_tables_NM[n, b] * block_size + start) * stride
@@ -182,7 +186,7 @@ def paged_attention(
 
 
 @njit(inline="always")
-def _visible_part(base, is_sink, position, first_seen, sinks, block_size):
+def visible_part(base, is_sink, position, first_seen, sinks, block_size):
     """start..stop of the offsets in a block that a query sees."""
     stop = min(block_size, position - base + 1)
     if is_sink:
@@ -211,7 +215,7 @@ def _cap(scores, scale, softcap):
 
 
 @njit(inline="always")
-def _exponentials(scores, scale, softcap, sink):
+def exponentials(scores, scale, softcap, sink):
     """scores = e^(scale · score - the largest), of capped scores if there is a cap; returns their sum.
 
     With a sink of the softmax, `sink` [1] or empty, the largest may be its logit, and the sum includes its term.

@@ -13,6 +13,8 @@ LANES = 16
 
 FLOAT, BYTE, INT32, INT64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 FLOATS, BYTES, INTS = (ir.VectorType(scalar, LANES) for scalar in (FLOAT, BYTE, INT32))
+# Of e^r = 1 + r + r² · polynomial for |r| ≤ ln(2) / 2, highest power first (Cephes).
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
 class Emitter:
@@ -55,6 +57,31 @@ class Emitter:
     def lanes(self, first: ir.Value, second: ir.Value, numbers: list[int]) -> ir.Value:
         """A vector of chosen lanes of two vectors, numbered consecutively."""
         return self.builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(INT32, len(numbers)), numbers))
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """e^x of a vector, as `exp` below."""
+        builder = self.builder
+
+        def every(number: float) -> ir.Constant:
+            return ir.Constant(FLOATS, [number] * LANES)
+
+        for name, limit in (("maxnum", -87.0), ("minnum", 88.0)):
+            x = self.call(name, x, every(limit))
+        turns = self.call("floor", self.multiply_add(x, every(1.44269504), every(0.5)))
+        r = self.multiply_add(turns, every(-0.693359375), x)
+        r = self.multiply_add(turns, every(2.12194440e-4), r)
+        p = every(_EXP[0])
+        for coefficient in (*_EXP[1:], 1.0, 1.0):
+            p = self.multiply_add(p, r, every(coefficient))
+        exponent = builder.add(builder.fptosi(turns, INTS), ir.Constant(INTS, [127] * LANES))
+        power = builder.bitcast(builder.shl(exponent, ir.Constant(INTS, [23] * LANES)), FLOATS)
+        return builder.fmul(p, power)
+
+    def call(self, name: str, *vectors: ir.Value) -> ir.Value:
+        """An intrinsic function of LLVM for each lane."""
+        kind = ir.FunctionType(FLOATS, [FLOATS] * len(vectors))
+        function = cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.{name}.v{LANES}f32")
+        return self.builder.call(function, vectors)
 
     def four_totals(self, vectors: list[ir.Value]) -> ir.Value:
         """The sums of the lanes of four vectors, as a vector of four."""
@@ -175,6 +202,63 @@ def add_weighted_rows(typing_context, out, out_start, w, w_start, b, b_start, st
 
 
 @intrinsic
+def largest(typing_context, row, length):
+    """The largest of row[i] for i < length, a multiple of LANES."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        best = cgutils.alloca_once_value(builder, emitter.load(data, FLOATS, 4))
+        with cgutils.for_range(builder, builder.udiv(arguments[1], ir.Constant(INT64, LANES))) as loop:
+            numbers = emitter.load(emitter.offset(data, emitter.times(loop.index, LANES)), FLOATS, 4)
+            builder.store(emitter.call("maxnum", builder.load(best), numbers), best)
+        numbers = builder.load(best)
+        for distance in (8, 4, 2, 1):
+            others = emitter.lanes(numbers, numbers, [(i + distance) % LANES for i in range(LANES)])
+            numbers = emitter.call("maxnum", numbers, others)
+        return builder.extract_element(numbers, ir.Constant(INT32, 0))
+
+    return types.float32(row, types.intp), generate
+
+
+@intrinsic
+def exponentiate(typing_context, row, length, best, scale):
+    """row[i] = e^((row[i] - best) · scale) for i < length, a multiple of LANES; returns their sum."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        best, scale = (emitter.splat(arguments[i]) for i in (2, 3))
+        total = emitter.zeros()
+        with cgutils.for_range(builder, builder.udiv(arguments[1], ir.Constant(INT64, LANES))) as loop:
+            at = emitter.offset(data, emitter.times(loop.index, LANES))
+            numbers = emitter.exp(builder.fmul(builder.fsub(emitter.load(at, FLOATS, 4), best), scale))
+            emitter.store(numbers, at)
+            builder.store(builder.fadd(builder.load(total), numbers), total)
+        four = emitter.four_totals([builder.load(total)] * 4)
+        return builder.extract_element(four, ir.Constant(INT32, 0))
+
+    return types.float32(row, types.intp, types.float32, types.float32), generate
+
+
+@intrinsic
+def gate(typing_context, sums, start):
+    """sums[start + i] = silu(sums[start + i]) · sums[start + 8 + i] for i < 8, contiguous float32."""
+
+    def generate(context, builder, signature, arguments):
+        emitter = Emitter(builder)
+        first = _pointer(context, builder, signature, arguments, 0)
+        x, one = emitter.load(first, FLOATS, 4), ir.Constant(FLOATS, [1.0] * LANES)
+        minus_x = builder.fsub(ir.Constant(FLOATS, [0.0] * LANES), x)
+        silu = builder.fdiv(x, builder.fadd(one, emitter.exp(minus_x)))
+        ups = emitter.lanes(x, x, [*range(LANES // 2, LANES)] * 2)
+        emitter.store(builder.fmul(silu, ups), first)
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp), generate
+
+
+@intrinsic
 def prefetch(typing_context, array, start, length):
     """Prefetch array[start : start + length], contiguous float32, into the cache."""
 
@@ -212,10 +296,10 @@ def exp(x):
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     turns = np.float32(np.floor(x * np.float32(1.44269504) + np.float32(0.5)))
     r = x - turns * np.float32(0.693359375) + turns * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
+    p = np.float32(_EXP[0])
+    p = p * r + np.float32(_EXP[1])
+    p = p * r + np.float32(_EXP[2])
+    p = p * r + np.float32(_EXP[3])
+    p = p * r + np.float32(_EXP[4])
+    p = p * r + np.float32(_EXP[5])
     return (p * r * r + r + np.float32(1.0)) * _float_from_bits((np.int32(turns) + np.int32(127)) << np.int32(23))

@@ -8,10 +8,11 @@ from numba import njit, prange
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers, Rotations, paged_attention, write_kv
 from stellarbyte.ops.cpu.instructions import sum_of_squares
-from stellarbyte.ops.cpu.linear import NO_ACTIVATION, linear
+from stellarbyte.ops.cpu.linear import NO_ACTIVATION, TILED, linear
 from stellarbyte.ops.cpu.lora import add_rescaled, write_addends
 from stellarbyte.ops.cpu.moe import ExpertBuffers, Experts, make_expert_buffers, mixture
 from stellarbyte.ops.cpu.packing import StackedLinears
+from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, can_tile, tiled_attention
 
 # L layers, T tokens, C hidden size, D head dim, P panels of R rows
 
@@ -49,7 +50,7 @@ class LayerOptions(NamedTuple):
     norm_eps: float
     alpha: float  # DeepNorm's factor of the residual stream; 0: no DeepNorm
     is_parallel: bool  # attention and MLP read one norm
-    is_invariant: bool  # a row's numbers do not depend on the other rows: `linear`
+    arithmetic: int  # of `linear`
 
 
 class Buffers(NamedTuple):
@@ -96,19 +97,28 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
     """out [T, C] = the attention branch of a layer for its input x, writing the step's keys and values [B, S, K, D]."""
     shape, qkv, attended = (options.num_heads, options.num_kv_heads, options.head_dim), buffers.qkv, buffers.attended
     _project(
-        x, layer, weights.qkv, adapters, NO_ACTIVATION, options.is_invariant, buffers.qkv_addend, qkv, num_threads
+        x, layer, weights.qkv, adapters, NO_ACTIVATION, options.arithmetic, buffers.qkv_addend, qkv, num_threads
     )  # fmt: skip
     write_kv(
         qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], np.float32(options.norm_eps), batch, rotations,
         keys, values, num_threads,
     )  # fmt: skip
+    is_tiled = options.arithmetic == TILED and can_tile(
+        keys.shape[1], options.head_dim, weights.windows_L[layer], options.softcap
+    )
+    most = MIN_QUERIES - 1 if is_tiled else len(x)
     paged_attention(
         qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
         weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
-        attended, num_threads,
+        most, attended, num_threads,
     )  # fmt: skip
+    if is_tiled:
+        tiled_attention(
+            qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
+            weights.score_scales_L[layer], weights.softmax_sink_LH[layer], attended, num_threads,
+        )  # fmt: skip
     _project(
-        attended, layer, weights.output, adapters, NO_ACTIVATION, options.is_invariant, buffers.hidden_addend, out,
+        attended, layer, weights.output, adapters, NO_ACTIVATION, options.arithmetic, buffers.hidden_addend, out,
         num_threads,
     )  # fmt: skip
     finish_branch(out, weights.attention_output_norm_LC[layer], weights.attention_scale_LC[layer], options, num_threads)
@@ -125,19 +135,19 @@ def mlp(x, layer, weights, experts, options, adapters, buffers, out, num_threads
     elif experts.places_L[layer] < 0:
         _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads)
     else:
-        mixture(x, layer, experts, options.activation, options.is_invariant, buffers.experts, out, num_threads)
+        mixture(x, layer, experts, options.activation, options.arithmetic, buffers.experts, out, num_threads)
     finish_branch(out, weights.mlp_output_norm_LC[layer], weights.mlp_scale_LC[layer], options, num_threads)
 
 
 @njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def _dense_mlp(x, layer, weights, options, adapters, buffers, out, num_threads):
-    inner, is_invariant = buffers.inner, options.is_invariant
+    inner, arithmetic = buffers.inner, options.arithmetic
     _project(
-        x, layer, weights.gate_up, adapters, options.activation, is_invariant, buffers.gate_up_addend, inner,
+        x, layer, weights.gate_up, adapters, options.activation, arithmetic, buffers.gate_up_addend, inner,
         num_threads,
     )  # fmt: skip
     _project(
-        inner, layer, weights.down, adapters, NO_ACTIVATION, is_invariant, buffers.hidden_addend, out, num_threads
+        inner, layer, weights.down, adapters, NO_ACTIVATION, arithmetic, buffers.hidden_addend, out, num_threads
     )  # fmt: skip
 
 
@@ -164,7 +174,7 @@ def _addend(linears, num_tokens, adapters):
 
 
 @njit(inline="always")
-def _project(x, layer, linears, adapters, activation, is_invariant, addend, out, num_threads):
+def _project(x, layer, linears, adapters, activation, arithmetic, addend, out, num_threads):
     """out = `linear` of x by one layer of stacked linears, plus each token's adapter.
 
     For DoRA, the products of tokens with adapters are computed once more beforehand, so that other steps pay nothing.
@@ -177,9 +187,9 @@ def _project(x, layer, linears, adapters, activation, is_invariant, addend, out,
         if adapters.has_dora:
             rows, products = x[adapters.tokens_J], np.empty((len(adapters.tokens_J), addend.shape[1]), np.float32)
             no_bias, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
-            linear(rows, weight, no_bias, no_addend, products, NO_ACTIVATION, is_invariant, num_threads)
+            linear(rows, weight, no_bias, no_addend, products, NO_ACTIVATION, arithmetic, num_threads)
             add_rescaled(products, adapters, layer, linears.first, linears.widths, is_gated, addend, num_threads)
-    linear(x, weight, linears.bias_LN[place], addend, out, activation, is_invariant, num_threads)
+    linear(x, weight, linears.bias_LN[place], addend, out, activation, arithmetic, num_threads)
 
 
 @njit(inline="always")

@@ -20,7 +20,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
-from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, exp
+from stellarbyte.ops.cpu.instructions import BYTE, BYTES, FLOATS, INT64, INTS, LANES, Emitter, exp, gate
+from stellarbyte.ops.cpu.tiles import (
+    COLUMNS_OF_A_TILE,
+    ROWS_OF_A_TILE,
+    TOKENS_AT_ONCE,
+    configure_tiles,
+    release_tiles,
+    split_panel,
+    split_row,
+    tiled_1,
+    tiled_2,
+)
 
 # T tokens, N rows, K columns, P panels of R rows
 
@@ -28,6 +39,11 @@ PANEL_ROWS = LANES
 TOKENS_PER_TILE = 6  # 6 tokens × 16 rows are 12 AVX2 accumulators; weights and a broadcast take the other 4 registers
 INT8_GROUP = 64  # and of fp8
 INT4_GROUP = 32
+
+# How products are computed. PLAIN: as fast as float32 sums allow. INVARIANT: a row of x has the same product, bit for
+# bit, whatever the other rows are and how many. TILED: many tokens by the matrix unit, see `ops.cpu.tiles`.
+PLAIN, INVARIANT, TILED = range(3)
+MIN_TILED_TOKENS = 32  # below, splitting the panels costs more than the products
 
 NO_ACTIVATION, SILU, GELU, GELU_TANH = range(4)
 ACTIVATIONS = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
@@ -231,9 +247,7 @@ def unpack_panel(typing_context, weights, scales, minima, panel, num_columns, ou
 
 
 @njit(inline="always")
-def _activate(x, activation):
-    if activation == SILU:
-        return x / (np.float32(1.0) + exp(-x))
+def _gelu(x, activation):
     if activation == GELU:
         return np.float32(0.5) * x * np.float32(1.0 + math.erf(x * 0.7071067811865476))
     inner = np.float32(0.7978845608028654) * (x + np.float32(0.044715) * x * x * x)
@@ -282,9 +296,14 @@ def write_tile(sums, num_tokens, first, panel, bias, addend, out, activation):
     else:
         width = min(half, out.shape[1] - panel * half)
         for t in range(num_tokens):
-            for r in range(width):
-                gate, up = sums[t * PANEL_ROWS + r], sums[t * PANEL_ROWS + half + r]
-                out[first + t, panel * half + r] = _activate(gate, activation) * up
+            if activation == SILU:
+                gate(sums, t * PANEL_ROWS)
+                for r in range(width):
+                    out[first + t, panel * half + r] = sums[t * PANEL_ROWS + r]
+            else:
+                for r in range(width):
+                    value, up = sums[t * PANEL_ROWS + r], sums[t * PANEL_ROWS + half + r]
+                    out[first + t, panel * half + r] = _gelu(value, activation) * up
 
 
 @njit(fastmath=FAST_MATH, nogil=True)
@@ -299,7 +318,7 @@ def group_sums(x, num_groups):
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def linear(x, weight, bias, addend, out, activation, is_invariant, num_threads):
+def linear(x, weight, bias, addend, out, activation, arithmetic, num_threads):
     """out = x · Wᵀ + bias + addend, or out = activation(gate) · up of that for a weight from `interleave_gated`.
 
     Args:
@@ -309,12 +328,14 @@ def linear(x, weight, bias, addend, out, activation, is_invariant, num_threads):
         addend: [T, P · R] float32 in the weight's row order, or [0, 0].
         out: [T, N] float32, N rows or pairs of rows; overwritten.
         activation: NO_ACTIVATION, SILU, GELU or GELU_TANH.
-        is_invariant: a row of x has the same product, bit for bit, whatever the other rows are and how many; without
-            it, a quantized weight's products with few tokens are faster.
+        arithmetic: PLAIN, INVARIANT or TILED.
         num_threads: numba threads to use.
     """
     weights, scales, minima = weight
     num_panels, num_tokens = weights.shape[0], x.shape[0]
+    if arithmetic == TILED and num_tokens >= MIN_TILED_TOKENS and x.shape[1] % COLUMNS_OF_A_TILE == 0:
+        _tiled_linear(x, weight, bias, addend, out, activation, num_threads)
+        return
     # Unpacking costs about as much as a tile, so few tokens read the packed form directly.
     unpack_first = weights.itemsize == 1 and num_tokens > 2 * TOKENS_PER_TILE
     x_sums = group_sums(x, minima.shape[1])
@@ -330,5 +351,39 @@ def linear(x, weight, bias, addend, out, activation, is_invariant, num_threads):
                 if unpack_first:
                     tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
                 else:
-                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums, is_invariant)
+                    tile_product(weights, scales, minima, panel, x, first, tile, sums, x_sums, arithmetic == INVARIANT)
                 write_tile(sums, tile, first, panel, bias, addend, out, activation)
+
+
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+def _tiled_linear(x, weight, bias, addend, out, activation, num_threads):
+    """As `linear`, by the matrix unit: two panels at a time, each read once for all tokens."""
+    weights, scales, minima = weight
+    num_panels, (num_tokens, num_columns) = weights.shape[0], x.shape
+    steps = num_columns // COLUMNS_OF_A_TILE
+    num_blocks = (num_tokens + ROWS_OF_A_TILE - 1) // ROWS_OF_A_TILE
+    blocks = np.zeros((num_blocks, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
+    for thread in prange(num_threads):
+        for token in range(thread, num_tokens, num_threads):
+            split_row(x, token, blocks, token // ROWS_OF_A_TILE, token % ROWS_OF_A_TILE)
+    per_thread = (num_panels + 2 * num_threads - 1) // (2 * num_threads) * 2
+    for thread in prange(num_threads):
+        unpacked = np.empty((1, num_columns, PANEL_ROWS), np.float32)
+        panels = np.zeros((2, steps, 2, COLUMNS_OF_A_TILE // 2, PANEL_ROWS), np.uint32)
+        sums = np.empty((2, TOKENS_AT_ONCE * PANEL_ROWS), np.float32)
+        configure_tiles()
+        for panel in range(thread * per_thread, min(num_panels, (thread + 1) * per_thread), 2):
+            number = min(2, num_panels - panel)
+            for i in range(number):
+                unpack_panel(weights, scales, minima, panel + i, num_columns, unpacked)
+                split_panel(unpacked[0], panels, i)
+            for block in range(0, num_blocks, 2):
+                if block + 1 < num_blocks:
+                    tiled_2(blocks, block, panels, sums)
+                else:
+                    tiled_1(blocks, block, panels, sums)
+                first = block * ROWS_OF_A_TILE
+                tile = min(TOKENS_AT_ONCE, num_tokens - first)
+                for i in range(number):
+                    write_tile(sums[i], tile, first, panel + i, bias, addend, out, activation)
+        release_tiles()

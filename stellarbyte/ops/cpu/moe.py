@@ -14,6 +14,7 @@ from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
 from stellarbyte.ops.cpu.attention import Floats, Integers
 from stellarbyte.ops.cpu.instructions import exp
 from stellarbyte.ops.cpu.linear import (
+    INVARIANT,
     NO_ACTIVATION,
     PANEL_ROWS,
     TOKENS_PER_TILE,
@@ -73,44 +74,44 @@ def make_expert_buffers(x, experts):
 
 
 @njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def mixture(x, layer, experts, activation, is_invariant, buffers, out, num_threads):
+def mixture(x, layer, experts, activation, arithmetic, buffers, out, num_threads):
     """out [T, C] = Σ gate · expert(x) over each token's chosen experts, plus the shared expert's output.
 
-    `is_invariant`: as in `linear`.
+    `arithmetic`: as in `linear`, but products of experts are never TILED.
     """
     pairs, num_experts = buffers.pairs, experts.routers.num_experts
     route(x, experts.places_L[layer], experts.routers, pairs, num_threads)
     if experts.shared_intermediate_size:
-        _shared_expert(x, layer, experts, activation, is_invariant, buffers, out, num_threads)
+        _shared_expert(x, layer, experts, activation, arithmetic, buffers, out, num_threads)
     else:
         out[:] = np.float32(0.0)
     gather(x, pairs.tokens_N, buffers.x_NC, num_threads)
     first = experts.pools_L[layer] * num_experts
     expert_linear(
-        buffers.x_NC, experts.gate_up, first, pairs, buffers.inner_NI, activation, is_invariant, num_threads
+        buffers.x_NC, experts.gate_up, first, pairs, buffers.inner_NI, activation, arithmetic, num_threads
     )  # fmt: skip
-    expert_linear(buffers.inner_NI, experts.down, first, pairs, out, NO_ACTIVATION, is_invariant, num_threads)
+    expert_linear(buffers.inner_NI, experts.down, first, pairs, out, NO_ACTIVATION, arithmetic, num_threads)
 
 
 # NumPy's error model, or a gate of NaN would raise ZeroDivisionError: fast arithmetic treats NaN as 0.
 @njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED, error_model="numpy")
-def _shared_expert(x, layer, experts, activation, is_invariant, buffers, out, num_threads):
+def _shared_expert(x, layer, experts, activation, arithmetic, buffers, out, num_threads):
     """out = the shared expert's output; its gate multiplies the fewer numbers before the last product."""
     inner, logits = buffers.shared_inner_TS, buffers.pairs.logits_TE
     nothing, no_addend = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
     gate_up, down = experts.shared_gate_up, experts.shared_down
     place = gate_up.places_L[layer]
     weight = gate_up.weights[place], gate_up.scales[place], gate_up.minima[place]
-    linear(x, weight, nothing, no_addend, inner, activation, is_invariant, num_threads)
+    linear(x, weight, nothing, no_addend, inner, activation, arithmetic, num_threads)
     if experts.has_shared_gate:
         for t in range(len(x)):
             inner[t] *= np.float32(1.0) / (np.float32(1.0) + exp(-logits[t, experts.routers.num_experts]))
     weight = down.weights[place], down.scales[place], down.minima[place]
-    linear(inner, weight, nothing, no_addend, out, NO_ACTIVATION, is_invariant, num_threads)
+    linear(inner, weight, nothing, no_addend, out, NO_ACTIVATION, arithmetic, num_threads)
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def expert_linear(x, weight, first_expert, pairs, out, activation, is_invariant, num_threads):
+def expert_linear(x, weight, first_expert, pairs, out, activation, arithmetic, num_threads):
     """Products of sorted pairs with the matrices of their experts.
 
     With an activation, out[n] = activation(gate) · up, as in `linear`. Without one, each pair's product times its gate
@@ -122,7 +123,7 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, is_invariant,
         first_expert: number of the pairs' expert 0 among them.
         out: [N, I], overwritten, or [T, C].
         activation: NO_ACTIVATION, SILU, GELU or GELU_TANH.
-        is_invariant: as in `linear`.
+        arithmetic: as in `linear`, but never TILED.
         num_threads: numba threads to use.
     """
     weights, scales, minima = weight
@@ -149,7 +150,9 @@ def expert_linear(x, weight, first_expert, pairs, out, activation, is_invariant,
                     if unpack_first:
                         tile_product(unpacked, scales, minima, 0, x, first, tile, sums, x_sums, True)
                     else:
-                        tile_product(weights, scales, minima, number, x, first, tile, sums, x_sums, is_invariant)
+                        tile_product(
+                            weights, scales, minima, number, x, first, tile, sums, x_sums, arithmetic == INVARIANT
+                        )
                     if activation == NO_ACTIVATION:
                         _add_tile(sums, tile, first, panel, pairs, out)
                     else:

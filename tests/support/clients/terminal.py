@@ -81,9 +81,9 @@ class Terminal:
         drawn.rstrip()
         return drawn
 
-    def wait_for(self, pattern: str) -> "Terminal":
+    def wait_for(self, pattern: str, limit_s: float = LIMIT_S) -> "Terminal":
         """Go on reading until a regular expression is found on the screen."""
-        deadline_s = time.monotonic() + LIMIT_S
+        deadline_s = time.monotonic() + limit_s
         while not re.search(pattern, self.text, re.MULTILINE):
             if time.monotonic() > deadline_s or not self._read():
                 raise AssertionError(f"{pattern!r} does not appear on the screen:\n{self.text}")

@@ -54,7 +54,7 @@ def test_options_reach_the_settings(model: Path, tmp_path: Path, capsys: pytest.
         ([], "There is nothing to do: give a method, or what to prune."),
         (["--method", "gptq", "--type", "float"], "--type float needs --bits 8"),
         (["--method", "gptq", "--strength", "0.5"], "strength is a setting of smoothquant"),
-        (["--method", "round", "--act-order"], "act-order is a setting of gptq"),
+        (["--method", "round", "--strength", "0.5"], "strength is a setting of smoothquant"),
         (["--prune", "heads=2"], "--prune heads=2: give heads=SHARE, neurons=SHARE or weights=SHARE"),
         (["--prune", "layers=0.5"], "--prune layers=0.5: give heads=SHARE"),
         (["--method", "round", "--held-out", "text.txt"], "--held-out needs --text"),

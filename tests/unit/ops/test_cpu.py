@@ -13,7 +13,7 @@ import torch
 
 from stellarbyte.backends.cpu_model import CpuModel, fits
 from stellarbyte.ops.cpu.layers import rms_norm
-from stellarbyte.ops.cpu.linear import ACTIVATIONS, NO_ACTIVATION, SILU, linear
+from stellarbyte.ops.cpu.linear import ACTIVATIONS, INVARIANT, NO_ACTIVATION, PLAIN, SILU, linear
 from stellarbyte.ops.cpu.packing import QuantizedRows, interleave_gated, no_minima, pack, panels_of, unpack
 from tests.support.cases import each_value_once
 from tests.support.engines.engine import ModelEngine, make_request
@@ -73,7 +73,7 @@ def test_products_of_every_size(tokens: int, rows: int, columns: int, quantizati
     )
     out = np.full((tokens, rows), np.nan, np.float32)
     padded_bias = np.pad(bias, (0, -rows % 16))
-    linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, False, 2)
+    linear(x, tuple(pack(w, quantization)), padded_bias, NO_ADDEND, out, NO_ACTIVATION, PLAIN, 2)
     expected = x.astype(np.float64) @ w.T + bias
     assert np.abs(out - expected).max() <= TOLERANCE[quantization] * np.abs(expected).max()
 
@@ -88,7 +88,7 @@ def test_every_code_of_fp8_is_read_exactly(tokens: int) -> None:
         x = np.eye(64, dtype=np.float32)[first : first + tokens]
         out = np.full((len(x), 16), np.nan, np.float32)
         weight = tuple(panels_of(QuantizedRows(codes, scales, no_minima(16))))
-        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, False, 2)
+        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, PLAIN, 2)
         np.testing.assert_array_equal(out, expected.T[first : first + tokens])
     np.testing.assert_array_equal(unpack(panels_of(QuantizedRows(codes, scales, no_minima(16)))), expected)
 
@@ -97,7 +97,7 @@ def test_a_gated_product() -> None:
     numbers = np.random.default_rng(0)
     x, gate, up = (numbers.standard_normal(shape, dtype=np.float32) for shape in ((9, 32), (20, 32), (20, 32)))
     out = np.full((9, 20), np.nan, np.float32)
-    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), NO_ADDEND, out, SILU, False, 2)
+    linear(x, tuple(pack(interleave_gated(gate, up), "none")), np.zeros(0, np.float32), NO_ADDEND, out, SILU, PLAIN, 2)
     g = torch.from_numpy(x @ gate.T)
     np.testing.assert_allclose(
         out, (torch.nn.functional.silu(g) * torch.from_numpy(x @ up.T)).numpy(), rtol=2e-5, atol=1e-5
@@ -112,7 +112,7 @@ def test_an_invariant_product_has_the_same_bits_among_any_number_of_tokens(quant
 
     def product(rows: slice) -> np.ndarray:
         out = np.full((len(x[rows]), 40), np.nan, np.float32)
-        linear(x[rows], weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, True, 2)
+        linear(x[rows], weight, np.zeros(0, np.float32), NO_ADDEND, out, NO_ACTIVATION, INVARIANT, 2)
         return out
 
     whole = product(slice(None))
@@ -130,7 +130,7 @@ def test_a_number_does_not_depend_on_whether_its_neighbours_are_computed(activat
     for rows in range(1, 9):
         out = np.full((9, rows), np.nan, np.float32)
         weight = tuple(pack(interleave_gated(gate[:rows], up[:rows]), "none"))
-        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, activation, False, 2)
+        linear(x, weight, np.zeros(0, np.float32), NO_ADDEND, out, activation, PLAIN, 2)
         found[rows] = out
     for rows, out in found.items():
         np.testing.assert_array_equal(out, found[8][:, :rows])

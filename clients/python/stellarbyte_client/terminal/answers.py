@@ -49,6 +49,7 @@ class Asker:
         )
         async with stream:
             async for chunk in stream:
+                answer.id = chunk.id
                 if chunk.usage is not None:
                     answer.usage = _usage(chunk.usage)
                 for choice in chunk.choices:

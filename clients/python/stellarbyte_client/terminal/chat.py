@@ -6,8 +6,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,18 @@ from rich.text import Text
 
 from stellarbyte_client import Model, StellarByteError
 from stellarbyte_client.terminal.answer_view import AnswerView
-from stellarbyte_client.terminal.connection import CommandFailed, Connection, check_model, default_model, models_of
+from stellarbyte_client.terminal.connection import (
+    CommandFailed,
+    Connection,
+    check_model,
+    default_model,
+    models_of,
+    refusals_explained,
+)
 from stellarbyte_client.terminal.conversation import Answer, Conversation, Ending, Turn
 from stellarbyte_client.terminal.markdown import THEME, printable
 from stellarbyte_client.terminal.question_prompt import QuestionPrompt, history_file
-from stellarbyte_client.terminal.slash_commands import SlashCommands
+from stellarbyte_client.terminal.slash_commands import Rating, SlashCommands
 
 if TYPE_CHECKING:
     from stellarbyte_client.terminal.answers import Asker
@@ -137,10 +145,21 @@ class _Chat:
                 if outcome.is_end:
                     return
                 self._note(outcome.text)
+                if outcome.rating is not None:
+                    await self._rate(outcome.rating)
                 retried = outcome.retried
                 question = "" if retried is None else retried.question
             if question:
                 await self._ask(question, retried)
+
+    async def _rate(self, rating: Rating) -> None:
+        send = partial(self._client.rate, rating.answer_id, rating.rating, answer=rating.better)
+        try:
+            await asyncio.to_thread(_explained, send)
+        except StellarByteError as error:
+            self._complain(str(error))
+        else:
+            self._note(f"Rated as {rating.rating}.")
 
     def _stop(self) -> None:
         """Handle Ctrl-C outside the prompt. One just after the end of an answer has no effect."""
@@ -221,6 +240,11 @@ class _Chat:
 
     def _complain(self, text: str) -> None:
         self._console.print(Text(printable(text) + "\n", style="red"))
+
+
+def _explained(send: Callable[[], object]) -> None:
+    with refusals_explained():
+        send()
 
 
 def _figures(answer: Answer, *, is_quiet: bool) -> str:

@@ -76,6 +76,7 @@ class Usage:
 class Answer:
     """An answer, possibly incomplete."""
 
+    id: str | None = None  # by which the server knows it
     text: str = ""
     reasoning: str = ""  # before the text
     ending: Ending = Ending.LOST  # until it ends otherwise

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
 from stellarbyte_client import Model
 from stellarbyte_client.terminal.connection import CommandFailed, check_model
-from stellarbyte_client.terminal.conversation import FIELDS, Conversation, Turn, finite
+from stellarbyte_client.terminal.conversation import FIELDS, Conversation, Ending, Turn, finite
 
 KEYS = """\
 Enter          sends the question
@@ -19,11 +20,21 @@ Ctrl-C         stops an answer; clears the line; twice, or Ctrl-D, leaves"""
 
 
 @dataclass(frozen=True)
+class Rating:
+    """A judgement of an answer, for the server."""
+
+    answer_id: str
+    rating: Literal["good", "bad"]
+    better: str | None = None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """The result of a command."""
 
     text: str = ""  # to show
     retried: Turn | None = None  # removed turn, to ask again
+    rating: Rating | None = None  # to send
     is_end: bool = False  # of the chat
 
 
@@ -48,6 +59,8 @@ class SlashCommands(Completer):
             "system": _Command("[TEXT]", "set the system message; without TEXT: none", self._system),
             "set": _Command("[FIELD [VALUE]]", "sampling; without VALUE: the default", self._set, self._fields),
             "retry": _Command("", "ask the last question again in place of its answer", self._retry),
+            "good": _Command("", "rate the last answer as good, for the operator to learn from", self._good),
+            "bad": _Command("[ANSWER]", "rate it as bad; with a better ANSWER, if you like", self._bad),
             "clear": _Command("", "forget the conversation, keep the settings", self._clear),
             "save": _Command("FILE", "save the conversation as Markdown, or as JSON if FILE ends in .json", self._save),
             "save!": _Command("FILE", "the same, in place of a FILE that exists", self._save_over),
@@ -144,6 +157,18 @@ class SlashCommands(Completer):
         if not self._conversation.turns:
             raise CommandFailed("There is no question to ask again.")
         return Outcome(retried=self._conversation.turns.pop())
+
+    def _good(self, _: str) -> Outcome:
+        return Outcome(rating=Rating(self._last_answer_id(), "good"))
+
+    def _bad(self, better: str) -> Outcome:
+        return Outcome(rating=Rating(self._last_answer_id(), "bad", better or None))
+
+    def _last_answer_id(self) -> str:
+        answer = self._conversation.turns[-1].answer if self._conversation.turns else None
+        if answer is None or answer.id is None or answer.ending not in (Ending.COMPLETE, Ending.LENGTH):
+            raise CommandFailed("There is no complete answer to rate.")
+        return answer.id
 
     def _clear(self, _: str) -> Outcome:
         self._conversation.turns.clear()

@@ -10,7 +10,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from stellarbyte_server.api.answers.choices import ChoiceReader, Fragment, Kind, prompt_fields
-from stellarbyte_server.api.answers.ends import UNCHECKED, AnswerEnds
+from stellarbyte_server.api.answers.ends import UNCHECKED, AnswerEnds, KeptRequest
 from stellarbyte_server.api.answers.queueing import stream_when_running
 from stellarbyte_server.api.answers.receipt import make_receipt
 from stellarbyte_server.api.answers.sse import DONE, ChunkWriter, encode_json, event
@@ -54,6 +54,7 @@ class AnswerPlan:
     continuous_usage: bool = False
     begins_with_text: bool = True  # of a chat; False: its answers consist of tool calls only
     ignored: tuple[str, ...] = ()  # paths of fields without an effect on this model
+    kept: KeptRequest | None = None  # for --feedback
     receipt_of: GenerationBody | None = None  # add a receipt of the answers to this body
 
 
@@ -68,13 +69,13 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
                 so_far = tokens.usage if plan.continuous_usage else None
                 include_usage = plan.include_usage
                 writer = ChunkWriter(base, plan.kind, len(streams), include_usage=include_usage, usage_so_far=so_far)
-                return _events(streams, plan, writer, tokens, AnswerEnds.of(http, service, plan.check))
+                return _events(streams, plan, writer, tokens, AnswerEnds.of(http, service, plan))
 
             return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param)
 
         async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
             streams = await submit(http, service, *plan.requests)
-            return streams, await _read_all(streams, plan, tokens, AnswerEnds.of(http, service, plan.check))
+            return streams, await _read_all(streams, plan, tokens, AnswerEnds.of(http, service, plan))
 
         streams, read = await unless_client_leaves(http.receive, whole())
     except (RequestRejected, EngineDead) as error:

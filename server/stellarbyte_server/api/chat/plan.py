@@ -9,6 +9,7 @@ from fastapi import Request
 from stellarbyte_server.api.answers.addressed_calls import AddressedCallParser
 from stellarbyte_server.api.answers.answer import AnswerPlan
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader
+from stellarbyte_server.api.answers.ends import KeptRequest
 from stellarbyte_server.api.answers.tool_parser import ToolCallParser
 from stellarbyte_server.api.chat.grammar import chat_grammar, chat_structure, special_marks
 from stellarbyte_server.api.chat.prompt import ChatInput, chat_renderer, check_continuation, content_characters
@@ -99,6 +100,7 @@ async def plan_rendered_chat(
         continuous_usage=body.continuous_usage,
         begins_with_text=toolbox is None or not toolbox.requires_call,
         ignored=variables.ignored if _drafts(body, service) else _with_prediction(body, variables.ignored),
+        kept=KeptRequest.of(asked, service),
         receipt_of=asked if asked.receipt else None,
     )
     return plan, render

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from stellarbyte_server.access.rules import Access
 from stellarbyte_server.api.answers.answer import AnswerPlan, answer
 from stellarbyte_server.api.answers.choices import ChoiceForm, ChoiceReader, PromptEcho
+from stellarbyte_server.api.answers.ends import KeptRequest
 from stellarbyte_server.api.contract import objects
 from stellarbyte_server.api.contract.bodies.completion import CompletionBody
 from stellarbyte_server.api.contract.bodies.prompt_input import PromptInput
@@ -86,6 +87,7 @@ async def plan_completion(http: Request, body: CompletionBody, service: Service)
         check=grammar.check,
         include_usage=body.include_usage,
         continuous_usage=body.continuous_usage,
+        kept=KeptRequest.of(body, service),
         receipt_of=body if body.receipt else None,
     )
 

@@ -79,7 +79,7 @@ async def create_message(http: Request, service: ServiceOfRequest) -> Response:
 
         def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
             note_adapter(http, plan.requests[0], streams)
-            return _events(streams[0], plan, writer, failure, AnswerEnds.of(http, service, plan.check))
+            return _events(streams[0], plan, writer, failure, AnswerEnds.of(http, service, plan))
 
         form = StreamForm(ping=message_ping, failure=failure)
         return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param, form)
@@ -138,7 +138,7 @@ def _errors(in_terms: InTerms) -> Iterator[None]:
 async def _read(http: Request, service: Service, plan: AnswerPlan, writer: MessageWriter) -> list[Step]:
     """The whole answer."""
     (stream,) = await submit(http, service, *plan.requests)
-    reader, ends = plan.reader(0), AnswerEnds.of(http, service, plan.check)
+    reader, ends = plan.reader(0), AnswerEnds.of(http, service, plan)
     steps: list[Step] = []
     try:
         note_adapter(http, plan.requests[0], [stream])

@@ -56,7 +56,7 @@ async def create_response(http: Request, service: ServiceOfRequest) -> Response:
 
             def events(streams: list[DeltaStream]) -> AsyncIterator[bytes]:
                 note_adapter(http, request, streams)
-                return _events(streams[0], plan, writer, tokens, AnswerEnds.of(http, service, plan.check))
+                return _events(streams[0], plan, writer, tokens, AnswerEnds.of(http, service, plan))
 
             form = StreamForm(ping=OPENAI_STREAM.ping, failure=lambda error: writer.encoded(writer.fail(error)))
             return await stream_when_running(http, service, plan.requests, events, headers, plan.grammar_param, form)
@@ -90,7 +90,7 @@ async def _plan(http: Request, body: ResponsesBody, service: Service) -> AnswerP
 
 async def _read(http: Request, service: Service, plan: AnswerPlan, writer: ResponseWriter, tokens: TokenCount) -> None:
     (stream,) = await submit(http, service, *plan.requests)
-    reader, ends = plan.reader(0), AnswerEnds.of(http, service, plan.check)
+    reader, ends = plan.reader(0), AnswerEnds.of(http, service, plan)
     try:
         note_adapter(http, plan.requests[0], [stream])
         async for _, delta in read_deltas([stream], tokens, grammar_param=plan.grammar_param):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stellarbyte.model.mlp import GATES
-from stellarbyte.ops.cpu.linear import ACTIVATIONS, PANEL_ROWS
+from stellarbyte.ops.cpu.linear import ACTIVATIONS, PANEL_ROWS, PLAIN
 from stellarbyte.ops.cpu.moe import Experts, make_expert_buffers, mixture
 from stellarbyte.ops.cpu.packing import (
     StackedLinears,
@@ -47,7 +47,7 @@ class Layer:
         buffers = make_expert_buffers(x, self.experts)
         for array in (buffers.x_NC, buffers.inner_NI, buffers.shared_inner_TS, buffers.pairs.logits_TE):
             array[:] = np.nan
-        mixture(x, 2, self.experts, ACTIVATIONS[activation], False, buffers, out, num_threads)
+        mixture(x, 2, self.experts, ACTIVATIONS[activation], PLAIN, buffers, out, num_threads)
         return torch.from_numpy(out)
 
     def choice(self, x_TC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -139,6 +139,9 @@ def test_a_switch_has_two_flags_and_a_variable():
         ["--lora-modules", "a=x", "a=y"],
         ["--lora-modules", "SmolLM2-135M-Instruct=x"],
         ["--lora-modules", "ft:a=x", "--fine-tuning", "cpu", "--data-dir", "x"],
+        ["--feedback"],  # without --data-dir
+        ["--feedback-bytes", "1MiB", "--data-dir", "x"],  # without --feedback
+        ["--feedback-bytes", "much", "--feedback", "--data-dir", "x"],
         ["--max-loras", "0"],
         ["--max-cpu-loras", "8"],
         ["--max-lora-rank", "2000"],

@@ -172,7 +172,7 @@ class CommonFields(ModelFields):
     stop: StopStrings = optional("Up to 32 texts that end the answer.")
     stream: bool | None = optional("Send the answer as server-sent events while it is generated. Default: false.")
     metadata: Metadata = optional(UNUSED)
-    store: bool | None = optional(UNUSED)
+    store: bool | None = optional("false: the server does not keep the answer for --feedback, so it cannot be rated.")
     service_tier: ServiceTier | None = optional(UNUSED)
     safety_identifier: SafetyIdentifier | None = optional(UNUSED)
     prompt_cache_key: str | None = optional(UNUSED)

@@ -1,0 +1,1 @@
+"""`stellarbyte tune`: examples become an adapter on a running server."""

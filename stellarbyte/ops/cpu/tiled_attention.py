@@ -1,0 +1,179 @@
+"""Attention of many queries of a sequence by the matrix unit; the mathematics is that of `attention.paged_attention`.
+
+Keys and values of a sequence are split once for a step (`ops.cpu.tiles`). Then 16 queries of a head at a time are
+rotated for each block of keys, and a tile has their products with 16 keys.
+"""
+
+import numpy as np
+from numba import njit, prange
+
+from stellarbyte.ops.cpu import FAST_MATH, KEEP_COMPILED
+from stellarbyte.ops.cpu.attention import visible_part
+from stellarbyte.ops.cpu.instructions import exp, exponentiate, largest
+from stellarbyte.ops.cpu.tiles import (
+    COLUMNS_OF_A_TILE,
+    ROWS_OF_A_TILE,
+    configure_tiles,
+    release_tiles,
+    rotate_row,
+    split_panel,
+    split_row,
+    strip_1,
+    strip_2,
+)
+
+# T tokens, H query heads, K key/value heads, D head dim, B blocks of the cache, S block size, L places in live blocks
+
+MIN_QUERIES = 32  # of a sequence in a step: fewer do not make up for splitting its keys and values
+MIN_WINDOW = 512  # below, a query sees few of the keys that were split
+_UNSEEN = np.float32(-1e30)  # a score whose exponential is nothing
+
+
+@njit(inline="always")
+def can_tile(block_size, dim, window, softcap):
+    """Whether blocks and heads consist of whole tiles, and queries see enough keys; scores must not have a cap."""
+    is_wide = window == 0 or window >= MIN_WINDOW
+    return block_size % ROWS_OF_A_TILE == 0 and dim % COLUMNS_OF_A_TILE == 0 and is_wide and softcap == 0
+
+
+@njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, out, num_threads):
+    """As `paged_attention` without a cap, for sequences with at least `MIN_QUERIES` tokens, where `can_tile`."""
+    for n in range(len(batch.num_blocks_N)):
+        first, end = batch.starts_N[n], batch.starts_N[n + 1]
+        if end - first >= MIN_QUERIES:
+            last = batch.positions_T[end - 1]
+            key_tiles, value_panels = _split(n, last, shape, batch, keys, values, sinks, num_threads)
+            _attend(
+                n, first, end, qkv, shape, batch, rotations, keys.shape[1], key_tiles, value_panels, window, sinks,
+                scale, softmax_sink, out, num_threads,
+            )  # fmt: skip
+
+
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+def _split(n, last, shape, batch, keys, values, sinks, num_threads):
+    """Keys of 16 places each as tiles [K · L/16, D/32, 2, 16, 16], and values as panels [K · D/16, L/32, 2, 16, 16].
+
+    Values that no query up to the position `last` sees are 0 there.
+    """
+    _, num_kv_heads, dim = shape
+    block_size, num_blocks = keys.shape[1], batch.num_blocks_N[n]
+    num_tiles = num_blocks * block_size // ROWS_OF_A_TILE
+    num_chunks = (num_blocks * block_size + COLUMNS_OF_A_TILE - 1) // COLUMNS_OF_A_TILE
+    steps, strips = dim // COLUMNS_OF_A_TILE, dim // ROWS_OF_A_TILE
+    key_rows = keys.reshape((-1, dim))
+    key_tiles = np.empty((num_kv_heads * num_tiles, steps, 2, 16, ROWS_OF_A_TILE), np.uint32)
+    value_panels = np.empty((num_kv_heads * strips, num_chunks, 2, 16, ROWS_OF_A_TILE), np.uint32)
+    for thread in prange(num_threads):
+        rows = np.empty((1, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
+        words = rows.view(np.uint32)  # pairs of dims
+        for item in range(thread, num_kv_heads * num_tiles, num_threads):
+            head, tile = item // num_tiles, item % num_tiles
+            place = tile * ROWS_OF_A_TILE
+            slot = batch.block_tables_NM[n, place // block_size] * block_size + place % block_size
+            for i in range(ROWS_OF_A_TILE):
+                split_row(key_rows, (slot + i) * num_kv_heads + head, rows, 0, i)
+            for step in range(steps):
+                for part in range(2):
+                    source, target = words[0, step, part], key_tiles[item, step, part]
+                    for pair in range(16):
+                        for i in range(ROWS_OF_A_TILE):
+                            target[pair, i] = source[i, pair]
+        panel = np.empty((num_chunks * COLUMNS_OF_A_TILE, ROWS_OF_A_TILE), np.float32)
+        for item in range(thread, num_kv_heads * strips, num_threads):
+            head, column = item // strips, item % strips * ROWS_OF_A_TILE
+            for b in range(num_blocks):
+                block, base = batch.block_tables_NM[n, b], batch.block_bases_NM[n, b]
+                end = min(last + 1, sinks) if b < batch.num_sink_blocks_N[n] else last + 1
+                for i in range(block_size):
+                    if base + i < end:
+                        panel[b * block_size + i] = values[block, i, head, column : column + ROWS_OF_A_TILE]
+                    else:
+                        panel[b * block_size + i] = np.float32(0)
+            panel[num_blocks * block_size :] = np.float32(0)
+            split_panel(panel, value_panels, item)
+    return key_tiles, value_panels
+
+
+@njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
+def _attend(
+    n, first, end, qkv, shape, batch, rotations, block_size, key_tiles, value_panels, window, sinks, scale,
+    softmax_sink, out, num_threads,
+):  # fmt: skip
+    num_heads, num_kv_heads, dim = shape
+    num_tiles, num_chunks = len(key_tiles) // num_kv_heads, value_panels.shape[1]
+    steps, strips = dim // COLUMNS_OF_A_TILE, dim // ROWS_OF_A_TILE
+    num_groups = (end - first + ROWS_OF_A_TILE - 1) // ROWS_OF_A_TILE
+    for thread in prange(num_threads):
+        scores = np.empty((ROWS_OF_A_TILE, num_chunks * COLUMNS_OF_A_TILE), np.float32)
+        queries = np.zeros((1, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
+        weights = np.empty((1, num_chunks, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
+        sums, totals = np.empty(ROWS_OF_A_TILE, np.float32), np.empty((ROWS_OF_A_TILE, dim), np.float32)
+        configure_tiles()
+        for item in range(thread, num_groups * num_heads, num_threads):
+            start, head = first + item // num_heads * ROWS_OF_A_TILE, item % num_heads
+            positions = batch.positions_T[start : min(start + ROWS_OF_A_TILE, end)]
+            kv_head, width = head // (num_heads // num_kv_heads), 0
+            for b in range(batch.num_blocks_N[n]):
+                base, is_sink, place = batch.block_bases_NM[n, b], b < batch.num_sink_blocks_N[n], b * block_size
+                oldest = _seen(base, is_sink, positions[0], window, sinks, block_size)
+                newest = _seen(base, is_sink, positions[-1], window, sinks, block_size)
+                if oldest[0] >= newest[1]:
+                    scores[:, place : place + block_size] = _UNSEEN
+                    continue
+                width = place + block_size
+                _rotate(
+                    qkv, start, head * dim, positions, base, window + sinks - 1 if is_sink and window else -1,
+                    rotations, queries,
+                )  # fmt: skip
+                for i in range(place, width, ROWS_OF_A_TILE):
+                    strip_1(queries, 0, key_tiles, kv_head * num_tiles + i // ROWS_OF_A_TILE, steps, scores, i)
+                if oldest[1] < block_size or newest[0] > 0:  # not all queries see the whole block
+                    for i in range(len(positions)):
+                        seen = _seen(base, is_sink, positions[i], window, sinks, block_size)
+                        scores[i, place : place + max(0, seen[0])] = _UNSEEN
+                        scores[i, place + max(0, seen[1]) : width] = _UNSEEN
+            chunks = (width + COLUMNS_OF_A_TILE - 1) // COLUMNS_OF_A_TILE
+            scores[:, width : chunks * COLUMNS_OF_A_TILE] = _UNSEEN
+            _weigh(scores[:, : chunks * COLUMNS_OF_A_TILE], scale, softmax_sink[head : head + 1], len(positions), sums)
+            for i in range(ROWS_OF_A_TILE):
+                split_row(scores, i, weights, 0, i)
+            for strip in range(0, strips, 2):
+                strip_2(weights, 0, value_panels, kv_head * strips + strip, chunks, totals, strip * ROWS_OF_A_TILE)
+            for i in range(len(positions)):
+                for d in range(dim):
+                    out[start + i, head * dim + d] = totals[i, d] / sums[i]
+        release_tiles()
+
+
+@njit(inline="always")
+def _seen(base, is_sink, position, window, sinks, block_size):
+    """start, stop of the offsets in a block that a query sees."""
+    return visible_part(base, is_sink, position, position - window + 1 if window else 0, sinks, block_size)
+
+
+@njit(inline="always")
+def _rotate(qkv, start, column, positions, base, furthest, rotations, queries):
+    """Rotate the queries from row `start` on for the keys of a block, as a block of split rows.
+
+    `furthest`: the last position of queries of sinks; -1: the block is not of sinks.
+    """
+    for i in range(len(positions)):
+        position = positions[i] if furthest < 0 else min(positions[i], furthest)
+        if position >= base:  # others see nothing of the block
+            rotate_row(
+                qkv, start + i, column, rotations.cos_OD, rotations.sin_OD, rotations.decay_OD, position - base,
+                queries, i,
+            )  # fmt: skip
+
+
+@njit(inline="always")
+def _weigh(scores, scale, sink, count, sums):
+    """scores = e^(scale · score - the largest), and their sums; see `attention.exponentials`."""
+    for i in range(count):
+        best = largest(scores[i], scores.shape[1])
+        if len(sink):
+            best = max(best, sink[0] / scale)
+        sums[i] = exponentiate(scores[i], scores.shape[1], best, scale)
+        if len(sink):
+            sums[i] += exp(sink[0] - best * scale)

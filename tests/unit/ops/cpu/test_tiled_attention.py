@@ -1,0 +1,77 @@
+"""Attention of many queries by the matrix unit against the torch reference, over a cache full of NaN elsewhere."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from stellarbyte.backends.cpu_model import batch_arrays
+from stellarbyte.ops.cpu.attention import Rotations, paged_attention, write_kv
+from stellarbyte.ops.cpu.tiled_attention import MIN_QUERIES, MIN_WINDOW, can_tile, tiled_attention
+from stellarbyte.ops.cpu.tiles import may_use_tiles
+from tests.support.attention_steps import Case, Step, make_step
+
+pytestmark = pytest.mark.skipif(not may_use_tiles(), reason="needs an x86 processor with AMX that Linux lets us use")
+
+SHAPE: dict[str, Any] = {"block_size": 16, "head_dim": 32}
+# Sequences with too few queries, with a tile's last rows empty, from the middle of a block, with blocks behind them.
+CASES = [
+    Case(spans=[(0, 32), (5, 3), (0, 70), (100, 41)], **SHAPE),
+    Case(spans=[(37, 48), (3, 1), (0, 33)], xpos=False, num_heads=6, num_kv_heads=2, block_size=32, head_dim=64),
+    Case(spans=[(0, 50), (40, 64)], num_kv_heads=1, qk_norm=True, block_size=16, head_dim=96),
+    Case(spans=[(0, 40), (2, 70), (777, 33)], window=40, sinks=4, **SHAPE),
+    Case(spans=[(0, 40), (90, 70)], window=70, softmax_sink=True, xpos=False, block_size=48, head_dim=64),
+    Case(spans=[(0, 100), (31, 8), (1_000_000, 35)], window=1, sinks=20, **SHAPE),
+    Case(spans=[(9, 64)], sinks=33, num_kv_heads=4, softmax_sink=True, **SHAPE),
+]
+
+
+def attention_of(step: Step, *, by_tiles: bool) -> np.ndarray:
+    case, heads = step.case, step.heads
+    batch = batch_arrays(step.batch)
+    cos, sin = (table.numpy() for table in step.rotation.cache.tables(step.batch.reach + 1 + case.block_size, CPU))
+    decay, log_decay = np.ones_like(cos), step.rotation.log_decay(CPU)
+    if log_decay is not None:
+        decay = torch.exp(torch.arange(len(cos))[:, None] * log_decay.detach()).numpy()
+    gain = step.rotation.query_gain
+    rotations = Rotations(cos, sin, decay, np.zeros(0, np.float32) if gain is None else gain.detach().numpy())
+    shape = (heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    nothing = np.zeros(0, np.float32)
+    norms = (nothing, nothing) if step.norms is None else tuple(norm.weight.detach().numpy() for norm in step.norms)
+    qkv, keys, values = (x.clone().numpy() for x in (step.qkv_TN, step.keys_BSKD, step.values_BSKD))
+    write_kv(qkv, shape, *norms, np.float32(step.config.rms_norm_eps), batch, rotations, keys, values, 2)
+    out = np.full((len(qkv), heads.num_heads * heads.head_dim), np.nan, np.float32)
+    window, scale = case.window or 0, np.float32(step.rotation.score_scale)
+    sink = nothing if step.softmax_sink_H is None else step.softmax_sink_H.numpy()
+    most = MIN_QUERIES - 1 if by_tiles else len(qkv)
+    paged_attention(
+        qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, np.float32(0), sink, most, out, 2
+    )
+    if by_tiles:
+        counts = np.diff(step.batch.query_starts)
+        assert np.isnan(out).all(axis=1).sum() == counts[counts >= MIN_QUERIES].sum(), "left out"
+        tiled_attention(qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, sink, out, 2)
+    return out
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_queries_see_what_they_should(case: Case) -> None:
+    step = make_step(case, CPU)
+    with torch.no_grad():
+        expected = step.expected()[0].numpy()
+    plain, tiled = (attention_of(step, by_tiles=by_tiles) for by_tiles in (False, True))
+    np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(tiled, expected, rtol=1e-4, atol=2e-4)
+    assert np.abs(tiled - expected).mean() < 2e-5
+
+
+def test_what_the_unit_is_not_used_for() -> None:
+    assert can_tile(16, 64, 0, 0.0) and can_tile(32, 96, MIN_WINDOW, 0.0)
+    assert not can_tile(8, 64, 0, 0.0) and not can_tile(16, 80, 0, 0.0)
+    assert not can_tile(16, 64, MIN_WINDOW - 1, 0.0) and not can_tile(16, 64, 0, 30.0)
