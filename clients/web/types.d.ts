@@ -177,6 +177,108 @@ export interface Problem {
   values?: Record<string, string | number>;
 }
 
+// Fine-tuning
+
+export type ExampleFormat = "jsonl" | "pairs" | "csv" | "tsv";
+
+export interface Example {
+  /** Its first line in the text, from 1. */
+  line: number;
+  messages: { role: string; content: string }[];
+  /** As it is sent, in one line. */
+  json: string;
+}
+
+export interface ExampleProblem {
+  line: number;
+  key:
+    | "exampleNotJson"
+    | "exampleNotObject"
+    | "exampleNoMessages"
+    | "exampleRole"
+    | "exampleNoContent"
+    | "exampleAnswerNotLast"
+    | "exampleNoQuestion"
+    | "exampleNoAnswer"
+    | "exampleNotTwoColumns"
+    | "exampleQuoteOpen";
+}
+
+export interface Examples {
+  format: ExampleFormat;
+  examples: Example[];
+  problems: ExampleProblem[];
+}
+
+/** The server's check of uploaded examples. */
+export interface CheckedFiles {
+  examples: number;
+  validation_examples: number | null;
+  hyperparameters: { n_epochs: number | "auto" };
+  /** Of all epochs. */
+  steps: number | null;
+  tokens: number | null;
+  memory: number | null;
+  seconds: number | null;
+  problems: { param: string | null; line: number | null; message: string }[];
+}
+
+export interface CheckBody {
+  training_file: string;
+  validation_file?: string;
+  hyperparameters?: { n_epochs: number };
+}
+
+export interface JobBody extends CheckBody {
+  model: string;
+  suffix?: string;
+}
+
+export interface TuningJob {
+  id: string;
+  status: "validating_files" | "queued" | "running" | "paused" | "succeeded" | "failed" | "cancelled";
+  model: string;
+  user_provided_suffix: string | null;
+  fine_tuned_model: string | null;
+  created_at: number;
+  finished_at: number | null;
+  estimated_finish: number | null;
+  error: { code: string; message: string; param: string | null } | null;
+  losses: { train: number | null; valid: number | null; base_valid: number | null };
+}
+
+export interface JobEvent {
+  id: string;
+  created_at: number;
+  level: "info" | "warn" | "error";
+  message: string;
+  data: { step: number; total_steps: number; train_loss?: number; valid_loss?: number } | null;
+}
+
+export interface PublishBody {
+  name: string;
+  share?: number;
+}
+
+export interface AdapterVersion {
+  version: number;
+  content_hash: string;
+  source: string;
+  created_at: number;
+  created_by: string | null;
+  /** The fine-tuning job that trained it. */
+  job: string | null;
+  current: boolean;
+  share: number | null;
+}
+
+export interface AdapterHistory {
+  id: string;
+  current: number;
+  /** Oldest first. */
+  data: AdapterVersion[];
+}
+
 // Status
 
 export interface Sample {

@@ -10,7 +10,7 @@ from stellarbyte_server.api.contract.objects import ErrorBody
 from tests.support.application import make_app
 
 NAMES = sorted(entry.name for entry in files("stellarbyte_web").iterdir() if not entry.name.startswith("__"))
-PATHS = {"index.html": "/", "status.html": "/status"} | {
+PATHS = {"index.html": "/", "tune.html": "/tune", "status.html": "/status"} | {
     name: f"/web/{name}" for name in NAMES if not name.endswith(".html")
 }
 TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}

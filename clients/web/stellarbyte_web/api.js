@@ -1,6 +1,7 @@
 // The server's API for the pages: requests with the key, streams, and classes of errors.
 
-/** @import { AdapterEntry, ChatBody, ChatChunk, Failure, LoadedAdapter, ModelCard } from "../types.js" */
+/** @import { AdapterEntry, AdapterHistory, ChatBody, ChatChunk, Failure, LoadedAdapter, ModelCard } from "../types.js" */
+/** @import { CheckBody, CheckedFiles, JobBody, JobEvent, PublishBody, TuningJob } from "../types.js" */
 
 import { readEvents } from "./sse.js";
 
@@ -50,6 +51,12 @@ export function failureOf(error) {
   return { kind: error instanceof StreamBroken ? "broken" : "gone", status: null, message: "", retryAfterS: null };
 }
 
+/**
+ * `body` is sent as JSON, unless it is a form. `method`: POST with a body, else GET. GET has a time limit, unless there
+ * is a signal.
+ * @typedef {{ body?: object, method?: "GET" | "POST" | "DELETE", signal?: AbortSignal }} RequestOptions
+ */
+
 export class Server {
   /**
    * @param {string} base the base address of routes
@@ -68,22 +75,8 @@ export class Server {
    * @param {AbortSignal} signal
    * @returns {AsyncGenerator<ChatChunk, void, void>}
    */
-  async *streamChat(body, signal) {
-    const response = await this.#request("v1/chat/completions", { body: { ...body, stream: true }, signal });
-    if (response.body === null) throw new StreamBroken();
-    try {
-      for await (const data of readEvents(chunksOf(response.body))) {
-        if (data === "[DONE]") return;
-        const content = JSON.parse(data);
-        if (content.error) throw new ApiError(null, content.error.message);
-        yield content;
-      }
-    } catch (error) {
-      signal.throwIfAborted();
-      if (error instanceof ApiError) throw error;
-      throw new StreamBroken();
-    }
-    throw new StreamBroken();
+  streamChat(body, signal) {
+    return this.#stream("v1/chat/completions", { body: { ...body, stream: true }, signal });
   }
 
   /** @returns {Promise<ModelCard[]>} the model first, then its adapters */
@@ -131,8 +124,120 @@ export class Server {
   }
 
   /**
+   * @param {string} name
+   * @param {string} content JSON lines
+   * @returns {Promise<string>} the id of a file for fine-tuning
+   */
+  async uploadExamples(name, content) {
+    const body = new FormData();
+    body.append("purpose", "fine-tune");
+    body.append("file", new Blob([content], { type: "application/jsonl" }), name);
+    return (await this.#json("v1/files", { body })).id;
+  }
+
+  /** @param {string} id */
+  async deleteFile(id) {
+    await this.#request(`v1/files/${id}`, { method: "DELETE" });
+  }
+
+  /**
+   * @param {CheckBody} body
+   * @returns {Promise<CheckedFiles>}
+   */
+  checkExamples(body) {
+    return this.#json("v1/fine_tuning/files/check", { body });
+  }
+
+  /**
+   * @param {JobBody} body
+   * @returns {Promise<TuningJob>}
+   */
+  createJob(body) {
+    return this.#json("v1/fine_tuning/jobs", { body });
+  }
+
+  /** @returns {Promise<TuningJob[]>} the newest first */
+  async jobs() {
+    return (await this.#json("v1/fine_tuning/jobs?limit=50")).data;
+  }
+
+  /**
+   * @param {string} id
+   * @param {"cancel" | "pause" | "resume"} change
+   * @returns {Promise<TuningJob>}
+   */
+  changeJob(id, change) {
+    return this.#json(`v1/fine_tuning/jobs/${id}/${change}`, { method: "POST" });
+  }
+
+  /**
+   * The events of a job as they happen, until it is over; fails as `streamChat`.
+   * @param {string} id
+   * @param {string | null} after the id of an event; null: from the first one
+   * @param {AbortSignal} signal
+   * @returns {AsyncGenerator<JobEvent, void, void>}
+   */
+  jobEvents(id, after, signal) {
+    const since = after === null ? "" : `&after=${after}`;
+    return this.#stream(`v1/fine_tuning/jobs/${id}/events?stream=true${since}`, { signal });
+  }
+
+  /**
+   * Make the model of a job live under a name.
+   * @param {string} id
+   * @param {PublishBody} body
+   */
+  async publish(id, body) {
+    await this.#request(`v1/fine_tuning/jobs/${id}/publish`, { body });
+  }
+
+  /**
+   * @param {string} name
+   * @returns {Promise<AdapterHistory>}
+   */
+  versions(name) {
+    return this.#json(`v1/adapters/${encodeURIComponent(name)}/versions`);
+  }
+
+  /**
+   * @param {string} name
+   * @param {number | null} version null: the one before the current one
+   * @returns {Promise<AdapterHistory>}
+   */
+  rollBack(name, version) {
+    return this.#json(`v1/adapters/${encodeURIComponent(name)}/rollback`, {
+      body: version === null ? {} : { version },
+    });
+  }
+
+  /**
+   * The contents of a stream's events until [DONE].
    * @param {string} path
-   * @param {{ body?: object, signal?: AbortSignal }} options
+   * @param {{ body?: object, signal: AbortSignal }} options
+   * @returns {AsyncGenerator<any, void, void>}
+   */
+  async *#stream(path, options) {
+    const { signal } = options;
+    const response = await this.#request(path, options);
+    if (response.body === null) throw new StreamBroken();
+    try {
+      for await (const data of readEvents(chunksOf(response.body))) {
+        if (data === "[DONE]") return;
+        const content = JSON.parse(data);
+        if (content.error) throw new ApiError(null, content.error.message);
+        yield content;
+      }
+    } catch (error) {
+      signal.throwIfAborted();
+      if (error instanceof ApiError) throw error;
+      throw new StreamBroken();
+    }
+    throw new StreamBroken();
+  }
+
+  /**
+   * @param {string} path
+   * @param {RequestOptions} options
    */
   async #json(path, options = {}) {
     const response = await this.#request(path, options);
@@ -145,16 +250,17 @@ export class Server {
 
   /**
    * @param {string} path
-   * @param {{ body?: object, signal?: AbortSignal }} options with a body: POST; without: GET, with a time limit
+   * @param {RequestOptions} options
    */
-  async #request(path, { body, signal = body === undefined ? AbortSignal.timeout(GET_LIMIT_MS) : undefined } = {}) {
+  async #request(path, { body, method = body === undefined ? "GET" : "POST", signal = limitOf(method) } = {}) {
     /** @type {Record<string, string>} */
     const headers = {};
-    if (body !== undefined) headers["Content-Type"] = "application/json";
+    const isForm = body instanceof FormData; // the browser then writes the header
+    if (body !== undefined && !isForm) headers["Content-Type"] = "application/json";
     if (this.key() !== "") headers["Authorization"] = `Bearer ${this.key()}`;
     /** @type {RequestInit} */
-    const init = { method: body === undefined ? "GET" : "POST", headers, credentials: "omit", cache: "no-store" };
-    if (body !== undefined) init.body = JSON.stringify(body);
+    const init = { method, headers, credentials: "omit", cache: "no-store" };
+    if (body !== undefined) init.body = isForm ? body : JSON.stringify(body);
     if (signal !== undefined) init.signal = signal;
     let response;
     try {
@@ -166,6 +272,11 @@ export class Server {
     if (!response.ok) throw await errorOf(response);
     return response;
   }
+}
+
+/** @param {string} method */
+function limitOf(method) {
+  return method === "GET" ? AbortSignal.timeout(GET_LIMIT_MS) : undefined;
 }
 
 /** @param {Response} response */

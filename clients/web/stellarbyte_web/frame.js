@@ -1,4 +1,4 @@
-// The frame of both pages: language, theme, key, and the server's state.
+// The frame of all pages: language, theme, key, and the server's state.
 
 /** @import { Language } from "./i18n.js" */
 

@@ -50,6 +50,11 @@ export function formatNumber(value, options = {}) {
   return new Intl.NumberFormat(TAGS[language], options).format(value);
 }
 
+/** @param {number} unixS */
+export function formatTime(unixS) {
+  return new Intl.DateTimeFormat(TAGS[language], { dateStyle: "short", timeStyle: "short" }).format(unixS * 1000);
+}
+
 /** @param {number} bytes */
 export function formatBytes(bytes) {
   const units = ["B", "KiB", "MiB", "GiB"];

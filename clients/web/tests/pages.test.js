@@ -10,7 +10,7 @@ import { english } from "../stellarbyte_web/english.js";
 const folder = new URL("../stellarbyte_web/", import.meta.url);
 const names = readdirSync(folder, { withFileTypes: true }).filter((entry) => entry.isFile()); // no __pycache__
 const files = new Map(names.map(({ name }) => [name, readFileSync(new URL(name, folder), "utf8")]));
-const pages = ["index.html", "status.html"].map((name) => files.get(name));
+const pages = ["index.html", "tune.html", "status.html"].map((name) => files.get(name));
 const scripts = [...files]
   .filter(([name]) => name.endsWith(".js") && !["english.js", "chinese.js"].includes(name))
   .map(([, text]) => text);
@@ -37,7 +37,7 @@ test("no text is left over", () => {
 test("pages load nothing but their own files, by relative addresses, and hold no script or style", () => {
   for (const page of pages) {
     for (const [, address] of page.matchAll(/(?:src|href)="([^"]*)"/g)) {
-      assert.match(address, /^(web\/[\w.-]+|\.\/|status|#[\w-]+)$/);
+      assert.match(address, /^(web\/[\w.-]+|\.\/|tune|status|#[\w-]+)$/);
       if (address.startsWith("web/")) assert.ok(files.has(address.slice(4)), address);
     }
     assert.doesNotMatch(page, /<style|style=|\son\w+=|<script(?![^>]*src=)/);

@@ -44,7 +44,7 @@ def create_app(service: Service, keyring: Keyring, tracing: Tracing | None = Non
         app.include_router(router)
     allows_unknown_fields = settings.unknown_fields == "warn"
     add_docs(app, partial(make_document, OPERATIONS, settings.model_name, allows_unknown_fields=allows_unknown_fields))
-    add_pages(app)
+    add_pages(app, fine_tuning=service.tuning is not None)
     routes = RouteTable(rules_of(app))
     app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(NoTokenizerError, answer_no_tokenizer)

@@ -72,6 +72,7 @@ ROUTES = {
     ("GET", "/docs/static/{path:path}"): "user",
     ("GET", "/"): "open",
     ("GET", "/status"): "open",
+    ("GET", "/tune"): "open",
     ("GET", "/web/{path:path}"): "open",
 }
 ROUTES |= {("HEAD", path): access for (method, path), access in ROUTES.items() if method == "GET"}

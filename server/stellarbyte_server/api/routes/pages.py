@@ -1,4 +1,4 @@
-"""GET / and /status, the pages for browsers, from files of this server."""
+"""GET /, /tune and /status, the pages for browsers, from files of this server."""
 
 import hashlib
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from stellarbyte_server.access.rules import Access, allows
 from stellarbyte_server.api.contract.errors import no_route
 
 FILES_PATH = "/web/{path:path}"
-_PAGES = {"/": "index.html", "/status": "status.html"}
+_PAGES = {"/": "index.html", "/tune": "tune.html", "/status": "status.html"}
+_HIDDEN_LINK, _LINK = b'<a href="tune" hidden', b'<a href="tune"'  # in the bar of each page
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".html": "text/html"}
 
 # Pages show untrusted text from models: they may use only scripts and styles from these files, contact no other host,
@@ -45,9 +46,9 @@ class _File:
         return Response(self.content, headers=headers, media_type=self.media_type)
 
 
-def add_pages(app: FastAPI) -> None:
-    """Add both pages and their files, which are read now; changes need a restart."""
-    known = _read_files()
+def add_pages(app: FastAPI, *, fine_tuning: bool) -> None:
+    """Add the pages and their files, which are read now; changes need a restart. `fine_tuning`: link its page."""
+    known = _read_files(fine_tuning=fine_tuning)
 
     def add_page(path: str, file: _File) -> None:
         @allows(Access.OPEN)  # pages ask for the key themselves
@@ -60,7 +61,6 @@ def add_pages(app: FastAPI) -> None:
         add_page(path, known.pop(name))
 
     @allows(Access.OPEN)
-    @allows(Access.OPEN)
     async def static(request: Request) -> Response:
         file = known.get(request.path_params["path"])
         if file is None:
@@ -70,12 +70,14 @@ def add_pages(app: FastAPI) -> None:
     app.add_route(FILES_PATH, static, include_in_schema=False)
 
 
-def _read_files() -> dict[str, _File]:
+def _read_files(*, fine_tuning: bool) -> dict[str, _File]:
     """Name → file, for types that browsers load."""
     known = {}
     for entry in files("stellarbyte_web").iterdir():
         media_type = next((kind for suffix, kind in _MEDIA_TYPES.items() if entry.name.endswith(suffix)), None)
         if media_type is not None:
             content = entry.read_bytes()
+            if fine_tuning:
+                content = content.replace(_HIDDEN_LINK, _LINK)
             known[entry.name] = _File(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
     return known
