@@ -1,12 +1,15 @@
 """Options of the test suite: what takes minutes runs only when asked for. Where GPU kernels run is decided here."""
 
+import contextlib
 import functools
 import gc
+import importlib
 import os
 import signal
 import ssl
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import certifi
@@ -52,9 +55,27 @@ def _roots_read_once(create: Callable[..., ssl.SSLContext]) -> Callable[..., ssl
 
 ssl.create_default_context = _roots_read_once(ssl.create_default_context)
 
+
+def _patch_language_once(interpreter: ModuleType) -> None:
+    """Triton's interpreter replaces the functions of `triton.language` for each call of a device function, 10 ms each:
+    half of its time. Here once for each module with kernels, for the rest of the process."""
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
+    patched: set[str] = set()
+
+    def patch_lang(function: Callable[..., Any]) -> Any:
+        if function.__module__ not in patched:
+            patch(function)
+            patched.add(function.__module__)
+        return nothing
+
+    interpreter._patch_lang = patch_lang
+
+
 if not torch.cuda.is_available():
     # By Triton's interpreter; read when Triton is first imported, which other libraries do as well.
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        _patch_language_once(importlib.import_module("triton.runtime.interpreter"))
 
 
 @pytest.fixture(scope="session")
