@@ -63,6 +63,7 @@ def test_reasoning_is_shown_above_its_answer_and_counted(chat, tmp_path: Path) -
         assert "</think>Paris.\n\nHm, which city?\n\nParis.\n\n" in terminal.text
 
 
+@pytest.mark.slow
 def test_channels_are_shown_as_reasoning_and_answer(chat, tmp_path: Path) -> None:
     model = make_harmony_model(tmp_path / "oss")
     with running(HARMONY, "--model", str(model)) as server, chat("--url", server.url) as terminal:

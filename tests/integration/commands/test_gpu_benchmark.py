@@ -46,6 +46,7 @@ def test_the_server_is_started_and_measured_over_http():
     assert 0.5 < start_s < 120 and tok_s > 1
 
 
+@pytest.mark.slow
 def test_a_profile_names_what_a_step_runs_and_how_often():
     table = run_tiny("--profile", "--only", "0.6b/64")
     launches = {line.split()[-1]: float(line.split()[2]) for line in table.splitlines() if "aten::" in line}
@@ -53,6 +54,7 @@ def test_a_profile_names_what_a_step_runs_and_how_often():
     assert re.search(r"[\d.]+ us a step with.*\n\d+\.\d% of it the device was idle", table)
 
 
+@pytest.mark.slow
 def test_the_kernels_of_experts_are_measured_and_their_bytes_counted():
     command = [sys.executable, "-m", "benchmarks.gpu.moe_kernels", "--device", "cpu", "--tiny", "--no-record"]
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -105,12 +107,12 @@ def test_a_work_that_crashes_or_hangs_costs_only_itself(tmp_path, monkeypatch):
     (tmp_path / "faulty_program.py").write_text(FAULTY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     results = run_all(
-        "faulty_program", ["a", "fails", "b", "crashes", "hangs", "c"], [], time.monotonic() + 60, most_s=6
+        "faulty_program", ["a", "fails", "b", "crashes", "hangs", "c"], [], time.monotonic() + 60, most_s=3
     )
     assert [results[work] for work in "abc"] == [{"tok_s": 1}] * 3
     assert results["fails"]["error"] == "it says why"
     assert "ended with status 3" in results["crashes"]["error"]
-    assert "no result within 6 s" in results["hangs"]["error"]
+    assert "no result within 3 s" in results["hangs"]["error"]
     assert run_all("faulty_program", ["a"], [], time.monotonic(), 6) == {"a": {"error": "no time left"}}
 
 

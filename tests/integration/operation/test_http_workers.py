@@ -8,6 +8,7 @@ import signal
 import time
 
 import httpx
+import pytest
 
 from tests.support.over_http import NUM_CONNECTIONS, get_often
 from tests.support.servers.fake_engine import SLOW, make_model_folder
@@ -101,6 +102,7 @@ def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):
         assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
     with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
         streams = open_streams(stack, server, max_tokens=600)  # 12 s, more than a process may be silent
