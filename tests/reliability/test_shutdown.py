@@ -135,7 +135,7 @@ def test_a_signal_with_thirty_two_streams(model: str, workers: str, times: int) 
     )
 
 
-@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGTERM), ("2", signal.SIGINT)])
+@pytest.mark.parametrize(("workers", "number"), some([("1", signal.SIGTERM), ("2", signal.SIGINT)], 1))
 def test_a_second_signal_ends_it_now(model: str, workers: str, number: signal.Signals) -> None:
     server = start(model, workers)
     try:

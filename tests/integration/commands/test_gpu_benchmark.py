@@ -13,7 +13,6 @@ from benchmarks.gpu.engine import Run
 from benchmarks.gpu.profile import busy_us
 from benchmarks.gpu.workloads import ROWS, WORKS
 from stellarbyte_server.protocol.messages import Delta
-from tests.support.cases import some
 from tests.support.servers.server_process import ROOT
 
 
@@ -28,9 +27,8 @@ def figures_of(table: str, work: str) -> list[float]:
     return [float(re.search(r"[a-zA-Z0-9] {2,}([\d.,]+)", line)[1].replace(",", "")) for line in lines]
 
 
-@pytest.mark.parametrize(
-    "works", some([["8b/64-lora32"], ["limits", "8b/64-lora32", "8b/load32"]], 0), ids=["one", "three"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("works", [["8b/64-lora32"], ["limits", "8b/64-lora32", "8b/load32"]], ids=["one", "three"])
 def test_a_model_that_cannot_be_had_is_told_and_the_others_are_measured(works):
     table = run_tiny("--only", *works, "8b-int8/1")
     for work in works:
@@ -65,7 +63,8 @@ def test_the_kernels_of_experts_are_measured_and_their_bytes_counted():
     assert all(name in table for name in ("gate_up", "down", "combine", "routing"))
 
 
-@pytest.mark.parametrize("sweeps", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sweeps", [False, True])
 def test_products_of_quantized_weights_are_measured(sweeps: bool):
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, "-m", "benchmarks.gpu.quantized", "--device", "cpu", "--tiny", "--no-record"]

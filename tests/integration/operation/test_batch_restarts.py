@@ -15,7 +15,7 @@ from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.processes import worker_pids
 from tests.support.servers.server_process import FAKE, ServerProcess, running, the_error_line
 
-NUM_LINES = 120
+NUM_LINES = 160
 
 
 def slow_lines(number: int) -> bytes:

@@ -196,7 +196,7 @@ OF_A_MODEL = """
 
 @pytest.fixture(scope="module")
 def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A real model, `tiny`, with two adapters and one that is broken; one request runs, others wait 0.2 s."""
+    """A real model, `tiny`, with two adapters and one that is broken; one request runs, others wait a second."""
     folder = tmp_path_factory.mktemp("tiny")
     known = KnownModel.make(folder)
     for seed, name in enumerate(("pirate", "json")):
@@ -206,7 +206,7 @@ def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     (folder / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"no safetensors")
     flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--max-num-seqs", "1"]
     flags += ["--keys", keys_file(folder, OF_A_MODEL), "--admin-api-key", "key-admin", "--api-key", "key-flag"]
-    with running(REAL, *flags, "--queue-timeout", "0.2", "--context-overflow", "slide") as server:
+    with running(REAL, *flags, "--queue-timeout", "1", "--context-overflow", "slide") as server:
         yield server
 
 
@@ -216,7 +216,7 @@ def test_what_is_refused_after_it_was_queued_does_not_count(tiny_server: ServerP
     with httpx.stream("POST", url, json=endless, headers=headers, timeout=30) as occupying:
         lines = occupying.iter_lines()
         next(lines)
-        for _ in range(4):
+        for _ in range(3):
             answer = complete(tiny_server, "key-queued", model="tiny")
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout"), answer.text
     wait_for(lambda: tiny_server.metric("vllm:num_requests_running") == 0)

@@ -67,6 +67,7 @@ def test_limits_of_keys_are_of_all_replicas(model: str, tmp_path: Path) -> None:
         assert complete(server, "key-bob").headers["retry-after"]
 
 
+@pytest.mark.slow
 def test_replicas_end_one_by_one_and_the_server_with_the_last(model: str) -> None:
     flags = ["--model", model, "--replicas", "3", "--http-workers", "2"]
     with running(FAKE, *flags) as server:
