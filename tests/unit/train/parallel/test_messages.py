@@ -9,7 +9,6 @@ from tests.support.training.processes import run
 pytest.importorskip("accelerate")
 
 
-@pytest.mark.slow
 def test_a_warning_appears_once_with_its_rank_and_everything_else_by_the_first_rank(tmp_path: Path) -> None:
     texts = {"0": ["of both ranks"], "1": ["of both ranks", "of the second alone"]}
     ended = run(tmp_path, ranks=2, train={"epochs": 1.2, "checkpoint_every": 3}, warnings=texts, held_out=5)
