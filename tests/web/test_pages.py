@@ -150,6 +150,7 @@ def test_the_theme_is_the_systems_until_another_is_chosen(open_page: OpenPage, g
     expect(page.get_by_role("button", name="Use the dark theme")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_everything_is_reached_by_keyboard(open_page: OpenPage, guarded_server: ServerProcess) -> None:
     page = open_page(guarded_server, "/", BOTH, reduced_motion="reduce").page
     expect(page.locator("#connection")).to_have_text("Ready")
