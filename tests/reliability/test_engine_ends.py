@@ -28,7 +28,7 @@ CLAIMED_S = {  # since the engine was ended; must hold at least once, on a machi
     STALLED: {"known": 12.0, "streams ended": 15.0, "serving again": 25.0},
 }
 FEW, MANY = 1, 20
-PATIENCE_S = 30.0  # beyond these it does not happen
+PATIENCE_S = 120.0  # beyond these, on a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
