@@ -37,16 +37,17 @@ def done(folder: Path, batch_id: str) -> set[bytes]:
 
 
 def test_what_was_done_is_not_done_again_and_nothing_is_lost(fake_model: str, tmp_path: Path) -> None:
-    flags = ["--model", fake_model, "--data-dir", str(tmp_path / "data")]
+    # Few at once, so that a machine that is busy with other things kills the server in the middle, too.
+    flags = ["--model", fake_model, "--data-dir", str(tmp_path / "data"), "--max-num-seqs", "16"]
     folder = tmp_path / "data"
     with running(FAKE, *flags) as server, strict_client(server.url) as client:
+        second = ServerProcess(FAKE, *flags)
+        assert str(folder) in the_error_line(second)
         batch_id = start(client, slow_lines(NUM_LINES)).id
         other_id = start(client, completions(1)).id
         wait(client, other_id)
         kept = client.batches.retrieve(other_id)
         wait_for(client, batch_id, 20)
-        second = ServerProcess(FAKE, *flags)
-        assert str(folder) in the_error_line(second)
         server.process.kill()  # in the middle of anything
         server.wait()
     before = done(folder, batch_id)
