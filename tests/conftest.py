@@ -1,12 +1,15 @@
 """Options of the test suite: what takes minutes runs only when asked for. Where GPU kernels run is decided here."""
 
+import contextlib
 import functools
 import gc
+import importlib
 import os
 import signal
 import ssl
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import certifi
@@ -19,7 +22,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests never time things, and Hypothesis' deadline would.
-hypothesis.settings.register_profile("quick", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.register_profile("slow", deadline=None, max_examples=100)
 hypothesis.settings.load_profile("quick")
 
@@ -52,15 +55,43 @@ def _roots_read_once(create: Callable[..., ssl.SSLContext]) -> Callable[..., ssl
 
 ssl.create_default_context = _roots_read_once(ssl.create_default_context)
 
+
+def _patch_language_once(interpreter: ModuleType) -> None:
+    """Triton's interpreter replaces the functions of `triton.language` for each call of a device function, 10 ms each:
+    half of its time. Here once for each module with kernels, for the rest of the process."""
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
+    patched: set[str] = set()
+
+    def patch_lang(function: Callable[..., Any]) -> Any:
+        if function.__module__ not in patched:
+            patch(function)
+            patched.add(function.__module__)
+        return nothing
+
+    interpreter._patch_lang = patch_lang
+
+
 if not torch.cuda.is_available():
     # By Triton's interpreter; read when Triton is first imported, which other libraries do as well.
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        _patch_language_once(importlib.import_module("triton.runtime.interpreter"))
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where GPU kernels run: a CUDA device, or the CPU by the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+COMPILING = (
+    "tests/unit/ops/test_cpu.py",
+    "tests/unit/ops/cpu/",
+    "tests/unit/backends/test_cpu_experts.py",
+    "tests/unit/backends/test_quantized_formats.py",
+    "tests/unit/backends/test_invariance.py",
+)
+NOT_COMPILED = ("tests/unit/ops/triton/", "tests/unit/backends/gpu/", "tests/unit/train/", "tests/unit/analysis/")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,9 +104,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # One process begins with a long file that needs no server: so the other's first server compiles its kernels alone,
-    # and not beside one that waits for them.
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/unit/ops/triton/test_moe.py"))
+    items.sort(key=lambda item: _turn(item.nodeid))
     if config.getoption("--slow"):
         return
     for item in items:
@@ -83,6 +112,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
         if item.get_closest_marker("slow_without_gpu") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="takes minutes without a GPU; run with --slow"))
+
+
+def _turn(nodeid: str) -> int:
+    """One process begins with what compiles the CPU's kernels, of every kind, and the other with what needs none of
+    them: afterwards none is compiled, and no process waits for one that does."""
+    if nodeid.startswith(COMPILING):
+        return 0
+    if nodeid.startswith(NOT_COMPILED):
+        return 1
+    return 3 if nodeid.startswith("tests/unit/") else 2  # the shortest files last: all processes end together
 
 
 def pytest_collection_finish() -> None:
@@ -93,12 +132,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A file's tests in one process, as `--dist loadfile` has it; all files of the demo model's server in the same."""
+    """A file's tests in one process, as `--dist loadfile` has it; in the same process all files of the demo model's
+    server, of the terminal and of the browser, which share servers, and all that compile."""
     from xdist.scheduler import LoadFileScheduling
 
     class ByServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
+            if file.startswith(COMPILING):
+                return "the CPU's kernels"
+            for folder in ("tests/terminal/", "tests/web/"):
+                if file.startswith(folder):
+                    return folder
             return "the demo model's server" if _asks_demo_server(file) else file
 
     return ByServer(config, log)

@@ -123,7 +123,8 @@ async def churn(server: ServerProcess, by_place: dict[str, list[str]], num_reque
         return state, sizes
 
 
-@pytest.mark.parametrize("num_requests", [8, pytest.param(256, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_requests", [8, 256])
 def test_churn(known: tuple[Path, Path, dict[str, list[str]]], num_requests: int) -> None:
     model, adapters, by_place = known
     flags = ["--model", str(model), "--adapter-dir", str(adapters), "--max-loras", str(NUM_SLOTS)]

@@ -77,6 +77,7 @@ def offered(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_corrupt_adapters_are_refused_truly_and_disturb_nobody(tmp_path: Path, offered: Path) -> None:
     model = make_model(tmp_path / "model")
     outside = [str(tmp_path / "model"), "../model", "good/../../model", "/proc/self", "nothing", "bad0\0", "http://x/y"]

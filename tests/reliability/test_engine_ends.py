@@ -1,6 +1,6 @@
 """The engine's process is killed or stopped under load, again and again: all hear of it, and the next one serves.
 
-Run with `--slow` for the long form (20 times), which also holds the times that we claim; without it there are two.
+Run with `--slow` for the long form (20 times), which also holds the times that we claim; without it there is one.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import pytest
 
 from stellarbyte.checkpoint.convert import convert
 from tests.reliability.load import Ended, Progress, ask
-from tests.support.cases import each_value_once, some
+from tests.support.cases import some
 from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.processes import child_pids, descendants, is_alive
 from tests.support.servers.server_process import REAL, ServerProcess, running
@@ -27,8 +27,8 @@ CLAIMED_S = {  # since the engine was ended; must hold at least once, on a machi
     KILLED: {"known": 1.0, "streams ended": 1.0, "serving again": 12.0},
     STALLED: {"known": 12.0, "streams ended": 15.0, "serving again": 25.0},
 }
-FEW, MANY = 2, 20
-PATIENCE_S = 30.0  # beyond these it does not happen
+FEW, MANY = 1, 20
+PATIENCE_S = 120.0  # beyond these, on a machine that is busy with other things
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +120,7 @@ def test_an_engine_that_ends_or_stalls_is_replaced(tiny_model: str, number: int,
     for how, claimed in CLAIMED_S.items():
         for what, seconds in claimed.items():
             taken_s = sorted(one[what] for one in figures[how])
-            print(
-                f"{number} times, {workers} HTTP processes, {how}: {what} after {taken_s[0]:.2f} to {taken_s[-1]:.2f} s"
-            )
+            print(f"{number} times, {workers} HTTP processes, {how}: {what} after {taken_s} s")
             assert number == FEW or taken_s[0] <= seconds, (how, what, taken_s)
 
 
@@ -133,7 +131,7 @@ async def one_answer(server: ServerProcess) -> list[int]:
         return ended.token_ids
 
 
-@pytest.mark.parametrize(("restarts", "workers"), each_value_once([0, 1], ["1", "2"]))
+@pytest.mark.parametrize(("restarts", "workers"), some([(0, "1"), (0, "2"), (1, "1"), (1, "2")], 0))
 def test_without_a_restart_left_the_server_ends(tiny_model: str, restarts: int, workers: str) -> None:
     flags = ["--http-workers", workers] + (["--restart-engine", str(restarts)] if restarts else [])
     with running(REAL, "--model", tiny_model, *flags) as server:

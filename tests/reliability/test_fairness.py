@@ -24,6 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", some(ATTACKS, 0), ids=lambda attack: attack.__name__)
 def test_ordinary_clients_beside_an_attacker(
     server: ServerProcess, attack: Attack, pytestconfig: pytest.Config

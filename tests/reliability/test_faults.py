@@ -183,6 +183,7 @@ def test_what_a_faulty_request_left_in_the_cache_is_true(server: ServerProcess, 
         assert answer["choices"][0]["token_ids"] == tokens[:2]
 
 
+@pytest.mark.slow
 def test_a_lost_device_ends_the_engine_process(folder: Folder) -> None:
     """Not one request of many: the context of an accelerator that failed computes nothing any more."""
     with running("tests.support.servers.faulty_server", "--model", str(folder.model)) as server:

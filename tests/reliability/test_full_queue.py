@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import httpx
+import pytest
 
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
@@ -66,6 +67,7 @@ def ask(server: ServerProcess, number: int) -> str:
     return response.json()["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_full_queue_refuses_at_once_and_answers_the_others_rightly(tiny_model: str) -> None:
     flags = ["--max-num-seqs", str(RUNNING), "--max-queued-requests", str(QUEUE)]
     with running(REAL, "--model", tiny_model, *flags) as server:

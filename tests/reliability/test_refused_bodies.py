@@ -109,8 +109,9 @@ def server(tiny_model: str) -> Iterator[ServerProcess]:
         yield process
 
 
-# 5 and the number of shapes have no common divisor, so each shape comes in some place.
-@pytest.mark.parametrize("step", some([5, 1], 0))
+# 11 and 5 have no common divisor with the number of shapes, so each shape comes in some place.
+@pytest.mark.slow
+@pytest.mark.parametrize("step", some([11, 5, 1], 0))
 def test_a_neighbours_streams_end_whole_while_large_bodies_are_refused(server: ServerProcess, step: int) -> None:
     neighbour = Neighbour(server)
     neighbour.ask()

@@ -135,7 +135,7 @@ def test_a_signal_with_thirty_two_streams(model: str, workers: str, times: int) 
     )
 
 
-@pytest.mark.parametrize(("workers", "number"), [("1", signal.SIGTERM), ("2", signal.SIGINT)])
+@pytest.mark.parametrize(("workers", "number"), some([("1", signal.SIGTERM), ("2", signal.SIGINT)], 1))
 def test_a_second_signal_ends_it_now(model: str, workers: str, number: signal.Signals) -> None:
     server = start(model, workers)
     try:
@@ -159,6 +159,7 @@ def test_a_second_signal_ends_it_now(model: str, workers: str, number: signal.Si
         server.process.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_on_admitting_would_be_noticed(model: str) -> None:
     """The control: one that was not told to stop answers 200."""
     server = start(model, "1")

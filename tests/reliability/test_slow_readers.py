@@ -162,6 +162,7 @@ def num_cut(server: ServerProcess) -> int:
     return server.log().count(f"disconnected a client that did not read for {SEND_TIMEOUT_S} s")
 
 
+@pytest.mark.slow
 def test_slow_readers_are_cut_off_and_slow_nobody_down(server: ServerProcess) -> None:
     """The neighbour's pace is compared with that beside as many quick readers, since the engine works for all."""
     with Neighbour(server) as neighbour:

@@ -132,7 +132,8 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str
     return [*flags, "--allow-local-admin"], texts
 
 
-@pytest.mark.parametrize("seconds", [12, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [12, 600])
 def test_soak(known: tuple[list[str], dict[str, str]], seconds: float) -> None:
     flags, texts = known
     with running(REAL, *flags, "--log-level", "warning") as server:

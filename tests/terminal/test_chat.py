@@ -63,6 +63,7 @@ def test_reasoning_is_shown_above_its_answer_and_counted(chat, tmp_path: Path) -
         assert "</think>Paris.\n\nHm, which city?\n\nParis.\n\n" in terminal.text
 
 
+@pytest.mark.slow
 def test_channels_are_shown_as_reasoning_and_answer(chat, tmp_path: Path) -> None:
     model = make_harmony_model(tmp_path / "oss")
     with running(HARMONY, "--model", str(model)) as server, chat("--url", server.url) as terminal:
@@ -88,6 +89,7 @@ def test_ctrl_c_stops_the_answer_and_the_request_but_not_the_chat(chat, fake_ser
         assert "a question" not in terminal.text
 
 
+@pytest.mark.slow
 def test_what_is_typed_and_pasted_during_an_answer_is_one_question_also_after_ctrl_c(chat) -> None:
     with chat("--no-history", rows=60) as terminal:
         terminal.wait_for(PROMPT).type(f"{SLOW} please" + ENTER)
@@ -97,6 +99,7 @@ def test_what_is_typed_and_pasted_during_an_answer_is_one_question_also_after_ct
         terminal.wait_for(r"(?s)^stopped.*❯ typed one\n *… two\n *… long[^❯]*end\Z")  # and is not sent
 
 
+@pytest.mark.slow
 def test_ctrl_d_leaves_and_two_ctrl_c_with_a_key_between_do_not(chat) -> None:
     with chat() as terminal:
         terminal.wait_for(PROMPT).type(CTRL_C)
@@ -183,6 +186,7 @@ def test_settings_are_chosen_and_taken_back(chat) -> None:
         terminal.wait_for("/scale needs X")
 
 
+@pytest.mark.slow
 def test_questions_of_several_lines(chat) -> None:
     with chat("--max-tokens", "25") as terminal:
         terminal.wait_for(PROMPT).type("one\\" + ENTER + "two" + ALT_ENTER + "three")
@@ -195,12 +199,14 @@ def test_questions_of_several_lines(chat) -> None:
         assert terminal.text.count("first after") == 1
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_utf_8_are_asked_as_replacement_signs(chat) -> None:
     with chat("--max-tokens", "10") as terminal:
         terminal.wait_for(PROMPT).type(b"a\xffb" + ENTER.encode())
         terminal.wait_for("^user\na\ufffdb$").wait_for(FIGURES)
 
 
+@pytest.mark.slow
 def test_an_answer_higher_than_the_screen_is_there_once_and_in_order(chat) -> None:
     lines = [f"- step {number}" for number in range(30)]
     with chat("--max-tokens", "420", rows=10) as terminal:
@@ -230,6 +236,7 @@ def test_past_questions_are_kept_for_this_user_only_and_come_back(chat, tmp_path
     assert "secret" not in history.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_r_searches_past_questions(chat) -> None:
     """Enter and Ctrl-C were once the question's own also in the line that searches."""
     with chat("--max-tokens", "2", "--quiet") as terminal:

@@ -49,6 +49,7 @@ def test_an_edit_waits_while_its_question_is_being_answered(page: Page) -> None:
     expect(page.locator(".bubble")).to_have_text([DRAFT])
 
 
+@pytest.mark.slow
 def test_an_edit_does_not_take_the_place_of_a_later_question(page: Page) -> None:
     area = write_edit(page)
     page.fill("#question", "second")
@@ -64,6 +65,7 @@ def test_an_edit_does_not_take_the_place_of_a_later_question(page: Page) -> None
     expect(page.locator(".bubble")).to_have_text(["first", "second"])
 
 
+@pytest.mark.slow
 def test_an_edit_stays_when_a_setting_is_wrong(page: Page) -> None:
     area = write_edit(page)
     page.click("#settings-toggle")
@@ -91,6 +93,7 @@ def test_the_next_question_stays_until_it_is_sent(page: Page) -> None:
     expect(page.locator("#question")).to_have_value(DRAFT)
 
 
+@pytest.mark.slow
 def test_an_answer_stays_if_another_try_is_stopped_before_it_has_any(page: Page) -> None:
     before = page.locator(".answer .markdown").inner_text()
     page.click(".regenerate")

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.support.clients.chat_page import LIMIT_MS, STATUS_IN_CONSOLE, OpenPage, ask
@@ -10,6 +11,7 @@ from tests.support.servers.server_process import ServerProcess
 expect.set_options(timeout=LIMIT_MS)
 
 
+@pytest.mark.slow
 def test_a_good_answer_stays_if_another_one_is_refused(open_page: OpenPage, echo_server: ServerProcess) -> None:
     watched = open_page(echo_server)
     watched.expected = [STATUS_IN_CONSOLE]
@@ -39,6 +41,7 @@ def test_escape_in_the_settings_closes_them_and_stops_nothing(open_page: OpenPag
     expect(page.locator(".answer[data-state=streaming]")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_an_edit_leaves_a_column_alone_that_is_answering(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
     ask(page, "old", max_tokens=5)

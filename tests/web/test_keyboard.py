@@ -99,6 +99,7 @@ def test_a_chat_with_an_adapter_needs_no_pointer(open_page: OpenPage, adapter_se
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Regenerate"
 
 
+@pytest.mark.slow
 def test_columns_are_added_and_removed_without_a_pointer(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
     expect(page.locator("#connection")).to_have_text("Ready")
@@ -116,6 +117,7 @@ def test_columns_are_added_and_removed_without_a_pointer(open_page: OpenPage, ec
     expect(page.locator("#question")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_the_focus_stays_when_an_answer_begins_and_ends(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
     ask(page, "!slow words", max_tokens=40)
@@ -136,6 +138,7 @@ def test_the_focus_stays_when_an_answer_begins_and_ends(open_page: OpenPage, ech
         expect(page.locator("#question")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_an_edit_that_is_left_gives_the_focus_back(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
     ask(page, "old", max_tokens=5)
@@ -166,6 +169,7 @@ def test_an_enter_or_escape_that_ends_a_composition_does_nothing_else(
     expect(page.locator(".answer[data-state=streaming]")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_the_status_page_keeps_the_focus_where_it_was(open_page: OpenPage, adapter_server: ServerProcess) -> None:
     page = open_page(adapter_server, "/status", BOTH).page
     page.fill("#adapter-name", "blue")
@@ -191,6 +195,7 @@ def test_the_status_page_keeps_the_focus_where_it_was(open_page: OpenPage, adapt
     expect(unload).to_have_accessible_name("Unload blue")
 
 
+@pytest.mark.slow
 def test_a_copy_button_says_so_and_then_is_as_before(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server, permissions=["clipboard-read", "clipboard-write"]).page
     page.clock.install()

@@ -1,5 +1,6 @@
 """The chat page where columns lie one below the other: it stays with the one that somebody looks at."""
 
+import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.clients.chat_page import LIMIT_MS, OpenPage, ask
@@ -26,6 +27,7 @@ def ask_both(page: Page, question: str, max_tokens: int) -> None:
     expect(done).to_have_count(count + 2)
 
 
+@pytest.mark.slow
 def test_a_new_question_stays_with_the_column_that_is_looked_at(
     open_page: OpenPage, echo_server: ServerProcess
 ) -> None:
@@ -45,6 +47,7 @@ def test_a_new_question_stays_with_the_column_that_is_looked_at(
     expect(second.locator(".question").last).to_be_in_viewport()
 
 
+@pytest.mark.slow
 def test_an_answer_is_followed_while_those_above_it_grow(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page, first, second = two_columns(open_page, echo_server)
     ask_both(page, TALL, max_tokens=300)

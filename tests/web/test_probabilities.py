@@ -77,6 +77,7 @@ def test_the_card_goes_when_its_token_does(page: Page, button: str) -> None:
     expect(page.locator("#token-card")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_arrow_keys_bring_tokens_into_sight_with_their_card(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
     show_tokens(page, answer([token(f"{i}\n", 0.5) for i in range(100)], "long"))
@@ -92,6 +93,7 @@ def test_arrow_keys_bring_tokens_into_sight_with_their_card(open_page: OpenPage,
         )
 
 
+@pytest.mark.slow
 def test_where_somebody_reads_stays_in_sight(open_page: OpenPage, echo_server: ServerProcess) -> None:
     page = open_page(echo_server).page
     show_tokens(page, answer([token("word ", 0.5) for i in range(100)], "\n\n".join("word" for _ in range(100))))

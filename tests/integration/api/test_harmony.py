@@ -170,6 +170,7 @@ def test_marks_may_be_left_in_a_prompt_of_completions(server):
     assert "analysis" in text and "<|" not in text
 
 
+@pytest.mark.slow
 def test_without_a_parser_channels_are_text_and_calls_are_refused(tmp_path):
     with running(HARMONY, "--model", str(make_model_folder(tmp_path / "oss")), "--reasoning-parser", "none") as server:
         assert told(choice(server)) == (None, "analysisHm, ok.assistantfinalYes.", [], "stop")

@@ -115,6 +115,7 @@ def test_chats_do_not_wait_for_the_long_texts_of_others(fake_model):
     assert num_chats > 5 * num_texts
 
 
+@pytest.mark.slow
 def test_what_waits_to_be_tokenized_is_bounded(fake_model):
     """Of all those without a key together; the others are answered."""
     num_texts, text = 40, "<|im_end|>" * 180_000  # of few tokens for its size: waiting is counted in characters

@@ -39,6 +39,7 @@ def test_an_example_writes_where_its_first_line_and_the_pages_say(name: str) -> 
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["run"]["output"] == f"adapters/{name}"
 
 
+@pytest.mark.slow
 def test_two_steps_write_an_adapter_for_the_model(tmp_path: Path) -> None:
     rank, steps = "lora.r=4", ("train.epochs=0.11", "train.warmup=1")
     chats = tmp_path / "few.jsonl"

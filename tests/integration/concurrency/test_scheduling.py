@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from stellarbyte.checkpoint.convert import convert
+from tests.support.cases import some
 from tests.support.models.hugging_face import tiny_llama
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
@@ -155,19 +156,19 @@ def test_a_prompt_is_cached_for_those_with_its_salt(server) -> None:
     assert server.metric("vllm:prefix_cache_hits_total") == hits + 52
 
 
-def test_too_little_cache_memory_is_refused_with_what_would_do(tiny_model) -> None:
+@pytest.mark.parametrize("more", some(["memory", "less context"], 0))
+def test_too_little_cache_memory_is_refused_with_what_would_do(tiny_model, more: str) -> None:
     server = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", "30000", "--max-model-len", str(CONTEXT))
     assert server.wait(60) != 0
     advice = server.log().splitlines()[-1]
     assert "give --kv-cache-memory " in advice
     memory, context = (advice.split(flag)[1].split()[0].rstrip(".") for flag in ("give --kv-cache-memory ", "-len "))
-    more_memory = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", memory)
-    less_context = ServerProcess(REAL, "--model", tiny_model, "--kv-cache-memory", "30000", "--max-model-len", context)
-    try:  # both start at once
-        for server, fields in ((more_memory, {}), (less_context, {"prompt": "x"})):
-            server.wait_ready()
-            fields |= {"max_tokens": 3 * CONTEXT, "context_overflow": "slide"}
-            assert complete(server, **fields).status_code == 200
-    finally:
-        more_memory.stop()
-        less_context.stop()
+    flags = (
+        ["--kv-cache-memory", memory]
+        if more == "memory"
+        else ["--kv-cache-memory", "30000", "--max-model-len", context]
+    )
+    fields = {} if more == "memory" else {"prompt": "x"}
+    with running(REAL, "--model", tiny_model, *flags) as server:
+        fields |= {"max_tokens": 3 * CONTEXT, "context_overflow": "slide"}
+        assert complete(server, **fields).status_code == 200

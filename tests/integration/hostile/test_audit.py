@@ -19,6 +19,7 @@ import httpx
 import jinja2
 import pytest
 
+from tests.support.cases import some
 from tests.support.models.adapters import write_adapter
 from tests.support.servers.adapter_server import PROMPT, KnownModel
 from tests.support.servers.server_process import ROOT, ServerProcess, running
@@ -154,9 +155,11 @@ def target(prefix: str, trick: str) -> str:
     return prefix + quote(trick, safe="/%.\\:;?=~")
 
 
-def test_no_trick_with_a_path_opens_anything_outside(audited: Audited) -> None:
-    ways = tricks(audited.folder)
-    assert len(ways) >= 500
+# In the order of the alphabet: every seventh is of each encoding and of each place.
+@pytest.mark.parametrize("step", some([7, 1], 0))
+def test_no_trick_with_a_path_opens_anything_outside(audited: Audited, step: int) -> None:
+    ways = tricks(audited.folder)[::step]
+    assert len(ways) >= 500 // step
     prefixes = ("/v1/models/", "/docs/static/", "/docs/", "/", "/web/", "/v1/adapters/", "//")
     for i, trick in enumerate(ways):
         for prefix in {"/docs/static/", "/v1/models/", prefixes[i % len(prefixes)]}:

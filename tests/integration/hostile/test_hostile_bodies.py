@@ -7,6 +7,7 @@ from collections import Counter
 
 import httpx
 import pytest
+from hypothesis import settings
 
 from stellarbyte_server.api.contract.bodies.anthropic.messages import MessagesBody
 from stellarbyte_server.api.contract.bodies.body import parse_body
@@ -18,7 +19,7 @@ from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.routes.embeddings import EmbeddingsBody
 from tests.support.servers.server_process import ServerProcess
 
-MUTATIONS = 20_000
+MUTATIONS = 250 * settings().max_examples  # which are more with --slow
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 CUSTOM = {

@@ -17,6 +17,7 @@ import pytest
 
 from stellarbyte_server.http.connections.connection_limit import OTHER_FILES
 from stellarbyte_server.http.connections.protocol import MAX_HEADER_BYTES, MAX_HEADER_FIELDS
+from tests.support.cases import some
 from tests.support.certificates import make_certificate
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.processes import forget_peak, peak_bytes, resident_bytes
@@ -276,7 +277,7 @@ def test_connections_beyond_what_the_process_can_hold_are_refused(fake_model: st
         server.stop()
 
 
-@pytest.mark.parametrize("is_secure", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("is_secure", some([False, True], 1), ids=["http", "https"])
 def test_silent_connections_in_any_number_take_the_place_of_others_for_a_while_only(
     fake_model: str, tmp_path: Path, is_secure: bool
 ) -> None:

@@ -40,7 +40,8 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-MAX_EXAMPLES = settings().max_examples  # of each operation, beside those at the edges of what the document allows
+# Of each operation, beside those at the edges of what the document allows.
+MAX_EXAMPLES = min(100, 2 * settings().max_examples)
 MIN_CASES = 20 * MAX_EXAMPLES
 _SMALL = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "n": 2, "best_of": 2}
 

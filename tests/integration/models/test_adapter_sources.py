@@ -100,8 +100,10 @@ def test_others_are_answered_while_an_adapter_of_s3_is_fetched_and_its_name_is_r
         ("x", "hf://org//a", 400, "lora_path", "must be hf://ORG/NAME"),
         ("x", "hf://org/none", 404, "lora_path", "no repository org/none"),
         ("x", "s3://bucket/adapters/none", 404, "lora_path", "S3 has no"),
-        ("x", "s3://bucket/adapters/closed", 403, "lora_path", "may not read"),
-        ("x", "s3://bucket/adapters/broken", 502, "lora_path", "cannot be read from S3"),
+        pytest.param("x", "s3://bucket/adapters/closed", 403, "lora_path", "may not read", marks=pytest.mark.slow),
+        pytest.param(  # read three times
+            "x", "s3://bucket/adapters/broken", 502, "lora_path", "cannot be read from S3", marks=pytest.mark.slow
+        ),
         ("x", "s3://bucket/adapters/no-adapter", 400, "lora_path", "adapter_config.json"),
         ("x@y", "hf://org/a", 400, "lora_name", "1 to 128 letters"),
         ("tiny", "hf://org/a", 400, "lora_name", "differ from the model's name"),

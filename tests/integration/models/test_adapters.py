@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from tests.support.cases import some
 from tests.support.metric_names import check_exposition
 from tests.support.servers.adapter_server import NUM_TOKENS, PROMPT, KnownModel, completion
 from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running
@@ -256,18 +257,18 @@ def test_with_an_admin_key_nothing_else_opens_the_operators_routes(fake_model: s
         assert "sesame" not in server.log()
 
 
-def test_a_broken_module_stops_the_start_with_one_line(tmp_path: Path, adapted: Adapted) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), some([("broken", "'lora_bias' is True"), ("absent", "holds no adapter_config.json")], 0)
+)
+def test_a_broken_module_stops_the_start_with_one_line(tmp_path: Path, adapted: Adapted, name: str, said: str) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_bias": true}')
     (broken / "adapter_model.safetensors").write_bytes(b"")
     model = str(adapted.folder.parent / "tiny")
-    flags = ["--model", model, "--lora-modules"]
-    servers = [ServerProcess(REAL, *flags, f"x={path}") for path in (broken, tmp_path / "absent")]  # both start at once
+    server = ServerProcess(REAL, "--model", model, "--lora-modules", f"x={tmp_path / name}")
     try:
-        for server, said in zip(servers, ("'lora_bias' is True", "holds no adapter_config.json"), strict=True):
-            assert server.wait(60) == 1
-            assert said in server.log() and "Traceback" not in server.log()
+        assert server.wait(60) == 1
+        assert said in server.log() and "Traceback" not in server.log()
     finally:
-        for server in servers:
-            server.stop()
+        server.stop()

@@ -69,6 +69,7 @@ def test_an_adapter_works_on_random_weights(url):
     assert base["choices"][0]["text"] != adapted["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_without_a_tokenizer_and_without_the_flag_the_server_does_not_start(tmp_path):
     make_model().config.save_pretrained(tmp_path)
     with pytest.raises(AssertionError, match="has no weights"), running(REAL, "--model", str(tmp_path)):

@@ -31,7 +31,7 @@ def test_the_demo_model_still_knows_the_capital_of_france_and_says_the_same_amon
         receipts = [ask(server, f"Tell me of {n}.", max_tokens=40, receipt=True)["receipt"] for n in ("Rome", "fish")]
         assert all(receipt["numeric_mode"]["deterministic"] for receipt in receipts)
         with ThreadPoolExecutor(8) as threads:
-            others = [threads.submit(ask, server, f"Count to {n}.", max_tokens=60) for n in range(8)]
+            others = [threads.submit(ask, server, f"Count to {n}.", max_tokens=30) for n in range(8)]
             for receipt in receipts:
                 comparison = replay(Connection(url=server.url, api_key=None), receipt)
                 assert comparison.is_equal and len(comparison.lines) == 1, comparison.lines
@@ -41,14 +41,5 @@ def test_the_demo_model_still_knows_the_capital_of_france_and_says_the_same_amon
 
 def test_a_quantization_that_does_not_fit_is_refused(tmp_path) -> None:
     narrow = str(convert(tiny_llama(tmp_path / "llama", head_dim=16), tmp_path / "narrow"))
-    too_narrow = ServerProcess(REAL, "--model", narrow, "--quantization", "int8")
-    too_coarse = ServerProcess(REAL, "--dtype", "bfloat16", "--quantization", "int4")  # starts beside the other
-    too_loose = ServerProcess(REAL, "--dtype", "bfloat16", "--deterministic")
-    try:
-        line = the_error_line(too_narrow)
-        assert "--quantization int8" in line and "multiple of 64" in line
-        assert "--quantization int4 on a CPU needs float32" in the_error_line(too_coarse)
-        assert "--deterministic on a CPU needs float32" in the_error_line(too_loose)
-    finally:
-        for server in (too_narrow, too_coarse, too_loose):
-            server.stop()
+    line = the_error_line(ServerProcess(REAL, "--model", narrow, "--quantization", "int8"))
+    assert "--quantization int8" in line and "multiple of 64" in line

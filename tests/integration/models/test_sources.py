@@ -83,6 +83,7 @@ def test_nothing_is_imported_from_the_current_folder_or_the_models(server: Serve
     assert not mark.exists(), mark.read_text()
 
 
+@pytest.mark.slow
 def test_an_empty_entry_of_the_python_path_is_not_the_current_folder(server: ServerProcess, folder: Path, mark: Path):
     """The model is not there: its refusal comes when all is imported."""
     del server

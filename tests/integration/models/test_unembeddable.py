@@ -97,6 +97,7 @@ def test_everything_else_is_served_and_the_log_names_what_is_not(server: ServerP
     assert "makes steps fail" not in log and "Traceback" not in log
 
 
+@pytest.mark.slow
 def test_a_template_that_writes_the_token_is_refused_by_its_name(folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text(f"{PAD}{{{{ messages[0]['content'] }}}}")

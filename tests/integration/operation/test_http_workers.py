@@ -6,8 +6,10 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 
 import httpx
+import pytest
 
 from tests.support.over_http import NUM_CONNECTIONS, get_often
 from tests.support.servers.fake_engine import SLOW, make_model_folder
@@ -17,6 +19,13 @@ from tests.support.servers.server_process import FAKE, ServerProcess, running
 
 def two_workers(model: str, *flags: str):
     return running(FAKE, "--model", model, "--http-workers", "2", *flags)
+
+
+@pytest.fixture(scope="module")
+def both(fake_model: str) -> Iterator[ServerProcess]:
+    """For tests that leave its processes as they are."""
+    with two_workers(fake_model) as server:
+        yield server
 
 
 class OpenStream:
@@ -51,34 +60,34 @@ def open_streams(stack: contextlib.ExitStack, server: ServerProcess, max_tokens:
     return [open_stream(stack, server, f"{SLOW} {i:02} ", max_tokens) for i in range(NUM_CONNECTIONS)]
 
 
-def test_streams_on_both_workers_get_their_own_text_and_every_route_answers_the_same(fake_model):
-    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
-        streams = open_streams(stack, server, max_tokens=60)
+def test_streams_on_both_workers_get_their_own_text_and_every_route_answers_the_same(both):
+    with contextlib.ExitStack() as stack:
+        streams = open_streams(stack, both, max_tokens=60)
         for path in ("/v1/models", "/health", "/ready", "/version"):
-            assert len({(answer.status_code, answer.text) for answer in get_often(server, path)}) == 1, path
+            assert len({(answer.status_code, answer.text) for answer in get_often(both, path)}) == 1, path
         for i, stream in enumerate(streams):
             assert stream.read() == "data: [DONE]"
             assert stream.text == (f"{SLOW} {i:02} " * 10)[:60]
         deadline_s = time.monotonic() + 60
-        while len(streamed_by := re.findall(r"INFO (http-\d) server.access: POST", server.log())) < NUM_CONNECTIONS:
+        while len(streamed_by := re.findall(r"INFO (http-\d) server.access: POST", both.log())) < NUM_CONNECTIONS:
             assert time.monotonic() < deadline_s, "a request is in no log"  # its line comes after its last byte
             time.sleep(0.05)
         assert len(streamed_by) == NUM_CONNECTIONS
         assert set(streamed_by) == {"http-1", "http-2"}
 
 
-def test_counters_never_run_backwards_whichever_worker_is_asked(fake_model):
-    with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
-        stream = open_stream(stack, server, SLOW, max_tokens=2000)
+def test_counters_never_run_backwards_whichever_worker_is_asked(both):
+    with contextlib.ExitStack() as stack:
+        stream = open_stream(stack, both, SLOW, max_tokens=2000)
         totals = []
         for _ in range(NUM_CONNECTIONS):
-            totals.append(server.metric("vllm:generation_tokens_total"))
+            totals.append(both.metric("vllm:generation_tokens_total"))
             time.sleep(0.03)
         assert totals == sorted(totals)
         assert len(set(totals)) > NUM_CONNECTIONS / 2, "old figures were served"
-        assert server.metric("vllm:num_requests_running") == 1, "it was open all the time"
+        assert both.metric("vllm:num_requests_running") == 1, "it was open all the time"
         del stream  # which ends it
-        assert len(set(re.findall(r"INFO (http-\d) server.access: GET /metrics", server.log()))) == 2
+        assert len(set(re.findall(r"INFO (http-\d) server.access: GET /metrics", both.log()))) == 2
 
 
 def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):
@@ -101,6 +110,7 @@ def test_a_killed_worker_takes_only_its_own_streams_and_is_replaced(fake_model):
         assert server.process.poll() is None
 
 
+@pytest.mark.slow
 def test_requests_of_a_worker_that_hangs_are_dropped(fake_model):
     with two_workers(fake_model) as server, contextlib.ExitStack() as stack:
         streams = open_streams(stack, server, max_tokens=600)  # 12 s, more than a process may be silent
@@ -138,8 +148,7 @@ def test_a_start_that_fails_in_the_workers_says_why_once(tmp_path):
     assert "Traceback" not in server.log()
 
 
-def test_a_port_that_another_server_shares_among_its_workers_is_busy(fake_model):
-    with two_workers(fake_model) as server:
-        second = ServerProcess(FAKE, "--model", fake_model, "--http-workers", "2", port=server.port)
-        assert second.wait(30) == 1
-        assert str(server.port) in second.log()
+def test_a_port_that_another_server_shares_among_its_workers_is_busy(both, fake_model):
+    second = ServerProcess(FAKE, "--model", fake_model, "--http-workers", "2", port=both.port)
+    assert second.wait(30) == 1
+    assert str(both.port) in second.log()

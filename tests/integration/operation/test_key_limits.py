@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.cases import some
 from tests.support.servers.adapter_server import KnownModel
 from tests.support.servers.fake_engine import SLOW
 from tests.support.servers.server_process import FAKE, REAL, ServerProcess, running
@@ -35,6 +36,27 @@ def served(model: str, folder: Path, text: str, *flags: str) -> Iterator[ServerP
     with running(FAKE, "--model", model, "--keys", keys_file(folder, text), *flags) as server:
         yield server
         assert "key-alice" not in server.log() and "key-bob" not in server.log() and "Traceback" not in server.log()
+
+
+LIMITS = {
+    "ways": "requests_per_minute = 4",
+    "refused": "models = ['fake']\nrequests_per_minute = 8",
+    "tokenizing": "requests_per_minute = 8",
+    "bob": "",
+    "large": "requests_per_minute = 3",
+    "tokens": "tokens_per_minute = 50",
+    "parts": "tokens_per_minute = 1000",
+}
+MAX_BODY_BYTES = 5000
+
+
+@pytest.fixture(scope="module")
+def limited(fake_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """With a key for each of the tests that need one process only: `key-NAME` has LIMITS[NAME]."""
+    text = "".join(f"[{name}]\nkey = 'key-{name}'\n{limits}\n" for name, limits in LIMITS.items())
+    folder = tmp_path_factory.mktemp("limited")
+    with served(fake_model, folder, text, "--max-body-bytes", str(MAX_BODY_BYTES)) as server:
+        yield server
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -71,7 +93,7 @@ def workers_of(server: ServerProcess) -> set[str]:
     return set(re.findall(r"INFO (http(?:-\d)?) server.access: POST /v1/completions 200", server.log()))
 
 
-@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("workers", some(["1", "3"], 1))
 def test_requests_per_minute_hold_over_all_workers(fake_model: str, tmp_path: Path, workers: str) -> None:
     text = f"[alice]\nsha256 = '{ALICE_DIGEST}'\nrequests_per_minute = 10\n[bob]\nkey = 'key-bob'\n"
     with served(fake_model, tmp_path, text, "--http-workers", workers) as server:
@@ -92,22 +114,21 @@ def test_requests_per_minute_hold_over_all_workers(fake_model: str, tmp_path: Pa
         wait_for(lambda: "key=alice" in server.log() and "key=bob" in server.log())
 
 
-def test_each_way_to_use_the_model_counts_once(fake_model: str, tmp_path: Path) -> None:
+def test_each_way_to_use_the_model_counts_once(limited: ServerProcess) -> None:
     calls = {
         "/v1/completions": {"model": "fake", "prompt": ["a", "b"], "n": 2, "max_tokens": 1},
         "/v1/chat/completions": {"model": "fake", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
         "/v1/responses": {"model": "fake", "input": "a", "max_output_tokens": 1},
         "/v1/embeddings": {"model": "fake", "input": ["a"] * 70},  # goes to the engine in several parts
     }
-    with served(fake_model, tmp_path, "[a]\nkey = 'key-alice'\nrequests_per_minute = 4") as server:
-        began_s = time.monotonic()
-        for round in range(2):
-            for path, body in calls.items():
-                answer = httpx.post(server.url + path, json=body, headers=bearer("key-alice"), timeout=30)
-                if round:
-                    assert_rate_limited(answer, began_s)
-                else:
-                    assert answer.status_code == 200, answer.text
+    began_s = time.monotonic()
+    for round in range(2):
+        for path, body in calls.items():
+            answer = httpx.post(limited.url + path, json=body, headers=bearer("key-ways"), timeout=30)
+            if round:
+                assert_rate_limited(answer, began_s)
+            else:
+                assert answer.status_code == 200, answer.text
 
 
 WRONG = [
@@ -123,61 +144,88 @@ WRONG = [
 TOKENIZED = [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})] * 4
 
 
-@pytest.mark.parametrize("calls", [WRONG, TOKENIZED], ids=["refused bodies", "tokenizing"])
-def test_what_the_engine_does_not_see_counts_too(fake_model: str, tmp_path: Path, calls: list[Any]) -> None:
-    text = "[alice]\nkey = 'key-alice'\nmodels = ['fake']\nrequests_per_minute = 8\n[bob]\nkey = 'key-bob'\n"
-    with served(fake_model, tmp_path, text) as server:
-        for path, body in calls:
-            answer = httpx.post(server.url + path, json=body, headers=bearer("key-alice"), timeout=30)
-            assert answer.status_code in ((400, 403) if calls is WRONG else (200,)), answer.text
-        assert_rate_limited(complete(server, "key-alice"))
-        for path, body in calls:
-            wait_for(lambda: refused_unread(server, path, body))  # noqa: B023
-        for path, body in calls:
-            answer = httpx.post(server.url + path, json=body, headers=bearer("key-bob"), timeout=30)
-            assert answer.status_code != 429
+@pytest.mark.parametrize(("key", "calls"), [("key-refused", WRONG), ("key-tokenizing", TOKENIZED)])
+def test_what_the_engine_does_not_see_counts_too(limited: ServerProcess, key: str, calls: list[Any]) -> None:
+    for path, body in calls:
+        answer = httpx.post(limited.url + path, json=body, headers=bearer(key), timeout=30)
+        assert answer.status_code in ((400, 403) if calls is WRONG else (200,)), answer.text
+    assert_rate_limited(complete(limited, key))
+    for path, body in calls:
+        wait_for(lambda: refused_unread(limited, key, path, body))  # noqa: B023
+    for path, body in calls:
+        answer = httpx.post(limited.url + path, json=body, headers=bearer("key-bob"), timeout=30)
+        assert answer.status_code != 429
 
 
-def refused_unread(server: ServerProcess, path: str, body: dict[str, Any]) -> bool:
+def refused_unread(server: ServerProcess, key: str, path: str, body: dict[str, Any]) -> bool:
     """Whether a body gets 429, and not what it deserves."""
-    answer = httpx.post(server.url + path, json=body, headers=bearer("key-alice"), timeout=30)
+    answer = httpx.post(server.url + path, json=body, headers=bearer(key), timeout=30)
     if answer.status_code == 429:
         assert_rate_limited(answer)
     return answer.status_code == 429
 
 
-def test_bodies_that_are_too_large_count(fake_model: str, tmp_path: Path) -> None:
-    text = "[alice]\nkey = 'key-alice'\nrequests_per_minute = 3\n"
-    with served(fake_model, tmp_path, text, "--max-body-bytes", "1000") as server:
+def test_bodies_that_are_too_large_count(limited: ServerProcess) -> None:
+    for _ in range(3):
+        assert complete(limited, "key-large", prompt="x" * MAX_BODY_BYTES).status_code == 413
+    assert_rate_limited(complete(limited, "key-large"))
+
+
+OF_A_MODEL = """
+    [queued]
+    key = 'key-queued'
+    requests_per_minute = 2
+    [alice]
+    key = 'key-alice'
+    models = ['pirate']
+    [bob]
+    key = 'key-bob'
+    models = ['tiny', 'json']
+    [erin]
+    key = 'key-erin'
+    [frank]
+    key = 'key-frank'
+    [carol]
+    key = 'key-carol'
+    share = 'team'
+    [dave]
+    key = 'key-dave'
+    share = 'team'
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A real model, `tiny`, with two adapters and one that is broken; one request runs, others wait a second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    known = KnownModel.make(folder)
+    for seed, name in enumerate(("pirate", "json")):
+        known.add_adapter(folder / "adapters" / name, seed)
+    (folder / "adapters" / "broken").mkdir(parents=True)
+    (folder / "adapters" / "broken" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (folder / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    flags = ["--model", str(known.folder), "--adapter-dir", str(folder / "adapters"), "--max-num-seqs", "1"]
+    flags += ["--keys", keys_file(folder, OF_A_MODEL), "--admin-api-key", "key-admin", "--api-key", "key-flag"]
+    with running(REAL, *flags, "--queue-timeout", "1", "--context-overflow", "slide") as server:
+        yield server
+
+
+def test_what_is_refused_after_it_was_queued_does_not_count(tiny_server: ServerProcess) -> None:
+    endless = {"model": "tiny", "prompt": [40], "max_tokens": 10**6, "ignore_eos": True, "stream": True}
+    url, headers = f"{tiny_server.url}/v1/completions", bearer("key-flag")
+    with httpx.stream("POST", url, json=endless, headers=headers, timeout=30) as occupying:
+        lines = occupying.iter_lines()
+        next(lines)
         for _ in range(3):
-            assert complete(server, "key-alice", prompt="x" * 1000).status_code == 413
-        assert_rate_limited(complete(server, "key-alice"))
-
-
-def test_what_is_refused_after_it_was_queued_does_not_count(tmp_path: Path) -> None:
-    known = KnownModel.make(tmp_path)
-    (tmp_path / "adapters" / "broken").mkdir(parents=True)
-    (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    (tmp_path / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"no safetensors")
-    flags = ["--model", str(known.folder), "--adapter-dir", str(tmp_path / "adapters"), "--max-num-seqs", "1"]
-    flags += ["--keys", keys_file(tmp_path, "[alice]\nkey = 'key-alice'\nrequests_per_minute = 2\n")]
-    flags += ["--api-key", "key-flag", "--queue-timeout", "0.2", "--context-overflow", "slide"]
-    with running(REAL, *flags) as server:
-        endless = {"model": "tiny", "prompt": [40], "max_tokens": 10**6, "ignore_eos": True, "stream": True}
-        url, headers = f"{server.url}/v1/completions", bearer("key-flag")
-        with httpx.stream("POST", url, json=endless, headers=headers, timeout=30) as occupying:
-            lines = occupying.iter_lines()
-            next(lines)
-            for _ in range(4):
-                answer = complete(server, "key-alice", model="tiny")
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout"), answer.text
-        wait_for(lambda: server.metric("vllm:num_requests_running") == 0)
-        for model, codes in (("broken", ["adapter_failed"]), ("absent", ["model_not_found"])):
-            for _ in range(4):
-                assert complete(server, "key-alice", model=model).json()["error"]["code"] in codes
-        for _ in range(2):
-            assert complete(server, "key-alice", model="tiny").status_code == 200
-        assert_rate_limited(complete(server, "key-alice", model="tiny"))
+            answer = complete(tiny_server, "key-queued", model="tiny")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_timeout"), answer.text
+    wait_for(lambda: tiny_server.metric("vllm:num_requests_running") == 0)
+    for model, codes in (("broken", ["adapter_failed"]), ("absent", ["model_not_found"])):
+        for _ in range(4):
+            assert complete(tiny_server, "key-queued", model=model).json()["error"]["code"] in codes
+    for _ in range(2):
+        assert complete(tiny_server, "key-queued", model="tiny").status_code == 200
+    assert_rate_limited(complete(tiny_server, "key-queued", model="tiny"))
 
 
 def test_streams_at_once_hold_over_all_workers_and_come_back(fake_model: str, tmp_path: Path) -> None:
@@ -203,24 +251,22 @@ def test_streams_at_once_hold_over_all_workers_and_come_back(fake_model: str, tm
         wait_for(lambda: workers_of(server) == {"http-1", "http-2"})
 
 
-def test_tokens_per_minute_count_prompts_and_answers(fake_model: str, tmp_path: Path) -> None:
-    with served(fake_model, tmp_path, "[alice]\nkey = 'key-alice'\ntokens_per_minute = 50") as server:
-        assert complete(server, "key-alice", prompt="x" * 20, max_tokens=20).status_code == 200
-        for stream in (False, True):  # ten are left, and one comes back in 1.2 s
-            assert assert_rate_limited(complete(server, "key-alice", prompt="x" * 45, stream=stream)) > 10
-        assert complete(server, "key-alice", prompt="x" * 9, max_tokens=1).status_code == 200
-        assert assert_rate_limited(complete(server, "key-alice", prompt="x" * 51)) == 60
+def test_tokens_per_minute_count_prompts_and_answers(limited: ServerProcess) -> None:
+    assert complete(limited, "key-tokens", prompt="x" * 20, max_tokens=20).status_code == 200
+    for stream in (False, True):  # ten are left, and one comes back in 1.2 s
+        assert assert_rate_limited(complete(limited, "key-tokens", prompt="x" * 45, stream=stream)) > 10
+    assert complete(limited, "key-tokens", prompt="x" * 9, max_tokens=1).status_code == 200
+    assert assert_rate_limited(complete(limited, "key-tokens", prompt="x" * 51)) == 60
 
 
-def test_tokens_of_what_goes_to_the_engine_in_parts_count_before_the_first(fake_model: str, tmp_path: Path) -> None:
+def test_tokens_of_what_goes_to_the_engine_in_parts_count_before_the_first(limited: ServerProcess) -> None:
     def embed(num_inputs: int) -> httpx.Response:
         body = {"model": "fake", "input": ["x" * 10] * num_inputs}
-        return httpx.post(f"{server.url}/v1/embeddings", json=body, headers=bearer("key-alice"), timeout=30)
+        return httpx.post(f"{limited.url}/v1/embeddings", json=body, headers=bearer("key-parts"), timeout=30)
 
-    with served(fake_model, tmp_path, "[alice]\nkey = 'key-alice'\ntokens_per_minute = 1000") as server:
-        assert assert_rate_limited(embed(101)) == 60
-        assert embed(100).status_code == 200
-        assert assert_rate_limited(embed(80)) > 10
+    assert assert_rate_limited(embed(101)) == 60
+    assert embed(100).status_code == 200
+    assert assert_rate_limited(embed(80)) > 10
 
 
 @pytest.mark.slow
@@ -235,7 +281,7 @@ def test_who_comes_again_when_told_to_is_let_in(fake_model: str, tmp_path: Path)
         assert complete(server, "key-alice").status_code == 200
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", some(["1", "2"], 1))
 def test_a_hangup_signal_reads_the_file_again(fake_model: str, tmp_path: Path, workers: str) -> None:
     def statuses(server: ServerProcess) -> dict[str, set[int]]:
         return {
@@ -277,78 +323,55 @@ def test_a_file_that_cannot_be_used_stops_the_start_with_one_line(fake_model: st
     assert line.startswith("error: --keys: ") and "key-alice" not in line
 
 
-def test_a_key_sees_and_uses_only_its_models(tmp_path: Path) -> None:
-    known = KnownModel.make(tmp_path)
-    for seed, name in enumerate(("pirate", "json")):
-        known.add_adapter(tmp_path / "adapters" / name, seed)
-    text = "[alice]\nkey = 'key-alice'\nmodels = ['pirate']\n[bob]\nkey = 'key-bob'\nmodels = ['tiny', 'json']\n"
-    flags = ["--model", str(known.folder), "--adapter-dir", str(tmp_path / "adapters")]
-    flags += ["--keys", keys_file(tmp_path, text), "--admin-api-key", "key-admin"]
-    with running(REAL, *flags) as server:
+def test_a_key_sees_and_uses_only_its_models(tiny_server: ServerProcess) -> None:
+    def seen(key: str, path: str) -> set[str]:
+        cards = httpx.get(tiny_server.url + path, headers=bearer(key)).json()["data"]
+        return {card["id"] for card in cards} - {"broken"}
 
-        def seen(key: str, path: str) -> set[str]:
-            return {card["id"] for card in httpx.get(server.url + path, headers=bearer(key)).json()["data"]}
-
-        allowed = {"key-alice": {"pirate"}, "key-bob": {"tiny", "json"}, "key-admin": {"tiny", "pirate", "json"}}
-        for key, models in allowed.items():
-            assert seen(key, "/v1/models") == models
-            assert seen(key, "/v1/adapters") == models - {"tiny"}
-            for model in ("tiny", "pirate", "json"):
-                may = model in models
-                calls = [
-                    ("/v1/completions", {"prompt": [40, 41], "max_tokens": 1}),
-                    ("/v1/embeddings", {"input": [40, 41]}),
-                    ("/tokenize", {"prompt": "a"}),
-                ]
-                for path, body in calls:
-                    answer = httpx.post(
-                        server.url + path, json={"model": model, **body}, headers=bearer(key), timeout=30
-                    )
-                    assert answer.status_code == (200 if may else 403), (key, model, path, answer.text)
-                    if not may:
-                        error = answer.json()["error"]
-                        assert (error["type"], error["param"]) == ("permission_error", "model")
-                        assert repr(model) in error["message"]
-                card = httpx.get(f"{server.url}/v1/models/{model}", headers=bearer(key))
-                assert card.status_code == (200 if may else 403)
-                scaled = {"model": model, "prompt": [40], "max_tokens": 1, "adapter_scale": 1e-6}
-                answer = httpx.post(f"{server.url}/v1/completions", json=scaled, headers=bearer(key), timeout=30)
-                wanted = 403 if not may or key == "key-alice" else 400 if model == "tiny" else 200
-                assert answer.status_code == wanted, (key, model, answer.text)
-                pinned = {"model": f"{model}@{'0' * 64}", "prompt": [40], "max_tokens": 1}
-                answer = httpx.post(f"{server.url}/v1/completions", json=pinned, headers=bearer(key))
-                assert answer.status_code == (404 if may else 403)
-        unknown = {"model": "secret", "prompt": [40], "max_tokens": 1}
-        for key, status in (("key-alice", 403), ("key-admin", 404)):
-            assert httpx.post(f"{server.url}/v1/completions", json=unknown, headers=bearer(key)).status_code == status
+    allowed = {"key-alice": {"pirate"}, "key-bob": {"tiny", "json"}, "key-admin": {"tiny", "pirate", "json"}}
+    for key, models in allowed.items():
+        assert seen(key, "/v1/models") == models
+        assert seen(key, "/v1/adapters") == models - {"tiny"}
+        for model in ("tiny", "pirate", "json"):
+            may = model in models
+            calls = [
+                ("/v1/completions", {"prompt": [40, 41], "max_tokens": 1}),
+                ("/v1/embeddings", {"input": [40, 41]}),
+                ("/tokenize", {"prompt": "a"}),
+            ]
+            for path, body in calls:
+                answer = httpx.post(
+                    tiny_server.url + path, json={"model": model, **body}, headers=bearer(key), timeout=30
+                )
+                assert answer.status_code == (200 if may else 403), (key, model, path, answer.text)
+                if not may:
+                    error = answer.json()["error"]
+                    assert (error["type"], error["param"]) == ("permission_error", "model")
+                    assert repr(model) in error["message"]
+            card = httpx.get(f"{tiny_server.url}/v1/models/{model}", headers=bearer(key))
+            assert card.status_code == (200 if may else 403)
+            scaled = {"model": model, "prompt": [40], "max_tokens": 1, "adapter_scale": 1e-6}
+            answer = httpx.post(f"{tiny_server.url}/v1/completions", json=scaled, headers=bearer(key), timeout=30)
+            wanted = 403 if not may or key == "key-alice" else 400 if model == "tiny" else 200
+            assert answer.status_code == wanted, (key, model, answer.text)
+            pinned = {"model": f"{model}@{'0' * 64}", "prompt": [40], "max_tokens": 1}
+            answer = httpx.post(f"{tiny_server.url}/v1/completions", json=pinned, headers=bearer(key))
+            assert answer.status_code == (404 if may else 403)
+    unknown = {"model": "secret", "prompt": [40], "max_tokens": 1}
+    for key, status in (("key-alice", 403), ("key-admin", 404)):
+        assert httpx.post(f"{tiny_server.url}/v1/completions", json=unknown, headers=bearer(key)).status_code == status
 
 
-def test_the_prefix_cache_tells_no_key_what_others_have_sent(tmp_path: Path) -> None:
-    known = KnownModel.make(tmp_path)
-    text = """
-        [alice]
-        key = 'key-alice'
-        [bob]
-        key = 'key-bob'
-        [carol]
-        key = 'key-carol'
-        share = 'team'
-        [dave]
-        key = 'key-dave'
-        share = 'team'
-    """
-    flags = ["--model", str(known.folder), "--keys", keys_file(tmp_path, text), "--admin-api-key", "key-admin"]
-    with running(REAL, *flags) as server:
+def test_the_prefix_cache_tells_no_key_what_others_have_sent(tiny_server: ServerProcess) -> None:
+    def cached(key: str, **fields: object) -> int:
+        answer = complete(tiny_server, key, model="tiny", prompt=list(range(40, 140)), **fields)
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
-        def cached(key: str, **fields: object) -> int:
-            answer = complete(server, key, model="tiny", prompt=list(range(40, 140)), **fields)
-            return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-
-        assert cached("key-alice") == 0
-        assert cached("key-alice") > 0
-        for key in ("key-bob", "key-carol", "key-admin"):
-            assert cached(key) == 0
-            assert cached(key, cache_salt='["key", "alice", ""]') == 0
-        assert cached("key-dave") > 0, "a team shares"
-        assert cached("key-dave", cache_salt="mine") == 0
-        assert cached("key-carol", cache_salt="mine") > 0
+    assert cached("key-erin") == 0
+    assert cached("key-erin") > 0
+    for key in ("key-frank", "key-carol", "key-admin"):
+        assert cached(key) == 0
+        assert cached(key, cache_salt='["key", "erin", ""]') == 0
+    assert cached("key-dave") > 0, "a team shares"
+    assert cached("key-dave", cache_salt="mine") == 0
+    assert cached("key-carol", cache_salt="mine") > 0

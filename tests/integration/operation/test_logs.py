@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.cases import some
 from tests.support.servers.fake_engine import CRASH, SLOW
 from tests.support.servers.server_process import FAKE, ServerProcess, running
 
@@ -43,7 +44,7 @@ def ask(server: ServerProcess, request_id: str, **fields: Any) -> httpx.Response
     return httpx.post(f"{server.url}/v1/completions?token={KEY}", json=body, headers=headers, timeout=30)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", some([1, 2], 1))
 def test_json_lines_tell_of_every_request(fake_model: str, num_workers: int) -> None:
     flags = ("--log-format", "json", "--api-key", KEY, "--http-workers", str(num_workers))
     with running(FAKE, "--model", fake_model, *flags) as server:

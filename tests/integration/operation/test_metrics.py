@@ -153,6 +153,7 @@ def test_a_killed_process_loses_no_totals(fake_model: str) -> None:
             assert value(after, "stellarbyte:rejected_requests_total", reason="invalid_request") == 12
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_or_dies_leaves_the_last_totals_to_be_seen(fake_model: str) -> None:
     with running(FAKE, "--model", fake_model, "--http-workers", "2") as server, contextlib.ExitStack() as stack:
         post(server, prompt="abc", max_tokens=7)

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.cases import each_value_once
 from tests.support.servers.server_process import FAKE, ServerProcess, free_port, running
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="pip install '.[otel]'")
@@ -50,8 +51,7 @@ def ask(server: ServerProcess, stream: bool) -> None:
     httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30).raise_for_status()
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
-@pytest.mark.parametrize("how", ["flag", "variable"])
+@pytest.mark.parametrize(("how", "num_workers"), each_value_once(["flag", "variable"], [1, 2]))
 def test_every_request_has_its_span_at_the_collector(fake_model: str, monkeypatch, how: str, num_workers: int) -> None:
     with collector() as (url, received):
         if how == "variable":

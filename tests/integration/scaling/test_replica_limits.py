@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import httpx
 import pytest
 
+from tests.support.cases import some
 from tests.support.servers.fake_engine import SLOW, make_model_folder
 from tests.support.servers.processes import assert_gone, child_pids, descendants, is_alive
 from tests.support.servers.server_process import FAKE, ServerProcess, running
@@ -66,6 +67,7 @@ def test_limits_of_keys_are_of_all_replicas(model: str, tmp_path: Path) -> None:
         assert complete(server, "key-bob").headers["retry-after"]
 
 
+@pytest.mark.slow
 def test_replicas_end_one_by_one_and_the_server_with_the_last(model: str) -> None:
     flags = ["--model", model, "--replicas", "3", "--http-workers", "2"]
     with running(FAKE, *flags) as server:
@@ -91,6 +93,7 @@ def test_replicas_end_one_by_one_and_the_server_with_the_last(model: str) -> Non
         assert "Traceback" not in server.log()
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_later_knows_the_replicas_and_their_counts(model: str) -> None:
     flags = ["--model", model, "--replicas", "2", "--http-workers", "2", "--restart-engine", "1"]
     with running(FAKE, *flags) as server:
@@ -120,7 +123,7 @@ def test_a_worker_that_starts_later_knows_the_replicas_and_their_counts(model: s
         wait_for(lambda: counts() == {30.0})
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("end", some([signal.SIGTERM, signal.SIGKILL], 1))
 def test_no_folder_and_no_process_is_left(model: str, end: signal.Signals) -> None:
     with (
         TemporaryDirectory(prefix="ends-") as folder,  # pytest's folders have paths too long for a socket

@@ -159,6 +159,7 @@ def test_an_adapter_in_use_is_replaced_at_all_replicas_at_once(server, answers) 
     assert card["requests"] == 18 and card["tokens"] == 18 * NUM_TOKENS
 
 
+@pytest.mark.slow
 def test_files_that_a_restarted_replica_cannot_get_keep_its_requests_at_the_others(server, known) -> None:
     folder = known.folder.parent / "adapters" / "gone"
     known_answers = known.add_adapter(folder, 99)

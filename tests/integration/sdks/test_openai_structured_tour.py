@@ -11,6 +11,7 @@ import openai
 import pydantic
 import pytest
 
+from tests.support.cases import some
 from tests.support.clients.openai_client import QUESTION, chat, strict_client
 from tests.support.models.references import MODEL_NAME
 
@@ -143,7 +144,7 @@ def called_before() -> list[dict]:
     return messages + WEATHER
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", some([0, 1], 0))
 @pytest.mark.parametrize(
     ("messages", "calls_a_tool"), [(WEATHER, False), (called_before(), True)], ids=["text", "call"]
 )

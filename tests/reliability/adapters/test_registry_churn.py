@@ -166,10 +166,8 @@ async def churn(
     return outcomes, []
 
 
-@pytest.mark.parametrize(
-    ("num_operations", "num_kills", "num_replicas"),
-    [(30, 1, 1), pytest.param(1000, 20, 1, marks=pytest.mark.slow), pytest.param(300, 5, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_operations", "num_kills", "num_replicas"), [(30, 1, 1), (1000, 20, 1), (300, 5, 2)])
 def test_no_answer_is_foreign_and_no_change_is_half(
     tmp_path: Path, num_operations: int, num_kills: int, num_replicas: int
 ) -> None:

@@ -144,7 +144,8 @@ def flags_of(model: KnownModel) -> list[str]:
     return [*flags, "--restart-engine", "1000", "--allow-local-admin", "--kv-cache-memory", "64MiB"]
 
 
-@pytest.mark.parametrize("num_operations", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_operations", [60, 1000])
 def test_churn_over_replicas(known: tuple[KnownModel, dict[str, list[str]]], num_operations: int) -> None:
     model, by_path = known
     with running(REAL, *flags_of(model), "--log-level", "warning") as server:

@@ -1,17 +1,21 @@
 """A tiny model with every part that an analysis shows, its adapters, and a font with Chinese glyphs."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.figure import Figure
 
 from stellarbyte.analysis.analyse import Analysis, Request, analyse
+from stellarbyte.analysis.pictures.style import DARK
 from stellarbyte.analysis.text import read_text
 from tests.support.models.adapters import write_adapter
 from tests.support.models.byte_transformer import EXPERTS, W, make_model
 from tests.support.training.byte_tokenizer import save_byte_tokenizer
 
+Save = Callable[[Figure, Path], tuple[int, int]]
 FULL: dict[str, Any] = EXPERTS | {
     "vocab_size": 300,
     "sliding_window": W,
@@ -51,6 +55,21 @@ def full_analysis(folder: Path, *, text: str | None = None, language: str = "en"
         device="cpu",
     )
     return analyse(request, progress=_ignore, tell=_ignore)
+
+
+def light_only(save: Save) -> Save:
+    """`save` for light pictures; dark ones, which have the same size and texts, are their copies."""
+    sizes: dict[Path, tuple[int, int]] = {}
+
+    def save_light(figure: Figure, file: Path) -> tuple[int, int]:
+        light = file.with_stem(file.stem.removesuffix(DARK.ending))
+        if light not in sizes:
+            sizes[light] = save(figure, light)
+        if light != file:
+            file.write_bytes(light.read_bytes())
+        return sizes[light]
+
+    return save_light
 
 
 def _ignore(*_: object) -> None:

@@ -24,7 +24,7 @@ from stellarbyte.analysis.pictures.gallery import Picture, draw_all, drawings
 from stellarbyte.analysis.pictures.style import LIGHT, Pen, drawing, number
 from stellarbyte.analysis.spectrum import Spectrum
 from stellarbyte.analysis.words.languages import LANGUAGES
-from tests.support.models.analysed import FAMILY, HOSTILE, full_analysis, write_font
+from tests.support.models.analysed import FAMILY, HOSTILE, full_analysis, light_only, write_font
 
 CHINESE_TEXT = "河水从山上流下来，<b>$x^$ 河"
 
@@ -61,9 +61,9 @@ def texts_of(figure: Figure) -> Iterator[str]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is saved."""
+    """Every figure, as if it were saved."""
     figures: list[Figure] = []
-    save = gallery.save
+    save = light_only(gallery.save)
     monkeypatch.setattr(gallery, "save", lambda figure, file: (figures.append(figure), save(figure, file))[1])
     return figures
 

@@ -22,6 +22,7 @@ def test_ctrl_c_ends_quietly_with_loader_workers(tmp_path: Path) -> None:
         assert word not in ended.output, ended.output
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     ended = run(tmp_path, signal_at=5, signals=2)
     assert ended.statuses == [128 + 15] and "stopped without saving" in ended.output, ended.output

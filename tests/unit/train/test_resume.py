@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.support.cases import some
-from tests.support.training.processes import final_hash, run, steps_of
+from tests.support.training.processes import final_hash, run, run_all, steps_of
 from tests.support.training.rows import hash_of
 
 pytest.importorskip("accelerate")
@@ -69,6 +69,7 @@ def stop_one_of_two_ranks(folder: Path) -> None:
     assert len(list((folder / "run").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path: Path) -> None:
     stop_one_of_two_ranks(tmp_path)
 
@@ -87,17 +88,21 @@ def test_two_ranks_that_were_stopped_go_on(tmp_path: Path) -> None:
 def test_other_data_and_other_batches_are_refused(uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "run" / "model")
-    for changes, told in (
-        (
-            {"fingerprint": "a" * 64},
-            "checkpoint-12 was made from other data (sha ffffffffffff; the file names sha aaaa",
-        ),
-        ({"train": {"batch_tokens": 96}}, "checkpoint-12 was made with batch_tokens 192; the file says 96"),
-    ):
-        ended = run(tmp_path, resume=True, **changes)
-        assert ended.statuses == [1] and told in ended.output.replace("\n", " "), ended.output
-    ended = run(tmp_path)
-    assert ended.statuses == [1] and "has checkpoint-12; continue with --resume" in ended.output, ended.output
+    refused = {
+        "checkpoint-12 was made from other data (sha ffffffffffff; the file names sha aaaa": {
+            "resume": True,
+            "fingerprint": "a" * 64,
+        },
+        "checkpoint-12 was made with batch_tokens 192; the file says 96": {
+            "resume": True,
+            "train": {"batch_tokens": 96},
+        },
+        "has checkpoint-12; continue with --resume": {},
+    }
+    ended = run_all([{"folder": tmp_path, **changes} for changes in refused.values()], ranks=1)
+    assert ended.statuses == [1] and ended.output.count("error: ") == len(refused), ended.output
+    for told in refused:
+        assert told in ended.output.replace("\n", " "), ended.output
 
 
 def test_the_history_of_a_run_has_epochs_of_the_data(uninterrupted: Path) -> None:

@@ -10,11 +10,12 @@ from playwright.sync_api import Browser, Page, expect
 from stellarbyte.analysis.analyse import Analysis
 from stellarbyte.analysis.page import report
 from stellarbyte.analysis.page.report import write_report
+from stellarbyte.analysis.pictures import gallery
 from stellarbyte.analysis.pictures.fonts import Fonts
 from stellarbyte.analysis.pictures.gallery import Picture, draw_all
 from tests.support.cases import each_value_once
 from tests.support.clients.chat_page import LIMIT_MS, WatchedPage
-from tests.support.models.analysed import HOSTILE, full_analysis
+from tests.support.models.analysed import HOSTILE, full_analysis, light_only
 
 expect.set_options(timeout=LIMIT_MS)
 LANGUAGES = ("en", "zh")
@@ -39,6 +40,7 @@ def folders(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_all", draw_once)
+        patch.setattr(gallery, "save", light_only(gallery.save))
         for language in LANGUAGES:
             (folder / language).mkdir()
             write_report(analysis, folder / language, language)

@@ -177,6 +177,7 @@ def test_the_grouped_kernel_computes_what_the_loop_computes(
         torch.testing.assert_close(grouped.float(), looped.float(), atol=0.02 * scale, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_autocast_computes_the_grouped_kernel_in_one_compiled_graph(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

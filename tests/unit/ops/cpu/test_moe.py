@@ -21,6 +21,7 @@ from stellarbyte.ops.cpu.packing import (
     unpack,
 )
 from stellarbyte.ops.cpu.routing import Routers, make_pairs, route
+from tests.support.cases import some
 from tests.support.chosen_experts import choose_experts, sum_of_experts
 
 # T tokens, E experts, K chosen experts of a token, C hidden size, I inner size of an expert, S of the shared expert
@@ -174,7 +175,7 @@ def test_sizes_that_no_panel_divides(hidden: int, inner: int, num_threads: int) 
         assert_near(layer(x_TC, num_threads=num_threads), layer.expected(x_TC))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("quantization", some(["int8", "fp8", "int4"], 2))  # each compiles kernels for a minute
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 12, 13, 60])
 def test_quantized_experts_are_those_that_are_stored(num_tokens: int, quantization: str) -> None:
     """Of two experts, each has up to 60 tokens: more than are computed from the packed form."""

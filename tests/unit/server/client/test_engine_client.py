@@ -248,6 +248,7 @@ def test_streams_of_a_client_whose_event_loop_is_held_up_go_on(settings):
     with_engine(settings, use)
 
 
+@pytest.mark.slow
 def test_an_event_loop_that_does_not_turn_for_long_is_found(settings, monkeypatch):
     monkeypatch.setattr(heartbeats, "LOOP_LIMIT_S", 1.0)
 
@@ -260,6 +261,7 @@ def test_an_event_loop_that_does_not_turn_for_long_is_found(settings, monkeypatc
     with_engine(settings, use)
 
 
+@pytest.mark.slow
 def test_a_step_longer_than_a_client_may_be_silent_drops_nothing(settings):
     """A cold model's first step took six seconds; heartbeats sent meanwhile were missed before they were read."""
 

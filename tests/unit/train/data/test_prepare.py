@@ -295,6 +295,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_texts(tmp_path: Path) -> None:
     """Six times as much text (15 MB more) may take 6 MB more."""
     save_byte_tokenizer(tmp_path / "tokenizer")

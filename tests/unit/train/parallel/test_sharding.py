@@ -61,21 +61,40 @@ def twenty(folder: Path, **parallel: int) -> dict[str, Any]:
     return {"folder": folder, "model": EXACT, "train": TWENTY_STEPS, "held_out": HELD_OUT, "parallel": parallel}
 
 
+def adapter_of(base: Path, folder: Path, **parallel: int) -> dict[str, Any]:
+    train = {"epochs": 1.2, "lr": 0.01}
+    return {"folder": folder, "kind": "lora", "model": {"path": str(base)}, "train": train, "parallel": parallel}
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps of a model with every part, and 6 of one with experts."""
-    folder = tmp_path_factory.mktemp("alone")
-    experts = {"folder": folder / "experts", "model": EXPERTS, "train": SIX_STEPS}
-    assert_ended(run_all([twenty(folder / "dense"), experts], ranks=1))
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(folder)
     return folder
 
 
-def test_two_ranks_that_divide_the_parameters(alone: Path, tmp_path: Path) -> None:
-    assert_ended(run(ranks=2, **twenty(tmp_path, fsdp=2)))
-    assert_equal_runs(tmp_path, alone / "dense", last=20)
-    model = load_model(tmp_path / "run" / "model")  # an ordinary folder, as the server loads
+@pytest.fixture(scope="module")
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps of a model with every part, and an adapter."""
+    folder = tmp_path_factory.mktemp("alone")
+    assert_ended(run_all([twenty(folder / "dense"), adapter_of(base, folder / "adapter")], ranks=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def divided(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on two ranks that divide the parameters."""
+    folder = tmp_path_factory.mktemp("divided")
+    runs = [twenty(folder / "dense", fsdp=2), adapter_of(base, folder / "adapter", fsdp=2)]
+    assert_ended(run_all(runs, ranks=2))
+    return folder
+
+
+def test_two_ranks_that_divide_the_parameters(alone: Path, divided: Path) -> None:
+    assert_equal_runs(divided / "dense", alone / "dense", last=20)
+    model = load_model(divided / "dense" / "run" / "model")  # an ordinary folder, as the server loads
     assert type(model).__name__ == "ByteTransformer" == model.config.architectures[0]
-    assert (tmp_path / "run" / "model" / "README.md").is_file()
+    assert (divided / "dense" / "run" / "model" / "README.md").is_file()
 
 
 @pytest.mark.slow
@@ -89,7 +108,7 @@ def test_four_ranks_in_every_layout(alone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_experts_under_both(alone: Path, tmp_path: Path) -> None:
+def test_experts_under_both(tmp_path: Path) -> None:
     """Layers share a pool of experts, recompute them, and move the biases that choose them."""
     layouts = [{"fsdp": 2}, {"tensor": 2}]
     runs = [
@@ -97,17 +116,14 @@ def test_experts_under_both(alone: Path, tmp_path: Path) -> None:
         for layout in layouts
     ]
     assert_ended(run_all(runs, ranks=2))
+    assert_ended(run(tmp_path / "alone", model=EXPERTS, train=SIX_STEPS))
     for each in runs:
-        assert_equal_runs(each["folder"], alone / "experts", last=6)
+        assert_equal_runs(each["folder"], tmp_path / "alone", last=6)
 
 
-def test_an_adapter_of_a_base_in_parts(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path / "base")
-    told = {"kind": "lora", "model": {"path": str(tmp_path / "base")}, "train": {"epochs": 1.2, "lr": 0.01}}
-    assert_ended(run(tmp_path / "alone", **told))
-    assert_ended(run(tmp_path / "parts", ranks=2, parallel={"fsdp": 2}, **told))
+def test_an_adapter_of_a_base_in_parts(alone: Path, divided: Path) -> None:
     found, expected = (
-        load_file(tmp_path / name / "run/adapter/adapter_model.safetensors") for name in ("parts", "alone")
+        load_file(folder / "adapter/run/adapter/adapter_model.safetensors") for folder in (divided, alone)
     )
     assert found.keys() == expected.keys() and len(found) > 10
     for name, weight in found.items():

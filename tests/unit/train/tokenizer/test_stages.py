@@ -210,6 +210,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_sample_and_not_with_the_texts(tmp_path: Path) -> None:
     """Texts of 2 and 8 MB of words that occur once; samples of 1 MiB."""
     peaks = []

@@ -36,7 +36,7 @@ def answer(engine: CheckedEngine, request_id: str) -> tuple[Any, ...]:
     return delta.text, delta.token_ids, delta.finish_reason
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(data=st.data())
 def test_only_the_requests_at_fault_end_whenever_their_steps_fail(data: st.DataObject) -> None:
     ahead = data.draw(st.sampled_from([0, 1]), "steps ahead")

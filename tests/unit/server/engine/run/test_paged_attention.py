@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.cases import each_pair_once, each_value_once
+from tests.support.cases import each_pair_once, each_value_once, some
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, make_request
 from tests.support.models import oracle
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, VARIANTS, make_model, random_tokens
@@ -47,7 +47,7 @@ def test_positions_may_be_any_size(sinks: int, backend: Backend) -> None:
     assert (actual - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "xpos window sinks"])
+@pytest.mark.parametrize("variant", some(["llama", "qwen2", "xpos window sinks"], 2))
 def test_batched_requests_get_their_single_run_tokens(variant: str) -> None:
     model = make_model(**VARIANTS[variant])
     requests = [

@@ -14,7 +14,7 @@ from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Sequence
-from tests.support.cases import each_pair_once
+from tests.support.cases import each_value_once
 from tests.support.engines.engine import (
     BACKENDS,
     Backend,
@@ -97,7 +97,7 @@ class Stream:
         return generated(self.sequence)
 
 
-@pytest.mark.parametrize(("name", "shape", "backend"), each_pair_once(list(KINDS), list(SHAPES), BACKENDS))
+@pytest.mark.parametrize(("name", "shape", "backend"), each_value_once(list(KINDS), list(SHAPES), BACKENDS))
 def test_it_goes_on_as_if_they_had_never_been_there(name: str, shape: str, backend: Backend) -> None:
     kind = KINDS[name]
     model, prompt = make_model(vocab_size=VOCABULARY, **SHAPES[shape]), random_tokens(9)
@@ -141,7 +141,7 @@ def test_a_rewind_to_the_prompt_gives_every_block_of_the_answer_back() -> None:
     assert (stream.sequence.num_computed, stream.sequence.num_pending) == (8, 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     data=st.data(),
     window=st.none() | st.integers(1, 20),

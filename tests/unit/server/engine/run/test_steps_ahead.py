@@ -69,7 +69,7 @@ def play(requests: list[tuple[int, GenerationRequest, int | None]], **options: A
     return engine
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples, deadline=None)
 @given(
     requests=traffic(),
     window=st.none() | st.integers(1, 20),

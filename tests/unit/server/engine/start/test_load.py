@@ -39,6 +39,12 @@ def test_a_cpu_serves_what_its_kernels_do_not_support_in_plain_torch() -> None:
         _cpu_model(model, model.config, LoraBank(model.config), "int8")
     with pytest.raises(StartupError, match="--deterministic on a CPU needs float32 and a model that its kernels"):
         _cpu_model(model, model.config, LoraBank(model.config), "none", deterministic=True)
+    half = make_model(hidden_size=64, intermediate_size=128).bfloat16()
+    bank = LoraBank(half.config, dtype=torch.bfloat16)
+    with pytest.raises(StartupError, match="--quantization int4 on a CPU needs float32"):
+        _cpu_model(half, half.config, bank, "int4")
+    with pytest.raises(StartupError, match="--deterministic on a CPU needs float32"):
+        _cpu_model(half, half.config, bank, "none", deterministic=True)
 
 
 def test_a_cpu_serves_experts_by_its_kernels() -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from stellarbyte_server.engine.state.sequence import Sequence
-from tests.support.cases import each_pair_once
+from tests.support.cases import each_pair_once, each_value_once, some
 from tests.support.engines.engine import (
     BACKENDS,
     Backend,
@@ -50,8 +50,7 @@ def test_reused_keys_match_the_oracle(use_xpos: bool, sinks: int, block_size: in
     assert engine.scheduler.pool.num_used == 0
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("window", [None, W])
+@pytest.mark.parametrize(("window", "temperature"), each_value_once([None, W], [0.0, 1.0]))
 def test_a_warm_cache_gives_the_tokens_of_a_cold_one(window: int | None, temperature: float) -> None:
     model = make_model(sliding_window=window, sink_tokens=4 if window else 0)
     shared = random_tokens(40)
@@ -66,8 +65,7 @@ def test_a_warm_cache_gives_the_tokens_of_a_cold_one(window: int | None, tempera
     assert ModelEngine(model, num_blocks=200, prefix_caching=False).generate(requests) == cold
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("window", [None, W])
+@pytest.mark.parametrize(("window", "backend"), each_value_once([None, W], BACKENDS))
 def test_a_seeded_request_gets_its_tokens_alone_in_a_batch_after_preemption_and_from_the_cache(
     window: int | None, backend: Backend
 ) -> None:
@@ -83,7 +81,7 @@ def test_a_seeded_request_gets_its_tokens_alone_in_a_batch_after_preemption_and_
     assert tight.scheduler.totals.num_preemptions > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", some(BACKENDS, 1))
 def test_sixty_four_requests_with_cancellations_and_preemptions_get_their_single_run_tokens(backend: Backend) -> None:
     chance = random.Random(0)
     model = make_model(sliding_window=24, sink_tokens=4)
