@@ -31,8 +31,12 @@ class TokenMask(Protocol):
     def is_slow(self) -> bool:
         """Whether another thread computes the masks, each after the previous token is known."""
 
-    def forced(self) -> list[int]:
-        """The next tokens, as far as the grammar leaves no choice; [] if it does."""
+    @property
+    def expected_s(self) -> float:
+        """Seconds that a mask is expected to take."""
+
+    def forced(self) -> tuple[int, ...]:
+        """The next tokens, as far as the grammar leaves no choice; () if it does."""
 
     def num_allowed(self, token_ids: Iterable[int]) -> int:
         """How many of these tokens, from the first on, it allows."""
