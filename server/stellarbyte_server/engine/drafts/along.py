@@ -31,6 +31,7 @@ class DraftAlong:
         self.tokens: list[int] = []
         self.drafted: list[Drafted] = []
         self.chance = 1.0  # that all of its guesses are right
+        self.wasted = 0.0  # cost of masks after guesses that were not added
         self._grammar = grammar
         self._end_token_ids = end_token_ids
         self._token_cost, self._mask_cost = token_cost, mask_cost
@@ -75,11 +76,13 @@ class DraftAlong:
         is_short = len(self.tokens) + 1 + len(forced) <= MOST_ALONG
         is_affordable = (1 + len(forced)) * self._token_cost + self._mask_cost <= self._left
         is_worth = self.is_worth(chance, len(forced))
-        if is_short and is_affordable and (is_worth or may_try):
-            self.chance *= chance
-            self._add([token], source, self._token_cost + self._mask_cost)
-            self._add(forced, FORCED, self._token_cost)
-            self.may_guess = is_worth and not self._is_over(forced) and not self._grammar.is_slow
+        if not (is_short and is_affordable and (is_worth or may_try)):
+            self.wasted += self._mask_cost
+            return
+        self.chance *= chance
+        self._add([token], source, self._token_cost + self._mask_cost)
+        self._add(forced, FORCED, self._token_cost)
+        self.may_guess = is_worth and not self._is_over(forced) and not self._grammar.is_slow
 
     def _add(self, tokens: list[int], source: int, cost: float | None) -> None:
         self.tokens += tokens

@@ -68,6 +68,7 @@ class Drafter:
         while draft.may_guess:
             self._add_guess(draft, tokens)
         draft.leave()
+        self._credit -= draft.wasted
         self._drafted = draft.drafted
         return tuple(draft.tokens)
 

@@ -21,13 +21,16 @@ class Template:
         self.expected_s = 0.0
         self.is_ready, self.is_slow, self.is_complete, self.error = True, is_slow, False, None
         self.place = num_prompt
-        self.num_masks = 0
+        self.known_place = num_prompt  # of the answer so far
+        self.masks: set[int] = set()  # places of masks beyond the next choice's
         self._text, self._forced_places = text, forced_places
 
     def forced(self) -> tuple[int, ...]:
         end = self.place
         while end in self._forced_places and end < len(self._text):
             end += 1
+        if self.place > self.known_place:
+            self.masks.add(end)
         return tuple(self._text[self.place : end])
 
     def mask(self, out: np.ndarray) -> None:
@@ -66,12 +69,14 @@ def play(
         right = next((i for i, pair in enumerate(zip(draft, coming, strict=False)) if pair[0] != pair[1]), len(draft))
         right = min(right, len(coming) - 1)
         guesses = {i for i in range(len(draft)) if len(tokens) + i not in forced_places}
-        cost += 1 + token_cost * len(guesses | set(range(right, len(draft)))) + mask_cost * len(guesses)
+        cost += 1 + token_cost * len(guesses | set(range(right, len(draft)))) + mask_cost * len(grammar.masks)
         num_steps += 1
         drafter.note(len(draft), right)
         for token in coming[: right + 1]:
             tokens.append(token)
             grammar.accept(token)
+        grammar.known_place = grammar.place
+        grammar.masks.clear()
     return cost, num_steps
 
 
