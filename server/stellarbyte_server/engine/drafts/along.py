@@ -90,5 +90,6 @@ class DraftAlong:
         self._left -= (cost or 0.0) * len(tokens)
 
     def leave(self) -> None:
+        """Return the grammar to where it was."""
         if self._num_accepted:
             self._grammar.rewind(self._num_accepted)

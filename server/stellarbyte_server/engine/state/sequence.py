@@ -45,7 +45,7 @@ class TokenMask(Protocol):
         """Advance by an allowed token."""
 
     def rewind(self, num_tokens: int) -> None:
-        """Undo the last `num_tokens` accepted tokens."""
+        """Undo the last `num_tokens` accepted tokens, and an error of theirs."""
 
     @property
     def is_complete(self) -> bool:
