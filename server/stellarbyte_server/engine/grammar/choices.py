@@ -6,7 +6,7 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
-MOST_AHEAD = 256  # forced tokens that are followed at once
+from stellarbyte_server.engine.grammar.vocabulary import GrammarVocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Choice:
     after: int | None  # the token before `start`; None: there is none
     forced: tuple[int, ...]  # the only tokens that it allows at `start` and the places after it
     words_W: NDArray[np.uint32] | None
-    """The mask after them, in the library's size. None: it is not known, since the tokens are more than `MOST_AHEAD`,
-    one of them is not in the model's vocabulary, or the mask could not be computed."""
+    """The mask after them, in the library's size. None: it is not known, since more tokens are forced than is known for
+    sure, or the mask could not be computed."""
 
     @property
     def end(self) -> int:
@@ -34,7 +34,7 @@ class Choice:
 
 
 def next_choice(
-    matcher: LLMatcher, num_words: int, vocab_size: int, *, start: int = 0, after: int | None = None
+    matcher: LLMatcher, vocabulary: GrammarVocabulary, *, start: int = 0, after: int | None = None
 ) -> Choice:
     """The choice that follows. The matcher is left as it was, unless it has an error then.
 
@@ -42,17 +42,12 @@ def next_choice(
     the tokenizer's own division of the bytes that the grammar forces.
     """
     token_ids: list[int] = matcher.compute_ff_tokens()
-    forced: list[int] = []
-    for token_id in token_ids[:MOST_AHEAD]:
-        if token_id >= vocab_size:
-            break
-        forced.append(token_id)
+    forced = token_ids[: vocabulary.num_sure(token_ids)]
     words_W = None
-    is_cut = 0 < len(forced) < len(token_ids)
-    if not is_cut:
+    if not forced or len(forced) == len(token_ids):
         for token_id in forced:
             matcher.consume_token(token_id)
-        words_W = np.zeros(num_words, np.uint32)
+        words_W = np.zeros(vocabulary.num_words, np.uint32)
         matcher.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
         if matcher.is_error():
             words_W = None

@@ -161,7 +161,7 @@ class GrammarCompiler:
         result = results[0] if results else GrammarRefused(TOO_COMPLEX)
         logger.debug("compiled a grammar in %.3f s", time.perf_counter() - started_s)
         if isinstance(result, CompiledGrammar):
-            return TokenGrammar(result, self._vocabulary.vocab_size, self._vocabulary.num_words, self._mask_workers)
+            return TokenGrammar(result, self._vocabulary, self._mask_workers)
         return result
 
 
@@ -176,7 +176,7 @@ def _compile(tokenizer: LLTokenizer, vocabulary: GrammarVocabulary, grammar: str
         first.compute_bitmask()  # detects a grammar that no text satisfies
         if first.is_error():
             return GrammarRefused(grammar_refusal(first.get_error()))
-        choice = next_choice(first, vocabulary.num_words, vocabulary.vocab_size)
+        choice = next_choice(first, vocabulary)
         return CompiledGrammar(matcher=matcher, first=choice, first_s=time.thread_time() - started_s)
     except BaseException:  # even a panic of llguidance must not end the engine
         logger.exception("compiling a grammar failed")

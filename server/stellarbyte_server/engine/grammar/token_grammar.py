@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from stellarbyte_server.engine.grammar.choices import Choice, next_choice
 from stellarbyte_server.engine.grammar.mask_workers import QUICK_MASK_S, MaskWorkers
+from stellarbyte_server.engine.grammar.vocabulary import GrammarVocabulary
 from stellarbyte_server.protocol.grammar import grammar_end
 
 _KEEPS = 0.98  # share of a mask's time that the next one is expected to take at least, for each token between them
@@ -34,15 +35,12 @@ class TokenGrammar:
     grammar forces before that place, so these need none. What was found stays known after a rewind.
     """
 
-    def __init__(self, compiled: CompiledGrammar, vocab_size: int, num_words: int, workers: MaskWorkers) -> None:
-        """`num_words`: of the library's masks. A tokenizer may have more tokens than the model has logits, and the
-        masks may exceed both."""
+    def __init__(self, compiled: CompiledGrammar, vocabulary: GrammarVocabulary, workers: MaskWorkers) -> None:
         self._matcher = compiled.matcher
         self._first = compiled.matcher.deep_copy()  # to begin again with, after an error
         self._workers = workers
-        self._vocab_size = vocab_size
-        self._num_library_words = num_words
-        self.num_words = (vocab_size + 31) // 32
+        self._vocabulary = vocabulary
+        self.num_words = (vocabulary.vocab_size + 31) // 32
         self._accepted: list[int] = []
         self._choices = [compiled.first]  # the known ones, of one path through the accepted tokens, and after them
         self.expected_s = compiled.first_s  # to compute a mask
@@ -64,9 +62,10 @@ class TokenGrammar:
         if choice.words_W is None:  # an error
             out[:] = 0
             return
+        # A tokenizer may have more tokens than the model has logits, and the library's masks may exceed both.
         out[:] = choice.words_W[: len(out)]
-        if self._vocab_size % 32:
-            out[-1] &= np.uint32((1 << self._vocab_size % 32) - 1)
+        if self._vocabulary.vocab_size % 32:
+            out[-1] &= np.uint32((1 << self._vocabulary.vocab_size % 32) - 1)
 
     def forced(self) -> tuple[int, ...]:
         """The next tokens, as far as the grammar leaves no choice; () if it does."""
@@ -150,7 +149,7 @@ class TokenGrammar:
     def _compute(self) -> None:
         started_s = time.thread_time()
         place, after = len(self._accepted), self._accepted[-1] if self._accepted else None
-        choice = next_choice(self._matcher, self._num_library_words, self._vocab_size, start=place, after=after)
+        choice = next_choice(self._matcher, self._vocabulary, start=place, after=after)
         # Slow masks occur among quick ones: after a slow one, the grammar counts as slow for the next hundred tokens.
         keeps = _KEEPS ** (1 + len(choice.forced))
         self.expected_s = max(time.thread_time() - started_s, keeps * self.expected_s)

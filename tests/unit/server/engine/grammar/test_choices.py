@@ -10,7 +10,7 @@ from llguidance import LLMatcher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from stellarbyte_server.api.structured.grammars import json_grammar
-from stellarbyte_server.engine.grammar import choices
+from stellarbyte_server.engine.grammar import vocabulary
 from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.grammar.mask_workers import QUICK_MASK_S, QUICK_MASKS_S, MaskWorkers
 from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
@@ -93,13 +93,13 @@ class Oracle:
         return tuple(forced)
 
 
-@pytest.mark.parametrize("most_ahead", [2, 256])
+@pytest.mark.parametrize("share", [0.01, 0.5])
 @pytest.mark.parametrize("number", range(len(GRAMMARS)))
 def test_masks_and_forced_tokens_are_those_of_a_new_matcher(
-    compiler: GrammarCompiler, number: int, most_ahead: int, monkeypatch: pytest.MonkeyPatch
+    compiler: GrammarCompiler, number: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Along answers that are taken back and go on otherwise, also after a token that the grammar does not allow."""
-    monkeypatch.setattr(choices, "MOST_AHEAD", most_ahead)
+    monkeypatch.setattr(vocabulary, "SURE_SHARE", share)
     oracle, chance = Oracle(compiler, GRAMMARS[number]), random.Random(number)
     num_forced = 0
     for _ in range(4):
@@ -126,7 +126,7 @@ def test_masks_and_forced_tokens_are_those_of_a_new_matcher(
             if act < 0.5:
                 found, forced = grammar.forced(), oracle.forced(tokens)
                 assert found == forced[: len(found)]
-                assert len(found) == len(forced) or most_ahead == 2
+                assert len(found) == len(forced) or share < 0.5
                 num_forced += len(found)
             elif act < 0.7:
                 assert mask_of(grammar) == expected
