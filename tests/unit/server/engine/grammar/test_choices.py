@@ -33,6 +33,7 @@ GRAMMARS = (
     'start: "first_name first_name" (" is still" | " is stilled") /[0-9]{1,3}/ "field_of_work"',
     "start: /[a-f]{2}year_of_birth[0-9]?/",
     "start: /(ax|by|c[0-9]|dzz){20}/",
+    'start: "' + "a first_name is still " * 20 + '" /[0-9]/',  # more than is tokenized at once
 )
 VOCAB_SIZE = 371  # fewer logits than the tokenizer has tokens, and no multiple of 32
 
@@ -126,7 +127,7 @@ def test_masks_and_forced_tokens_are_those_of_a_new_matcher(
             if act < 0.5:
                 found, forced = grammar.forced(), oracle.forced(tokens)
                 assert found == forced[: len(found)]
-                assert len(found) == len(forced) or share < 0.5
+                assert len(found) == len(forced) or share < 0.5 or len(forced) > 30
                 num_forced += len(found)
             elif act < 0.7:
                 assert mask_of(grammar) == expected
