@@ -31,7 +31,8 @@ from stellarbyte.sampling.adjustment import RowAdjustment
 from stellarbyte.sampling.sampler import RowSampling
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.answer import Answer
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.state.block_pool import BlockTable, CacheLayout

@@ -109,8 +109,10 @@ class LogitAdjustment:
         if not new:
             return
         answer = new[max(0, self._num_prompt - counted) :]
-        if len(new) == len(answer) == 1:
-            self._newest.append((self._last, new[0], new[0] not in self._seen))
+        if len(new) == len(answer) <= MOST_UNDONE:
+            for before, token in zip([self._last, *new], new, strict=False):
+                self._newest.append((before, token, token not in self._seen))
+                self._seen.add(token)
         else:
             self._newest.clear()
         self._num_counted, self._last = len(tokens), tokens[-1]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from stellarbyte_server.engine.grammar.compiler import TokenGrammar
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 
 
 class RandomSchemas:

@@ -132,7 +132,7 @@ class Answer:
                 return text + self._text.flush(), "stop"
         if num_generated >= sampling.max_tokens:
             return text + self._text.flush(), "length"
-        if self._grammar is not None:
+        if self._grammar is not None and not num_later:
             self._grammar.begin_mask()
         return text, None
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.protocol.grammar import GrammarRefused
@@ -42,11 +43,11 @@ class CompilingRequests:
             scheduler.give_up_place(compiling[1])
 
     def collect(
-        self, scheduler: Scheduler
+        self, scheduler: Scheduler, step_s: float
     ) -> Iterator[tuple[GenerationRequest, Account | None, TokenGrammar | GrammarRefused]]:
         """Return the requests with compiled or refused grammars and free their places: the caller queues them at
-        once."""
-        for request_id, grammar in self._grammars.collect():
+        once. `step_s`: as of `GrammarCompiler.collect`."""
+        for request_id, grammar in self._grammars.collect(step_s):
             compiling = self._requests.pop(request_id, None)
             if compiling is not None:  # otherwise aborted meanwhile
                 request, account = compiling

@@ -11,8 +11,9 @@ from stellarbyte_server.engine.compiling import CompilingRequests
 from stellarbyte_server.engine.drafts.drafts import Drafts, DraftTotals
 from stellarbyte_server.engine.events.publisher import EventPublisher
 from stellarbyte_server.engine.faults.recovery import compute_again, require_sound
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.grammar.followed import Grammar
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.live_answers import LiveAnswers
 from stellarbyte_server.engine.probing import Probes
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
@@ -307,7 +308,8 @@ class EngineCore:
 
     def _queue_compiled(self) -> None:
         """Queue the requests whose grammars are ready."""
-        for request, account, grammar in self._compiling.collect(self.scheduler):
+        step_s = 0.0 if self.drafts is None else self.drafts.step_s
+        for request, account, grammar in self._compiling.collect(self.scheduler, step_s):
             request_id = request.request_id
             if isinstance(grammar, GrammarRefused):
                 self._rejected.append(Rejected(request_id, str(grammar), grammar.code))

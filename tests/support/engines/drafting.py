@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 
@@ -12,11 +13,14 @@ from stellarbyte import ByteTransformer
 from stellarbyte.backends.torch_model import TorchModel
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte.lora.bank import LoraBank
+from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.adapters.absent import no_adapters
 from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.drafts.drafts import Drafts
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar import mask_workers, token_grammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
@@ -31,11 +35,36 @@ from tests.support.servers.fake_engine import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 GRAMMARS = GrammarCompiler(TOKENIZER, frozenset(), VOCABULARY)  # one for all: each keeps two files open
+_ITEM = {
+    "type": "object",
+    "properties": {"is_new": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+    "required": ["is_new", "kind"],
+    "additionalProperties": False,
+}
 FORMS = (
+    json_grammar({"type": "array", "items": _ITEM}),
     "start: /([a-f][0-9]){1,30}/",
     'start: "{\\"name\\": \\"" /[a-z]{1,8}/ "\\", \\"number\\": " /[0-9]{1,4}/ "}"',
     'start: ("yes, it is so" | "no, never")',
 )
+
+
+def compute_masks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the engine's thread compute all masks, however busy the machine is."""
+    _limit_masks(monkeypatch, 60.0)
+
+
+def compute_masks_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let another thread compute all masks but each grammar's first, as if they took long."""
+    _limit_masks(monkeypatch, -1.0)
+
+
+def _limit_masks(monkeypatch: pytest.MonkeyPatch, limit_s: float) -> None:
+    monkeypatch.setattr(token_grammar, "QUICK_MASK_S", limit_s)
+    for name in ("QUICK_MASK_S", "QUICK_MASKS_S"):
+        monkeypatch.setattr(mask_workers, name, limit_s)
+    for name in ("QUICK_SHARE", "QUICK_SHARE_OF_ALL"):
+        monkeypatch.setattr(mask_workers, name, 0.0)
 
 
 class Guesses(Drafts):
@@ -46,8 +75,8 @@ class Guesses(Drafts):
         self._coming = coming
         self._chance = chance
 
-    def _draft(self, sequence: Sequence, cost: float) -> tuple[int, ...]:
-        del cost
+    def _draft(self, sequence: Sequence, num_rows: int) -> tuple[int, ...]:
+        del num_rows
         coming = self._coming.get(sequence.request.request_id, [])[sequence.num_generated :]
         coming += [self._chance.randrange(VOCABULARY) for _ in range(3)]
         draft = coming[: self._chance.choice([0, 1, 2, 3, 7, 12])]
@@ -147,7 +176,7 @@ def answers_of(
     requests: list[GenerationRequest],
     arrivals: Mapping[str, int],
     aborts: Mapping[str, int],
-    limit_s: float = 120,
+    limit_s: float = 600,
 ) -> dict[str, Delta]:
     """All that each request got, arriving before the given steps, and aborted after so many tokens if in `aborts`."""
     said: dict[str, list[Delta]] = {request.request_id: [] for request in requests}

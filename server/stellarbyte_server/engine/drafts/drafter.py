@@ -2,18 +2,22 @@
 
 Lengths follow the estimated gain (`worth`). In addition a request has a credit, in steps: drafts are paid from it in
 advance, accepted tokens are put into it, and each token of the answer adds a little. As it is never overdrawn, a
-request loses at most what it began with and these little sums, even if every draft is wrong.
+request loses at most what it began with and these little sums, even if every draft is wrong. Tokens that a grammar
+forces after the answer so far are certain, so they are not paid.
 """
 
 from array import array
+from collections.abc import Container
 
+from stellarbyte_server.engine.drafts.along import FORCED, DraftAlong, Drafted
 from stellarbyte_server.engine.drafts.ngrams import NgramTable
 from stellarbyte_server.engine.drafts.prediction import PredictedAnswer
-from stellarbyte_server.engine.drafts.worth import Acceptance
+from stellarbyte_server.engine.drafts.worth import MOST_CERTAIN, Acceptance
+from stellarbyte_server.engine.state.sequence import TokenMask
 
 MOST_DRAFTED = 12  # tokens of a draft
-MOST_FORCED = 32  # tokens that a grammar forces
 LONG, SHORT = 4, 2  # tokens that must have occurred before
+_PREDICTED = 0  # the third source of guesses
 
 _FIRST_CREDIT = 0.5  # steps
 _CREDIT_OF_TOKEN = 0.02
@@ -28,42 +32,70 @@ class Drafter:
     def __init__(self, num_prompt: int, prediction: tuple[int, ...]) -> None:
         self._num_prompt = num_prompt
         self._predicted = PredictedAnswer(prediction) if prediction else None
-        self._tables = [NgramTable(length, num_prompt + _EXPECTED_TOKENS) for length in (LONG, SHORT)]
-        self._chances = {LONG: Acceptance(0.7), SHORT: Acceptance(0.4), 0: Acceptance(0.8)}  # 0: the prediction
+        self._tables = {length: NgramTable(length, num_prompt + _EXPECTED_TOKENS) for length in (LONG, SHORT)}
+        self._chances = {_PREDICTED: Acceptance(0.8), LONG: Acceptance(0.7), SHORT: Acceptance(0.4)}  # best first
         self._credit = _FIRST_CREDIT
         self._credited_at = num_prompt  # tokens
-        self._tried_at = 0  # tokens, at the last draft
-        self._source: int | None = None  # of the last draft; None: a grammar
-        self._cost = 0.0  # of a token of the last draft
+        self._tried_at = 0  # tokens, at the last guess
+        self._drafted: list[Drafted] = []  # the last draft
 
     def propose(self, tokens: "array[int]", token_cost: float) -> tuple[int, ...]:
         """Guesses of the tokens after `tokens`, prompt and answer; `token_cost` as of `StepCosts`."""
-        self._credit = min(_MOST_CREDIT, self._credit + _CREDIT_OF_TOKEN * (len(tokens) - self._credited_at))
-        self._credited_at = len(tokens)
-        for table in self._tables:
-            table.extend(tokens)
+        self._read(tokens)
         affordable = int(self._credit / max(token_cost, 1e-6))
-        if not affordable:
-            return ()
-        if self._predicted is not None:
-            self._predicted.read(tokens, self._num_prompt)
-        for source in (0, LONG, SHORT):
+        for source in self._chances if affordable else ():
             draft = self._draft_from(source, tokens, min(affordable, MOST_DRAFTED), token_cost)
             if draft:
-                self._source, self._cost, self._tried_at = source, token_cost, len(tokens)
+                self._tried_at = len(tokens)
+                self._drafted = [Drafted(source, token_cost)] * len(draft)
                 return draft
         return ()
+
+    def propose_along(
+        self,
+        tokens: "array[int]",
+        grammar: TokenMask,
+        end_token_ids: Container[int],
+        token_cost: float,
+        mask_cost: float,
+    ) -> tuple[int, ...]:
+        """The same along a grammar, up to a token that ends the answer. The grammar is left as it was.
+
+        `mask_cost`: of one more mask, in the unit of `token_cost`.
+        """
+        self._read(tokens)
+        draft = DraftAlong(grammar, end_token_ids, token_cost=token_cost, mask_cost=mask_cost, credit=self._credit)
+        while draft.may_guess:
+            self._add_guess(draft, tokens)
+        draft.leave()
+        self._credit -= draft.wasted
+        self._drafted = draft.drafted
+        return tuple(draft.tokens)
+
+    def _read(self, tokens: "array[int]") -> None:
+        """Take what was added to the answer."""
+        self._drafted = []
+        self._credit = min(_MOST_CREDIT, self._credit + _CREDIT_OF_TOKEN * (len(tokens) - self._credited_at))
+        self._credited_at = len(tokens)
+        for table in self._tables.values():
+            table.extend(tokens)
+        if self._predicted is not None:
+            self._predicted.read(tokens, self._num_prompt)
+
+    def _is_due(self, tokens: "array[int]") -> bool:
+        """Whether a guess may be tried that is not likely to pay off."""
+        return self._tried_at + _TRIED_EVERY <= len(tokens)
 
     def _draft_from(self, source: int, tokens: "array[int]", most: int, token_cost: float) -> tuple[int, ...]:
         """A source's guesses, as many as are worth their time, or one to try it again."""
         length = min(most, self._chances[source].best_length(token_cost))
-        if not length and self._tried_at + _TRIED_EVERY <= len(tokens):
+        if not length and self._is_due(tokens):
             length = 1
         if not length:
             return ()
-        if not source:
+        if source == _PREDICTED:
             return () if self._predicted is None else self._predicted.expected(length)
-        position = self._tables[0 if source == LONG else 1].find(tokens)
+        position = self._tables[source].find(tokens)
         if position is None:
             return ()
         found = tokens[position : position + length]
@@ -71,18 +103,50 @@ class Drafter:
             found = (found * (length // len(found) + 1))[:length]
         return tuple(found)
 
-    def begin_forced(self) -> None:
-        """The next draft is a grammar's, which is always right or nearly so."""
-        self._source = None
+    def _add_guess(self, draft: DraftAlong, tokens: "array[int]") -> None:
+        """Add the token after a draft from the first source that has one, and is worth it or to be tried again."""
+        is_due = draft.chance == 1 and self._is_due(tokens)
+        for source, acceptance in self._chances.items():
+            chance = min(acceptance.chance, MOST_CERTAIN)
+            may_add = is_due or draft.is_worth(chance)
+            token = self._next(source, tokens, draft.tokens) if may_add else None
+            if token is not None:
+                draft.add(token, source, chance, may_try=is_due)
+                self._tried_at = len(tokens)
+                return
+        draft.may_guess = False
+
+    def _next(self, source: int, tokens: "array[int]", drafted: list[int]) -> int | None:
+        """A source's guess of the token after a draft."""
+        if source == _PREDICTED:
+            expected = () if self._predicted is None else self._predicted.expected(len(drafted) + 1)
+            is_so_far_right = len(expected) > len(drafted) and list(expected[:-1]) == drafted
+            return expected[-1] if is_so_far_right else None
+        position = self._tables[source].find(tokens, drafted[-source:])
+        return None if position is None else tokens[position]
 
     def note(self, num_drafted: int, num_accepted: int) -> None:
-        """The last draft was verified."""
-        if self._source is None:
-            return
-        self._chances[self._source].note(num_drafted, num_accepted)
-        self._credit = min(_MOST_CREDIT, self._credit + num_accepted - self._cost * num_drafted)
-        if num_accepted:
+        """The first tokens of the last draft were verified."""
+        has_right_guess = False
+        for place, (source, cost) in enumerate(self._drafted[:num_drafted]):
+            is_right = place < num_accepted
+            if cost is None or (source == FORCED and is_right):
+                continue  # a step costs the same without guesses
+            self._credit -= cost
+            if source != FORCED:
+                self._credit += is_right
+                has_right_guess = has_right_guess or is_right
+                if place <= num_accepted:
+                    self._chances[source].note(1, int(is_right))
+        if has_right_guess and num_accepted == num_drafted and self._is_cut(num_drafted):
+            self._credit -= 1
+        self._credit = min(_MOST_CREDIT, self._credit)
+        if has_right_guess:
             self._tried_at = -_TRIED_EVERY  # what was right once may be tried again at once
+
+    def _is_cut(self, num_drafted: int) -> bool:
+        """Whether tokens that are forced after the last guess had no place in the step, so that it saved none."""
+        return num_drafted < len(self._drafted) and self._drafted[num_drafted].source == FORCED
 
     def num_predicted(self, tokens: "array[int]") -> int:
         """Tokens of the prediction in the answer."""

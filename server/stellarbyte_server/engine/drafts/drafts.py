@@ -3,8 +3,10 @@
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 
-from stellarbyte_server.engine.drafts.drafter import MOST_FORCED, Drafter
+from stellarbyte_server.engine.drafts.along import MOST_ALONG
+from stellarbyte_server.engine.drafts.drafter import MOST_DRAFTED, Drafter
 from stellarbyte_server.engine.drafts.worth import StepCosts
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 
@@ -16,7 +18,7 @@ class DraftTotals:
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
-    accepted_by_place: list[int] = field(default_factory=lambda: [0] * MOST_FORCED)
+    accepted_by_place: list[int] = field(default_factory=lambda: [0] * max(MOST_ALONG, MOST_DRAFTED))
     """How many drafts had their first, second, ... token accepted."""
 
 
@@ -34,26 +36,31 @@ class Drafts:
         """Give each running sequence that decodes its draft for the next step; returns whether there is any."""
         self._proposed_s = self._clock()
         decoding = [sequence for sequence in running if sequence.num_pending == 1]
-        cost = self._costs.token_cost(max(1, len(decoding)))
+        num_rows = max(1, len(decoding))
         has_any = False
         for sequence in decoding:
             sequence.draft = ()
             if sequence.request.speculative and sequence.samples and sequence.num_launched + 1 < sequence.max_launched:
-                sequence.draft = self._draft(sequence, cost)
+                sequence.draft = self._draft(sequence, num_rows)
                 has_any = has_any or bool(sequence.draft)
         return has_any
 
-    def _draft(self, sequence: Sequence, cost: float) -> tuple[int, ...]:
-        drafter = self._drafter_of(sequence)
-        grammar = sequence.grammar
-        if grammar is not None:
-            if grammar.is_slow or not grammar.is_ready:
-                return ()
-            if forced := _before_end(grammar.forced()[:MOST_FORCED], sequence):
-                drafter.begin_forced()
-                return forced
-        draft = _before_end(drafter.propose(sequence.tokens, cost), sequence)
-        return draft[: grammar.num_allowed(draft)] if draft and grammar is not None else draft
+    @property
+    def step_s(self) -> float:
+        """Average duration of recent steps without prompts; 0: unknown."""
+        return self._costs.step_s
+
+    def _draft(self, sequence: Sequence, num_rows: int) -> tuple[int, ...]:
+        """A draft for a step of so many sequences."""
+        drafter, grammar = self._drafter_of(sequence), sequence.grammar
+        token_cost = self._costs.token_cost(num_rows)
+        if grammar is None:
+            draft = drafter.propose(sequence.tokens, token_cost)
+            return tuple(takewhile(lambda token: token not in sequence.end_token_ids, draft))
+        if not grammar.is_ready:
+            return ()
+        mask_cost = self._costs.cost_of(grammar.expected_s, num_rows)
+        return drafter.propose_along(sequence.tokens, grammar, sequence.end_token_ids, token_cost, mask_cost)
 
     def _drafter_of(self, sequence: Sequence) -> Drafter:
         drafter = self._drafters.get(sequence)
@@ -91,13 +98,3 @@ class Drafts:
     def forget(self, sequence: Sequence) -> None:
         """The request has ended."""
         self._drafters.pop(sequence, None)
-
-
-def _before_end(draft: Iterable[int], sequence: Sequence) -> tuple[int, ...]:
-    """A draft up to a token that ends the answer, which the row before it samples."""
-    kept: list[int] = []
-    for token in draft:
-        if token in sequence.end_token_ids:
-            break
-        kept.append(token)
-    return tuple(kept)

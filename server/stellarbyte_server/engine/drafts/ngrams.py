@@ -1,6 +1,7 @@
 """Finds what followed the newest tokens of a sequence the last time that they occurred in it."""
 
 from array import array
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,13 +39,17 @@ class NgramTable:
                 self._positions[self._place(tokens, end)] = end
             self._num_added = len(tokens) - 1
 
-    def find(self, tokens: "array[int]") -> int | None:
-        """The position after the last earlier occurrence of the newest n-gram of `tokens`; None: none is known."""
+    def find(self, tokens: "array[int]", ahead: Sequence[int] = ()) -> int | None:
+        """The position after the last occurrence in `tokens`, but at their end, of the newest n-gram; None: none is
+        known. `ahead`: guesses of the tokens that follow, which count as newest."""
         end, length = len(tokens), self.length
         if end <= length:
             return None
-        position = self._positions[self._place(tokens, end)]
-        if 0 < position < end and tokens[position - length : position] == tokens[end - length :]:
+        newest = tokens[end - length :]
+        if ahead:
+            newest = (newest + array("I", ahead))[-length:]
+        position = self._positions[self._place(newest, length)]
+        if 0 < position < end and tokens[position - length : position] == newest:
             return position
         return None
 

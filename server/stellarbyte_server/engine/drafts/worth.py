@@ -7,7 +7,7 @@ _SHARE_AT_FIRST = 0.2  # of a step of one token that grows with its tokens, unti
 _WEIGHT_AT_FIRST = 4.0  # of that, as the variance of tokens
 _OUTLIER = 3.0  # longer steps than this many times the expected count as that
 _LEARNS = 0.12  # share of a new token in the average
-_MOST_CERTAIN = 0.98
+MOST_CERTAIN = 0.98
 
 
 class StepCosts:
@@ -35,6 +35,18 @@ class StepCosts:
             start, slope = self._line()
         return slope * num_rows / (start + slope * num_rows)
 
+    def cost_of(self, seconds: float, num_rows: int) -> float:
+        """What so many seconds more cost, in the same unit; 0 until steps were measured."""
+        if not self._seconds:
+            return 0.0
+        start, slope = self._line()
+        return seconds * num_rows / (start + slope * num_rows)
+
+    @property
+    def step_s(self) -> float:
+        """Average duration of recent steps; 0: unknown."""
+        return self._seconds / self._weight if self._weight else 0.0
+
     def _line(self) -> tuple[float, float]:
         """a and b, both at least a little above 0."""
         mean, mean_s = self._tokens / self._weight, self._seconds / self._weight
@@ -51,16 +63,16 @@ class Acceptance:
     """How likely a source's next token is right, by those so far: an exponential average."""
 
     def __init__(self, at_first: float) -> None:
-        self._chance = at_first
+        self.chance = at_first
 
     def note(self, num_drafted: int, num_accepted: int) -> None:
         """A verified draft. Tokens after the first wrong one say nothing."""
         for is_right in [True] * num_accepted + [False] * (num_accepted < num_drafted):
-            self._chance += _LEARNS * (is_right - self._chance)
+            self.chance += _LEARNS * (is_right - self.chance)
 
     def best_length(self, token_cost: float) -> int:
         """The most tokens of which each is right with at least the chance that its cost asks for."""
-        if self._chance < token_cost:
+        if self.chance < token_cost:
             return 0
-        chance = min(self._chance, _MOST_CERTAIN)
+        chance = min(self.chance, MOST_CERTAIN)
         return max(1, int(math.log(max(token_cost, 1e-6)) / math.log(chance)))

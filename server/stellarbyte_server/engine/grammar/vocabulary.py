@@ -8,8 +8,9 @@ from tokenizers import Tokenizer
 
 from stellarbyte_server.tokens.token_bytes import TokenBytes
 
-# Limit of tokenization of forced text, of which a mask needs only the next token.
+# Limit of tokenization of forced text: of all that is forced, which can be long, only the beginning is of use.
 MIN_FORCED_CHARACTERS = 256
+SURE_SHARE = 0.5  # of these characters: tokens within them do not depend on those after the limit
 
 
 class GrammarVocabulary:
@@ -26,7 +27,20 @@ class GrammarVocabulary:
         self.num_words = (self._num_tokens + 31) // 32
         self._source = tokenizer
         self._made: LLTokenizer | None = None
+        self._tokens: _Tokens | None = None
         self._making = threading.Lock()
+
+    def num_sure(self, token_ids: list[int]) -> int:
+        """How many of the tokens of a forced text, from the first on, are those of the whole text, and among the
+        model's. The last ones may come from a word that the limit of tokenization has cut."""
+        self.tokenizer()
+        assert self._tokens is not None
+        left = SURE_SHARE * self._tokens.max_characters
+        for count, token_id in enumerate(token_ids):
+            left -= len(self._tokens.tokens[token_id])
+            if token_id >= self.vocab_size or (count and left < 0):
+                return count
+        return len(token_ids)
 
     def tokenizer(self) -> LLTokenizer:
         """The tokenizer, on any thread. Raises llguidance's exceptions if it cannot read the tokenizer."""
@@ -35,8 +49,9 @@ class GrammarVocabulary:
                 plain = Tokenizer.from_str(self._source.to_str())
                 plain.no_padding()
                 plain.no_truncation()
-                tokens = TokenizerWrapper(_Tokens(plain, self._eos_token_ids[0], self._num_tokens))
-                self._made = LLTokenizer(tokens, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
+                self._tokens = _Tokens(plain, self._eos_token_ids[0], self._num_tokens)
+                wrapped = TokenizerWrapper(self._tokens)
+                self._made = LLTokenizer(wrapped, n_vocab=self._num_tokens, eos_token=self._eos_token_ids)
             return self._made
 
 
@@ -56,12 +71,12 @@ class _Tokens:
         self.special_token_ids = sorted(known.special_ids)
         self._encoder = _without_special_tokens(tokenizer)
         # It starts with the previous token, and omits the end of the text, which could become another token.
-        self._max_characters = max(MIN_FORCED_CHARACTERS, 4 * max(map(len, self.tokens)))
+        self.max_characters = max(MIN_FORCED_CHARACTERS, 4 * max(map(len, self.tokens)))
 
     def __call__(self, text: bytes | str) -> list[int]:
         """The tokens of a text that the grammar forces, or of its beginning."""
         text = text if isinstance(text, str) else text.decode()
-        return self._encoder.encode(text[: self._max_characters], add_special_tokens=False).ids
+        return self._encoder.encode(text[: self.max_characters], add_special_tokens=False).ids
 
 
 def _without_special_tokens(tokenizer: Tokenizer) -> Tokenizer:

@@ -135,13 +135,17 @@ class ReasoningGrammar:
             out[:] = 0  # in a start mark, with which no answer could begin
         allow(out, self._tracker.opening(is_spent=self._is_spent))
 
-    def forced(self) -> list[int]:
+    @property
+    def expected_s(self) -> float:
+        return 0.0 if self._grammar is None or self._tracker.is_reasoning else self._grammar.expected_s
+
+    def forced(self) -> tuple[int, ...]:
         """As of `TokenMask`; of the reasoning's end, and of the answer."""
         tracker = self._tracker
         if tracker.is_reasoning:
             only = tracker.forced(is_spent=self._is_spent, has_grammar=self._grammar is not None)
-            return [] if only is None else [only]
-        return self._grammar.forced() if self._grammar is not None and tracker.is_answering else []
+            return () if only is None else (only,)
+        return self._grammar.forced() if self._grammar is not None and tracker.is_answering else ()
 
     def num_allowed(self, token_ids: Iterable[int]) -> int:
         """As of `TokenMask`; exact within the answer only: elsewhere the masks decide."""

@@ -35,13 +35,15 @@ class PlannedStep(NamedTuple):
         """The step's `Finish`; call it when the tokens of all earlier steps are in their sequences."""
         if not self.heeded:
             return _NOTHING_TO_SAY
-        masks: dict[int, bytes] = {}
+        masks: dict[int, list[bytes]] = {}
         over: list[int] = []
         for row, sequence in self.heeded:
             if sequence.is_over:
                 over.append(row)
             elif sequence.grammar is not None:
-                masks[row] = masks_along(sequence.grammar, self.drafts.get(row, ()))
+                draft = self.drafts.get(row, ())
+                skips = bool(draft) and sequence.request.sampling.logprobs is None
+                masks[row] = masks_along(sequence.grammar, draft, skips_forced=skips)
         return Finish(masks=masks, over=over)
 
     def by_chunk(self, result: StepResult) -> StepResult:
@@ -61,24 +63,36 @@ class PlannedStep(NamedTuple):
         )
 
 
-def masks_along(grammar: TokenMask, draft: Iterable[int]) -> bytes:
+def masks_along(grammar: TokenMask, draft: tuple[int, ...], *, skips_forced: bool = False) -> list[bytes]:
     """The masks for the tokens in the place of each of a draft's tokens, and after them, up to the first that the
-    grammar does not allow, or that completes the answer. The grammar is left as it was."""
+    grammar does not allow, or that completes the answer. The grammar is left as it was.
+
+    `skips_forced`: there is no mask, but b"", in the place of a token that the grammar forces.
+    """
     words_W = np.zeros(grammar.num_words, np.uint32)
-    grammar.mask(words_W)
-    masks, num_accepted = [words_W.tobytes()], 0
-    for token in draft:
-        if token // 32 >= len(words_W) or not words_W[token // 32] >> np.uint32(token % 32) & np.uint32(1):
-            break
+    masks: list[bytes] = []
+    num_accepted = 0
+    for place in range(len(draft) + 1):
+        token = draft[place] if place < len(draft) else None
+        forced = grammar.forced() if skips_forced and token is not None else ()
+        if forced and forced[0] == token:
+            masks.append(b"")
+        else:
+            grammar.mask(words_W)
+            masks.append(words_W.tobytes())
+            if token is None or not _allows(words_W, token):
+                break
         grammar.accept(token)
         num_accepted += 1
         if grammar.is_complete or grammar.error is not None:
             break
-        grammar.mask(words_W)
-        masks.append(words_W.tobytes())
     if num_accepted:
         grammar.rewind(num_accepted)
-    return b"".join(masks)
+    return masks
+
+
+def _allows(words_W: np.ndarray, token: int) -> bool:
+    return token // 32 < len(words_W) and bool(words_W[token // 32] >> np.uint32(token % 32) & np.uint32(1))
 
 
 class _Slot:

@@ -115,7 +115,7 @@ class SlotStep:
         logits_RV, vocab_size = part.computed.logits_RV, part.computed.logits_RV.shape[-1]
         over = set(finish.over)
         adjustments = [
-            None if row in over else slot.adjustment.before(slot.tokens, finish.masks.get(row), vocab_size)
+            None if row in over else slot.adjustment.before(slot.tokens, finish.mask(row), vocab_size)
             for row, slot in zip(part.rows, part.sampling, strict=True)
         ]
         adjusted = [i for i, wanted in enumerate(adjustments) if wanted is not None]

@@ -80,10 +80,20 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class Finish(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """The inputs of a step that depend on the results of the step before."""
 
-    masks: dict[int, bytes] = {}
-    """Row with a grammar → bit v % 32 of word v // 32: token v is allowed. With a draft one mask after another: in the
-    place of each of its tokens, and after them. Where there is none, nothing is sampled."""
+    masks: dict[int, list[bytes]] = {}
+    """Row with a grammar → its mask: bit v % 32 of word v // 32 says whether token v is allowed. With a draft: a mask
+    for the place of each of its tokens, b"" if the grammar forces the token, which is not sampled then, and one for the
+    token after them. Where the list ends, nothing is sampled."""
     over: list[int] = []  # rows of ended sequences, whose results are dropped
+
+    def mask(self, row: int, depth: int = 0) -> bytes | None:
+        """The mask for the token of a row after `depth` tokens of its draft; None: there is none."""
+        masks = self.masks.get(row, ())
+        return masks[depth] if depth < len(masks) else None
+
+    def has_end(self, row: int, depth: int) -> bool:
+        """Whether a grammar has ended before that token, which is not sampled then."""
+        return row in self.masks and depth >= len(self.masks[row])
 
 
 class StepResult(msgspec.Struct, array_like=True, kw_only=True):

@@ -33,8 +33,12 @@ class TokenMask(Protocol):
     def is_slow(self) -> bool:
         """Whether another thread computes the masks, each after the previous token is known."""
 
-    def forced(self) -> list[int]:
-        """The next tokens, as far as the grammar leaves no choice; [] if it does."""
+    @property
+    def expected_s(self) -> float:
+        """Seconds that a mask is expected to take."""
+
+    def forced(self) -> tuple[int, ...]:
+        """The next tokens, as far as the grammar leaves no choice; () if it does."""
 
     def num_allowed(self, token_ids: Iterable[int]) -> int:
         """How many of these tokens, from the first on, it allows."""
@@ -43,7 +47,7 @@ class TokenMask(Protocol):
         """Advance by an allowed token."""
 
     def rewind(self, num_tokens: int) -> None:
-        """Undo the last `num_tokens` accepted tokens."""
+        """Undo the last `num_tokens` accepted tokens, and an error of theirs."""
 
     @property
     def is_complete(self) -> bool:

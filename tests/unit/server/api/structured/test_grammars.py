@@ -18,7 +18,8 @@ from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.structured import grammars as structured
 from stellarbyte_server.api.structured import schema_keywords
 from stellarbyte_server.api.structured.grammars import checked, json_grammar, json_rule
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.protocol.grammar import LIMITS, check_grammar
 from stellarbyte_server.tokens.text_work import TextWork
 from tests.support.cases import some

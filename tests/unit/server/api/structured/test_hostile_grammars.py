@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from stellarbyte.checkpoint.source import resolve_model
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.engine.grammar import vocabulary as grammar_vocabulary
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.protocol.grammar import check_grammar
 from tests.support.schemas import refusal
 

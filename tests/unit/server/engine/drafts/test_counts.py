@@ -16,10 +16,12 @@ from stellarbyte_server.engine.run.step_plan import StepResult
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import GenerationRequest
-from tests.support.engines.drafting import Guesses, answers_of, drafting_core
+from tests.support.engines.drafting import Guesses, answers_of, compute_masks_here, drafting_core
 from tests.support.engines.engine import make_request, sampling_by
 from tests.support.engines.engine_core import VOCABULARY
 from tests.support.models.byte_transformer import make_model, random_tokens
+
+FORCING = 'start: "the first: " /[0-9]{4}/ ", and the second: " /[a-z]{4}/'
 
 
 def guessing_core(coming: dict[str, list[int]], **options: Any) -> EngineCore:
@@ -114,6 +116,59 @@ def test_a_token_that_cannot_be_sampled_within_a_draft_fails_as_without() -> Non
     assert answers[0].finish_reason == answers[1].finish_reason == "error"
     assert answers[0].error == answers[1].error
     assert answers[0].token_ids == answers[1].token_ids == tuple(coming[:17])
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_only_choices_of_a_grammar_take_logits(logprobs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the tokens' log-probabilities are requested."""
+    compute_masks_here(monkeypatch)
+    fields: dict[str, Any] = {"grammar": FORCING, "temperature": 1.0, "repetition_penalty": 1.3, "logprobs": logprobs}
+    request = make_request(random_tokens(9), 60, return_token_ids=True, **fields)
+    num_rows, answers = [], []
+    for drafts in (None, Drafts(clock=lambda: 0.0)):
+        core = drafting_core(make_model(vocab_size=VOCABULARY), drafts)
+        model = executor_of(core).model
+        rows: list[int] = []
+
+        def head(hidden_RC: torch.Tensor, *args: Any, head: Any = model.head, rows: list[int] = rows) -> torch.Tensor:
+            rows.append(len(hidden_RC))
+            return head(hidden_RC, *args)
+
+        monkeypatch.setattr(model, "head", head)
+        answers.append(answer(core, request))
+        num_rows.append(sum(rows))
+    assert answers[0].token_ids == answers[1].token_ids
+    assert [entry.token_id for entry in answers[0].logprobs] == [entry.token_id for entry in answers[1].logprobs]
+    assert [entry.logprob for entry in answers[0].logprobs] == pytest.approx(
+        [entry.logprob for entry in answers[1].logprobs], abs=1e-4
+    )
+    assert num_rows[0] == answers[0].num_tokens == 37
+    assert num_rows[1] == (9 if logprobs is None else 37), "the first one, which comes with the prompt, and the choices"
+
+
+def test_hidden_states_that_are_not_finite_before_a_forced_token_fail_as_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compute_masks_here(monkeypatch)
+    request = make_request(random_tokens(9), 60, return_token_ids=True, grammar=FORCING)
+    coming = answer(drafting_core(make_model(vocab_size=VOCABULARY), None), request).token_ids
+    for place in (1, 4, 5, 17):
+        answers = []
+        for drafts in (None, Drafts(clock=lambda: 0.0)):
+            core = drafting_core(make_model(vocab_size=VOCABULARY), drafts)
+            model = executor_of(core).model
+
+            def hidden(batch: Any, cache: Any, place: int = place, compute: Any = model.hidden) -> torch.Tensor:
+                hidden_TC = compute(batch, cache).clone()
+                hidden_TC[batch.positions_T == 8 + place] = float("nan")
+                return hidden_TC
+
+            monkeypatch.setattr(model, "hidden", hidden)
+            answers.append(answer(core, request))
+            assert core.scheduler.pool.num_used == 0
+        assert answers[0].finish_reason == answers[1].finish_reason == "error"
+        assert answers[0].error == answers[1].error
+        assert answers[0].token_ids == answers[1].token_ids == coming[:place]
 
 
 def test_tokens_after_a_stop_within_a_draft_are_dropped() -> None:

@@ -33,7 +33,7 @@ def test_the_best_length_gains_most(share: float) -> None:
         acceptance.note(1, int(chance.random() < share))
     for cost in (0.05, 0.2, 0.5, 0.8):
         length = acceptance.best_length(cost)
-        gains = [sum(acceptance._chance**i for i in range(1, n + 1)) - cost * n for n in range(60)]
+        gains = [sum(acceptance.chance**i for i in range(1, n + 1)) - cost * n for n in range(60)]
         assert gains[length] == pytest.approx(max(gains), abs=1e-9)
 
 
@@ -41,4 +41,4 @@ def test_tokens_after_the_first_wrong_one_do_not_count() -> None:
     one, other = Acceptance(0.5), Acceptance(0.5)
     one.note(2, 1)
     other.note(12, 1)
-    assert one._chance == other._chance
+    assert one.chance == other.chance

@@ -12,7 +12,8 @@ import pytest
 from tokenizers import AddedToken
 
 from stellarbyte_server.engine.grammar import compiler as grammar_module
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.protocol.grammar import GrammarRefused, check_grammar
 from tests.support.servers.fake_engine import make_tokenizer
 

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 
 from stellarbyte_server.api.structured.grammars import json_grammar
-from stellarbyte_server.engine.grammar.compiler import TokenGrammar
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.protocol.messages import Delta, Rejected
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.engine import BACKENDS, Backend, make_request

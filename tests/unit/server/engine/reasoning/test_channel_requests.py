@@ -11,7 +11,7 @@ import pytest
 from stellarbyte_server.api.chat.channels import calls_grammar, final_grammar
 from stellarbyte_server.api.structured.grammars import json_grammar
 from stellarbyte_server.api.structured.offered_tools import OfferedTool
-from stellarbyte_server.engine.grammar.compiler import TokenGrammar
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.protocol.messages import Delta, merged
 from stellarbyte_server.protocol.request import Channels

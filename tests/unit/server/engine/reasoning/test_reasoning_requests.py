@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stellarbyte_server.api.structured.grammars import json_grammar
-from stellarbyte_server.engine.grammar.compiler import TokenGrammar
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.protocol.messages import Delta
 from stellarbyte_server.protocol.request import Reasoning

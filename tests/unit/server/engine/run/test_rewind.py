@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stellarbyte.sampling.sampler import RowSampling
-from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGrammar
+from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
+from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Sequence
 from tests.support.cases import each_value_once
