@@ -110,7 +110,7 @@ def make_batch(rows: list[Row], sampled: list[Sampled], device: torch.device) ->
     )
 
 
-def _num_plain(rows: list[_Row]) -> tuple[int, ...]:
+def _num_plain(rows: list[Row]) -> tuple[int, ...]:
     """The tokens of each row before its adapter's first one; (): there are none."""
     if not any([row.slot.begin.adapter_start > row.start for row in rows]):
         return ()
