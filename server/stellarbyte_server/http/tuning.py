@@ -4,11 +4,14 @@ import asyncio
 import os
 
 from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.adapter_versions import AdapterVersions
+from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, SHUTTING_DOWN, RequestRejected
+from stellarbyte_server.sources.reservation import NameReserved, reserved
 from stellarbyte_server.tuning.examples import Template
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Plan, Server, TuningRunner
 from stellarbyte_server.tuning.store import TuningStore
@@ -38,20 +41,29 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
     if source is None:
         raise ValueError("--fine-tuning: the model has no chat template; give one with --chat-template")
 
+    versions = AdapterVersions(service, service.registry)
+
     async def load(name: str, folder: str) -> None:
+        if await asyncio.to_thread(service.registry.record, name) is not None:
+            return  # with this content, which its name tells
         try:
-            await client.load_adapter(name, folder, True)
-        except EngineDead as error:
+            with reserved(service.registry.locks, name):
+                await versions.load(name, folder, in_place=True, pinned=None, probe=False, caller="")
+        except (EngineDead, NameReserved) as error:
             raise EngineAway from error
         except RequestRejected as error:
             if error.code == SHUTTING_DOWN:
                 raise EngineAway from error
             raise CannotLoad(str(error)) from None
+        except ApiError as error:
+            raise CannotLoad(str(error)) from None
 
     async def unload(name: str) -> None:
         try:
-            await client.unload_adapter(name)
-        except EngineDead as error:
+            with reserved(service.registry.locks, name):
+                unloading = await versions.unload(name, "")
+            await unloading
+        except (EngineDead, NameReserved, ApiError) as error:
             raise EngineAway from error
         except RequestRejected as error:
             if error.code != ADAPTER_NOT_FOUND:
@@ -79,7 +91,6 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
         load=load,
         unload=unload,
         is_open=lambda: client.is_admitting and client.health() is None,
-        generation=lambda: client.num_adapter_losses,
         max_tokens=max_tokens,
     )
     runner = TuningRunner(service.tuning, service.storage.folder, service.storage.files, plan, server)

@@ -43,7 +43,6 @@ class Place:
         self.loaded: dict[str, str] = {}
         self.load_error: Exception | None = None
         self.when_loaded: Callable[[str], None] = lambda _: None
-        self.generation = 0
         self.script()
 
     def script(self, **fields: object) -> None:
@@ -120,7 +119,6 @@ class Place:
                 load=load,
                 unload=unload,
                 is_open=lambda: True,
-                generation=lambda: self.generation,
                 max_tokens=max_tokens,
             )
             command = (sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(self.folder))
