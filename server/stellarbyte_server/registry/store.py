@@ -11,6 +11,7 @@ takes effect by a rename. Names of files are made here, and no link below adapte
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -224,6 +225,9 @@ class AdapterRegistry:
         hasher = hashlib.sha256()
         source = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK)
         try:
+            disk = os.fstatvfs(at)
+            if os.fstat(source).st_size > disk.f_bavail * disk.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before others lack it
             target = os.open(name, _NEW_FLAGS, 0o600, dir_fd=at)
             try:
                 for chunk in _chunks(source):

@@ -164,6 +164,16 @@ def test_a_withdrawn_name_is_so_until_it_is_loaded_or_the_server_ends(tmp_path: 
     assert restart(tmp_path).recorded() == RecordedAdapters()
 
 
+def test_files_that_the_disk_has_no_room_for_are_not_copied(tmp_path: Path) -> None:
+    """Also where they take no room themselves, as they are holes."""
+    registry, located = restart(tmp_path), make_files(tmp_path / "source" / "a", "a")
+    disk = os.statvfs(tmp_path)
+    os.truncate(located.weights, disk.f_blocks * disk.f_frsize)
+    with pytest.raises(OSError, match="No space left"):
+        registry.keep(located)
+    assert os.listdir(tmp_path / "adapters" / "contents") == []
+
+
 def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (make_files(tmp_path / "source" / text, text) for text in "ab")
     registry = restart(tmp_path)
