@@ -35,7 +35,8 @@ def _opened(arguments: tuple[object, ...]) -> str | None:
     if opener.f_code.co_name == "open_inside" and "at" in opener.f_locals:  # the folder it opens from is not told
         path = os.path.join(os.readlink(f"/proc/self/fd/{opener.f_locals['at']}"), os.fsdecode(path))
     elif opener.f_code.co_filename.endswith(_RECORD) and not os.path.isabs(path):
-        path = os.path.join(opener.f_locals["self"]._path, "*", os.fsdecode(path))  # in one of its folders
+        method = opener if "self" in opener.f_locals or opener.f_back is None else opener.f_back  # of a comprehension
+        path = os.path.join(method.f_locals["self"]._path, "*", os.fsdecode(path))  # in one of its folders
     is_written = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     return f"{'w' if is_written else 'r'} {os.path.abspath(os.fsdecode(path))!r}"
 
