@@ -40,6 +40,7 @@ from stellarbyte_server.engine.core import EngineCore
 from stellarbyte_server.engine.start.load import build_core
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
+from stellarbyte_server.protocol.adapter_versions import SetVersions, StoredAdapter
 from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Rejected
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
 
@@ -159,7 +160,7 @@ def measure(core: EngineCore, work: Work, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: int) -> dict[str, Any]:
+def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: int, folder: Path) -> dict[str, Any]:
     """Load every adapter under a new name and generate one token with it, while streams run; timed from the first
     call."""
     with_adapters = dataclasses.replace(work, adapters=num_adapters, output=(8, 8), requests=2 * work.requests)
@@ -177,11 +178,14 @@ def measure_loads(core: EngineCore, work: Work, vocab_size: int, num_adapters: i
     probes: list[str] = []
     while waiting or not all(probe in run.arrivals for probe in probes):
         if (number := next(calls, None)) is not None:  # one in each step, as over HTTP
-            core.call(LoadAdapter(call_id=str(number), name=f"new{number:02}", path=f"a{number:02}", in_place=False))
+            files = StoredAdapter(folder=str(folder / f"a{number:02}"), root=f"a{number:02}")
+            core.call(LoadAdapter(call_id=str(number), name=f"new{number:02}", files=files, in_place=False))
         for reply in core.take_replies():
             if isinstance(reply, CallFailed):
                 raise RuntimeError(reply.message)
-            assert isinstance(reply, AdapterLoaded)
+            if not isinstance(reply, AdapterLoaded):
+                continue  # the answer to `SetVersions`
+            core.call(SetVersions(f"set {reply.call_id}", reply.card.name, reply.card.content_hash))
             waiting -= 1
             loaded_s = time.perf_counter()
             probes.append(reply.card.name)
@@ -262,7 +266,7 @@ def main() -> None:
         work = work_of(name, is_tiny=options.tiny)
         with reporting_failure([name]):
             if work.loads_adapters:
-                report(name, measure_loads(core, work, shape.vocab_size, engine.adapters))
+                report(name, measure_loads(core, work, shape.vocab_size, engine.adapters, options.folder / "adapters"))
                 continue
             figures = {"build_s": build_s, **measure(core, work, shape.vocab_size)}
             if options.profile:

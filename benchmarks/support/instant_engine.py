@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.process import main
 from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.protocol.adapter_versions import RestoreAdapters
 from stellarbyte_server.protocol.messages import (
     Accepted,
     AdapterResidency,
@@ -26,6 +27,7 @@ from stellarbyte_server.protocol.messages import (
     EngineStats,
     News,
     Reply,
+    Settled,
 )
 from stellarbyte_server.protocol.request import GenerationRequest
 
@@ -66,7 +68,10 @@ class InstantCore:
         return False
 
     def call(self, call: Call) -> None:
-        self._replies.append(CallFailed(call.call_id, "This engine has no adapters."))
+        if isinstance(call, RestoreAdapters):
+            self._replies.append(Settled(call.call_id))
+        else:
+            self._replies.append(CallFailed(call.call_id, "This engine has no adapters."))
 
     def take_replies(self) -> list[Reply]:
         replies, self._replies = self._replies, []

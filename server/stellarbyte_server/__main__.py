@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,7 +31,7 @@ from stellarbyte_server.logs import LogFormat, configure_logging
 if TYPE_CHECKING:  # imported late
     from stellarbyte_server.client.replicas.replicas import Replicas
     from stellarbyte_server.client.restart import RestartingEngine
-    from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
+    from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
 
 logger = logging.getLogger("server")
 
@@ -77,32 +78,30 @@ def _checked_keys(settings: ServerSettings) -> tuple[Key, ...]:
 
 def _run(settings: ServerSettings, keys: tuple[Key, ...], engine_module: str) -> int:
     """Run the engine processes and HTTP from start to stop. Raises StartError or ListenError."""
-    from stellarbyte_server.client.launch import EngineStartError, private_folder
+    from stellarbyte_server.client.launch import EngineStartError
     from stellarbyte_server.client.placement import place, share_of_each
     from stellarbyte_server.client.restart import start_engines, stop_engines
 
-    with listening(settings) as listeners, _data_folder(settings) as stored:
+    with listening(settings) as listeners:
         on_stop_signals(exit_quietly)
         if settings.keys is not None:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is read again after the model is loaded
         variables = place(settings.engine)
         settings = dataclasses.replace(settings, engine=share_of_each(settings.engine, len(variables)))
-        logger.info("starting the engine on %s", settings.engine.model)
-        engines: list[RestartingEngine] = []
-        folder = None
-        try:
-            folder = private_folder() if len(variables) > 1 else None
-            start_engines(settings, engine_module, variables, folder, engines, stored)
-        except (EngineStartError, OSError) as error:
-            stop_engines(engines, folder)
-            raise StartError(f"cannot start the engine process: {error}") from None
-        try:
-            return asyncio.run(_serve_all(settings, keys, listeners, engines, folder))
-        except (EngineStartError, ValueError, OSError) as error:
-            raise StartError(str(error)) from None
-        finally:
-            on_stop_signals(signal.SIG_IGN)  # the remaining steps take moments
-            stop_engines(engines, folder)
+        with _own_folder() as folder, _record(settings, folder) as recorded:
+            logger.info("starting the engine on %s", settings.engine.model)
+            engines: list[RestartingEngine] = []
+            try:
+                try:
+                    start_engines(settings, engine_module, variables, folder, engines, recorded)
+                except (EngineStartError, OSError) as error:
+                    raise StartError(f"cannot start the engine process: {error}") from None
+                return asyncio.run(_serve_all(settings, keys, listeners, engines, folder))
+            except (EngineStartError, ValueError, OSError) as error:
+                raise StartError(str(error)) from None
+            finally:
+                on_stop_signals(signal.SIG_IGN)  # the remaining steps take moments
+                stop_engines(engines)
 
 
 async def _serve_all(
@@ -110,7 +109,7 @@ async def _serve_all(
     keys: tuple[Key, ...],
     listeners: list[Listeners],
     engines: "list[RestartingEngine]",
-    folder: Path | None,
+    folder: Path,
 ) -> int:
     """Run one HTTP process for each listener: this process, or others that it watches."""
     started_at = int(time.time())
@@ -191,38 +190,52 @@ def _announce(settings: ServerSettings) -> None:
 
 
 @contextlib.contextmanager
-def _data_folder(settings: ServerSettings) -> Iterator[Callable[[], tuple["RestoredAdapter", ...]]]:
-    """--data-dir is this server's meanwhile; StartError when it cannot be. Yields a reader of its adapters."""
-    if settings.data_dir is None:
-        yield tuple
-        return
-    from stellarbyte_server.batch.storage import claim_folder
-    from stellarbyte_server.registry.store import AdapterRegistry
+def _own_folder() -> Iterator[Path]:
+    """A private folder of the server, which is removed at the end; StartError."""
+    from stellarbyte_server.client.launch import EngineStartError, private_folder
 
     try:
-        lock = claim_folder(settings.data_dir)
-    except ValueError as error:
-        raise StartError(f"--data-dir: {error}") from None
-    registry = None
+        folder = private_folder()
+    except (EngineStartError, OSError) as error:
+        raise StartError(f"cannot start the engine process: {error}") from None
     try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _record(settings: ServerSettings, folder: Path) -> "Iterator[Callable[[], RecordedAdapters]]":
+    """The record of adapters, in --data-dir, which is this server's meanwhile, or in its own folder; StartError.
+
+    Yields a reader of it.
+    """
+    from stellarbyte_server.batch.storage import claim_folder
+    from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
+    from stellarbyte_server.registry.store import open_registry
+
+    with contextlib.ExitStack() as opened:
+        if settings.data_dir is not None:
+            try:
+                opened.callback(os.close, claim_folder(settings.data_dir))
+            except ValueError as error:
+                raise StartError(f"--data-dir: {error}") from None
         try:
-            registry = AdapterRegistry(settings.data_dir, settings.adapter_history)
+            registry = open_registry(settings.data_dir, folder, settings.adapter_history)
+            opened.callback(registry.close)
             registry.clean()
         except OSError as error:
-            raise StartError(f"--data-dir: cannot use {settings.data_dir}: {error.strerror or error}") from None
+            where = "--data-dir: cannot use" if settings.data_dir is not None else "cannot use the temporary folder"
+            raise StartError(f"{where} {settings.data_dir or folder}: {error.strerror or error}") from None
         if settings.engine.serves_adapters:
-            yield registry.restored
-        else:
-            if num_stored := len(registry.restored()):
-                logger.warning(
-                    "%d adapters of --data-dir are not served: give --adapter-dir, --lora-modules or --adapter-source",
-                    num_stored,
-                )
-            yield tuple
-    finally:
-        if registry is not None:
-            registry.close()
-        os.close(lock)
+            yield registry.recorded
+            return
+        if num_stored := len(registry.recorded().adapters):
+            logger.warning(
+                "%d adapters of --data-dir are not served: give --adapter-dir, --lora-modules or --adapter-source",
+                num_stored,
+            )
+        yield RecordedAdapters
 
 
 if __name__ == "__main__":

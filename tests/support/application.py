@@ -12,7 +12,9 @@ from stellarbyte_server.config.settings import EngineSettings, ServerSettings
 from stellarbyte_server.http.app import create_app
 
 
-def make_app(client: Any = None, info: Any = None, tokenizer: Any = None, **settings: Any) -> FastAPI:
+def make_app(
+    client: Any = None, info: Any = None, tokenizer: Any = None, registry: Any = None, **settings: Any
+) -> FastAPI:
     """An application with those settings of the server, for routes that need no more of a service than is given."""
     service = Service(
         settings=ServerSettings(**{"engine": EngineSettings(model="m"), **settings}),
@@ -21,6 +23,7 @@ def make_app(client: Any = None, info: Any = None, tokenizer: Any = None, **sett
         tokenizer=tokenizer,
         sampling_defaults={},
         started_at=0,
+        registry=registry,
     )
     return create_app(service, Keyring(service.settings))
 

@@ -45,7 +45,7 @@ class LoadedAdapter(msgspec.Struct, frozen=True, kw_only=True):
     matched: tuple[str, ...]  # modules it changes
     unmatched: tuple[str, ...]  # targets in its configuration without weights
     pinned: bool = False  # it keeps its slot
-    version: int | None = None  # its number in the history; None: the server has no --data-dir
+    version: int | None = None  # its number in the history
     probe: AdapterProbe | None = None  # None: not probed
 
 

@@ -74,8 +74,8 @@ export interface LoadedAdapter {
   readonly unmatched: readonly string[];
   /** It keeps its slot. */
   readonly pinned: boolean;
-  /** Its number in the history; null: the server has no --data-dir. */
-  readonly version: number | null;
+  /** Its number in the history. */
+  readonly version: number;
   /** null: not probed. */
   readonly probe: AdapterProbe | null;
 }

@@ -1,8 +1,8 @@
-"""Changes of the adapters in --data-dir, each by the same steps.
+"""Changes of adapters over HTTP, each by the same steps.
 
-Every engine reads and checks the versions beside the current one; the record on the disk names them, which decides;
-then requests get them. So a crash at any point leaves the state before or after the change, and a refusal changes
-nothing. The caller holds the name's lock.
+Every engine reads and checks the versions beside the current one; the record names them, which decides; then requests
+get them. An engine that starts gets the record. So the end of a process at any point leaves the state before or after
+the change, and a refusal changes nothing. The caller holds the name's lock.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import msgspec
 from stellarbyte_server.api.contract.errors import ApiError, bad_request
 from stellarbyte_server.api.service import Service
 from stellarbyte_server.client.engine_client import EngineDead
+from stellarbyte_server.config.setting_values import is_adapter_name
 from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded
 from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, RequestRejected
 from stellarbyte_server.registry.record import NameRecord, Version, VersionError, next_number, with_version
@@ -30,16 +31,17 @@ _POLL_S = 0.1
 
 
 class AdapterVersions:
-    """The stored adapters of a server. Methods raise RequestRejected, EngineDead or ApiError."""
+    """The adapters of a server's record. Methods raise RequestRejected, EngineDead or ApiError."""
 
     def __init__(self, service: Service, registry: AdapterRegistry) -> None:
+        self._settings = service.settings.engine
         self._client = service.client
         self._registry = registry
 
     async def record(self, name: str) -> NameRecord:
         record = await asyncio.to_thread(self._registry.record, name)
         if record is None:
-            message = f"There is no stored adapter {name!r:.200}; --data-dir keeps those loaded over HTTP."
+            message = f"There is no adapter {name!r:.200} that was loaded over HTTP; only those have versions."
             raise ApiError(404, message, code=ADAPTER_NOT_FOUND)
         return record
 
@@ -92,7 +94,7 @@ class AdapterVersions:
         """Have every engine read and check a content; if one fails, none keeps it."""
         stored = self._registry.stored_content(content)
         try:
-            return await self._client.load_adapter(name, stored, in_place, pinned, probe=probe, is_beside=True)
+            return await self._client.prepare_adapter(name, stored, in_place=in_place, pinned=pinned, probe=probe)
         except (RequestRejected, EngineDead):
             await self._go_back(before, name)
             raise
@@ -130,25 +132,43 @@ class AdapterVersions:
         return after
 
     async def unload(self, name: str, caller: str) -> Awaitable[AdapterUnloaded]:
-        """Unload an adapter and forget its versions; what is returned waits for its last requests, without the lock."""
+        """Unload an adapter and forget its versions; what is returned waits for its last requests, without the lock.
+
+        The record decides: engines that end meanwhile start without the adapter.
+        """
+        is_offered = await self._is_offered(name)
         record = await asyncio.to_thread(self._registry.record, name)
+        if is_offered:
+            await self._stored(self._registry.withdraw, name)
         if record is not None:
             await self._stored(self._registry.remove, name)
-            logger.info("adapter %s: unloaded by %s", name, _who(caller))
         try:
             unloading = await self._client.begin_unload(name)
+            logger.info("adapter %s: unloaded by %s", name, _who(caller))
         except (RequestRejected, EngineDead) as error:
             unloading = asyncio.get_running_loop().create_future()
             unloading.set_exception(error)
         return asyncio.create_task(self._drained(name, record, unloading))
+
+    async def _is_offered(self, name: str) -> bool:
+        """Whether engines offer a name without the record: as one of --lora-modules or a folder of --adapter-dir."""
+        if name in dict(self._settings.lora_modules):
+            return True
+        if self._settings.adapter_dir is None or not is_adapter_name(name) or "/" in name:
+            return False
+        try:
+            await self._client.locate_adapter(name)
+        except RequestRejected:
+            return False
+        return True
 
     async def _drained(
         self, name: str, record: NameRecord | None, unloading: Awaitable[AdapterUnloaded]
     ) -> AdapterUnloaded:
         try:
             unloaded = await unloading
-        except RequestRejected as error:
-            if record is None or error.code != ADAPTER_NOT_FOUND:
+        except (RequestRejected, EngineDead) as error:
+            if record is None or (isinstance(error, RequestRejected) and error.code != ADAPTER_NOT_FOUND):
                 raise
             unloaded = AdapterUnloaded("", 0)
         if record is not None:
@@ -165,7 +185,7 @@ class AdapterVersions:
         await self._follow(after)
 
     async def _go_back(self, before: NameRecord | None, name: str) -> None:
-        """Have every engine forget the versions beside those of the record on the disk."""
+        """Have every engine forget the versions beside those of the record."""
         try:
             if before is None:
                 await self._client.set_versions(name, "")
@@ -177,7 +197,7 @@ class AdapterVersions:
     async def _prepare(self, record: NameRecord) -> None:
         """Have every engine read the versions that it lacks."""
         for version in record.live:
-            await self._client.load_adapter(record.name, self._registry.stored(version), True, is_beside=True)
+            await self._client.prepare_adapter(record.name, self._registry.stored(version))
 
     async def _serve(self, record: NameRecord) -> None:
         """Let requests get what a record says."""
@@ -185,7 +205,7 @@ class AdapterVersions:
         await self._client.set_versions(record.name, current, record.hashed_shares(), pinned=record.pinned)
 
     async def _follow(self, record: NameRecord) -> None:
-        """Make every engine do as a record on the disk says, also one that was started with an earlier record."""
+        """Make every engine do as a written record says, also one that was started with an earlier record."""
         deadline_s = time.monotonic() + RESTART_LIMIT_S
         while True:
             try:
@@ -202,20 +222,23 @@ class AdapterVersions:
 
     async def _discard(self, name: str, versions: Iterable[Version]) -> None:
         """Remove the contents of forgotten versions. Those that still serve requests stay until the next start."""
-        cards = (await self._client.list_adapters()).cards
+        try:
+            cards = (await self._client.list_adapters()).cards
+        except EngineDead:
+            cards = ()  # and no requests
         used = {card.content_hash for card in cards if card.name == name}
         for version in versions:
             if version.content_hash not in used:
                 await asyncio.to_thread(self._registry.discard, version.folder)
 
-    @staticmethod
-    async def _stored(work: Callable[[T], R], argument: T) -> R:
+    async def _stored(self, work: Callable[[T], R], argument: T) -> R:
         """Write to the disk in a thread; ApiError if that fails."""
         try:
             return await asyncio.to_thread(work, argument)
         except OSError as error:
-            logger.error("--data-dir: %s", error)
-            raise ApiError(500, f"The adapter could not be stored in --data-dir: {error.strerror}.") from None
+            place = "--data-dir" if self._registry.is_durable else "the temporary folder"
+            logger.error("%s: %s", place, error)
+            raise ApiError(500, f"The adapter could not be stored in {place}: {error.strerror}.") from None
 
 
 def _version(before: NameRecord | None, content: Content, loaded: AdapterLoaded, caller: str, job: str) -> Version:

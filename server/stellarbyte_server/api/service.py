@@ -30,8 +30,8 @@ class Service:
     tokenizer: PromptTokenizer
     sampling_defaults: Mapping[str, Any]  # of the model, for fields absent from requests
     started_at: int  # Unix seconds, the same in all HTTP processes
-    storage: Storage | None = None  # of --data-dir, like the next
-    registry: AdapterRegistry | None = None
+    registry: AdapterRegistry
+    storage: Storage | None = None  # of --data-dir
     tuning: TuningStore | None = None  # None: --fine-tuning is off
     feedback: FeedbackStore | None = None  # None: --feedback is off
     text_work: TextWork = field(default_factory=TextWork)
@@ -64,8 +64,8 @@ def load_service(
     settings: ServerSettings,
     client: Replicas,
     started_at: int,
+    registry: AdapterRegistry,
     storage: Storage | None = None,
-    registry: AdapterRegistry | None = None,
     tuning: TuningStore | None = None,
     feedback: FeedbackStore | None = None,
 ) -> Service:
@@ -83,8 +83,8 @@ def load_service(
         ),
         sampling_defaults=read_defaults(model_path),
         started_at=started_at,
-        storage=storage,
         registry=registry,
+        storage=storage,
         tuning=tuning,
         feedback=feedback,
     )

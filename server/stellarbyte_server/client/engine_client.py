@@ -11,7 +11,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -104,11 +103,6 @@ class EngineClient:
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._tasks: list[asyncio.Task[None]] = []
         self._watcher: asyncio.Task[None] | None = None
-
-    @property
-    def folder(self) -> Path:
-        """The private folder of the engine's process, which all HTTP processes of the server share."""
-        return Path(self._engine.endpoint.removeprefix("ipc://")).parent
 
     async def start(self) -> EngineInfo:
         """Wait until the engine is ready and connect to it; raises EngineStartError.

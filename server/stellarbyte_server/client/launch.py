@@ -17,7 +17,7 @@ import msgspec
 from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.import_path import safe_environment
 from stellarbyte_server.logs import LogFormat
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.start import EngineFailed, EngineReady, EngineStart
 
@@ -65,7 +65,7 @@ class EngineProcess:
         *,
         process_name: str = "engine",
         variables: Mapping[str, str] = MappingProxyType({}),
-        adapters: tuple[RestoredAdapter, ...] = (),
+        recorded: RecordedAdapters | None = None,
         server_folder: Path | None = None,
     ) -> None:
         """Start the process; returns at once. `module` is run with `python -m`; tests replace it.
@@ -73,7 +73,7 @@ class EngineProcess:
         Args:
             process_name: in log lines.
             variables: of its environment, in addition to this process's.
-            adapters: those of --data-dir.
+            recorded: the adapters that it has from the start.
             server_folder: which the process removes if this process ends without doing so.
         """
         self._folder = private_folder()
@@ -89,7 +89,8 @@ class EngineProcess:
         )
         self._stdout: asyncio.StreamReader | None = None
         folders = (str(self._folder), *(() if server_folder is None else (str(server_folder),)))
-        start = EngineStart(settings, self.endpoint, log_level, log_format, process_name, adapters, folders)
+        known = RecordedAdapters() if recorded is None else recorded
+        start = EngineStart(settings, self.endpoint, log_level, log_format, process_name, known, folders)
         line = msgspec.json.encode(start) + b"\n"
         with contextlib.suppress(BrokenPipeError):  # already dead, which `ready` reports
             self._stdin.write(line)

@@ -3,7 +3,6 @@
 import asyncio
 import dataclasses
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import msgspec
 
 from stellarbyte_server.client.launch import EngineProcess, EngineStartError
 from stellarbyte_server.config.settings import ServerSettings
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
 from stellarbyte_server.protocol.messages import EngineInfo
 
 logger = logging.getLogger("server.restart")
@@ -162,20 +161,20 @@ def start_engines(
     settings: ServerSettings,
     module: str,
     variables: Sequence[Mapping[str, str]],
-    folder: Path | None,
+    folder: Path,
     engines: list[RestartingEngine],
-    stored: Callable[[], tuple[RestoredAdapter, ...]],
+    recorded: Callable[[], RecordedAdapters],
 ) -> None:
     """Start an engine for each entry of `variables`, of its process's environment; adds to `engines` as they start.
 
-    `folder`: of the server, which the last process removes. `stored` reads the adapters of --data-dir, anew for each
-    process. EngineStartError or OSError.
+    `folder`: of the server, which engines remove if this process ends without doing so. `recorded` reads the record of
+    adapters, anew for each process. EngineStartError or OSError.
     """
     for index, of_this in enumerate(variables):
         name = "engine" if len(variables) == 1 else f"engine-{index}"
         start = partial(
             _start_engine,
-            stored,
+            recorded,
             dataclasses.replace(settings.engine, engine_index=index),
             settings.log_level,
             module,
@@ -187,13 +186,11 @@ def start_engines(
         engines.append(RestartingEngine(start, settings.restart_engine))
 
 
-def _start_engine(stored: Callable[[], tuple[RestoredAdapter, ...]], *args: Any, **fields: Any) -> EngineProcess:
-    return EngineProcess(*args, adapters=stored(), **fields)
+def _start_engine(recorded: Callable[[], RecordedAdapters], *args: Any, **fields: Any) -> EngineProcess:
+    return EngineProcess(*args, recorded=recorded(), **fields)
 
 
-def stop_engines(engines: Sequence[RestartingEngine], folder: Path | None) -> None:
-    """End all engines, and remove the folder of the server."""
+def stop_engines(engines: Sequence[RestartingEngine]) -> None:
+    """End all engines."""
     with ThreadPoolExecutor(max(1, len(engines))) as threads:  # each may take seconds
         list(threads.map(RestartingEngine.stop, engines))
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -302,7 +302,7 @@ class ServerSettings:
         None,
     )
     adapter_history: int = option(
-        whole_number(1, 1000), "N", "maximum versions that --data-dir keeps of each adapter", 10
+        whole_number(1, 1000), "N", "maximum versions of each adapter that was loaded over HTTP", 10
     )
     max_file_bytes: int = option(byte_count, "BYTES", "maximum size of an uploaded file", 200 * 2**20)
     max_stored_bytes: int = option(

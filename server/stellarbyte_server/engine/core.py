@@ -29,9 +29,7 @@ from stellarbyte_server.protocol.messages import (
     Accepted,
     AdapterResidency,
     Call,
-    CommitAdapter,
     Delta,
-    DiscardAdapter,
     EngineStats,
     LoadAdapter,
     News,
@@ -171,14 +169,9 @@ class EngineCore:
         elif isinstance(call, SetVersions):
             replies += adapters.set_versions(call)
         elif isinstance(call, RestoreAdapters):
-            adapters.restore(call.adapters)
-            replies.append(Settled(call.call_id))
-        elif isinstance(call, CommitAdapter):
-            replies += adapters.held.commit(call.call_id, call.held_id)
-        elif isinstance(call, DiscardAdapter):
-            replies += adapters.held.discard(call.call_id, call.held_id)
+            replies += [*adapters.restore(call.recorded), Settled(call.call_id)]
         elif isinstance(call, Settle):
-            adapters.held.settle(call.call_id)
+            adapters.settle(call.call_id)
         elif isinstance(call, UnloadAdapter):
             replies += adapters.unload(call.call_id, call.name)
         else:

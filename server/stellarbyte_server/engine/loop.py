@@ -22,15 +22,12 @@ from stellarbyte_server.protocol.messages import (
     Call,
     CallFailed,
     Command,
-    CommitAdapter,
     Delta,
-    DiscardAdapter,
     EngineStats,
     Event,
     Heartbeat,
     HttpObservations,
     KeyCommand,
-    LoadAdapter,
     News,
     ReadTotals,
     Rejected,
@@ -102,7 +99,6 @@ class _Peer:
     request_ids: set[str] = field(default_factory=set)
     undelivered: list[Delta] = field(default_factory=list)  # errors to deliver once it reads again
     residency: AdapterResidency = field(default_factory=AdapterResidency)  # as last told
-    held_ids: set[str] = field(default_factory=set)  # of adapters that it is loading at all engines
 
 
 class EngineLoop:
@@ -215,14 +211,10 @@ class EngineLoop:
             if reply is not None:
                 self._send(peer_id, reply)
         elif isinstance(command, Call):
-            self._call(peer_id, peer, command)
+            self._call(peer_id, command)
 
-    def _call(self, peer_id: bytes, peer: _Peer, call: Call) -> None:
+    def _call(self, peer_id: bytes, call: Call) -> None:
         self._callers[call.call_id] = peer_id
-        if isinstance(call, LoadAdapter) and call.is_held:
-            peer.held_ids.add(call.call_id)
-        elif isinstance(call, CommitAdapter | DiscardAdapter):
-            peer.held_ids.discard(call.held_id)
         try:
             self._core.call(call)
         except Exception:
@@ -324,8 +316,6 @@ class EngineLoop:
                 raise
             self._abort_all(peer)
             self._usage.release_all(peer_id)
-            for held_id in peer.held_ids:
-                self._core.call(DiscardAdapter("", held_id))
             del self._peers[peer_id]
 
     def _send_rest(self, peer_id: bytes, event: Event) -> None:

@@ -62,12 +62,24 @@ class Probes:
         self._numbers = itertools.count()
 
     def begin(self) -> None:
-        """Queue the probes of adapters that have been read."""
+        """Queue the probes of adapters that have been read; one that cannot be queued is a refused load."""
         for version in self._adapters.take_probes():
-            prompt = self._prompt(version)
-            probe = _Probe(version=version, num_prompt_tokens=len(prompt))
-            for adapter in (version, None):
-                self._queue(probe, prompt, adapter)
+            try:
+                prompt = self._prompt(version)
+                probe = _Probe(version=version, num_prompt_tokens=len(prompt))
+                for adapter in (version, None):
+                    self._queue(probe, prompt, adapter)
+            except Exception:
+                logger.exception("the probe of the adapter %s could not be queued", version.name)
+                self._drop(version)
+                self._answers.replies += self._adapters.note_probe(version, _failed(version.name))
+
+    def _drop(self, version: AdapterVersion) -> None:
+        """Abort what has been queued of a version's probe."""
+        for request_id in [key for key, probe in self._running.items() if probe.version is version]:
+            del self._running[request_id]
+            if (sequence := self._answers.sequence(request_id)) is not None:
+                self._answers.end(sequence)
 
     def has(self, request_id: str) -> bool:
         return request_id in self._running
@@ -90,11 +102,11 @@ class Probes:
             cache_salt=request_id,
             pooling="logits",
         )
-        self._running[request_id] = probe
+        sequence = self._scheduler.add(request, adapter, needs_place=False)
         if adapter is not None:
             self._adapters.bind_version(adapter)
-        sequence = self._scheduler.add(request, adapter, needs_place=False)
         self._answers.add(Answer(sequence, self._tokenizer))
+        self._running[request_id] = probe
 
     def take(self, news: list[News]) -> list[News]:
         """Note the results of probes in a step's news; returns the others."""
@@ -119,7 +131,7 @@ class Probes:
             message = f"The adapter {name!r} makes the model compute NaN or infinity."
             return RequestRejected(message, ADAPTER_FAILED, "lora_path")
         logger.error("the probe of the adapter %s failed: %s", name, failed.error)
-        return RequestRejected(f"The probe of the adapter {name!r} failed; see the server's log.", INTERNAL_ERROR)
+        return _failed(name)
 
     def _end(self, request_id: str, refusal: RequestRejected | None = None) -> None:
         """Note the end of one of a probe's requests; after the second one, note the probe's result."""
@@ -128,6 +140,10 @@ class Probes:
         probe.num_left -= 1
         if not probe.num_left:
             self._answers.replies += self._adapters.note_probe(probe.version, _outcome(probe))
+
+
+def _failed(name: str) -> RequestRejected:
+    return RequestRejected(f"The probe of the adapter {name!r} failed; see the server's log.", INTERNAL_ERROR)
 
 
 def _outcome(probe: _Probe) -> AdapterProbe | RequestRejected:

@@ -22,7 +22,7 @@ from stellarbyte_server.config.settings import EngineSettings
 from stellarbyte_server.engine.loop import Core, EngineLoop
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.logs import configure_logging
-from stellarbyte_server.protocol.adapter_versions import RestoreAdapters
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters, RestoreAdapters
 from stellarbyte_server.protocol.messages import EngineInfo
 from stellarbyte_server.protocol.start import EngineFailed, EngineReady, EngineStart
 
@@ -77,8 +77,8 @@ def main(build_core: BuildCore = _build_core) -> int:
         logger.debug("could not start", exc_info=True)
         _report(stdout, EngineFailed(_one_line(error)))
         return 1
-    if start.adapters:
-        core.call(RestoreAdapters("", start.adapters))
+    if start.recorded != RecordedAdapters():
+        core.call(RestoreAdapters("", start.recorded))
     keep_for_good()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.ROUTER)

@@ -37,8 +37,8 @@ from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, SHUTTING_DOWN, call_on_stop_signals
 from stellarbyte_server.http.tuning import open_tuning, start_tuning
 from stellarbyte_server.observe.tracing import Tracing, make_tracing
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
-from stellarbyte_server.registry.store import AdapterRegistry
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
+from stellarbyte_server.registry.store import AdapterRegistry, open_registry
 from stellarbyte_server.tuning.store import TuningStore
 
 logger = logging.getLogger("server.feedback")
@@ -79,13 +79,9 @@ async def serve(
     are accepted. Returns the exit status; raises EngineStartError, ValueError or OSError if it cannot start.
     """
     with contextlib.ExitStack() as opened:
-        registry: AdapterRegistry | None = None
-        stored: Callable[[], tuple[RestoredAdapter, ...]] = tuple
-        if settings.data_dir is not None:
-            registry = AdapterRegistry(settings.data_dir, settings.adapter_history)
-            opened.callback(registry.close)
-            stored = registry.restored if settings.engine.serves_adapters else stored
-        await client.start(stored)
+        registry = open_registry(settings.data_dir, client.folder, settings.adapter_history)
+        opened.callback(registry.close)
+        await client.start(registry.recorded if settings.engine.serves_adapters else RecordedAdapters)
         return await _serve(settings, keyring, listeners, client, registry, started_at, on_started)
 
 
@@ -94,7 +90,7 @@ async def _serve(
     keyring: Keyring,
     listeners: Listeners,
     client: Replicas,
-    registry: AdapterRegistry | None,
+    registry: AdapterRegistry,
     started_at: int,
     on_started: Callable[[], None],
 ) -> int:
@@ -125,7 +121,7 @@ async def _serve(
             if settings.feedback:
                 most = DEFAULT_FEEDBACK_BYTES if settings.feedback_bytes is None else settings.feedback_bytes
                 feedback = FeedbackStore.open(settings.data_dir, most)
-        service = load_service(settings, client, started_at, storage, registry, tuning, feedback)
+        service = load_service(settings, client, started_at, registry, storage, tuning, feedback)
         app = create_app(service, keyring, tracing)
         servers = {_server(app, protocol, settings): listeners.public}
         if listeners.admin is not None:

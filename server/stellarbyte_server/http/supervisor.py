@@ -26,7 +26,6 @@ from stellarbyte_server.http.listeners import Listeners
 from stellarbyte_server.http.stopping import DEAD_ENGINE_GRACE_S, LAST_WORDS_S, call_on_stop_signals
 from stellarbyte_server.http.worker_protocol import EngineState, NewKeys, News, WorkerFailed, WorkerReady, WorkerStart
 from stellarbyte_server.import_path import safe_environment
-from stellarbyte_server.protocol.messages import EngineInfo
 
 logger = logging.getLogger("server.supervisor")
 
@@ -47,7 +46,7 @@ class Supervisor:
         keys: tuple[Key, ...],
         listeners: list[Listeners],
         engines: Sequence[RestartingEngine],
-        folder: Path | None,
+        folder: Path,
         started_at: int,
     ) -> None:
         """`folder`: of the server, as in `Replicas`."""
@@ -73,26 +72,26 @@ class Supervisor:
         try:
             for number in self._listeners:
                 await self._launch(number)  # they import modules while the engine loads
-            info = await client.start()
+            await client.start()
             try:
-                return await self._run_with(client, info, on_started)
+                return await self._run_with(client, on_started)
             finally:
                 await client.close()
         finally:
             await self._end_workers()
 
-    async def _run_with(self, client: Replicas, info: EngineInfo, on_started: Callable[[], None]) -> int:
+    async def _run_with(self, client: Replicas, on_started: Callable[[], None]) -> int:
         numbers = list(self._listeners)
         self._engine_is_up.set()
         call_on_stop_signals(asyncio.get_running_loop(), self._stop)  # the first worker may serve before the last
-        starts = await asyncio.gather(*(self._start(number, info) for number in numbers), return_exceptions=True)
+        starts = await asyncio.gather(*(self._start(number) for number in numbers), return_exceptions=True)
         failed = [error for error in starts if isinstance(error, BaseException)]
         if failed and not self._is_stopping:
             raise failed[0]
         on_hangup(self._settings, self._read_keys_again)
         on_started()
 
-        keepers = [asyncio.create_task(self._keep(number, info)) for number in numbers]
+        keepers = [asyncio.create_task(self._keep(number)) for number in numbers]
         engine_watcher = asyncio.create_task(client.dead.wait())
         await asyncio.wait({*keepers, engine_watcher}, return_when=asyncio.FIRST_COMPLETED)  # the server ends
         limit_s = self._settings.shutdown_timeout + DEAD_ENGINE_GRACE_S + LAST_WORDS_S + _KILL_AFTER_S
@@ -114,7 +113,7 @@ class Supervisor:
             env=safe_environment(os.environ),
         )
 
-    async def _start(self, number: int, info: EngineInfo) -> None:
+    async def _start(self, number: int) -> None:
         """Send a worker its start message, once there is an engine, and wait until it serves.
 
         Raises:
@@ -134,11 +133,12 @@ class Supervisor:
             listener_fd=listeners.public.fileno(),
             admin_fd=None if listeners.admin is None else listeners.admin.fileno(),
             engines=tuple(
-                EngineState(endpoint=engine.endpoint, so_far=ends, past=past)
-                for engine, ends, past in zip(self._engines, self._ends, self._client.past, strict=True)
+                EngineState(endpoint=engine.endpoint, so_far=ends, past=past, info=client.info)
+                for engine, ends, past, client in zip(
+                    self._engines, self._ends, self._client.past, self._client.clients, strict=True
+                )
             ),
-            folder=None if self._folder is None else str(self._folder),
-            info=info,
+            folder=str(self._folder),
             started_at=self._started_at,
         )
         worker.stdin.write(msgspec.json.encode(start) + b"\n")
@@ -173,7 +173,7 @@ class Supervisor:
                 assert worker.stdin is not None
                 worker.stdin.write(line)
 
-    async def _keep(self, number: int, info: EngineInfo) -> None:
+    async def _keep(self, number: int) -> None:
         """Replace a worker whenever it ends, until the server stops; WorkerStartError if that fails."""
         while True:
             status = await self._workers[number].wait()
@@ -184,7 +184,7 @@ class Supervisor:
             logger.error("HTTP worker %d ended (%s); starting another", number, describe_status(status))
             try:
                 await self._launch(number)
-                await self._start(number, info)
+                await self._start(number)
             except (ValueError, OSError) as error:  # ValueError: WorkerStartError, or an invalid message
                 if not self._is_stopping:
                     logger.error("%s; the server ends", error)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stellarbyte_server.access.keys import Keyring
+from stellarbyte_server.api.adapter_versions import AdapterVersions
 from stellarbyte_server.api.contract.errors import ApiError
 from stellarbyte_server.api.routes.tuning.plan import plan_of
 from stellarbyte_server.api.routes.tuning.publications import make_live
@@ -14,7 +15,7 @@ from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
 from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, SHUTTING_DOWN, RequestRejected
-from stellarbyte_server.sources.reservation import NameReserved
+from stellarbyte_server.sources.reservation import NameReserved, reserved
 from stellarbyte_server.tuning.jobs import Publication
 from stellarbyte_server.tuning.runner import CannotLoad, EngineAway, Server, TuningRunner
 from stellarbyte_server.tuning.store import TuningStore
@@ -39,25 +40,30 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
     assert service.storage is not None, "the settings are checked"
     client = service.client
 
+    versions = AdapterVersions(service, service.registry)
+
     async def load(name: str, folder: str) -> None:
-        with _errors_of_the_engine():
-            await client.load_adapter(name, folder, True)
+        if await asyncio.to_thread(service.registry.record, name) is not None:
+            return  # with this content, which its name tells
+        with _errors_of_the_engine(), reserved(service.registry.locks, name):
+            await versions.load(name, folder, in_place=True, pinned=None, probe=False, caller="")
 
     async def unload(name: str) -> None:
         try:
-            await client.unload_adapter(name)
-        except EngineDead as error:
+            with reserved(service.registry.locks, name):
+                unloading = await versions.unload(name, "")
+            await unloading
+        except (EngineDead, NameReserved, ApiError) as error:
             raise EngineAway from error
         except RequestRejected as error:
             if error.code != ADAPTER_NOT_FOUND:
                 raise EngineAway from error
 
     def live(name: str) -> tuple[Path, int] | None:
-        registry = service.registry
-        record = None if registry is None else registry.record(name)
-        if registry is None or record is None:
+        record = service.registry.record(name)
+        if record is None:
             return None
-        return Path(registry.stored(record.version(record.current)).folder), record.current
+        return Path(service.registry.stored(record.version(record.current)).folder), record.current
 
     def max_tokens(owner: str) -> int | None:
         key = keyring.of_owner(owner)
@@ -73,7 +79,6 @@ def start_tuning(service: Service, keyring: Keyring) -> asyncio.Task[None] | Non
         publish=publish,
         live=live,
         is_open=lambda: client.is_admitting and client.health() is None,
-        generation=lambda: client.num_adapter_losses,
         max_tokens=max_tokens,
     )
     runner = TuningRunner(service.tuning, service.storage.folder, service.storage.files, plan_of(service), server)

@@ -49,9 +49,8 @@ async def _serve(start: WorkerStart, lines: Iterator[bytes]) -> int:
     """Serve HTTP and apply the parent's news."""
     loop = asyncio.get_running_loop()
     keyring = Keyring(start.settings, start.keys)
-    engines = [AttachedEngine(start.info, engine.endpoint, engine.so_far) for engine in start.engines]
-    folder = None if start.folder is None else Path(start.folder)
-    client = Replicas(engines, folder, past=[engine.past for engine in start.engines])
+    engines = [AttachedEngine(engine.info, engine.endpoint, engine.so_far) for engine in start.engines]
+    client = Replicas(engines, Path(start.folder), past=[engine.past for engine in start.engines])
 
     def hear(news: News) -> None:
         if isinstance(news, NewKeys):

@@ -17,6 +17,7 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str  # of its newest process
     so_far: tuple[EngineNews, ...]  # what became of that process
     past: EngineTotals | None  # totals of earlier processes
+    info: EngineInfo  # as its first process reported
 
 
 class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,8 +29,7 @@ class WorkerStart(msgspec.Struct, frozen=True, kw_only=True):
     listener_fd: int
     admin_fd: int | None  # of --admin-listen
     engines: tuple[EngineState, ...]
-    folder: str | None  # of the server; None: one engine, whose folder it is
-    info: EngineInfo
+    folder: str  # of the server
     started_at: int  # Unix seconds
 
 

@@ -4,7 +4,7 @@ import msgspec
 
 
 class StoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of a version in --data-dir, which never change."""
+    """The server's own copy of a version's files, which never changes."""
 
     folder: str  # absolute path
     root: str  # its source, for the API
@@ -32,7 +32,7 @@ class SetVersions(msgspec.Struct, frozen=True, tag=True):
 
 
 class RestoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """A name and its versions when the engine starts."""
+    """A name and the versions that its requests get."""
 
     name: str
     current: StoredAdapter
@@ -40,11 +40,21 @@ class RestoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
 
 
+class RecordedAdapters(msgspec.Struct, frozen=True, kw_only=True):
+    """The record of what was loaded and unloaded over HTTP, which every engine has to have."""
+
+    adapters: tuple[RestoredAdapter, ...] = ()
+    withdrawn: tuple[str, ...] = ()  # unloaded names of --adapter-dir and --lora-modules, which are not offered
+
+
 class RestoreAdapters(msgspec.Struct, frozen=True, tag=True):
-    """Make stored adapters available, read on first use; answered by `Settled`. The first call of a new engine."""
+    """Do as the record says: its adapters are available, read on first use, other stored ones drain.
+
+    Answered by `Settled`. The first call of a new engine.
+    """
 
     call_id: str
-    adapters: tuple[RestoredAdapter, ...]
+    recorded: RecordedAdapters
 
 
 class AdapterProbe(msgspec.Struct, frozen=True, kw_only=True):

@@ -70,34 +70,21 @@ class ReadTotals(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Load an adapter under a name; answered by `AdapterLoaded` or `CallFailed`."""
+    """Read and check a version of a name; answered by `AdapterLoaded` or `CallFailed`.
+
+    It is for NAME@HASH only, until `SetVersions` makes it current or gives it a share.
+    """
 
     call_id: str
     name: str
-    path: str | StoredAdapter
-    in_place: bool  # replace the adapter of that name, if any
-    pinned: bool | None = None  # keep it in a slot; None: as the adapter of that name
+    files: StoredAdapter
+    in_place: bool  # it may replace the adapter of that name, if any
+    pinned: bool = False  # it will keep a slot
     probe: bool = False  # refuse it unless it changes a logit and all logits are finite
-    is_beside: bool = False  # for NAME@HASH only, until `SetVersions` makes it current or gives it a share
-    is_held: bool = False  # read and check it only: it becomes the name's adapter by `CommitAdapter`
-
-
-class CommitAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Make a held adapter that of its name; answered by `AdapterLoaded` or `CallFailed`."""
-
-    call_id: str
-    held_id: str  # the `LoadAdapter.call_id`
-
-
-class DiscardAdapter(msgspec.Struct, frozen=True, tag=True):
-    """Forget a held adapter, also one that is still being read; unknown ids are ignored. Answered by `Settled`."""
-
-    call_id: str
-    held_id: str
 
 
 class Settle(msgspec.Struct, frozen=True, tag=True):
-    """Answered by `Settled` when earlier loads and unloads of this sender have changed what their names mean."""
+    """Answered by `Settled` when earlier unloads of this sender have changed what their names mean."""
 
     call_id: str
 
@@ -148,7 +135,7 @@ class NoteKeyTokens(msgspec.Struct, frozen=True, tag=True):
     num_tokens: int
 
 
-AdapterChange = LoadAdapter | CommitAdapter | DiscardAdapter | SetVersions | RestoreAdapters | UnloadAdapter
+AdapterChange = LoadAdapter | SetVersions | RestoreAdapters | UnloadAdapter
 Call = AdapterChange | LocateAdapter | Settle | ListAdapters
 KeyCommand = ChargeKey | ReserveKey | ReleaseKey | NoteKeyTokens
 Command = Submit | Abort | Heartbeat | HttpObservations | ReadTotals | KeyCommand | Call

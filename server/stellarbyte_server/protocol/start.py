@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from stellarbyte_server.config.settings import EngineSettings
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
 from stellarbyte_server.protocol.messages import EngineInfo
 
 
@@ -21,7 +21,7 @@ class EngineStart(msgspec.Struct, frozen=True):
     log_level: str
     log_format: Literal["text", "json"] = "text"
     process_name: str = "engine"  # in log lines
-    adapters: tuple[RestoredAdapter, ...] = ()  # of --data-dir
+    recorded: RecordedAdapters = RecordedAdapters()  # what was loaded and unloaded over HTTP before
     folders: tuple[str, ...] = ()  # to remove when the parent has ended
 
 

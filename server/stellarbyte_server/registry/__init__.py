@@ -1,1 +1,1 @@
-"""Adapters in --data-dir: the contents that were loaded over HTTP, and the versions of each name."""
+"""Adapters that were loaded over HTTP: their contents, and the versions of each name."""

@@ -1,15 +1,17 @@
-"""The folder adapters/ of --data-dir. Each change is whole or absent after a crash.
+"""The record of adapters: the folder adapters/ of --data-dir, or of the server's own folder, which ends with it.
 
     contents/ID/     adapter_config.json and adapter_model.safetensors of one version, written once
     names/ID.json    the record of a name; the only list of existing versions
-    staged/ID        records that are being written; emptied at the start
+    withdrawn/ID     names of --adapter-dir and --lora-modules that were unloaded; emptied at the start, like the next
+    staged/ID        files that are being written
     locks/           one change of a name at a time (see sources/reservation.py)
 
-A content is synced to the disk before a record names it, and a record takes effect by a rename. Names of files are made
-here, and no link below adapters/ is followed.
+Each change is whole or absent after a crash: a content is synced to the disk before a record names it, and a record
+takes effect by a rename. Names of files are made here, and no link below adapters/ is followed.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -21,13 +23,18 @@ from pathlib import Path
 import msgspec
 
 from stellarbyte_server.opening import open_inside
-from stellarbyte_server.protocol.adapter_versions import AdapterLocated, RestoredAdapter, StoredAdapter
+from stellarbyte_server.protocol.adapter_versions import (
+    AdapterLocated,
+    RecordedAdapters,
+    RestoredAdapter,
+    StoredAdapter,
+)
 from stellarbyte_server.registry.record import NameRecord, Version
 
 logger = logging.getLogger("server.registry")
 
 FILES = CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PLACES = ("contents", "names", "staged", "locks")
+_PLACES = ("contents", "names", "withdrawn", "staged", "locks")
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -46,10 +53,11 @@ class Content(msgspec.Struct, frozen=True, kw_only=True):
 class AdapterRegistry:
     """One process's view of the folder. Any thread; every method may block on the disk and raises OSError."""
 
-    def __init__(self, data_dir: str, history: int) -> None:
-        """Open the folder, and make what is missing of it."""
+    def __init__(self, folder: str | Path, history: int, *, is_durable: bool = True) -> None:
+        """Open its folder in `folder`, and make what is missing of it; unless `is_durable`, a crash may lose it."""
         self.history = history
-        self._path = Path(data_dir).resolve() / "adapters"
+        self.is_durable = is_durable
+        self._path = Path(folder).resolve() / "adapters"
         self._path.mkdir(mode=0o700, exist_ok=True)
         root = os.open(self._path, _FOLDER_FLAGS)
         try:
@@ -79,13 +87,13 @@ class AdapterRegistry:
             try:
                 root = Path(located.root)
                 hashes = tuple(
-                    _copy(root, path, name, at)
+                    self._copy(root, path, name, at)
                     for path, name in zip((located.config, located.weights), FILES, strict=True)
                 )
-                os.fsync(at)
+                self._sync(at)
             finally:
                 os.close(at)
-            os.fsync(self._folders["contents"])
+            self._sync(self._folders["contents"])
         except OSError:
             self.discard(folder)
             raise
@@ -130,25 +138,52 @@ class AdapterRegistry:
 
     def write(self, record: NameRecord) -> None:
         """Put a record in place of that of its name, durably."""
-        staged = secrets.token_hex(16)
-        file = os.open(staged, _NEW_FLAGS, 0o600, dir_fd=self._folders["staged"])
-        try:
-            _write_all(file, msgspec.json.encode(record))
-            os.fsync(file)
-        finally:
-            os.close(file)
-        names = self._folders["names"]
-        os.replace(staged, _file_of(record.name), src_dir_fd=self._folders["staged"], dst_dir_fd=names)
-        os.fsync(names)
+        self._put("names", record.name, msgspec.json.encode(record))
+        with contextlib.suppress(OSError):  # the record counts
+            self._unlink("withdrawn", record.name)
 
     def remove(self, name: str) -> None:
         """Remove the record of a name, durably; its contents stay until `discard`, or the next start."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(_file_of(name), dir_fd=self._folders["names"])
-            os.fsync(self._folders["names"])
+        self._unlink("names", name)
 
-    def restored(self) -> tuple[RestoredAdapter, ...]:
-        """All names with their live versions, for an engine that starts."""
+    def withdraw(self, name: str) -> None:
+        """Note that a name that engines offer by themselves was unloaded, until a record is written or the server
+        ends."""
+        self._put("withdrawn", name, msgspec.json.encode(name))
+
+    def _put(self, place: str, name: str, content: bytes) -> None:
+        """Put a file in place of that of a name, durably."""
+        staged = secrets.token_hex(16)
+        file = os.open(staged, _NEW_FLAGS, 0o600, dir_fd=self._folders["staged"])
+        try:
+            _write_all(file, content)
+            self._sync(file)
+        finally:
+            os.close(file)
+        os.replace(staged, _file_of(name), src_dir_fd=self._folders["staged"], dst_dir_fd=self._folders[place])
+        self._sync(self._folders[place])
+
+    def _unlink(self, place: str, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_file_of(name), dir_fd=self._folders[place])
+            self._sync(self._folders[place])
+
+    def recorded(self) -> RecordedAdapters:
+        """All names with their live versions, and those that were withdrawn, for an engine."""
+        adapters = self._restored()
+        names = {adapter.name for adapter in adapters}
+        return RecordedAdapters(adapters=adapters, withdrawn=tuple(sorted(set(self._withdrawn()) - names)))
+
+    def _withdrawn(self) -> Iterator[str]:
+        for file in os.listdir(self._folders["withdrawn"]):
+            with contextlib.suppress(FileNotFoundError):  # loaded meanwhile
+                at = os.open(file, _READ_FLAGS, dir_fd=self._folders["withdrawn"])
+                try:
+                    yield msgspec.json.decode(b"".join(_chunks(at)), type=str)
+                finally:
+                    os.close(at)
+
+    def _restored(self) -> tuple[RestoredAdapter, ...]:
         records = sorted((record for _, record in self._records() if record is not None), key=lambda each: each.name)
         return tuple(
             RestoredAdapter(
@@ -163,8 +198,9 @@ class AdapterRegistry:
 
     def clean(self) -> None:
         """At the start: remove what an interrupted change left, and log each thing that is left out."""
-        for name in os.listdir(self._folders["staged"]):
-            os.unlink(name, dir_fd=self._folders["staged"])
+        for place in ("staged", "withdrawn"):
+            for name in os.listdir(self._folders[place]):
+                os.unlink(name, dir_fd=self._folders[place])
         used: set[str] = set()
         are_all_known = True
         for file, record in self._records():
@@ -183,6 +219,30 @@ class AdapterRegistry:
                 logger.error("adapters/contents/%s is not a stored adapter; it is left out", folder)
             elif are_all_known and folder not in used:
                 self.discard(folder)
+
+    def _copy(self, root: Path, path: str, name: str, at: int) -> str:
+        """Copy a file inside `root` to a new file in the folder `at`, durably; returns its SHA-256."""
+        hasher = hashlib.sha256()
+        source = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            disk = os.fstatvfs(at)
+            if os.fstat(source).st_size > disk.f_bavail * disk.f_frsize:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # before others lack it
+            target = os.open(name, _NEW_FLAGS, 0o600, dir_fd=at)
+            try:
+                for chunk in _chunks(source):
+                    hasher.update(chunk)
+                    _write_all(target, chunk)
+                self._sync(target)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        return hasher.hexdigest()
+
+    def _sync(self, file: int) -> None:
+        if self.is_durable:
+            os.fsync(file)
 
     def _set_aside(self, file: str) -> None:
         names = self._folders["names"]
@@ -235,26 +295,13 @@ class AdapterRegistry:
         return ""
 
 
+def open_registry(data_dir: str | None, folder: Path, history: int) -> AdapterRegistry:
+    """The record in --data-dir, or without it in the server's own folder; OSError."""
+    return AdapterRegistry(folder if data_dir is None else data_dir, history, is_durable=data_dir is not None)
+
+
 def _file_of(name: str) -> str:
     return f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
-
-
-def _copy(root: Path, path: str, name: str, at: int) -> str:
-    """Copy a file inside `root` to a new file in the folder `at`, durably; returns its SHA-256."""
-    hasher = hashlib.sha256()
-    source = open_inside(root, path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        target = os.open(name, _NEW_FLAGS, 0o600, dir_fd=at)
-        try:
-            for chunk in _chunks(source):
-                hasher.update(chunk)
-                _write_all(target, chunk)
-            os.fsync(target)
-        finally:
-            os.close(target)
-    finally:
-        os.close(source)
-    return hasher.hexdigest()
 
 
 def _chunks(file: int) -> Iterator[bytes]:

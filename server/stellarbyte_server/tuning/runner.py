@@ -59,7 +59,6 @@ class Server:
     publish: Publish
     live: Live
     is_open: Callable[[], bool]  # whether the engine takes adapters now
-    generation: Callable[[], int]  # changes when the engine has lost the adapters that were loaded before
     max_tokens: Callable[[str], int | None]  # of a job of this owner; LookupError: its key no longer exists
 
 
@@ -82,7 +81,7 @@ class TuningRunner:
         self._server = server
         self._command = command
         self._running: asyncio.Task[None] | None = None
-        self._served: int | None = None  # the generation of the engine that has the adapters
+        self._are_served = False  # the adapters of earlier jobs
         self._cleaned_s = -_CLEAN_S
 
     async def run(self) -> None:
@@ -105,9 +104,9 @@ class TuningRunner:
     async def _look(self) -> None:
         if not self._server.is_open():
             return
-        if self._served != (generation := self._server.generation()):
+        if not self._are_served:
             await self._serve_models()
-            self._served = generation
+            self._are_served = True
         for job in await asyncio.to_thread(self._store.jobs.with_status, "validating_files"):
             await asyncio.to_thread(self._check, job)
         if self._running is None or self._running.done():

@@ -1,6 +1,10 @@
 """Adapters in --data-dir over HTTP: they survive a kill, have versions, go back, and share their callers."""
 
 import math
+import os
+import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.clients.openai_client import strict_client
 from tests.support.over_http import assert_error
 from tests.support.servers.adapter_server import PROMPT, KnownModel, completion
+from tests.support.servers.processes import child_pids
 from tests.support.servers.server_process import REAL, ServerProcess, running, the_error_line
 
 NUM_CALLERS = 60
@@ -49,6 +54,16 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Stored:
 @pytest.fixture
 def flags(adapters: Stored, tmp_path: Path) -> list[str]:
     return [*adapters.flags, "--data-dir", str(tmp_path / "data")]
+
+
+def wait_until_healthy(server: ServerProcess) -> None:
+    """After the end of an engine, until another one serves."""
+    deadline_s = time.monotonic() + 120
+    while httpx.get(f"{server.url}/health", timeout=30).status_code == 200:
+        assert time.monotonic() < deadline_s, server.log()
+    while httpx.get(f"{server.url}/health", timeout=30).status_code != 200:
+        assert time.monotonic() < deadline_s, server.log()
+        time.sleep(0.1)
 
 
 def load(http: httpx.Client, path: str, name: str = "x", **fields: object) -> httpx.Response:
@@ -171,13 +186,35 @@ def test_callers_are_split_and_keep_their_version(adapters: Stored, flags: list[
         assert {answer(http, user=f"caller {caller}")[0] for caller in range(4)} == {adapters.answers["v3"]}
 
 
-def test_without_a_folder_there_is_no_history(adapters: Stored) -> None:
-    with running(REAL, *adapters.flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        loaded = load(http, "v1").json()
-        assert loaded["version"] is None and loaded["probe"]["max_logit_change"] > 0
-        for response in (
-            http.get("/v1/adapters/x/versions"),
-            http.post("/v1/adapters/x/rollback", json={}),
-            http.post("/v1/adapters/x/split", json={"shares": {}}),
-        ):
-            assert_error(response, 400, code="data_dir_required")
+def test_without_data_dir_the_record_lasts_as_long_as_the_server_and_an_engine_that_starts_gets_it(
+    adapters: Stored, tmp_path: Path
+) -> None:
+    """Also where the folder that was loaded holds something else by then, and for names that were unloaded."""
+    offered = shutil.copytree(adapters.folder / "adapters", tmp_path / "adapters")
+    module = ["--lora-modules", f"mine={adapters.folder / 'adapters' / 'v3'}", "--restart-engine", "5"]
+    flags = [str(offered) if flag == str(adapters.folder / "adapters") else flag for flag in adapters.flags]
+    with running(REAL, *flags, *module) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        first, second = load(http, "v1").json(), load(http, "v2").json()
+        assert (first["version"], second["version"]) == (1, 2) and second["probe"]["max_logit_change"] > 0
+        assert http.post("/v1/adapters/x/rollback", json={}).json()["current"] == 1
+        split = http.post("/v1/adapters/x/split", json={"shares": {"1": 0.5, "2": 0.5}}).json()
+        assert split["shares"] == {first["content_hash"]: 0.5, second["content_hash"]: 0.5}
+        got = {caller: answer(http, user=caller) for caller in map(str, range(12))}
+        assert {text for text, _ in got.values()} == {adapters.answers["v1"], adapters.answers["v2"]}
+        assert answer(http, "v2")[0] == adapters.answers["v2"] and answer(http, "mine")[0] == adapters.answers["v3"]
+        for name in ("mine", "v2"):
+            assert http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+        for file in (adapters.folder / "adapters" / "v3").iterdir():
+            shutil.copy(file, offered / "v1")
+        (engine,) = child_pids(server, "stellarbyte_server.engine.process")
+        os.kill(engine, signal.SIGKILL)
+        wait_until_healthy(server)
+        assert {caller: answer(http, user=caller) for caller in got} == got
+        for name in ("mine", "v2"):
+            assert http.post("/v1/completions", json=completion(name)).status_code == 404
+        assert answer(http, "v1")[0] == adapters.answers["v3"], "the folder itself is offered as it is"
+        assert load(http, "v2", "mine").json()["version"] == 1
+        assert answer(http, "mine")[0] == adapters.answers["v2"]
+        assert "Traceback" not in server.log(), server.log()
+    with running(REAL, *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        assert http.get("/v1/adapters/x/versions").status_code == 404

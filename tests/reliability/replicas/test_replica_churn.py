@@ -1,4 +1,5 @@
-"""Adapters changed at random over two replicas that are killed at random: no foreign answer, no change by half.
+"""Loads, unloads, rollbacks and splits at random over two replicas that are killed at random: no foreign answer, no
+change by half.
 
 Run with `--slow` for the long form (1,000 operations); without it there are 60.
 """
@@ -36,6 +37,7 @@ class Churn:
         self.http = http
         self.by_path = by_path
         self.history: dict[str, list[set[str | None]]] = {f"x{number}": [{None}] for number in range(NUM_NAMES)}
+        self.versions: dict[str, list[str]] = {name: [] for name in self.history}  # contents by number, from 1
         self.num_kills = 0
         self.outcomes: Counter[str] = Counter()
         self.wrong: list[object] = []
@@ -63,24 +65,54 @@ class Churn:
         while not is_over.is_set():
             await self.ask(f"x{chance.randrange(NUM_NAMES)}", chance.randint(MIN_TOKENS, NUM_TOKENS))
 
-    async def change(self, name: str, path: str | None) -> None:
-        """Load or unload, and then see that every replica has the same."""
-        history = self.history[name]
-        before = history[-1]
-        history.append(before | {path})
-        if path is None:
-            answer = await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
-        else:
-            body = {"lora_name": name, "lora_path": path, "load_inplace": True}
-            answer = await self.http.post("/v1/load_lora_adapter", json=body)
-        self.outcomes[f"{'unload' if path is None else 'load'} {answer.status_code}"] += 1
-        if answer.status_code == 200 or (path is None and answer.status_code == 404 and before == {None}):
-            history.append({path})
+    async def change(self, name: str, action: str, chance: random.Random) -> None:
+        """Load, unload, roll back or split, and then see that every replica has the same."""
+        history, before, versions = self.history[name], self.history[name][-1], self.versions[name]
+        allowed: set[str | None] = {None}
+        route, body = "unload_lora_adapter", {"lora_name": name}
+        after: list[str] = []
+        if action == "load":
+            path = chance.choice(PATHS)
+            allowed, after = {path}, [*versions, path]
+            route, body = "load_lora_adapter", body | {"lora_path": path, "load_inplace": True}
+        elif action == "rollback" and versions:
+            number = chance.choice(await self._numbers(name))
+            allowed, after = {versions[number - 1]}, versions
+            route, body = f"adapters/{name}/rollback", {"version": number}
+        elif action == "split" and versions:
+            numbers = await self._numbers(name)
+            by_content = {versions[number - 1]: number for number in numbers}
+            pair = chance.sample(sorted(by_content), min(2, len(by_content)))
+            shares = {str(by_content[path]): 1 / len(pair) for path in pair}
+            allowed, after = set(pair), versions
+            route, body = f"adapters/{name}/split", {"shares": shares}
+        history.append(before | allowed)
+        answer = await self.http.post(f"/v1/{route}", json=body)
+        self.outcomes[f"{action} {answer.status_code}"] += 1
+        if answer.status_code == 200 or (answer.status_code == 404 and before == allowed == {None}):
+            history.append(allowed)
+            is_again = action == "load" and answer.json()["version"] <= len(versions)  # the current content
+            self.versions[name] = versions if is_again else after
         elif answer.status_code in OF_A_DEAD_ENGINE and self.num_kills:
             history.append(before)
         else:
-            self.wrong.append((name, path, answer.text))
+            self.wrong.append((name, action, body, answer.text))
         await asyncio.gather(*(self.ask(name, NUM_TOKENS) for _ in range(2 * NUM_REPLICAS)))
+        await self.ask_one_caller(name)
+
+    async def _numbers(self, name: str) -> list[int]:
+        """The versions in a name's history."""
+        answer = await self.http.get(f"/v1/adapters/{name}/versions")
+        assert answer.status_code == 200, answer.text
+        return [version["version"] for version in answer.json()["data"]]
+
+    async def ask_one_caller(self, name: str) -> None:
+        """The same caller at every replica: it has one version."""
+        body = completion(name, NUM_TOKENS, user="ann")
+        answers = await asyncio.gather(*(self.http.post("/v1/completions", json=body) for _ in range(2 * NUM_REPLICAS)))
+        texts = {answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200}
+        if len(texts) > 1:
+            self.wrong.append((name, "one caller", texts))
 
     async def kill(self, chance: random.Random) -> None:
         engines = child_pids(self.server, ENGINE)
@@ -94,11 +126,11 @@ class Churn:
         chance = random.Random(7)
         for number in range(num_operations):
             name = f"x{chance.randrange(NUM_NAMES)}"
-            action = chance.choices(["load", "unload", "kill"], [6, 2, 1])[0]
+            action = chance.choices(["load", "unload", "rollback", "split", "kill"], [6, 2, 3, 3, 2])[0]
             if action == "kill" or number == num_operations // 2:
                 await self.kill(chance)
             else:
-                await self.change(name, chance.choice(PATHS) if action == "load" else None)
+                await self.change(name, action, chance)
 
     async def until_whole(self) -> None:
         async with asyncio.timeout(120):

@@ -11,10 +11,15 @@ from stellarbyte_server.engine.adapters.registry import Adapters
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterReference, mix_of, parse_references
-from stellarbyte_server.protocol.adapter_versions import StoredAdapter
-from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, LoadAdapter, Reply
+from stellarbyte_server.protocol.adapter_versions import SetVersions, StoredAdapter
+from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, AdapterLoaded, LoadAdapter, Reply, Settled
 from tests.support.engines.engine import make_request, make_scheduler
 from tests.support.models.adapters import FakeStore
+
+
+def stored(root: str) -> StoredAdapter:
+    """The server's copy of an adapter of the folder."""
+    return StoredAdapter(folder=f"/data/{root}", root=root)
 
 
 class AdapterEngine:
@@ -34,6 +39,7 @@ class AdapterEngine:
             num_blocks=5000, adapters=self.adapters, clock=lambda: self.now_s, **options
         )
         self.replies: list[Reply] = []
+        self.pins: set[str] = set()  # names, by the record
 
     def submit(self, adapter: str | None, max_tokens: int = 4, **fields: Any) -> Sequence:
         version = None if adapter is None else self.adapters.bind(AdapterReference.parse(adapter))
@@ -70,11 +76,24 @@ class AdapterEngine:
             self.step()
         raise AssertionError("there is still work")
 
-    def load(self, name: str, path: str | StoredAdapter, in_place: bool = False, **fields: Any) -> Reply:
-        call = LoadAdapter(f"load {name}", name, path, in_place, **fields)
+    def prepare(self, name: str, files: StoredAdapter, in_place: bool = True, **fields: Any) -> Reply:
+        """Load a version beside the current one."""
+        call = LoadAdapter(f"load {name}", name, files, in_place, **fields)
         return self.answer(self.adapters.load(call), call.call_id)
 
+    def load(self, name: str, path: str, in_place: bool = False, pinned: bool | None = None) -> Reply:
+        """Load an adapter of the folder as the server does: beside, then as the only version of its name."""
+        pins = name in self.pins if pinned is None else pinned
+        loaded = self.prepare(name, stored(path), in_place, pinned=pins)
+        if not isinstance(loaded, AdapterLoaded):
+            return loaded
+        self.pins = self.pins | {name} if pins else self.pins - {name}
+        call = SetVersions("set", name, loaded.card.content_hash, pinned=pins)
+        assert isinstance(self.answer(self.adapters.set_versions(call), "set"), Settled)
+        return msgspec.structs.replace(loaded, card=self.adapters._card(self.adapters._names.current[name]))
+
     def unload(self, name: str) -> Reply:
+        self.pins = self.pins - {name}
         return self.answer(self.adapters.unload(f"unload {name}", name), f"unload {name}")
 
     def answer(self, replies: list[Reply], call_id: str) -> Reply:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 
 _IMPORTING = "<frozen importlib._bootstrap>"
+_RECORD = "registry/store.py"  # which opens files from its own folders
 
 
 def install() -> None:
@@ -33,6 +34,9 @@ def _opened(arguments: tuple[object, ...]) -> str | None:
     opener = sys._getframe(2)
     if opener.f_code.co_name == "open_inside" and "at" in opener.f_locals:  # the folder it opens from is not told
         path = os.path.join(os.readlink(f"/proc/self/fd/{opener.f_locals['at']}"), os.fsdecode(path))
+    elif opener.f_code.co_filename.endswith(_RECORD) and not os.path.isabs(path):
+        method = opener if "self" in opener.f_locals or opener.f_back is None else opener.f_back  # of a comprehension
+        path = os.path.join(method.f_locals["self"]._path, "*", os.fsdecode(path))  # in one of its folders
     is_written = isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
     return f"{'w' if is_written else 'r'} {os.path.abspath(os.fsdecode(path))!r}"
 

@@ -19,6 +19,7 @@ from stellarbyte_server.engine.loop import PEER_SILENCE_LIMIT_S
 from stellarbyte_server.engine.process import main
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.text import TextStream
+from stellarbyte_server.protocol.adapter_versions import RestoreAdapters
 from stellarbyte_server.protocol.histogram import Buckets
 from stellarbyte_server.protocol.messages import (
     Accepted,
@@ -32,6 +33,7 @@ from stellarbyte_server.protocol.messages import (
     ListAdapters,
     News,
     Reply,
+    Settled,
 )
 from stellarbyte_server.protocol.request import GenerationRequest, RequestRejected, model_not_found
 
@@ -109,6 +111,8 @@ class FakeCore:
         if isinstance(call, ListAdapters):
             nothing = Buckets(bounds=(), counts=(0,))
             self.replies.append(AdapterList(call.call_id, (), nothing, 0))
+        elif isinstance(call, RestoreAdapters):
+            self.replies.append(Settled(call.call_id))
         else:
             self.replies.append(CallFailed(call.call_id, "The fake engine has no adapters."))
 

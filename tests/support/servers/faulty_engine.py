@@ -7,6 +7,7 @@ folders begin with `FAULTY_READ` or `FAULTY_COPY` fail to be read, or to be copi
 import contextlib
 import json
 import sys
+import threading
 from collections.abc import Iterable
 from enum import Enum
 from itertools import pairwise
@@ -145,12 +146,18 @@ def plant_in_core(core: EngineCore) -> None:
     mock.patch.object(core.scheduler, "add", add).start()
 
 
-def plant_in_adapters() -> None:
+def plant_in_adapters(settings: EngineSettings) -> None:
     """Before the registry is made."""
-    read, fill = read_adapter, AdapterStore.fill
+    read, read_files, fill = read_adapter, AdapterStore._read_files, AdapterStore.fill
+    reading = threading.local()
+
+    def noted_read(self: AdapterStore, version: AdapterVersion) -> Any:
+        assert version.files is not None
+        reading.folder = Path(settings.adapter_dir or "") / version.files.shown  # it may be a copy that is read
+        return read_files(self, version)
 
     def faulty_read(config: Any, *rest: Any, **options: Any) -> Any:
-        if config.parent.name.startswith(FAULTY_READ) or _is_first(config.parent):
+        if reading.folder.name.startswith(FAULTY_READ) or _is_first(reading.folder):
             raise PlantedError
         return read(config, *rest, **options)
 
@@ -160,6 +167,7 @@ def plant_in_adapters() -> None:
         fill(self, version, slot)
 
     mock.patch.object(adapter_store, "read_adapter", faulty_read).start()
+    mock.patch.object(AdapterStore, "_read_files", noted_read).start()
     mock.patch.object(AdapterStore, "fill", faulty_fill).start()
 
 
@@ -173,7 +181,7 @@ def _is_first(folder: Path) -> bool:
 
 
 def build_faulty_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
-    plant_in_adapters()
+    plant_in_adapters(settings)
     core, info = build_core(settings)
     plant_in_core(core)
     return core, info

@@ -45,7 +45,6 @@ class Place:
         self.loaded: dict[str, str] = {}
         self.load_error: Exception | None = None
         self.when_loaded: Callable[[str], None] = lambda _: None
-        self.generation = 0
         self.published: list[tuple[str, str, str]] = []  # job, name and folder
         self.live: tuple[Path, int] | None = None  # of any name
         self.publish_error: Exception | None = None
@@ -143,7 +142,6 @@ class Place:
                 publish=publish,
                 live=lambda _: self.live,
                 is_open=lambda: True,
-                generation=lambda: self.generation,
                 max_tokens=max_tokens,
             )
             command = (sys.executable, "-m", "tests.support.tuning.scripted_trainer", str(self.folder))

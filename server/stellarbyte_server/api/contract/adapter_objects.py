@@ -21,7 +21,7 @@ class LoadedAdapter(AnswerObject):
     matched: Annotated[list[str], Field(description="Modules it changes.")]
     unmatched: Annotated[list[str], Field(description="Targets in its configuration without weights.")]
     pinned: Annotated[bool, Field(description="It keeps its slot.")]
-    version: Annotated[int | None, Field(description="Its number in the history; null without --data-dir.")]
+    version: Annotated[int, Field(description="Its number in the history.")]
     probe: Annotated[Probe | None, Field(description="What the probe found; null: not probed.")]
 
 

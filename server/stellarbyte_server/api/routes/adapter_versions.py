@@ -12,7 +12,7 @@ from stellarbyte_server.api.caller import owner_of
 from stellarbyte_server.api.contract import adapter_objects
 from stellarbyte_server.api.contract.bodies.adapters import RollbackBody, SplitBody
 from stellarbyte_server.api.contract.bodies.body import parse_plain_body
-from stellarbyte_server.api.contract.errors import bad_request, from_engine
+from stellarbyte_server.api.contract.errors import from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.routes.adapters import locks_of, probe_object
@@ -84,9 +84,6 @@ async def _changed(
 
 
 def _versions(service: Service) -> AdapterVersions:
-    if service.registry is None:
-        message = "Adapters have no history because the server was started without --data-dir."
-        raise bad_request(message, code="data_dir_required")
     return AdapterVersions(service, service.registry)
 
 

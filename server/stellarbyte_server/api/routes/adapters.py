@@ -62,16 +62,14 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
     try:
         with reserved(locks_of(service), body.lora_name):
             path = await _fetched(body, service) if is_source(body.lora_path) else body.lora_path
-            in_place, probe = bool(body.load_inplace), body.probe is not False
-            if service.registry is None:
-                loaded = await service.client.load_adapter(body.lora_name, path, in_place, body.pinned, probe=probe)
-                number, pinned = None, loaded.card.pinned
-            else:
-                versions, caller = AdapterVersions(service, service.registry), owner_of(http)
-                loaded, record = await versions.load(
-                    body.lora_name, path, in_place=in_place, pinned=body.pinned, probe=probe, caller=caller
-                )
-                number, pinned = record.current, record.pinned
+            loaded, record = await AdapterVersions(service, service.registry).load(
+                body.lora_name,
+                path,
+                in_place=bool(body.load_inplace),
+                pinned=body.pinned,
+                probe=body.probe is not False,
+                caller=owner_of(http),
+            )
     except NameReserved:
         raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:
@@ -83,8 +81,8 @@ async def load_adapter(http: Request, service: ServiceOfRequest) -> dict[str, An
         "bytes": loaded.card.num_bytes,
         "matched": loaded.matched,
         "unmatched": loaded.unmatched,
-        "pinned": pinned,
-        "version": number,
+        "pinned": record.pinned,
+        "version": record.current,
         "probe": probe_object(loaded.probe),
     }
 
@@ -101,7 +99,7 @@ def probe_object(probe: AdapterProbe | None) -> dict[str, Any] | None:
 
 def locks_of(service: Service) -> Path:
     """The folder of the locks of names, which all HTTP processes of the server share."""
-    return service.client.folder if service.registry is None else service.registry.locks
+    return service.registry.locks
 
 
 async def _fetched(body: LoadBody, service: Service) -> str:
@@ -132,12 +130,9 @@ async def _fetched(body: LoadBody, service: Service) -> str:
 async def unload_adapter(http: Request, service: ServiceOfRequest) -> dict[str, Any]:
     body = await parse_apart(http, service, partial(parse_plain_body, UnloadBody))
     try:
-        if service.registry is None:
-            unloaded = await service.client.unload_adapter(body.lora_name)
-        else:
-            with reserved(locks_of(service), body.lora_name):
-                unloading = await AdapterVersions(service, service.registry).unload(body.lora_name, owner_of(http))
-            unloaded = await unloading
+        with reserved(locks_of(service), body.lora_name):
+            unloading = await AdapterVersions(service, service.registry).unload(body.lora_name, owner_of(http))
+        unloaded = await unloading
     except NameReserved:
         raise from_engine(adapter_loading(body.lora_name)) from None
     except (RequestRejected, EngineDead) as error:

@@ -1,12 +1,11 @@
-"""Loads and unloads of adapters at all replicas or none.
+"""Changes of adapters at all engines or none.
 
-A load has two phases: every replica reads and checks the files and holds the adapter; when all have succeeded with the
-same content, all make it current. An unload cannot fail where the name is known. A replica whose process was replaced
-gets what the journal says before it takes requests.
+Every engine reads and checks a version beside the current one; the caller then writes the record, which decides; then
+all engines change what requests get. An engine whose process was replaced gets the record before it takes requests, so
+that a change is whole wherever processes end.
 """
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
@@ -15,80 +14,62 @@ from typing import TypeVar
 import msgspec
 
 from stellarbyte_server.client.engine_client import EngineClient, EngineDead
-from stellarbyte_server.client.replicas.journal import AdapterJournal, JournalEntry
-from stellarbyte_server.protocol.adapter_versions import RestoreAdapters, RestoredAdapter, SetVersions
-from stellarbyte_server.protocol.messages import (
-    AdapterLoaded,
-    AdapterUnloaded,
-    Call,
-    CommitAdapter,
-    DiscardAdapter,
-    LoadAdapter,
-    Reply,
-    Settle,
-)
-from stellarbyte_server.protocol.request import ADAPTER_LOADING, ADAPTER_NOT_FOUND, RequestRejected
-
-logger = logging.getLogger("server.replicas")
+from stellarbyte_server.client.replicas.joined import JoinedEngines
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters, RestoreAdapters, SetVersions
+from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, Call, LoadAdapter, Reply, Settle
+from stellarbyte_server.protocol.request import RequestRejected
 
 T = TypeVar("T")
-LOADING_ELSEWHERE_S = 5.0  # after which an engine has noticed the end of an HTTP process
 NEWS_LIMIT_S = 10.0
-_RETRY_S = 0.1
 _LOOK_S = 0.5  # between looks at an engine's health
 
 
 class AdapterChanges:
-    """Changes of the adapters of several engines, from one of the HTTP processes."""
+    """Changes of the adapters of a server's engines, from one of the HTTP processes."""
 
     def __init__(
         self,
         connected: Callable[[], list[EngineClient]],
-        journal: AdapterJournal,
+        joined: JoinedEngines,
         endpoints: Mapping[int, Container[str]],
-        stored: Callable[[], tuple[RestoredAdapter, ...]] = tuple,
+        recorded: Callable[[], RecordedAdapters],
     ) -> None:
         """Changes of these engines.
 
         Args:
             connected: the clients of the engines that take messages.
             endpoints: of each replica's processes that this process has heard of.
-            stored: reads the adapters of --data-dir, which go before what the journal says.
+            recorded: reads the record.
         """
         self._connected = connected
+        self._joined = joined
         self._endpoints = endpoints
-        self._journal = journal
-        self._stored = stored
+        self._recorded = recorded
         self._running: set[asyncio.Task[object]] = set()
-        self.missing: dict[int, set[str]] = {}  # by replica, adapters of which it could not get the others' content
 
-    async def load(self, load: LoadAdapter, path: str) -> AdapterLoaded:
-        """Load an adapter at all replicas; RequestRejected or EngineDead, and then no replica has changed."""
-        return await self._to_its_end(self._load(msgspec.structs.replace(load, is_held=True), path))
-
-    async def load_beside(self, load: LoadAdapter) -> AdapterLoaded:
-        """Have all replicas keep a version of --data-dir beside the current one.
+    async def prepare(self, load: LoadAdapter) -> AdapterLoaded:
+        """Have all engines read and check a version beside the current one.
 
         RequestRejected or EngineDead, and then some may keep it until `set_versions`.
         """
-        return await self._to_its_end(self._load_beside(load))
+        return await self._to_its_end(self._prepare(load))
 
     async def set_versions(self, call: SetVersions) -> None:
-        """Set the versions that requests get at all replicas; one whose process ends meanwhile gets them later.
+        """Set the versions that requests get at all engines; one whose process ends meanwhile gets the record.
 
         RequestRejected or EngineDead if some have not changed.
         """
         await self._to_its_end(self._set_versions(call))
 
     async def begin_unload(self, name: str) -> Awaitable[AdapterUnloaded]:
-        """Unload an adapter at all replicas. The result waits until its requests have ended.
+        """Unload an adapter at all engines. The result waits until its requests have ended.
 
         Both raise RequestRejected or EngineDead.
         """
         return asyncio.ensure_future(_unloaded(*await self._to_its_end(self._withdraw(name))))
 
     async def sync(self, client: EngineClient, endpoint: str) -> None:
-        """Give a replica's process the adapters that the others have; EngineDead."""
+        """Have an engine process do as the record says; EngineDead."""
         await self._to_its_end(self._sync(client, endpoint))
 
     async def _to_its_end(self, change: Awaitable[T]) -> T:
@@ -98,50 +79,22 @@ class AdapterChanges:
         task.add_done_callback(self._running.discard)
         return await asyncio.shield(task)
 
-    async def _load(self, load: LoadAdapter, path: str) -> AdapterLoaded:
-        name = load.name
-        async with self._journal.locked():
-            await self._until_all_are_known()
-            clients = self._connected()
-            held = await self._hold(clients, load)
-            card = held.card
-            entry = JournalEntry(path, card.content_hash, card.pinned)
-            await asyncio.to_thread(self._journal.note, name, entry)
-            answers = await _at_all(clients, lambda client: _answer(client, CommitAdapter(_new_id(), load.call_id)))
-            for names in self.missing.values():
-                names.discard(name)
-            for client, answer in zip(clients, answers, strict=True):
-                if isinstance(answer, RequestRejected):
-                    logger.error("replica %d has not changed to the adapter %s: %s", client.replica, name, answer)
-            loaded = [answer for answer in answers if isinstance(answer, AdapterLoaded)]
-            if not loaded:
-                raise _whole_failure(answers)
-            return msgspec.structs.replace(loaded[0], probe=held.probe)
-
-    async def _hold(self, clients: Sequence[EngineClient], load: LoadAdapter) -> AdapterLoaded:
-        """Let all clients' engines hold an adapter; returns the first answer. If one fails, none does."""
-        try:
-            return (await _read_by_all(clients, load))[0]
-        except (RequestRejected, EngineDead):
-            await _at_all(clients, lambda client: _answer(client, DiscardAdapter(_new_id(), load.call_id)))
-            raise
-
-    async def _load_beside(self, load: LoadAdapter) -> AdapterLoaded:
-        async with self._journal.locked():
-            await self._until_all_are_known()
-            loaded = await _read_by_all(self._connected(), load)
-            probe = next((each.probe for each in loaded if each.probe is not None), None)
-            return msgspec.structs.replace(loaded[0], probe=probe, is_used=any(each.is_used for each in loaded))
+    async def _prepare(self, load: LoadAdapter) -> AdapterLoaded:
+        """An engine that joins meanwhile lacks the version, so `_set_versions` is refused, and prepared again."""
+        clients = self._connected()
+        answers = await _at_all(clients, lambda client: _answer(client, load))
+        if (failure := _first_failure(clients, answers)) is not None:
+            raise failure
+        loaded = [answer for answer in answers if isinstance(answer, AdapterLoaded)]
+        probe = next((each.probe for each in loaded if each.probe is not None), None)
+        return msgspec.structs.replace(loaded[0], probe=probe, is_used=any(each.is_used for each in loaded))
 
     async def _set_versions(self, call: SetVersions) -> None:
-        async with self._journal.locked():
+        async with self._joined.locked():
             await self._until_all_are_known()
             answers = await _at_all(self._connected(), lambda client: _answer(client, call))
             if any(isinstance(answer, RequestRejected) for answer in answers) or all(map(_is_failure, answers)):
                 raise _whole_failure(answers)
-            await asyncio.to_thread(self._journal.forget, call.name)
-            for names in self.missing.values():
-                names.discard(call.name)
 
     async def _withdraw(
         self, name: str
@@ -150,91 +103,33 @@ class AdapterChanges:
 
         RequestRejected or EngineDead if it is unloaded nowhere.
         """
-        async with self._journal.locked():
+        async with self._joined.locked():
             await self._until_all_are_known()
-            clients, refused = self._connected(), []
-            unloading: list[asyncio.Task[Reply | BaseException]] = []
-            for _ in range(int(LOADING_ELSEWHERE_S / _RETRY_S)):
-                calls = [asyncio.create_task(_outcome(client.unload_adapter(name))) for client in clients]
-                await _at_all(clients, lambda client: _answer(client, Settle(_new_id())))
-                await asyncio.sleep(0)
-                outcomes = [call.result() if call.done() else None for call in calls]
-                unloading += [call for call, outcome in zip(calls, outcomes, strict=True) if not _is_failure(outcome)]
-                refused += [outcome for outcome in outcomes if _is_failure(outcome)]
-                clients = [
-                    client
-                    for client, outcome in zip(clients, outcomes, strict=True)
-                    if isinstance(outcome, RequestRejected) and outcome.code == ADAPTER_LOADING
-                ]
-                if not (clients and unloading):
-                    break
-                await asyncio.sleep(_RETRY_S)
+            clients = self._connected()
+            calls = [asyncio.create_task(_outcome(client.unload_adapter(name))) for client in clients]
+            await _at_all(clients, lambda client: _answer(client, Settle(_new_id())))
+            await asyncio.sleep(0)
+            refused = [call.result() for call in calls if call.done() and _is_failure(call.result())]
+            unloading = [call for call in calls if not (call.done() and _is_failure(call.result()))]
             if not unloading:
                 raise _whole_failure(refused)
-            await asyncio.to_thread(self._journal.note, name, JournalEntry())
-            for names in self.missing.values():
-                names.discard(name)
-            return unloading, [failure for failure in refused if failure is not None]
+            return unloading, refused
 
     async def _until_all_are_known(self) -> None:
         """Wait for the news of processes that get requests from other HTTP processes already, or they would miss this
         change."""
         deadline_s = time.monotonic() + NEWS_LIMIT_S
-        joined = await asyncio.to_thread(self._journal.joined)
+        joined = await asyncio.to_thread(self._joined.read)
         while any(endpoint not in self._endpoints[replica] for replica, endpoint in joined.items()):
             if time.monotonic() > deadline_s:
-                raise EngineDead("This HTTP process has not heard of a replica that has started; try again.")
+                raise EngineDead("This HTTP process has not heard of an engine that has started; try again.")
             await asyncio.sleep(_LOOK_S / 10)
 
     async def _sync(self, client: EngineClient, endpoint: str) -> None:
-        async with self._journal.locked():
-            stored, entries = await asyncio.to_thread(lambda: (self._stored(), self._journal.read()))
-            names = {adapter.name for adapter in stored}
-            await self._give(client, {name: entry for name, entry in entries.items() if name not in names})
-            if stored:
-                await _answer(client, RestoreAdapters(_new_id(), stored))
-            await asyncio.to_thread(self._journal.note_joined, client.replica, endpoint)
-
-    async def _give(self, client: EngineClient, entries: Mapping[str, JournalEntry]) -> None:
-        if entries:
-            cards = {card.name: card for card in (await client.list_adapters()).cards if card.is_current}
-            missing = self.missing[client.replica] = set()
-            for name, entry in entries.items():
-                card = cards.get(name)
-                if entry.content_hash and (card is None or card.content_hash != entry.content_hash):
-                    if not await self._load_same(client, name, entry):
-                        missing.add(name)
-                elif not entry.content_hash and card is not None and not await self._others_offer(client, name):
-                    await _unload_quietly(client, name)
-
-    async def _load_same(self, client: EngineClient, name: str, entry: JournalEntry) -> bool:
-        """Load the content that the other replicas have; returns whether its files still hold it. EngineDead."""
-        why = "its files have changed"
-        try:
-            load = LoadAdapter(_new_id(), name, entry.path, True, entry.pinned, is_held=True)
-            card = (await self._hold([client], load)).card
-            if card.content_hash == entry.content_hash:
-                await _answer(client, CommitAdapter(_new_id(), load.call_id))
-                return True
-            await _answer(client, DiscardAdapter(_new_id(), load.call_id))
-        except RequestRejected as refusal:
-            why = str(refusal)
-        logger.error(
-            "replica %d does not get the adapter %s that the others have, so they get its requests: %s",
-            client.replica,
-            name,
-            why,
-        )
-        await _unload_quietly(client, name)
-        return False
-
-    async def _others_offer(self, client: EngineClient, name: str) -> bool:
-        """Whether another replica offers a name that was unloaded: as a folder of --adapter-dir that came later."""
-        others = [other for other in self._connected() if other is not client]
-        for answer in await _at_all(others, lambda other: other.list_adapters()):
-            if not isinstance(answer, BaseException):
-                return any(card.name == name and card.is_current for card in answer.cards)
-        return False
+        async with self._joined.locked():
+            recorded = await asyncio.to_thread(self._recorded)
+            await _answer(client, RestoreAdapters(_new_id(), recorded))
+            await asyncio.to_thread(self._joined.note, client.replica, endpoint)
 
 
 def _new_id() -> str:
@@ -251,23 +146,10 @@ async def _answer(client: EngineClient, call: Call) -> Reply:
     return answering.result()
 
 
-async def _read_by_all(clients: Sequence[EngineClient], load: LoadAdapter) -> list[AdapterLoaded]:
-    """Let all clients' engines load an adapter; their answers. RequestRejected or EngineDead unless all have read the
-    same."""
-    answers = await _at_all(clients, lambda client: _answer(client, load))
-    if (failure := _first_failure(clients, answers)) is not None:
-        raise failure
-    loaded = [answer for answer in answers if isinstance(answer, AdapterLoaded)]
-    if len({each.card.content_hash for each in loaded}) > 1:
-        message = f"The files of the adapter {load.name!r:.200} changed while the replicas read them; load it again."
-        raise RequestRejected(message, param="lora_path")
-    return loaded
-
-
 async def _unloaded(
     unloading: Sequence[Awaitable[Reply | BaseException]], refused: Sequence[Reply | BaseException]
 ) -> AdapterUnloaded:
-    """The end of an unloading at all replicas; RequestRejected or EngineDead."""
+    """The end of an unloading at all engines; RequestRejected or EngineDead."""
     answers = await asyncio.gather(*unloading, return_exceptions=True)
     freed = [answer.num_bytes for answer in answers if isinstance(answer, AdapterUnloaded)]
     if not freed:
@@ -289,21 +171,12 @@ async def _outcome(call: Awaitable[AdapterUnloaded]) -> Reply | BaseException:
         return error
 
 
-async def _unload_quietly(client: EngineClient, name: str) -> None:
-    """Unload an adapter of a replica that has no requests yet, if it has it; EngineDead."""
-    try:
-        await client.unload_adapter(name)
-    except RequestRejected as refusal:
-        if refusal.code != ADAPTER_NOT_FOUND:
-            logger.error("replica %d could not unload the adapter %s: %s", client.replica, name, refusal)
-
-
 def _is_failure(outcome: object) -> bool:
     return isinstance(outcome, BaseException)
 
 
 def _first_failure(clients: Sequence[EngineClient], answers: Sequence[object]) -> Exception | None:
-    """Why not all replicas have succeeded, which names the one that failed unless all failed alike."""
+    """Why not all engines have succeeded, which names the one that failed unless all failed alike."""
     failed = [(c, a) for c, a in zip(clients, answers, strict=True) if isinstance(a, BaseException)]
     if len(failed) == len(answers):
         return _whole_failure(answers)
@@ -319,9 +192,9 @@ def _first_failure(clients: Sequence[EngineClient], answers: Sequence[object]) -
 
 
 def _whole_failure(answers: Sequence[object]) -> Exception:
-    """Why no replica has succeeded: the reason of one that refused, rather than of one that has ended."""
+    """Why no engine has succeeded: the reason of one that refused, rather than of one that has ended."""
     refused = [answer for answer in answers if isinstance(answer, RequestRejected)]
     for answer in (*refused, *answers):
         if isinstance(answer, Exception):
             return answer
-    return EngineDead("No replica takes requests.")
+    return EngineDead("No engine takes requests.")

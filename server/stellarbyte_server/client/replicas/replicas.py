@@ -1,12 +1,11 @@
 """An HTTP process's client of all engines of a server, which shows them as one.
 
-With one engine it passes everything on. With several, each request goes to the one that `routing` chooses, adapters
-change at all or none (`adapter_changes`), limits of keys are counted once (`key_counts`), and what engines report is
-added up (`sums`). The end of an engine costs its own streams only; the server ends with the last of them.
+Adapters change at all engines or none (`adapter_changes`). With one engine everything else is passed on. With several,
+each request goes to the one that `routing` chooses, limits of keys are counted once (`key_counts`), and what engines
+report is added up (`sums`). The end of an engine costs its own streams only; the server ends with the last of them.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +18,7 @@ from stellarbyte_server.client.engine_client import DRAINING, EngineClient, Engi
 from stellarbyte_server.client.launch import Engine, EngineStartError
 from stellarbyte_server.client.progress import NO_STATS
 from stellarbyte_server.client.replicas.adapter_changes import AdapterChanges
-from stellarbyte_server.client.replicas.journal import AdapterJournal
+from stellarbyte_server.client.replicas.joined import JoinedEngines
 from stellarbyte_server.client.replicas.key_counts import KeyCounts
 from stellarbyte_server.client.replicas.prefixes import prefix_keys
 from stellarbyte_server.client.replicas.replica import ReplicaRecord
@@ -29,7 +28,7 @@ from stellarbyte_server.client.restart import EngineEnded, EngineNews, EngineRes
 from stellarbyte_server.protocol.adapter_versions import (
     AdapterLocated,
     LocateAdapter,
-    RestoredAdapter,
+    RecordedAdapters,
     SetVersions,
     StoredAdapter,
 )
@@ -42,7 +41,6 @@ from stellarbyte_server.protocol.messages import (
     EngineTotals,
     KeyLimits,
     LoadAdapter,
-    Settle,
 )
 from stellarbyte_server.protocol.request import QUEUE_FULL, SHUTTING_DOWN, GenerationRequest, RequestRejected
 
@@ -63,20 +61,21 @@ class Replicas:
     def __init__(
         self,
         engines: Sequence[Engine],
-        folder: Path | None = None,
+        folder: Path,
         on_news: Callable[[EngineNews], None] | None = None,
         past: Sequence[EngineTotals | None] = (),
     ) -> None:
         """Connect to at least one engine.
 
         Args:
-            folder: private folder of the server, which all its HTTP processes share; of one engine None: the engine's.
+            folder: private folder of the server, which all its HTTP processes share.
             past: the totals of each engine's earlier processes, of several engines.
         """
         self.dead = asyncio.Event()  # no engine is left, and none will follow
+        self.folder = folder
         self._engines = engines
-        self._folder = folder
         self._on_news = on_news
+        self._changes: AdapterChanges | None = None
         self._past: list[EngineTotals | None] = list(past) if past else [None for _ in engines]
         self._records = [ReplicaRecord(index) for index in range(len(engines))]
         for record, engine in zip(self._records, engines, strict=True):
@@ -88,10 +87,11 @@ class Replicas:
             record.keys = self._keys
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, stored: Callable[[], tuple[RestoredAdapter, ...]] = tuple) -> EngineInfo:
+    async def start(self, recorded: Callable[[], RecordedAdapters] | None = None) -> EngineInfo:
         """Wait until all engines are ready; returns what each reports. Raises EngineStartError.
 
-        `stored` reads the adapters of --data-dir. Then `close` must be called.
+        `recorded` reads the record of adapters, which each engine gets; None: this process changes none, and engines
+        keep theirs. Then `close` must be called.
         """
         infos = await self._start_clients()
         self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
@@ -101,11 +101,10 @@ class Replicas:
         for record in self._records:
             record.forget()
             record.note_process(self._engines[record.index].endpoint)
-            record.is_in_step = len(self.clients) == 1
-        if len(self.clients) > 1:
+        if recorded is not None:
             endpoints = {record.index: record.endpoints for record in self._records}
-            self._changes = AdapterChanges(self._connected, AdapterJournal(self.folder), endpoints, stored)
-            await asyncio.gather(*map(self._sync, self._records))
+            self._changes = AdapterChanges(self._connected, JoinedEngines(self.folder), endpoints, recorded)
+        await asyncio.gather(*map(self._sync, self._records))
         return infos[0]
 
     async def _start_clients(self) -> list[EngineInfo]:
@@ -126,11 +125,6 @@ class Replicas:
             task.cancel()
         await asyncio.gather(*(client.close() for client in self.clients))
 
-    @property
-    def folder(self) -> Path:
-        """A private folder that all HTTP processes of the server share."""
-        return self.clients[0].folder if self._folder is None else self._folder
-
     # Requests
 
     async def submit(
@@ -143,6 +137,8 @@ class Replicas:
     ) -> list[DeltaStream]:
         """Submit requests to one engine; see `EngineClient.submit`. A full queue passes them on to the next."""
         if len(self.clients) == 1:
+            if not self._records[0].is_in_step:
+                raise EngineDead(self._why_none())
             return await self.clients[0].submit(
                 *requests, limits=limits, continues=continues, num_later_tokens=num_later_tokens, arrived_s=arrived_s
             )
@@ -152,7 +148,7 @@ class Replicas:
         facts = RequestFacts(adapters=first.adapter_names)
         salt = (first.cache_salt, str(first.adapter), first.adapter_scale)
         prefix = prefix_keys(first.prompt_token_ids, salt, self.info.block_size)
-        candidates, full = self._candidates(facts), None
+        candidates, full = self._serving(), None
         while candidates:
             record = candidates[choose(facts, [each.state(prefix) for each in candidates])]
             candidates.remove(record)
@@ -173,14 +169,6 @@ class Replicas:
                 record.forget_requests(requests)
             candidates = [each for each in candidates if each.serves]
         raise EngineDead(self._why_none()) if full is None else full
-
-    def _candidates(self, facts: RequestFacts) -> list[ReplicaRecord]:
-        """The replicas that serve, without those that could not get a content that the others have."""
-        serving = self._serving()
-        able = [
-            record for record in serving if self._changes.missing.get(record.index, set()).isdisjoint(facts.adapters)
-        ]
-        return able if able else serving
 
     def _serving(self) -> list[ReplicaRecord]:
         return [record for record in self._records if record.serves]
@@ -211,28 +199,19 @@ class Replicas:
 
     # Adapters
 
-    async def load_adapter(
-        self,
-        name: str,
-        path: str | StoredAdapter,
-        in_place: bool,
-        pinned: bool | None = None,
-        *,
-        probe: bool = False,
-        is_beside: bool = False,
-    ) -> AdapterLoaded:
-        """Load an adapter at all engines (see `LoadAdapter`); RequestRejected or EngineDead, and then at none.
+    @property
+    def changes(self) -> AdapterChanges:
+        assert self._changes is not None, "`start` has got the record"
+        return self._changes
 
-        After a failure, some of several engines may keep a version beside the current one until `set_versions`.
+    async def prepare_adapter(
+        self, name: str, files: StoredAdapter, *, in_place: bool = True, pinned: bool = False, probe: bool = False
+    ) -> AdapterLoaded:
+        """Have all engines read a version beside the current one (see `LoadAdapter`); RequestRejected or EngineDead.
+
+        After a failure, some may keep it until `set_versions`.
         """
-        load = LoadAdapter(secrets.token_hex(8), name, path, in_place, pinned, probe, is_beside)
-        if len(self.clients) == 1:
-            reply = await self.clients[0].call(load)
-            assert isinstance(reply, AdapterLoaded)
-            return reply
-        if isinstance(path, StoredAdapter):
-            return await self._changes.load_beside(load)
-        return await self._changes.load(load, path)
+        return await self.changes.prepare(LoadAdapter(secrets.token_hex(8), name, files, in_place, pinned, probe))
 
     async def locate_adapter(self, path: str) -> AdapterLocated:
         """The files of an adapter that may be loaded; RequestRejected or EngineDead."""
@@ -247,24 +226,14 @@ class Replicas:
     ) -> None:
         """Set the versions of an adapter that requests get (see `SetVersions`); RequestRejected or EngineDead."""
         call = SetVersions(secrets.token_hex(8), name, current, shares, pinned)
-        await (self.clients[0].call(call) if len(self.clients) == 1 else self._changes.set_versions(call))
-
-    async def unload_adapter(self, name: str) -> AdapterUnloaded:
-        """Unload an adapter and wait until its requests have ended; RequestRejected or EngineDead."""
-        return await (await self.begin_unload(name))
+        await self.changes.set_versions(call)
 
     async def begin_unload(self, name: str) -> Awaitable[AdapterUnloaded]:
         """Unload an adapter: new requests do not get it. The result waits until its requests have ended.
 
         Both raise RequestRejected or EngineDead.
         """
-        if len(self.clients) > 1:
-            return await self._changes.begin_unload(name)
-        unloading = asyncio.create_task(self.clients[0].unload_adapter(name))
-        await asyncio.sleep(0)  # it has sent the call
-        with contextlib.suppress(EngineDead):  # as the result says, too
-            await self.clients[0].call(Settle(secrets.token_hex(8)))
-        return unloading
+        return await self.changes.begin_unload(name)
 
     async def list_adapters(self) -> AdapterList:
         """All adapters and their current state; EngineDead."""
@@ -284,15 +253,8 @@ class Replicas:
         """Engine processes that have ended."""
         return sum(client.num_lost for client in self.clients)
 
-    @property
-    def num_adapter_losses(self) -> int:
-        """How often the adapters that were loaded over HTTP were lost: several engines get them again by themselves."""
-        return self.num_lost if len(self.clients) == 1 else 0
-
     def health(self) -> str | None:
         """None while an engine makes progress, else the problem in one sentence."""
-        if len(self.clients) == 1:
-            return self.clients[0].health()
         return None if self._serving() else self._why_none()
 
     def degradation(self) -> str | None:
@@ -302,7 +264,9 @@ class Replicas:
 
     def _why_none(self) -> str:
         reasons = [client.health() for client in self.clients]
-        return next((reason for reason in reasons if reason is not None), "The replica is getting its adapters.")
+        return next(
+            (reason for reason in reasons if reason is not None), "The engine has ended, or is getting its adapters."
+        )
 
     def note_rejected(self, reason: str) -> None:
         """Count a request that got an error; see `Observer.note_rejected`."""
@@ -341,14 +305,13 @@ class Replicas:
     # Engines that end and start
 
     def _hear(self, news: EngineNews) -> None:
-        record, is_one = self._records[news.replica], len(self.clients) == 1
+        record = self._records[news.replica]
         if isinstance(news, EngineEnded):
             record.forget()
-        elif isinstance(news, EngineRestarted) and is_one:
-            record.is_in_step = True
         elif isinstance(news, EngineRestarted):
             record.note_process(news.endpoint)
-            self._note_past(record)
+            if len(self.clients) > 1:
+                self._note_past(record)
             syncing = asyncio.create_task(self._sync(record))
             self._tasks.add(syncing)
             syncing.add_done_callback(self._tasks.discard)
@@ -372,18 +335,19 @@ class Replicas:
         record.client.totals = None
 
     async def _sync(self, record: ReplicaRecord) -> None:
-        """Give a replica the adapters of the others; from then on it gets requests."""
+        """Have an engine do as the record of adapters says; from then on it gets requests."""
         endpoint = record.endpoint
         while record.endpoint == endpoint:
             try:
-                await self._changes.sync(record.client, endpoint)
+                if self._changes is not None:
+                    await self._changes.sync(record.client, endpoint)
             except EngineDead:
                 if not record.client.is_connected:
                     return  # another process follows, or none
                 await asyncio.sleep(SYNC_AGAIN_S)  # it makes no progress now
                 continue
             except Exception:
-                logger.exception("replica %d did not get its adapters; trying again", record.index)
+                logger.exception("engine %d did not get its adapters; trying again", record.index)
                 await asyncio.sleep(SYNC_AGAIN_S)
                 continue
             if record.endpoint == endpoint:  # otherwise another process, which gets them by a task of its own

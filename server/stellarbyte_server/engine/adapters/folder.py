@@ -45,6 +45,10 @@ class AdapterFolder:
         root = self._modules[name]
         return _files(root, root, asked=str(root), shown=root.name, or_pickle=True)
 
+    def is_module(self, name: str) -> bool:
+        """Whether --lora-modules has this name."""
+        return name in self._modules
+
     def may_offer(self, name: str) -> bool:
         """Whether a folder in --adapter-dir can have this name. Reads no files."""
         return self._folder is not None and is_adapter_name(name) and "/" not in name
@@ -104,7 +108,7 @@ def _inside(root: Path | None, path: str, *, or_pickle: bool) -> AdapterFiles | 
 
 
 def stored_files(stored: StoredAdapter) -> AdapterFiles:
-    """The files of an adapter in --data-dir, which reading checks."""
+    """The server's own copy of an adapter's files, which reading checks."""
     folder = Path(stored.folder)
     return AdapterFiles(
         config=folder / CONFIG_FILE,

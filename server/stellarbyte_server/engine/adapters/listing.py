@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from stellarbyte_server.engine.adapters import refusals
-from stellarbyte_server.engine.adapters.folder import AdapterFolder
+from stellarbyte_server.engine.adapters.folder import PICKLE_FILE, AdapterFolder
 from stellarbyte_server.engine.adapters.memory import AdapterStore
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.protocol.adapter_versions import AdapterLocated
@@ -109,5 +109,7 @@ def located(call_id: str, path: str, files: AdapterFiles | None) -> list[Reply]:
     """The answer to a call that asks for the files at a path."""
     if files is None:
         return [refusals.no_files(call_id, path)]
+    if files.weights.name == PICKLE_FILE:
+        return [refusals.is_pickle(call_id, files.shown)]
     config, weights, root = map(str, (files.config, files.weights, files.root))
     return [AdapterLocated(call_id=call_id, config=config, weights=weights, root=root, shown=files.shown)]

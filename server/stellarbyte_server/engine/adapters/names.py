@@ -11,12 +11,12 @@ from stellarbyte_server.engine.adapters.memory import AdapterStore
 from stellarbyte_server.engine.adapters.withdrawn import WithdrawnNames
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter, StoredAdapter
-from stellarbyte_server.protocol.messages import CallFailed, Reply
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters, RestoredAdapter, StoredAdapter
+from stellarbyte_server.protocol.messages import Reply
 from stellarbyte_server.protocol.request import model_not_found
 
 RETRY_FAILED_S = 5.0  # minimum time between attempts to read an adapter that failed
-NoteFiles = Callable[[AdapterVersion, CallFailed | None, AdapterFiles | None], list[Reply]]
+NoteFiles = Callable[[AdapterVersion, AdapterFiles | None], list[Reply]]
 
 
 class AdapterNames:
@@ -68,7 +68,7 @@ class AdapterNames:
         version = self.current.get(name)
         if version is None and name not in self.withdrawn and self._folder.may_offer(name):
             version = self.current[name] = AdapterVersion(name=name, files=None)
-            self._store.look(partial(self._folder.offered, name), partial(self._note_files, version, None))
+            self._store.look(partial(self._folder.offered, name), partial(self._note_files, version))
         elif version is not None and self._may_retry(version):
             version = self.current[name] = self._renewed(version)
         return version
@@ -91,7 +91,7 @@ class AdapterNames:
 
     def _note_again(self, version: AdapterVersion, before: AdapterFiles, files: AdapterFiles | None) -> list[Reply]:
         """Retry a version that failed, with its files looked up again; if these are absent, reading reports it."""
-        return self._note_files(version, None, before if files is None else files)
+        return self._note_files(version, before if files is None else files)
 
     def has_content(self, version: AdapterVersion) -> bool:
         """Whether the current version of a loaded version's name has the same content, and is ready."""
@@ -105,12 +105,22 @@ class AdapterNames:
                 return version
         return None
 
+    def unrecorded(self, recorded: RecordedAdapters) -> list[str]:
+        """The names that must not be served by a record: what was unloaded, and stored ones that it does not have."""
+        names = {adapter.name for adapter in recorded.adapters}
+        withdrawn = set(recorded.withdrawn)
+        return [
+            name
+            for name, version in self.current.items()
+            if name not in names and (version.is_stored or name in withdrawn)
+        ]
+
     def restore(self, adapter: RestoredAdapter) -> list[AdapterVersion]:
         """Make the versions of a stored adapter available, read on first use, unless they are; returns those that they
         replace."""
         if self._has(adapter):
             return []
-        replaced = self._take(adapter.name)
+        replaced = self.take(adapter.name)
         self.withdrawn.discard(adapter.name)
         current = self.current[adapter.name] = _stored_version(adapter.name, adapter.current)
         for stored, _ in adapter.shares:
@@ -131,22 +141,12 @@ class AdapterNames:
     def withdraw(self, name: str) -> list[AdapterVersion]:
         """Remove a name; returns its versions. Its folder in --adapter-dir is not offered until it is loaded."""
         self.withdrawn.withdraw(name)
-        return self._take(name)
+        return self.take(name)
 
-    def _take(self, name: str) -> list[AdapterVersion]:
+    def take(self, name: str) -> list[AdapterVersion]:
+        """Remove a name, which may be offered again; returns its versions."""
         current, beside = self.current.pop(name, None), self.beside.set(name, ())
         return beside if current is None else [current, *beside]
-
-    def install(self, version: AdapterVersion) -> list[AdapterVersion]:
-        """Make a loaded version the only one of its name; returns those that it replaces."""
-        self.withdrawn.discard(version.name)
-        replaced = self.beside.set(version.name, ())
-        old = self.current.get(version.name)
-        self.current[version.name] = version
-        if old is not None:
-            version.totals = old.totals
-            replaced.append(old)
-        return replaced
 
     def set_versions(self, name: str, current: str, shares: Shares) -> list[AdapterVersion] | None:
         """Set the versions of a name by their content hashes, "" for the current one; returns those that requests no

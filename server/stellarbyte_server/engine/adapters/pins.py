@@ -1,7 +1,7 @@
 """Pinned adapters: names whose current version keeps a slot from the moment when one is idle."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.memory import AdapterMemory
@@ -36,24 +36,25 @@ class Pins:
         self._names: set[str] = set()
         self._promised: set[str] = set()  # names with a version beside the current one that will be pinned
 
-    def loading(self, call: LoadAdapter, loads: Iterable[AdapterVersion]) -> AdapterVersion | CallFailed:
-        """A version to load for a call, pinned or not (None: as the current one), or why it cannot be pinned.
-
-        One beside the current version is pinned by `set` only, but counts from now on.
-        """
-        pins = call.name in self._names if call.pinned is None else call.pinned
-        if pins and not self._may_pin(call.name, [version.name for version in loads if version.pinned]):
+    def promise(self, call: LoadAdapter) -> CallFailed | None:
+        """Promise a slot to the version that a call loads, if it asks for one, until `set` or `give_up`; why not."""
+        if not call.pinned:
+            return None
+        if not self._may_pin(call.name):
             return refusals.too_many_pinned(call.call_id, self._others(call.name), self._num_slots)
-        if pins and call.is_beside:
-            self._promised.add(call.name)
-        return AdapterVersion(name=call.name, files=None, state="loading", pinned=pins and not call.is_beside)
+        self._promised.add(call.name)
+        return None
+
+    def give_up(self, name: str) -> None:
+        """Note that a load of a name has failed."""
+        self._promised.discard(name)
 
     def _others(self, name: str) -> set[str]:
         return (self._names | self._promised) - {name}
 
-    def _may_pin(self, name: str, loading: Iterable[str] = ()) -> bool:
+    def _may_pin(self, name: str) -> bool:
         """Whether one slot is left for all adapters that are not pinned."""
-        return len(self._others(name).union(loading) - {name}) + 1 < self._num_slots
+        return len(self._others(name)) + 1 < self._num_slots
 
     def set(self, name: str, pinned: bool) -> None:
         """Pin the current version of a name or not. Fewer adapters are pinned than there are slots."""

@@ -99,5 +99,14 @@ def not_read(call_id: str, error: str, *, is_fault: bool) -> CallFailed:
     return CallFailed(call_id, error, code=INTERNAL_ERROR if is_fault else ADAPTER_FAILED, param="lora_path")
 
 
-def not_held(call_id: str) -> CallFailed:
-    return CallFailed(call_id, "The adapter that was to be made current is not held.", code=INTERNAL_ERROR)
+def unloaded_meanwhile(call_id: str, name: str) -> CallFailed:
+    return CallFailed(call_id, f"The adapter {name!r} was unloaded before it had been read.", code=ADAPTER_NOT_FOUND)
+
+
+def is_pickle(call_id: str, path: str) -> CallFailed:
+    """Why files that may be located cannot be loaded; see `stellarbyte.lora.peft_format`."""
+    message = (
+        f"The adapter {path!r:.300} is a pickle, which can run code when it is read; convert it to safetensors first"
+        " (PEFT: load the adapter where you trust it, then save_pretrained)."
+    )
+    return CallFailed(call_id, message, code=ADAPTER_FAILED, param="lora_path")

@@ -16,7 +16,7 @@ from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.folder import AdapterFolder, stored_files
 from stellarbyte_server.engine.adapters.lifetime import Lifetimes
 from stellarbyte_server.engine.adapters.listing import AdapterListing, all_cards, card_of, located
-from stellarbyte_server.engine.adapters.loads import HeldLoads, Load, Loads
+from stellarbyte_server.engine.adapters.loads import Load, Loads
 from stellarbyte_server.engine.adapters.memory import AdapterMemory, AdapterStore, FillDone, Looked, ReadDone
 from stellarbyte_server.engine.adapters.names import AdapterNames
 from stellarbyte_server.engine.adapters.pins import Pins
@@ -24,7 +24,7 @@ from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
 from stellarbyte_server.engine.state.adapter_version import AdapterFiles, AdapterVersion
 from stellarbyte_server.engine.state.sequence import Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterMix, AdapterReference
-from stellarbyte_server.protocol.adapter_versions import AdapterProbe, RestoredAdapter, SetVersions, StoredAdapter
+from stellarbyte_server.protocol.adapter_versions import AdapterProbe, RecordedAdapters, SetVersions
 from stellarbyte_server.protocol.histogram import Histogram
 from stellarbyte_server.protocol.messages import (
     AdapterCard,
@@ -69,7 +69,6 @@ class Adapters:
         self._lifetimes = Lifetimes(store, self.slots, self.memory, self._loads)
         self._names = AdapterNames(folder, store, self._lifetimes, clock, self._note_looked)
         self._pins = Pins(self.slots, self.memory, num_slots, self._names.current, self._lifetimes.fill)
-        self.held = HeldLoads(self._loads, store, self._go_live, self._lifetimes.drain)
         self._load_seconds = Histogram(LOAD_SECONDS_BOUNDS)
         self._listing = AdapterListing(folder, store, clock, self._list)
         self.num_reads = 0  # completed reads, after which `refusal` may change
@@ -135,27 +134,19 @@ class Adapters:
     # Calls of the operator
 
     def load(self, call: LoadAdapter) -> list[Reply]:
-        """Load an adapter; returns the answer, or `collect` does."""
-        call_id, name, path = call.call_id, call.name, call.path
+        """Load a version beside the current one of its name; returns the answer, or `collect` does."""
+        call_id, name = call.call_id, call.name
         if self._loads.has(name):
             return [adapter_is_loading(call_id, name)]
         if (refusal := refusals.of_load(call_id, name, self._names.current.get(name), call.in_place)) is not None:
             return [refusal]
-        version = self._pins.loading(call, self._loads)
-        if isinstance(version, CallFailed):
-            return [version]
-        load = Load(call_id=call_id, wants_probe=call.probe, is_beside=call.is_beside, is_held=call.is_held)
-        if isinstance(path, StoredAdapter):
-            known = self._names.usable(name, path)
-            if known is not None and call.is_beside:
-                return [load.loaded(known, self._card(known), is_used=False)]
-            version.files = stored_files(path)
-            self._start(load, version)
-            return []
-        self._loads.add(version, load)
-        self._store.look(
-            partial(self._folder.at, path), partial(self._note_looked, version, refusals.no_files(call_id, path))
-        )
+        if (refusal := self._pins.promise(call)) is not None:
+            return [refusal]
+        load = Load(call_id=call_id, wants_probe=call.probe)
+        if (known := self._names.usable(name, call.files)) is not None:
+            return [load.loaded(known, self._card(known), is_used=False)]
+        files, content_hash = stored_files(call.files), call.files.content_hash
+        self._start(load, AdapterVersion(name=name, files=files, content_hash=content_hash, state="loading"))
         return []
 
     def locate(self, call_id: str, path: str) -> list[Reply]:
@@ -163,12 +154,18 @@ class Adapters:
         self._store.look(partial(self._folder.at, path), partial(located, call_id, path))
         return []
 
-    def restore(self, adapters: Iterable[RestoredAdapter]) -> None:
-        """Make stored adapters available, read on first use; those that are stay as they are."""
-        for adapter in adapters:
-            self._lifetimes.drain(*self._names.restore(adapter))
+    def restore(self, recorded: RecordedAdapters) -> list[Reply]:
+        """Do as the record says: its adapters are available, read on first use; those that are stay as they are."""
+        replies: list[Reply] = []
+        for adapter in recorded.adapters:
+            replies += self._lifetimes.drain(*self._names.restore(adapter))
             self._pins.set(adapter.name, adapter.pinned)
+        for name in self._names.unrecorded(recorded):
+            replies += self._lifetimes.drain(*self._names.take(name))
+            self._pins.set(name, False)
+        self._names.withdrawn.update(recorded.withdrawn)
         self._pins.place()
+        return replies
 
     def set_versions(self, call: SetVersions) -> list[Reply]:
         """Set the versions of a name that requests get from now on; all others drain. Returns the answer."""
@@ -179,33 +176,48 @@ class Adapters:
             return [refusals.no_version(call.call_id, call.name)]
         replies = self._lifetimes.drain(*replaced)
         self._pins.set(call.name, call.pinned)
+        current = self._names.current.get(call.name)
+        can_fill = current is not None and current.is_in_memory and not current.slot  # a probe has given it one
+        if current is not None and can_fill and (slot := self.slots.take_free(current)):
+            self._lifetimes.fill(current, slot)
         self._pins.place()
         return [*replies, Settled(call.call_id)]
 
+    def settle(self, call_id: str) -> None:
+        """`collect` returns the answer when all earlier scans of the disk have been processed."""
+        self._store.look(lambda: None, lambda _: [Settled(call_id)])
+
     def start_load(self, call_id: str, name: str, files: AdapterFiles) -> None:
-        """Read an adapter with known files; `collect` returns the answer."""
+        """Read an adapter of the start, which `set_versions` makes current; `collect` returns the answer."""
         self._start(Load(call_id=call_id), AdapterVersion(name=name, files=files, state="loading"))
 
     def _start(self, load: Load, version: AdapterVersion) -> None:
         self._loads.add(version, load)
-        self._begin_load(version)
-
-    def _begin_load(self, version: AdapterVersion) -> None:
         self._lifetimes.others.add(version)
         self.memory.make_room(1, set())
         self.memory.start_read(version)
 
     def unload(self, call_id: str, name: str) -> list[Reply]:
         """Unload an adapter; returns the answer, or `collect` does when its last request has ended."""
-        if self._loads.has(name):
-            return [adapter_is_loading(call_id, name)]
+        given_up = self._give_up_loads(name)
         version = self._names.current.get(name)
         if version is not None and version.files is not None:
-            return self._withdraw(call_id, name)
+            return [*given_up, *self._withdraw(call_id, name)]
+        given_up += self._lifetimes.drain(*self._names.beside.set(name, ()))  # of a load that was not completed
         if name in self._names.withdrawn or not self._folder.may_offer(name):
-            return [refusals.no_adapter(call_id, name)]
+            return [*given_up, refusals.no_adapter(call_id, name)]
         self._store.look(partial(self._folder.offered, name), partial(self._note_to_unload, call_id, name))
-        return []
+        return given_up
+
+    def _give_up_loads(self, name: str) -> list[Reply]:
+        """End the loads of a name that is unloaded; their caller has ended, as others wait for the name."""
+        replies: list[Reply] = []
+        for version in self._loads.named(name):
+            load = self._loads.take(version)
+            assert load is not None
+            self._pins.give_up(name)
+            replies += [refusals.unloaded_meanwhile(load.call_id, name), *self._lifetimes.drain(version)]
+        return replies
 
     def _note_to_unload(self, call_id: str, name: str, files: AdapterFiles | None) -> list[Reply]:
         """Complete the unloading of a name that was not in use, after looking up its files."""
@@ -255,22 +267,17 @@ class Adapters:
                 replies += self._note_read(done)
         return replies
 
-    def _note_looked(
-        self, version: AdapterVersion, absent: CallFailed | None, files: AdapterFiles | None
-    ) -> list[Reply]:
-        """Note a version's files; `absent` is the answer to its call if there are none."""
+    def _note_looked(self, version: AdapterVersion, files: AdapterFiles | None) -> list[Reply]:
+        """Note a version's files; None: there are none."""
         version.files = files
         if files is not None:
-            if self._loads.of(version) is not None:
-                self._begin_load(version)
             return []
         self.num_reads += 1
         version.state = "failed"
         if self._names.current.get(version.name) is version:
             del self._names.current[version.name]
-        self._loads.take(version)
         self._lifetimes.others.add(version)  # until its requests have been refused
-        return [*([] if absent is None else [absent]), *self._lifetimes.drop_if_drained(version)]
+        return self._lifetimes.drop_if_drained(version)
 
     def _note_read(self, done: ReadDone) -> list[Reply]:
         version, error = done.version, self._note_parts(done) or done.error
@@ -310,46 +317,25 @@ class Adapters:
         if isinstance(outcome, AdapterProbe):
             return self._go_live(version, outcome)
         self._loads.take(version)
+        self._pins.give_up(version.name)
         logger.warning("%s", outcome)
         failed = CallFailed(load.call_id, str(outcome), outcome.code, outcome.param, outcome.retry_after_s)
         return [failed, *self._lifetimes.drain(version)]
 
     def _go_live(self, version: AdapterVersion, probe: AdapterProbe | None = None) -> list[Reply]:
-        """Make a loaded version the current one of its name, or keep it beside that, or hold it. Equal content changes
-        nothing."""
-        load = self._loads.of(version)
+        """Keep a loaded version beside the current one of its name. Equal content changes nothing."""
+        load = self._loads.take(version)
         assert load is not None
-        if load.is_held:
-            return [load.loaded(version, self._card(version), probe=probe)]
-        self._loads.take(version)
         old = self._names.current.get(version.name)
         if old is not None and self._names.has_content(version):
             is_used = not old.is_stored
             old.files = version.files if is_used else old.files
-            replaced = [] if load.is_beside else self._names.beside.set(version.name, ())
-            if not load.is_beside:
-                self._pins.set(version.name, version.pinned)
-            replies = self._lifetimes.drain(version, *replaced)
-            self._pins.place()
-            return [*replies, load.loaded(old, self._card(old), is_used=is_used)]
+            return [*self._lifetimes.drain(version), load.loaded(old, self._card(old), is_used=is_used)]
         version.state = "ready"
         self._lifetimes.others.discard(version)
-        if load.is_beside:
-            before = self._names.beside.keep(version)
-            replies = [] if before is None else self._lifetimes.drain(before)
-        else:
-            is_pinned = version.pinned
-            replies = self._lifetimes.drain(*self._names.install(version))
-            self._pins.set(version.name, is_pinned)
-            can_fill = version.is_in_memory and not version.slot  # a probe has given it one
-            if can_fill and (slot := self.slots.take_free(version)):
-                self._lifetimes.fill(version, slot)
-            self._pins.place()
-        return [
-            *replies,
-            load.loaded(version, self._card(version), probe=probe),
-            *self._lifetimes.drop_if_drained(version),
-        ]
+        before = self._names.beside.keep(version)
+        replies = [] if before is None else self._lifetimes.drain(before)
+        return [*replies, load.loaded(version, self._card(version), probe=probe)]
 
     def _note_parts(self, done: ReadDone) -> str:
         """Note the parts that were read for a mix only; returns why that cannot be used, if one has other content."""
@@ -375,6 +361,8 @@ class Adapters:
         version.is_fault = is_fault
         logger.warning("adapter %s could not be read: %s", version.name, error)
         load = self._loads.take(version)
+        if load is not None:
+            self._pins.give_up(version.name)
         failed = [] if load is None else [refusals.not_read(load.call_id, error, is_fault=is_fault)]
         return [*failed, *self._lifetimes.drop_if_drained(version)]
 

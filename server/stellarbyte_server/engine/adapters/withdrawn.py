@@ -1,4 +1,4 @@
-"""Names of --adapter-dir that were unloaded: their folders are available again after a load."""
+"""Names of --adapter-dir and --lora-modules that were unloaded: their folders are available again after a load."""
 
 from functools import partial
 
@@ -23,6 +23,6 @@ class WithdrawnNames(set[str]):
             self._store.look(partial(self._folder.offered, name), partial(self._note, name))
 
     def _note(self, name: str, files: AdapterFiles | None) -> list[Reply]:
-        if files is None:
+        if files is None and not self._folder.is_module(name):
             self.discard(name)
         return []

@@ -56,7 +56,8 @@ from stellarbyte_server.engine.start.serving_plan import (
 )
 from stellarbyte_server.engine.state.block_pool import BlockPool
 from stellarbyte_server.engine.state.cache_log import CacheLog
-from stellarbyte_server.protocol.messages import CallFailed, EngineInfo
+from stellarbyte_server.protocol.adapter_versions import SetVersions
+from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, EngineInfo
 
 logger = logging.getLogger("server.engine")
 
@@ -353,5 +354,7 @@ def _load_adapters(settings: EngineSettings, bank: Bank, weight_of: Callable[[st
         for reply in adapters.collect():
             if isinstance(reply, CallFailed):
                 raise StartupError(f"--lora-modules: {reply.message}")
-            num_loading -= 1
+            if isinstance(reply, AdapterLoaded):
+                adapters.set_versions(SetVersions("", reply.card.name, reply.card.content_hash))
+                num_loading -= 1
     return adapters

@@ -19,7 +19,7 @@ class AdapterFiles:
     root: Path  # the allowed folder
     asked: str  # the name or path of the lookup
     shown: str  # the path in the API
-    is_stored: bool = False  # in --data-dir, where they never change
+    is_stored: bool = False  # the server's own copy, which never changes
 
 
 @dataclass(slots=True)
@@ -89,5 +89,5 @@ class AdapterVersion:
 
     @property
     def is_stored(self) -> bool:
-        """Whether its files are in --data-dir, where they never change."""
+        """Whether its files are the server's own copy, which never changes."""
         return self.files is not None and self.files.is_stored

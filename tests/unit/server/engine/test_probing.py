@@ -20,7 +20,8 @@ from stellarbyte_server.engine.probing import MAX_TEXT_TOKENS, TEXT
 from stellarbyte_server.engine.run.adapter_store import AdapterStore
 from stellarbyte_server.engine.run.host_executor import HostExecutor
 from stellarbyte_server.engine.run.runner import PlanRunner
-from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Reply
+from stellarbyte_server.protocol.adapter_versions import SetVersions, StoredAdapter
+from stellarbyte_server.protocol.messages import AdapterLoaded, CallFailed, Delta, LoadAdapter, Reply, Settled
 from tests.support.engines.engine import BACKENDS, Backend, make_request, make_scheduler
 from tests.support.engines.engine_core import END, VOCABULARY
 from tests.support.models.adapters import write_adapter
@@ -53,11 +54,19 @@ class Probed:
         self.news: list[object] = []
 
     def load(self, path: str, name: str = "x", *, probe: bool = True) -> Reply:
-        self.core.call(LoadAdapter("call", name, path, True, probe=probe))
+        files = StoredAdapter(folder=str(self.folder / path), root=path)
+        self.core.call(LoadAdapter("call", name, files, True, probe=probe))
+        loaded = self._reply("call")
+        if isinstance(loaded, AdapterLoaded):
+            self.core.call(SetVersions("set", name, loaded.card.content_hash))
+            assert isinstance(self._reply("set"), Settled)
+        return loaded
+
+    def _reply(self, call_id: str) -> Reply:
         deadline_s = time.monotonic() + 120
         while time.monotonic() < deadline_s:
             for reply in self.core.take_replies():
-                if reply.call_id == "call":
+                if reply.call_id == call_id:
                     return reply
             if self.core.has_work:
                 self.news += self.core.step()
@@ -178,3 +187,35 @@ def test_a_probe_that_waits_too_long_refuses_its_adapter_and_leaves_nothing(
     refused = probed.load("good")
     assert isinstance(refused, CallFailed) and refused.code == "queue_timeout"
     assert not probed.core.adapters._lifetimes.others and not probed.core.adapters._loads.has("x")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_probe_that_cannot_be_queued_is_a_refused_load_and_the_engine_goes_on(
+    tmp_path: Path, model: ByteTransformer, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """Whichever of its two requests the scheduler fails to take."""
+    write_adapter(tmp_path / "good", model, 1)
+    write_adapter(tmp_path / "other", model, 2)
+    probed = Probed(model, tmp_path, BACKENDS[0].values[0])
+    good = probed.load("good")
+    assert isinstance(good, AdapterLoaded)
+    scheduler = probed.core.scheduler
+    add, num_added = scheduler.add, 0
+
+    def failing(*arguments: object, **options: object) -> object:
+        nonlocal num_added
+        num_added += 1
+        if num_added == which + 1:
+            raise RuntimeError("a planted fault")
+        return add(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "add", failing)
+        refused = probed.load("other")
+    assert isinstance(refused, CallFailed) and refused.code == "internal_error" and "probe" in refused.message
+    adapters = probed.core.adapters
+    while probed.core.has_work:
+        probed.core.step()
+    assert adapters._names.current["x"].content_hash == good.card.content_hash
+    assert not adapters._lifetimes.others and not adapters._loads.has("x") and not probed.news
+    assert isinstance(probed.load("other"), AdapterLoaded)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from stellarbyte_server.protocol.adapter_versions import AdapterLocated
+from stellarbyte_server.protocol.adapter_versions import AdapterLocated, RecordedAdapters
 from stellarbyte_server.registry.record import NameRecord, Version, next_number, with_version
 from stellarbyte_server.registry.store import AdapterRegistry
 
@@ -143,12 +143,35 @@ def test_a_kill_at_any_call_leaves_all_or_nothing(tmp_path: Path, monkeypatch: p
         used = {version.folder for record in (registry.record("x"), other) if record for version in record.versions}
         assert set(os.listdir(data / "adapters" / "contents")) == used
         assert os.listdir(data / "adapters" / "staged") == []
-        assert {each.name for each in registry.restored()} == {"other"} | ({"x"} if after[0] else set())
+        assert {each.name for each in registry.recorded().adapters} == {"other"} | ({"x"} if after[0] else set())
         registry.close()
         if not was_killed:
             assert len(made) == count
             break
     assert outcomes == {"before", "after"}
+
+
+def test_a_withdrawn_name_is_so_until_it_is_loaded_or_the_server_ends(tmp_path: Path) -> None:
+    registry = restart(tmp_path)
+    for name in ("x", "y", "x"):
+        registry.withdraw(name)
+    assert registry.recorded() == RecordedAdapters(withdrawn=("x", "y"))
+    add(registry, "x", make_files(tmp_path / "source" / "a", "a"))
+    assert registry.recorded().withdrawn == ("y",)
+    registry.remove("x")
+    assert registry.recorded() == RecordedAdapters(withdrawn=("y",))
+    assert AdapterRegistry(tmp_path, 10).recorded().withdrawn == ("y",), "another process of the server"
+    assert restart(tmp_path).recorded() == RecordedAdapters()
+
+
+def test_files_that_the_disk_has_no_room_for_are_not_copied(tmp_path: Path) -> None:
+    """Also where they take no room themselves, as they are holes."""
+    registry, located = restart(tmp_path), make_files(tmp_path / "source" / "a", "a")
+    disk = os.statvfs(tmp_path)
+    os.truncate(located.weights, disk.f_blocks * disk.f_frsize)
+    with pytest.raises(OSError, match="No space left"):
+        registry.keep(located)
+    assert os.listdir(tmp_path / "adapters" / "contents") == []
 
 
 def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +208,7 @@ def test_damaged_and_foreign_files_are_left_out_with_one_line_each(
     with caplog.at_level(logging.ERROR):
         registry = restart(tmp_path)
     assert [line.count("it is left out") for line in caplog.messages] == [1]
-    assert [each.name for each in registry.restored()] == ["y"] and registry.record("x") is None
+    assert [each.name for each in registry.recorded().adapters] == ["y"] and registry.record("x") is None
     assert registry.record("y") == good and folder.exists()  # somebody may want to look at it
     assert add(registry, "x", a).current == 1  # it can be loaded again
 
@@ -198,7 +221,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     weights.unlink()
     weights.symlink_to(a.weights)
     registry.close()
-    assert restart(tmp_path).restored() == ()
+    assert restart(tmp_path).recorded() == RecordedAdapters()
     (tmp_path / "source" / "link").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "source" / "link" / name).symlink_to(tmp_path / "source" / "a" / name)

@@ -10,7 +10,8 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from stellarbyte_server.access.rules import Access
-from stellarbyte_server.api.caller import owner_id, require_fine_tuning, require_model
+from stellarbyte_server.api.adapter_versions import AdapterVersions
+from stellarbyte_server.api.caller import owner_id, owner_of, require_fine_tuning, require_model
 from stellarbyte_server.api.contract import tuning_objects
 from stellarbyte_server.api.contract.bodies.body import parse_named, parse_plain_body
 from stellarbyte_server.api.contract.bodies.tuning.jobs import FineTuningBody, JobsQuery
@@ -18,6 +19,7 @@ from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_e
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.key_rate import charge
+from stellarbyte_server.api.routes.adapters import locks_of
 from stellarbyte_server.api.routes.batch.storage import no_such, page
 from stellarbyte_server.api.routes.tuning.objects import job_object, tuning_of
 from stellarbyte_server.api.routes.tuning.requested import hyperparameters_of, publication, require_files
@@ -25,7 +27,8 @@ from stellarbyte_server.api.service import Service, ServiceOfRequest
 from stellarbyte_server.batch.files import NoRoom
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.config.settings import TUNED_PREFIX
-from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, RequestRejected, model_not_found
+from stellarbyte_server.protocol.request import ADAPTER_NOT_FOUND, RequestRejected, adapter_loading, model_not_found
+from stellarbyte_server.sources.reservation import NameReserved, reserved
 from stellarbyte_server.tuning.jobs import Event, Job, Status, new_job_id
 from stellarbyte_server.tuning.results import checkpoint_name
 from stellarbyte_server.tuning.store import TuningStore
@@ -225,7 +228,11 @@ async def delete_model(name: str, http: Request, service: ServiceOfRequest) -> d
         raise ApiError(404, f"The fine-tuned model {name!r:.200} does not exist.", code="model_not_found")
     for adapter in (*(checkpoint_name(name, checkpoint.step) for checkpoint in job.checkpoints), name):
         try:
-            await service.client.unload_adapter(adapter)
+            with reserved(locks_of(service), adapter):
+                unloading = await AdapterVersions(service, service.registry).unload(adapter, owner_of(http))
+            await unloading
+        except NameReserved:
+            raise from_engine(adapter_loading(adapter)) from None
         except (RequestRejected, EngineDead) as error:
             if isinstance(error, EngineDead) or error.code != ADAPTER_NOT_FOUND:  # it may be unloaded already
                 raise from_engine(error) from None

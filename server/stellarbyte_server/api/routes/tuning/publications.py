@@ -13,7 +13,7 @@ from stellarbyte_server.api.adapter_versions import AdapterVersions
 from stellarbyte_server.api.contract import tuning_objects
 from stellarbyte_server.api.contract.bodies.body import parse_plain_body
 from stellarbyte_server.api.contract.bodies.tuning.jobs import PublishBody
-from stellarbyte_server.api.contract.errors import ApiError, bad_request, from_engine
+from stellarbyte_server.api.contract.errors import bad_request, from_engine
 from stellarbyte_server.api.contract.operation import BODY_REFUSED, Operation
 from stellarbyte_server.api.generation import parse_apart
 from stellarbyte_server.api.routes.adapters import locks_of
@@ -81,8 +81,6 @@ async def make_live(service: Service, job_id: str, folder: Path, asked: Publicat
         RequestRejected, EngineDead, ApiError: as a load of the adapter; the name is as before.
         NameReserved: another call changes the name.
     """
-    if service.registry is None:
-        raise ApiError(400, "Adapters have no versions because the server was started without --data-dir.")
     with reserved(locks_of(service), asked.name):
         _, record = await AdapterVersions(service, service.registry).load(
             asked.name,

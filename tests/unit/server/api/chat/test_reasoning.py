@@ -27,7 +27,13 @@ def service_with(
     tokenizer = PromptTokenizer(known, {DEFAULT_TEMPLATE: ChatTemplate(template, {})}, vocab_size)
     unused: Any = None
     return Service(
-        settings=settings, client=unused, info=unused, tokenizer=tokenizer, sampling_defaults={}, started_at=0
+        settings=settings,
+        client=unused,
+        info=unused,
+        tokenizer=tokenizer,
+        sampling_defaults={},
+        started_at=0,
+        registry=unused,
     )
 
 

@@ -1,4 +1,4 @@
-"""Loads and unloads over several replicas, each a registry without files that fails when told to."""
+"""Changes of adapters over several engines, each a registry without files that fails when told to."""
 
 import asyncio
 import random
@@ -12,20 +12,15 @@ import pytest
 
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.client.replicas.adapter_changes import AdapterChanges
-from stellarbyte_server.client.replicas.journal import AdapterJournal, JournalEntry
-from stellarbyte_server.protocol.adapter_versions import RestoreAdapters, RestoredAdapter, SetVersions, StoredAdapter
-from stellarbyte_server.protocol.histogram import Buckets
-from stellarbyte_server.protocol.messages import (
-    AdapterCard,
-    AdapterList,
-    AdapterLoaded,
-    AdapterUnloaded,
-    CommitAdapter,
-    DiscardAdapter,
-    LoadAdapter,
-    Reply,
-    Settled,
+from stellarbyte_server.client.replicas.joined import JoinedEngines
+from stellarbyte_server.protocol.adapter_versions import (
+    RecordedAdapters,
+    RestoreAdapters,
+    RestoredAdapter,
+    SetVersions,
+    StoredAdapter,
 )
+from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, LoadAdapter, Reply, Settled
 from stellarbyte_server.protocol.request import ADAPTER_FAILED, ADAPTER_NOT_FOUND, RequestRejected
 from tests.support.stubs.adapter_cards import adapter_card as card
 
@@ -36,9 +31,7 @@ class FakeReplica:
 
     replica: int
     current: dict[str, str] = field(default_factory=dict)
-    held: dict[str, tuple[str, str]] = field(default_factory=dict)
-    beside: dict[str, set[str]] = field(default_factory=dict)  # stored versions that are not current
-    contents: dict[str, str] = field(default_factory=dict)  # by path, where they are not "hash of PATH"
+    beside: dict[str, set[str]] = field(default_factory=dict)  # prepared versions that are not current
     fails: Exception | None = None  # of loads
     is_stalled: bool = False
     has_ended: bool = False  # once all have read a version
@@ -53,23 +46,13 @@ class FakeReplica:
         if isinstance(call, LoadAdapter):
             if self.fails is not None:
                 raise self.fails
-            path = call.path.root if isinstance(call.path, StoredAdapter) else call.path
-            content_hash = self.contents.get(path, f"hash of {path}")
-            if call.is_beside:
-                self.beside.setdefault(call.name, set()).add(content_hash)
-                return AdapterLoaded(call.call_id, self._card(call.name, content_hash), (), ())
-            self.held[call.call_id] = (call.name, content_hash)
-            return AdapterLoaded(call.call_id, self._card(call.name, content_hash), (), ())
-        if isinstance(call, CommitAdapter):
-            name, content_hash = self.held.pop(call.held_id)
-            self.current[name] = content_hash
-            return AdapterLoaded(call.call_id, self._card(name, content_hash), (), ())
-        if isinstance(call, DiscardAdapter):
-            self.held.pop(call.held_id, None)
+            content_hash = f"hash of {call.files.root}"
+            self.beside.setdefault(call.name, set()).add(content_hash)
+            return AdapterLoaded(call.call_id, card(call.name, content_hash=content_hash), (), ())
         if isinstance(call, SetVersions):
             self._set_versions(call)
         if isinstance(call, RestoreAdapters):
-            self.current |= {adapter.name: adapter.current.content_hash for adapter in call.adapters}
+            self.current = {adapter.name: adapter.current.content_hash for adapter in call.recorded.adapters}
         return Settled(call.call_id)
 
     def _set_versions(self, call: SetVersions) -> None:
@@ -82,218 +65,210 @@ class FakeReplica:
         self.beside.pop(call.name, None)
 
     async def unload_adapter(self, name: str) -> AdapterUnloaded:
+        if self.has_ended:
+            raise EngineDead("The engine process ended.")
         if self.current.pop(name, None) is None:
             raise RequestRejected("There is none.", ADAPTER_NOT_FOUND)
         return AdapterUnloaded("", 10)
 
-    async def list_adapters(self) -> AdapterList:
-        cards = tuple(self._card(name, content_hash) for name, content_hash in self.current.items())
-        return AdapterList("", cards, Buckets(bounds=(), counts=(0,)), 1)
 
-    def _card(self, name: str, content_hash: str) -> AdapterCard:
-        return card(name, content_hash=content_hash)
+class Changes:
+    """Changes of three engines, with a record that is a dictionary."""
+
+    def __init__(self, folder: Path) -> None:
+        self.replicas = [FakeReplica(index) for index in range(3)]
+        self.endpoints = {replica.replica: {"first"} for replica in self.replicas}
+        self.record: dict[str, str] = {}
+        joined = JoinedEngines(folder)
+        connected: Any = lambda: list(self.replicas)  # noqa: E731
+        self.changes = AdapterChanges(connected, joined, self.endpoints, self._recorded)
+
+    def _recorded(self) -> RecordedAdapters:
+        adapters = (RestoredAdapter(name=name, current=stored(root)) for name, root in self.record.items())
+        return RecordedAdapters(adapters=tuple(adapters))
+
+    async def prepare(self, root: str, name: str = "x") -> AdapterLoaded:
+        return await self.changes.prepare(LoadAdapter(secrets.token_hex(8), name, stored(root), True))
+
+    async def set(self, root: str, name: str = "x") -> None:
+        await self.changes.set_versions(SetVersions(secrets.token_hex(8), name, root and f"hash of {root}"))
+
+    async def load(self, root: str, name: str = "x") -> None:
+        """As the server does it, with an engine that joins meanwhile."""
+        await self.prepare(root, name)
+        self.record[name] = root
+        while True:
+            try:
+                return await self.set(root, name)
+            except RequestRejected:
+                await self.prepare(root, name)
+
+    async def unload(self, name: str = "x") -> AdapterUnloaded:
+        self.record.pop(name, None)
+        return await (await self.changes.begin_unload(name))
+
+    async def sync(self, replica: int, endpoint: str = "first") -> None:
+        client: Any = self.replicas[replica]
+        await self.changes.sync(client, endpoint)
+
+    @property
+    def current(self) -> list[dict[str, str]]:
+        return [replica.current for replica in self.replicas]
 
 
-async def load(changes: AdapterChanges, name: str, path: str, in_place: bool) -> AdapterLoaded:
-    return await changes.load(LoadAdapter(secrets.token_hex(8), name, path, in_place), path)
+def stored(root: str) -> StoredAdapter:
+    return StoredAdapter(folder="", root=root, content_hash=f"hash of {root}")
 
 
-async def unload(changes: AdapterChanges, name: str) -> AdapterUnloaded:
-    return await (await changes.begin_unload(name))
-
-
-def stored(root: str, name: str = "x") -> RestoredAdapter:
-    return RestoredAdapter(name=name, current=StoredAdapter(folder="", root=root, content_hash=f"hash of {root}"))
-
-
-async def load_beside(changes: AdapterChanges, root: str) -> AdapterLoaded:
-    call = LoadAdapter(secrets.token_hex(8), "x", StoredAdapter(folder="", root=root), True, is_beside=True)
-    return await changes.load_beside(call)
-
-
-def with_replicas(
-    folder: Path,
-    use: Callable[[AdapterChanges, list[FakeReplica]], Awaitable[None]],
-    on_disk: Callable[[], tuple[RestoredAdapter, ...]] = tuple,
-) -> None:
+def using(folder: Path, use: Callable[[Changes], Awaitable[None]]) -> None:
     async def run() -> None:
-        replicas = [FakeReplica(index) for index in range(3)]
-        known = {replica.replica: {"first"} for replica in replicas}
-        changes = AdapterChanges(lambda: list(replicas), AdapterJournal(folder), known, on_disk)  # type: ignore[arg-type]
-        await use(changes, replicas)
+        await use(Changes(folder))
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-def test_a_load_reaches_all(tmp_path: Path) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        loaded = await load(changes, "x", "a", False)
-        assert loaded.card.content_hash == "hash of a"
-        assert [replica.current for replica in replicas] == [{"x": "hash of a"}] * 3
-        assert AdapterJournal(tmp_path).read() == {"x": JournalEntry("a", "hash of a")}
-        assert (await unload(changes, "x")).num_bytes == 30
-        assert [replica.current for replica in replicas] == [{}] * 3
-        assert AdapterJournal(tmp_path).read() == {"x": JournalEntry()}
+def test_a_version_serves_when_all_have_read_it(tmp_path: Path) -> None:
+    async def use(all: Changes) -> None:
+        for root, before in (("a", {}), ("b", {"x": "hash of a"})):
+            assert (await all.prepare(root)).card.content_hash == f"hash of {root}"
+            assert all.current == [before] * 3
+            await all.set(root)
+            assert all.current == [{"x": f"hash of {root}"}] * 3
+        assert not any(replica.beside for replica in all.replicas)
+        assert (await all.unload()).num_bytes == 30
+        assert all.current == [{}] * 3
         with pytest.raises(RequestRejected, match="There is none"):
-            await unload(changes, "x")
+            await all.unload()
 
-    with_replicas(tmp_path, use)
+    using(tmp_path, use)
 
 
 @pytest.mark.parametrize("which", range(3))
-@pytest.mark.parametrize("how", ["refused", "ended", "stalled", "other content"])
+@pytest.mark.parametrize("how", ["refused", "ended", "stalled"])
 def test_if_one_fails_none_changes_and_it_is_named(tmp_path: Path, which: int, how: str) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        await load(changes, "x", "before", False)
-        broken = replicas[which]
+    async def use(all: Changes) -> None:
+        await all.load("before")
+        broken = all.replicas[which]
         if how == "refused":
             broken.fails = RequestRejected("The file is torn.", ADAPTER_FAILED)
         elif how == "ended":
             broken.fails = EngineDead("The engine process ended.")
-        elif how == "stalled":
-            broken.is_stalled = True
         else:
-            broken.contents["a"] = "another hash"
-        refused = {"refused": RequestRejected, "other content": RequestRejected}.get(how, EngineDead)
-        says = "changed while the replicas read them" if how == "other content" else f"Replica {which} .*no replica has"
-        with pytest.raises(refused, match=says):
-            await load(changes, "x", "a", True)
-        assert [(replica.current, replica.held) for replica in replicas] == [({"x": "hash of before"}, {})] * 3
-        assert AdapterJournal(tmp_path).read() == {"x": JournalEntry("before", "hash of before")}
+            broken.is_stalled = True
+        with pytest.raises(RequestRejected if how == "refused" else EngineDead, match=f"Replica {which} .*no replica"):
+            await all.prepare("a")
+        broken.is_stalled = False
+        await all.set("before")
+        assert [(replica.current, replica.beside) for replica in all.replicas] == [({"x": "hash of before"}, {})] * 3
 
-    with_replicas(tmp_path, use)
+    using(tmp_path, use)
 
 
 def test_what_fails_alike_everywhere_is_said_as_by_one(tmp_path: Path) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        for replica in replicas:
+    async def use(all: Changes) -> None:
+        for replica in all.replicas:
             replica.fails = RequestRejected("The file is torn.", ADAPTER_FAILED)
         with pytest.raises(RequestRejected, match=r"^The file is torn\.$"):
-            await load(changes, "x", "a", True)
+            await all.prepare("a")
+        all.replicas.clear()
+        with pytest.raises(EngineDead, match="No engine takes requests"):
+            await all.prepare("a")
 
-    with_replicas(tmp_path, use)
-
-
-def test_a_new_process_gets_what_the_others_have(tmp_path: Path) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        for name, path in (("x", "a"), ("y", "b"), ("z", "c"), ("old", "d")):
-            await load(changes, name, path, False)
-        await unload(changes, "old")
-        new = replicas[1]
-        new.current = {"y": "hash of another", "old": "hash of d", "of a folder": ""}
-        new.contents["c"] = "changed since"
-        await changes.sync(new, "first")  # type: ignore[arg-type]
-        assert new.current == {"x": "hash of a", "y": "hash of b", "of a folder": ""} and new.held == {}
-        assert changes.missing == {1: {"z"}}
-        await load(changes, "z", "b", True)
-        assert changes.missing == {1: set()} and new.current["z"] == "hash of b"
-        replicas[0].current["old"] = new.current["old"] = ""  # a folder that came after the unloading
-        await changes.sync(new, "first")  # type: ignore[arg-type]
-        assert "old" in new.current
-
-    with_replicas(tmp_path, use)
+    using(tmp_path, use)
 
 
-def test_changes_at_once_leave_all_replicas_with_the_same(tmp_path: Path) -> None:
+def test_a_new_process_gets_the_record_and_one_of_an_earlier_record_is_refused(tmp_path: Path) -> None:
+    async def use(all: Changes) -> None:
+        for name, root in (("x", "a"), ("y", "b"), ("old", "c")):
+            await all.load(root, name)
+        await all.unload("old")
+        all.replicas[1] = FakeReplica(1, {"y": "hash of another", "old": "hash of c"})  # started before
+        await all.sync(1)
+        assert all.current == [{"x": "hash of a", "y": "hash of b"}] * 3
+        await all.prepare("d")
+        all.replicas[2] = FakeReplica(2)
+        await all.sync(2)
+        with pytest.raises(RequestRejected, match="no such version"):
+            await all.set("d")
+        await all.load("d")
+        assert all.current == [{"x": "hash of d", "y": "hash of b"}] * 3
+
+    using(tmp_path, use)
+
+
+def test_an_engine_that_ends_does_not_stop_a_change_and_the_end_of_all_does(tmp_path: Path) -> None:
+    async def use(all: Changes) -> None:
+        await all.prepare("a")
+        all.replicas[2].has_ended = True
+        await all.set("a")
+        assert all.current == [{"x": "hash of a"}] * 2 + [{}]
+        assert (await all.unload()).num_bytes == 20
+        for replica in all.replicas:
+            replica.has_ended = True
+        for change in (all.set("a"), all.unload()):
+            with pytest.raises(EngineDead):
+                await change
+
+    using(tmp_path, use)
+
+
+def test_changes_at_once_with_engines_that_start_leave_all_with_the_record(tmp_path: Path) -> None:
     """Also where the caller leaves in the middle of a change."""
 
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
+    async def use(all: Changes) -> None:
         chance = random.Random(1)
+        locks = {name: asyncio.Lock() for name in "xyz"}
 
         async def change() -> None:
-            name = chance.choice("xy")
-            try:
-                if chance.random() < 0.3:
-                    await unload(changes, name)
-                else:
-                    await load(changes, name, chance.choice("abc"), True)
-            except RequestRejected:
-                pass
+            name = chance.choice("xyz")
+            async with locks[name]:  # as the server holds
+                try:
+                    await (all.unload(name) if chance.random() < 0.3 else all.load(chance.choice("abc"), name))
+                except RequestRejected:
+                    pass
 
-        for _ in range(10):
+        async def start(index: int) -> None:
+            all.replicas[index] = FakeReplica(index, {"x": "hash of a", "y": "hash of b"})
+            await all.sync(index)
+
+        for number in range(30):
             tasks = [asyncio.create_task(change()) for _ in range(6)]
-            await asyncio.sleep(chance.random() * 0.03)
-            chance.choice(tasks).cancel()
+            await asyncio.sleep(chance.random() * 0.02)
+            await start(number % 3)
             await asyncio.gather(*tasks, return_exceptions=True)
-            while changes._running:
+            while all.changes._running:
                 await asyncio.sleep(0.01)
-            assert replicas[0].current == replicas[1].current == replicas[2].current
-            assert not any(replica.held for replica in replicas)
-            entries = AdapterJournal(tmp_path).read().items()
-            assert {name: e.content_hash for name, e in entries if e.content_hash} == replicas[0].current
+            assert all.current == [{name: f"hash of {root}" for name, root in all.record.items()}] * 3
 
-    with_replicas(tmp_path, use)
+    using(tmp_path, use)
+
+
+def test_a_change_goes_on_if_its_caller_leaves(tmp_path: Path) -> None:
+    async def use(all: Changes) -> None:
+        await all.prepare("a")
+        setting = asyncio.create_task(all.set("a"))
+        await asyncio.sleep(0)
+        setting.cancel()
+        await asyncio.gather(setting, return_exceptions=True)
+        while all.changes._running:
+            await asyncio.sleep(0.01)
+        assert all.current == [{"x": "hash of a"}] * 3
+
+    using(tmp_path, use)
 
 
 def test_a_change_waits_for_the_news_of_a_process_that_others_know(tmp_path: Path) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        await changes.sync(replicas[1], "second")  # type: ignore[arg-type]  # by another HTTP process
-        new, replicas[1:2] = replicas[1], []  # this one has heard of its end only
-        loading = asyncio.create_task(load(changes, "x", "a", False))
+    async def use(all: Changes) -> None:
+        await all.sync(1, "second")  # by another HTTP process
+        new, all.replicas[1:2] = all.replicas[1], []  # this one has heard of its end only
+        await all.prepare("a")
+        setting = asyncio.create_task(all.set("a"))
         await asyncio.sleep(0.2)
-        assert not loading.done() and replicas[0].current == {}
-        replicas.append(new)
-        changes._endpoints[1].add("second")  # type: ignore[attr-defined]
-        await loading
-        assert [replica.current for replica in replicas] == [{"x": "hash of a"}] * 3
+        assert not setting.done() and all.replicas[0].current == {}
+        await new.call(LoadAdapter("", "x", stored("a"), True))
+        all.replicas.append(new)
+        all.endpoints[1].add("second")
+        await setting
+        assert all.current == [{"x": "hash of a"}] * 3
 
-    with_replicas(tmp_path, use)
-
-
-def test_a_stored_version_serves_when_all_have_read_it(tmp_path: Path) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        for root in ("a", "b"):
-            loaded = await load_beside(changes, root)
-            assert loaded.card.content_hash == f"hash of {root}"
-            assert {replica.current.get("x") for replica in replicas} == ({None} if root == "a" else {"hash of a"})
-            await changes.set_versions(SetVersions("set", "x", f"hash of {root}"))
-            assert [(replica.current, replica.beside) for replica in replicas] == [({"x": f"hash of {root}"}, {})] * 3
-        replicas[1].fails = RequestRejected("The disk is full.", ADAPTER_FAILED)
-        with pytest.raises(RequestRejected, match=r"Replica 1 .*no replica has: The disk is full\."):
-            await load_beside(changes, "c")
-        await changes.set_versions(SetVersions("set", "x", "hash of b"))
-        assert [(replica.current, replica.beside) for replica in replicas] == [({"x": "hash of b"}, {})] * 3
-        assert AdapterJournal(tmp_path).read() == {}, "the record on the disk says it"
-
-    with_replicas(tmp_path, use)
-
-
-def test_an_engine_that_ends_does_not_stop_a_stored_version_and_one_that_lacks_it_does(tmp_path: Path) -> None:
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        await load_beside(changes, "a")
-        replicas[2].has_ended = True
-        await changes.set_versions(SetVersions("set", "x", "hash of a"))
-        assert [replica.current for replica in replicas] == [{"x": "hash of a"}] * 2 + [{}]
-        replicas[2] = FakeReplica(2)  # started with an earlier record
-        with pytest.raises(RequestRejected, match="no such version"):
-            await changes.set_versions(SetVersions("set", "x", "hash of a"))
-        for replica in replicas:
-            replica.has_ended = True
-        with pytest.raises(EngineDead):
-            await changes.set_versions(SetVersions("set", "x", "hash of a"))
-
-    with_replicas(tmp_path, use)
-
-
-def test_a_new_process_gets_what_the_disk_says_before_what_the_journal_says(tmp_path: Path) -> None:
-    on_disk = [stored("a", "x")]
-
-    async def use(changes: AdapterChanges, replicas: list[FakeReplica]) -> None:
-        await load_beside(changes, "a")
-        await changes.set_versions(SetVersions("set", "x", "hash of a"))
-        await unload(changes, "x")
-        assert AdapterJournal(tmp_path).read() == {"x": JournalEntry()}
-        new = replicas[1]
-        on_disk.clear()
-        new.current = {"x": "hash of a"}  # as the disk said when it started
-        await changes.sync(new, "first")  # type: ignore[arg-type]
-        assert new.current == {}
-        on_disk.append(stored("b", "x"))  # loaded again: the record is written, then requests get it
-        await changes.sync(new, "first")  # type: ignore[arg-type]
-        assert new.current == {"x": "hash of b"}
-        await load_beside(changes, "b")
-        await changes.set_versions(SetVersions("set", "x", "hash of b"))
-        assert [replica.current for replica in replicas] == [{"x": "hash of b"}] * 3
-        assert AdapterJournal(tmp_path).read() == {}
-
-    with_replicas(tmp_path, use, lambda: tuple(on_disk))
+    using(tmp_path, use)

@@ -9,7 +9,7 @@ import pytest
 from stellarbyte_server.engine.adapters.beside import share_of
 from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
-from stellarbyte_server.protocol.adapter_versions import RestoredAdapter, SetVersions, StoredAdapter
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters, RestoredAdapter, SetVersions, StoredAdapter
 from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed, Settled
 from stellarbyte_server.protocol.request import RequestRejected
 from tests.support.engines.adapter_engine import AdapterEngine
@@ -21,9 +21,9 @@ def stored(root: str) -> StoredAdapter:
     return StoredAdapter(folder=f"/data/{root}", root=root, content_hash=f"hash of {root}")
 
 
-def loaded_beside(engine: AdapterEngine, root: str, name: str = "x", pinned: bool | None = None) -> AdapterLoaded:
+def loaded_beside(engine: AdapterEngine, root: str, name: str = "x", pinned: bool = False) -> AdapterLoaded:
     files = StoredAdapter(folder=f"/data/{root}", root=root)
-    loaded = engine.load(name, files, True, is_beside=True, pinned=pinned)
+    loaded = engine.prepare(name, files, pinned=pinned)
     assert isinstance(loaded, AdapterLoaded)
     return loaded
 
@@ -128,7 +128,7 @@ def test_versions_that_are_not_loaded_cannot_be_set_and_nothing_changes(folder: 
 def test_restored_versions_are_read_on_first_use_and_must_be_as_they_were(folder: Path) -> None:
     engine = AdapterEngine(folder)
     shares = ((stored("a"), 0.5), (stored("b"), 0.5))
-    engine.adapters.restore([RestoredAdapter(name="x", current=stored("a"), shares=shares)])
+    engine.adapters.restore(RecordedAdapters(adapters=(RestoredAdapter(name="x", current=stored("a"), shares=shares),)))
     assert not engine.store.reads and {content(engine, caller) for caller in CALLERS[:100]} == {"a", "b"}
     engine.store.content = lambda _: "hash of others"
     caller = next(caller for caller in CALLERS if content(engine, caller) == "b")
@@ -149,9 +149,9 @@ def test_loading_what_is_there_reads_nothing(folder: Path) -> None:
     engine = AdapterEngine(folder)
     loaded_beside(engine, "a")
     set_versions(engine, "a")
-    again = engine.load("x", stored("a"), True, is_beside=True)
+    again = engine.prepare("x", stored("a"))
     assert isinstance(again, AdapterLoaded) and not again.is_used and not engine.store.reads
-    copy = engine.load("x", StoredAdapter(folder="/data/copy", root="a"), True, is_beside=True)
+    copy = engine.prepare("x", StoredAdapter(folder="/data/copy", root="a"))
     assert isinstance(copy, AdapterLoaded) and not copy.is_used  # the same content in other files
     assert engine.adapters._names.current["x"].files.asked == "/data/a" and len(engine.store.in_memory) == 1
 
@@ -159,7 +159,7 @@ def test_loading_what_is_there_reads_nothing(folder: Path) -> None:
 def test_a_restored_adapter_replaces_one_of_the_start(folder: Path) -> None:
     engine = AdapterEngine(folder)
     engine.load("x", "a")
-    engine.adapters.restore([RestoredAdapter(name="x", current=stored("b"))])
+    engine.adapters.restore(RecordedAdapters(adapters=(RestoredAdapter(name="x", current=stored("b")),)))
     engine.adapters.collect()
     assert content(engine) == "b" and not engine.store.in_memory and not engine.store.in_slots
 
@@ -167,16 +167,16 @@ def test_a_restored_adapter_replaces_one_of_the_start(folder: Path) -> None:
 def test_restoring_what_is_there_changes_nothing(folder: Path) -> None:
     engine = AdapterEngine(folder)
     split = RestoredAdapter(name="x", current=stored("a"), shares=((stored("a"), 0.5), (stored("b"), 0.5)), pinned=True)
-    engine.adapters.restore([split])
+    engine.adapters.restore(RecordedAdapters(adapters=(split,)))
     bound = engine.submit("x")
     engine.run()
     before = engine.cards()
-    engine.adapters.restore([split])
+    engine.adapters.restore(RecordedAdapters(adapters=(split,)))
     assert engine.cards() == before and bound.adapter.state == "ready"
     loaded_beside(engine, "c")  # which is being prepared by another HTTP process
-    engine.adapters.restore([split])
+    engine.adapters.restore(RecordedAdapters(adapters=(split,)))
     assert content(engine, pin="hash of c") == "c"
-    engine.adapters.restore([RestoredAdapter(name="x", current=stored("b"))])
+    engine.adapters.restore(RecordedAdapters(adapters=(RestoredAdapter(name="x", current=stored("b")),)))
     assert content(engine) == "b" and not engine.card("x").pinned
 
 
@@ -200,7 +200,7 @@ def test_a_pin_follows_the_current_version_and_a_restart(folder: Path) -> None:
     assert not any(card.pinned for card in engine.cards())
 
     again = AdapterEngine(folder, num_slots=2)
-    again.adapters.restore([RestoredAdapter(name="x", current=stored("a"), pinned=True)])
+    again.adapters.restore(RecordedAdapters(adapters=(RestoredAdapter(name="x", current=stored("a"), pinned=True),)))
     for _ in range(3):
         again.adapters.collect()
     assert again.card("x").pinned and again.card("x").tier == "slot", "without any request for it"
@@ -209,12 +209,14 @@ def test_a_pin_follows_the_current_version_and_a_restart(folder: Path) -> None:
 def test_a_slot_is_left_however_pins_are_set(folder: Path) -> None:
     engine = AdapterEngine(folder, num_slots=2)
     loaded_beside(engine, "a", pinned=True)
-    refused = engine.load("y", StoredAdapter(folder="/data/b", root="b"), True, is_beside=True, pinned=True)
+    refused = engine.prepare("y", StoredAdapter(folder="/data/b", root="b"), pinned=True)
     assert isinstance(refused, CallFailed) and refused.param == "pinned" and "x are" in refused.message
     set_versions(engine, "")  # the first load is given up
     loaded_beside(engine, "b", "y", pinned=True)
     set_versions(engine, "b", name="y", pinned=True)
     assert engine.card("y").pinned
     few = AdapterEngine(folder, num_slots=2)  # --max-loras was larger before
-    few.adapters.restore([RestoredAdapter(name=name, current=stored(name), pinned=True) for name in "ab"])
+    few.adapters.restore(
+        RecordedAdapters(adapters=tuple(RestoredAdapter(name=name, current=stored(name), pinned=True) for name in "ab"))
+    )
     assert {card.name: card.pinned for card in few.cards() if card.name in "ab"} == {"a": True, "b": False}

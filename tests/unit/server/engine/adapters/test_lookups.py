@@ -9,9 +9,10 @@ import pytest
 
 from stellarbyte_server.engine.adapters.listing import LISTING_LASTS_S, LISTING_PATIENCE_S
 from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
 from stellarbyte_server.protocol.messages import AdapterUnloaded, CallFailed, LoadAdapter
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.engines.adapter_engine import AdapterEngine
+from tests.support.engines.adapter_engine import AdapterEngine, stored
 from tests.support.models.adapters import touch_adapter
 
 FILE_CALLS = ("stat", "lstat", "listdir", "scandir", "open", "readlink")
@@ -33,8 +34,10 @@ def test_the_engines_thread_looks_at_no_file(folder: Path, monkeypatch: pytest.M
             for name in ("a", "unknown", "d"):
                 with contextlib.suppress(RequestRejected):
                     engine.submit(name)
-            engine.adapters.load(LoadAdapter("l", "x", "deep/path", True))
-            engine.adapters.load(LoadAdapter("l", "y", str(folder / "b"), True))
+            engine.adapters.load(LoadAdapter("l", "x", stored("b"), True))
+            engine.adapters.locate("l", "deep/path")
+            engine.adapters.locate("l", str(folder / "b"))
+            engine.adapters.restore(RecordedAdapters(withdrawn=("e",)))
             engine.adapters.unload("u", "c")
             engine.adapters.unload("u", "a")
             engine.adapters.list_all("list")

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stellarbyte_server.engine.request_totals import RequestTotals
 from stellarbyte_server.observe.metrics import render_metrics
 from stellarbyte_server.protocol.messages import AdapterList, AdapterLoaded, CallFailed, LoadAdapter
-from tests.support.engines.adapter_engine import AdapterEngine
+from tests.support.engines.adapter_engine import AdapterEngine, stored
 from tests.support.metric_names import CACHE, STATS
 
 
@@ -70,13 +70,13 @@ def test_one_slot_stays_for_those_that_are_not_pinned(folder: Path) -> None:
 
 def test_pins_that_are_being_loaded_count(folder: Path) -> None:
     engine = AdapterEngine(folder, num_slots=2)
-    assert engine.adapters.load(LoadAdapter("1", "x", "a", False, True)) == []
-    (refused,) = engine.adapters.load(LoadAdapter("2", "y", "b", False, True))
+    assert engine.adapters.load(LoadAdapter("1", "x", stored("a"), False, True)) == []
+    (refused,) = engine.adapters.load(LoadAdapter("2", "y", stored("b"), False, True))
     assert isinstance(refused, CallFailed) and "x" in refused.message
     engine.store.errors["x"] = "It is broken."
     engine.adapters.collect()
     engine.adapters.collect()
-    assert engine.adapters.load(LoadAdapter("3", "y", "b", False, True)) == [], "the failed load has no pin"
+    assert engine.adapters.load(LoadAdapter("3", "y", stored("b"), False, True)) == [], "the failed load has no pin"
 
 
 def test_a_replacement_keeps_the_pin_unless_it_says_otherwise(folder: Path) -> None:
@@ -113,6 +113,7 @@ def test_metrics_show_what_is_in_slots_and_memory_after_random_operations(folder
                 names.add(name)
         else:
             engine.adapters.unload("u", name)
+            engine.pins.discard(name)
             pinned.discard(name)
             names.discard(name)
         for _ in range(numbers.randint(0, 3)):

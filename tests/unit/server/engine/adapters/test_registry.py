@@ -1,17 +1,20 @@
 """The registry of adapters and its slots under the real scheduler, with a store whose work ends when told to."""
 
 import random
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from stellarbyte_server.api.contract.errors import from_engine
+from stellarbyte_server.engine.adapters import refusals
 from stellarbyte_server.engine.adapters.names import RETRY_FAILED_S
 from stellarbyte_server.engine.adapters.slots import PATIENCE_S
 from stellarbyte_server.engine.state.sequence import Sequence
+from stellarbyte_server.protocol.adapter_versions import SetVersions
 from stellarbyte_server.protocol.messages import AdapterLoaded, AdapterUnloaded, CallFailed, LoadAdapter
 from stellarbyte_server.protocol.request import RequestRejected
-from tests.support.engines.adapter_engine import AdapterEngine
+from tests.support.engines.adapter_engine import AdapterEngine, stored
 
 
 def test_a_folder_is_offered_read_on_first_use_and_stays_in_its_slot(folder: Path) -> None:
@@ -228,7 +231,7 @@ def test_a_name_that_could_not_be_read_again_is_read_from_the_same_place_later(f
 def test_no_more_than_the_limit_stay_in_memory_however_many_are_loaded_at_once(folder: Path) -> None:
     engine = AdapterEngine(folder, num_slots=1, max_in_memory=2)
     for name in "abcdefgh":
-        engine.adapters.load(LoadAdapter(name, f"x{name}", name, False))
+        engine.adapters.load(LoadAdapter(name, f"x{name}", stored(name), False))
     for _ in range(2):
         engine.replies += engine.adapters.collect()
     assert len(engine.store.in_memory) == 2 and len(engine.replies) == 8
@@ -239,7 +242,7 @@ def test_a_running_requests_copy_stays_in_memory_so_that_it_can_go_on_after_a_mo
     endless = engine.submit("a", 5000)
     for _ in range(5):
         engine.step()
-    engine.adapters.load(LoadAdapter("l", "a", "b", True))  # its files are another's now
+    engine.load("a", "b", in_place=True)
     for name in "cd":
         engine.submit(name, 2)
     for _ in range(60):
@@ -281,9 +284,9 @@ def test_totals_belong_to_the_name_whatever_its_version(folder: Path) -> None:
 
 def test_loading_a_name_twice_at_once_is_refused(folder: Path) -> None:
     engine = AdapterEngine(folder)
-    assert engine.adapters.load(LoadAdapter("1", "x", "a", False)) == []
-    (unloading,) = engine.adapters.unload("3", "x")
-    for refused in (*engine.adapters.load(LoadAdapter("2", "x", "b", True)), unloading):
+    assert engine.adapters.load(LoadAdapter("1", "x", stored("a"), False)) == []
+    setting = engine.adapters.set_versions(SetVersions("3", "x", "hash of a"))
+    for refused in (*engine.adapters.load(LoadAdapter("2", "x", stored("b"), True)), *setting):
         assert "is being loaded" in refused.message
         assert from_engine(RequestRejected(refused.message, refused.code)).status == 409
 
@@ -296,6 +299,7 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
     max_in_memory = num_slots + chance.choice([1, 2, 5])
     engine = AdapterEngine(folder, num_slots=num_slots, max_in_memory=max_in_memory, max_num_seqs=6)
     live: list[Sequence] = []
+    versions: defaultdict[str, list[str]] = defaultdict(list)
     for _ in range(300):
         engine.now_s += chance.random()
         name = chance.choice("abcdefgh")
@@ -308,9 +312,17 @@ def test_any_order_of_events_leaves_nothing_behind(folder: Path, seed: int) -> N
                 if sequence.is_running or sequence in list(engine.scheduler.waiting):
                     engine.end(sequence)
             elif action < 0.6:
-                engine.adapters.load(LoadAdapter("l", name, chance.choice("abcdefgh"), chance.random() < 0.7))
-            elif action < 0.65:
+                path, in_place = chance.choice("abcdefgh"), chance.random() < 0.7
+                engine.adapters.load(LoadAdapter("l", name, stored(path), in_place, probe=chance.random() < 0.1))
+                versions[name].append(f"hash of {path}")
+            elif action < 0.7 and versions[name]:
+                first, second = chance.choices(versions[name], k=2)
+                shares = () if chance.random() < 0.5 else ((first, 0.5), (second, 0.5)) if first != second else ()
+                engine.adapters.set_versions(SetVersions("s", name, first, shares))
+            elif action < 0.75:
                 engine.adapters.unload("u", name)
+            for probed in engine.adapters.take_probes():
+                engine.replies += engine.adapters.note_probe(probed, refusals.changes_nothing(probed))
         except RequestRejected:
             pass
         engine.step()
