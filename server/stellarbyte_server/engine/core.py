@@ -14,7 +14,6 @@ from stellarbyte_server.engine.grammar.compiler import GrammarCompiler, TokenGra
 from stellarbyte_server.engine.grammar.followed import Grammar
 from stellarbyte_server.engine.live_answers import LiveAnswers
 from stellarbyte_server.engine.offload.offload import Offload
-from stellarbyte_server.engine.offload.totals import offload_stats
 from stellarbyte_server.engine.probing import Probes
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.engine.run.executor import DeviceLost
@@ -42,6 +41,7 @@ from stellarbyte_server.protocol.messages import (
     UnloadAdapter,
     failure,
 )
+from stellarbyte_server.protocol.offload_stats import OffloadStats
 from stellarbyte_server.protocol.request import (
     QUEUE_FULL,
     QUEUE_TIMEOUT,
@@ -306,7 +306,7 @@ class EngineCore:
             draft_tokens_total=drafted.num_draft_tokens,
             accepted_tokens_total=drafted.num_accepted_tokens,
             accepted_by_place=tuple(drafted.accepted_by_place),
-            offload=offload_stats(self.offload, self.scheduler.loading),
+            offload=OffloadStats() if self.offload is None else self.offload.stats(self.scheduler.loading),
         )
 
     def residency(self) -> AdapterResidency:

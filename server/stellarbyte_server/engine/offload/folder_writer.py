@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from stellarbyte_server.engine.offload.block_folder import BlockFolder
 from stellarbyte_server.engine.offload.host_blocks import HostBlocks
+from stellarbyte_server.engine.offload.totals import OffloadTotals
 from stellarbyte_server.give_way import give_way
 
 logger = logging.getLogger("server.engine")
@@ -35,8 +36,9 @@ class _Touch:
 class FolderWriter:
     """Methods are for the engine thread and never wait. Each write holds a slot, so they are not more than slots."""
 
-    def __init__(self, folder: BlockFolder, host: HostBlocks) -> None:
-        self.num_written = 0
+    def __init__(self, folder: BlockFolder, host: HostBlocks, totals: OffloadTotals) -> None:
+        self._totals = totals
+        self._num_done = self._num_given = 0
         self._folder = folder
         self._host = host
         self._queue: queue.SimpleQueue[_Write | _Remove | _Touch | None] = queue.SimpleQueue()
@@ -47,15 +49,24 @@ class FolderWriter:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def num_queued(self) -> int:
+        """Tasks that are not done."""
+        return self._num_given - self._num_done
+
     def write(self, key: bytes, slot: int) -> None:
         """Write the block in a pinned slot, and unpin it."""
-        self._queue.put(_Write(key, slot))
+        self._give(_Write(key, slot))
 
     def remove(self, key: bytes) -> None:
-        self._queue.put(_Remove(key))
+        self._give(_Remove(key))
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        self._queue.put(_Touch(keys))
+        self._give(_Touch(keys))
+
+    def _give(self, task: _Write | _Remove | _Touch) -> None:
+        self._num_given += 1
+        self._queue.put(task)
 
     def close(self) -> None:
         """End the thread after all that is queued."""
@@ -70,9 +81,11 @@ class FolderWriter:
                 if task is None:
                     return
                 self._do(task)
+                self._num_done += 1
             except queue.Empty:
                 pass
             except Exception:  # steps go on without the files
+                self._num_done += 1
                 logger.exception("--kv-offload-dir: a task failed")
             self._refresh()
 
@@ -85,7 +98,7 @@ class FolderWriter:
         else:
             try:
                 if self._writes:
-                    self.num_written += self._folder.write(task.key, self._host.memory[task.slot])
+                    self._totals.num_disk_stores += self._folder.write(task.key, self._host.memory[task.slot])
             except OSError as error:
                 self._writes = False
                 logger.warning("--kv-offload-dir: writes no more blocks, since one failed: %s", error.strerror)

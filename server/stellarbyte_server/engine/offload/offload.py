@@ -18,24 +18,16 @@ from stellarbyte_server.engine.offload.block_folder import BlockFolder
 from stellarbyte_server.engine.offload.copies import BlockCopies
 from stellarbyte_server.engine.offload.folder_writer import FolderWriter
 from stellarbyte_server.engine.offload.host_blocks import HostBlocks
+from stellarbyte_server.engine.offload.totals import OffloadTotals
+from stellarbyte_server.engine.schedule.loading import Loading
 from stellarbyte_server.engine.state.lower_tiers import BlockLoad, LoadedBlock
 from stellarbyte_server.give_way import give_way
+from stellarbyte_server.protocol.offload_stats import OffloadStats
 
 logger = logging.getLogger("server.engine")
 
 MAX_QUEUED_BLOCKS = 10_000  # waiting to be copied
 _RETRY_S = 0.05  # between two attempts to find memory for a copy
-
-
-@dataclass(kw_only=True)
-class OffloadTotals:
-    """Counts since the engine's start. Memory or disk is where a block was found, or copied to."""
-
-    num_memory_loads: int = 0
-    num_disk_loads: int = 0
-    num_memory_stores: int = 0
-    num_disk_stores: int = 0
-    num_dropped: int = 0  # blocks that lost their key before they were copied, or found the queue full
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,23 +39,29 @@ class _Store:
     is_lost: bool = False  # the block may have other content now
 
 
+@dataclass(frozen=True)
+class _Touch:
+    """Keys that were used after the blocks before it in the queue got their keys."""
+
+    keys: list[bytes]
+
+
 class Offload:
     """The `LowerTiers` of an engine, whose thread calls its methods."""
 
     def __init__(self, copies: BlockCopies, num_slots: int, folder: BlockFolder | None = None) -> None:
         """`num_slots`: blocks in host memory, at least 1."""
         self.totals = OffloadTotals()
-        self.block_bytes = copies.num_bytes
         self._copies = copies
         self._host = HostBlocks(num_slots, copies.num_bytes)
         copies.adopt(self._host.memory)
         self._folder = folder
-        self._writer = None if folder is None else FolderWriter(folder, self._host)
+        self._writer = None if folder is None else FolderWriter(folder, self._host, self.totals)
         self._scratch = np.zeros(copies.num_bytes, np.uint8)  # for a load that finds no free slot
         copies.adopt(self._scratch)
-        self._stores: deque[_Store] = deque()
+        self._tasks: deque[_Store | _Touch] = deque()
         self._store_of: dict[int, _Store] = {}  # block → its copy, until that counts
-        self._copied: deque[tuple[_Store, int | None]] = deque()  # with the slot; None: not copied
+        self._done: deque[tuple[_Store | _Touch, int | None]] = deque()  # with the slot; None: nothing was copied
         self._loads: deque[tuple[BlockLoad, object]] = deque()  # with the fence
         self._running: set[BlockLoad] = set()
         self._ended: deque[BlockLoad] = deque()
@@ -91,18 +89,32 @@ class Offload:
         os.close(self.wake_fd)
         os.close(self._wake)
 
+    def stats(self, loading: Loading | None) -> OffloadStats:
+        """Counts since the engine's start; `loading`: the scheduler's."""
+        assert loading is not None, "the scheduler's pool has these tiers"
+        return self.totals.stats(self._copies.num_bytes, loading)
+
+    @property
+    def num_uncopied(self) -> int:
+        """Blocks and uses of them that do not count yet."""
+        return len(self._tasks) + len(self._done)
+
+    @property
+    def num_unwritten(self) -> int:
+        """Changes of the folder that are still to be made."""
+        return 0 if self._writer is None else self._writer.num_queued
+
     def has(self, key: bytes) -> bool:
         return self._host.has(key) or (self._folder is not None and self._folder.has(key))
 
     def store(self, key: bytes, block: int) -> None:
         if self.has(key):
             self.touch((key,))
-        elif len(self._stores) >= MAX_QUEUED_BLOCKS:
+        elif len(self._tasks) >= MAX_QUEUED_BLOCKS:
             self.totals.num_dropped += 1
         else:
             store = self._store_of[block] = _Store(key=key, block=block)
-            self._stores.append(store)
-            self._set_to_work()
+            self._give(store)
 
     def lose(self, block: int) -> None:
         store = self._store_of.pop(block, None)
@@ -118,11 +130,9 @@ class Offload:
             load.discarded.add(key)
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        keys = list(keys)
-        for key in keys:
-            self._host.touch(key)
-        if self._writer is not None and keys:
-            self._writer.touch(keys)
+        touch = _Touch(list(keys))
+        if touch.keys and len(self._tasks) < MAX_QUEUED_BLOCKS:
+            self._give(touch)
 
     def load(self, load: BlockLoad) -> None:
         self._running.add(load)
@@ -141,21 +151,35 @@ class Offload:
         """Let finished copies count. Never waits."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.wake_fd, 4096)
-        for _ in range(len(self._copied)):
-            store, slot = self._copied.popleft()
-            if not store.is_lost:
-                del self._store_of[store.block]
-            if slot is None:
-                self.totals.num_dropped += not store.is_lost
-            elif store.is_lost:
-                self._host.give_back(slot)
+        for _ in range(len(self._done)):
+            task, slot = self._done.popleft()
+            if isinstance(task, _Touch):
+                self._note_use(task.keys)
             else:
-                self.totals.num_memory_stores += 1
-                self._host.put(store.key, slot, pinned=self._writer is not None)
-                if self._writer is not None:
-                    self._writer.write(store.key, slot)
+                self._settle_store(task, slot)
+
+    def _settle_store(self, store: _Store, slot: int | None) -> None:
+        if not store.is_lost:
+            del self._store_of[store.block]
+        if slot is None:
+            self.totals.num_dropped += not store.is_lost
+        elif store.is_lost:
+            self._host.give_back(slot)
+        else:
+            self.totals.num_memory_stores += 1
+            self._host.put(store.key, slot, pinned=self._writer is not None)
+            if self._writer is not None:
+                self._writer.write(store.key, slot)
+
+    def _note_use(self, keys: list[bytes]) -> None:
+        for key in keys:
+            self._host.touch(key)
         if self._writer is not None:
-            self.totals.num_disk_stores = self._writer.num_written
+            self._writer.touch(keys)
+
+    def _give(self, task: _Store | _Touch) -> None:
+        self._tasks.append(task)
+        self._set_to_work()
 
     def _set_to_work(self) -> None:
         with self._has_work:
@@ -170,7 +194,7 @@ class Offload:
         give_way()
         while True:
             with self._has_work:
-                while not (self._loads or self._stores or self._is_closing):
+                while not (self._loads or self._tasks or self._is_closing):
                     self._has_work.wait()
             if self._is_closing:
                 return
@@ -184,22 +208,22 @@ class Offload:
 
     def _copy_next(self) -> None:
         """Copy the block that has waited longest into a slot, if one can be had."""
-        store = self._stores[0]
-        slot = None if store.is_lost else self._host.reserve()
-        if slot is None and not store.is_lost:
-            with self._has_work:  # the folder is slower than the steps; meanwhile the blocks stay in the pool
-                self._has_work.wait(_RETRY_S)
-            return
-        self._stores.popleft()
-        if slot is None:
-            return
-        try:
-            self._copies.read(store.block, self._host.memory[slot])
-        except Exception:  # steps go on without this copy
-            logger.exception("a block of the KV cache could not be copied")
-            self._host.give_back(slot)
-            slot = None
-        self._copied.append((store, slot))
+        task = self._tasks[0]
+        slot: int | None = None
+        if isinstance(task, _Store) and not task.is_lost:
+            slot = self._host.reserve()
+            if slot is None:
+                with self._has_work:  # the folder is slower than the steps; meanwhile the blocks stay in the pool
+                    self._has_work.wait(_RETRY_S)
+                return
+            try:
+                self._copies.read(task.block, self._host.memory[slot])
+            except Exception:  # steps go on without this copy
+                logger.exception("a block of the KV cache could not be copied")
+                self._host.give_back(slot)
+                slot = None
+        self._tasks.popleft()
+        self._done.append((task, slot))
         self._notify()
 
     def _fill(self, load: BlockLoad, fence: object) -> None:

@@ -1,25 +1,33 @@
 """What the tiers below the pool report."""
 
-from stellarbyte_server.engine.offload.offload import Offload
+from dataclasses import dataclass
+
 from stellarbyte_server.engine.schedule.loading import Loading
 from stellarbyte_server.protocol.offload_stats import OffloadStats
 
 
-def offload_stats(offload: Offload | None, loading: Loading | None) -> OffloadStats:
-    """Counts since the engine's start; all 0 without tiers."""
-    if offload is None or loading is None:
-        return OffloadStats()
-    totals, block_bytes = offload.totals, offload.block_bytes
-    return OffloadStats(
-        queried_tokens=loading.num_queried_tokens,
-        found_tokens=loading.num_loaded_tokens,
-        memory_stored_blocks=totals.num_memory_stores,
-        disk_stored_blocks=totals.num_disk_stores,
-        memory_loaded_blocks=totals.num_memory_loads,
-        disk_loaded_blocks=totals.num_disk_loads,
-        memory_stored_bytes=totals.num_memory_stores * block_bytes,
-        disk_stored_bytes=totals.num_disk_stores * block_bytes,
-        memory_loaded_bytes=totals.num_memory_loads * block_bytes,
-        disk_loaded_bytes=totals.num_disk_loads * block_bytes,
-        dropped_blocks=totals.num_dropped,
-    )
+@dataclass(kw_only=True)
+class OffloadTotals:
+    """Counts since the engine's start, each kept by one thread. Memory or disk is where a block was found, or copied
+    to."""
+
+    num_memory_loads: int = 0
+    num_disk_loads: int = 0
+    num_memory_stores: int = 0
+    num_disk_stores: int = 0
+    num_dropped: int = 0  # blocks that lost their key before they were copied, or found the queue full
+
+    def stats(self, block_bytes: int, loading: Loading) -> OffloadStats:
+        return OffloadStats(
+            queried_tokens=loading.num_queried_tokens,
+            found_tokens=loading.num_loaded_tokens,
+            memory_stored_blocks=self.num_memory_stores,
+            disk_stored_blocks=self.num_disk_stores,
+            memory_loaded_blocks=self.num_memory_loads,
+            disk_loaded_blocks=self.num_disk_loads,
+            memory_stored_bytes=self.num_memory_stores * block_bytes,
+            disk_stored_bytes=self.num_disk_stores * block_bytes,
+            memory_loaded_bytes=self.num_memory_loads * block_bytes,
+            disk_loaded_bytes=self.num_disk_loads * block_bytes,
+            dropped_blocks=self.num_dropped,
+        )
