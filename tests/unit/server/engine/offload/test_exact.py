@@ -15,7 +15,7 @@ from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, generated, make_request
-from tests.support.engines.offload_engine import Compute, OffloadEngine, make_cache, make_offload
+from tests.support.tiers.offload_engine import Compute, OffloadEngine, make_cache, make_offload
 from tests.support.models.adapters import NO_FILES, random_adapter
 from tests.support.models.byte_transformer import make_model, random_tokens
 
