@@ -14,12 +14,14 @@ from stellarbyte_server.engine.run.runner import PlanRunner
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from tests.support.cases import SLOW
 from tests.support.engines.engine import BACKENDS, Backend, ModelEngine, generated, make_request
-from tests.support.tiers.offload_engine import Compute, OffloadEngine, make_cache, make_offload
 from tests.support.models.adapters import NO_FILES, random_adapter
 from tests.support.models.byte_transformer import make_model, random_tokens
+from tests.support.tiers.offload_engine import Compute, OffloadEngine, make_cache, make_offload
 
 W = 24
+TORCH, CPU = (parameters.values[0] for parameters in BACKENDS)
 ADAPTERS = {name: 7 + number for number, name in enumerate("ab")}  # with the seeds of their weights
 
 
@@ -58,8 +60,15 @@ def run(engine: OffloadEngine, tokens: list[int], adapter: AdapterVersion | None
     return sequence
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("window", "use_xpos"), [(None, False), (W, True)])
+@pytest.mark.parametrize(
+    ("backend", "window", "use_xpos"),
+    [
+        (TORCH, None, False),
+        (CPU, W, True),
+        pytest.param(TORCH, W, True, marks=SLOW),
+        pytest.param(CPU, None, False, marks=SLOW),
+    ],
+)
 def test_tokens_are_those_without_offload(tmp_path: Path, backend: Backend, window: int | None, use_xpos: bool) -> None:
     """Greedy and seeded, in each turn of chats that return from disk, then from memory."""
     model = make_model(sliding_window=window, sink_tokens=4 if window else 0, use_xpos=use_xpos)
@@ -74,7 +83,7 @@ def test_tokens_are_those_without_offload(tmp_path: Path, backend: Backend, wind
         {"adapter": "b", "temperature": 0.0},
     ]
     chats = [random_tokens(50, seed=seed) for seed in range(len(ways))]
-    for turn in range(3):
+    for turn in range(2):
         engine = make_engine(model, tmp_path, backend)
         for is_again in (False, True):
             for chat, way in zip(chats, ways, strict=True):
@@ -95,11 +104,11 @@ def test_tokens_are_those_without_offload(tmp_path: Path, backend: Backend, wind
 def test_another_adapter_content_or_scale_finds_nothing(tmp_path: Path) -> None:
     """The wrong blocks would change no shape and raise no error."""
     model, prompt = make_model(), random_tokens(40)
-    first = make_engine(model, tmp_path, BACKENDS[0].values[0])
+    first = make_engine(model, tmp_path, TORCH)
     run(first, prompt, version("a"), adapter_scale=0.5)
     first.wait_stored()
     first.close()
-    second = make_engine(model, tmp_path, BACKENDS[0].values[0])
+    second = make_engine(model, tmp_path, TORCH)
     for other, fields in (
         (None, {}),
         (version("b"), {"adapter_scale": 0.5}),

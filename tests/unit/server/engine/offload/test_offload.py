@@ -15,8 +15,8 @@ from stellarbyte_server.engine.offload.block_folder import BlockFolder
 from stellarbyte_server.engine.state.sequence import Sequence
 from tests.support.cases import each_pair_once
 from tests.support.engines.engine import generated, is_complete, make_request
-from tests.support.tiers.offload_engine import NAMES, CachedNames, OffloadEngine, make_cache, make_offload
 from tests.support.engines.symbolic_cache import SymbolicRunner, continuation
+from tests.support.tiers.offload_engine import NAMES, CachedNames, OffloadEngine, make_cache, make_offload
 
 W = 12
 Engines = Any  # a function that makes engines of names, which are closed at the end
