@@ -35,7 +35,7 @@ _SPARED_SHARE = 16  # an eviction frees a part of the bound, since it reads the 
 
 
 class BlockFolder:
-    """Blocks of one identity in a folder with any. `read` is for one thread, all else for another.
+    """Blocks of one identity in a folder with any. `read` is for one thread; unless noted, all else for another.
 
     Raises:
         OSError: the folder cannot be made, written or locked.
@@ -112,14 +112,18 @@ class BlockFolder:
             with contextlib.suppress(OSError):
                 os.utime(self._path(key), ns=self._now())
 
+    def forget(self, key: bytes) -> None:
+        """Find a block no more; `remove` follows. For any thread."""
+        self._known.discard(key)
+
     def remove(self, key: bytes) -> None:
         """Remove a block, if it is there."""
-        if key not in self._known:
-            return
+        path = self._path(key)
         self._known.discard(key)
-        with self._locked(), contextlib.suppress(OSError):
-            self._path(key).unlink()
-            self._change(-self._file_bytes)
+        if path.exists():
+            with self._locked(), contextlib.suppress(OSError):
+                path.unlink()
+                self._change(-self._file_bytes)
 
     def refresh(self) -> None:
         """Find the blocks that other engines have added."""

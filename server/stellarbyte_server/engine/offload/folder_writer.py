@@ -59,6 +59,8 @@ class FolderWriter:
         self._give(_Write(key, slot))
 
     def remove(self, key: bytes) -> None:
+        """Remove a block, and what is queued before of it; from now on the folder does not have it."""
+        self._folder.forget(key)
         self._give(_Remove(key))
 
     def touch(self, keys: Sequence[bytes]) -> None:

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+import select
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,47 @@ def test_content_of_a_failed_request_is_forgotten_everywhere(make_engine: Engine
     engine.wait_stored()
     assert not list(tmp_path.glob("*.kv"))
     assert run(engine, [1] * 40).num_cached == 0
+
+
+def test_content_that_is_discarded_while_it_is_loaded_is_not_used(make_engine: Engines, tmp_path: Path) -> None:
+    """It may have been read before the engine thread knew that it is wrong."""
+    first = make_engine(tmp_path)
+    run(first, [1] * 40)
+    first.wait_stored()
+    engine = make_engine(tmp_path)
+    sequence = engine.scheduler.add(make_request([1] * 40, 3))
+    assert engine.scheduler.schedule() == []
+    assert select.select([engine.offload.wake_fd], [], [], 10)[0]  # all are filled, and the engine has not looked
+    for key in sequence.keys.keys:
+        engine.offload.discard(key)
+    engine.run()
+    assert sequence.num_cached == 0 and generated(sequence) == continuation(sequence.request)
+    engine.wait_stored()
+    assert run(make_engine(tmp_path), [1] * 40).num_cached == 36  # what was computed in their place
+
+
+@pytest.mark.parametrize(
+    ("copy", "message"), [("read", "could not be copied"), ("write", "could not be loaded")], ids=["copy", "load"]
+)
+def test_a_copy_that_fails_costs_only_itself(
+    make_engine: Engines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, copy: str, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no copies")
+
+    engine = make_engine()
+    monkeypatch.setattr(engine.offload._copies, copy, fail)
+    run(engine, [1] * 40)
+    engine.wait_stored()
+    engine.forget_pool()
+    assert run(engine, [1] * 40).num_cached == 0
+    assert message in caplog.text and engine.scheduler.pool.num_used == 0
+    monkeypatch.undo()
+    engine.forget_pool()
+    run(engine, [1] * 40)
+    engine.wait_stored()
+    engine.forget_pool()
+    assert run(engine, [1] * 40).num_cached == 36
 
 
 def test_the_answer_of_an_endless_stream_leaves_only_its_window(make_engine: Engines, tmp_path: Path) -> None:
