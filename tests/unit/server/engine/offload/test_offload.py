@@ -5,7 +5,9 @@ import logging
 import os
 import random
 import select
+import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +145,20 @@ def test_a_full_disk_ends_writing_with_one_line(
     assert run(engine, [1] * 40).num_cached == 36  # memory goes on
 
 
-def test_a_block_that_lost_its_key_before_it_was_copied_is_not_kept(make_engine: Engines) -> None:
-    """The copy may have read what was written to the block afterwards."""
-    engine = make_engine()
-    read, chat = engine.offload._copies.read, [1] * 40
-    taken: list[int] = []
-
-    def take_away(block: int, out: Any) -> None:
-        read(block, out)
-        taken.append(block)
-
-    engine.offload._copies.read = take_away
-    engine.scheduler.add(make_request(chat, 1))
-    chunks = engine.scheduler.schedule()
-    ((sequence, _),) = engine.scheduler.apply(chunks, engine.compute(chunks))
-    engine.scheduler.remove(sequence)
-    engine.forget_pool()  # before the engine thread learns of any copy
+@pytest.mark.parametrize("is_copied", [True, False])
+def test_a_block_that_lost_its_key_is_not_kept(make_engine: Engines, is_copied: bool) -> None:
+    """Before the engine thread knows of its copy, which may have read what was written to the block afterwards."""
+    engine, chat = make_engine(), [1] * 40
+    with nullcontext() if is_copied else engine.paused():
+        engine.scheduler.add(make_request(chat, 1))
+        chunks = engine.scheduler.schedule()
+        ((sequence, _),) = engine.scheduler.apply(chunks, engine.compute(chunks))
+        engine.scheduler.remove(sequence)
+        deadline_s = time.monotonic() + 30
+        while is_copied and engine.offload._tasks:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        engine.forget_pool()
     engine.wait_stored()
     assert engine.offload.totals.num_memory_stores == 0 and engine.offload.totals.num_dropped == 10
     assert run(engine, chat).num_cached == 0
