@@ -222,8 +222,8 @@ class Offload:
                 logger.exception("a block of the KV cache could not be copied")
                 self._host.give_back(slot)
                 slot = None
-        self._tasks.popleft()
         self._done.append((task, slot))
+        self._tasks.popleft()
         self._notify()
 
     def _fill(self, load: BlockLoad, fence: object) -> None:
