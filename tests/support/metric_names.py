@@ -5,6 +5,7 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 
 from stellarbyte_server.protocol.messages import EngineStats
+from stellarbyte_server.protocol.offload_stats import OffloadStats
 
 GAUGES = {
     "stellarbyte:engine_healthy",
@@ -33,6 +34,13 @@ COUNTERS = {
     "stellarbyte:evicted_tokens_total",
     "stellarbyte:kv_event_batches_total",
     "stellarbyte:kv_event_batches_dropped_total",
+    "vllm:external_prefix_cache_queries_total",
+    "vllm:external_prefix_cache_hits_total",
+    "vllm:kv_offload_store_bytes_total",
+    "vllm:kv_offload_load_bytes_total",
+    "stellarbyte:kv_offload_stored_blocks_total",
+    "stellarbyte:kv_offload_loaded_blocks_total",
+    "stellarbyte:kv_offload_dropped_blocks_total",
     "stellarbyte:aborted_requests_total",
     "stellarbyte:rejected_requests_total",
     "vllm:spec_decode_num_drafts_total",
@@ -87,6 +95,10 @@ LABELS = {
     "stellarbyte:aborted_requests_total": {"reason"},
     "stellarbyte:rejected_requests_total": {"reason"},
     "vllm:spec_decode_num_accepted_tokens_per_pos_total": {"position"},
+    "vllm:kv_offload_store_bytes_total": {"tier"},
+    "vllm:kv_offload_load_bytes_total": {"tier"},
+    "stellarbyte:kv_offload_stored_blocks_total": {"tier"},
+    "stellarbyte:kv_offload_loaded_blocks_total": {"tier"},
     **{name: {"engine"} for name in BY_ENGINE},
 }
 # An engine's state, and the labels of its cache, to render.
@@ -107,6 +119,19 @@ STATS = EngineStats(
     draft_tokens_total=18,
     accepted_tokens_total=19,
     accepted_by_place=(21, 22),
+    offload=OffloadStats(
+        queried_tokens=31,
+        found_tokens=32,
+        memory_stored_blocks=33,
+        disk_stored_blocks=34,
+        memory_loaded_blocks=35,
+        disk_loaded_blocks=36,
+        memory_stored_bytes=37,
+        disk_stored_bytes=38,
+        memory_loaded_bytes=39,
+        disk_loaded_bytes=40,
+        dropped_blocks=41,
+    ),
 )
 
 

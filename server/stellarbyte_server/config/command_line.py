@@ -124,6 +124,21 @@ def _check_feedback(settings: ServerSettings) -> None:
         raise SettingsError("--feedback-bytes: needs --feedback")
 
 
+def _check_offload(engine: EngineSettings) -> None:
+    """SettingsError if the flags of the tiers below the KV cache contradict others."""
+    if engine.kv_offload_dir is None and engine.kv_offload_bytes is not None:
+        raise SettingsError("--kv-offload-bytes: needs --kv-offload-dir")
+    if engine.kv_offload_dir is not None and engine.kv_offload_bytes is None:
+        raise SettingsError("--kv-offload-dir: needs --kv-offload-bytes, the maximum size of its files")
+    if engine.kv_offload_memory is None and engine.kv_offload_dir is None:
+        return
+    flag = "--kv-offload-dir" if engine.kv_offload_memory is None else "--kv-offload-memory"
+    if not engine.enable_prefix_caching:
+        raise SettingsError(f"{flag}: needs --enable-prefix-caching")
+    if engine.tensor_parallel_size > 1:
+        raise SettingsError(f"{flag}: not with --tensor-parallel-size, whose processes have parts of each block")
+
+
 def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> ServerSettings:
     """Settings from command-line `arguments` and `environment`; SettingsError if one cannot be used.
 
@@ -158,6 +173,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     if engine.kv_events is None and (engine.kv_events_replay is not None or engine.kv_events_topic):
         flag = "--kv-events-topic" if engine.kv_events_replay is None else "--kv-events-replay"
         raise SettingsError(f"{flag}: needs --kv-events")
+    _check_offload(engine)
     if settings.context_overflow == "slide" and not settings.allow_slide:
         raise SettingsError("--no-allow-slide: contradicts --context-overflow slide")
     if settings.model_name in dict(engine.lora_modules):

@@ -148,6 +148,23 @@ class EngineSettings:
         None,
     )
     enable_prefix_caching: bool = option(switch, "", "reuse the KV cache of common prefixes", True)
+    kv_offload_memory: int | None = option(
+        byte_count,
+        "BYTES",
+        "host memory of each engine for blocks of the KV cache, from which prompts that return are loaded, such as 8GiB"
+        " (default: none)",
+        None,
+    )
+    kv_offload_dir: str | None = option(
+        not_empty,
+        "DIR",
+        "folder for blocks of the KV cache, created if missing, which outlives the server; needs --kv-offload-bytes"
+        " (default: none)",
+        None,
+    )
+    kv_offload_bytes: int | None = option(
+        byte_count, "BYTES", "maximum size of all files in --kv-offload-dir, such as 100GiB", None
+    )
     adapter_dir: str | None = option(
         existing_folder, "DIR", "folder of adapters; each subfolder is served by its name and loaded on first use", None
     )

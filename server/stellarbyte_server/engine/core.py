@@ -15,6 +15,7 @@ from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.grammar.followed import Grammar
 from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.engine.live_answers import LiveAnswers
+from stellarbyte_server.engine.offload.offload import Offload
 from stellarbyte_server.engine.probing import Probes
 from stellarbyte_server.engine.reasoning.reasoning_grammar import ReasoningGrammar
 from stellarbyte_server.engine.run.executor import DeviceLost
@@ -40,6 +41,7 @@ from stellarbyte_server.protocol.messages import (
     UnloadAdapter,
     failure,
 )
+from stellarbyte_server.protocol.offload_stats import OffloadStats
 from stellarbyte_server.protocol.request import (
     QUEUE_FULL,
     QUEUE_TIMEOUT,
@@ -64,8 +66,9 @@ class EngineCore:
         grammars: GrammarCompiler,
         events: EventPublisher | None = None,
         drafts: Drafts | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        """`events` publishes what the scheduler's pool logs."""
+        """`events` publishes what the scheduler's pool logs; `offload` has the tiers below the pool."""
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
@@ -74,6 +77,7 @@ class EngineCore:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.drafts = drafts
+        self.offload = offload
         self.answers = LiveAnswers(scheduler, adapters, drafts)
         self._probes = Probes(scheduler, adapters, self.answers, tokenizer)
         self._compiling = CompilingRequests(grammars)
@@ -99,9 +103,11 @@ class EngineCore:
 
     @property
     def wake_fds(self) -> tuple[int, ...]:
-        """File descriptors; one becomes readable when an adapter was read or copied, or a grammar compiled."""
+        """File descriptors; one becomes readable when an adapter was read or copied, a grammar compiled, or blocks
+        were copied."""
         of_adapters = () if self.adapters.wake_fd is None else (self.adapters.wake_fd,)
-        return (*of_adapters, self.grammars.wake_fd)
+        of_offload = () if self.offload is None else (self.offload.wake_fd,)
+        return (*of_adapters, self.grammars.wake_fd, *of_offload)
 
     def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
         """Queue a request of an account; None: no key.
@@ -222,6 +228,9 @@ class EngineCore:
     def _collect(self) -> None:
         """Process other threads' results."""
         self.answers.replies += self.adapters.collect()
+        if self.offload is not None:
+            self.offload.settle()
+            self.scheduler.settle_loads()
         self._probes.begin()
         self._queue_compiled()
 
@@ -294,6 +303,7 @@ class EngineCore:
             draft_tokens_total=drafted.num_draft_tokens,
             accepted_tokens_total=drafted.num_accepted_tokens,
             accepted_by_place=tuple(drafted.accepted_by_place),
+            offload=OffloadStats() if self.offload is None else self.offload.stats(self.scheduler.loading),
         )
 
     def residency(self) -> AdapterResidency:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from stellarbyte_server.observe.offload_metrics import offload_by_tier, offload_counts
 from stellarbyte_server.observe.reasons import REASONS
 from stellarbyte_server.observe.routing_metrics import adapter_residency, cache_config_info
 from stellarbyte_server.protocol.histogram import Buckets
@@ -42,6 +43,7 @@ class _TotalsCollector(Collector):
                 "position",
                 {str(place): count for place, count in enumerate(totals.stats.accepted_by_place)},
             ),
+            *offload_by_tier(totals.stats.offload),
         ):
             yield self._by_label(name, text, label, by_label)
         yield self._waiting()
@@ -89,6 +91,7 @@ class _TotalsCollector(Collector):
             ),
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", stats.prefix_cache_queries_total),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", stats.prefix_cache_hits_total),
+            *offload_counts(stats.offload),
             ("stellarbyte:evicted_tokens", "Tokens evicted from sliding contexts.", stats.evicted_tokens_total),
             ("vllm:spec_decode_num_drafts", "Drafts verified.", stats.drafts_total),
             ("vllm:spec_decode_num_draft_tokens", "Tokens of drafts.", stats.draft_tokens_total),

@@ -15,6 +15,7 @@ from stellarbyte_server.protocol.adapter_versions import (
     StoredAdapter,
 )
 from stellarbyte_server.protocol.histogram import Buckets
+from stellarbyte_server.protocol.offload_stats import OffloadStats
 from stellarbyte_server.protocol.request import GenerationRequest, adapter_loading
 
 FAILED = "The engine failed while it worked on this request."
@@ -234,6 +235,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     accepted_by_place: tuple[int, ...] = (0,)  # how many drafts had their first, second, ... token accepted
     kv_event_batches_total: int = 0  # of --kv-events, including dropped ones
     kv_event_batches_dropped_total: int = 0
+    offload: OffloadStats = OffloadStats()
 
 
 class EngineTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -26,6 +26,7 @@ from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.schedule.shares import ShareLimits
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+from stellarbyte_server.engine.state.lower_tiers import LowerTiers
 from stellarbyte_server.engine.state.sequence import Chunk, Sequence
 from stellarbyte_server.protocol.adapter_reference import AdapterReference
 from stellarbyte_server.protocol.request import GenerationRequest, SamplingParams
@@ -75,6 +76,7 @@ def make_scheduler(
     num_steps_ahead: int = 0,
     free_tokens: int = 4,
     most_credit: int = 256,
+    tiers: LowerTiers | None = None,
     **options: Any,
 ) -> Scheduler:
     limits = SchedulerLimits(
@@ -87,7 +89,7 @@ def make_scheduler(
         shares=ShareLimits(free_tokens=free_tokens, most_credit=most_credit),
     )
     layout = CacheLayout(block_size=block_size, window=window, sink_tokens=sink_tokens, num_steps_ahead=num_steps_ahead)
-    return Scheduler(limits, layout, BlockPool(num_blocks), **options)
+    return Scheduler(limits, layout, BlockPool(num_blocks, tiers=tiers), **options)
 
 
 @dataclass

@@ -1,8 +1,19 @@
 """A runner without a model, whose cache holds names instead of numbers: it sees when a block holds something else."""
 
+from typing import Protocol
+
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk
 from stellarbyte_server.protocol.request import GenerationRequest
+
+
+class Slots(Protocol):
+    """Where names are written, by block and offset."""
+
+    def __setitem__(self, slot: tuple[int, int], name: int, /) -> None: ...
+
+    def __getitem__(self, slot: tuple[int, int], /) -> int: ...
+
 
 NUM_TOKENS = 3  # token ids it samples: few, so that sequences meet again
 
@@ -31,9 +42,9 @@ def continuation(request: GenerationRequest) -> list[int]:
 class SymbolicRunner:
     """Checks for every chunk that all keys its queries see are in their places, and are those of this sequence."""
 
-    def __init__(self, layout: CacheLayout) -> None:
+    def __init__(self, layout: CacheLayout, slots: Slots | None = None) -> None:
         self._layout = layout
-        self._slots: dict[tuple[int, int], int] = {}  # (block, offset) → name
+        self._slots: Slots = {} if slots is None else slots  # (block, offset) → name
         self.num_computed = 0
 
     def run(self, chunks: list[Chunk]) -> list[list[int]]:

@@ -8,6 +8,7 @@ import msgspec
 
 from stellarbyte_server.protocol.histogram import Buckets, Histogram
 from stellarbyte_server.protocol.messages import AdapterCard, AdapterList, EngineStats, EngineTotals
+from stellarbyte_server.protocol.offload_stats import sum_of_offloads
 
 _NOW = ("num_running", "num_waiting", "num_blocked", "num_blocks_used")  # of the present, not counted from the start
 _BEST_STATE = ("ready", "loading", "failed", "draining")
@@ -35,11 +36,12 @@ def _of_the_past(totals: EngineTotals) -> EngineTotals:
 
 
 def _sum_of_stats(stats: Sequence[EngineStats], usage: float) -> EngineStats:
-    apart = ("kv_cache_usage", "accepted_by_place")
+    apart = ("kv_cache_usage", "accepted_by_place", "offload")
     names = [name for name in stats[0].__struct_fields__ if name not in apart]
     summed = {name: sum(getattr(each, name) for each in stats) for name in names}
     by_place = zip_longest(*(each.accepted_by_place for each in stats), fillvalue=0)
-    return EngineStats(kv_cache_usage=usage, accepted_by_place=tuple(map(sum, by_place)), **summed)
+    offload = sum_of_offloads(each.offload for each in stats)
+    return EngineStats(kv_cache_usage=usage, accepted_by_place=tuple(map(sum, by_place)), offload=offload, **summed)
 
 
 def _sum_of_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -22,6 +22,7 @@ class RanksExecutor:
         self._others = others
         self.num_steps_ahead = own.num_steps_ahead
         self.takes_drafts = own.takes_drafts
+        self.cache = own.cache
 
     def start(self, plan: StepPlan) -> "RanksStep":
         self._others.send(StartStep(plan))

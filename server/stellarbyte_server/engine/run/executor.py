@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte_server.engine.run.step_plan import Finish, StepPlan, StepResult
 
 
@@ -40,6 +41,11 @@ class Executor(Protocol):
 
     takes_drafts: bool
     """Whether chunks may end in drafts."""
+
+    @property
+    def cache(self) -> PagedKVCache:
+        """Keys and values of all blocks; with several ranks the part of rank 0."""
+        ...
 
     def start(self, plan: StepPlan) -> ExecutorStep:
         """Start a step.

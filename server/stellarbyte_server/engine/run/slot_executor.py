@@ -33,6 +33,7 @@ class SlotExecutor:
         self, steps: Steps, layout: CacheLayout, max_rows: int, preparation: Preparation | None = None
     ) -> None:
         self._steps = steps
+        self.cache = steps.cache
         self._preparation = preparation
         self._num_sink_blocks = layout.num_sink_blocks
         self._ring = steps.memory.tables_SE.shape[1] - layout.num_sink_blocks

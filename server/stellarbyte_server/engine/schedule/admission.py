@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Protocol
 
 from stellarbyte_server.engine.adapters.slots import AdapterSlots, Move
+from stellarbyte_server.engine.schedule.loading import Loading
 from stellarbyte_server.engine.schedule.places import TURN_S, least_entitled, num_blocks, one, who_gives_up
 from stellarbyte_server.engine.schedule.waiting import WaitingQueue, rank
 from stellarbyte_server.engine.state.account import Account
@@ -62,6 +63,7 @@ class Admission:
         self.layout = layout
         self.pool = pool
         self.kept = KeptBlocks(layout, pool, prefix_caching=prefix_caching)
+        self.loading = None if pool.tiers is None else Loading(layout, pool, self.kept, pool.tiers)
         self.waiting = WaitingQueue(queue_timeout_s)
         self.running: list[Sequence] = []  # in order of rank
         self.admitted: list[Sequence] = []  # sequences that start in this step
@@ -109,9 +111,12 @@ class Admission:
             self.waiting.remove(sequence)
 
     def num_blocked(self) -> int:
-        """Number of waiting sequences without a resident adapter."""
+        """Number of waiting sequences without a resident adapter, or whose blocks are being loaded."""
         adapters = self._adapters
-        return 0 if adapters is None else sum(not adapters.slots.may_enter(sequence) for sequence in self.waiting)
+        num_loading = 0 if self.loading is None else len(self.loading)
+        if adapters is None:
+            return num_loading
+        return num_loading + sum(not adapters.slots.may_enter(sequence) for sequence in self.waiting)
 
     def _place_adapters(self, adapters: AdapterGate) -> None:
         """Assign slots to adapters of waiting sequences, if necessary by preempting running ones after their time."""
@@ -156,7 +161,7 @@ class Admission:
         """Whether a waiting sequence lacks only room."""
         if self._adapters is not None and not self._adapters.slots.may_enter(sequence):
             return False
-        if sequence.num_unread:  # preempted while a step with it is in flight
+        if sequence.num_unread or sequence.load is not None:  # preempted while a step with it is in flight; loading
             return False
         if self._made_room_for is not None and sequence is not self._made_room_for:
             return False
@@ -195,6 +200,9 @@ class Admission:
                 assert blocks is not None, "blocks were counted before they were taken"
                 table.add(blocks)
                 return length
+            if self.loading is not None and self.loading.give_up():
+                length = 1
+                continue
             least = least_entitled(self.running)
             if least is sequence and sequence.num_computed < launched:
                 return 0
@@ -213,7 +221,7 @@ class Admission:
     def enter(self, sequence: Sequence) -> bool:
         """Start a waiting sequence if possible: it needs a place, and blocks for its visible tokens.
 
-        It continues after its cached prefix.
+        It continues after its cached prefix; if that goes on in a lower tier, it waits for those blocks first.
         """
         if (
             not self.has_place
@@ -228,6 +236,8 @@ class Admission:
             self._short_of_blocks.add(sequence.account)
             return False
         assert not sequence.num_unread, "all tokens of a waiting sequence are known"
+        if self.loading is not None and self.loading.begin(sequence, cached):
+            return False
         self._claimed_blocks += needed
         self.waiting.remove(sequence)
         if sequence.adapter is not None and self._adapters is not None:
@@ -273,6 +283,7 @@ class Admission:
         With `is_turn_over` it is queued after all waiting sequences.
         """
         self._stop_running(sequence)
+        sequence.has_looked_below = False
         sequence.num_computed = sequence.num_launched = 0
         sequence.queued_s = self._clock()
         if is_turn_over:
@@ -287,6 +298,8 @@ class Admission:
         sequence.account.num_running -= 1
         if sequence.adapter is not None and self._adapters is not None:
             self._adapters.leave(sequence.adapter)
+        if self.loading is not None and keep_content:
+            self.loading.touch(sequence)
         # A step in flight may still read and write these blocks. The next step may use them nevertheless: the device
         # runs steps in order, and the one in flight writes only to blocks without keys.
         self.pool.give_back(sequence.table.pop_all(), keep_content=keep_content)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from stellarbyte_server.engine.schedule.admission import AdapterGate, Admission
 from stellarbyte_server.engine.schedule.filling import Filling, rows_of_parts, with_drafts
 from stellarbyte_server.engine.schedule.limits import SchedulerLimits
+from stellarbyte_server.engine.schedule.loading import Loading
 from stellarbyte_server.engine.schedule.shares import Demand, Part, divide, divide_in_background, settle, spend
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
@@ -175,6 +176,8 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         sequence.is_over = True
+        if self._admission.loading is not None:
+            self._admission.loading.drop(sequence)
         account = sequence.account
         self._admission.live[account] -= 1
         if not self._admission.live[account]:
@@ -192,6 +195,16 @@ class Scheduler:
         """The sequences that have lost their places in the queue since the last call."""
         displaced, self._displaced = self._displaced, []
         return displaced
+
+    def settle_loads(self) -> None:
+        """Let sequences go on whose blocks have been loaded from lower tiers."""
+        if self._admission.loading is not None:
+            self._admission.loading.settle()
+
+    @property
+    def loading(self) -> Loading | None:
+        """The blocks on their way from lower tiers; None: there are no lower tiers."""
+        return self._admission.loading
 
     @property
     def num_evicted(self) -> int:

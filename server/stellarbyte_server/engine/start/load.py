@@ -44,6 +44,7 @@ from stellarbyte_server.engine.start.machine import (
     num_threads,
 )
 from stellarbyte_server.engine.start.model_folder import ModelFolder, open_model_folder
+from stellarbyte_server.engine.start.offload import CacheOrigin, make_offload
 from stellarbyte_server.engine.start.ranks import load_ranks, make_bank, refuse_ranks
 from stellarbyte_server.engine.start.serving_plan import (
     ServingPlan,
@@ -132,6 +133,12 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
     has_window = layout.window is not None and layout.window + layout.sink_tokens < max_model_len
     kind = CacheKind(medium="CPU" if device.type == "cpu" else "GPU", window=layout.window if has_window else None)
     log, events = _make_events(settings, kind)
+    processor = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name()
+    origin = CacheOrigin(
+        weights_hash=folder.weights_hash(), quantization=quantization, dtype=dtype, device=device.type,
+        processor=processor, deterministic=settings.deterministic,
+    )  # fmt: skip
+    offload = make_offload(settings, origin, serving, executor.cache)
     tokenizer, eos_token_ids = folder.tokenizer(), folder.eos_token_ids()
     grammars = GrammarCompiler(tokenizer, eos_token_ids, config.vocab_size)
     grammars.prepare()
@@ -141,7 +148,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         Scheduler(
             limits,
             plan.layout,
-            BlockPool(plan.num_blocks, log),
+            BlockPool(plan.num_blocks, log, offload),
             prefix_caching=settings.enable_prefix_caching,
             adapters=adapters,
         ),
@@ -152,6 +159,7 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         grammars,
         events,
         drafts,
+        offload,
     )
     info = EngineInfo(
         model_path=str(path),
@@ -162,12 +170,12 @@ def build_core(settings: EngineSettings) -> tuple[EngineCore, EngineInfo]:
         block_size=plan.layout.block_size,
         max_num_seqs=max_num_seqs,
         device=device.type,
-        processor=torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(),
+        processor=processor,
         dtype=dtype_name(dtype),
         quantization=quantization,
         kv_cache_dtype=dtype_name(cache_dtype),
         deterministic=settings.deterministic,
-        weights_hash=folder.weights_hash(),
+        weights_hash=origin.weights_hash,
         speculative="off" if drafts is None else "ngram",
     )
     return core, info

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stellarbyte_server.engine.state.cache_log import CacheLog
+from stellarbyte_server.engine.state.lower_tiers import LowerTiers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,11 @@ class BlockPool:
     then the block that has been free longest.
     """
 
-    def __init__(self, num_blocks: int, log: CacheLog | None = None) -> None:
-        """`log` gets the keys that blocks lose; who names blocks adds those."""
+    def __init__(self, num_blocks: int, log: CacheLog | None = None, tiers: LowerTiers | None = None) -> None:
+        """`log` gets the keys that blocks lose, `tiers` the blocks; who names blocks adds those to both."""
         self.num_blocks = num_blocks
         self.log = log
+        self.tiers = tiers
         self._holders = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -153,14 +155,17 @@ class BlockPool:
     def give_back(self, blocks: Iterable[int], *, keep_content: bool = True) -> None:
         """Remove a holder of each block; of the freed blocks the first is reused first.
 
-        Without `keep_content` freed blocks lose their keys.
+        Without `keep_content` freed blocks lose their keys, and lower tiers their content.
         """
         for block in blocks:
             self._holders[block] -= 1
             if self._holders[block]:
                 continue
             if not keep_content:
+                key = self._keys[block]
                 self._forget(block)
+                if self.tiers is not None and key is not None:
+                    self.tiers.discard(key)
             if self._keys[block] is None:
                 self._blank.append(block)
             else:
@@ -175,6 +180,8 @@ class BlockPool:
         key, self._keys[block] = self._keys[block], None
         if key is not None:
             del self._block_of[key]
+            if self.tiers is not None:
+                self.tiers.lose(block)
             if self.log is not None:
                 self.log.add(key)
 

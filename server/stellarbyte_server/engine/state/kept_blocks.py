@@ -20,7 +20,11 @@ class KeptBlocks:
         """The cached prefix of a sequence, without its last token, which must be computed to get the next one."""
         if not self.prefix_caching or not sequence.reads_cache:
             return NOTHING_CACHED
-        return find_prefix(self._keys(sequence, len(sequence.tokens) - 1), self._layout, self._pool)
+        return find_prefix(self.prompt_keys(sequence), self._layout, self._pool)
+
+    def prompt_keys(self, sequence: Sequence) -> list[bytes]:
+        """The keys of the full blocks of a sequence without its last token."""
+        return self._keys(sequence, len(sequence.tokens) - 1)
 
     def settle(self, sequence: Sequence) -> None:
         """Give new full blocks their keys; free the blocks that are invisible from the end of the last full one.
@@ -35,15 +39,34 @@ class KeptBlocks:
         keys = self._keys(sequence, sequence.num_computed) if self.prefix_caching else []
         while sequence.next_full_at <= sequence.num_computed:
             if self.prefix_caching:
-                is_named = self._pool.name(table.block(sequence.num_full), keys[sequence.num_full])
-                if is_named and self._pool.log is not None:
-                    self._pool.log.add(self._stored(sequence, sequence.num_full, keys))
+                block = table.block(sequence.num_full)
+                if self.name(sequence, sequence.num_full, block) and self._pool.tiers is not None:
+                    self._pool.tiers.store(keys[sequence.num_full], block)
             last_end = sequence.next_full_at
             sequence.num_full += 1
             sequence.next_full_at = layout.block_end(sequence.num_full)
         first = layout.num_sink_blocks + table.num_freed
         for number, block in enumerate(table.pop_unseen(last_end), first):
             self._pool.give_back((block,), keep_content=layout.block_end(number) <= sequence.num_prompt)
+
+    def name(self, sequence: Sequence, number: int, block: int) -> bool:
+        """Let `block`, which has the content of block `number` of a sequence, be found; False if another one is."""
+        assert sequence.keys is not None
+        keys = sequence.keys.keys
+        if not self._pool.name(block, keys[number]):
+            return False
+        if self._pool.log is not None:
+            self._pool.log.add(self._stored(sequence, number, keys))
+        return True
+
+    def live_keys(self, sequence: Sequence) -> list[bytes]:
+        """The keys of a sequence's full blocks in its table, last positions first and sinks last."""
+        if sequence.keys is None or not self.prefix_caching:
+            return []
+        num_sinks, keys = self._layout.num_sink_blocks, sequence.keys.keys
+        num_full = min(sequence.num_full, len(keys))
+        first = num_sinks + sequence.table.num_freed
+        return keys[first:num_full][::-1] + keys[: min(num_sinks, num_full)][::-1]
 
     def _stored(self, sequence: Sequence, number: int, keys: list[bytes]) -> StoredBlock:
         """What is logged of block `number` of a sequence."""

@@ -8,8 +8,9 @@ all tokens before them are equal, too.
 import hashlib
 from array import array
 from dataclasses import dataclass
+from typing import Protocol
 
-from stellarbyte_server.engine.state.block_pool import BlockPool, CacheLayout
+from stellarbyte_server.engine.state.block_pool import CacheLayout
 
 
 class BlockKeys:
@@ -46,6 +47,14 @@ class BlockKeys:
         self._parent = self.keys[-1] if self.keys else self._root
 
 
+class BlockFinder(Protocol):
+    """Where blocks are looked up, such as a `BlockPool`."""
+
+    def find(self, key: bytes) -> int | None:
+        """The block with this key; None: there is none."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class CachedPrefix:
     """The cached first `num_tokens` of a sequence, with all their blocks that later queries see.
@@ -67,7 +76,7 @@ class CachedPrefix:
 NOTHING_CACHED = CachedPrefix(num_tokens=0, sink_blocks=(), num_unseen=0, blocks=())
 
 
-def find_prefix(keys: list[bytes], layout: CacheLayout, pool: BlockPool) -> CachedPrefix:
+def find_prefix(keys: list[bytes], layout: CacheLayout, pool: BlockFinder) -> CachedPrefix:
     """The longest prefix, in whole blocks, with all visible blocks in the pool. Looks up each key once."""
     sinks: list[int] = []
     for key in keys[: layout.num_sink_blocks]:

@@ -10,6 +10,7 @@ import numpy as np
 from stellarbyte_server.engine.state.account import Account
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.engine.state.block_pool import BlockTable
+from stellarbyte_server.engine.state.lower_tiers import BlockLoad
 from stellarbyte_server.engine.state.prefix_cache import BlockKeys
 from stellarbyte_server.protocol.request import GenerationRequest
 
@@ -96,6 +97,8 @@ class Sequence:
     is_over: bool = False  # removed from the scheduler
     is_rewound: bool = False  # tokens were undone, which the executor does not know yet
     draft: tuple[int, ...] = ()  # guesses of the tokens after `tokens`, for the next step
+    load: BlockLoad | None = None  # of blocks from lower tiers, for which it waits
+    has_looked_below: bool = False  # for such blocks, since it was queued
 
     def __post_init__(self) -> None:
         self.tokens = array("I", self.request.prompt_token_ids)

@@ -192,3 +192,22 @@ def test_events_are_published_at_addresses_of_this_machine() -> None:
     for alone in (given[2:4], given[4:]):
         with pytest.raises(SettingsError, match=f"{alone[0]}: needs --kv-events"):
             parse_settings(alone, {})
+
+
+def test_tiers_below_the_cache_need_what_they_rest_on() -> None:
+    disk = ["--kv-offload-dir", "kv", "--kv-offload-bytes", "10GiB"]
+    engine = parse_settings([*disk, "--kv-offload-memory", "2GiB"], {}).engine
+    assert (engine.kv_offload_dir, engine.kv_offload_bytes, engine.kv_offload_memory) == ("kv", 10 * 2**30, 2 * 2**30)
+    for flags, message in (
+        (disk[:2], "--kv-offload-dir: needs --kv-offload-bytes"),
+        (disk[2:], "--kv-offload-bytes: needs --kv-offload-dir"),
+        ([*disk, "--no-enable-prefix-caching"], "--kv-offload-dir: needs --enable-prefix-caching"),
+        (
+            ["--kv-offload-memory", "1GiB", "--tensor-parallel-size", "2"],
+            "--kv-offload-memory: not with --tensor-parallel-size",
+        ),
+        (["--kv-offload-memory", "many"], "--kv-offload-memory: "),
+        (["--kv-offload-dir", ""], "--kv-offload-dir: the value is empty"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            parse_settings(flags, {})

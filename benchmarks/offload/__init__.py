@@ -1,0 +1,1 @@
+"""Chats that return after their blocks were evicted, and after a restart."""
