@@ -7,20 +7,11 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage, ask
+from tests.support.clients.looks import FOCUSED
 from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)
 BOTH = {"key": API_KEY, "admin-key": ADMIN_KEY}
-FOCUSED = """() => {
-  const one = document.activeElement;
-  const framed = one.closest(".composer textarea") ? one.closest(".composer") : one;
-  const { outlineStyle, outlineWidth } = getComputedStyle(framed);
-  const { top, bottom } = one.getBoundingClientRect();
-  return {
-    name: one.id || one.className || one.textContent.trim(),
-    isSeen: outlineStyle !== "none" && parseFloat(outlineWidth) >= 1 && top < innerHeight && bottom > 0,
-  };
-}"""
 ORDERS = {
     "/": [
         *("skip", "brand", "Chat", "Status", "language", "theme", "settings-toggle"),

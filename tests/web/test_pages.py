@@ -5,11 +5,11 @@ import math
 import re
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from tests.support.cases import each_value_once, some
 from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
+from tests.support.clients.looks import OUTSIDE, serious_violations
 from tests.support.servers.server_process import ServerProcess
 
 expect.set_options(timeout=LIMIT_MS)
@@ -55,11 +55,6 @@ def test_axe_finds_nothing_serious(open_page: OpenPage, guarded_server: ServerPr
         assert serious_violations(page) == []
 
 
-def serious_violations(page: Page) -> list[tuple[str, object]]:
-    found = Axe().run(page).response["violations"]
-    return [(one["id"], one["nodes"]) for one in found if one["impact"] in ("serious", "critical")]
-
-
 @pytest.mark.parametrize("theme", some(["light", "dark"], 0))
 def test_axe_finds_nothing_serious_side_by_side_on_a_phone(
     open_page: OpenPage, guarded_server: ServerProcess, theme: str
@@ -74,12 +69,6 @@ def test_axe_finds_nothing_serious_side_by_side_on_a_phone(
     assert serious_violations(page) == []
     page.click("#probabilities")
     assert serious_violations(page) == []
-
-
-OUTSIDE = """(width) => [...document.querySelectorAll("button, select, input, textarea, a")].filter((one) => {
-  const { left, right, width: own } = one.getBoundingClientRect();
-  return own > 1 && (left < 0 || right > width) && !one.closest(".skip");
-}).map((one) => one.outerHTML)"""
 
 
 @pytest.mark.parametrize("path", ["/", "/status"])

@@ -11,11 +11,10 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
+from tests.support.clients.looks import FOCUSED, OUTSIDE, serious_violations
 from tests.support.servers.server_process import TUNING, ServerProcess, running
 from tests.support.tuning.chat_model import make_chat_model
 from tests.support.tuning.chats import chats
-from tests.web.test_keyboard import FOCUSED
-from tests.web.test_pages import OUTSIDE, serious_violations
 
 pytest.importorskip("accelerate")
 expect.set_options(timeout=LIMIT_MS)
