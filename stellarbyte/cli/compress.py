@@ -57,6 +57,7 @@ def _quantization(options: argparse.Namespace) -> Quantization | None:
         kind=kind,  # type: ignore[arg-type]  # one of _KINDS
         head=not options.keep_head,
         strength=options.strength,
+        zero_points=options.zero_points,
     )
 
 

@@ -103,7 +103,11 @@ def compress(
         if quantization is None:
             raise CompressError("The format compressed-tensors needs a method: it is for quantized models.")
         dtype = compressed_tensors.dtype_of(checkpoint.config, checkpoint.tensors)
-        quantization = dataclasses.replace(quantization, head=False, scale_dtype=dtype, is_symmetric=True)
+        if quantization.zero_points == "real":
+            raise CompressError("compressed-tensors folders have no real zero points; leave them integer.")
+        quantization = dataclasses.replace(quantization, head=False, scale_dtype=dtype, zero_points="symmetric")
+    if pruning is not None and pruning.is_sparse and quantization is not None:
+        quantization = dataclasses.replace(quantization, keeps_zeros=True)
     model: AnyModel = load_language_model(source, dtype=stored_dtype)
     config, head = checkpoint.config, model.lm_head.weight.data
     before = last_states(
@@ -112,8 +116,6 @@ def compress(
     if pruning is not None:
         model = pruned_model(load_model(source, dtype=stored_dtype), pruning, texts.calibration_BT)
         config = model.config
-        if pruning.is_sparse and quantization is not None:
-            quantization = dataclasses.replace(quantization, keeps_zeros=True)
     config = copy.deepcopy(config)
     if quantization is not None and quantization.head:
         config.tie_word_embeddings = False

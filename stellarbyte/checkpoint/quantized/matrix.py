@@ -29,7 +29,7 @@ class QuantizedMatrix:
         codes: int4: uint8 [N, K / 2], columns 2i (low bits) and 2i + 1 of a byte; int8: int8 [N, K]; fp8: float8_e4m3fn
             [N, K].
         scales: float16, bfloat16 or float32 [N, G].
-        zeros: uint8 [N, G], of int4 only.
+        zeros: [N, G], of int4 only: uint8, or float16 where they lie between codes.
     """
 
     kind: Kind
@@ -123,9 +123,9 @@ def stored_matrices(headers: Mapping[str, TensorInfo], may_be_quantized: Collect
                 f"of {list(codes.shape)}."
             )
         zeros = tensors.get(ZEROS)
-        if zeros is not None and (zeros.dtype, zeros.shape) != ("U8", scales.shape):
+        if zeros is not None and (zeros.dtype not in ("U8", "F16") or zeros.shape != scales.shape):
             raise CheckpointError(
-                f"{zeros.file} holds {name}{ZEROS} as {zeros.dtype} {list(zeros.shape)}; it must be U8 "
+                f"{zeros.file} holds {name}{ZEROS} as {zeros.dtype} {list(zeros.shape)}; it must be U8 or F16 "
                 f"{list(scales.shape)}."
             )
         shape = (*codes.shape[:-1], width)

@@ -20,6 +20,10 @@ def add_compress(commands: Any) -> None:
     command.add_argument("--bits", choices=("4", "8"), default="4", help="of a weight; default: %(default)s")
     command.add_argument("--type", choices=("int", "float"), default="int", help="float: fp8 with --bits 8")
     command.add_argument("--keep-head", action="store_true", help="leave the output head as it is; default: 8 bits")
+    command.add_argument(
+        "--zero-points", choices=("integer", "real"), default="integer",
+        help="of int4; real: smaller errors, for CPUs, a GPU has no kernel for them; default: %(default)s",
+    )  # fmt: skip
     command.add_argument("--strength", type=float, metavar="X", help="smoothquant: 0 to 1; default: 0.5")
     command.add_argument(
         "--prune", action="append", default=[], metavar="PART=SHARE",

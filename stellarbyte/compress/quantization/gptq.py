@@ -106,11 +106,15 @@ def descended(
 
 
 def rescaled(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, rounded: Rounded) -> Levels:
-    """Levels whose scales are, group after group, the best for the codes while all other groups stay as they are.
+    """Levels that are, group after group, the best for the codes while all other groups stay as they are.
+
+    Zero points move with the scales where they are real.
 
     Args:
         hessian_KK: float32.
     """
+    if grid.zero_points == "real" and grid.kind == "int4":
+        return _rescaled_and_moved(weight_NK, hessian_KK, grid, rounded)
     codes_NK, levels = rounded
     size = grid.group_size
     steps = grid.groups(codes_NK) - levels.zeros[..., None]
@@ -126,6 +130,29 @@ def rescaled(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, roun
         gradient_NK -= ((stored_N - scales[:, group])[:, None] * steps_NS) @ hessian_SK
         scales[:, group] = stored_N
     return Levels(scales, levels.zeros)
+
+
+def _rescaled_and_moved(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid: Grid, rounded: Rounded) -> Levels:
+    """Numbers are code · scale + minimum: the two best of a group solve two equations."""
+    codes_NK, levels = rounded
+    size, steps_NGS = grid.group_size, grid.groups(codes_NK)
+    gradient_NK = (weight_NK - grid.numbers(codes_NK, levels)) @ hessian_KK
+    scales, zeros = levels.scales.clone(), levels.zeros.clone()
+    for group in range(scales.shape[1]):
+        columns = slice(group * size, (group + 1) * size)
+        basis_N2S = torch.stack([steps_NGS[:, group], torch.ones_like(steps_NGS[:, group])], dim=1)
+        curvature_N22 = (basis_N2S @ hessian_KK[columns, columns]) @ basis_N2S.mT
+        slope_N2 = (basis_N2S @ gradient_NK[:, columns, None])[..., 0]
+        damping = 1e-6 * curvature_N22.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
+        moves_N2 = torch.linalg.solve(curvature_N22 + damping[:, None, None] * torch.eye(2), slope_N2)
+        scale_N = grid.stored_scales(scales[:, group] + moves_N2[:, 0])
+        minimum_N = moves_N2[:, 1] - zeros[:, group] * scales[:, group]
+        zero_N = grid.stored_zeros(-minimum_N / scale_N)
+        moved_NS = (steps_NGS[:, group] - zero_N[:, None]) * scale_N[:, None]
+        moved_NS -= (steps_NGS[:, group] - zeros[:, group, None]) * scales[:, group, None]
+        gradient_NK -= moved_NS @ hessian_KK[columns]
+        scales[:, group], zeros[:, group] = scale_N, zero_N
+    return Levels(scales, zeros)
 
 
 def _of_column(grid: Grid, levels: Levels, column: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,7 +97,7 @@ def quantize_layer(
         layer(batch, attention(batch), counting)
     for handle in handles:
         handle.remove()
-    grid = Grid(kind=settings.kind, scale_dtype=settings.scale_dtype, is_symmetric=settings.is_symmetric)
+    grid = Grid(kind=settings.kind, scale_dtype=settings.scale_dtype, zero_points=settings.zero_points)
     if settings.folds and batches:
         _fold(layer, number, config, settings, counted, groups, grid, result)
     for name, group in groups.items():

@@ -166,5 +166,6 @@ def layout(config: ByteModelConfig, settings: Quantization | None, stored: dict[
         found[f"{name}{CODES}"] = torch.empty((*rows, width // halves), dtype=dtype, device="meta")
         found[f"{name}{SCALES}"] = torch.empty(groups, dtype=settings.scale_dtype, device="meta")
         if kind == "int4":
-            found[f"{name}{ZEROS}"] = torch.empty(groups, dtype=torch.uint8, device="meta")
+            zeros = torch.float16 if settings.zero_points == "real" else torch.uint8
+            found[f"{name}{ZEROS}"] = torch.empty(groups, dtype=zeros, device="meta")
     return found

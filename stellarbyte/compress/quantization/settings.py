@@ -7,6 +7,7 @@ import torch
 
 from stellarbyte.checkpoint.quantized.matrix import Kind
 from stellarbyte.compress.errors import CompressError
+from stellarbyte.compress.quantization.grid import ZeroPoints
 
 Method = Literal["round", "gptq", "awq", "smoothquant"]
 
@@ -21,7 +22,8 @@ class Quantization:
         scale_dtype: of the stored scales.
         strength: SmoothQuant's α, 0 to 1: how much of the inputs' range moves into weights; None: 0.5.
         keeps_zeros: weights that are 0 stay 0, as after pruning.
-        is_symmetric: int4 without zero points of its own, as other programs read it best.
+        zero_points: of int4: "integer", as GPU kernels take them, "real", whose rounding errors are smaller, or
+            "symmetric", as other programs read it best.
     """
 
     method: Method
@@ -30,13 +32,18 @@ class Quantization:
     scale_dtype: torch.dtype = torch.float16
     strength: float | None = None
     keeps_zeros: bool = False
-    is_symmetric: bool = False
+    zero_points: ZeroPoints = "integer"
 
     def __post_init__(self) -> None:
         if self.strength is not None and not 0 <= self.strength <= 1:
             raise CompressError(f"strength ({self.strength}) must be from 0 to 1.")
         if self.strength is not None and self.method != "smoothquant":
             raise CompressError(f"strength is a setting of smoothquant, not of {self.method}.")
+
+        if self.zero_points == "real" and self.kind != "int4":
+            raise CompressError(f"zero points (real) are a setting of int4, not of {self.kind}.")
+        if self.zero_points == "real" and self.keeps_zeros:
+            raise CompressError("zero points (real) cannot keep the zeros of pruned weights; leave them integer.")
 
     @property
     def head_kind(self) -> Kind:

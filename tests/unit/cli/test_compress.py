@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
 from stellarbyte.cli.main import main
@@ -24,13 +25,16 @@ def test_a_model_is_compressed_with_its_own_answers(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "small"
-    assert main(["compress", str(model), str(target), "--method", "gptq", *SMALL]) == 0
+    command = ["compress", str(model), str(target), "--method", "gptq", "--zero-points", "real", *SMALL]
+    assert main(command) == 0
     told = capsys.readouterr().out
     report = json.loads((target / "report.json").read_text())
     assert f"Wrote {target}" in told and f"{report['quality']['perplexity_after']:.4f}" in told
     assert (report["text"], report["calibration_tokens"]) == ("the model's own answers", 96)
     assert report["quality"]["tokens"] == 3 * 15
-    assert {matrix.kind for matrix in open_checkpoint(target).quantized.values()} == {"int4", "int8"}
+    quantized = open_checkpoint(target).quantized.values()
+    assert {matrix.kind for matrix in quantized} == {"int4", "int8"}
+    assert {matrix.read().zeros.dtype for matrix in quantized if matrix.kind == "int4"} == {torch.float16}
     assert main(["info", str(target)]) == 0
     assert "stellarbyte compress, gptq, int4" in capsys.readouterr().out
 
@@ -55,6 +59,9 @@ def test_options_reach_the_settings(model: Path, tmp_path: Path, capsys: pytest.
         (["--method", "gptq", "--type", "float"], "--type float needs --bits 8"),
         (["--method", "gptq", "--strength", "0.5"], "strength is a setting of smoothquant"),
         (["--method", "round", "--strength", "0.5"], "strength is a setting of smoothquant"),
+        (["--method", "gptq", "--bits", "8", "--zero-points", "real"], "zero points (real) are a setting of int4"),
+        (["--method", "gptq", "--zero-points", "real", "--format", "compressed-tensors"], "have no real zero points"),
+        (["--method", "gptq", "--zero-points", "real", "--prune", "weights=0.5"], "cannot keep the zeros"),
         (["--prune", "heads=2"], "--prune heads=2: give heads=SHARE, neurons=SHARE or weights=SHARE"),
         (["--prune", "layers=0.5"], "--prune layers=0.5: give heads=SHARE"),
         (["--method", "round", "--held-out", "text.txt"], "--held-out needs --text"),

@@ -14,6 +14,7 @@ from stellarbyte.compress.quantization.settings import Quantization
 from stellarbyte.compress.quantization.statistics import InputStatistics, product_errors
 from stellarbyte.ops.cpu.linear import INT4_GROUP, INT8_GROUP
 from stellarbyte.ops.cpu.packing import panels_of, unpack
+from stellarbyte.ops.triton.grouped.weights import takes
 
 KINDS: tuple[Kind, ...] = ("int4", "int8", "fp8")
 
@@ -93,6 +94,25 @@ def test_gptq_is_the_papers_formula() -> None:
     torch.testing.assert_close(errors[0].sum(), errors[1].sum(), rtol=0.02, atol=0)
 
 
+def test_real_zero_points_keep_the_range_of_a_group() -> None:
+    """Numbers on a grid with a minimum of its own, as GGUF's Q4_1 has it, are kept; integer zero points move them."""
+    numbers = np.random.default_rng(0)
+    codes, minima = numbers.integers(0, 16, (24, 4, 32)), numbers.uniform(-2, -0.3, (24, 4, 1))
+    codes[..., :2] = 0, 15
+    weight = torch.from_numpy((codes * 0.0625 + minima).astype(np.float32)).flatten(1)
+    weight[5, 32:64], weight[6, :32] = 0, 3.25  # groups of one number
+    grid, integer = Grid(kind="int4", zero_points="real"), Grid(kind="int4")
+    levels = grid.fit(weight)
+    found = grid.round(weight, levels)
+    assert (found - weight).abs().max() <= 0.0625 * 2**-7  # zero points of up to 32 steps, 11 bits
+    assert (integer.round(weight, integer.fit(weight)) - weight).abs().max() > 0.02
+    stored = grid.stored(grid.codes(weight, levels), levels)
+    assert stored.zeros is not None and stored.zeros.dtype == torch.float16
+    assert torch.equal(stored.dequantized(), found)
+    np.testing.assert_allclose(unpack(panels_of(_kernel_rows(stored)))[:24], found.numpy(), rtol=3e-6, atol=3e-6)
+    assert not takes(stored) and takes(integer.stored(integer.codes(weight, levels), integer.fit(weight)))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_descent_takes_the_best_number_of_each_column_in_turn(kind: Kind) -> None:
     """More columns than are worked on at once. The oracle tries, in float64, every number that the format has."""
@@ -140,6 +160,28 @@ def test_rescaling_is_the_least_squares_of_each_group_in_turn() -> None:
             scales[row, group] = torch.linalg.lstsq(basis[:, None], target[:, None]).solution[0, 0]
     torch.testing.assert_close(found.scales.double(), scales, rtol=1e-3, atol=0)
     assert torch.equal(found.zeros, levels.zeros)
+
+
+def test_scale_and_real_zero_point_are_the_least_squares_of_each_group_in_turn() -> None:
+    grid, weight = Grid(kind="int4", scale_dtype=torch.float32, zero_points="real"), random_weight(8, 96) + 0.1
+    hessian = hessian_of(96)
+    levels = grid.fit(weight, 0.8)
+    codes = grid.codes(weight, levels)
+    found = rescaled(weight, hessian.float(), grid, Rounded(codes, levels))
+
+    root, numbers = torch.linalg.cholesky(hessian), grid.numbers(codes, levels).double()
+    for group in range(3):
+        columns = slice(32 * group, 32 * group + 32)
+        numbers[:, columns] = 0
+        for row in range(8):
+            code = codes[row, columns].double()
+            basis = torch.stack([code, torch.ones(32, dtype=torch.float64)]) @ root[columns]
+            target = (weight[row].double() - numbers[row]) @ root
+            scale, minimum = torch.linalg.lstsq(basis.T, target[:, None]).solution[:, 0]
+            numbers[row, columns] = code * scale + minimum
+    torch.testing.assert_close(grid.numbers(codes, found).double(), numbers, rtol=0, atol=2e-3)
+    errors = [product_errors(weight - each, hessian).sum() for each in (grid.numbers(codes, levels), numbers)]
+    assert product_errors(weight - grid.numbers(codes, found), hessian).sum() < errors[1] * 1.01 < errors[0]
 
 
 def test_clipped_levels_are_the_best_of_all_that_are_tried() -> None:
@@ -206,6 +248,10 @@ def test_what_does_not_fit_a_grid_is_named() -> None:
         round_matrix("layer.w", random_weight(4, 48), None, Grid(kind="int4"), Quantization(method="round"))
     with pytest.raises(CompressError, match=r"too large for scales of torch\.float16"):
         Grid(kind="int8").fit(torch.full((1, 64), 1e8))
+    with pytest.raises(CompressError, match=r"zero points \(real\) are a setting of int4, not of fp8"):
+        Quantization(method="gptq", kind="fp8", zero_points="real")
+    with pytest.raises(CompressError, match="cannot keep the zeros of pruned weights"):
+        Quantization(method="gptq", keeps_zeros=True, zero_points="real")
     with pytest.raises(CompressError, match="strength is a setting"):
         Quantization(method="awq", strength=0.5)
     with pytest.raises(CompressError, match="must be from 0 to 1"):

@@ -71,7 +71,8 @@ class GroupedWeight:
 
 def takes(matrix: QuantizedMatrix) -> bool:
     """Whether the kernels have a form for these numbers."""
-    return matrix.group_size % SLAB == 0
+    has_codes_as_zeros = matrix.zeros is None or matrix.zeros.dtype == torch.uint8
+    return matrix.group_size % SLAB == 0 and has_codes_as_zeros
 
 
 def grouped(matrices: Sequence[QuantizedMatrix], bias_N: torch.Tensor | None = None) -> GroupedWeight:

@@ -333,7 +333,7 @@ CORRUPT: dict[str, tuple[Change, str]] = {
     ),
     "other zeros": (
         lambda t: t.update({f"{MODULE}.weight.zeros": torch.zeros(256, 2, dtype=torch.uint8)}),
-        f"{MODULE}.weight.zeros as U8 [256, 2]; it must be U8 [256, 4]",
+        f"{MODULE}.weight.zeros as U8 [256, 2]; it must be U8 or F16 [256, 4]",
     ),
     "fewer rows": (
         lambda t: [t.update({key: t[key][:-1].contiguous()}) for key in list(t) if key.startswith(f"{MODULE}.weight")],
