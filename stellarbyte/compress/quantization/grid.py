@@ -35,8 +35,8 @@ class Levels(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Attributes: scale_dtype: in which scales are stored; codes are fitted to scales of this dtype; zero_points: those of
-    int4 are codes, float16 numbers, or always 8."""
+    """Attributes: scale_dtype: in which scales are stored; codes are fitted to scales of this dtype; zero_points: those
+    of int4 are codes, float16 numbers, or always 8."""
 
     kind: Kind
     scale_dtype: torch.dtype = torch.float16
