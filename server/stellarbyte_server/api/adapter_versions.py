@@ -65,6 +65,12 @@ class AdapterVersions:
         content = await self._stored(self._registry.keep, located)
         try:
             before = await asyncio.to_thread(self._registry.record, name)
+            if share is not None and before is None and await self._is_offered(name):
+                raise bad_request(
+                    f"The adapter {name!r} was not loaded over HTTP, so its callers cannot be split; leave out 'share',"
+                    " or load it over HTTP first.",
+                    "share",
+                )
             pins = before is not None and before.pinned if pinned is None else pinned
             loaded = await self._load_beside(before, name, content, in_place, pins, probe)
             if before is not None and not loaded.is_used:  # the current version has this content

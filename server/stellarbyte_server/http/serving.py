@@ -12,6 +12,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import uvicorn
 from sse_starlette.sse import AppStatus
@@ -24,7 +25,7 @@ from stellarbyte_server.batch.runner import BatchRunner
 from stellarbyte_server.batch.storage import Storage
 from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.config.settings import ServerSettings
-from stellarbyte_server.feedback.store import DEFAULT_FEEDBACK_BYTES, FeedbackStore
+from stellarbyte_server.feedback.store import DEFAULT_FEEDBACK_BYTES, FEEDBACK_FILE, FeedbackStore
 from stellarbyte_server.garbage import keep_for_good
 from stellarbyte_server.http.app import create_app
 from stellarbyte_server.http.batch_requests import BatchRequests
@@ -121,6 +122,8 @@ async def _serve(
             if settings.feedback:
                 most = DEFAULT_FEEDBACK_BYTES if settings.feedback_bytes is None else settings.feedback_bytes
                 feedback = FeedbackStore.open(settings.data_dir, most)
+            elif (Path(settings.data_dir) / FEEDBACK_FILE).exists():  # of a server that kept answers
+                FeedbackStore.open(settings.data_dir, DEFAULT_FEEDBACK_BYTES).close()  # which forgets old ones
         service = load_service(settings, client, started_at, registry, storage, tuning, feedback)
         app = create_app(service, keyring, tracing)
         servers = {_server(app, protocol, settings): listeners.public}

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -296,7 +297,11 @@ class TuningRunner:
             if now is not None and now.goes_live:
                 live, event = await self._publish(job, adapter, job.publish)
                 events.append(event)
-        file_id = await asyncio.to_thread(self._write_metrics, job)
+        try:
+            file_id = await asyncio.to_thread(self._write_metrics, job)
+        except (OSError, sqlite3.Error) as error:  # the model is served already
+            logger.warning("the losses of %s cannot be written: %s", job.id, error)
+            file_id = None
         ended = partial(_succeeded, name=name, file_id=file_id, live=live)
         events.append(Event(message="The job has completed"))
         now = await asyncio.to_thread(self._change, job, ended, events)
@@ -308,6 +313,10 @@ class TuningRunner:
     async def _publish(self, job: Job, adapter: Path, asked: Publication) -> tuple[Publication, Event]:
         """Make a result live under the name that was asked for, unless the engine refuses it; EngineAway."""
         try:
+            try:
+                await asyncio.to_thread(self._server.max_tokens, job.owner)
+            except LookupError:
+                raise CannotLoad("The API key that asked for it no longer exists.") from None
             version = await self._server.publish(job.id, adapter, asked)
         except CannotLoad as error:
             return msgspec.structs.replace(asked, error=str(error)), not_published(asked.name, error)
@@ -363,17 +372,18 @@ def _queued(job: Job, *, hyperparameters: Hyperparameters) -> Job:
 
 
 def _going_live(job: Job) -> Job:
-    return msgspec.structs.replace(job, goes_live=True) if job.status == "running" else job
+    """Also of a job that was paused just now: its training is done."""
+    return msgspec.structs.replace(job, goes_live=True)
 
 
-def _succeeded(job: Job, *, name: str, file_id: str, live: Publication | None) -> Job:
+def _succeeded(job: Job, *, name: str, file_id: str | None, live: Publication | None) -> Job:
     return msgspec.structs.replace(
         job,
         status="succeeded",
         fine_tuned_model=name,
         publish=job.publish if live is None else live,
         goes_live=False,
-        result_files=(file_id,),
+        result_files=() if file_id is None else (file_id,),
         finished_at=int(time.time()),
         estimated_finish=None,
     )

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from stellarbyte.lora.invocation import TOKENS
 from stellarbyte.model.loss import CHUNK_ELEMENTS, NO_LABEL, next_tokens
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.errors import TrainError
@@ -43,6 +44,8 @@ def exact_match(
 def _matches(model: ByteTransformer, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """[rows with a learned token], bool. At most CHUNK_ELEMENTS logits are in memory at once."""
     document_ids = batch.get("document_ids")
+    if (tokens := getattr(model, TOKENS, None)) is not None:  # as the model's forward does it for activated adapters
+        tokens.begin(batch["input_ids"], document_ids, goes_on=False)
     targets_BT = next_tokens(batch["labels"], document_ids)
     embeddings = model.model.embed_tokens(batch["input_ids"])
     hidden_BTC, _ = model._hidden(embeddings, None, batch.get("position_ids"), document_ids, None, None, False)

@@ -122,6 +122,13 @@ def test_a_key_that_may_not_use_the_model_must_invoke_the_adapter(invoking: Invo
     error = refused.json()["error"]
     assert (refused.status_code, error["code"], error["param"]) == (403, "model_not_allowed", "model")
     assert "does not contain the invocation of the adapter 'act'" in error["message"]
+    shown = {"prompt_logprobs": 3}
+    refused = invoking.complete("act", prompt_of(seed=4), key="one", **shown)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["code"]) == (403, "model_not_allowed")
+    assert "has tokens before the invocation of the adapter 'act'" in error["message"]
+    assert invoking.complete("act", [*INVOCATION, 40, 41], key="one", **shown).status_code == 200
+    assert invoking.complete("act", prompt_of(seed=4), **shown).status_code == 200
     pooled = invoking.post("/v1/embeddings", {"model": "act", "input": [40, 41, 42]}, key="one")
     assert (pooled.status_code, pooled.json()["error"]["code"]) == (403, "model_not_allowed")
 

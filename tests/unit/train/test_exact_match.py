@@ -1,5 +1,6 @@
 """Answers that greedy decoding gives token for token. Oracle: transformers' generate."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from stellarbyte.checkpoint.native import load_model
+from stellarbyte.lora import LoRAConfig, apply_lora_to_model
 from stellarbyte.model.transformer import ByteTransformer
 from stellarbyte.train.data.packing import Batch, collate, packed_row
 from stellarbyte.train.errors import TrainError
@@ -34,6 +36,20 @@ def row(parts: Sequence[tuple[Sequence[int], bool]]) -> Batch:
     ids = np.array([token for tokens, _ in parts for token in tokens])
     is_learned = np.array([learned for tokens, learned in parts for _ in tokens])
     return packed_row([(ids, np.where(is_learned, ids, -100))], LENGTH, 0)
+
+
+def test_an_activated_adapter_acts_as_in_generate(model: ByteTransformer) -> None:
+    model = copy.deepcopy(model)
+    torch.manual_seed(0)
+    apply_lora_to_model(model, LoRAConfig(r=4, target_modules=("q_proj", "down_proj"), alora_invocation_tokens=(9, 7)))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    prompts = [[10, 20, 9, 7, 30], [40, 9, 7], [60, 9, 7, 70, 80]]
+    answers = [generated(model, prompt, 6) for prompt in prompts]
+    rows = [row([(prompt, False), (answer, True)]) for prompt, answer in zip(prompts, answers, strict=True)]
+    assert exact_match(model, [collate(rows[:2]), collate(rows[2:])], CPU) == 1.0
+    assert answers != [generated(model, [each for each in prompt if each not in (9, 7)], 6) for prompt in prompts]
 
 
 @pytest.mark.parametrize("chunk", [1 << 26, 272 * 3])

@@ -75,6 +75,7 @@ async def answer(http: Request, service: Service, plan: AnswerPlan, headers: dic
 
         async def whole() -> tuple[list[DeltaStream], list[ReadChoice]]:
             streams = await submit(http, service, *plan.requests)
+            note_adapter(http, plan.requests[0], streams)  # which kept answers name
             return streams, await _read_all(streams, plan, tokens, AnswerEnds.of(http, service, plan))
 
         streams, read = await unless_client_leaves(http.receive, whole())

@@ -43,7 +43,8 @@ class KeptRequest:
         """None without --feedback, if the client refuses (`store`), or if answers differ from those that are rated."""
         if service.feedback is None or body.store is False or body.num_candidates != body.num_choices:
             return None
-        return None if isinstance(body, CompletionBody) and body.echo else cls(body)
+        is_part = body.echo if isinstance(body, CompletionBody) else body.continue_final_message
+        return None if is_part else cls(body)
 
 
 def keeper_of(http: Request, service: Service, plan: "AnswerPlan") -> Keep | None:

@@ -37,10 +37,20 @@ def _failure(version: AdapterVersion) -> RequestRejected:
 
 
 def not_invoked(version: AdapterVersion, request: GenerationRequest) -> RequestRejected | None:
-    """Why a request is refused that would get the answer of the model alone, which its key may not use; None: it would
-    not, or may, or the adapter has not been read."""
-    if request.may_use_base or version.start_in(request.prompt_token_ids) is not None:
+    """Why a request is refused that would get an answer, log-probabilities or a mean embedding of the model alone.
+
+    None: its key may use the model, it would not, or the adapter has not been read.
+    """
+    start = 0 if request.may_use_base else version.start_in(request.prompt_token_ids)
+    shows_prompt = request.sampling.prompt_logprobs is not None or request.pooling == "mean"
+    if start == 0 or (start is not None and not shows_prompt):
         return None
+    if start is not None:
+        message = (
+            f"The prompt has tokens before the invocation of the adapter {version.name!r}; their log-probabilities and"
+            " mean embeddings are those of the model without an adapter, which the key may not use."
+        )
+        return RequestRejected(message, MODEL_NOT_ALLOWED, "model")
     message = (
         f"The prompt does not contain the invocation of the adapter {version.name!r} (invocation_tokens in"
         " /v1/adapters), and the key may not use the model without an adapter."

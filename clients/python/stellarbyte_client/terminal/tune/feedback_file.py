@@ -14,6 +14,7 @@ Format = Literal["sft", "dpo", "trl"]
 FORMATS: tuple[Format, ...] = ("sft", "dpo", "trl")  # dpo: OpenAI's preference data; trl: the library's
 _OF_MESSAGES = ("role", "content", "name", "tool_calls", "tool_call_id")  # that examples may have
 _NO_BETTER, _CUT, _EMPTY = "without a better answer", "cut off by length", "empty"
+_OLD = "with a message of the role function"
 
 
 def write_examples(ratings: Iterable[Rated], path: Path, form: Format) -> tuple[int, Counter[str]]:
@@ -45,6 +46,8 @@ def example_of(rated: Rated, form: Format) -> dict[str, Any] | str:
 
     sft: the better answer, else an answer rated good. dpo, trl: the better answer before the rated one.
     """
+    if any(message["role"] == "function" for message in rated.messages or ()):
+        return _OLD
     if form != "sft":
         return _NO_BETTER if rated.answer is None else _pair(rated, rated.answer, form)
     if rated.answer is None and rated.rating != "good":
@@ -94,4 +97,5 @@ def _context(rated: Rated, weight: int | None = None) -> list[dict[str, Any]]:
 
 def _shown(message: dict[str, Any]) -> dict[str, Any]:
     """Reasoning is left out: no example has any."""
-    return {name: message[name] for name in _OF_MESSAGES if message.get(name) is not None}
+    names = [name for name in _OF_MESSAGES if name != "name" or message["role"] != "tool"]
+    return {name: message[name] for name in names if message.get(name) is not None}
