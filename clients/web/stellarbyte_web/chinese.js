@@ -210,6 +210,7 @@ export const chinese = {
   roleOther: "上下文",
   suffix: "名称",
   nameRule: "名称由 1 到 64 个字母、数字和 . _ - 组成",
+  adapterRule: "名称由 1 到 128 个字母、数字和 . _ - : / 组成，并以字母或数字开头",
   held: "留作验证（%）",
   epochs: "轮数",
   automatic: "自动",

@@ -216,6 +216,7 @@ export const english = {
   roleOther: "Context",
   suffix: "Name",
   nameRule: "A name has 1 to 64 letters, digits and . _ -",
+  adapterRule: "A name has 1 to 128 letters, digits and . _ - : /, and begins with a letter or digit",
   held: "Held out, %",
   epochs: "Epochs",
   automatic: "automatic",

@@ -52,6 +52,8 @@ export class ExamplesForm {
     /** @type {(() => void) | null} Shows the outcome of the last check again. */
     this.outcome = null;
     this.isBusy = false;
+    /** @type {ReturnType<typeof setTimeout> | undefined} */
+    this.timer = undefined;
     this.#restore();
     this.#listen();
     this.#readText();
@@ -64,24 +66,29 @@ export class ExamplesForm {
   }
 
   #restore() {
-    this.text.value ||= session.read("tune-examples"); // not what was written before this script was there
+    if (this.text.value === "") {
+      // not what was written before this script was there
+      this.text.value = session.read("tune-examples");
+      this.filename = session.read("tune-filename");
+      this.format.value = session.read("tune-format") || "auto";
+    }
     for (const id of ["suffix", "held", "epochs"]) {
       const kept = session.read(`tune-${id}`);
       if (kept !== "") byId(id, HTMLInputElement).value = kept;
     }
     addEventListener("pagehide", () => {
       session.write("tune-examples", this.text.value);
+      session.write("tune-filename", this.filename);
+      session.write("tune-format", this.format.value);
       for (const id of ["suffix", "held", "epochs"]) session.write(`tune-${id}`, byId(id, HTMLInputElement).value);
     });
   }
 
   #listen() {
-    /** @type {ReturnType<typeof setTimeout> | undefined} */
-    let timer;
     this.text.addEventListener("input", () => {
       this.filename = "";
-      clearTimeout(timer);
-      timer = setTimeout(() => this.#readText(), READ_MS);
+      clearTimeout(this.timer);
+      this.timer = setTimeout(() => this.#readText(), READ_MS);
     });
     this.format.addEventListener("change", () => this.#readText());
     const file = byId("file", HTMLInputElement);
@@ -120,6 +127,7 @@ export class ExamplesForm {
   }
 
   #readText() {
+    clearTimeout(this.timer);
     const format = /** @type {ExampleFormat | "auto"} */ (this.format.value);
     this.read = readExamples(this.text.value, format, this.filename);
     this.outcome = null;
@@ -197,13 +205,14 @@ export class ExamplesForm {
   }
 
   async #check() {
+    const text = this.text.value;
     const uploaded = await this.#upload();
     if (uploaded === null) return;
     if (uploaded.checked === null) {
       this.#showOutcome(() => [make("p", { class: "hint" }, t("checking"))]);
       uploaded.checked = await this.server.checkExamples(uploaded.body);
     }
-    this.#showOutcome(() => checkedView(uploaded));
+    if (this.text.value === text) this.#showOutcome(() => checkedView(uploaded));
   }
 
   /** Delete the files of another check, which no job has. */

@@ -33,15 +33,18 @@ export function readNumber(id, { min, max, whole = false }) {
   return text === "" ? null : value;
 }
 
+// What the server takes as a suffix of a model's name, and as the name of an adapter.
+const NAMES = { nameRule: /^[A-Za-z0-9._-]{1,64}$/, adapterRule: /^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$/ };
+
 /**
- * A name of up to 64 letters, digits and . _ -
+ * A name.
  * @param {string} id
- * @param {{ required?: boolean }} options
+ * @param {{ required?: boolean, rule?: "nameRule" | "adapterRule" }} options
  * @returns {string} "": the field is empty; "wrong": it is marked
  */
-export function readName(id, { required = false } = {}) {
+export function readName(id, { required = false, rule = "nameRule" } = {}) {
   const text = byId(id, HTMLInputElement).value.trim();
-  const isWrong = text === "" ? required : !/^[A-Za-z0-9._-]{1,64}$/.test(text);
-  mark(id, isWrong ? t("nameRule") : "");
+  const isWrong = text === "" ? required : !NAMES[rule].test(text);
+  mark(id, isWrong ? t(rule) : "");
   return isWrong ? "wrong" : text;
 }

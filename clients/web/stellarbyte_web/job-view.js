@@ -46,6 +46,8 @@ export class JobView {
     /** @type {JobEvent[]} */
     this.events = [];
     this.isDrawn = true;
+    /** @type {(() => string) | null} Why the last button did nothing, in the current language. */
+    this.refusal = null;
     this.chart = new LossChart();
     this.state = make("p", { class: "job-state" });
     this.progress = make("progress", { max: "1" });
@@ -72,7 +74,10 @@ export class JobView {
     const isOther = job?.id !== this.job?.id;
     this.job = job;
     this.element.hidden = job === null;
-    if (isOther) this.#follow();
+    if (isOther) {
+      this.refusal = null;
+      this.#follow();
+    }
     this.draw();
   }
 
@@ -90,9 +95,11 @@ export class JobView {
    */
   async #readEvents(id, signal) {
     for (;;) {
+      let isComplete = false;
       try {
         const after = this.events[this.events.length - 1]?.id ?? null;
         for await (const event of this.server.jobEvents(id, after, signal)) this.#add(event);
+        isComplete = true;
         this.changed();
       } catch (error) {
         if (signal.aborted) return;
@@ -100,7 +107,7 @@ export class JobView {
         if (status !== 401 && status < 500) return; // with another key, it may be there again
       }
       await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
-      if (signal.aborted || this.job === null || isOver(this.job)) return;
+      if (signal.aborted || this.job === null || (isComplete && isOver(this.job))) return;
     }
   }
 
@@ -132,7 +139,7 @@ export class JobView {
     this.progress.value = job.status === "succeeded" ? 1 : step / steps;
     this.progress.setAttribute("aria-label", t("jobProgress"));
     this.progress.hidden = isOver(job);
-    this.problem.textContent = job.error?.message ?? "";
+    this.problem.textContent = this.refusal?.() ?? job.error?.message ?? "";
     const losses = { steps, train: this.#losses("train_loss"), valid: this.#losses("valid_loss") };
     this.chart.element.hidden = losses.train.length === 0;
     this.chart.draw(losses);
@@ -177,7 +184,7 @@ export class JobView {
     const hadFocus = this.buttons.contains(document.activeElement);
     this.buttons.replaceChildren(
       ...wanted.map((change) =>
-        make("button", { type: "button", click: () => void this.#change(job.id, change) }, t(names[change])),
+        make("button", { type: "button", click: () => void this.#change(change) }, t(names[change])),
       ),
     );
     if (!hadFocus) return;
@@ -186,16 +193,18 @@ export class JobView {
     else this.summary.focus();
   }
 
-  /**
-   * @param {string} id
-   * @param {"pause" | "resume" | "cancel"} change
-   */
-  async #change(id, change) {
+  /** @param {"pause" | "resume" | "cancel"} change of the job that is shown now: buttons outlive a change of the job */
+  async #change(change) {
+    const id = this.job?.id;
+    if (id === undefined) return;
     try {
       const job = await this.server.changeJob(id, change);
+      this.refusal = null;
       if (job.id === this.job?.id) this.show(job);
     } catch (error) {
-      this.problem.textContent = Object.values(explain(failureOf(error))).join(" ");
+      const failure = failureOf(error);
+      if (id === this.job?.id) this.refusal = () => Object.values(explain(failure)).join(" ");
+      this.draw();
     }
     this.changed();
   }

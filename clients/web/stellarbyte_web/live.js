@@ -22,6 +22,7 @@ export class Live {
     this.job = null;
     /** @type {AdapterHistory | null} */
     this.history = null;
+    this.isKnown = true; // whether the history could be read
     /** @type {(() => void) | null} Shows the last outcome again. */
     this.outcome = null;
     this.isBusy = false;
@@ -58,15 +59,17 @@ export class Live {
       const history = adapters.some(({ id }) => id === name) ? await this.server.versions(name) : null;
       if (name !== this.name.value.trim()) return;
       this.history = history;
+      this.isKnown = true;
     } catch (error) {
       failureOf(error); // whoever may not see it is told so when he wants to change it
       this.history = null;
+      this.isKnown = false;
     }
     this.#showHistory();
   }
 
   async #publish() {
-    const name = readName("live-name", { required: true });
+    const name = readName("live-name", { required: true, rule: "adapterRule" });
     const percent = readNumber("live-share", { min: 1, max: 100 });
     const { job } = this;
     if (name === "wrong" || percent === "wrong" || job === null) return;
@@ -122,7 +125,7 @@ export class Live {
     const shown = byId("history", HTMLElement);
     const focused = shown.contains(document.activeElement);
     if (history === null) {
-      shown.replaceChildren(make("p", { class: "hint" }, t("historyNone")));
+      shown.replaceChildren(...(this.isKnown ? [make("p", { class: "hint" }, t("historyNone"))] : []));
     } else {
       const heads = /** @type {const} */ (["historyVersion", "historyMade", "historyCallers", "actions"]);
       const head = make(

@@ -92,7 +92,7 @@ export function describe({ train, valid }) {
   if (first === undefined || last === undefined) return t("lossNone");
   const values = { from: round(first[1]), to: round(last[1]), step: last[0] };
   const [before, after] = [valid[0], valid[valid.length - 1]];
-  if (before === undefined || after === undefined) return t("lossOfTraining", values);
+  if (before === undefined || after === undefined || before === after) return t("lossOfTraining", values);
   return `${t("lossOfTraining", values)} ${t("lossOfValidation", { from: round(before[1]), to: round(after[1]) })}`;
 }
 

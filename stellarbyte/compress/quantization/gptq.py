@@ -150,8 +150,11 @@ def _rescaled_and_moved(weight_NK: torch.Tensor, hessian_KK: torch.Tensor, grid:
         zero_N = grid.stored_zeros(-minimum_N / scale_N)
         moved_NS = (steps_NGS[:, group] - zero_N[:, None]) * scale_N[:, None]
         moved_NS -= (steps_NGS[:, group] - zeros[:, group, None]) * scales[:, group, None]
-        gradient_NK -= moved_NS @ hessian_KK[columns]
-        scales[:, group], zeros[:, group] = scale_N, zero_N
+        change_N = ((moved_NS @ hessian_KK[columns, columns] - 2 * gradient_NK[:, columns]) * moved_NS).sum(dim=1)
+        is_better_N = change_N < 0  # what is stored is rounded, which may make it worse
+        gradient_NK -= torch.where(is_better_N[:, None], moved_NS, 0.0) @ hessian_KK[columns]
+        scales[:, group] = torch.where(is_better_N, scale_N, scales[:, group])
+        zeros[:, group] = torch.where(is_better_N, zero_N, zeros[:, group])
     return Levels(scales, zeros)
 
 

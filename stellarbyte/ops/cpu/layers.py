@@ -112,10 +112,14 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
         weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
         most, attended, num_threads,
     )  # fmt: skip
-    if is_tiled:
-        tiled_attention(
+    if is_tiled and not tiled_attention(
+        qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
+        weights.score_scales_L[layer], weights.softmax_sink_LH[layer], attended, num_threads,
+    ):  # fmt: skip
+        paged_attention(
             qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
-            weights.score_scales_L[layer], weights.softmax_sink_LH[layer], attended, num_threads,
+            weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
+            len(x), attended, num_threads,
         )  # fmt: skip
     _project(
         attended, layer, weights.output, adapters, NO_ACTIVATION, options.arithmetic, buffers.hidden_addend, out,

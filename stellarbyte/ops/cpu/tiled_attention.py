@@ -38,23 +38,38 @@ def can_tile(block_size, dim, window, softcap):
 
 @njit(fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, out, num_threads):
-    """As `paged_attention` without a cap, for sequences with at least `MIN_QUERIES` tokens, where `can_tile`."""
+    """As `paged_attention` without a cap, for sequences with at least `MIN_QUERIES` tokens, where `can_tile`.
+
+    Returns whether it has done so: not if a value is not finite, which would reach tokens that do not see it.
+    """
     for n in range(len(batch.num_blocks_N)):
         first, end = batch.starts_N[n], batch.starts_N[n + 1]
         if end - first >= MIN_QUERIES:
             last = batch.positions_T[end - 1]
-            key_tiles, value_panels = _split(n, last, shape, batch, keys, values, sinks, num_threads)
+            key_tiles, value_panels, is_finite = _split(n, last, shape, batch, keys, values, sinks, num_threads)
+            if not is_finite.all():
+                return False
             _attend(
                 n, first, end, qkv, shape, batch, rotations, keys.shape[1], key_tiles, value_panels, window, sinks,
                 scale, softmax_sink, out, num_threads,
             )  # fmt: skip
+    return True
+
+
+@njit(nogil=True, cache=KEEP_COMPILED)  # by its bits, as fast arithmetic knows no NaN
+def _is_finite(row):
+    for bits in row.view(np.uint32):
+        if bits & np.uint32(0x7F800000) == np.uint32(0x7F800000):
+            return False
+    return True
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def _split(n, last, shape, batch, keys, values, sinks, num_threads):
     """Keys of 16 places each as tiles [K · L/16, D/32, 2, 16, 16], and values as panels [K · D/16, L/32, 2, 16, 16].
 
-    Values that no query up to the position `last` sees are 0 there.
+    Values that no query up to the position `last` sees are 0 there. Also returns of each thread whether all others that
+    it met are finite.
     """
     _, num_kv_heads, dim = shape
     block_size, num_blocks = keys.shape[1], batch.num_blocks_N[n]
@@ -64,6 +79,7 @@ def _split(n, last, shape, batch, keys, values, sinks, num_threads):
     key_rows = keys.reshape((-1, dim))
     key_tiles = np.empty((num_kv_heads * num_tiles, steps, 2, 16, ROWS_OF_A_TILE), np.uint32)
     value_panels = np.empty((num_kv_heads * strips, num_chunks, 2, 16, ROWS_OF_A_TILE), np.uint32)
+    is_finite = np.ones(num_threads, np.bool_)
     for thread in prange(num_threads):
         rows = np.empty((1, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
         words = rows.view(np.uint32)  # pairs of dims
@@ -87,12 +103,14 @@ def _split(n, last, shape, batch, keys, values, sinks, num_threads):
                 end = min(last + 1, sinks) if b < batch.num_sink_blocks_N[n] else last + 1
                 for i in range(block_size):
                     if base + i < end:
-                        panel[b * block_size + i] = values[block, i, head, column : column + ROWS_OF_A_TILE]
+                        row = values[block, i, head, column : column + ROWS_OF_A_TILE]
+                        panel[b * block_size + i] = row
+                        is_finite[thread] &= _is_finite(row)
                     else:
                         panel[b * block_size + i] = np.float32(0)
             panel[num_blocks * block_size :] = np.float32(0)
             split_panel(panel, value_panels, item)
-    return key_tiles, value_panels
+    return key_tiles, value_panels, is_finite
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
@@ -156,7 +174,7 @@ def _seen(base, is_sink, position, window, sinks, block_size):
 def _rotate(qkv, start, column, positions, base, furthest, rotations, queries):
     """Rotate the queries from row `start` on for the keys of a block, as a block of split rows.
 
-    `furthest`: the last position of queries of sinks; -1: the block is not of sinks.
+    `furthest`: the last position of queries for sinks, which a window caps; -1: it is not capped.
     """
     for i in range(len(positions)):
         position = positions[i] if furthest < 0 else min(positions[i], furthest)

@@ -9,6 +9,7 @@ import ctypes
 import platform
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -30,7 +31,9 @@ _BYTES_OF_A_ROW, _BYTES_OF_A_TILE = 64, 1024
 _CONFIGURATION = bytes([1, *bytes(15), *(_BYTES_OF_A_ROW, 0) * 8, *bytes(16), *(ROWS_OF_A_TILE,) * 8, *bytes(8)])
 
 _features = llvmlite.binding.get_host_cpu_features()
-IS_THERE = bool(_features.get("amx-tile") and _features.get("amx-bf16"))
+# Not if numba was told to compile for another processor: its code cannot hold these instructions.
+_is_for_host = numba.config.CPU_NAME is None and numba.config.CPU_FEATURES is None
+IS_THERE = _is_for_host and bool(_features.get("amx-tile") and _features.get("amx-bf16"))
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
@@ -217,8 +220,10 @@ class _Splitter(Emitter):
         """To the nearest bfloat16 number; of two, to the even one."""
         builder, bits = self.builder, self.builder.bitcast(x, INTS)
         is_odd = builder.and_(builder.lshr(bits, self._every(16)), self._every(1))
-        bits = builder.add(bits, builder.add(is_odd, self._every(0x7FFF)))
-        return builder.and_(bits, self._every(0xFFFF0000))
+        rounded = builder.add(bits, builder.add(is_odd, self._every(0x7FFF)))
+        is_nan = builder.icmp_unsigned(">", builder.and_(bits, self._every(0x7FFFFFFF)), self._every(0x7F800000))
+        rounded = builder.select(is_nan, builder.or_(bits, self._every(0x00400000)), rounded)  # its addition overflows
+        return builder.and_(rounded, self._every(0xFFFF0000))
 
     def words(self, even: ir.Value, odd: ir.Value) -> ir.Value:
         """The numbers of two columns, side by side."""

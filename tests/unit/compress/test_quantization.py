@@ -184,6 +184,18 @@ def test_scale_and_real_zero_point_are_the_least_squares_of_each_group_in_turn()
     assert product_errors(weight - grid.numbers(codes, found), hessian).sum() < errors[1] * 1.01 < errors[0]
 
 
+@pytest.mark.parametrize(("mean", "size"), [(1.0, 1e-3), (0.5, 0.3), (0.0, 2e-4)])
+def test_rounding_what_is_stored_makes_no_group_worse(mean: float, size: float) -> None:
+    """A zero point far from its codes has few bits for the minimum, and a tiny scale is stored larger."""
+    grid, hessian = Grid(kind="int4", zero_points="real"), hessian_of(64)
+    weight = mean + size * random_weight(32, 64) * 8
+    levels = grid.fit(weight)
+    codes = grid.codes(weight, levels)
+    found = rescaled(weight, hessian.float(), grid, Rounded(codes, levels))
+    before, after = (product_errors(weight - grid.numbers(codes, each), hessian) for each in (levels, found))
+    assert (after <= before * (1 + 1e-4)).all() and after.sum() < before.sum()
+
+
 def test_clipped_levels_are_the_best_of_all_that_are_tried() -> None:
     """Real levels whose zero points lie between two codes: a shift and a share of the range must both be found."""
     grid, weight = Grid(kind="int4"), random_weight(16, 64) + 0.05

@@ -53,7 +53,10 @@ def attention_of(step: Step, *, by_tiles: bool) -> np.ndarray:
     if by_tiles:
         counts = np.diff(step.batch.query_starts)
         assert np.isnan(out).all(axis=1).sum() == counts[counts >= MIN_QUERIES].sum(), "left out"
-        tiled_attention(qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, sink, out, 2)
+        is_done = tiled_attention(
+            qkv, shape, batch, rotations, keys, values, window, case.sinks, scale, sink, out, 2
+        )  # fmt: skip
+        assert is_done, "not computed"
     return out
 
 
@@ -69,6 +72,15 @@ def test_queries_see_what_they_should(case: Case) -> None:
     np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=2e-5)
     np.testing.assert_allclose(tiled, expected, rtol=1e-4, atol=2e-4)
     assert np.abs(tiled - expected).mean() < 2e-5
+
+
+def test_a_sequence_with_a_value_that_is_not_finite_is_left_to_the_other_kernel() -> None:
+    """Its products would reach tokens that do not see it: 0 · NaN is NaN."""
+    step = make_step(Case(spans=[(0, 48)], **SHAPE), CPU)
+    for number in (torch.nan, torch.inf):
+        step.qkv_TN[20, -1] = number
+        with pytest.raises(AssertionError, match="not computed"):
+            attention_of(step, by_tiles=True)
 
 
 def test_what_the_unit_is_not_used_for() -> None:
