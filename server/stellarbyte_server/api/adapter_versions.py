@@ -154,7 +154,8 @@ class AdapterVersions:
         except (RequestRejected, EngineDead) as error:
             unloading = asyncio.get_running_loop().create_future()
             unloading.set_exception(error)
-        return asyncio.create_task(self._drained(name, record, unloading))
+        is_recorded = is_offered or record is not None
+        return asyncio.create_task(self._drained(name, record, unloading, is_recorded=is_recorded))
 
     async def _is_offered(self, name: str) -> bool:
         """Whether engines offer a name without the record: as one of --lora-modules or a folder of --adapter-dir."""
@@ -169,12 +170,16 @@ class AdapterVersions:
         return True
 
     async def _drained(
-        self, name: str, record: NameRecord | None, unloading: Awaitable[AdapterUnloaded]
+        self, name: str, record: NameRecord | None, unloading: Awaitable[AdapterUnloaded], *, is_recorded: bool
     ) -> AdapterUnloaded:
         try:
             unloaded = await unloading
-        except (RequestRejected, EngineDead) as error:
-            if record is None or (isinstance(error, RequestRejected) and error.code != ADAPTER_NOT_FOUND):
+        except EngineDead:
+            if not is_recorded or self._client.health() is None:  # engines that live still serve it
+                raise
+            unloaded = AdapterUnloaded("", 0)
+        except RequestRejected as error:
+            if record is None or error.code != ADAPTER_NOT_FOUND:
                 raise
             unloaded = AdapterUnloaded("", 0)
         if record is not None:

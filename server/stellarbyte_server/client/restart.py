@@ -72,6 +72,7 @@ class RestartingEngine:
 
     async def _start_another(self) -> bool:
         """Start another process; returns whether it takes requests."""
+        self._process.kill()  # one that failed may live on for seconds; at the end of its stdin it would remove folders
         await asyncio.to_thread(self._process.stop)  # removes its files
         if self._is_stopping:
             return False

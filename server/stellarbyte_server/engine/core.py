@@ -292,7 +292,8 @@ class EngineCore:
             generation_tokens_total=self.answers.num_generated_tokens,
             num_preemptions_total=totals.num_preemptions,
             num_steps_total=self.answers.num_steps,
-            num_blocked=self.scheduler.num_blocked + len(self._compiling),
+            num_blocked=min(self.scheduler.num_blocked, len(self.scheduler.running) + len(self.scheduler.waiting))
+            + len(self._compiling),  # some may have ended since the last step
             prefix_cache_queries_total=totals.prefix_queries,
             prefix_cache_hits_total=totals.prefix_hits,
             evicted_tokens_total=self.scheduler.num_evicted,

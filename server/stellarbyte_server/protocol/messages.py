@@ -224,7 +224,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generation_tokens_total: int
     num_preemptions_total: int
     num_steps_total: int
-    num_blocked: int = 0  # waiting requests whose adapters are loading
+    num_blocked: int = 0  # waiting requests whose adapters or blocks are being loaded
     prefix_cache_queries_total: int = 0  # prompt tokens looked up
     prefix_cache_hits_total: int = 0  # of these, found
     evicted_tokens_total: int = 0

@@ -323,14 +323,15 @@ class Adapters:
         return [failed, *self._lifetimes.drain(version)]
 
     def _go_live(self, version: AdapterVersion, probe: AdapterProbe | None = None) -> list[Reply]:
-        """Keep a loaded version beside the current one of its name. Equal content changes nothing."""
+        """Keep a loaded version beside the current one of its name. Equal stored content changes nothing."""
         load = self._loads.take(version)
         assert load is not None
         old = self._names.current.get(version.name)
-        if old is not None and self._names.has_content(version):
-            is_used = not old.is_stored
-            old.files = version.files if is_used else old.files
-            return [*self._lifetimes.drain(version), load.loaded(old, self._card(old), is_used=is_used)]
+        if old is not None and old.is_stored and self._names.has_content(version):
+            return [*self._lifetimes.drain(version), load.loaded(old, self._card(old), is_used=False)]
+        beside = self._names.beside.find(version.name, version.content_hash)
+        if beside is not None and beside.state == "ready" and self._names.beside.share(beside):
+            return [*self._lifetimes.drain(version), load.loaded(beside, self._card(beside), probe=probe)]
         version.state = "ready"
         self._lifetimes.others.discard(version)
         before = self._names.beside.keep(version)

@@ -11,7 +11,9 @@ import logging
 import os
 import re
 import struct
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,8 @@ class BlockFolder:
         self._identity = identity
         self._file_bytes = HEADER_BYTES + block_bytes
         self._known: set[bytes] = set()  # keys; those of other engines since the last listing are missing
+        self._forgotten: Counter[bytes] = Counter()  # calls of `forget` whose `remove` has not ended
+        self._forgotten_lock = threading.Lock()
         self._seen_change = 0
         self._used_ns = 0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -62,10 +66,12 @@ class BlockFolder:
 
     def has(self, key: bytes) -> bool:
         """For any thread."""
-        return key in self._known
+        return key in self._known and key not in self._forgotten
 
     def read(self, key: bytes, out: np.ndarray) -> bool:
         """Fill `out`, uint8 [N], with a block; False if there is no valid file. An invalid one is removed."""
+        if key in self._forgotten:
+            return False
         path = self._path(key)
         try:
             read_block_file(path, BlockName(identity=self._identity, key=key), out)
@@ -113,17 +119,26 @@ class BlockFolder:
                 os.utime(self._path(key), ns=self._now())
 
     def forget(self, key: bytes) -> None:
-        """Find a block no more; `remove` follows. For any thread."""
-        self._known.discard(key)
+        """Find a block no more, whatever is written meanwhile, until `remove`, which follows. For any thread."""
+        with self._forgotten_lock:
+            self._forgotten[key] += 1
 
     def remove(self, key: bytes) -> None:
-        """Remove a block, if it is there."""
+        """Remove a block that was forgotten, if it is there.
+
+        Raises:
+            OSError: it is still there, and stays forgotten.
+        """
         path = self._path(key)
         self._known.discard(key)
         if path.exists():
-            with self._locked(), contextlib.suppress(OSError):
+            with self._locked(), contextlib.suppress(FileNotFoundError):
                 path.unlink()
                 self._change(-self._file_bytes)
+        with self._forgotten_lock:  # not after another error: the file is still there
+            self._forgotten[key] -= 1
+            if self._forgotten[key] <= 0:
+                del self._forgotten[key]
 
     def refresh(self) -> None:
         """Find the blocks that other engines have added."""
@@ -149,14 +164,15 @@ class BlockFolder:
                     with contextlib.suppress(OSError):  # removed as invalid by another engine
                         stat = entry.stat(follow_symlinks=False)
                         files.append((stat.st_mtime_ns, entry.name, stat.st_size))
-        files.sort(reverse=True)
-        total = sum(size for _, _, size in files)
-        while files and total + num_bytes > self._max_bytes:
-            _, name, size = files.pop()
+        order = np.argsort(np.array([used_ns for used_ns, _, _ in files], np.int64))  # without Python's lock
+        total, num_removed = sum(size for _, _, size in files), 0
+        while num_removed < len(files) and total + num_bytes > self._max_bytes:
+            _, name, size = files[order[num_removed]]
             (self._folder / name).unlink(missing_ok=True)
             total -= size
+            num_removed += 1
         self._change(total - self._state()[0])
-        self._known = self._keys_of([name for _, name, _ in files])
+        self._known = self._keys_of([files[number][1] for number in order[num_removed:]])
 
     def _state(self) -> tuple[int, int]:
         state = os.pread(self._lock_fd, _STATE.size, 0)

@@ -17,6 +17,9 @@ logger = logging.getLogger("server.engine")
 _REFRESH_S = 5.0  # between two looks for other engines' files
 
 
+MAX_QUEUED_TASKS = 10_000  # beyond, uses of blocks are not noted
+
+
 @dataclass(frozen=True)
 class _Write:
     key: bytes
@@ -34,7 +37,10 @@ class _Touch:
 
 
 class FolderWriter:
-    """Methods are for the engine thread and never wait. Each write holds a slot, so they are not more than slots."""
+    """Methods are for the engine thread and never wait.
+
+    Each write holds a slot, so they are not more than slots; blocks are removed however many.
+    """
 
     def __init__(self, folder: BlockFolder, host: HostBlocks, totals: OffloadTotals) -> None:
         self._totals = totals
@@ -64,7 +70,9 @@ class FolderWriter:
         self._give(_Remove(key))
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        self._give(_Touch(keys))
+        """Note the use of blocks, unless the disk does not keep up."""
+        if self.num_queued < MAX_QUEUED_TASKS:
+            self._give(_Touch(keys))
 
     def _give(self, task: _Write | _Remove | _Touch) -> None:
         self._num_given += 1

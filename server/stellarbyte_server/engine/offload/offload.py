@@ -141,10 +141,10 @@ class Offload:
 
     def take_ended(self) -> list[BlockLoad]:
         ended = [self._ended.popleft() for _ in range(len(self._ended))]
-        self._running.difference_update(ended)
         for load in ended:
-            for key in load.discarded:  # read again after it was discarded
+            for key in tuple(load.discarded):  # read again after it was discarded, perhaps by the next of these loads
                 self.discard(key)
+        self._running.difference_update(ended)
         return ended
 
     def settle(self) -> None:

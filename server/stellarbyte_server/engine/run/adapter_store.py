@@ -144,6 +144,7 @@ class AdapterStore:
         """Bring a version into memory."""
         done, packed = self._mixed(version) if version.parts else self._read_files(version)
         if packed is not None:
+            version.invocation = done.invocation  # before a mix finds the version here
             self._packed[version] = packed
         return done
 

@@ -113,10 +113,10 @@ class Admission:
     def num_blocked(self) -> int:
         """Number of waiting sequences without a resident adapter, or whose blocks are being loaded."""
         adapters = self._adapters
-        num_loading = 0 if self.loading is None else len(self.loading)
-        if adapters is None:
-            return num_loading
-        return num_loading + sum(not adapters.slots.may_enter(sequence) for sequence in self.waiting)
+        return sum(
+            sequence.load is not None or (adapters is not None and not adapters.slots.may_enter(sequence))
+            for sequence in self.waiting
+        )
 
     def _place_adapters(self, adapters: AdapterGate) -> None:
         """Assign slots to adapters of waiting sequences, if necessary by preempting running ones after their time."""

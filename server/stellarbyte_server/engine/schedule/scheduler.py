@@ -70,7 +70,9 @@ class Scheduler:
         self.waiting = self._admission.waiting
         self.running = self._admission.running  # in order of rank
         self.totals = self._admission.totals
-        self.num_blocked = 0  # sequences that the last `schedule` skipped because of adapters or keys' limits
+        self.num_blocked = (
+            0  # sequences that the last `schedule` skipped for adapters, keys' limits or blocks on their way
+        )
         self._clock = clock
         self._displaced: list[Sequence] = []
         self._keyless = Account()  # requests without a key
@@ -256,7 +258,7 @@ class Scheduler:
             for chunk in chunks:
                 spend(chunk.sequence.account, chunk.length, self.limits.shares)
         self.num_blocked = self._admission.num_blocked()
-        if not chunks and self.seconds_until_allowed() is not None:
+        if not chunks and (self.seconds_until_allowed() is not None or self._admission.loading):  # which others await
             self.num_blocked = len(self.running) + len(self.waiting)
         return chunks
 
