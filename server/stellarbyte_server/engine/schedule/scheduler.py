@@ -70,9 +70,7 @@ class Scheduler:
         self.waiting = self._admission.waiting
         self.running = self._admission.running  # in order of rank
         self.totals = self._admission.totals
-        self.num_blocked = (
-            0  # sequences that the last `schedule` skipped for adapters, keys' limits or blocks on their way
-        )
+        self.num_blocked = 0  # sequences that adapters, keys' limits or blocks held up in the last `schedule`
         self._clock = clock
         self._displaced: list[Sequence] = []
         self._keyless = Account()  # requests without a key
