@@ -138,9 +138,11 @@ def test_a_running_stream_ends_on_the_version_it_began_with(adapted: Adapted, ch
             if change == "replaced":
                 assert adapted.load("changed", "a0", load_inplace=True).status_code == 200
                 assert adapted.answer("changed") == adapted.answers["a0"][-1]
-            else:
-                thread.submit(adapted.unload, "changed")
-            was_running = adapted.is_draining("changed")
+                was_running = adapted.is_draining("changed")
+            else:  # which is answered when the stream has ended
+                unloading, was_running = thread.submit(adapted.unload, "changed"), False
+                while not was_running and not unloading.done():
+                    was_running = adapted.is_draining("changed")
             assert text_of([first, *lines]) == adapted.long_answer
         adapted.unload("changed")
         if was_running:
