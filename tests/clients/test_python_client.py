@@ -67,7 +67,7 @@ def test_an_adapter_has_versions_goes_back_and_is_split(client: Any) -> None:
         client.adapters.split("mine", {"1": 0.5})
     assert client.adapters.load("mine", "pirate", replace=True, probe=False).probe is None
     client.adapters.unload("mine")
-    with pytest.raises(ServerError, match="no stored adapter 'mine'"):
+    with pytest.raises(ServerError, match="no adapter 'mine' that was loaded over HTTP"):
         client.adapters.versions("mine")
 
 
