@@ -174,7 +174,7 @@ def test_what_cannot_be_done_is_one_sentence(tune: Any, server: ServerProcess, e
         (("--cancel", "ftjob-1", *ANN), "The fine-tuning job 'ftjob-1' does not exist."),
         ((examples,), "The server needs one of its API keys; give it with --api-key or in STELLARBYTE_API_KEY."),
         ((examples, "--api-key", "key-of-bob"), "The key 'bob' may not fine-tune models."),
-        (("--back", "none", *ADMIN), "There is no stored adapter 'none'; --data-dir keeps those loaded over HTTP."),
+        (("--back", "none", *ADMIN), "There is no adapter 'none' that was loaded over HTTP; only those have versions."),
         (("--from-feedback", examples, *ADMIN), f"{examples} already exists; give another name."),
     ):  # fmt: skip
         assert tune(*arguments) == Result(1, "", f"error: {message}\n")
