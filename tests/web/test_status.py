@@ -33,6 +33,8 @@ def test_adapters_are_loaded_replaced_and_unloaded(open_page: OpenPage, guarded_
     load(page, "mine", "blue")
     expect(page.locator("#outcome .bad")).to_contain_text("The server refused the request.")
     load(page, "mine", "blue", in_place=True)
+    expect(page.locator("#outcome")).to_contain_text("mine is loaded:")
+    expect(row.locator(".hash")).to_have_count(1)  # while it is loaded, both versions may be shown
     expect(row.locator(".hash")).not_to_have_text(before)
     load(page, "", "")
     expect(page.locator("#adapter-name-problem")).to_have_text("The adapter needs a name.")
