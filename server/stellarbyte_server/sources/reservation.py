@@ -15,7 +15,7 @@ class NameReserved(Exception):
 @contextmanager
 def reserved(folder: Path, name: str) -> Iterator[None]:
     """Reserve a name by a lock in a folder of the server; NameReserved. The lock ends with its process."""
-    if not folder.is_dir():  # the engine has ended, as the load will find
+    if not folder.is_dir():  # it was removed: the server ends
         yield
         return
     lock = FileLock(folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.lock", thread_local=False)

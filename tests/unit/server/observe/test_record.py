@@ -24,7 +24,7 @@ class Queue:
 def test_a_client_that_leaves_the_queue_has_aborted_its_request() -> None:
     record = RequestRecord(request_id="r")
     http: Any = SimpleNamespace(scope={"state": {"record": record}})
-    service: Any = SimpleNamespace(client=Queue())
+    service: Any = SimpleNamespace(client=Queue(), settings=SimpleNamespace(model_name="m"))
 
     async def leave() -> None:
         waiting = asyncio.create_task(submit(http, service))

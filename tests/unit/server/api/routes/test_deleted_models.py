@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from stellarbyte_server.api.contract.errors import ApiError
+from stellarbyte_server.api.routes.tuning import jobs
 from stellarbyte_server.api.routes.tuning.jobs import delete_model
 from stellarbyte_server.client.engine_client import EngineDead
 from stellarbyte_server.protocol.request import ADAPTER_LOADING, ADAPTER_NOT_FOUND, RequestRejected
@@ -47,16 +49,25 @@ def store_with_model(folder: Path) -> TuningStore:
         (EngineDead("The engine process ended."), 503),
     ],
 )
-def test_a_model_that_is_still_loaded_stays(tmp_path: Path, error: Exception | None, status: int) -> None:
+def test_a_model_that_is_still_loaded_stays(
+    tmp_path: Path, error: Exception | None, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = store_with_model(tmp_path)
 
-    async def unload(name: str) -> None:
-        assert name == NAME
-        if error is not None:
-            raise error
+    class Versions:
+        def __init__(self, *_: Any) -> None:
+            pass
 
+        async def unload(self, name: str, caller: str) -> Awaitable[None]:
+            assert (name, caller) == (NAME, "")
+            if error is not None:
+                raise error
+            return asyncio.sleep(0)
+
+    monkeypatch.setattr(jobs, "AdapterVersions", Versions)
+    (tmp_path / "locks").mkdir()
     http: Any = SimpleNamespace(scope={"state": {}})
-    service: Any = SimpleNamespace(tuning=store, client=SimpleNamespace(unload_adapter=unload))
+    service: Any = SimpleNamespace(tuning=store, registry=SimpleNamespace(locks=tmp_path / "locks"))
     if status == 200:
         assert asyncio.run(delete_model(NAME, http, service))["deleted"]
     else:
