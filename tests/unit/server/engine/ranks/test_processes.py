@@ -68,6 +68,7 @@ def start_group() -> Iterator[Callable[..., Group]]:
 class Steps:
     """An executor whose steps fail or do not."""
 
+    cache: Any = None
     num_steps_ahead = 0
     takes_drafts = False
 
