@@ -1,6 +1,5 @@
 """Engines with tiers below their pool of blocks, whose steps follow what the tiers' threads have done."""
 
-import select
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.block_pool import CacheLayout
 from stellarbyte_server.engine.state.sequence import Chunk
 from tests.support.engines.engine import is_complete, make_scheduler
+from tests.support.tools.readable import readable
 
 Compute = Callable[[list[Chunk]], list[list[int]]]
 IDENTITY = b"i" * 32
@@ -87,7 +87,7 @@ class OffloadEngine:
         self.settle()
         chunks = self.scheduler.schedule()
         if not chunks and self.scheduler.has_work:
-            assert select.select([self.offload.wake_fd], [], [], 10)[0], "nothing runs and nothing comes"
+            assert readable([self.offload.wake_fd], 10), "nothing runs and nothing comes"
             return chunks
         for sequence, _ in self.scheduler.apply(chunks, self.compute(chunks)):
             if is_complete(sequence):

@@ -4,7 +4,6 @@ import asyncio
 import datetime
 import json
 import math
-import select
 import threading
 from typing import Any
 
@@ -26,6 +25,7 @@ from tests.support.cases import some
 from tests.support.random_schemas import RandomSchemas, WildModel
 from tests.support.schemas import refusal
 from tests.support.servers.fake_engine import make_tokenizer
+from tests.support.tools.readable import readable
 
 FAKE = LLTokenizer(make_tokenizer().to_str(), eos_token=256)
 
@@ -269,7 +269,7 @@ def test_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: Tokenizer, n
             compiler.submit(key, grammar_text)
         grammars: list[Any] = []
         while len(grammars) < 2:
-            select.select([compiler.wake_fd], [], [], 1)
+            readable([compiler.wake_fd], 1)
             grammars += [grammar for _, grammar in compiler.collect()]
         validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
         for grammar in grammars:

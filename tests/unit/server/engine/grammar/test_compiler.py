@@ -1,7 +1,6 @@
 """Grammars compiled on their thread and followed as masks, with one token for each byte."""
 
 import re
-import select
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from stellarbyte_server.engine.grammar.compiler import GrammarCompiler
 from stellarbyte_server.engine.grammar.token_grammar import TokenGrammar
 from stellarbyte_server.protocol.grammar import GrammarRefused, check_grammar
 from tests.support.servers.fake_engine import make_tokenizer
+from tests.support.tools.readable import readable
 
 END, IM_START, IM_END = 256, 257, 258
 VOCAB_SIZE = 300  # more logits than tokens, and no multiple of 32
@@ -38,7 +38,7 @@ def collect(
     done: dict[str, TokenGrammar | GrammarRefused] = {}
     deadline_s = time.monotonic() + within_s
     while len(done) < count:
-        assert select.select([compiler.wake_fd], [], [], max(0, deadline_s - time.monotonic()))[0], done
+        assert readable([compiler.wake_fd], max(0, deadline_s - time.monotonic())), done
         done.update(compiler.collect())
     return done
 
@@ -182,14 +182,14 @@ def test_a_grammar_that_no_text_satisfies_is_refused(compiler: GrammarCompiler) 
 
 def test_what_is_cancelled_is_not_answered(compiler: GrammarCompiler) -> None:
     compiler.submit("a", 'start: "a"')
-    assert select.select([compiler.wake_fd], [], [], 10)[0]
+    assert readable([compiler.wake_fd], 10)
     compiler.cancel("a")
     compiler.submit("a", 'start: "b"')
     compiler.submit("z", 'start: "z"')
     done = collect(compiler, 2)
     state = done["a"]
     assert isinstance(state, TokenGrammar) and allowed(state) == {ord("b")}
-    assert compiler.collect() == [] and not select.select([compiler.wake_fd], [], [], 0)[0]
+    assert compiler.collect() == [] and not readable([compiler.wake_fd], 0)
 
 
 def test_a_hostile_grammar_is_refused_in_time_and_holds_up_nobody_for_longer() -> None:

@@ -1,7 +1,6 @@
 """Masks that take long hold up their own request only, whether steps run one by one or one ahead."""
 
 import json
-import select
 import threading
 import time
 from functools import partial
@@ -21,6 +20,7 @@ from tests.support.engines.engine import Ahead, make_request
 from tests.support.engines.engine_core import VOCABULARY, drain, ended, model_core, text_of
 from tests.support.models.byte_transformer import make_model
 from tests.support.schemas import SCHEMAS
+from tests.support.tools.readable import readable
 
 
 class SlowMasks:
@@ -82,11 +82,11 @@ def test_an_engine_that_waits_for_a_mask_alone_sleeps_until_it_is_there(monkeypa
         core.take_replies()
         core.step()
         time.sleep(0.001)
-    readable = partial(select.select, list(core.wake_fds), [], [])
+    is_ready = partial(readable, list(core.wake_fds))
     core.step()
-    assert not readable(0.05)[0]
+    assert not is_ready(0.05)
     masks.go_on.set()
-    assert readable(10)[0]
+    assert is_ready(10)
     assert any(isinstance(item, Delta) for item in core.step())
 
 

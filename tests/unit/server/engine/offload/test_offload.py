@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import random
-import select
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from tests.support.cases import each_pair_once
 from tests.support.engines.engine import generated, is_complete, make_request
 from tests.support.engines.symbolic_cache import SymbolicRunner, continuation
 from tests.support.tiers.offload_engine import NAMES, CachedNames, OffloadEngine, make_cache, make_offload
+from tests.support.tools.readable import readable
 
 W = 12
 Engines = Any  # a function that makes engines of names, which are closed at the end
@@ -184,7 +184,7 @@ def test_content_that_is_discarded_while_it_is_loaded_is_not_used(make_engine: E
     engine = make_engine(tmp_path)
     sequence = engine.scheduler.add(make_request([1] * 40, 3))
     assert engine.scheduler.schedule() == []
-    assert select.select([engine.offload.wake_fd], [], [], 10)[0]  # all are filled, and the engine has not looked
+    assert readable([engine.offload.wake_fd], 10)  # all are filled, and the engine has not looked
     for key in sequence.keys.keys:
         engine.offload.discard(key)
     engine.run()

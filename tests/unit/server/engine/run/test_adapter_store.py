@@ -2,7 +2,6 @@
 
 import os
 import re
-import select
 import threading
 import time
 from functools import partial
@@ -24,6 +23,7 @@ from stellarbyte_server.engine.run.executor import DeviceLost
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from tests.support.models.adapters import write_adapter
 from tests.support.models.byte_transformer import make_model
+from tests.support.tools.readable import readable
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def resident_bytes() -> int:
 
 
 def wait(store: AdapterStore) -> ReadDone | FillDone:
-    assert select.select([store.wake_fd], [], [], 10)[0]
+    assert readable([store.wake_fd], 10)
     (done,) = store.finished()
-    assert not select.select([store.wake_fd], [], [], 0)[0]
+    assert not readable([store.wake_fd], 0)
     return done
 
 
@@ -254,7 +254,7 @@ def test_a_large_machine_reads_several_adapters_at_once(tmp_path: Path, monkeypa
             store.read(version)
         done: list[ReadDone | FillDone] = []
         while len(done) < len(versions):
-            assert select.select([store.wake_fd], [], [], 20)[0]
+            assert readable([store.wake_fd], 20)
             done += store.finished()
         assert {each.version for each in done} == set(versions)
         assert all(isinstance(each, ReadDone) and not each.error for each in done)
