@@ -103,24 +103,18 @@ def attention(x, layer, weights, options, batch, adapters, rotations, keys, valu
         qkv, shape, weights.q_norm_LD[layer], weights.k_norm_LD[layer], np.float32(options.norm_eps), batch, rotations,
         keys, values, num_threads,
     )  # fmt: skip
-    is_tiled = options.arithmetic == TILED and can_tile(
-        keys.shape[1], options.head_dim, weights.windows_L[layer], options.softcap
-    )
-    most = MIN_QUERIES - 1 if is_tiled else len(x)
-    paged_attention(
-        qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
-        weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
-        most, attended, num_threads,
-    )  # fmt: skip
-    if is_tiled and not tiled_attention(
-        qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
-        weights.score_scales_L[layer], weights.softmax_sink_LH[layer], attended, num_threads,
-    ):  # fmt: skip
-        paged_attention(
-            qkv, shape, batch, rotations, keys, values, weights.windows_L[layer], options.sink_tokens,
-            weights.score_scales_L[layer], np.float32(options.softcap), weights.softmax_sink_LH[layer],
-            len(x), attended, num_threads,
+    window = weights.windows_L[layer]
+    is_tiled = options.arithmetic == TILED and can_tile(keys.shape[1], options.head_dim, window, options.softcap)
+    if is_tiled:
+        is_tiled = tiled_attention(
+            qkv, shape, batch, rotations, keys, values, window, options.sink_tokens, weights.score_scales_L[layer],
+            weights.softmax_sink_LH[layer], attended, num_threads,
         )  # fmt: skip
+    paged_attention(
+        qkv, shape, batch, rotations, keys, values, window, options.sink_tokens, weights.score_scales_L[layer],
+        np.float32(options.softcap), weights.softmax_sink_LH[layer], MIN_QUERIES - 1 if is_tiled else len(x),
+        attended, num_threads,
+    )  # fmt: skip
     _project(
         attended, layer, weights.output, adapters, NO_ACTIVATION, options.arithmetic, buffers.hidden_addend, out,
         num_threads,
