@@ -167,6 +167,7 @@ def measure_loop(options: argparse.Namespace, variant: dict[str, Any]) -> dict[s
         config, data = config_of(options, variant, Path(name)), data_of(options, variant, Path(name))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = make_model(config, data).to(device).train()
+        model.model.rotary.reserve(options.sequence, device)
         optimizer = make_optimizer(model, config.train)
         compiled: Any = torch.compile(model) if config.train.compile else model
         layout = layout_of(config.parallel, ranks_expected())

@@ -149,6 +149,12 @@ class XPosRotaryEmbedding(nn.Module):
             self._rotations[key] = self._make(rope, length)
         return self._rotations[key]
 
+    def reserve(self, length: int, device: torch.device) -> None:
+        """Make what sequences of up to `length` tokens need on a device. A model compiled without it is compiled
+        again at its second call, for which the tables exist."""
+        for layer in range(len(self.kinds)):
+            self.of_layer(layer, length).cache.tables(length + 1, device)
+
     def changes_with(self, before: int, after: int) -> bool:
         """Whether some layer is rotated in another way when sequences grow from `before` to `after` tokens."""
         return any(is_long(rope, before) != is_long(rope, after) for rope in self.ropes.values() if rope is not None)

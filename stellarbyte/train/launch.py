@@ -182,6 +182,8 @@ def make_trainer(
     model = make_model(config, data)
     num_active = num_active_parameters(model)
     device = args.device  # the ranks find each other
+    if settings.compile:
+        model.model.rotary.reserve(model.config.max_position_embeddings, device)
     if layout.is_sharded:
         shard(model, layout, device)
     guard = Guard()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 
 from stellarbyte.checkpoint.info import read_record
 from stellarbyte.checkpoint.native import load_model, open_checkpoint
@@ -19,7 +20,8 @@ from stellarbyte.lora import load_adapter
 from stellarbyte.train.callbacks.ema import Ema
 from stellarbyte.train.config.run import LoraRun, Model, Pretrain
 from stellarbyte.train.errors import TrainError
-from stellarbyte.train.launch import train
+from stellarbyte.train.launch import make_trainer, plan_of, train
+from stellarbyte.train.parallel.layout import layout_of
 from stellarbyte.train.rows import RunData
 from stellarbyte.train.sources import chat_rows
 from stellarbyte.train.tokenizer.stages import CHAT_TEMPLATE
@@ -54,6 +56,23 @@ def trained(folder: Path, data: RunData | None = None, **changes: Any) -> str:
     outcome = train("pretrain", config(folder, **changes), data, resume=False, console=console)
     assert outcome.folder == folder / "run" / "model"
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("model", [{}, {"use_xpos": False}], ids=["xpos", "rope"])
+def test_a_compiled_run_compiles_its_model_once(tmp_path: Path, model: dict[str, Any]) -> None:
+    data, settings = run_data(tmp_path), config(tmp_path, compile=True)
+    settings = settings.model_copy(update={"model": Model.model_validate(MODEL | model)})
+    layout = layout_of(settings.parallel, 1)
+    plan = plan_of(settings, data, layout)
+    trainer, guard = make_trainer("pretrain", settings, data, plan, layout, Console(file=io.StringIO()))
+    guard.restore()
+    compiles = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(trainer.model, backend=compiles)
+    batch: Any = data.collate([data.train[row] for row in range(2)])
+    for _ in range(2):
+        compiled(**batch, skip_logits=True)
+    assert compiles.frame_count == 1
 
 
 def test_the_finished_model_is_the_average_of_all_steps(tmp_path: Path) -> None:
