@@ -1,11 +1,11 @@
 """Copies of blocks between a GPU's cache and pinned memory, beside the stream of the steps."""
 
-import numpy as np
 import pytest
 import torch
 
 from stellarbyte.cache.paged_kv import PagedKVCache
 from stellarbyte_server.engine.offload.copies import CudaCopies
+from stellarbyte_server.engine.offload.host_blocks import host_memory
 from tests.support.models.byte_transformer import make_config
 
 pytestmark = [
@@ -22,7 +22,7 @@ def test_copies_keep_every_bit(dtype: torch.dtype) -> None:
         part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, device="cuda"))
     before = [part.clone() for part in parts]
     copies = CudaCopies(cache)
-    memory = np.zeros((2, copies.num_bytes), np.uint8)
+    memory = host_memory(2, copies.num_bytes)
     copies.adopt(memory)
     torch.cuda.synchronize()
     copies.read(3, memory[1])
@@ -36,7 +36,8 @@ def test_a_block_is_written_after_the_steps_before_its_fence() -> None:
     """A step in flight may still write to a block that was freed; what it writes must not come last."""
     cache = PagedKVCache(make_config(), 2, 64, torch.float32, torch.device("cuda"))
     copies = CudaCopies(cache)
-    memory = np.full((1, copies.num_bytes), 7, np.uint8)
+    memory = host_memory(1, copies.num_bytes)
+    memory[:] = 7
     copies.adopt(memory)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)  # a step that takes about a tenth of a second

@@ -1,5 +1,6 @@
 """Copies of cache blocks to host memory and back, of all layers at once."""
 
+import weakref
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +30,7 @@ class BlockCopies(Protocol):
         """Copy uint8 [num_bytes] into a block, once the steps before `fence` are complete."""
 
     def adopt(self, memory: np.ndarray) -> None:
-        """Prepare host memory for fast copies."""
+        """Prepare memory of `host_memory` for fast copies."""
 
 
 class HostCopies:
@@ -88,9 +89,14 @@ class CudaCopies:
             self._stream.synchronize()
 
     def adopt(self, memory: np.ndarray) -> None:
-        """Pin it, without torch's allocator, which would round the size up to a power of two."""
-        error = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-        torch.cuda.check_error(int(error))
+        """Pin it for as long as it exists, without torch's allocator, which would round the size up to a power of two.
+
+        Raises:
+            torch.cuda.CudaError: it cannot be pinned; a part of one of its pages is pinned already, say.
+        """
+        runtime, address = torch.cuda.cudart(), memory.ctypes.data
+        torch.cuda.check_error(int(runtime.cudaHostRegister(address, memory.nbytes, 0)))
+        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
 
 
 def make_copies(cache: PagedKVCache) -> BlockCopies:

@@ -1,5 +1,6 @@
 """Blocks in host memory by key, the least recently used of which makes room for others."""
 
+import mmap
 import threading
 from collections import Counter, OrderedDict
 
@@ -15,7 +16,7 @@ class HostBlocks:
 
     def __init__(self, num_slots: int, block_bytes: int) -> None:
         self.num_slots = num_slots
-        self.memory = np.zeros((num_slots, block_bytes), np.uint8)  # takes memory only when written
+        self.memory = host_memory(num_slots, block_bytes)
         self._lock = threading.Lock()
         self._free = list(range(num_slots - 1, -1, -1))
         self._slot_of: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
@@ -82,3 +83,9 @@ class HostBlocks:
             del self._key_of[slot]
             if not self._pins[slot]:
                 self._free.append(slot)
+
+
+def host_memory(num_rows: int, num_bytes: int) -> np.ndarray:
+    """Zeros, uint8 [num_rows, num_bytes], that take memory only when written. They have pages of their own: only whole
+    pages can be pinned."""
+    return np.frombuffer(mmap.mmap(-1, num_rows * num_bytes), np.uint8).reshape(num_rows, num_bytes)

@@ -12,12 +12,10 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from stellarbyte_server.engine.offload.block_folder import BlockFolder
 from stellarbyte_server.engine.offload.copies import BlockCopies
 from stellarbyte_server.engine.offload.folder_writer import FolderWriter
-from stellarbyte_server.engine.offload.host_blocks import HostBlocks
+from stellarbyte_server.engine.offload.host_blocks import HostBlocks, host_memory
 from stellarbyte_server.engine.offload.totals import OffloadTotals
 from stellarbyte_server.engine.schedule.loading import Loading
 from stellarbyte_server.engine.state.lower_tiers import BlockLoad, LoadedBlock
@@ -57,7 +55,7 @@ class Offload:
         copies.adopt(self._host.memory)
         self._folder = folder
         self._writer = None if folder is None else FolderWriter(folder, self._host, self.totals)
-        self._scratch = np.zeros(copies.num_bytes, np.uint8)  # for a load that finds no free slot
+        self._scratch = host_memory(1, copies.num_bytes)[0]  # for a load that finds no free slot
         copies.adopt(self._scratch)
         self._tasks: deque[_Store | _Touch] = deque()
         self._store_of: dict[int, _Store] = {}  # block → its copy, until that counts

@@ -333,6 +333,8 @@ def test_random_requests_against_what_each_position_must_hold(
             for _ in range(chance.randint(0, 12)):
                 if engine.scheduler.has_work:
                     engine.step()
+            if number == 12:  # a slow thread of copies would leave nothing to load
+                engine.wait_stored()
             if chance.random() < 0.2 and not (victim := chance.choice(sequences)).is_over:
                 cut.add(victim)
                 engine.scheduler.remove(victim, keep_content=chance.random() < 0.5)
