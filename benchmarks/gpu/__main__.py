@@ -53,7 +53,9 @@ def run_program(module: str, arguments: list[str], limit_s: float) -> tuple[Resu
         for line in process.stdout:
             if line.startswith(RESULT):
                 figures = json.loads(line.removeprefix(RESULT))
-                results[figures.pop("work")] = figures
+                work = figures.pop("work")
+                results[work] = figures
+                print(work, json.dumps(figures), flush=True)  # the table would be lost if this program were ended
             elif line.strip():
                 print(line, end="", flush=True)
         status = process.wait()

@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ours", default=OURS, help=f"command of the server, to which a folder is added ({OURS})")
     parser.add_argument("--streams", type=int, default=4)
-    parser.add_argument("--stream-tokens", type=int, default=4000, help="of each answer; another one follows it")
+    parser.add_argument("--stream-tokens", type=int, default=200, help="of each answer; another one follows it")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0, help="of each of the two measurements of a round")
     parser.add_argument("--examples", type=int, default=200)
