@@ -1,7 +1,9 @@
 """Attention of many queries of a sequence by the matrix unit; the mathematics is that of `attention.paged_attention`.
 
-Keys and values of a sequence are split once for a step (`ops.cpu.tiles`). Then 16 queries of a head at a time are
-rotated for each block of keys, and a tile has their products with 16 keys.
+Keys and values of a sequence are split once for a step (`ops.cpu.tiles`). Its keys are first turned from the base of
+their block to one that all have in common, that of the block with the step's first token: no distance is longer than
+those of the step's queries. So 16 queries of a head at a time are rotated once, and then have their products with 64
+keys. Sinks keep the base of their block, as a window caps the positions of queries for them.
 """
 
 import numpy as np
@@ -20,12 +22,14 @@ from stellarbyte.ops.cpu.tiles import (
     split_row,
     strip_1,
     strip_2,
+    strip_4,
 )
 
 # T tokens, H query heads, K key/value heads, D head dim, B blocks of the cache, S block size, L places in live blocks
 
 MIN_QUERIES = 32  # of a sequence in a step: fewer do not make up for splitting its keys and values
 MIN_WINDOW = 512  # below, a query sees few of the keys that were split
+_LEAST_DECAY = np.float32(1e-12)  # XPos: 1 / decay of the step's own keys, which float32 must hold with room
 _UNSEEN = np.float32(-1e30)  # a score whose exponential is nothing
 
 
@@ -40,20 +44,51 @@ def can_tile(block_size, dim, window, softcap):
 def tiled_attention(qkv, shape, batch, rotations, keys, values, window, sinks, scale, softmax_sink, out, num_threads):
     """As `paged_attention` without a cap, for sequences with at least `MIN_QUERIES` tokens, where `can_tile`.
 
-    Returns whether it has done so: not if a value is not finite, which would reach tokens that do not see it.
+    Returns whether it has done so: not if a value is not finite, which would reach tokens that do not see it, or if
+    XPos takes the step's own keys out of the range of float32.
     """
     for n in range(len(batch.num_blocks_N)):
         first, end = batch.starts_N[n], batch.starts_N[n + 1]
         if end - first >= MIN_QUERIES:
-            last = batch.positions_T[end - 1]
-            key_tiles, value_panels, is_finite = _split(n, last, shape, batch, keys, values, sinks, num_threads)
+            last, common = batch.positions_T[end - 1], _common_base(batch, n, batch.positions_T[first])
+            if rotations.decay_OD[last - common].min() < _LEAST_DECAY:
+                return False
+            turns = _turns(batch.block_bases_NM[n, : batch.num_blocks_N[n]] - common, rotations)
+            key_tiles, value_panels, is_finite = _split(n, last, shape, batch, turns, keys, values, sinks, num_threads)
             if not is_finite.all():
                 return False
             _attend(
-                n, first, end, qkv, shape, batch, rotations, keys.shape[1], key_tiles, value_panels, window, sinks,
-                scale, softmax_sink, out, num_threads,
+                n, first, end, common, qkv, shape, batch, rotations, keys.shape[1], key_tiles, value_panels, window,
+                sinks, scale, softmax_sink, out, num_threads,
             )  # fmt: skip
     return True
+
+
+@njit(inline="always")
+def _common_base(batch, n, position):
+    """The base of the block that holds a position of a sequence."""
+    common = np.int64(0)
+    for b in range(batch.num_blocks_N[n]):
+        if common < batch.block_bases_NM[n, b] <= position:
+            common = batch.block_bases_NM[n, b]
+    return common
+
+
+@njit(nogil=True, cache=KEEP_COMPILED)
+def _turns(distances_B, rotations):
+    """cos, sin and factor [B, D/2] that turn keys from the base of a block to one `distance` before it."""
+    size, half = len(distances_B), rotations.cos_OD.shape[1]
+    cos, sin, factor = np.empty((3, size, half), np.float32)
+    for b in range(size):
+        # Blocks that are farther away than the tables reach are seen by no query.
+        distance = min(abs(distances_B[b]), len(rotations.cos_OD) - 1)
+        is_later = distances_B[b] > 0
+        for j in range(half):
+            cos[b, j] = rotations.cos_OD[distance, j]
+            sin[b, j] = rotations.sin_OD[distance, j] if is_later else -rotations.sin_OD[distance, j]
+            decay = rotations.decay_OD[distance, j]
+            factor[b, j] = np.float32(1) / max(decay, _LEAST_DECAY) if is_later else decay
+    return cos, sin, factor
 
 
 @njit(nogil=True, cache=KEEP_COMPILED)  # by its bits, as fast arithmetic knows no NaN
@@ -65,8 +100,8 @@ def _is_finite(row):
 
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
-def _split(n, last, shape, batch, keys, values, sinks, num_threads):
-    """Keys of 16 places each as tiles [K · L/16, D/32, 2, 16, 16], and values as panels [K · D/16, L/32, 2, 16, 16].
+def _split(n, last, shape, batch, turns, keys, values, sinks, num_threads):
+    """Turned keys of 16 places as tiles [K · L/16, D/32, 2, 16, 16], and values as panels [K · D/16, L/32, 2, 16, 16].
 
     Values that no query up to the position `last` sees are 0 there. Also returns of each thread whether all others that
     it met are finite.
@@ -85,10 +120,13 @@ def _split(n, last, shape, batch, keys, values, sinks, num_threads):
         words = rows.view(np.uint32)  # pairs of dims
         for item in range(thread, num_kv_heads * num_tiles, num_threads):
             head, tile = item // num_tiles, item % num_tiles
-            place = tile * ROWS_OF_A_TILE
-            slot = batch.block_tables_NM[n, place // block_size] * block_size + place % block_size
+            b, place = tile * ROWS_OF_A_TILE // block_size, tile * ROWS_OF_A_TILE % block_size
+            first = (batch.block_tables_NM[n, b] * block_size + place) * num_kv_heads + head
             for i in range(ROWS_OF_A_TILE):
-                split_row(key_rows, (slot + i) * num_kv_heads + head, rows, 0, i)
+                if b < batch.num_sink_blocks_N[n]:
+                    split_row(key_rows, first + i * num_kv_heads, rows, 0, i)
+                else:
+                    rotate_row(key_rows, first + i * num_kv_heads, 0, turns[0], turns[1], turns[2], b, rows, i)
             for step in range(steps):
                 for part in range(2):
                     source, target = words[0, step, part], key_tiles[item, step, part]
@@ -115,13 +153,13 @@ def _split(n, last, shape, batch, keys, values, sinks, num_threads):
 
 @njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=KEEP_COMPILED)
 def _attend(
-    n, first, end, qkv, shape, batch, rotations, block_size, key_tiles, value_panels, window, sinks, scale,
+    n, first, end, common, qkv, shape, batch, rotations, block_size, key_tiles, value_panels, window, sinks, scale,
     softmax_sink, out, num_threads,
 ):  # fmt: skip
     num_heads, num_kv_heads, dim = shape
     num_tiles, num_chunks = len(key_tiles) // num_kv_heads, value_panels.shape[1]
     steps, strips = dim // COLUMNS_OF_A_TILE, dim // ROWS_OF_A_TILE
-    num_groups = (end - first + ROWS_OF_A_TILE - 1) // ROWS_OF_A_TILE
+    num_groups, num_sink_blocks = (end - first + ROWS_OF_A_TILE - 1) // ROWS_OF_A_TILE, batch.num_sink_blocks_N[n]
     for thread in prange(num_threads):
         scores = np.empty((ROWS_OF_A_TILE, num_chunks * COLUMNS_OF_A_TILE), np.float32)
         queries = np.zeros((1, steps, 2, ROWS_OF_A_TILE, COLUMNS_OF_A_TILE), np.uint16)
@@ -131,37 +169,66 @@ def _attend(
         for item in range(thread, num_groups * num_heads, num_threads):
             start, head = first + item // num_heads * ROWS_OF_A_TILE, item % num_heads
             positions = batch.positions_T[start : min(start + ROWS_OF_A_TILE, end)]
-            kv_head, width = head // (num_heads // num_kv_heads), 0
+            kv_head, seen_from, seen_to = head // (num_heads // num_kv_heads), batch.num_blocks_N[n], 0
             for b in range(batch.num_blocks_N[n]):
-                base, is_sink, place = batch.block_bases_NM[n, b], b < batch.num_sink_blocks_N[n], b * block_size
+                base, is_sink, place = batch.block_bases_NM[n, b], b < num_sink_blocks, b * block_size
                 oldest = _seen(base, is_sink, positions[0], window, sinks, block_size)
                 newest = _seen(base, is_sink, positions[-1], window, sinks, block_size)
                 if oldest[0] >= newest[1]:
-                    scores[:, place : place + block_size] = _UNSEEN
                     continue
-                width = place + block_size
-                _rotate(
-                    qkv, start, head * dim, positions, base, window + sinks - 1 if is_sink and window else -1,
-                    rotations, queries,
-                )  # fmt: skip
-                for i in range(place, width, ROWS_OF_A_TILE):
-                    strip_1(queries, 0, key_tiles, kv_head * num_tiles + i // ROWS_OF_A_TILE, steps, scores, i)
-                if oldest[1] < block_size or newest[0] > 0:  # not all queries see the whole block
-                    for i in range(len(positions)):
-                        seen = _seen(base, is_sink, positions[i], window, sinks, block_size)
-                        scores[i, place : place + max(0, seen[0])] = _UNSEEN
-                        scores[i, place + max(0, seen[1]) : width] = _UNSEEN
+                seen_to = b + 1
+                if not is_sink:
+                    seen_from = min(seen_from, b)
+                    continue
+                furthest = window + sinks - 1 if window else -1
+                _rotate(qkv, start, head * dim, positions, base, furthest, rotations, queries)
+                _score(queries, key_tiles, kv_head * num_tiles, place, place + block_size, steps, scores)
+            if seen_from < seen_to:
+                _rotate(qkv, start, head * dim, positions, common, -1, rotations, queries)
+                _score(
+                    queries, key_tiles, kv_head * num_tiles, seen_from * block_size, seen_to * block_size, steps, scores
+                )
+            width = seen_to * block_size
             chunks = (width + COLUMNS_OF_A_TILE - 1) // COLUMNS_OF_A_TILE
             scores[:, width : chunks * COLUMNS_OF_A_TILE] = _UNSEEN
+            _hide(n, positions, batch, seen_to, block_size, window, sinks, scores)
             _weigh(scores[:, : chunks * COLUMNS_OF_A_TILE], scale, softmax_sink[head : head + 1], len(positions), sums)
             for i in range(ROWS_OF_A_TILE):
                 split_row(scores, i, weights, 0, i)
-            for strip in range(0, strips, 2):
+            for strip in range(0, strips - 3, 4):
+                strip_4(weights, 0, value_panels, kv_head * strips + strip, chunks, totals, strip * ROWS_OF_A_TILE)
+            for strip in range(strips - strips % 4, strips, 2):
                 strip_2(weights, 0, value_panels, kv_head * strips + strip, chunks, totals, strip * ROWS_OF_A_TILE)
             for i in range(len(positions)):
                 for d in range(dim):
                     out[start + i, head * dim + d] = totals[i, d] / sums[i]
         release_tiles()
+
+
+@njit(inline="always")
+def _hide(n, positions, batch, num_blocks, block_size, window, sinks, scores):
+    """Scores of keys that a query does not see = `_UNSEEN`."""
+    for b in range(num_blocks):
+        base, is_sink, place = batch.block_bases_NM[n, b], b < batch.num_sink_blocks_N[n], b * block_size
+        oldest = _seen(base, is_sink, positions[0], window, sinks, block_size)
+        newest = _seen(base, is_sink, positions[-1], window, sinks, block_size)
+        if oldest[0] >= newest[1]:
+            scores[:, place : place + block_size] = _UNSEEN
+        elif oldest[1] < block_size or newest[0] > 0:  # not all queries see the whole block
+            for i in range(len(positions)):
+                seen = _seen(base, is_sink, positions[i], window, sinks, block_size)
+                scores[i, place : place + max(0, seen[0])] = _UNSEEN
+                scores[i, place + max(0, seen[1]) : place + block_size] = _UNSEEN
+
+
+@njit(inline="always")
+def _score(queries, key_tiles, first_tile, start, stop, steps, scores):
+    """Products with the keys of places `start` to `stop` of the sequence, whose first tile is given."""
+    in_fours = start + (stop - start) // (4 * ROWS_OF_A_TILE) * (4 * ROWS_OF_A_TILE)
+    for i in range(start, in_fours, 4 * ROWS_OF_A_TILE):
+        strip_4(queries, 0, key_tiles, first_tile + i // ROWS_OF_A_TILE, steps, scores, i)
+    for i in range(in_fours, stop, ROWS_OF_A_TILE):
+        strip_1(queries, 0, key_tiles, first_tile + i // ROWS_OF_A_TILE, steps, scores, i)
 
 
 @njit(inline="always")

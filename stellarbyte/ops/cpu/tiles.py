@@ -148,7 +148,8 @@ tiled_1, tiled_2 = _tiled_product(1), _tiled_product(2)
 def _strip_product(num_panels: int):
     """An intrinsic: out[r, column + 16p + i] = Σ_c x[r, c] · w_p[c, i] over the first `steps` · 32 columns.
 
-    r is one of a block of 16 rows, p one of one or two neighbouring panels.
+    r is one of a block of 16 rows, p one of up to four neighbouring panels. With four, a product need not wait for the
+    one before it, whose sums are others.
 
     Its arguments are rows of `split_rows`, panels of `split_panel` and `out` [16, ≥ column + 16 · panels], float32.
     """
@@ -178,20 +179,16 @@ def _strip_product(num_panels: int):
                 def load(tile: int, start: ir.Value, offset: ir.Value) -> None:
                     _call(builder, "tileloadd64", _tile(tile), builder.gep(start, [offset]), number)
 
-                def multiply(tokens: int, weights: tuple[int, ...]) -> None:
-                    for p, tile in enumerate(weights[:num_panels]):
-                        _call(builder, "tdpbf16ps", _tile(p), _tile(tokens), _tile(tile))
+                def multiply(tokens: int, offset: ir.Value) -> None:
+                    for p in range(num_panels):
+                        load(_WEIGHTS[p % 2], starts[1 + p], offset)
+                        _call(builder, "tdpbf16ps", _tile(p), _tile(tokens), _tile(_WEIGHTS[p % 2]))
 
-                high, rest = _TOKENS
-                load(high, starts[0], at)
-                load(rest, starts[0], low)
-                for p in range(num_panels):
-                    load(_WEIGHTS[p], starts[1 + p], at)
-                multiply(high, _WEIGHTS)
-                multiply(rest, _WEIGHTS)
-                for p in range(num_panels):
-                    load(_WEIGHTS[p], starts[1 + p], low)
-                multiply(high, _WEIGHTS)
+                for part, offset in enumerate((at, low)):
+                    load(_TOKENS[part], starts[0], offset)
+                multiply(_TOKENS[0], at)
+                multiply(_TOKENS[1], at)
+                multiply(_TOKENS[0], low)
             stride = builder.mul(out_shape[1], ir.Constant(INT64, 4))
             for p in range(num_panels):
                 place = builder.add(arguments[6], ir.Constant(INT64, p * LANES))
@@ -205,7 +202,7 @@ def _strip_product(num_panels: int):
     return product
 
 
-strip_1, strip_2 = _strip_product(1), _strip_product(2)
+strip_1, strip_2, strip_4 = _strip_product(1), _strip_product(2), _strip_product(4)
 
 
 class _Splitter(Emitter):

@@ -83,6 +83,16 @@ def test_a_sequence_with_a_value_that_is_not_finite_is_left_to_the_other_kernel(
             attention_of(step, by_tiles=True)
 
 
+def test_keys_that_xpos_takes_out_of_range_are_left_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All keys of a step get one base; the factor of those far behind it would leave the range of float32."""
+    step = make_step(Case(spans=[(0, 48)], **SHAPE), CPU)
+    decays = step.rotation.log_decay(CPU)
+    assert decays is not None
+    monkeypatch.setattr(type(step.rotation), "log_decay", lambda *_: decays * 500)
+    with pytest.raises(AssertionError, match="not computed"):
+        attention_of(step, by_tiles=True)
+
+
 def test_what_the_unit_is_not_used_for() -> None:
     assert can_tile(16, 64, 0, 0.0) and can_tile(32, 96, MIN_WINDOW, 0.0)
     assert not can_tile(8, 64, 0, 0.0) and not can_tile(16, 80, 0, 0.0)
