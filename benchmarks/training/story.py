@@ -3,8 +3,8 @@
     python -m benchmarks.training.story poet          data/poems must be there: examples/poet/poems.py
     python -m benchmarks.training.story storyteller   data/stories must be there: examples/storyteller/generate.py
 
---small trains a model of 1M parameters on fewer texts, for two CPU cores. --until STAGE ends early; stages that are
-done are not done again, so a story can be run in parts.
+--small trains a model of less than half a million parameters on a part of the texts, for two CPU cores. --until STAGE
+ends early; stages that are done are not done again, so a story can be run in parts.
 
 The commands are printed before they run. What a stage has found stands in runs/story-NAME.json until all are done, and
 then in a result of benchmarks/results.
@@ -32,7 +32,7 @@ from stellarbyte.checkpoint.native import open_checkpoint
 from tests.support.servers.server_process import REAL, ServerProcess, running
 
 TRAINING_LENGTH, SMALL_LENGTH = 512, 128
-ANSWERS = 64  # of which the share in the adapter's form is counted
+ANSWERS, SMALL_ANSWERS = 64, 4  # of which the share in the adapter's form is counted
 SMALL: dict[str, dict[str, list[str]]] = {
     "poet": {
         "tokenizer": [
@@ -42,18 +42,18 @@ SMALL: dict[str, dict[str, list[str]]] = {
         ],
         "prepare": ["sources=[{files: [data/poems/ci.jsonl.gz], kind: ci, license: MIT}]", "held_out=0.05"],
         "pretrain": [
-            *("model.preset=tiny-1m", "train.batch_tokens=4096", "train.micro_batch=32", "train.epochs=1"),
-            *("train.precision=fp32", "train.compile=false", "data.workers=0"),
+            *("model.preset=tiny-1m", "train.batch_tokens=4096", "train.micro_batch=32", "train.epochs=0.4"),
+            *("train.warmup=20", "train.precision=fp32", "train.compile=false", "data.workers=0"),
             *("model.sliding_window=64", f"data.sequence={SMALL_LENGTH}"),
         ],
         "sft": [
-            *("train.batch_tokens=4096", "train.micro_batch=16", "train.epochs=1", "train.lr=0.003"),
+            *("train.batch_tokens=4096", "train.micro_batch=16", "train.epochs=0.25", "train.lr=0.003"),
             *("train.precision=fp32", "train.evaluate_every=null", "data.workers=0", "data.sequence=256"),
             "data.chats=[data/poems/ci-chats.jsonl.gz]",
         ],
         "lora": [
-            *("train.batch_tokens=4096", "train.micro_batch=16", "train.epochs=0.3", "train.precision=fp32"),
-            "data.sequence=256",
+            *("train.batch_tokens=4096", "train.micro_batch=16", "train.epochs=0.04", "train.warmup=2"),
+            *("train.precision=fp32", "data.sequence=256"),
         ],
     },
     "storyteller": {
@@ -187,6 +187,7 @@ class Runner:
 
     def ask(self) -> dict[str, Any]:
         """Samples of the chat model and its adapter, and how many answers of each are in the adapter's form."""
+        count = SMALL_ANSWERS if self.small else ANSWERS
         with _serving(self.chat, "--lora-modules", f"{self.adapter.name}={self.adapter.resolve()}") as server:
             client = OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=600)
             base = client.models.list().data[0].id
@@ -200,10 +201,10 @@ class Runner:
             shares = {}
             if self.settings.is_in_form is not None:
                 for model in (base, self.adapter.name):
-                    asked = [self.settings.asked[seed % len(self.settings.asked)] for seed in range(ANSWERS)]
+                    asked = [self.settings.asked[seed % len(self.settings.asked)] for seed in range(count)]
                     answers = [_answer(client, model, request, seed) for seed, request in enumerate(asked)]
                     in_form = sum(map(self.settings.is_in_form, answers))
-                    shares["adapter" if model == self.adapter.name else "model"] = in_form / ANSWERS
+                    shares["adapter" if model == self.adapter.name else "model"] = in_form / count
                 print(f"answers in the adapter's form: {shares}")
         return {"samples": samples, "in_form": shares}
 

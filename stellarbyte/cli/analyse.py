@@ -20,7 +20,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         import matplotlib  # noqa: F401  # before minutes of work
     except ImportError as error:
-        raise AnalysisError("stellarbyte analyse needs matplotlib: pip install 'stellarbyte[analysis]'.") from error
+        command = f"{sys.executable} -m pip install 'stellarbyte[analysis]'"
+        raise AnalysisError(f"stellarbyte analyse needs matplotlib: {command}.") from error
     from stellarbyte.analysis.analyse import Request, analyse
     from stellarbyte.analysis.page.report import PAGE, write_report
 

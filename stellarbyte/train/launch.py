@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -234,7 +235,8 @@ def _progress_bar(trainer: ByteTrainer) -> ProgressBar:
 def _prepare_trackers(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
-            raise TrainError(f"run.track names {name}, which is not installed: pip install {name}.")
+            command = f"{sys.executable} -m pip install {name}"
+            raise TrainError(f"run.track names {name}, which is not installed: {command}.")
     os.environ.setdefault("SWANLAB_MODE", "local")  # to its cloud only if the user says so
 
 

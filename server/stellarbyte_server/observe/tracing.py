@@ -6,6 +6,7 @@ key.
 
 import importlib.util
 import logging
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -51,7 +52,8 @@ def check_tracing(settings: ServerSettings, environment: Mapping[str, str]) -> N
             raise SettingsError(f"{name}: {environment[name]!r} is not supported; traces are sent by {_PROTOCOL}")
     if not all(map(_is_installed, _NEEDED)):
         source = "--otlp-endpoint" if settings.otlp_endpoint is not None else ENDPOINTS[0]
-        raise SettingsError(f"{source}: traces need OpenTelemetry, which is not installed: pip install '.[otel]'")
+        command = f"{sys.executable} -m pip install 'stellarbyte[otel]'"
+        raise SettingsError(f"{source}: traces need OpenTelemetry, which is not installed: {command}")
 
 
 def make_tracing(settings: ServerSettings, environment: Mapping[str, str]) -> "Tracing | None":

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -32,7 +33,8 @@ def check_training() -> None:
     """SettingsError unless the libraries of the training are installed."""
     for library in ("accelerate", "yaml"):
         if find_spec(library) is None:
-            raise SettingsError(f"--fine-tuning: {library} is not installed; pip install 'stellarbyte[train]'")
+            command = f"{sys.executable} -m pip install 'stellarbyte[train]'"
+            raise SettingsError(f"--fine-tuning needs {library}, which is not installed: {command}")
 
 
 @dataclass(frozen=True)

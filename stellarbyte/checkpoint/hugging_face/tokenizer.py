@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _require_source(folder: Path) -> None:
     if not all(_is_installed(package) for package in SENTENCEPIECE_PACKAGES):
         raise CheckpointError(
             f"{folder} has its tokenizer only as {SENTENCEPIECE}; to read it, install the extra packages: "
-            "pip install sentencepiece protobuf."
+            f"{sys.executable} -m pip install sentencepiece protobuf."
         )
 
 

@@ -110,7 +110,8 @@ def test_what_cannot_be_analysed_is_told_in_one_line(
     if not torch.cuda.is_available():
         assert told("--device", "cuda") == "error: --device cuda needs a GPU that torch can use; there is none."
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert told() == "error: stellarbyte analyse needs matplotlib: pip install 'stellarbyte[analysis]'."
+    command = f"{sys.executable} -m pip install 'stellarbyte[analysis]'"
+    assert told() == f"error: stellarbyte analyse needs matplotlib: {command}."
     assert not out.exists()
 
 

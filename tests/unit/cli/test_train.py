@@ -78,7 +78,8 @@ def test_a_missing_library_is_one_line(library: str, name: str, folder: Path) ->
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 1
-    assert re.fullmatch(rf"error: Reading \S.* needs {name}: pip install 'stellarbyte\[train\]'\.\n", ran.stderr)
+    command = re.escape(f"{sys.executable} -m pip install 'stellarbyte[train]'")
+    assert re.fullmatch(rf"error: Reading \S.* needs {name}: {command}\.\n", ran.stderr)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples" / "poet").glob("*.yaml")), ids=lambda file: file.stem)

@@ -334,7 +334,7 @@ def _compile_kernels(served: ServedModel) -> None:
     from stellarbyte.backends.cpu_model import CpuModel  # numba is not needed on a GPU
 
     if isinstance(served, CpuModel):
-        logger.info("preparing the CPU kernels (the first start compiles them, which takes up to a minute)")
+        logger.info("preparing the CPU kernels (the first start compiles them, which takes a minute or two)")
         served.warm_up()
 
 

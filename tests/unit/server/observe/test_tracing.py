@@ -1,5 +1,6 @@
 """Traces: off unless an endpoint is named; then a span says when things happened to a request, and nothing secret."""
 
+import re
 import subprocess
 import sys
 import time
@@ -52,7 +53,8 @@ def test_an_endpoint_is_a_url(url: str) -> None:
 def test_traces_without_opentelemetry_are_refused_and_it_is_said_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setattr(tracing, "_NEEDED", ("opentelemetry.no_such.part",))
     check_tracing(SETTINGS, {})
-    with pytest.raises(SettingsError, match=rf"^{ENDPOINT}: .* pip install '\.\[otel\]'"):
+    command = re.escape(f"{sys.executable} -m pip install 'stellarbyte[otel]'")
+    with pytest.raises(SettingsError, match=rf"^{ENDPOINT}: .* {command}$"):
         check_tracing(SETTINGS, {ENDPOINT: "http://127.0.0.1:4318"})
     with pytest.raises(SettingsError, match=r"^--otlp-endpoint: "):
         check_tracing(parse_settings(["--otlp-endpoint", "http://127.0.0.1:4318"], {}), {})
