@@ -153,6 +153,9 @@ def test_ctrl_c_leaves_a_job_running_or_cancels_it(
         if not ended:
             refused = tune("--delete", job_id, *ANN)
             assert refused.status == 1 and refused.err.endswith("; cancel it with --cancel before.\n"), refused
+    reader = client.fine_tuning.jobs.create(model="tiny", training_file=file_id).id
+    assert tune("--delete", job_id, *ANN) == Result(0, "Deleted 0 files.\n", "")  # another job reads it
+    client.fine_tuning.jobs.cancel(reader)
     assert tune("--delete", job_id, *ANN) == Result(0, "Deleted 1 file.\n", "")
     assert list(client.files.list()) == []
 
