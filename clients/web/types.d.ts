@@ -229,9 +229,22 @@ export interface CheckBody {
   hyperparameters?: { n_epochs: number };
 }
 
-export interface JobBody extends CheckBody {
-  model: string;
+/** Of a job, without its examples. */
+export interface JobSettings {
   suffix?: string;
+  publish?: PublishBody;
+  evaluate?: ["exact_match"];
+}
+
+export interface JobBody extends CheckBody, JobSettings {
+  model: string;
+}
+
+/** A figure of the validation file: with the new adapter, without it, and with the version that was live before. */
+export interface Compared {
+  valid: number | null;
+  base_valid: number | null;
+  previous_valid: number | null;
 }
 
 export interface TuningJob {
@@ -244,7 +257,14 @@ export interface TuningJob {
   finished_at: number | null;
   estimated_finish: number | null;
   error: { code: string; message: string; param: string | null } | null;
-  losses: { train: number | null; valid: number | null; base_valid: number | null };
+  training_file: string;
+  validation_file: string | null;
+  result_files: string[];
+  losses: Compared & { train: number | null };
+  /** Shares; null: not asked for. */
+  exact_match: Compared | null;
+  /** `version`: once it is live. */
+  publish: { name: string; share: number | null; version: number | null; error: string | null } | null;
 }
 
 export interface JobEvent {

@@ -17,6 +17,8 @@ def run(options: argparse.Namespace) -> int:
         commands.list()
     elif options.cancel is not None:
         commands.cancel(options.cancel)
+    elif options.delete is not None:
+        commands.delete(options.delete)
     elif options.back is not None:
         commands.back(options.back)
     elif options.from_feedback is not None:

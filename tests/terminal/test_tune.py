@@ -126,8 +126,16 @@ def test_examples_become_a_model_that_is_live_and_can_be_taken_back(
     base, new = re.split(r"\n(?:tiny|ft:tiny:sailor:\w+):\n", shown.out)[1:]
     assert new.startswith("aye aye") and not base.startswith("aye aye")
 
+    deleted = f"Deleted 3 files and the model {job['fine_tuned_model']}.\n"
+    assert tune("--delete", job["id"], *ADMIN) == Result(0, deleted, "")
+    assert get(server, "/v1/files", "admin")["data"] == []
+    served = [model["id"] for model in get(server, "/v1/models", "admin")["data"]]
+    assert job["fine_tuned_model"] not in served and "pirate" in served
 
-def test_ctrl_c_leaves_a_job_running_or_cancels_it(server: ServerProcess, examples: str, tmp_path: Path) -> None:
+
+def test_ctrl_c_leaves_a_job_running_or_cancels_it(
+    tune: Any, server: ServerProcess, examples: str, tmp_path: Path
+) -> None:
     client = strict_client(server.url).with_options(api_key="key-of-ann")
     file_id = client.files.create(file=Path(examples), purpose="fine-tune").id
     job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file_id).id
@@ -142,8 +150,14 @@ def test_ctrl_c_leaves_a_job_running_or_cancels_it(server: ServerProcess, exampl
             assert message in terminal.text
         ended = client.fine_tuning.jobs.retrieve(job_id).status == "cancelled"
         assert ended == (key == "c")
-    for file in client.files.list():
-        client.files.delete(file.id)
+        if not ended:
+            refused = tune("--delete", job_id, *ANN)
+            assert refused.status == 1 and refused.err.endswith("; cancel it with --cancel before.\n"), refused
+    reader = client.fine_tuning.jobs.create(model="tiny", training_file=file_id).id
+    assert tune("--delete", job_id, *ANN) == Result(0, "Deleted 0 files.\n", "")  # another job reads it
+    client.fine_tuning.jobs.cancel(reader)
+    assert tune("--delete", job_id, *ANN) == Result(0, "Deleted 1 file.\n", "")
+    assert list(client.files.list()) == []
 
 
 def test_lines_that_cannot_be_used_are_named_and_nothing_is_left(

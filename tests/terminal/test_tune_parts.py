@@ -127,7 +127,7 @@ class _Server:
         status = self._statuses.pop(0) if len(self._statuses) > 1 else self._statuses[0]
         if status is None:
             raise ConnectionFailed("The server at x cannot be reached: refused.")
-        return Job(id=job_id, status=status, model="m", created_at=0)
+        return Job(id=job_id, status=status, model="m", created_at=0, training_file="file-1")
 
     def events_since(self, job_id: str, last: str | None) -> list[JobEvent]:
         del job_id
@@ -138,7 +138,7 @@ def view(server: _Server, monkeypatch: pytest.MonkeyPatch, *, limit_s: float) ->
     monkeypatch.setattr(job_view, "LOOK_S", 0.001)
     monkeypatch.setattr(job_view, "LOST_LIMIT_S", limit_s)
     out = io.StringIO()
-    job = Job(id="ftjob-1", status="running", model="m", created_at=0)
+    job = Job(id="ftjob-1", status="running", model="m", created_at=0, training_file="file-1")
     return JobView(Console(file=out), server, job), out  # type: ignore[arg-type]
 
 
@@ -161,7 +161,7 @@ def test_a_server_that_does_not_answer_for_long_is_given_up(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give EXAMPLES, or one of --resume, --list, --cancel, --back and --from-feedback"),
+        ((), "give EXAMPLES, or one of --resume, --list, --cancel, --delete, --back and --from-feedback"),
         (("x", "--list"), "argument --list: not allowed with argument EXAMPLES"),
         (("x", "--share", "0.5"), "--share needs --publish"),
         (("--list", "--epochs", "3"), "--epochs needs EXAMPLES"),

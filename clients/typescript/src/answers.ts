@@ -127,6 +127,15 @@ export interface Tokenized {
   readonly token_strs: readonly string[] | null;
 }
 
+/** What a rating may also say. */
+export interface RatingDetails {
+  /** A better answer. */
+  readonly answer?: string;
+  readonly comment?: string;
+  /** Which of several choices; default: the first. */
+  readonly index?: number;
+}
+
 /** Whether the engine makes progress, or the reason why not. */
 export interface Health {
   readonly isHealthy: boolean;

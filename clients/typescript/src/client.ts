@@ -7,6 +7,7 @@ import type {
   LoadedAdapter,
   MetricSample,
   Model,
+  RatingDetails,
   TokenizeChat,
   Tokenized,
   TokenizePrompt,
@@ -53,6 +54,12 @@ export class StellarByte {
   async detokenize(tokens: readonly number[]): Promise<string> {
     const answer = await this.#ask("POST", "/detokenize", { body: { tokens } });
     return readObject<{ prompt: string }>(answer, "prompt").prompt;
+  }
+
+  /** Rate an answer of this key by its id, on a server with --feedback. The id of the rating. */
+  async rate(answerId: string, rating: "good" | "bad", more: RatingDetails = {}): Promise<string> {
+    const body = { ...more, id: answerId, rating };
+    return readObject<{ id: string }>(await this.#ask("POST", "/v1/feedback", { body }), "id").id;
   }
 
   /** All current metrics; docs/metrics.md describes them. */

@@ -156,6 +156,21 @@ test("tokens of a text and back, and of a chat", async () => {
   assert.ok((await client.detokenize(unasked.tokens)).endsWith("<|im_end|>\n"));
 });
 
+test("an answer is rated, with a better one", async () => {
+  const response = await fetch(`${url}/v1/chat/completions`, {
+    method: "POST",
+    headers: { Authorization: `Bearer ${apiKey}`, "Content-Type": "application/json" },
+    body: JSON.stringify({ model: "tiny", messages, max_tokens: 2, n: 2 }),
+  });
+  const { id, choices } = (await response.json()) as any;
+  const rating = await client.rate(id, "bad", { answer: "Paris", comment: "capital", index: 1 });
+  const stored = (await raw("/v1/feedback")).data.find((each: { id: string }) => each.id === rating);
+  assert.deepEqual([stored.rating, stored.answer, stored.comment], ["bad", "Paris", "capital"]);
+  assert.equal(stored.choice.message.content, choices[1].message.content);
+  const refused = await failure(client.rate(id, "good", { index: 2 }), ServerError);
+  assert.deepEqual([refused.status, refused.param], [400, "index"]);
+});
+
 test("metrics are those of the server", async () => {
   const samples = await client.metrics();
   assert.deepEqual(

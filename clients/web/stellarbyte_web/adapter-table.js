@@ -96,9 +96,9 @@ export class AdapterTable {
     const button = make("button", { type: "button" });
     const show = () => {
       const isAsked = this.asked === name;
-      button.textContent = t(isAsked ? "unloadSure" : "unload");
+      button.textContent = t(isAsked ? "sure" : "unload");
       button.classList.toggle("sure", isAsked);
-      button.setAttribute("aria-label", `${isAsked ? `${t("unloadSure")} ` : ""}${t("unloadOf", { name })}`);
+      button.setAttribute("aria-label", `${isAsked ? `${t("sure")} ` : ""}${t("unloadOf", { name })}`);
     };
     show();
     button.dataset["unload"] = name;

@@ -140,6 +140,18 @@ export class Server {
     await this.#request(`v1/files/${id}`, { method: "DELETE" });
   }
 
+  /** @returns {Promise<string[]>} the ids of the files of fine-tuning: examples and results */
+  async tuningFiles() {
+    const purposes = ["fine-tune", "fine-tune-results"];
+    const lists = await Promise.all(purposes.map((purpose) => this.#json(`v1/files?purpose=${purpose}`)));
+    return lists.flatMap(({ data }) => data.map((/** @type {{ id: string }} */ { id }) => id));
+  }
+
+  /** @param {string} name of a fine-tuned model */
+  async deleteModel(name) {
+    await this.#request(`v1/models/${encodeURIComponent(name)}`, { method: "DELETE" });
+  }
+
   /**
    * @param {CheckBody} body
    * @returns {Promise<CheckedFiles>}

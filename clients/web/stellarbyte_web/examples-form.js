@@ -7,8 +7,9 @@ import { failureOf } from "./api.js";
 import { byId, make } from "./elements.js";
 import { divide, jsonLines, readExamples } from "./examples.js";
 import { explain } from "./failures.js";
-import { readName, readNumber } from "./form-fields.js";
+import { readNumber } from "./form-fields.js";
 import { formatBytes, formatNumber, t } from "./i18n.js";
+import { canEvaluate, keepSettings, readSettings } from "./job-settings.js";
 import { session } from "./storage.js";
 
 const SHOWN_EXAMPLES = 50;
@@ -72,15 +73,11 @@ export class ExamplesForm {
       this.filename = session.read("tune-filename");
       this.format.value = session.read("tune-format") || "auto";
     }
-    for (const id of ["suffix", "held", "epochs"]) {
-      const kept = session.read(`tune-${id}`);
-      if (kept !== "") byId(id, HTMLInputElement).value = kept;
-    }
+    keepSettings();
     addEventListener("pagehide", () => {
       session.write("tune-examples", this.text.value);
       session.write("tune-filename", this.filename);
       session.write("tune-format", this.format.value);
-      for (const id of ["suffix", "held", "epochs"]) session.write(`tune-${id}`, byId(id, HTMLInputElement).value);
     });
   }
 
@@ -225,14 +222,15 @@ export class ExamplesForm {
   }
 
   async #start() {
-    const suffix = readName("suffix");
-    if (suffix === "wrong") return;
+    const settings = readSettings();
+    if (settings === "wrong") return;
     const uploaded = await this.#upload();
     const model = this.model();
     if (uploaded === null || model === null) return;
+    if (!canEvaluate(settings, uploaded.body.validation_file !== undefined)) return;
     if (uploaded.checked !== null) this.#showOutcome(() => checkedView(uploaded));
     if ((uploaded.checked?.problems.length ?? 0) > 0) return; // otherwise the job checks them
-    const job = await this.server.createJob({ ...uploaded.body, model, ...(suffix === "" ? {} : { suffix }) });
+    const job = await this.server.createJob({ ...uploaded.body, ...settings, model });
     this.uploaded = null; // the job has the files now
     this.started(job);
   }

@@ -9,10 +9,13 @@ import { t } from "./i18n.js";
  * @param {string} id of the field; its problem is shown at `ID-problem`
  * @param {string} problem "": none
  */
-function mark(id, problem) {
+export function mark(id, problem) {
   byId(id, HTMLInputElement).setAttribute("aria-invalid", String(problem !== ""));
   byId(`${id}-problem`, HTMLElement).textContent = problem;
-  if (problem !== "") byId(id, HTMLInputElement).focus();
+  if (problem === "") return;
+  const folded = byId(id, HTMLInputElement).closest("details");
+  if (folded !== null) folded.open = true;
+  byId(id, HTMLInputElement).focus();
 }
 
 /**

@@ -8,29 +8,13 @@ import { failureOf } from "./api.js";
 import { make } from "./elements.js";
 import { durationOf } from "./examples-form.js";
 import { explain } from "./failures.js";
-import { formatNumber, formatTime, t } from "./i18n.js";
+import { currentLanguage, formatNumber, formatTime, t } from "./i18n.js";
+import { JobRemains } from "./job-remains.js";
+import { resultView } from "./job-result.js";
+import { STATUS_NAMES, isOver, jobName } from "./job-states.js";
 import { LossChart, describe } from "./loss-chart.js";
 
 const AGAIN_MS = 1000; // after a stream has ended or broken
-export const STATUS_NAMES = /** @type {const} */ ({
-  validating_files: "jobChecking",
-  queued: "jobQueued",
-  running: "jobRunning",
-  paused: "jobPaused",
-  succeeded: "jobSucceeded",
-  failed: "stateFailed",
-  cancelled: "jobCancelled",
-});
-
-/** @param {TuningJob} job */
-export function isOver({ status }) {
-  return status === "succeeded" || status === "failed" || status === "cancelled";
-}
-
-/** @param {TuningJob} job */
-export function jobName(job) {
-  return job.user_provided_suffix ?? job.id;
-}
 
 export class JobView {
   /**
@@ -53,9 +37,12 @@ export class JobView {
     this.progress = make("progress", { max: "1" });
     this.sentence = make("p", { class: "hint" });
     this.problem = make("p", { class: "problem" });
+    this.result = make("div", { class: "result" });
+    this.shownResult = "";
     this.buttons = make("p", { class: "row" });
     this.summary = make("summary");
     this.log = make("ol", { class: "log" });
+    this.remains = new JobRemains(server, changed, () => this.summary.focus());
     this.element = make(
       "div",
       { class: "job", hidden: true },
@@ -64,7 +51,9 @@ export class JobView {
       this.problem,
       this.chart.element,
       this.sentence,
+      this.result,
       this.buttons,
+      this.remains.element,
       make("details", {}, this.summary, this.log),
     );
   }
@@ -148,7 +137,9 @@ export class JobView {
     const leftS = job.estimated_finish === null ? 0 : job.estimated_finish - Date.now() / 1000;
     if (job.status === "running" && leftS > 0) sentences.push(t("timeLeft", { time: durationOf(leftS) }));
     this.sentence.textContent = sentences.join(" ");
+    this.#showResult(job);
     this.#showButtons(job);
+    this.remains.show(job);
     this.summary.textContent = t("jobLog");
     const messages = this.events.filter(({ data }) => data === null);
     this.log.replaceChildren(
@@ -169,6 +160,15 @@ export class JobView {
       if (data !== null && data[name] !== undefined) found.set(data.step, data[name]);
     }
     return [...found].sort(([one], [other]) => one - other);
+  }
+
+  /** @param {TuningJob} job */
+  #showResult(job) {
+    const { status, losses, exact_match: exact, publish } = job;
+    const text = JSON.stringify([job.id, status, losses, exact, publish, currentLanguage()]);
+    if (text === this.shownResult) return; // a table keeps the focus and its place
+    this.shownResult = text;
+    this.result.replaceChildren(...resultView(job));
   }
 
   /** @param {TuningJob} job */

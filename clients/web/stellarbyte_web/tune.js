@@ -10,7 +10,8 @@ import { ExamplesForm } from "./examples-form.js";
 import { explain } from "./failures.js";
 import { keptKey, showCondition, startFrame, startKeyField } from "./frame.js";
 import { formatTime, t } from "./i18n.js";
-import { JobView, STATUS_NAMES, isOver, jobName } from "./job-view.js";
+import { STATUS_NAMES, isOver, jobName } from "./job-states.js";
+import { JobView } from "./job-view.js";
 import { Live } from "./live.js";
 import { session } from "./storage.js";
 
@@ -114,7 +115,7 @@ function show() {
   }
   showJobs(job);
   view.show(job);
-  const succeeded = job !== null && job.status === "succeeded" ? job : null;
+  const succeeded = job?.status === "succeeded" && job.fine_tuned_model !== null ? job : null;
   comparison.show(succeeded?.fine_tuned_model ?? null, cards, succeeded === null ? null : versionBefore(succeeded));
   live.show(succeeded);
 }

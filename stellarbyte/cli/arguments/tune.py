@@ -17,7 +17,7 @@ _OF_JOBS = (
     "exact_match",
     "detach",
 )
-_ACTIONS = ("resume", "cancel", "back", "from_feedback")
+_ACTIONS = ("resume", "cancel", "delete", "back", "from_feedback")
 
 
 def add_tune(
@@ -42,6 +42,7 @@ def add_tune(
     action.add_argument("--resume", type=text, metavar="JOB", help="watch a job again; a paused one continues")
     action.add_argument("--list", action="store_true", help="print the jobs, newest first")
     action.add_argument("--cancel", type=text, metavar="JOB", help="cancel a job")
+    action.add_argument("--delete", type=text, metavar="JOB", help="delete the files and the model of an ended job")
     action.add_argument("--back", type=text, metavar="NAME", help="make the version before live again under NAME")
     action.add_argument(
         "--from-feedback", type=Path, metavar="OUT", help="make examples of the server's ratings (--feedback)"
@@ -87,7 +88,7 @@ def add_tune(
 def _check(options: argparse.Namespace) -> str | None:
     """The reason why options contradict each other, or do not suffice."""
     if not (options.examples or options.list) and not any(getattr(options, name) for name in _ACTIONS):
-        return "give EXAMPLES, or one of --resume, --list, --cancel, --back and --from-feedback"
+        return "give EXAMPLES, or one of --resume, --list, --cancel, --delete, --back and --from-feedback"
     if options.share is not None and options.publish is None:
         return "--share needs --publish"
     if options.exact_match and options.examples is not None and options.validation is None:

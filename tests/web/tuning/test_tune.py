@@ -2,24 +2,17 @@
 
 import json
 import re
-import time
-from collections.abc import Iterator
-from typing import Any
 
-import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from tests.support.clients.chat_page import ADMIN_KEY, API_KEY, LIMIT_MS, OpenPage
 from tests.support.clients.looks import FOCUSED, OUTSIDE, serious_violations
-from tests.support.servers.server_process import TUNING, ServerProcess, running
-from tests.support.tuning.chat_model import make_chat_model
-from tests.support.tuning.chats import chats
+from tests.support.servers.server_process import ServerProcess
+from tests.support.tuning.tune_page import OPERATOR, PAIRS, TRAINED_MS, call, paste
 
 pytest.importorskip("accelerate")
 expect.set_options(timeout=LIMIT_MS)
-TRAINED_MS = 120_000  # for a job of some dozen steps, on a busy machine
-OPERATOR = {"key": ADMIN_KEY}
 PHONE = {"viewport": {"width": 360, "height": 640}, "has_touch": True}
 CHECKED = {  # what the server finds in two examples, one of them held out; in the first test it does
     "examples": 1,
@@ -31,55 +24,6 @@ CHECKED = {  # what the server finds in two examples, one of them held out; in t
     "seconds": 90.0,
     "problems": [],
 }
-PAIRS = "\n\n".join(f"q{index}?\naye aye {index % 3}" for index in range(40))
-
-
-def call(server: ServerProcess, path: str, key: str = ADMIN_KEY, **body: Any) -> dict[str, Any]:
-    """POST with fields, else GET."""
-    method = "POST" if body else "GET"
-    headers = {"Authorization": f"Bearer {key}"}
-    form: Any = body if "files" in body else ({"json": body} if body else {})
-    answer = httpx.request(method, f"{server.url}/v1/{path}", headers=headers, timeout=60, **form)
-    assert answer.status_code == 200, answer.text
-    return dict(answer.json())
-
-
-@pytest.fixture(scope="module")
-def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A tiny model with keys."""
-    del browser  # without one nothing is started
-    folder = tmp_path_factory.mktemp("tune")
-    flags = ["--model", str(make_chat_model(folder / "model")), "--served-model-name", "tiny"]
-    flags += ["--data-dir", str(folder / "data"), "--fine-tuning", "cpu"]
-    with running(TUNING, *flags, "--api-key", API_KEY, "--admin-api-key", ADMIN_KEY) as server:
-        yield server
-
-
-@pytest.fixture
-def tuned(server: ServerProcess) -> ServerProcess:
-    """With a job of the operator, pirate, that has succeeded: that of the first test, unless it was not run."""
-
-    def found() -> bool:
-        jobs = call(server, "fine_tuning/jobs")["data"]
-        return "succeeded" in [job["status"] for job in jobs if job["user_provided_suffix"] == "pirate"]
-
-    if not found():
-        file = call(server, "files", files={"file": ("a.jsonl", chats(8)), "purpose": (None, "fine-tune")})["id"]
-        epoch = {"n_epochs": 1}
-        call(server, "fine_tuning/jobs", model="tiny", training_file=file, suffix="pirate", hyperparameters=epoch)
-        deadline_s = time.monotonic() + TRAINED_MS / 1000
-        while not found():
-            assert time.monotonic() < deadline_s
-            time.sleep(0.2)
-    return server
-
-
-def paste(page: Page, text: str) -> None:
-    """As from the clipboard, all at once."""
-    expect(page.locator("#connection")).to_have_attribute("data-condition", "ready")
-    page.locator("#examples").focus()
-    page.locator("#examples").select_text()
-    page.keyboard.insert_text(text)
 
 
 def answers(page: Page) -> list[str]:
@@ -165,7 +109,7 @@ def test_each_bad_line_is_named_by_the_page_or_by_the_server(open_page: OpenPage
     expect(page.locator("#check-result")).to_have_text("Some lines cannot be used. Correct or remove them first.")
     expect(page.locator("#examples")).to_be_focused()
     paste(page, "\n\n".join([good] * 6 + [strange] + [good] * 5))  # every second line is empty, and one is held out
-    page.get_by_label("Held out").fill("10")
+    page.get_by_label("Held out, %").fill("10")
     page.get_by_role("button", name="Check").click()
     expect(page.locator("#check-result li")).to_have_text(re.compile("^Line 13: .*'mood' is unknown"))
     paste(page, "a,b\nc,d")
@@ -173,6 +117,32 @@ def test_each_bad_line_is_named_by_the_page_or_by_the_server(open_page: OpenPage
     page.get_by_label("Epochs").fill("99")
     page.get_by_role("button", name="Check").click()
     expect(page.locator("#epochs-problem")).to_have_text("This must be from 1 to 50.")
+
+
+def test_settings_that_cannot_be_are_named(open_page: OpenPage, server: ServerProcess) -> None:
+    watched = open_page(server, "/tune", {"key": API_KEY})
+    watched.expected = ["status of 403"]
+    page = watched.page
+    paste(page, "q\na\n\nr\nb")
+    page.locator("#more summary").click()
+    page.get_by_label("For callers").fill("25")
+    page.get_by_text("Count the answers").click()
+    page.locator("#more summary").click()
+    page.get_by_label("Held out, %").fill("0")
+    start = page.get_by_role("button", name="Start training")
+    start.click()
+    expect(page.get_by_label("Make it live as")).to_be_focused()  # where it was folded away
+    expect(page.locator("#publish-name-problem")).to_contain_text("A name has 1 to 128 letters")
+    page.keyboard.type("crew")
+    start.click()
+    expect(page.locator("#exact-problem")).to_have_text("This needs examples held out.")
+    page.get_by_label("Held out, %").fill("50")
+    start.click()
+    expect(page.locator("#check-result")).to_contain_text("This key may not do that.")
+    expect(page.locator("#exact-problem")).to_be_empty()
+    page.reload()
+    expect(page.get_by_label("Make it live as")).to_have_value("crew")
+    expect(page.get_by_label("Count the answers")).to_be_checked()
 
 
 def test_a_file_is_dropped_or_opened(open_page: OpenPage, server: ServerProcess) -> None:
@@ -226,7 +196,7 @@ def test_a_job_is_started_and_cancelled_by_keyboard(open_page: OpenPage, tuned: 
     page = open_page(tuned, "/tune", OPERATOR).page
     expect(page.locator("#jobs")).to_contain_text("pirate")
     order = ["skip", "brand", "Chat", "Tune", "Status", "language", "theme"]
-    order += ["examples", "format", "open", "read", "suffix", "held", "epochs", "check", "start"]
+    order += ["examples", "format", "open", "read", "suffix", "held", "epochs", "more-title", "check", "start"]
     paste(page, PAIRS)
     expect(page.locator("#read")).to_be_visible()
     page.locator(".skip").focus()
@@ -251,6 +221,22 @@ def test_a_job_is_started_and_cancelled_by_keyboard(open_page: OpenPage, tuned: 
     expect(page.locator("#job .badge")).to_have_text("cancelled")
     expect(page.locator("#job summary")).to_be_focused()  # its button is gone
     expect(page.locator("#announcer")).to_have_text("keys: cancelled")
+    stored = [file["id"] for file in call(tuned, "files")["data"]]
+    page.get_by_role("button", name="Delete the files").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Delete the files Sure?")).to_be_focused()
+    page.keyboard.press("Tab")  # it forgets
+    expect(page.get_by_role("button", name="Delete the files", exact=True)).to_be_visible()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    assert [file["id"] for file in call(tuned, "files")["data"]] == stored
+    page.keyboard.press("Enter")
+    expect(page.locator("#job [role=status]")).to_have_text("The files are deleted.")
+    expect(page.get_by_role("button", name=re.compile("^Delete"))).to_have_count(0)
+    expect(page.locator("#job summary")).to_be_focused()
+    cancelled = call(tuned, "fine_tuning/jobs?limit=1")["data"][0]
+    own = {cancelled["training_file"], cancelled["validation_file"]}
+    assert {file["id"] for file in call(tuned, "files")["data"]} == set(stored) - own
     page.get_by_role("button", name=re.compile("^pirate")).focus()
     page.keyboard.press("Enter")
     expect(page.locator("#job .job-state b")).to_have_text(re.compile("^ft:tiny:pirate:"))
@@ -280,8 +266,10 @@ def test_everything_is_said_in_chinese(open_page: OpenPage, tuned: ServerProcess
     page.route("**/files/check", lambda route: route.fulfill(json=CHECKED))
     page.get_by_role("button", name="检查").click()
     expect(page.locator("#check-result")).to_contain_text("检查通过：1 个示例用于学习。")
+    page.locator("#more summary").click()
     page.get_by_role("button", name=re.compile("^pirate")).click()
     expect(page.locator("#job .hint")).to_contain_text("训练损失：起初")
+    expect(page.get_by_role("button", name="删除文件")).to_be_visible()
     expect(page.get_by_role("heading", name="上线")).to_be_visible()
     known = re.compile(r"ft:tiny:\S+|JSON|Lines|pirate|keys|tiny")
     shown = known.sub("", page.locator("main").inner_text())
@@ -298,7 +286,9 @@ def test_a_phone_needs_no_scrolling_sideways_and_axe_finds_nothing_serious(
     page = open_page(tuned, "/tune", OPERATOR, color_scheme=theme, bypass_csp=True, **PHONE).page
     paste(page, f"{PAIRS}\n\nbad")
     page.get_by_role("button", name="Check").click()
+    page.locator("#more summary").click()
     page.get_by_role("button", name=re.compile("^pirate")).click()
+    expect(page.get_by_role("button", name="Delete the files")).to_be_visible()
     page.get_by_label("Your question").fill("q1?")
     page.get_by_role("button", name="Ask all").click()
     expect(page.locator("#answers .answer[data-state=done]")).to_have_count(2)
@@ -308,5 +298,7 @@ def test_a_phone_needs_no_scrolling_sideways_and_axe_finds_nothing_serious(
             page.set_viewport_size({"width": width, "height": 640})
             assert page.evaluate("[document.documentElement.scrollWidth, document.body.scrollWidth]") == [width, width]
             assert page.evaluate(OUTSIDE, width) == []
+            frame = page.locator("#job .result .table-frame")
+            assert frame.evaluate("(frame) => frame.scrollWidth - frame.clientWidth") <= 0
             assert page.locator(".bar").evaluate("(bar) => bar.clientHeight") < 60
     assert serious_violations(page) == []

@@ -105,6 +105,14 @@ class TuneCommands:
         self._server.cancel(job_id)
         self._say(f"Cancelled {job_id}.")
 
+    def delete(self, job_id: str) -> None:
+        """Delete the files and the model of a job that is over."""
+        job = self._server.job(job_id)
+        if not job.is_over:
+            raise CommandFailed(f"The job {job_id} is {job.status}; cancel it with --cancel before.")
+        model, files = self._server.delete_remains(job)
+        self._say(f"Deleted {_count(files, 'file')}" + ("." if model is None else f" and the model {model}."))
+
     def list(self) -> None:
         jobs = self._server.jobs()
         if not jobs:

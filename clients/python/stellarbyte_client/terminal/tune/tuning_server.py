@@ -47,6 +47,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     model: str
     created_at: int
+    training_file: str
+    validation_file: str | None = None
+    result_files: list[str] = []
     fine_tuned_model: str | None = None
     user_provided_suffix: str | None = None
     estimated_finish: int | None = None
@@ -58,6 +61,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_over(self) -> bool:
         return self.status in ENDED
+
+    @property
+    def inputs(self) -> set[str]:
+        return {self.training_file} if self.validation_file is None else {self.training_file, self.validation_file}
 
 
 class JobEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,6 +150,23 @@ class TuningServer:
 
     def resume(self, job_id: str) -> Job:
         return msgspec.convert(self._post(f"/fine_tuning/jobs/{job_id}/resume", {}), Job)
+
+    def delete_remains(self, job: Job) -> tuple[str | None, int]:
+        """Delete the model and the files of a job that is over; files that an unfinished job reads stay.
+
+        Returns the model's name, None if there is none, and the number of deleted files.
+        """
+        purposes = ("fine-tune", "fine-tune-results")
+        stored = {file["id"] for purpose in purposes for file in self._get("/files", purpose=purpose)["data"]}
+        being_read = {file_id for other in self.jobs() if not other.is_over for file_id in other.inputs}
+        model = job.fine_tuned_model if job.status == "succeeded" else None
+        if model is not None:
+            with self._failures_told():
+                self._openai.models.delete(model)
+        own = (job.inputs | set(job.result_files)) & stored - being_read
+        for file_id in own:
+            self.delete_file(file_id)
+        return model, len(own)
 
     def events_since(self, job_id: str, last: str | None) -> list[JobEvent]:
         """Events after `last`, the oldest first."""
