@@ -1,8 +1,8 @@
 """Between tokens and pairs of a token and an expert: every token's row to its pairs, and the pairs' rows back.
 
 Both are autograd functions, since the gradient of each is the other's kind of gather: every row is read where a table
-says so and written once. The derivative of indexing would add rows into a tensor of zeros instead, in float32 rows of
-all pairs, and on a GPU in any order.
+says so and written once. The derivative of indexing would instead add rows into a tensor of zeros, on a GPU in any
+order.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """Products of rows with the matrix of their own expert, rows sorted by expert.
 
-Where experts have many rows, each gets a product of its own: cuBLAS computes large ones about twice as fast as the
-grouped kernel. The number of rows has to be on the host for that. Where they have few, `F.grouped_mm` computes all
-in one kernel and the host does not wait. The products of their own are operators of torch with a gradient, so that a
-compiled graph holds them although their sizes are in a tensor.
+Where experts have many rows, each gets a product of its own, as a dense layer computes it; the host has to know the
+number of its rows. Where they have few, `F.grouped_mm` computes all in one kernel and the host does not wait. Products
+of their own are operators of torch with a gradient, so that a compiled graph holds them although their sizes are in a
+tensor.
 """
 
 from typing import Any
