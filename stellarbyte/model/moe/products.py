@@ -44,7 +44,8 @@ def takes_grouped(x_NK: torch.Tensor, *stacks_EOK: torch.Tensor) -> bool:
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype in which `F.linear` would compute a product of x; autocast knows none of the products here."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 @torch.library.custom_op("stellarbyte::linear_of_groups", mutates_args=())

@@ -14,6 +14,7 @@ from stellarbyte.model.moe.products import (
     grouped_linear,
     linear_of_groups,
     outer_of_groups,
+    product_dtype,
     takes_grouped,
 )
 from tests.support.models.byte_transformer import EXPERT_VARIANTS, make_config, make_model, random_tokens
@@ -130,6 +131,14 @@ def test_a_model_in_autocast_is_one_compiled_graph(
         assert found.dtype == torch.float32
         scale = float(plain.abs().max())
         torch.testing.assert_close(found, plain, atol=0.05 * scale, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_have_the_dtype_of_linear_layers(dtype: torch.dtype) -> None:
+    x, matrix = torch.zeros(2, 3, dtype=dtype), torch.zeros(4, 3, dtype=dtype)
+    for is_on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            assert product_dtype(x) == torch.nn.functional.linear(x, matrix).dtype
 
 
 def test_only_bfloat16_on_a_gpu_takes_the_grouped_kernel() -> None:
