@@ -6,25 +6,27 @@ import math
 import torch
 
 from stellarbyte.model.moe.experts import ByteExperts
+from stellarbyte.model.moe.pairs import copied_to_pairs, weighted_sums
+from stellarbyte.model.moe.products import product_dtype
 from stellarbyte.model.moe.router import SMALLEST, Routing
 
 # T tokens, C hidden size, E experts, K most choices of a token, N pairs of a token and an expert
 
 
 def dispatch(x_TC: torch.Tensor, routing: Routing, experts: ByteExperts) -> torch.Tensor:
-    """Σ gate · expert(x) of each token, [T, C] in x's dtype, summed in float32.
+    """Σ gate · expert(x) of each token, [T, C] in the dtype of the experts' products, summed in float32.
 
     The pairs are sorted by expert, so that an expert computes its tokens in one product.
     """
-    num_tokens, num_places = routing.experts_TK.shape
+    num_places = routing.experts_TK.shape[1]
     chosen = routing.experts_TK.flatten()
-    order_N = chosen.argsort(stable=True)[: routing.num_pairs]  # empty places come last
-    counts_E = torch.zeros(experts.num_experts + 1, dtype=torch.int64, device=chosen.device)
-    counts_E = counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))[:-1]
-    out_NC = experts(x_TC[order_N // num_places], counts_E)
-    weighted_NC = out_NC.float() * routing.gates_TK.flatten()[order_N, None]
-    placed = weighted_NC.new_zeros(num_tokens * num_places, x_TC.shape[1]).index_copy(0, order_N, weighted_NC)
-    return placed.view(num_tokens, num_places, -1).sum(dim=1).to(x_TC.dtype)
+    keys = chosen.to(torch.uint8) if experts.num_experts < 256 else chosen  # a radix sort passes once over each byte
+    order = keys.argsort(stable=True)  # empty places come last
+    row_TK = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    pair_N, row_TK = order[: routing.num_pairs], row_TK.view_as(routing.experts_TK)
+    counts_E = (chosen[:, None] == torch.arange(experts.num_experts, device=chosen.device)).sum(dim=0)
+    rows_NC = copied_to_pairs(x_TC.to(product_dtype(x_TC)), pair_N // num_places, row_TK)
+    return weighted_sums(experts(rows_NC, counts_E), routing.gates_TK, pair_N, row_TK)
 
 
 def within_capacity(routing: Routing, factor: float, is_token_T: torch.Tensor | None = None) -> Routing:
@@ -40,6 +42,7 @@ def within_capacity(routing: Routing, factor: float, is_token_T: torch.Tensor | 
         is_token_T: False: padding, which takes no room and gets no expert.
     """
     num_experts = routing.scores_TE.shape[1]
+    ranking_TE = routing.preference_TE.sort(dim=1, descending=True, stable=True).indices  # begins with the chosen ones
     wanted_TK = routing.experts_TK.clone()
     if is_token_T is not None:
         wanted_TK[~is_token_T] = num_experts
@@ -53,7 +56,7 @@ def within_capacity(routing: Routing, factor: float, is_token_T: torch.Tensor | 
         placed_TK = torch.where(takes_TK, wanted_TK, placed_TK)
         room_E = room_E - torch.bincount(wanted_TK[takes_TK], minlength=num_experts)
         is_left_TK = (wanted_TK < num_experts) & ~takes_TK
-        wanted_TK, next_T = _next_choices(is_left_TK, routing.ranking_TE, next_T, room_E)
+        wanted_TK, next_T = _next_choices(is_left_TK, ranking_TE, next_T, room_E)
     is_placed_TK = placed_TK < num_experts
     gates_TK = routing.scores_TE.gather(1, placed_TK.clamp(max=num_experts - 1)).masked_fill(~is_placed_TK, 0)
     had_T1, has_T1 = (gates.sum(dim=1, keepdim=True) for gates in (routing.gates_TK, gates_TK))

@@ -1,5 +1,7 @@
 """The experts of a layer, as stacks of matrices."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 from stellarbyte.config import ByteModelConfig
 from stellarbyte.model.building import add_parts
 from stellarbyte.model.mlp import GATES, ClampedSwiglu
+from stellarbyte.model.moe.products import grouped_linear, takes_grouped
 from stellarbyte.model.residual import deepnorm_beta
 
 # N rows sorted by expert, E experts, C hidden size, I inner size of an expert, O outputs
@@ -33,8 +36,12 @@ class ByteExperts(nn.Module):
 
     def forward(self, x_NC: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """[N, C]; the first counts_E[0] rows belong to expert 0, the next counts_E[1] to expert 1, and so on."""
-        gate_up = _biased(grouped_linear(x_NC, self.gate_up_proj, counts_E), self.gate_up_proj_bias, counts_E)
-        return _biased(grouped_linear(self._gated(gate_up), self.down_proj, counts_E), self.down_proj_bias, counts_E)
+        in_one_kernel = takes_grouped(x_NC, self.gate_up_proj, self.down_proj)
+        product = partial(
+            grouped_linear, counts_E=counts_E if in_one_kernel else counts_E.cpu(), in_one_kernel=in_one_kernel
+        )
+        gate_up = _biased(product(x_NC, self.gate_up_proj), self.gate_up_proj_bias, counts_E)
+        return _biased(product(self._gated(gate_up), self.down_proj), self.down_proj_bias, counts_E)
 
     def inner(self, x_NC: torch.Tensor, expert: int) -> torch.Tensor:
         """[N, I]: what the down matrix of one expert reads."""
@@ -52,28 +59,3 @@ def _biased(x_NO: torch.Tensor, bias_EO: torch.Tensor | None, counts_E: torch.Te
     if bias_EO is None:
         return x_NO
     return x_NO + bias_EO.repeat_interleave(counts_E, dim=0, output_size=len(x_NO)).to(x_NO.dtype)
-
-
-def grouped_linear(x_NK: torch.Tensor, weight_EOK: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """[N, O] = x · weight[expert of the row]ᵀ: one kernel where the device has one, or a loop over the experts."""
-    if takes_grouped(x_NK, weight_EOK):
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x_NK.bfloat16(), weight_EOK.bfloat16().transpose(1, 2), offs=ends_E)
-    # `unbind` gives the stack one gradient; indexing would add up one of its size for each expert.
-    rows, matrices = x_NK.split(counts_E.tolist()), weight_EOK.unbind()
-    return torch.cat([F.linear(own_NK, matrix_OK) for own_NK, matrix_OK in zip(rows, matrices, strict=True)])
-
-
-def takes_grouped(x_NK: torch.Tensor, weight_EOK: torch.Tensor) -> bool:
-    """Whether `F.grouped_mm` computes this product: bfloat16, by autocast as well, on a CUDA device, rows of a multiple
-    of 16 bytes."""
-    is_aligned = weight_EOK.shape[1] % 8 == 0 and weight_EOK.shape[2] % 8 == 0
-    return x_NK.is_cuda and _in_bfloat16(x_NK, weight_EOK) and is_aligned and hasattr(F, "grouped_mm")
-
-
-def _in_bfloat16(x_NK: torch.Tensor, weight_EOK: torch.Tensor) -> bool:
-    """Whether `F.linear` would compute this product in bfloat16; autocast does not know `F.grouped_mm`."""
-    device = x_NK.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) == torch.bfloat16
-    return x_NK.dtype == weight_EOK.dtype == torch.bfloat16

@@ -11,6 +11,7 @@ from stellarbyte.model.building import add_parts
 
 # T tokens, C hidden size, E experts, K most choices of a token
 
+MOST_MAXIMA = 8  # choices that are found one after the other; a sort of short rows costs a GPU as much as many of them
 SMALLEST = torch.finfo(torch.float32).tiny  # a divisor in the place of 0
 
 
@@ -22,7 +23,7 @@ class Routing:
         experts_TK: the chosen experts, the best first; E: the place is empty.
         gates_TK: the factors of their outputs; 0 in empty places.
         num_pairs: number of places that are not empty.
-        ranking_TE: all experts in each token's order of preference, which begins with the chosen ones.
+        preference_TE: what orders the experts: scores, with the selection bias where there is one. No gradient.
         scores_TE: softmax or sigmoid of the logits, from which the gates come.
         logits_TE: without noise.
         noisy_logits_TE / noise_scale_TE: of noisy top-k in training, otherwise None.
@@ -31,7 +32,7 @@ class Routing:
     experts_TK: torch.Tensor
     gates_TK: torch.Tensor
     num_pairs: int
-    ranking_TE: torch.Tensor
+    preference_TE: torch.Tensor
     scores_TE: torch.Tensor
     logits_TE: torch.Tensor
     noisy_logits_TE: torch.Tensor | None
@@ -76,8 +77,7 @@ class ByteRouter(nn.Module):
         preference_TE = scores_TE.detach()
         if self.e_score_correction_bias is not None:
             preference_TE = preference_TE + self.e_score_correction_bias.float()
-        ranking_TE = preference_TE.sort(dim=-1, descending=True, stable=True).indices
-        experts_TK = ranking_TE[:, : self.most]
+        experts_TK = best_experts(preference_TE, self.most)
         gates_TK = scores_TE.gather(1, experts_TK)
         num_pairs = experts_TK.numel()
         if self.top_p is not None:
@@ -91,7 +91,7 @@ class ByteRouter(nn.Module):
             experts_TK=experts_TK,
             gates_TK=gates_TK,
             num_pairs=num_pairs,
-            ranking_TE=ranking_TE,
+            preference_TE=preference_TE,
             scores_TE=scores_TE,
             logits_TE=logits_TE,
             noisy_logits_TE=None if scale_TE is None else noisy_TE,
@@ -122,6 +122,18 @@ class ByteRouter(nn.Module):
         if not self.training or self.top_p_start is None or self.step >= self.top_p_steps:
             return self.top_p
         return self.top_p_start + (self.top_p - self.top_p_start) * self.step / self.top_p_steps
+
+
+def best_experts(preference_TE: torch.Tensor, k: int) -> torch.Tensor:
+    """[T, k]: the experts of the k highest preferences, the best first; on ties those of the lower number."""
+    if k > MOST_MAXIMA:
+        return preference_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    numbers_E = torch.arange(preference_TE.shape[-1], device=preference_TE.device)
+    chosen = [preference_TE.argmax(dim=-1, keepdim=True)]  # the first of equal ones
+    for _ in range(k - 1):
+        preference_TE = preference_TE.masked_fill(numbers_E == chosen[-1], -torch.inf)
+        chosen.append(preference_TE.argmax(dim=-1, keepdim=True))
+    return torch.cat(chosen, dim=-1)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""Routers with random weights, and hidden states for them."""
+"""Routers and experts with random weights, and hidden states for them."""
 
 from typing import Any
 
 import torch
 
+from stellarbyte.model.moe.experts import ByteExperts
 from stellarbyte.model.moe.router import ByteRouter
 from tests.support.models.byte_transformer import make_config
 
@@ -19,6 +20,13 @@ def make_router(dtype: torch.dtype = torch.float32, **options: Any) -> ByteRoute
         for parameter in router.parameters():
             parameter.normal_(0, 0.3)
     return router.to(dtype)
+
+
+def make_experts(num_experts: int, dtype: torch.dtype = torch.float32, **options: Any) -> ByteExperts:
+    experts = ByteExperts(make_config(num_experts=num_experts, moe_intermediate_size=24, **options), 0)
+    for stack in experts.parameters():
+        torch.nn.init.normal_(stack, std=0.3)
+    return experts.to(dtype)
 
 
 def hidden_states(num_tokens: int = NUM_TOKENS) -> torch.Tensor:

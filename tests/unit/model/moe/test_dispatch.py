@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from stellarbyte.model.attention import plain_projection
-from stellarbyte.model.moe import experts as experts_module
 from stellarbyte.model.moe.dispatch import dispatch, within_capacity
-from stellarbyte.model.moe.experts import ByteExperts, grouped_linear, takes_grouped
 from stellarbyte.model.moe.layer import ByteMoE
 from stellarbyte.model.moe.router import Routing
 from tests.support.models import expert_oracle
-from tests.support.models.byte_transformer import EXPERT_VARIANTS, make_config, make_model, random_tokens
+from tests.support.models.byte_transformer import make_config
+from tests.support.models.routers import make_experts
 
 HIDDEN = 48
 
@@ -31,7 +30,7 @@ def routing_of(scores_TE: torch.Tensor, num_chosen: list[int], most: int, *, ren
         experts_TK=ranking_TE[:, :most].masked_fill(~is_chosen_TK, num_experts),
         gates_TK=gates_TK,
         num_pairs=sum(num_chosen),
-        ranking_TE=ranking_TE,
+        preference_TE=scores_TE,
         scores_TE=scores_TE,
         logits_TE=scores_TE.log(),
         noisy_logits_TE=None,
@@ -39,14 +38,9 @@ def routing_of(scores_TE: torch.Tensor, num_chosen: list[int], most: int, *, ren
     )
 
 
-def make_experts(num_experts: int, dtype: torch.dtype = torch.float32, **options: Any) -> ByteExperts:
-    experts = ByteExperts(make_config(num_experts=num_experts, moe_intermediate_size=24, **options), 0)
-    for stack in experts.parameters():
-        torch.nn.init.normal_(stack, std=0.3)
-    return experts.to(dtype)
-
-
-@pytest.mark.parametrize(("tokens", "num_experts", "most"), [(1, 4, 2), (3, 8, 8), (17, 5, 1), (200, 60, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "most"), [(1, 4, 2), (3, 8, 8), (17, 5, 1), (200, 60, 4), (40, 300, 3)]
+)
 @torch.no_grad()
 def test_each_token_gets_the_weighted_sum_of_its_experts(tokens: int, num_experts: int, most: int) -> None:
     torch.manual_seed(tokens)
@@ -79,7 +73,8 @@ def test_capacity_priority_and_rerouting_are_those_of_a_loop(seed: int) -> None:
     routing = routing_of(scores_TE, num_chosen, most, renormalised=seed % 2 == 0)
     wanted = [count if there else 0 for count, there in zip(num_chosen, is_token, strict=True)]
     room = math.ceil(factor * sum(wanted) / num_experts)
-    expected = expert_oracle.placed_experts(scores_TE.tolist(), routing.ranking_TE.tolist(), wanted, room)
+    rankings = [expert_oracle.ranking(scores, [0.0] * num_experts) for scores in scores_TE.tolist()]
+    expected = expert_oracle.placed_experts(scores_TE.tolist(), rankings, wanted, room)
 
     found = within_capacity(routing, factor, torch.tensor(is_token))
     placed = [[e for e in row if e < num_experts] for row in found.experts_TK.tolist()]
@@ -146,69 +141,3 @@ def test_gradients_reach_every_expert_that_got_a_token_and_no_other(factor: floa
     for stack in (layer.experts.gate_up_proj, layer.experts.down_proj):
         assert {e for e in range(16) if stack.grad[e].abs().max() > 0} == got
     assert layer.gate.weight.grad.abs().max() > 0 and x_TC.grad.abs().min() > 0
-
-
-def test_gradients_of_grouped_products_are_those_of_finite_differences() -> None:
-    x_NK = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    weight_EOK = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
-    counts_E = torch.tensor([3, 0, 1, 1])
-    assert torch.autograd.gradcheck(lambda x, weight: grouped_linear(x, weight, counts_E), (x_NK, weight_EOK))
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 4, 1], [0, 0, 0, 8], [8, 0, 0, 0], [1, 2, 2, 3]])
-def test_the_grouped_kernel_computes_what_the_loop_computes(
-    counts: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Outputs and gradients, in bfloat16; `F.grouped_mm` has an implementation for CPUs as well."""
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        pytest.skip("this release of torch has no grouped_mm")
-    torch.manual_seed(0)
-    results = []
-    for grouped in (False, True):
-        monkeypatch.setattr(experts_module, "takes_grouped", lambda *_, grouped=grouped: grouped)
-        torch.manual_seed(1)
-        experts = make_experts(4, torch.bfloat16).to(device)
-        x_NC = torch.randn(8, HIDDEN, dtype=torch.bfloat16, device=device, requires_grad=True)
-        out_NC = experts(x_NC, torch.tensor(counts, device=device))
-        out_NC.float().square().sum().backward()
-        results.append([out_NC.detach(), x_NC.grad, *(stack.grad for stack in experts.parameters())])
-    for looped, grouped in zip(*results, strict=True):
-        scale = float(looped.float().abs().max())
-        torch.testing.assert_close(grouped.float(), looped.float(), atol=0.02 * scale, rtol=0.02)
-
-
-@pytest.mark.slow
-def test_autocast_computes_the_grouped_kernel_in_one_compiled_graph(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights are in float32 there. A loop over the experts would divide the graph at every layer."""
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        pytest.skip("this release of torch has no grouped_mm")
-    results = []
-    for grouped in (False, True):
-        monkeypatch.setattr(experts_module, "takes_grouped", lambda *_, grouped=grouped: grouped)
-        torch.manual_seed(1)
-        model = make_model(**EXPERT_VARIANTS["experts, shared with a gate, some layers dense"]).to(device).train()
-        tokens = torch.tensor([random_tokens(30)], device=device)
-        compute = torch.compile(model, backend="aot_eager", fullgraph=True) if grouped else model
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = compute(tokens, labels=tokens, skip_logits=True).loss
-        loss.backward()
-        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
-    for looped, found in zip(*results, strict=True):
-        assert found.dtype == torch.float32
-        scale = float(looped.abs().max())
-        torch.testing.assert_close(found, looped, atol=0.05 * scale, rtol=0.05)
-
-
-def test_only_bfloat16_on_a_gpu_takes_the_grouped_kernel() -> None:
-    x_NK, weight_EOK = torch.zeros(4, 8), torch.zeros(2, 8, 8)
-    assert not takes_grouped(x_NK, weight_EOK) and not takes_grouped(x_NK.bfloat16(), weight_EOK.bfloat16())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
-def test_autocast_to_bfloat16_on_a_gpu_takes_the_grouped_kernel() -> None:
-    x_NK, weight_EOK = torch.zeros(4, 8, device="cuda"), torch.zeros(2, 8, 8, device="cuda")
-    assert not takes_grouped(x_NK, weight_EOK)
-    with torch.autocast("cuda", torch.bfloat16):
-        assert takes_grouped(x_NK, weight_EOK)

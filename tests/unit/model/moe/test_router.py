@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from stellarbyte.model.moe.router import Routing, move_selection_bias
+from stellarbyte.model.moe.router import MOST_MAXIMA, Routing, best_experts, move_selection_bias
 from tests.support.models import expert_oracle
 from tests.support.models.byte_transformer import make_config
 from tests.support.models.routers import NUM_EXPERTS, NUM_TOKENS, hidden_states, make_router
@@ -67,6 +67,13 @@ def test_ties_go_to_the_lower_numbers() -> None:
     assert router(hidden_states()).experts_TK.tolist() == [[0, 1, 2]] * NUM_TOKENS
 
 
+@pytest.mark.parametrize("k", [1, 2, MOST_MAXIMA, MOST_MAXIMA + 1, 20])
+def test_the_best_of_many_equal_scores_are_the_oracles(k: int) -> None:
+    preference_TE = torch.randint(4, (50, 20), generator=torch.Generator().manual_seed(k)) / 4
+    expected = [expert_oracle.ranking(scores, [0.0] * 20)[:k] for scores in preference_TE.tolist()]
+    assert best_experts(preference_TE, k).tolist() == expected
+
+
 def test_a_softmax_over_the_chosen_logits_is_the_same_gates() -> None:
     router = make_router()
     best = (hidden_states() @ router.weight.T).topk(3)
@@ -92,7 +99,7 @@ def test_the_share_grows_linearly_in_training() -> None:
     def most_without_last() -> float:
         """The largest share that a token's choices but the last one have: just below p, with many tokens."""
         routing = router(hidden_states(4000))
-        shares_TK = routing.scores_TE.gather(1, routing.ranking_TE)
+        shares_TK = routing.scores_TE.sort(dim=1, descending=True).values
         kept = (routing.experts_TK < NUM_EXPERTS).sum(dim=1, keepdim=True)
         return float((shares_TK.cumsum(1) - shares_TK).gather(1, kept - 1).max())
 
