@@ -197,12 +197,12 @@ def _rows_kernel(
                 k = g * GROUP + rows_b // 16 * 32 + rows_b % 16
             v = tl.load(tile_rows + k, mask=mask_x, other=0.0)
             if HAS_NORM:
-                v, squares = _normed(v, norm, k, squares)
+                v, squares = _normed(v, norm, k, num_inputs, squares)
             high_v = v
             if IS_INT4:
                 high_v = tl.load(tile_rows + k + 16, mask=mask_x, other=0.0)
                 if HAS_NORM:
-                    high_v, squares = _normed(high_v, norm, k + 16, squares)
+                    high_v, squares = _normed(high_v, norm, k + 16, num_inputs, squares)
             total = _add_groups(
                 total, v, high_v, codes, now[j * READS * LOADS], now[j * READS * LOADS + LOADS - 1], g, tile_n, tile_b,
                 width, num_inputs, mask, GROUP, IS_INT4, HAS_ZEROS,
@@ -263,10 +263,11 @@ def _load_scales(
 
 
 @triton.jit
-def _normed(v, norm, k, squares):
+def _normed(v, norm, k, num_inputs, squares):
     """Inputs times the norm's weights, of which the whole product is scaled afterwards, and the sums of squares."""
     numbers = v.to(tl.float32)
-    return (numbers * tl.load(norm + k).to(tl.float32)).to(v.dtype), squares + numbers * numbers
+    gain = tl.load(norm + k, mask=k < num_inputs, other=0.0).to(tl.float32)
+    return (numbers * gain).to(v.dtype), squares + numbers * numbers
 
 
 @triton.jit
