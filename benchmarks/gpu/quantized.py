@@ -1,7 +1,7 @@
 """Products with weights of 16, 8 and 4 bits in CUDA graphs, against the limits of memory and matrix units.
 
     python -m benchmarks.gpu.quantized                        the linears of an 8B layer, by form and number of rows
-    python -m benchmarks.gpu.quantized --sweep 1 8 64         and other tiles for these numbers of rows
+    python -m benchmarks.gpu.quantized --sweep 1 8 64         and other tiles for these rows; the best at the end
     python -m benchmarks.gpu.quantized --device cpu --tiny    to try the program itself, by Triton's interpreter
 
 For whole models: `python -m benchmarks.gpu --only 8b/1 8b-int4/1 8b-int4/8 8b-int4/64 8b-int4/64-lora32`. Weights are
@@ -49,17 +49,17 @@ VECTOR_8_BITS = [
 ]  # fmt: skip
 ROWS_8_BITS = [(16, 256, 4), (32, 256, 4), (32, 128, 4), (64, 128, 4), (64, 256, 4), (16, 512, 4), (32, 256, 8)]
 VECTOR_4_BITS = [
-    (8, 2, 64, 8), (8, 4, 64, 8), (8, 2, 128, 8), (8, 2, 64, 4), (8, 4, 32, 4), (8, 2, 32, 4), (8, 1, 64, 4),
-    (8, 1, 64, 8), (4, 2, 128, 8), (16, 2, 32, 4), (8, 4, 32, 8), (8, 1, 32, 2), (8, 2, 32, 2),
+    (8, 1, 64, 4), (4, 2, 64, 4), (4, 1, 64, 4), (8, 1, 32, 2), (8, 1, 32, 4), (16, 1, 32, 4), (8, 2, 64, 8),
+    (8, 2, 32, 4),
 ]  # fmt: skip
-FEW_4_BITS = [  # outputs, groups at once, warps, stages, unrolled; rows as many as there are
-    (16, 4, 4, 4, 1), (16, 4, 4, 4, 2), (16, 4, 4, 4, 4), (16, 4, 4, 3, 8), (32, 4, 4, 4, 1), (32, 4, 4, 4, 2),
-    (32, 2, 4, 4, 2), (32, 8, 8, 3, 1), (16, 8, 8, 3, 1), (64, 1, 4, 4, 4), (64, 1, 4, 5, 2), (64, 2, 4, 4, 1),
-    (64, 4, 8, 3, 1), (16, 2, 2, 6, 2),
+FEW_4_BITS = [  # outputs, groups at once, warps, stages, turns of a step; rows as many as there are
+    (32, 4, 4, 4, 1), (32, 4, 4, 3, 2), (32, 4, 4, 4, 4), (32, 8, 8, 4, 1), (32, 8, 8, 3, 2), (16, 8, 8, 4, 1),
+    (16, 8, 8, 4, 2), (16, 4, 4, 4, 1), (16, 4, 4, 4, 4), (32, 4, 4, 4, 1, 2), (32, 4, 4, 3, 2, 2),
 ]  # fmt: skip
-MANY_4_BITS = [  # rows, outputs, groups at once, warps, stages, unrolled
-    (64, 64, 1, 4, 4, 4), (64, 64, 1, 4, 4, 2), (64, 64, 1, 4, 5, 1), (64, 128, 1, 8, 4, 2), (64, 128, 1, 4, 4, 2),
-    (128, 128, 1, 8, 3, 1), (128, 128, 1, 8, 4, 4), (128, 64, 1, 4, 4, 2), (256, 64, 1, 8, 3, 1), (32, 64, 1, 4, 4, 4),
+MANY_4_BITS = [  # rows, outputs, groups at once, warps, stages, turns of a step, parts of the inputs
+    (64, 64, 1, 4, 4, 4, 1), (64, 64, 1, 4, 4, 1, 1), (64, 64, 1, 4, 4, 4, 2), (64, 64, 1, 4, 4, 1, 2),
+    (64, 64, 1, 4, 4, 4, 4), (64, 64, 1, 4, 4, 1, 4), (64, 64, 1, 4, 3, 2, 4), (64, 128, 1, 8, 3, 1, 4),
+    (64, 128, 1, 8, 3, 4, 4), (64, 128, 1, 8, 3, 1, 1), (32, 64, 1, 4, 4, 4, 2), (128, 128, 1, 8, 3, 1, 2),
 ]  # fmt: skip
 
 
@@ -162,6 +162,9 @@ class Bench:
         rows = rows_tile(self.num_rows, part.width, weight.group_size, self.dtype).rows
         if self.num_rows <= 64:
             runs |= {f"rows {rows, *tile}": self._rows(RowsTile(rows, *tile)) for tile in FEW_4_BITS}
+            if part.norm and self.num_rows == 1:
+                tiles = [tile for tile in FEW_4_BITS if len(tile) == 5]  # in one part
+                runs |= {f"rows {rows, *tile} norm inside": self._rows_normed(RowsTile(rows, *tile)) for tile in tiles}
         if self.num_rows >= 32:
             runs |= {f"rows {tile}": self._rows(RowsTile(*tile)) for tile in MANY_4_BITS}
             runs["dequantize and multiply"] = self._dequantized
@@ -192,6 +195,17 @@ class Bench:
             out_TN = torch.empty_like(self.residual_TN)
             gate = GATE if self.part.gate else 0
             rows_product(x_TK, weight, out_TN, gate=gate, residual_TN=residual_TN, tile=tile)
+            return out_TN
+
+        return run
+
+    def _rows_normed(self, tile: RowsTile) -> Run:
+        gate = GATE if self.part.gate else 0
+
+        def run(weight: PackedWeight) -> torch.Tensor:
+            assert isinstance(weight, GroupedWeight)
+            out_TN = torch.empty_like(self.residual_TN)
+            rows_product(self.x_TK, weight, out_TN, norm_K=self.norm_K, eps=EPS, gate=gate, tile=tile)
             return out_TN
 
         return run
@@ -242,7 +256,9 @@ def measure_form(
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results: list[dict[str, Any]] = []
-    for part in parts:
+    started_s = time.monotonic()
+    for i, part in enumerate(parts):
+        until_s = min(deadline_s, started_s + options.form_s * (i + 1) / len(parts))
         weights = [make_weight(part, form, device, dtype)]
         copies = 1 if options.tiny else min(MOST_COPIES, 1 + LEAST_BYTES // bytes_of(weights[0]))
         weights += [make_weight(part, form, device, dtype) for _ in range(copies - 1)]
@@ -253,9 +269,9 @@ def measure_form(
             if count in (options.sweep or ()):
                 runs += [(bench, name, run) for name, run in bench.variants().items()]
         for bench, name, run in compile_all(runs):
-            if time.monotonic() > deadline_s:
+            if time.monotonic() > until_s:
                 print(f"{form} {part.name}: no time left")
-                return results
+                break
             note = ""
             if name != "served" and device.type == "cuda":
                 expected, found = bench.served(weights[0]).float(), run(weights[0]).float()
@@ -263,7 +279,7 @@ def measure_form(
                     expected = expected + bench.residual_TN.float()  # which the product as served leaves to another
                 difference = float((found - expected).abs().max() / expected.abs().max())
                 note = "" if difference < 0.03 else f"  DIFFERS by {difference:.3f}"
-            results.append(bench.figures(name, bench.us(run), limits))
+            results.append(bench.figures(name, bench.us(run), limits) | {"differs": bool(note)})
             figures = results[-1]
             shares = f"{figures['of_read_limit']:>6.1%} {figures['of_matmul']:>6.1%}"
             print(
@@ -271,6 +287,17 @@ def measure_form(
                 flush=True,
             )
     return results
+
+
+def print_best(results: list[dict[str, Any]]) -> None:
+    """Of each form, part and number of rows: the kernel as served, and the fastest of those that agree with it."""
+    print("\nform      part      rows  served us   best us  kernel")
+    shapes = dict.fromkeys((row["form"], row["part"], row["rows"]) for row in results)
+    for form, part, rows in shapes:
+        tried = [row for row in results if (row["form"], row["part"], row["rows"]) == (form, part, rows)]
+        served_us = next((row["us"] for row in tried if row["kernel"] == "served"), float("nan"))
+        best = min((row for row in tried if not row["differs"]), key=lambda row: row["us"], default=tried[0])
+        print(f"{form:<9} {part:<8} {rows:>5} {served_us:>10.1f} {best['us']:>9.1f}  {best['kernel']}")
 
 
 def main() -> None:
@@ -282,6 +309,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny matrices, to try the program itself")
     parser.add_argument("--limit-s", type=float, default=360, help="nothing is measured after this time")
+    parser.add_argument("--form-s", type=float, default=120, help="nor of a form after this time of its own")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     deadline_s = time.monotonic() + options.limit_s
@@ -293,6 +321,7 @@ def main() -> None:
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream() if options.device == "cuda" else None):
         for form in options.forms:
             results += measure_form(form, parts, options, limits, deadline_s)
+    print_best(results)
     if not options.no_record:
         write_result("quantized_kernels", {"limits": limits, "rows": results})
 

@@ -40,7 +40,7 @@ def grouped_linear(
     if not num_rows:
         return out_TN
     if can_norm(num_rows, weight):
-        tile = vector_tile(weight.num_inputs)
+        tile = vector_tile(weight.num_inputs, bool(gate))
         vector_product(
             x_TK, weight, out_TN, norm_K=norm_K, eps=eps, gate=gate, residual_1N=residual_TN,
             branch_scale_N=branch_scale_N, tile=tile,

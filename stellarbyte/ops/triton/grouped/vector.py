@@ -30,10 +30,10 @@ class VectorTile(NamedTuple):
     num_warps: int
 
 
-def vector_tile(num_inputs: int) -> VectorTile:
-    """Enough programs to fill the GPU, long reads."""
+def vector_tile(num_inputs: int, has_gate: bool) -> VectorTile:
+    """Long reads of few outputs: registers limit the programs of a multiprocessor, and so the reads on their way."""
     slabs = min(64, triton.next_power_of_2(num_inputs // SLAB))
-    return VectorTile(8, 2, slabs, max(1, min(8, slabs // 8)))
+    return VectorTile(*((4, 2) if has_gate else (8, 1)), slabs, max(1, min(4, slabs // 8)))
 
 
 def vector_product(
@@ -88,15 +88,20 @@ def _vector_kernel(
     GROUP_SLABS: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, HAS_BRANCH_SCALE: tl.constexpr, GATE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """Some outputs; the next slabs' codes are loaded ahead, the first ones while the row is still being computed."""
+    """Some outputs; the next slabs' numbers are loaded ahead, the first ones while the row is still being computed."""
     let_next_begin(OVERLAPS)
     READS: tl.constexpr = 2 * REPEATS if GATE else REPEATS  # with a gate, the ups after the gates
     width = num_outputs * 2 if GATE else num_outputs
     first = tl.program_id(0) * (BLOCK_N * REPEATS) + tl.arange(0, BLOCK_N)
     h = tl.arange(0, SLABS)
-    loaded = no_tiles()
+    loaded, scales_ahead, zeros_ahead = no_tiles(), no_tiles(), no_tiles()
     for r in tl.static_range(READS):
         loaded += (_load_words(codes, first, r, h, num_outputs, width, num_inputs, BLOCK_N, REPEATS, EVEN),)
+        scale, zero = _load_scales(
+            scales, zeros, first, r, h, num_outputs, width, num_inputs, BLOCK_N, REPEATS, GROUP_SLABS, HAS_ZEROS
+        )
+        scales_ahead += (scale,)
+        zeros_ahead += (zero,)
     wait_for_inputs(OVERLAPS)
     totals = no_tiles()
     for _ in tl.static_range(READS):
@@ -110,23 +115,26 @@ def _vector_kernel(
             squares += _sum_of_products(v, v)
             v = _products(v, _load_row(norm, here, inside_h))
         sums = _sum_of(v)
-        now, loaded = loaded, no_tiles()
+        now, scales_now, zeros_now = loaded, scales_ahead, zeros_ahead
+        loaded, scales_ahead, zeros_ahead = no_tiles(), no_tiles(), no_tiles()
         if i + 1 < NUM_TILES:
             for r in tl.static_range(READS):
                 loaded += (
                     _load_words(codes, first, r, here + SLABS, num_outputs, width, num_inputs, BLOCK_N, REPEATS, EVEN),
                 )
+                scale, zero = _load_scales(
+                    scales, zeros, first, r, here + SLABS, num_outputs, width, num_inputs, BLOCK_N, REPEATS,
+                    GROUP_SLABS, HAS_ZEROS,
+                )  # fmt: skip
+                scales_ahead += (scale,)
+                zeros_ahead += (zero,)
         before, totals = totals, no_tiles()
         for r in tl.static_range(READS):
-            n = first + (r % REPEATS) * BLOCK_N
-            inside = (n < num_outputs)[None, :] & inside_h[:, None]
-            place = (here // GROUP_SLABS).to(tl.int64)[:, None] * width + (r // REPEATS) * num_outputs + n[None, :]
-            scale = tl.load(scales + place, mask=inside, other=0.0).to(tl.float32)
             zero = _SYMMETRIC
             if HAS_ZEROS:
-                zero = 16.0 + tl.load(zeros + place, mask=inside, other=0).to(tl.float32)
+                zero = 16.0 + zeros_now[r].to(tl.float32)
             total = _sum_of_codes(now[r], v) - zero * sums[:, None]
-            totals += (before[r] + scale * total,)
+            totals += (before[r] + scales_now[r].to(tl.float32) * total,)
     factor = 1.0
     if HAS_NORM:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / num_inputs + eps)
@@ -159,6 +167,22 @@ def _load_words(
         return tl.load(place, eviction_policy="evict_first")
     inside = (n < num_outputs)[None, :] & (h < num_inputs // 32)[:, None]
     return tl.load(place, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_scales(
+    scales, zeros, first, r: tl.constexpr, h, num_outputs, width, num_inputs, BLOCK_N: tl.constexpr,
+    REPEATS: tl.constexpr, GROUP_SLABS: tl.constexpr, HAS_ZEROS: tl.constexpr,
+):  # fmt: skip
+    """[H, N] of scales, and of zero points if there are; else scales again."""
+    n = first + (r % REPEATS) * BLOCK_N
+    inside = (n < num_outputs)[None, :] & (h < num_inputs // 32)[:, None]
+    place = (h // GROUP_SLABS).to(tl.int64)[:, None] * width + (r // REPEATS) * num_outputs + n[None, :]
+    scale = tl.load(scales + place, mask=inside, other=0.0)
+    zero = scale
+    if HAS_ZEROS:
+        zero = tl.load(zeros + place, mask=inside, other=0)
+    return scale, zero
 
 
 @triton.jit

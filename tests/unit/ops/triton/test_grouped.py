@@ -138,14 +138,45 @@ def test_any_tile_of_one_row(tile: VectorTile, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "tile", [RowsTile(8, 16, 4, 4, 3), RowsTile(16, 32, 2, 4, 2, 2), RowsTile(8, 64, 1, 4, 4, 4)], ids=str
+    "tile",
+    [
+        RowsTile(8, 16, 4, 4, 3),
+        RowsTile(16, 32, 2, 4, 2, 2),
+        RowsTile(8, 64, 1, 4, 4, 4),
+        RowsTile(8, 16, 1, 4, 3, 1, 3),
+    ],
+    ids=str,
 )
 def test_any_tile_of_several_rows(tile: RowsTile, device: torch.device) -> None:
-    """Also of more rows than a program has, and of groups that the split does not divide."""
+    """Also of more rows than a program has, and of groups that split, steps or parts do not divide."""
     matrix, x = stored("int4", (37, 320), 64, has_zeros=True), random(11, 320, seed=1)
     out = torch.empty(11, 37, device=device)
     rows_product(x.to(device), on(device, grouped([matrix])), out, tile=tile)
     torch.testing.assert_close(out.cpu().double(), x.double() @ numbers_of(matrix).T, atol=3e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("tile", [RowsTile(8, 16, 2, 4, 3, 2, 2), RowsTile(16, 64, 1, 4, 3, 2, 3)], ids=str)
+def test_parts_with_what_stands_around_them(tile: RowsTile, device: torch.device) -> None:
+    """Bias, gate, scale and residual follow the sum of all parts."""
+    matrix, x, bias = stored("int4", (74, 320), 32, has_zeros=True), random(11, 320, seed=1), random(74, seed=2)
+    residual, scale, out = random(11, 37, seed=3), random(37, seed=4), torch.empty(11, 37, device=device)
+    both = x.double() @ numbers_of(matrix).T + bias
+    expected = residual + scale * (F.silu(both[:, :37]) * both[:, 37:])
+    rows_product(
+        x.to(device), on(device, grouped([matrix], bias)), out, gate=GATES["silu"], residual_TN=residual.to(device),
+        branch_scale_N=scale.to(device), tile=tile,
+    )  # fmt: skip
+    torch.testing.assert_close(out.cpu().double(), expected, atol=3e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("tile", [RowsTile(8, 16, 2, 4, 3, 2), RowsTile(8, 64, 1, 4, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_rows_with_a_norm(tile: RowsTile, kind: Kind, device: torch.device) -> None:
+    matrix, x, norm = stored(kind, (37, 320), 64), random(5, 320, seed=1), random(320, seed=2)
+    expected = x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + EPS) * norm @ numbers_of(matrix).T
+    out = torch.empty(5, 37, device=device)
+    rows_product(x.to(device), on(device, grouped([matrix])), out, norm_K=norm.to(device), eps=EPS, tile=tile)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=3e-4, rtol=2e-5)
 
 
 def test_one_row_in_bfloat16(device: torch.device) -> None:
@@ -154,7 +185,7 @@ def test_one_row_in_bfloat16(device: torch.device) -> None:
     x, norm = random(1, 256, seed=1).bfloat16(), random(256, seed=2).bfloat16()
     expected = x.double() * torch.rsqrt(x.double().pow(2).mean() + EPS) * norm.double() @ numbers_of(matrix).T
     weight, out = on(device, grouped([matrix])), torch.empty(1, 48, device=device)
-    vector_product(x.to(device), weight, out, norm_K=norm.to(device), eps=EPS, tile=vector_tile(256))
+    vector_product(x.to(device), weight, out, norm_K=norm.to(device), eps=EPS, tile=vector_tile(256, has_gate=False))
     torch.testing.assert_close(out.cpu().double(), expected, rtol=2e-5, atol=3e-4)
 
 
