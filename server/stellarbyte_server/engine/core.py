@@ -183,6 +183,10 @@ class EngineCore:
         else:
             replies += adapters.list_all(call.call_id)
 
+    def abandon_load(self, name: str) -> None:
+        """Give up what the calls of a process that has ended have prepared for an adapter."""
+        self.answers.replies += self.adapters.abandon_load(name)
+
     def take_replies(self) -> list[Reply]:
         """Answers to calls since the last `take_replies`; also processes other threads' results."""
         self._collect()

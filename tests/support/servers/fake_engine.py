@@ -116,6 +116,9 @@ class FakeCore:
         else:
             self.replies.append(CallFailed(call.call_id, "The fake engine has no adapters."))
 
+    def abandon_load(self, name: str) -> None:
+        raise NotImplementedError(name)
+
     def take_replies(self) -> list[Reply]:
         replies, self.replies = self.replies, []
         return replies
