@@ -88,7 +88,7 @@ class OffloadEngine:
         self.settle()
         chunks = self.scheduler.schedule()
         if not chunks and self.scheduler.has_work:
-            assert readable([self.offload.wake_fd], 10), "nothing runs and nothing comes"
+            assert readable([self.offload.wake_up.fd], 10), "nothing runs and nothing comes"
             return chunks
         for sequence, _ in self.scheduler.apply(chunks, self.compute(chunks)):
             if is_complete(sequence):

@@ -258,7 +258,10 @@ class Adapters:
     @property
     def wake_fd(self) -> int | None:
         """A file descriptor that becomes readable when `collect` has results."""
-        return self._store.wake_fd
+        return None if self._store.wake_up is None else self._store.wake_up.fd
+
+    def close(self) -> None:
+        self._store.close()
 
     def collect(self) -> list[Reply]:
         """Process finished reads and copies; returns answers to calls."""

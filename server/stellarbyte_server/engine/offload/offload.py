@@ -4,9 +4,7 @@ A block is copied when it gets its key. The copy runs beside steps and counts on
 the engine thread learns of it: blocks with keys are never written to. So a copy holds no block, and delays no step.
 """
 
-import contextlib
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -22,6 +20,7 @@ from stellarbyte_server.engine.schedule.loading import Loading
 from stellarbyte_server.engine.state.lower_tiers import BlockLoad
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.offload_stats import OffloadStats
+from stellarbyte_server.wake_up import WakeUp
 
 logger = logging.getLogger("server.engine")
 
@@ -63,10 +62,8 @@ class Offload:
         self._ended: deque[BlockLoad] = deque()
         self._has_work = threading.Condition()
         self._is_closing = False
-        self.wake_fd, self._wake = os.pipe()
-        """Becomes readable when `settle` or `take_ended` has something to do."""
-        os.set_blocking(self.wake_fd, False)
-        os.set_blocking(self._wake, False)
+        self.wake_up = WakeUp()
+        """Rings when `settle` or `take_ended` has something to do."""
         self._thread = threading.Thread(target=self._run, name="kv-offload", daemon=True)
 
     def start(self) -> None:
@@ -84,8 +81,7 @@ class Offload:
         self.settle()
         if self._writer is not None:
             self._writer.close()
-        os.close(self.wake_fd)
-        os.close(self._wake)
+        self.wake_up.close()
 
     def stats(self, loading: Loading | None) -> OffloadStats:
         """Counts since the engine's start; `loading`: the scheduler's."""
@@ -147,8 +143,7 @@ class Offload:
 
     def settle(self) -> None:
         """Let finished copies count. Never waits."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+        self.wake_up.clear()
         for _ in range(len(self._done)):
             task, slot = self._done.popleft()
             if isinstance(task, _Touch):
@@ -183,10 +178,6 @@ class Offload:
         with self._has_work:
             self._has_work.notify()
 
-    def _notify(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
-            os.write(self._wake, b"\0")
-
     def _run(self) -> None:
         """The thread that copies: what requests wait for first."""
         give_way()
@@ -200,7 +191,7 @@ class Offload:
                 self._copy_next()
             elif ended := self._loads.advance():
                 self._ended += ended
-                self._notify()
+                self.wake_up.ring()
 
     def _copy_next(self) -> None:
         """Copy the block that has waited longest into a slot, if one can be had."""
@@ -220,4 +211,4 @@ class Offload:
                 slot = None
         self._done.append((task, slot))
         self._tasks.popleft()
-        self._notify()
+        self.wake_up.ring()

@@ -150,7 +150,7 @@ def test_content_that_is_discarded_while_it_is_loaded_is_not_used(make_engine: E
     engine = make_engine(tmp_path)
     sequence = engine.scheduler.add(make_request([1] * 40, 3))
     assert engine.scheduler.schedule() == []
-    assert readable([engine.offload.wake_fd], 10)  # all are filled, and the engine has not looked
+    assert readable([engine.offload.wake_up.fd], 10)  # all are filled, and the engine has not looked
     for key in sequence.keys.keys:
         engine.offload.discard(key)
     engine.run()

@@ -42,14 +42,14 @@ def test_a_request_does_not_wait_for_a_file_that_hangs(
     run_one(engine, [2] * 40)
     engine.wait_stored()
     engine.forget_pool()
-    monkeypatch.setattr(block_loads, "FILE_LIMIT_S", 0.2)
+    monkeypatch.setattr(block_loads, "FILE_LIMIT_S", 1.0)
     with caplog.at_level(logging.INFO):
         assert run_one(engine, [1] * 40).num_cached == 16  # up to the fifth
         assert run_one(engine, [2] * 40).num_cached == 36  # from memory, meanwhile
         engine.forget_pool()
         assert run_one(engine, [1] * 40).num_cached == 36  # what was computed is in memory now
         assert [record.message for record in caplog.records] == [
-            "--kv-offload-dir: a file was not read within 0.2 s; until it is, no other is read"
+            "--kv-offload-dir: a file was not read within 1 s; until it is, no other is read"
         ]
         assert engine.scheduler.pool.num_used == 0
         let_go(hanging)
@@ -64,13 +64,13 @@ def test_other_requests_of_the_disk_go_on_when_a_file_no_longer_hangs(
     run_one(other, [2] * 40)
     other.wait_stored()
     engine = make_engine(hanging.parent)
-    monkeypatch.setattr(block_loads, "FILE_LIMIT_S", 0.2)
+    monkeypatch.setattr(block_loads, "FILE_LIMIT_S", 1.0)
     first, second = (engine.scheduler.add(make_request([token] * 40, 3, str(token))) for token in (1, 2))
     engine.run()
     assert first.num_cached == 16 and second.num_cached == 0  # the second waited for the same disk
     assert generated(second) == continuation(second.request)
-    let_go(hanging)
     with caplog.at_level(logging.INFO):
+        let_go(hanging)
         engine.wait_until(lambda: "files are read again" in caplog.text)
     restarted = make_engine(hanging.parent)
     assert run_one(restarted, [2] * 40).num_cached == 36
@@ -89,9 +89,9 @@ def test_a_slow_disk_is_waited_for_as_long_as_a_load_may_take(
     engine = make_engine(tmp_path)
     run_one(engine, [1] * 160)
     engine.wait_stored()
-    monkeypatch.setattr(block_loads, "LOAD_LIMIT_S", 0.5)
+    monkeypatch.setattr(block_loads, "LOAD_LIMIT_S", 1.0)
     monkeypatch.setattr(BlockFolder, "read", read_slowly)
     restarted = make_engine(tmp_path)
-    assert 0 < run_one(restarted, [1] * 160).num_cached <= 40  # at most ten files of forty
+    assert 0 < run_one(restarted, [1] * 160).num_cached <= 80  # at most twenty files of forty
     restarted.wait_until(lambda: not len(restarted.scheduler.loading))
     assert restarted.scheduler.pool.num_used == 0
