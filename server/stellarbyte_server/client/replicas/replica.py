@@ -36,12 +36,11 @@ class ReplicaRecord:
         self.is_in_step = False
         self.endpoint = endpoint
         self.endpoints.add(endpoint)
-        self._prefixes = SentPrefixes(self.client.info.num_blocks)
 
     def forget(self) -> None:
         """Its process has ended."""
         self.is_in_step = False
-        self._prefixes = SentPrefixes(self.client.info.num_blocks)  # as before, until it is known
+        self._prefixes = SentPrefixes(self.client.info.num_blocks)
         self._sent_adapters.clear()
 
     def state(self, prefix: Sequence[int]) -> ReplicaState:

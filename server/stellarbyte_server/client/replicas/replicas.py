@@ -313,6 +313,7 @@ class Replicas:
         if isinstance(news, EngineEnded):
             record.forget()
         elif isinstance(news, EngineRestarted):
+            record.forget()  # again: the cache may have another size
             record.note_process(news.endpoint)
             self._note_infos()
             if len(self.clients) > 1:
