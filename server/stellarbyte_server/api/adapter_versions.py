@@ -263,6 +263,9 @@ def _version(before: NameRecord | None, content: Content, loaded: AdapterLoaded,
         created_by=caller,
         probe=loaded.probe,
         job=job,
+        rank=loaded.card.rank,
+        num_bytes=loaded.card.num_bytes,
+        invocation=loaded.card.invocation,
     )
 
 

@@ -355,15 +355,17 @@ class EngineClient:
             self.num_lost += 1
             self.end_streams(_ENDED)
             await self._disconnect()
-            if not await self._engine.restarted():
+            info = await self._engine.restarted()
+            if info is None:
                 self._tell(EngineGone(self.replica))
                 self.dead.set()
                 return
+            self.info = info
             self._connect()
             self._down = None
             self.observer.flush()
             logger.info("another engine process%s takes requests", self._which)
-            self._tell(EngineRestarted(self._engine.endpoint, self.replica))
+            self._tell(EngineRestarted(self._engine.endpoint, info.num_blocks, self.replica))
 
     @property
     def _which(self) -> str:

@@ -43,8 +43,8 @@ class Engine(Protocol):
     async def ended(self) -> str:
         """Wait, after `ready`, until the process has ended; returns how."""
 
-    async def restarted(self) -> bool:
-        """Wait, after `ended`, until another process takes requests; False when there will be none."""
+    async def restarted(self) -> EngineInfo | None:
+        """Wait, after `ended`, until another process takes requests, and return its info; None: there will be none."""
 
     def end_stalled(self) -> None:
         """End a process without progress, if another will replace it."""
@@ -123,8 +123,8 @@ class EngineProcess:
         await self._stdout.read()
         return describe_status(await asyncio.to_thread(self._process.wait))
 
-    async def restarted(self) -> bool:
-        return False
+    async def restarted(self) -> EngineInfo | None:
+        return None
 
     def end_stalled(self) -> None:
         """Do nothing: no other process would follow."""

@@ -60,34 +60,34 @@ class RestartingEngine:
     async def ended(self) -> str:
         return await self._process.ended()
 
-    async def restarted(self) -> bool:
+    async def restarted(self) -> EngineInfo | None:
         lived_s = time.monotonic() - self._ready_at_s
         while not self._is_stopping and (left := restarts_left(self._left, self._most, lived_s)) >= 0:
             self._left, lived_s = left, 0.0
             logger.warning("starting another engine process; %d restarts are left", left)
-            if await self._start_another():
-                return True
+            if (info := await self._start_another()) is not None:
+                return info
             await asyncio.sleep(PAUSE_S)
-        return False
+        return None
 
-    async def _start_another(self) -> bool:
-        """Start another process; returns whether it takes requests."""
+    async def _start_another(self) -> EngineInfo | None:
+        """Start another process; None: it does not take requests."""
         self._process.kill()  # one that failed may live on for seconds; at the end of its stdin it would remove folders
         await asyncio.to_thread(self._process.stop)  # removes its files
         if self._is_stopping:
-            return False
+            return None
         try:
             self._process = self._start()
             info = await self._process.ready()
         except (EngineStartError, OSError) as error:
             logger.error("the engine process could not be restarted: %s", error)
-            return False
+            return None
         if self._info is None or not serves_the_same(self._info, info):
             logger.error("the model's files have changed; restart the server")
             self._left = 0
-            return False
+            return None
         self._ready_at_s = time.monotonic()
-        return True
+        return info
 
     def end_stalled(self) -> None:
         if self._most:
@@ -110,6 +110,7 @@ class EngineRestarted(msgspec.Struct, frozen=True, tag_field="news", tag="engine
     """Another engine process takes requests."""
 
     endpoint: str
+    num_blocks: int  # of its cache; the rest of its info is as before
     replica: int = 0
 
 
@@ -145,14 +146,15 @@ class AttachedEngine:
             pass
         return "see the parent's log"
 
-    async def restarted(self) -> bool:
+    async def restarted(self) -> EngineInfo | None:
         while True:
             news = await self._news.get()
             if isinstance(news, EngineRestarted):
                 self.endpoint = news.endpoint
-                return True
+                self._info = msgspec.structs.replace(self._info, num_blocks=news.num_blocks)
+                return self._info
             if isinstance(news, EngineGone):
-                return False
+                return None
 
     def end_stalled(self) -> None:
         """Do nothing: the parent ends it."""

@@ -106,8 +106,16 @@ class EngineCore:
         """File descriptors; one becomes readable when an adapter was read or copied, a grammar compiled, or blocks
         were copied."""
         of_adapters = () if self.adapters.wake_fd is None else (self.adapters.wake_fd,)
-        of_offload = () if self.offload is None else (self.offload.wake_fd,)
-        return (*of_adapters, self.grammars.wake_fd, *of_offload)
+        of_offload = () if self.offload is None else (self.offload.wake_up.fd,)
+        return (*of_adapters, self.grammars.wake_up.fd, *of_offload)
+
+    def close(self) -> None:
+        """End its threads and close its files; nothing may be called afterwards."""
+        self.grammars.close()
+        self.adapters.close()
+        for part in (self.events, self.offload):
+            if part is not None:
+                part.close()
 
     def submit(self, request: GenerationRequest, account: Account | None = None) -> None:
         """Queue a request of an account; None: no key.
@@ -182,6 +190,10 @@ class EngineCore:
             replies += adapters.unload(call.call_id, call.name)
         else:
             replies += adapters.list_all(call.call_id)
+
+    def abandon_load(self, name: str) -> None:
+        """Give up what the calls of a process that has ended have prepared for an adapter."""
+        self.answers.replies += self.adapters.abandon_load(name)
 
     def take_replies(self) -> list[Reply]:
         """Answers to calls since the last `take_replies`; also processes other threads' results."""

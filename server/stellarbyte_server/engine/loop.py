@@ -14,6 +14,7 @@ import zmq
 from stellarbyte_server.engine.request_totals import CLIENT_LEFT, HTTP_PROCESS_LOST, REQUEST_FAILED, RequestTotals
 from stellarbyte_server.engine.schedule.key_usage import KeyUsage
 from stellarbyte_server.engine.state.account import Account
+from stellarbyte_server.protocol.adapter_versions import SetVersions
 from stellarbyte_server.protocol.messages import (
     FAILED,
     HEARTBEAT_INTERVAL_S,
@@ -28,12 +29,14 @@ from stellarbyte_server.protocol.messages import (
     Heartbeat,
     HttpObservations,
     KeyCommand,
+    LoadAdapter,
     News,
     ReadTotals,
     Rejected,
     Reply,
     StepOutput,
     Submit,
+    UnloadAdapter,
     failure,
 )
 from stellarbyte_server.protocol.request import INTERNAL_ERROR, GenerationRequest, RequestRejected
@@ -75,6 +78,9 @@ class Core(Protocol):
     def call(self, call: Call) -> None:
         """Execute an operator's call; `take_replies` returns its answer."""
 
+    def abandon_load(self, name: str) -> None:
+        """Give up what the calls of a process that has ended have prepared for an adapter."""
+
     def take_replies(self) -> list[Reply]:
         """Answers to calls since the last `take_replies`."""
 
@@ -115,6 +121,7 @@ class EngineLoop:
         self._totals = RequestTotals()
         self._totals_wanted = False
         self._callers: dict[str, bytes] = {}  # call id → peer
+        self._loaders: dict[str, bytes] = {}  # adapter → peer that prepares a version, until it is set
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         for wake_fd in core.wake_fds:
@@ -215,6 +222,10 @@ class EngineLoop:
 
     def _call(self, peer_id: bytes, call: Call) -> None:
         self._callers[call.call_id] = peer_id
+        if isinstance(call, LoadAdapter):
+            self._loaders[call.name] = peer_id
+        elif isinstance(call, SetVersions | UnloadAdapter):
+            self._loaders.pop(call.name, None)
         try:
             self._core.call(call)
         except Exception:
@@ -317,6 +328,9 @@ class EngineLoop:
             self._abort_all(peer)
             self._usage.release_all(peer_id)
             del self._peers[peer_id]
+            for name in [name for name, loader in self._loaders.items() if loader == peer_id]:
+                del self._loaders[name]
+                self._core.abandon_load(name)
 
     def _send_rest(self, peer_id: bytes, event: Event) -> None:
         """Send a message that cannot be encoded delta by delta; requests whose delta cannot be encoded fail."""

@@ -9,6 +9,9 @@ class StoredAdapter(msgspec.Struct, frozen=True, kw_only=True):
     folder: str  # absolute path
     root: str  # its source, for the API
     content_hash: str = ""  # that the files must have; "": they have not been read yet
+    rank: int = 0  # these three as they were when it was loaded; 0, (): not recorded
+    num_bytes: int = 0
+    invocation: tuple[int, ...] = ()
 
 
 class LocateAdapter(msgspec.Struct, frozen=True, tag=True):

@@ -27,6 +27,9 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     created_by: str  # the key's name; "": no key was needed
     probe: AdapterProbe | None = None
     job: str = ""  # the fine-tuning job that trained it
+    rank: int = 0  # the largest of its modules; 0: of an older release
+    num_bytes: int = 0  # in memory, when it was loaded
+    invocation: tuple[int, ...] = ()  # its tokens
 
 
 class NameRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -119,7 +119,14 @@ class AdapterRegistry:
 
     def stored(self, version: Version) -> StoredAdapter:
         folder = str(self._path / "contents" / version.folder)
-        return StoredAdapter(folder=folder, root=version.source, content_hash=version.content_hash)
+        return StoredAdapter(
+            folder=folder,
+            root=version.source,
+            content_hash=version.content_hash,
+            rank=version.rank,
+            num_bytes=version.num_bytes,
+            invocation=version.invocation,
+        )
 
     def stored_content(self, content: Content) -> StoredAdapter:
         """A content that has not been read yet."""

@@ -3,16 +3,20 @@
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 
 from stellarbyte import ByteTransformer
+from stellarbyte.cli.main import main
 from stellarbyte.lora import load_adapter
+from tests.support.batches import line, results, start, wait
 from tests.support.models.adapters import write_adapter
 from tests.support.models.byte_transformer import random_tokens
 from tests.support.servers.adapter_server import KnownModel
@@ -42,6 +46,7 @@ class Invoking:
     server: ServerProcess
     folder: Path  # --adapter-dir
     model: ByteTransformer
+    model_folder: str = ""
 
     def post(self, path: str, body: dict[str, Any], key: str = "all") -> httpx.Response:
         headers = {"Authorization": f"Bearer key-{key}"}
@@ -74,8 +79,9 @@ def invoking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Invoking]:
     keys.write_text(KEYS)
     keys.chmod(0o600)
     flags = ["--adapter-dir", str(offered), "--keys", str(keys), "--admin-api-key", "key-admin"]
+    flags += ["--data-dir", str(folder / "data")]
     with running(REAL, "--model", str(known.folder), "--block-size", str(BLOCK), *flags) as server:
-        yield Invoking(server, offered, known.model)
+        yield Invoking(server, offered, known.model, str(known.folder))
 
 
 def prompt_of(seed: int, *, invoked: bool = True) -> list[int]:
@@ -169,3 +175,68 @@ def test_a_mix_with_an_activated_adapter_is_refused_by_name(invoking: Invoking, 
     assert response.status_code == 400, response.text
     assert "'act' is an activated adapter (alora_invocation_tokens), which cannot be mixed" in response.text
     assert invoking.complete("plain", prompt_of(seed=7)).status_code == 200
+
+
+def test_a_batch_has_the_answers_of_single_requests(invoking: Invoking) -> None:
+    asked = {
+        f"{model} {seed}": (model, prompt_of(seed=seed, invoked=invoked))
+        for model in ("act", "tiny", "plain")
+        for seed, invoked in ((20, True), (21, False))
+    }
+    fields = {"max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    content = b"".join(
+        line(name, {"model": model, "prompt": prompt} | fields) for name, (model, prompt) in asked.items()
+    )
+    client = openai.OpenAI(base_url=f"{invoking.server.url}/v1", api_key="key-all", max_retries=0)
+    batch = wait(client, start(client, content).id)
+    answered = results(client, batch.output_file_id)
+    assert answered.keys() == asked.keys(), batch
+    for name, (model, prompt) in asked.items():
+        body = answered[name]["response"]["body"]
+        assert body["choices"][0]["token_ids"] == expected(invoking, None if model == "tiny" else model, prompt), name
+        if model == "act":
+            adapted = len(INVOCATION) + 2 if name == "act 20" else 0
+            assert body["usage"]["prompt_tokens_details"]["adapted_tokens"] == adapted
+
+
+def test_rendered_prompts_are_those_of_the_answers(invoking: Invoking) -> None:
+    prompt = prompt_of(seed=22)
+    fields: dict[str, Any] = {"model": "act", "max_tokens": 2}
+    (rendered,) = invoking.post("/v1/completions/render", fields | {"prompt": prompt}).json()
+    assert (rendered["token_ids"], rendered["model"]) == (prompt, "act")
+    fields |= {"messages": [{"role": "user", "content": "hello"}]}
+    answered = invoking.post("/v1/chat/completions", fields | {"return_token_ids": True}).json()
+    rendered = invoking.post("/v1/chat/completions/render", fields).json()
+    assert (rendered["token_ids"], rendered["model"]) == (answered["prompt_token_ids"], "act")
+
+
+@pytest.mark.parametrize("invoked", [True, False])
+def test_a_receipt_is_replayed(
+    invoking: Invoking, invoked: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = prompt_of(seed=23, invoked=invoked)
+    receipt = invoking.complete("act", prompt, receipt=True, temperature=1.0).json()["receipt"]
+    assert len(receipt["adapter"]) == 64
+    file = tmp_path / "receipt.json"
+    for answers, status in ((receipt["answers"], 0), ([[*receipt["answers"][0][:-1], 299]], 1)):
+        file.write_text(json.dumps(receipt | {"answers": answers}))
+        arguments = ["replay", str(file), "--url", invoking.server.url, "--api-key", "key-all"]
+        assert main(arguments) == status, capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "scale", [["--replicas", "2"], pytest.param(["--tensor-parallel-size", "2"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_several_engines_and_ranks_give_the_same_answers(invoking: Invoking, scale: list[str]) -> None:
+    """Requests of three kinds at once, then again from the cache of the engine that has their prompt."""
+    flags = ["--model", invoking.model_folder, "--block-size", str(BLOCK), "--adapter-dir", str(invoking.folder)]
+    prompts = {seed: prompt_of(seed=seed) for seed in range(30, 34)}
+    asked = [(model, seed) for seed in prompts for model in ("act", "tiny", "plain")]
+    with running(REAL, *flags, *scale) as server, ThreadPoolExecutor(len(asked)) as threads:
+        scaled = Invoking(server, invoking.folder, invoking.model)
+        for is_again in (False, True):
+            answers = threads.map(lambda each: scaled.answer(each[0], prompts[each[1]]), asked)
+            for (model, seed), (tokens, details) in zip(asked, answers, strict=True):
+                assert tokens == expected(invoking, None if model == "tiny" else model, prompts[seed]), (model, seed)
+                assert details.get("adapted_tokens") == (len(INVOCATION) + 2 if model == "act" else None)
+                assert not is_again or details["cached_tokens"] >= SINKS + 5 * BLOCK

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from tests.support.servers.processes import child_pids
 from tests.support.servers.server_process import REAL, ServerProcess, running, the_error_line
 
 NUM_CALLERS = 60
+LASTING = ("rank", "bytes", "content_hash", "root", "invocation_tokens")  # of an entry, whether it is read or not
 
 
 @dataclass
@@ -79,6 +81,12 @@ def answer(http: httpx.Client, model: str = "x", **fields: object) -> tuple[str,
     return response.json()["choices"][0]["text"], response.json()["system_fingerprint"].split("_")[2]
 
 
+def listed(http: httpx.Client, name: str = "x") -> dict[str, Any]:
+    """The current version's entry in the list of adapters."""
+    (entry,) = [entry for entry in http.get("/v1/adapters").json()["data"] if entry["id"] == name]
+    return entry
+
+
 def history(http: httpx.Client, name: str = "x") -> dict[str, object]:
     response = http.get(f"/v1/adapters/{name}/versions")
     assert response.status_code == 200, response.text
@@ -105,7 +113,8 @@ def test_versions_survive_a_kill_and_go_back(adapters: Stored, flags: list[str],
         assert_error(http.post("/v1/adapters/y/rollback", json={}), 404, code="adapter_not_found")
         load(http, "v2", "gone")
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": "gone"}).status_code == 200
-        before = history(http)
+        before, entry = history(http), listed(http)
+        assert entry["rank"] and entry["bytes"]
         second = ServerProcess(REAL, *flags)
         assert "another server uses" in the_error_line(second)
         server.process.kill()
@@ -114,6 +123,9 @@ def test_versions_survive_a_kill_and_go_back(adapters: Stored, flags: list[str],
     (tmp_path / "data" / "adapters" / "contents" / "foreign").mkdir()
     with running(REAL, *flags) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         assert history(http) == before
+        unread = listed(http)
+        assert unread["tier"] == "disk"
+        assert {name: unread[name] for name in LASTING} == {name: entry[name] for name in LASTING}
         assert answer(http) == (adapters.answers["v1"], hashes[0][:12])
         assert http.get("/v1/adapters/gone/versions").status_code == 404
         assert http.post("/v1/completions", json=completion("gone")).status_code == 404

@@ -151,7 +151,10 @@ class FakeStore:
     content: Callable[[AdapterVersion], str] = lambda version: f"hash of {_shown(version)}"
     errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be read
     fill_errors: dict[str, str] = field(default_factory=dict)  # name → why it cannot be copied to a slot
-    wake_fd = None
+    wake_up = None
+
+    def close(self) -> None:
+        """There is nothing to stop."""
 
     def look(self, look: Callable[[], Any], note: Callable[[Any], Any]) -> None:
         self.looks.append((look, note))

@@ -116,6 +116,9 @@ class FakeCore:
         else:
             self.replies.append(CallFailed(call.call_id, "The fake engine has no adapters."))
 
+    def abandon_load(self, name: str) -> None:
+        raise NotImplementedError(name)
+
     def take_replies(self) -> list[Reply]:
         replies, self.replies = self.replies, []
         return replies
@@ -205,7 +208,7 @@ def build_fake_core(settings: EngineSettings) -> tuple[FakeCore, EngineInfo]:
         max_model_len=MAX_MODEL_LEN if settings.max_model_len is None else settings.max_model_len,
         vocab_size=259,
         hidden_size=4,
-        num_blocks=100,
+        num_blocks=100 if settings.kv_cache_memory is None else settings.kv_cache_memory,  # of a byte
         block_size=16,
         max_num_seqs=64 if settings.max_num_seqs is None else settings.max_num_seqs,
         device="cpu",

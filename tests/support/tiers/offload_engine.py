@@ -17,8 +17,9 @@ from stellarbyte_server.engine.offload.copies import HostCopies
 from stellarbyte_server.engine.offload.offload import Offload
 from stellarbyte_server.engine.schedule.scheduler import Scheduler
 from stellarbyte_server.engine.state.block_pool import CacheLayout
-from stellarbyte_server.engine.state.sequence import Chunk
-from tests.support.engines.engine import is_complete, make_scheduler
+from stellarbyte_server.engine.state.sequence import Chunk, Sequence
+from tests.support.engines.engine import generated, is_complete, make_request, make_scheduler
+from tests.support.engines.symbolic_cache import continuation
 from tests.support.tools.readable import readable
 
 Compute = Callable[[list[Chunk]], list[list[int]]]
@@ -87,7 +88,7 @@ class OffloadEngine:
         self.settle()
         chunks = self.scheduler.schedule()
         if not chunks and self.scheduler.has_work:
-            assert readable([self.offload.wake_fd], 10), "nothing runs and nothing comes"
+            assert readable([self.offload.wake_up.fd], 10), "nothing runs and nothing comes"
             return chunks
         for sequence, _ in self.scheduler.apply(chunks, self.compute(chunks)):
             if is_complete(sequence):
@@ -128,3 +129,16 @@ class OffloadEngine:
 
     def close(self) -> None:
         self.offload.close()
+
+
+Engines = Callable[..., OffloadEngine]
+"""Makes engines of names, which are closed at the end of the test."""
+
+
+def run_one(engine: OffloadEngine, tokens: list[int], max_tokens: int = 3, **fields: Any) -> Sequence:
+    """A finished request, with the tokens that it must get."""
+    request = make_request(tokens, max_tokens, **fields)
+    sequence = engine.scheduler.add(request)
+    engine.run()
+    assert generated(sequence) == continuation(request)
+    return sequence

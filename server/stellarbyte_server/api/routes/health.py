@@ -63,7 +63,7 @@ async def metrics(service: ServiceOfRequest) -> Response:
         adapters,
         service.info.device,
         is_healthy,
-        cache_config(service.info, service.settings.engine),
+        cache_config(service.client.info, service.settings.engine),
         service.client.engine_stats(),
     )
     return Response(content, media_type=CONTENT_TYPE_LATEST)

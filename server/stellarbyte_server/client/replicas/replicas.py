@@ -94,7 +94,7 @@ class Replicas:
         keep theirs. Then `close` must be called.
         """
         infos = await self._start_clients()
-        self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
+        self._note_infos()
         if not all(serves_the_same(infos[0], info) for info in infos):
             await self.close()
             raise EngineStartError(_OTHERS)
@@ -106,6 +106,10 @@ class Replicas:
             self._changes = AdapterChanges(self._connected, JoinedEngines(self.folder), endpoints, recorded)
         await asyncio.gather(*map(self._sync, self._records))
         return infos[0]
+
+    def _note_infos(self) -> None:
+        infos = [client.info for client in self.clients]
+        self.info = msgspec.structs.replace(infos[0], num_blocks=sum(info.num_blocks for info in infos))
 
     async def _start_clients(self) -> list[EngineInfo]:
         starts = [asyncio.ensure_future(client.start()) for client in self.clients]
@@ -309,7 +313,9 @@ class Replicas:
         if isinstance(news, EngineEnded):
             record.forget()
         elif isinstance(news, EngineRestarted):
+            record.forget()  # again: the cache may have another size
             record.note_process(news.endpoint)
+            self._note_infos()
             if len(self.clients) > 1:
                 self._note_past(record)
             syncing = asyncio.create_task(self._sync(record))

@@ -19,10 +19,13 @@ def no_adapters() -> Adapters:
 class NoStore:
     """The store of an engine without adapters."""
 
-    wake_fd = None
+    wake_up = None
 
     def __init__(self) -> None:
         self._looked: list[Looked] = []
+
+    def close(self) -> None:
+        """There is nothing to stop."""
 
     def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
         found = look()  # on this thread: there is no folder to wait for

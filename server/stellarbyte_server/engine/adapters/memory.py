@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 from stellarbyte_server.engine.adapters.slots import AdapterSlots
 from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.protocol.messages import AdapterResidency, Reply
+from stellarbyte_server.wake_up import WakeUp
 
 T = TypeVar("T")
 
@@ -67,8 +68,11 @@ class AdapterStore(Protocol):
     def finished(self) -> list[ReadDone | FillDone | Looked]: ...
 
     @property
-    def wake_fd(self) -> int | None:
-        """A file descriptor that becomes readable when `finished` has results."""
+    def wake_up(self) -> WakeUp | None:
+        """Rings when `finished` has results; None: it has them at once."""
+
+    def close(self) -> None:
+        """Stop without further results."""
 
 
 class AdapterMemory:

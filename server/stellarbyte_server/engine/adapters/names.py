@@ -168,4 +168,12 @@ class AdapterNames:
 
 
 def _stored_version(name: str, stored: StoredAdapter) -> AdapterVersion:
-    return AdapterVersion(name=name, files=stored_files(stored), content_hash=stored.content_hash)
+    """A version that is read on first use, and listed as it was when it was loaded."""
+    return AdapterVersion(
+        name=name,
+        files=stored_files(stored),
+        content_hash=stored.content_hash,
+        num_bytes=stored.num_bytes,
+        rank=stored.rank,
+        invocation=stored.invocation,
+    )

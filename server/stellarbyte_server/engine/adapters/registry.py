@@ -183,6 +183,12 @@ class Adapters:
         self._pins.place()
         return [*replies, Settled(call.call_id)]
 
+    def abandon_load(self, name: str) -> list[Reply]:
+        """Forget a version of a name, and its pin, whose caller has ended before `set_versions`."""
+        replies = self._give_up_loads(name)
+        self._pins.give_up(name)
+        return [*replies, *self._lifetimes.drain(*self._names.beside.set(name, self._names.beside.shares(name)))]
+
     def settle(self, call_id: str) -> None:
         """`collect` returns the answer when all earlier scans of the disk have been processed."""
         self._store.look(lambda: None, lambda _: [Settled(call_id)])
@@ -252,7 +258,10 @@ class Adapters:
     @property
     def wake_fd(self) -> int | None:
         """A file descriptor that becomes readable when `collect` has results."""
-        return self._store.wake_fd
+        return None if self._store.wake_up is None else self._store.wake_up.fd
+
+    def close(self) -> None:
+        self._store.close()
 
     def collect(self) -> list[Reply]:
         """Process finished reads and copies; returns answers to calls."""

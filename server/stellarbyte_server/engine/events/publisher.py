@@ -5,9 +5,7 @@ dropped; its number is missing then. The replay socket (ROUTER) answers a number
 [number, batch], and a last message with the number -1 and an empty batch.
 """
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -20,6 +18,7 @@ import zmq
 from stellarbyte_server.engine.events.form import AllBlocksCleared, CacheKind, Event, EventBatch
 from stellarbyte_server.engine.state.cache_log import CacheLog, StoredBlock
 from stellarbyte_server.give_way import give_way
+from stellarbyte_server.wake_up import WakeUp
 
 logger = logging.getLogger("server.engine")
 
@@ -78,9 +77,7 @@ class EventPublisher:
         if addresses.replay is not None:
             replay = addresses.of_rank(addresses.replay)
             self._replay = _listen(self._context, zmq.ROUTER, replay, "--kv-events-replay")
-        self._wake_fd, self._wake = os.pipe()
-        os.set_blocking(self._wake_fd, False)
-        os.set_blocking(self._wake, False)
+        self._wake_up = WakeUp()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="kv-events", daemon=True)
         self._enqueue(None)  # the cache is empty
@@ -98,10 +95,11 @@ class EventPublisher:
     def close(self) -> None:
         """Publish the rest and close the sockets."""
         self._is_closing = True
-        self._notify()
+        self._wake_up.ring()
         if self._thread.ident is not None:
             self._thread.join()
         self._context.destroy(linger=1000)
+        self._wake_up.close()
 
     def _enqueue(self, changes: Sequence[StoredBlock | bytes] | None) -> None:
         number = self.num_batches
@@ -110,22 +108,17 @@ class EventPublisher:
             self.num_dropped += 1
             return
         self._queue.append((number, time.time(), changes))
-        self._notify()
-
-    def _notify(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
-            os.write(self._wake, b"\0")
+        self._wake_up.ring()
 
     def _run(self) -> None:
         give_way()
         poller = zmq.Poller()
-        poller.register(self._wake_fd, zmq.POLLIN)
+        poller.register(self._wake_up.fd, zmq.POLLIN)
         if self._replay is not None:
             poller.register(self._replay, zmq.POLLIN)
         while not self._is_closing or self._queue:
             poller.poll()
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_fd, 4096)
+            self._wake_up.clear()
             try:
                 self._publish_queued()
                 self._answer_replays()

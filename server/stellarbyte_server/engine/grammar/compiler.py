@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ from stellarbyte_server.engine.grammar.vocabulary import GrammarVocabulary
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.grammar import LIMITS, TOO_COMPLEX, GrammarRefused, grammar_refusal
 from stellarbyte_server.protocol.request import GRAMMARS_BUSY
+from stellarbyte_server.wake_up import WakeUp
 
 logger = logging.getLogger("server.engine")
 
@@ -40,7 +40,7 @@ class _Job:
 class GrammarCompiler:
     """Compiles grammars to `TokenGrammar`s. Engine thread only; never blocks.
 
-    `wake_fd` becomes readable when `collect` has results, or a slow mask is complete.
+    `wake_up` rings when `collect` has results, or a slow mask is complete.
 
     Grammars are compiled one at a time, and separately for each request: copies of a compiled grammar share its lexer
     and its limit of states, so that requests could end each other's answers. A compilation that exceeds
@@ -67,10 +67,8 @@ class GrammarCompiler:
         self._round = 0  # the round of the last compiled grammar
         self._rounds: dict[str, int] = {}  # the round of each owner's last grammar
         self._thread: threading.Thread | None = None
-        self.wake_fd, self._wake = os.pipe()
-        os.set_blocking(self.wake_fd, False)
-        os.set_blocking(self._wake, False)
-        self._mask_workers = MaskWorkers(self._ring)
+        self.wake_up = WakeUp()
+        self._mask_workers = MaskWorkers(self.wake_up.ring)
 
     @property
     def vocab_size(self) -> int:
@@ -103,8 +101,7 @@ class GrammarCompiler:
     def collect(self, step_s: float = 0.0) -> list[tuple[str, TokenGrammar | GrammarRefused]]:
         """Results since the last call. Call it at the start of a step, of the expected duration if that is known."""
         self._mask_workers.begin_step(step_s)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+        self.wake_up.clear()
         done = []
         while self._finished:
             job, result = self._finished.popleft()
@@ -118,10 +115,7 @@ class GrammarCompiler:
         self._wanted.clear()
         self._jobs.put((False, 0, 0, None))
         self._mask_workers.close()
-
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
-            os.write(self._wake, b"\0")
+        self.wake_up.close()
 
     def _work(self) -> None:
         give_way()
@@ -134,7 +128,7 @@ class GrammarCompiler:
             if self._wanted.get(job.key) != job.serial:
                 continue
             self._finished.append((job, self._compile_in_time(job.grammar, job.owner)))
-            self._ring()
+            self.wake_up.ring()
 
     def _compile_in_time(self, grammar: str, owner: str) -> TokenGrammar | GrammarRefused:
         self._abandoned = [(whose, thread) for whose, thread in self._abandoned if thread.is_alive()]

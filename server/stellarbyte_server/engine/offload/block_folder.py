@@ -59,6 +59,10 @@ class BlockFolder:
             (folder / _UNFINISHED).unlink(missing_ok=True)
             self._make_room(0)
 
+    def close(self) -> None:
+        """Nothing but `read` may follow."""
+        os.close(self._lock_fd)
+
     @property
     def num_known(self) -> int:
         """Blocks of this identity that are known."""

@@ -79,9 +79,10 @@ class FolderWriter:
         self._queue.put(task)
 
     def close(self) -> None:
-        """End the thread after all that is queued."""
+        """End the thread after all that is queued, and close the folder."""
         self._queue.put(None)
         self._thread.join()
+        self._folder.close()
 
     def _run(self) -> None:
         give_way()

@@ -1,26 +1,26 @@
-"""The tiers below the pool of blocks: host memory, then a folder, filled and read by two threads.
+"""The tiers below the pool of blocks: host memory, then a folder, filled and read by three threads.
 
 A block is copied when it gets its key. The copy runs beside steps and counts only if the block still has its key when
 the engine thread learns of it: blocks with keys are never written to. So a copy holds no block, and delays no step.
 """
 
-import contextlib
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stellarbyte_server.engine.offload.block_folder import BlockFolder
+from stellarbyte_server.engine.offload.block_loads import BlockLoads
 from stellarbyte_server.engine.offload.copies import BlockCopies
 from stellarbyte_server.engine.offload.folder_writer import FolderWriter
-from stellarbyte_server.engine.offload.host_blocks import HostBlocks, host_memory
+from stellarbyte_server.engine.offload.host_blocks import HostBlocks
 from stellarbyte_server.engine.offload.totals import OffloadTotals
 from stellarbyte_server.engine.schedule.loading import Loading
-from stellarbyte_server.engine.state.lower_tiers import BlockLoad, LoadedBlock
+from stellarbyte_server.engine.state.lower_tiers import BlockLoad
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.protocol.offload_stats import OffloadStats
+from stellarbyte_server.wake_up import WakeUp
 
 logger = logging.getLogger("server.engine")
 
@@ -53,25 +53,21 @@ class Offload:
         self._copies = copies
         self._host = HostBlocks(num_slots, copies.num_bytes)
         copies.adopt(self._host.memory)
-        self._folder = folder
         self._writer = None if folder is None else FolderWriter(folder, self._host, self.totals)
-        self._scratch = host_memory(1, copies.num_bytes)[0]  # for a load that finds no free slot
-        copies.adopt(self._scratch)
+        self._loads = BlockLoads(copies, self._host, folder, self.totals, self._set_to_work)
         self._tasks: deque[_Store | _Touch] = deque()
         self._store_of: dict[int, _Store] = {}  # block → its copy, until that counts
         self._done: deque[tuple[_Store | _Touch, int | None]] = deque()  # with the slot; None: nothing was copied
-        self._loads: deque[tuple[BlockLoad, object]] = deque()  # with the fence
         self._running: set[BlockLoad] = set()
         self._ended: deque[BlockLoad] = deque()
         self._has_work = threading.Condition()
         self._is_closing = False
-        self.wake_fd, self._wake = os.pipe()
-        """Becomes readable when `settle` or `take_ended` has something to do."""
-        os.set_blocking(self.wake_fd, False)
-        os.set_blocking(self._wake, False)
+        self.wake_up = WakeUp()
+        """Rings when `settle` or `take_ended` has something to do."""
         self._thread = threading.Thread(target=self._run, name="kv-offload", daemon=True)
 
     def start(self) -> None:
+        self._loads.start()
         self._thread.start()
         if self._writer is not None:
             self._writer.start()
@@ -81,11 +77,11 @@ class Offload:
         self._is_closing = True
         self._set_to_work()
         self._thread.join()
+        self._loads.close()
         self.settle()
         if self._writer is not None:
             self._writer.close()
-        os.close(self.wake_fd)
-        os.close(self._wake)
+        self.wake_up.close()
 
     def stats(self, loading: Loading | None) -> OffloadStats:
         """Counts since the engine's start; `loading`: the scheduler's."""
@@ -103,7 +99,7 @@ class Offload:
         return 0 if self._writer is None else self._writer.num_queued
 
     def has(self, key: bytes) -> bool:
-        return self._host.has(key) or (self._folder is not None and self._folder.has(key))
+        return self._host.has(key) or self._loads.has_file(key)
 
     def store(self, key: bytes, block: int) -> None:
         if self.has(key):
@@ -134,7 +130,7 @@ class Offload:
 
     def load(self, load: BlockLoad) -> None:
         self._running.add(load)
-        self._loads.append((load, self._copies.fence()))
+        self._loads.add(load, self._copies.fence())
         self._set_to_work()
 
     def take_ended(self) -> list[BlockLoad]:
@@ -147,8 +143,7 @@ class Offload:
 
     def settle(self) -> None:
         """Let finished copies count. Never waits."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+        self.wake_up.clear()
         for _ in range(len(self._done)):
             task, slot = self._done.popleft()
             if isinstance(task, _Touch):
@@ -183,26 +178,20 @@ class Offload:
         with self._has_work:
             self._has_work.notify()
 
-    def _notify(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
-            os.write(self._wake, b"\0")
-
     def _run(self) -> None:
         """The thread that copies: what requests wait for first."""
         give_way()
         while True:
             with self._has_work:
-                while not (self._loads or self._tasks or self._is_closing):
-                    self._has_work.wait()
+                while not (self._loads.has_work or self._tasks or self._is_closing):
+                    self._has_work.wait(self._loads.patience_s)
             if self._is_closing:
                 return
-            if self._loads:
-                load, fence = self._loads.popleft()
-                self._fill(load, fence)
-                self._ended.append(load)
-                self._notify()
-            else:
+            if not self._loads.has_work:
                 self._copy_next()
+            elif ended := self._loads.advance():
+                self._ended += ended
+                self.wake_up.ring()
 
     def _copy_next(self) -> None:
         """Copy the block that has waited longest into a slot, if one can be had."""
@@ -222,48 +211,4 @@ class Offload:
                 slot = None
         self._done.append((task, slot))
         self._tasks.popleft()
-        self._notify()
-
-    def _fill(self, load: BlockLoad, fence: object) -> None:
-        """Fill the blocks of a load, as far as the engine thread leaves them to it."""
-        while True:
-            try:
-                key, block = load.pending.popleft()
-            except IndexError:  # none is left
-                return
-            try:
-                is_filled = self._fill_from_host(key, block, fence) or self._fill_from_folder(key, block, fence)
-            except Exception:  # its tokens are computed instead
-                logger.exception("a block of the KV cache could not be loaded")
-                is_filled = False
-            load.done.append(LoadedBlock(key, block, is_filled))
-
-    def _fill_from_host(self, key: bytes, block: int, fence: object) -> bool:
-        slot = self._host.pin(key)
-        if slot is None:
-            return False
-        try:
-            self._copies.write(self._host.memory[slot], block, fence)
-        finally:
-            self._host.unpin(slot)
-        self.totals.num_memory_loads += 1
-        return True
-
-    def _fill_from_folder(self, key: bytes, block: int, fence: object) -> bool:
-        """Also keeps the block in host memory, if it has a slot."""
-        if self._folder is None:
-            return False
-        slot = self._host.reserve()
-        content = self._scratch if slot is None else self._host.memory[slot]
-        is_filled = False
-        try:
-            is_filled = self._folder.read(key, content)
-            if is_filled:
-                self._copies.write(content, block, fence)
-                self.totals.num_disk_loads += 1
-        finally:
-            if slot is not None and is_filled:
-                self._host.put(key, slot)
-            elif slot is not None:
-                self._host.give_back(slot)
-        return is_filled
+        self.wake_up.ring()

@@ -3,7 +3,6 @@
 The threads have the lowest priority, so that running streams keep their pace.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -31,6 +30,7 @@ from stellarbyte_server.engine.state.adapter_version import AdapterVersion
 from stellarbyte_server.give_way import give_way
 from stellarbyte_server.opening import open_inside
 from stellarbyte_server.protocol.messages import Reply
+from stellarbyte_server.wake_up import WakeUp
 
 logger = logging.getLogger("server.engine")
 
@@ -56,7 +56,7 @@ class Bank(Protocol):
 class AdapterStore:
     """See `adapters.memory.AdapterStore`. Engine thread only.
 
-    `wake_fd` becomes readable when `finished` has results.
+    `wake_up` rings when `finished` has results.
     """
 
     def __init__(self, bank: Bank, weight_of: Callable[[str], torch.Tensor] | None = None) -> None:
@@ -71,9 +71,13 @@ class AdapterStore:
         self._looker = ThreadPoolExecutor(1, "adapter-looker")
         self._reader = _readers()
         self._filler = ThreadPoolExecutor(1, "adapter-filler", give_way)
-        self.wake_fd, self._wake = os.pipe()
-        os.set_blocking(self.wake_fd, False)
-        os.set_blocking(self._wake, False)
+        self.wake_up = WakeUp()
+
+    def close(self) -> None:
+        """Stop without further results."""
+        for threads in (self._looker, self._reader, self._filler):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self.wake_up.close()
 
     def look(self, look: Callable[[], T], note: Callable[[T | None], list[Reply]]) -> None:
         def work() -> Looked:
@@ -119,8 +123,7 @@ class AdapterStore:
         self._packed.pop(version, None)
 
     def finished(self) -> list[ReadDone | FillDone | Looked]:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.wake_fd, 4096)
+        self.wake_up.clear()
         done = []
         while self._done:
             result = self._done.popleft()
@@ -135,8 +138,7 @@ class AdapterStore:
                 self._done.append(work())
             except Exception as error:
                 self._done.append(error)
-            with contextlib.suppress(BlockingIOError):  # full: a wake-up is pending
-                os.write(self._wake, b"\0")
+            self.wake_up.ring()
 
         thread.submit(run)
 

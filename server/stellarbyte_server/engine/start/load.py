@@ -358,7 +358,7 @@ def _load_adapters(settings: EngineSettings, bank: Bank, weight_of: Callable[[st
         adapters.start_load(name, name, files)
     num_loading = len(settings.lora_modules)
     while num_loading:
-        select.select([store.wake_fd], [], [])
+        select.select([store.wake_up.fd], [], [])
         for reply in adapters.collect():
             if isinstance(reply, CallFailed):
                 raise StartupError(f"--lora-modules: {reply.message}")

@@ -1,6 +1,7 @@
 """An engine that fails is replaced, so often and no more; what its owner tells reaches those who serve with it."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 
@@ -11,17 +12,21 @@ from stellarbyte_server.client import progress
 from stellarbyte_server.client.engine_client import EngineClient, EngineDead
 from stellarbyte_server.client.http_observations import SENT_AFTER_S
 from stellarbyte_server.client.launch import EngineProcess, EngineStartError
+from stellarbyte_server.client.replicas.replicas import Replicas
 from stellarbyte_server.client.restart import (
     STEADY_AFTER_S,
     AttachedEngine,
     EngineEnded,
     EngineGone,
+    EngineNews,
     EngineRestarted,
     RestartingEngine,
     restarts_left,
     serves_the_same,
 )
 from stellarbyte_server.config.settings import EngineSettings
+from stellarbyte_server.observe.routing_metrics import cache_config
+from stellarbyte_server.protocol.adapter_versions import RecordedAdapters
 from tests.support.engines.engine_client import a_request, read, until
 from tests.support.servers.fake_engine import HANG, SLOW, build_fake_core, make_model_folder
 from tests.support.servers.server_process import ROOT
@@ -142,14 +147,50 @@ def test_a_process_that_serves_another_model_ends_the_engine(settings, caplog) -
     with_restarts(settings, 5, use)
 
 
-def test_an_attached_engine_follows_what_it_is_told() -> None:
+def test_a_process_with_another_cache_tells_its_blocks_to_every_process(settings, tmp_path) -> None:
+    """The first owns the engine, the second is a worker that hears of it."""
+
     async def run() -> None:
-        engine = AttachedEngine(None, "first")  # type: ignore[arg-type]
-        for news in (EngineEnded(), EngineRestarted("second"), EngineEnded(), EngineGone()):
+        sizes = iter((100, 70))
+
+        def start() -> EngineProcess:
+            sized = dataclasses.replace(settings, kv_cache_memory=next(sizes))
+            return EngineProcess(sized, "warning", "tests.support.servers.fake_engine")
+
+        engine = RestartingEngine(start, 1)
+        news: list[EngineNews] = []
+        owner = Replicas([engine], tmp_path, news.append)
+        try:
+            await owner.start(RecordedAdapters)
+            assert owner.info.num_blocks == 100
+            attached = AttachedEngine(owner.info, engine.endpoint)
+            worker = Replicas([attached], tmp_path)
+            await worker.start(RecordedAdapters)
+            os.kill(engine._process.process_id, signal.SIGKILL)
+            await until(lambda: len(news) == 2, 20)
+            for each in news:
+                attached.hear(each)
+            await until(lambda: worker.info.num_blocks != 100, 20)
+            assert owner.info.num_blocks == worker.info.num_blocks == 70
+            assert cache_config(worker.info, settings)["num_gpu_blocks"] == "70"
+            await worker.close()
+            await owner.close()
+        finally:
+            engine.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 120))
+
+
+def test_an_attached_engine_follows_what_it_is_told(settings) -> None:
+    async def run() -> None:
+        _, info = build_fake_core(settings)
+        engine = AttachedEngine(info, "first")
+        for news in (EngineEnded(), EngineRestarted("second", 7), EngineEnded(), EngineGone()):
             engine.hear(news)
         await engine.ended()
-        assert await engine.restarted() and engine.endpoint == "second"
+        assert await engine.restarted() == msgspec.structs.replace(info, num_blocks=7)
+        assert engine.endpoint == "second"
         await engine.ended()
-        assert not await engine.restarted()
+        assert await engine.restarted() is None
 
     asyncio.run(asyncio.wait_for(run(), 5))

@@ -269,7 +269,7 @@ def test_answers_of_the_wildest_model_are_all_valid(demo_tokenizer: Tokenizer, n
             compiler.submit(key, grammar_text)
         grammars: list[Any] = []
         while len(grammars) < 2:
-            readable([compiler.wake_fd], 1)
+            readable([compiler.wake_up.fd], 1)
             grammars += [grammar for _, grammar in compiler.collect()]
         validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
         for grammar in grammars:

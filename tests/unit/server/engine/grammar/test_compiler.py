@@ -38,7 +38,7 @@ def collect(
     done: dict[str, TokenGrammar | GrammarRefused] = {}
     deadline_s = time.monotonic() + within_s
     while len(done) < count:
-        assert readable([compiler.wake_fd], max(0, deadline_s - time.monotonic())), done
+        assert readable([compiler.wake_up.fd], max(0, deadline_s - time.monotonic())), done
         done.update(compiler.collect())
     return done
 
@@ -182,14 +182,14 @@ def test_a_grammar_that_no_text_satisfies_is_refused(compiler: GrammarCompiler) 
 
 def test_what_is_cancelled_is_not_answered(compiler: GrammarCompiler) -> None:
     compiler.submit("a", 'start: "a"')
-    assert readable([compiler.wake_fd], 10)
+    assert readable([compiler.wake_up.fd], 10)
     compiler.cancel("a")
     compiler.submit("a", 'start: "b"')
     compiler.submit("z", 'start: "z"')
     done = collect(compiler, 2)
     state = done["a"]
     assert isinstance(state, TokenGrammar) and allowed(state) == {ord("b")}
-    assert compiler.collect() == [] and not readable([compiler.wake_fd], 0)
+    assert compiler.collect() == [] and not readable([compiler.wake_up.fd], 0)
 
 
 def test_a_hostile_grammar_is_refused_in_time_and_holds_up_nobody_for_longer() -> None:

@@ -5,10 +5,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,51 +15,19 @@ from stellarbyte_server.engine.offload.block_folder import BlockFolder
 from stellarbyte_server.engine.state.sequence import Sequence
 from tests.support.cases import each_pair_once
 from tests.support.engines.engine import generated, is_complete, make_request
-from tests.support.engines.symbolic_cache import SymbolicRunner, continuation
-from tests.support.tiers.offload_engine import NAMES, CachedNames, OffloadEngine, make_cache, make_offload
+from tests.support.engines.symbolic_cache import continuation
+from tests.support.tiers.offload_engine import Engines, OffloadEngine, run_one
 from tests.support.tools.readable import readable
 
 W = 12
-Engines = Any  # a function that makes engines of names, which are closed at the end
-
-
-@pytest.fixture
-def make_engine() -> Iterator[Engines]:
-    made: list[OffloadEngine] = []
-
-    def make(
-        folder: Path | None = None, num_blocks: int = 64, block_size: int = 4, num_slots: int = 1000, **options: Any
-    ) -> OffloadEngine:
-        identity = options.pop("identity", b"i" * 32)
-        cache = make_cache(NAMES, num_blocks, block_size)
-        offload = make_offload(cache, num_slots, folder, options.pop("num_files", 1000), identity)
-        slots = CachedNames(cache)
-        engine = OffloadEngine(
-            offload, lambda layout: SymbolicRunner(layout, slots).run, num_blocks=num_blocks, block_size=block_size,
-            **options,
-        )  # fmt: skip
-        made.append(engine)
-        return engine
-
-    yield make
-    for engine in made:
-        engine.close()
-
-
-def run(engine: OffloadEngine, tokens: list[int], max_tokens: int = 3, **fields: Any) -> Sequence:
-    request = make_request(tokens, max_tokens, **fields)
-    sequence = engine.scheduler.add(request)
-    engine.run()
-    assert generated(sequence) == continuation(request)
-    return sequence
 
 
 def test_a_chat_returns_after_its_blocks_were_evicted(make_engine: Engines) -> None:
     engine = make_engine()
-    chat = run(engine, [1] * 50)
+    chat = run_one(engine, [1] * 50)
     engine.wait_stored()
     engine.forget_pool()
-    returned = run(engine, [*chat.tokens, 2])
+    returned = run_one(engine, [*chat.tokens, 2])
     assert returned.num_cached == 52  # all full blocks but for the token that is only sampled: as from the pool
     assert engine.offload.totals.num_memory_loads == 13
     assert engine.scheduler.loading.num_loaded_tokens == 52
@@ -71,23 +37,23 @@ def test_a_chat_returns_after_its_blocks_were_evicted(make_engine: Engines) -> N
 
 def test_a_chat_returns_after_a_restart(make_engine: Engines, tmp_path: Path) -> None:
     first = make_engine(tmp_path)
-    chat = run(first, [1] * 50)
+    chat = run_one(first, [1] * 50)
     first.wait_stored()
     second = make_engine(tmp_path)
-    returned = run(second, [*chat.tokens, 2])
+    returned = run_one(second, [*chat.tokens, 2])
     assert returned.num_cached == 52
     assert second.offload.totals.num_disk_loads == 13
     second.forget_pool()
-    assert run(second, [*chat.tokens, 2]).num_cached == 52
+    assert run_one(second, [*chat.tokens, 2]).num_cached == 52
     assert second.offload.totals.num_memory_loads == 13  # kept in memory since
 
 
 def test_only_the_part_that_the_pool_lacks_is_loaded(make_engine: Engines) -> None:
     engine = make_engine(num_blocks=20)
-    run(engine, [1] * 42, max_tokens=1)
+    run_one(engine, [1] * 42, max_tokens=1)
     engine.wait_stored()
-    run(engine, [0] * 60, max_tokens=1)  # takes the longest free blocks: the last ones of the chat
-    assert run(engine, [1] * 42, max_tokens=1).num_cached == 40
+    run_one(engine, [0] * 60, max_tokens=1)  # takes the longest free blocks: the last ones of the chat
+    assert run_one(engine, [1] * 42, max_tokens=1).num_cached == 40
     assert 0 < engine.offload.totals.num_memory_loads < 10
 
 
@@ -96,30 +62,30 @@ def test_only_the_part_that_the_pool_lacks_is_loaded(make_engine: Engines) -> No
 )
 def test_salts_share_nothing(make_engine: Engines, tmp_path: Path, field: str, first: str, second: str) -> None:
     engine = make_engine(tmp_path)
-    run(engine, [1] * 40, **{field: first})
+    run_one(engine, [1] * 40, **{field: first})
     engine.wait_stored()
     restarted = make_engine(tmp_path)
-    assert run(restarted, [1] * 40, **{field: second}).num_cached == 0
-    assert run(restarted, [1] * 40, **{field: first}).num_cached == 36
+    assert run_one(restarted, [1] * 40, **{field: second}).num_cached == 0
+    assert run_one(restarted, [1] * 40, **{field: first}).num_cached == 36
 
 
 def test_another_model_finds_nothing(make_engine: Engines, tmp_path: Path) -> None:
     engine = make_engine(tmp_path)
-    run(engine, [1] * 40)
+    run_one(engine, [1] * 40)
     engine.wait_stored()
-    assert run(make_engine(tmp_path, identity=b"o" * 32), [1] * 40).num_cached == 0
-    assert run(make_engine(tmp_path), [1] * 40).num_cached == 36
+    assert run_one(make_engine(tmp_path, identity=b"o" * 32), [1] * 40).num_cached == 0
+    assert run_one(make_engine(tmp_path), [1] * 40).num_cached == 36
 
 
 def test_damaged_files_are_computed_again(make_engine: Engines, tmp_path: Path) -> None:
     engine = make_engine(tmp_path)
-    run(engine, [1] * 40)
+    run_one(engine, [1] * 40)
     engine.wait_stored()
     files = sorted(tmp_path.glob("*.kv"), key=lambda file: file.stat().st_mtime_ns)  # last blocks first: see `touch`
     assert len(files) == 10
     files[5].write_bytes(b"x")
     restarted = make_engine(tmp_path)
-    returned = run(restarted, [1] * 40)
+    returned = run_one(restarted, [1] * 40)
     assert returned.num_cached == 16  # up to the damaged one, the fifth
     assert restarted.scheduler.pool.num_used == 0
 
@@ -137,12 +103,12 @@ def test_a_full_disk_ends_writing_with_one_line(
 
     monkeypatch.setattr(BlockFolder, "write", write)
     with caplog.at_level(logging.WARNING):
-        run(engine, [1] * 40)
+        run_one(engine, [1] * 40)
         engine.wait_stored()
     assert len(writes) == len(caplog.records) == 1
     assert "--kv-offload-dir: writes no more blocks, since one failed: No space left on device" in caplog.text
     engine.forget_pool()
-    assert run(engine, [1] * 40).num_cached == 36  # memory goes on
+    assert run_one(engine, [1] * 40).num_cached == 36  # memory goes on
 
 
 @pytest.mark.parametrize("is_copied", [True, False])
@@ -161,7 +127,7 @@ def test_a_block_that_lost_its_key_is_not_kept(make_engine: Engines, is_copied: 
         engine.forget_pool()
     engine.wait_stored()
     assert engine.offload.totals.num_memory_stores == 0 and engine.offload.totals.num_dropped == 10
-    assert run(engine, chat).num_cached == 0
+    assert run_one(engine, chat).num_cached == 0
 
 
 def test_content_of_a_failed_request_is_forgotten_everywhere(make_engine: Engines, tmp_path: Path) -> None:
@@ -173,24 +139,24 @@ def test_content_of_a_failed_request_is_forgotten_everywhere(make_engine: Engine
     engine.scheduler.remove(sequence, keep_content=False)
     engine.wait_stored()
     assert not list(tmp_path.glob("*.kv"))
-    assert run(engine, [1] * 40).num_cached == 0
+    assert run_one(engine, [1] * 40).num_cached == 0
 
 
 def test_content_that_is_discarded_while_it_is_loaded_is_not_used(make_engine: Engines, tmp_path: Path) -> None:
     """It may have been read before the engine thread knew that it is wrong."""
     first = make_engine(tmp_path)
-    run(first, [1] * 40)
+    run_one(first, [1] * 40)
     first.wait_stored()
     engine = make_engine(tmp_path)
     sequence = engine.scheduler.add(make_request([1] * 40, 3))
     assert engine.scheduler.schedule() == []
-    assert readable([engine.offload.wake_fd], 10)  # all are filled, and the engine has not looked
+    assert readable([engine.offload.wake_up.fd], 10)  # all are filled, and the engine has not looked
     for key in sequence.keys.keys:
         engine.offload.discard(key)
     engine.run()
     assert sequence.num_cached == 0 and generated(sequence) == continuation(sequence.request)
     engine.wait_stored()
-    assert run(make_engine(tmp_path), [1] * 40).num_cached == 36  # what was computed in their place
+    assert run_one(make_engine(tmp_path), [1] * 40).num_cached == 36  # what was computed in their place
 
 
 @pytest.mark.parametrize(
@@ -204,43 +170,43 @@ def test_a_copy_that_fails_costs_only_itself(
 
     engine = make_engine()
     monkeypatch.setattr(engine.offload._copies, copy, fail)
-    run(engine, [1] * 40)
+    run_one(engine, [1] * 40)
     engine.wait_stored()
     engine.forget_pool()
-    assert run(engine, [1] * 40).num_cached == 0
+    assert run_one(engine, [1] * 40).num_cached == 0
     assert message in caplog.text and engine.scheduler.pool.num_used == 0
     monkeypatch.undo()
     engine.forget_pool()
-    run(engine, [1] * 40)
+    run_one(engine, [1] * 40)
     engine.wait_stored()
     engine.forget_pool()
-    assert run(engine, [1] * 40).num_cached == 36
+    assert run_one(engine, [1] * 40).num_cached == 36
 
 
 def test_the_answer_of_an_endless_stream_leaves_only_its_window(make_engine: Engines, tmp_path: Path) -> None:
     engine = make_engine(tmp_path, window=W, sink_tokens=4, max_model_len=10**6)
-    stream = run(engine, [0] * 20, max_tokens=600)
+    stream = run_one(engine, [0] * 20, max_tokens=600)
     engine.wait_stored()
     assert len(list(tmp_path.glob("*.kv"))) <= 12  # prompt, sinks, last window
     restarted = make_engine(tmp_path, window=W, sink_tokens=4)
-    assert run(restarted, [*stream.tokens, 1]).num_cached == 616
+    assert run_one(restarted, [*stream.tokens, 1]).num_cached == 616
 
 
 def test_the_first_blocks_of_a_chat_are_kept_longest(make_engine: Engines, tmp_path: Path) -> None:
     """Without them all later blocks would be of no use."""
     engine = make_engine(tmp_path, num_files=10)
-    run(engine, [1] * 40, max_tokens=1)
+    run_one(engine, [1] * 40, max_tokens=1)
     engine.wait_stored()
-    run(engine, [2] * 16, max_tokens=1)
+    run_one(engine, [2] * 16, max_tokens=1)
     engine.wait_stored()
     restarted = make_engine(tmp_path, num_files=10)
-    assert run(restarted, [1] * 40, max_tokens=1).num_cached == 24
-    assert run(restarted, [2] * 17, max_tokens=1).num_cached == 16
+    assert run_one(restarted, [1] * 40, max_tokens=1).num_cached == 24
+    assert run_one(restarted, [2] * 17, max_tokens=1).num_cached == 16
 
 
 def test_running_requests_go_on_while_blocks_are_loaded(make_engine: Engines) -> None:
     engine = make_engine()
-    chat = run(engine, [1] * 50)
+    chat = run_one(engine, [1] * 50)
     engine.wait_stored()
     engine.forget_pool()
     stream = engine.scheduler.add(make_request([0] * 5, 30, "stream"))
@@ -257,7 +223,7 @@ def test_running_requests_go_on_while_blocks_are_loaded(make_engine: Engines) ->
 
 def test_an_abort_while_loading_frees_all_blocks(make_engine: Engines) -> None:
     engine = make_engine()
-    chat = run(engine, [1] * 50)
+    chat = run_one(engine, [1] * 50)
     engine.wait_stored()
     engine.forget_pool()
     with engine.paused():
@@ -273,7 +239,7 @@ def test_an_abort_while_loading_frees_all_blocks(make_engine: Engines) -> None:
 def test_a_running_request_takes_blocks_from_a_load(make_engine: Engines) -> None:
     """Rather than being preempted for a request that waits."""
     engine = make_engine(num_blocks=20)
-    run(engine, [1] * 41, max_tokens=1)
+    run_one(engine, [1] * 41, max_tokens=1)
     engine.wait_stored()
     engine.forget_pool()
     stream = engine.scheduler.add(make_request([0] * 30, 45, "stream"))  # eight blocks at first, nineteen at last
@@ -294,12 +260,12 @@ def test_a_queue_that_is_full_drops_blocks(make_engine: Engines, monkeypatch: py
     monkeypatch.setattr(offload_module, "MAX_QUEUED_BLOCKS", 4)
     engine = make_engine()
     with engine.paused():
-        run(engine, [1] * 40, max_tokens=1)
+        run_one(engine, [1] * 40, max_tokens=1)
     engine.wait_stored()
     totals = engine.offload.totals
     assert (totals.num_memory_stores, totals.num_dropped) == (4, 6)
     engine.forget_pool()
-    assert run(engine, [1] * 40, max_tokens=1).num_cached == 16
+    assert run_one(engine, [1] * 40, max_tokens=1).num_cached == 16
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def resident_bytes() -> int:
 
 
 def wait(store: AdapterStore) -> ReadDone | FillDone:
-    assert readable([store.wake_fd], 10)
+    assert readable([store.wake_up.fd], 10)
     (done,) = store.finished()
-    assert not readable([store.wake_fd], 0)
+    assert not readable([store.wake_up.fd], 0)
     return done
 
 
@@ -254,7 +254,7 @@ def test_a_large_machine_reads_several_adapters_at_once(tmp_path: Path, monkeypa
             store.read(version)
         done: list[ReadDone | FillDone] = []
         while len(done) < len(versions):
-            assert readable([store.wake_fd], 20)
+            assert readable([store.wake_up.fd], 20)
             done += store.finished()
         assert {each.version for each in done} == set(versions)
         assert all(isinstance(each, ReadDone) and not each.error for each in done)
